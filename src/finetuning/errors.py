@@ -1,0 +1,108 @@
+"""Every error that a user can meet.
+
+FinetuningError                exit code
+├── ConfigError                1    the YAML, an override or a command-line option
+├── DataError                  1    a data file, a row, a chat template
+├── ModelError                 1    a model, tokenizer or adapter, on disk or on the hub
+├── CheckpointError            1    a checkpoint that cannot be resumed from
+├── StorageError               1    a directory that is not empty, not writable or full
+├── MissingPackageError        1    an optional package that this run needs
+├── GuardStopped               3    a guard stopped the run: not finite, exploded, or a proof that failed
+├── InternalError              203  out of memory, or a defect of ours
+└── Interrupted                128 + the signal's number, a checkpoint saved
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_USER = 1
+EXIT_GUARD = 3
+EXIT_INTERNAL = 203
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something stands in what the user wrote: file, 1-based line and column, dotted key."""
+
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        position = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        return ": ".join(part for part in (position, self.key) if part)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, what, and what to do about it."""
+
+    message: str
+    place: Place = Place()
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        where = str(self.place)
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text} {self.hint}" if self.hint else text
+
+
+class FinetuningError(Exception):
+    """An error with a message for people, a place and an exit code; shown without a traceback."""
+
+    exit_code = EXIT_USER
+
+    def __init__(self, message: str | Sequence[Problem], *, place: Place | None = None, hint: str | None = None):
+        if isinstance(message, str):
+            self.problems: tuple[Problem, ...] = (Problem(message, place or Place(), hint),)
+        else:
+            self.problems = tuple(message)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ConfigError(FinetuningError):
+    """The YAML, an override or a command-line option is wrong. Holds every problem of the file at once."""
+
+
+class DataError(FinetuningError):
+    """A data file, a row or a chat template is wrong."""
+
+
+class ModelError(FinetuningError):
+    """A model, tokenizer or adapter is missing, broken or does not fit."""
+
+
+class CheckpointError(FinetuningError):
+    """A checkpoint cannot be resumed from."""
+
+
+class StorageError(FinetuningError):
+    """A directory is not empty, not writable or has no room."""
+
+
+class MissingPackageError(FinetuningError):
+    """This run needs an optional package that is not installed."""
+
+
+class GuardStopped(FinetuningError):
+    """A guard stopped the run: a value that is not finite, an exploded loss, a proof that failed."""
+
+    exit_code = EXIT_GUARD
+
+
+class InternalError(FinetuningError):
+    """Out of memory, or a defect of the engine."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class Interrupted(FinetuningError):
+    """A signal ended the run after a checkpoint was saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
