@@ -1,0 +1,246 @@
+"""Fixtures that every room's tests share: tiny seeded models, rows, JSONL files and the console scripts.
+
+The tiny models are built once a worker, under pytest's temporary directory. Tests read them; a test that changes one
+copies it first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "USE_HUB_KERNELS": "0",
+    "OMP_NUM_THREADS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+# Before any test module imports torch or transformers, which read these once.
+os.environ.update(OFFLINE)
+for _launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MLFLOW_TRACKING_URI", "CHECKPOINTS_PATH"):
+    os.environ.pop(_launcher_variable, None)
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog and runs into the forest.",
+    "A conversation has a user who asks a question and an assistant who answers it.",
+    "You are a helpful assistant. Answer in one short sentence, please.",
+    "What is the capital of France? The capital of France is Paris.",
+    "What is two plus two? Two plus two is four, and four plus four is eight.",
+    "Colour names are red, green, blue, yellow, black and white.",
+    "Training moves the weights of a model so that the loss becomes smaller step by step.",
+    '{"name": "Ada", "age": 36, "city": "London", "likes": ["tea", "numbers"]}',
+    "system user assistant tool role content name question answer number sentence",
+)
+
+
+def _train_tokenizer(special_tokens: Sequence[str]) -> Any:
+    """A byte-level BPE of about 500 tokens as `tokenizers.Tokenizer`; the special tokens have the first ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        min_frequency=1,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    return tokenizer
+
+
+def _save_tiny_llama(directory: Path, tokenizer: Any, *, tie_word_embeddings: bool, seed: int) -> None:
+    """Writes a two-layer Llama of random float32 weights whose vocabulary is padded to a multiple of 8."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model in the manner of Llama 2: <s> is put before each text, no pad token, no chat template, untied."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    backend = _train_tokenizer(["<s>", "</s>", "<unk>"])
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    _save_tiny_llama(directory, tokenizer, tie_word_embeddings=False, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chatml_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model in the manner of Qwen: ChatML template, eos <|im_end|>, pad <|endoftext|>, no bos, tied."""
+    from transformers import PreTrainedTokenizerFast
+
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_train_tokenizer(special_tokens),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=512,
+        chat_template=CHATML_TEMPLATE,
+    )
+    directory = tmp_path_factory.mktemp("models") / "chatml-llama"
+    _save_tiny_llama(directory, tokenizer, tie_word_embeddings=True, seed=2)
+    return directory
+
+
+@pytest.fixture
+def tiny_tokenizer(tiny_llama_dir: Path) -> Any:
+    """The tokenizer of `tiny_llama_dir`, freshly loaded."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def chatml_tokenizer(chatml_llama_dir: Path) -> Any:
+    """The tokenizer of `chatml_llama_dir`, freshly loaded."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(chatml_llama_dir)
+
+
+@pytest.fixture(scope="session")
+def write_jsonl() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
+    """A function that writes rows, one JSON object a line, and gives the path back."""
+
+    def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+_COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+@pytest.fixture(scope="session")
+def sft_rows() -> Callable[[int], list[dict[str, Any]]]:
+    """A function that makes n different rows with `messages`: a system turn in each third, two exchanges in each
+    fourth."""
+
+    def make(count: int) -> list[dict[str, Any]]:
+        rows = []
+        for number in range(count):
+            colour = _COLOURS[number % len(_COLOURS)]
+            messages = [
+                {"role": "user", "content": f"What is number {number}? Answer with a colour."},
+                {"role": "assistant", "content": f"Number {number} is {colour}."},
+            ]
+            if number % 3 == 0:
+                messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
+            if number % 4 == 0:
+                messages += [
+                    {"role": "user", "content": "Please answer in one word."},
+                    {"role": "assistant", "content": colour},
+                ]
+            rows.append({"messages": messages, "dataset": "colours", "id": f"row-{number}"})
+        return rows
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dpo_rows() -> Callable[[int], list[dict[str, Any]]]:
+    """A function that makes n different rows with `prompt_messages`, `chosen_messages` and `rejected_messages`."""
+
+    def make(count: int) -> list[dict[str, Any]]:
+        rows = []
+        for number in range(count):
+            good, bad = _COLOURS[number % len(_COLOURS)], _COLOURS[(number + 1) % len(_COLOURS)]
+            rows.append(
+                {
+                    "prompt_messages": [{"role": "user", "content": f"What is number {number}?"}],
+                    "chosen_messages": [{"role": "assistant", "content": f"Number {number} is {good}."}],
+                    "rejected_messages": [{"role": "assistant", "content": f"It is {bad}, is it not?"}],
+                    "dataset": "colours",
+                    "id": f"pair-{number}",
+                }
+            )
+        return rows
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs a console script of this package as a process of its own and gives its result back.
+
+    `run_cli(["sft", "config.yaml"])` runs `finetuning`; `program="merge_adapter"` another script. `env` adds to the
+    environment; None removes a variable. After `timeout` seconds the process is killed and the test fails.
+    """
+
+    def run(
+        args: Sequence[str | os.PathLike[str]],
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str | None] | None = None,
+        *,
+        program: str = "finetuning",
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        script = Path(sys.executable).parent / program
+        assert script.exists(), f"{script} is missing: install the package first"
+        merged = {**os.environ, **OFFLINE, "PYTHONUNBUFFERED": "1", **(env or {})}
+        return subprocess.run(
+            [str(script), *map(os.fspath, args)],
+            cwd=cwd,
+            env={name: value for name, value in merged.items() if value is not None},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
