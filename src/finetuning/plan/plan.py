@@ -1,0 +1,116 @@
+"""Everything that is decided before a weight is loaded, each decision with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetuning.config.experiment import Experiment
+from finetuning.errors import Place
+from finetuning.plan.batch import BatchPlan, plan_batches
+from finetuning.plan.memory import MemoryEstimate, estimate_memory
+from finetuning.plan.steps import StepPlan, plan_steps
+from finetuning.topology import Topology
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One automatic decision: what it is about, what was decided, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batch, the learning rate, the memory that is known of, and, once the rows are counted, the steps."""
+
+    batch: BatchPlan
+    learning_rate: float
+    learning_rate_reason: str
+    memory: MemoryEstimate | None
+    steps: StepPlan | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        return [self.batch.warning] if self.batch.warning else []
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every decision in one line each, for people."""
+        batch = self.batch
+        decisions = [
+            Decision(
+                "total batch",
+                f"{batch.total} = {batch.world_size} x {batch.per_device} x {batch.accumulation}",
+                "processes x per-device rows x accumulation",
+            ),
+            Decision("per-device batch", str(batch.per_device), batch.reason),
+            Decision("evaluation batch", f"{batch.per_device_eval} a device", "as configured, or the training one"),
+            Decision("learning rate", f"{self.learning_rate:g}", self.learning_rate_reason),
+        ]
+        if self.steps:
+            decisions.append(Decision("optimizer steps", f"{self.steps.total:,}", self.steps.reason))
+        if self.memory:
+            decisions.append(_memory_decision(self.memory))
+        return decisions
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for run.json."""
+        return asdict(self)
+
+
+def make_plan(experiment: Experiment, topology: Topology, rows: int | None = None, place: Place | None = None) -> Plan:
+    """The plan of an experiment on this many processes; without steps while the number of rows is unknown.
+
+    Raises:
+        ConfigError: the total batch size cannot be reached on this many processes.
+    """
+    batch = plan_batches(experiment.batchsize_conf, topology.world_size, place)
+    learning_rate, reason = _learning_rate(experiment)
+    return Plan(
+        batch=batch,
+        learning_rate=learning_rate,
+        learning_rate_reason=reason,
+        memory=estimate_memory(experiment),
+        steps=None if rows is None else plan_steps(rows, batch, experiment.training_args),
+    )
+
+
+def _learning_rate(experiment: Experiment) -> tuple[float, str]:
+    """The learning rate after `overrides`: multiplied, and scaled by the total batch size or its square root."""
+    written, overrides = experiment.training_args.learning_rate, experiment.overrides
+    total = experiment.batchsize_conf.total_train_batch_size
+    scale = {"none": 1.0, "sqrt": math.sqrt(total), "linear": float(total)}[overrides.lr_batch_size_scaling]
+    rate = written * overrides.lr_multiplier * scale
+    if rate == written:
+        return written, "as configured"
+    parts = [f"{written:g}"]
+    if overrides.lr_multiplier != 1.0:
+        parts.append(f"lr_multiplier {overrides.lr_multiplier:g}")
+    if overrides.lr_batch_size_scaling != "none":
+        parts.append(f"{overrides.lr_batch_size_scaling} scaling by {total} rows {scale:g}")
+    return rate, " x ".join(parts)
+
+
+def _memory_decision(memory: MemoryEstimate) -> Decision:
+    size = f"{memory.parameters / 1e9:.2f}B" if memory.parameters >= 1e8 else f"{memory.parameters / 1e6:.2f}M"
+    trained = "an adapter of unknown size" if memory.trainable is None else f"{memory.trainable:,} trained"
+    return Decision(
+        "memory a device",
+        f"at least {human_bytes(memory.total)}",
+        f"{size} parameters, {trained}: weights {human_bytes(memory.weights)}, gradients"
+        f" {human_bytes(memory.gradients)}, optimizer {human_bytes(memory.optimizer)}; activations come on top",
+    )
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for people, in powers of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
