@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Builds the base and the worker image of one platform and, if asked, pushes both.
+# In the Silogen engine this script is called docker/build-and-push-silogen-finetuning-image.sh.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: docker/build-and-push-finetuning-image.sh [options] {cuda|rocm}
+
+  --registry NAME       registry and folder that the images are named after, for example registry.example.com/team
+  --tag TAG             tag of both images (default: the current commit, with -dirty if there are local changes)
+  --vendor-image IMAGE  build on another torch image than the one that base.Dockerfile names
+  --extras LIST         extras of the package for the worker, for example otlp,liger
+  --push                push both images after the build; needs --registry
+  --dry-run             print the commands and run none of them
+  -h, --help            show this text
+
+DOCKER names the program that builds (default: docker).
+TEXT
+}
+
+fail() {
+    printf 'build-and-push-finetuning-image.sh: %s\n' "$1" >&2
+    exit 2
+}
+
+run() {
+    if [[ $dry_run == true ]]; then
+        printf '%q ' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
+
+current_tag() {
+    local tag
+    tag=$(git -C "$root" rev-parse --short HEAD)
+    if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
+        tag+=-dirty
+    fi
+    printf '%s' "$tag"
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+docker=${DOCKER:-docker}
+platform='' registry='' tag='' vendor_image='' extras='' push=false dry_run=false
+
+while (($#)); do
+    case $1 in
+        --registry | --tag | --vendor-image | --extras)
+            (($# > 1)) && [[ -n $2 ]] || fail "$1 needs a value"
+            name=${1#--}
+            printf -v "${name//-/_}" '%s' "$2"
+            shift
+            ;;
+        --push) push=true ;;
+        --dry-run) dry_run=true ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        cuda | rocm)
+            [[ -z $platform ]] || fail "one platform at a time: cuda or rocm"
+            platform=$1
+            ;;
+        *) fail "unknown argument $1; see --help" ;;
+    esac
+    shift
+done
+
+[[ -n $platform ]] || fail "which platform? cuda or rocm"
+[[ $push == false || -n $registry ]] || fail "--push needs --registry"
+tag=${tag:-$(current_tag)}
+prefix=${registry:+${registry%/}/}${platform}-finetuning
+revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || printf unknown)
+
+base_options=()
+if [[ -n $vendor_image ]]; then
+    base_options+=(--build-arg "VENDOR_IMAGE=$vendor_image")
+fi
+run "$docker" build "${base_options[@]}" --file "$root/docker/$platform/base.Dockerfile" --tag "$prefix-base:$tag" "$root"
+run "$docker" build --build-arg "BASE_IMAGE=$prefix-base:$tag" --build-arg "REVISION=$revision" \
+    --build-arg "EXTRAS=${extras:+[$extras]}" --file "$root/docker/$platform/worker.Dockerfile" \
+    --tag "$prefix-worker:$tag" "$root"
+if [[ $push == true ]]; then
+    run "$docker" push "$prefix-base:$tag"
+    run "$docker" push "$prefix-worker:$tag"
+fi

@@ -1,0 +1,54 @@
+# The major dependencies of finetuning on top of NVIDIA GPUs.
+# Built by docker/build-and-push-finetuning-image.sh, or:
+#   docker build -f docker/cuda/base.Dockerfile -t cuda-finetuning-base .
+#
+# CUDA 13.0 needs a driver of release 580 or newer. Older drivers:
+#   --build-arg VENDOR_IMAGE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
+ARG VENDOR_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime@sha256:db80a41f8428644cebcb3d75b0b62df334ab6c0e75785951eb25f48bfbd42407
+FROM ${VENDOR_IMAGE}
+
+LABEL org.opencontainers.image.title="cuda-finetuning-base" \
+      org.opencontainers.image.description="Dependencies of the finetuning engine on NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+USER 0
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /opt/finetuning
+
+# The vendor's interpreter may be marked as managed by the distribution: this image is nobody else's.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+
+COPY docker/keep_vendor_torch.py constraints.txt ./
+RUN python3 keep_vendor_torch.py record vendor-torch.json --build cuda \
+    && python3 keep_vendor_torch.py pin constraints.txt > pins.txt \
+    && python3 -m pip install --no-cache-dir --constraint pins.txt \
+        accelerate bitsandbytes datasets jinja2 mlflow numpy peft pydantic pyyaml rich safetensors setuptools \
+        tokenizers transformers trl \
+    && python3 keep_vendor_torch.py check vendor-torch.json
+
+# Group 0 owns what is written, so that any user id can run this image with group 0.
+# Nothing outside of /cache, /workspace and /tmp is written: mount those and run with --read-only.
+RUN install -d -m 0775 -o 1000 -g 0 /cache /workspace /home/finetuning
+
+# USER and LOGNAME: torch's compile cache asks for the user's name, which an arbitrary user id does not have.
+# USE_HUB_KERNELS=0 and no package `kernels`: code from the hub is never fetched at import.
+ENV HOME=/home/finetuning \
+    USER=finetuning \
+    LOGNAME=finetuning \
+    XDG_CACHE_HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    TRITON_CACHE_DIR=/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    MPLCONFIGDIR=/cache/matplotlib \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    DO_NOT_TRACK=1 \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    MLFLOW_HTTP_REQUEST_TIMEOUT=10 \
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES=2 \
+    USE_HUB_KERNELS=0
+
+WORKDIR /workspace
+USER 1000:0
