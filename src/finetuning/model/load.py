@@ -1,0 +1,254 @@
+"""A causal language model from a folder or the hub, or one clear message why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from finetuning.config.model import BitsAndBytes, Dtype, ModelArgs, NoQuantization, RunConfig
+from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
+from finetuning.model.location import Location, locate
+from finetuning.model.quantisation import Sharding, to_bitsandbytes_config
+from finetuning.model.tensor_files import INDEX, SINGLE, read_model_headers
+from finetuning.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_KEY = "run_conf.model_args"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# `locate` takes these; the rest of ModelArgs goes to `from_pretrained`.
+_WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
+# Arguments of `from_pretrained` that are neither ours nor a field of a model's config.
+_LOADER_ARGUMENTS = (
+    "adapter_kwargs",
+    "disable_mmap",
+    "distributed_config",
+    "experts_implementation",
+    "fusion_config",
+    "gguf_file",
+    "ignore_mismatched_sizes",
+    "kernel_config",
+    "key_mapping",
+    "tp_plan",
+    "tp_size",
+    "use_kernels",
+    "weights_only",
+)
+_FLASH = {
+    "flash_attention_2": ("flash_attn", "pip install 'finetuning[flash-attention]'"),
+    "flash_attention_3": ("flash_attn_interface", "pip install flash-attn-3"),
+    "flash_attention_4": ("flash_attn", "pip install flash-attn-4"),
+}
+
+
+def load_model(
+    run_conf: RunConfig,
+    quant_conf: NoQuantization | BitsAndBytes | None = None,
+    *,
+    topology: Topology | None = None,
+    sharded_by: Sharding | None = None,
+    default_dtype: Dtype = "auto",
+    key: str = "run_conf.model",
+) -> PreTrainedModel:
+    """The model that `run_conf` names, on this process's device, in evaluation mode.
+
+    `default_dtype` counts where model_args.dtype is `auto` (fp16 training needs float32 weights). `sharded_by` says
+    that FSDP or DeepSpeed places the weights, so no device is chosen here.
+
+    Raises:
+        ModelError: it is not there, is damaged or pickled, lacks weights that its config asks for, or an argument is
+            unknown to it.
+        ConfigError: the device map does not go with the launcher.
+        MissingPackageError: the attention implementation, or bitsandbytes, is not installed.
+    """
+    args = run_conf.model_args
+    check_attention(args.attn_implementation)
+    where = {name: getattr(args, name) for name in _WHERE if name != "token"}
+    token = args.token.get_secret_value() if args.token else None
+    location = locate(run_conf.model, "model", key=key, token=token, **where)
+    arguments: dict[str, Any] = {
+        "dtype": default_dtype if args.dtype == "auto" else args.dtype,
+        "device_map": _device_map(args, topology or Topology(), sharded_by),
+        "use_safetensors": _safetensors_only(location, args, Place(key=key)),
+        "trust_remote_code": args.trust_remote_code,
+    }
+    for name in ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision"):
+        if getattr(args, name) is not None:
+            arguments[name] = getattr(args, name)
+    if isinstance(quant_conf, BitsAndBytes):
+        arguments["quantization_config"] = to_bitsandbytes_config(quant_conf, sharded_by=sharded_by)
+    config, extras = _load_config(location, args)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            location.name,
+            config=config,
+            output_loading_info=True,
+            **arguments,
+            **extras,
+            **location.hub_arguments,
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+        _raise_unless_memory(error, location, Place(key=key))
+    _check_found(found, location, Place(key=key))
+    return model
+
+
+def check_attention(implementation: str | None) -> None:
+    """Nothing when the attention implementation can be used here; looked at before a weight is loaded.
+
+    Raises:
+        MissingPackageError: its package is not installed; the message has the install line.
+        ModelError: it is unknown, or needs a device that is not here.
+    """
+    if implementation is None:
+        return
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    place = Place(key=f"{_KEY}.attn_implementation")
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if "/" in implementation:
+        if find_spec("kernels") is None:
+            raise MissingPackageError(
+                f"{implementation} is a kernel of the hub, and the package kernels is not installed",
+                place=place,
+                hint="It runs code from the hub. Use sdpa, or install it knowingly with: pip install kernels",
+            )
+        return
+    if implementation not in known:
+        near = get_close_matches(implementation, known, 1)
+        raise ModelError(
+            f"there is no attention implementation {implementation!r}",
+            place=place,
+            hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(known))}.",
+        )
+    if implementation in _FLASH:
+        package, install = _FLASH[implementation]
+        if find_spec(package) is None:
+            raise MissingPackageError(
+                f"{implementation} needs the package {package}, which is not installed",
+                place=place,
+                hint=f"Install it with: {install}; or use sdpa.",
+            )
+        if not torch.cuda.is_available():
+            raise ModelError(f"{implementation} needs a CUDA or ROCm device; use sdpa here", place=place)
+
+
+def _device_map(args: ModelArgs, topology: Topology, sharded_by: Sharding | None) -> Any:
+    import torch
+
+    if args.device_map is not None:
+        place = Place(key=f"{_KEY}.device_map")
+        if sharded_by is not None:
+            raise ConfigError(f"a device_map and {sharded_by} exclude each other; remove device_map", place=place)
+        if topology.is_distributed and isinstance(args.device_map, str) and not _is_device(args.device_map):
+            raise ConfigError(
+                f"device_map: {args.device_map} spreads the model over all devices, and {topology.world_size} processes"
+                " would each do so; remove device_map, or start one process",
+                place=place,
+            )
+        return args.device_map
+    if sharded_by is None and torch.cuda.is_available():
+        return {"": topology.local_rank}
+    return None
+
+
+def _is_device(name: str) -> bool:
+    return name == "cpu" or name.startswith(("cuda", "xpu", "mps"))
+
+
+def _safetensors_only(location: Location, args: ModelArgs, place: Place) -> bool | None:
+    """Whether only safetensors are read. Pickled weights can carry code, so they are read only when asked for.
+
+    Raises:
+        ModelError: weights are missing or damaged, or only pickled ones are there.
+    """
+    asked = args.use_safetensors is False
+    extra = args.model_extra or {}
+    if location.folder is None or args.variant or "gguf_file" in extra or "key_mapping" in extra:
+        return None if asked else True
+    folder = location.folder
+    if any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        read_model_headers(folder)
+        return True
+    pickles = [name for name in _PICKLES if (folder / name).is_file()]
+    if pickles and asked:
+        return False
+    if pickles:
+        raise ModelError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened",
+            place=place,
+            hint="Convert them to safetensors, or set run_conf.model_args.use_safetensors: false if you trust them.",
+        )
+    if any(folder.glob("*.safetensors")):
+        return True
+    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=place)
+
+
+def _load_config(location: Location, args: ModelArgs) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The model's config with the user's fields set in it, and the arguments that are left for `from_pretrained`."""
+    extras = dict(args.model_extra or {})
+    loader = {name: extras.pop(name) for name in _LOADER_ARGUMENTS if name in extras}
+    fields = extras | ({} if args.use_cache is None else {"use_cache": args.use_cache})
+    if "gguf_file" in loader:
+        fields["gguf_file"] = loader["gguf_file"]
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            location.name,
+            return_unused_kwargs=True,
+            trust_remote_code=args.trust_remote_code,
+            code_revision=args.code_revision,
+            **fields,
+            **location.hub_arguments,
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        _raise_unless_memory(error, location, Place(key="run_conf.model"))
+    unknown = [name for name in unused if name in extras]
+    if unknown:
+        known = [*ModelArgs.model_fields, *_LOADER_ARGUMENTS, *config.to_dict()]
+        near = get_close_matches(unknown[0], known, 1)
+        raise ModelError(
+            f"neither from_pretrained nor a {config.model_type} config knows {unknown[0]!r}",
+            place=Place(key=f"{_KEY}.{unknown[0]}"),
+            hint=f"Did you mean {near[0]}?" if near else None,
+        )
+    return config, loader
+
+
+def _raise_unless_memory(error: Exception, location: Location, place: Place) -> None:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
+    hint = None
+    if "trust_remote_code" in text:
+        text = "it comes with code of its own"
+        hint = "Set run_conf.model_args.trust_remote_code: true to run it, and pin revision to a commit."
+    raise ModelError(f"{location} cannot be loaded: {text}", place=place, hint=hint) from error
+
+
+def _check_found(found: Mapping[str, Any], location: Location, place: Place) -> None:
+    missing, mismatched = sorted(found["missing_keys"]), sorted(str(item) for item in found["mismatched_keys"])
+    wrong = missing or mismatched
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        what = "lacks weights that its config asks for" if missing else "has weights of other shapes than its config"
+        raise ModelError(
+            f"{location} {what}: {', '.join(wrong[:4])}{more}",
+            place=place,
+            hint="They would be random numbers. Check that config.json and the weight files belong together.",
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        logger.warning(
+            "%s holds %d tensors that its config has no place for, such as %s: they are not used",
+            location,
+            len(unexpected),
+            unexpected[0],
+        )

@@ -1,0 +1,73 @@
+"""Quantised base models: bitsandbytes 8 and 4 bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetuning.config.model import BitsAndBytes
+from finetuning.errors import ConfigError, MissingPackageError, Place
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+Sharding = Literal["fsdp", "deepspeed"]
+
+
+def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = None) -> BitsAndBytesConfig:
+    """What transformers quantises by.
+
+    Under FSDP 4 bit weights are stored in the type that they are computed in: it flattens weights of one type only.
+
+    Raises:
+        ConfigError: not exactly one of 8 bit and 4 bit is asked for.
+        MissingPackageError: bitsandbytes is not installed.
+    """
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if conf.load_in_4bit == conf.load_in_8bit:
+        which = "both" if conf.load_in_4bit else "neither"
+        raise ConfigError(
+            f"{which} of load_in_4bit and load_in_8bit is true; quantisation by bits-and-bytes needs one",
+            place=Place(key="quant_conf"),
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            "bitsandbytes is not installed",
+            place=Place(key="quant_conf.quantization_type"),
+            hint="Install it with: pip install bitsandbytes",
+        )
+    fields = conf.model_dump(exclude={"quantization_type"}, exclude_none=True)
+    if conf.load_in_4bit and conf.bnb_4bit_quant_storage is None and sharded_by == "fsdp":
+        fields["bnb_4bit_quant_storage"] = conf.bnb_4bit_compute_dtype or "float32"
+    return BitsAndBytesConfig(**fields)
+
+
+def prepare_quantised(
+    model: PreTrainedModel,
+    *,
+    sharded_by: Sharding | None = None,
+    gradient_checkpointing: bool = False,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The model with its own weights frozen and, where nothing shards it, its 16 bit ones in float32.
+
+    Sharding needs one type of number throughout, so the casts are left out there.
+    """
+    if sharded_by is not None:
+        model.requires_grad_(False)
+        return model
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs=dict(gradient_checkpointing_kwargs or {"use_reentrant": False}),
+    )
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """True when the base weights are not plain numbers that can be trained or grown."""
+    return getattr(model, "hf_quantizer", None) is not None
