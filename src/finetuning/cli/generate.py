@@ -1,0 +1,236 @@
+"""`generate`: prompts in, answers out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning import __version__
+from finetuning.cli.run import run
+from finetuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetuning.inference.job import Job, Progress, Watch
+
+SCORES = ("exact", "contains", "regex")
+"""The scorings by name; a test holds them equal to the table in `inference/scoring.py`."""
+
+_DESCRIPTION = """\
+Generate answers with a model, tuned or not.
+
+  generate CONFIG OUT [key.path=value ...]      as a YAML file says; OUT ends with .yaml, .json or .jsonl
+  generate --model M --text T                   continue one text
+  generate --model M --text_file F              continue each line of a file
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of both forms of the command."""
+    parser = argparse.ArgumentParser(
+        prog="generate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="path of the YAML file")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="file to write the answers to")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="values that replace the file's, such as model_conf.model=M",
+    )
+    parser.add_argument("--batch-size", type=_count, help="most prompts at a time (default: by --batch-tokens)")
+    parser.add_argument(
+        "--batch-tokens", type=_count, help="most tokens at a time, prompts and answers together (default: 32768)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of sampled answers (default: 42)")
+    parser.add_argument(
+        "--score", choices=SCORES, help="compare answers with correct_answers; also written to OUT.scores.json"
+    )
+    parser.add_argument("--version", action="version", version=f"generate {__version__}")
+    short = parser.add_argument_group("without a YAML file")
+    short.add_argument("--model", help="folder or hub id of a model, or folder of an adapter")
+    text = short.add_mutually_exclusive_group()
+    text.add_argument("--text", help="text to continue")
+    text.add_argument("--text_file", "--text-file", help="file with a text to continue in each line")
+    short.add_argument("--out_file", "--out-file", help="JSON file to write (default: inference_result.json)")
+    short.add_argument("--max_new_tokens", "--max-new-tokens", type=_count, help="most tokens to write (default: 20)")
+    short.add_argument(
+        "--base_model_name_or_path", "--base-model-name-or-path", help="base model instead of the one the adapter names"
+    )
+    short.add_argument("--use_flash_attn", "--use-flash-attn", action="store_true", help="use FlashAttention 2")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the console script; returns its exit code."""
+    return run(_generate, argv)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _generate(argv: Sequence[str]) -> int:
+    options = build_parser().parse_intermixed_args(argv)
+    _check_form(options)
+    return _from_flags(options) if options.model is not None else _from_config(options)
+
+
+def _check_form(options: argparse.Namespace) -> None:
+    flags = ("text", "text_file", "out_file", "max_new_tokens", "base_model_name_or_path", "use_flash_attn")
+    given = ["--" + name for name in flags if getattr(options, name)]
+    if options.model is not None:
+        if options.config is not None:
+            raise ConfigError(f"--model and a config exclude each other ({options.config})")
+        if options.text is None and options.text_file is None:
+            raise ConfigError("--model needs --text or --text_file")
+        if options.score:
+            raise ConfigError("--score needs prompts with correct_answers, so a config with eval-data")
+    elif given:
+        raise ConfigError(f"{', '.join(given)}: only together with --model")
+    elif options.out is None:
+        raise ConfigError("expected CONFIG and OUT, or --model with --text or --text_file; see generate --help")
+
+
+def _from_config(options: argparse.Namespace) -> int:
+    from finetuning.config.generation import GenerationConfig
+    from finetuning.config.overrides import apply_overrides
+    from finetuning.config.read import read_document
+    from finetuning.config.validate import validate
+    from finetuning.inference.output import check_output
+    from finetuning.inference.parameters import check_parameters
+    from finetuning.inference.prompts import read_prompts
+    from finetuning.inference.scoring import check_scorable
+
+    output = Path(options.out)
+    document = apply_overrides(read_document(options.config), options.overrides)
+    validated = validate(document, GenerationConfig)
+    for warning in validated.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    config = validated.experiment
+    check_output(output)
+    check_parameters(config.hf_gen_params)
+    prompts = read_prompts(config.prompt_conf)
+    if options.score:
+        check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
+    job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params)
+    from finetuning.inference.job import answer_record
+
+    records = _run(job, output, answer_record)
+    if options.score:
+        _score(records, options.score, output)
+    return 0
+
+
+def _from_flags(options: argparse.Namespace) -> int:
+    from finetuning.config.model import NoQuantization
+    from finetuning.inference.load import model_conf_of
+    from finetuning.inference.prompts import read_lines, text_prompts
+
+    output = Path(options.out_file or "inference_result.json")
+    texts = [options.text] if options.text is not None else read_lines(options.text_file, "--text_file")
+    attention = "flash_attention_2" if options.use_flash_attn else None
+    model_conf = model_conf_of(options.model, options.base_model_name_or_path, attention)
+    parameters = {"max_new_tokens": options.max_new_tokens or 20}
+    job = _job(options, text_prompts(texts), model_conf, NoQuantization(), parameters)
+    from finetuning.inference.job import input_output_record
+
+    _run(job, output, input_output_record)
+    return 0
+
+
+def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> Job:
+    from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
+    from finetuning.inference.job import Job
+
+    return Job(
+        prompts=prompts,
+        model_conf=model_conf,
+        quant_conf=quant_conf,
+        gen_params=gen_params,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS,
+    )
+
+
+def _run(job: Job, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
+    """The job's records; told on the terminal while they are made."""
+    from transformers.utils import logging as transformers_logging
+
+    from finetuning.inference.job import Watch, run_job
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if len(job.prompts) == 1 and sys.stdout.isatty():
+        records = run_job(job, output, Watch(on_text=_show_text), make_record)
+        print()
+    else:
+        with _progress() as watch:
+            records = run_job(job, output, watch, make_record)
+    print(f"{len(records)} answers in {output}", file=sys.stderr)
+    return records
+
+
+def _show_text(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Watch]:
+    """Who is told of progress: a bar on a terminal, else a line each time another tenth is done."""
+    from finetuning.inference.job import Watch
+
+    if not sys.stderr.isatty():
+        yield Watch(on_progress=_Lines())
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("generate", total=None, speed="")
+
+        def show(progress: Progress) -> None:
+            bar.update(task, total=progress.prompts_total, completed=progress.prompts_done, speed=_speed(progress))
+
+        yield Watch(on_progress=show)
+
+
+class _Lines:
+    """Prints progress when another tenth of the prompts is done."""
+
+    def __init__(self) -> None:
+        self._tenths = 0
+
+    def __call__(self, progress: Progress) -> None:
+        tenths = progress.prompts_done * 10 // max(progress.prompts_total, 1)
+        if tenths > self._tenths:
+            self._tenths = tenths
+            done = f"{progress.prompts_done} of {progress.prompts_total} prompts"
+            print(f"{done}  {_speed(progress)}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _speed(progress: Progress) -> str:
+    return f"{progress.tokens / progress.seconds:,.0f} tokens/s" if progress.seconds else ""
+
+
+def _score(records: list[dict[str, Any]], name: Any, output: Path) -> None:
+    from finetuning.inference.output import write_whole
+    from finetuning.inference.scoring import score
+
+    scores = score(records, name)
+    path = output.with_name(f"{output.name}.scores.json")
+    write_whole(path, lambda stream: stream.write(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n"))
+    print(scores.table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

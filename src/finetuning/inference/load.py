@@ -1,0 +1,140 @@
+"""The model and the tokenizer that generate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config.generation import GenerationModel
+from finetuning.config.model import BitsAndBytes, ModelArgs, NoQuantization, RunConfig
+from finetuning.errors import ConfigError, ModelError, Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "force_download")
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model in evaluation mode with its tokenizer; answers are computed on `device`."""
+
+    model: Any
+    """A PreTrainedModel, or a peft.PeftModel round it."""
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    """What fills the left of shorter rows; masked from attention."""
+
+    @property
+    def device(self) -> Any:
+        """The device that input ids go to: that of the embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+
+def model_conf_of(model: str, base: str | None, attn_implementation: str | None = None) -> GenerationModel:
+    """The `model_conf` that stands for a model, or for an adapter's folder with the base that it names.
+
+    `base` is used instead of the base that the adapter names; nothing on disk is changed.
+
+    Raises:
+        ConfigError: a base is given for a model that is no adapter.
+        ModelError: the adapter does not name its base.
+    """
+    args = ModelArgs(attn_implementation=attn_implementation)
+    config = Path(model).expanduser() / ADAPTER_CONFIG
+    if not config.is_file():
+        if base is not None:
+            raise ConfigError(f"{model} is no adapter, so there is no base to name", place=Place(key="--base_model"))
+        return GenerationModel(model=model, model_args=args)
+    if base is None:
+        try:
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{config} cannot be read: {error}") from None
+        if not base:
+            raise ModelError(f"{config} does not name its base model", hint="Give --base_model_name_or_path.")
+    return GenerationModel(model=base, model_args=args, adapter=model)
+
+
+def load_generator(conf: GenerationModel, quant_conf: NoQuantization | BitsAndBytes) -> Generator:
+    """The model, with its adapter if one is named, and the tokenizer that belongs to it.
+
+    The tokenizer keeps its own chat template and end-of-sequence token, whatever they were in training: what is saved
+    is what is served.
+
+    Raises:
+        ModelError: something is missing or broken, or the adapter was trained on another model.
+    """
+    from finetuning.model.load import load_model
+
+    tokenizer, pad_token_id = _load_tokenizer(conf)
+    model = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
+    if conf.adapter is not None:
+        model = _with_adapter(model, conf.adapter, tokenizer)
+    return Generator(model.eval(), tokenizer, pad_token_id)
+
+
+def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer and the id that pads: its own padding token, or any other, as padding is masked."""
+    from finetuning.config.data import MissingPadTokenStrategy
+    from finetuning.model.tokenizer import load_tokenizer
+
+    source, key = _tokenizer_source(conf)
+    where: dict[str, Any] = {}
+    if source == conf.model:
+        where = {name: getattr(conf.model_args, name) for name in _WHERE}
+    token = conf.model_args.token.get_secret_value() if conf.model_args.token else None
+    loaded = load_tokenizer(
+        source,
+        template_source=None,
+        needs_template=False,
+        missing_pad_token_strategy=MissingPadTokenStrategy.EOS_REPURPOSE,
+        padding_side="left",
+        trust_remote_code=conf.model_args.trust_remote_code,
+        key=key,
+        token=token,
+        **where,
+    )
+    return loaded.tokenizer, loaded.tokenizer.pad_token_id
+
+
+def _tokenizer_source(conf: GenerationModel) -> tuple[str, str]:
+    """Path or id of the tokenizer, and the key that names it: its own, else the adapter's, else the model's."""
+    if conf.tokenizer is not None:
+        return conf.tokenizer, "model_conf.tokenizer"
+    if conf.adapter is not None and any(
+        (Path(conf.adapter).expanduser() / name).is_file() for name in _TOKENIZER_FILES
+    ):
+        return conf.adapter, "model_conf.adapter"
+    return conf.model, "model_conf.model"
+
+
+def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    from finetuning.model.adapter_files import check_same_base, check_same_tensors
+    from finetuning.model.location import locate
+    from finetuning.model.vocabulary import grow
+
+    place = Place(key="model_conf.adapter")
+    location = locate(adapter, "adapter", key=place.key)
+    if location.folder is not None:
+        if not (location.folder / _ADAPTER_WEIGHTS).is_file():
+            raise ModelError(f"{location.folder} holds no {_ADAPTER_WEIGHTS}", place=place)
+        check_same_base(model, location.folder, place)
+    # An adapter that trained new tokens brings their rows, and the base has to have room for them.
+    grow(model, tokenizer)
+    try:
+        wrapped = PeftModel.from_pretrained(model, location.name, is_trainable=False, **location.hub_arguments)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"the adapter {location} cannot be loaded: {' '.join(lines[:2])}", place=place) from error
+    if location.folder is not None:
+        check_same_tensors(wrapped, location.folder, place)
+    return wrapped

@@ -1,0 +1,152 @@
+"""What is generated from: one open prompt, the lines of a text file, or the rows of an evaluation file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuning.config.generation import EvalData, OpenInput
+from finetuning.data.formats.fields import (
+    FieldError,
+    messages_field,
+    meta_fields,
+    problem_of,
+    template_kwargs_field,
+    tools_field,
+)
+from finetuning.data.rows import Message, Row
+from finetuning.data.sources import check_source, json_type, read_rows
+from finetuning.errors import ConfigError, DataError, Place, Problem
+
+MOST_PROBLEMS_SHOWN = 10
+OPEN_INPUT = "open-input"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text to continue, or messages to answer; exactly one of the two is set."""
+
+    id: str | int
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    correct_answers: tuple[str, ...] = ()
+    dataset: str | None = None
+    data_collection: str | None = None
+    carried: dict[str, Any] = field(default_factory=dict)
+    """Columns that go into the output as they are."""
+    place: Place = field(default_factory=Place)
+
+
+def read_prompts(conf: OpenInput | EvalData) -> list[Prompt]:
+    """The prompts of `prompt_conf`, in order.
+
+    Raises:
+        DataError: the file is missing or empty, or rows are wrong; names up to ten of them.
+    """
+    if isinstance(conf, OpenInput):
+        return text_prompts([conf.input] * conf.num_samples)
+    check_source(conf.data.path, "prompt_conf.data.path")
+    return _checked(_eval_prompts(conf.data.path))
+
+
+def text_prompts(texts: Sequence[str]) -> list[Prompt]:
+    """Each text as a prompt to continue."""
+    return [
+        Prompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT) for index, text in enumerate(texts)
+    ]
+
+
+def read_lines(path: str, key: str) -> list[str]:
+    """The lines of a text file, stripped; empty ones are left out.
+
+    Raises:
+        ConfigError: there is no such file, or nothing in it.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"{path} cannot be read: {reason}", place=Place(key=key)) from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ConfigError(f"{path} holds no prompt", place=Place(key=key))
+    return lines
+
+
+def _checked(found: Iterator[Prompt | Problem]) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    problems: list[Problem] = []
+    for item in found:
+        if isinstance(item, Problem):
+            problems.append(item)
+        else:
+            prompts.append(item)
+    if problems:
+        shown = problems[:MOST_PROBLEMS_SHOWN]
+        if len(problems) > len(shown):
+            shown.append(Problem(f"{len(problems) - len(shown)} more rows are wrong"))
+        raise DataError(shown)
+    return prompts
+
+
+def _eval_prompts(path: str) -> Iterator[Prompt | Problem]:
+    for number, row in enumerate(read_rows(path)):
+        yield row if isinstance(row, Problem) else _eval_prompt(row, number, path)
+
+
+def _eval_prompt(row: Row, number: int, path: str) -> Prompt | Problem:
+    try:
+        text, messages, reference = _what_is_asked(row)
+        meta = meta_fields(row)
+        identity = meta.pop("id", None)
+        dataset = meta.pop("dataset", None)
+        return Prompt(
+            id=number if identity is None else identity,
+            text=text,
+            messages=messages,
+            tools=tools_field(row),
+            template_kwargs=template_kwargs_field(row),
+            correct_answers=_correct_answers(row, reference),
+            dataset=Path(path).stem if dataset is None else str(dataset),
+            data_collection=str(row.values.get("data_collection") or path),
+            carried=meta,
+            place=row.place,
+        )
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+def _what_is_asked(row: Row) -> tuple[str | None, tuple[Message, ...], str | None]:
+    """The text to continue or the messages to answer, and the answer that the row itself gives."""
+    if "prompt_messages" in row.values:
+        return None, tuple(messages_field(row, "prompt_messages")), None
+    if "messages" in row.values:
+        messages = tuple(messages_field(row, "messages"))
+        if messages[-1]["role"] != "assistant":
+            return None, messages, None
+        if len(messages) == 1:
+            raise FieldError("messages", "holds an answer and no question")
+        return None, messages[:-1], messages[-1].get("content")
+    if "prompt" in row.values:
+        prompt = row.values["prompt"]
+        if not isinstance(prompt, str):
+            raise FieldError("prompt", f"expected text, got {json_type(prompt)}")
+        return prompt, (), None
+    found = ", ".join(sorted(row.values)) or "none"
+    raise FieldError("", f"expected messages, prompt_messages or prompt; found {found}")
+
+
+def _correct_answers(row: Row, reference: str | None) -> tuple[str, ...]:
+    answers = row.values.get("correct_answers")
+    if answers is None:
+        return () if reference is None else (reference,)
+    if isinstance(answers, str):
+        return (answers,)
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        got = json_type(answers) if not isinstance(answers, list) else "a list that holds other things"
+        raise FieldError("correct_answers", f"expected a list of texts, got {got}")
+    return tuple(answers)
