@@ -1,0 +1,183 @@
+"""Every YAML that a reader can copy is right: the recipes, and the whole configs in README.md and docs/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetuning.config.experiment import DPOExperiment, Experiment, SFTExperiment
+from finetuning.config.model import BitsAndBytes, NoPeft
+from finetuning.config.read import read_document
+from finetuning.config.validate import validate
+from finetuning.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+METHODS: dict[str, type[Experiment]] = {"sft": SFTExperiment, "dpo": DPOExperiment}
+WHOLE = {"data_conf", "training_args", "batchsize_conf", "peft_conf"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def experiment_of(path: Path) -> Experiment:
+    return validate(read_document(path), METHODS[path.parent.name]).experiment
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """The header's fields by name; a continuation line belongs to the field above it."""
+    fields: dict[str, str] = {}
+    name = ""
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if match := re.match(r"# ([A-Z][a-z]+): +(.+)", line):
+            name, fields[match[1]] = match[1], match[2]
+        elif name and line.startswith("#  "):
+            fields[name] += f" {line.lstrip('# ')}"
+    return fields
+
+
+def fenced_configs(text: str) -> Iterator[tuple[int, str]]:
+    """Line and text of each fenced YAML block that holds a whole config."""
+    for match in re.finditer(r"^( *)```ya?ml\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE):
+        block = re.sub(rf"^{match[1]}", "", match[2], flags=re.MULTILINE)
+        values = yaml.safe_load(block)
+        if isinstance(values, dict) and values.keys() >= WHOLE:
+            yield text[: match.start()].count("\n") + 1, block
+
+
+def blocks_in_docs() -> list[tuple[str, str]]:
+    pages = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
+    return [(f"{name_of(path)}:{line}", block) for path in pages for line, block in fenced_configs(path.read_text())]
+
+
+def method_of(block: str) -> str:
+    values = yaml.safe_load(block)
+    training = values.get("training_args") or {}
+    return values.get("method") or ("dpo" if {"beta", "loss_type"} & training.keys() else "sft")
+
+
+def test_there_are_recipes_for_both_methods() -> None:
+    assert {path.parent.name for path in RECIPES} == METHODS.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_is_valid_and_says_nothing_that_is_out_of_date(path: Path) -> None:
+    validated = validate(read_document(path), METHODS[path.parent.name])
+    assert validated.experiment.method == path.parent.name
+    assert [str(warning) for warning in validated.warnings] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_header_says_what_a_reader_needs(path: Path) -> None:
+    method = path.parent.name
+    first = path.read_text().splitlines()[0]
+    assert first == f"# yaml-language-server: $schema=../../docs/schema/{method}.json"
+    header = header_of(path)
+    assert header.keys() >= {"Hardware", "Memory", "Command", "Data"}
+    assert f"finetuning {method} {name_of(path)}" in header["Command"]
+    assert ("prompt_messages" if method == "dpo" else '"messages"') in header["Data"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_stands_in_the_table(path: Path) -> None:
+    table = (ROOT / "configs" / "README.md").read_text()
+    (row,) = re.findall(rf"^\| `{path.parent.name}/{re.escape(path.stem)}` \|.*$", table, re.MULTILINE)
+    device = re.match(r"one GPU of (\d+) GB", header_of(path)["Hardware"])
+    assert row.endswith(f"| {device[1]} GB |" if device else "| none |")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_supervised_recipes_train_on_completions_only(path: Path) -> None:
+    experiment = experiment_of(path)
+    if isinstance(experiment, SFTExperiment):
+        assert experiment.sft_args.train_on_completions_only
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes: parameters in all and in linear layers but the output layer; inputs + outputs of those layers.
+
+    Source: the models' published configs, counted on models built without memory.
+    """
+
+    parameters: float
+    linear: float
+    inputs_and_outputs: float
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+
+SHAPES = {
+    "Qwen/Qwen3-0.6B": Shape(0.596e9, 0.440e9, 0.631e6, 1024, 3072, 28, 151936),
+    "Qwen/Qwen3-1.7B-Base": Shape(1.721e9, 1.409e9, 1.090e6, 2048, 6144, 28, 151936),
+    "Qwen/Qwen3-4B-Instruct-2507": Shape(4.022e9, 3.633e9, 2.064e6, 2560, 9728, 36, 151936),
+    "Qwen/Qwen3-8B": Shape(8.191e9, 6.946e9, 2.728e6, 4096, 12288, 36, 151936),
+    "google/gemma-3-1b-it": Shape(1.000e9, 0.698e9, 0.815e6, 1152, 6912, 26, 262144),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape(8.030e9, 6.979e9, 2.621e6, 4096, 14336, 32, 128256),
+    "meta-llama/Llama-3.3-70B-Instruct": Shape(70.554e9, 68.451e9, 12.943e6, 8192, 28672, 80, 128256),
+    "mistralai/Mistral-7B-Instruct-v0.3": Shape(7.248e9, 6.979e9, 2.621e6, 4096, 14336, 32, 32768),
+    "mistralai/Mistral-Small-24B-Instruct-2501": Shape(23.572e9, 22.230e9, 5.775e6, 5120, 32768, 40, 131072),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": Shape(1.711e9, 1.611e9, 1.130e6, 2048, 8192, 24, 49152),
+}
+
+
+def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
+    """GB of weights, of what is trained, and of activations, by the formulas of configs/README.md."""
+    shape = SHAPES[experiment.run_conf.model]
+    is_dpo = isinstance(experiment, DPOExperiment)
+    if isinstance(experiment.peft_conf, NoPeft):
+        assert experiment.run_conf.model_args.dtype == "float32"
+        weights = shape.parameters * (4 + 2 + (4 if is_dpo else 0))
+        trained = shape.parameters * 12
+    else:
+        assert experiment.peft_conf.peft_kwargs["target_modules"] == "all-linear"
+        quantised = isinstance(experiment.quant_conf, BitsAndBytes) and experiment.quant_conf.load_in_4bit
+        rest = shape.parameters - shape.linear
+        weights = shape.linear * 0.516 + rest * 4 if quantised else shape.parameters * 2
+        trained = shape.inputs_and_outputs * experiment.peft_conf.peft_kwargs["r"] * 16
+    length = experiment.training_args.max_length if is_dpo else experiment.sft_args.max_seq_length
+    tokens = experiment.batchsize_conf.max_per_device_train_batch_size * length * (2 if is_dpo else 1)
+    layer = 2 * (12 * shape.hidden + 4 * shape.intermediate)
+    activations = tokens * (2 * shape.hidden * shape.layers + 10 * shape.vocabulary + layer)
+    return weights / 1e9, trained / 1e9, activations / 1e9
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=name_of)
+def test_memory_in_the_header_follows_from_the_recipe(path: Path) -> None:
+    header = header_of(path)
+    written = re.match(
+        r"([\d.]+) GB = ([\d.]+) weights \+ ([\d.]+) what is trained \+ ([\d.]+) activations", header["Memory"]
+    )
+    computed = memory_gb(experiment_of(path))
+    assert [float(number) for number in written.groups()] == pytest.approx([sum(computed), *computed], abs=0.051)
+    device = float(re.match(r"one GPU of (\d+) GB", header["Hardware"])[1])
+    assert sum(computed) <= 0.9 * device
+
+
+@pytest.mark.parametrize(("place", "block"), blocks_in_docs(), ids=lambda value: value if len(value) < 60 else "")
+def test_config_in_the_docs_is_valid(place: str, block: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(block)
+    validate(read_document(file), METHODS[method_of(block)])
+
+
+def test_a_wrong_block_would_be_found(tmp_path: Path) -> None:
+    good = "data_conf: {}\ntraining_args: {beta: 0.1}\nbatchsize_conf: {}\npeft_conf: {}\n"
+    page = (
+        f"text\n```yaml\ntracking: {{}}\n```\n\n  ```yaml\n  {good.replace(chr(10), chr(10) + '  ').rstrip()}\n  ```\n"
+    )
+    assert list(fenced_configs(page)) == [(6, good)]
+    assert method_of(good) == "dpo"
+    (tmp_path / "config.yaml").write_text(good)
+    with pytest.raises(ConfigError):
+        validate(read_document(tmp_path / "config.yaml"), DPOExperiment)
