@@ -1,0 +1,95 @@
+"""Rows of token ids to one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+UNTRAINED = -100
+"""The label of a token that no loss is computed on."""
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Pads rows to the longest of the batch.
+
+    Returns `input_ids`, `attention_mask`, `labels` and `shift_labels`: int64 tensors of shape (rows, longest row).
+    `shift_labels[t]` is the label that the logits at t are held against, which is `labels[t + 1]`. Padding is masked
+    from attention and labelled -100 whatever token stands for it, so a padding token that is also a real token (the
+    end-of-sequence token, say) is trained wherever it is real.
+    """
+
+    pad_token_id: int
+    side: str = "right"
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, shown_as: int | None = None) -> PaddingCollator:
+        """The collator for a tokenizer; `shown_as` replaces its padding token in what the model is shown."""
+        return cls(tokenizer.pad_token_id if shown_as is None else shown_as, tokenizer.padding_side)
+
+    def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
+        import torch
+
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, UNTRAINED, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for index, row in enumerate(rows):
+            size = len(row["input_ids"])
+            place = slice(shape[1] - size, shape[1]) if self.side == "left" else slice(0, size)
+            input_ids[index, place] = row["input_ids"]
+            labels[index, place] = row["labels"]
+            attention_mask[index, place] = 1
+        shift_labels = np.full(shape, UNTRAINED, dtype=np.int64)
+        shift_labels[:, :-1] = labels[:, 1:]
+        # The first token of a row that is padded on the left has only padding to be predicted from.
+        shift_labels[attention_mask == 0] = UNTRAINED
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(labels),
+            "shift_labels": torch.from_numpy(shift_labels),
+        }
+
+
+@dataclass(frozen=True)
+class FlatteningCollator:
+    """Lays rows end to end, without padding.
+
+    Returns `input_ids`, `position_ids`, `labels` and `shift_labels`: int64 tensors of shape (1, tokens); and the
+    borders of the rows as attention kernels for variable lengths take them: `cu_seq_lens_q`, `cu_seq_lens_k` (int32,
+    rows + 1) and `max_length_q`, `max_length_k`. The first token of a row is no target: nothing of its own row
+    stands before it. A row may bring the `lengths` of the shorter rows that it was packed from.
+    """
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        import torch
+
+        lengths = np.concatenate([np.asarray(row.get("lengths") or [len(row["input_ids"])]) for row in rows])
+        borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        labels = np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in rows])
+        labels[borders[:-1]] = UNTRAINED
+        shift_labels = np.append(labels[1:], UNTRAINED)
+        positions = np.arange(len(labels)) - np.repeat(borders[:-1], lengths)
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.from_numpy(
+                np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
+            )[None],
+            "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
+            "labels": torch.from_numpy(labels)[None],
+            "shift_labels": torch.from_numpy(shift_labels)[None],
+            "cu_seq_lens_q": torch.from_numpy(borders),
+            "cu_seq_lens_k": torch.from_numpy(borders),
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }

@@ -1,0 +1,211 @@
+"""What a method trains on, made of typed rows: token ids with the text and the mask that they were proven against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+
+from finetuning.data.collate import UNTRAINED
+from finetuning.data.labelling import Labeller, Tokens
+from finetuning.data.ledger import TOO_LONG
+from finetuning.data.masking import Marked, Masker, Refused
+from finetuning.data.rendering import CannotRender, Renderer
+from finetuning.data.rows import Conversation, Message, Preference
+
+EMPTY_ANSWER = "an assistant's turn without words"
+MARKERS_IN_TEXT = "a message holds a special token of the tokenizer as text"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready: int32 arrays by column, its length and trained tokens, and the text that it was made of."""
+
+    columns: dict[str, np.ndarray]
+    tokens: int
+    trained: int
+    text: str
+    tokens_cut: int = 0
+    answer_cut: bool = False
+    notes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A row that is not trained on, and why. `is_bad` tells a row that is wrong from one that does not fit."""
+
+    reason: str
+    detail: str = ""
+    is_bad: bool = False
+    is_fault: bool = True
+    tokens: int = 0
+
+
+class Maker(Protocol):
+    """Makes examples of a batch of typed rows."""
+
+    def __call__(self, rows: Sequence[Any]) -> list[Example | Lost]: ...
+
+
+def unproven(refused: Refused) -> Lost:
+    return Lost("no loss mask could be proven", str(refused), is_bad=True)
+
+
+@dataclass
+class Notices:
+    """Looks for what is worth knowing in messages."""
+
+    special_tokens: tuple[str, ...]
+
+    def __call__(self, messages: Sequence[Message]) -> set[str]:
+        notes = set()
+        for message in messages:
+            content = message.get("content") or ""
+            if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
+                notes.add(EMPTY_ANSWER)
+            if any(token in content for token in self.special_tokens):
+                notes.add(MARKERS_IN_TEXT)
+        return notes
+
+
+@dataclass
+class SFTMaker:
+    """Conversations to `input_ids` and `labels`; -100 labels what is not trained."""
+
+    renderer: Renderer
+    masker: Masker
+    labeller: Labeller
+    max_length: int
+    truncate: bool
+    completions_only: bool
+    notices: Notices = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.notices = Notices(self.renderer.special_tokens)
+
+    def __call__(self, rows: Sequence[Conversation]) -> list[Example | Lost]:
+        rendered = [self._render(row) for row in rows]
+        texts = [one.text for one in rendered if isinstance(one, Marked)]
+        spans = [one.spans if self.completions_only else None for one in rendered if isinstance(one, Marked)]
+        tokenised = iter(self.labeller.encode(texts, spans))
+        return [
+            one if isinstance(one, Lost) else self._finish(row, one, next(tokenised))
+            for row, one in zip(rows, rendered, strict=True)
+        ]
+
+    def _render(self, row: Conversation) -> Marked | Lost:
+        if self.completions_only:
+            found = self.masker.find(row)
+            return unproven(found) if isinstance(found, Refused) else found
+        try:
+            text = self.renderer.text(row.messages, tools=row.tools, kwargs=row.template_kwargs)
+        except CannotRender as error:
+            return unproven(Refused(f"the chat template does not take this conversation: {error}"))
+        return Marked(text, (), "everything")
+
+    def _finish(self, row: Conversation, marked: Marked, tokens: Tokens | Refused) -> Example | Lost:
+        if isinstance(tokens, Refused):
+            return unproven(tokens)
+        size = len(tokens.ids)
+        if not any(last > first for first, last in tokens.runs):
+            return Lost("nothing to train on", "no message of the assistant")
+        if size > self.max_length and not self.truncate:
+            detail = f"{size} tokens, the limit is {self.max_length}"
+            return Lost(TOO_LONG, detail, is_fault=False, tokens=size)
+        ids, labels = tokens.ids[: self.max_length], tokens.labels(UNTRAINED)[: self.max_length]
+        trained = int(np.count_nonzero(labels != UNTRAINED))
+        if trained == 0:
+            return Lost("nothing left to train on", f"the answer begins after {self.max_length} tokens", tokens=size)
+        notes = marked.notes | self.notices(row.messages) | ({tokens.note} if tokens.note else set())
+        last_run = tokens.runs[-1][1]
+        answer_cut = last_run > self.max_length and row.messages[-1]["role"] == "assistant"
+        return Example(
+            columns={"input_ids": ids, "labels": labels},
+            tokens=len(ids),
+            trained=trained,
+            text=marked.text,
+            tokens_cut=max(size - self.max_length, 0),
+            answer_cut=answer_cut,
+            notes=frozenset(notes),
+        )
+
+
+@dataclass
+class DPOMaker:
+    """Preferences to `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    A prompt and its answer are rendered and tokenised together, so that the ids are those of the served model; the
+    answer ends with its end-of-turn marker.
+    """
+
+    renderer: Renderer
+    masker: Masker
+    labeller: Labeller
+    max_length: int | None
+    notices: Notices = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.notices = Notices(self.renderer.special_tokens)
+
+    def __call__(self, rows: Sequence[Preference]) -> list[Example | Lost]:
+        marked = [(self._mark(row, row.chosen), self._mark(row, row.rejected)) for row in rows]
+        shown = [one for pair in marked for one in pair if isinstance(one, Marked)]
+        tokenised = iter(self.labeller.encode([one.text for one in shown], [one.spans for one in shown]))
+        pairs = [tuple(next(tokenised) if isinstance(one, Marked) else one for one in pair) for pair in marked]
+        return [self._finish(row, found, pair) for row, found, pair in zip(rows, marked, pairs, strict=True)]
+
+    def _mark(self, row: Preference, answer: list[Message]) -> Marked | Refused:
+        """The text up to the end of the answer, with the answer as its one span."""
+        messages = [*row.prompt, *answer]
+        conversation = Conversation(messages, row.place, row.tools, row.template_kwargs)
+        turns = range(len(row.prompt), len(messages))
+        try:
+            text = self.renderer.text(messages, tools=row.tools, kwargs=row.template_kwargs)
+        except CannotRender as error:
+            return Refused(f"the chat template does not take this conversation: {error}")
+        found = self.masker.find_in(conversation, text, turns)
+        if isinstance(found, Refused):
+            return found
+        if any(one[1] != other[0] for one, other in pairwise(found.spans)):
+            return Refused("an answer of several messages has headers between them that would be trained")
+        span = (found.spans[0][0], found.spans[-1][1])
+        return Marked(text[: span[1]], (span,), found.method, found.notes)
+
+    def _finish(
+        self, row: Preference, found: tuple[Marked | Refused, ...], pair: tuple[Tokens | Refused, ...]
+    ) -> Example | Lost:
+        for name, one in zip(("chosen", "rejected"), pair, strict=True):
+            if isinstance(one, Refused):
+                return unproven(Refused(f"{name} answer: {one}"))
+        (prompt, chosen), (other_prompt, rejected) = (self._cut(tokens) for tokens in pair)
+        if not np.array_equal(prompt, other_prompt):
+            return unproven(Refused("the prompt is rendered differently before the rejected answer"))
+        if np.array_equal(chosen, rejected):
+            return Lost("the chosen and the rejected answer are the same")
+        size = len(prompt) + max(len(chosen), len(rejected))
+        room = size if self.max_length is None else self.max_length - len(prompt)
+        if room <= 0:
+            return Lost("nothing left to train on", f"the prompt alone is {len(prompt)} tokens", tokens=size)
+        notes = set().union(*(one.notes for one in found), self.notices([*row.prompt, *row.chosen, *row.rejected]))
+        notes.update(tokens.note for tokens in pair if tokens.note)
+        cut = max(len(chosen) - room, 0) + max(len(rejected) - room, 0)
+        chosen, rejected = chosen[:room], rejected[:room]
+        if np.array_equal(chosen, rejected):
+            return Lost("nothing left to train on", "the answers differ only after max_length", tokens=size)
+        return Example(
+            columns={"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected},
+            tokens=2 * len(prompt) + len(chosen) + len(rejected),
+            trained=len(chosen) + len(rejected),
+            text=f"{found[0].text}\0{found[1].text}",
+            tokens_cut=cut,
+            answer_cut=cut > 0,
+            notes=frozenset(notes),
+        )
+
+    @staticmethod
+    def _cut(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        first, last = tokens.runs[0]
+        return tokens.ids[:first], tokens.ids[first:last]

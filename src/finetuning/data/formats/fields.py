@@ -1,0 +1,146 @@
+"""What the row formats share: the fields of a row, checked, with the exact key of what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.data.rows import Conversation, Message, Preference, Row
+from finetuning.data.sources import json_type
+from finetuning.errors import Place, Problem
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_META = ("dataset", "id", "tags", "labels")
+_KNOWN_SHAPES = {
+    "messages": ("`messages`: chats for supervised fine-tuning", {"messages"}),
+    "preference": ("preferences: run `finetuning dpo`", {"prompt_messages", "chosen_messages", "rejected_messages"}),
+    "from/value": (
+        "ShareGPT: rename `conversations` to `messages`, `from` to `role`, `value` to `content`",
+        {"conversations"},
+    ),
+    "alpaca": ("Alpaca: turn each row into `messages` with a user and an assistant message", {"instruction", "output"}),
+    "trl": (
+        "TRL's preferences: rename to `prompt_messages`, `chosen_messages`, `rejected_messages`",
+        {"prompt", "chosen", "rejected"},
+    ),
+    "completion": ("prompt and completion: turn each row into `messages`", {"prompt", "completion"}),
+}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One shape of rows: its name, the columns that it needs, and what makes a typed value of a row."""
+
+    name: str
+    columns: tuple[str, ...]
+    parse: Callable[[Row], Conversation | Preference | Problem]
+
+
+class FieldError(ValueError):
+    """A field is wrong; turned into a Problem by `parse_row`, never seen by users."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key = key
+
+
+def problem_of(row: Row, error: FieldError) -> Problem:
+    return Problem(str(error), Place(file=row.place.file, line=row.place.line, key=error.key or None))
+
+
+def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> None:
+    """Nothing, when the row has all columns; else a FieldError that says which format the row looks like."""
+    missing = [column for column in columns if column not in row.values]
+    if not missing:
+        return
+    found = ", ".join(sorted(row.values)) or "none"
+    text = f"expected {', '.join(columns)}; found {found}."
+    for name, (advice, shape) in _KNOWN_SHAPES.items():
+        if name != format_name and shape <= set(row.values):
+            raise FieldError("", f"{text} These rows look like {advice}")
+    close = difflib.get_close_matches(missing[0], row.values, n=1, cutoff=0.7)
+    raise FieldError("", f'{text} Did you mean "{missing[0]}" by "{close[0]}"?' if close else text.rstrip("."))
+
+
+def messages_field(row: Row, key: str) -> list[Message]:
+    """The messages under a key, each kept whole, checked.
+
+    `content` may be null or missing where an assistant's message has tool calls.
+    """
+    value = row.values[key]
+    if not isinstance(value, list):
+        raise FieldError(key, f"expected a list of messages, got {json_type(value)}")
+    if not value:
+        raise FieldError(key, "needs at least one message, got an empty list")
+    for index, message in enumerate(value):
+        _check_message(message, f"{key}[{index}]")
+    return value
+
+
+def _check_message(message: Any, key: str) -> None:
+    if not isinstance(message, dict):
+        raise FieldError(key, f"expected an object with role and content, got {json_type(message)}")
+    role = message.get("role")
+    if not isinstance(role, str):
+        if "from" in message and "value" in message:
+            raise FieldError(key, 'found from/value; rename "from" to "role" and "value" to "content"')
+        raise FieldError(f"{key}.role", f"expected text, got {json_type(role) if 'role' in message else 'nothing'}")
+    if role not in ROLES:
+        close = difflib.get_close_matches(role.lower(), ROLES, n=1)
+        hint = f' Did you mean "{close[0]}"?' if close else f" Known roles: {', '.join(ROLES)}."
+        raise FieldError(f"{key}.role", f'unknown role "{role}".{hint}')
+    _check_tool_calls(message, key)
+    content = message.get("content")
+    if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
+        got = json_type(content) if "content" in message else "nothing"
+        raise FieldError(f"{key}.content", f"expected text, got {got}")
+    for name in ("reasoning_content", "thinking"):
+        if message.get(name) is not None and not isinstance(message[name], str):
+            raise FieldError(f"{key}.{name}", f"expected text, got {json_type(message[name])}")
+
+
+def _check_tool_calls(message: Message, key: str) -> None:
+    calls = message.get("tool_calls")
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise FieldError(f"{key}.tool_calls", f"expected a list, got {json_type(calls)}")
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise FieldError(f"{key}.tool_calls[{index}]", "expected an object whose function has a name")
+
+
+def tools_field(row: Row) -> list[dict[str, Any]] | None:
+    """The row's tools: a list of objects, or the same as a JSON string; None without any."""
+    value = row.values.get("tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise FieldError("tools", f"expected a list of tools, got text that is no JSON: {error}") from None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise FieldError("tools", f"expected a list of objects, got {json_type(value)}")
+    return value
+
+
+def template_kwargs_field(row: Row) -> dict[str, Any]:
+    """Arguments of the chat template that the row brings: `chat_template_kwargs`, and `documents`."""
+    kwargs = row.values.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise FieldError("chat_template_kwargs", f"expected an object, got {json_type(kwargs)}")
+    documents = row.values.get("documents")
+    if documents is not None and not (
+        isinstance(documents, list) and all(isinstance(document, dict) for document in documents)
+    ):
+        raise FieldError("documents", f"expected a list of objects, got {json_type(documents)}")
+    return {**kwargs, "documents": documents} if documents else dict(kwargs)
+
+
+def meta_fields(row: Row) -> dict[str, Any]:
+    return {key: row.values[key] for key in _META if key in row.values}

@@ -1,0 +1,186 @@
+"""Text with trained spans to token ids with a mask, and the proof that the mask is the spans.
+
+A text is tokenised once, whole. A span is a run of tokens when a token begins where it begins and one ends where it
+ends; decoded, the run must give back the span. Where a token reaches over the beginning of a span, the text is cut
+there and tokenised in pieces, as it is when the model is served: the prompt alone, then what the model writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetuning.data.masking import Refused, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CUT_AT_BORDER = "a token reached over the beginning of a turn: tokenised in pieces"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, int32, and the runs [first, last) of them that are trained."""
+
+    ids: np.ndarray
+    runs: tuple[Span, ...]
+    note: str | None = None
+
+    def labels(self, untrained: int) -> np.ndarray:
+        """The ids where they are trained, `untrained` elsewhere; int32."""
+        labels = np.full(len(self.ids), untrained, dtype=np.int32)
+        for first, last in self.runs:
+            labels[first:last] = self.ids[first:last]
+        return labels
+
+
+class Labeller:
+    """Tokenises batches of rendered texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Tokens | Refused]:
+        """The tokens of each text; None for spans trains on all of them.
+
+        The beginning-of-sequence token is there once: as the text has it, else in front where the tokenizer adds one.
+        """
+        if not texts:
+            return []
+        encodings = self._encode(texts)
+        results = [self._align(text, one, wanted) for text, one, wanted in zip(texts, encodings, spans, strict=True)]
+        self._prove(texts, spans, results)
+        for index, result in enumerate(results):
+            if isinstance(result, Refused):
+                results[index] = self._in_pieces(texts[index], spans[index] or ())
+            else:
+                results[index] = self._with_bos(texts[index], result, spans[index] is None)
+        return results
+
+    def split(self, text: str) -> list[str]:
+        """The text, cut at its tokens."""
+        encoding = self._encode([text])[0]
+        borders = sorted({0, len(text), *(end for _, end in encoding.offsets)})
+        return [text[start:end] for start, end in pairwise(borders)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """What the tokens spell, special tokens included."""
+        return self._backend.decode([int(one) for one in ids], skip_special_tokens=False)
+
+    def _encode(self, texts: Sequence[str]) -> Sequence[Any]:
+        # Through the tokenizer, which clears a truncation or padding that its file was saved with.
+        batch = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return batch.encodings
+
+    @cached_property
+    def _added_bos(self) -> int | None:
+        """The beginning-of-sequence token, when the tokenizer puts one in front by itself."""
+        bos = self._tokenizer.bos_token_id
+        ids = self._tokenizer("a", verbose=False)["input_ids"]
+        return bos if bos is not None and ids[:1] == [bos] else None
+
+    def _with_bos(self, text: str, tokens: Tokens, trained: bool) -> Tokens:
+        if self._added_bos is None or text.startswith(self._tokenizer.bos_token):
+            return tokens
+        ids = np.concatenate([np.array([self._added_bos], dtype=np.int32), tokens.ids])
+        runs = ((0, len(ids)),) if trained else tuple((first + 1, last + 1) for first, last in tokens.runs)
+        return Tokens(ids, runs, tokens.note)
+
+    @staticmethod
+    def _align(text: str, encoding: Any, spans: Sequence[Span] | None) -> Tokens | Refused:
+        """The runs of tokens that cover the spans exactly, by the tokenizer's own offsets."""
+        ids = np.array(encoding.ids, dtype=np.int32)
+        if spans is None:
+            return Tokens(ids, ((0, len(ids)),))
+        runs = []
+        for start, end in spans:
+            first = _token_from(encoding, start, end)
+            if first is None:
+                return Refused("a turn has no token")
+            begins, _ = encoding.token_to_chars(first)
+            # The white space in front of a word belongs to its token; some tokenizers leave it out of the offsets.
+            if begins != start and (begins < start or text[start:begins].strip()):
+                return Refused("a token reaches over the beginning of a turn")
+            last = _token_from(encoding, end, len(text))
+            last = len(ids) if last is None else last
+            if last <= first or encoding.token_to_chars(last - 1)[1] > end:
+                return Refused("a token reaches over the end of a turn")
+            runs.append((first, last))
+        return Tokens(ids, tuple(runs))
+
+    def _prove(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], results: list[Tokens | Refused]
+    ) -> None:
+        """Decodes each run and refuses the rows whose run is not its span."""
+        runs, wanted, owners = [], [], []
+        for index, result in enumerate(results):
+            if isinstance(result, Tokens) and spans[index] is not None:
+                ids = result.ids.tolist()
+                for (first, last), (start, end) in zip(result.runs, spans[index], strict=True):
+                    runs.append(ids[first:last])
+                    wanted.append(texts[index][start:end])
+                    owners.append(index)
+        decoded = self._backend.decode_batch(runs, skip_special_tokens=False)
+        for run, text, shown, owner in zip(runs, wanted, decoded, owners, strict=True):
+            if shown != text and not self._is_same(run, text, shown):
+                results[owner] = Refused(f"the trained tokens spell {shown[:60]!r}, the turn is {text[:60]!r}")
+
+    def _is_same(self, run: list[int], text: str, shown: str) -> bool:
+        """Whether a run stands for a text by the tokenizer's own rules.
+
+        A tokenizer may drop the space before the first word of what it decodes, and may normalise what it encodes.
+        """
+        if self._drops_first_space:
+            anchored = self.decode([*self._anchor, *run])
+            if anchored == self.decode(self._anchor) + text:
+                return True
+        again = self.decode(self._encode([text])[0].ids)
+        return again == shown or (self._drops_first_space and again.removeprefix(" ") == shown.removeprefix(" "))
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self._encode(["a"])[0].ids
+
+    @cached_property
+    def _drops_first_space(self) -> bool:
+        ids = self._encode(["a a"])[0].ids
+        return bool(ids) and self.decode(ids[-1:]) == "a" and self.decode(ids) == "a a"
+
+    def _in_pieces(self, text: str, spans: Sequence[Span]) -> Tokens | Refused:
+        """The tokens of a text that is cut at the borders of its spans, if they still spell the text."""
+        borders = [0, *(position for span in spans for position in span), len(text)]
+        pieces = [text[start:end] for start, end in pairwise(borders)]
+        ids: list[int] = []
+        runs = []
+        for index, encoding in enumerate(self._encode(pieces)):
+            piece = encoding.ids
+            if index % 2:
+                runs.append((len(ids), len(ids) + len(piece)))
+                shown = self.decode(piece)
+                if shown != pieces[index] and not self._is_same(piece, pieces[index], shown):
+                    return Refused(f"the trained tokens spell {shown[:60]!r}, the turn is {pieces[index][:60]!r}")
+            ids.extend(piece)
+        if self.decode(ids) != self.decode(self._encode([text])[0].ids):
+            return Refused("a token reaches over the beginning of a turn, and the text cannot be cut there")
+        return self._with_bos(text, Tokens(np.array(ids, dtype=np.int32), tuple(runs), CUT_AT_BORDER), False)
+
+
+def _token_from(encoding: Any, start: int, stop: int) -> int | None:
+    """The first token at or after a character; None when there is none before `stop`."""
+    for position in range(start, stop):
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return token
+    return None

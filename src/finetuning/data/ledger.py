@@ -1,0 +1,242 @@
+"""The fate of each input row: kept, cut, or dropped for a reason; nothing is lost without a line here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import DataError, Place, Problem
+
+KEPT, TRUNCATED, DROPPED = "kept", "truncated", "dropped"
+TOO_LONG = "longer than the limit"
+_SHOWN = 10
+_FILTERED_WARNING = 0.05
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one input row.
+
+    `is_fault` tells a row that is lost to a fault from one that was filtered by length, as asked for.
+    """
+
+    place: Place
+    what: str
+    reason: str = ""
+    detail: str = ""
+    is_fault: bool = False
+    tokens: int = 0
+    tokens_cut: int = 0
+    answer_cut: bool = False
+
+
+@dataclass
+class PartLedger:
+    """The fates of the rows of one part of the data (`training` or `validation`), and what was noticed on the way."""
+
+    part: str
+    limit: int | None = None
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    shortest_dropped: int | None = None
+    fates: list[Fate] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def keep(self, tokens: int, trained: int) -> None:
+        """Counts a row that is trained on as it is; tokens are counted in `tokens` and `trained`."""
+        self.rows += 1
+        self.kept += 1
+        self.tokens += tokens
+        self.trained_tokens += trained
+
+    def truncate(self, place: Place, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
+        """Counts a row that is trained on without its end."""
+        self.keep(tokens, trained)
+        detail = f"{tokens_cut} tokens cut off" + (", part of the answer among them" if answer_cut else "")
+        self.fates.append(
+            Fate(place, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut)
+        )
+
+    def drop(self, place: Place, reason: str, detail: str = "", *, is_fault: bool = True, tokens: int = 0) -> None:
+        """Counts a row that is not trained on."""
+        self.rows += 1
+        if reason == TOO_LONG and (self.shortest_dropped is None or tokens < self.shortest_dropped):
+            self.shortest_dropped = tokens
+        self.fates.append(Fate(place, DROPPED, reason, detail, is_fault=is_fault, tokens=tokens))
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Counts something worth knowing that costs no row."""
+        if count:
+            self.counts[what] += count
+
+    @property
+    def truncated(self) -> list[Fate]:
+        return [fate for fate in self.fates if fate.what == TRUNCATED]
+
+    @property
+    def dropped(self) -> list[Fate]:
+        return [fate for fate in self.fates if fate.what == DROPPED]
+
+    @property
+    def faults(self) -> list[Fate]:
+        return [fate for fate in self.fates if fate.is_fault]
+
+    @property
+    def filtered(self) -> list[Fate]:
+        return [fate for fate in self.dropped if not fate.is_fault]
+
+    def lines(self) -> list[str]:
+        """The ledger for people, a line for each thing to know."""
+        lines = [
+            f"{self.part}: {_count(self.kept, 'row')} of {self.rows} kept, {_count(self.tokens, 'token')},"
+            f" {self.trained_tokens} trained"
+        ]
+        if cut := self.truncated:
+            answers = sum(fate.answer_cut for fate in cut)
+            lost = _count(sum(fate.tokens_cut for fate in cut), "token")
+            lines.append(f"  truncated: {_count(len(cut), 'row')}, {lost} cut off; {_count(answers, 'answer')} cut")
+        for reason, count in Counter(fate.reason for fate in self.dropped).most_common():
+            example = next(fate for fate in self.dropped if fate.reason == reason)
+            detail = f": {example.detail}" if example.detail else ""
+            lines.append(f"  dropped: {_count(count, 'row')}, {reason}; first {example.place}{detail}")
+        lines += [f"  noticed: {_count(count, 'row')}, {what}" for what, count in sorted(self.counts.items())]
+        share = len(self.filtered) / self.rows if self.rows else 0.0
+        if share > _FILTERED_WARNING:
+            lines.append(
+                f"  warning: {share:.1%} of the rows are longer than {self.limit} tokens and left out;"
+                " a larger limit or length_handling: truncate keeps them"
+            )
+        return lines
+
+    def report(self) -> dict[str, Any]:
+        """The ledger for machines; JSON types only."""
+        return {
+            "part": self.part,
+            "rows": self.rows,
+            "kept": self.kept,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "truncated": len(self.truncated),
+            "tokens_cut": sum(fate.tokens_cut for fate in self.truncated),
+            "answers_cut": sum(fate.answer_cut for fate in self.truncated),
+            "dropped": dict(Counter(fate.reason for fate in self.dropped)),
+            "lost_to_faults": len(self.faults),
+            "filtered_by_length": len(self.filtered),
+            "noticed": dict(self.counts),
+        }
+
+    def check(self, max_lost_fraction: float) -> None:
+        """Nothing, when enough rows are left.
+
+        Raises:
+            DataError: no row is left, or more than `max_lost_fraction` of them were lost to faults.
+        """
+        if self.rows and not self.kept:
+            raise DataError(self._nothing_left(), place=Place(file=self.dropped[0].place.file))
+        if self.rows and len(self.faults) > max_lost_fraction * self.rows:
+            share = len(self.faults) / self.rows
+            head = Problem(
+                f"{len(self.faults)} of {self.rows} {self.part} rows ({share:.1%}) would be lost to faults,"
+                f" more than data_conf.max_lost_fraction {max_lost_fraction:g}"
+            )
+            raise DataError([head, *(_problem(fate) for fate in self.faults[:_SHOWN])])
+
+    def _nothing_left(self) -> str:
+        reasons = Counter(fate.reason for fate in self.dropped)
+        if set(reasons) == {TOO_LONG}:
+            return (
+                f"all {self.rows} rows dropped: shortest is {self.shortest_dropped} tokens, max_seq_length {self.limit}"
+            )
+        parts = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        first = self.dropped[0]
+        return f"all {self.rows} rows dropped: {parts}; first at {first.place}: {first.detail or first.reason}"
+
+
+def raise_bad_rows(problems: Sequence[Problem]) -> None:
+    """Nothing without problems.
+
+    Raises:
+        DataError: the first ten, and how many there are.
+    """
+    if not problems:
+        return
+    shown = list(problems[:_SHOWN])
+    rest = len(problems) - len(shown)
+    more = f"{_count(len(problems), 'bad row')}" + (f", the first {_SHOWN} shown" if rest else "")
+    shown.append(Problem(f"{more}. Set data_conf.on_bad_row: skip to leave bad rows out, counted."))
+    raise DataError(shown)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledgers of all parts of the data."""
+
+    parts: tuple[PartLedger, ...]
+
+    def lines(self) -> list[str]:
+        """The ledgers for people, line by line."""
+        return [line for part in self.parts for line in part.lines()]
+
+    def report(self) -> list[dict[str, Any]]:
+        """The ledgers for machines; JSON types only."""
+        return [part.report() for part in self.parts]
+
+    def check(self, max_lost_fraction: float) -> None:
+        """Nothing, when enough rows of each part are left.
+
+        Raises:
+            DataError: a part has no row left, or lost more than `max_lost_fraction` of its rows to faults.
+        """
+        for part in self.parts:
+            part.check(max_lost_fraction)
+
+    def write(self, directory: str | Path) -> None:
+        """`data_report.json` with all counts, and `rejects.jsonl` with each row that was cut or dropped."""
+        folder = Path(directory)
+        _write_whole(folder / "data_report.json", json.dumps(self.report(), indent=2, ensure_ascii=False) + "\n")
+        _write_whole(folder / "rejects.jsonl", "".join(_rejects(self.parts)))
+
+
+def _rejects(parts: Sequence[PartLedger]) -> Iterator[str]:
+    for part in parts:
+        for fate in part.fates:
+            values = {
+                "file": fate.place.file,
+                "line": fate.place.line,
+                "key": fate.place.key,
+                "part": part.part,
+                "fate": fate.what,
+                "reason": fate.reason,
+                "detail": fate.detail,
+                "tokens": fate.tokens,
+                "tokens_cut": fate.tokens_cut,
+                "fault": fate.is_fault,
+            }
+            yield (
+                json.dumps({key: one for key, one in values.items() if one not in (None, "", 0)}, ensure_ascii=False)
+                + "\n"
+            )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.partial")
+    with open(staging, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(staging, path)
+
+
+def _problem(fate: Fate) -> Problem:
+    return Problem(f"{fate.reason}: {fate.detail}" if fate.detail else fate.reason, fate.place)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,251 @@
+"""Which characters of a rendered conversation are trained: each assistant turn, from the end of the prompt that the
+model is given to the end-of-turn marker, proven for any chat template, or refused with the reason.
+
+The conversation is rendered twice: as it is, and with marks around the contents. Without its marks the second text
+must equal the first, so the marks show where each message went. From the last mark before a turn, the template's own
+generation prompt must follow; after the turn's last mark, the marker that the template ends an answer with. Where a
+template looks into the contents, so that marks change its course, fewer marks are tried, then none: the conversation
+up to a turn must then be a prefix of the whole. Last come the template's own `{% generation %}` marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.data import sentinels
+from finetuning.data.endings import Ending, EndingFinder, NotShown
+from finetuning.data.rendering import CannotRender, Renderer
+from finetuning.data.rows import Conversation, Message
+from finetuning.data.sentinels import Unmarked
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A rendered conversation, the character spans to train on, in order, and how they were proven."""
+
+    text: str
+    spans: tuple[Span, ...]
+    method: str
+    notes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why no mask could be shown for a conversation; `turn` is the index of the message, where one is to blame."""
+
+    reason: str
+    turn: int | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.turn is None else f"messages[{self.turn}]: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _View:
+    """One attempt at a conversation: its text with the marks that this attempt makes."""
+
+    conversation: Conversation
+    marked: Sequence[Message]
+    whole: Unmarked
+
+
+class Masker:
+    """Finds the trained spans of conversations. Keeps what it learned about a template from one row to the next."""
+
+    def __init__(self, renderer: Renderer, split_tokens: Callable[[str], list[str]], stop_tokens: Iterable[str] = ()):
+        """`split_tokens` cuts a text into the texts of its tokens; `stop_tokens` are what the model may stop at,
+        besides the tokenizer's end-of-sequence token."""
+        self._renderer = renderer
+        self._split_tokens = split_tokens
+        self._endings = EndingFinder(renderer, stop_tokens)
+        self._tails: dict[Any, str] = {}
+
+    def find(self, conversation: Conversation) -> Marked | Refused:
+        """The rendered text with its spans; a conversation without an assistant turn has none."""
+        try:
+            text = self._render(conversation, conversation.messages)
+        except CannotRender as error:
+            return Refused(f"the chat template does not take this conversation: {error}")
+        turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if not turns:
+            return Marked(text, (), "no turn")
+        return self.find_in(conversation, text, turns)
+
+    def find_in(self, conversation: Conversation, text: str, turns: Sequence[int]) -> Marked | Refused:
+        """The spans of those turns in the text that the conversation was rendered to."""
+        failure: Refused | None = None
+        for name, marked in self._attempts(conversation, text):
+            try:
+                whole = sentinels.unmark(self._render(conversation, marked))
+            except CannotRender:
+                continue
+            if whole.text != text:
+                continue
+            try:
+                spans, notes = self._all_spans(_View(conversation, marked, whole), turns)
+                return Marked(text, spans, name, notes)
+            except NotShown as error:
+                failure = failure or Refused(str(error), error.turn)
+        if self._renderer.has_marks:
+            return self._by_template(conversation, text, len(turns), failure)
+        return failure or Refused("the chat template writes this conversation differently when it is rendered again")
+
+    def _attempts(self, conversation: Conversation, text: str) -> Iterable[tuple[str, Sequence[Message]]]:
+        messages = conversation.messages
+        if sentinels.can_mark(text, len(messages)):
+            yield "marks", sentinels.mark(messages)
+            yield "end marks", sentinels.mark(messages, openings=False)
+        yield "prefix", messages
+
+    def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
+        return self._renderer.text(
+            messages, prompt=prompt, tools=conversation.tools, kwargs=conversation.template_kwargs
+        )
+
+    def _all_spans(self, view: _View, turns: Sequence[int]) -> tuple[tuple[Span, ...], frozenset[str]]:
+        spans: list[Span] = []
+        notes: set[str] = set()
+        for turn in turns:
+            start = self._start(view, turn, notes)
+            end = self._end(view, turn, start)
+            if start < (spans[-1][1] if spans else 0) or end <= start:
+                raise NotShown("its text overlaps the turn before it", turn)
+            self._check_inside(view, turn, (start, end), notes)
+            spans.append((start, end))
+        return tuple(spans), frozenset(notes)
+
+    def _start(self, view: _View, turn: int, notes: set[str]) -> int:
+        """The position at which the model begins to write the turn."""
+        position, tail = self._prompt_tail(view, turn)
+        limit = view.whole.positions.get(sentinels.opening(turn))
+        before = view.whole.text[position:limit]
+        if before.startswith(tail):
+            return position + len(tail)
+        if limit is not None and tail.startswith(before):
+            notes.add("the generation prompt holds more than the turn begins with")
+            return limit
+        shared = self._shared_tokens(tail, before)
+        if shared <= len(tail) - len(self._endings.generation_prompt):
+            raise NotShown("the text before it is not what the template prompts the model with", turn)
+        notes.add("the generation prompt and the turn begin differently")
+        return position + shared
+
+    def _prompt_tail(self, view: _View, turn: int) -> tuple[int, str]:
+        """The position of the last mark before the turn, and what the generation prompt writes from there on."""
+        if turn == 0:
+            opening = view.whole.positions.get(sentinels.opening(0))
+            prompt = self._endings.generation_prompt
+            if opening is None or not prompt or not view.whole.text[:opening].endswith(prompt):
+                raise NotShown("the conversation begins with it, and its header cannot be told apart", turn)
+            return opening - len(prompt), prompt
+        anchor = self._anchor(view, turn)
+        key = self._plain_key(view.conversation, turn, anchor)
+        if key is not None and key in self._tails:
+            return (view.whole.positions[anchor] if anchor else 0), self._tails[key]
+        try:
+            prompt_view = sentinels.unmark(self._render(view.conversation, view.marked[:turn], prompt=True))
+        except CannotRender as error:
+            raise NotShown(f"the template does not take the conversation up to it: {error}", turn) from None
+        if anchor and anchor not in prompt_view.positions:
+            raise NotShown("the template writes the message before it differently in the prompt", turn)
+        tail = prompt_view.after(anchor) if anchor else prompt_view.text
+        if key is not None:
+            self._tails[key] = tail
+        return (view.whole.positions[anchor] if anchor else 0), tail
+
+    @staticmethod
+    def _anchor(view: _View, turn: int) -> str | None:
+        """The last mark of a message before the turn that stands where its message does."""
+        highest = -1
+        found = None
+        for index in range(turn):
+            for sign in (sentinels.closing(index), sentinels.calling(index)):
+                position = view.whole.positions.get(sign, -1)
+                if position > highest:
+                    highest, found = position, sign
+        return found
+
+    @staticmethod
+    def _plain_key(conversation: Conversation, turn: int, anchor: str | None) -> Any:
+        """What the tail of a prompt depends on, where that is the roles and nothing else."""
+        if anchor is None or conversation.tools or conversation.template_kwargs:
+            return None
+        before = conversation.messages[:turn]
+        if any(len(message) != 2 or message["content"].strip() != message["content"] for message in before):
+            return None
+        if not all(message["content"] for message in before):
+            return None
+        return anchor, tuple(message["role"] for message in before)
+
+    def _shared_tokens(self, left: str, right: str) -> int:
+        """The length of the longest common beginning of two texts that is made of whole tokens of both."""
+        length = 0
+        for one, other in zip(self._split_tokens(left), self._split_tokens(right), strict=False):
+            if one != other:
+                break
+            length += len(one)
+        return length
+
+    def _end(self, view: _View, turn: int, start: int) -> int:
+        """The position after the end-of-turn marker of the turn."""
+        message = view.conversation.messages[turn]
+        positions = view.whole.positions
+        content, calls = sentinels.closing(turn), sentinels.calling(turn)
+        has_calls = bool(message.get("tool_calls"))
+        own = [sign for sign in (content, calls) if positions.get(sign, -1) >= start]
+        if not has_calls:
+            position = positions[content] if own else start
+            blank = not (message.get("content") or "").strip()
+            if own or (blank and self._endings.ends_at(view.whole.text, position)):
+                rest = view.whole.text[position:]
+                return position + self._endings.match_plain(rest, message.get("content") or "", turn)
+        anchor = max(own, key=positions.__getitem__) if own else self._anchor(view, turn)
+        try:
+            until = sentinels.unmark(self._render(view.conversation, view.marked[: turn + 1]))
+        except CannotRender as error:
+            raise NotShown(f"the template does not take the conversation up to its end: {error}", turn) from None
+        if anchor and anchor not in until.positions:
+            raise NotShown("the template writes it differently when it is the last message", turn)
+        position = positions[anchor] if anchor else 0
+        ending: Ending = self._endings.of_tail(until.after(anchor) if anchor else until.text, turn)
+        if not view.whole.text.startswith(ending.text, position):
+            shown = view.whole.text[position : position + len(ending.text)]
+            raise NotShown(f"it ends with {ending.text[-40:]!r} as the last message, with {shown[-40:]!r} here", turn)
+        return position + len(ending.text)
+
+    @staticmethod
+    def _check_inside(view: _View, turn: int, span: Span, notes: set[str]) -> None:
+        """Nothing of another message lies in the span, and what the message says does."""
+        start, end = span
+        message = view.conversation.messages[turn]
+        own = {sentinels.opening(turn), sentinels.closing(turn), sentinels.calling(turn)}
+        inside = {sign for sign, position in view.whole.positions.items() if start < position <= end}
+        strangers = [sign for sign in inside - own if view.whole.positions[sign] < end]
+        if strangers:
+            raise NotShown("the text of another message lies inside it", turn)
+        text = view.whole.text[start:end]
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+        if any(name not in text for name in names):
+            raise NotShown("the template leaves out its tool calls", turn)
+        content = (message.get("content") or "").strip()
+        if content and content not in text:
+            answer = content.rpartition("</think>")[2].strip()
+            if answer and answer not in text and not names:
+                raise NotShown("the template leaves out its content", turn)
+            notes.add("the template leaves out a part of a turn")
+
+    def _by_template(
+        self, conversation: Conversation, text: str, count: int, failure: Refused | None
+    ) -> Marked | Refused:
+        """The spans between the template's own marks, when there is one a turn and each ends as a turn must."""
+        spans = self._renderer.marked_spans(conversation.messages, conversation.tools, conversation.template_kwargs)
+        if len(spans) != count:
+            return failure or Refused(f"the template marks {len(spans)} turns of {count}")
+        trimmed = tuple((start, start + len(text[start:end].rstrip())) for start, end in spans)
+        if not all(start < end and self._endings.is_end(text[start:end]) for start, end in trimmed):
+            return failure or Refused("the template's own marks leave out the end of a turn")
+        return Marked(text, trimmed, "template")

@@ -1,0 +1,72 @@
+"""Which rows, in which order: pure functions of lengths, weights and a seed.
+
+The draws are those of `datasets.interleave_datasets` and `Dataset.train_test_split`, so that a seed picks the rows
+that it always picked, on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_BLOCK = 1000
+
+
+def concatenate(lengths: Sequence[int]) -> np.ndarray:
+    """Indices, int64, of all rows of all datasets laid end to end."""
+    return np.arange(sum(lengths), dtype=np.int64)
+
+
+def weighted_mix(lengths: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Indices, int64, into the datasets laid end to end; every row of a dataset with weight appears at least once.
+
+    When all weights are 1.0 the datasets take turns, and shorter ones start again until the longest is through.
+    Otherwise a dataset is drawn by weight for each place until each has given all its rows. A weight of 0 skips its
+    dataset. The weights of the others are divided by their sum.
+
+    Raises:
+        ValueError: no weight is above 0, or a dataset that has one is empty.
+    """
+    used = [index for index, weight in enumerate(weights) if weight > 0]
+    if not used:
+        raise ValueError("all sampling weights are 0")
+    starts = np.concatenate([[0], np.cumsum(lengths)])[used].astype(np.int64)
+    sizes = np.asarray(lengths, dtype=np.int64)[used]
+    if not sizes.all():
+        raise ValueError("a dataset of the mix has no rows")
+    if all(weights[index] == 1.0 for index in used):
+        turns = np.arange(sizes.max(), dtype=np.int64)[:, None]
+        return (turns % sizes + starts).ravel()
+    total = sum(weights[index] for index in used)
+    draws = _draw_until_exhausted(sizes, [weights[index] / total for index in used], seed)
+    indices = np.empty(len(draws), dtype=np.int64)
+    for source, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        places = np.flatnonzero(draws == source)
+        indices[places] = np.arange(len(places)) % size + start
+    return indices
+
+
+def _draw_until_exhausted(sizes: np.ndarray, probabilities: Sequence[float], seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    counts = np.zeros(len(sizes), dtype=np.int64)
+    blocks = []
+    while (counts < sizes).any():
+        blocks.append(generator.choice(len(sizes), size=_BLOCK, p=probabilities))
+        counts += np.bincount(blocks[-1], minlength=len(sizes))
+    draws = np.concatenate(blocks)
+    last = max(np.flatnonzero(draws == source)[size - 1] for source, size in enumerate(sizes))
+    return draws[: last + 1]
+
+
+def split(count: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, int64, of the training rows and of the validation rows among `count` rows, disjoint and shuffled.
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    validation = int(np.ceil(ratio * count))
+    if not 0 < validation < count:
+        raise ValueError(f"{count} rows cannot be split with ratio {ratio:g}: one side would be empty")
+    order = np.random.default_rng(seed).permutation(count)
+    return order[validation:], order[:validation]

@@ -1,0 +1,207 @@
+"""Files to datasets that a trainer takes as they are, with the ledger of what became of each row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetuning.config.data import AutoSplit, Concatenation, DataConfig, DatasetSource, WeightedMix
+from finetuning.config.training import SFTArgs
+from finetuning.data import mixing
+from finetuning.data.examples import DPOMaker, SFTMaker
+from finetuning.data.formats import FORMATS
+from finetuning.data.labelling import Labeller
+from finetuning.data.ledger import Ledger, raise_bad_rows
+from finetuning.data.masking import Masker
+from finetuning.data.preview import PreviewRow
+from finetuning.data.reading import Part, Reading, to_dataset
+from finetuning.data.rendering import Renderer
+from finetuning.data.sources import check_source
+from finetuning.data.templates import get_template
+from finetuning.errors import DataError, Place
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerFast
+
+RULES = "1"
+"""Changes whenever the same rows would be rendered, masked, cut or mixed in another way."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 of each thing that the prepared rows depend on, in hexadecimal."""
+
+    data: str
+    template: str
+    tokenizer: str
+    rules: str
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over all of them."""
+        return _sha256(f"{self.data} {self.template} {self.tokenizer} {self.rules}")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised rows. SFT: `input_ids` and `labels`; DPO: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    ledger: Ledger
+    preview: list[PreviewRow]
+    fingerprint: Fingerprint
+
+
+def prepare_sft(
+    data_conf: DataConfig,
+    sft_args: SFTArgs,
+    tokenizer: PreTrainedTokenizerFast,
+    num_workers: int = 1,
+    *,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
+    """`input_ids` and `labels` of the training and validation rows.
+
+    `tokenizer` has its chat template and special tokens already. `stop_tokens` are what the model may stop at besides
+    the end-of-sequence token (its `generation_config`), which some templates end a tool call with. Preparation runs on
+    the tokenizer's own threads, whatever `num_workers` says.
+
+    Raises:
+        DataError: a file, a row or the template is wrong, or too few rows are left.
+    """
+    labeller = _labeller(tokenizer)
+    renderer = Renderer(tokenizer)
+    make = SFTMaker(
+        renderer,
+        Masker(renderer, labeller.split, _stops(data_conf, stop_tokens)),
+        labeller,
+        max_length=sft_args.max_seq_length,
+        truncate=sft_args.length_handling == "truncate",
+        completions_only=sft_args.train_on_completions_only,
+    )
+    rules = ["sft", sft_args.max_seq_length, sft_args.length_handling, sft_args.train_on_completions_only]
+    reading = Reading(FORMATS["messages"], make, labeller, sft_args.max_seq_length)
+    return _prepare(data_conf, reading, tokenizer, rules)
+
+
+def prepare_dpo(
+    data_conf: DataConfig,
+    max_length: int | None,
+    tokenizer: PreTrainedTokenizerFast,
+    num_workers: int = 1,
+    *,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of the training and validation rows, as TRL's collator takes them.
+
+    Answers are cut where prompt and answer are longer than `max_length`. The arguments are those of `prepare_sft`.
+
+    Raises:
+        DataError: a file, a row or the template is wrong, or too few rows are left.
+    """
+    labeller = _labeller(tokenizer)
+    renderer = Renderer(tokenizer)
+    masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+    reading = Reading(FORMATS["preference"], DPOMaker(renderer, masker, labeller, max_length), labeller, max_length)
+    return _prepare(data_conf, reading, tokenizer, ["dpo", max_length])
+
+
+def _labeller(tokenizer: PreTrainedTokenizerFast) -> Labeller:
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer is a slow one, without character offsets: a loss mask could not be proven")
+    return Labeller(tokenizer)
+
+
+def _stops(data_conf: DataConfig, stop_tokens: Sequence[str]) -> tuple[str, ...]:
+    template = get_template(data_conf.chat_template_name)
+    return (*stop_tokens, *([template.end_of_turn] if template and template.end_of_turn else ()))
+
+
+def _prepare(
+    data_conf: DataConfig, reading: Reading, tokenizer: PreTrainedTokenizerFast, rules: list[Any]
+) -> PreparedData:
+    training, validation = data_conf.training_data, data_conf.validation_data
+    sources = _sources(training, "data_conf.training_data")
+    other = _sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
+    part, ledger = reading.read(sources, "training")
+    parts, ledgers = [part], [ledger]
+    if other:
+        part, ledger = reading.read(other, "validation")
+        parts.append(part)
+        ledgers.append(ledger)
+    if data_conf.on_bad_row == "error":
+        raise_bad_rows(reading.problems)
+    report = Ledger(tuple(ledgers))
+    report.check(data_conf.max_lost_fraction)
+    train = _order(training, parts[0])
+    held_out = None
+    if isinstance(validation, AutoSplit):
+        train, held_out = _split(train, validation)
+    return PreparedData(
+        train=to_dataset(parts[0], train, "training"),
+        validation=(
+            to_dataset(parts[0], held_out, "validation")
+            if held_out is not None
+            else to_dataset(parts[1], mixing.concatenate(parts[1].lengths), "validation")
+            if other
+            else None
+        ),
+        ledger=report,
+        preview=[row for rows in reading.preview for row in rows],
+        fingerprint=Fingerprint(
+            data=reading.digest.hexdigest(),
+            template=_sha256(json.dumps(tokenizer.chat_template)),
+            tokenizer=_sha256(tokenizer.backend_tokenizer.to_str()),
+            rules=_sha256(json.dumps([RULES, *rules, data_conf.model_dump(mode="json")])),
+        ),
+    )
+
+
+def _sources(data: Concatenation | WeightedMix, key: str) -> list[DatasetSource]:
+    """The files to read, all of them checked; those of weight 0 are left out.
+
+    Raises:
+        DataError: with every file that is wrong.
+    """
+    used, problems = [], []
+    for index, source in enumerate(data.datasets):
+        if isinstance(data, WeightedMix) and source.sampling_weight == 0:
+            continue
+        used.append(source)
+        try:
+            check_source(source.path, f"{key}.datasets[{index}].path")
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    if not used:
+        raise DataError(
+            "all sampling weights are 0, so there is nothing to train on", place=Place(key=f"{key}.datasets")
+        )
+    return used
+
+
+def _order(training: Concatenation | WeightedMix, part: Part) -> np.ndarray:
+    if isinstance(training, Concatenation):
+        return mixing.concatenate(part.lengths)
+    weights = [source.sampling_weight for source in training.datasets if source.sampling_weight > 0]
+    return mixing.weighted_mix(part.lengths, weights, training.seed)
+
+
+def _split(order: np.ndarray, validation: AutoSplit) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        train, held_out = mixing.split(len(order), validation.ratio, validation.seed)
+    except ValueError as error:
+        raise DataError(str(error), place=Place(key="data_conf.validation_data.ratio")) from None
+    return order[train], order[held_out]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

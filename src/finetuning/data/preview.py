@@ -1,0 +1,65 @@
+"""The first rows as a person can read them: what the model is shown, and what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from finetuning.data.collate import UNTRAINED
+from finetuning.data.examples import Example
+from finetuning.data.labelling import Labeller
+from finetuning.errors import Place
+
+_OPEN, _CLOSE = "⟦", "⟧"
+_GREEN, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row in segments of text, each trained or not; `title` says which part of the row it is."""
+
+    place: Place
+    title: str
+    segments: tuple[tuple[str, bool], ...]
+    tokens: int
+    trained: int
+    tokens_cut: int = 0
+
+
+def preview_of(example: Example, place: Place, labeller: Labeller) -> list[PreviewRow]:
+    """The example as the model sees it, decoded from its ids: one row for SFT, chosen and rejected for DPO."""
+    columns = example.columns
+    if "labels" in columns:
+        mask = columns["labels"] != UNTRAINED
+        return [_row(place, "row", columns["input_ids"], mask, example.tokens_cut, labeller)]
+    rows = []
+    for name in ("chosen", "rejected"):
+        prompt, answer = columns["prompt_ids"], columns[f"{name}_ids"]
+        mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+        rows.append(_row(place, name, np.concatenate([prompt, answer]), mask, example.tokens_cut, labeller))
+    return rows
+
+
+def _row(
+    place: Place, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, labeller: Labeller
+) -> PreviewRow:
+    borders = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
+    segments = tuple(
+        (labeller.decode(ids[start:end]), bool(mask[start])) for start, end in pairwise(borders) if end > start
+    )
+    return PreviewRow(place, title, segments, len(ids), int(mask.sum()), tokens_cut)
+
+
+def to_text(rows: Sequence[PreviewRow], *, colour: bool = False) -> str:
+    """The rows as text; trained text stands in ⟦ ⟧, or in green where colour is asked for."""
+    opening, closing = (_RESET + _GREEN, _RESET + _DIM) if colour else (_OPEN, _CLOSE)
+    parts = []
+    for row in rows:
+        cut = f", {row.tokens_cut} tokens cut off" if row.tokens_cut else ""
+        head = f"--- {row.place} ({row.title}): {row.tokens} tokens, {row.trained} trained{cut}"
+        body = "".join(f"{opening}{text}{closing}" if trained else text for text, trained in row.segments)
+        parts.append(f"{head}\n{_DIM + body + _RESET if colour else body}\n")
+    return "\n".join(parts)

@@ -1,0 +1,117 @@
+"""Files to the examples that they hold, and examples to a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetuning.config.data import DatasetSource
+from finetuning.data.examples import Example, Lost, Maker
+from finetuning.data.formats import RowFormat
+from finetuning.data.labelling import Labeller
+from finetuning.data.ledger import PartLedger
+from finetuning.data.preview import PreviewRow, preview_of
+from finetuning.data.sources import read_rows
+from finetuning.errors import DataError, Place, Problem
+
+if TYPE_CHECKING:
+    import datasets
+
+SAME_AS_BEFORE = "the same as a row before"
+_BATCH = 1024
+_PREVIEW_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one part of the data: those that are trained on, and the number of rows in each file."""
+
+    examples: dict[str, list[np.ndarray]]
+    alive: np.ndarray
+    lengths: list[int]
+
+
+@dataclass
+class Reading:
+    """What is common to all parts: how rows are read and made, and what has gone wrong so far."""
+
+    row_format: RowFormat
+    make: Maker
+    labeller: Labeller
+    limit: int | None
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    problems: list[Problem] = field(default_factory=list)
+    preview: list[list[PreviewRow]] = field(default_factory=list)
+    seen: dict[bytes, tuple[str, Place]] = field(default_factory=dict)
+
+    def read(self, sources: Sequence[DatasetSource], name: str) -> tuple[Part, PartLedger]:
+        ledger = PartLedger(name, self.limit)
+        examples: dict[str, list[np.ndarray]] = {}
+        alive: list[bool] = []
+        lengths = []
+        for source in sources:
+            before = len(alive)
+            self.digest.update(b"\0file\0")
+            rows = iter(read_rows(source.path, self.digest))
+            while batch := list(islice(rows, _BATCH)):
+                self._add(batch, ledger, examples, alive)
+            lengths.append(len(alive) - before)
+        return Part(examples, np.array(alive, dtype=bool), lengths), ledger
+
+    def _add(
+        self, batch: Sequence[Any], ledger: PartLedger, examples: dict[str, list[np.ndarray]], alive: list[bool]
+    ) -> None:
+        parsed = [row if isinstance(row, Problem) else self.row_format.parse(row) for row in batch]
+        made = iter(self.make([row for row in parsed if not isinstance(row, Problem)]))
+        for row in parsed:
+            example = Lost("bad row", row.message, is_bad=True) if isinstance(row, Problem) else next(made)
+            alive.append(isinstance(example, Example))
+            if isinstance(example, Lost):
+                if example.is_bad:
+                    self.problems.append(row if isinstance(row, Problem) else Problem(_why(example), row.place))
+                ledger.drop(row.place, example.reason, example.detail, is_fault=example.is_fault, tokens=example.tokens)
+                continue
+            self._keep(example, row.place, ledger)
+            for column, values in example.columns.items():
+                examples.setdefault(column, []).append(values)
+
+    def _keep(self, example: Example, place: Place, ledger: PartLedger) -> None:
+        if example.tokens_cut:
+            ledger.truncate(place, example.tokens, example.trained, example.tokens_cut, example.answer_cut)
+        else:
+            ledger.keep(example.tokens, example.trained)
+        for note in example.notes:
+            ledger.note(note)
+        if len(self.preview) < _PREVIEW_ROWS:
+            self.preview.append(preview_of(example, place, self.labeller))
+        key = hashlib.blake2b(example.text.encode(), digest_size=16).digest()
+        first = self.seen.setdefault(key, (ledger.part, place))
+        if first != (ledger.part, place):
+            ledger.note(SAME_AS_BEFORE if first[0] == ledger.part else f"the same as a {first[0]} row")
+
+
+def to_dataset(part: Part, order: np.ndarray, name: str) -> datasets.Dataset:
+    """The rows of a part in an order, without those that were dropped."""
+    import datasets
+    import pyarrow as pa
+    from datasets.table import InMemoryTable
+
+    rows = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
+    if not len(rows):
+        raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
+    columns = {}
+    for column, arrays in part.examples.items():
+        sizes = np.array([len(arrays[row]) for row in rows], dtype=np.int64)
+        values = np.concatenate([arrays[row] for row in rows])
+        columns[column] = pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(sizes)]), values)
+    features = datasets.Features({column: datasets.LargeList(datasets.Value("int32")) for column in columns})
+    return datasets.Dataset(InMemoryTable(pa.table(columns)), info=datasets.DatasetInfo(features=features))
+
+
+def _why(lost: Lost) -> str:
+    return f"{lost.reason}: {lost.detail}" if lost.detail else lost.reason

@@ -1,0 +1,43 @@
+"""The values that flow through this room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetuning.errors import Place
+
+Message = dict[str, Any]
+"""One chat message, whole: `role`, `content`, and whatever else the row gave it (`tool_calls`, `name`, …)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it stands in its file."""
+
+    values: dict[str, Any]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat to train on."""
+
+    messages: list[Message]
+    place: Place
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with a chosen and a rejected continuation."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    place: Place
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)

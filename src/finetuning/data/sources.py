@@ -1,0 +1,180 @@
+"""Files to rows: JSONL line by line, or one JSON document; each row keeps its file and line."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from finetuning.data.rows import Row
+from finetuning.errors import DataError, Place, Problem
+
+_OTHER_ENCODINGS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+_INCOMPLETE = object()
+
+
+def check_source(path: str, key: str) -> None:
+    """Nothing, when `path` is a file that can be read.
+
+    Raises:
+        DataError: it is missing, a folder, unreadable or empty; says the key that names it and the working directory.
+    """
+    place = Place(key=key)
+    if os.path.isdir(path):
+        raise DataError(f"{path} is a directory; expected a JSONL file (working directory {os.getcwd()})", place=place)
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file (working directory {os.getcwd()})", place=place)
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: no permission to read it", place=place)
+    if os.path.getsize(path) == 0:
+        raise DataError("0 rows: the file is empty", place=Place(file=path))
+
+
+def read_rows(path: str, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
+    """The rows of a file in order, a Problem in place of each line that is no row.
+
+    JSONL is read line by line; a file that holds one JSON array, or one object over several lines, is read whole. A
+    byte order mark is skipped, empty lines are not rows. `digest` is fed all bytes.
+
+    Raises:
+        DataError: the file holds no row, or is in an encoding other than UTF-8.
+    """
+    count = 0
+    with open(path, "rb") as stream:
+        head = stream.read(4)
+        for mark, name in _OTHER_ENCODINGS:
+            if head.startswith(mark):
+                raise DataError(f"the file is {name}; expected UTF-8", place=Place(file=path))
+        stream.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        start = stream.tell()
+        first = _first_line(stream)
+        stream.seek(start)
+        rows = _read_document(path, stream.read(), start, digest) if _is_document(first) else None
+        stream.seek(start)
+        for row in _read_lines(path, stream, start, digest) if rows is None else rows:
+            count += 1
+            yield row
+    if count == 0:
+        raise DataError("0 rows", place=Place(file=path))
+
+
+def _first_line(stream: Any) -> bytes:
+    for line in stream:
+        if line.strip():
+            return line.strip()
+    return b""
+
+
+def _is_document(first: bytes) -> bool:
+    """Whether the file is one JSON document: its first line opens an array, or an object that it does not close."""
+    if first.startswith(b"["):
+        return True
+    return first.startswith(b"{") and _decode(first.decode("utf-8", "replace")) is _INCOMPLETE
+
+
+def _decode(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return _INCOMPLETE if error.pos >= len(text) else error
+
+
+def _read_lines(path: str, stream: Any, offset: int, digest: hashlib._Hash | None) -> Iterator[Row | Problem]:
+    for number, line in enumerate(stream, start=1):
+        if digest is not None:
+            digest.update(line)
+        if line.strip():
+            place = Place(file=path, line=number)
+            text = _to_text(line, place, offset)
+            yield text if isinstance(text, Problem) else _parse_line(text, place)
+        offset += len(line)
+
+
+def _parse_line(text: str, place: Place) -> Row | Problem:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        return Problem(f"invalid JSON at column {error.colno}: {error.msg}", place)
+    except RecursionError:
+        return Problem("invalid JSON: nested too deeply", place)
+    return _to_row(values, text, place)
+
+
+def _read_document(path: str, data: bytes, offset: int, digest: hashlib._Hash | None) -> list[Row | Problem] | None:
+    """The rows of a JSON array or object; None when the file is neither, and must be lines."""
+    place = Place(file=path, line=1)
+    text = _to_text(data, place, offset)
+    if isinstance(text, Problem):
+        raise DataError([text])
+    decoder, rows, line = json.JSONDecoder(), [], 1
+    position = len(text) - len(text.lstrip())
+    is_array = text[position] == "["
+    if not is_array:
+        try:
+            values, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            return None
+        if text[end:].strip():
+            return None
+        rows = [_to_row(values, text, Place(file=path, line=1 + text.count("\n", 0, position)))]
+    counted, position = 0, position + 1
+    while is_array:
+        position = _skip(text, position)
+        if text[position : position + 1] == "]":
+            break
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            values, end = decoder.raw_decode(text, position)
+            position = _skip(text, end)
+            if text[position : position + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        except json.JSONDecodeError as error:
+            place = Place(file=path, line=error.lineno)
+            raise DataError(f"invalid JSON at column {error.colno}: {error.msg}", place=place) from None
+        rows.append(_to_row(values, text[counted:end], Place(file=path, line=line)))
+        position += text[position] == ","
+    if digest is not None:
+        digest.update(data)
+    return rows
+
+
+def _skip(text: str, position: int) -> int:
+    while text[position : position + 1] in (" ", "\t", "\n", "\r"):
+        position += 1
+    return position
+
+
+def _to_text(line: bytes, place: Place, offset: int) -> str | Problem:
+    if b"\0" in line:
+        return Problem(f"NUL byte at byte {offset + line.index(0)}; the file is damaged or not text", place)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line_number = (place.line or 1) + line.count(b"\n", 0, error.start)
+        where = Place(file=place.file, line=line_number)
+        return Problem(f"invalid UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x})", where)
+
+
+def _to_row(values: Any, text: str, place: Place) -> Row | Problem:
+    if not isinstance(values, dict):
+        return Problem(f"expected an object, got {json_type(values)}", place)
+    # Only an escape can bring a lone surrogate past the UTF-8 decoder; no tokenizer takes one.
+    if "\\u" in text:
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no text", place)
+        if "\\u0000" in text and "\0" in json.dumps(values, ensure_ascii=False).replace("\\u0000", "\0"):
+            return Problem("a string holds a NUL character (\\u0000)", place)
+    return Row(values, place)
+
+
+def json_type(value: Any) -> str:
+    """What a JSON value is called in a message to people."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
