@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from finetuning.config.base import Section
@@ -12,6 +14,10 @@ from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs, Overrid
 
 class Experiment(Section):
     """What every method's YAML holds."""
+
+    method_name: ClassVar[str] = ""
+    trainer_config: ClassVar[str] = "transformers.training_args:TrainingArguments"
+    """`module:class` of the trainer's own config, whose other fields `training_args` passes on."""
 
     method: str | None = None
     """The method; it must agree with the command."""
@@ -36,6 +42,8 @@ class Experiment(Section):
 class SFTExperiment(Experiment):
     """A supervised fine-tuning run."""
 
+    method_name: ClassVar[str] = "sft"
+
     sft_args: SFTArgs = SFTArgs()
     """Supervised fine-tuning."""
 
@@ -43,5 +51,12 @@ class SFTExperiment(Experiment):
 class DPOExperiment(Experiment):
     """A preference optimisation run."""
 
+    method_name: ClassVar[str] = "dpo"
+    trainer_config: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
+
     training_args: DPOTrainingArgs
     """Arguments of the DPO trainer."""
+
+
+EXPERIMENTS: dict[str, type[Experiment]] = {"sft": SFTExperiment, "dpo": DPOExperiment}
+"""The YAML of each method."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from finetuning.config.base import PathName, Section
 
-StepsOrShare = Annotated[float, Field(gt=0)]
+
+def _whole_from_one(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("must be a whole number of steps, or a share of them below 1")
+    return int(value) if value >= 1 else value
+
+
+StepsOrShare = Annotated[float, Field(gt=0), AfterValidator(_whole_from_one)]
 """A number of optimizer steps, or, below 1, a share of all steps."""
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -23,7 +30,7 @@ class TrainingArgs(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    output_dir: str = Field(default_factory=lambda: os.environ.get("CHECKPOINTS_PATH", "./checkpoints"), min_length=1)
+    output_dir: str = Field(default_factory=lambda: os.environ.get("CHECKPOINTS_PATH") or "./checkpoints", min_length=1)
     """Where checkpoints, the tuned model and the run's records go; by default $CHECKPOINTS_PATH or ./checkpoints."""
     num_train_epochs: float = Field(default=3.0)
     """How often the training data is passed over. Read only when `max_steps` does not decide."""
@@ -33,7 +40,7 @@ class TrainingArgs(Section):
     """Peak learning rate."""
     lr_scheduler_type: str = "linear"
     """Course of the learning rate: `linear`, `cosine`, `constant_with_warmup`, …"""
-    warmup_steps: float = Field(default=0, ge=0)
+    warmup_steps: Annotated[float, AfterValidator(_whole_from_one)] = Field(default=0, ge=0)
     """Number of warm-up steps, or, below 1, their share of all steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""

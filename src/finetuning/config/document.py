@@ -1,0 +1,115 @@
+"""What the user wrote, as plain values, with the place of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from finetuning.errors import Place
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list indexes from the top of the file down to a value."""
+
+COMMAND_LINE = "command line"
+
+
+def dotted(path: KeyPath) -> str:
+    """A path as people write it.
+
+    >>> dotted(("data_conf", "datasets", 0, "path"))
+    'data_conf.datasets.0.path'
+    """
+    return ".".join(str(part) for part in path)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a key or a list item begins: 1-based line and column in the file, or the override that it came from."""
+
+    line: int | None = None
+    column: int | None = None
+    override: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """The values of a YAML file: mappings, lists, text, numbers, booleans and null, and where each was written."""
+
+    values: dict[str, Any]
+    marks: Mapping[KeyPath, Mark] = field(default_factory=dict)
+    file: str | None = None
+
+    def mark_of(self, path: KeyPath) -> Mark | None:
+        """The mark of a path or, where nothing was written there, of the nearest section round it."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.marks:
+                return self.marks[path[:end]]
+        return None
+
+    def place_of(self, path: KeyPath) -> Place:
+        """Where a key is written; the section round it when it is not there."""
+        mark = self.mark_of(path)
+        key = dotted(path) or None
+        if mark is None:
+            return Place(file=self.file, key=key)
+        if mark.override is not None:
+            return Place(file=f'{COMMAND_LINE} "{mark.override}"', key=key)
+        return Place(file=self.file, line=mark.line, column=mark.column, key=key)
+
+    def origin_of(self, path: KeyPath) -> str | None:
+        """`file:line` or `command line` for a value that was written, None for one that was not."""
+        if not self.has(path):
+            return None
+        mark = self.mark_of(path)
+        if mark is not None and mark.override is not None:
+            return COMMAND_LINE
+        return ":".join(str(part) for part in (self.file, mark.line if mark else None) if part is not None) or "given"
+
+    def has(self, path: KeyPath) -> bool:
+        return _find(self.values, path) is not _ABSENT
+
+    def get(self, path: KeyPath, default: Any = None) -> Any:
+        """The value at a path, or the default."""
+        found = _find(self.values, path)
+        return default if found is _ABSENT else found
+
+    def with_value(self, path: KeyPath, value: Any) -> Document:
+        """A copy with another value at a path whose surrounding sections exist; marks stay as they are."""
+        return replace(self, values=_replaced(self.values, path, value))
+
+    def without(self, path: KeyPath) -> Document:
+        """A copy without a key; its mark stays, so that a message can still say where it was."""
+        section = {key: value for key, value in self.get(path[:-1]).items() if key != path[-1]}
+        return replace(self, values=_replaced(self.values, path[:-1], section))
+
+    def with_marks(self, marks: Mapping[KeyPath, Mark]) -> Document:
+        """A copy with more marks."""
+        return replace(self, marks={**self.marks, **marks})
+
+
+_ABSENT = object()
+
+
+def _find(values: Any, path: KeyPath) -> Any:
+    for part in path:
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and isinstance(part, int) and 0 <= part < len(values)
+        ):
+            values = values[part]
+        else:
+            return _ABSENT
+    return values
+
+
+def _replaced(values: Any, path: KeyPath, value: Any) -> Any:
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(values, list):
+        copy = list(values)
+        copy[head] = _replaced(copy[head], rest, value)  # type: ignore[index]
+        return copy
+    copy = dict(values)
+    copy[head] = _replaced(copy.get(head), rest, value)
+    return copy

@@ -1,0 +1,71 @@
+"""What may be shown of a value that the user wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_SECRET_KEY = re.compile(
+    r"(?:^|[_.-])(?:token|tokens|password|passwd|pwd|secret|api_?key|access_?key|private_?key|credentials?|authorization)$",
+    re.IGNORECASE,
+)
+# Tokens of the vocabulary, and counts of them.
+_VOCABULARY_KEY = re.compile(
+    r"^(?:eos|bos|pad|unk|sep|cls|mask|eot|image|audio|video|virtual|extra_special|special|new|max_new|min_new|new_special|"
+    r"max|min|num|num_virtual|num_assistant|prompt_lookup_num|suppress|begin_suppress)_tokens?$",
+    re.IGNORECASE,
+)
+_USER_INFO = re.compile(r"(\w+://)[^/\s@]*@")
+_LONGEST = 60
+
+
+def is_secret_key(key: Any) -> bool:
+    """Whether a key of this name is likely to hold a secret.
+
+    >>> is_secret_key("hub_token"), is_secret_key("eos_token"), is_secret_key("max_new_tokens")
+    (True, False, False)
+    """
+    return isinstance(key, str) and bool(_SECRET_KEY.search(key)) and not _VOCABULARY_KEY.match(key)
+
+
+def is_secret_path(path: Iterable[Any]) -> bool:
+    """Whether a value at this path must never be shown."""
+    return any(is_secret_key(part) for part in path)
+
+
+def without_user_info(text: str) -> str:
+    """The text with `user:password@` taken out of every address in it.
+
+    >>> without_user_info("http://me:pw@host/x")
+    'http://…@host/x'
+    """
+    return _USER_INFO.sub(r"\1…@", text)
+
+
+def show(value: Any, path: Iterable[Any] = ()) -> str | None:
+    """A value in a few characters, for a message; None where it must not be shown or is too large to help."""
+    if is_secret_path(path):
+        return None
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = without_user_info(value)
+        return f'"{text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"}"'
+    if isinstance(value, int | float):
+        text = str(value)
+        return text if len(text) <= _LONGEST else None
+    if isinstance(value, list):
+        return "a list"
+    return "keys and values" if isinstance(value, dict) else None
+
+
+def without_secrets(value: Any) -> Any:
+    """The same plain values, but without any key that is likely to hold a secret."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items() if not is_secret_key(key)}
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return value
