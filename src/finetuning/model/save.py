@@ -1,0 +1,88 @@
+"""A model or adapter as a folder that appears whole: weights, tokenizer, generation config, fingerprint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetuning.errors import StorageError
+from finetuning.model import fingerprint
+from finetuning.model.fingerprint import Fingerprint
+from finetuning.model.stop_tokens import StopTokens, repair_sampling, save_tokenizer
+from finetuning.publish import staged
+
+
+def save_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    stop_tokens: StopTokens | None = None,
+    base_fingerprint: Fingerprint | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """`folder`, holding the model or, of a PEFT model, its adapter.
+
+    It appears under its name only when every file is flushed; a failure leaves nothing. One process calls this.
+    `state_dict` holds the gathered weights of a sharded model.
+
+    Raises:
+        StorageError: the folder exists and is not empty, or cannot be written.
+    """
+    try:
+        with staged(folder) as staging:
+            write_model(model, staging, stop_tokens=stop_tokens, state_dict=state_dict)
+            save_tokenizer(tokenizer, staging, stop_tokens)
+            if base_fingerprint is not None:
+                fingerprint.write(base_fingerprint, staging)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def write_model(
+    model: Any,
+    folder: Path,
+    *,
+    stop_tokens: StopTokens | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """The model's or adapter's own files, into a folder that is there. Only safetensors are written."""
+    arguments = {} if state_dict is None else {"state_dict": dict(state_dict)}
+    if is_adapted(model):
+        # The embeddings of a grown vocabulary are in the new base model; by itself PEFT would save them here as well.
+        model.save_pretrained(folder, save_embedding_layers=False, **arguments)
+        if stop_tokens is not None:
+            stop_tokens.generation_config.save_pretrained(folder)
+        return
+    own = model.generation_config
+    written = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(own)
+    if written is not None:
+        repair_sampling(written)
+    model.generation_config = written
+    try:
+        model.save_pretrained(folder, **arguments)
+    finally:
+        model.generation_config = own
+
+
+def save_grown_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """`folder`, holding a base model whose vocabulary has grown, with its tokenizer.
+
+    Called before an adapter is put on, so that the adapter is trained on, and names, this model: from here on the
+    model's `name_or_path` is the folder. The adapter and this folder load again; the adapter and the old base do not.
+    """
+    saved = save_model(model, tokenizer, folder)
+    model.config.name_or_path = str(saved)
+    model.name_or_path = str(saved)
+    return saved
+
+
+def is_adapted(model: Any) -> bool:
+    """True for a model with a PEFT adapter on."""
+    return hasattr(model, "peft_config") and hasattr(model, "active_peft_config")

@@ -1,0 +1,242 @@
+"""Adapters: what is trained, saved and loaded again, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, PeftType
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuning.config.model import NewPeft, NoPeft, PretrainedPeft, RunConfig
+from finetuning.errors import ModelError
+from finetuning.model import fingerprint
+from finetuning.model.adapter_files import digests
+from finetuning.model.adapters import NEEDS_TASK_IDS, build
+from finetuning.model.load import load_model
+from finetuning.model.save import save_model
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+MINIMAL = {
+    "ADALORA": {"init_r": 4, "target_r": 2, **QV},
+    "ADAMSS": {"r": 8, "num_subspaces": 2, **QV},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
+    "BEFT": {"target_modules": ["v_proj"]},
+    "BOFT": {"boft_block_size": 4, "target_modules": ["q_proj"]},
+    "C3A": {"block_size": 16, **QV},
+    "CARTRIDGE": {"num_virtual_tokens": 4},
+    "CPT": {"cpt_token_ids": [5, 6, 7, 8], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
+    "DEFT": {"r": 4, **QV},
+    "DELORA": {"r": 4, **QV},
+    "FOURIERFT": {"n_frequency": 50, **QV},
+    "FROD": {"target_modules": ["q_proj"], "progressbar": False},
+    "GLORA": {"r": 4, **QV},
+    "GRALORA": {"r": 4, **QV},
+    "HIRA": {"r": 4, **QV},
+    "HRA": {"r": 4, **QV},
+    "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LILY": {"r": 4, **QV},
+    "LN_TUNING": {},
+    "LOHA": {"r": 4, **QV},
+    "LOKR": {"r": 4, **QV},
+    "LORA": {"r": 4, **QV},
+    "MISS": {"r": 4, **QV},
+    "OFT": {"oft_block_size": 8, **QV},
+    "OSF": QV,
+    "PEANUT": {"r": 4, **QV},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "PSOFT": {"r": 4, **QV},
+    "PVERA": {"r": 8, "target_modules": ["q_proj"]},
+    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "RANDLORA": {"r": 4, **QV},
+    "ROAD": {"group_size": 8, **QV},
+    "SHADOW": {"r": 4},
+    "SHIRA": {"r": 4, **QV},
+    "SUPERTUNING": QV,
+    "TINYLORA": QV,
+    "TRAINABLE_TOKENS": {"token_indices": [5, 6, 7], "target_modules": ["embed_tokens"]},
+    "UNILORA": QV,
+    "VBLORA": {"r": 4, "num_vectors": 8, "vector_length": 16, **QV},
+    "VERA": {"r": 8, "target_modules": ["q_proj"]},
+    "WAVEFT": {"n_frequency": 50, **QV},
+}
+IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
+
+
+def conf(peft_type: str, **peft_kwargs) -> NewPeft:
+    return NewPeft(peft_type=peft_type, peft_kwargs=peft_kwargs)
+
+
+@pytest.fixture
+def model(tiny_llama_dir: Path):
+    return load_model(RunConfig(model=str(tiny_llama_dir)))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def train(model, steps: int = 2) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model.train()(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_matrix_is_all_of_peft():
+    assert {member.value for member in PeftType} == {*MINIMAL, *NEEDS_TASK_IDS, "XLORA"}
+
+
+@pytest.mark.parametrize("peft_type", sorted(MINIMAL))
+def test_every_type_trains_saves_and_loads_again(peft_type: str, model, tiny_llama_dir: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    adapted = build(model, conf(peft_type, **MINIMAL[peft_type]), total_steps=10)
+    assert 0 < adapted.trainable < adapted.total and adapted.peft_config.peft_type.value == peft_type
+    assert f"{peft_type} adapter: {adapted.trainable:,} of {adapted.total:,}" in str(adapted)
+    assert digests(adapted.model) == adapted.initial
+    losses = train(adapted.model)
+    assert all(torch.tensor(losses).isfinite())
+    assert digests(adapted.model) != adapted.initial
+    save_model(adapted.model, AutoTokenizer.from_pretrained(tiny_llama_dir), tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(adapted.model))
+
+
+def test_xlora_mixes_trained_adapters(model, tiny_llama_dir: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    first = build(model, conf("LORA", r=4, **QV))
+    train(first.model)
+    save_model(first.model, tokenizer, tmp_path / "lora")
+    base = load_model(RunConfig(model=str(tiny_llama_dir)))
+    adapted = build(base, conf("XLORA", adapters={"0": str(tmp_path / "lora")}))
+    train(adapted.model)
+    save_model(adapted.model, tokenizer, tmp_path / "xlora")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, use_cache=False)
+    again = PeftModel.from_pretrained(plain, tmp_path / "xlora")
+    assert torch.allclose(logits(again), logits(adapted.model))
+
+
+@pytest.mark.parametrize("peft_type", NEEDS_TASK_IDS)
+def test_types_that_want_task_ids_are_refused(peft_type: str, model):
+    with pytest.raises(ModelError, match=f"{peft_type} wants a task id with each row"):
+        build(model, conf(peft_type))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "gaussian"},
+        {"bias": "lora_only"},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_to_transform": [0]},
+        {"alora_invocation_tokens": [5, 6]},
+    ],
+    ids=lambda extra: "-".join(map(str, extra)),
+)
+def test_variants_of_lora_attach_and_train(extra: dict, model):
+    adapted = build(model, conf("LORA", r=4, **QV, **extra))
+    assert all(torch.tensor(train(adapted.model)).isfinite())
+    assert digests(adapted.model) != adapted.initial
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["all-linear"], ["lm_head", "all-linear"]])
+def test_all_linear_is_all_but_the_output_layer(targets, model):
+    adapted = build(model, conf("LORA", r=2, target_modules=targets))
+    names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in adapted.initial if ".lora_A" in name}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_all_weights_are_trained_without_an_adapter(model):
+    adapted = build(model, NoPeft(peft_type="NO_PEFT"))
+    assert adapted.trainable == adapted.total == sum(p.numel() for p in model.parameters())
+    assert adapted.peft_config is None and "all weights" in str(adapted)
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "kwargs", "message"),
+    [
+        ("LORRA", {}, r"no adapter type 'LORRA'.*Did you mean LORA"),
+        ("LORA", {"rank": 4}, r"peft_kwargs\.rank: LORA has no argument 'rank'\. ?.*|no argument 'rank'"),
+        ("LORA", {"lora_alhpa": 4}, r"Did you mean lora_alpha\?"),
+        ("LORA", {"target_modules": ["q_prj"]}, r"no module 'q_prj'.*Did you mean q_proj"),
+        ("LORA", {"target_modules": ["q_proj", "Wqkv"]}, r"no module 'Wqkv'.*down_proj"),
+        ("LORA", {"target_modules": r".*\.q_prj"}, r"matches no module.*whole name"),
+        ("LORA", {"target_modules": "(q_proj"}, "no regular expression"),
+        ("LORA", {**QV, "modules_to_save": ["lm_haed"]}, r"no module 'lm_haed'.*Did you mean lm_head"),
+        ("LORA", {"r": 0, **QV}, "LORA refuses this: .*r.*positive"),
+        ("PREFIX_TUNING", {}, "PREFIX_TUNING refuses this"),
+    ],
+)
+def test_wrong_arguments_are_one_message(peft_type: str, kwargs: dict, message: str, model):
+    with pytest.raises(ModelError, match=message):
+        build(model, conf(peft_type, **kwargs))
+
+
+@pytest.fixture
+def adapter(model, tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    adapted = build(model, conf("LORA", r=4, **QV))
+    train(adapted.model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    base = fingerprint.fingerprint(tiny_llama_dir)
+    return save_model(adapted.model, tokenizer, tmp_path / "adapter", base_fingerprint=base)
+
+
+def pretrained(path: Path | str) -> PretrainedPeft:
+    return PretrainedPeft(peft_type="PRETRAINED_PEFT", name_or_path=str(path))
+
+
+def test_an_adapter_goes_on_being_trained(adapter: Path, tiny_llama_dir: Path):
+    base = load_model(RunConfig(model=str(tiny_llama_dir)))
+    adapted = build(base, pretrained(adapter))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert set(adapted.initial) == set(saved) and adapted.trainable == sum(t.numel() for t in saved.values())
+    train(adapted.model)
+    assert all(now != then for now, then in zip(digests(adapted.model).values(), adapted.initial.values(), strict=True))
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path, chatml_llama_dir: Path, tmp_path: Path):
+    other = load_model(RunConfig(model=str(chatml_llama_dir)))
+    with pytest.raises(ModelError, match="trained on another base model"):
+        build(other, pretrained(adapter))
+    (adapter / fingerprint.FILE_NAME).unlink()
+    assert build(other, pretrained(adapter)).trainable > 0
+
+
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_an_adapter_of_other_depth_is_refused(change: str, adapter: Path, tiny_llama_dir: Path):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if change == "fewer":
+        tensors = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+        message = "lacks .*layers.1"
+    else:
+        tensors |= {name.replace(".layers.1.", ".layers.2."): t.clone() for name, t in tensors.items() if ".1." in name}
+        message = "has no place in this model for .*layers.2"
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        build(load_model(RunConfig(model=str(tiny_llama_dir))), pretrained(adapter))
+
+
+def test_what_is_no_adapter_is_refused(tiny_llama_dir: Path, adapter: Path, model, tmp_path: Path):
+    with pytest.raises(ModelError, match=r"peft_conf\.name_or_path: .*holds no adapter"):
+        build(model, pretrained(tiny_llama_dir))
+    with pytest.raises(ModelError, match="there is no folder"):
+        build(model, pretrained(tmp_path / "nothing"))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickled adapter"):
+        build(model, pretrained(adapter))
