@@ -1,0 +1,89 @@
+"""Quantised bases train adapters on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, RunConfig
+from finetuning.errors import ConfigError, ModelError
+from finetuning.model.adapters import build
+from finetuning.model.load import load_model
+from finetuning.model.quantisation import is_quantised, prepare_quantised, to_bitsandbytes_config
+from finetuning.model.save import save_model
+
+NF4 = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+DOUBLE = NF4.model_copy(update={"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"})
+INT8 = BitsAndBytes(quantization_type="bits-and-bytes", load_in_8bit=True)
+LORA = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["all-linear"]})
+IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
+
+
+@pytest.mark.parametrize("conf", [NF4, DOUBLE, INT8], ids=["nf4", "nf4-double", "int8"])
+def test_a_quantised_base_trains_an_adapter(conf: BitsAndBytes, tiny_llama_dir: Path, tmp_path: Path):
+    run_conf = RunConfig(model=str(tiny_llama_dir))
+    model = load_model(run_conf, conf)
+    kind = "Linear8bitLt" if conf.load_in_8bit else "Linear4bit"
+    assert is_quantised(model) and type(model.model.layers[0].self_attn.q_proj).__name__ == kind
+    assert type(model.lm_head).__name__ == "Linear"
+    adapted = build(prepare_quantised(model, gradient_checkpointing=True), LORA)
+    assert adapted.total == sum(p.numel() for p in load_model(run_conf).parameters()) + adapted.trainable
+    frozen = {name: p.clone() for name, p in adapted.model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in adapted.model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted.model.train()(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    assert all(torch.equal(frozen[name], p) for name, p in adapted.model.named_parameters() if name in frozen)
+    save_model(adapted.model, AutoTokenizer.from_pretrained(tiny_llama_dir), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_model(run_conf, conf), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        # The casts to float32 in training leave rounding behind, nothing more.
+        assert torch.allclose(again(IDS).logits, adapted.model.eval()(IDS).logits, atol=0.05)
+
+
+def test_quantised_weights_themselves_are_not_trained(tiny_llama_dir: Path):
+    model = load_model(RunConfig(model=str(tiny_llama_dir)), NF4)
+    with pytest.raises(ModelError, match="quantised weights cannot be trained"):
+        build(model, NoPeft(peft_type="NO_PEFT"))
+
+
+def test_the_storage_type_changes_under_fsdp_only():
+    assert to_bitsandbytes_config(DOUBLE).bnb_4bit_quant_storage == torch.uint8
+    assert to_bitsandbytes_config(DOUBLE, sharded_by="deepspeed").bnb_4bit_quant_storage == torch.uint8
+    assert to_bitsandbytes_config(DOUBLE, sharded_by="fsdp").bnb_4bit_quant_storage == torch.bfloat16
+    asked = DOUBLE.model_copy(update={"bnb_4bit_quant_storage": "float16"})
+    assert to_bitsandbytes_config(asked).bnb_4bit_quant_storage == torch.float16
+
+
+def test_every_field_arrives():
+    conf = INT8.model_copy(update={"llm_int8_threshold": 4.5, "llm_int8_skip_modules": ["lm_head", "q_proj"]})
+    made = to_bitsandbytes_config(conf)
+    assert (made.load_in_8bit, made.llm_int8_threshold, made.llm_int8_skip_modules) == (
+        True,
+        4.5,
+        ["lm_head", "q_proj"],
+    )
+
+
+def test_both_widths_are_a_config_error():
+    with pytest.raises(ConfigError, match="both of load_in_4bit and load_in_8bit"):
+        to_bitsandbytes_config(NF4.model_copy(update={"load_in_8bit": True}))
+
+
+def test_nothing_is_cast_where_weights_are_sharded(tiny_llama_dir: Path):
+    model = load_model(
+        RunConfig.model_validate({"model": str(tiny_llama_dir), "model_args": {"dtype": "bfloat16"}}), NF4
+    )
+    prepared = prepare_quantised(model, sharded_by="fsdp")
+    assert prepared.model.norm.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in prepared.parameters())
+    assert prepare_quantised(model).model.norm.weight.dtype == torch.float32
