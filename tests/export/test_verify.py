@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from finetuning.config.model import NewPeft
 from finetuning.errors import GuardStopped, StorageError
 from finetuning.export.verify import verify_saved
+from finetuning.model.adapter_files import saved_tensors
 from finetuning.model.adapters import Adapted, build
 from finetuning.model.save import save_model
 
@@ -50,6 +51,34 @@ def test_a_saved_model_is_sound(saved: Path, tiny_tokenizer):
 
 def test_a_tied_model_is_sound(chatml_llama_dir: Path):
     assert verify_saved(chatml_llama_dir).num_tensors == 20
+
+
+def test_experts_that_are_saved_apart_are_sound_and_missed_when_gone(tmp_path: Path):
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    assert "loads in plain transformers" in verify_saved(tmp_path).checks
+    expert = next(name for name in load_file(tmp_path / "model.safetensors") if ".experts.3." in name)
+    change(tmp_path, "model.safetensors", **{expert: None})
+    with pytest.raises(GuardStopped, match=r"transformers cannot load it|are missing"):
+        verify_saved(tmp_path)
+
+
+def test_an_adapters_tensors_are_the_expected_ones(tiny_llama_dir: Path, tiny_tokenizer, tmp_path: Path):
+    adapted = lora(tiny_llama_dir)
+    train(adapted.model)
+    folder = save_model(adapted.model, tiny_tokenizer, tmp_path / "adapter")
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(adapted.model).items()}
+    assert "keys and shapes as expected" in verify_saved(folder, expected=shapes).checks
+    with pytest.raises(GuardStopped, match="1 tensors are missing, such as another"):
+        verify_saved(folder, expected=shapes | {"another": (1,)})
 
 
 def test_missing_extra_misshapen_and_infinite_tensors_are_all_named(saved: Path):

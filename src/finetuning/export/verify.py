@@ -46,7 +46,7 @@ def verify_saved(
 ) -> Verified:
     """What a saved model or adapter holds, when all of it is as it should be. Memory: one tensor's slice at a time.
 
-    `expected` are the shapes of the tensors by name; of a model without it, those that its config.json asks for.
+    `expected` are the shapes of the tensors by name. A model is also loaded by plain transformers, without memory.
     `initial` are the digests of an adapter's tensors before training: at least one must have changed.
     `sample_texts` maps texts to the token ids that the tokenizer in use makes of them.
 
@@ -58,18 +58,22 @@ def verify_saved(
     is_adapter = (folder / "adapter_config.json").is_file()
     try:
         entries = read_header(folder / WEIGHTS) if is_adapter else read_model_headers(folder)
-        wanted = expected if expected is not None or is_adapter else _shapes_of_config(folder, entries)
     except ModelError as error:
         raise _stopped(folder, [str(error)]) from error
-    faults, checks = [], []
-    if wanted is not None:
-        faults += _compare_shapes(entries, wanted)
+    faults: list[str] = []
+    checks: list[str] = []
+    if expected is not None:
+        faults += _compare_shapes(entries, expected)
         checks.append("keys and shapes as expected")
+    if not is_adapter:
+        loading = _loading_faults(folder)
+        faults += loading or []
+        if loading is not None:
+            checks.append("loads in plain transformers")
     faults += _not_finite(folder, entries)
     checks.append("all values finite")
     if is_adapter:
-        fault = _not_trained(entries, initial)
-        faults += fault
+        faults += _not_trained(entries, initial)
         if initial or _zero_at_first(entries):
             checks.append("adapter moved from its initial value")
     if sample_texts is not None:
@@ -86,39 +90,49 @@ def _stopped(folder: Path, faults: Sequence[str]) -> FinetuningError:
     return GuardStopped([Problem(f"what was saved is not sound: {fault}", place) for fault in faults])
 
 
-def _shapes_of_config(folder: Path, entries: Mapping[str, TensorEntry]) -> Mapping[str, Sequence[int]] | None:
-    """The shapes of the model that config.json describes, built without memory; None where they cannot be known.
+def _loading_faults(folder: Path) -> list[str] | None:
+    """What plain transformers finds wrong when it loads the model without memory; None where that cannot be tried.
 
-    Quantised weights have other shapes than the model, and code of the model's own is not run.
+    Weights on the meta device have names and shapes only. Names that a model joins or renames on loading (experts,
+    say) are told apart from wrong ones, which a comparison of names cannot do. Quantised weights cannot be loaded
+    so, and code of the model's own is not run.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" in raw or "auto_map" in raw:
             return None
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"config.json cannot be read: {error}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if not set(shapes) & set(entries):
-        return None
-    tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
-    # Mixture-of-experts checkpoints keep each expert apart under names that the model joins when it loads them.
-    if len(set(entries) - set(shapes)) > 0 and any(".experts." in name for name in entries):
-        return {name: shape for name, shape in shapes.items() if name in entries}
-    return {name: shape for name, shape in shapes.items() if name in entries or name not in tied}
+        _, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        return [f"transformers cannot load it: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"]
+    return _name_faults(
+        missing=sorted(found["missing_keys"]),
+        extra=sorted(found["unexpected_keys"]),
+        misshapen=sorted(str(item[0]) for item in found["mismatched_keys"]),
+    )
 
 
 def _compare_shapes(entries: Mapping[str, TensorEntry], wanted: Mapping[str, Sequence[int]]) -> list[str]:
-    missing = sorted(set(wanted) - set(entries))
-    extra = sorted(set(entries) - set(wanted))
-    shapes = sorted(name for name in set(wanted) & set(entries) if tuple(wanted[name]) != entries[name].shape)
+    return _name_faults(
+        missing=sorted(set(wanted) - set(entries)),
+        extra=sorted(set(entries) - set(wanted)),
+        misshapen=sorted(name for name in set(wanted) & set(entries) if tuple(wanted[name]) != entries[name].shape),
+    )
+
+
+def _name_faults(*, missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str]) -> list[str]:
     return [
         f"{len(names)} tensors {what}, such as {names[0]}"
-        for names, what in ((missing, "are missing"), (extra, "do not belong in it"), (shapes, "have a wrong shape"))
+        for names, what in ((missing, "are missing"), (extra, "do not belong in it"), (misshapen, "have a wrong shape"))
         if names
     ]
 
