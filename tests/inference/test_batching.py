@@ -1,0 +1,34 @@
+"""Which prompts go together."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetuning.inference.batching import plan_batches
+
+LENGTHS = st.lists(st.integers(1, 50), max_size=60)
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 300), st.none() | st.integers(1, 7))
+def test_each_prompt_is_in_one_batch_that_keeps_to_the_limits(
+    lengths: list[int], answer: int, budget: int, most: int | None
+) -> None:
+    batches = plan_batches(lengths, answer, budget=budget, most_rows=most)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        width = max(lengths[index] for index in batch) + answer
+        assert len(batch) == 1 or len(batch) * width <= budget
+        assert most is None or len(batch) <= most
+
+
+@given(LENGTHS)
+def test_longest_come_first_and_neighbours_together(lengths: list[int]) -> None:
+    order = [lengths[index] for batch in plan_batches(lengths, 1, budget=60) for index in batch]
+    assert order == sorted(lengths, reverse=True)
+
+
+def test_short_prompts_share_a_batch_when_the_budget_has_room() -> None:
+    assert plan_batches([3, 9, 4], 1, budget=100) == [[1, 2, 0]]
+    assert plan_batches([3, 9, 4], 1, budget=100, most_rows=2) == [[1, 2], [0]]
+    assert plan_batches([], 1) == []

@@ -1,0 +1,98 @@
+"""Rows to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.config.data import DatasetSource
+from finetuning.config.generation import EvalData, OpenInput
+from finetuning.errors import ConfigError, DataError
+from finetuning.inference.prompts import Prompt, read_lines, read_prompts
+
+WriteJsonl = Callable[[Path, list[dict[str, Any]]], Path]
+USER = {"role": "user", "content": "two plus two?"}
+ASSISTANT = {"role": "assistant", "content": "four"}
+
+
+def eval_data(path: Path) -> EvalData:
+    return EvalData(type="eval-data", data=DatasetSource(path=str(path)))
+
+
+def read(write_jsonl: WriteJsonl, tmp_path: Path, *rows: dict[str, Any]) -> list[Prompt]:
+    return read_prompts(eval_data(write_jsonl(tmp_path / "sums.jsonl", list(rows))))
+
+
+def test_an_open_prompt_is_asked_as_often_as_wanted() -> None:
+    prompts = read_prompts(OpenInput(type="open-input", input="Once", num_samples=3))
+    assert [(prompt.id, prompt.text) for prompt in prompts] == [(0, "Once"), (1, "Once"), (2, "Once")]
+
+
+def test_the_last_answer_of_messages_is_the_reference_and_not_shown(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    (prompt,) = read(write_jsonl, tmp_path, {"messages": [USER, ASSISTANT]})
+    assert prompt.messages == (USER,)
+    assert prompt.correct_answers == ("four",)
+
+
+def test_correct_answers_win_over_the_reference(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER, ASSISTANT], "correct_answers": ["4", "four"]},
+        {"prompt_messages": [USER, ASSISTANT, USER], "correct_answers": "4"},
+        {"messages": [USER]},
+    ]
+    prompts = read(write_jsonl, tmp_path, *rows)
+    assert [prompt.correct_answers for prompt in prompts] == [("4", "four"), ("4",), ()]
+    assert prompts[1].messages == (USER, ASSISTANT, USER)
+
+
+def test_columns_are_carried(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    row = {"prompt": "2 + 2 =", "id": "a", "dataset": "maths", "tags": ["easy"], "correct_answers": ["4"]}
+    named, bare = read(write_jsonl, tmp_path, row, {"prompt": "3 + 3 ="})
+    assert (named.id, named.dataset, named.carried, named.text) == ("a", "maths", {"tags": ["easy"]}, "2 + 2 =")
+    assert (bare.id, bare.dataset, bare.carried) == (1, "sums", {})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?"}, "expected messages, prompt_messages or prompt; found question"),
+        ({"prompt": 3}, "prompt: expected text, got a number"),
+        ({"messages": []}, "messages: needs at least one message"),
+        ({"messages": [ASSISTANT]}, "messages: holds an answer and no question"),
+        ({"messages": [{"role": "usr", "content": "?"}]}, 'unknown role "usr". Did you mean "user"?'),
+        ({"prompt": "?", "correct_answers": [4]}, "correct_answers: expected a list of texts"),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_and_line(
+    write_jsonl: WriteJsonl, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        read(write_jsonl, tmp_path, {"prompt": "fine"}, row)
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'sums.jsonl'}:2: ")
+
+
+def test_at_most_ten_wrong_rows_are_shown(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        read(write_jsonl, tmp_path, *[{"prompt": number} for number in range(25)])
+    assert len(error.value.problems) == 11
+    assert "15 more rows" in str(error.value.problems[-1])
+
+
+def test_a_missing_file_is_named_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"prompt_conf\.data\.path: .*no such file"):
+        read_prompts(eval_data(tmp_path / "none.jsonl"))
+
+
+def test_lines_are_stripped_and_empty_ones_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("\ufeffone \n\n  two\n", encoding="utf-8")
+    assert read_lines(str(path), "--text_file") == ["one", "two"]
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        read_lines(str(path), "--text_file")
+    with pytest.raises(ConfigError, match=r"--text_file: .*No such file"):
+        read_lines(str(tmp_path / "none.txt"), "--text_file")
