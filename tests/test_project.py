@@ -1,0 +1,95 @@
+"""The project's own files agree with each other: pins with bounds, README with Makefile, workflow with its limits."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+tomllib = pytest.importorskip("tomllib", reason="the pins are for Python 3.11 or newer")
+
+ROOT = Path(__file__).resolve().parents[1]
+# A GPU build of torch needs these, and pins them itself.
+GPU_LIBRARIES = re.compile(r"(nvidia|cuda|rocm)-|(pytorch-)?triton")
+
+
+def constraints() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): Version(version) for name, version in pins.items()}
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """What the package needs for itself and for one extra, as pyproject.toml says today."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"][extra])]
+
+
+@pytest.mark.parametrize("requirement", requirements("test"), ids=lambda requirement: requirement.name)
+def test_the_pins_lie_within_the_bounds(requirement: Requirement) -> None:
+    pinned = constraints()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pinned, prereleases=True)
+
+
+def test_the_pins_are_closed() -> None:
+    """Whatever a pinned package needs is pinned, too, within the bounds that it is needed in."""
+    pins = constraints()
+    waiting, seen = [(requirement, "") for requirement in requirements("test")], set()
+    while waiting:
+        requirement, parent = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if GPU_LIBRARIES.match(name):
+            continue
+        assert name in pins, f"{name}, which {parent or 'finetuning'} needs, has no pin"
+        assert requirement.specifier.contains(pins[name], prereleases=True), f"{parent} needs {requirement}"
+        for extra in (requirement.extras or set()) | {""}:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                children = (Requirement(line) for line in requires(name) or ())
+                waiting += [(c, name) for c in children if not c.marker or c.marker.evaluate({"extra": extra})]
+    assert pins.keys() == {name for name, _ in seen}, "a pin that nothing needs"
+
+
+def make(*arguments: str) -> str:
+    command = ["make", "--dry-run", "--always-make", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".ci/run"])
+def test_every_make_target_that_is_named_exists(page: str) -> None:
+    named = set(re.findall(r"^ *make ([a-z][a-z-]*)|`make ([a-z][a-z-]*)", (ROOT / page).read_text(), re.MULTILINE))
+    assert named
+    for target in {first or second for first, second in named}:
+        assert make(target)
+
+
+def test_the_tests_and_the_quickstart_install_first() -> None:
+    for target, command in (("test", "-m pytest"), ("quickstart", "examples/quickstart/run.py")):
+        planned = make(target)
+        assert planned.index("pip install") < planned.index(command)
+
+
+def test_ci_runs_what_the_readme_promises() -> None:
+    commands = set(re.findall(r"^(make [a-z]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+    assert commands == set(re.findall(r"^(make (?:test|quickstart))\b", (ROOT / "README.md").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_a_workflow_may_only_read_and_runs_no_moving_target(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job
+        assert job["timeout-minutes"] <= 60
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), step["uses"]
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
