@@ -55,6 +55,13 @@ def test_tied_weights_are_not_missing(chatml_llama_dir: Path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_model_whose_sampling_settings_are_off_can_be_saved(copy: Path, tmp_path: Path):
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6, "do_sample": False}))
+    load_model(run_config(copy)).save_pretrained(tmp_path / "checkpoint")
+    assert json.loads((tmp_path / "checkpoint" / "generation_config.json").read_text())["do_sample"] is True
+
+
 def test_missing_weights_are_named(copy: Path):
     weights = load_file(copy / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if ".layers.1.mlp" not in name}

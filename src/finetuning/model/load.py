@@ -14,6 +14,7 @@ from finetuning.config.model import BitsAndBytes, Dtype, ModelArgs, NoQuantizati
 from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
 from finetuning.model.location import Location, locate
 from finetuning.model.quantisation import Sharding, to_bitsandbytes_config
+from finetuning.model.stop_tokens import repair_sampling
 from finetuning.model.tensor_files import INDEX, SINGLE, read_model_headers
 from finetuning.topology import Topology
 
@@ -95,6 +96,10 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
         _raise_unless_memory(error, location, Place(key=key))
     _check_found(found, location, Place(key=key))
+    if model.can_generate():
+        # Every checkpoint saves these settings, and transformers refuses to save contradictory ones.
+        for change in repair_sampling(model.generation_config):
+            logger.info("%s: %s", location, change)
     return model
 
 
