@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from finetuning.errors import ConfigError
 
@@ -18,11 +19,15 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's global rank, its rank on this machine, and the number of processes of the job."""
+    """This process's global rank, its rank on this machine, and the number of processes of the job.
+
+    `sharded_by` is what the launcher says will split the model over the processes.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    sharded_by: Literal["fsdp", "deepspeed"] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -54,10 +59,17 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
                 except ValueError:
                     raise ConfigError(f"environment variable {name}={environ[name]!r} is not a whole number") from None
                 break
-    topology = Topology(**values)
+    topology = Topology(**values, sharded_by=_sharding(environ))
     if not 0 <= topology.rank < max(topology.world_size, 1):
         raise ConfigError(
             f"the launcher's environment says rank {topology.rank} of {topology.world_size} processes;"
             " RANK must be below WORLD_SIZE"
         )
     return topology
+
+
+def _sharding(environ: Mapping[str, str]) -> Literal["fsdp", "deepspeed"] | None:
+    def says(name: str) -> bool:
+        return environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+    return "fsdp" if says("ACCELERATE_USE_FSDP") else "deepspeed" if says("ACCELERATE_USE_DEEPSPEED") else None

@@ -138,6 +138,9 @@ class SFTArgs(Section):
     """What happens to a longer row: it is left out, or cut at the end."""
     train_on_completions_only: bool = False
     """Train on the assistant's turns only, or on every token."""
+    batching: Literal["auto", "padded", "padding-free"] = "auto"
+    """How the rows of a batch lie. `auto` lays them end to end, without padding, where the model is shown to keep them
+    apart: the batches, and so the loss, stay what they are, and no padding is computed."""
     save_name_if_new_basemodel: PathName = "checkpoint-new-basemodel"
     """Name of the folder, inside `output_dir`, of a base model whose vocabulary has grown."""
 

@@ -1,0 +1,107 @@
+"""Supervised fine-tuning: the next token of the rows' trained text."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from finetuning.algorithms.method import Method, TrainingParts
+from finetuning.config.experiment import SFTExperiment
+
+if TYPE_CHECKING:
+    import transformers
+
+    from finetuning.data.prepare import PreparedData
+
+
+def prepare(experiment: SFTExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
+    """Token ids and labels of the training and validation rows."""
+    from finetuning.data.prepare import prepare_sft
+
+    return prepare_sft(experiment.data_conf, experiment.sft_args, tokenizer, workers)
+
+
+def build_trainer(parts: TrainingParts) -> transformers.Trainer:
+    """A Trainer whose rows come with their labels.
+
+    It is transformers' own and not TRL's `SFTTrainer`: the rows are ready, so that TRL would add nothing, and it
+    refuses adapters on `lm_head`, replaces the model's forward, takes no collator beside its own for rows without
+    padding, and measures entropy and accuracy over all logits at every step.
+    """
+    import torch
+    import transformers
+
+    from finetuning.algorithms.trainer import TrainerMixin
+    from finetuning.data.collate import FlatteningCollator, PaddingCollator
+
+    class SFTTrainer(TrainerMixin, transformers.Trainer):
+        """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
+
+        selects_logits = _selects_logits(parts)
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            inputs = dict(inputs)
+            targets = inputs.pop("shift_labels")
+            wanted = targets.ne(-100)
+            if not self.selects_logits:
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                self._note_evaluation(loss[0] if return_outputs else loss, wanted)
+                return loss
+            inputs.pop("labels")
+            outputs = model(**inputs, logits_to_keep=wanted, use_cache=False)
+            logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
+            total = torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+            if num_items_in_batch is None:
+                loss = total / wanted.sum().clamp(min=1)
+            else:
+                # Gradients are averaged over processes; the token count is already that of all of them.
+                loss = total / num_items_in_batch * self._gradient_processes()
+            self._note_evaluation(loss, wanted)
+            return (loss, outputs) if return_outputs else loss
+
+    tokenizer = parts.tokenizer
+    trainer = SFTTrainer(
+        model=parts.model,
+        args=parts.arguments,
+        train_dataset=parts.data.train,
+        eval_dataset=parts.data.validation,
+        processing_class=tokenizer.tokenizer,
+        data_collator=PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_shown_as)
+        if parts.layout.padded
+        else FlatteningCollator(),
+        callbacks=list(parts.callbacks),
+    )
+    if trainer.selects_logits:
+        # The Trainer asks the model's signature whether the loss takes a token count; this loss does.
+        trainer.model_accepts_loss_kwargs = True
+    return trainer
+
+
+def _selects_logits(parts: TrainingParts) -> bool:
+    """Whether the model computes logits only at the positions that it is told.
+
+    Not under prompt learning, whose virtual tokens shift the positions, nor where the model's own loss holds more
+    than the cross-entropy (label smoothing, a mixture of experts' balance).
+    """
+    model = parts.model
+    active = getattr(model, "peft_config", {}).values()
+    base = model.get_base_model() if active else model
+    return (
+        "logits_to_keep" in inspect.signature(base.forward).parameters
+        and not any(config.is_prompt_learning or config.peft_type.value == "CPT" for config in active)
+        and not getattr(base.config.get_text_config(), "output_router_logits", False)
+        and not parts.arguments.label_smoothing_factor
+    )
+
+
+METHOD = Method(
+    name="sft",
+    title="supervised fine-tuning",
+    experiment=SFTExperiment,
+    arguments="transformers.training_args:TrainingArguments",
+    prepare=prepare,
+    build_trainer=build_trainer,
+    lays_end_to_end=True,
+)

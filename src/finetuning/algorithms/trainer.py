@@ -1,0 +1,117 @@
+"""What every trainer of ours does besides its algorithm."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from finetuning.errors import GuardStopped
+from finetuning.publish import publish, staging_path
+
+
+class TrainerMixin:
+    """Stands left of a transformers Trainer: counts tokens, stops at values that are not finite, publishes whole
+    checkpoints.
+
+    `tokens_seen` is the number of tokens, padding left out, that this process has trained on in this job.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._token_count: torch.Tensor | int = 0
+        self._step_loss: torch.Tensor | float = 0.0
+        self._staging: Path | None = None
+        self._evaluated: torch.Tensor | None = None
+        super().__init__(*args, **kwargs)
+
+    @property
+    def tokens_seen(self) -> int:
+        return int(self._token_count)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        # Summed where the batch lies: reading it here would make a GPU wait at every step.
+        mask = inputs.get("attention_mask")
+        self._token_count = self._token_count + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, self._step_loss = float(self._step_loss), 0.0
+        # Under fp16 an infinite gradient is the loss scaler's business: it skips the step and scales less.
+        gradient_is_finite = norm is None or self.args.fp16 or math.isfinite(float(norm))
+        if not (math.isfinite(loss) and gradient_is_finite):
+            step = self.state.global_step + 1
+            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {float(norm)}"
+            raise GuardStopped(
+                f"step {step}: {what} is not finite. The weights were not touched by this step, and nothing of it was"
+                " saved; the last checkpoint is good.",
+                hint="Lower the learning rate, use bf16 instead of fp16, or look at the rows of this step.",
+            )
+        return norm
+
+    def _gradient_processes(self) -> int:
+        """Over how many processes gradients are averaged whose token counts were summed."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _note_evaluation(self, loss: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Keeps a validation batch's summed loss and its token count."""
+        if self._evaluated is not None and not self.model.training:
+            count = wanted.sum()
+            self._evaluated += torch.stack([loss.detach().double() * count, count.double()])
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the loss as a mean over all tokens, however the rows fell into batches."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        total, count = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        self._evaluated = None
+        if count:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = total / count
+        return output
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that is whole or not there: put together in a staging folder, flushed, renamed by one rank."""
+        name = f"checkpoint-{self.state.global_step}"
+        target = Path(self.args.output_dir) / name
+        staging = staging_path(target)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or best == target:
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            shutil.rmtree(target, ignore_errors=True)
+            publish(staging / name, target)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that may hold a hub token; the run's config is kept as YAML.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""The verbs that train: check, plan, run, tell."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from finetuning.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from finetuning.config.experiment import Experiment
+    from finetuning.plan.plan import Plan
+    from finetuning.topology import Topology
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+# Libraries that read these at import: nobody is called home, and no code is fetched from a hub, unless asked to.
+_QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "true"}
+
+
+def train(options: argparse.Namespace) -> int:
+    """Runs what the command line asks for; returns the exit code."""
+    from finetuning.algorithms import METHODS
+    from finetuning.config.overrides import apply_overrides
+    from finetuning.config.read import read_document
+    from finetuning.config.validate import validate
+    from finetuning.observe.tracking import TrackingOptions, resolve_tracking
+    from finetuning.plan.plan import make_plan
+    from finetuning.topology import read_topology
+
+    level = options.logging_level.upper()
+    if level not in LEVELS:
+        raise ConfigError(f"--logging-level {options.logging_level}: choose one of {', '.join(LEVELS)}")
+    if options.num_preprocess_workers < 1:
+        raise ConfigError(f"--num-preprocess-workers {options.num_preprocess_workers}: must be at least 1")
+    method = METHODS[options.method]
+    document = apply_overrides(read_document(options.config), options.overrides)
+    validated = validate(document, method.experiment)
+    experiment = validated.experiment
+    topology = read_topology()
+    tracking = resolve_tracking(
+        TrackingOptions(options.mlflow_server_uri, options.experiment_name, options.hf_mlflow_log_artifacts),
+        experiment.tracking,
+        os.environ,
+    )
+    place = document.place_of(("batchsize_conf", "total_train_batch_size"))
+    plan = make_plan(experiment, topology, place=place)
+    warnings = [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]
+    if topology.is_main:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if options.dry_run:
+        if topology.is_main:
+            _show_plan(experiment, topology, str(tracking))
+        return 0
+    return _run(experiment, options, topology, tracking, level)
+
+
+def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> None:
+    from finetuning.data.counting import count_training_rows
+    from finetuning.plan.plan import Decision, make_plan
+
+    rows = count_training_rows(experiment.data_conf)
+    plan: Plan = make_plan(experiment, topology, rows=rows)
+    decisions = [
+        *plan.decisions,
+        Decision("training rows", f"{rows:,}", "before any is filtered or dropped"),
+        Decision("tracking", tracking, "command line over file over environment"),
+        Decision("output", experiment.training_args.output_dir, "training_args.output_dir"),
+    ]
+    width = max(len(decision.name) for decision in decisions)
+    for decision in decisions:
+        print(f"{decision.name:<{width}}  {decision.value}  ({decision.reason})")
+    print("The config is right. Nothing was trained: --dry-run.")
+
+
+def _run(experiment: Experiment, options: argparse.Namespace, topology: Topology, tracking: object, level: str) -> int:
+    from finetuning.algorithms import METHODS
+    from finetuning.config.dump import dump_yaml
+    from finetuning.observe.observer import Observer
+    from finetuning.training.run import Job, run
+
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    observer = Observer(experiment, topology, tracking, level)
+    job = Job(
+        experiment=experiment,
+        method=METHODS[options.method],
+        topology=topology,
+        observer=observer,
+        workers=options.num_preprocess_workers,
+        resolved_config=dump_yaml(experiment),
+    )
+    result = run(job)
+    observer.closing(result)
+    return 0

@@ -1,0 +1,72 @@
+"""The only file that spells the trainers' own field names."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config.experiment import Experiment
+from finetuning.errors import ConfigError, Place
+from finetuning.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import transformers
+
+# Ours to decide: progress, tracking and the finite guard are the engine's.
+_FIXED = {
+    "disable_tqdm": True,
+    "logging_nan_inf_filter": False,
+    "include_num_input_tokens_seen": "no",
+    "label_names": ["labels"],
+}
+_OUR_TRACKERS = {"mlflow", "all", "none"}
+
+
+def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) -> transformers.TrainingArguments:
+    """The trainer's config object, made from ours and the plan.
+
+    Args:
+        arguments_class: `module:class` of the trainer's config.
+
+    Raises:
+        ConfigError: the trainer's own checks refuse a value.
+    """
+    module, _, name = arguments_class.partition(":")
+    args = experiment.training_args
+    fields: dict[str, Any] = {field: getattr(args, field) for field in type(args).model_fields}
+    fields |= args.model_extra or {}
+    fields |= _FIXED | {
+        "learning_rate": plan.learning_rate,
+        "per_device_train_batch_size": plan.batch.per_device,
+        "per_device_eval_batch_size": plan.batch.per_device_eval,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+        "report_to": _other_trackers(args.report_to),
+        "deepspeed": _deepspeed(args.deepspeed, plan),
+        "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
+    }
+    if args.max_steps > 0 and args.num_train_epochs <= 0:
+        fields.pop("num_train_epochs")
+    try:
+        built = getattr(importlib.import_module(module), name)(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(str(error), place=Place(key="training_args")) from error
+    if plan.batch.world_size == 1:
+        # One process computes on one device: several visible GPUs would each get a batch of their own.
+        built._n_gpu = min(built.n_gpu, 1)
+    return built
+
+
+def _other_trackers(report_to: str | list[str]) -> list[str] | str:
+    wanted = [report_to] if isinstance(report_to, str) else report_to
+    return [tracker for tracker in wanted if tracker not in _OUR_TRACKERS] or "none"
+
+
+def _deepspeed(config: str | dict[str, Any] | None, plan: Plan) -> str | dict[str, Any] | None:
+    """DeepSpeed's inline config with the batch fields that it wants written into it."""
+    if not isinstance(config, dict):
+        return config
+    return config | {
+        "train_batch_size": plan.batch.total,
+        "train_micro_batch_size_per_gpu": plan.batch.per_device,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+    }

@@ -1,0 +1,88 @@
+"""The tuned model: saved whole, opened again, and told about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.export.verify import verify_saved
+from finetuning.model.save import is_adapted, save_model
+from finetuning.model.stop_tokens import align
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from finetuning.model.fingerprint import Fingerprint
+
+_REFERENCE_ADAPTER = "ref"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a run made, where it lies, and what was checked about it."""
+
+    kind: str
+    """`model` or `adapter`."""
+    folder: str
+    base: str | None
+    """The model that an adapter goes with."""
+    num_bytes: int
+    checks: tuple[str, ...]
+    stop_tokens: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def publish_final(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    end_of_turn: str | None,
+    base_fingerprint: Fingerprint | None,
+    initial: Mapping[str, str],
+) -> Artifact | None:
+    """The tuned model or adapter in `folder`, checked by opening it again; None on all processes but the main one.
+
+    Every process calls this: a sharded model is gathered by all.
+
+    Raises:
+        StorageError: it cannot be written.
+        GuardStopped: what was written is not sound.
+    """
+    state_dict = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapted = is_adapted(model)
+    if adapted and _REFERENCE_ADAPTER in model.peft_config:
+        model.delete_adapter(_REFERENCE_ADAPTER)
+    base = model.get_base_model() if adapted else model
+    stop_tokens = align(tokenizer, base.generation_config, end_of_turn)
+    save_model(
+        model,
+        tokenizer,
+        folder,
+        stop_tokens=stop_tokens,
+        base_fingerprint=base_fingerprint if adapted else None,
+        state_dict=state_dict,
+    )
+    sample = "The quick brown fox, 12 × 7 = 84: déjà vu."
+    verified = verify_saved(
+        folder,
+        initial=initial if adapted and state_dict is None else None,
+        sample_texts={sample: tokenizer.encode(sample, add_special_tokens=False)},
+    )
+    return Artifact(
+        kind=verified.kind,
+        folder=str(folder),
+        base=base.name_or_path if adapted else None,
+        num_bytes=verified.num_bytes,
+        checks=verified.checks,
+        stop_tokens=stop_tokens.report,
+    )

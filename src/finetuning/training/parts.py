@@ -1,0 +1,179 @@
+"""The parts of a run that come before its trainer: tokenizer, rows, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.algorithms.method import Layout, Method
+from finetuning.config.experiment import Experiment
+from finetuning.config.model import BitsAndBytes, NewPeft
+from finetuning.topology import Topology
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from finetuning.data.prepare import PreparedData
+    from finetuning.model.fingerprint import Fingerprint
+    from finetuning.model.tokenizer import LoadedTokenizer
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The model to train: quantised, grown and adapted as the experiment says."""
+
+    model: Any
+    peft_config: Any
+    """The config of the adapter that the trainer is still to put on; None when the model wears it, or none."""
+    initial: dict[str, str]
+    """Digests of the adapter's tensors before training."""
+    fingerprint: Fingerprint | None
+    load_reference: Callable[[], Any]
+    layout: Layout
+    notes: tuple[str, ...]
+
+
+def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
+    """The tokenizer with the experiment's chat template and padding."""
+    from finetuning.data.templates import get_template
+    from finetuning.model import tokenizer
+
+    data, run = experiment.data_conf, experiment.run_conf
+    template = get_template(data.chat_template_name)
+    args = run.model_args
+    same = run.tokenizer is None or run.tokenizer == run.model
+    return tokenizer.load_tokenizer(
+        run.tokenizer or run.model,
+        template_source=template.source if template else None,
+        special_tokens=template.special_tokens if template else (),
+        missing_pad_token_strategy=data.missing_pad_token_strategy,
+        padding_side=data.padding_side,
+        trust_remote_code=args.trust_remote_code,
+        key="run_conf.tokenizer" if run.tokenizer else "run_conf.model",
+        revision=args.revision if same else None,
+        subfolder=args.subfolder if same else None,
+        cache_dir=args.cache_dir,
+        local_files_only=args.local_files_only,
+        token=args.token.get_secret_value() if args.token else None,
+    )
+
+
+def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
+    """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
+    from finetuning.data.endings import EndingFinder
+    from finetuning.data.rendering import Renderer
+    from finetuning.data.templates import get_template
+
+    template = get_template(experiment.data_conf.chat_template_name)
+    if template is not None:
+        return template.end_of_turn
+    return EndingFinder(Renderer(tokenizer.tokenizer)).marker.strip() or None
+
+
+def load_model(
+    experiment: Experiment,
+    method: Method,
+    tokenizer: LoadedTokenizer,
+    arguments: TrainingArguments,
+    topology: Topology,
+    output_dir: Path,
+    total_steps: int,
+) -> PreparedModel:
+    """The model to train, and how to load it once more as a reference.
+
+    A vocabulary that grows under an adapter makes a new base model, which is saved first: the adapter goes with it.
+    """
+    from finetuning.model import adapters, fingerprint, save
+    from finetuning.model.adapter_files import digests
+    from finetuning.model.load import load_model as load
+    from finetuning.model.vocabulary import grow
+
+    run, quantisation, peft_conf = experiment.run_conf, experiment.quant_conf, experiment.peft_conf
+    float32_master = "float32" if arguments.fp16 else "auto"
+
+    def load_bare() -> Any:
+        return load(
+            run, quantisation, topology=topology, sharded_by=topology.sharded_by, default_dtype=float32_master
+        )
+
+    model = load_bare()
+    vocabulary = grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
+    notes = [f"vocabulary: {vocabulary}"]
+    adapted_by_us = peft_conf.peft_type != "NO_PEFT"
+    if vocabulary.has_grown and adapted_by_us:
+        new_base = output_dir / _new_base_name(experiment)
+        if topology.is_main and not new_base.is_dir():
+            save.save_grown_base(model, tokenizer.tokenizer, new_base)
+        model.config.name_or_path = model.name_or_path = str(new_base)
+        notes.append(f"the grown base model is {new_base}; the adapter goes with it")
+    base_folder = Path(model.name_or_path)
+    print_of_base = fingerprint.fingerprint(base_folder) if fingerprint.can_fingerprint(base_folder) else None
+    if isinstance(quantisation, BitsAndBytes):
+        from finetuning.model.quantisation import prepare_quantised
+
+        model = prepare_quantised(
+            model,
+            sharded_by=topology.sharded_by,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
+        )
+
+    def load_reference() -> Any:
+        reference = load_bare()
+        grow(reference, tokenizer.tokenizer, tokenizer.new_tokens)
+        return reference
+
+    if method.wraps_model and isinstance(peft_conf, NewPeft):
+        config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
+        layout = Layout(True, f"{method.name} pads its rows")
+        return PreparedModel(model, config, {}, print_of_base, load_reference, layout, tuple(notes))
+    adapted = adapters.build(
+        model,
+        peft_conf,
+        vocabulary=vocabulary,
+        total_steps=total_steps,
+        autocast_adapter_dtype=topology.sharded_by is None,
+    )
+    initial = digests(adapted.model) if adapted.peft_config is not None else {}
+    return PreparedModel(
+        adapted.model,
+        None,
+        initial,
+        print_of_base,
+        load_reference,
+        _layout(experiment, method, adapted, topology),
+        (*notes, str(adapted), *adapted.notes),
+    )
+
+
+def _new_base_name(experiment: Experiment) -> str:
+    sft_args = getattr(experiment, "sft_args", None)
+    return sft_args.save_name_if_new_basemodel if sft_args else "checkpoint-new-basemodel"
+
+
+def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topology) -> Layout:
+    """How rows lie in a batch: end to end where that is proven for this very model."""
+    if not method.lays_end_to_end:
+        return Layout(True, f"{method.name} pads its rows")
+    wanted = experiment.sft_args.batching
+    if wanted == "padded":
+        return Layout(True, "as configured")
+    from finetuning.model.segments import enable_segments
+
+    if topology.sharded_by is not None:
+        reason = f"the proof cannot be made before {topology.sharded_by} has placed the model"
+    elif experiment.training_args.deepspeed:
+        reason = "the proof cannot be made before DeepSpeed has placed the model"
+    else:
+        reason = enable_segments(adapted.model, adapted.peft_config)
+    if reason is None:
+        return Layout(False, "each row attends to itself alone, proven on this model's logits")
+    if wanted == "padding-free":
+        from finetuning.errors import ConfigError, Place
+
+        raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
+    return Layout(True, reason)
+
+

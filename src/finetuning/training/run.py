@@ -1,0 +1,187 @@
+"""A run, from the experiment to the tuned model: the file to read first."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuning.algorithms.method import Method, TrainingParts
+from finetuning.config.experiment import Experiment
+from finetuning.errors import FinetuningError, GuardStopped, Interrupted
+from finetuning.plan.plan import make_plan
+from finetuning.topology import Topology
+from finetuning.training.output_dir import check_output_dir, claimed
+from finetuning.training.record import CONFIG_NAME, RunRecord
+from finetuning.training.resume import find_resume_point
+
+if TYPE_CHECKING:
+    from finetuning.observe.observer import Observer
+    from finetuning.training.final import Artifact
+
+ALREADY_COMPLETE = "already complete"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs, where, and who is told: fixed from the first step of the road to the last."""
+
+    experiment: Experiment
+    method: Method
+    topology: Topology
+    observer: Observer
+    workers: int
+    resolved_config: str
+    """The experiment as YAML, defaults included."""
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.experiment.training_args.output_dir)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended, and what it made; nothing when it was complete before, and on processes but the main one."""
+
+    status: str
+    artifact: Artifact | None = None
+    steps: int = 0
+    final_loss: float | None = None
+    seconds: float = 0.0
+
+
+def run(job: Job) -> RunResult:
+    """Trains and publishes the tuned model. The output directory is claimed, and its record is true, throughout.
+
+    Raises:
+        GuardStopped: a value was not finite, or a proof failed.
+        Interrupted: a signal came; a checkpoint was saved.
+        FinetuningError: anything else that the user can mend.
+    """
+    run_conf = job.experiment.run_conf
+    if check_output_dir(job.output_dir, run_conf.final_checkpoint_name, run_conf.resume_from_checkpoint):
+        return RunResult(ALREADY_COMPLETE)
+    if not job.topology.is_main:
+        return _recorded(job)
+    with claimed(job.output_dir):
+        (job.output_dir / CONFIG_NAME).write_text(job.resolved_config, encoding="utf-8")
+        return _recorded(job)
+
+
+def _recorded(job: Job) -> RunResult:
+    """The road, with its end written into the record however it ends."""
+    record = RunRecord(job.output_dir, job.method.name, writes=job.topology.is_main)
+    try:
+        result = _road(job, record)
+    except BaseException as error:
+        status = (
+            "interrupted"
+            if isinstance(error, Interrupted | KeyboardInterrupt)
+            else "stopped by a guard"
+            if isinstance(error, GuardStopped)
+            else "failed"
+        )
+        record.finish(status, error=str(error) if isinstance(error, FinetuningError) else repr(error))
+        job.observer.close(status)
+        raise
+    record.finish(result.status, error=None)
+    job.observer.close(result.status)
+    return result
+
+
+def _road(job: Job, record: RunRecord) -> RunResult:
+    from finetuning.training.arguments import build_arguments
+    from finetuning.training.final import publish_final
+    from finetuning.training.parts import end_of_turn, load_model, load_tokenizer
+    from finetuning.training.signals import StopOnSignal
+
+    experiment, observer = job.experiment, job.observer
+    started = time.monotonic()
+    resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
+    observer.resuming(resume)
+
+    tokenizer = load_tokenizer(experiment)
+    observer.told("tokenizer", str(tokenizer), warnings=tokenizer.warnings)
+    data = job.method.prepare(experiment, tokenizer.tokenizer, job.workers)
+    observer.prepared(data)
+
+    plan = make_plan(experiment, job.topology, rows=len(data.train))
+    arguments = build_arguments(experiment, plan, job.method.arguments)
+    observer.planned(plan)
+    _seed(arguments.seed, experiment.run_conf.determinism)
+
+    prepared = load_model(
+        experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
+    )
+    for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
+        observer.told(*note.split(": ", 1))
+    record.update(
+        plan=plan.as_dict(),
+        data={"fingerprint": data.fingerprint.digest, "rows": len(data.train), "ledger": data.ledger.report()},
+        model={
+            "name": experiment.run_conf.model,
+            "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
+            "notes": list(prepared.notes),
+            "layout": str(prepared.layout),
+        },
+        resumed_from=str(resume.checkpoint) if resume.checkpoint else None,
+    )
+    stop = StopOnSignal()
+    trainer = job.method.build_trainer(
+        TrainingParts(
+            experiment=experiment,
+            arguments=arguments,
+            data=data,
+            tokenizer=tokenizer,
+            model=prepared.model,
+            peft_config=prepared.peft_config,
+            load_reference=prepared.load_reference,
+            layout=prepared.layout,
+            callbacks=[stop, *observer.callbacks()],
+        )
+    )
+    observer.watch(trainer)
+    initial = prepared.initial or _digests(trainer.model)
+    with stop.watching():
+        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
+    if stop.received and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"signal {stop.received} at step {trainer.state.global_step}: checkpoint-{trainer.state.global_step} is"
+            " saved; the same command with run_conf.resume_from_checkpoint: auto goes on from it",
+            stop.received,
+        )
+    artifact = publish_final(
+        trainer,
+        tokenizer.tokenizer,
+        job.output_dir / experiment.run_conf.final_checkpoint_name,
+        end_of_turn=end_of_turn(experiment, tokenizer),
+        base_fingerprint=prepared.fingerprint,
+        initial=initial,
+    )
+    if artifact is not None:
+        record.update(artifact=artifact.as_dict(), training=output.metrics)
+        observer.published(artifact)
+    return RunResult(
+        "completed", artifact, trainer.state.global_step, output.training_loss, time.monotonic() - started
+    )
+
+
+def _seed(seed: int, determinism: str) -> None:
+    import torch
+    import transformers
+
+    if determinism == "full":
+        transformers.enable_full_determinism(seed)
+        return
+    transformers.set_seed(seed)
+    if determinism == "half":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _digests(model: object) -> dict[str, str]:
+    """Digests of an adapter that the trainer has put on; none for a model without."""
+    from finetuning.model.adapter_files import digests
+    from finetuning.model.save import is_adapted
+
+    return digests(model) if is_adapted(model) else {}
