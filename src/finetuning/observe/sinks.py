@@ -1,0 +1,131 @@
+"""What the training loop tells, and the places that it is told to."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+_WINDOWS_KEPT = 10
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Where training stands at a log: counts, the last values, and the pace.
+
+    `tokens_seen` counts real tokens, padding left out, over all processes, since this job began. Times are seconds;
+    `elapsed_s` is all time since the loop began, `first_step_s` the part of it until the first step was done, which no
+    rate includes. Nor do the rates include evaluation and saving. None where a value is not known (yet).
+    """
+
+    step: int
+    max_steps: int
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_seen: int | None = None
+    elapsed_s: float = 0.0
+    first_step_s: float | None = None
+    tokens_per_s: float | None = None
+    seconds_left: float | None = None
+
+
+Kind = Literal["training", "validation", "summary"]
+
+
+@dataclass(frozen=True)
+class LogEvent:
+    """One log of the trainer: what it is about, every number in it by the trainer's names, and the step's metrics."""
+
+    kind: Kind
+    metrics: StepMetrics
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+class Sink:
+    """A place that is told what happens. Every method may be left as it is; one that raises is switched off."""
+
+    name = "sink"
+
+    def begin(self, metrics: StepMetrics) -> None:
+        """The training loop begins; `metrics.step` is above 0 when it was resumed."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """An optimizer step was taken; only counts and times are filled in."""
+
+    def log(self, event: LogEvent) -> None:
+        """The trainer has logged."""
+
+    def saved(self, step: int, folder: Path) -> None:
+        """A checkpoint was published."""
+
+    def end(self, metrics: StepMetrics) -> None:
+        """The training loop has ended by itself."""
+
+    def close(self) -> None:
+        """Nothing more comes; called once, after a failure, too."""
+
+
+class Pace:
+    """How fast training goes, from readings of a clock and of the token count.
+
+    The first step (compilation, allocation, warm caches) is kept apart, and pauses (evaluation, saving) are taken out.
+    """
+
+    def __init__(self, now: float, step: int):
+        self._began = now
+        self._first_step = step + 1
+        self._paused = 0.0
+        self._marks: deque[tuple[int, float, int | None]] = deque(maxlen=_WINDOWS_KEPT + 1)
+        self.first_step_s: float | None = None
+
+    def stepped(self, step: int, now: float, tokens: int | None) -> None:
+        """Takes note of the first step; later ones change nothing."""
+        if self.first_step_s is None:
+            self.first_step_s = now - self._began
+            self._marks.append((step, now - self._paused, tokens))
+
+    def paused(self, seconds: float) -> None:
+        self._paused += seconds
+
+    def elapsed(self, now: float) -> float:
+        return now - self._began
+
+    def window(self, step: int, now: float, tokens: int | None) -> float | None:
+        """Tokens per second since the last window, which ends here; None before there is one."""
+        busy = now - self._paused
+        if not self._marks or step <= self._marks[-1][0]:
+            return None
+        _, since, tokens_then = self._marks[-1]
+        self._marks.append((step, busy, tokens))
+        if tokens is None or tokens_then is None or busy <= since:
+            return None
+        return (tokens - tokens_then) / (busy - since)
+
+    def seconds_left(self, step: int, max_steps: int) -> float | None:
+        """Seconds that the steps to come take at the pace of the last ten windows."""
+        if len(self._marks) < 2:
+            return None
+        (first, began, _), (last, ended, _) = self._marks[0], self._marks[-1]
+        return max(max_steps - step, 0) * (ended - began) / (last - first)
+
+
+def numbers(logs: Mapping[str, object]) -> dict[str, float]:
+    """The numbers among what a trainer has logged, one-element tensors included, by their names."""
+    found: dict[str, float] = {}
+    for key, value in logs.items():
+        try:
+            number = value.item() if hasattr(value, "item") else value
+        except (ValueError, RuntimeError):  # more than one element
+            continue
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            found[key] = float(number)
+    return found
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
