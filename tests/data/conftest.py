@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXT = [
@@ -63,8 +64,6 @@ def sentencepiece(special: tuple[str, ...] = (), *, add_bos: bool = False, schem
 
 
 def _without_added_bytes(state: str) -> str:
-    import json
-
     values = json.loads(state)
     values["added_tokens"] = [one for one in values["added_tokens"] if not one["content"].startswith("<0x")]
     return json.dumps(values)
@@ -85,14 +84,16 @@ def wrap(tokenizer: Tokenizer, special: tuple[str, ...] = (), template: str | No
 _KINDS: dict[str, Callable[..., Tokenizer]] = {"byte-level": byte_level, "sentencepiece": sentencepiece}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _trained(kind: str, special: tuple[str, ...], add_bos: bool) -> str:
     return _KINDS[kind](special, add_bos=add_bos).to_str()
 
 
 def special_tokens_of(source: str) -> tuple[str, ...]:
     """What looks like a special token in a template: `<|…|>`, `<｜…｜>`, `<start_of_turn>`, `[INST]`, …"""
-    found = re.findall(r"<[|｜][^|｜<>'\"\s]{1,40}[|｜]>|<[a-z_]+_of_[a-z_]+>|<\|[a-z_]+>|<[a-z_]+\|>|</?think>", source)
+    found = re.findall(
+        r"<[|｜][^|｜<>'\"\s]{1,40}[|｜]>|<[a-z_]+_of_[a-z_]+>|<\|[a-z_]+>|<[a-z_]+\|>|</?think>", source
+    )
     return tuple(sorted(set(found)))
 
 
@@ -119,3 +120,18 @@ def trl_templates() -> dict[str, str]:
 
     folder = Path(trl.__file__).parent / "chat_templates"
     return {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.jinja"))}
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[..., str]:
+    """A function: name, rows (objects are written as JSON, bytes and text as they are) -> path of the file."""
+
+    def write(name: str, *rows: object) -> str:
+        path = tmp_path / name
+        with open(path, "wb") as stream:
+            for row in rows:
+                data = row if isinstance(row, bytes | str) else json.dumps(row, ensure_ascii=False)
+                stream.write((data if isinstance(data, bytes) else data.encode()) + b"\n")
+        return str(path)
+
+    return write

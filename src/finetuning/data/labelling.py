@@ -115,7 +115,7 @@ class Labeller:
                 return Refused("a token reaches over the beginning of a turn")
             last = _token_from(encoding, end, len(text))
             last = len(ids) if last is None else last
-            if last <= first or encoding.token_to_chars(last - 1)[1] > end:
+            if last <= first or encoding.token_to_chars(last - 1)[1] > end or _begins(encoding, last, end) < end:
                 return Refused("a token reaches over the end of a turn")
             runs.append((first, last))
         return Tokens(ids, tuple(runs))
@@ -175,6 +175,10 @@ class Labeller:
         if self.decode(ids) != self.decode(self._encode([text])[0].ids):
             return Refused("a token reaches over the beginning of a turn, and the text cannot be cut there")
         return self._with_bos(text, Tokens(np.array(ids, dtype=np.int32), tuple(runs), CUT_AT_BORDER), False)
+
+
+def _begins(encoding: Any, token: int, default: int) -> int:
+    return encoding.token_to_chars(token)[0] if token < len(encoding.ids) else default
 
 
 def _token_from(encoding: Any, start: int, stop: int) -> int | None:

@@ -91,7 +91,7 @@ class Masker:
             except NotShown as error:
                 failure = failure or Refused(str(error), error.turn)
         if self._renderer.has_marks:
-            return self._by_template(conversation, text, len(turns), failure)
+            return self._by_template(conversation, text, turns, failure)
         return failure or Refused("the chat template writes this conversation differently when it is rendered again")
 
     def _attempts(self, conversation: Conversation, text: str) -> Iterable[tuple[str, Sequence[Message]]]:
@@ -122,9 +122,9 @@ class Masker:
         """The position at which the model begins to write the turn."""
         position, tail = self._prompt_tail(view, turn)
         limit = view.whole.positions.get(sentinels.opening(turn))
-        before = view.whole.text[position:limit]
-        if before.startswith(tail):
+        if view.whole.text.startswith(tail, position):
             return position + len(tail)
+        before = view.whole.text[position:limit]
         if limit is not None and tail.startswith(before):
             notes.add("the generation prompt holds more than the turn begins with")
             return limit
@@ -137,11 +137,7 @@ class Masker:
     def _prompt_tail(self, view: _View, turn: int) -> tuple[int, str]:
         """The position of the last mark before the turn, and what the generation prompt writes from there on."""
         if turn == 0:
-            opening = view.whole.positions.get(sentinels.opening(0))
-            prompt = self._endings.generation_prompt
-            if opening is None or not prompt or not view.whole.text[:opening].endswith(prompt):
-                raise NotShown("the conversation begins with it, and its header cannot be told apart", turn)
-            return opening - len(prompt), prompt
+            return self._first_tail(view)
         anchor = self._anchor(view, turn)
         key = self._plain_key(view.conversation, turn, anchor)
         if key is not None and key in self._tails:
@@ -156,6 +152,20 @@ class Masker:
         if key is not None:
             self._tails[key] = tail
         return (view.whole.positions[anchor] if anchor else 0), tail
+
+    def _first_tail(self, view: _View) -> tuple[int, str]:
+        """The same for a turn that begins the conversation: there is no prompt to ask the template for."""
+        text, prompt = view.whole.text, self._endings.generation_prompt
+        limit = view.whole.positions.get(sentinels.opening(0))
+        if limit is not None and prompt and text.endswith(prompt, 0, limit):
+            return limit - len(prompt), prompt
+        bos = self._renderer.tokenizer.bos_token or ""
+        position = len(bos) if text.startswith(bos) else 0
+        if text.startswith(prompt, position) if prompt else limit == position:
+            return position, prompt
+        if limit is None or not prompt.startswith(text[position:limit]):
+            raise NotShown("the conversation begins with it, and its header cannot be told apart", 0)
+        return position, prompt
 
     @staticmethod
     def _anchor(view: _View, turn: int) -> str | None:
@@ -221,31 +231,54 @@ class Masker:
     def _check_inside(view: _View, turn: int, span: Span, notes: set[str]) -> None:
         """Nothing of another message lies in the span, and what the message says does."""
         start, end = span
-        message = view.conversation.messages[turn]
+        positions = view.whole.positions
         own = {sentinels.opening(turn), sentinels.closing(turn), sentinels.calling(turn)}
-        inside = {sign for sign, position in view.whole.positions.items() if start < position <= end}
-        strangers = [sign for sign in inside - own if view.whole.positions[sign] < end]
-        if strangers:
+        if any(start < position < end for sign, position in positions.items() if sign not in own):
             raise NotShown("the text of another message lies inside it", turn)
-        text = view.whole.text[start:end]
-        names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-        if any(name not in text for name in names):
-            raise NotShown("the template leaves out its tool calls", turn)
-        content = (message.get("content") or "").strip()
-        if content and content not in text:
-            answer = content.rpartition("</think>")[2].strip()
-            if answer and answer not in text and not names:
-                raise NotShown("the template leaves out its content", turn)
+        # A generation prompt can hold the first words of an answer, such as an opening <think>.
+        text = view.whole.text[min(start, positions.get(sentinels.opening(turn), start)) : end]
+        if not _holds_all(view.conversation.messages[turn], text, turn):
             notes.add("the template leaves out a part of a turn")
 
     def _by_template(
-        self, conversation: Conversation, text: str, count: int, failure: Refused | None
+        self, conversation: Conversation, text: str, turns: Sequence[int], failure: Refused | None
     ) -> Marked | Refused:
-        """The spans between the template's own marks, when there is one a turn and each ends as a turn must."""
-        spans = self._renderer.marked_spans(conversation.messages, conversation.tools, conversation.template_kwargs)
-        if len(spans) != count:
-            return failure or Refused(f"the template marks {len(spans)} turns of {count}")
-        trimmed = tuple((start, start + len(text[start:end].rstrip())) for start, end in spans)
-        if not all(start < end and self._endings.is_end(text[start:end]) for start, end in trimmed):
-            return failure or Refused("the template's own marks leave out the end of a turn")
-        return Marked(text, trimmed, "template")
+        """The spans between the template's own marks, when there is one a turn and each ends as a turn must.
+
+        What a mark shares with the generation prompt is given to the model, so it is left out.
+        """
+        marks = self._renderer.marked_spans(conversation.messages, conversation.tools, conversation.template_kwargs)
+        if len(marks) != len(turns):
+            return failure or Refused(f"the template marks {len(marks)} turns of {len(turns)}")
+        spans = []
+        notes = set()
+        for turn, (first, last) in zip(turns, marks, strict=True):
+            end = first + len(text[first:last].rstrip())
+            start = first + self._shared_tokens(self._endings.generation_prompt, text[first:end])
+            if start >= end or not self._endings.is_end(text[start:end]):
+                return failure or Refused("the template's own marks leave out the end of a turn", turn)
+            try:
+                if not _holds_all(conversation.messages[turn], text[start:end], turn):
+                    notes.add("the template leaves out a part of a turn")
+            except NotShown as error:
+                return Refused(str(error), turn)
+            spans.append((start, end))
+        return Marked(text, tuple(spans), "template", frozenset(notes))
+
+
+def _holds_all(message: Message, text: str, turn: int) -> bool:
+    """Whether a turn's text holds all that the message says; False when it leaves out what came before an answer.
+
+    Raises:
+        NotShown: the answer itself is not there, or a tool call.
+    """
+    names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    if any(name not in text for name in names):
+        raise NotShown("the template leaves out its tool calls", turn)
+    content = (message.get("content") or "").strip()
+    if not content or content in text:
+        return True
+    answer = content.rpartition("</think>")[2].strip()
+    if answer and answer not in text and not names:
+        raise NotShown("the template leaves out its content", turn)
+    return False

@@ -95,7 +95,7 @@ def _read_lines(path: str, stream: Any, offset: int, digest: hashlib._Hash | Non
 
 def _parse_line(text: str, place: Place) -> Row | Problem:
     try:
-        values = json.loads(text)
+        values = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         return Problem(f"invalid JSON at column {error.colno}: {error.msg}", place)
     except RecursionError:
@@ -161,15 +161,26 @@ def _to_text(line: bytes, place: Place, offset: int) -> str | Problem:
 def _to_row(values: Any, text: str, place: Place) -> Row | Problem:
     if not isinstance(values, dict):
         return Problem(f"expected an object, got {json_type(values)}", place)
-    # Only an escape can bring a lone surrogate past the UTF-8 decoder; no tokenizer takes one.
+    # Only an escape can bring these past the UTF-8 decoder; no tokenizer takes half a pair.
     if "\\u" in text:
-        try:
-            json.dumps(values, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no text", place)
-        if "\\u0000" in text and "\0" in json.dumps(values, ensure_ascii=False).replace("\\u0000", "\0"):
+        strings = "".join(_strings(values))
+        if "\0" in strings:
             return Problem("a string holds a NUL character (\\u0000)", place)
+        if any("\ud800" <= character <= "\udfff" for character in strings):
+            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no text", place)
     return Row(values, place)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
 
 
 def json_type(value: Any) -> str:
