@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 from finetuning.config.experiment import DPOExperiment, Experiment, SFTExperiment
 from finetuning.config.model import BitsAndBytes, NoPeft
 from finetuning.config.read import read_document
+from finetuning.config.schema import schema_text
 from finetuning.config.validate import validate
 from finetuning.errors import ConfigError
 
@@ -73,6 +76,15 @@ def test_recipe_is_valid_and_says_nothing_that_is_out_of_date(path: Path) -> Non
     validated = validate(read_document(path), METHODS[path.parent.name])
     assert validated.experiment.method == path.parent.name
     assert [str(warning) for warning in validated.warnings] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_an_editor_finds_nothing_to_mark(path: Path) -> None:
+    schema = json.loads(schema_text(METHODS[path.parent.name]))
+    values = read_document(path).values
+    jsonschema.validate(values, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(values | {"batchsize_conf": {"total_train_batch_size": "many"}}, schema)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
