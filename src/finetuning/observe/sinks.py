@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,23 +75,23 @@ class Pace:
     The first step (compilation, allocation, warm caches) is kept apart, and pauses (evaluation, saving) are taken out.
     """
 
-    def __init__(self, now: float, step: int):
+    def __init__(self, now: float):
         self._began = now
-        self._first_step = step + 1
         self._paused = 0.0
         self._marks: deque[tuple[int, float, int | None]] = deque(maxlen=_WINDOWS_KEPT + 1)
         self.first_step_s: float | None = None
 
-    def stepped(self, step: int, now: float, tokens: int | None) -> None:
-        """Takes note of the first step; later ones change nothing."""
-        if self.first_step_s is None:
-            self.first_step_s = now - self._began
-            self._marks.append((step, now - self._paused, tokens))
+    def first_step(self, step: int, now: float, tokens: int | None) -> None:
+        """The first step is done: from here on the pace is measured."""
+        self.first_step_s = now - self._began
+        self._marks.append((step, now - self._paused, tokens))
 
     def paused(self, seconds: float) -> None:
+        """So many seconds went into something else."""
         self._paused += seconds
 
     def elapsed(self, now: float) -> float:
+        """Seconds since the training loop began."""
         return now - self._began
 
     def window(self, step: int, now: float, tokens: int | None) -> float | None:
@@ -125,7 +124,3 @@ def numbers(logs: Mapping[str, object]) -> dict[str, float]:
         if isinstance(number, int | float) and not isinstance(number, bool):
             found[key] = float(number)
     return found
-
-
-def is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
