@@ -75,7 +75,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             if self.state.global_step == 0 and self.model.training and not self._identity_checked:
                 self._identity_checked = True
-                _check_identity(self, float(loss[0] if isinstance(loss, tuple) else loss))
+                _check_identity(self, float((loss[0] if isinstance(loss, tuple) else loss).detach()))
             return loss
 
         _identity_checked = False

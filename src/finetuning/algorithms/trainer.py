@@ -33,6 +33,13 @@ class TrainerMixin:
     def tokens_seen(self) -> int:
         return int(self._token_count)
 
+    def all_tokens_seen(self) -> int:
+        """`tokens_seen` of all processes together; every process calls this at the same step."""
+        if self.args.world_size == 1:
+            return self.tokens_seen
+        count = torch.as_tensor(self._token_count, device=self.args.device)
+        return int(self.accelerator.reduce(count, "sum"))
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         # Summed where the batch lies: reading it here would make a GPU wait at every step.
         mask = inputs.get("attention_mask")

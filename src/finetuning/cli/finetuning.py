@@ -35,7 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="path of the experiment's YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="values that replace the file's, such as run_conf.model=/m"
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="values that replace the file's, such as run_conf.model=/m",
     )
     parser.add_argument("--logging-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
     parser.add_argument(

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 from finetuning.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from finetuning.algorithms import Method
     from finetuning.config.experiment import Experiment
-    from finetuning.plan.plan import Plan
+    from finetuning.observe.tracking import TrackingPlan
     from finetuning.topology import Topology
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-
-# Libraries that read these at import: nobody is called home, and no code is fetched from a hub, unless asked to.
-_QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "true"}
 
 
 def train(options: argparse.Namespace) -> int:
@@ -30,8 +28,7 @@ def train(options: argparse.Namespace) -> int:
     from finetuning.plan.plan import make_plan
     from finetuning.topology import read_topology
 
-    level = options.logging_level.upper()
-    if level not in LEVELS:
+    if options.logging_level.upper() not in LEVELS:
         raise ConfigError(f"--logging-level {options.logging_level}: choose one of {', '.join(LEVELS)}")
     if options.num_preprocess_workers < 1:
         raise ConfigError(f"--num-preprocess-workers {options.num_preprocess_workers}: must be at least 1")
@@ -55,7 +52,7 @@ def train(options: argparse.Namespace) -> int:
         if topology.is_main:
             _show_plan(experiment, topology, str(tracking))
         return 0
-    return _run(experiment, options, topology, tracking, level)
+    return _run(experiment, method, options, topology, tracking)
 
 
 def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> None:
@@ -63,7 +60,7 @@ def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> Non
     from finetuning.plan.plan import Decision, make_plan
 
     rows = count_training_rows(experiment.data_conf)
-    plan: Plan = make_plan(experiment, topology, rows=rows)
+    plan = make_plan(experiment, topology, rows=rows)
     decisions = [
         *plan.decisions,
         Decision("training rows", f"{rows:,}", "before any is filtered or dropped"),
@@ -76,23 +73,25 @@ def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> Non
     print("The config is right. Nothing was trained: --dry-run.")
 
 
-def _run(experiment: Experiment, options: argparse.Namespace, topology: Topology, tracking: object, level: str) -> int:
-    from finetuning.algorithms import METHODS
+def _run(
+    experiment: Experiment, method: Method, options: argparse.Namespace, topology: Topology, tracking: TrackingPlan
+) -> int:
     from finetuning.config.dump import dump_yaml
-    from finetuning.observe.observer import Observer
+    from finetuning.observe.logs import configure_logging
+    from finetuning.training.observer import Observer
     from finetuning.training.run import Job, run
 
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    observer = Observer(experiment, topology, tracking, level)
-    job = Job(
-        experiment=experiment,
-        method=METHODS[options.method],
-        topology=topology,
-        observer=observer,
-        workers=options.num_preprocess_workers,
-        resolved_config=dump_yaml(experiment),
+    configure_logging(options.logging_level.upper(), is_main=topology.is_main)
+    observer = Observer(experiment, method.name, topology, tracking)
+    result = run(
+        Job(
+            experiment=experiment,
+            method=method,
+            topology=topology,
+            observer=observer,
+            workers=options.num_preprocess_workers,
+            resolved_config=dump_yaml(experiment),
+        )
     )
-    result = run(job)
-    observer.closing(result)
+    observer.closing(result.status, result.steps, result.final_loss, result.training_s)
     return 0

@@ -94,9 +94,7 @@ def load_model(
     float32_master = "float32" if arguments.fp16 else "auto"
 
     def load_bare() -> Any:
-        return load(
-            run, quantisation, topology=topology, sharded_by=topology.sharded_by, default_dtype=float32_master
-        )
+        return load(run, quantisation, topology=topology, sharded_by=topology.sharded_by, default_dtype=float32_master)
 
     model = load_bare()
     vocabulary = grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
@@ -175,5 +173,3 @@ def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topo
 
         raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
     return Layout(True, reason)
-
-

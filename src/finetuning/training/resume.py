@@ -51,7 +51,9 @@ def find_resume_point(output_dir: Path, wanted: bool | str) -> ResumePoint:
     if must:
         found = f" ({'; '.join(notes)})" if notes else ""
         raise CheckpointError(
-            f"no whole checkpoint in {output_dir}{found}", place=Place(key=_KEY), hint="auto starts afresh when none is."
+            f"no whole checkpoint in {output_dir}{found}",
+            place=Place(key=_KEY),
+            hint="auto starts afresh when none is.",
         )
     return ResumePoint(None, tuple(notes))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,10 @@ from finetuning.training.record import CONFIG_NAME, RunRecord
 from finetuning.training.resume import find_resume_point
 
 if TYPE_CHECKING:
-    from finetuning.observe.observer import Observer
+    from transformers import Trainer
+
     from finetuning.training.final import Artifact
+    from finetuning.training.observer import Observer
 
 ALREADY_COMPLETE = "already complete"
 
@@ -48,7 +49,8 @@ class RunResult:
     artifact: Artifact | None = None
     steps: int = 0
     final_loss: float | None = None
-    seconds: float = 0.0
+    training_s: float | None = None
+    """Seconds of the training loop."""
 
 
 def run(job: Job) -> RunResult:
@@ -97,7 +99,6 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     from finetuning.training.signals import StopOnSignal
 
     experiment, observer = job.experiment, job.observer
-    started = time.monotonic()
     resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
     observer.resuming(resume)
 
@@ -163,8 +164,13 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         record.update(artifact=artifact.as_dict(), training=output.metrics)
         observer.published(artifact)
     return RunResult(
-        "completed", artifact, trainer.state.global_step, output.training_loss, time.monotonic() - started
+        "completed", artifact, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
     )
+
+
+def _last_loss(trainer: Trainer) -> float | None:
+    """The loss of the last log; that of the whole run would be pulled up by its first steps."""
+    return next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
 
 
 def _seed(seed: int, determinism: str) -> None:

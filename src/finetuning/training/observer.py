@@ -1,0 +1,186 @@
+"""What a run tells, on its way down the road: to the terminal, to the loss log, to MLflow."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config.dump import dump_values
+from finetuning.config.experiment import Experiment
+from finetuning.observe.console import open_console
+from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start
+from finetuning.plan.plan import Plan
+from finetuning.topology import Topology
+from finetuning.training.record import CONFIG_NAME, RECORD_NAME
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+    from finetuning.data.prepare import PreparedData
+    from finetuning.observe.mlflow_tracker import MlflowTracker
+    from finetuning.observe.tracking import TrackingPlan
+    from finetuning.training.final import Artifact
+    from finetuning.training.resume import ResumePoint
+
+logger = logging.getLogger("finetuning")
+
+PREVIEW_NAME = "first_rows.txt"
+_STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
+
+
+class Observer:
+    """Told of each step of a run as it is taken. Only the main process says or writes anything."""
+
+    def __init__(self, experiment: Experiment, method: str, topology: Topology, tracking: TrackingPlan):
+        self._experiment = experiment
+        self._method = method
+        self._is_main = topology.is_main
+        self._tracking = tracking
+        self._output_dir = Path(experiment.training_args.output_dir)
+        self._console = open_console(is_main=topology.is_main)
+        self._lines = [Line("model", experiment.run_conf.model), Line("output", str(self._output_dir))]
+        self._warnings: list[str] = []
+        self._mlflow: MlflowTracker | None = None
+        self._sinks: Any = None
+        self._trainer: Any = None
+        self._artifact: Artifact | None = None
+        self._started = time.monotonic()
+
+    def resuming(self, resume: ResumePoint) -> None:
+        """The run starts, afresh or from a checkpoint. Tracking starts here, beside all that follows."""
+        self._warn(*resume.notes)
+        if resume.checkpoint:
+            self._lines.append(Line("resumed from", str(resume.checkpoint)))
+        if self._is_main and self._tracking.enabled:
+            from finetuning.observe.mlflow_tracker import start_mlflow
+            from finetuning.observe.parameters import parameters, version_tags
+
+            self._mlflow = start_mlflow(
+                self._tracking,
+                self._output_dir,
+                job=self._method,
+                resumed=resume.checkpoint is not None,
+                tags=version_tags(),
+            )
+            if self._mlflow:
+                flatten = bool(self._tracking.flatten_params.value)
+                self._mlflow.log_parameters(parameters(dump_values(self._experiment), flatten=flatten))
+                self._mlflow.log_file(self._output_dir / CONFIG_NAME)
+        self._lines.append(Line("tracking", str(self._tracking)))
+        self._stage("Reading rows, rendering them, proving their masks")
+
+    def told(self, label: str, value: str, reason: str = "", *, warnings: Sequence[str] = ()) -> None:
+        """One fact about the run."""
+        self._lines.append(Line(label, value, reason))
+        self._warn(*warnings)
+
+    def prepared(self, data: PreparedData) -> None:
+        """The rows are ready: their fates and the first of them are written into the output directory."""
+        for line in data.ledger.lines():
+            label, _, value = line.partition(": ")
+            self._lines.append(Line(f"{label} rows", value) if value else Line("", line))
+        if self._is_main:
+            from finetuning.data.preview import to_text
+
+            data.ledger.write(self._output_dir)
+            (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview), encoding="utf-8")
+            if self._mlflow:
+                for name in (PREVIEW_NAME, "data_report.json"):
+                    self._mlflow.log_file(self._output_dir / name)
+
+    def planned(self, plan: Plan) -> None:
+        """The plan stands."""
+        self._lines += [Line(decision.name, decision.value, decision.reason) for decision in plan.decisions]
+        self._stage("Loading the model")
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the trainer is to call."""
+        from finetuning.observe.callbacks import Sinks, make_callback
+        from finetuning.observe.loss_log import LossLog
+        from finetuning.observe.progress import progress_sink
+
+        sinks = [progress_sink(self._console)]
+        if self._is_main:
+            sinks.append(LossLog(self._output_dir))
+            if self._mlflow:
+                sinks.append(self._mlflow)
+        self._sinks = Sinks(sinks)
+        return [make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())]
+
+    def watch(self, trainer: Trainer) -> None:
+        """The trainer is ready: the start summary is shown."""
+        from transformers.trainer_callback import PrinterCallback
+
+        self._trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        tell_start(self._console, f"finetuning {self._method}", self._lines)
+        for warning in self._warnings:
+            self._console.print(f"warning: {warning}", style="yellow", markup=False)
+
+    def published(self, artifact: Artifact) -> None:
+        """The tuned model is saved and checked."""
+        self._artifact = artifact
+        if self._mlflow:
+            folder = Path(artifact.folder)
+            self._mlflow.log_model_files(folder, folder.name)
+
+    def close(self, status: str) -> None:
+        """The run has ended, one way or the other; called once, after the record was written."""
+        if self._sinks:
+            self._sinks.tell("close") if self._mlflow is None else None
+        if self._mlflow:
+            self._mlflow.log_file(self._output_dir / RECORD_NAME)
+            self._mlflow.finish(_STATUS.get(status, "FAILED"))
+        if self._sinks:
+            self._sinks.close()
+
+    def closing(self, status: str, steps: int, final_loss: float | None, training_s: float | None) -> None:
+        """What was made, where, and the next commands to type."""
+        if self._artifact is None:
+            self._console.print(f"{self._output_dir}: {status}. Nothing was done.", markup=False)
+            return
+        artifact = self._artifact
+        tell_end(
+            self._console,
+            Closing(
+                headline=f"Completed after {steps:,} steps",
+                good=True,
+                made=[
+                    Made(artifact.kind, Path(artifact.folder)),
+                    Made("record", self._output_dir / RECORD_NAME),
+                    Made("rows seen", self._output_dir / PREVIEW_NAME),
+                ],
+                final_loss=final_loss,
+                training_s=training_s,
+                total_s=time.monotonic() - self._started,
+                facts=[("checked", "; ".join(artifact.checks)), ("stops at", artifact.stop_tokens)],
+                commands=_next_commands(artifact),
+            ),
+        )
+
+    def _stage(self, text: str) -> None:
+        self._console.print(f"{text} ...", style="dim", markup=False)
+
+    def _warn(self, *warnings: str) -> None:
+        self._warnings += warnings
+
+
+def _next_commands(artifact: Artifact) -> list[NextCommand]:
+    folder = shlex.quote(artifact.folder)
+    try_it = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
+    if artifact.kind == "adapter":
+        merged = shlex.quote(f"{artifact.folder}-merged")
+        return [
+            try_it,
+            NextCommand(f"merge_adapter {shlex.quote(artifact.base or 'BASE')} {folder} {merged}", "one model of both"),
+            NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM"),
+        ]
+    return [
+        try_it,
+        NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
+        NextCommand(f"lm_eval --model hf --model_args pretrained={folder} --tasks arc_easy", "evaluate it"),
+    ]
