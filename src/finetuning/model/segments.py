@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def segment_attention(
     query: (1, heads, tokens, head size); key and value: (1, key heads, tokens, head size); cu_seq_lens_q: int32 of
     shape (segments + 1), where each segment begins, and the end. Without it, transformers' own sdpa.
 
-    Returns the output, (1, tokens, heads, head size), and None for the weights, as transformers' attention functions do.
+    Returns the output, (1, tokens, heads, head size), and None in place of the weights, as transformers wants it.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -49,7 +50,7 @@ def segment_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("attention by segments has neither soft-capping nor sinks")
     borders = cu_seq_lens_q.tolist()
-    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(borders)]
     groups = query.shape[1] // key.shape[1]
     outputs = [
         scaled_dot_product_attention(

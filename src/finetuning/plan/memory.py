@@ -98,7 +98,7 @@ def _trainable(experiment: Experiment, shapes: dict, counts: dict) -> tuple[int 
     for name, (shape, _) in shapes.items():
         module = name.removesuffix(".weight").rsplit(".", 1)[-1]
         linear = len(shape) == 2 and name.endswith(".weight") and "embed" not in name
-        chosen = targets == "all-linear" and module != "lm_head" or isinstance(targets, list) and module in targets
+        chosen = (targets == "all-linear" and module != "lm_head") or (isinstance(targets, list) and module in targets)
         if linear and chosen:
             total += rank * sum(shape)
     # PEFT keeps new adapter weights in float32 beside half-precision bases.

@@ -15,7 +15,6 @@ from finetuning.topology import Topology
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from finetuning.data.prepare import PreparedData
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.tokenizer import LoadedTokenizer
 
