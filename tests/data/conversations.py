@@ -1,4 +1,4 @@
-"""Conversations whose words say who spoke them: `Uone` is a user's, `Aone` an assistant's, `Sone` a system's or tool's."""
+"""Conversations whose words say who spoke them: `Uone` a user, `Aone` an assistant, `Sone` a system or a tool."""
 
 from __future__ import annotations
 

@@ -52,5 +52,5 @@ def test_split_is_that_of_datasets(count: int, ratio: float) -> None:
 
 
 def test_a_split_with_an_empty_side_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 rows cannot be split with ratio 0.2"):
+    with pytest.raises(ValueError, match=r"1 rows cannot be split with ratio 0\.2"):
         split(1, 0.2, 0)

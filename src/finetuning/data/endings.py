@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetuning.data import sentinels
 from finetuning.data.rendering import CannotRender, Renderer
+from finetuning.data.sentinels import SIGNS
 
 _TALK = [
     {"role": "user", "content": "first"},
@@ -118,10 +118,10 @@ class EndingFinder:
         return marker, last[len(marker) :]
 
     def _tail(self, messages: list[dict[str, str]], turn: int) -> str:
-        marked = sentinels.unmark(self._renderer.text(sentinels.mark(messages)))
-        if sentinels.closing(turn) not in marked.positions:
+        marked = SIGNS.unmark(self._renderer.text(SIGNS.mark(messages)))
+        if SIGNS.closing(turn) not in marked.positions:
             raise NotShown("the template leaves out the answer")
-        return marked.after(sentinels.closing(turn))
+        return marked.after(SIGNS.closing(turn))
 
     def _units(self, text: str) -> list[str]:
         special = "|".join(re.escape(token) for token in self._renderer.special_tokens)
@@ -137,11 +137,11 @@ class EndingFinder:
 
     def _find_prompt(self) -> str:
         try:
-            plain = sentinels.unmark(self._renderer.text(sentinels.mark(_TALK[:1])))
-            prompt = sentinels.unmark(self._renderer.text(sentinels.mark(_TALK[:1]), prompt=True))
+            plain = SIGNS.unmark(self._renderer.text(SIGNS.mark(_TALK[:1])))
+            prompt = SIGNS.unmark(self._renderer.text(SIGNS.mark(_TALK[:1]), prompt=True))
         except CannotRender:
             return ""
-        sign = sentinels.closing(0)
+        sign = SIGNS.closing(0)
         if sign not in plain.positions or sign not in prompt.positions:
             return ""
         ending, whole = plain.after(sign), prompt.after(sign)

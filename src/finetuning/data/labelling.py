@@ -1,12 +1,14 @@
 """Text with trained spans to token ids with a mask, and the proof that the mask is the spans.
 
 A text is tokenised once, whole. A span is a run of tokens when a token begins where it begins and one ends where it
-ends; decoded, the run must give back the span. Where a token reaches over the beginning of a span, the text is cut
-there and tokenised in pieces, as it is when the model is served: the prompt alone, then what the model writes.
+ends; decoded, the run must give back the span. Where a token reaches over the beginning of a span, or the prompt alone
+has other tokens, the text is cut there and tokenised in pieces, as it is when the model is served: the prompt alone,
+then what the model writes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +22,8 @@ from finetuning.data.masking import Refused, Span
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CUT_AT_BORDER = "a token reached over the beginning of a turn: tokenised in pieces"
+CUT_AT_BORDER = "tokens would reach over the beginning of a turn: cut there, as the served model is prompted"
+_NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Labeller:
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._headers: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Tokens | Refused]:
         """The tokens of each text; None for spans trains on all of them.
@@ -98,8 +102,7 @@ class Labeller:
         runs = ((0, len(ids)),) if trained else tuple((first + 1, last + 1) for first, last in tokens.runs)
         return Tokens(ids, runs, tokens.note)
 
-    @staticmethod
-    def _align(text: str, encoding: Any, spans: Sequence[Span] | None) -> Tokens | Refused:
+    def _align(self, text: str, encoding: Any, spans: Sequence[Span] | None) -> Tokens | Refused:
         """The runs of tokens that cover the spans exactly, by the tokenizer's own offsets."""
         ids = np.array(encoding.ids, dtype=np.int32)
         if spans is None:
@@ -113,12 +116,37 @@ class Labeller:
             # The white space in front of a word belongs to its token; some tokenizers leave it out of the offsets.
             if begins != start and (begins < start or text[start:begins].strip()):
                 return Refused("a token reaches over the beginning of a turn")
+            if text[start - 1 : start].isspace() and not self._is_served(text[:start], ids[:first]):
+                return Refused("the prompt alone has other tokens")
             last = _token_from(encoding, end, len(text))
             last = len(ids) if last is None else last
             if last <= first or encoding.token_to_chars(last - 1)[1] > end or _begins(encoding, last, end) < end:
                 return Refused("a token reaches over the end of a turn")
             runs.append((first, last))
         return Tokens(ids, tuple(runs))
+
+    def _is_served(self, prompt: str, ids: np.ndarray) -> bool:
+        """Whether the tokens before a turn are those of the prompt alone, which the served model is given.
+
+        A pre-tokenizer may look ahead past white space, so that what follows a line break changes its token. Text
+        before a special token has no part in that.
+        """
+        near = max(len(prompt) - _NEAR, 0)
+        specials = list(self._special.finditer(prompt, near)) if self._special else []
+        header = prompt[specials[-1].start() :] if specials else prompt
+        if header not in self._headers:
+            found = self._encode([header])[0].ids
+            if not specials:
+                return found == ids.tolist()
+            self._headers[header] = found
+        found = self._headers[header]
+        return ids[len(ids) - len(found) :].tolist() == found
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        added = self._tokenizer.added_tokens_decoder.values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(re.escape(name) for name in names)) if names else None
 
     def _prove(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], results: list[Tokens | Refused]

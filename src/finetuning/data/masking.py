@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.data import sentinels
 from finetuning.data.endings import Ending, EndingFinder, NotShown
 from finetuning.data.rendering import CannotRender, Renderer
 from finetuning.data.rows import Conversation, Message
-from finetuning.data.sentinels import Unmarked
+from finetuning.data.sentinels import NO_SIGNS, Signs, Unmarked
 
 Span = tuple[int, int]
 
@@ -49,6 +48,7 @@ class _View:
     """One attempt at a conversation: its text with the marks that this attempt makes."""
 
     conversation: Conversation
+    signs: Signs
     marked: Sequence[Message]
     whole: Unmarked
 
@@ -78,15 +78,15 @@ class Masker:
     def find_in(self, conversation: Conversation, text: str, turns: Sequence[int]) -> Marked | Refused:
         """The spans of those turns in the text that the conversation was rendered to."""
         failure: Refused | None = None
-        for name, marked in self._attempts(conversation, text):
+        for name, signs, marked in self._attempts(conversation, text):
             try:
-                whole = sentinels.unmark(self._render(conversation, marked))
+                whole = signs.unmark(self._render(conversation, marked))
             except CannotRender:
                 continue
             if whole.text != text:
                 continue
             try:
-                spans, notes = self._all_spans(_View(conversation, marked, whole), turns)
+                spans, notes = self._all_spans(_View(conversation, signs, marked, whole), turns)
                 return Marked(text, spans, name, notes)
             except NotShown as error:
                 failure = failure or Refused(str(error), error.turn)
@@ -94,12 +94,13 @@ class Masker:
             return self._by_template(conversation, text, turns, failure)
         return failure or Refused("the chat template writes this conversation differently when it is rendered again")
 
-    def _attempts(self, conversation: Conversation, text: str) -> Iterable[tuple[str, Sequence[Message]]]:
+    def _attempts(self, conversation: Conversation, text: str) -> Iterable[tuple[str, Signs, Sequence[Message]]]:
         messages = conversation.messages
-        if sentinels.can_mark(text, len(messages)):
-            yield "marks", sentinels.mark(messages)
-            yield "end marks", sentinels.mark(messages, openings=False)
-        yield "prefix", messages
+        signs = Signs.absent_from(text, len(messages))
+        if signs is not None:
+            yield "marks", signs, signs.mark(messages)
+            yield "end marks", signs, signs.mark(messages, openings=False)
+        yield "prefix", NO_SIGNS, messages
 
     def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         return self._renderer.text(
@@ -121,7 +122,7 @@ class Masker:
     def _start(self, view: _View, turn: int, notes: set[str]) -> int:
         """The position at which the model begins to write the turn."""
         position, tail = self._prompt_tail(view, turn)
-        limit = view.whole.positions.get(sentinels.opening(turn))
+        limit = view.whole.positions.get(view.signs.opening(turn))
         if view.whole.text.startswith(tail, position):
             return position + len(tail)
         before = view.whole.text[position:limit]
@@ -139,11 +140,11 @@ class Masker:
         if turn == 0:
             return self._first_tail(view)
         anchor = self._anchor(view, turn)
-        key = self._plain_key(view.conversation, turn, anchor)
+        key = self._plain_key(view, turn, anchor)
         if key is not None and key in self._tails:
             return (view.whole.positions[anchor] if anchor else 0), self._tails[key]
         try:
-            prompt_view = sentinels.unmark(self._render(view.conversation, view.marked[:turn], prompt=True))
+            prompt_view = view.signs.unmark(self._render(view.conversation, view.marked[:turn], prompt=True))
         except CannotRender as error:
             raise NotShown(f"the template does not take the conversation up to it: {error}", turn) from None
         if anchor and anchor not in prompt_view.positions:
@@ -156,7 +157,7 @@ class Masker:
     def _first_tail(self, view: _View) -> tuple[int, str]:
         """The same for a turn that begins the conversation: there is no prompt to ask the template for."""
         text, prompt = view.whole.text, self._endings.generation_prompt
-        limit = view.whole.positions.get(sentinels.opening(0))
+        limit = view.whole.positions.get(view.signs.opening(0))
         if limit is not None and prompt and text.endswith(prompt, 0, limit):
             return limit - len(prompt), prompt
         bos = self._renderer.tokenizer.bos_token or ""
@@ -173,15 +174,16 @@ class Masker:
         highest = -1
         found = None
         for index in range(turn):
-            for sign in (sentinels.closing(index), sentinels.calling(index)):
+            for sign in (view.signs.closing(index), view.signs.calling(index)):
                 position = view.whole.positions.get(sign, -1)
                 if position > highest:
                     highest, found = position, sign
         return found
 
     @staticmethod
-    def _plain_key(conversation: Conversation, turn: int, anchor: str | None) -> Any:
+    def _plain_key(view: _View, turn: int, anchor: str | None) -> Any:
         """What the tail of a prompt depends on, where that is the roles and nothing else."""
+        conversation = view.conversation
         if anchor is None or conversation.tools or conversation.template_kwargs:
             return None
         before = conversation.messages[:turn]
@@ -204,7 +206,7 @@ class Masker:
         """The position after the end-of-turn marker of the turn."""
         message = view.conversation.messages[turn]
         positions = view.whole.positions
-        content, calls = sentinels.closing(turn), sentinels.calling(turn)
+        content, calls = view.signs.closing(turn), view.signs.calling(turn)
         has_calls = bool(message.get("tool_calls"))
         own = [sign for sign in (content, calls) if positions.get(sign, -1) >= start]
         if not has_calls:
@@ -215,7 +217,7 @@ class Masker:
                 return position + self._endings.match_plain(rest, message.get("content") or "", turn)
         anchor = max(own, key=positions.__getitem__) if own else self._anchor(view, turn)
         try:
-            until = sentinels.unmark(self._render(view.conversation, view.marked[: turn + 1]))
+            until = view.signs.unmark(self._render(view.conversation, view.marked[: turn + 1]))
         except CannotRender as error:
             raise NotShown(f"the template does not take the conversation up to its end: {error}", turn) from None
         if anchor and anchor not in until.positions:
@@ -232,11 +234,11 @@ class Masker:
         """Nothing of another message lies in the span, and what the message says does."""
         start, end = span
         positions = view.whole.positions
-        own = {sentinels.opening(turn), sentinels.closing(turn), sentinels.calling(turn)}
+        own = {view.signs.opening(turn), view.signs.closing(turn), view.signs.calling(turn)}
         if any(start < position < end for sign, position in positions.items() if sign not in own):
             raise NotShown("the text of another message lies inside it", turn)
         # A generation prompt can hold the first words of an answer, such as an opening <think>.
-        text = view.whole.text[min(start, positions.get(sentinels.opening(turn), start)) : end]
+        text = view.whole.text[min(start, positions.get(view.signs.opening(turn), start)) : end]
         if not _holds_all(view.conversation.messages[turn], text, turn):
             notes.add("the template leaves out a part of a turn")
 

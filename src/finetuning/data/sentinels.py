@@ -1,64 +1,25 @@
-"""Marks that stand for a place: rendered with the text of a conversation, they show where each part of it went."""
+"""Signs that stand for a place: rendered with the text of a conversation, they show where each part of it went.
+
+They are characters for private use, which no tokenizer's template writes by itself.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from finetuning.data.rows import Message
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD
-_ANY = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+_PLANES = (0xF0000, 0x100000)
+_PLANE_SIZE = 0xFFFE
 _KINDS = 3
-_MOST_MESSAGES = (_LAST - _FIRST) // _KINDS
-
-
-def opening(index: int) -> str:
-    """The character, for private use, that stands before the content of a message."""
-    return chr(_FIRST + _KINDS * index)
-
-
-def closing(index: int) -> str:
-    """The one after it."""
-    return chr(_FIRST + _KINDS * index + 1)
-
-
-def calling(index: int) -> str:
-    """The one after the name of the last function that a message calls."""
-    return chr(_FIRST + _KINDS * index + 2)
-
-
-def can_mark(text: str, count: int) -> bool:
-    """Whether none of the characters is in the text itself, and there are enough of them for all messages."""
-    return count <= _MOST_MESSAGES and (text.isascii() or not _ANY.search(text))
-
-
-def mark(messages: Sequence[Message], *, openings: bool = True) -> list[Message]:
-    """The messages with marks inside the outer white space of each content: a template that trims trims the same."""
-    return [_mark_one(message, index, openings) for index, message in enumerate(messages)]
-
-
-def _mark_one(message: Message, index: int, openings: bool) -> Message:
-    marked = dict(message)
-    content = message.get("content")
-    core = content.strip() if isinstance(content, str) else ""
-    if core:
-        start = content.index(core[0])
-        before = opening(index) if openings and message["role"] == "assistant" else ""
-        marked["content"] = content[:start] + before + core + closing(index) + content[start + len(core) :]
-    calls = message.get("tool_calls")
-    if calls and message["role"] == "assistant":
-        call = calls[-1]
-        function = dict(call.get("function", call))
-        function["name"] += calling(index)
-        marked["tool_calls"] = [*calls[:-1], {**call, "function": function} if "function" in call else function]
-    return marked
 
 
 @dataclass(frozen=True)
 class Unmarked:
-    """A text without its marks, and the position of each mark in it; marks that came up twice are left out."""
+    """A text without its signs, and the position of each sign in it; signs that came up twice are left out."""
 
     text: str
     positions: dict[str, int]
@@ -67,15 +28,78 @@ class Unmarked:
         return self.text[self.positions[sign] :]
 
 
-def unmark(marked: str) -> Unmarked:
-    """The text without marks, and where they stood."""
-    positions: dict[str, int] = {}
-    repeated = set()
-    for removed, match in enumerate(_ANY.finditer(marked)):
-        sign = match.group()
-        if sign in positions:
-            repeated.add(sign)
-        positions[sign] = match.start() - removed
-    for sign in repeated:
-        del positions[sign]
-    return Unmarked(_ANY.sub("", marked), positions)
+@dataclass(frozen=True)
+class Signs:
+    """One set of signs; with `first` None there are none, and every text stays as it is."""
+
+    first: int | None
+
+    @classmethod
+    def absent_from(cls, text: str, count: int) -> Signs | None:
+        """Signs for so many messages, none of which is in the text; None when there are no such."""
+        for first in _PLANES:
+            signs = cls(first)
+            if count <= _PLANE_SIZE // _KINDS and (text.isascii() or not signs._any.search(text)):
+                return signs
+        return None
+
+    def opening(self, index: int) -> str:
+        """The sign before the content of a message."""
+        return self._sign(index, 0)
+
+    def closing(self, index: int) -> str:
+        """The sign after it."""
+        return self._sign(index, 1)
+
+    def calling(self, index: int) -> str:
+        """The sign after the name of the last function that a message calls."""
+        return self._sign(index, 2)
+
+    def mark(self, messages: Sequence[Message], *, openings: bool = True) -> list[Message]:
+        """The messages with signs round each content, inside its outer white space: what trims it trims the same."""
+        if self.first is None:
+            return list(messages)
+        return [self._mark_one(message, index, openings) for index, message in enumerate(messages)]
+
+    def unmark(self, marked: str) -> Unmarked:
+        """The text without signs, and where they stood."""
+        if self.first is None:
+            return Unmarked(marked, {})
+        positions: dict[str, int] = {}
+        repeated = set()
+        for removed, match in enumerate(self._any.finditer(marked)):
+            sign = match.group()
+            if sign in positions:
+                repeated.add(sign)
+            positions[sign] = match.start() - removed
+        for sign in repeated:
+            del positions[sign]
+        return Unmarked(self._any.sub("", marked), positions)
+
+    def _sign(self, index: int, kind: int) -> str:
+        return "" if self.first is None else chr(self.first + _KINDS * index + kind)
+
+    @cached_property
+    def _any(self) -> re.Pattern[str]:
+        return re.compile(f"[{chr(self.first)}-{chr(self.first + _PLANE_SIZE - 1)}]")
+
+    def _mark_one(self, message: Message, index: int, openings: bool) -> Message:
+        marked = dict(message)
+        content = message.get("content")
+        core = content.strip() if isinstance(content, str) else ""
+        if core:
+            start = content.index(core[0])
+            before = self.opening(index) if openings and message["role"] == "assistant" else ""
+            marked["content"] = content[:start] + before + core + self.closing(index) + content[start + len(core) :]
+        calls = message.get("tool_calls")
+        if calls and message["role"] == "assistant":
+            call = calls[-1]
+            function = dict(call.get("function", call))
+            function["name"] += self.calling(index)
+            marked["tool_calls"] = [*calls[:-1], {**call, "function": function} if "function" in call else function]
+        return marked
+
+
+SIGNS = Signs(_PLANES[0])
+"""Signs for texts that are known to hold none."""
+NO_SIGNS = Signs(None)
