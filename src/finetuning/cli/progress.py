@@ -1,0 +1,34 @@
+"""A progress bar for a terminal, and silence where there is none."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def transfer_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A function to be called with the bytes done and the bytes in all; None when nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def quiet_libraries() -> None:
+    """Keeps the advice that libraries give to programmers from the user of a console script."""
+    warnings.filterwarnings("ignore")

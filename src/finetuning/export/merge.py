@@ -1,0 +1,109 @@
+"""`merge_adapter`: a base model and adapters become one model, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning.errors import ModelError
+from finetuning.export.certificate import Certificate, certify, require_memory
+from finetuning.export.companions import tokenizer_folder, write_companions
+from finetuning.export.peft_merge import DeviceMap, merge_with_peft, refuse_unmergeable
+from finetuning.export.plan import MergePlan, plan_merge
+from finetuning.export.sources import Adapter, BaseModel, folder_of, read_adapter, read_base
+from finetuning.export.streaming import Progress, write_merged
+from finetuning.export.tensor_output import require_room
+from finetuning.model import fingerprint
+from finetuning.publish import refuse_occupied, staged
+
+_SMALL_FILES_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge made."""
+
+    out: Path
+    num_bytes: int
+    streamed: bool
+    certificate: Certificate | None
+
+
+def merge_adapters(
+    base_name: str,
+    adapter_names: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str | None = None,
+    device_map: DeviceMap = None,
+    verify: bool = True,
+    force: bool = False,
+    allow_pickle: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """One model in `out`, made of the base and the adapters, merged one after the other in the order given.
+
+    Raises:
+        ModelError: base or adapter is missing, damaged, of another kind, or does not fit.
+        StorageError: `out` is not empty, or the disk has no room; nothing is left behind.
+        GuardStopped: the merged model is not base plus adapter; nothing is left behind.
+    """
+    refuse_occupied(out)
+    base = read_base(base_name, allow_pickle=allow_pickle)
+    adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
+    # An adapter that follows another may have been trained on what came out before it, which has no record here.
+    known_base = _check_fingerprint(base, adapters[0], force, tell)
+    plan = plan_merge(base, adapters, force=force)
+    if not isinstance(plan, MergePlan):
+        for adapter in adapters:
+            refuse_unmergeable(adapter)
+        tell(f"merging in memory with PEFT: {plan.reason}")
+    require_room(out, base.num_bytes + _SMALL_FILES_BYTES)
+    if verify:
+        require_memory(base)
+    given = folder_of(tokenizer, "tokenizer") if tokenizer is not None else None
+    folders = [adapter.folder for adapter in adapters]
+    certificate = None
+    with staged(out) as folder:
+        if isinstance(plan, MergePlan):
+            for note in plan.notes:
+                tell(note)
+            write_merged(base, plan, folder, progress)
+            changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
+        else:
+            num_rows = merge_with_peft(base, adapters, folder, device_map)
+            changes = None
+        write_companions(folder, base, folders, tokenizer_folder(given, folders, base.folder), changes, num_rows)
+        if verify:
+            tell("verifying: the merged model against base and adapter")
+            certificate = certify(base, adapters, folder, device_map=device_map, base_fingerprint=known_base)
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return MergeResult(out, num_bytes, isinstance(plan, MergePlan), certificate)
+
+
+def _embedding_rows(base: BaseModel, plan: MergePlan) -> int | None:
+    rows = plan.config_changes.get("vocab_size") or base.text_config.get("vocab_size")
+    return int(rows) if rows is not None else None
+
+
+def _check_fingerprint(base: BaseModel, adapter: Adapter, force: bool, tell: Callable[[str], None]) -> str:
+    """What is known of the base that the adapter was trained on, for the certificate.
+
+    Raises:
+        ModelError: it is another one, and `force` is off.
+    """
+    recorded = fingerprint.read(adapter.folder)
+    if recorded is None:
+        return "not recorded at training"
+    if not fingerprint.can_fingerprint(base.folder):
+        return "not compared: the base has no safetensors weights"
+    differs = fingerprint.difference(recorded, fingerprint.fingerprint(base.folder))
+    if differs is None:
+        return f"the base recorded at training ({recorded})"
+    text = f"the adapter {adapter.folder} was trained on another base than {base.folder}: {differs}."
+    if not force:
+        raise ModelError(text, hint="Name the base that it was trained on; --force merges it anyway.")
+    tell(text)
+    return f"another base than the one recorded at training: {differs}"

@@ -1,0 +1,117 @@
+"""The merge of what only PEFT knows how to merge: other types, quantised bases, fused experts, renamed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.errors import ModelError
+from finetuning.export.sources import Adapter, BaseModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DeviceMap = str | dict[str, Any] | None
+
+
+def refuse_unmergeable(adapter: Adapter) -> None:
+    """Nothing, or a ModelError when adapters of this type cannot become part of a model's weights."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(adapter.peft_type)
+    if kind is None:
+        raise ModelError(f"{adapter.folder} is of type {adapter.peft_type}, which the installed PEFT does not know")
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
+    if config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
+        raise _unmergeable(adapter, "it adds to the input or the layers, not to the weights")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
+
+
+def load_base(base: BaseModel, *, device_map: DeviceMap = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base model in the dtype of its files; a quantised one dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base.folder,
+        dtype="auto",
+        device_map=device_map,
+        use_safetensors=not base.pickled,
+        trust_remote_code=trust_remote_code,
+    )
+    if base.config.get("quantization_config"):
+        try:
+            model = model.dequantize()
+        except (NotImplementedError, ValueError) as error:
+            method = base.config["quantization_config"].get("quant_method", "its quantisation")
+            raise ModelError(
+                f"{base.folder} is quantised by {method}, which cannot be dequantised: {_first_line(error)}.",
+                hint="Merge into the unquantised base model.",
+            ) from error
+    return model.eval()
+
+
+def load_adapter(model: Any, adapter: Adapter) -> Any:
+    """The model with the adapter on top, not merged.
+
+    Raises:
+        ModelError: the adapter does not fit this model: a name or a shape.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter.folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the adapter {adapter.folder} does not fit the base: {_first_line(error)}.",
+            hint="Is this the base model that it was trained on?",
+        ) from error
+    if adapter.entries:
+        expected = {name for name in get_peft_model_state_dict(tuned, save_embedding_layers=False)}
+        missing = sorted(expected - set(adapter.entries))
+        if missing and len(missing) == len(expected):
+            raise ModelError(f"the adapter {adapter.folder} has nothing for this base: none of its tensors has a place")
+        if missing:
+            raise ModelError(
+                f"the adapter {adapter.folder} leaves out {missing[0]} and {len(missing) - 1} more of the base"
+            )
+    return tuned.eval()
+
+
+def merge_in_memory(model: Any, adapters: Sequence[Adapter]) -> Any:
+    """The model with all adapters merged, one after the other.
+
+    Raises:
+        ModelError: an adapter does not fit or cannot be merged.
+    """
+    for adapter in adapters:
+        tuned = load_adapter(model, adapter)
+        try:
+            model = tuned.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
+            raise _unmergeable(adapter, _first_line(error)) from error
+    return model
+
+
+def merge_with_peft(base: BaseModel, adapters: Sequence[Adapter], folder: Path, device_map: DeviceMap = None) -> int:
+    """Writes the merged weights and config; returns the rows of the input embeddings."""
+    for adapter in adapters:
+        refuse_unmergeable(adapter)
+    model = merge_in_memory(load_base(base, device_map=device_map), adapters)
+    model.save_pretrained(folder)
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _unmergeable(adapter: Adapter, why: str) -> ModelError:
+    return ModelError(
+        f"an adapter of type {adapter.peft_type} cannot be merged: {why.rstrip('.')}.",
+        hint="Serve it as it is, with PEFT: base model and adapter side by side.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
