@@ -3,7 +3,7 @@
 It learns words, numbers and days, the ChatML format, to repeat what was said and to answer an order politely, in
 words. It never sees the task: no order in its text is answered with JSON.
 
-    python make_base_model.py OUT [--steps 600] [--seed 0]
+    python make_base_model.py OUT [--steps 450] [--seed 0]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from orders import DAYS, ITEMS, NUMBERS, Order, every_order, small_talk, spoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -138,7 +139,7 @@ def pretrain(model: LlamaForCausalLM, rows: list[tuple[list[int], list[int]]], s
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the quickstart's base model.")
     parser.add_argument("out", type=Path, help="folder to save the model in")
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
+    parser.add_argument("--steps", type=int, default=450, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text and the weights")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -150,6 +151,7 @@ def main() -> None:
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} weights, {len(tokenizer)} tokens, {len(rows):,} texts", flush=True)
     pretrain(model, rows, arguments.steps, rng)
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from finetuning.errors import ConfigError, StorageError
-from finetuning.inference.output import Spool, check_output, write_records, write_whole
+from finetuning.inference.output import FORMATS, Spool, check_output, write_records, write_whole
 
 RECORDS: list[dict[str, Any]] = [
     {"id": 1, "answer": "two\nlines \n", "params": {"eos": [1, 2], "top_p": None}},
@@ -37,6 +40,16 @@ def test_yaml_holds_no_anchors_and_an_empty_list_is_a_list(tmp_path: Path) -> No
     assert "&" not in (tmp_path / "out.yaml").read_text()
     write_records(tmp_path / "none.yaml", [])
     assert yaml.safe_load((tmp_path / "none.yaml").read_text()) == []
+
+
+@given(st.lists(st.text(), min_size=1, max_size=4))
+@example(["ends with lines\n\n", "after it"])
+@example(["\n", " \n a", "\x85", "\u2028b\n", "# no comment\n", "\ufffd\n\t"])
+def test_any_text_survives_yaml(texts: list[str]) -> None:
+    stream = io.StringIO()
+    records = [{"answer": text, "id": number} for number, text in enumerate(texts)]
+    FORMATS[".yaml"](records, stream)
+    assert yaml.safe_load(stream.getvalue()) == records
 
 
 def test_a_file_that_fails_while_it_is_written_is_not_there(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    # A block that keeps several line ends closes the document, and there is another record after this one.
+    is_block = "\n" in text and not text.endswith("\n\n") and text != "\n"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if is_block else None)
 
 
 _Dumper.add_representer(str, _represent_text)

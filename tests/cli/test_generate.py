@@ -1,0 +1,157 @@
+"""`generate` as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetuning.cli.generate import SCORES
+from finetuning.inference.scoring import SCORES as SCORE_TABLE
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def generate(run_cli: RunCli, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs `generate` in the test's folder."""
+    return lambda *args: run_cli(args, cwd=tmp_path, program="generate")
+
+
+def write_config(path: Path, model: Path, prompt_conf: dict[str, Any], **sections: Any) -> Path:
+    values = {"prompt_conf": prompt_conf, "model_conf": {"model": str(model)}, **sections}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def eval_data(path: Path) -> dict[str, Any]:
+    return {"type": "eval-data", "data": {"path": str(path)}}
+
+
+def test_the_names_of_scores_are_those_of_the_table() -> None:
+    assert tuple(SCORE_TABLE) == SCORES
+
+
+def test_eval_data_is_answered_and_scored(
+    generate: Any, chatml_llama_dir: Path, tmp_path: Path, write_jsonl: Any, sft_rows: Any
+) -> None:
+    data = write_jsonl(tmp_path / "colours.jsonl", sft_rows(5))
+    config = write_config(
+        tmp_path / "config.yaml", chatml_llama_dir, eval_data(data), hf_gen_params={"max_new_tokens": 4}
+    )
+    result = generate(config, "out.yaml", "--score", "regex", "--batch-size", "2")
+    assert result.returncode == 0, result.stderr
+    records = yaml.safe_load((tmp_path / "out.yaml").read_text(encoding="utf-8"))
+    assert [record["id"] for record in records] == [f"row-{number}" for number in range(5)]
+    assert records[0]["correct_answers"] == ["red"]
+    assert records[0]["prompt"].count("<|im_start|>assistant") == 2
+    scores = json.loads((tmp_path / "out.yaml.scores.json").read_text())
+    assert (scores["score"], scores["total"], len(scores["rows"])) == ("regex", 5, 5)
+    assert result.stdout.splitlines()[0].split() == ["dataset", "regex", "right"]
+    assert "5 answers in out.yaml" in result.stderr
+
+
+def test_open_input_and_overrides(generate: Any, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", Path("/none"), {"type": "open-input", "input": "The quick"})
+    result = generate(
+        config,
+        "deep/out.jsonl",
+        f"model_conf.model={tiny_llama_dir}",
+        "prompt_conf.num_samples=3",
+        "hf_gen_params={do_sample: true, max_new_tokens: 12}",
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "deep/out.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["The quick"] * 3
+    assert len({record["answer"] for record in records}) > 1
+
+
+def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("The quick\n\nColour names are\n", encoding="utf-8")
+    result = generate("--model", tiny_llama_dir, "--text_file", "texts.txt", "--max_new_tokens", "3")
+    assert result.returncode == 0, result.stderr
+    records = json.loads((tmp_path / "inference_result.json").read_text())
+    assert [record["input"] for record in records] == ["The quick", "Colour names are"]
+    assert all(record["output"].startswith(f"<s>{record['input']}") for record in records)
+
+    result = generate("--model", tiny_llama_dir, "--text", "The quick", "--out_file", "one.json")
+    assert result.returncode == 0, result.stderr
+    assert [record["input"] for record in json.loads((tmp_path / "one.json").read_text())] == ["The quick"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "expected CONFIG and OUT"),
+        (["config.yaml"], "expected CONFIG and OUT"),
+        (["none.yaml", "out.yaml"], "none.yaml: no such file"),
+        (["config.yaml", "out.txt"], "out.txt: the ending says"),
+        (["config.yaml", "out.yaml", "--text", "a"], "--text: only together with --model"),
+        (["config.yaml", "out.yaml", "--model", "m", "--text", "a"], "--model and a config exclude each other"),
+        (["--model", "m"], "--model needs --text or --text_file"),
+        (["--model", "/none", "--text", "a"], "model_conf.model: there is no folder /none"),
+        (["--model", "/none", "--text_file", "none.txt"], "--text_file: none.txt cannot be read"),
+        (["config.yaml", "out.yaml", "--score", "exact"], "there is nothing to score by"),
+        (["config.yaml", "out.yaml", "hf_gen_params.max_new_token=3"], 'Did you mean "max_new_tokens"?'),
+        (["config.yaml", "out.yaml", "hf_gen_params.max_new_tokens=3000"], "leaves no room for a prompt"),
+        (["config.yaml", "out.yaml", "prompt_conf.inputs=a"], 'Did you mean "input"?'),
+        (["config.yaml", "out.yaml", "prompt_conf={type: eval-data, data: {path: no.jsonl}}"], "no.jsonl: no such"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    generate: Any, tmp_path: Path, args: list[str], message: str
+) -> None:
+    write_config(tmp_path / "config.yaml", Path("/none"), {"type": "open-input", "input": "a"})
+    result = generate(*args)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["config.yaml", "out.yaml", "hf_gen_params.max_new_token=3"]])
+def test_neither_help_nor_a_typo_needs_torch(tmp_path: Path, args: list[str]) -> None:
+    write_config(tmp_path / "config.yaml", Path("/none"), {"type": "open-input", "input": "a"})
+    program = (
+        "import sys; from finetuning.cli.generate import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *args], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+def test_ctrl_c_leaves_what_is_done(tiny_llama_dir: Path, tmp_path: Path, write_jsonl: Any, generate: Any) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": f"number {number}"} for number in range(400)])
+    config = write_config(
+        tmp_path / "config.yaml", tiny_llama_dir, eval_data(data), hf_gen_params={"min_new_tokens": 30}
+    )
+    script = Path(sys.executable).parent / "generate"
+    process = subprocess.Popen(
+        [script, config, "out.json", "--batch-size", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    spool = tmp_path / ".out.json.spool.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (spool.exists() and spool.read_text().count("\n") > 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted: out.json holds" in errors
+    assert "Traceback" not in errors
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert 0 < len(records) < 400
+    positions = [record["id"] for record in records]
+    assert positions == sorted(positions)
