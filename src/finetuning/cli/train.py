@@ -76,12 +76,14 @@ def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> Non
 def _run(
     experiment: Experiment, method: Method, options: argparse.Namespace, topology: Topology, tracking: TrackingPlan
 ) -> int:
+    from finetuning.cli.imports import leave_out_unused
     from finetuning.config.dump import dump_yaml
     from finetuning.observe.logs import configure_logging
     from finetuning.training.observer import Observer
     from finetuning.training.run import Job, run
 
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
+    leave_out_unused(experiment)
     observer = Observer(experiment, method.name, topology, tracking)
     result = run(
         Job(

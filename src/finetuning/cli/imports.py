@@ -1,0 +1,54 @@
+"""Which installed packages a run can do without."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from finetuning.config.experiment import Experiment
+from finetuning.config.model import NewPeft, NoPeft, NoQuantization
+
+_QUANTISED_OPTIMIZERS = ("8bit", "bnb", "paged", "ademamix")
+
+
+def leave_out_unused(experiment: Experiment) -> list[str]:
+    """Names of packages that this process will not import; a third of the time before the first step goes to them.
+
+    transformers and PEFT import whatever they find installed. An entry of None in `sys.modules` is the import
+    system's way to say that a module is not to be had (Python's reference, "The module cache"): the libraries then
+    take the paths that they have for its absence. Only for a process of our own, before a library is imported.
+    """
+    names = []
+    if not _needs_bitsandbytes(experiment):
+        names.append("bitsandbytes")
+    if _is_plain(experiment):
+        names += ["scipy", "sklearn"]
+    for name in names:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    return names
+
+
+def _needs_bitsandbytes(experiment: Experiment) -> bool:
+    """True unless neither the weights nor the optimizer can be bitsandbytes'."""
+    args, folder = experiment.training_args, Path(experiment.run_conf.model)
+    if not isinstance(experiment.quant_conf, NoQuantization) or any(part in args.optim for part in _QUANTISED_OPTIMIZERS):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return "quantization_config" in config
+
+
+def _is_plain(experiment: Experiment) -> bool:
+    """Full training or LoRA with an ordinary beginning: what else PEFT has may want scipy."""
+    peft_conf = experiment.peft_conf
+    if isinstance(peft_conf, NoPeft):
+        return True
+    ordinary = (None, True, False, "gaussian")
+    return (
+        isinstance(peft_conf, NewPeft)
+        and peft_conf.peft_type == "LORA"
+        and peft_conf.peft_kwargs.get("init_lora_weights") in ordinary
+    )
