@@ -34,11 +34,10 @@ class Signs:
 
     first: int | None
 
-    @classmethod
-    def absent_from(cls, text: str, count: int) -> Signs | None:
+    @staticmethod
+    def absent_from(text: str, count: int) -> Signs | None:
         """Signs for so many messages, none of which is in the text; None when there are no such."""
-        for first in _PLANES:
-            signs = cls(first)
+        for signs in _ALL:
             if count <= _PLANE_SIZE // _KINDS and (text.isascii() or not signs._any.search(text)):
                 return signs
         return None
@@ -100,6 +99,7 @@ class Signs:
         return marked
 
 
-SIGNS = Signs(_PLANES[0])
+_ALL = tuple(Signs(first) for first in _PLANES)
+SIGNS = _ALL[0]
 """Signs for texts that are known to hold none."""
 NO_SIGNS = Signs(None)
