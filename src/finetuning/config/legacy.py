@@ -104,10 +104,10 @@ TRAINING_ARGS: dict[str, Change] = {
     "torchdynamo": Dropped("torch_compile_backend names a compiler"),
     "use_legacy_prediction_loop": Dropped(),
     "push_to_hub_organization": Dropped("hub_model_id names the organisation"),
-    "per_gpu_train_batch_size": Refused("batchsize_conf"),
-    "per_gpu_eval_batch_size": Refused("batchsize_conf.per_device_eval_batch_size"),
-    "rpo_alpha": Refused("loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]"),
-    "reference_free": Refused("no loss of the installed release"),
+    "per_gpu_train_batch_size": Refused("Use batchsize_conf instead."),
+    "per_gpu_eval_batch_size": Refused("Use batchsize_conf.per_device_eval_batch_size instead."),
+    "rpo_alpha": Refused("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
+    "reference_free": Refused("Every loss of the installed release has a reference."),
 }
 MODEL_ARGS: dict[str, Change] = {
     "torch_dtype": Renamed(("dtype",)),
@@ -153,7 +153,7 @@ def translate(document: Document) -> Translated:
 def _change(document: Document, section: KeyPath, key: str, change: Change) -> Iterator[Finding | Document]:
     old = (*section, key)
     if isinstance(change, Refused):
-        yield Finding(old, "is no setting any more.", f"Use {change.instead} instead.")
+        yield Finding(old, "is no setting any more.", change.instead)
         yield document.without(old)
     elif isinstance(change, Dropped):
         why = f": {change.why}" if change.why else ""

@@ -100,7 +100,7 @@ class PretrainedPeft(Section):
 class NewPeft(Section):
     """Train a new adapter of any type that PEFT has for causal language models."""
 
-    peft_type: str
+    peft_type: str = Field(json_schema_extra={"not": {"enum": ["NO_PEFT", "PRETRAINED_PEFT"]}})
     """A name out of `peft.PeftType`, such as LORA."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """The task; always CAUSAL_LM."""

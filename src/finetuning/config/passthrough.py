@@ -27,6 +27,7 @@ OWNED_ELSEWHERE = {
 
 # What the library takes besides what its annotation says.
 _WIDER: Fields = {"fsdp": bool | str | list[str] | None}
+_WITHOUT_KWARGS = ("NO_PEFT", "PRETRAINED_PEFT")
 _PEFT_SET_ELSEWHERE = {"peft_type": "peft_conf.peft_type", "task_type": "peft_conf.task_type"}
 _PEFT_NOT_SETTINGS = ("auto_mapping", "peft_version", "inference_mode")
 
@@ -111,12 +112,12 @@ def _names_that_the_library_lists(document: Document, root: type[Experiment], in
 
 def _peft_conf(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
     peft_type = document.get(("peft_conf", "peft_type"))
-    if not isinstance(peft_type, str) or peft_type in ("NO_PEFT", "PRETRAINED_PEFT"):
+    if not isinstance(peft_type, str) or peft_type in _WITHOUT_KWARGS:
         return
     types = installed.peft_types()
     if types is None:
         return
-    allowed = ["NO_PEFT", "PRETRAINED_PEFT", *types]
+    allowed = [*_WITHOUT_KWARGS, *types]
     if peft_type not in types:
         close = nearest(peft_type, allowed)
         hint = f"Did you mean {close}?" if close else None
@@ -226,10 +227,10 @@ def keys_of_libraries(document: Document, root: type[BaseModel], installed: Inst
     if not issubclass(root, Experiment):
         return found
     peft_type = document.get(("peft_conf", "peft_type"))
-    named = isinstance(peft_type, str) and peft_type.isupper()
+    is_new = isinstance(peft_type, str) and peft_type.isupper() and peft_type not in _WITHOUT_KWARGS
     for section, fields in (
         ("training_args", installed.class_fields(root.trainer_config)),
-        ("peft_conf.peft_kwargs", installed.peft_fields(peft_type if named else "LORA")),
+        ("peft_conf.peft_kwargs", installed.peft_fields(peft_type if is_new else "LORA")),
     ):
         for name in fields or ():
             if name not in OWNED_ELSEWHERE and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:

@@ -10,7 +10,7 @@ import yaml
 
 from finetuning.config.document import Document, KeyPath, Mark
 from finetuning.config.nodes import Node, compose
-from finetuning.config.redaction import is_secret_key
+from finetuning.config.redaction import without_secret_values
 from finetuning.config.scalars import read_scalar
 from finetuning.errors import ConfigError, Place
 
@@ -91,7 +91,7 @@ def _decode(content: bytes, file: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         column = error.start - content.rfind(b"\n", 0, error.start)
         raise ConfigError(
-            f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8",
+            f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8.",
             place=Place(file, line, column),
             hint="Save the file as UTF-8.",
         ) from None
@@ -117,10 +117,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
         column = line.index("\t") if "\t" in line else column
     elif error.context and error.context_mark is not None:
         message = f"{message}, {error.context} that begins at line {error.context_mark.line + 1}"
-    shown = line.expandtabs(1)[:160]
-    key = line.split(":", 1)[0].strip().lstrip("-{ ").strip("\"' ")
-    if is_secret_key(key):
-        shown = shown.split(":", 1)[0] + ": …"
+    shown = without_secret_values(line.expandtabs(1))[:160]
     caret = " " * min(column, len(shown)) + "^"
     return ConfigError(f"{message}\n    {shown}\n    {caret}", place=Place(file, row + 1, column + 1))
 

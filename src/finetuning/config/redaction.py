@@ -17,6 +17,7 @@ _VOCABULARY_KEY = re.compile(
     re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"(\w+://)[^/\s@]*@")
+_KEY = re.compile(r"([\w.-]+)[\"']?\s*:")
 _LONGEST = 60
 
 
@@ -41,6 +42,18 @@ def without_user_info(text: str) -> str:
     'http://…@host/x'
     """
     return _USER_INFO.sub(r"\1…@", text)
+
+
+def without_secret_values(line: str) -> str:
+    """A line of a config with what follows each secret-looking key taken out.
+
+    >>> without_secret_values("a: {token: hf_x, b: 1")
+    'a: {token: …'
+    """
+    for match in _KEY.finditer(line):
+        if is_secret_key(match.group(1)):
+            return line[: match.end()] + " …"
+    return without_user_info(line)
 
 
 def show(value: Any, path: Iterable[Any] = ()) -> str | None:

@@ -41,12 +41,14 @@ def validate(
     *,
     passthrough: bool = True,
     methods: Mapping[str, type[Experiment]] = EXPERIMENTS,
+    installed: Installed | None = None,
 ) -> Validated[Config]:
     """The document as a config of the given class, checked in itself, against the installed libraries and the rules.
 
     Args:
         passthrough: whether keys that pass through to a library are checked against its installed release.
         methods: the configs of all methods, so that one given to the wrong command is recognised.
+        installed: the installed libraries, given to share what was read of their source between several configs.
 
     Raises:
         ConfigError: everything that is wrong, in the file's order.
@@ -54,7 +56,7 @@ def validate(
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
         raise ConfigError(f"is empty; required: {required}", place=Place(document.file))
-    installed = Installed()
+    installed = installed or Installed()
     translated = translate(document)
     document = _without_empty_sections(translated.document, config)
     findings, warnings = list(translated.findings), []
@@ -105,15 +107,15 @@ def _check_sections(
 def _without_empty_sections(document: Document, root: type[BaseModel]) -> Document:
     """The document with `section:`, whose every line is commented out, read as a section of defaults."""
     empty = [
-        path
+        (path, field)
         for path, field, value in _written_fields(document.values, root)
         if value is None
         and sections_of(field.annotation)
         and not is_list(field.annotation)
         and type(None) not in members(field.annotation)
     ]
-    for path in empty:
-        document = document.with_value(path, {})
+    for path, field in empty:
+        document = document.with_value(path, {}) if field.is_required() else document.without(path)
     return document
 
 
