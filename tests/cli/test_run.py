@@ -31,7 +31,7 @@ def test_the_result_is_the_exit_code_and_none_is_success() -> None:
 def test_each_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     error = ConfigError([Problem("unknown key 'a'", Place("x.yaml", 3, 5, "a")), Problem("two\nlines", hint="Do it.")])
     assert run(raising(error), []) == 1
-    assert capsys.readouterr().err == "error: x.yaml:3:5: a: unknown key 'a'\nerror: two lines Do it.\n"
+    assert capsys.readouterr().err == "error: x.yaml:3:5: a: unknown key 'a'\nerror: two lines. Do it.\n"
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class NeedsPeft:
 
 PREFIX = "base_model.model."
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_VARIANTS = {
+VARIANTS = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
@@ -89,7 +89,7 @@ def why_not_streamed(adapter: Adapter) -> NeedsPeft | None:
         return NeedsPeft("its weights are pickled")
     if adapter.peft_type != "LORA":
         return NeedsPeft(f"it is of type {adapter.peft_type}")
-    for field, label in _VARIANTS.items():
+    for field, label in VARIANTS.items():
         if config.get(field):
             return NeedsPeft(f"it uses {label}")
     init = config.get("init_lora_weights", True)
