@@ -7,7 +7,7 @@ import pytest
 from tokenizers import normalizers
 
 from finetuning.data.labelling import CUT_AT_BORDER, Labeller, Tokens
-from finetuning.data.masking import Refused
+from finetuning.data.spans import Refused
 
 from .conftest import byte_level, sentencepiece, wrap
 

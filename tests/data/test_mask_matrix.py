@@ -14,8 +14,9 @@ import trl
 
 from finetuning.config.data import ChatTemplateName
 from finetuning.data.labelling import Labeller, Tokens
-from finetuning.data.masking import Marked, Masker, Refused
+from finetuning.data.masking import Masker
 from finetuning.data.rendering import Renderer
+from finetuning.data.spans import Marked, Refused
 from finetuning.data.templates import get_template
 
 from .conversations import CONVERSATIONS, conversation, speakers, words
@@ -39,7 +40,7 @@ def prove(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str,
     masker = Masker(Renderer(tokenizer), labeller.split, STOPS)
     results = {}
     for one in CONVERSATIONS:
-        found = masker.find(conversation(one))
+        found = masker.find([conversation(one)])[0]
         tokens = labeller.encode([found.text], [found.spans])[0] if isinstance(found, Marked) else found
         results[one] = (tokenizer, found, tokens)
     return results

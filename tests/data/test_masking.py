@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from finetuning.data.labelling import Labeller
-from finetuning.data.masking import Marked, Masker, Refused
+from finetuning.data.masking import Masker
 from finetuning.data.rendering import Renderer
 from finetuning.data.rows import Conversation
+from finetuning.data.spans import Marked, Refused
 from finetuning.errors import DataError, Place
 
 from .conversations import assistant, user
@@ -27,7 +28,7 @@ def find(make_tokenizer: Callable[..., Any]) -> Callable[..., Marked | Refused]:
     def call(template: str, messages: list[dict[str, Any]], **kwargs: Any) -> Marked | Refused:
         tokenizer = make_tokenizer("byte-level", template)
         masker = Masker(Renderer(tokenizer), Labeller(tokenizer).split)
-        return masker.find(Conversation(messages, Place("x", 1), template_kwargs=kwargs))
+        return masker.find([Conversation(messages, Place("x", 1), template_kwargs=kwargs)])[0]
 
     return call
 

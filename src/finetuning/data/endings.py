@@ -9,6 +9,7 @@ from functools import cached_property
 
 from finetuning.data.rendering import CannotRender, Renderer
 from finetuning.data.sentinels import SIGNS
+from finetuning.data.spans import NotShown
 
 _TALK = [
     {"role": "user", "content": "first"},
@@ -16,14 +17,6 @@ _TALK = [
     {"role": "user", "content": "third"},
     {"role": "assistant", "content": "fourth"},
 ]
-
-
-class NotShown(Exception):
-    """A span could not be shown to be right; caught in `masking`, never seen by users."""
-
-    def __init__(self, reason: str, turn: int | None = None):
-        super().__init__(reason)
-        self.turn = turn
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import numpy as np
 from finetuning.data.collate import UNTRAINED
 from finetuning.data.labelling import Labeller, Tokens
 from finetuning.data.ledger import TOO_LONG
-from finetuning.data.masking import Marked, Masker, Refused
-from finetuning.data.rendering import CannotRender, Renderer
+from finetuning.data.masking import Masker
+from finetuning.data.rendering import Renderer
 from finetuning.data.rows import Conversation, Message, Preference
+from finetuning.data.spans import NOT_TAKEN, Marked, Refused
 
 EMPTY_ANSWER = "an assistant's turn without words"
 MARKERS_IN_TEXT = "a message holds a special token of the tokenizer as text"
@@ -22,9 +23,10 @@ MARKERS_IN_TEXT = "a message holds a special token of the tokenizer as text"
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ready: int32 arrays by column, its length and trained tokens, and the text that it was made of."""
+    """One row, ready: int32 arrays, texts or truth values by column, its length and trained tokens, and the text that it
+    was made of."""
 
-    columns: dict[str, np.ndarray]
+    columns: dict[str, Any]
     tokens: int
     trained: int
     text: str
@@ -87,7 +89,7 @@ class SFTMaker:
         self.notices = Notices(self.renderer.special_tokens)
 
     def __call__(self, rows: Sequence[Conversation]) -> list[Example | Lost]:
-        rendered = [self._render(row) for row in rows]
+        rendered = self._render(rows)
         texts = [one.text for one in rendered if isinstance(one, Marked)]
         spans = [one.spans if self.completions_only else None for one in rendered if isinstance(one, Marked)]
         tokenised = iter(self.labeller.encode(texts, spans))
@@ -96,15 +98,13 @@ class SFTMaker:
             for row, one in zip(rows, rendered, strict=True)
         ]
 
-    def _render(self, row: Conversation) -> Marked | Lost:
+    def _render(self, rows: Sequence[Conversation]) -> list[Marked | Lost]:
         if self.completions_only:
-            found = self.masker.find(row)
-            return unproven(found) if isinstance(found, Refused) else found
-        try:
-            text = self.renderer.text(row.messages, tools=row.tools, kwargs=row.template_kwargs)
-        except CannotRender as error:
-            return unproven(Refused(f"the chat template does not take this conversation: {error}"))
-        return Marked(text, (), "everything")
+            return [unproven(one) if isinstance(one, Refused) else one for one in self.masker.find(rows)]
+        return [
+            Marked(text, (), "everything") if isinstance(text, str) else unproven(Refused(f"{NOT_TAKEN}: {text}"))
+            for text in self.renderer.texts(rows)
+        ]
 
     def _finish(self, row: Conversation, marked: Marked, tokens: Tokens | Refused) -> Example | Lost:
         if isinstance(tokens, Refused):
@@ -151,28 +151,32 @@ class DPOMaker:
         self.notices = Notices(self.renderer.special_tokens)
 
     def __call__(self, rows: Sequence[Preference]) -> list[Example | Lost]:
-        marked = [(self._mark(row, row.chosen), self._mark(row, row.rejected)) for row in rows]
+        found = iter(self.mark([(row, answer) for row in rows for answer in (row.chosen, row.rejected)]))
+        marked = [(next(found), next(found)) for _ in rows]
         shown = [one for pair in marked for one in pair if isinstance(one, Marked)]
         tokenised = iter(self.labeller.encode([one.text for one in shown], [one.spans for one in shown]))
         pairs = [tuple(next(tokenised) if isinstance(one, Marked) else one for one in pair) for pair in marked]
         return [self._finish(row, found, pair) for row, found, pair in zip(rows, marked, pairs, strict=True)]
 
-    def _mark(self, row: Preference, answer: list[Message]) -> Marked | Refused:
-        """The text up to the end of the answer, with the answer as its one span."""
-        messages = [*row.prompt, *answer]
-        conversation = Conversation(messages, row.place, row.tools, row.template_kwargs)
-        turns = range(len(row.prompt), len(messages))
-        try:
-            text = self.renderer.text(messages, tools=row.tools, kwargs=row.template_kwargs)
-        except CannotRender as error:
-            return Refused(f"the chat template does not take this conversation: {error}")
-        found = self.masker.find_in(conversation, text, turns)
+    def mark(self, answers: Sequence[tuple[Any, list[Message]]]) -> list[Marked | Refused]:
+        """The text of each row's prompt with an answer, up to the end of the answer, which is its one span."""
+        conversations = [
+            Conversation([*row.prompt, *answer], row.place, row.tools, row.template_kwargs) for row, answer in answers
+        ]
+        turns = [range(len(row.prompt), len(row.prompt) + len(answer)) for row, answer in answers]
+        return [self._one_span(one) for one in self.masker.find_turns(conversations, turns)]
+
+    def _mark(self, row: Any, answer: list[Message]) -> Marked | Refused:
+        return self.mark([(row, answer)])[0]
+
+    @staticmethod
+    def _one_span(found: Marked | Refused) -> Marked | Refused:
         if isinstance(found, Refused):
             return found
         if any(one[1] != other[0] for one, other in pairwise(found.spans)):
             return Refused("an answer of several messages has headers between them that would be trained")
         span = (found.spans[0][0], found.spans[-1][1])
-        return Marked(text[: span[1]], (span,), found.method, found.notes)
+        return Marked(found.text[: span[1]], (span,), found.method, found.notes)
 
     def _finish(
         self, row: Preference, found: tuple[Marked | Refused, ...], pair: tuple[Tokens | Refused, ...]

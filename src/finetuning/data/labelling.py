@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.masking import Refused, Span
+from finetuning.data.spans import Refused, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,37 +10,15 @@ up to a turn must then be a prefix of the whole. Last come the template's own `{
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from finetuning.data.endings import Ending, EndingFinder, NotShown
+from finetuning.data.endings import Ending, EndingFinder
 from finetuning.data.rendering import CannotRender, Renderer
 from finetuning.data.rows import Conversation, Message
 from finetuning.data.sentinels import NO_SIGNS, Signs, Unmarked
-
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A rendered conversation, the character spans to train on, in order, and how they were proven."""
-
-    text: str
-    spans: tuple[Span, ...]
-    method: str
-    notes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why no mask could be shown for a conversation; `turn` is the index of the message, where one is to blame."""
-
-    reason: str
-    turn: int | None = None
-
-    def __str__(self) -> str:
-        return self.reason if self.turn is None else f"messages[{self.turn}]: {self.reason}"
+from finetuning.data.spans import NOT_TAKEN, Marked, NotShown, Refused, Span, holds_all
 
 
 @dataclass(frozen=True)
@@ -51,6 +29,17 @@ class _View:
     signs: Signs
     marked: Sequence[Message]
     whole: Unmarked
+
+
+@dataclass(frozen=True)
+class _Attempted:
+    """A conversation and its text, and both with signs; `rendered` is what the template says when it takes no signs."""
+
+    conversation: Conversation
+    text: str
+    signs: Signs
+    marked: Conversation
+    rendered: str | CannotRender
 
 
 class Masker:
@@ -64,43 +53,60 @@ class Masker:
         self._endings = EndingFinder(renderer, stop_tokens)
         self._tails: dict[Any, str] = {}
 
-    def find(self, conversation: Conversation) -> Marked | Refused:
-        """The rendered text with its spans; a conversation without an assistant turn has none."""
-        try:
-            text = self._render(conversation, conversation.messages)
-        except CannotRender as error:
-            return Refused(f"the chat template does not take this conversation: {error}")
-        turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if not turns:
-            return Marked(text, (), "no turn")
-        return self.find_in(conversation, text, turns)
+    def find(self, conversations: Sequence[Conversation]) -> list[Marked | Refused]:
+        """The rendered texts with the spans of all assistant turns; a conversation without one has none."""
+        turns = [
+            [index for index, message in enumerate(one.messages) if message["role"] == "assistant"]
+            for one in conversations
+        ]
+        return self.find_turns(conversations, turns)
 
-    def find_in(self, conversation: Conversation, text: str, turns: Sequence[int]) -> Marked | Refused:
-        """The spans of those turns in the text that the conversation was rendered to."""
+    def find_turns(
+        self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
+    ) -> list[Marked | Refused]:
+        """The rendered texts with the spans of the given turns of each."""
+        texts = self._renderer.texts(conversations)
+        signs = [
+            Signs.absent_from(text, len(one.messages)) or NO_SIGNS if isinstance(text, str) else NO_SIGNS
+            for one, text in zip(conversations, texts, strict=True)
+        ]
+        marked = [
+            replace(one, messages=sign.mark(one.messages)) for one, sign in zip(conversations, signs, strict=True)
+        ]
+        rendered = self._renderer.texts(marked)
+        return [
+            Refused(f"{NOT_TAKEN}: {text}") if isinstance(text, CannotRender) else self._find(_Attempted(*one), wanted)
+            for one, text, wanted in zip(
+                zip(conversations, texts, signs, marked, rendered, strict=True), texts, turns, strict=True
+            )
+        ]
+
+    def _find(self, tried: _Attempted, turns: Sequence[int]) -> Marked | Refused:
+        if not turns:
+            return Marked(tried.text, (), "no turn")
         failure: Refused | None = None
-        for name, signs, marked in self._attempts(conversation, text):
-            try:
-                whole = signs.unmark(self._render(conversation, marked))
-            except CannotRender:
-                continue
-            if whole.text != text:
+        for name, view in self._attempts(tried):
+            if view.whole.text != tried.text:
                 continue
             try:
-                spans, notes = self._all_spans(_View(conversation, signs, marked, whole), turns)
-                return Marked(text, spans, name, notes)
+                spans, notes = self._all_spans(view, turns)
+                return Marked(tried.text, spans, name, notes)
             except NotShown as error:
                 failure = failure or Refused(str(error), error.turn)
         if self._renderer.has_marks:
-            return self._by_template(conversation, text, turns, failure)
+            return self._by_template(tried.conversation, tried.text, turns, failure)
         return failure or Refused("the chat template writes this conversation differently when it is rendered again")
 
-    def _attempts(self, conversation: Conversation, text: str) -> Iterable[tuple[str, Signs, Sequence[Message]]]:
-        messages = conversation.messages
-        signs = Signs.absent_from(text, len(messages))
-        if signs is not None:
-            yield "marks", signs, signs.mark(messages)
-            yield "end marks", signs, signs.mark(messages, openings=False)
-        yield "prefix", NO_SIGNS, messages
+    def _attempts(self, tried: _Attempted) -> Iterator[tuple[str, _View]]:
+        conversation, signs = tried.conversation, tried.signs
+        if signs.first is not None and isinstance(tried.rendered, str):
+            yield "marks", _View(conversation, signs, tried.marked.messages, signs.unmark(tried.rendered))
+        if signs.first is not None:
+            marked = signs.mark(conversation.messages, openings=False)
+            (rendered,) = self._renderer.texts([replace(conversation, messages=marked)])
+            if isinstance(rendered, str):
+                yield "end marks", _View(conversation, signs, marked, signs.unmark(rendered))
+        yield "prefix", _View(conversation, NO_SIGNS, conversation.messages, Unmarked(tried.text, {}))
 
     def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         return self._renderer.text(
@@ -239,7 +245,7 @@ class Masker:
             raise NotShown("the text of another message lies inside it", turn)
         # A generation prompt can hold the first words of an answer, such as an opening <think>.
         text = view.whole.text[min(start, positions.get(view.signs.opening(turn), start)) : end]
-        if not _holds_all(view.conversation.messages[turn], text, turn):
+        if not holds_all(view.conversation.messages[turn], text, turn):
             notes.add("the template leaves out a part of a turn")
 
     def _by_template(
@@ -260,27 +266,9 @@ class Masker:
             if start >= end or not self._endings.is_end(text[start:end]):
                 return failure or Refused("the template's own marks leave out the end of a turn", turn)
             try:
-                if not _holds_all(conversation.messages[turn], text[start:end], turn):
+                if not holds_all(conversation.messages[turn], text[start:end], turn):
                     notes.add("the template leaves out a part of a turn")
             except NotShown as error:
                 return Refused(str(error), turn)
             spans.append((start, end))
         return Marked(text, tuple(spans), "template", frozenset(notes))
-
-
-def _holds_all(message: Message, text: str, turn: int) -> bool:
-    """Whether a turn's text holds all that the message says; False when it leaves out what came before an answer.
-
-    Raises:
-        NotShown: the answer itself is not there, or a tool call.
-    """
-    names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-    if any(name not in text for name in names):
-        raise NotShown("the template leaves out its tool calls", turn)
-    content = (message.get("content") or "").strip()
-    if not content or content in text:
-        return True
-    answer = content.rpartition("</think>")[2].strip()
-    if answer and answer not in text and not names:
-        raise NotShown("the template leaves out its content", turn)
-    return False

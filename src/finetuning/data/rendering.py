@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from finetuning.data.rows import Message
+from finetuning.data.rows import Conversation, Message
 from finetuning.errors import DataError
 
 if TYPE_CHECKING:
@@ -71,6 +71,29 @@ class Renderer:
             raise CannotRender(
                 f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
             ) from None
+
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+        """The text of each conversation, or what the template says against it; plain ones are rendered together."""
+        plain = [index for index, one in enumerate(conversations) if not one.tools and not one.template_kwargs]
+        together: dict[int, str] = {}
+        if len(plain) > 1:
+            try:
+                texts = self.tokenizer.apply_chat_template(
+                    [conversations[index].messages for index in plain], tokenize=False
+                )
+                together = dict(zip(plain, texts, strict=True))
+            except _TEMPLATE_FAULTS:
+                together = {}
+        return [
+            together[index] if index in together else self._text_or_fault(one)
+            for index, one in enumerate(conversations)
+        ]
+
+    def _text_or_fault(self, one: Conversation) -> str | CannotRender:
+        try:
+            return self.text(one.messages, tools=one.tools, kwargs=one.template_kwargs)
+        except CannotRender as fault:
+            return fault
 
     def marked_spans(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, kwargs: dict[str, Any]
