@@ -14,7 +14,7 @@ from finetuning.config.generation import GenerationConfig
 from finetuning.config.installed import Installed
 from finetuning.config.reference import reference
 from finetuning.config.schema import json_schema, schema_text
-from finetuning.config.structure import walk
+from finetuning.config.structure import sections_of, walk
 from finetuning.config.training import DPOTrainingArgs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +40,11 @@ def test_schemas_are_schemas(config: type) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_key_is_described(config: type) -> None:
     tags = {"type", "peft_type", "quantization_type"}
-    sections = {id(section): section for _, name, field in walk(config) for section in [config]}
+    sections = {config} | {section for _, _, field in walk(config) for section in sections_of(field.annotation)}
     missing = [
         f"{section.__name__}.{name}"
-        for section in sections.values()
-        for name in section.model_fields
-        if name not in field_docstrings(section) and name not in tags
+        for section in sections
+        for name in section.model_fields.keys() - field_docstrings(section).keys() - tags
     ]
     assert missing == []
     for name, definition in json_schema(config)["$defs"].items():

@@ -72,7 +72,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _tell(message: str) -> None:
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    """One line per problem; only an excerpt of the user's file, which is indented, keeps its lines and its caret."""
+    lines = message.splitlines()
+    print(
+        "error: " + "".join(f"\n{line}" if line.startswith("    ") else f" {line}" for line in lines)[1:],
+        file=sys.stderr,
+    )
 
 
 def _first_line(error: BaseException) -> str:
