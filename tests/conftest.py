@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,152 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+Values = dict[str, Any]
+
+
+def _changed(values: Values, changes: Mapping[str, Any]) -> Values:
+    """The values with others at dotted paths; None takes a key out."""
+    values = json.loads(json.dumps(values))
+    for path, value in changes.items():
+        *sections, key = path.split(".")
+        section = values
+        for name in sections:
+            section = section.setdefault(name, {})
+        if value is None:
+            section.pop(key, None)
+        else:
+            section[key] = value
+    return values
+
+
+@pytest.fixture
+def sft_values(tmp_path: Path, chatml_llama_dir: Path, write_jsonl: Any, sft_rows: Any) -> Callable[..., Values]:
+    """A function that makes the values of an SFT config that runs in a second: `sft_values({"run_conf.model": "m"})`.
+
+    Its output directory is `tmp_path / "out"`.
+    """
+    rows = write_jsonl(tmp_path / "sft.jsonl", sft_rows(24))
+
+    def make(changes: Mapping[str, Any] | None = None) -> Values:
+        values = {
+            "data_conf": {
+                "training_data": {"type": "CONCATENATION", "datasets": [{"path": str(rows)}]},
+                "validation_data": {"type": "NONE"},
+                "chat_template_name": "chat-ml",
+            },
+            "training_args": {
+                "output_dir": str(tmp_path / "out"),
+                "use_cpu": True,
+                "learning_rate": 0.01,
+                "max_steps": 3,
+                "logging_steps": 1,
+                "save_strategy": "no",
+            },
+            "batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 2},
+            "peft_conf": {"peft_type": "NO_PEFT"},
+            "run_conf": {"model": str(chatml_llama_dir)},
+            "sft_args": {"max_seq_length": 256, "train_on_completions_only": True},
+        }
+        return _changed(values, changes or {})
+
+    return make
+
+
+@pytest.fixture
+def dpo_values(tmp_path: Path, sft_values: Any, write_jsonl: Any, dpo_rows: Any) -> Callable[..., Values]:
+    """`sft_values` for DPO."""
+    rows = write_jsonl(tmp_path / "dpo.jsonl", dpo_rows(12))
+
+    def make(changes: Mapping[str, Any] | None = None) -> Values:
+        own = {
+            "sft_args": None,
+            "data_conf.training_data.datasets": [{"path": str(rows)}],
+            "training_args.learning_rate": 0.001,
+            "training_args.max_length": 256,
+        }
+        return _changed(_changed(sft_values(), own), changes or {})
+
+    return make
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes values as YAML, to `config.yaml` unless it is told another name."""
+    import yaml
+
+    def write(values: Values, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run in this process: its end, its trainer, its output directory."""
+
+    result: Any
+    trainer: Any
+    output_dir: Path
+
+    @property
+    def losses(self) -> list[float]:
+        """The training loss at each log."""
+        return [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
+
+    @property
+    def final(self) -> Path:
+        return self.output_dir / "checkpoint-final"
+
+
+@pytest.fixture
+def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
+    """A function that runs a config in this process: `train(values)`, `train(values, method=another)`."""
+    import torch
+
+    from finetuning.algorithms import METHODS
+    from finetuning.config.dump import dump_yaml
+    from finetuning.config.read import read_document
+    from finetuning.config.validate import validate
+    from finetuning.observe.tracking import TrackingOptions, resolve_tracking
+    from finetuning.topology import Topology
+    from finetuning.training.observer import Observer
+    from finetuning.training.run import Job, run
+
+    class KeepsTrainer(Observer):
+        trainer: Any = None
+
+        def watch(self, trainer: Any) -> None:
+            super().watch(trainer)
+            self.trainer = trainer
+
+    def start(values: Values, method: Any = None) -> Trained:
+        method = method or METHODS["sft" if "sft_args" in values else "dpo"]
+        experiment = validate(read_document(write_config(values)), method.experiment).experiment
+        tracking = resolve_tracking(TrackingOptions(None, None, None), experiment.tracking, {})
+        observer = KeepsTrainer(experiment, method.name, Topology(), tracking)
+        job = Job(experiment, method, Topology(), observer, workers=1, resolved_config=dump_yaml(experiment))
+        return Trained(run(job), observer.trainer, job.output_dir)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield start
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def read_tensors() -> Callable[[Path], dict[str, Any]]:
+    """A function that reads all tensors of a model's or adapter's folder."""
+    from safetensors.torch import load_file
+
+    def read(folder: Path) -> dict[str, Any]:
+        tensors: dict[str, Any] = {}
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            tensors |= load_file(file)
+        return tensors
+
+    return read

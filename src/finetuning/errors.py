@@ -48,7 +48,9 @@ class Problem:
     def __str__(self) -> str:
         where = str(self.place)
         text = f"{where}: {self.message}" if where else self.message
-        return f"{text} {self.hint}" if self.hint else text
+        if not self.hint:
+            return text
+        return f"{text} {self.hint}" if text.endswith((".", "?", "!", ":")) else f"{text}. {self.hint}"
 
 
 class FinetuningError(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +12,9 @@ from pathlib import Path
 
 from finetuning.errors import StorageError
 
+MANIFEST = "manifest.json"
 _PREFIX, _MARK = ".", ".partial"
+_SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 
 def staging_path(target: Path) -> Path:
@@ -60,6 +64,52 @@ def publish(staging: Path, target: Path) -> None:
         target.rmdir()
     os.rename(staging, target)
     _flush(target.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """`manifest.json` into a folder: the size and the digest of every file in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sampled_sha256": _digest(path)}
+        for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """How a folder differs from its manifest; None when it does not, or has none."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written"
+        if _digest(file) != entry["sampled_sha256"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file of up to 64 MiB; of a larger one, of 64 pieces of 1 MiB spread over it, the ends among them.
+
+    A checkpoint of hundreds of gigabytes is checked in seconds so; the sizes, which are checked too, tell what was
+    cut off or copied by half.
+    """
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with open(file, "rb") as stream:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(stream.read())
+        else:
+            for index in range(_SAMPLES):
+                stream.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

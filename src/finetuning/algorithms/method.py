@@ -58,3 +58,7 @@ class Method:
     """Whether its trainer can compute rows that lie end to end."""
     wraps_model: bool = False
     """Whether the trainer wraps a new adapter round the model itself, keeping the bare model as its reference."""
+    gives_scores: bool = False
+    """Whether the model ends in one score instead of the vocabulary."""
+    is_experimental: bool = False
+    """Whether its trainer is one that TRL may change or drop in any release."""

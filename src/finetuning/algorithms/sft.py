@@ -89,7 +89,9 @@ def _selects_logits(parts: TrainingParts) -> bool:
     active = getattr(model, "peft_config", {}).values()
     base = model.get_base_model() if active else model
     return (
-        "logits_to_keep" in inspect.signature(base.forward).parameters
+        # A mask of positions is understood by what slices so; other code, a model's own above all, may not.
+        hasattr(inspect.getmodule(type(base)), "slice_logits_to_keep")
+        and "logits_to_keep" in inspect.signature(base.forward).parameters
         and not any(config.is_prompt_learning or config.peft_type.value == "CPT" for config in active)
         and not getattr(base.config.get_text_config(), "output_router_logits", False)
         and not parts.arguments.label_smoothing_factor

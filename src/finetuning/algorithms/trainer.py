@@ -12,7 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.errors import GuardStopped
-from finetuning.publish import publish, staging_path
+from finetuning.publish import publish, staging_path, write_manifest
 
 
 class TrainerMixin:
@@ -88,7 +88,12 @@ class TrainerMixin:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that is whole or not there: put together in a staging folder, flushed, renamed by one rank."""
+        """A checkpoint that is whole or not there: put together in a staging folder, flushed, renamed by one rank.
+
+        Raises:
+            GuardStopped: a trained weight is not finite, so that the last checkpoint stays the last.
+        """
+        self._check_weights()
         name = f"checkpoint-{self.state.global_step}"
         target = Path(self.args.output_dir) / name
         staging = staging_path(target)
@@ -108,6 +113,7 @@ class TrainerMixin:
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            write_manifest(staging / name)
             shutil.rmtree(target, ignore_errors=True)
             publish(staging / name, target)
             shutil.rmtree(staging, ignore_errors=True)
@@ -117,6 +123,19 @@ class TrainerMixin:
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """Nothing while every trained weight of every process is finite; called by all of them."""
+        flags = [~torch.isfinite(weight).all() for weight in self.model.parameters() if weight.requires_grad]
+        bad = torch.stack([flag.to(self.args.device) for flag in flags]).sum().float() if flags else torch.zeros(1)
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad.to(self.args.device), "sum")
+        if float(bad):
+            raise GuardStopped(
+                f"step {self.state.global_step}: a weight is not finite after the optimizer's step. Nothing of it was"
+                " saved; the last checkpoint is good.",
+                hint="Lower the learning rate.",
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

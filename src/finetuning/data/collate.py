@@ -49,10 +49,10 @@ class PaddingCollator:
             input_ids[index, place] = row["input_ids"]
             labels[index, place] = row["labels"]
             attention_mask[index, place] = 1
+            # The first token of a row is no target: nothing, or on the left only padding, stands before it.
+            labels[index, place.start] = UNTRAINED
         shift_labels = np.full(shape, UNTRAINED, dtype=np.int64)
         shift_labels[:, :-1] = labels[:, 1:]
-        # The first token of a row that is padded on the left has only padding to be predicted from.
-        shift_labels[attention_mask == 0] = UNTRAINED
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.errors import StorageError
 from finetuning.model import fingerprint
 from finetuning.model.fingerprint import Fingerprint
 from finetuning.model.stop_tokens import StopTokens, repair_sampling, save_tokenizer
+from finetuning.model.tensor_files import read_model_headers
 from finetuning.publish import staged
 
 
@@ -81,6 +83,24 @@ def save_grown_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     model.config.name_or_path = str(saved)
     model.name_or_path = str(saved)
     return saved
+
+
+def holds_grown_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True when a folder holds this very grown model: the same vocabulary, the same embeddings.
+
+    A run that was cut short leaves one behind, which its successor goes on with.
+    """
+    if not (folder / "config.json").is_file():
+        return False
+    vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    weight = model.get_input_embeddings().weight
+    name = next((name for name, parameter in model.named_parameters() if parameter is weight), None)
+    entry = read_model_headers(folder).get(name or "")
+    if vocabulary != tokenizer.get_vocab() or entry is None:
+        return False
+    with safe_open(entry.file, framework="pt") as tensors:
+        saved = tensors.get_tensor(name)
+    return torch.equal(saved, weight.detach().to("cpu", saved.dtype))
 
 
 def is_adapted(model: Any) -> bool:

@@ -33,6 +33,16 @@ class MemoryEstimate:
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
 
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes of what is tuned, as it is saved; 0 where that is not known."""
+        return self.gradients
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint: what is tuned, with its optimizer states; 0 where that is not known."""
+        return self.gradients + self.optimizer
+
 
 def read_shapes(folder: Path) -> dict[str, tuple[list[int], int]]:
     """Shape and bytes per element of every tensor in a folder's safetensors files; empty when there are none."""

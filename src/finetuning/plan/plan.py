@@ -10,7 +10,7 @@ from finetuning.config.experiment import Experiment
 from finetuning.errors import Place
 from finetuning.plan.batch import BatchPlan, plan_batches
 from finetuning.plan.memory import MemoryEstimate, estimate_memory
-from finetuning.plan.steps import StepPlan, plan_steps
+from finetuning.plan.steps import StepPlan, plan_steps, rows_of_an_epoch
 from finetuning.topology import Topology
 
 
@@ -75,7 +75,7 @@ def make_plan(experiment: Experiment, topology: Topology, rows: int | None = Non
         learning_rate=learning_rate,
         learning_rate_reason=reason,
         memory=estimate_memory(experiment),
-        steps=None if rows is None else plan_steps(rows, batch, experiment.training_args),
+        steps=None if rows is None else plan_steps(rows_of_an_epoch(rows, batch, experiment.training_args), batch, experiment.training_args),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from finetuning.config.grpo import GRPOTrainingArgs
 from finetuning.config.training import TrainingArgs
 from finetuning.plan.batch import BatchPlan
 
@@ -17,6 +18,21 @@ class StepPlan:
     per_epoch: int
     total: int
     reason: str
+
+
+def rows_of_an_epoch(rows: int, batch: BatchPlan, args: TrainingArgs) -> int:
+    """What the trainer counts in one pass over the rows: the rows themselves; for GRPO completions, of as many prompts
+    as fill whole batches of generation.
+
+    Source: TRL 1.16, `GRPOTrainer._get_train_sampler` and `GRPOConfig.__post_init__`.
+    """
+    if not isinstance(args, GRPOTrainingArgs):
+        return rows
+    extra = args.model_extra or {}
+    rounds = extra.get("steps_per_generation") or batch.accumulation
+    generated = extra.get("generation_batch_size") or batch.per_device * batch.world_size * rounds
+    prompts = max(generated // args.num_generations, 1)
+    return rows // prompts * prompts * args.num_generations * args.num_iterations
 
 
 def plan_steps(rows: int, batch: BatchPlan, args: TrainingArgs) -> StepPlan:

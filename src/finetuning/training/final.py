@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.errors import GuardStopped, Place
 from finetuning.export.verify import verify_saved
 from finetuning.model.save import is_adapted, save_model
 from finetuning.model.stop_tokens import align
+from finetuning.publish import staged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from finetuning.model.fingerprint import Fingerprint
 
 _REFERENCE_ADAPTER = "ref"
+_UNSOUND = "It was not published."
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Artifact:
     """The model that an adapter goes with."""
     num_bytes: int
     checks: tuple[str, ...]
-    stop_tokens: str
+    stop_tokens: str | None
+    """What generation stops at; None for a model that gives scores."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,7 +49,8 @@ def publish_final(
     base_fingerprint: Fingerprint | None,
     initial: Mapping[str, str],
 ) -> Artifact | None:
-    """The tuned model or adapter in `folder`, checked by opening it again; None on all processes but the main one.
+    """The tuned model or adapter in `folder`, where it appears once it is opened again and found sound; None on all
+    processes but the main one.
 
     Every process calls this: a sharded model is gathered by all.
 
@@ -63,26 +68,32 @@ def publish_final(
     if adapted and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
     base = model.get_base_model() if adapted else model
-    stop_tokens = align(tokenizer, base.generation_config, end_of_turn)
-    save_model(
-        model,
-        tokenizer,
-        folder,
-        stop_tokens=stop_tokens,
-        base_fingerprint=base_fingerprint if adapted else None,
-        state_dict=state_dict,
-    )
+    writes = base.generation_config is not None
+    stop_tokens = align(tokenizer, base.generation_config, end_of_turn) if writes else None
     sample = "The quick brown fox, 12 × 7 = 84: déjà vu."
-    verified = verify_saved(
-        folder,
-        initial=initial if adapted and state_dict is None else None,
-        sample_texts={sample: tokenizer.encode(sample, add_special_tokens=False)},
-    )
+    with staged(folder) as candidate:
+        save_model(
+            model,
+            tokenizer,
+            candidate,
+            stop_tokens=stop_tokens,
+            base_fingerprint=base_fingerprint if adapted else None,
+            state_dict=state_dict,
+        )
+        try:
+            verified = verify_saved(
+                candidate,
+                initial=initial if adapted and state_dict is None else None,
+                sample_texts={sample: tokenizer.encode(sample, add_special_tokens=False)},
+            )
+        except GuardStopped as error:
+            problems = [replace(problem, place=Place(file=str(folder)), hint=_UNSOUND) for problem in error.problems]
+            raise GuardStopped(problems) from error
     return Artifact(
         kind=verified.kind,
         folder=str(folder),
         base=base.name_or_path if adapted else None,
         num_bytes=verified.num_bytes,
         checks=verified.checks,
-        stop_tokens=stop_tokens.report,
+        stop_tokens=stop_tokens.report if stop_tokens else None,
     )

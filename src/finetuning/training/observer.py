@@ -157,7 +157,8 @@ class Observer:
                 final_loss=final_loss,
                 training_s=training_s,
                 total_s=time.monotonic() - self._started,
-                facts=[("checked", "; ".join(artifact.checks)), ("stops at", artifact.stop_tokens)],
+                facts=[("checked", "; ".join(artifact.checks))]
+                + ([("stops at", artifact.stop_tokens)] if artifact.stop_tokens else []),
                 commands=_next_commands(artifact),
             ),
         )
@@ -170,6 +171,8 @@ class Observer:
 
 
 def _next_commands(artifact: Artifact) -> list[NextCommand]:
+    if artifact.stop_tokens is None:
+        return []
     folder = shlex.quote(artifact.folder)
     try_it = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
     if artifact.kind == "adapter":

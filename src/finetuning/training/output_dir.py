@@ -4,52 +4,94 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from finetuning.errors import Place, StorageError
+from finetuning.config.dump import dump_values
+from finetuning.config.experiment import Experiment
+from finetuning.config.read import read_document
+from finetuning.errors import ConfigError, FinetuningError, Interrupted, Place, StorageError
+from finetuning.plan.memory import estimate_memory
+from finetuning.plan.plan import human_bytes
 from finetuning.publish import remove_leftovers
-from finetuning.training.record import read_record
+from finetuning.training.record import CONFIG_NAME, read_record
 from finetuning.training.resume import checkpoints_of
 
 _KEY = "training_args.output_dir"
 _LOCK = ".finetuning.lock"
+# What may differ between a complete run and its command typed again.
+_INCIDENTAL = ("run_conf.resume_from_checkpoint", "tracking")
 
 
-def check_output_dir(output_dir: Path, final_name: str, resume: bool | str) -> bool:
+def check_output_dir(experiment: Experiment) -> bool:
     """True when the run that the directory holds is complete and is asked to go on: there is nothing left to do.
 
     Raises:
-        StorageError: it cannot be written, or holds another run's work that a fresh start would mix with.
+        StorageError: it cannot be written, or holds another run's work that this one would mix with.
     """
-    existing = output_dir
+    output_dir, run_conf = Path(experiment.training_args.output_dir), experiment.run_conf
+    existing = output_dir.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise StorageError(f"{output_dir} cannot be written (user id {os.getuid()})", place=Place(key=_KEY))
-    fresh = resume is False or (isinstance(resume, str) and resume.lower() == "false")
-    final = output_dir / final_name
-    record = read_record(output_dir)
-    if not fresh:
-        return final.is_dir() and any(final.iterdir()) and (record or {}).get("status") == "completed"
-    held = [path.name for path in checkpoints_of(output_dir)[:1]] + [final.name] * final.is_dir()
-    if held:
+    final = output_dir / run_conf.final_checkpoint_name
+    has_final = final.is_dir() and any(final.iterdir())
+    if run_conf.resume_from_checkpoint is False or str(run_conf.resume_from_checkpoint).lower() == "false":
+        held = [path.name for path in checkpoints_of(output_dir)[:1]] + [final.name] * has_final
+        if held:
+            raise StorageError(
+                f"{output_dir} holds an earlier run ({', '.join(held)})",
+                place=Place(key=_KEY),
+                hint="Set run_conf.resume_from_checkpoint: auto to go on with it, choose another output_dir, or remove"
+                " it.",
+            )
+        return False
+    if not has_final:
+        return False
+    changed = _changed(experiment, output_dir / CONFIG_NAME)
+    if (read_record(output_dir) or {}).get("status") == "completed" and not changed:
+        return True
+    why = f"another config: {'; '.join(changed)}" if changed else "a run that is not recorded as complete"
+    raise StorageError(
+        f"{final} is there already, made by {why}",
+        place=Place(key="run_conf.final_checkpoint_name"),
+        hint="Choose another final_checkpoint_name to train on from the last checkpoint, or another output_dir.",
+    )
+
+
+def check_room(output_dir: Path, experiment: Experiment) -> None:
+    """Nothing, when the disk has room for a checkpoint and the tuned model, as far as their size is known.
+
+    Raises:
+        StorageError: says how much is needed, and how much is there.
+    """
+    memory = estimate_memory(experiment)
+    if memory is None:
+        return
+    saves = experiment.training_args.save_strategy != "no"
+    needed, free = memory.tuned_bytes + memory.checkpoint_bytes * saves, shutil.disk_usage(output_dir).free
+    if free < needed:
         raise StorageError(
-            f"{output_dir} holds an earlier run ({', '.join(held)})",
+            f"{output_dir} is on a disk with {human_bytes(free)} left;"
+            f" {'a checkpoint and ' * saves}the tuned model need about {human_bytes(needed)}",
             place=Place(key=_KEY),
-            hint="Set run_conf.resume_from_checkpoint: auto to go on with it, choose another output_dir, or remove it.",
         )
-    return False
 
 
 @contextmanager
 def claimed(output_dir: Path) -> Iterator[Path]:
     """The directory, made if need be, locked against a second run, and cleared of what a killed run left half made.
 
+    A directory that was made here is removed again when the run fails before there is a checkpoint.
+
     Raises:
         StorageError: another process is running in it.
     """
+    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
@@ -67,4 +109,38 @@ def claimed(output_dir: Path) -> Iterator[Path]:
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         remove_leftovers(output_dir)
-        yield output_dir
+        try:
+            yield output_dir
+        except FinetuningError as error:
+            remove_leftovers(output_dir)
+            if is_new and not isinstance(error, Interrupted) and not _has_trained(output_dir):
+                shutil.rmtree(output_dir, ignore_errors=True)
+            raise
+
+
+def _has_trained(output_dir: Path) -> bool:
+    return (read_record(output_dir) or {}).get("trained", False)
+
+
+def _changed(experiment: Experiment, resolved: Path) -> list[str]:
+    """What differs between the experiment and the one whose resolved config is in a file, one phrase a key."""
+    try:
+        before = _flat(read_document(resolved).values)
+    except (OSError, ConfigError):
+        return []
+    now = _flat(dump_values(experiment))
+    return [
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(_INCIDENTAL)
+    ]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping) and values:
+        return {
+            inner: value
+            for key, item in values.items()
+            for inner, value in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: values}

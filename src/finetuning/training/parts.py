@@ -86,6 +86,7 @@ def load_model(
     """
     from finetuning.model import adapters, fingerprint, save
     from finetuning.model.adapter_files import digests
+    from finetuning.model.heads import LANGUAGE, SCORE
     from finetuning.model.load import load_model as load
     from finetuning.model.vocabulary import grow
 
@@ -93,7 +94,14 @@ def load_model(
     float32_master = "float32" if arguments.fp16 else "auto"
 
     def load_bare() -> Any:
-        return load(run, quantisation, topology=topology, sharded_by=topology.sharded_by, default_dtype=float32_master)
+        return load(
+            run,
+            quantisation,
+            topology=topology,
+            sharded_by=topology.sharded_by,
+            default_dtype=float32_master,
+            head=SCORE if method.gives_scores else LANGUAGE,
+        )
 
     model = load_bare()
     vocabulary = grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
@@ -101,7 +109,7 @@ def load_model(
     adapted_by_us = peft_conf.peft_type != "NO_PEFT"
     if vocabulary.has_grown and adapted_by_us:
         new_base = output_dir / _new_base_name(experiment)
-        if topology.is_main and not new_base.is_dir():
+        if topology.is_main and not save.holds_grown_base(new_base, model, tokenizer.tokenizer):
             save.save_grown_base(model, tokenizer.tokenizer, new_base)
         model.config.name_or_path = model.name_or_path = str(new_base)
         notes.append(f"the grown base model is {new_base}; the adapter goes with it")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.errors import CheckpointError, Place
+from finetuning.publish import manifest_fault
 
 _KEY = "run_conf.resume_from_checkpoint"
 _STATE, _OPTIMIZER = "trainer_state.json", ("optimizer.pt", "optimizer.bin")
@@ -86,4 +87,4 @@ def _fault(checkpoint: Path) -> str | None:
         return "it has no weights"
     if not sharded and not names & set(_OPTIMIZER):
         return "it has no optimizer state (saved with save_only_model)"
-    return None
+    return manifest_fault(checkpoint)

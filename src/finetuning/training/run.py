@@ -11,7 +11,7 @@ from finetuning.config.experiment import Experiment
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import make_plan
 from finetuning.topology import Topology
-from finetuning.training.output_dir import check_output_dir, claimed
+from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord
 from finetuning.training.resume import find_resume_point
 
@@ -61,12 +61,12 @@ def run(job: Job) -> RunResult:
         Interrupted: a signal came; a checkpoint was saved.
         FinetuningError: anything else that the user can mend.
     """
-    run_conf = job.experiment.run_conf
-    if check_output_dir(job.output_dir, run_conf.final_checkpoint_name, run_conf.resume_from_checkpoint):
+    if check_output_dir(job.experiment):
         return RunResult(ALREADY_COMPLETE)
     if not job.topology.is_main:
         return _recorded(job)
     with claimed(job.output_dir):
+        check_room(job.output_dir, job.experiment)
         (job.output_dir / CONFIG_NAME).write_text(job.resolved_config, encoding="utf-8")
         return _recorded(job)
 
@@ -144,6 +144,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     )
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
+    record.update(trained=True)
     with stop.watching():
         output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
     if stop.received and trainer.state.global_step < trainer.state.max_steps:

@@ -1,0 +1,147 @@
+"""Rows end to end attend to themselves alone, shown model by model; what cannot be shown is refused with its reason."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
+)
+
+from finetuning.model.segments import NAME, enable_segments, flat_inputs
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+PROVEN = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral with a window": MistralConfig(**GROUPED, sliding_window=4),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=4),
+    "gpt2": GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4),
+    "phi": PhiConfig(**SIZES),
+    "opt": OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    ),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
+}
+REFUSED = {
+    "gemma2 asks for eager": (Gemma2Config(**GROUPED, head_dim=8), "attention eager is not known"),
+    "gpt-oss has sinks": (GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), "sdpa"),
+    "bloom has alibi": (BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4), "sdpa|change the logits"),
+    "falcon has alibi": (
+        FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        "sdpa|change the logits",
+    ),
+    "mamba carries a state": (MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2), "."),
+    "bamba carries a state": (
+        BambaConfig(**GROUPED, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
+        "carry a state|change the logits",
+    ),
+}
+
+
+def make(config: Any, **arguments: Any) -> Any:
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **arguments).eval()
+
+
+def rows() -> list[torch.Tensor]:
+    return [torch.arange(3, 14), torch.arange(50, 52), torch.arange(70, 77)]
+
+
+@torch.no_grad()
+def leak(model: Any) -> float:
+    """How much the logits of a row change when the row before it does."""
+    first, middle, last = rows()
+    before = model(use_cache=False, **flat_inputs([first, middle, last])).logits[0, -len(last) :]
+    after = model(use_cache=False, **flat_inputs([first.flip(0), middle, last])).logits[0, -len(last) :]
+    return float((before - after).abs().max())
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_proven_models_keep_rows_apart(name: str) -> None:
+    model = make(PROVEN[name])
+    with torch.no_grad():
+        alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows()])
+        padded_ids = torch.zeros(3, 11, dtype=torch.int64)
+        mask = torch.zeros_like(padded_ids)
+        for index, row in enumerate(rows()):
+            padded_ids[index, : len(row)], mask[index, : len(row)] = row, 1
+        assert enable_segments(model) is None
+        assert model.config._attn_implementation == NAME
+        together = model(use_cache=False, **flat_inputs(rows())).logits[0]
+        padded = model(padded_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
+    assert leak(model) == 0.0
+
+
+def test_gradients_are_those_of_the_rows_alone() -> None:
+    alone, together = make(PROVEN["llama"]).train(), make(PROVEN["llama"]).train()
+    torch.cat([alone(row[None], use_cache=False).logits[0] for row in rows()]).square().sum().backward()
+    assert enable_segments(together) is None
+    assert together.training
+    together(use_cache=False, **flat_inputs(rows())).logits.square().sum().backward()
+    for one, other in zip(alone.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_models_are_left_as_they_were(name: str) -> None:
+    config, reason = REFUSED[name]
+    model = make(config)
+    before = model.config._attn_implementation
+    refusal = enable_segments(model)
+    assert refusal is not None
+    assert re.search(reason, refusal)
+    assert model.config._attn_implementation == before
+
+
+def test_capped_scores_are_refused_under_sdpa() -> None:
+    model = make(PROVEN["llama"])
+    model.config.attn_logit_softcapping = 50.0
+    assert "caps its attention scores" in str(enable_segments(model))
+
+
+def test_eager_attention_and_prompt_adapters_are_refused() -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = make(PROVEN["llama"])
+    adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert "PROMPT_TUNING" in str(enable_segments(adapted, adapted.active_peft_config))
+    eager = make(PROVEN["llama"])
+    eager.set_attn_implementation("eager")
+    assert "attention eager" in str(enable_segments(eager))
+
+
+def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(make(PROVEN["llama"]), config)
+    assert enable_segments(adapted, adapted.active_peft_config) is None
+    assert leak(adapted) == 0.0
