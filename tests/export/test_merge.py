@@ -96,3 +96,121 @@ def test_streaming_gives_the_bits_of_peft(
         assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     else:
         assert_same_bits(tmp_path / "out", merged_by_peft(base, [adapter], tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_of_16_bit_numbers(
+    dtype: str,
+    tiny_llama_dir: Path,
+    copy_in_dtype: Callable[..., Path],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    base = copy_in_dtype(tiny_llama_dir, dtype)
+    adapter = make_adapter(base, lora(**LORAS["plain"]), tmp_path / "adapter", dtype=dtype)
+    merge(base, [adapter], tmp_path / "out")
+    assert_same_bits(tmp_path / "out", merged_by_peft(base, [adapter], tmp_path / "peft"))
+
+
+def test_adapters_are_merged_in_order(tiny_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    kinds = ("plain", "dora", "modules to save")
+    adapters = [
+        make_adapter(tiny_llama_dir, lora(**LORAS[kind]), tmp_path / kind, seed=i) for i, kind in enumerate(kinds)
+    ]
+    merge(tiny_llama_dir, adapters, tmp_path / "out")
+    assert_same_bits(tmp_path / "out", merged_by_peft(tiny_llama_dir, adapters, tmp_path / "peft"))
+
+
+def test_shards_index_and_companions_go_along(
+    chatml_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = copy_in_dtype(chatml_llama_dir, "bfloat16")
+    adapter = make_adapter(base, lora(**LORAS["plain"]), tmp_path / "adapter")
+    (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    merge(base, [adapter], tmp_path / "out")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.safetensors")) == sorted(p.name for p in base.glob("*.safetensors"))
+    index = "model.safetensors.index.json"
+    assert json.loads((out / index).read_text())["weight_map"] == json.loads((base / index).read_text())["weight_map"]
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes() or name == "config.json"
+    certificate = json.loads((out / "merge_certificate.json").read_text())
+    assert certificate["passed"] and certificate["dtype"] == "bfloat16"
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+
+
+def test_the_tokenizer_of_the_adapter_comes_first(
+    tiny_llama_dir: Path, chatml_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(**LORAS["plain"]), tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (adapter / name).write_bytes((chatml_llama_dir / name).read_bytes())
+    merge(tiny_llama_dir, [adapter], tmp_path / "mine", verify=False)
+    merge(tiny_llama_dir, [adapter], tmp_path / "given", verify=False, tokenizer=str(tiny_llama_dir))
+    source = {"mine": chatml_llama_dir, "given": tiny_llama_dir}
+    for name, folder in source.items():
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "mine" / "chat_template.jinja").is_file()
+
+
+def test_gpt2_and_its_transposed_layers(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    for number, arguments in enumerate(
+        (
+            {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+            {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True, "use_dora": True},
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"},
+        )
+    ):
+        adapter = make_adapter(base, lora(r=4, **arguments), tmp_path / f"adapter-{number}")
+        result = merge(base, [adapter], tmp_path / f"out-{number}")
+        assert result.streamed
+        assert_same_bits(tmp_path / f"out-{number}", merged_by_peft(base, [adapter], tmp_path / f"peft-{number}"))
+
+
+def test_a_checkpoint_of_the_bare_model(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    file = base / "model.safetensors"
+    save_file({n.removeprefix("transformer."): t for n, t in load_file(file).items()}, file, {"format": "pt"})
+    adapter = make_adapter(base, lora(r=4, target_modules=["c_attn"], fan_in_fan_out=True), tmp_path / "adapter")
+    assert merge(base, [adapter], tmp_path / "out").streamed
+    assert "h.0.attn.c_attn.weight" in tensors(tmp_path / "out")
+
+
+def test_a_grown_vocabulary(
+    tiny_llama_dir: Path, chatml_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for base, names in (
+        (tiny_llama_dir, ("model.embed_tokens", "lm_head")),
+        (chatml_llama_dir, ("model.embed_tokens",)),
+    ):
+        adapter = make_adapter(base, lora(r=4, target_modules=["v_proj"]), tmp_path / base.name / "adapter")
+        file = adapter / "adapter_model.safetensors"
+        weights = load_file(base / "model.safetensors")
+        grown = {n: torch.cat([weights[f"{n}.weight"], torch.ones(2, 64)]) for n in names}
+        save_file(
+            {**load_file(file), **{f"base_model.model.{n}.weight": t for n, t in grown.items()}}, file, {"format": "pt"}
+        )
+        out = tmp_path / base.name / "out"
+        merge(base, [adapter], out, verify=False)
+        rows = len(grown["model.embed_tokens"])
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == rows
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert model.get_output_embeddings().weight.shape[0] == model.get_input_embeddings().weight.shape[0] == rows

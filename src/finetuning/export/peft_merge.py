@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def load_base(base: BaseModel, *, device_map: DeviceMap = None, trust_remote_cod
     )
     if base.config.get("quantization_config"):
         try:
-            model = model.dequantize()
+            model = _as_if_never_quantised(model.dequantize())
         except (NotImplementedError, ValueError) as error:
             method = base.config["quantization_config"].get("quant_method", "its quantisation")
             raise ModelError(
@@ -52,6 +53,16 @@ def load_base(base: BaseModel, *, device_map: DeviceMap = None, trust_remote_cod
                 hint="Merge into the unquantised base model.",
             ) from error
     return model.eval()
+
+
+def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
+    """A new model with the same weights: one that was loaded quantised cannot be saved as anything else."""
+    config = copy.deepcopy(model.config)
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def load_adapter(model: Any, adapter: Adapter) -> Any:
