@@ -118,9 +118,9 @@ def test_files_that_are_none(name: str, message: str, run_cli: Callable, tmp_pat
 def test_what_only_looked_wrong(check: Callable) -> None:
     """Rows 7, 8 and 19: `1e-5` is a number everywhere, `save_strategy: no` is a word, `file://` is an address."""
     text = RIGHT.replace("LORA", "LORA\n  peft_kwargs: {lora_dropout: 1e-1}")
-    text += "tracking: {mlflow_server_uri: 'file:///home/me/mlruns'}\n"
+    text += "tracking: {mlflow_server_uri: 'file:///data/mlruns'}\n"
     experiment = check(text.replace("  learning_rate: 1e-5", "  learning_rate: 1e-5\n  save_strategy: no")).experiment
     assert experiment.training_args.learning_rate == 1e-5
     assert experiment.training_args.save_strategy == "no"
     assert experiment.peft_conf.peft_kwargs == {"lora_dropout": 0.1}
-    assert experiment.tracking.mlflow_server_uri == "file:///home/me/mlruns"
+    assert experiment.tracking.mlflow_server_uri == "file:///data/mlruns"

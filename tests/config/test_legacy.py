@@ -4,19 +4,20 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.config.experiment import EXPERIMENTS
+from finetuning.config.experiment import DPOExperiment, Experiment, SFTExperiment
 from finetuning.config.installed import Installed
-from finetuning.config.legacy import MODEL_ARGS, TRAINING_ARGS, Renamed, translate
+from finetuning.config.legacy import MODEL_ARGS, OLD_VALUES, TRAINING_ARGS, Dropped, Renamed, translate
 from finetuning.config.model import ModelArgs
 from finetuning.config.read import parse_document
 from finetuning.config.structure import sections_of
+from finetuning.config.validate import validate
 
 Changed = Callable[..., str]
 
 
 def known_today(installed: Installed) -> set[str]:
     names: set[str] = set()
-    for experiment in EXPERIMENTS.values():
+    for experiment in (SFTExperiment, DPOExperiment):
         names |= installed.class_fields(experiment.trainer_config).keys()
         names |= sections_of(experiment.model_fields["training_args"].annotation)[0].model_fields.keys()
     return names
@@ -26,7 +27,7 @@ def test_the_table_agrees_with_the_installed_libraries() -> None:
     """Old names are unknown today (but for those that another section owns); new ones are known."""
     installed = Installed()
     known = known_today(installed)
-    owned = {"resume_from_checkpoint", "do_train", "do_eval", "do_predict"}
+    owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, Dropped) and change.though_known}
     assert not (TRAINING_ARGS.keys() - owned) & known
     assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, Renamed)} <= known
     arguments = {*installed.from_pretrained_arguments(), *ModelArgs.model_fields}
@@ -87,6 +88,27 @@ def test_warnings_name_todays_key_at_its_place(check: Callable, changed: Changed
     assert (model_args.dtype, model_args.attn_implementation) == ("bfloat16", "flash_attention_2")
     assert model_args.token.get_secret_value() == "hf_secret"
     assert validated.document.origin_of(("training_args", "warmup_steps")) == "config.yaml:14"
+
+
+def test_what_is_old_to_one_trainer_is_todays_to_another(changed: Changed) -> None:
+    class WithCompletions(Experiment):
+        trainer_config = "trl.trainer.grpo_config:GRPOConfig"
+
+    text = changed(training_args="{max_completion_length: 64, warmup_ratio: 0.1}")
+    validated = validate(parse_document(text, "config.yaml"), WithCompletions)
+    assert validated.experiment.training_args.model_extra == {"max_completion_length": 64}
+    assert len(validated.warnings) == 1
+
+
+def test_values_that_are_gone(check: Callable, changed: Changed) -> None:
+    validated = check(changed(training_args="{optim: adamw_hf}"))
+    assert validated.experiment.training_args.optim == "adamw_torch"
+    assert str(validated.warnings[0]).endswith(
+        'training_args.optim: "adamw_hf" is gone; "adamw_torch" is used. Write "optim: adamw_torch".'
+    )
+    allowed = Installed().choices("transformers.training_args:OptimizerNames")
+    assert not OLD_VALUES["training_args", "optim"].keys() & set(allowed)
+    assert set(OLD_VALUES["training_args", "optim"].values()) <= set(allowed)
 
 
 def test_todays_key_wins(check: Callable, changed: Changed) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ class Dropped:
     """A key that changes nothing any more."""
 
     why: str = ""
+    though_known: bool = False
+    """Whether it is dropped even where the trainer's config still has it."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,10 @@ TRAINING_ARGS: dict[str, Change] = {
     "model_adapter_name": Dropped(),
     "ref_adapter_name": Dropped(),
     "force_use_ref_model": Dropped("the reference is always the model before training"),
-    "resume_from_checkpoint": Dropped("run_conf.resume_from_checkpoint decides"),
-    "do_train": Dropped(),
-    "do_eval": Dropped("eval_strategy decides"),
-    "do_predict": Dropped(),
+    "resume_from_checkpoint": Dropped("run_conf.resume_from_checkpoint decides", though_known=True),
+    "do_train": Dropped(though_known=True),
+    "do_eval": Dropped("eval_strategy decides", though_known=True),
+    "do_predict": Dropped(though_known=True),
     "half_precision_backend": Dropped(),
     "fp16_backend": Dropped(),
     "fp16_opt_level": Dropped(),
@@ -123,6 +125,10 @@ TABLES: dict[KeyPath, dict[str, Change]] = {
     ("model_conf", "model_args"): MODEL_ARGS,
 }
 """For each section, its old names and what has become of them."""
+OLD_VALUES: dict[KeyPath, dict[str, str]] = {
+    ("training_args", "optim"): {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"},
+}
+"""For each key, names of values that are gone and those that mean the same today."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +140,31 @@ class Translated:
     findings: list[Finding]
 
 
-def translate(document: Document) -> Translated:
-    """The document with old names replaced by today's; a warning for each that names today's key."""
+def translate(document: Document, known: Callable[[], Container[str]] = frozenset) -> Translated:
+    """The document with old names replaced by today's; a warning for each that names today's key.
+
+    Args:
+        known: works out the names that this method's trainer still knows; what is old to one is today's to another.
+    """
     written = document
     findings: list[Finding] = []
     for section, table in TABLES.items():
         values = document.get(section)
         for key in [key for key in values if key in table] if isinstance(values, dict) else []:
+            is_dropped = isinstance(table[key], Dropped) and table[key].though_known
+            if section == ("training_args",) and not is_dropped and key in known():
+                continue
             for found in _change(document, section, key, table[key]):
                 if isinstance(found, Document):
                     document = found
                 else:
                     findings.append(found)
+    for path, names in OLD_VALUES.items():
+        value = document.get(path)
+        if isinstance(value, str) and value in names:
+            hint = f'Write "{path[-1]}: {names[value]}".'
+            findings.append(Finding(path, f'"{value}" is gone; "{names[value]}" is used.', hint, kind="warning"))
+            document = document.with_value(path, names[value])
     warnings = [finding for finding in findings if finding.kind == "warning"]
     return Translated(document, to_problems(warnings, written), [item for item in findings if item.kind != "warning"])
 

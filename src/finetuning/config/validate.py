@@ -57,7 +57,7 @@ def validate(
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
         raise ConfigError(f"is empty; required: {required}", place=Place(document.file))
     installed = installed or Installed()
-    translated = translate(document)
+    translated = translate(document, functools.partial(_trainer_fields, config, installed))
     document = _without_empty_sections(translated.document, config)
     findings, warnings = list(translated.findings), []
 
@@ -127,6 +127,14 @@ def _booleans_for_numbers(document: Document, root: type[BaseModel]) -> Iterator
             yield Finding(path, f"expected a number (got {show(value, path)})", kind="type")
 
 
+def _trainer_fields(config: type[BaseModel], installed: Installed) -> Mapping[str, Any]:
+    """The fields of `training_args`, ours and the installed trainer's."""
+    if not issubclass(config, Experiment):
+        return {}
+    own = sections_of(config.model_fields["training_args"].annotation)[0].model_fields
+    return {**own, **(installed.class_fields(config.trainer_config) or {})}
+
+
 def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo, Any]]:
     """Every field of the schema that is written: its path, the field, its value."""
     for model in chosen_section([root], values) if isinstance(values, dict) else ():
@@ -182,8 +190,7 @@ def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installe
             found.append(path)
         elif len(path) == 2 and path[0] == "training_args":
             if fields is None:
-                own = sections_of(method.model_fields["training_args"].annotation)[0].model_fields
-                fields = {**own, **(installed.class_fields(method.trainer_config) or {})}
+                fields = _trainer_fields(method, installed)
             if path[1] in fields:
                 found.append(path)
     return found
