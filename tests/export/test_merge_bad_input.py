@@ -200,7 +200,7 @@ def test_a_merge_that_is_not_the_trained_model_is_not_published(adapter: Path, b
 def test_room_is_looked_at_before(tmp_path: Path) -> None:
     disk = os.statvfs(tmp_path)
     require_room(tmp_path / "not" / "there", 1)
-    with pytest.raises(StorageError, match="GB free, and .* GB are needed"):
+    with pytest.raises(StorageError, match=r"GB free, and .* GB are needed"):
         require_room(tmp_path / "not" / "there", disk.f_blocks * disk.f_frsize + 1)
 
 
