@@ -48,3 +48,6 @@ class StopOnSignal(TrainerCallback):
         if received and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
+            # With a limit of one the Trainer would remove this checkpoint at its end, and keep the best alone.
+            args.save_total_limit = None
+            args.load_best_model_at_end = False

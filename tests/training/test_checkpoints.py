@@ -1,0 +1,166 @@
+"""What a run leaves behind: whole checkpoints, the best of them, nothing that is not finite."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetuning.algorithms import METHODS
+from finetuning.errors import DataError, GuardStopped, StorageError
+from finetuning.publish import manifest_fault
+from finetuning.training import output_dir
+from finetuning.training.output_dir import check_room, claimed
+
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+EACH_STEP = {"training_args.save_strategy": "steps", "training_args.save_steps": 1}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def all_finite(folder: Path, read_tensors: Any) -> bool:
+    found = [tensors for path in folder.rglob("*.safetensors") for tensors in read_tensors(path.parent).values()]
+    return bool(found) and all(torch.isfinite(tensor).all() for tensor in found)
+
+
+@pytest.mark.parametrize("peft", [{"peft_type": "NO_PEFT"}, LORA], ids=["full", "lora"])
+def test_checkpoints_are_whole_readable_and_free_of_pickles(train: Any, sft_values: Any, peft: Any) -> None:
+    run = train(sft_values({**EACH_STEP, "peft_conf": peft, "training_args.save_total_limit": 2}))
+    assert [name for name in names(run.output_dir) if name.startswith(("checkpoint", "."))] == [
+        ".finetuning.lock",
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-final",
+    ]
+    for path in run.output_dir.rglob("*"):
+        assert path.name != "training_args.bin"
+        if path.is_file() and path.parent != run.output_dir:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o644, path
+    for number in (2, 3):
+        checkpoint = run.output_dir / f"checkpoint-{number}"
+        assert "manifest.json" in names(checkpoint)
+        assert manifest_fault(checkpoint) is None
+    settings = run.final / ("adapter_config.json" if peft is LORA else "config.json")
+    assert "sdpa_segments" not in settings.read_text()
+
+
+@pytest.mark.parametrize("strategy", ["best", "steps"])
+def test_the_best_model_is_kept_and_is_the_result(
+    train: Any, sft_values: Any, read_tensors: Any, strategy: str
+) -> None:
+    changes = {
+        "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+        "training_args.eval_strategy": "steps",
+        "training_args.eval_steps": 1,
+        "training_args.save_strategy": strategy,
+        "training_args.save_steps": 1,
+        "training_args.save_total_limit": 2,
+        "training_args.metric_for_best_model": "eval_loss",
+        "training_args.load_best_model_at_end": True,
+        # The loss falls, so that by this measure the first checkpoint is the best.
+        "training_args.greater_is_better": True,
+        "peft_conf": LORA,
+    }
+    run = train(sft_values(changes))
+    assert run.trainer.state.best_global_step == 1
+    assert ("checkpoint-3" in names(run.output_dir)) == (strategy == "steps")
+    kept, final = read_tensors(run.output_dir / "checkpoint-1"), read_tensors(run.final)
+    assert all(torch.equal(kept[name], final[name]) for name in final)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_run_that_diverges_stops_and_leaves_its_last_good_checkpoint(
+    train: Any, sft_values: Any, dpo_values: Any, read_tensors: Any, method: str
+) -> None:
+    make = sft_values if method == "sft" else dpo_values
+    changes = {
+        **EACH_STEP,
+        "training_args.save_total_limit": 1,
+        "training_args.max_steps": 6,
+        "training_args.learning_rate": 1e30,
+        "training_args.lr_scheduler_type": "constant_with_warmup",
+        "training_args.warmup_steps": 1,
+    }
+    with pytest.raises(GuardStopped, match="not finite") as stopped:
+        train(make(changes))
+    assert stopped.value.exit_code == 3
+    out = Path(make()["training_args"]["output_dir"])
+    assert not (out / "checkpoint-final").exists()
+    assert [name for name in names(out) if name.startswith("checkpoint-")] != []
+    assert all_finite(out, read_tensors)
+    assert not list(out.glob(".*.partial"))
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "stopped by a guard"
+    assert "not finite" in record["error"]
+
+
+def test_weights_that_an_optimizer_broke_are_not_saved(train: Any, sft_values: Any, read_tensors: Any) -> None:
+    """Gradients were finite, the step was not: neither the checkpoint nor the tuned model may hold it."""
+    sft = METHODS["sft"]
+
+    def build(parts: Any) -> Any:
+        from transformers import TrainerCallback
+
+        class Breaks(TrainerCallback):
+            def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+                if state.global_step == 1:
+                    with torch.no_grad():
+                        next(model.parameters()).view(-1)[0] = float("inf")
+
+        trainer = sft.build_trainer(parts)
+        trainer.add_callback(Breaks())
+        return trainer
+
+    broken = replace(sft, build_trainer=build)
+    with pytest.raises(GuardStopped, match="step 2: a weight is not finite"):
+        train(sft_values({**EACH_STEP, "training_args.max_steps": 2}), broken)
+    out = Path(sft_values()["training_args"]["output_dir"])
+    assert [name for name in names(out) if name.startswith("checkpoint")] == ["checkpoint-1"]
+    with pytest.raises(GuardStopped, match=r"checkpoint-final: what was saved is not sound.*It was not published"):
+        train(sft_values({"training_args.max_steps": 2, "training_args.output_dir": f"{out}-unsaved"}), broken)
+    assert not [name for name in names(Path(f"{out}-unsaved")) if "checkpoint" in name]
+
+
+def test_a_run_that_never_began_leaves_nothing(train: Any, sft_values: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
+    bad = {"data_conf.training_data.datasets": [{"path": str(tmp_path / "bad.jsonl")}]}
+    with pytest.raises(DataError):
+        train(sft_values(bad))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError):
+        train(sft_values(bad))
+    assert (tmp_path / "out" / "run.json").is_file(), "a directory that was there is not removed"
+
+
+def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-7.partial").mkdir()
+    with claimed(tmp_path):
+        assert not (tmp_path / ".checkpoint-7.partial").exists()
+        with pytest.raises(StorageError, match=r"another run \(process \d+ on .*\) is working in"), claimed(tmp_path):
+            pass
+    with claimed(tmp_path):
+        pass
+
+
+def test_a_disk_without_room_is_told_before_anything_is_loaded(
+    sft_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetuning.config.document import Document
+    from finetuning.config.experiment import SFTExperiment
+    from finetuning.config.validate import validate
+
+    values = sft_values({"training_args.save_strategy": "steps"})
+    experiment = validate(Document(values), SFTExperiment).experiment
+    check_room(tmp_path, experiment)
+    usage = output_dir.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StorageError, match=r"1000 B left; a checkpoint and the tuned model need about .* MiB"):
+        check_room(tmp_path, experiment)
