@@ -108,6 +108,18 @@ def test_a_resumed_job_goes_on_with_its_run_and_a_fresh_one_does_not(
     assert moved.run_id != fresh.run_id
 
 
+def test_closing_the_sink_does_not_end_the_run(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
+    tracker = start(mlflow_server.uri, tmp_path)
+    tracker.close()
+    tracker.log_metrics({"loss": 2.0}, 1)
+    end = tracker.finish("FINISHED", wait_s=60)
+    tracker.log_metrics({"loss": 1.0}, 2)
+    assert tracker.finish("FAILED") == end
+    server = client(mlflow_server.uri)
+    assert server.get_run(end.run_id).info.status == "FINISHED"
+    assert history(server, end.run_id, "loss") == [(1, 2.0)]
+
+
 def test_a_given_run_id_is_gone_on_with(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     server = client(mlflow_server.uri)
     run_id = server.create_run("0", run_name="made-elsewhere").info.run_id

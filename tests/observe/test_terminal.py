@@ -142,7 +142,7 @@ def test_the_start_summary_in_a_terminal_is_as_wide_as_it() -> None:
     lines = plain(stream.getvalue()).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[1].split() == ["model", "models/[tiny]"]
-    assert " ".join(" ".join(lines[2:]).split()) == f"batch {START[1].value} {START[1].reason}"
+    assert " ".join(" ".join(lines[2:]).split()) == f"batch {START[1].value} ({START[1].reason})"
     assert lines[3].startswith("         ")
 
 

@@ -63,7 +63,10 @@ class TrackingEnd:
 
 
 class MlflowTracker(Sink):
-    """One MLflow run, for the main process of a job."""
+    """One MLflow run, for the main process of a job.
+
+    `finish` ends it. Closed as a sink, or never finished because the process died, it is left to the worker.
+    """
 
     name = "MLflow"
 
@@ -145,11 +148,6 @@ class MlflowTracker(Sink):
             self._stop_worker()
         self._writer.close()
         return outcome
-
-    def close(self) -> None:
-        """Marks the run as failed, if nothing else has ended it."""
-        if not self._finished:
-            self.finish("FAILED")
 
     def _append(self, kind: str, **values: Any) -> None:
         """An order into the spool. A disk that takes none is told once; tracking then ends where it is."""

@@ -73,7 +73,7 @@ def tell_start(console: Console, title: str, lines: Sequence[Line]) -> None:
     table.add_column(overflow="fold")
     for line in lines:
         table.add_row(
-            f"{_INDENT}{line.label}", Text.assemble(line.value, "  " * bool(line.reason), (line.reason, "dim"))
+            f"{_INDENT}{line.label}", Text.assemble(line.value, (f"  ({line.reason})" if line.reason else "", "dim"))
         )
     console.print(table, soft_wrap=False)
     _plain(console, "")
