@@ -136,6 +136,9 @@ def test_one_command_given_the_others_config(messages: Messages, changed: Change
     assert messages("method: dpo\n" + sft_text) == [
         "config.yaml:1:1: method: this looks like a dpo config (method is dpo); run: finetuning dpo config.yaml"
     ]
+    assert messages(changed(training_args="{max_length: 8}")) == [
+        'config.yaml:13:17: training_args.max_length: unknown key. Did you mean "sft_args.max_seq_length"?'
+    ]
     both = changed(training_args="{beta: 0.1}", sft_args="{max_seq_length: 8}")
     assert messages(both) == ["config.yaml:13:17: training_args.beta: unknown key."]
 

@@ -25,6 +25,9 @@ from finetuning.errors import ConfigError, Place, Problem
 
 Config = TypeVar("Config", bound=BaseModel)
 
+SHARED_BY_METHODS = "trl.trainer.sft_config:SFTConfig"
+"""Fields such as `max_length`, which TRL's trainers share, do not tell which method a config is for."""
+
 
 @dataclass(frozen=True)
 class Validated(Generic[Config]):
@@ -190,7 +193,8 @@ def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installe
             found.append(path)
         elif len(path) == 2 and path[0] == "training_args":
             if fields is None:
-                fields = _trainer_fields(method, installed)
+                shared = installed.class_fields(SHARED_BY_METHODS) or {}
+                fields = {name: kind for name, kind in _trainer_fields(method, installed).items() if name not in shared}
             if path[1] in fields:
                 found.append(path)
     return found
