@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,5 +31,10 @@ def transfer_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def quiet_libraries() -> None:
-    """Keeps the advice that libraries give to programmers from the user of a console script."""
+    """Keeps the advice that libraries give to programmers, and their own progress bars, from the user."""
     warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

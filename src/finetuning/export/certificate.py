@@ -3,8 +3,9 @@
 The tolerance. Rounding a merged weight to a dtype of unit roundoff u moves it by up to u of itself, at random, and the
 unmerged model rounds its activations as much; both grow like the square root of the number of layers. So the logits may
 differ by `tolerance = SAFETY * u * sqrt(layers)` of their own spread (root mean square around each position's mean):
-root mean square of the difference at most that, its largest value at most PEAK times that, and the mean KL divergence
-at most the square of it in logits, which is twice what such a random difference costs. Top-1 agreement is told, not
+root mean square of the difference at most that, its largest value at most PEAK times that (or that share of twice the
+largest logit, whose error grows with it), and the mean KL divergence at most the square of it in logits, which is twice
+what such a random difference costs. Top-1 agreement is told, not
 judged: near ties flip. What the adapter itself changes is measured too, so that a merge which loses it is seen.
 """
 
@@ -83,16 +84,21 @@ def certify(
     *,
     device_map: DeviceMap = None,
     base_fingerprint: str = "not recorded at training",
+    num_rows: int | None = None,
 ) -> Certificate:
     """The certificate of the model in `merged`, also written there as merge_certificate.json.
+
+    `num_rows`: rows of the merged input embeddings, which an adapter may have grown.
 
     Raises:
         GuardStopped: the merged model differs from base and adapter beyond the tolerance of its dtype.
     """
     import torch
 
-    prompts = _token_ids(merged, adapters, base)
+    prompts = _token_ids(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
     model = load_base(base, device_map=device_map)
+    if num_rows is not None and model.get_input_embeddings().weight.shape[0] < num_rows:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
     dtype = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     layers = max(int(base.text_config.get("num_hidden_layers") or base.text_config.get("n_layer") or 1), 1)
     tuned = load_adapter(merge_in_memory(model, adapters[:-1]), adapters[-1])
@@ -176,8 +182,9 @@ def _judge(
     base_fingerprint: str,
 ) -> Certificate:
     tolerance = tolerance_of(dtype, layers)
+    largest = max((logits - logits.mean(-1, keepdim=True)).abs().max().item() for logits in reference)
     allowed = {
-        "max_logit_difference": PEAK * tolerance * spread,
+        "max_logit_difference": tolerance * max(PEAK * spread, 2 * largest),
         "rms_relative": tolerance,
         "mean_kl": (tolerance * spread) ** 2,
     }
@@ -217,12 +224,11 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts]
 
 
-def _token_ids(merged: Path, adapters: Sequence[Adapter], base: BaseModel) -> list[list[int]]:
-    """The sample prompts as ids, trained tokens among them; drawn at random where there is no tokenizer."""
+def _token_ids(merged: Path, rows: int) -> list[list[int]]:
+    """The sample prompts as ids below `rows`, and ids at random, which reach rows that no text of ours does."""
     import random
 
     draw = random.Random(0)
-    rows = int(base.text_config.get("vocab_size") or 256)
     if (merged / "tokenizer_config.json").is_file() or (merged / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
@@ -235,6 +241,5 @@ def _token_ids(merged: Path, adapters: Sequence[Adapter], base: BaseModel) -> li
         prompts = [[token for token in ids if token < rows] for ids in prompts]
     else:
         prompts = []
-    # Ids at random reach rows of the embeddings that no text of ours does.
     prompts += [[draw.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(2)]
     return [ids for ids in prompts if len(ids) > 1]

@@ -78,7 +78,9 @@ def merge_adapters(
         write_companions(folder, base, folders, tokenizer_folder(given, folders, base.folder), changes, num_rows)
         if verify:
             tell("verifying: the merged model against base and adapter")
-            certificate = certify(base, adapters, folder, device_map=device_map, base_fingerprint=known_base)
+            certificate = certify(
+                base, adapters, folder, device_map=device_map, base_fingerprint=known_base, num_rows=num_rows
+            )
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return MergeResult(out, num_bytes, isinstance(plan, MergePlan), certificate)
 

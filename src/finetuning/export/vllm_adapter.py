@@ -44,13 +44,7 @@ def make_vllm_compatible(
         ModelError: it cannot be served as an adapter without losing something; nothing is changed.
         StorageError: `output` is not empty, or the original's second name is taken.
     """
-    if not model_path.is_dir():
-        raise ModelError(f"there is no folder {model_path}")
-    if not (model_path / ADAPTER_CONFIG).is_file() and (model_path / "config.json").is_file():
-        raise ModelError(
-            f"{model_path} holds a whole model, not an adapter; vLLM serves it as it is:"
-            f" vllm serve {shlex.quote(str(model_path.absolute()))}"
-        )
+    _refuse_other_things(model_path)
     if output is not None:
         refuse_occupied(output)
     adapter = read_adapter(str(model_path))
@@ -87,6 +81,17 @@ def make_vllm_compatible(
         _publish_file(model_path / SERVING, lambda file: _write_json(file, serving))
     dropped = tuple(check.dropped) + (extra.moved if extra is not None else ())
     return VllmAdapter(target, changed, dropped, tuple(check.notes), serving["command"])
+
+
+def _refuse_other_things(model_path: Path) -> None:
+    """Nothing, or a ModelError when there is no adapter but something else, or nothing at all."""
+    if not model_path.is_dir():
+        raise ModelError(f"there is no folder {model_path}")
+    if not (model_path / ADAPTER_CONFIG).is_file() and (model_path / "config.json").is_file():
+        raise ModelError(
+            f"{model_path} holds a whole model, not an adapter; vLLM serves it as it is:"
+            f" vllm serve {shlex.quote(str(model_path.absolute()))}"
+        )
 
 
 def find_base(adapter: Adapter, base_name: str | None) -> BaseModel | None:
