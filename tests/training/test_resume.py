@@ -106,7 +106,7 @@ def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, st
     assert find_resume_point(tmp_path, "auto").notes[0].startswith(f"checkpoint-4 passed over: {reason}")
     with pytest.raises(CheckpointError, match=f"checkpoint-4 passed over: {reason}"):
         find_resume_point(tmp_path, True)
-    with pytest.raises(CheckpointError, match="run_conf.resume_from_checkpoint: cannot resume from"):
+    with pytest.raises(CheckpointError, match=r"run_conf.resume_from_checkpoint: cannot resume from"):
         find_resume_point(tmp_path, str(broken))
     whole = make_checkpoint(tmp_path / "checkpoint-3")
     assert find_resume_point(tmp_path, "auto").checkpoint == whole
@@ -114,7 +114,7 @@ def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, st
 
 def test_true_needs_a_checkpoint_and_auto_does_not(tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "none", "auto").checkpoint is None
-    with pytest.raises(CheckpointError, match="no whole checkpoint in .* auto starts afresh"):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .* auto starts afresh"):
         find_resume_point(tmp_path / "none", True)
 
 
@@ -133,7 +133,7 @@ def test_a_complete_run_is_left_alone(train: Any, sft_values: Any, capsys: pytes
         train(sft_values(SAVED))
     again = train(sft_values({**SAVED, "run_conf.resume_from_checkpoint": "auto"}))
     assert again.result.status == "already complete"
-    with pytest.raises(StorageError, match="training_args.max_steps was 8, is 9.*another final_checkpoint_name"):
+    with pytest.raises(StorageError, match=r"training_args.max_steps was 8, is 9.*another final_checkpoint_name"):
         train(sft_values({**SAVED, "training_args.max_steps": 9, "run_conf.resume_from_checkpoint": "auto"}))
     assert snapshot(done.output_dir) == before
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from finetuning.errors import ConfigError, Problem
+from finetuning.errors import ConfigError, FinetuningError, Problem
 
 if TYPE_CHECKING:
     from finetuning.algorithms import Method
+    from finetuning.config.document import Document
     from finetuning.config.experiment import Experiment
     from finetuning.observe.tracking import TrackingPlan
     from finetuning.topology import Topology
@@ -48,11 +50,24 @@ def train(options: argparse.Namespace) -> int:
     if topology.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    if options.dry_run:
+    try:
+        if not options.dry_run:
+            return _run(experiment, method, options, topology, tracking)
         if topology.is_main:
             _show_plan(experiment, topology, str(tracking))
         return 0
-    return _run(experiment, method, options, topology, tracking)
+    except FinetuningError as error:
+        error.problems = tuple(_located(problem, validated.document) for problem in error.problems)
+        raise
+
+
+def _located(problem: Problem, document: Document) -> Problem:
+    """The problem with the line of the config that its key is written in; as it is, when it says its file itself."""
+    if problem.place.key is None or problem.place.file is not None:
+        return problem
+    parts = problem.place.key.replace("[", ".").replace("]", "").split(".")
+    path = tuple(int(part) if part.isdecimal() else part for part in parts)
+    return replace(problem, place=document.place_of(path))
 
 
 def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> None:
