@@ -46,7 +46,7 @@ format: venv ## put the code into shape
 
 schema: venv ## write docs/schema anew from the config
 	@mkdir -p docs/schema
-	set -e; for method in sft dpo; do \
+	set -e; for method in sft dpo kto reward grpo orpo cpo; do \
 	    $(VENV)/bin/finetuning schema $$method > docs/schema/$$method.json.new; \
 	    mv docs/schema/$$method.json.new docs/schema/$$method.json; done
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from finetuning.algorithms import dpo, sft
+from finetuning.algorithms import cpo, dpo, grpo, kto, orpo, reward, sft
 from finetuning.algorithms.method import Method
 
 METHODS: dict[str, Method] = {
     "sft": sft.METHOD,
     "dpo": dpo.METHOD,
+    "kto": kto.METHOD,
+    "reward": reward.METHOD,
+    "grpo": grpo.METHOD,
+    "orpo": orpo.METHOD,
+    "cpo": cpo.METHOD,
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
+from finetuning.algorithms.identity import FirstLossCheck, KnownLoss
 from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import DPOExperiment
-from finetuning.config.model import NoPeft
-from finetuning.errors import ConfigError, GuardStopped, ModelError, Place
 
 if TYPE_CHECKING:
     import transformers
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from finetuning.data.prepare import PreparedData
 
 _LN2 = math.log(2)
-_TOLERANCE = 0.02
-"""Relative: half-precision sums of token log-probabilities differ by less between two equal models."""
 
 
 def prepare(experiment: DPOExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
@@ -65,55 +63,22 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
     from finetuning.algorithms.trainer import TrainerMixin
 
-    class DPOTrainer(TrainerMixin, trl.DPOTrainer):
-        """TRL's DPOTrainer with the mixin, ready rows and the identity check."""
+    class DPOTrainer(TrainerMixin, FirstLossCheck, trl.DPOTrainer):
+        """TRL's DPOTrainer with the mixin, ready rows and the check of the first loss."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if self.state.global_step == 0 and self.model.training and not self._identity_checked:
-                self._identity_checked = True
-                _check_identity(self, float((loss[0] if isinstance(loss, tuple) else loss).detach()))
-            return loss
+        def known_first_loss(self, inputs: Any) -> KnownLoss | None:
+            args = self.args
+            if args.use_weighting or args.f_divergence_type != "reverse_kl" or self.aux_loss_enabled:
+                return None
+            value = first_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
+            name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"
+            return None if value is None else KnownLoss(value, name)
 
-        _identity_checked = False
-
-    needs_reference = isinstance(parts.experiment.peft_conf, NoPeft) and not parts.arguments.precompute_ref_log_probs
-    try:
-        return DPOTrainer(
-            model=parts.model,
-            ref_model=parts.load_reference() if needs_reference and parts.load_reference else None,
-            args=parts.arguments,
-            train_dataset=parts.data.train,
-            eval_dataset=parts.data.validation,
-            processing_class=parts.tokenizer.tokenizer,
-            peft_config=parts.peft_config,
-            callbacks=list(parts.callbacks),
-        )
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"the DPO trainer refuses this: {error}", place=Place(key="training_args")) from error
-
-
-def _check_identity(trainer: Any, loss: float) -> None:
-    """Stop when the first loss is not what it must be: a wrong reference, dropout left on, or a broken mask."""
-    args = trainer.args
-    if args.use_weighting or args.f_divergence_type != "reverse_kl" or trainer.aux_loss_enabled:
-        return
-    expected = first_loss(list(args.loss_type), trainer.loss_weights, args.beta, args.label_smoothing)
-    if expected is None or abs(loss - expected) <= _TOLERANCE * max(abs(expected), 0.1):
-        return
-    if not args.disable_dropout:
-        raise ModelError(
-            f"the first DPO loss is {loss:.4f}, not {expected:.4f}: dropout makes the policy differ from the reference;"
-            " set training_args.disable_dropout: true"
-        )
-    raise GuardStopped(
-        f"the first DPO loss is {loss:.4f}, but {'+'.join(args.loss_type)} with beta {args.beta:g} must start at"
-        f" {expected:.4f} while the policy equals the reference: the reference is not the model that is trained.",
-        hint="An adapter whose initialisation changes the model (PiSSA and the like) needs NO_PEFT or another init.",
-    )
+    with refusals("DPO"):
+        return DPOTrainer(ref_model=reference_of(parts), peft_config=parts.peft_config, **trainer_inputs(parts))
 
 
 METHOD = Method(

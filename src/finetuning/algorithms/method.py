@@ -41,6 +41,8 @@ class TrainingParts:
     """Loads a frozen copy of the model as it was before training."""
     layout: Layout
     callbacks: Sequence[transformers.TrainerCallback]
+    end_of_turn: str | None = None
+    """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
 
 
 @dataclass(frozen=True)

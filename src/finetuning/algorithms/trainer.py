@@ -41,12 +41,15 @@ class TrainerMixin:
         return int(self.accelerator.reduce(count, "sum"))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        # Summed where the batch lies: reading it here would make a GPU wait at every step.
-        mask = inputs.get("attention_mask")
-        self._token_count = self._token_count + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        self._token_count = self._token_count + self._count_tokens(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
         return loss
+
+    def _count_tokens(self, inputs: Any) -> torch.Tensor | int:
+        """Tokens of a batch, padding left out, summed where it lies: reading it would make a GPU wait at every step."""
+        mask = inputs.get("attention_mask")
+        return inputs["input_ids"].numel() if mask is None else mask.sum()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

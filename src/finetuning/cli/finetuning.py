@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from finetuning import __version__
 from finetuning.cli.run import run
 
-METHODS = ("sft", "dpo")
+METHODS = ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")
 """The verbs that train; a test holds them equal to the table in `algorithms`, which is not imported for `--help`."""
 
 OTHER_VERBS = {
@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
         "method",
         choices=METHODS,
         metavar="{" + ",".join(METHODS) + "}",
-        help="sft is supervised fine-tuning; dpo is direct preference optimisation and its family, IPO among them.",
+        help="sft is supervised fine-tuning; dpo is direct preference optimisation and its family, IPO among them;"
+        " kto learns from answers rated good or bad; reward trains a reward model; grpo learns from rewards of what the"
+        " model writes. Experimental: orpo; cpo, which SimPO is a loss of.",
     )
     parser.add_argument("config", help="path of the experiment's YAML file")
     parser.add_argument(

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from finetuning.config.base import Section
 from finetuning.config.data import DataConfig
-from finetuning.config.model import NoQuantization, PeftConfig, QuantConfig, RunConfig
+from finetuning.config.grpo import GRPOArgs, GRPOTrainingArgs
+from finetuning.config.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
+from finetuning.config.preference import CPOTrainingArgs, KTOTrainingArgs, ORPOTrainingArgs, RewardTrainingArgs
 from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs, Overrides, SFTArgs, Tracking, TrainingArgs
 
 
@@ -58,5 +60,70 @@ class DPOExperiment(Experiment):
     """Arguments of the DPO trainer."""
 
 
-EXPERIMENTS: dict[str, type[Experiment]] = {"sft": SFTExperiment, "dpo": DPOExperiment}
+class KTOExperiment(Experiment):
+    """An optimisation run on rated answers."""
+
+    method_name: ClassVar[str] = "kto"
+    trainer_config: ClassVar[str] = "trl.trainer.kto_config:KTOConfig"
+
+    training_args: KTOTrainingArgs
+    """Arguments of the KTO trainer."""
+
+
+class RewardExperiment(Experiment):
+    """A run that trains a reward model."""
+
+    method_name: ClassVar[str] = "reward"
+    trainer_config: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
+
+    training_args: RewardTrainingArgs
+    """Arguments of the reward trainer."""
+    peft_conf: ScorePeftConfig
+    """What is trained of the model: all of it, or an adapter with the new head."""
+
+
+class GRPOExperiment(Experiment):
+    """A group relative policy optimisation run."""
+
+    method_name: ClassVar[str] = "grpo"
+    trainer_config: ClassVar[str] = "trl.trainer.grpo_config:GRPOConfig"
+
+    training_args: GRPOTrainingArgs
+    """Arguments of the GRPO trainer."""
+    grpo_args: GRPOArgs
+    """What completions are rewarded for."""
+
+
+class ORPOExperiment(Experiment):
+    """An odds ratio preference optimisation run. Experimental: TRL may change or drop it in any release."""
+
+    method_name: ClassVar[str] = "orpo"
+    trainer_config: ClassVar[str] = "trl.experimental.orpo.orpo_config:ORPOConfig"
+
+    training_args: ORPOTrainingArgs
+    """Arguments of the ORPO trainer."""
+
+
+class CPOExperiment(Experiment):
+    """A contrastive preference optimisation run. Experimental: TRL may change or drop it in any release."""
+
+    method_name: ClassVar[str] = "cpo"
+    trainer_config: ClassVar[str] = "trl.experimental.cpo.cpo_config:CPOConfig"
+
+    training_args: CPOTrainingArgs
+    """Arguments of the CPO trainer."""
+
+
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    experiment.method_name: experiment
+    for experiment in (
+        SFTExperiment,
+        DPOExperiment,
+        KTOExperiment,
+        RewardExperiment,
+        GRPOExperiment,
+        ORPOExperiment,
+        CPOExperiment,
+    )
+}
 """The YAML of each method."""

@@ -108,7 +108,8 @@ class NewPeft(Section):
     """Arguments of that type's PEFT config, such as `r` and `target_modules` for LORA."""
 
 
-def _peft_kind(value: Any) -> str:
+def peft_kind(value: Any) -> str:
+    """The tag of the section that a `peft_conf` is."""
     peft_type = value.get("peft_type") if isinstance(value, dict) else getattr(value, "peft_type", None)
     return peft_type if peft_type in ("NO_PEFT", "PRETRAINED_PEFT") else "NEW_PEFT"
 
@@ -117,7 +118,22 @@ PeftConfig = Annotated[
     Annotated[NoPeft, Tag("NO_PEFT")]
     | Annotated[PretrainedPeft, Tag("PRETRAINED_PEFT")]
     | Annotated[NewPeft, Tag("NEW_PEFT")],
-    Discriminator(_peft_kind),
+    Discriminator(peft_kind),
+]
+
+
+class NewScorePeft(NewPeft):
+    """Train a new adapter of any type that PEFT has for sequence classification, and the new head with it."""
+
+    task_type: Literal["SEQ_CLS"] = "SEQ_CLS"
+    """The task; always SEQ_CLS, so that the head that gives the score is trained and saved with the adapter."""
+
+
+ScorePeftConfig = Annotated[
+    Annotated[NoPeft, Tag("NO_PEFT")]
+    | Annotated[PretrainedPeft, Tag("PRETRAINED_PEFT")]
+    | Annotated[NewScorePeft, Tag("NEW_PEFT")],
+    Discriminator(peft_kind),
 ]
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from finetuning.config.experiment import Experiment
 from finetuning.config.findings import Finding
+from finetuning.config.grpo import GRPOTrainingArgs
 from finetuning.config.model import BitsAndBytes, NoPeft
+from finetuning.config.preference import KTOTrainingArgs
 from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs
 
 Rule = Callable[[Any], Iterator[Finding]]
@@ -164,6 +166,33 @@ def each_loss_has_a_weight(run: Experiment) -> Iterator[Finding]:
             )
 
 
+def answers_have_neighbours(run: Experiment) -> Iterator[Finding]:
+    """KTO one row at a time, which leaves no other answer to estimate the divergence from."""
+    args, batch = run.training_args, run.batchsize_conf
+    if isinstance(args, KTOTrainingArgs) and args.loss_type == "kto" and batch.max_per_device_train_batch_size == 1:
+        yield Finding(
+            ("batchsize_conf", "max_per_device_train_batch_size"),
+            "is 1, but KTO estimates the divergence from the reference with the answers of other rows of the batch.",
+            "Set 2 or more, or training_args.loss_type: apo_zero_unpaired.",
+        )
+
+
+def groups_are_whole(run: Experiment) -> Iterator[Finding]:
+    """A total batch that cuts through the completions of one prompt."""
+    args, total = run.training_args, run.batchsize_conf.total_train_batch_size
+    if not isinstance(args, GRPOTrainingArgs) or {"generation_batch_size", "steps_per_generation"} & set(
+        args.model_extra or {}
+    ):
+        return
+    if rest := total % args.num_generations:
+        nearest = [str(one) for one in (total - rest, total - rest + args.num_generations) if one]
+        yield Finding(
+            ("batchsize_conf", "total_train_batch_size"),
+            f"counts completions, and {total} is no multiple of training_args.num_generations {args.num_generations}.",
+            f"The nearest that {'are' if len(nearest) > 1 else 'is'}: {' and '.join(nearest)}.",
+        )
+
+
 def deepspeed_agrees_on_the_batch(run: Experiment) -> Iterator[Finding]:
     """Batch sizes in an inline DeepSpeed config that contradict `batchsize_conf`."""
     config, batch = run.training_args.deepspeed, run.batchsize_conf
@@ -208,6 +237,8 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("training_args",), schedule_can_see_evaluations),
     (("training_args",), best_model_can_be_known),
     (("training_args",), each_loss_has_a_weight),
+    (("training_args", "batchsize_conf"), answers_have_neighbours),
+    (("training_args", "batchsize_conf"), groups_are_whole),
     (("training_args", "batchsize_conf"), deepspeed_agrees_on_the_batch),
     (("tracking",), tracking_address_holds_no_password),
 )

@@ -23,8 +23,8 @@ MARKERS_IN_TEXT = "a message holds a special token of the tokenizer as text"
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ready: int32 arrays, texts or truth values by column, its length and trained tokens, and the text that it
-    was made of."""
+    """One row, ready: int32 arrays, texts or truth values by column, its length, its trained tokens, and the text that
+    it was made of."""
 
     columns: dict[str, Any]
     tokens: int

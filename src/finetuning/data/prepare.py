@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from finetuning.data.labelling import Labeller
 from finetuning.data.ledger import Ledger, raise_bad_rows
 from finetuning.data.masking import Masker
 from finetuning.data.preview import PreviewRow
+from finetuning.data.prompts import PromptMaker
 from finetuning.data.reading import Part, Reading, to_dataset
 from finetuning.data.rendering import Renderer
 from finetuning.data.sources import check_source
 from finetuning.data.templates import get_template
+from finetuning.data.unpaired import UnpairedMaker, WholePairMaker
 from finetuning.errors import DataError, Place
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows. SFT: `input_ids` and `labels`; DPO: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    """Tokenised rows. SFT: `input_ids` and `labels`; preferences: `prompt_ids`, `chosen_ids`, `rejected_ids`; KTO:
+    `prompt_ids`, `completion_ids`, `label`; GRPO: `prompt_ids` and `row`, what rewards are told as JSON."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
@@ -111,6 +114,75 @@ def prepare_dpo(
     masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
     reading = Reading(FORMATS["preference"], DPOMaker(renderer, masker, labeller, max_length), labeller, max_length)
     return _prepare(data_conf, reading, tokenizer, ["dpo", max_length])
+
+
+def prepare_reward(
+    data_conf: DataConfig,
+    max_length: int | None,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
+    """The columns of `prepare_dpo`, but pairs longer than `max_length` are left out, not cut.
+
+    Raises:
+        DataError: as `prepare_dpo`.
+    """
+    labeller = _labeller(tokenizer)
+    renderer = Renderer(tokenizer)
+    masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+    make = WholePairMaker(DPOMaker(renderer, masker, labeller, None), max_length)
+    return _prepare(
+        data_conf, Reading(FORMATS["preference"], make, labeller, max_length), tokenizer, ["reward", max_length]
+    )
+
+
+def prepare_kto(
+    data_conf: DataConfig,
+    max_length: int | None,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
+    """`prompt_ids`, `completion_ids` and `label`, shuffled by the seed.
+
+    KTO holds each prompt against the answer of a neighbour, which must not be another answer to the same prompt, as it
+    would be where a preference became two rows.
+
+    Raises:
+        DataError: as `prepare_dpo`.
+    """
+    labeller = _labeller(tokenizer)
+    renderer = Renderer(tokenizer)
+    masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+    reading = Reading(FORMATS["unpaired"], UnpairedMaker(renderer, masker, labeller, max_length), labeller, max_length)
+    prepared = _prepare(data_conf, reading, tokenizer, ["kto", max_length, seed])
+    return replace(
+        prepared,
+        train=_shuffled(prepared.train, seed),
+        validation=None if prepared.validation is None else _shuffled(prepared.validation, seed),
+    )
+
+
+def _shuffled(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
+    return dataset.shuffle(seed=seed, keep_in_memory=True).flatten_indices(keep_in_memory=True)
+
+
+def prepare_prompts(
+    data_conf: DataConfig, max_length: int | None, needed: Mapping[str, str], tokenizer: PreTrainedTokenizerFast
+) -> PreparedData:
+    """`prompt_ids` and `row` of the prompts; those longer than `max_length` are left out.
+
+    `needed` names columns that every row must have, each with what needs it.
+
+    Raises:
+        DataError: as `prepare_dpo`.
+    """
+    labeller = _labeller(tokenizer)
+    make = PromptMaker(Renderer(tokenizer), labeller, max_length, needed)
+    reading = Reading(FORMATS["prompt"], make, labeller, max_length)
+    return _prepare(data_conf, reading, tokenizer, ["prompt", max_length])
 
 
 def _labeller(tokenizer: PreTrainedTokenizerFast) -> Labeller:

@@ -30,14 +30,21 @@ class PreviewRow:
 
 
 def preview_of(example: Example, place: Place, labeller: Labeller) -> list[PreviewRow]:
-    """The example as the model sees it, decoded from its ids: one row for SFT, chosen and rejected for DPO."""
+    """The example as the model sees it, decoded from its ids: one row for SFT, chosen and rejected for DPO, the
+    answer for KTO, and the prompt alone where the model is to answer."""
     columns = example.columns
     if "labels" in columns:
         mask = columns["labels"] != UNTRAINED
         return [_row(place, "row", columns["input_ids"], mask, example.tokens_cut, labeller)]
+    prompt = columns["prompt_ids"]
+    if "completion_ids" in columns:
+        answers = {"desirable" if columns["label"] else "undesirable": columns["completion_ids"]}
+    elif "chosen_ids" in columns:
+        answers = {"chosen": columns["chosen_ids"], "rejected": columns["rejected_ids"]}
+    else:
+        answers = {"prompt": prompt[:0]}
     rows = []
-    for name in ("chosen", "rejected"):
-        prompt, answer = columns["prompt_ids"], columns[f"{name}_ids"]
+    for name, answer in answers.items():
         mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
         rows.append(_row(place, name, np.concatenate([prompt, answer]), mask, example.tokens_cut, labeller))
     return rows

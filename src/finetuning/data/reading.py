@@ -31,7 +31,7 @@ _PREVIEW_ROWS = 3
 class Part:
     """The rows of one part of the data: those that are trained on, and the number of rows in each file."""
 
-    examples: dict[str, list[np.ndarray]]
+    examples: dict[str, list[Any]]
     alive: np.ndarray
     lengths: list[int]
 
@@ -51,7 +51,7 @@ class Reading:
 
     def read(self, sources: Sequence[DatasetSource], name: str) -> tuple[Part, PartLedger]:
         ledger = PartLedger(name, self.limit)
-        examples: dict[str, list[np.ndarray]] = {}
+        examples: dict[str, list[Any]] = {}
         alive: list[bool] = []
         lengths = []
         for source in sources:
@@ -63,10 +63,11 @@ class Reading:
             lengths.append(len(alive) - before)
         return Part(examples, np.array(alive, dtype=bool), lengths), ledger
 
-    def _add(
-        self, batch: Sequence[Any], ledger: PartLedger, examples: dict[str, list[np.ndarray]], alive: list[bool]
-    ) -> None:
-        parsed = [row if isinstance(row, Problem) else self.row_format.parse(row) for row in batch]
+    def _add(self, batch: Sequence[Any], ledger: PartLedger, examples: dict[str, list[Any]], alive: list[bool]) -> None:
+        parsed: list[Any] = []
+        for row in batch:
+            found = row if isinstance(row, Problem) else self.row_format.parse(row)
+            parsed.extend(found if isinstance(found, list) else [found])
         made = iter(self.make([row for row in parsed if not isinstance(row, Problem)]))
         for row in parsed:
             example = Lost("bad row", row.message, is_bad=True) if isinstance(row, Problem) else next(made)
@@ -104,12 +105,17 @@ def to_dataset(part: Part, order: np.ndarray, name: str) -> datasets.Dataset:
     rows = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
     if not len(rows):
         raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
-    columns = {}
-    for column, arrays in part.examples.items():
-        sizes = np.array([len(arrays[row]) for row in rows], dtype=np.int64)
-        values = np.concatenate([arrays[row] for row in rows])
-        columns[column] = pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(sizes)]), values)
-    features = datasets.Features({column: datasets.LargeList(datasets.Value("int32")) for column in columns})
+    columns, features = {}, datasets.Features()
+    for column, made in part.examples.items():
+        values = [made[row] for row in rows]
+        if isinstance(values[0], np.ndarray):
+            borders = np.concatenate([[0], np.cumsum([len(value) for value in values], dtype=np.int64)])
+            columns[column] = pa.LargeListArray.from_arrays(borders, np.concatenate(values))
+            features[column] = datasets.LargeList(datasets.Value("int32"))
+        else:
+            kind = "bool" if isinstance(values[0], bool) else "large_string"
+            columns[column] = pa.array(values, type=getattr(pa, "bool_" if kind == "bool" else kind)())
+            features[column] = datasets.Value(kind)
     return datasets.Dataset(InMemoryTable(pa.table(columns)), info=datasets.DatasetInfo(features=features))
 
 

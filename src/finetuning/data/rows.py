@@ -41,3 +41,27 @@ class Preference:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A prompt with one continuation, which is desirable or not."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    place: Place
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the model itself continues, and the other columns of its row, which rewards may look at."""
+
+    messages: list[Message]
+    columns: dict[str, Any]
+    place: Place
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)

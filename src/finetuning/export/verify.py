@@ -97,13 +97,13 @@ def _loading_faults(folder: Path) -> list[str] | None:
     say) are told apart from wrong ones, which a comparison of names cannot do. Quantised weights cannot be loaded
     so, and code of the model's own is not run.
     """
-    from transformers import AutoModelForCausalLM
+    from finetuning.model.heads import head_of
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" in raw or "auto_map" in raw:
             return None
-        _, found = AutoModelForCausalLM.from_pretrained(
+        _, found = head_of(raw.get("architectures") or ()).loader.from_pretrained(
             folder,
             device_map={"": "meta"},
             output_loading_info=True,

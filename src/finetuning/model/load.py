@@ -1,4 +1,4 @@
-"""A causal language model from a folder or the hub, or one clear message why not."""
+"""A model from a folder or the hub, or one clear message why not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from finetuning.config.model import BitsAndBytes, Dtype, ModelArgs, NoQuantization, RunConfig
 from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
+from finetuning.model.heads import LANGUAGE, Head
 from finetuning.model.location import Location, locate
 from finetuning.model.quantisation import Sharding, to_bitsandbytes_config
 from finetuning.model.stop_tokens import repair_sampling
@@ -54,12 +55,14 @@ def load_model(
     topology: Topology | None = None,
     sharded_by: Sharding | None = None,
     default_dtype: Dtype = "auto",
+    head: Head = LANGUAGE,
     key: str = "run_conf.model",
 ) -> PreTrainedModel:
     """The model that `run_conf` names, on this process's device, in evaluation mode.
 
     `default_dtype` counts where model_args.dtype is `auto` (fp16 training needs float32 weights). `sharded_by` says
-    that FSDP or DeepSpeed places the weights, so no device is chosen here.
+    that FSDP or DeepSpeed places the weights, so no device is chosen here. A `head` that the checkpoint lacks starts at
+    zero.
 
     Raises:
         ModelError: it is not there, is damaged or pickled, lacks weights that its config asks for, or an argument is
@@ -84,8 +87,9 @@ def load_model(
     if isinstance(quant_conf, BitsAndBytes):
         arguments["quantization_config"] = to_bitsandbytes_config(quant_conf, sharded_by=sharded_by)
     config, extras = _load_config(location, args)
+    config.update(dict(head.fields))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = head.loader.from_pretrained(
             location.name,
             config=config,
             output_loading_info=True,
@@ -95,7 +99,9 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
         _raise_unless_memory(error, location, Place(key=key))
-    _check_found(found, location, Place(key=key))
+    _check_found(found, location, Place(key=key), head)
+    if head.begin(model, sorted(found["missing_keys"])):
+        logger.info("%s has no head that gives scores: a new one starts at zero", location)
     if model.can_generate():
         # Every checkpoint saves these settings, and transformers refuses to save contradictory ones.
         for change in repair_sampling(model.generation_config):
@@ -238,8 +244,9 @@ def _raise_unless_memory(error: Exception, location: Location, place: Place) -> 
     raise ModelError(f"{location} cannot be loaded: {text}", place=place, hint=hint) from error
 
 
-def _check_found(found: Mapping[str, Any], location: Location, place: Place) -> None:
-    missing, mismatched = sorted(found["missing_keys"]), sorted(str(item) for item in found["mismatched_keys"])
+def _check_found(found: Mapping[str, Any], location: Location, place: Place, head: Head) -> None:
+    missing = head.missing(sorted(found["missing_keys"]))
+    mismatched = sorted(str(item) for item in found["mismatched_keys"])
     wrong = missing or mismatched
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -249,7 +256,7 @@ def _check_found(found: Mapping[str, Any], location: Location, place: Place) -> 
             place=place,
             hint="They would be random numbers. Check that config.json and the weight files belong together.",
         )
-    unexpected = sorted(found["unexpected_keys"])
+    unexpected = head.unexpected(sorted(found["unexpected_keys"]))
     if unexpected:
         logger.warning(
             "%s holds %d tensors that its config has no place for, such as %s: they are not used",

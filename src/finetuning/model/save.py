@@ -62,6 +62,9 @@ def write_model(
         if stop_tokens is not None:
             stop_tokens.generation_config.save_pretrained(folder)
         return
+    if not model.can_generate():
+        model.save_pretrained(folder, **arguments)
+        return
     own = model.generation_config
     written = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(own)
     if written is not None:

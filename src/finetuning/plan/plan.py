@@ -75,8 +75,13 @@ def make_plan(experiment: Experiment, topology: Topology, rows: int | None = Non
         learning_rate=learning_rate,
         learning_rate_reason=reason,
         memory=estimate_memory(experiment),
-        steps=None if rows is None else plan_steps(rows_of_an_epoch(rows, batch, experiment.training_args), batch, experiment.training_args),
+        steps=None if rows is None else _steps(rows, batch, experiment),
     )
+
+
+def _steps(rows: int, batch: BatchPlan, experiment: Experiment) -> StepPlan:
+    args = experiment.training_args
+    return plan_steps(rows_of_an_epoch(rows, batch, args), batch, args)
 
 
 def _learning_rate(experiment: Experiment) -> tuple[float, str]:

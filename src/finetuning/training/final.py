@@ -68,7 +68,7 @@ def publish_final(
     if adapted and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
     base = model.get_base_model() if adapted else model
-    writes = base.generation_config is not None
+    writes = base.can_generate()
     stop_tokens = align(tokenizer, base.generation_config, end_of_turn) if writes else None
     sample = "The quick brown fox, 12 × 7 = 84: déjà vu."
     with staged(folder) as candidate:

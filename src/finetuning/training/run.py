@@ -140,6 +140,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
             load_reference=prepared.load_reference,
             layout=prepared.layout,
             callbacks=[stop, *observer.callbacks()],
+            end_of_turn=end_of_turn(experiment, tokenizer),
         )
     )
     observer.watch(trainer)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.data.rows import Conversation, Message, Preference, Row
+from finetuning.data.rows import Message, Row
 from finetuning.data.sources import json_type
 from finetuning.errors import Place, Problem
 
@@ -17,6 +17,7 @@ _META = ("dataset", "id", "tags", "labels")
 _KNOWN_SHAPES = {
     "messages": ("`messages`: chats for supervised fine-tuning", {"messages"}),
     "preference": ("preferences: run `finetuning dpo`", {"prompt_messages", "chosen_messages", "rejected_messages"}),
+    "unpaired": ("rated answers: run `finetuning kto`", {"prompt_messages", "completion_messages", "label"}),
     "from/value": (
         "ShareGPT: rename `conversations` to `messages`, `from` to `role`, `value` to `content`",
         {"conversations"},
@@ -32,11 +33,11 @@ _KNOWN_SHAPES = {
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One shape of rows: its name, the columns that it needs, and what makes a typed value of a row."""
+    """One shape of rows: its name, the columns that it needs, and what makes a typed value of a row, or several."""
 
     name: str
     columns: tuple[str, ...]
-    parse: Callable[[Row], Conversation | Preference | Problem]
+    parse: Callable[[Row], Any]
 
 
 class FieldError(ValueError):

@@ -1,0 +1,65 @@
+"""A run's first loss, held against what it must be before anything is learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.errors import GuardStopped, ModelError
+
+_TOLERANCE = 0.02
+"""Relative: half-precision sums of token log-probabilities differ by less between two equal models."""
+
+
+@dataclass(frozen=True)
+class KnownLoss:
+    """The loss that a run must start at, and why."""
+
+    value: float
+    name: str
+    """What is computed, in words: the loss and its settings."""
+    because: str = "the policy equals the reference"
+    otherwise: str = "the reference is not the model that is trained"
+    hint: str = "An adapter whose initialisation changes the model (PiSSA and the like) needs NO_PEFT or another init."
+    needs_no_dropout: bool = True
+
+
+class FirstLossCheck:
+    """Stands left of a trainer and right of `TrainerMixin`: stops the run when its first loss is not the known one."""
+
+    _first_loss_checked = False
+
+    def known_first_loss(self, inputs: Any) -> KnownLoss | None:
+        """What the loss of this first batch must be; None where that is not known."""
+        raise NotImplementedError
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step == 0 and self.model.training and not self._first_loss_checked:
+            self._first_loss_checked = True
+            known = self.known_first_loss(inputs)
+            if known is not None:
+                found = float((loss[0] if isinstance(loss, tuple) else loss).detach())
+                check_first_loss(found, known, disables_dropout=self.args.disable_dropout)
+        return loss
+
+
+def check_first_loss(loss: float, known: KnownLoss, *, disables_dropout: bool) -> None:
+    """Nothing, when the loss is the known one.
+
+    Raises:
+        ModelError: dropout keeps it from being so.
+        GuardStopped: a wrong reference, or a broken mask.
+    """
+    if abs(loss - known.value) <= _TOLERANCE * max(abs(known.value), 0.1):
+        return
+    if known.needs_no_dropout and not disables_dropout:
+        raise ModelError(
+            f"the first loss is {loss:.4f}, not {known.value:.4f}: dropout makes the policy differ from the reference;"
+            " set training_args.disable_dropout: true"
+        )
+    raise GuardStopped(
+        f"the first loss is {loss:.4f}, but {known.name} must start at {known.value:.4f} while {known.because}:"
+        f" {known.otherwise}.",
+        hint=known.hint,
+    )
