@@ -215,3 +215,13 @@ def test_a_grown_vocabulary(
 
         model = AutoModelForCausalLM.from_pretrained(out)
         assert model.get_output_embeddings().weight.shape[0] == model.get_input_embeddings().weight.shape[0] == rows
+
+
+def test_an_adapter_that_rounding_swallows_is_told(
+    tiny_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = copy_in_dtype(tiny_llama_dir, "bfloat16")
+    adapter = make_adapter(base, lora(**LORAS["plain"]), tmp_path / "adapter", scale=1e-4)
+    told: list[str] = []
+    merge(base, [adapter], tmp_path / "out", tell=told.append)
+    assert any("rounding to bfloat16 loses" in line for line in told)

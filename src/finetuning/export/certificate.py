@@ -5,8 +5,8 @@ unmerged model rounds its activations as much; both grow like the square root of
 differ by `tolerance = SAFETY * u * sqrt(layers)` of their own spread (root mean square around each position's mean):
 root mean square of the difference at most that, its largest value at most PEAK times that (or that share of twice the
 largest logit, whose error grows with it), and the mean KL divergence at most the square of it in logits, which is twice
-what such a random difference costs. Top-1 agreement is told, not
-judged: near ties flip. What the adapter itself changes is measured too, so that a merge which loses it is seen.
+what such a random difference costs. Top-1 agreement is told, not judged: near ties flip. What the adapter itself
+changes is measured too, so that a merge which loses it is seen.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ class Certificate:
     max_allowed: dict[str, float]
     problems: tuple[str, ...]
     base_fingerprint: str
+
+    @property
+    def lost_share(self) -> float:
+        """The difference as a share of what the adapter changes: near 1 where rounding swallowed the adapter."""
+        return self.merged_against_adapter.rms_relative / max(self.base_against_adapter.rms_relative, 1e-12)
 
     def __str__(self) -> str:
         found = self.merged_against_adapter

@@ -60,6 +60,10 @@ class NeedsPeft:
 
     reason: str
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"merging in memory with PEFT: {self.reason}",)
+
 
 PREFIX = "base_model.model."
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")

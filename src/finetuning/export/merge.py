@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import ModelError
 from finetuning.export.certificate import Certificate, certify, require_memory
 from finetuning.export.companions import tokenizer_folder, write_companions
+from finetuning.export.edits import NeedsPeft
 from finetuning.export.peft_merge import DeviceMap, merge_with_peft, refuse_unmergeable
 from finetuning.export.plan import MergePlan, plan_merge
 from finetuning.export.sources import Adapter, BaseModel, folder_of, read_adapter, read_base
@@ -18,6 +20,7 @@ from finetuning.model import fingerprint
 from finetuning.publish import refuse_occupied, staged
 
 _SMALL_FILES_BYTES = 64 << 20
+_MOST_LOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,55 @@ def merge_adapters(
     # An adapter that follows another may have been trained on what came out before it, which has no record here.
     known_base = _check_fingerprint(base, adapters[0], force, tell)
     plan = plan_merge(base, adapters, force=force)
-    if not isinstance(plan, MergePlan):
+    if isinstance(plan, NeedsPeft):
         for adapter in adapters:
             refuse_unmergeable(adapter)
-        tell(f"merging in memory with PEFT: {plan.reason}")
+    for note in plan.notes:
+        tell(note)
     require_room(out, base.num_bytes + _SMALL_FILES_BYTES)
     if verify:
         require_memory(base)
     given = folder_of(tokenizer, "tokenizer") if tokenizer is not None else None
-    folders = [adapter.folder for adapter in adapters]
     certificate = None
     with staged(out) as folder:
-        if isinstance(plan, MergePlan):
-            for note in plan.notes:
-                tell(note)
-            write_merged(base, plan, folder, progress)
-            changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
-        else:
-            num_rows = merge_with_peft(base, adapters, folder, device_map)
-            changes = None
-        write_companions(folder, base, folders, tokenizer_folder(given, folders, base.folder), changes, num_rows)
+        num_rows = _write_model(base, adapters, plan, folder, given, device_map, progress)
         if verify:
             tell("verifying: the merged model against base and adapter")
             certificate = certify(
                 base, adapters, folder, device_map=device_map, base_fingerprint=known_base, num_rows=num_rows
             )
+            _tell_what_is_lost(certificate, tell)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return MergeResult(out, num_bytes, isinstance(plan, MergePlan), certificate)
+
+
+def _write_model(
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    plan: MergePlan | NeedsPeft,
+    folder: Path,
+    tokenizer: Path | None,
+    device_map: DeviceMap,
+    progress: Progress | None,
+) -> int | None:
+    """Writes weights and all that goes along into `folder`; returns the rows of the input embeddings, where known."""
+    changes: Mapping[str, Any] | None = None
+    if isinstance(plan, MergePlan):
+        write_merged(base, plan, folder, progress)
+        changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
+    else:
+        num_rows = merge_with_peft(base, adapters, folder, device_map)
+    folders = [adapter.folder for adapter in adapters]
+    write_companions(folder, base, folders, tokenizer_folder(tokenizer, folders, base.folder), changes, num_rows)
+    return num_rows
+
+
+def _tell_what_is_lost(certificate: Certificate, tell: Callable[[str], None]) -> None:
+    if certificate.lost_share > _MOST_LOST:
+        tell(
+            f"warning: rounding to {certificate.dtype} loses {certificate.lost_share:.0%} of what the adapter changes;"
+            " serve the adapter unmerged, or merge into a base of float32"
+        )
 
 
 def _embedding_rows(base: BaseModel, plan: MergePlan) -> int | None:
