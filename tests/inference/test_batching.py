@@ -10,16 +10,18 @@ from finetuning.inference.batching import plan_batches
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
 
-@given(LENGTHS, st.integers(1, 20), st.integers(1, 300), st.none() | st.integers(1, 7))
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 300), st.none() | st.integers(1, 7), st.none() | st.integers(0, 40))
 def test_each_prompt_is_in_one_batch_that_keeps_to_the_limits(
-    lengths: list[int], answer: int, budget: int, most: int | None
+    lengths: list[int], answer: int, budget: int, most: int | None, padding: int | None
 ) -> None:
-    batches = plan_batches(lengths, answer, budget=budget, most_rows=most)
+    batches = plan_batches(lengths, answer, budget=budget, most_rows=most, most_padding=padding)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         width = max(lengths[index] for index in batch) + answer
         assert len(batch) == 1 or len(batch) * width <= budget
         assert most is None or len(batch) <= most
+        longest = max(lengths[index] for index in batch)
+        assert padding is None or sum(longest - lengths[index] for index in batch) <= padding
 
 
 @given(LENGTHS)

@@ -57,7 +57,7 @@ def test_what_the_model_says_is_told_and_what_the_user_says_wins(parts: tuple[An
     ("user", "message"),
     [
         ({"max_new_tokens": 2048}, r"max_new_tokens: 2048 leaves no room for a prompt.* is 2048 by default"),
-        ({"max_new_tokens": 20, "max_length": 20}, r"max_length, prompt and answer together, is 20 "),
+        ({"max_new_tokens": 20, "max_length": 20}, r"max_length, prompt and answer together, is 20\b"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be a whole number above 0"),
         ({"max_length": True}, "max_length: must be a whole number above 0"),
         ({"output_scores": True}, "output_scores: changes what generate returns"),

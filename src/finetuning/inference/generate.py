@@ -138,6 +138,8 @@ def _generate_batch(
 ) -> dict[int, list[Answer]]:
     import torch
 
+    from finetuning.inference.cache import roomy_cache
+
     width = max(len(prompts[index].ids) for index in batch)
     input_ids = torch.full((len(batch), width), generator.pad_token_id)
     mask = torch.zeros((len(batch), width), dtype=torch.int64)
@@ -149,6 +151,9 @@ def _generate_batch(
     extra: dict[str, Any] = {"tokenizer": tokenizer} if parameters.config.stop_strings else {}
     if on_text is not None:
         extra["streamer"] = _streamer(tokenizer, on_text)
+    cache = roomy_cache(generator.model, parameters.config)
+    if cache is not None:
+        extra["past_key_values"] = cache
     with torch.inference_mode():
         output = generator.model.generate(
             input_ids=input_ids.to(generator.device),

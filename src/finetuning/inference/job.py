@@ -14,7 +14,7 @@ from typing import Any
 from finetuning.config.generation import GenerationModel
 from finetuning.config.model import BitsAndBytes, NoQuantization
 from finetuning.errors import Interrupted
-from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, plan_batches
+from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, most_padding_on, plan_batches
 from finetuning.inference.generate import Answer, EncodedPrompt, encode_prompts, generate_batches
 from finetuning.inference.load import load_generator
 from finetuning.inference.output import Spool, check_output, write_records
@@ -125,6 +125,7 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
         parameters.max_new_tokens,
         budget=job.batch_tokens,
         most_rows=job.batch_size,
+        most_padding=most_padding_on(generator.device.type),
     )
     spool = Spool(output, job.fingerprint())
     # A batch is made again whole, so that its answers are drawn from the same random numbers.
