@@ -48,6 +48,7 @@ class Observer:
         self._sinks: Any = None
         self._trainer: Any = None
         self._artifact: Artifact | None = None
+        self._tracked: str | None = None
         self._started = time.monotonic()
 
     def resuming(self, resume: ResumePoint) -> None:
@@ -131,12 +132,15 @@ class Observer:
     def close(self, status: str) -> None:
         """The run has ended, one way or the other; called once, after the record was written."""
         if self._sinks:
-            self._sinks.tell("close") if self._mlflow is None else None
+            self._sinks.close()
         if self._mlflow:
             self._mlflow.log_file(self._output_dir / RECORD_NAME)
-            self._mlflow.finish(_STATUS.get(status, "FAILED"))
-        if self._sinks:
-            self._sinks.close()
+            self._tracked = self._mlflow.finish(_STATUS.get(status, "FAILED")).url
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The places that could not be told and were switched off, and why."""
+        return dict(self._sinks.failures) if self._sinks else {}
 
     def closing(self, status: str, steps: int, final_loss: float | None, training_s: float | None) -> None:
         """What was made, where, and the next commands to type."""

@@ -84,56 +84,40 @@ def load_model(
 
     A vocabulary that grows under an adapter makes a new base model, which is saved first: the adapter goes with it.
     """
-    from finetuning.model import adapters, fingerprint, save
+    from finetuning.model import adapters
     from finetuning.model.adapter_files import digests
     from finetuning.model.heads import LANGUAGE, SCORE
     from finetuning.model.load import load_model as load
     from finetuning.model.vocabulary import grow
 
-    run, quantisation, peft_conf = experiment.run_conf, experiment.quant_conf, experiment.peft_conf
-    float32_master = "float32" if arguments.fp16 else "auto"
+    peft_conf = experiment.peft_conf
 
-    def load_bare() -> Any:
-        return load(
-            run,
-            quantisation,
+    def load_bare() -> tuple[Any, Any]:
+        model = load(
+            experiment.run_conf,
+            experiment.quant_conf,
             topology=topology,
             sharded_by=topology.sharded_by,
-            default_dtype=float32_master,
+            # Loss scaling needs master weights in float32.
+            default_dtype="float32" if arguments.fp16 else "auto",
             head=SCORE if method.gives_scores else LANGUAGE,
         )
+        return model, grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
 
-    model = load_bare()
-    vocabulary = grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
+    model, vocabulary = load_bare()
     notes = [f"vocabulary: {vocabulary}"]
-    adapted_by_us = peft_conf.peft_type != "NO_PEFT"
-    if vocabulary.has_grown and adapted_by_us:
-        new_base = output_dir / _new_base_name(experiment)
-        if topology.is_main and not save.holds_grown_base(new_base, model, tokenizer.tokenizer):
-            save.save_grown_base(model, tokenizer.tokenizer, new_base)
-        model.config.name_or_path = model.name_or_path = str(new_base)
-        notes.append(f"the grown base model is {new_base}; the adapter goes with it")
-    base_folder = Path(model.name_or_path)
-    print_of_base = fingerprint.fingerprint(base_folder) if fingerprint.can_fingerprint(base_folder) else None
-    if isinstance(quantisation, BitsAndBytes):
-        from finetuning.model.quantisation import prepare_quantised
+    if vocabulary.has_grown and peft_conf.peft_type != "NO_PEFT":
+        notes.append(_save_new_base(experiment, model, tokenizer, output_dir, topology))
+    base = _fingerprint(model)
+    model = _quantised(model, experiment, arguments, topology)
 
-        model = prepare_quantised(
-            model,
-            sharded_by=topology.sharded_by,
-            gradient_checkpointing=arguments.gradient_checkpointing,
-            gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
-        )
-
-    def load_reference() -> Any:
-        reference = load_bare()
-        grow(reference, tokenizer.tokenizer, tokenizer.new_tokens)
-        return reference
+    def reference() -> Any:
+        return load_bare()[0]
 
     if method.wraps_model and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
         layout = Layout(True, f"{method.name} pads its rows")
-        return PreparedModel(model, config, {}, print_of_base, load_reference, layout, tuple(notes))
+        return PreparedModel(model, config, {}, base, reference, layout, tuple(notes))
     adapted = adapters.build(
         model,
         peft_conf,
@@ -142,14 +126,40 @@ def load_model(
         autocast_adapter_dtype=topology.sharded_by is None,
     )
     initial = digests(adapted.model) if adapted.peft_config is not None else {}
-    return PreparedModel(
-        adapted.model,
-        None,
-        initial,
-        print_of_base,
-        load_reference,
-        _layout(experiment, method, adapted, topology),
-        (*notes, str(adapted), *adapted.notes),
+    layout = _layout(experiment, method, adapted, topology)
+    return PreparedModel(adapted.model, None, initial, base, reference, layout, (*notes, str(adapted), *adapted.notes))
+
+
+def _save_new_base(
+    experiment: Experiment, model: Any, tokenizer: LoadedTokenizer, output_dir: Path, topology: Topology
+) -> str:
+    """A note on the base model whose vocabulary has grown, saved for the adapter to go with."""
+    from finetuning.model import save
+
+    folder = output_dir / _new_base_name(experiment)
+    if topology.is_main and not save.holds_grown_base(folder, model, tokenizer.tokenizer):
+        save.save_grown_base(model, tokenizer.tokenizer, folder)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return f"the grown base model is {folder}; the adapter goes with it"
+
+
+def _fingerprint(model: Any) -> Fingerprint | None:
+    from finetuning.model import fingerprint
+
+    folder = Path(model.name_or_path)
+    return fingerprint.fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
+
+
+def _quantised(model: Any, experiment: Experiment, arguments: TrainingArguments, topology: Topology) -> Any:
+    if not isinstance(experiment.quant_conf, BitsAndBytes):
+        return model
+    from finetuning.model.quantisation import prepare_quantised
+
+    return prepare_quantised(
+        model,
+        sharded_by=topology.sharded_by,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
     )
 
 

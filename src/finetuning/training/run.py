@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import Experiment
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
-from finetuning.plan.plan import make_plan
+from finetuning.plan.plan import Plan, make_plan
 from finetuning.topology import Topology
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord
-from finetuning.training.resume import find_resume_point
+from finetuning.training.resume import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from finetuning.data.prepare import PreparedData
     from finetuning.training.final import Artifact
     from finetuning.training.observer import Observer
+    from finetuning.training.parts import PreparedModel
+    from finetuning.training.signals import StopOnSignal
 
 ALREADY_COMPLETE = "already complete"
 
@@ -87,7 +90,7 @@ def _recorded(job: Job) -> RunResult:
         record.finish(status, error=str(error) if isinstance(error, FinetuningError) else repr(error))
         job.observer.close(status)
         raise
-    record.finish(result.status, error=None)
+    record.finish(result.status, error=None, trackers_that_failed=job.observer.failures)
     job.observer.close(result.status)
     return result
 
@@ -116,18 +119,10 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
     )
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
-        observer.told(*note.split(": ", 1))
-    record.update(
-        plan=plan.as_dict(),
-        data={"fingerprint": data.fingerprint.digest, "rows": len(data.train), "ledger": data.ledger.report()},
-        model={
-            "name": experiment.run_conf.model,
-            "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
-            "notes": list(prepared.notes),
-            "layout": str(prepared.layout),
-        },
-        resumed_from=str(resume.checkpoint) if resume.checkpoint else None,
-    )
+        label, _, value = note.rpartition(": ") if note.count(": ") == 1 else ("", "", note)
+        observer.told(label, value)
+    record.update(**_what_went_in(experiment, plan, data, prepared, resume))
+    ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal()
     trainer = job.method.build_trainer(
         TrainingParts(
@@ -140,34 +135,60 @@ def _road(job: Job, record: RunRecord) -> RunResult:
             load_reference=prepared.load_reference,
             layout=prepared.layout,
             callbacks=[stop, *observer.callbacks()],
-            end_of_turn=end_of_turn(experiment, tokenizer),
+            end_of_turn=ending,
         )
     )
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
-    with stop.watching():
-        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
-    if stop.received and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"signal {stop.received} at step {trainer.state.global_step}: checkpoint-{trainer.state.global_step} is"
-            " saved; the same command with run_conf.resume_from_checkpoint: auto goes on from it",
-            stop.received,
-        )
+    seconds = _train(trainer, stop, resume)
     artifact = publish_final(
         trainer,
         tokenizer.tokenizer,
         job.output_dir / experiment.run_conf.final_checkpoint_name,
-        end_of_turn=end_of_turn(experiment, tokenizer),
+        end_of_turn=ending,
         base_fingerprint=prepared.fingerprint,
         initial=initial,
     )
     if artifact is not None:
-        record.update(artifact=artifact.as_dict(), training=output.metrics)
+        record.update(artifact=artifact.as_dict())
         observer.published(artifact)
-    return RunResult(
-        "completed", artifact, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
-    )
+    return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
+
+
+def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint) -> float | None:
+    """Seconds of the training loop, gone through to its end.
+
+    Raises:
+        Interrupted: a signal came before the last step; a checkpoint of that step was saved.
+    """
+    with stop.watching():
+        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
+    step = trainer.state.global_step
+    if stop.received and step < trainer.state.max_steps:
+        raise Interrupted(
+            f"signal {stop.received} at step {step}: checkpoint-{step} is saved; the same command with"
+            " run_conf.resume_from_checkpoint: auto goes on from it",
+            stop.received,
+        )
+    return output.metrics.get("train_runtime")
+
+
+def _what_went_in(
+    experiment: Experiment, plan: Plan, data: PreparedData, prepared: PreparedModel, resume: ResumePoint
+) -> dict[str, Any]:
+    """What the record says before the first step."""
+    return {
+        "plan": plan.as_dict(),
+        "data": {"fingerprint": data.fingerprint.digest, "rows": len(data.train), "ledger": data.ledger.report()},
+        "model": {
+            "name": experiment.run_conf.model,
+            "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
+            "notes": list(prepared.notes),
+            "layout": str(prepared.layout),
+        },
+        "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
+    }
 
 
 def _last_loss(trainer: Trainer) -> float | None:
