@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import hashlib
+import importlib.util
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from finetuning.config.data import DatasetSource
 from finetuning.data.rows import Row
-from finetuning.data.sources import check_source, read_rows
-from finetuning.errors import DataError, Problem
+from finetuning.data.sources import HubShard, check_source, find_shards, read_rows
+from finetuning.errors import DataError, MissingPackageError, Problem
 
 GOOD = {"messages": [{"role": "user", "content": "ä"}]}
 
@@ -116,3 +124,176 @@ def test_the_digest_follows_the_bytes(write_lines: Callable[..., str]) -> None:
 
     assert digest(GOOD) == digest(GOOD)
     assert digest(GOOD) != digest(GOOD, GOOD)
+
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@pytest.mark.parametrize("ending", OPENERS)
+def test_compressed_files_are_read_as_they_are(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    with OPENERS[ending](path, "wb") as stream:
+        stream.write(b'{"a": 1}\n\n{"a": 2}\n{\n')
+    assert [(str(row.place), getattr(row, "values", None)) for row in read_rows(str(path))] == [
+        (f"{path}:1", {"a": 1}),
+        (f"{path}:3", {"a": 2}),
+        (f"{path}:4", None),
+    ]
+
+
+@pytest.mark.parametrize("ending", OPENERS)
+def test_a_damaged_compressed_file_says_so(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    with OPENERS[ending](path, "wb") as stream:
+        stream.write(b"".join(b'{"a": %d}\n' % number for number in range(10000)))
+    whole = path.read_bytes()
+    for data in (whole[: len(whole) // 2], b"nothing of the kind", whole[:40] + b"\0\0\0\0\0\0" + whole[46:]):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"a.jsonl{ending}: the compressed file is damaged"):
+            list(read_rows(str(path)))
+
+
+def test_zstandard_is_read_or_its_package_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x20\x09\x49\x00\x00" + b'{"a": 1}\n')
+    if importlib.util.find_spec("zstandard") is None:
+        with pytest.raises(MissingPackageError, match="pip install zstandard"):
+            list(read_rows(str(path)))
+    else:
+        assert [row.values for row in read_rows(str(path)) if isinstance(row, Row)] == [{"a": 1}]
+
+
+def test_columnar_rows_have_their_number_and_no_nulls_of_other_rows(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    rows = [GOOD, {"messages": [call], "id": "b"}, {"messages": [{"role": "user", "content": "c"}]}]
+    table = datasets.Dataset.from_list(rows).data.table
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "stream.arrow", "file.arrow"):
+        found = list(read_rows(str(tmp_path / name)))
+        assert [row.values for row in found if isinstance(row, Row)] == table_rows(table)
+        assert [row.place.line for row in found] == [1, 2, 3]
+
+
+def table_rows(table: pa.Table) -> list[dict[str, object]]:
+    """The rows of a table as JSON tells them, without its nulls."""
+    return json.loads(
+        json.dumps(table.to_pylist()), object_hook=lambda one: {k: v for k, v in one.items() if v is not None}
+    )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_file_that_is_no_table_says_so(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"a": 1}\n' * 9)
+    with pytest.raises(DataError, match=rf"{name}: no (Parquet|Arrow) file, or a damaged one"):
+        list(read_rows(str(path)))
+
+
+def test_csv_rows_have_the_line_that_they_begin_in(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    long = "x" * 300_000
+    path.write_bytes(
+        codecs.BOM_UTF8 + f'input,output\r\n"two\r\nlines",ä\r\n\r\n{long},b\nonly one\n"c ""d""",\n'.encode()
+    )
+    found = list(read_rows(str(path)))
+    assert [(row.place.line, row.values) for row in found if isinstance(row, Row)] == [
+        (2, {"input": "two\r\nlines", "output": "ä"}),
+        (5, {"input": long, "output": "b"}),
+        (7, {"input": 'c "d"', "output": ""}),
+    ]
+    (problem,) = [row for row in found if isinstance(row, Problem)]
+    assert str(problem) == f"{path}:6: 1 fields, where the header has 2"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a,a\n1,2\n", "a.csv:1: the header names a twice"),
+        (b'a\n"x', "a.csv:2: no valid CSV"),
+        (b"a\n1\n\xff\n", "a.csv:3: invalid UTF-8"),
+        (b"a,b\n", "a.csv: 0 rows"),
+    ],
+)
+def test_csv_that_cannot_be_read_names_the_line(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("unit", "rows"),
+    [
+        ("line", [(1, "first line"), (2, "  second"), (5, "third")]),
+        ("paragraph", [(1, "first line\n  second"), (5, "third")]),
+        ("document", [(1, "first line\n  second\n\n \nthird")]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_texts_are_cut_into_rows(unit: str, rows: list[tuple[int, str]], name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("first line\n  second\n\n \nthird\n")
+    found = [row for row in read_rows(str(path), text_unit=unit) if isinstance(row, Row)]
+    assert [(row.place.line, row.values["text"]) for row in found] == rows
+
+
+def source(path: str | list[str], **more: object) -> DatasetSource:
+    return DatasetSource.model_validate({"path": path, **more})
+
+
+def names(path: str | list[str], folder: Path, **more: object) -> list[str]:
+    return [os.path.relpath(shard.name, folder) for shard in find_shards(source(path, **more), "datasets[0]")]
+
+
+def make_files(folder: Path, *paths: str) -> None:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text('{"a": 1}\n')
+
+
+def test_a_path_is_a_file_a_list_a_glob_or_a_folder(tmp_path: Path) -> None:
+    make_files(tmp_path, "b.jsonl", "a.jsonl", "c/d.json", "c/e.csv", "README.md", ".hidden/x.json", "state.json")
+    assert names(str(tmp_path / "b.jsonl"), tmp_path) == ["b.jsonl"]
+    assert names([f"{tmp_path}/b.jsonl", f"{tmp_path}/c/*"], tmp_path) == ["b.jsonl", "c/d.json", "c/e.csv"]
+    assert names(f"{tmp_path}/**/*.json*", tmp_path) == ["a.jsonl", "b.jsonl", "c/d.json", "state.json"]
+    assert names(str(tmp_path), tmp_path) == ["a.jsonl", "b.jsonl", "c/d.json", "c/e.csv"]
+    make_files(tmp_path, "docs/a.md", "docs/b.txt")
+    assert names(f"{tmp_path}/docs", tmp_path) == ["docs/a.md", "docs/b.txt"]
+
+
+def test_a_folder_with_several_splits_asks_for_one(tmp_path: Path) -> None:
+    make_files(tmp_path, "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test.jsonl")
+    with pytest.raises(DataError, match=r"holds several splits \(test, train\); say which to read with `split`"):
+        names(str(tmp_path), tmp_path)
+    assert names(str(tmp_path), tmp_path, split="test") == ["data/test.jsonl"]
+    assert len(names(str(tmp_path), tmp_path, split="train")) == 2
+    with pytest.raises(DataError, match="no file of the split dev; found test, train"):
+        names(str(tmp_path), tmp_path, split="dev")
+
+
+def test_all_missing_paths_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as caught:
+        names([f"{tmp_path}/a.jsonl", f"{tmp_path}/*.csv", f"{tmp_path}/empty"], tmp_path)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"datasets[0].path[{index}]" for index in range(3)]
+    assert ["no such file" in lines[0], "no file matches" in lines[1], "no data file" in lines[2]] == [True] * 3
+
+
+def test_a_saved_dataset_is_a_folder_too(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([GOOD, GOOD]).save_to_disk(tmp_path / "saved")
+    (shard,) = find_shards(source(str(tmp_path / "saved")), "datasets[0]")
+    assert [row.values for row in shard.rows() if isinstance(row, Row)] == [GOOD, GOOD]
+
+
+def test_a_dataset_on_the_hub_that_cannot_be_reached_says_so() -> None:
+    (shard,) = find_shards(source("nobody/no-such-dataset", subset="en", split="test"), "datasets[0]")
+    assert shard == HubShard("nobody/no-such-dataset", "test", "en")
+    with pytest.raises(DataError, match="nobody/no-such-dataset: no such file or folder here") as caught:
+        list(shard.rows())
+    assert "Hugging Face Hub" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,12 +33,73 @@ class MissingPadTokenStrategy(str, Enum):
     UNK_CONVERT_TO_EOS = "unk-convert-to-eos"
 
 
+class FormatName(str, Enum):
+    """The shapes that rows come in; `docs/data.md` shows a row of each."""
+
+    MESSAGES = "messages"
+    ALPACA = "alpaca"
+    PROMPT_COMPLETION = "prompt_completion"
+    INPUT_OUTPUT = "input_output"
+    TEXT = "text"
+    RESPONSE_TEMPLATE = "response_template"
+    TOKENS = "tokens"
+    PREFERENCE = "preference"
+    CHOSEN_REJECTED = "chosen_rejected"
+    UNPAIRED = "unpaired"
+    COMPLETION_LABEL = "completion_label"
+    PROMPT = "prompt"
+
+
+class Handler(Section):
+    """One step that rows go through before their format is read."""
+
+    name: str = Field(min_length=1)
+    """`rename_columns`, `select_columns`, `remove_columns`, `duplicate_columns`, `skip_samples_with_large_columns`,
+    `apply_custom_jinja_template`, or one that says how rows are tokenised: `tokenize_and_apply_input_masking`,
+    `apply_tokenizer_chat_template`, `tokenize_and_apply_chat_template_with_masking`, `tokenize`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """The step's arguments, by the names that fms-hf-tuning gives them; its `fn_kwargs` may stand in between."""
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
 class DatasetSource(Section):
     """One dataset."""
 
-    path: str = Field(min_length=1)
-    """Path of a JSONL file. Rows hold `messages` for SFT; `prompt_messages`, `chosen_messages` and
-    `rejected_messages` for DPO."""
+    path: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
+    """A file, a folder, a glob such as `data/*.jsonl`, a dataset on the Hugging Face Hub, or a list of these. Files are
+    JSON Lines, JSON, Parquet, Arrow, CSV or text, and may be compressed (.gz, .bz2, .xz, .zst)."""
+    split: str | None = None
+    """The split to read of a dataset on the hub (by default `train`), or of a folder with a file for each split."""
+    subset: str | None = None
+    """The configuration of a dataset on the hub that has several."""
+    revision: str | None = None
+    """The revision of a dataset on the hub: a branch, tag or commit."""
+    format: FormatName | None = None
+    """The shape of the rows; by default it is told from the first rows, and reported."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns to rename, theirs to ours: `{question: prompt, answer: completion}`."""
+    handlers: list[Handler] = Field(default_factory=list)
+    """Steps that each row goes through, in order, after the columns were renamed."""
+    dataset_text_field: str | None = None
+    """The column of rows that are one text; by default `text`."""
+    data_formatter_template: str | None = None
+    """Makes one text of a row: `### Input: {{input}} ### Answer: {{output}}`. What stands in the braces is a column, or
+    else a Jinja expression."""
+    response_template: str | None = Field(default=None, min_length=1)
+    """In rows that are one text: what stands before the response. The text up to the last of it is not trained."""
+    instruction_template: str | None = Field(default=None, min_length=1)
+    """With `response_template`, in texts of several turns: what stands before each instruction. Each response is
+    trained up to the next instruction."""
+    add_eos_token: bool = True
+    """End texts, and completions that no chat template ends, with the end-of-sequence token."""
+    text_unit: Literal["line", "paragraph", "document"] = "line"
+    """What is a row in a text file."""
+    max_rows: int | None = Field(default=None, gt=0)
+    """Most rows that are read of this dataset, from its beginning."""
+    validation_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of this dataset that becomes validation data, where `validation_data.type` is `FROM_DATASETS`."""
 
 
 class WeightedDatasetSource(DatasetSource):
@@ -62,13 +123,15 @@ class Concatenation(_DataInput):
 
 
 class WeightedMix(_DataInput):
-    """Datasets interleaved by weight until every row of every dataset was drawn at least once."""
+    """Datasets interleaved by weight."""
 
     type: Literal["PRECOMPUTE_WEIGHTED_MIX"]
     datasets: Annotated[list[WeightedDatasetSource], Field(min_length=1)]
     """The datasets with their weights. When all weights are 1.0 the datasets take turns, row by row."""
     seed: int = 19851243
     """Seed of the draws."""
+    stopping: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """When the mix ends: when every row of every dataset was drawn, or when one dataset has no row left."""
 
 
 class AutoSplit(_DataInput):
@@ -81,6 +144,14 @@ class AutoSplit(_DataInput):
     """Seed of the split."""
 
 
+class FromDatasets(_DataInput):
+    """The `validation_ratio` of each training dataset, taken out of it before datasets are mixed."""
+
+    type: Literal["FROM_DATASETS"]
+    seed: int = 1289525893
+    """Seed of the splits."""
+
+
 class NoData(_DataInput):
     """No validation."""
 
@@ -88,7 +159,7 @@ class NoData(_DataInput):
 
 
 TrainingData = Annotated[Concatenation | WeightedMix, Field(discriminator="type")]
-ValidationData = Annotated[Concatenation | AutoSplit | NoData, Field(discriminator="type")]
+ValidationData = Annotated[Concatenation | AutoSplit | FromDatasets | NoData, Field(discriminator="type")]
 
 
 class DataConfig(Section):

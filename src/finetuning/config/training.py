@@ -137,7 +137,11 @@ class SFTArgs(Section):
     length_handling: Literal["filter", "truncate"] = "filter"
     """What happens to a longer row: it is left out, or cut at the end."""
     train_on_completions_only: bool = False
-    """Train on the assistant's turns only, or on every token."""
+    """Train on the assistant's turns only, or on every token. `train_on` says it in more words."""
+    train_on: Literal["all", "assistant", "last", "completions"] | None = None
+    """What is trained: every token, all turns of the assistant, its last turn, or completions: all that it says after
+    the last user's message, or after the prompt. By default `assistant` with `train_on_completions_only` and `all`
+    without, and completions where rows have a prompt apart."""
     batching: Literal["auto", "padded", "padding-free"] = "auto"
     """How the rows of a batch lie. `auto` lays them end to end, without padding, where the model is shown to keep them
     apart: the batches, and so the loss, stay what they are, and no padding is computed."""

@@ -65,3 +65,11 @@ class Prompt:
     place: Place
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def json_type(value: Any) -> str:
+    """What a JSON value is called in a message to people."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

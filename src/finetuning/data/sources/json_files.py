@@ -1,64 +1,35 @@
-"""Files to rows: JSONL line by line, or one JSON document; each row keeps its file and line."""
+"""JSON Lines, line by line, or one JSON document; each row keeps its line."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
-from finetuning.data.rows import Row
+from finetuning.data.rows import Row, json_type
 from finetuning.errors import DataError, Place, Problem
 
-_OTHER_ENCODINGS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
 _INCOMPLETE = object()
 
 
-def check_source(path: str, key: str) -> None:
-    """Nothing, when `path` is a file that can be read.
-
-    Raises:
-        DataError: it is missing, a folder, unreadable or empty; says the key that names it and the working directory.
-    """
-    place = Place(key=key)
-    if os.path.isdir(path):
-        raise DataError(f"{path} is a directory; expected a JSONL file (working directory {os.getcwd()})", place=place)
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such file (working directory {os.getcwd()})", place=place)
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: no permission to read it", place=place)
-    if os.path.getsize(path) == 0:
-        raise DataError("0 rows: the file is empty", place=Place(file=path))
-
-
-def read_rows(path: str, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
+def read_json(path: str, stream: BinaryIO, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
     """The rows of a file in order, a Problem in place of each line that is no row.
 
     JSONL is read line by line; a file that holds one JSON array, or one object over several lines, is read whole. A
     byte order mark is skipped, empty lines are not rows. `digest` is fed all bytes.
-
-    Raises:
-        DataError: the file holds no row, or is in an encoding other than UTF-8.
     """
-    count = 0
-    with open(path, "rb") as stream:
-        head = stream.read(4)
-        for mark, name in _OTHER_ENCODINGS:
-            if head.startswith(mark):
-                raise DataError(f"the file is {name}; expected UTF-8", place=Place(file=path))
-        stream.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        start = stream.tell()
-        first = _first_line(stream)
+    start = len(codecs.BOM_UTF8) if stream.read(4).startswith(codecs.BOM_UTF8) else 0
+    stream.seek(start)
+    first = _first_line(stream)
+    stream.seek(start)
+    rows = _read_document(path, stream.read(), start, digest) if _is_document(first) else None
+    if rows is None:
         stream.seek(start)
-        rows = _read_document(path, stream.read(), start, digest) if _is_document(first) else None
-        stream.seek(start)
-        for row in _read_lines(path, stream, start, digest) if rows is None else rows:
-            count += 1
-            yield row
-    if count == 0:
-        raise DataError("0 rows", place=Place(file=path))
+        yield from _read_lines(path, stream, start, digest)
+    else:
+        yield from rows
 
 
 def _first_line(stream: Any) -> bytes:
@@ -181,11 +152,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for one in value:
             yield from _strings(one)
-
-
-def json_type(value: Any) -> str:
-    """What a JSON value is called in a message to people."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)

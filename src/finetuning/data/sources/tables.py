@@ -1,0 +1,99 @@
+"""Parquet, Arrow and CSV, a batch of rows at a time; each row keeps its number, those of CSV their line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from finetuning.data.rows import Row
+from finetuning.errors import DataError, Place, Problem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH = 1024
+_LARGEST_FIELD = 1 << 28
+
+
+def read_parquet(path: str) -> Iterator[Row]:
+    """The rows of a Parquet file; `line` is the number of the row, from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _rows(path, file.iter_batches(batch_size=_BATCH))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"no Parquet file, or a damaged one: {error}", place=Place(file=path)) from None
+
+
+def read_arrow(path: str) -> Iterator[Row]:
+    """The rows of an Arrow file of either kind, stream or file; `line` is the number of the row, from 1."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(path) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                reader = pa.ipc.open_file(source)
+                yield from _rows(path, (reader.get_batch(index) for index in range(reader.num_record_batches)))
+            else:
+                yield from _rows(path, pa.ipc.open_stream(source))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"no Arrow file, or a damaged one: {error}", place=Place(file=path)) from None
+
+
+def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            for values in batch.slice(start, _BATCH).to_pylist():
+                number += 1
+                yield Row(without_nulls(values), Place(file=path, line=number))
+
+
+def without_nulls(values: Any) -> Any:
+    """The value without the keys whose value is null, at any depth.
+
+    A column's type has the keys of all its rows, so that a row gets nulls for what only others have.
+    """
+    if isinstance(values, dict):
+        return {key: without_nulls(one) for key, one in values.items() if one is not None}
+    if isinstance(values, list):
+        return [without_nulls(one) for one in values]
+    return values
+
+
+def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row | Problem]:
+    """The rows of a CSV file with a header, each with the line that it begins in; an empty field is empty text."""
+    # The csv module refuses fields of more than 128 KiB, and knows one limit for the whole process.
+    csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_FIELD))
+    reader = csv.reader(_decoded(path, stream), delimiter=separator, strict=True)
+    try:
+        header = next(reader, [])
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise DataError(f"the header names {', '.join(repeated)} twice", place=Place(file=path, line=1))
+        line = reader.line_num + 1
+        for fields in reader:
+            place = Place(file=path, line=line)
+            line = reader.line_num + 1
+            if not fields:
+                continue
+            if len(fields) == len(header):
+                yield Row(dict(zip(header, fields, strict=True)), place)
+            else:
+                yield Problem(f"{len(fields)} fields, where the header has {len(header)}", place)
+    except csv.Error as error:
+        raise DataError(f"no valid CSV: {error}", place=Place(file=path, line=reader.line_num)) from None
+
+
+def _decoded(path: str, stream: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            message = f"invalid UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x})"
+            raise DataError(message, place=Place(file=path, line=number)) from None
