@@ -119,7 +119,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
     )
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
-        label, _, value = note.rpartition(": ") if note.count(": ") == 1 else ("", "", note)
+        label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         observer.told(label, value)
     record.update(**_what_went_in(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
