@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
-from finetuning.algorithms.identity import KnownLoss, check_first_loss
+from finetuning.algorithms.identity import KnownLoss, check_first_loss, drops_values
 from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.algorithms.rewards import build_rewards, needed_columns
 from finetuning.config.experiment import GRPOExperiment
@@ -130,7 +130,7 @@ def _trainer_class(columns: list[str]) -> type:
                 self._divergence_checked = True
                 known = KnownLoss(0.0, "the divergence from the reference")
                 found = self._metrics["train"]["kl"][-1]
-                check_first_loss(found, known, disables_dropout=self.args.disable_dropout)
+                check_first_loss(found, known, drops=drops_values(self.model))
             return loss
 
     return GRPOTrainer

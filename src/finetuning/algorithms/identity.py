@@ -40,11 +40,16 @@ class FirstLossCheck:
             known = self.known_first_loss(inputs)
             if known is not None:
                 found = float((loss[0] if isinstance(loss, tuple) else loss).detach())
-                check_first_loss(found, known, disables_dropout=self.args.disable_dropout)
+                check_first_loss(found, known, drops=drops_values(self.model))
         return loss
 
 
-def check_first_loss(loss: float, known: KnownLoss, *, disables_dropout: bool) -> None:
+def drops_values(model: Any) -> bool:
+    """Whether a model in training has dropout on."""
+    return any(getattr(module, "p", 0) > 0 for module in model.modules() if "Dropout" in type(module).__name__)
+
+
+def check_first_loss(loss: float, known: KnownLoss, *, drops: bool) -> None:
     """Nothing, when the loss is the known one.
 
     Raises:
@@ -53,7 +58,7 @@ def check_first_loss(loss: float, known: KnownLoss, *, disables_dropout: bool) -
     """
     if abs(loss - known.value) <= _TOLERANCE * max(abs(known.value), 0.1):
         return
-    if known.needs_no_dropout and not disables_dropout:
+    if known.needs_no_dropout and drops:
         raise ModelError(
             f"the first loss is {loss:.4f}, not {known.value:.4f}: dropout makes the policy differ from the reference;"
             " set training_args.disable_dropout: true"
