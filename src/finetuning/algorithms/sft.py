@@ -38,6 +38,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
 
         selects_logits = _selects_logits(parts)
+        collated_columns = ("lengths",)
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -22,6 +22,9 @@ class TrainerMixin:
     `tokens_seen` is the number of tokens, padding left out, that this process has trained on in this job.
     """
 
+    collated_columns: tuple[str, ...] = ()
+    """Columns that only the collator reads; the Trainer keeps those that the model takes."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_count: torch.Tensor | int = 0
         self._step_loss: torch.Tensor | float = 0.0
@@ -39,6 +42,10 @@ class TrainerMixin:
             return self.tokens_seen
         count = torch.as_tensor(self._token_count, device=self.args.device)
         return int(self.accelerator.reduce(count, "sum"))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.collated_columns]))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self._token_count = self._token_count + self._count_tokens(inputs)

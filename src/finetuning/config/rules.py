@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from finetuning.config.experiment import Experiment
+from finetuning.config.experiment import Experiment, SFTExperiment
 from finetuning.config.findings import Finding
 from finetuning.config.grpo import GRPOTrainingArgs
 from finetuning.config.model import BitsAndBytes, NoPeft
@@ -68,6 +68,16 @@ def quantised_weights_are_frozen(run: Experiment) -> Iterator[Finding]:
             ("peft_conf", "peft_type"),
             "is NO_PEFT, but quant_conf quantises the model: quantised weights cannot be trained.",
             "Choose an adapter such as LORA, or quantization_type: no-quantization.",
+        )
+
+
+def packs_are_not_padded(run: SFTExperiment) -> Iterator[Finding]:
+    """Packed rows that are to be padded."""
+    if run.sft_args.packing and run.sft_args.batching == "padded":
+        yield Finding(
+            ("sft_args", "packing"),
+            "is true, but sft_args.batching is padded: rows of a pack are kept apart only when they lie end to end.",
+            "Set batching: auto, or packing: false.",
         )
 
 
@@ -231,6 +241,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf", "training_args"), validation_data_is_used),
     (("data_conf",), some_weight_is_positive),
     (("peft_conf", "quant_conf"), quantised_weights_are_frozen),
+    (("sft_args",), packs_are_not_padded),
     (("quant_conf",), one_number_of_bits),
     (("training_args",), one_autocast_type),
     (("training_args",), training_has_an_end),

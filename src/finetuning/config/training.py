@@ -145,6 +145,10 @@ class SFTArgs(Section):
     batching: Literal["auto", "padded", "padding-free"] = "auto"
     """How the rows of a batch lie. `auto` lays them end to end, without padding, where the model is shown to keep them
     apart: the batches, and so the loss, stay what they are, and no padding is computed."""
+    packing: bool = False
+    """Lay training rows together in packs of up to `max_seq_length` tokens, none cut, each attending to itself alone. A
+    pack counts as one row of a batch, so a step trains on more rows. Validation rows are not packed: their loss stays
+    comparable. Refused where the model cannot be shown to keep rows apart."""
     save_name_if_new_basemodel: PathName = "checkpoint-new-basemodel"
     """Name of the folder, inside `output_dir`, of a base model whose vocabulary has grown."""
 

@@ -18,6 +18,7 @@ from finetuning.data.formats import FORMATS
 from finetuning.data.labelling import Labeller
 from finetuning.data.ledger import Ledger, raise_bad_rows
 from finetuning.data.masking import Masker
+from finetuning.data.packed import pack_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.prompts import PromptMaker
 from finetuning.data.reading import Part, Reading, to_dataset
@@ -52,8 +53,9 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows. SFT: `input_ids` and `labels`; preferences: `prompt_ids`, `chosen_ids`, `rejected_ids`; KTO:
-    `prompt_ids`, `completion_ids`, `label`; GRPO: `prompt_ids` and `row`, what rewards are told as JSON."""
+    """Tokenised rows. SFT: `input_ids` and `labels`, with `lengths` where rows are packed; preferences: `prompt_ids`,
+    `chosen_ids`, `rejected_ids`; KTO: `prompt_ids`, `completion_ids`, `label`; GRPO: `prompt_ids` and `row`, what
+    rewards are told as JSON."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
@@ -91,7 +93,10 @@ def prepare_sft(
     )
     rules = ["sft", sft_args.max_seq_length, sft_args.length_handling, sft_args.train_on_completions_only]
     reading = Reading(FORMATS["messages"], make, labeller, sft_args.max_seq_length)
-    return _prepare(data_conf, reading, tokenizer, rules)
+    prepared = _prepare(data_conf, reading, tokenizer, [*rules, sft_args.packing])
+    if not sft_args.packing:
+        return prepared
+    return replace(prepared, train=pack_dataset(prepared.train, sft_args.max_seq_length))
 
 
 def prepare_dpo(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.algorithms.method import Layout, Method
 from finetuning.config.experiment import Experiment
 from finetuning.config.model import BitsAndBytes, NewPeft
+from finetuning.errors import ConfigError, Place
 from finetuning.topology import Topology
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topo
     """How rows lie in a batch: end to end where that is proven for this very model."""
     if not method.lays_end_to_end:
         return Layout(True, f"{method.name} pads its rows")
-    wanted = experiment.sft_args.batching
+    wanted, packing = experiment.sft_args.batching, experiment.sft_args.packing
     if wanted == "padded":
         return Layout(True, "as configured")
     from finetuning.model.segments import enable_segments
@@ -185,8 +186,10 @@ def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topo
         reason = enable_segments(adapted.model, adapted.peft_config)
     if reason is None:
         return Layout(False, "each row attends to itself alone, proven on this model's logits")
+    if packing:
+        raise ConfigError(
+            f"rows cannot be packed: {reason}", place=Place(key="sft_args.packing"), hint="Set sft_args.packing: false."
+        )
     if wanted == "padding-free":
-        from finetuning.errors import ConfigError, Place
-
         raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
     return Layout(True, reason)

@@ -118,9 +118,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     prepared = load_model(
         experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
     )
-    for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
-        label, _, value = note.partition(": ") if ": " in note else ("", "", note)
-        observer.told(label, value)
+    _tell_model(job, plan, data, prepared)
     record.update(**_what_went_in(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal()
@@ -189,6 +187,17 @@ def _what_went_in(
         },
         "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
     }
+
+
+def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel) -> None:
+    for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
+        label, _, value = note.partition(": ") if ": " in note else ("", "", note)
+        job.observer.told(label, value)
+    if job.method.lays_end_to_end:
+        from finetuning.data.packed import lying
+
+        longest = job.experiment.sft_args.max_seq_length
+        job.observer.told("tokens", str(lying(data.train, longest, plan.batch.per_device)))
 
 
 def _last_loss(trainer: Trainer) -> float | None:

@@ -1,0 +1,87 @@
+"""Training rows laid together in packs, and what packing, or laying end to end, saves over padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetuning.data.packing import pack
+
+if TYPE_CHECKING:
+    import datasets
+
+_SLAB = 1024
+
+
+@dataclass(frozen=True)
+class Lying:
+    """How rows lie in the packs of a run, and what share of computed tokens is real in each way to lay them."""
+
+    rows: int
+    packs: int | None
+    """Number of packs; None where rows are not packed."""
+    filled: float | None
+    """Share of the packs' capacity that holds tokens."""
+    padded: float
+    """Share of computed tokens that are real in batches drawn by chance and padded to their longest row."""
+
+    def __str__(self) -> str:
+        real = f"{self.padded:.0%} of computed tokens are real when padded, 100% end to end"
+        if self.packs is None:
+            return real
+        return f"{self.rows:,} rows in {self.packs:,} packs, {self.filled:.1%} full; {real} or packed"
+
+
+def row_lengths(dataset: datasets.Dataset, column: str = "input_ids") -> np.ndarray:
+    """Tokens of each row, int64, in order; of each row inside the packs, where rows are packed."""
+    import pyarrow.compute as pc
+
+    table = dataset.with_format("arrow")[:]
+    if "lengths" in dataset.column_names:
+        return pc.list_flatten(table["lengths"]).to_numpy().astype(np.int64)
+    return pc.list_value_length(table[column]).to_numpy().astype(np.int64)
+
+
+def lying(dataset: datasets.Dataset, capacity: int, batch: int) -> Lying:
+    """How the rows of a dataset lie, and the shares that are real in batches of this many rows."""
+    lengths = row_lengths(dataset)
+    packed = "lengths" in dataset.column_names
+    filled = float(lengths.sum() / (len(dataset) * capacity)) if packed else None
+    return Lying(len(lengths), len(dataset) if packed else None, filled, _padded_share(lengths, batch))
+
+
+def _padded_share(lengths: np.ndarray, batch: int) -> float:
+    order = np.random.default_rng(0).permutation(len(lengths))
+    starts = np.arange(0, len(lengths), batch)
+    longest = np.maximum.reduceat(lengths[order], starts)
+    sizes = np.diff(np.append(starts, len(lengths)))
+    return float(lengths.sum() / (longest * sizes).sum())
+
+
+def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:
+    """The rows in packs of at most `capacity` tokens: `input_ids`, `labels`, and `lengths`, those of the rows in a
+    pack, in order."""
+    import datasets
+    import pyarrow as pa
+    from datasets.table import InMemoryTable
+
+    lengths = row_lengths(dataset)
+    packing = pack(lengths, capacity)
+    source = dataset.with_format("arrow")
+    columns = ("input_ids", "labels")
+    chunks: dict[str, list[pa.Array]] = {name: [] for name in (*columns, "lengths")}
+    for first in range(0, len(packing), _SLAB):
+        borders = packing.borders[first : first + _SLAB + 1]
+        rows = packing.rows[borders[0] : borders[-1]]
+        table = source[rows]
+        sizes = lengths[rows]
+        ends = np.concatenate([[0], np.cumsum(sizes)])[borders - borders[0]]
+        for name in columns:
+            values = pa.chunked_array([chunk.flatten() for chunk in table[name].chunks]).combine_chunks()
+            chunks[name].append(pa.LargeListArray.from_arrays(ends, values))
+        chunks["lengths"].append(pa.LargeListArray.from_arrays(borders - borders[0], pa.array(sizes.astype(np.int32))))
+    features = datasets.Features({name: datasets.LargeList(datasets.Value("int32")) for name in chunks})
+    packed = pa.table({name: pa.chunked_array(parts) for name, parts in chunks.items()})
+    return datasets.Dataset(InMemoryTable(packed), info=datasets.DatasetInfo(features=features))
