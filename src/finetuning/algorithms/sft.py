@@ -47,8 +47,11 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
             targets = inputs.pop("shift_labels")
             wanted = targets.ne(-100)
             if not self.selects_logits:
+                if not model.training:
+                    # The mean over this batch, whatever the other processes have.
+                    num_items_in_batch = None
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                self._note_evaluation(loss[0] if return_outputs else loss, wanted)
+                self._note_evaluation((loss[0] if return_outputs else loss) * wanted.sum(), wanted.sum())
                 return loss
             inputs.pop("labels")
             outputs = model(**inputs, logits_to_keep=wanted, use_cache=False)
@@ -59,7 +62,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
             else:
                 # Gradients are averaged over processes; the token count is already that of all of them.
                 loss = total / num_items_in_batch * self._gradient_processes()
-            self._note_evaluation(loss, wanted)
+            self._note_evaluation(total, wanted.sum())
             return (loss, outputs) if return_outputs else loss
 
     tokenizer = parts.tokenizer

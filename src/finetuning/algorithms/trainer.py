@@ -77,11 +77,38 @@ class TrainerMixin:
         """Over how many processes gradients are averaged whose token counts were summed."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    def _note_evaluation(self, loss: torch.Tensor, wanted: torch.Tensor) -> None:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # The one place that both training and evaluation pass before anything is computed of a batch.
+        if batch_samples:
+            self._unlabel_repeated_rows(batch_samples[-1])
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _unlabel_repeated_rows(self, batch: Any) -> None:
+        """Takes the labels off the rows that stand twice in the last batch of a pass.
+
+        Each process gets as many rows as every other, so that the last round of a pass is filled up with rows from
+        its beginning; one process would not see them again, and so no loss of theirs counts. Rows packed out of others
+        are left as they are, but for a process that has repeated ones only.
+        """
+        state, labels = self.accelerator.gradient_state, batch.get("shift_labels")
+        repeats = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        if labels is None or not repeats:
+            return
+        rows = self._train_batch_size if self.model.training else self.args.eval_batch_size
+        kept = max(state.remainder - self.accelerator.process_index * rows, 0)
+        borders = batch.get("cu_seq_lens_q")
+        for name in ("labels", "shift_labels"):
+            if borders is None:
+                batch[name][kept:] = -100
+            elif kept == 0:
+                batch[name][:] = -100
+            elif kept < rows == len(borders) - 1:
+                batch[name][:, int(borders[kept]) :] = -100
+
+    def _note_evaluation(self, total: torch.Tensor, count: torch.Tensor | int) -> None:
         """Keeps a validation batch's summed loss and its token count."""
-        if self._evaluated is not None and not self.model.training:
-            count = wanted.sum()
-            self._evaluated += torch.stack([loss.detach().double() * count, count.double()])
+        if self._evaluated is not None and not self.model.training and count:
+            self._evaluated += torch.stack([total.detach().double(), torch.as_tensor(count).double().to(total.device)])
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the loss as a mean over all tokens, however the rows fell into batches."""
