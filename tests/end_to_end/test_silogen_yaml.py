@@ -165,7 +165,8 @@ def test_a_weighted_mix_with_a_split(
     tool: Any, sft_values: Any, write_config: Any, write_jsonl: Any, sft_rows: Any, tmp_path: Path
 ) -> None:
     paths = [write_jsonl(tmp_path / f"{count}.jsonl", sft_rows(count)) for count in (8, 4, 2)]
-    sources = [{"path": str(path), "sampling_weight": weight} for path, weight in zip(paths, (1.0, 1.0, 0.0))]
+    weights = (1.0, 1.0, 0.0)
+    sources = [{"path": str(path), "sampling_weight": weight} for path, weight in zip(paths, weights, strict=True)]
     changes = {
         "data_conf.training_data": {"type": "PRECOMPUTE_WEIGHTED_MIX", "datasets": sources, "seed": 3},
         "data_conf.validation_data": {"type": "AUTO_SPLIT", "data_type": "ChatConversation", "ratio": 0.25, "seed": 5},

@@ -1,0 +1,79 @@
+"""Two processes of torchrun on the CPU: one optimisation, one voice, one output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+
+
+@pytest.mark.parametrize(("kind", "batching"), [("sft", "auto"), ("dpo", None)])
+def test_the_curve_is_that_of_one_process(
+    train: Any,
+    sft_values: Any,
+    dpo_values: Any,
+    write_config: Any,
+    read_tensors: Any,
+    tmp_path: Path,
+    kind: str,
+    batching: str | None,
+) -> None:
+    changes = {
+        # 24 rows, 17 of which train, make a last batch that two processes cannot share evenly.
+        "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.3},
+        "training_args.eval_strategy": "steps",
+        "training_args.eval_steps": 2,
+        "training_args.max_steps": 6,
+        "training_args.save_strategy": "steps",
+        "training_args.save_steps": 3,
+        "peft_conf": LORA,
+    }
+    if kind == "dpo":
+        changes |= {"data_conf.validation_data": {"type": "NONE"}, "training_args.eval_strategy": "no"}
+    make = sft_values if kind == "sft" else dpo_values
+    shared = tmp_path / "shared"
+    config = write_config(make({**changes, "training_args.output_dir": str(shared)}), "shared.yaml")
+    scripts = Path(sys.executable).parent
+    command = [str(scripts / "torchrun"), "--nproc_per_node", "2", "--no-python"]
+    result = subprocess.run(
+        [
+            *command,
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+            str(scripts / "finetuning"),
+            kind,
+            str(config),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Completed after 6 steps") == 1
+    assert result.stdout.count("rows in a batch") == 1
+    assert "4 = 2 x 2 x 1" in result.stdout
+    alone = train(make({**changes, "training_args.output_dir": str(tmp_path / "alone")}))
+    curves = [
+        [json.loads(line)["data"]["value"] for line in (folder / "training_logs.jsonl").read_text().splitlines()]
+        for folder in (shared, alone.output_dir)
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    assert len(curves[0]) == (9 if kind == "sft" else 6)
+    assert sorted(path.name for path in shared.iterdir()) == sorted(path.name for path in alone.output_dir.iterdir())
+    assert not list(shared.rglob("training_args.bin"))
+    first, second = read_tensors(shared / "checkpoint-final"), read_tensors(alone.final)
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in second)
+    record = json.loads((shared / "run.json").read_text())
+    assert [job["status"] for job in record["jobs"]] == ["completed"]
