@@ -1,8 +1,9 @@
-"""The quickstart's data: orders with the JSON that they mean, in three files.
+"""The quickstart's data: orders with the JSON that they mean, in four files.
 
 train.jsonl         {"messages": [order, JSON]}: what `finetuning sft` learns from
 test.jsonl          {"prompt_messages": [order], "correct_answers": [JSON]}: orders that are in no other file
 preferences.jsonl   {"prompt_messages", "chosen_messages", "rejected_messages"}: the JSON, and one with a fault
+prompts.jsonl       as test.jsonl, of the orders of train.jsonl: what `finetuning grpo` learns from
 
 python make_data.py OUT [--seed 1]
 """
@@ -22,6 +23,7 @@ from orders import DAYS, ITEMS, NUMBERS, Order, draw, every_order
 TRAINING_ROWS = 2000
 TEST_ROWS = 200
 PREFERENCE_ROWS = 800
+PROMPT_ROWS = 400
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -76,6 +78,13 @@ def main() -> None:
                 "id": f"preference-{number}",
             }
             for number, (text, order) in enumerate(draw(rest, PREFERENCE_ROWS, rng))
+        ),
+    )
+    write_jsonl(
+        arguments.out / "prompts.jsonl",
+        (
+            {"prompt_messages": [message("user", text)], "correct_answers": [order.as_json], "id": f"prompt-{number}"}
+            for number, (text, order) in enumerate(draw(rest, PROMPT_ROWS, rng))
         ),
     )
     print(f"{TRAINING_ROWS} training, {TEST_ROWS} test and {PREFERENCE_ROWS} preference rows in {arguments.out}")

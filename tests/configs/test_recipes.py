@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from finetuning.config.experiment import DPOExperiment, Experiment, SFTExperiment
+from finetuning.config.experiment import EXPERIMENTS, DPOExperiment, Experiment, GRPOExperiment, SFTExperiment
 from finetuning.config.model import BitsAndBytes, NoPeft
 from finetuning.config.read import read_document
 from finetuning.config.schema import schema_text
@@ -21,7 +21,9 @@ from finetuning.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
-METHODS: dict[str, type[Experiment]] = {"sft": SFTExperiment, "dpo": DPOExperiment}
+METHODS: dict[str, type[Experiment]] = EXPERIMENTS
+PAIRS = ("dpo", "reward", "orpo", "cpo")
+EXPERIMENTAL = ("orpo", "cpo")
 WHOLE = {"data_conf", "training_args", "batchsize_conf", "peft_conf"}
 
 
@@ -67,7 +69,11 @@ def method_of(block: str) -> str:
     return values.get("method") or ("dpo" if {"beta", "loss_type"} & training.keys() else "sft")
 
 
-def test_there_are_recipes_for_both_methods() -> None:
+def test_each_method_has_a_recipe_for_this_machine_and_one_for_a_model_of_today() -> None:
+    for method in METHODS:
+        names = [path.stem for path in RECIPES if path.parent.name == method]
+        assert "quickstart" in names
+        assert len(names) > 1
     assert {path.parent.name for path in RECIPES} == METHODS.keys()
 
 
@@ -95,13 +101,16 @@ def test_header_says_what_a_reader_needs(path: Path) -> None:
     header = header_of(path)
     assert header.keys() >= {"Hardware", "Memory", "Command", "Data"}
     assert f"finetuning {method} {name_of(path)}" in header["Command"]
-    assert ("prompt_messages" if method == "dpo" else '"messages"') in header["Data"]
+    assert ('"messages"' if method == "sft" else "prompt_messages") in header["Data"]
+    assert ("Experimental." in path.read_text()) == (method in EXPERIMENTAL)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_stands_in_the_table(path: Path) -> None:
     table = (ROOT / "configs" / "README.md").read_text()
-    (row,) = re.findall(rf"^\| `{path.parent.name}/{re.escape(path.stem)}` \|.*$", table, re.MULTILINE)
+    (row,) = re.findall(
+        rf"^\| `{path.parent.name}/{re.escape(path.stem)}`(?: \(experimental\))? \|.*$", table, re.MULTILINE
+    )
     device = re.match(r"one GPU of (\d+) GB", header_of(path)["Hardware"])
     assert row.endswith(f"| {device[1]} GB |" if device else "| none |")
 
@@ -127,12 +136,14 @@ class Shape:
     intermediate: int
     layers: int
     vocabulary: int
+    cache: int = 0
+    """Bytes of a token's keys and values in bfloat16."""
 
 
 SHAPES = {
     "Qwen/Qwen3-0.6B": Shape(0.596e9, 0.440e9, 0.631e6, 1024, 3072, 28, 151936),
     "Qwen/Qwen3-1.7B-Base": Shape(1.721e9, 1.409e9, 1.090e6, 2048, 6144, 28, 151936),
-    "Qwen/Qwen3-4B-Instruct-2507": Shape(4.022e9, 3.633e9, 2.064e6, 2560, 9728, 36, 151936),
+    "Qwen/Qwen3-4B-Instruct-2507": Shape(4.022e9, 3.633e9, 2.064e6, 2560, 9728, 36, 151936, 147456),
     "Qwen/Qwen3-8B": Shape(8.191e9, 6.946e9, 2.728e6, 4096, 12288, 36, 151936),
     "google/gemma-3-1b-it": Shape(1.000e9, 0.698e9, 0.815e6, 1152, 6912, 26, 262144),
     "meta-llama/Llama-3.1-8B-Instruct": Shape(8.030e9, 6.979e9, 2.621e6, 4096, 14336, 32, 128256),
@@ -143,13 +154,21 @@ SHAPES = {
 }
 
 
+def longest_row(experiment: Experiment) -> int:
+    if isinstance(experiment, SFTExperiment):
+        return experiment.sft_args.max_seq_length
+    if isinstance(experiment, GRPOExperiment):
+        return experiment.grpo_args.max_prompt_length + experiment.training_args.max_completion_length
+    return experiment.training_args.max_length
+
+
 def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
     """GB of weights, of what is trained, and of activations, by the formulas of configs/README.md."""
     shape = SHAPES[experiment.run_conf.model]
-    is_dpo = isinstance(experiment, DPOExperiment)
+    method = experiment.method_name
     if isinstance(experiment.peft_conf, NoPeft):
         assert experiment.run_conf.model_args.dtype == "float32"
-        weights = shape.parameters * (4 + 2 + (4 if is_dpo else 0))
+        weights = shape.parameters * (4 + 2 + (4 if isinstance(experiment, DPOExperiment) else 0))
         trained = shape.parameters * 12
     else:
         assert experiment.peft_conf.peft_kwargs["target_modules"] == "all-linear"
@@ -157,10 +176,13 @@ def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
         rest = shape.parameters - shape.linear
         weights = shape.linear * 0.516 + rest * 4 if quantised else shape.parameters * 2
         trained = shape.inputs_and_outputs * experiment.peft_conf.peft_kwargs["r"] * 16
-    length = experiment.training_args.max_length if is_dpo else experiment.sft_args.max_seq_length
-    tokens = experiment.batchsize_conf.max_per_device_train_batch_size * length * (2 if is_dpo else 1)
+    length = longest_row(experiment)
+    tokens = experiment.batchsize_conf.max_per_device_train_batch_size * length * (2 if method in PAIRS else 1)
     layer = 2 * (12 * shape.hidden + 4 * shape.intermediate)
-    activations = tokens * (2 * shape.hidden * shape.layers + 10 * shape.vocabulary + layer)
+    logits = 0 if method == "reward" else 10 * shape.vocabulary
+    activations = tokens * (2 * shape.hidden * shape.layers + logits + layer)
+    if method == "grpo":
+        activations = max(activations, experiment.batchsize_conf.total_train_batch_size * length * shape.cache)
     return weights / 1e9, trained / 1e9, activations / 1e9
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class TrainerMixin:
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # The one place that both training and evaluation pass before anything is computed of a batch.
-        if batch_samples:
+        # Prompts that are still to be answered come as a list.
+        if batch_samples and isinstance(batch_samples[-1], Mapping):
             self._unlabel_repeated_rows(batch_samples[-1])
         return super()._get_num_items_in_batch(batch_samples, device)
 
