@@ -5,7 +5,8 @@ unmerged model rounds its activations as much; both grow like the square root of
 differ by `tolerance = SAFETY * u * sqrt(layers)` of their own spread (root mean square around each position's mean):
 root mean square of the difference at most that, its largest value at most PEAK times that (or that share of twice the
 largest logit, whose error grows with it), and the mean KL divergence at most the square of it in logits, which is twice
-what such a random difference costs. Top-1 agreement is told, not judged: near ties flip. What the adapter itself
+what such a random difference costs. SAFETY is larger for float32 and float64, whose sums round in the type itself, so
+that the width of the model counts as well as its depth; the halves sum in float32. Top-1 agreement is told, not judged: near ties flip. What the adapter itself
 changes is measured too, so that a merge which loses it is seen.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 # B prompts, T tokens, V vocabulary
 
 CERTIFICATE = "merge_certificate.json"
-SAFETY = 8.0
+SAFETY = {"float64": 64.0, "float32": 64.0, "float16": 8.0, "bfloat16": 8.0}
 PEAK = 8.0
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _PROMPTS = (
@@ -157,7 +158,8 @@ def _kl(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def tolerance_of(dtype: str, layers: int) -> float:
     """The relative logit difference that rounding to a dtype may cause in a model of so many layers."""
-    return SAFETY * _UNIT_ROUNDOFF.get(dtype, _UNIT_ROUNDOFF["bfloat16"]) * math.sqrt(layers)
+    dtype = dtype if dtype in SAFETY else "bfloat16"
+    return SAFETY[dtype] * _UNIT_ROUNDOFF[dtype] * math.sqrt(layers)
 
 
 def require_memory(base: BaseModel) -> None:
