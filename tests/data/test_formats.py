@@ -53,7 +53,9 @@ def test_a_preference_is_kept_whole() -> None:
             'messages[1].role: unknown role "asistant". Did you mean "assistant"?',
         ),
         ({"messages": [{"role": 3, "content": "a"}]}, "messages[0].role: expected text, got a number"),
-        ({"messages": [{"from": "human", "value": "a"}]}, 'messages[0]: found from/value; rename "from" to "role"'),
+        ({"messages": [{"from": "humna", "value": "a"}]}, 'messages[0].role: unknown role "humna"'),
+        ({"messages": [{"from": "human", "value": 1}]}, "messages[0].content: expected text, got a number"),
+        ({"messages": '[{"role": '}, "messages: expected a list of messages, got text that is no JSON"),
         ({"messages": []}, "messages: needs at least one message, got an empty list"),
         ({"messages": "Hi"}, "messages: expected a list of messages, got text"),
         ({"messages": ["Hi"]}, "messages[0]: expected an object with role and content, got text"),
@@ -73,10 +75,9 @@ def test_what_is_wrong_is_said_with_its_key(row: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("row", "advice"),
     [
-        ({"conversations": []}, "These rows look like ShareGPT"),
         ({"prompt_messages": 1, "chosen_messages": 1, "rejected_messages": 1}, "preferences: run `finetuning dpo`"),
-        ({"instruction": "a", "output": "b"}, "Alpaca"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "TRL's preferences"),
+        ({"instruction": "a", "output": "b"}, "These rows look like `alpaca`"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences: run `finetuning dpo`"),
         ({"message": []}, 'Did you mean "messages" by "message"?'),
         ({"text": "a"}, "expected messages; found text"),
     ],

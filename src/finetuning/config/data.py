@@ -98,6 +98,8 @@ class DatasetSource(Section):
     """What is a row in a text file."""
     max_rows: int | None = Field(default=None, gt=0)
     """Most rows that are read of this dataset, from its beginning."""
+    train_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Share of this dataset that is trained on; by default all that validation leaves."""
     validation_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of this dataset that becomes validation data, where `validation_data.type` is `FROM_DATASETS`."""
 

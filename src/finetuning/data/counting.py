@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from finetuning.config.data import AutoSplit, Concatenation, DataConfig
-from finetuning.data import mixing
-from finetuning.data.sources import check_source, read_rows
+from finetuning.config.data import DataConfig
+from finetuning.data.arranging import arrange, used_datasets
+from finetuning.data.loading import raw_rows
 from finetuning.errors import DataError, Problem
 
 
@@ -14,22 +14,12 @@ def count_training_rows(data_conf: DataConfig) -> int:
     Raises:
         DataError: a file is missing or empty; every such file is named.
     """
-    training = data_conf.training_data
-    lengths, weights, problems = [], [], list[Problem]()
-    for index, source in enumerate(training.datasets):
-        weight = getattr(source, "sampling_weight", 1.0)
-        if weight == 0:
-            continue
+    lengths, problems = [], list[Problem]()
+    for key, source in used_datasets(data_conf.training_data, "data_conf.training_data"):
         try:
-            check_source(source.path, f"data_conf.training_data.datasets[{index}].path")
-            lengths.append(sum(1 for _ in read_rows(source.path)))
-            weights.append(weight)
+            lengths.append(sum(1 for _ in raw_rows(source, key)))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
-    is_plain = isinstance(training, Concatenation)
-    rows = sum(lengths) if is_plain else len(mixing.weighted_mix(lengths, weights, training.seed))
-    if isinstance(data_conf.validation_data, AutoSplit):
-        rows = len(mixing.split(rows, data_conf.validation_data.ratio, data_conf.validation_data.seed)[0])
-    return rows
+    return len(arrange(data_conf.training_data, data_conf.validation_data, lengths)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from finetuning.data.collate import UNTRAINED
 from finetuning.data.labelling import Labeller, Tokens
 from finetuning.data.ledger import TOO_LONG
 from finetuning.data.masking import Masker
-from finetuning.data.rendering import Renderer
+from finetuning.data.rendering import CannotRender, Renderer
 from finetuning.data.rows import Conversation, Message, Preference
 from finetuning.data.spans import NOT_TAKEN, Marked, Refused
 
@@ -89,48 +89,66 @@ class SFTMaker:
         self.notices = Notices(self.renderer.special_tokens)
 
     def __call__(self, rows: Sequence[Conversation]) -> list[Example | Lost]:
-        rendered = self._render(rows)
-        texts = [one.text for one in rendered if isinstance(one, Marked)]
-        spans = [one.spans if self.completions_only else None for one in rendered if isinstance(one, Marked)]
-        tokenised = iter(self.labeller.encode(texts, spans))
+        turns = [self._turns(row) for row in rows]
+        rendered = self._render(rows, turns)
+        shown = [(one, wanted) for one, wanted in zip(rendered, turns, strict=True) if isinstance(one, Marked)]
+        spans = [None if wanted is None else one.spans for one, wanted in shown]
+        tokenised = iter(self.labeller.encode([one.text for one, _ in shown], spans))
         return [
             one if isinstance(one, Lost) else self._finish(row, one, next(tokenised))
             for row, one in zip(rows, rendered, strict=True)
         ]
 
-    def _render(self, rows: Sequence[Conversation]) -> list[Marked | Lost]:
-        if self.completions_only:
-            return [unproven(one) if isinstance(one, Refused) else one for one in self.masker.find(rows)]
-        return [
-            Marked(text, (), "everything") if isinstance(text, str) else unproven(Refused(f"{NOT_TAKEN}: {text}"))
-            for text in self.renderer.texts(rows)
-        ]
+    def _turns(self, row: Conversation) -> Sequence[int] | None:
+        """The messages to train on; None for all of the text."""
+        if row.turns == "all" or (row.turns is None and not self.completions_only):
+            return None
+        if row.turns is not None:
+            return row.turns
+        return [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+
+    def _render(self, rows: Sequence[Conversation], turns: Sequence[Sequence[int] | None]) -> list[Marked | Lost]:
+        chosen = [(row, wanted) for row, wanted in zip(rows, turns, strict=True) if wanted is not None]
+        marked = iter(self.masker.find_turns(*map(list, zip(*chosen, strict=True))) if chosen else ())
+        texts = iter(self.renderer.texts([row for row, wanted in zip(rows, turns, strict=True) if wanted is None]))
+        found = [_whole(next(texts)) if wanted is None else next(marked) for wanted in turns]
+        return [unproven(one) if isinstance(one, Refused) else one for one in found]
 
     def _finish(self, row: Conversation, marked: Marked, tokens: Tokens | Refused) -> Example | Lost:
-        if isinstance(tokens, Refused):
-            return unproven(tokens)
-        size = len(tokens.ids)
-        if not any(last > first for first, last in tokens.runs):
-            return Lost("nothing to train on", "no message of the assistant")
-        if size > self.max_length and not self.truncate:
-            detail = f"{size} tokens, the limit is {self.max_length}"
-            return Lost(TOO_LONG, detail, is_fault=False, tokens=size)
-        ids, labels = tokens.ids[: self.max_length], tokens.labels(UNTRAINED)[: self.max_length]
-        trained = int(np.count_nonzero(labels != UNTRAINED))
-        if trained == 0:
-            return Lost("nothing left to train on", f"the answer begins after {self.max_length} tokens", tokens=size)
-        notes = marked.notes | self.notices(row.messages) | ({tokens.note} if tokens.note else set())
-        last_run = tokens.runs[-1][1]
-        answer_cut = last_run > self.max_length and row.messages[-1]["role"] == "assistant"
-        return Example(
-            columns={"input_ids": ids, "labels": labels},
-            tokens=len(ids),
-            trained=trained,
-            text=marked.text,
-            tokens_cut=max(size - self.max_length, 0),
-            answer_cut=answer_cut,
-            notes=frozenset(notes),
-        )
+        fitted = fit(tokens, self.max_length, self.truncate)
+        if isinstance(fitted, Lost):
+            return fitted
+        notes = marked.notes | self.notices(row.messages) | fitted.notes
+        answer_cut = fitted.answer_cut and row.messages[-1]["role"] == "assistant"
+        return replace(fitted, text=marked.text, notes=frozenset(notes), answer_cut=answer_cut)
+
+
+def _whole(text: str | CannotRender) -> Marked | Refused:
+    return Marked(text, (), "everything") if isinstance(text, str) else Refused(f"{NOT_TAKEN}: {text}")
+
+
+def fit(tokens: Tokens | Refused, max_length: int, truncate: bool) -> Example | Lost:
+    """The tokens as `input_ids` and `labels`, cut at the end where they are too long and may be cut."""
+    if isinstance(tokens, Refused):
+        return unproven(tokens)
+    size = len(tokens.ids)
+    if not any(last > first for first, last in tokens.runs):
+        return Lost("nothing to train on", "no message of the assistant")
+    if size > max_length and not truncate:
+        return Lost(TOO_LONG, f"{size} tokens, the limit is {max_length}", is_fault=False, tokens=size)
+    ids, labels = tokens.ids[:max_length], tokens.labels(UNTRAINED)[:max_length]
+    trained = int(np.count_nonzero(labels != UNTRAINED))
+    if trained == 0:
+        return Lost("nothing left to train on", f"the answer begins after {max_length} tokens", tokens=size)
+    return Example(
+        columns={"input_ids": ids, "labels": labels},
+        tokens=len(ids),
+        trained=trained,
+        text="",
+        tokens_cut=max(size - max_length, 0),
+        answer_cut=tokens.runs[-1][1] > max_length,
+        notes=frozenset({tokens.note} if tokens.note else ()),
+    )
 
 
 @dataclass
@@ -160,6 +178,10 @@ class DPOMaker:
 
     def mark(self, answers: Sequence[tuple[Any, list[Message]]]) -> list[Marked | Refused]:
         """The text of each row's prompt with an answer, up to the end of the answer, which is its one span."""
+        if any(row.is_text for row, _ in answers):
+            return [
+                self._texts(row, answer) if row.is_text else self.mark([(row, answer)])[0] for row, answer in answers
+            ]
         conversations = [
             Conversation([*row.prompt, *answer], row.place, row.tools, row.template_kwargs) for row, answer in answers
         ]
@@ -168,6 +190,12 @@ class DPOMaker:
 
     def _mark(self, row: Any, answer: list[Message]) -> Marked | Refused:
         return self.mark([(row, answer)])[0]
+
+    def _texts(self, row: Any, answer: list[Message]) -> Marked:
+        """A prompt and an answer that no template frames, and the end-of-sequence token."""
+        prompt = row.prompt[0]["content"]
+        text = f"{prompt}{answer[0]['content']}{self.renderer.tokenizer.eos_token or ''}"
+        return Marked(text, ((len(prompt), len(text)),), "text")
 
     @staticmethod
     def _one_span(found: Marked | Refused) -> Marked | Refused:

@@ -48,6 +48,8 @@ class PartLedger:
     shortest_dropped: int | None = None
     fates: list[Fate] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, str] = field(default_factory=dict)
+    """The format of each dataset, and how it is known."""
 
     def keep(self, tokens: int, trained: int) -> None:
         """Counts a row that is trained on as it is; tokens are counted in `tokens` and `trained`."""
@@ -90,7 +92,7 @@ class PartLedger:
 
     @property
     def filtered(self) -> list[Fate]:
-        return [fate for fate in self.dropped if not fate.is_fault]
+        return [fate for fate in self.dropped if fate.reason == TOO_LONG]
 
     def lines(self) -> list[str]:
         """The ledger for people, a line for each thing to know."""
@@ -98,6 +100,7 @@ class PartLedger:
             f"{self.part}: {_count(self.kept, 'row')} of {self.rows} kept, {_count(self.tokens, 'token')},"
             f" {self.trained_tokens} trained"
         ]
+        lines += [f"  rows of {name}: {how}" for name, how in self.formats.items()]
         if cut := self.truncated:
             answers = sum(fate.answer_cut for fate in cut)
             lost = _count(sum(fate.tokens_cut for fate in cut), "token")
@@ -119,6 +122,7 @@ class PartLedger:
         """The ledger for machines; JSON types only."""
         return {
             "part": self.part,
+            "formats": self.formats,
             "rows": self.rows,
             "kept": self.kept,
             "tokens": self.tokens,

@@ -18,12 +18,15 @@ def concatenate(lengths: Sequence[int]) -> np.ndarray:
     return np.arange(sum(lengths), dtype=np.int64)
 
 
-def weighted_mix(lengths: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """Indices, int64, into the datasets laid end to end; every row of a dataset with weight appears at least once.
+def weighted_mix(
+    lengths: Sequence[int], weights: Sequence[float], seed: int, stopping: str = "all_exhausted"
+) -> np.ndarray:
+    """Indices, int64, into the datasets laid end to end.
 
     When all weights are 1.0 the datasets take turns, and shorter ones start again until the longest is through.
-    Otherwise a dataset is drawn by weight for each place until each has given all its rows. A weight of 0 skips its
-    dataset. The weights of the others are divided by their sum.
+    Otherwise a dataset is drawn by weight for each place until each has given all its rows. So every row of a dataset
+    with weight appears at least once; under `first_exhausted` none appears twice, and the mix ends where a dataset has
+    no other row to give. A weight of 0 skips its dataset. The weights of the others are divided by their sum.
 
     Raises:
         ValueError: no weight is above 0, or a dataset that has one is empty.
@@ -35,11 +38,12 @@ def weighted_mix(lengths: Sequence[int], weights: Sequence[float], seed: int) ->
     sizes = np.asarray(lengths, dtype=np.int64)[used]
     if not sizes.all():
         raise ValueError("a dataset of the mix has no rows")
+    until_first = stopping == "first_exhausted"
     if all(weights[index] == 1.0 for index in used):
-        turns = np.arange(sizes.max(), dtype=np.int64)[:, None]
+        turns = np.arange(sizes.min() if until_first else sizes.max(), dtype=np.int64)[:, None]
         return (turns % sizes + starts).ravel()
     total = sum(weights[index] for index in used)
-    draws = _draw_until_exhausted(sizes, [weights[index] / total for index in used], seed)
+    draws = _draw_until_exhausted(sizes, [weights[index] / total for index in used], seed, until_first)
     indices = np.empty(len(draws), dtype=np.int64)
     for source, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         places = np.flatnonzero(draws == source)
@@ -47,16 +51,19 @@ def weighted_mix(lengths: Sequence[int], weights: Sequence[float], seed: int) ->
     return indices
 
 
-def _draw_until_exhausted(sizes: np.ndarray, probabilities: Sequence[float], seed: int) -> np.ndarray:
+def _draw_until_exhausted(
+    sizes: np.ndarray, probabilities: Sequence[float], seed: int, until_first: bool
+) -> np.ndarray:
+    """Drawn datasets, up to the draw that takes the last row of all of them, or of the first one."""
     generator = np.random.default_rng(seed)
     counts = np.zeros(len(sizes), dtype=np.int64)
     blocks = []
-    while (counts < sizes).any():
+    while not (counts >= sizes).any() if until_first else (counts < sizes).any():
         blocks.append(generator.choice(len(sizes), size=_BLOCK, p=probabilities))
         counts += np.bincount(blocks[-1], minlength=len(sizes))
     draws = np.concatenate(blocks)
-    last = max(np.flatnonzero(draws == source)[size - 1] for source, size in enumerate(sizes))
-    return draws[: last + 1]
+    done = [np.flatnonzero(draws == source)[size - 1] for source, size in enumerate(sizes) if counts[source] >= size]
+    return draws[: (min(done) if until_first else max(done)) + 1]
 
 
 def split(count: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

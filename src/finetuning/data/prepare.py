@@ -8,25 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from finetuning.config.data import AutoSplit, Concatenation, DataConfig, DatasetSource, WeightedMix
+from finetuning.config.data import Concatenation, DataConfig, DatasetSource, WeightedMix
 from finetuning.config.training import SFTArgs
 from finetuning.data import mixing
+from finetuning.data.arranging import arrange, used_datasets
 from finetuning.data.examples import DPOMaker, SFTMaker
-from finetuning.data.formats import FORMATS
 from finetuning.data.labelling import Labeller
 from finetuning.data.ledger import Ledger, raise_bad_rows
+from finetuning.data.loading import options_for
 from finetuning.data.masking import Masker
 from finetuning.data.packed import pack_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.prompts import PromptMaker
-from finetuning.data.reading import Part, Reading, to_dataset
+from finetuning.data.reading import Reading, to_dataset
 from finetuning.data.rendering import Renderer
-from finetuning.data.sources import check_source
+from finetuning.data.sources import find_shards
+from finetuning.data.supervised import SupervisedMaker
 from finetuning.data.templates import get_template
 from finetuning.data.unpaired import UnpairedMaker, WholePairMaker
-from finetuning.errors import DataError, Place
+from finetuning.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -82,17 +82,17 @@ def prepare_sft(
         DataError: a file, a row or the template is wrong, or too few rows are left.
     """
     labeller = _labeller(tokenizer)
-    renderer = Renderer(tokenizer)
-    make = SFTMaker(
-        renderer,
-        Masker(renderer, labeller.split, _stops(data_conf, stop_tokens)),
-        labeller,
-        max_length=sft_args.max_seq_length,
-        truncate=sft_args.length_handling == "truncate",
-        completions_only=sft_args.train_on_completions_only,
-    )
-    rules = ["sft", sft_args.max_seq_length, sft_args.length_handling, sft_args.train_on_completions_only]
-    reading = Reading(FORMATS["messages"], make, labeller, sft_args.max_seq_length)
+    options = options_for(sft_args, tokenizer.special_tokens_map)
+    truncate = sft_args.length_handling == "truncate"
+
+    def make_chats() -> SFTMaker:
+        renderer = Renderer(tokenizer)
+        masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+        return SFTMaker(renderer, masker, labeller, sft_args.max_seq_length, truncate, options.chats != "all")
+
+    make = SupervisedMaker(make_chats, labeller, tokenizer.eos_token, len(tokenizer), sft_args.max_seq_length, truncate)
+    rules = ["sft", sft_args.max_seq_length, sft_args.length_handling, options.chats, options.completions]
+    reading = Reading("sft", options, make, labeller, sft_args.max_seq_length)
     prepared = _prepare(data_conf, reading, tokenizer, [*rules, sft_args.packing])
     if not sft_args.packing:
         return prepared
@@ -117,7 +117,13 @@ def prepare_dpo(
     labeller = _labeller(tokenizer)
     renderer = Renderer(tokenizer)
     masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
-    reading = Reading(FORMATS["preference"], DPOMaker(renderer, masker, labeller, max_length), labeller, max_length)
+    reading = Reading(
+        "preference",
+        options_for(None, tokenizer.special_tokens_map),
+        DPOMaker(renderer, masker, labeller, max_length),
+        labeller,
+        max_length,
+    )
     return _prepare(data_conf, reading, tokenizer, ["dpo", max_length])
 
 
@@ -138,7 +144,10 @@ def prepare_reward(
     masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
     make = WholePairMaker(DPOMaker(renderer, masker, labeller, None), max_length)
     return _prepare(
-        data_conf, Reading(FORMATS["preference"], make, labeller, max_length), tokenizer, ["reward", max_length]
+        data_conf,
+        Reading("preference", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length),
+        tokenizer,
+        ["reward", max_length],
     )
 
 
@@ -161,7 +170,13 @@ def prepare_kto(
     labeller = _labeller(tokenizer)
     renderer = Renderer(tokenizer)
     masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
-    reading = Reading(FORMATS["unpaired"], UnpairedMaker(renderer, masker, labeller, max_length), labeller, max_length)
+    reading = Reading(
+        "unpaired",
+        options_for(None, tokenizer.special_tokens_map),
+        UnpairedMaker(renderer, masker, labeller, max_length),
+        labeller,
+        max_length,
+    )
     prepared = _prepare(data_conf, reading, tokenizer, ["kto", max_length, seed])
     return replace(
         prepared,
@@ -186,7 +201,7 @@ def prepare_prompts(
     """
     labeller = _labeller(tokenizer)
     make = PromptMaker(Renderer(tokenizer), labeller, max_length, needed)
-    reading = Reading(FORMATS["prompt"], make, labeller, max_length)
+    reading = Reading("prompt", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length)
     return _prepare(data_conf, reading, tokenizer, ["prompt", max_length])
 
 
@@ -217,10 +232,7 @@ def _prepare(
         raise_bad_rows(reading.problems)
     report = Ledger(tuple(ledgers))
     report.check(data_conf.max_lost_fraction)
-    train = _order(training, parts[0])
-    held_out = None
-    if isinstance(validation, AutoSplit):
-        train, held_out = _split(train, validation)
+    train, held_out = arrange(training, validation, parts[0].lengths)
     return PreparedData(
         train=to_dataset(parts[0], train, "training"),
         validation=(
@@ -241,43 +253,21 @@ def _prepare(
     )
 
 
-def _sources(data: Concatenation | WeightedMix, key: str) -> list[DatasetSource]:
-    """The files to read, all of them checked; those of weight 0 are left out.
+def _sources(data: Concatenation | WeightedMix, key: str) -> list[tuple[str, DatasetSource]]:
+    """The datasets to read, all of their files checked; those of weight 0 are left out.
 
     Raises:
         DataError: with every file that is wrong.
     """
-    used, problems = [], []
-    for index, source in enumerate(data.datasets):
-        if isinstance(data, WeightedMix) and source.sampling_weight == 0:
-            continue
-        used.append(source)
+    used, problems = used_datasets(data, key), []
+    for place, source in used:
         try:
-            check_source(source.path, f"{key}.datasets[{index}].path")
+            find_shards(source, place)
         except DataError as error:
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
-    if not used:
-        raise DataError(
-            "all sampling weights are 0, so there is nothing to train on", place=Place(key=f"{key}.datasets")
-        )
     return used
-
-
-def _order(training: Concatenation | WeightedMix, part: Part) -> np.ndarray:
-    if isinstance(training, Concatenation):
-        return mixing.concatenate(part.lengths)
-    weights = [source.sampling_weight for source in training.datasets if source.sampling_weight > 0]
-    return mixing.weighted_mix(part.lengths, weights, training.seed)
-
-
-def _split(order: np.ndarray, validation: AutoSplit) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        train, held_out = mixing.split(len(order), validation.ratio, validation.seed)
-    except ValueError as error:
-        raise DataError(str(error), place=Place(key="data_conf.validation_data.ratio")) from None
-    return order[train], order[held_out]
 
 
 def _sha256(text: str) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 
 from finetuning.config.data import DatasetSource
 from finetuning.data.examples import Example, Lost, Maker
-from finetuning.data.formats import RowFormat
+from finetuning.data.formats import Options
 from finetuning.data.labelling import Labeller
 from finetuning.data.ledger import PartLedger
+from finetuning.data.loading import open_dataset, title_of
 from finetuning.data.preview import PreviewRow, preview_of
-from finetuning.data.sources import read_rows
+from finetuning.data.rows import Skipped
 from finetuning.errors import DataError, Place, Problem
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Part:
 class Reading:
     """What is common to all parts: how rows are read and made, and what has gone wrong so far."""
 
-    row_format: RowFormat
+    kind: str
+    """The kind of rows that the method takes: a key of `KINDS`."""
+    options: Options
     make: Maker
     labeller: Labeller
     limit: int | None
@@ -49,16 +52,17 @@ class Reading:
     preview: list[list[PreviewRow]] = field(default_factory=list)
     seen: dict[bytes, tuple[str, Place]] = field(default_factory=dict)
 
-    def read(self, sources: Sequence[DatasetSource], name: str) -> tuple[Part, PartLedger]:
+    def read(self, sources: Sequence[tuple[str, DatasetSource]], name: str) -> tuple[Part, PartLedger]:
+        """The rows of datasets, each with its key in the config."""
         ledger = PartLedger(name, self.limit)
         examples: dict[str, list[Any]] = {}
         alive: list[bool] = []
         lengths = []
-        for source in sources:
+        for key, source in sources:
             before = len(alive)
-            self.digest.update(b"\0file\0")
-            rows = iter(read_rows(source.path, self.digest))
-            while batch := list(islice(rows, _BATCH)):
+            opened = open_dataset(source, key, self.kind, self.options, self.digest)
+            ledger.formats[title_of(source)] = str(opened)
+            while batch := list(islice(opened.rows, _BATCH)):
                 self._add(batch, ledger, examples, alive)
             lengths.append(len(alive) - before)
         return Part(examples, np.array(alive, dtype=bool), lengths), ledger
@@ -66,11 +70,13 @@ class Reading:
     def _add(self, batch: Sequence[Any], ledger: PartLedger, examples: dict[str, list[Any]], alive: list[bool]) -> None:
         parsed: list[Any] = []
         for row in batch:
-            found = row if isinstance(row, Problem) else self.row_format.parse(row)
-            parsed.extend(found if isinstance(found, list) else [found])
-        made = iter(self.make([row for row in parsed if not isinstance(row, Problem)]))
+            parsed.extend(row if isinstance(row, list) else [row])
+        made = iter(self.make([row for row in parsed if not isinstance(row, Problem | Skipped)]))
         for row in parsed:
-            example = Lost("bad row", row.message, is_bad=True) if isinstance(row, Problem) else next(made)
+            if isinstance(row, Problem):
+                example: Example | Lost = Lost("bad row", row.message, is_bad=True)
+            else:
+                example = Lost(row.reason, is_fault=False) if isinstance(row, Skipped) else next(made)
             alive.append(isinstance(example, Example))
             if isinstance(example, Lost):
                 if example.is_bad:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from finetuning.errors import Place
 
@@ -28,11 +28,44 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    turns: tuple[int, ...] | Literal["all"] | None = None
+    """Indices of the messages to train on, or all of the text; None for what the run says of chats."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to train on: the spans of it, or all of it. With `add_eos` it ends with the end-of-sequence token, which
+    is trained where the text's end is."""
+
+    text: str
+    place: Place
+    spans: tuple[tuple[int, int], ...] | None = None
+    add_eos: bool = True
+    notes: frozenset[str] = frozenset()
+    fault: str | None = None
+    """Why nothing of it can be trained."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids with their labels, ready; -100 where nothing is trained."""
+
+    input_ids: list[int]
+    labels: list[int]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was left out as asked for, and why."""
+
+    place: Place
+    reason: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with a chosen and a rejected continuation."""
+    """A prompt with a chosen and a rejected continuation; with `is_text`, texts that no template frames."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -41,6 +74,7 @@ class Preference:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +88,7 @@ class Rated:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    is_text: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from finetuning.data.rows import Message, Row
-from finetuning.data.sources import json_type
+from finetuning.data.formats.row_format import FieldError
+from finetuning.data.rows import Message, Row, json_type
 from finetuning.errors import Place, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -18,34 +16,14 @@ _KNOWN_SHAPES = {
     "messages": ("`messages`: chats for supervised fine-tuning", {"messages"}),
     "preference": ("preferences: run `finetuning dpo`", {"prompt_messages", "chosen_messages", "rejected_messages"}),
     "unpaired": ("rated answers: run `finetuning kto`", {"prompt_messages", "completion_messages", "label"}),
-    "from/value": (
-        "ShareGPT: rename `conversations` to `messages`, `from` to `role`, `value` to `content`",
-        {"conversations"},
-    ),
-    "alpaca": ("Alpaca: turn each row into `messages` with a user and an assistant message", {"instruction", "output"}),
-    "trl": (
-        "TRL's preferences: rename to `prompt_messages`, `chosen_messages`, `rejected_messages`",
-        {"prompt", "chosen", "rejected"},
-    ),
-    "completion": ("prompt and completion: turn each row into `messages`", {"prompt", "completion"}),
+    "chosen_rejected": ("preferences: run `finetuning dpo`", {"chosen", "rejected"}),
+    "completion_label": ("rated answers: run `finetuning kto`", {"prompt", "completion", "label"}),
+    "conversations": ("chats for supervised fine-tuning", {"conversations"}),
+    "alpaca": ("`alpaca`, for supervised fine-tuning", {"instruction", "output"}),
+    "prompt_completion": ("`prompt_completion`, for supervised fine-tuning", {"prompt", "completion"}),
+    "input_output": ("`input_output`, for supervised fine-tuning", {"input", "output"}),
+    "text": ("`text`: texts for supervised fine-tuning", {"text"}),
 }
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """One shape of rows: its name, the columns that it needs, and what makes a typed value of a row, or several."""
-
-    name: str
-    columns: tuple[str, ...]
-    parse: Callable[[Row], Any]
-
-
-class FieldError(ValueError):
-    """A field is wrong; turned into a Problem by `parse_row`, never seen by users."""
-
-    def __init__(self, key: str, message: str):
-        super().__init__(message)
-        self.key = key
 
 
 def problem_of(row: Row, error: FieldError) -> Problem:
@@ -66,28 +44,35 @@ def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> Non
     raise FieldError("", f'{text} Did you mean "{missing[0]}" by "{close[0]}"?' if close else text.rstrip("."))
 
 
+def text_field(row: Row, key: str) -> str:
+    value = row.values[key]
+    if not isinstance(value, str):
+        raise FieldError(key, f"expected text, got {json_type(value)}")
+    return value
+
+
 def messages_field(row: Row, key: str) -> list[Message]:
-    """The messages under a key, each kept whole, checked.
+    """The messages under a key, each kept whole, checked; also where they stand there as JSON text.
 
     `content` may be null or missing where an assistant's message has tool calls.
     """
     value = row.values[key]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _from_json(key, value, "a list of messages")
     if not isinstance(value, list):
         raise FieldError(key, f"expected a list of messages, got {json_type(value)}")
     if not value:
         raise FieldError(key, "needs at least one message, got an empty list")
     for index, message in enumerate(value):
-        _check_message(message, f"{key}[{index}]")
+        check_message(message, f"{key}[{index}]")
     return value
 
 
-def _check_message(message: Any, key: str) -> None:
+def check_message(message: Any, key: str) -> None:
     if not isinstance(message, dict):
         raise FieldError(key, f"expected an object with role and content, got {json_type(message)}")
     role = message.get("role")
     if not isinstance(role, str):
-        if "from" in message and "value" in message:
-            raise FieldError(key, 'found from/value; rename "from" to "role" and "value" to "content"')
         raise FieldError(f"{key}.role", f"expected text, got {json_type(role) if 'role' in message else 'nothing'}")
     if role not in ROLES:
         close = difflib.get_close_matches(role.lower(), ROLES, n=1)
@@ -119,15 +104,19 @@ def tools_field(row: Row) -> list[dict[str, Any]] | None:
     """The row's tools: a list of objects, or the same as a JSON string; None without any."""
     value = row.values.get("tools")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise FieldError("tools", f"expected a list of tools, got text that is no JSON: {error}") from None
+        value = _from_json("tools", value, "a list of tools")
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise FieldError("tools", f"expected a list of objects, got {json_type(value)}")
     return value
+
+
+def _from_json(key: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FieldError(key, f"expected {expected}, got text that is no JSON: {error}") from None
 
 
 def template_kwargs_field(row: Row) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from finetuning.data.formats.fields import (
-    FieldError,
-    RowFormat,
     messages_field,
     meta_fields,
     problem_of,
@@ -12,13 +10,14 @@ from finetuning.data.formats.fields import (
     template_kwargs_field,
     tools_field,
 )
+from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Preference, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages", "chosen_messages", "rejected_messages")
 
 
-def parse(row: Row) -> Preference | Problem:
+def parse(row: Row, options: Options = PLAIN) -> Preference | Problem:
     """The row's preference, or what is wrong with it.
 
     A continuation holds assistant messages only: the loss of a preference is taken over all of it.

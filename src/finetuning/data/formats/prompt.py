@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from finetuning.data.formats.fields import (
-    FieldError,
-    RowFormat,
     messages_field,
     problem_of,
     require_columns,
     template_kwargs_field,
     tools_field,
 )
+from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Prompt, Row
 from finetuning.errors import Problem
 
@@ -23,7 +22,7 @@ RESERVED = (
 """Names that the trainer gives to rewards itself, so that no column can have them."""
 
 
-def parse(row: Row) -> Prompt | Problem:
+def parse(row: Row, options: Options = PLAIN) -> Prompt | Problem:
     """The row's prompt, or what is wrong with it."""
     try:
         key = "messages" if "messages" in row.values and "prompt_messages" not in row.values else "prompt_messages"

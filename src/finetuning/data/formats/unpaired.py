@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from finetuning.data.formats import preference
 from finetuning.data.formats.fields import (
-    FieldError,
-    RowFormat,
     messages_field,
     meta_fields,
     problem_of,
@@ -13,17 +11,17 @@ from finetuning.data.formats.fields import (
     template_kwargs_field,
     tools_field,
 )
-from finetuning.data.rows import Rated, Row
-from finetuning.data.sources import json_type
+from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
+from finetuning.data.rows import Preference, Rated, Row, json_type
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages", "completion_messages", "label")
 
 
-def parse(row: Row) -> Rated | list[Rated] | Problem:
+def parse(row: Row, options: Options = PLAIN) -> Rated | list[Rated] | Problem:
     """The row's rated answer, the two of a preference, or what is wrong with the row."""
-    if "completion_messages" not in row.values and set(preference.COLUMNS) <= set(row.values):
-        return _both_answers(row)
+    if "completion_messages" not in row.values and preference.FORMAT.is_of(row):
+        return both_answers(preference.parse(row))
     try:
         require_columns(row, COLUMNS, "unpaired")
         prompt, completion = (messages_field(row, column) for column in COLUMNS[:2])
@@ -46,13 +44,12 @@ def parse(row: Row) -> Rated | list[Rated] | Problem:
         return problem_of(row, error)
 
 
-def _both_answers(row: Row) -> list[Rated] | Problem:
+def both_answers(found: Preference | Problem) -> list[Rated] | Problem:
     """A preference as a desirable and an undesirable answer to one prompt."""
-    found = preference.parse(row)
     if isinstance(found, Problem):
         return found
     return [
-        Rated(found.prompt, answer, label, found.place, found.tools, found.template_kwargs, found.meta)
+        Rated(found.prompt, answer, label, found.place, found.tools, found.template_kwargs, found.meta, found.is_text)
         for answer, label in ((found.chosen, True), (found.rejected, False))
     ]
 

@@ -1,0 +1,98 @@
+"""Preferences as TRL has them: `prompt`, `chosen` and `rejected`, texts or messages, the prompt perhaps only in both
+answers."""
+
+from __future__ import annotations
+
+from finetuning.data.formats.fields import (
+    meta_fields,
+    problem_of,
+    require_columns,
+    template_kwargs_field,
+    text_field,
+    tools_field,
+)
+from finetuning.data.formats.messages import chat_field
+from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
+from finetuning.data.rows import Message, Preference, Row
+from finetuning.errors import Problem
+
+COLUMNS = ("chosen", "rejected")
+
+
+def parse(row: Row, options: Options = PLAIN) -> Preference | Problem:
+    """The row's preference, or what is wrong with it. The prompt of two chats is the messages that both begin with."""
+    try:
+        require_columns(row, COLUMNS, "chosen_rejected")
+        if isinstance(row.values["chosen"], list):
+            prompt, chosen, rejected, is_text = *_chats(row), False
+        else:
+            prompt, chosen, rejected, is_text = *_texts(row), True
+        for column, messages in (("chosen", chosen), ("rejected", rejected)):
+            check_answer(column, messages)
+        return Preference(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            place=row.place,
+            tools=tools_field(row),
+            template_kwargs=template_kwargs_field(row),
+            meta=meta_fields(row),
+            is_text=is_text,
+        )
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+def check_answer(column: str, messages: list[Message]) -> None:
+    """Nothing, when all messages of an answer are the assistant's: the loss is taken over all of it."""
+    if not messages:
+        raise FieldError(column, "holds nothing beside the prompt")
+    for message in messages:
+        if message["role"] != "assistant":
+            raise FieldError(column, f'an answer is the assistant\'s, but one of its messages is "{message["role"]}"')
+
+
+def as_messages(prompt: str, *answers: str) -> list[list[Message]]:
+    """Texts as messages that no template is to frame."""
+    return [[{"role": "user", "content": prompt}], *([{"role": "assistant", "content": one}] for one in answers)]
+
+
+def _chats(row: Row) -> list[list[Message]]:
+    chosen, rejected = (chat_field(row, column) for column in COLUMNS)
+    if isinstance(row.values.get("prompt"), list):
+        return [chat_field(row, "prompt"), chosen, rejected]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        # Nothing tells them apart; the row is kept so that its fate is that of every pair of equal answers.
+        shared = max((index for index, one in enumerate(chosen) if one["role"] != "assistant"), default=-1) + 1
+    if not shared:
+        raise FieldError("chosen", "begins with another message than rejected, and there is no list in `prompt`")
+    return [chosen[:shared], chosen[shared:], rejected[shared:]]
+
+
+def _texts(row: Row) -> list[list[Message]]:
+    chosen, rejected = (text_field(row, column) for column in COLUMNS)
+    if row.values.get("prompt") is not None:
+        return as_messages(text_field(row, "prompt"), chosen, rejected)
+    prompt = shared_words(chosen, rejected)
+    if not prompt:
+        raise FieldError("chosen", "begins with another word than rejected, and there is no `prompt`")
+    return as_messages(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+def shared_words(left: str, right: str) -> str:
+    """The words that both texts begin with; the space before the first other word goes with that word.
+
+    >>> shared_words("The sky is blue.", "The sky is black.")
+    'The sky is'
+    """
+    end = next((index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), None)
+    end = min(len(left), len(right)) if end is None else end
+    while end and not left[end - 1].isspace():
+        end -= 1
+    return left[:end].rstrip()
+
+
+FORMAT = RowFormat("chosen_rejected", COLUMNS, parse)

@@ -1,0 +1,57 @@
+"""Rated answers as TRL has them: `prompt`, `completion` and `label`, texts or messages."""
+
+from __future__ import annotations
+
+from finetuning.data.formats import chosen_rejected
+from finetuning.data.formats.chosen_rejected import as_messages, check_answer
+from finetuning.data.formats.fields import (
+    meta_fields,
+    problem_of,
+    require_columns,
+    template_kwargs_field,
+    text_field,
+    tools_field,
+)
+from finetuning.data.formats.messages import chat_field
+from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
+from finetuning.data.formats.unpaired import both_answers
+from finetuning.data.rows import Rated, Row, json_type
+from finetuning.errors import Problem
+
+COLUMNS = ("prompt", "completion", "label")
+
+
+def parse(row: Row, options: Options = PLAIN) -> Rated | Problem:
+    """The row's rated answer, or what is wrong with it."""
+    try:
+        require_columns(row, COLUMNS, "completion_label")
+        is_text = not isinstance(row.values["prompt"], list)
+        if is_text:
+            prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
+        else:
+            prompt, completion = chat_field(row, "prompt"), chat_field(row, "completion")
+            check_answer("completion", completion)
+        label = row.values["label"]
+        if not isinstance(label, bool):
+            raise FieldError("label", f"expected true or false, got {json_type(label)}")
+        return Rated(
+            prompt=prompt,
+            completion=completion,
+            label=label,
+            place=row.place,
+            tools=tools_field(row),
+            template_kwargs=template_kwargs_field(row),
+            meta=meta_fields(row),
+            is_text=is_text,
+        )
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+def parse_pair(row: Row, options: Options = PLAIN) -> list[Rated] | Problem:
+    """The two answers of one of TRL's preferences, rated."""
+    return both_answers(chosen_rejected.parse(row, options))
+
+
+FORMAT = RowFormat("completion_label", COLUMNS, parse)
+PAIR = RowFormat("chosen_rejected", chosen_rejected.COLUMNS, parse_pair)

@@ -1,0 +1,136 @@
+"""A dataset of the config to its typed rows: found, read, handled, its format told, and each row parsed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
+
+from finetuning.config.data import DatasetSource
+from finetuning.config.training import SFTArgs
+from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
+from finetuning.data.handlers import Recipe, make_recipe
+from finetuning.data.rows import Row
+from finetuning.data.sources import find_shards
+from finetuning.data.substitution import Formatter, unescape
+from finetuning.errors import ConfigError, DataError, Place, Problem
+
+_LOOKED_AT = 32
+_TEXT_KEYS = ("response_template", "instruction_template", "data_formatter_template", "dataset_text_field")
+
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """A dataset whose format is known, and its rows: each typed, a list of typed, a Problem or a `Skipped`."""
+
+    row_format: RowFormat
+    is_stated: bool
+    """Whether the config says the format; otherwise it was told from the first rows."""
+    rows: Iterator[Any]
+
+    def __str__(self) -> str:
+        return f"{self.row_format.name}, {'as configured' if self.is_stated else 'told from the rows'}"
+
+
+def options_for(sft_args: SFTArgs | None, special_tokens: dict[str, str]) -> Options:
+    """What all datasets of a run share."""
+    if sft_args is None:
+        return Options(special_tokens=special_tokens)
+    chats = sft_args.train_on or ("assistant" if sft_args.train_on_completions_only else "all")
+    return Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)
+
+
+def open_dataset(
+    source: DatasetSource, key: str, kind: str, options: Options, digest: hashlib._Hash | None = None
+) -> OpenDataset:
+    """The dataset, its first rows read; `key` names it in the config, `kind` is one of `KINDS`.
+
+    Raises:
+        DataError: a file is missing or no row is in it; also while rows are read.
+        ConfigError: the dataset's settings contradict each other.
+    """
+    _check(source, key)
+    recipe = make_recipe(source, key)
+    special_tokens = options.special_tokens
+    rows = (recipe(row, special_tokens) if isinstance(row, Row) else row for row in raw_rows(source, key, digest))
+    head = list(islice(rows, _LOOKED_AT))
+    row_format, is_stated = _choose(source, recipe, kind, [row for row in head if isinstance(row, Row)], key)
+    own = _own_options(source, recipe, options)
+    return OpenDataset(
+        row_format,
+        is_stated,
+        (row_format.parse(row, own) if isinstance(row, Row) else row for row in chain(head, rows)),
+    )
+
+
+def title_of(source: DatasetSource) -> str:
+    """What a dataset is called in reports."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    name = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    return f"{name} ({source.split})" if source.split else name
+
+
+def raw_rows(source: DatasetSource, key: str, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
+    """The rows as they stand in their files, no more than the dataset gives."""
+    return islice(_rows(source, key, digest), source.max_rows)
+
+
+def _rows(source: DatasetSource, key: str, digest: hashlib._Hash | None) -> Iterator[Row | Problem]:
+    for shard in find_shards(source, key):
+        if digest is not None:
+            digest.update(b"\0file\0")
+        yield from shard.rows(digest)
+
+
+def _check(source: DatasetSource, key: str) -> None:
+    if source.instruction_template and not source.response_template:
+        raise ConfigError("needs response_template beside it", place=Place(key=f"{key}.instruction_template"))
+    if source.data_formatter_template and source.dataset_text_field:
+        raise ConfigError(
+            "is set, and so is dataset_text_field; set one of them", place=Place(key=f"{key}.data_formatter_template")
+        )
+
+
+def _own_options(source: DatasetSource, recipe: Recipe, options: Options) -> Options:
+    return replace(
+        options,
+        chats=recipe.chats or options.chats,
+        text_field=source.dataset_text_field or recipe.text_field or "text",
+        formatter=Formatter(unescape(source.data_formatter_template)) if source.data_formatter_template else None,
+        response_template=unescape(source.response_template) if source.response_template else None,
+        instruction_template=unescape(source.instruction_template) if source.instruction_template else None,
+        add_eos=source.add_eos_token and recipe.add_eos,
+    )
+
+
+def _choose(source: DatasetSource, recipe: Recipe, kind: str, head: Sequence[Row], key: str) -> tuple[RowFormat, bool]:
+    formats = {one.name: one for one in KINDS[kind]}
+    used = [name for name in _TEXT_KEYS if getattr(source, name)]
+    if used and "text" not in formats:
+        raise ConfigError("is for supervised fine-tuning", place=Place(key=f"{key}.{used[0]}"))
+    stated = source.format.value if source.format else recipe.format
+    if source.response_template and stated in (None, "text"):
+        stated = "response_template"
+    elif (used or recipe.text_field) and stated is None:
+        stated = "text"
+    if stated == "response_template" and not source.response_template:
+        raise ConfigError("needs response_template beside it", place=Place(key=f"{key}.format"))
+    if stated is not None:
+        if stated not in formats:
+            raise ConfigError(
+                f'"{stated}" is not what this method takes; it takes {", ".join(formats)}',
+                place=Place(key=f"{key}.format"),
+            )
+        if used and head and FORMATS["tokens"].is_of(head[0]):
+            raise DataError(
+                f"{used[0]} does not go with rows that hold token ids already",
+                place=Place(file=head[0].place.file, key=f"{key}.{used[0]}"),
+            )
+        return formats[stated], True
+    for row in head:
+        for one in formats.values():
+            if one.name != "response_template" and one.is_of(row):
+                return one, False
+    return next(iter(formats.values())), False
