@@ -6,8 +6,8 @@ differ by `tolerance = SAFETY * u * sqrt(layers)` of their own spread (root mean
 root mean square of the difference at most that, its largest value at most PEAK times that (or that share of twice the
 largest logit, whose error grows with it), and the mean KL divergence at most the square of it in logits, which is twice
 what such a random difference costs. SAFETY is larger for float32 and float64, whose sums round in the type itself, so
-that the width of the model counts as well as its depth; the halves sum in float32. Top-1 agreement is told, not judged: near ties flip. What the adapter itself
-changes is measured too, so that a merge which loses it is seen.
+that the width of the model counts as well as its depth; the halves sum in float32. Top-1 agreement is told, not judged:
+near ties flip. What the adapter itself changes is measured too, so that a merge which loses it is seen.
 """
 
 from __future__ import annotations
