@@ -1,0 +1,227 @@
+"""The formats of fms-hf-tuning, from files as its documents show them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.config.data import DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data.prepare import PreparedData, prepare_sft
+from finetuning.errors import ConfigError, DataError
+
+EOS = "</s>"
+
+
+@pytest.fixture(params=["byte-level", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest, make_tokenizer: Callable[..., Any]) -> Any:
+    """A base model's tokenizer: no chat template."""
+    return make_tokenizer(request.param)
+
+
+def sft(path: str | list[str], tokenizer: Any, *, args: dict[str, Any] | None = None, **source: Any) -> PreparedData:
+    conf = {
+        "training_data": {"type": "CONCATENATION", "datasets": [{"path": path, **source}]},
+        "validation_data": {"type": "NONE"},
+        "chat_template_name": "keep-original",
+    }
+    return prepare_sft(DataConfig.model_validate(conf), SFTArgs.model_validate(args or {}), tokenizer)
+
+
+def shown(data: PreparedData, tokenizer: Any) -> list[tuple[str, list[str]]]:
+    """Each row's text, and its trained stretches."""
+    rows = []
+    for row in data.train:
+        stretches: list[list[int]] = [[]]
+        for one, label in zip(row["input_ids"], row["labels"], strict=True):
+            assert label in (-100, one)
+            if label != -100:
+                stretches[-1].append(one)
+            elif stretches[-1]:
+                stretches.append([])
+        rows.append((tokenizer.decode(row["input_ids"]), [tokenizer.decode(one) for one in stretches if one]))
+    return rows
+
+
+def trained(data: PreparedData, tokenizer: Any) -> list[str]:
+    (stretches,) = zip(*(one[1] for one in shown(data, tokenizer)), strict=True)
+    return [text.removeprefix(" ") for text in stretches]
+
+
+STATES = [
+    {"input": "### Input: Colorado is a state in USA ### Output:", "output": "USA : Location"},
+    {"input": "### Input: Arizona is also a state in USA ### Output:", "output": "USA : Location"},
+]
+
+
+def test_the_input_is_masked_and_the_output_ends(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    data = sft(write_lines("train.jsonl", *STATES), tokenizer)
+    assert shown(data, tokenizer)[0][0] == f"{STATES[0]['input']} {STATES[0]['output']}{EOS}"
+    assert trained(data, tokenizer) == [f"USA : Location{EOS}"] * 2
+    assert list(data.ledger.report()[0]["formats"].values()) == ["input_output, told from the rows"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "text"),
+    [
+        ("a", "b", "a b"),
+        ("a ", "b", "a b"),
+        ("a", " b", "a b"),
+        ("a\n", "b", "a\nb"),
+        ("a", "\tb", "a\tb"),
+        ("a\t", "\nb", "a\t\nb"),
+    ],
+)
+def test_one_space_stands_between_input_and_output(
+    start: str, end: str, text: str, write_lines: Callable[..., str], make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer("byte-level")
+    data = sft(write_lines("a.jsonl", {"input": start, "output": end}), tokenizer)
+    assert shown(data, tokenizer)[0][0] == f"{text}{EOS}"
+
+
+ALPACA = [
+    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "Translate to Finnish.", "input": "naïve café", "output": "Älä huoli."},
+]
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+
+
+def single_sequences() -> list[dict[str, str]]:
+    rows = []
+    for row in ALPACA:
+        given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        text = f"{PREAMBLE}### Instruction:\n{row['instruction']}\n\n{given}### Response: {row['output']}"
+        rows.append({"output": text})
+    return rows
+
+
+def test_a_single_sequence_is_trained_after_the_response_template(
+    write_lines: Callable[..., str], tokenizer: Any
+) -> None:
+    path = write_lines("sft_alpaca_data.json", *single_sequences())
+    data = sft(path, tokenizer, dataset_text_field="output", response_template="\n### Response:")
+    assert trained(data, tokenizer) == [f"Red.{EOS}", f"Älä huoli.{EOS}"]
+    assert shown(data, tokenizer)[0][0].startswith(PREAMBLE)
+
+
+@pytest.mark.parametrize("written", ["\n### Response:", r"\n### Response:"])
+def test_an_escape_may_be_written_out(written: str, write_lines: Callable[..., str], tokenizer: Any) -> None:
+    path = write_lines("a.jsonl", *single_sequences())
+    data = sft(path, tokenizer, dataset_text_field="output", response_template=written)
+    assert trained(data, tokenizer) == [f"Red.{EOS}", f"Älä huoli.{EOS}"]
+
+
+def test_a_formatter_template_makes_the_text_on_the_fly(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "Train.json"
+    path.write_text(json.dumps([{"input": "Größe", "output": "XL"}, {"input": "a {{output}}", "output": "b"}]))
+    template = "### Input: {{input}} \n\n## Label: {{output}}"
+    data = sft(str(path), tokenizer, data_formatter_template=template, response_template="\n## Label:")
+    assert [text for text, _ in shown(data, tokenizer)] == [
+        f"### Input: Größe \n\n## Label: XL{EOS}",
+        f"### Input: a {{{{output}}}} \n\n## Label: b{EOS}",
+    ]
+    assert trained(data, tokenizer) == [f"XL{EOS}", f"b{EOS}"]
+
+
+def test_the_response_template_that_the_text_has_not_is_counted(
+    write_lines: Callable[..., str], tokenizer: Any
+) -> None:
+    template = "### Input: {{input}} \n\n##Label: {{output}}"
+    rows = [{"input": str(number), "output": "b"} for number in range(5)]
+    with pytest.raises(DataError, match=r"all 5 rows dropped: nothing to train on \(5\); first at .*:1: the response"):
+        sft(
+            write_lines("a.jsonl", *rows),
+            tokenizer,
+            data_formatter_template=template,
+            response_template="\n## Label:",
+        )
+    rows = [{"text": f"Q: {number} A: yes"} for number in range(30)]
+    path = write_lines("b.jsonl", *rows, {"text": "Q: without"}, {"text": "Q: x A: y A: z"})
+    data = sft(path, tokenizer, response_template="A:")
+    report = data.ledger.report()[0]
+    assert report["dropped"] == {"nothing to train on": 1}
+    assert report["noticed"] == {"the response template is in the text more than once: the last counts": 1}
+    assert trained(data, tokenizer)[-1] == f"z{EOS}"
+
+
+def test_instruction_and_response_templates_frame_turns(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    text = "System.\n[I] one\n[R] eins\n[I] two\n[R] zwei [R] twice\n[I] three"
+    path = write_lines("a.jsonl", {"text": text}, {"text": "[R] no instruction"}, {"text": "[I] no response"})
+    args = {"instruction_template": "\n[I]", "response_template": "\n[R]"}
+    with pytest.raises(DataError, match=r"2 of 3 training rows"):
+        sft(path, tokenizer, **args)
+    path = write_lines("a.jsonl", {"text": text})
+    ((whole, stretches),) = shown(sft(path, tokenizer, **args), tokenizer)
+    assert whole == text + EOS
+    assert [one.strip() for one in stretches] == ["eins", "zwei [R] twice"]
+    ((_, stretches),) = shown(sft(path, tokenizer, args={"train_on": "last"}, **args), tokenizer)
+    assert [one.strip() for one in stretches] == ["zwei [R] twice"]
+
+
+def test_plain_text_is_trained_whole_and_ends_once(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    path = write_lines("a.jsonl", {"text": "Hello there."}, {"text": f"It ends.{EOS}"})
+    for args in ({}, {"train_on_completions_only": True}):
+        data = sft(path, tokenizer, args=args)
+        assert [text for text, _ in shown(data, tokenizer)] == [f"Hello there.{EOS}", f"It ends.{EOS}"]
+        assert all(row["labels"] == row["input_ids"] for row in data.train)
+    data = sft(path, tokenizer, add_eos_token=False)
+    assert [text for text, _ in shown(data, tokenizer)] == ["Hello there.", f"It ends.{EOS}"]
+
+
+def test_a_corpus_of_text_files_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"Document {name}.\nSecond line.\n")
+    data = sft(str(tmp_path), tokenizer, text_unit="document")
+    assert [text for text, _ in shown(data, tokenizer)] == [f"Document {one}.\nSecond line.{EOS}" for one in "ab"]
+
+
+def test_everything_is_trained_where_that_is_asked_for(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    data = sft(write_lines("a.jsonl", *STATES), tokenizer, args={"train_on": "all"})
+    assert all(row["labels"] == row["input_ids"] for row in data.train)
+
+
+def test_chats_without_a_chat_template_say_so(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    path = write_lines("a.jsonl", {"messages": [{"role": "user", "content": "a"}]})
+    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+        sft(path, tokenizer)
+
+
+def test_ready_tokens_are_taken_as_they_are(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    row = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+    data = sft(write_lines("a.jsonl", row), tokenizer)
+    assert data.train[:] == {"input_ids": [row["input_ids"]], "labels": [row["labels"]]}
+    with pytest.raises(DataError, match="token 99999 is none of the tokenizer's"):
+        sft(write_lines("b.jsonl", {"input_ids": [99999], "labels": [99999]}), tokenizer)
+    with pytest.raises(DataError, match="response_template does not go with rows that hold token ids already"):
+        sft(write_lines("a.jsonl", row), tokenizer, response_template="A:")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"instruction_template": "I:"}, "datasets[0].instruction_template: needs response_template beside it"),
+        (
+            {"dataset_text_field": "text", "data_formatter_template": "{{text}}"},
+            "datasets[0].data_formatter_template: is set, and so is dataset_text_field; set one of them",
+        ),
+        ({"format": "response_template"}, "datasets[0].format: needs response_template beside it"),
+        (
+            {"format": "preference"},
+            'datasets[0].format: "preference" is not what this method takes; it takes messages,',
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    source: dict[str, str], message: str, write_lines: Callable[..., str], make_tokenizer: Callable[..., Any]
+) -> None:
+    path = write_lines("a.jsonl", {"text": "a"})
+    with pytest.raises(ConfigError) as caught:
+        sft(path, make_tokenizer("byte-level"), **source)
+    assert f"data_conf.training_data.{message}" in str(caught.value)
