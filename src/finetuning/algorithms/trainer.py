@@ -12,6 +12,7 @@ import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetuning.algorithms.prompt_state import read_encoders, write_encoders
 from finetuning.errors import GuardStopped
 from finetuning.publish import publish, staging_path, write_manifest
 
@@ -179,4 +180,16 @@ class TrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle that may hold a hub token; the run's config is kept as YAML.
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            write_encoders(self.model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        before = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        read_encoders(self.model, Path(resume_from_checkpoint))
+        # PEFT widens the adapter that it loads to float32, even where it was trained in fewer bits.
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != before.get(name, weight.dtype):
+                weight.data = weight.data.to(before[name])

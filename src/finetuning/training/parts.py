@@ -48,6 +48,8 @@ def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
         run.tokenizer or run.model,
         template_source=template.source if template else None,
         special_tokens=template.special_tokens if template else (),
+        # Texts need none; where a chat comes by without one, its preparation says so.
+        needs_template=experiment.method_name != "sft",
         missing_pad_token_strategy=data.missing_pad_token_strategy,
         padding_side=data.padding_side,
         trust_remote_code=args.trust_remote_code,
@@ -69,6 +71,8 @@ def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | Non
     template = get_template(experiment.data_conf.chat_template_name)
     if template is not None:
         return template.end_of_turn
+    if not tokenizer.tokenizer.chat_template:
+        return None
     return EndingFinder(Renderer(tokenizer.tokenizer)).marker.strip() or None
 
 
@@ -117,6 +121,7 @@ def load_model(
 
     if method.wraps_model and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
+        _refuse_hidden_rows(config, vocabulary, method)
         layout = Layout(True, f"{method.name} pads its rows")
         return PreparedModel(model, config, {}, base, reference, layout, tuple(notes))
     adapted = adapters.build(
@@ -129,6 +134,23 @@ def load_model(
     initial = digests(adapted.model) if adapted.peft_config is not None else {}
     layout = _layout(experiment, method, adapted, topology)
     return PreparedModel(adapted.model, None, initial, base, reference, layout, (*notes, str(adapted), *adapted.notes))
+
+
+def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
+    """Nothing, when the rows of new tokens reach the loss: TRL multiplies by the output weights past the adapter's
+    wrapper of single rows, which would stay as they are.
+
+    Raises:
+        ConfigError: they would not be trained.
+    """
+    if vocabulary.new_ids and getattr(config, "trainable_token_indices", None):
+        raise ConfigError(
+            f"the chat template brings {len(vocabulary.new_ids)} new tokens, whose output rows an adapter does not"
+            f" train under {method.name}",
+            place=Place(key="data_conf.chat_template_name"),
+            hint="Teach them to the model by sft first, or add the embeddings to peft_conf.peft_kwargs:"
+            f" modules_to_save: [{', '.join(config.trainable_token_indices)}].",
+        )
 
 
 def _save_new_base(
