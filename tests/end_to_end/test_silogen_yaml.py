@@ -267,3 +267,15 @@ def test_a_yaml_in_the_manner_of_its_own_tests(
     assert len(found) == 5
     assert found[-1] < found[0]
     tool(merge_adapter, tiny_gpt2_dir, out / "checkpoint-final", tmp_path / "merged")
+
+
+def test_a_tracking_folder_as_its_readme_shows_it(
+    run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
+    """MLflow 3 refuses such an address by itself."""
+    address = (tmp_path / "mlruns").as_uri()
+    tracking = {"mlflow_server_uri": address, "experiment_name": "colours", "hf_mlflow_log_artifacts": "False"}
+    result = run_cli(["sft", write_config(sft_values({"tracking": tracking}))])
+    assert result.returncode == 0, result.stderr
+    assert f"{address}, experiment colours" in result.stdout
+    assert len(list((tmp_path / "mlruns").rglob("metrics/loss"))) == 1, result.stdout + result.stderr
