@@ -11,8 +11,11 @@ from pydantic import BaseModel
 
 
 def field_docstrings(section: type[BaseModel]) -> dict[str, str]:
-    """For each field of a section, the docstring below it, on one line; a base's where it has none itself."""
-    found: dict[str, str] = {}
+    """For each field of a section, the docstring below it, on one line; a base's where it has none itself.
+
+    A field whose name is a word of Python, which no source can declare, has its description in the field.
+    """
+    found = {name: field.description for name, field in section.model_fields.items() if field.description}
     for base in reversed(section.__mro__):
         if base is not BaseModel and issubclass(base, BaseModel):
             found.update(_own_docstrings(base))

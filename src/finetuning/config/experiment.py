@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from finetuning.config.base import Section
+from finetuning.config.controller import Guard, TrainerController
 from finetuning.config.data import DataConfig
 from finetuning.config.grpo import GRPOArgs, GRPOTrainingArgs
 from finetuning.config.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
 from finetuning.config.preference import CPOTrainingArgs, KTOTrainingArgs, ORPOTrainingArgs, RewardTrainingArgs
+from finetuning.config.telemetry import Telemetry
 from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs, Overrides, SFTArgs, Tracking, TrainingArgs
 
 
@@ -37,8 +39,14 @@ class Experiment(Section):
     """The model, and how the run begins and ends."""
     quant_conf: QuantConfig = NoQuantization()
     """Quantisation of the base model."""
+    telemetry: Telemetry = Telemetry()
+    """What a run tells about its own speed."""
     tracking: Tracking | None = None
     """MLflow."""
+    trainer_controller: Annotated[str, Field(min_length=1)] | TrainerController | None = None
+    """Rules that steer the run while it trains, or the YAML file that holds them."""
+    guard: Guard = Guard()
+    """What stops a run whose loss has exploded."""
 
 
 class SFTExperiment(Experiment):

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from finetuning.config.controller import TrainerController
+from finetuning.config.controller_rules import check_controllers
 from finetuning.config.experiment import Experiment, SFTExperiment
 from finetuning.config.findings import Finding
 from finetuning.config.grpo import GRPOTrainingArgs
@@ -203,6 +205,12 @@ def groups_are_whole(run: Experiment) -> Iterator[Finding]:
         )
 
 
+def controllers_are_sound(run: Experiment) -> Iterator[Finding]:
+    """Rules of a trainer controller that could never be followed."""
+    if isinstance(run.trainer_controller, TrainerController):
+        yield from check_controllers(run.trainer_controller, ("trainer_controller",))
+
+
 def deepspeed_agrees_on_the_batch(run: Experiment) -> Iterator[Finding]:
     """Batch sizes in an inline DeepSpeed config that contradict `batchsize_conf`."""
     config, batch = run.training_args.deepspeed, run.batchsize_conf
@@ -251,6 +259,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("training_args", "batchsize_conf"), answers_have_neighbours),
     (("training_args", "batchsize_conf"), groups_are_whole),
     (("training_args", "batchsize_conf"), deepspeed_agrees_on_the_batch),
+    (("trainer_controller",), controllers_are_sound),
     (("tracking",), tracking_address_holds_no_password),
 )
 """The rules, each with the sections that it reads."""

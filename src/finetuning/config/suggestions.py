@@ -27,6 +27,7 @@ _ELSEWHERE_CALLED = {
     "lora_r": "peft_conf.peft_kwargs.r",
     "lora_rank": "peft_conf.peft_kwargs.r",
     "rank": "peft_conf.peft_kwargs.r",
+    "trainer_controller_config_file": "trainer_controller",
     "tracking_uri": "tracking.mlflow_server_uri",
 }
 
