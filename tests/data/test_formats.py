@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from finetuning.data.formats import FORMATS
+from finetuning.data.formats import FORMATS, KINDS, Options
 from finetuning.data.rows import Conversation, Preference, Row
 from finetuning.errors import Place, Problem
 
@@ -97,3 +98,175 @@ def test_an_answer_of_a_preference_is_the_assistants() -> None:
 
 def test_sft_rows_in_dpo_are_recognised() -> None:
     assert "`messages`: chats for supervised fine-tuning" in str(parse({"messages": [USER]}, "preference"))
+
+
+def turns(values: dict[str, Any], name: str = "messages", **options: Any) -> Any:
+    parsed = FORMATS[name].parse(Row(values, Place("train.jsonl", 6)), Options(**options))
+    return parsed.turns if isinstance(parsed, Conversation) else str(parsed)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns"])
+def test_chats_go_by_several_names(column: str) -> None:
+    assert parse({column: [USER, ANSWER]}).messages == [USER, ANSWER]
+    assert parse({column: json.dumps([USER, ANSWER])}).messages == [USER, ANSWER]
+    assert str(parse({column: [USER, {"role": "assistant"}]})).startswith(f"train.jsonl:6: {column}[1].content: ")
+
+
+def test_from_and_value_become_role_and_content() -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    talk = [
+        {"from": "human", "value": "Hi", "id": 3},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "Hello"},
+    ]
+    assert parse({"conversations": talk, "system": "Be kind.", "tools": "[]"}).messages == [
+        {"role": "system", "content": "Be kind."},
+        {**USER, "id": 3},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "1"},
+        ANSWER,
+    ]
+    problem = parse({"conversations": [{"from": "function_call", "value": "{"}]})
+    assert str(problem).startswith("train.jsonl:6: conversations[0].value: expected the call of a function as JSON")
+
+
+def test_alpaca_rows_are_chats() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "S", "history": [["a", "b"]]}
+    parsed = parse(row, "alpaca")
+    assert [(one["role"], one["content"]) for one in parsed.messages] == [
+        ("system", "S"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "Add.\n\n1 2"),
+        ("assistant", "3"),
+    ]
+    assert parsed.turns == (4,)
+    assert turns(row, "alpaca", completions="all") == "all"
+    assert parse({"instruction": "Add.", "output": "3", "input": ""}, "alpaca").messages[0]["content"] == "Add."
+    problem = parse({**row, "history": [["a"]]}, "alpaca")
+    assert str(problem) == "train.jsonl:6: history[0]: expected a question and an answer, both text"
+
+
+def test_prompts_and_completions_are_texts_or_chats() -> None:
+    parsed = parse({"prompt": "The sky is", "completion": " blue."}, "prompt_completion")
+    assert (parsed.text, parsed.spans) == ("The sky is blue.", ((10, 16),))
+    parsed = parse({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, "prompt_completion")
+    assert (parsed.messages, parsed.turns) == ([USER, ANSWER, USER, ANSWER], (3,))
+    assert "completion: expected a list of messages, got text" in str(
+        parse({"prompt": [USER], "completion": "a"}, "prompt_completion")
+    )
+    assert "prompt: expected text, got a number" in str(parse({"prompt": 1, "completion": "a"}, "prompt_completion"))
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+TOOL = {"role": "tool", "content": "1"}
+
+
+@pytest.mark.parametrize(
+    ("train_on", "chosen"), [("all", "all"), ("assistant", (1, 3, 5)), ("last", (5,)), ("completions", (3, 5))]
+)
+def test_the_choice_of_turns(train_on: str, chosen: Any) -> None:
+    assert turns({"messages": [USER, ANSWER, USER, CALL, TOOL, ANSWER]}, chats=train_on) == chosen
+
+
+@pytest.mark.parametrize(
+    ("flags", "train_on", "chosen"),
+    [
+        ([{}, {"train": False}, {}, {"train": True}], "assistant", (3,)),
+        ([{}, {"weight": 0}, {}, {"weight": 1}], "assistant", (3,)),
+        ([{}, {"weight": 1.0}, {}, {}], "last", (1, 3)),
+        ([{"train": False}, {}, {"train": False}, {}], "assistant", (1, 3)),
+        ([{}, {"train": True}, {}, {}], "all", "all"),
+    ],
+)
+def test_a_message_may_say_itself_whether_it_is_trained(flags: Any, train_on: str, chosen: Any) -> None:
+    messages = [{**one, **flag} for one, flag in zip([USER, ANSWER, USER, ANSWER], flags, strict=True)]
+    parsed = FORMATS["messages"].parse(Row({"messages": messages}, Place("a")), Options(chats=train_on))
+    assert parsed.turns == chosen
+    assert parsed.messages == [USER, ANSWER, USER, ANSWER], "templates do not see the flags"
+
+
+@pytest.mark.parametrize(
+    ("index", "flag", "train_on", "message"),
+    [
+        (1, {"weight": 0.5}, "assistant", "messages[1].weight: expected 0 or 1, got 0.5"),
+        (1, {"weight": True}, "assistant", "messages[1].weight: expected 0 or 1, got a boolean"),
+        (1, {"train": "no"}, "assistant", "messages[1].train: expected true or false, got text"),
+        (1, {"train": True, "weight": 0}, "assistant", "messages[1].weight: is 0, but train is true"),
+        (0, {"train": True}, "assistant", 'messages[0]: cannot be trained: its role is "user", not "assistant"'),
+        (1, {"train": False}, "all", "messages[1]: is not to be trained, but the run trains on every token"),
+    ],
+)
+def test_flags_that_cannot_be_followed_say_so(index: int, flag: Any, train_on: str, message: str) -> None:
+    messages = [{**one, **(flag if at == index else {})} for at, one in enumerate([USER, ANSWER])]
+    assert turns({"messages": messages}, chats=train_on).startswith(f"train.jsonl:6: {message}")
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [CALL]}, ([USER], [ANSWER], [CALL])),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, CALL]}, ([USER], [ANSWER], [CALL])),
+        ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, CALL]}, ([USER], [ANSWER], [CALL])),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, ([USER], [ANSWER], [ANSWER])),
+    ],
+)
+def test_trls_preferences_in_messages(row: dict[str, Any], pair: Any) -> None:
+    parsed = parse(row, "chosen_rejected")
+    assert (parsed.prompt, parsed.chosen, parsed.rejected, parsed.is_text) == (*pair, False)
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": "Sky:", "chosen": " blue", "rejected": " bleak"}, ("Sky:", " blue", " bleak")),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is bleak."}, ("The sky is", " blue.", " bleak.")),
+        ({"chosen": "The sky", "rejected": "The sky is bleak."}, ("The", " sky", " sky is bleak.")),
+    ],
+)
+def test_trls_preferences_in_text(row: dict[str, Any], pair: Any) -> None:
+    parsed = parse(row, "chosen_rejected")
+    assert tuple(one[0]["content"] for one in (parsed.prompt, parsed.chosen, parsed.rejected)) == pair
+    assert parsed.is_text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": [USER], "rejected": [ANSWER]}, "chosen: begins with another message than rejected"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: holds nothing beside the prompt"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, USER]}, "rejected: an answer is the assistant's, but"),
+        ({"chosen": "a", "rejected": "b"}, "chosen: begins with another word than rejected"),
+        ({"prompt": 1, "chosen": "a", "rejected": "b"}, "prompt: expected text, got a number"),
+        ({"prompt": "a", "chosen": "b"}, "expected chosen, rejected; found chosen, prompt"),
+    ],
+)
+def test_what_is_wrong_with_a_pair_is_said(row: dict[str, Any], message: str) -> None:
+    assert str(parse(row, "chosen_rejected")).startswith(f"train.jsonl:6: {message}")
+
+
+def test_rated_answers_and_pairs_make_rated_rows() -> None:
+    parsed = parse({"prompt": "a", "completion": " b", "label": True}, "completion_label")
+    assert (parsed.is_text, parsed.label, parsed.completion[0]["content"]) == (True, True, " b")
+    assert parse({"prompt": [USER], "completion": [ANSWER], "label": False}, "completion_label").completion == [ANSWER]
+    assert "label: expected true or false, got text" in str(
+        parse({"prompt": "a", "completion": " b", "label": "yes"}, "completion_label")
+    )
+    pair = next(one for one in KINDS["unpaired"] if one.name == "chosen_rejected")
+    found = pair.parse(Row({"chosen": [USER, ANSWER], "rejected": [USER, CALL]}, Place("a")))
+    assert [(one.label, one.completion) for one in found] == [(True, [ANSWER]), (False, [CALL])]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2], "labels": [1]}, "labels: has 1 items, input_ids has 2"),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "labels[1]: is 3; expected -100 or 2, the token at its place"),
+        ({"input_ids": [1, True], "labels": [1, 1]}, "input_ids[1]: expected a whole number, got a boolean"),
+        ({"input_ids": [], "labels": []}, "input_ids: needs at least one token, got an empty list"),
+        ({"input_ids": "1", "labels": []}, "input_ids: expected a list of numbers, got text"),
+    ],
+)
+def test_ready_tokens_are_checked(row: dict[str, Any], message: str) -> None:
+    assert str(parse(row, "tokens")) == f"train.jsonl:6: {message}"

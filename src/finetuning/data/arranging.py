@@ -47,14 +47,14 @@ def arrange(
     Raises:
         DataError: a split would leave one side empty.
     """
-    sources = [source for _, source in used_datasets(training, "data_conf.training_data")]
+    used = used_datasets(training, "data_conf.training_data")
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     parts, held_out = [], []
-    for index, (source, length, start) in enumerate(zip(sources, lengths, starts, strict=False)):
-        kept, out = _share(source, validation, length, f"data_conf.training_data.datasets[{index}]")
+    for (key, source), length, start in zip(used, lengths, starts, strict=False):
+        kept, out = _share(source, validation, length, key)
         parts.append(kept + start)
         held_out.append(out + start)
-    train = _mixed(training, sources, parts)
+    train = _mixed(training, [source for _, source in used], parts)
     if isinstance(validation, AutoSplit):
         positions = _split(len(train), validation.ratio, validation.seed, "data_conf.validation_data.ratio")
         return train[positions[0]], train[positions[1]]
