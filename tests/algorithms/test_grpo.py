@@ -128,6 +128,24 @@ def test_a_wrong_reference_stops_the_run(train: Any, grpo_values: Any) -> None:
         train(grpo_values({"training_args.beta": 0.1}), replace(GRPO, build_trainer=build))
 
 
+def test_an_adapter_that_goes_on_is_its_own_reference(
+    train: Any, grpo_values: Any, sft_values: Any, read_tensors: Any, tmp_path: Path
+) -> None:
+    tuned = train(sft_values({"peft_conf": LORA, "training_args.output_dir": str(tmp_path / "sft")}))
+    on_top = {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(tuned.final)}
+    run = train(grpo_values({"peft_conf": on_top, "training_args.beta": 0.1}), GRPO)
+    assert run.trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert read_tensors(run.final).keys() == read_tensors(tuned.final).keys()
+
+
+def test_resuming_goes_on(train: Any, grpo_values: Any) -> None:
+    saves = {"training_args.save_strategy": "steps", "training_args.save_steps": 1}
+    train(grpo_values({**saves, "training_args.max_steps": 2, "run_conf.final_checkpoint_name": "first"}), GRPO)
+    run = train(grpo_values({**saves, "training_args.max_steps": 3, "run_conf.resume_from_checkpoint": "auto"}), GRPO)
+    assert run.result.steps == 3
+    assert [entry["step"] for entry in run.trainer.state.log_history if "reward" in entry] == [1, 2, 3]
+
+
 def test_rewards_see_prompts_answers_and_columns(train: Any, grpo_values: Any, tmp_path: Path) -> None:
     rewards = [{"type": "function", "path": f"{tmp_path}/own.py:seen"}, {"type": "length", "target": 5, "weight": 0.5}]
     run = train(grpo_values({"grpo_args.rewards": rewards, "training_args.max_steps": 1}), GRPO)

@@ -167,3 +167,15 @@ def test_what_the_trainer_refuses_is_told_in_one_line(train: Any, kto_values: An
     head = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["lm_head"]}}
     with pytest.raises(ConfigError, match=r"the KTO trainer refuses this: .*lm_head"):
         train(kto_values({"peft_conf": head}), KTO)
+
+
+def test_an_sft_adapter_is_its_own_reference(
+    train: Any, sft_values: Any, kto_values: Any, read_tensors: Any, tmp_path: Path
+) -> None:
+    tuned = train(sft_values({"peft_conf": LORA, "training_args.output_dir": str(tmp_path / "sft")}))
+    on_top = {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(tuned.final)}
+    run = train(kto_values({"peft_conf": on_top}), KTO)
+    assert run.losses[0] == pytest.approx(0.5, abs=1e-5)
+    before, after = read_tensors(tuned.final), read_tensors(run.final)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)

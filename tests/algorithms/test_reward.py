@@ -119,3 +119,10 @@ def test_a_classifier_of_several_labels_is_refused(
     chatml_tokenizer.save_pretrained(tmp_path / "three")
     with pytest.raises(ModelError, match=r"cannot be loaded|other shapes"):
         train(dpo_values({"run_conf.model": str(tmp_path / "three")}), REWARD)
+
+
+def test_an_adapter_with_its_head_goes_on_where_it_was(train: Any, dpo_values: Any, tmp_path: Any) -> None:
+    first = train(dpo_values({**LEARNS, "peft_conf": LORA}), REWARD)
+    on_top = {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(first.final)}
+    second = train(dpo_values({"peft_conf": on_top, "training_args.output_dir": str(tmp_path / "again")}), REWARD)
+    assert second.losses[0] < 0.6
