@@ -12,16 +12,18 @@ import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetuning.algorithms.phases import PhasesMixin
 from finetuning.algorithms.prompt_state import read_encoders, write_encoders
 from finetuning.errors import GuardStopped
 from finetuning.publish import publish, staging_path, write_manifest
 
 
-class TrainerMixin:
+class SafeguardMixin:
     """Stands left of a transformers Trainer: counts tokens, stops at values that are not finite, publishes whole
     checkpoints.
 
-    `tokens_seen` is the number of tokens, padding left out, that this process has trained on in this job.
+    `tokens_seen` is the number of tokens, padding left out, that this process has trained on in this job;
+    `step_loss` is its loss of the last step.
     """
 
     collated_columns: tuple[str, ...] = ()
@@ -30,6 +32,7 @@ class TrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_count: torch.Tensor | int = 0
         self._step_loss: torch.Tensor | float = 0.0
+        self.step_loss: float | None = None
         self._staging: Path | None = None
         self._evaluated: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
@@ -63,6 +66,7 @@ class TrainerMixin:
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, self._step_loss = float(self._step_loss), 0.0
+        self.step_loss = loss
         # Under fp16 an infinite gradient is the loss scaler's business: it skips the step and scales less.
         gradient_is_finite = norm is None or self.args.fp16 or math.isfinite(float(norm))
         if not (math.isfinite(loss) and gradient_is_finite):
@@ -193,3 +197,7 @@ class TrainerMixin:
         for name, weight in self.model.named_parameters():
             if weight.dtype != before.get(name, weight.dtype):
                 weight.data = weight.data.to(before[name])
+
+
+class TrainerMixin(PhasesMixin, SafeguardMixin):
+    """Both, in the order in which they belong: what is measured holds what is safeguarded."""

@@ -92,6 +92,9 @@ class MlflowTracker(Sink):
             values |= {key: float(value) for key, value in known.items() if value is not None}
         self.log_metrics(values, event.metrics.step)
 
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        self.log_metrics({f"telemetry/{name}": value for name, value in values.items()}, step)
+
     def saved(self, step: int, folder: Path) -> None:
         self.log_model_files(folder, folder.name)
 

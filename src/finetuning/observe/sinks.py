@@ -59,6 +59,9 @@ class Sink:
     def log(self, event: LogEvent) -> None:
         """The trainer has logged."""
 
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        """Telemetry's figures at an optimizer step: how fast the run goes, what it waits for and what it holds."""
+
     def saved(self, step: int, folder: Path) -> None:
         """A checkpoint was published."""
 

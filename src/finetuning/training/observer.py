@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from finetuning.observe.console import open_console
 from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start
 from finetuning.plan.plan import Plan
 from finetuning.topology import Topology
+from finetuning.training.measuring import Measuring
 from finetuning.training.record import CONFIG_NAME, RECORD_NAME
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from finetuning.data.prepare import PreparedData
     from finetuning.observe.mlflow_tracker import MlflowTracker
@@ -50,9 +52,11 @@ class Observer:
         self._artifact: Artifact | None = None
         self._tracked: str | None = None
         self._started = time.monotonic()
+        self._measuring = Measuring(experiment, method, topology)
 
     def resuming(self, resume: ResumePoint) -> None:
         """The run starts, afresh or from a checkpoint. Tracking starts here, beside all that follows."""
+        self._measuring.begin(resume)
         self._warn(*resume.notes)
         if resume.checkpoint:
             self._lines.append(Line("resumed from", str(resume.checkpoint)))
@@ -93,8 +97,14 @@ class Observer:
                 for name in (PREVIEW_NAME, "data_report.json"):
                     self._mlflow.log_file(self._output_dir / name)
 
-    def planned(self, plan: Plan) -> None:
-        """The plan stands."""
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """One stage of the road, measured."""
+        return self._measuring.stage(name)
+
+    def planned(self, plan: Plan, arguments: TrainingArguments) -> None:
+        """The plan stands, and the processes of the job find each other."""
+        self._measuring.connect(arguments)
+        self._measuring.planned(plan)
         self._lines += [Line(decision.name, decision.value, decision.reason) for decision in plan.decisions]
         self._stage("Loading the model")
 
@@ -110,13 +120,20 @@ class Observer:
             if self._mlflow:
                 sinks.append(self._mlflow)
         self._sinks = Sinks(sinks)
-        return [make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())]
+        # Measuring comes first, so that what the sinks do at the end of a step is no part of the step.
+        measuring = self._measuring.callbacks(self._tell_figures)
+        return [*measuring, make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())]
+
+    def _tell_figures(self, figures: Mapping[str, float], step: int) -> None:
+        if self._sinks:
+            self._sinks.tell("figures", figures, step)
 
     def watch(self, trainer: Trainer) -> None:
         """The trainer is ready: the start summary is shown."""
         from transformers.trainer_callback import PrinterCallback
 
         self._trainer = trainer
+        self._measuring.watch(trainer)
         trainer.remove_callback(PrinterCallback)
         tell_start(self._console, f"finetuning {self._method}", self._lines)
         for warning in self._warnings:
@@ -128,6 +145,11 @@ class Observer:
         if self._mlflow:
             folder = Path(artifact.folder)
             self._mlflow.log_model_files(folder, folder.name)
+
+    def measured(self, error: BaseException | None) -> dict[str, Any]:
+        """Telemetry ends, and gives what belongs into the record; nothing where it is switched off."""
+        measured = self._measuring.end(error, self._tell_figures)
+        return {} if measured is None else {"telemetry": measured}
 
     def close(self, status: str) -> None:
         """The run has ended, one way or the other; called once, after the record was written."""

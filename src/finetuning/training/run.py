@@ -87,10 +87,12 @@ def _recorded(job: Job) -> RunResult:
             if isinstance(error, GuardStopped)
             else "failed"
         )
-        record.finish(status, error=str(error) if isinstance(error, FinetuningError) else repr(error))
+        told = str(error) if isinstance(error, FinetuningError) else repr(error)
+        record.finish(status, error=told, **job.observer.measured(error))
         job.observer.close(status)
         raise
-    record.finish(result.status, error=None, trackers_that_failed=job.observer.failures)
+    measured = job.observer.measured(None)
+    record.finish(result.status, error=None, trackers_that_failed=job.observer.failures, **measured)
     job.observer.close(result.status)
     return result
 
@@ -107,17 +109,19 @@ def _road(job: Job, record: RunRecord) -> RunResult:
 
     tokenizer = load_tokenizer(experiment)
     observer.told("tokenizer", str(tokenizer), warnings=tokenizer.warnings)
-    data = job.method.prepare(experiment, tokenizer.tokenizer, job.workers)
+    with observer.stage("data_preparation"):
+        data = job.method.prepare(experiment, tokenizer.tokenizer, job.workers)
     observer.prepared(data)
 
     plan = make_plan(experiment, job.topology, rows=len(data.train))
     arguments = build_arguments(experiment, plan, job.method.arguments)
-    observer.planned(plan)
+    observer.planned(plan, arguments)
     _seed(arguments.seed, experiment.run_conf.determinism)
 
-    prepared = load_model(
-        experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
-    )
+    with observer.stage("model_initialization"):
+        prepared = load_model(
+            experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
+        )
     _tell_model(job, plan, data, prepared)
     record.update(**_what_went_in(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
@@ -140,14 +144,15 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
     seconds = _train(trainer, stop, resume)
-    artifact = publish_final(
-        trainer,
-        tokenizer.tokenizer,
-        job.output_dir / experiment.run_conf.final_checkpoint_name,
-        end_of_turn=ending,
-        base_fingerprint=prepared.fingerprint,
-        initial=initial,
-    )
+    with observer.stage("model_publication"):
+        artifact = publish_final(
+            trainer,
+            tokenizer.tokenizer,
+            job.output_dir / experiment.run_conf.final_checkpoint_name,
+            end_of_turn=ending,
+            base_fingerprint=prepared.fingerprint,
+            initial=initial,
+        )
     if artifact is not None:
         record.update(artifact=artifact.as_dict())
         observer.published(artifact)
