@@ -1,0 +1,123 @@
+"""The examples of docs/data.md are what happens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetuning.config.data import ChatTemplateName, DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data.formats import FORMATS
+from finetuning.data.handlers import make_recipe
+from finetuning.data.prepare import prepare_dpo, prepare_kto, prepare_sft
+from finetuning.data.rows import Row
+from finetuning.data.templates import get_template
+from finetuning.errors import Place
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str]]:
+    return [(match[1], match[2]) for match in BLOCK.finditer(PAGE.read_text("utf-8"))]
+
+
+def examples() -> list[tuple[str, str, str]]:
+    """The settings, the rows and the shown texts of each example that shows texts."""
+    found = []
+    settings, rows = "", ""
+    for kind, body in blocks():
+        if kind == "yaml":
+            settings = body
+        elif kind == "jsonl":
+            rows = body
+        elif kind == "text":
+            found.append((settings if "data_conf" not in settings else "", rows, body))
+        if kind != "yaml" and kind != "jsonl":
+            settings = ""
+    return found
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
+    template = get_template(ChatTemplateName.CHAT_ML)
+    assert template is not None
+    return make_tokenizer("byte-level", template.source, template.special_tokens)
+
+
+def config(path: Path, **source: Any) -> DataConfig:
+    training = {"type": "CONCATENATION", "datasets": [{"path": str(path), **source}]}
+    values = {"training_data": training, "validation_data": {"type": "NONE"}, "chat_template_name": "chat-ml"}
+    return DataConfig.model_validate(values)
+
+
+def shown(settings: str, rows: str, tokenizer: Any, folder: Path) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text(rows, "utf-8")
+    args = SFTArgs(train_on_completions_only=True)
+    data = prepare_sft(config(path, **(yaml.safe_load(settings) or {})), args, tokenizer)
+    texts = ("".join(f"⟦{text}⟧" if trained else text for text, trained in row.segments) for row in data.preview)
+    return "\n".join(text.rstrip("\n") for text in texts) + "\n"
+
+
+@pytest.mark.parametrize("number", range(len(examples())))
+def test_what_is_trained_is_what_is_shown(number: int, tokenizer: Any, tmp_path: Path) -> None:
+    settings, rows, text = examples()[number]
+    assert shown(settings, rows, tokenizer, tmp_path) == text
+
+
+def rows_below(heading: str) -> list[str]:
+    section = PAGE.read_text("utf-8").split(heading)[1]
+    match = BLOCK.search(section)
+    assert match is not None
+    return match[2].splitlines()
+
+
+def test_every_preference_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    for row in rows_below("### Preferences"):
+        (tmp_path / "a.jsonl").write_text(row)
+        assert len(prepare_dpo(config(tmp_path / "a.jsonl"), 99, tokenizer).train) == 1
+        assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 2
+
+
+def test_every_rated_answer_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    for row in rows_below("### Rated answers"):
+        (tmp_path / "a.jsonl").write_text(row)
+        assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 1
+
+
+def test_ready_tokens_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    (row,) = rows_below("### `tokens`")
+    (tmp_path / "a.jsonl").write_text(row)
+    assert prepare_sft(config(tmp_path / "a.jsonl"), SFTArgs(), tokenizer).train[0] == json.loads(row)
+
+
+def errors() -> list[tuple[str, str]]:
+    lines = next(body for kind, body in blocks() if kind == "errors").splitlines()
+    return list(zip(lines[::2], lines[1::2], strict=True))
+
+
+@pytest.mark.parametrize(("row", "message"), errors())
+def test_what_is_said_of_a_bad_row(row: str, message: str) -> None:
+    problem = FORMATS["messages"].parse(Row(json.loads(row), Place("train.jsonl", 6)))
+    assert str(problem) == message
+
+
+def test_every_format_and_handler_is_on_the_page() -> None:
+    page = PAGE.read_text("utf-8")
+    source = config(Path("a")).training_data.datasets[0]
+    assert make_recipe(source, "d").steps == ()
+    missing = [name for name in FORMATS if f"`{name}`" not in page and name != "prompt"]
+    assert not missing
+
+
+def test_the_config_of_the_page_is_right() -> None:
+    body = next(body for kind, body in blocks() if kind == "yaml" and "data_conf" in body)
+    conf = DataConfig.model_validate(yaml.safe_load(body)["data_conf"])
+    assert len(conf.training_data.datasets) == 5
