@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -62,15 +63,25 @@ class Notices:
 
     special_tokens: tuple[str, ...]
 
+    @cached_property
+    def _first_characters(self) -> tuple[str, ...]:
+        return tuple({token[0] for token in self.special_tokens})
+
     def __call__(self, messages: Sequence[Message]) -> set[str]:
         notes = set()
         for message in messages:
             content = message.get("content") or ""
             if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
                 notes.add(EMPTY_ANSWER)
-            if any(token in content for token in self.special_tokens):
+            if self._holds_special(content):
                 notes.add(MARKERS_IN_TEXT)
         return notes
+
+    def _holds_special(self, content: str) -> bool:
+        for character in self._first_characters:
+            if character in content:
+                return any(token in content for token in self.special_tokens)
+        return False
 
 
 @dataclass
@@ -93,7 +104,8 @@ class SFTMaker:
         rendered = self._render(rows, turns)
         shown = [(one, wanted) for one, wanted in zip(rendered, turns, strict=True) if isinstance(one, Marked)]
         spans = [None if wanted is None else one.spans for one, wanted in shown]
-        tokenised = iter(self.labeller.encode([one.text for one, _ in shown], spans))
+        heads = [one.heads for one, _ in shown]
+        tokenised = iter(self.labeller.encode([one.text for one, _ in shown], spans, heads))
         return [
             one if isinstance(one, Lost) else self._finish(row, one, next(tokenised))
             for row, one in zip(rows, rendered, strict=True)
@@ -110,24 +122,27 @@ class SFTMaker:
     def _render(self, rows: Sequence[Conversation], turns: Sequence[Sequence[int] | None]) -> list[Marked | Lost]:
         chosen = [(row, wanted) for row, wanted in zip(rows, turns, strict=True) if wanted is not None]
         marked = iter(self.masker.find_turns(*map(list, zip(*chosen, strict=True))) if chosen else ())
-        texts = iter(self.renderer.texts([row for row, wanted in zip(rows, turns, strict=True) if wanted is None]))
+        texts = iter(self.masker.texts([row for row, wanted in zip(rows, turns, strict=True) if wanted is None]))
         found = [_whole(next(texts)) if wanted is None else next(marked) for wanted in turns]
         return [unproven(one) if isinstance(one, Refused) else one for one in found]
 
     def _finish(self, row: Conversation, marked: Marked, tokens: Tokens | Refused) -> Example | Lost:
-        fitted = fit(tokens, self.max_length, self.truncate)
-        if isinstance(fitted, Lost):
-            return fitted
-        notes = marked.notes | self.notices(row.messages) | fitted.notes
-        answer_cut = fitted.answer_cut and row.messages[-1]["role"] == "assistant"
-        return replace(fitted, text=marked.text, notes=frozenset(notes), answer_cut=answer_cut)
+        if isinstance(tokens, Refused):
+            return unproven(tokens)
+        found = marked.notes | self.notices(row.messages)
+        example = fit(tokens, self.max_length, self.truncate, marked.text, found)
+        if isinstance(example, Example) and example.answer_cut and row.messages[-1]["role"] != "assistant":
+            return replace(example, answer_cut=False)
+        return example
 
 
 def _whole(text: str | CannotRender) -> Marked | Refused:
     return Marked(text, (), "everything") if isinstance(text, str) else Refused(f"{NOT_TAKEN}: {text}")
 
 
-def fit(tokens: Tokens | Refused, max_length: int, truncate: bool) -> Example | Lost:
+def fit(
+    tokens: Tokens | Refused, max_length: int, truncate: bool, text: str = "", notes: Iterable[str] = ()
+) -> Example | Lost:
     """The tokens as `input_ids` and `labels`, cut at the end where they are too long and may be cut."""
     if isinstance(tokens, Refused):
         return unproven(tokens)
@@ -137,17 +152,17 @@ def fit(tokens: Tokens | Refused, max_length: int, truncate: bool) -> Example | 
     if size > max_length and not truncate:
         return Lost(TOO_LONG, f"{size} tokens, the limit is {max_length}", is_fault=False, tokens=size)
     ids, labels = tokens.ids[:max_length], tokens.labels(UNTRAINED)[:max_length]
-    trained = int(np.count_nonzero(labels != UNTRAINED))
+    trained = sum(max(min(last, max_length) - first, 0) for first, last in tokens.runs)
     if trained == 0:
         return Lost("nothing left to train on", f"the answer begins after {max_length} tokens", tokens=size)
     return Example(
         columns={"input_ids": ids, "labels": labels},
         tokens=len(ids),
         trained=trained,
-        text="",
+        text=text,
         tokens_cut=max(size - max_length, 0),
         answer_cut=tokens.runs[-1][1] > max_length,
-        notes=frozenset({tokens.note} if tokens.note else ()),
+        notes=frozenset([*notes, tokens.note] if tokens.note else notes),
     )
 
 

@@ -1,9 +1,10 @@
 """Text with trained spans to token ids with a mask, and the proof that the mask is the spans.
 
 A text is tokenised once, whole. A span is a run of tokens when a token begins where it begins and one ends where it
-ends; decoded, the run must give back the span. Where a token reaches over the beginning of a span, or the prompt alone
-has other tokens, the text is cut there and tokenised in pieces, as it is when the model is served: the prompt alone,
-then what the model writes.
+ends; decoded, the run must give back the span. Where every token stands for certain bytes, the tokens of a text must be
+its bytes, one after another: that shows where each of them lies, and all that they spell. Where a token reaches over
+the beginning of a span, or the prompt alone has other tokens, the text is cut there and tokenised in pieces, as it is
+when the model is served: the prompt alone, then what the model writes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetuning.data.spans import Refused, Span
+from finetuning.data.spelling import Spelling, spelling_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,23 +51,92 @@ class Labeller:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._headers: dict[str, list[int]] = {}
+        self._heads: dict[str, list[int] | None] = {}
 
-    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Tokens | Refused]:
-        """The tokens of each text; None for spans trains on all of them.
+    def encode(
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[Span] | None],
+        heads: Sequence[Sequence[str]] | None = None,
+    ) -> list[Tokens | Refused]:
+        """The tokens of each text; None for spans trains on all of them. `heads` are those of `Marked`.
 
         The beginning-of-sequence token is there once: as the text has it, else in front where the tokenizer adds one.
         """
         if not texts:
             return []
-        encodings = self._encode(texts)
-        results = [self._align(text, one, wanted) for text, one, wanted in zip(texts, encodings, spans, strict=True)]
-        self._prove(texts, spans, results)
+        results = self._by_bytes(texts, spans, heads or [()] * len(texts)) if self._spelling else [None] * len(texts)
+        left = [index for index, result in enumerate(results) if result is None]
+        for index, result in zip(
+            left, self._by_offsets([texts[one] for one in left], [spans[one] for one in left]), strict=True
+        ):
+            results[index] = result
         for index, result in enumerate(results):
             if isinstance(result, Refused):
                 results[index] = self._in_pieces(texts[index], spans[index] or ())
             else:
                 results[index] = self._with_bos(texts[index], result, spans[index] is None)
         return results
+
+    def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Tokens | Refused]:
+        if not texts:
+            return []
+        encodings = self._encode(texts)
+        results = [self._align(text, one, wanted) for text, one, wanted in zip(texts, encodings, spans, strict=True)]
+        self._prove(texts, spans, results)
+        return results
+
+    def _by_bytes(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], heads: Sequence[Sequence[str]]
+    ) -> list[Tokens | None]:
+        """The tokens of each text that they spell byte for byte, with a border at each border of its spans."""
+        rows = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        counts = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(counts.sum()))
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        begins = np.concatenate([[0], np.cumsum(self._spelling.sizes[flat])])
+        wanted, whole = [], []
+        for text, ids, own, start in zip(texts, rows, spans, begins[firsts].tolist(), strict=False):
+            data = text.encode()
+            whole.append(self._spelling.spells(ids, data))
+            if whole[-1] and own:
+                is_ascii = len(data) == len(text)
+                for span in own:
+                    wanted += [start + (one if is_ascii else len(text[:one].encode())) for one in span]
+        places = np.searchsorted(begins, wanted)
+        exact = iter((begins[places] == wanted).tolist())
+        borders = iter(places.tolist())
+        results: list[Tokens | None] = []
+        for index, (first, end) in enumerate(pairwise(firsts.tolist())):
+            own, ids = spans[index], flat[first:end]
+            if not whole[index] or own is None:
+                results.append(Tokens(ids, ((0, len(ids)),)) if whole[index] else None)
+                continue
+            runs = tuple((next(borders) - first, next(borders) - first) for _ in own)
+            fits = all([next(exact) for _ in range(2 * len(own))])
+            fits = fits and self._all_served(texts[index], rows[index], own, runs, heads[index])
+            results.append(Tokens(ids, runs) if fits else None)
+        return results
+
+    def _all_served(
+        self, text: str, ids: list[int], spans: Sequence[Span], runs: Sequence[Span], heads: Sequence[str]
+    ) -> bool:
+        for index, ((start, _), (first, last)) in enumerate(zip(spans, runs, strict=True)):
+            if last <= first:
+                return False
+            if text[start - 1 : start].isspace():
+                head = self._head(heads[index]) if heads else None
+                served = ids[first - len(head) : first] == head if head else self._is_served(text[:start], ids[:first])
+                if not served:
+                    return False
+        return True
+
+    def _head(self, head: str) -> list[int] | None:
+        """The tokens of a text before a turn, from its last special token on; None when it has none."""
+        if head not in self._heads:
+            specials = list(self._special.finditer(head)) if self._special else []
+            self._heads[head] = self._encode([head[specials[-1].start() :]])[0].ids if specials else None
+        return self._heads[head]
 
     def split(self, text: str) -> list[str]:
         """The text, cut at its tokens."""
@@ -87,6 +158,11 @@ class Labeller:
             verbose=False,
         )
         return batch.encodings
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        self._encode(["a"])
+        return spelling_of(self._backend)
 
     @cached_property
     def _added_bos(self) -> int | None:
@@ -116,7 +192,7 @@ class Labeller:
             # The white space in front of a word belongs to its token; some tokenizers leave it out of the offsets.
             if begins != start and (begins < start or text[start:begins].strip()):
                 return Refused("a token reaches over the beginning of a turn")
-            if text[start - 1 : start].isspace() and not self._is_served(text[:start], ids[:first]):
+            if text[start - 1 : start].isspace() and not self._is_served(text[:start], encoding.ids[:first]):
                 return Refused("the prompt alone has other tokens")
             last = _token_from(encoding, end, len(text))
             last = len(ids) if last is None else last
@@ -125,7 +201,7 @@ class Labeller:
             runs.append((first, last))
         return Tokens(ids, tuple(runs))
 
-    def _is_served(self, prompt: str, ids: np.ndarray) -> bool:
+    def _is_served(self, prompt: str, ids: list[int]) -> bool:
         """Whether the tokens before a turn are those of the prompt alone, which the served model is given.
 
         A pre-tokenizer may look ahead past white space, so that what follows a line break changes its token. Text
@@ -137,10 +213,10 @@ class Labeller:
         if header not in self._headers:
             found = self._encode([header])[0].ids
             if not specials:
-                return found == ids.tolist()
+                return found == ids
             self._headers[header] = found
         found = self._headers[header]
-        return ids[len(ids) - len(found) :].tolist() == found
+        return ids[len(ids) - len(found) :] == found
 
     @cached_property
     def _special(self) -> re.Pattern[str] | None:

@@ -18,6 +18,7 @@ from finetuning.data.endings import Ending, EndingFinder
 from finetuning.data.rendering import CannotRender, Renderer
 from finetuning.data.rows import Conversation, Message
 from finetuning.data.sentinels import NO_SIGNS, Signs, Unmarked
+from finetuning.data.shapes import Key, Shapes, key_of
 from finetuning.data.spans import NOT_TAKEN, Marked, NotShown, Refused, Span, holds_all
 
 
@@ -51,6 +52,7 @@ class Masker:
         self._renderer = renderer
         self._split_tokens = split_tokens
         self._endings = EndingFinder(renderer, stop_tokens)
+        self._shapes = Shapes(renderer)
         self._tails: dict[Any, str] = {}
 
     def find(self, conversations: Sequence[Conversation]) -> list[Marked | Refused]:
@@ -65,6 +67,38 @@ class Masker:
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
     ) -> list[Marked | Refused]:
         """The rendered texts with the spans of the given turns of each."""
+        keys = [key_of(one, wanted) for one, wanted in zip(conversations, turns, strict=True)]
+        found: list[Marked | Refused | None] = [None] * len(keys)
+        new = self._shapes.unknown(keys)
+        self._find_into(found, new, conversations, turns, keys)
+        filled = self._shapes.fill(keys, conversations)
+        found = [one or like for one, like in zip(found, filled, strict=True)]
+        left = [index for index, one in enumerate(found) if one is None]
+        self._find_into(found, left, conversations, turns, keys)
+        return found
+
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+        """The rendered texts, or what the template says against a conversation."""
+        return self._shapes.texts(conversations)
+
+    def _find_into(
+        self,
+        found: list[Marked | Refused | None],
+        which: Sequence[int],
+        conversations: Sequence[Conversation],
+        turns: Sequence[Sequence[int]],
+        keys: Sequence[Key | None],
+    ) -> None:
+        results = self._find_all([conversations[one] for one in which], [turns[one] for one in which])
+        for index, (result, ends) in zip(which, results, strict=True):
+            found[index] = result
+            if ends is not None:
+                self._shapes.learn(keys[index], conversations[index], result, ends)
+
+    def _find_all(
+        self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
+    ) -> list[tuple[Marked | Refused, list[int | None] | None]]:
+        """What is found, and where each content ends in the text, where marks showed it."""
         texts = self._renderer.texts(conversations)
         signs = [
             Signs.absent_from(text, len(one.messages)) or NO_SIGNS if isinstance(text, str) else NO_SIGNS
@@ -75,27 +109,32 @@ class Masker:
         ]
         rendered = self._renderer.texts(marked)
         return [
-            Refused(f"{NOT_TAKEN}: {text}") if isinstance(text, CannotRender) else self._find(_Attempted(*one), wanted)
+            (Refused(f"{NOT_TAKEN}: {text}"), None)
+            if isinstance(text, CannotRender)
+            else self._find(_Attempted(*one), wanted)
             for one, text, wanted in zip(
                 zip(conversations, texts, signs, marked, rendered, strict=True), texts, turns, strict=True
             )
         ]
 
-    def _find(self, tried: _Attempted, turns: Sequence[int]) -> Marked | Refused:
+    def _find(self, tried: _Attempted, turns: Sequence[int]) -> tuple[Marked | Refused, list[int | None] | None]:
         if not turns:
-            return Marked(tried.text, (), "no turn")
+            return Marked(tried.text, (), "no turn"), None
         failure: Refused | None = None
         for name, view in self._attempts(tried):
             if view.whole.text != tried.text:
                 continue
             try:
                 spans, notes = self._all_spans(view, turns)
-                return Marked(tried.text, spans, name, notes)
+                shown = view.whole.positions if name == "marks" else None
+                ends = shown and [shown.get(view.signs.closing(one)) for one in range(len(view.marked))]
+                return Marked(tried.text, spans, name, notes), ends
             except NotShown as error:
                 failure = failure or Refused(str(error), error.turn)
         if self._renderer.has_marks:
-            return self._by_template(tried.conversation, tried.text, turns, failure)
-        return failure or Refused("the chat template writes this conversation differently when it is rendered again")
+            return self._by_template(tried.conversation, tried.text, turns, failure), None
+        fault = "the chat template writes this conversation differently when it is rendered again"
+        return failure or Refused(fault), None
 
     def _attempts(self, tried: _Attempted) -> Iterator[tuple[str, _View]]:
         conversation, signs = tried.conversation, tried.signs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetuning.config.data import DatasetSource
+from finetuning.data.columns import Columns, as_dataset
 from finetuning.data.examples import Example, Lost, Maker
 from finetuning.data.formats import Options
 from finetuning.data.labelling import Labeller
@@ -22,6 +24,7 @@ from finetuning.errors import DataError, Place, Problem
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 SAME_AS_BEFORE = "the same as a row before"
 _BATCH = 1024
@@ -32,7 +35,7 @@ _PREVIEW_ROWS = 3
 class Part:
     """The rows of one part of the data: those that are trained on, and the number of rows in each file."""
 
-    examples: dict[str, list[Any]]
+    examples: pa.Table
     alive: np.ndarray
     lengths: list[int]
 
@@ -53,25 +56,38 @@ class Reading:
     seen: dict[bytes, tuple[str, Place]] = field(default_factory=dict)
 
     def read(self, sources: Sequence[tuple[str, DatasetSource]], name: str) -> tuple[Part, PartLedger]:
-        """The rows of datasets, each with its key in the config."""
+        """The rows of datasets, each with its key in the config. One batch is made into examples, by a thread that
+        mostly waits for the tokenizer's own, while the next is read and parsed."""
         ledger = PartLedger(name, self.limit)
-        examples: dict[str, list[Any]] = {}
+        columns = Columns()
         alive: list[bool] = []
         lengths = []
-        for key, source in sources:
-            before = len(alive)
-            opened = open_dataset(source, key, self.kind, self.options, self.digest)
-            ledger.formats[title_of(source)] = str(opened)
-            while batch := list(islice(opened.rows, _BATCH)):
-                self._add(batch, ledger, examples, alive)
-            lengths.append(len(alive) - before)
-        return Part(examples, np.array(alive, dtype=bool), lengths), ledger
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            for key, source in sources:
+                before = len(alive)
+                opened = open_dataset(source, key, self.kind, self.options, self.digest)
+                ledger.formats[title_of(source)] = str(opened)
+                waiting: tuple[list[Any], Future[list[Example | Lost]]] | None = None
+                while batch := list(islice(opened.rows, _BATCH)):
+                    parsed = [one for row in batch for one in (row if isinstance(row, list) else [row])]
+                    made = thread.submit(self.make, [one for one in parsed if not isinstance(one, Problem | Skipped)])
+                    if waiting:
+                        self._add(*waiting, ledger, columns, alive)
+                    waiting = (parsed, made)
+                if waiting:
+                    self._add(*waiting, ledger, columns, alive)
+                lengths.append(len(alive) - before)
+        return Part(columns.table(), np.array(alive, dtype=bool), lengths), ledger
 
-    def _add(self, batch: Sequence[Any], ledger: PartLedger, examples: dict[str, list[Any]], alive: list[bool]) -> None:
-        parsed: list[Any] = []
-        for row in batch:
-            parsed.extend(row if isinstance(row, list) else [row])
-        made = iter(self.make([row for row in parsed if not isinstance(row, Problem | Skipped)]))
+    def _add(
+        self,
+        parsed: Sequence[Any],
+        examples: Future[list[Example | Lost]],
+        ledger: PartLedger,
+        columns: Columns,
+        alive: list[bool],
+    ) -> None:
+        made = iter(examples.result())
         for row in parsed:
             if isinstance(row, Problem):
                 example: Example | Lost = Lost("bad row", row.message, is_bad=True)
@@ -84,8 +100,8 @@ class Reading:
                 ledger.drop(row.place, example.reason, example.detail, is_fault=example.is_fault, tokens=example.tokens)
                 continue
             self._keep(example, row.place, ledger)
-            for column, values in example.columns.items():
-                examples.setdefault(column, []).append(values)
+            columns.add(example.columns)
+        columns.flush()
 
     def _keep(self, example: Example, place: Place, ledger: PartLedger) -> None:
         if example.tokens_cut:
@@ -104,25 +120,11 @@ class Reading:
 
 def to_dataset(part: Part, order: np.ndarray, name: str) -> datasets.Dataset:
     """The rows of a part in an order, without those that were dropped."""
-    import datasets
-    import pyarrow as pa
-    from datasets.table import InMemoryTable
-
     rows = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
     if not len(rows):
         raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
-    columns, features = {}, datasets.Features()
-    for column, made in part.examples.items():
-        values = [made[row] for row in rows]
-        if isinstance(values[0], np.ndarray):
-            borders = np.concatenate([[0], np.cumsum([len(value) for value in values], dtype=np.int64)])
-            columns[column] = pa.LargeListArray.from_arrays(borders, np.concatenate(values))
-            features[column] = datasets.LargeList(datasets.Value("int32"))
-        else:
-            kind = "bool" if isinstance(values[0], bool) else "large_string"
-            columns[column] = pa.array(values, type=getattr(pa, "bool_" if kind == "bool" else kind)())
-            features[column] = datasets.Value(kind)
-    return datasets.Dataset(InMemoryTable(pa.table(columns)), info=datasets.DatasetInfo(features=features))
+    in_order = len(rows) == part.examples.num_rows and np.array_equal(rows, np.arange(len(rows)))
+    return as_dataset(part.examples if in_order else part.examples.take(rows))
 
 
 def _why(lost: Lost) -> str:

@@ -18,6 +18,8 @@ class Marked:
     spans: tuple[Span, ...]
     method: str
     notes: frozenset[str] = frozenset()
+    heads: tuple[str, ...] = ()
+    """What stands before each span, back to the content before it, where that is the same in many conversations."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""Preparation of chats: JSON to token ids with a proven mask, against the bare tokenizer, TRL and transformers.
+
+Random chats of 30 to 400 tokens, a byte-level BPE trained on them, the ChatML template. Each measurement is a process
+of its own and counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The
+variants take turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already: what no
+preparation can beat. `python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# TRL knows a template by its text and brings its own marked one; transformers needs the marks in the template.
+MARKED = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_CLOCK = """
+import sys, time, resource, json
+folder = sys.argv[1]
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(folder + "/tokenizer")
+tokenizer("warm up")
+def cpu():
+    mine = resource.getrusage(resource.RUSAGE_SELF); theirs = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return mine.ru_utime + mine.ru_stime + theirs.ru_utime + theirs.ru_stime
+def start():
+    global began
+    began = (time.monotonic(), cpu())
+def stop(tokens, trained):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"wall": time.monotonic() - began[0], "cpu": cpu() - began[1], "tokens": tokens,
+                      "trained": trained, "peak_mb": peak}))
+"""
+VARIANTS = {
+    "raw": """
+texts = json.load(open(folder + "/texts.json"))
+start()
+tokens = 0
+for first in range(0, len(texts), 1024):
+    for one in tokenizer.backend_tokenizer.encode_batch_fast(texts[first:first + 1024], add_special_tokens=False):
+        tokens += len(one)
+stop(tokens, 0)
+""",
+    "ours": """
+from finetuning.config.data import DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data.prepare import prepare_sft
+import datasets, pyarrow.compute as pc
+conf = DataConfig.model_validate({
+    "training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},
+    "validation_data": {"type": "NONE"}, "chat_template_name": "keep-original"})
+args = SFTArgs(max_seq_length=4096, train_on_completions_only=True)
+start()
+data = prepare_sft(conf, args, tokenizer, 1)
+part = data.ledger.parts[0]
+stop(part.tokens, part.trained_tokens)
+""",
+    "transformers": """
+tokenizer.chat_template = open(folder + "/marked.jinja").read()
+start()
+rows = [json.loads(line)["messages"] for line in open(folder + "/chats.jsonl")]
+tokens = trained = 0
+for first in range(0, len(rows), 1024):
+    batch = tokenizer.apply_chat_template(rows[first:first + 1024], tokenize=True, return_dict=True,
+                                          return_assistant_tokens_mask=True)
+    for ids, mask in zip(batch["input_ids"], batch["assistant_masks"]):
+        tokens += len(ids)
+        trained += sum(mask)
+stop(tokens, trained)
+""",
+    "trl": """
+import torch, datasets
+datasets.disable_progress_bars()
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+tokenizer.chat_template = open(folder + "/marked.jinja").read()
+model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
+                                     num_hidden_layers=1, num_attention_heads=1))
+arguments = SFTConfig(output_dir=folder + "/trl", assistant_only_loss=True, max_length=4096, use_cpu=True,
+                      report_to="none", bf16=False)
+start()
+rows = datasets.Dataset.from_list([{"messages": json.loads(line)["messages"]} for line in open(folder + "/chats.jsonl")])
+trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+data = trainer.train_dataset
+tokens = sum(len(ids) for ids in data["input_ids"])
+stop(tokens, sum(sum(mask) for mask in data["assistant_masks"]))
+""",
+}
+
+
+def make_chats(path: Path, rows: int, seed: int) -> list[list[dict[str, str]]]:
+    """Chats of 30 to 400 tokens or so, half of them of one exchange, a third with a system prompt; as JSON Lines."""
+    draw = random.Random(seed)
+    syllables = [first + vowel + last for first in "bdfgklmnprstvz" for vowel in "aeiou" for last in ("", "n", "r", "s")]
+    words = ["".join(draw.choices(syllables, k=draw.choice((1, 1, 2, 2, 3)))) for _ in range(6000)]
+    words += ["the", "a", "of", "and", "to", "in", "is", "what", "how", "Why", "42", "naïve", "größer", "你好"] * 200
+
+    def sentence(count: int) -> str:
+        return " ".join(draw.choices(words, k=count)).capitalize() + draw.choice((".", "?", "!", ".\n", ":"))
+
+    def text(low: int, high: int) -> str:
+        return " ".join(sentence(draw.randint(4, 12)) for _ in range(draw.randint(low, high))).strip()
+
+    chats = []
+    with open(path, "w", encoding="utf-8") as stream:
+        for index in range(rows):
+            messages = [{"role": "system", "content": text(1, 2)}] if draw.random() < 0.33 else []
+            for _ in range(draw.choice((1, 1, 2, 3))):
+                messages.append({"role": "user", "content": text(1, 3)})
+                messages.append({"role": "assistant", "content": text(1, 5)})
+            chats.append(messages)
+            stream.write(json.dumps({"messages": messages, "id": index}, ensure_ascii=False) + "\n")
+    return chats
+
+
+def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]]) -> None:
+    """A byte-level BPE of 16,000 tokens, trained on some of the chats, saved with the template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=16000,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((one["content"] for chat in chats[:4000] for one in chat), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=special[1:],
+        chat_template=TEMPLATE,
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "marked.jinja").write_text(MARKED, encoding="utf-8")
+    texts = ["".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in chat) for chat in chats]
+    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def measure(name: str, folder: Path) -> dict[str, float]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "FINETUNING_CACHE": "off"}
+    command = [sys.executable, "-c", _CLOCK + VARIANTS[name], str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(results: dict[str, list[dict[str, float]]], rows: int) -> str:
+    """Medians, as Markdown; ratios are the raw tokenizer's seconds over those of the variant."""
+    lines = [
+        f"{rows:,} chats, {int(results['raw'][0]['tokens']):,} tokens\n",
+        "| preparation | CPU s | wall s | raw/it, CPU | raw/it, wall | peak MB | trained tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    raw = {kind: statistics.median(one[kind] for one in results["raw"]) for kind in ("cpu", "wall")}
+    for name, measured in results.items():
+        cpu, wall, peak = (statistics.median(one[kind] for one in measured) for kind in ("cpu", "wall", "peak_mb"))
+        lines.append(
+            f"| {name} | {cpu:.2f} | {wall:.2f} | {raw['cpu'] / cpu:.2f} | {raw['wall'] / wall:.2f} | {peak:.0f} |"
+            f" {int(measured[0]['trained']):,} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures the preparation of chats.")
+    parser.add_argument("--rows", type=int, default=20000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_tokenizer(folder, make_chats(folder / "chats.jsonl", options.rows, options.seed))
+        results: dict[str, list[dict[str, float]]] = {variant: [] for variant in options.only}
+        for _ in range(options.rounds):
+            for variant in options.only:
+                results[variant].append(measure(variant, folder))
+    print(table(results, options.rows))
+
+
+if __name__ == "__main__":
+    main()

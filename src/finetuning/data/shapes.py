@@ -1,0 +1,186 @@
+"""Conversations of one shape: the same roles in the same order, and nothing but a role and words in each message.
+
+What a template writes around the words is learned from the first conversation of a shape that was proven in full.
+Where the template is plain (see `opaque`), the text and the spans of all others follow, and one row of each batch is
+rendered as a check. Where it is not, a row is rendered once, as it is: when it is the pieces of its shape with its own
+words between them, character for character, its spans lie where they lay in the row that was proven; when it is not,
+it goes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any
+
+from finetuning.data.opaque import PlainTemplate
+from finetuning.data.rendering import CannotRender, Renderer
+from finetuning.data.rows import Conversation
+from finetuning.data.spans import Marked, Span
+from finetuning.errors import InternalError
+
+Key = tuple[tuple[str, ...], tuple[int, ...]]
+_MOST_SHAPES = 4096
+
+
+@dataclass(frozen=True)
+class _Shape:
+    pieces: tuple[str, ...]
+    spans: tuple[tuple[int, int, int], ...]
+    """Of each span: its message, how far before its content it begins, how far after it ends."""
+    heads: tuple[str, ...]
+    is_plain: bool
+
+
+def key_of(conversation: Conversation, turns: Sequence[int]) -> Key | None:
+    """The shape of a conversation whose given turns are wanted; None where it is not told by roles alone."""
+    if conversation.tools or conversation.template_kwargs:
+        return None
+    roles = []
+    for message in conversation.messages:
+        content = message.get("content")
+        if len(message) != 2 or type(content) is not str or not content or content.strip() != content:
+            return None
+        roles.append(message["role"])
+    return tuple(roles), tuple(turns)
+
+
+class Shapes:
+    """The shapes that one template has shown so far."""
+
+    def __init__(self, renderer: Renderer):
+        self._renderer = renderer
+        self._known: dict[Key, _Shape] = {}
+        self._plain: dict[tuple[str, ...], tuple[str, ...] | None] = {}
+
+    def fill(self, keys: Sequence[Key | None], conversations: Sequence[Conversation]) -> list[Marked | None]:
+        """The text and spans of each conversation whose shape is known and holds for it.
+
+        Raises:
+            InternalError: a plain template wrote a row in another way than its shape.
+        """
+        filled: list[Marked | None] = []
+        checked = False
+        unsure = []
+        for index, (key, conversation) in enumerate(zip(keys, conversations, strict=True)):
+            shape = self._known.get(key) if key is not None else None
+            one = _fill(shape, conversation) if shape is not None else None
+            filled.append(one)
+            if one is None:
+                continue
+            if not shape.is_plain:
+                unsure.append(index)
+            elif not checked:
+                checked = True
+                self._check(one.text, conversation)
+        texts = self._renderer.texts([conversations[index] for index in unsure])
+        for index, text in zip(unsure, texts, strict=True):
+            if filled[index].text != text:
+                filled[index] = None
+        return filled
+
+    def unknown(self, keys: Sequence[Key | None]) -> list[int]:
+        """The first of each shape that is not known yet, and all that have none."""
+        new: set[Key] = set()
+        found = []
+        for index, key in enumerate(keys):
+            if key is None or (key not in self._known and key not in new):
+                found.append(index)
+                if key is not None:
+                    new.add(key)
+        return found
+
+    def learn(self, key: Key | None, conversation: Conversation, found: Marked, ends: Sequence[int | None]) -> None:
+        """Keeps the shape of a conversation that was proven; `ends` are where its contents end in the text.
+
+        A note says that a span begins where the words say it: so a prompt that ends with <think> is followed by words
+        that begin with it, or do not. Such a conversation shows nothing of others.
+        """
+        if key is None or found.notes or key in self._known or len(self._known) >= _MOST_SHAPES:
+            return
+        places = []
+        position = 0
+        for message, end in zip(conversation.messages, ends, strict=True):
+            start = -1 if end is None else end - len(message["content"])
+            if start < position or found.text[start:end] != message["content"]:
+                return
+            places.append((start, end))
+            position = end
+        pieces = _between(found.text, places)
+        spans = _relative(found.spans, key[1], places, len(found.text))
+        if spans is not None:
+            heads = tuple(pieces[turn][: len(pieces[turn]) - before] for turn, before, _ in spans)
+            self._known[key] = _Shape(pieces, spans, heads, pieces == self._plain_pieces(conversation))
+
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+        """The text of each conversation, or what the template says against it; by shape where the template is plain."""
+        pieces = [None if key_of(one, ()) is None else self._plain_pieces(one) for one in conversations]
+        left = [index for index, one in enumerate(pieces) if one is None]
+        rendered = iter(self._renderer.texts([conversations[index] for index in left]))
+        texts = [
+            next(rendered) if one is None else _join(one, conversation)
+            for one, conversation in zip(pieces, conversations, strict=True)
+        ]
+        for text, one, conversation in zip(texts, pieces, conversations, strict=True):
+            if one is not None:
+                self._check(text, conversation)
+                break
+        return texts
+
+    @cached_property
+    def _template(self) -> PlainTemplate | None:
+        return PlainTemplate.of(self._renderer.tokenizer.get_chat_template(None, None))
+
+    def _plain_pieces(self, conversation: Conversation) -> tuple[str, ...] | None:
+        """What the template writes around the contents of all conversations of these roles, where it is plain."""
+        roles = tuple(message["role"] for message in conversation.messages)
+        if roles not in self._plain:
+            if self._template is None or len(self._plain) >= _MOST_SHAPES:
+                return None
+            pieces = self._template.pieces(roles, self._renderer.tokenizer.special_tokens_map)
+            shows = pieces is not None and self._renderer.texts([conversation]) == [_join(pieces, conversation)]
+            self._plain[roles] = pieces if shows else None
+        return self._plain[roles]
+
+    def _check(self, text: str, conversation: Conversation) -> None:
+        if self._renderer.texts([conversation]) != [text]:
+            raise InternalError(
+                f"{conversation.place}: the chat template writes this row in another way than rows of the same roles,"
+                " though it was shown to look at no content"
+            )
+
+
+def _join(pieces: Sequence[str], conversation: Conversation) -> str:
+    contents = [message["content"] for message in conversation.messages]
+    return "".join([pieces[0], *chain.from_iterable(zip(contents, pieces[1:], strict=True))])
+
+
+def _fill(shape: _Shape, conversation: Conversation) -> Marked:
+    pieces = shape.pieces
+    contents: list[Any] = [message["content"] for message in conversation.messages]
+    parts = [pieces[0], *chain.from_iterable(zip(contents, pieces[1:], strict=True))]
+    borders = list(accumulate(map(len, parts)))
+    spans = tuple((borders[2 * turn] - before, borders[2 * turn + 1] + after) for turn, before, after in shape.spans)
+    return Marked("".join(parts), spans, "shape", heads=shape.heads)
+
+
+def _between(text: str, places: Sequence[Span]) -> tuple[str, ...]:
+    borders = [0, *(position for place in places for position in place), len(text)]
+    return tuple(text[borders[index] : borders[index + 1]] for index in range(0, len(borders), 2))
+
+
+def _relative(
+    spans: Sequence[Span], turns: Sequence[int], places: Sequence[Span], size: int
+) -> tuple[tuple[int, int, int], ...] | None:
+    """The spans by how far they reach around their contents; None when one does not keep to its own message."""
+    relative = []
+    for turn, (start, end) in zip(turns, spans, strict=True):
+        first, last = places[turn]
+        before = places[turn - 1][1] if turn else 0
+        after = places[turn + 1][0] if turn + 1 < len(places) else size
+        if not before <= start <= first or not last <= end <= after:
+            return None
+        relative.append((turn, first - start, end - last))
+    return tuple(relative)

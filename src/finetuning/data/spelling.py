@@ -1,0 +1,71 @@
+"""The bytes that each token stands for, where a tokenizer loses none: a proof of where every token lies in a text."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_NO_TEXT = b"\xff"
+"""A byte that no UTF-8 text holds, for tokens that stand for none."""
+
+
+class Spelling:
+    """Bytes by token of a byte-level vocabulary.
+
+    A text whose bytes are those of its tokens, one after another, is cut between tokens at exactly the sums of their
+    lengths: no offsets are asked for, and what a run of tokens spells needs no decoding.
+    """
+
+    def __init__(self, tokens: list[bytes]):
+        self._tokens = tokens
+        self.sizes = np.array([len(one) for one in tokens], dtype=np.int64)
+        """Bytes of each token, by id."""
+
+    def spells(self, ids: list[int], text: bytes) -> bool:
+        """Whether the tokens are the text, byte for byte."""
+        tokens = self._tokens
+        return b"".join([tokens[one] for one in ids]) == text
+
+
+def spelling_of(backend: Tokenizer) -> Spelling | None:
+    """The bytes of each token; None where the tokenizer does not decode token by token, byte by byte."""
+    if not _is_byte_level(backend):
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    tokens = [_NO_TEXT] * (max(vocabulary.values(), default=-1) + 1)
+    table = _byte_table()
+    for token, index in vocabulary.items():
+        try:
+            tokens[index] = token.translate(table).encode("latin-1") or _NO_TEXT
+        except UnicodeEncodeError:
+            continue
+    for index, token in backend.get_added_tokens_decoder().items():
+        tokens[index] = token.content.encode() or _NO_TEXT
+    return Spelling(tokens)
+
+
+def _is_byte_level(backend: Tokenizer) -> bool:
+    if backend.decoder is None:
+        return False
+    state = json.loads(backend.decoder.__getstate__())
+    steps = state.get("decoders", [state]) if state["type"] == "Sequence" else [state]
+    return [step["type"] for step in steps] == ["ByteLevel"]
+
+
+@cache
+def _byte_table() -> dict[int, int]:
+    """Characters that stand for bytes in a byte-level vocabulary, to those bytes; others to what is no byte.
+
+    Source: bytes that are printable in Latin-1 stand for themselves, the others for the characters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: 0x10FFFF for byte in range(256)}
+    table |= {byte: byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {256 + index: byte for index, byte in enumerate(others)}
