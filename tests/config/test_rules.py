@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 MIX = "{training_data: {type: PRECOMPUTE_WEIGHTED_MIX, datasets: [{path: a, sampling_weight: 0}, {path: b,"
+ONE = "{training_data: {type: CONCATENATION, datasets: [{path: a, "
 VALIDATION = "{training_data: {type: CONCATENATION, datasets: [{path: a}]}, validation_data: {type: AUTO_SPLIT}}"
 LORA = "{peft_type: LORA}"
 
@@ -30,6 +31,39 @@ LORA = "{peft_type: LORA}"
             {"data_conf": MIX + " sampling_weight: -1}]}, validation_data: {type: NONE}}"},
             "sft",
             ["data_conf.training_data.datasets.1.sampling_weight: must be >= 0 (got -1)"],
+        ),
+        (
+            {"sft_args": "{train_on: all, train_on_completions_only: true}"},
+            "sft",
+            ["sft_args.train_on: is all, but sft_args.train_on_completions_only is true. Leave one of them out."],
+        ),
+        (
+            {"data_conf": ONE + "validation_ratio: 0.5}]}, validation_data: {type: NONE}}"},
+            "sft",
+            ["data_conf.training_data.datasets.0.validation_ratio: is set, but data_conf.validation_data.type is NONE."
+             " Set validation_data.type: FROM_DATASETS."],
+        ),
+        (
+            {"data_conf": ONE + "max_rows: 1}]}, validation_data: {type: FROM_DATASETS}}",
+             "training_args": "{eval_strategy: epoch}"},
+            "sft",
+            ["data_conf.validation_data.type: is FROM_DATASETS, but no dataset has a validation_ratio."],
+        ),
+        (
+            {"data_conf": ONE + "validation_ratio: 0.5, train_ratio: 0.6}]}, validation_data: {type: FROM_DATASETS}}",
+             "training_args": "{eval_strategy: epoch}"},
+            "sft",
+            ["data_conf.training_data.datasets.0.validation_ratio: is 0.5, and train_ratio 0.6: more than all."],
+        ),
+        (
+            {"data_conf": ONE + "instruction_template: a, dataset_text_field: b, data_formatter_template: c,"
+             " format: response_template}]}, validation_data: {type: NONE}}"},
+            "sft",
+            ["data_conf.training_data.datasets.0.instruction_template: needs response_template beside it.",
+             "data_conf.training_data.datasets.0.data_formatter_template: is set, and so is dataset_text_field;"
+             " set one of them.",
+             "data_conf.training_data.datasets.0.format: is response_template, but the dataset has no"
+             " response_template."],
         ),
         (
             {"quant_conf": "{quantization_type: bits-and-bytes, load_in_4bit: true}"},

@@ -206,11 +206,6 @@ def test_ready_tokens_are_taken_as_they_are(write_lines: Callable[..., str], tok
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"instruction_template": "I:"}, "datasets[0].instruction_template: needs response_template beside it"),
-        (
-            {"dataset_text_field": "text", "data_formatter_template": "{{text}}"},
-            "datasets[0].data_formatter_template: is set, and so is dataset_text_field; set one of them",
-        ),
         ({"format": "response_template"}, "datasets[0].format: needs response_template beside it"),
         (
             {"format": "preference"},

@@ -12,6 +12,11 @@ from typing import Any
 
 from finetuning.config.controller import TrainerController
 from finetuning.config.controller_rules import check_controllers
+from finetuning.config.data_rules import (
+    one_choice_of_what_is_trained,
+    shares_are_asked_for,
+    texts_are_made_in_one_way,
+)
 from finetuning.config.experiment import Experiment, SFTExperiment
 from finetuning.config.findings import Finding
 from finetuning.config.grpo import GRPOTrainingArgs
@@ -248,6 +253,9 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf", "training_args"), evaluation_needs_data),
     (("data_conf", "training_args"), validation_data_is_used),
     (("data_conf",), some_weight_is_positive),
+    (("data_conf",), shares_are_asked_for),
+    (("data_conf",), texts_are_made_in_one_way),
+    (("sft_args",), one_choice_of_what_is_trained),
     (("peft_conf", "quant_conf"), quantised_weights_are_frozen),
     (("sft_args",), packs_are_not_padded),
     (("quant_conf",), one_number_of_bits),

@@ -51,7 +51,6 @@ def open_dataset(
         DataError: a file is missing or no row is in it; also while rows are read.
         ConfigError: the dataset's settings contradict each other.
     """
-    _check(source, key)
     recipe = make_recipe(source, key)
     special_tokens = options.special_tokens
     rows = (recipe(row, special_tokens) if isinstance(row, Row) else row for row in raw_rows(source, key, digest))
@@ -82,15 +81,6 @@ def _rows(source: DatasetSource, key: str, digest: hashlib._Hash | None) -> Iter
         if digest is not None:
             digest.update(b"\0file\0")
         yield from shard.rows(digest)
-
-
-def _check(source: DatasetSource, key: str) -> None:
-    if source.instruction_template and not source.response_template:
-        raise ConfigError("needs response_template beside it", place=Place(key=f"{key}.instruction_template"))
-    if source.data_formatter_template and source.dataset_text_field:
-        raise ConfigError(
-            "is set, and so is dataset_text_field; set one of them", place=Place(key=f"{key}.data_formatter_template")
-        )
 
 
 def _own_options(source: DatasetSource, recipe: Recipe, options: Options) -> Options:
