@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -40,12 +41,12 @@ def cpu_of(command: list[str], environ: dict[str, str]) -> float:
 
 
 def cpu_until(command: list[str], sign: str, environ: dict[str, str]) -> float:
-    """CPU seconds that a command had used when it wrote a line with `sign`."""
+    """CPU seconds that a command had used when it wrote a line that matches `sign`."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if sign in line:
+            if re.search(sign, line):
                 fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
                 process.kill()
                 return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -86,7 +87,7 @@ def main() -> None:
             for name, command in whole.items():
                 figures.setdefault(name, []).append(cpu_of(command, environ))
             ours = [finetuning, "sft", str(config), f"training_args.output_dir={work / f'out-{number}'}"]
-            figures.setdefault("first step, finetuning", []).append(cpu_until(ours, "step 1/", environ))
+            figures.setdefault("first step, finetuning", []).append(cpu_until(ours, r"step +1/", environ))
             figures.setdefault("first step, TRL script", []).append(cpu_until(script, "FIRST STEP", environ))
     medians = {name: statistics.median(values[1:]) for name, values in figures.items()}
     beside = {
