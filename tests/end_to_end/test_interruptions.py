@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def test_kill_in_the_middle_of_a_save_loses_only_that_save(
     capsys.readouterr()
     assert main(["sft", str(config)]) == 0
     told = capsys.readouterr().out
-    assert f"resumed from      {out / f'checkpoint-{newest}'}" in told
+    assert re.search(rf"resumed from +{re.escape(str(out))}/checkpoint-{newest}\n", told), told
     assert "passed over" not in told
     assert checkpoints(out) == ["checkpoint-5", "checkpoint-6", "checkpoint-final"]
     assert not list(out.glob(".*.partial"))

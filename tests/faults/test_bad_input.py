@@ -232,8 +232,9 @@ def test_20_data_that_is_not_there(refused: Any, sft_values: Any, write_config: 
     assert f"config.yaml:{line_of(config, 'nowhere')}:" in message
     assert "nowhere.jsonl: no such file (working directory" in message
     assert "nowhere.jsonl: no such file" in refused(config, "--dry-run")
-    config = write_config(sft_values({"data_conf.training_data.datasets": [{"path": str(tmp_path)}]}))
-    assert "is a directory; expected" in refused(config)
+    (tmp_path / "empty").mkdir()
+    config = write_config(sft_values({"data_conf.training_data.datasets": [{"path": str(tmp_path / "empty")}]}))
+    assert str(tmp_path / "empty") in refused(config)
 
 
 @pytest.fixture
@@ -280,13 +281,13 @@ def test_24_no_message(of_data: Any) -> None:
 
 
 def test_25_rows_of_another_shape(of_data: Any) -> None:
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    turns = [{"from": "humman", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
     assert "train.jsonl:1: " in of_data(rows({"conversations": turns}))
     message = of_data(rows({"prompt_messages": [], "chosen_messages": [], "rejected_messages": []}))
     assert "messages" in message
     assert "dpo" in message
-    message = of_data(rows({"conversation": ROW["messages"]}))
-    assert "conversation" in message
+    message = of_data(rows({"dialogue": ROW["messages"]}))
+    assert "dialogue" in message
 
 
 def test_26_roles(of_data: Any) -> None:
