@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.algorithms.phases import PhasesMixin
 from finetuning.algorithms.prompt_state import read_encoders, write_encoders
+from finetuning.algorithms.schedule import apply_settings, settings_of
 from finetuning.errors import GuardStopped
 from finetuning.publish import publish, staging_path, write_manifest
 
@@ -35,6 +36,10 @@ class SafeguardMixin:
         self.step_loss: float | None = None
         self._staging: Path | None = None
         self._evaluated: torch.Tensor | None = None
+        self.companions: dict[str, str] = {}
+        """Texts that go into each checkpoint, by file name."""
+        self.applies_settings = False
+        """Whether the optimizer's settings win over those of a checkpoint."""
         super().__init__(*args, **kwargs)
 
     @property
@@ -157,6 +162,8 @@ class SafeguardMixin:
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            for companion, text in self.companions.items():
+                (staging / name / companion).write_text(text, encoding="utf-8")
             write_manifest(staging / name)
             shutil.rmtree(target, ignore_errors=True)
             publish(staging / name, target)
@@ -201,3 +208,9 @@ class SafeguardMixin:
 
 class TrainerMixin(PhasesMixin, SafeguardMixin):
     """Both, in the order in which they belong: what is measured holds what is safeguarded."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        settings = settings_of(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.applies_settings:
+            apply_settings(self.optimizer, self.lr_scheduler, settings)

@@ -11,14 +11,16 @@ from finetuning.config.experiment import Experiment
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
 from finetuning.topology import Topology
+from finetuning.training.contract import Terms, agree
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord
 from finetuning.training.resume import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
     from finetuning.data.prepare import PreparedData
+    from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.training.final import Artifact
     from finetuning.training.observer import Observer
     from finetuning.training.parts import PreparedModel
@@ -116,30 +118,19 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     plan = make_plan(experiment, job.topology, rows=len(data.train))
     arguments = build_arguments(experiment, plan, job.method.arguments)
     observer.planned(plan, arguments)
+    terms = agree(experiment, plan, data.fingerprint, resume.checkpoint)
     _seed(arguments.seed, experiment.run_conf.determinism)
 
     with observer.stage("model_initialization"):
         prepared = load_model(
             experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
         )
-    _tell_model(job, plan, data, prepared)
+    _tell_model(job, plan, data, prepared, terms)
     record.update(**_what_went_in(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal()
-    trainer = job.method.build_trainer(
-        TrainingParts(
-            experiment=experiment,
-            arguments=arguments,
-            data=data,
-            tokenizer=tokenizer,
-            model=prepared.model,
-            peft_config=prepared.peft_config,
-            load_reference=prepared.load_reference,
-            layout=prepared.layout,
-            callbacks=[stop, *observer.callbacks()],
-            end_of_turn=ending,
-        )
-    )
+    trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, stop)
+    terms.bind(trainer)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
@@ -157,6 +148,31 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         record.update(artifact=artifact.as_dict())
         observer.published(artifact)
     return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
+
+
+def _build_trainer(
+    job: Job,
+    arguments: TrainingArguments,
+    data: PreparedData,
+    tokenizer: LoadedTokenizer,
+    prepared: PreparedModel,
+    ending: str | None,
+    stop: StopOnSignal,
+) -> Trainer:
+    return job.method.build_trainer(
+        TrainingParts(
+            experiment=job.experiment,
+            arguments=arguments,
+            data=data,
+            tokenizer=tokenizer,
+            model=prepared.model,
+            peft_config=prepared.peft_config,
+            load_reference=prepared.load_reference,
+            layout=prepared.layout,
+            callbacks=[stop, *job.observer.callbacks()],
+            end_of_turn=ending,
+        )
+    )
 
 
 def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint) -> float | None:
@@ -194,7 +210,9 @@ def _what_went_in(
     }
 
 
-def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel) -> None:
+def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
+    for note in terms.notes:
+        job.observer.told("resumed with", note)
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
         label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         job.observer.told(label, value)
