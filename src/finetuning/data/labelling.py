@@ -38,7 +38,8 @@ class Tokens:
 
     def labels(self, untrained: int) -> np.ndarray:
         """The ids where they are trained, `untrained` elsewhere; int32."""
-        labels = np.full(len(self.ids), untrained, dtype=np.int32)
+        labels = np.empty_like(self.ids)
+        labels.fill(untrained)
         for first, last in self.runs:
             labels[first:last] = self.ids[first:last]
         return labels

@@ -53,7 +53,7 @@ class Reading:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     problems: list[Problem] = field(default_factory=list)
     preview: list[list[PreviewRow]] = field(default_factory=list)
-    seen: dict[bytes, tuple[str, Place]] = field(default_factory=dict)
+    seen: dict[bytes, str] = field(default_factory=dict)
 
     def read(self, sources: Sequence[tuple[str, DatasetSource]], name: str) -> tuple[Part, PartLedger]:
         """The rows of datasets, each with its key in the config. One batch is made into examples, by a thread that
@@ -113,9 +113,11 @@ class Reading:
         if len(self.preview) < _PREVIEW_ROWS:
             self.preview.append(preview_of(example, place, self.labeller))
         key = hashlib.blake2b(example.text.encode(), digest_size=16).digest()
-        first = self.seen.setdefault(key, (ledger.part, place))
-        if first != (ledger.part, place):
-            ledger.note(SAME_AS_BEFORE if first[0] == ledger.part else f"the same as a {first[0]} row")
+        first = self.seen.get(key)
+        if first is None:
+            self.seen[key] = ledger.part
+        else:
+            ledger.note(SAME_AS_BEFORE if first == ledger.part else f"the same as a {first} row")
 
 
 def to_dataset(part: Part, order: np.ndarray, name: str) -> datasets.Dataset:

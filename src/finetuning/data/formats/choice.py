@@ -18,10 +18,11 @@ def choose_turns(
 
     A flag of a message stands above `train_on`; messages before `prompt` have no say. `key` names the messages.
     """
+    if not any("train" in one or "weight" in one for one in messages):
+        return list(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt)
     flags = [_flag(message, f"{key}[{index}]") for index, message in enumerate(messages)]
     if all(flag is None for flag in flags):
-        plain = list(messages) if not any(name in one for one in messages for name in _FLAGS) else _without(messages)
-        return plain, "all" if train_on == "all" else _turns(messages, train_on, prompt)
+        return _without(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt)
     if train_on == "all" and False in flags:
         raise FieldError(
             f"{key}[{flags.index(False)}]",

@@ -11,6 +11,7 @@ from finetuning.data.rows import Message, Row, json_type
 from finetuning.errors import Place, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_ROLES = frozenset(ROLES)
 _META = ("dataset", "id", "tags", "labels")
 _KNOWN_SHAPES = {
     "messages": ("`messages`: chats for supervised fine-tuning", {"messages"}),
@@ -64,8 +65,20 @@ def messages_field(row: Row, key: str) -> list[Message]:
     if not value:
         raise FieldError(key, "needs at least one message, got an empty list")
     for index, message in enumerate(value):
-        check_message(message, f"{key}[{index}]")
+        if not _is_plain(message):
+            check_message(message, f"{key}[{index}]")
     return value
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message has a known role, words, and nothing else, as nearly all do."""
+    return (
+        isinstance(message, dict)
+        and len(message) == 2
+        and isinstance(message.get("content"), str)
+        and isinstance(message.get("role"), str)
+        and message["role"] in _ROLES
+    )
 
 
 def check_message(message: Any, key: str) -> None:
