@@ -271,7 +271,7 @@ def test_chains_of_fms_come_to_the_rows_that_they_mean(
     tmp_path: Path,
 ) -> None:
     dataset = {"name": "d", "data_paths": [write_lines("a.jsonl", row)], "data_handlers": handlers}
-    section = read_data_config(yaml_config(tmp_path, {"datasets": [dataset]})).data_conf
+    section = read_data_config(yaml_config(tmp_path, {"datasets": [dataset]}))
     assert texts(prepare(section, tokenizer), tokenizer) == [trained]
 
 
@@ -296,8 +296,8 @@ def test_a_data_config_of_fms_is_read_whole(write_lines: Callable[..., str], tok
         ],
     }
     section = read_data_config(yaml_config(tmp_path, config))
-    assert section.chat_template == CHATML
-    data = prepare(section.data_conf, tokenizer)
+    assert section["chat_template"] == CHATML
+    data = prepare(section, tokenizer)
     train = texts(data, tokenizer, trained=False)
     validation = [tokenizer.decode(row["input_ids"]) for row in data.validation]
     assert (len(validation), sum(text.startswith("e ") for text in validation)) == (13, 3)
@@ -340,14 +340,14 @@ def test_what_is_wrong_in_a_data_config_is_named_with_its_line(
 
 def test_sampling_need_not_be_exact_in_floating_point(tmp_path: Path) -> None:
     datasets = [{"data_paths": ["a"], "sampling": share} for share in (0.6, 0.3, 0.1)]
-    section = read_data_config(yaml_config(tmp_path, {"datasets": datasets})).data_conf
+    section = read_data_config(yaml_config(tmp_path, {"datasets": datasets}))
     assert [one["sampling_weight"] for one in section["training_data"]["datasets"]] == [0.6, 0.3, 0.1]
 
 
 def test_a_chat_template_may_come_in_base64(tmp_path: Path) -> None:
-    processor = {"chat_template_base64": base64.b64encode("ä".encode()).decode()}
+    processor = {"chat_template_base64": base64.b64encode("{{ä}}".encode()).decode()}
     config = {"dataprocessor": processor, "datasets": [{"data_paths": ["a"]}]}
-    assert read_data_config(yaml_config(tmp_path, config)).chat_template == "ä"
+    assert read_data_config(yaml_config(tmp_path, config))["chat_template"] == "{{ä}}"
 
 
 def test_skipped_rows_are_in_the_ledger(write_lines: Callable[..., str], tokenizer: Any) -> None:

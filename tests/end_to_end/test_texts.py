@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from finetuning.errors import DataError
+
 
 @pytest.fixture
 def text_values(sft_values: Any, tiny_llama_dir: Path, tmp_path: Path) -> Any:
@@ -50,3 +52,37 @@ def test_the_second_format_of_fms_trains(train: Any, text_values: Any, write_jso
     ]
     run = train(text_values({"path": str(write_jsonl(tmp_path / "Train.jsonl", rows))}))
     assert run.losses[-1] < run.losses[0] / 2
+
+
+TEMPLATE = (
+    "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}</turn>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_chat_template_of_ones_own(
+    train: Any, sft_values: Any, tiny_llama_dir: Path, tmp_path: Path, is_file: bool
+) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(TEMPLATE)
+    changes = {
+        "data_conf.chat_template_name": None,
+        "data_conf.chat_template": str(path) if is_file else TEMPLATE,
+        "data_conf.special_tokens": ["<turn>", "</turn>"],
+        "run_conf.model": str(tiny_llama_dir),
+        "sft_args.train_on": "last",
+    }
+    run = train(sft_values(changes))
+    tokenizer = json.loads((run.final / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    generation = json.loads((run.final / "generation_config.json").read_text())
+    stops = generation["eos_token_id"] if isinstance(generation["eos_token_id"], list) else [generation["eos_token_id"]]
+    assert ids["</turn>"] in stops
+    assert (run.final / "chat_template.jinja").read_text() == TEMPLATE
+    assert all(row["labels"][-1] == ids["</turn>"] for row in run.trainer.train_dataset)
+
+
+def test_a_chat_template_that_is_not_there(train: Any, sft_values: Any) -> None:
+    with pytest.raises(DataError, match=r"data_conf.chat_template: missing.jinja cannot be read: No such file"):
+        train(sft_values({"data_conf.chat_template_name": None, "data_conf.chat_template": "missing.jinja"}))

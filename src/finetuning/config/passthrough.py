@@ -23,7 +23,7 @@ OWNED_ELSEWHERE = {
     "model_init_kwargs": "run_conf.model_args",
     "trust_remote_code": "run_conf.model_args.trust_remote_code",
     "reward_weights": "grpo_args.rewards",
-    "chat_template_path": "data_conf.chat_template_name",
+    "chat_template_path": "data_conf.chat_template",
     "chat_template_kwargs": "the rows' own column chat_template_kwargs",
 }
 """Fields of the trainers' configs that another section decides."""

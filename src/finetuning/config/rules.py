@@ -13,6 +13,7 @@ from typing import Any
 from finetuning.config.controller import TrainerController
 from finetuning.config.controller_rules import check_controllers
 from finetuning.config.data_rules import (
+    one_chat_template,
     one_choice_of_what_is_trained,
     shares_are_asked_for,
     texts_are_made_in_one_way,
@@ -255,6 +256,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf",), some_weight_is_positive),
     (("data_conf",), shares_are_asked_for),
     (("data_conf",), texts_are_made_in_one_way),
+    (("data_conf",), one_chat_template),
     (("sft_args",), one_choice_of_what_is_trained),
     (("peft_conf", "quant_conf"), quantised_weights_are_frozen),
     (("sft_args",), packs_are_not_padded),

@@ -6,7 +6,6 @@ import base64
 import binascii
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ _DATASET = {
 }  # fmt: skip
 _TOLERANCE = 1e-6
 _SEED = 42
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """What a data config comes to: the values of `data_conf`, and the chat template that it brings, if any."""
-
-    data_conf: dict[str, Any]
-    chat_template: str | None = None
 
 
 class _Reader:
@@ -50,7 +41,7 @@ class _Reader:
                 self.wrong((*path, key), f"unknown key. {hint}" if hint else "unknown key")
 
 
-def read_data_config(path: str | Path) -> DataSection:
+def read_data_config(path: str | Path) -> dict[str, Any]:
     """The values of our `data_conf` for a data config file in YAML or JSON.
 
     Several datasets with `sampling` become a weighted mix, without a concatenation. `split` becomes each dataset's
@@ -83,14 +74,12 @@ def read_data_config(path: str | Path) -> DataSection:
         stopping = processor.get("sampling_stopping_strategy", "all_exhausted")
         training = {"type": "PRECOMPUTE_WEIGHTED_MIX", "datasets": weighted, "seed": seed, "stopping": stopping}
     validates = any("validation_ratio" in source for source in sources)
-    return DataSection(
-        {
-            "training_data": training,
-            "validation_data": {"type": "FROM_DATASETS", "seed": seed} if validates else {"type": "NONE"},
-            "chat_template_name": "keep-original",
-        },
-        template,
-    )
+    return {
+        "training_data": training,
+        "validation_data": {"type": "FROM_DATASETS", "seed": seed} if validates else {"type": "NONE"},
+        "chat_template_name": "keep-original",
+        **({"chat_template": template} if template else {}),
+    }
 
 
 def _processor(reader: _Reader, processor: Mapping[str, Any], folder: Path) -> str | None:

@@ -24,7 +24,7 @@ from finetuning.data.reading import Reading, to_dataset
 from finetuning.data.rendering import Renderer
 from finetuning.data.sources import find_shards
 from finetuning.data.supervised import SupervisedMaker
-from finetuning.data.templates import get_template
+from finetuning.data.templates import chosen_template
 from finetuning.data.unpaired import UnpairedMaker, WholePairMaker
 from finetuning.errors import DataError
 
@@ -212,7 +212,7 @@ def _labeller(tokenizer: PreTrainedTokenizerFast) -> Labeller:
 
 
 def _stops(data_conf: DataConfig, stop_tokens: Sequence[str]) -> tuple[str, ...]:
-    template = get_template(data_conf.chat_template_name)
+    template = chosen_template(data_conf)
     return (*stop_tokens, *([template.end_of_turn] if template and template.end_of_turn else ()))
 
 

@@ -37,11 +37,11 @@ class PreparedModel:
 
 def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
     """The tokenizer with the experiment's chat template and padding."""
-    from finetuning.data.templates import get_template
+    from finetuning.data.templates import chosen_template
     from finetuning.model import tokenizer
 
     data, run = experiment.data_conf, experiment.run_conf
-    template = get_template(data.chat_template_name)
+    template = chosen_template(data)
     args = run.model_args
     same = run.tokenizer is None or run.tokenizer == run.model
     return tokenizer.load_tokenizer(
@@ -66,10 +66,10 @@ def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | Non
     """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
     from finetuning.data.endings import EndingFinder
     from finetuning.data.rendering import Renderer
-    from finetuning.data.templates import get_template
+    from finetuning.data.templates import chosen_template
 
-    template = get_template(experiment.data_conf.chat_template_name)
-    if template is not None:
+    template = chosen_template(experiment.data_conf)
+    if template is not None and template.name is not None:
         return template.end_of_turn
     if not tokenizer.tokenizer.chat_template:
         return None
