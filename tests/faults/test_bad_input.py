@@ -286,8 +286,8 @@ def test_25_rows_of_another_shape(of_data: Any) -> None:
     message = of_data(rows({"prompt_messages": [], "chosen_messages": [], "rejected_messages": []}))
     assert "messages" in message
     assert "dpo" in message
-    message = of_data(rows({"dialogue": ROW["messages"]}))
-    assert "dialogue" in message
+    message = of_data(rows({"exchange": ROW["messages"]}))
+    assert "exchange" in message
 
 
 def test_26_roles(of_data: Any) -> None:
