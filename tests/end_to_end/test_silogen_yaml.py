@@ -279,3 +279,17 @@ def test_a_tracking_folder_as_its_readme_shows_it(
     assert result.returncode == 0, result.stderr
     assert f"{address}, experiment colours" in result.stdout
     assert len(list((tmp_path / "mlruns").rglob("metrics/loss"))) == 1, result.stdout + result.stderr
+
+
+def test_another_models_grown_base_is_neither_used_nor_overwritten(
+    sft_values: Any, write_config: Any, snug_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    stale = tmp_path / "out" / "checkpoint-new-basemodel"
+    shutil.copytree(snug_llama_dir, stale)
+    before = {path.name: path.read_bytes() for path in stale.iterdir()}
+    config = write_config(sft_values({"run_conf.model": str(snug_llama_dir), "peft_conf": LORA}))
+    assert finetuning.main(["sft", str(config)]) == 1
+    assert f"{stale} exists and is not empty" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in stale.iterdir()} == before
