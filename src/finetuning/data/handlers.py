@@ -44,6 +44,8 @@ class Recipe:
 
     def __call__(self, row: Row, special_tokens: Mapping[str, str]) -> Row | Problem | Skipped:
         """The row after all steps."""
+        if not self.steps:
+            return row
         values = row.values
         try:
             for step in self.steps:
