@@ -178,6 +178,7 @@ def test_fields_that_are_not_there_say_so(template: str, message: str) -> None:
 
 
 def test_only_escapes_are_unescaped() -> None:
+    assert unescape("first\n\\nabla") == "first\n\\nabla"
     assert unescape(r"\n### Réponse:\t\\n 你") == "\n### Réponse:\t\\n 你"
 
 

@@ -297,3 +297,16 @@ def test_a_dataset_on_the_hub_that_cannot_be_reached_says_so() -> None:
         list(shard.rows())
     assert "Hugging Face Hub" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_as_the_hub_keeps_it_is_read_by_split(tmp_path: Path) -> None:
+    make_files(tmp_path, "hub/train.jsonl", "hub/test.jsonl")
+    shard = HubShard(str(tmp_path / "hub"), "test")
+    (row,) = shard.rows(digest := hashlib.sha256())
+    assert isinstance(row, Row)
+    assert (row.values, str(row.place)) == ({"a": 1}, f"{tmp_path}/hub/test:1")
+    fed = hashlib.sha256()
+    shard.feed(fed)
+    assert fed.hexdigest() == digest.hexdigest()
+    with pytest.raises(DataError, match='hub/dev cannot be read: Unknown split "dev"'):
+        list(HubShard(str(tmp_path / "hub"), "dev").rows())

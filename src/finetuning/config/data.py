@@ -181,6 +181,8 @@ class DataConfig(Section):
     """On which side shorter rows of a batch are padded."""
     missing_pad_token_strategy: MissingPadTokenStrategy = MissingPadTokenStrategy.BOS_REPURPOSE
     """Which token pads when the tokenizer has no padding token."""
+    streaming: bool = False
+    """Read rows while training. Not supported yet; `max_rows` caps a dataset."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens when a row cannot be used: stop and list the first ten, or drop it, counted and written to
     `rejects.jsonl`."""

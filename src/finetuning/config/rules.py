@@ -15,6 +15,7 @@ from finetuning.config.controller_rules import check_controllers
 from finetuning.config.data_rules import (
     one_chat_template,
     one_choice_of_what_is_trained,
+    rows_are_prepared_ahead,
     shares_are_asked_for,
     texts_are_made_in_one_way,
 )
@@ -239,7 +240,7 @@ def _deepspeed_limits(batch: BatchsizeConfig) -> list[tuple[str, Callable[[int],
         ("train_batch_size", lambda value: value != total, f"batchsize_conf.total_train_batch_size is {total}"),
         (
             "train_micro_batch_size_per_gpu",
-            lambda value: value > most or total % value != 0,
+            lambda value: (most != "auto" and value > most) or total % value != 0,
             f"batchsize_conf asks for a total of {total} with at most {most} rows a device",
         ),
         (
@@ -257,6 +258,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf",), shares_are_asked_for),
     (("data_conf",), texts_are_made_in_one_way),
     (("data_conf",), one_chat_template),
+    (("data_conf",), rows_are_prepared_ahead),
     (("sft_args",), one_choice_of_what_is_trained),
     (("peft_conf", "quant_conf"), quantised_weights_are_frozen),
     (("sft_args",), packs_are_not_padded),

@@ -22,11 +22,15 @@ class CannotFormat(ValueError):
 
 
 def unescape(template: str) -> str:
-    r"""The template with written-out escapes as what they stand for, and nothing else touched.
+    r"""A template of one line with written-out escapes as what they stand for, and nothing else touched.
+
+    One of several lines has its line breaks already, and stays as it is.
 
     >>> unescape("\\n### Réponse:")
     '\n### Réponse:'
     """
+    if "\n" in template:
+        return template
     return re.sub(r"\\[ntr\\]", lambda match: _ESCAPES[match.group()], template)
 
 
