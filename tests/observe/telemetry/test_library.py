@@ -184,9 +184,14 @@ def test_throughput_can_be_worked_out_again_from_the_file(telemetry: Any, record
 
 def test_an_exception_is_told_once_where_it_arose(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
     observer = telemetry()
+
+    @observer.training_iteration()
+    @observer.part("model_forward")
+    def step() -> float:
+        return 1 / 0
+
     with pytest.raises(ZeroDivisionError), observer.application(), observer.training_loop():
-        with observer.training_iteration(), observer.part("model_forward"):
-            _ = 1 / 0
+        step()
     observer.close()
     told = recorded(tmp_path)
     assert {span["status"] for span in told.spans()} == {"ERROR"}
@@ -272,11 +277,10 @@ def test_an_asynchronous_save_succeeds_later(telemetry: Any, recorded: Any, tmp_
 
 def test_own_spans_events_and_attributes(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
     observer = telemetry(export_all_but())
-    with observer.application():
-        with observer.training_loop(my_attribute="mine") as loop:
-            loop.set_attribute("another", 3)
-            with observer.span("my_span", {"colour": "red"}) as span:
-                observer.event("my_event", {"value": math.nan, "nothing": None}, span)
+    with observer.application(), observer.training_loop(my_attribute="mine") as loop:
+        loop.set_attribute("another", 3)
+        with observer.span("my_span", {"colour": "red"}) as span:
+            observer.event("my_event", {"value": math.nan, "nothing": None}, span)
     observer.close()
     told = recorded(tmp_path)
     assert told.parent(told.span("my_span")) == "training_loop"
@@ -333,13 +337,12 @@ def test_callbacks_do_what_the_blocks_do(telemetry: Any, recorded: Any, tmp_path
 
 def test_the_config_may_come_late_and_as_functions(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
     observer = telemetry()
-    with observer.application():
-        with observer.training_loop():
-            observer.set_training_config(
-                TrainingConfig(perf_tag=lambda: ["a", "b"], global_batch_size=lambda: 2 * 4, custom_metadata={"k": "v"})
-            )
-            with observer.training_iteration():
-                pass
+    with observer.application(), observer.training_loop():
+        observer.set_training_config(
+            TrainingConfig(perf_tag=lambda: ["a", "b"], global_batch_size=lambda: 2 * 4, custom_metadata={"k": "v"})
+        )
+        with observer.training_iteration():
+            pass
     observer.close()
     told = recorded(tmp_path)
     config = told.event("update_training_telemetry_config")

@@ -1,0 +1,62 @@
+"""OTLP to a real collector, in a process of its own, that parses it by the protocol's own messages."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+
+
+@pytest.fixture
+def collector(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Address of a collector, and the file that it writes."""
+    file = tmp_path / "received.jsonl"
+    command = [sys.executable, str(Path(__file__).with_name("receiver.py")), str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}", file
+        process.kill()
+
+
+def attributes(values: list[dict[str, Any]]) -> dict[str, Any]:
+    return {item["key"]: next(iter(item["value"].values())) for item in values}
+
+
+def test_a_run_arrives_whole_at_a_collector(
+    train: Any, sft_values: Any, recorded: Any, collector: tuple[str, Path], tmp_path: Path
+) -> None:
+    address, file = collector
+    otlp = {"endpoint": address, "headers": {"x-key": "s3cret"}, "timeout_s": 5.0}
+    train(sft_values({"telemetry": {"spans": "all", "otlp": otlp, "application_name": "mine"}}))
+    received = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {request["key"] for request in received} == {"s3cret"}
+    spans, events = [], []
+    for request in received:
+        for kind, scopes, records, into in (
+            ("resourceSpans", "scopeSpans", "spans", spans),
+            ("resourceLogs", "scopeLogs", "logRecords", events),
+        ):
+            for group in request.get(kind, []):
+                resource = attributes(group["resource"]["attributes"])
+                assert (resource["service.name"], resource["rank"], resource["world_size"]) == ("mine", "0", "1")
+                into += [record for scope in group[scopes] for record in scope[records]]
+    told = recorded(tmp_path / "out")
+
+    def hexed(text: str) -> str:
+        return base64.b64decode(text).hex()
+
+    sent = {(span["name"], hexed(span["spanId"]), hexed(span.get("parentSpanId", "")) or None) for span in spans}
+    assert sent == {(span["name"], span["span_id"], span["parent_id"]) for span in told.spans()}
+    named = sorted((event["eventName"], int(event["timeUnixNano"]), hexed(event["spanId"])) for event in events)
+    assert named == sorted((event["name"], event["time_ns"], event["span_id"]) for event in told.events())
+    update = next(
+        attributes(event["attributes"]) for event in events if event["eventName"] == "training_metrics_update"
+    )
+    assert int(update["num_iterations"]) == 3
