@@ -23,6 +23,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def train(options: argparse.Namespace) -> int:
     """Runs what the command line asks for; returns the exit code."""
     from finetuning.algorithms import METHODS
+    from finetuning.config.controller_file import read_controllers
     from finetuning.config.overrides import apply_overrides
     from finetuning.config.read import read_document
     from finetuning.config.validate import validate
@@ -38,6 +39,7 @@ def train(options: argparse.Namespace) -> int:
     document = apply_overrides(read_document(options.config), options.overrides)
     validated = validate(document, method.experiment)
     experiment = validated.experiment
+    read_controllers(experiment.trainer_controller)
     topology = read_topology()
     tracking = resolve_tracking(
         TrackingOptions(options.mlflow_server_uri, options.experiment_name, options.hf_mlflow_log_artifacts),

@@ -141,7 +141,7 @@ class Guard(Section):
     enabled: bool = True
     """Whether a loss that has exploded stops the run."""
     explode_factor: float = Field(default=3.0, gt=1)
-    """A logged loss has exploded when it is above all of the last 20, above their median times this factor, and above
+    """A logged loss has exploded when it is above all of the last 50, above their median times this factor, and above
     that median plus 1."""
-    patience: int = Field(default=3, ge=1)
+    patience: int = Field(default=5, ge=1)
     """So many exploded losses in a row stop the run."""

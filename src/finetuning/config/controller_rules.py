@@ -12,7 +12,24 @@ from finetuning.config.findings import Finding
 from finetuning.config.suggestions import did_you_mean
 
 FUNCTIONS = (
-    *("abs", "len", "round", "sum", "min", "max", "int", "float", "str", "bool", "list", "tuple", "dict", "set"),
+    *(
+        "abs",
+        "all",
+        "any",
+        "len",
+        "round",
+        "sum",
+        "min",
+        "max",
+        "int",
+        "float",
+        "str",
+        "bool",
+        "list",
+        "tuple",
+        "dict",
+        "set",
+    ),
     *("rand", "randint", "math_trunc", "math_floor", "math_ceil", "math_sqrt", "math_isfinite"),
 )
 """The functions that rules can call."""

@@ -14,7 +14,7 @@ from finetuning.errors import GuardStopped
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-WINDOW = 20
+WINDOW = 50
 """Logged losses that a new one is measured by."""
 MARGIN = 1.0
 """What a loss must be above the median at least: a loss near 0 doubles without meaning anything."""
@@ -38,7 +38,7 @@ class Streak:
 def exploded_streak(losses: Sequence[tuple[int, float]], factor: float) -> Streak:
     """The exploded losses that the run ends with; empty when the last one is ordinary.
 
-    A loss has exploded when it is above each of the last 20 losses before the streak, above their median m by
+    A loss has exploded when it is above each of the last 50 losses before the streak, above their median m by
     (factor - 1) * |m|, and above it by 1. A streak that ends by itself counts as ordinary afterwards, so that rows
     that differ much among themselves widen what is ordinary.
 
@@ -55,7 +55,7 @@ def exploded_streak(losses: Sequence[tuple[int, float]], factor: float) -> Strea
     ordinary: list[float] = []
     median = limit = 0.0
     before = last = 0
-    for step, loss in losses[-4 * WINDOW :]:
+    for step, loss in losses[-3 * WINDOW :]:
         window = ordinary[-WINDOW:]
         if window:
             median = statistics.median(window)
@@ -85,7 +85,7 @@ def guard_callback(guard: Guard) -> TrainerCallback:
             self._streak = Streak()
 
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            recent = state.log_history[-8 * WINDOW :]
+            recent = state.log_history[-6 * WINDOW :]
             losses = [(entry.get("step", 0), float(entry["loss"])) for entry in recent if "loss" in entry]
             self._streak = exploded_streak(losses, guard.explode_factor)
             self._hold_back(state, control)
@@ -93,7 +93,9 @@ def guard_callback(guard: Guard) -> TrainerCallback:
                 raise GuardStopped(_message(self._streak, Path(args.output_dir), guard), hint=_hint(guard))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            self._hold_back(state, control)
+            # A log of this very step comes first, and may end the streak.
+            if not control.should_log:
+                self._hold_back(state, control)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             self._hold_back(state, control)

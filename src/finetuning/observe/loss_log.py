@@ -6,8 +6,8 @@ import json
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import IO
 
+from finetuning.observe.line_file import LineFile
 from finetuning.observe.sinks import LogEvent, Sink
 
 FILE_NAME = "training_logs.jsonl"
@@ -31,7 +31,7 @@ class LossLog(Sink):
 
     def __init__(self, folder: Path):
         self.path = folder / FILE_NAME
-        self._stream: IO[str] | None = None
+        self._lines = LineFile(self.path)
 
     def log(self, event: LogEvent) -> None:
         epoch = event.values.get("epoch")
@@ -45,26 +45,7 @@ class LossLog(Sink):
                 "timestamp": datetime.now().isoformat(),
                 "value": value if math.isfinite(value) else None,
             }
-            self._write(json.dumps({"data": data, "name": name}, sort_keys=True) + "\n")
+            self._lines.write(json.dumps({"data": data, "name": name}, sort_keys=True))
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def _write(self, line: str) -> None:
-        if self._stream is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = _ends_torn(self.path)
-            self._stream = self.path.open("a", encoding="utf-8")
-            line = "\n" + line if torn else line
-        self._stream.write(line)
-        self._stream.flush()
-
-
-def _ends_torn(path: Path) -> bool:
-    """Whether the last line lacks its end, as one does whose writer was killed."""
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as stream:
-        stream.seek(-1, 2)
-        return stream.read(1) != b"\n"
+        self._lines.close()

@@ -174,6 +174,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: _known_only(ast.Call, function)
     for name, function in {
         "abs": abs,
+        "all": all,
+        "any": any,
         "len": len,
         "round": round,
         "sum": _sum,

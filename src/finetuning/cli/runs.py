@@ -1,0 +1,103 @@
+"""`finetuning runs`: the runs below a directory, and how each of them does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuning.cli.run import run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from finetuning.observe.runs import RunState
+
+_STYLES = {"running": "cyan", "completed": "green", "interrupted": "yellow", "dead": "red", "failed": "red"}
+_WIDE = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code."""
+    return run(_runs, argv)
+
+
+def _runs(argv: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from finetuning.observe.runs import list_runs
+
+    parser = argparse.ArgumentParser(
+        prog="finetuning runs", description="List the runs in and below a directory, the newest first."
+    )
+    parser.add_argument("directory", type=Path, nargs="?", default=Path(), help="where to look (default: here)")
+    parser.add_argument("--json", action="store_true", help="write a list of objects instead of a table")
+    options = parser.parse_args(argv)
+    found = list_runs(options.directory)
+    if options.json:
+        print(json.dumps([asdict(state) for state in found], indent=2))
+        return 0
+    if not found:
+        print(f"no run in {options.directory}")
+        return 0
+    console = Console(highlight=False, emoji=False)
+    (_table if console.width >= _WIDE else _cards)(console, found, options.directory)
+    return 0
+
+
+def _table(console: Console, found: Sequence[RunState], root: Path) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("run", "state", "method", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("steps", "loss", "tokens/s", "goodput"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("started", no_wrap=True)
+    for state in found:
+        table.add_row(_name(state, root), _state(state), state.method, _model(state), *_numbers(state), _started(state))
+    console.print(table)
+
+
+def _cards(console: Console, found: Sequence[RunState], root: Path) -> None:
+    """Two lines a run, for terminals that are too narrow for a table."""
+    from rich.text import Text
+
+    for state in found:
+        console.print(Text.assemble((_name(state, root), "bold"), "  ", _state(state)))
+        steps, loss, tokens, goodput = _numbers(state)
+        facts = [f"{state.method} {_model(state)}", f"step {steps}", f"loss {loss}", f"{tokens} tokens/s"]
+        facts += [f"goodput {goodput}"] if state.goodput is not None else []
+        console.print(Text("  " + ", ".join([*facts, _started(state)]), style="dim"))
+
+
+def _name(state: RunState, root: Path) -> str:
+    folder = Path(state.folder)
+    return str(folder.relative_to(root)) if folder != root else folder.resolve().name
+
+
+def _state(state: RunState) -> Text:
+    from rich.text import Text
+
+    return Text(state.state, style=_STYLES.get(state.state, "magenta"))
+
+
+def _model(state: RunState) -> str:
+    return Path(state.model).name if state.model else ""
+
+
+def _numbers(state: RunState) -> tuple[str, str, str, str]:
+    from finetuning.observe.wording import UNKNOWN, loss, rate
+
+    step = UNKNOWN if state.step is None else f"{state.step:,}"
+    steps = f"{step}/{state.steps:,}" if state.steps else step
+    goodput = UNKNOWN if state.goodput is None else f"{state.goodput:.0%}"
+    return steps, loss(state.loss), rate(state.tokens_per_s), goodput
+
+
+def _started(state: RunState) -> str:
+    return (state.started or "").replace("T", " ").removesuffix("Z")[:16]

@@ -1,0 +1,64 @@
+"""What steers a run while it trains: the user's rules, and the guard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config.controller_file import read_controllers
+from finetuning.config.experiment import Experiment
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+    from finetuning.observe.controller.callback import Controllers
+
+
+class Steering:
+    """The trainer controller and the guard of one run, the same on every process."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._controllers: Controllers | None = None
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the trainer is to call.
+
+        Raises:
+            ConfigError: a controller cannot be made.
+        """
+        from finetuning.observe.guard import guard_callback
+
+        found: list[Any] = []
+        section = read_controllers(self._experiment.trainer_controller)
+        if section is not None and section.controllers:
+            from finetuning.observe.controller.callback import controller_callback, make_controllers
+
+            self._controllers = make_controllers(section)
+            found.append(controller_callback(self._controllers))
+        if self._experiment.guard.enabled:
+            found.append(guard_callback(self._experiment.guard))
+        return found
+
+    def published(self, trainer: Trainer, folder: Path) -> None:
+        """The tuned model is saved: the last `on_save`, which only this process sees."""
+        if self._controllers is None:
+            return
+        from finetuning.observe.controller.event import Event
+
+        extra = {"path": str(folder), "is_final": True}
+        self._controllers.happened(Event("on_save", trainer.args, trainer.state, trainer.control, extra), agree=False)
+
+    def taken(self) -> list[str]:
+        """What rules did, one line for each kind of action: the first time, and how often."""
+        if self._controllers is None:
+            return []
+        counts: dict[tuple[str, str], int] = {}
+        first: dict[tuple[str, str], str] = {}
+        for action in self._controllers.taken:
+            key = (action.controller, action.action)
+            counts[key] = counts.get(key, 0) + 1
+            first.setdefault(key, str(action))
+        return [
+            text + (f", and {counts[key] - 1} times more" if counts[key] > 1 else "") for key, text in first.items()
+        ]
