@@ -21,6 +21,9 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from finetuning.observe.telemetry.faults import Faults
 
+# Made once: json.dumps makes one for each line.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+
 
 class JsonLines:
     """An append-only file that swallows nothing and raises nothing: a failed write is a fault, and the last one.
@@ -57,9 +60,9 @@ class JsonLines:
 
     def _append(self, record: dict[str, Any]) -> None:
         try:
-            text = json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+            text = _ENCODER.encode(record)
         except ValueError:
-            text = json.dumps(_finite(record), separators=(",", ":"), ensure_ascii=False, default=str)
+            text = _ENCODER.encode(_finite(record))
         line = text.encode("utf-8", "replace") + b"\n"
         if os.write(self._descriptor, line) < len(line):
             raise OSError(f"no room left for a line of {len(line)} bytes")
