@@ -18,6 +18,9 @@ OTHER_VERBS = {
     "runs": "finetuning.cli.runs",
     "schema": "finetuning.cli.schema",
     "sync": "finetuning.cli.sync",
+    "launch": "finetuning.cli.launch",
+    "job": "finetuning.cli.job",
+    "import": "finetuning.cli.import_config",
 }
 """The verbs that do not train, each in a file of its own."""
 

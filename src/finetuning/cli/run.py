@@ -9,7 +9,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError
+from finetuning.cli.report import Failure, forget, report
+from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem
 
 EXIT_SIGINT = 130
 DEBUG_OPTION = "--debug"
@@ -23,8 +24,10 @@ def run(main_function: Callable[[list[str]], int | None], argv: Sequence[str] | 
     """The exit code of `main_function(arguments)`; its errors are told on stderr, one line per problem.
 
     `--debug` is taken out of the arguments; it, or FINETUNING_DEBUG=1, shows the traceback of an error. Of an error
-    that is no FinetuningError the traceback is always kept in a file, whose path is told.
+    that is no FinetuningError the traceback is always kept in a file, whose path is told. TERMINATION_LOG_FILE and
+    FINETUNING_ERROR_FILE name files that get the errors, too.
     """
+    forget()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != DEBUG_OPTION]
@@ -32,12 +35,14 @@ def run(main_function: Callable[[list[str]], int | None], argv: Sequence[str] | 
         return main_function(arguments) or EXIT_OK
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        report(Failure("Interrupted", EXIT_SIGINT, (Problem("interrupted"),)))
         return EXIT_SIGINT
     except FinetuningError as error:
         if debug:
             traceback.print_exc()
         for problem in error.problems:
             _tell(str(problem))
+        report(Failure(type(error).__name__, error.exit_code, error.problems))
         return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe went away; the null device keeps the interpreter from failing once more at exit.
@@ -53,15 +58,21 @@ def _tell_unforeseen(error: Exception, debug: bool) -> int:
         traceback.print_exc()
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        _tell(f"no room left on the disk{where}. Free some space, or choose another output directory.")
-        return EXIT_USER
+        message = f"no room left on the disk{where}. Free some space, or choose another output directory."
+        return _tell_failure("StorageError", EXIT_USER, message)
     if is_out_of_memory(error):
-        _tell(f"out of memory: {_first_line(error)}")
-        _tell_traceback_file(error)
-        return EXIT_INTERNAL
-    _tell(f"internal error: {type(error).__name__}: {_first_line(error)}")
+        name, message = "OutOfMemory", f"out of memory: {_first_line(error)}"
+    else:
+        name, message = "InternalError", f"internal error: {type(error).__name__}: {_first_line(error)}"
+    code = _tell_failure(name, EXIT_INTERNAL, message)
     _tell_traceback_file(error)
-    return EXIT_INTERNAL
+    return code
+
+
+def _tell_failure(name: str, exit_code: int, message: str) -> int:
+    _tell(message)
+    report(Failure(name, exit_code, (Problem(message),)))
+    return exit_code
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -96,9 +96,11 @@ def _run(
     from finetuning.cli.imports import leave_out_unused
     from finetuning.config.dump import dump_yaml
     from finetuning.observe.logs import configure_logging
+    from finetuning.training.delivery import check_delivery, deliver
     from finetuning.training.observer import Observer
     from finetuning.training.run import Job, run
 
+    check_delivery(experiment)
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
     leave_out_unused(experiment)
     observer = Observer(experiment, method.name, topology, tracking)
@@ -112,5 +114,7 @@ def _run(
             resolved_config=dump_yaml(experiment),
         )
     )
+    if topology.is_main:
+        deliver(experiment)
     observer.closing(result.status, result.steps, result.final_loss, result.training_s)
     return 0

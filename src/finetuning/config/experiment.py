@@ -47,6 +47,11 @@ class Experiment(Section):
     """Rules that steer the run while it trains, or the YAML file that holds them."""
     guard: Guard = Guard()
     """What stops a run whose loss has exploded."""
+    logging_dir: str | None = Field(default=None, min_length=1)
+    """Where the losses are written as they come, in `training_logs.jsonl`; by default `output_dir`."""
+    save_model_dir: str | None = Field(default=None, min_length=1)
+    """Where the tuned model or adapter is put once more when the run ends; it may be `output_dir` itself, a folder in
+    it, or slower storage that checkpoints shall not be written to."""
 
 
 class SFTExperiment(Experiment):

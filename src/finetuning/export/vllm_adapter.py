@@ -52,7 +52,7 @@ def make_vllm_compatible(
     extra = None
     if new_embeddings:
         extra = split_new_embeddings(adapter, base)
-        adapter = extra.rest
+        adapter = extra.rest if extra is not None else adapter
     check = check_for_vllm(adapter, base)
     if check.blockers:
         raise _not_servable(model_path, adapter, check)

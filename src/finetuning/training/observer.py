@@ -120,7 +120,7 @@ class Observer:
 
         sinks = [progress_sink(self._console)]
         if self._is_main:
-            sinks += [LossLog(self._output_dir), MetricsLog(self._output_dir)]
+            sinks += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
             if self._mlflow:
                 sinks.append(self._mlflow)
         self._sinks = Sinks(sinks)

@@ -23,7 +23,7 @@ from finetuning.training.resume import checkpoints_of
 _KEY = "training_args.output_dir"
 _LOCK = ".finetuning.lock"
 # What may differ between a complete run and its command typed again.
-_INCIDENTAL = ("run_conf.resume_from_checkpoint", "tracking", "telemetry")
+_INCIDENTAL = ("run_conf.resume_from_checkpoint", "tracking", "telemetry", "logging_dir", "save_model_dir")
 
 
 def check_output_dir(experiment: Experiment) -> bool:

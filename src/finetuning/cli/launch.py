@@ -1,0 +1,91 @@
+"""`finetuning launch`: the processes of a job, on this machine or on several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuning.cli.run import run
+from finetuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetuning.launch.machines import Machines
+    from finetuning.launch.processes import Launch
+
+_PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the options that stand before the command that is launched."""
+    parser = argparse.ArgumentParser(
+        prog="finetuning launch",
+        description="Run a method in several processes, through accelerate's launcher:"
+        " finetuning launch --nproc 8 --preset fsdp2 sft config.yaml",
+    )
+    parser.add_argument(
+        "--nproc", default=None, help="processes on each machine: a number, or auto, one a GPU (default: auto)"
+    )
+    parser.add_argument("--nnodes", type=int, help="machines (default: what Kubeflow or SLURM say, else 1)")
+    parser.add_argument("--node-rank", type=int, help="which machine this is, from 0")
+    parser.add_argument("--main-address", metavar="HOST[:PORT]", help="where the first machine is met, port 29500")
+    sharding = parser.add_mutually_exclusive_group()
+    sharding.add_argument("--preset", choices=_PRESETS, help="how the model is shared out (default: ddp)")
+    sharding.add_argument("--accelerate-config", metavar="FILE", help="a config of accelerate's own, instead")
+    parser.add_argument("--dry-run", action="store_true", help="print what accelerate launch would be given")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="METHOD config.yaml ...", help="what runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code."""
+    # Not our options but the command's, which stand behind it, may hold --debug.
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run(lambda _: _launch(arguments), arguments)
+
+
+def _launch(argv: Sequence[str]) -> int:
+    from finetuning.cli.finetuning import METHODS
+    from finetuning.config.suggestions import did_you_mean
+    from finetuning.launch.machines import find_machines
+    from finetuning.launch.processes import start
+
+    options = build_parser().parse_args(argv)
+    if not options.command or options.command[0] not in METHODS:
+        given = options.command[0] if options.command else "nothing"
+        raise ConfigError(
+            f"finetuning launch: {given} is no method; they are {', '.join(METHODS)}",
+            hint=did_you_mean(given, METHODS),
+        )
+    launch = _make_launch(options, find_machines(options.nnodes, options.node_rank, options.main_address))
+    if options.dry_run:
+        print("accelerate launch " + " ".join(launch.arguments(options.command)))
+        return 0
+    return start(launch, options.command, {})
+
+
+def _make_launch(options: argparse.Namespace, machines: Machines) -> Launch:
+    from finetuning.launch.processes import Launch, preset_file, require_deepspeed
+
+    config_file = None
+    if options.preset:
+        config_file = preset_file(options.preset)
+    elif options.accelerate_config:
+        config_file = Path(options.accelerate_config)
+        require_deepspeed(config_file)
+    per_machine = _per_machine(options.nproc or machines.nproc or "auto")
+    if options.preset == "ddp" and per_machine * machines.nnodes == 1:
+        config_file = None
+    return Launch(per_machine * machines.nnodes, machines.nnodes, config_file, tuple(machines.flags()))
+
+
+def _per_machine(given: str) -> int:
+    if given in ("auto", "gpu"):
+        from finetuning.launch.processes import visible_gpus
+
+        return visible_gpus() or 1
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"--nproc {given}: give a number from 1, or auto")
+    return int(given)

@@ -1,0 +1,106 @@
+"""The keys of a job of fms-hf-tuning, and the defaults that differ from ours.
+
+Source: fms-hf-tuning, README.md and build/README.md; `tuning/config/configs.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3.0,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "optim": "adamw_torch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "eval_strategy": "no",
+    "logging_steps": 500,
+    "save_steps": 500,
+}
+MAX_SEQ_LENGTH = 4096
+BATCH_SIZE = 8
+EXPERIMENT = "fms-hf-tuning"
+
+# Fields of transformers' training arguments that jobs set; others of the installed release are known, too.
+TRAINING = _names(
+    """
+    num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args seed data_seed bf16 fp16 tf32
+    bf16_full_eval fp16_full_eval gradient_checkpointing gradient_checkpointing_kwargs logging_strategy logging_steps
+    logging_first_step logging_nan_inf_filter eval_strategy evaluation_strategy eval_steps eval_delay
+    eval_accumulation_steps eval_on_start save_strategy save_steps save_total_limit save_only_model save_safetensors
+    load_best_model_at_end metric_for_best_model greater_is_better report_to run_name include_tokens_per_second
+    include_num_input_tokens_seen group_by_length length_column_name dataloader_drop_last dataloader_num_workers
+    dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers ddp_backend ddp_timeout
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers fsdp fsdp_config deepspeed accelerator_config
+    neftune_noise_alpha torch_compile torch_compile_backend torch_compile_mode use_liger_kernel use_cpu no_cuda
+    overwrite_output_dir push_to_hub hub_model_id hub_strategy hub_token hub_private_repo label_smoothing_factor
+    remove_unused_columns disable_tqdm average_tokens_across_devices ignore_data_skip full_determinism do_train
+    do_eval do_predict prediction_loss_only label_names log_on_each_node torch_empty_cache_steps skip_memory_metrics
+    restore_callback_states_from_checkpoint batch_eval_metrics use_ipex use_mps_device jit_mode_eval past_index
+    """
+)
+LORA_DEFAULTS: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "target_modules": None,
+}
+LORA = _names(
+    """
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora use_dora
+    fan_in_fan_out exclude_modules layer_replication trainable_token_indices ensure_weight_tying lora_bias
+    megatron_config megatron_core
+    """
+) | set(LORA_DEFAULTS)
+PROMPT_DEFAULTS: dict[str, Any] = {
+    "prompt_tuning_init": "TEXT",
+    "num_virtual_tokens": 8,
+    "prompt_tuning_init_text": "Classify if the tweet is a complaint or not:",
+}
+DATA = _names(
+    """
+    training_data_path validation_data_path data_config_path dataset_text_field response_template instruction_template
+    data_formatter_template dataset_conversation_field chat_template add_special_tokens
+    """
+)
+TRACKING = _names(
+    """
+    trackers experiment training_logs_filename run_uri_export_path aim_repo aim_remote_server_ip aim_remote_server_port
+    aim_url mlflow_experiment mlflow_tracking_uri clearml_project clearml_task scanner_output_filename exp_metadata
+    """
+)
+ACCELERATION = _names("auto_gptq bnb_qlora bitsandbytes fused_lora fast_kernels padding_free multipack fast_moe")
+MODEL = _names(
+    """
+    model_name_or_path tokenizer_name_or_path use_flash_attn flash_attn_implementation torch_dtype
+    embedding_size_multiple_of cache_dir
+    """
+)
+RUN = _names(
+    """
+    output_dir save_model_dir logging_dir max_seq_length packing per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps resume_from_checkpoint trainer_controller_config_file log_level log_level_replica
+    enable_reduce_loss_sum peft_method alora_invocation_string
+    """
+)
+LAUNCHER = frozenset({"accelerate_launch_args", "lora_post_process_for_vllm"})
+"""What the launcher reads, and the experiment does not hold."""
+REFUSED: dict[str, str] = {
+    "fast_moe": "experts' own kernels and parallelism are not offered; remove it to train the experts as they are",
+    "do_dataprocessing_only": "rows are prepared by each run and kept in no shards; remove it",
+    "num_train_dataset_shards": "rows are prepared by each run and kept in no shards; remove it",
+    "num_eval_dataset_shards": "rows are prepared by each run and kept in no shards; remove it",
+    "dataset_image_field": "models of images and text are not offered",
+    "quantization_method": "only a checkpoint's own quantisation and bnb_qlora are offered",
+    "dequantize": "only a checkpoint's own quantisation and bnb_qlora are offered",
+    "additional_data_handlers": "handlers that are code are not offered",
+}
+KNOWN = TRAINING | LORA | set(PROMPT_DEFAULTS) | DATA | TRACKING | ACCELERATION | MODEL | RUN | LAUNCHER | set(REFUSED)

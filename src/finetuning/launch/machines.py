@@ -1,0 +1,88 @@
+"""Which machine of a job this is: from the command line, or from what Kubeflow and SLURM say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetuning.errors import ConfigError
+
+# Kubeflow sets the first name of each (torchrun's own), srun the others.
+_NAMES = {
+    "nnodes": ("PET_NNODES", "SLURM_NNODES"),
+    "node_rank": ("PET_NODE_RANK", "SLURM_NODEID"),
+    "nproc": ("PET_NPROC_PER_NODE",),
+    "address": ("PET_MASTER_ADDR", "MASTER_ADDR"),
+    "port": ("PET_MASTER_PORT", "MASTER_PORT"),
+}
+_DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How many machines there are, which this is, and where the first one listens."""
+
+    nnodes: int = 1
+    node_rank: int = 0
+    address: str | None = None
+    port: int = _DEFAULT_PORT
+    nproc: str | None = None
+    """Processes on each machine, where the environment says it: a number, or `auto`, `gpu`, `cpu`."""
+
+    def flags(self) -> list[str]:
+        """What `accelerate launch` is told about machines; nothing for one."""
+        if self.nnodes == 1:
+            return []
+        return [
+            *("--machine_rank", str(self.node_rank), "--main_process_ip", str(self.address)),
+            *("--main_process_port", str(self.port)),
+        ]
+
+
+def find_machines(
+    nnodes: int | None = None,
+    node_rank: int | None = None,
+    address: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Machines:
+    """The machines, each value as given or else as the environment has it; `address` is host or host:port.
+
+    Raises:
+        ConfigError: a value is no number or out of its range, or several machines have no address to meet at.
+    """
+    host, _, given_port = (address or "").partition(":")
+    machines = Machines(
+        nnodes=_number("nnodes", nnodes, environ, 1),
+        node_rank=_number("node_rank", node_rank, environ, 0),
+        address=host or _text("address", environ),
+        port=_number("port", given_port or None, environ, _DEFAULT_PORT),
+        nproc=_text("nproc", environ),
+    )
+    if machines.nnodes < 1:
+        raise ConfigError(f"--nnodes {machines.nnodes}: must be at least 1")
+    if not 0 <= machines.node_rank < machines.nnodes:
+        raise ConfigError(f"--node-rank {machines.node_rank}: must be from 0 to {machines.nnodes - 1}")
+    if machines.nnodes > 1 and machines.address is None:
+        raise ConfigError(
+            f"{machines.nnodes} machines need an address to meet at",
+            hint="Give --main-address HOST[:PORT], the first machine's, on each of them.",
+        )
+    return machines
+
+
+def _text(field: str, environ: Mapping[str, str]) -> str | None:
+    for name in _NAMES[field]:
+        if name.startswith("SLURM_") and "SLURM_STEP_ID" not in environ:
+            continue
+        if environ.get(name):
+            return environ[name]
+    return None
+
+
+def _number(field: str, given: int | str | None, environ: Mapping[str, str], default: int) -> int:
+    value = given if given is not None else _text(field, environ)
+    try:
+        return default if value is None else int(value)
+    except ValueError:
+        raise ConfigError(f"{field}: {value!r} is not a whole number") from None
