@@ -141,7 +141,8 @@ def test_an_adapter_that_goes_on_is_its_own_reference(
 def test_resuming_goes_on(train: Any, grpo_values: Any) -> None:
     saves = {"training_args.save_strategy": "steps", "training_args.save_steps": 1}
     train(grpo_values({**saves, "training_args.max_steps": 2, "run_conf.final_checkpoint_name": "first"}), GRPO)
-    run = train(grpo_values({**saves, "training_args.max_steps": 3, "run_conf.resume_from_checkpoint": "auto"}), GRPO)
+    longer = {"training_args.max_steps": 3, "run_conf.allow_changed": ["training_args.max_steps"]}
+    run = train(grpo_values({**saves, **longer, "run_conf.resume_from_checkpoint": "auto"}), GRPO)
     assert run.result.steps == 3
     assert [entry["step"] for entry in run.trainer.state.log_history if "reward" in entry] == [1, 2, 3]
 
