@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from finetuning.data.prepare import PreparedData
 
 _LN2 = math.log(2)
+_MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard"} | {
+    "apo_zero",
+    "apo_down",
+    "discopop",
+}
+"""Losses that hold each pair by itself; the others compare pairs of a batch with one another."""
 
 
 def prepare(experiment: DPOExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
@@ -65,6 +71,8 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
     class DPOTrainer(TrainerMixin, FirstLossCheck, trl.DPOTrainer):
         """TRL's DPOTrainer with the mixin, ready rows and the check of the first loss."""
+
+        divides_batches = set(parts.arguments.loss_type) <= _MEANS_OVER_PAIRS
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset

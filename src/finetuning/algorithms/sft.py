@@ -37,7 +37,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     class SFTTrainer(TrainerMixin, transformers.Trainer):
         """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
 
-        selects_logits = _selects_logits(parts)
+        selects_logits = divides_batches = _selects_logits(parts)
         collated_columns = ("lengths",)
 
         def compute_loss(

@@ -12,6 +12,7 @@ import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetuning.algorithms.memory import MemoryMixin
 from finetuning.algorithms.phases import PhasesMixin
 from finetuning.algorithms.prompt_state import read_encoders, write_encoders
 from finetuning.algorithms.schedule import apply_settings, settings_of
@@ -206,8 +207,8 @@ class SafeguardMixin:
                 weight.data = weight.data.to(before[name])
 
 
-class TrainerMixin(PhasesMixin, SafeguardMixin):
-    """Both, in the order in which they belong: what is measured holds what is safeguarded."""
+class TrainerMixin(PhasesMixin, SafeguardMixin, MemoryMixin):
+    """All, in the order in which they belong: what is measured holds what is safeguarded, and that what is retried."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = settings_of(self.optimizer)

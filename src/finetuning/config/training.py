@@ -114,8 +114,9 @@ class BatchsizeConfig(Section):
 
     total_train_batch_size: int = Field(gt=0)
     """Rows an optimizer step: processes x per-device batch size x accumulation."""
-    max_per_device_train_batch_size: int = Field(gt=0)
-    """Most rows that one device holds in one forward pass."""
+    max_per_device_train_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"]
+    """Most rows that one device holds in one forward pass. `auto` plans with up to 16, which the memory check of a GPU
+    halves until the longest rows fit; on a CPU nothing is measured, and 16 it stays."""
     per_device_eval_batch_size: int | None = Field(default=None, gt=0)
     """Rows a device in evaluation; by default the per-device training batch size."""
 

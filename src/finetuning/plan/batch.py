@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from finetuning.config.training import BatchsizeConfig
 from finetuning.errors import ConfigError, Place, Problem
 
+AUTO_ROWS = 16
+"""Most rows that `auto` plans with."""
 _KEY = "batchsize_conf.total_train_batch_size"
 
 
@@ -34,7 +36,8 @@ def plan_batches(config: BatchsizeConfig, world_size: int, place: Place | None =
     >>> plan.per_device, plan.accumulation
     (4, 16)
     """
-    total, maximum = config.total_train_batch_size, config.max_per_device_train_batch_size
+    total, wanted = config.total_train_batch_size, config.max_per_device_train_batch_size
+    maximum = AUTO_ROWS if wanted == "auto" else wanted
     if total % world_size:
         below = total - total % world_size
         nearest = " and ".join(str(candidate) for candidate in (below, below + world_size) if candidate)
@@ -56,7 +59,8 @@ def plan_batches(config: BatchsizeConfig, world_size: int, place: Place | None =
         per_device=per_device,
         accumulation=accumulation,
         per_device_eval=config.per_device_eval_batch_size or per_device,
-        reason=f"the largest divisor of {total} / {world_size} = {rows} that is at most {maximum}",
+        reason=f"the largest divisor of {total} / {world_size} = {rows} that is at most {maximum}"
+        + (", to be halved on a GPU until the longest rows fit" if wanted == "auto" else ""),
         warning=_awkward(total, world_size, per_device, accumulation, maximum),
     )
 

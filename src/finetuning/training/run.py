@@ -102,6 +102,7 @@ def _recorded(job: Job) -> RunResult:
 def _road(job: Job, record: RunRecord) -> RunResult:
     from finetuning.training.arguments import build_arguments
     from finetuning.training.final import publish_final
+    from finetuning.training.memory import check_memory_at_start
     from finetuning.training.parts import end_of_turn, load_model, load_tokenizer
     from finetuning.training.signals import StopOnSignal
 
@@ -131,10 +132,12 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     stop = StopOnSignal()
     trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, stop)
     terms.bind(trainer)
+    check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
     seconds = _train(trainer, stop, resume)
+    record.update(memory=_tell_memory(trainer, plan, observer))
     with observer.stage("model_publication"):
         artifact = publish_final(
             trainer,
@@ -221,6 +224,17 @@ def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedMode
 
         longest = job.experiment.sft_args.max_seq_length
         job.observer.told("tokens", str(lying(data.train, longest, plan.batch.per_device)))
+
+
+def _tell_memory(trainer: Trainer, plan: Plan, observer: Observer) -> dict[str, Any]:
+    """What the run took of memory, beside its estimate, and what had to be divided on the way."""
+    from finetuning.training.memory import measured, told
+
+    values = measured(plan.memory, trainer.args.device) | {"divisions": list(trainer.divisions)}
+    observer.found("memory", told(values))
+    for division in trainer.divisions:
+        observer.found("memory", division)
+    return values
 
 
 def _last_loss(trainer: Trainer) -> float | None:
