@@ -15,7 +15,7 @@ from finetuning.config.data import ChatTemplateName, DataConfig
 from finetuning.config.training import SFTArgs
 from finetuning.data.formats import FORMATS
 from finetuning.data.handlers import make_recipe
-from finetuning.data.prepare import prepare_dpo, prepare_kto, prepare_sft
+from finetuning.data.prepare import prepare_dpo, prepare_kto, prepare_prompts, prepare_sft
 from finetuning.data.rows import Row
 from finetuning.data.templates import get_template
 from finetuning.errors import Place
@@ -92,6 +92,12 @@ def test_every_rated_answer_is_read(tokenizer: Any, tmp_path: Path) -> None:
         assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 1
 
 
+def test_every_prompt_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    for row in rows_below("### Prompts"):
+        (tmp_path / "a.jsonl").write_text(row)
+        assert len(prepare_prompts(config(tmp_path / "a.jsonl"), 99, {}, tokenizer).train) == 1
+
+
 def test_ready_tokens_are_read(tokenizer: Any, tmp_path: Path) -> None:
     (row,) = rows_below("### `tokens`")
     (tmp_path / "a.jsonl").write_text(row)
@@ -113,7 +119,7 @@ def test_every_format_and_handler_is_on_the_page() -> None:
     page = PAGE.read_text("utf-8")
     source = config(Path("a")).training_data.datasets[0]
     assert make_recipe(source, "d").steps == ()
-    missing = [name for name in FORMATS if f"`{name}`" not in page and name != "prompt"]
+    missing = [name for name in FORMATS if f"`{name}`" not in page]
     assert not missing
 
 

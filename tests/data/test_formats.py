@@ -270,3 +270,23 @@ def test_rated_answers_and_pairs_make_rated_rows() -> None:
 )
 def test_ready_tokens_are_checked(row: dict[str, Any], message: str) -> None:
     assert str(parse(row, "tokens")) == f"train.jsonl:6: {message}"
+
+
+@pytest.mark.parametrize("column", ["prompt_messages", "messages", "prompt"])
+def test_prompts_go_by_three_names(column: str) -> None:
+    parsed = parse({column: [USER], "solution": 4}, "prompt")
+    assert (parsed.messages, parsed.columns) == ([USER], {"solution": 4})
+    assert "is an answer, and the model is to write the answer" in str(parse({column: [USER, ANSWER]}, "prompt"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Hi"}, "prompt: expected a list of messages, got text"),
+        ({"prompt": [USER], "completion": 1}, "completion: rewards are given something else by that name"),
+        ({"prompt_messages": [USER], "prompt": 1}, "prompt: rewards are given something else by that name"),
+        ({"question": 1}, "expected prompt_messages; found question"),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_said(row: dict[str, Any], message: str) -> None:
+    assert str(parse(row, "prompt")).startswith(f"train.jsonl:6: {message}")

@@ -1,20 +1,21 @@
-"""Prompts that the model continues itself: `prompt_messages`, or `messages` without a last answer."""
+"""Prompts that the model continues itself: `prompt_messages`, or `messages` or `prompt`, without a last answer."""
 
 from __future__ import annotations
 
 from finetuning.data.formats.fields import (
-    messages_field,
     problem_of,
     require_columns,
     template_kwargs_field,
     tools_field,
 )
+from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Prompt, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages",)
 _NOT_FOR_REWARDS = ("prompt_messages", "messages", "tools", "chat_template_kwargs", "documents")
+_SPELLINGS = ("prompt_messages", "messages", "prompt")
 RESERVED = (
     "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "environments", "image", "images",
@@ -25,20 +26,19 @@ RESERVED = (
 def parse(row: Row, options: Options = PLAIN) -> Prompt | Problem:
     """The row's prompt, or what is wrong with it."""
     try:
-        key = "messages" if "messages" in row.values and "prompt_messages" not in row.values else "prompt_messages"
-        if key == "prompt_messages":
-            require_columns(row, COLUMNS, "prompt")
-        messages = messages_field(row, key)
+        key = next((name for name in _SPELLINGS if name in row.values), "prompt_messages")
+        require_columns(row, (key,), "prompt")
+        messages = chat_field(row, key)
         if messages[-1]["role"] == "assistant":
             raise FieldError(
                 f"{key}[{len(messages) - 1}]", "is an answer, and the model is to write the answer: leave it out"
             )
-        taken = [name for name in RESERVED if name in row.values]
+        taken = [name for name in RESERVED if name in row.values and name != key]
         if taken:
             raise FieldError(taken[0], "rewards are given something else by that name: rename the column")
         return Prompt(
             messages=messages,
-            columns={name: value for name, value in row.values.items() if name not in _NOT_FOR_REWARDS},
+            columns={name: value for name, value in row.values.items() if name not in (*_NOT_FOR_REWARDS, key)},
             place=row.place,
             tools=tools_field(row),
             template_kwargs=template_kwargs_field(row),
