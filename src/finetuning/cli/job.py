@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.cli.report import TERMINATION_LOG, Failure, report, was_reported
+from finetuning.cli.failures import TERMINATION_LOG, Failure, report, was_reported
 from finetuning.cli.run import run
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_OK, EXIT_USER, ConfigError, Problem
 

@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from finetuning.cli.report import Failure, forget, report
+from finetuning.cli.failures import Failure, forget, report
 from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem
 
 EXIT_SIGINT = 130
