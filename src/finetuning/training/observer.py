@@ -18,6 +18,7 @@ from finetuning.plan.plan import Plan
 from finetuning.topology import Topology
 from finetuning.training.measuring import Measuring
 from finetuning.training.record import CONFIG_NAME, RECORD_NAME
+from finetuning.training.steering import Steering
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -54,6 +55,8 @@ class Observer:
         self._tracked: str | None = None
         self._started = time.monotonic()
         self._measuring = Measuring(experiment, method, topology)
+        self._steering = Steering(experiment)
+        self._report: Path | None = None
 
     def resuming(self, resume: ResumePoint) -> None:
         """The run starts, afresh or from a checkpoint. Tracking starts here, beside all that follows."""
@@ -117,17 +120,20 @@ class Observer:
         """What the trainer is to call."""
         from finetuning.observe.callbacks import Sinks, make_callback
         from finetuning.observe.loss_log import LossLog
+        from finetuning.observe.metrics_log import MetricsLog
         from finetuning.observe.progress import progress_sink
 
         sinks = [progress_sink(self._console)]
         if self._is_main:
-            sinks.append(LossLog(self._output_dir))
+            sinks += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
             if self._mlflow:
                 sinks.append(self._mlflow)
         self._sinks = Sinks(sinks)
         # Measuring comes first, so that what the sinks do at the end of a step is no part of the step.
         measuring = self._measuring.callbacks(self._tell_figures)
-        return [*measuring, make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())]
+        telling = make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())
+        # What steers comes last: what it stops has been told.
+        return [*measuring, telling, *self._steering.callbacks()]
 
     def _tell_figures(self, figures: Mapping[str, float], step: int) -> None:
         if self._sinks:
@@ -147,21 +153,33 @@ class Observer:
     def published(self, artifact: Artifact) -> None:
         """The tuned model is saved and checked."""
         self._artifact = artifact
+        self._steering.published(self._trainer, Path(artifact.folder))
         if self._mlflow:
             folder = Path(artifact.folder)
             self._mlflow.log_model_files(folder, folder.name)
 
     def measured(self, error: BaseException | None) -> dict[str, Any]:
-        """Telemetry ends, and gives what belongs into the record; nothing where it is switched off."""
+        """Telemetry ends. Gives what belongs into the record: its figures, and what was told at the start."""
         measured = self._measuring.end(error, self._tell_figures)
-        return {} if measured is None else {"telemetry": measured}
+        told = {
+            "told": [[line.label, line.value, line.reason] for line in self._lines],
+            "warnings": self._warnings,
+            "controlled": self._steering.taken(),
+        }
+        return told if measured is None else {"telemetry": measured, **told}
 
     def close(self, status: str) -> None:
         """The run has ended, one way or the other; called once, after the record was written."""
         if self._sinks:
             self._sinks.close()
+        if self._is_main and self._trainer is not None:
+            from finetuning.observe.report.page import write_report_if_possible
+
+            self._report = write_report_if_possible(self._output_dir)
         if self._mlflow:
-            self._mlflow.log_file(self._output_dir / RECORD_NAME)
+            for path in (self._output_dir / RECORD_NAME, self._report):
+                if path is not None:
+                    self._mlflow.log_file(path)
             self._tracked = self._mlflow.finish(_STATUS.get(status, "FAILED")).url
 
     @property
@@ -182,13 +200,14 @@ class Observer:
                 good=True,
                 made=[
                     Made(artifact.kind, Path(artifact.folder)),
+                    *([Made("report", self._report)] if self._report else []),
                     Made("record", self._output_dir / RECORD_NAME),
-                    Made("rows seen", self._output_dir / PREVIEW_NAME),
                 ],
                 final_loss=final_loss,
                 training_s=training_s,
                 total_s=time.monotonic() - self._started,
-                facts=self._found
+                facts=[("by rule", text) for text in self._steering.taken()]
+                + self._found
                 + [("checked", "; ".join(artifact.checks))]
                 + ([("stops at", artifact.stop_tokens)] if artifact.stop_tokens else []),
                 commands=_next_commands(artifact),
