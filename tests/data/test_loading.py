@@ -62,7 +62,7 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
     assert list(data.ledger.report()[0]["formats"].values()) == [
         f"{name}, told from the rows" for name in ("messages", "text", "alpaca", "tokens")
     ]
-    assert f"  rows of {chats}: messages, told from the rows" in data.ledger.lines()
+    assert f"  {chats}: messages, told from the rows" in data.ledger.lines()
     assert count_training_rows(conf) == 4
 
 

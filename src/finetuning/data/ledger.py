@@ -100,7 +100,7 @@ class PartLedger:
             f"{self.part}: {_count(self.kept, 'row')} of {self.rows} kept, {_count(self.tokens, 'token')},"
             f" {self.trained_tokens} trained"
         ]
-        lines += [f"  rows of {name}: {how}" for name, how in self.formats.items()]
+        lines += [f"  {name}: {how}" for name, how in self.formats.items()]
         if cut := self.truncated:
             answers = sum(fate.answer_cut for fate in cut)
             lost = _count(sum(fate.tokens_cut for fate in cut), "token")
