@@ -50,15 +50,13 @@ class Steering:
         self._controllers.happened(Event("on_save", trainer.args, trainer.state, trainer.control, extra), agree=False)
 
     def taken(self) -> list[str]:
-        """What rules did, one line for each kind of action: the first time, and how often."""
-        if self._controllers is None:
-            return []
-        counts: dict[tuple[str, str], int] = {}
-        first: dict[tuple[str, str], str] = {}
-        for action in self._controllers.taken:
-            key = (action.controller, action.action)
-            counts[key] = counts.get(key, 0) + 1
-            first.setdefault(key, str(action))
-        return [
-            text + (f", and {counts[key] - 1} times more" if counts[key] > 1 else "") for key, text in first.items()
-        ]
+        """What rules did, one line a rule: what it did first, and how often it acted."""
+        acted: dict[str, dict[tuple[int, str], list[str]]] = {}
+        for action in self._controllers.taken if self._controllers else ():
+            acted.setdefault(action.controller, {}).setdefault((action.step, action.event), []).append(action.action)
+        told = []
+        for controller, times in acted.items():
+            (step, event), actions = next(iter(times.items()))
+            again = f", and {len(times) - 1} times more" if len(times) > 1 else ""
+            told.append(f'step {step}: rule "{controller}" held at {event}: {", ".join(actions)}{again}')
+        return told

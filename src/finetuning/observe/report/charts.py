@@ -39,16 +39,21 @@ class Chart:
     """Name, colour and dashes of each curve; empty where there is one that needs no name."""
 
 
-def line_chart(title: str, curves: Sequence[Curve]) -> Chart | None:
-    """The chart of these curves over steps; None without a point."""
+def line_chart(title: str, curves: Sequence[Curve], *, from_zero: bool = False) -> Chart | None:
+    """The chart of these curves over steps, the first on top; None without a point.
+
+    Args:
+        from_zero: whether the vertical axis begins at 0, so that sizes can be compared by eye.
+    """
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
         return None
     points = [point for curve in drawn for point in curve.points]
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    ticks = nice_ticks(min(y for _, y in points), max(y for _, y in points))
-    scale = _Scale(x0, x1 if x1 > x0 else x0 + 1, min(ticks[0], min(y for _, y in points)), ticks[-1])
-    parts = [_grid(scale, ticks), *(_curve(curve, scale) for curve in drawn)]
+    low = min(y for _, y in points)
+    ticks = nice_ticks(min(low, 0.0) if from_zero else low, max(y for _, y in points))
+    scale = _Scale(x0, x1 if x1 > x0 else x0 + 1, ticks[0], ticks[-1])
+    parts = [_grid(scale, ticks), *(_curve(curve, scale) for curve in reversed(drawn))]
     data = json.dumps(
         {
             "x": [scale.x0, scale.x1],
@@ -69,7 +74,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that reach from below the lowest value to above the highest.
 
     >>> nice_ticks(0.3, 9.1)
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    [0.0, 2.5, 5.0, 7.5, 10.0]
     """
     if high <= low:
         margin = abs(low) * 0.1 or 1.0
@@ -91,7 +96,21 @@ def number(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / limit * (10 if unit == 'k' else 1):.3g}{unit}"
-    return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+    return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The shortest labels that tell the ticks apart.
+
+    >>> tick_labels([0.0, 0.005]), tick_labels([0.4725, 0.473, 0.4735])
+    (['0', '0.005'], ['0.4725', '0.4730', '0.4735'])
+    """
+    labels = [number(tick) for tick in ticks]
+    decimals = 0
+    while len(set(labels)) < len(labels) and decimals < 12:
+        decimals += 1
+        labels = [f"{tick:.{decimals}f}" for tick in ticks]
+    return labels
 
 
 def timeline(spans: Sequence[Span]) -> Markup:
@@ -143,9 +162,9 @@ class _Scale:
 def _grid(scale: _Scale, ticks: Sequence[float]) -> Markup:
     parts = [
         Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text x="{}" y="{:.1f}">{}</text>').format(
-            _LEFT, WIDTH - _RIGHT, scale.y(tick), scale.y(tick), _LEFT - 6, scale.y(tick) + 4, number(tick)
+            _LEFT, WIDTH - _RIGHT, scale.y(tick), scale.y(tick), _LEFT - 6, scale.y(tick) + 4, label
         )
-        for tick in ticks
+        for tick, label in zip(ticks, tick_labels(ticks), strict=True)
     ]
     steps = [tick for tick in nice_ticks(scale.x0, scale.x1) if scale.x0 <= tick <= scale.x1 and tick == int(tick)]
     for tick in steps:

@@ -21,10 +21,11 @@ class Wanted:
     title: str
     series: tuple[tuple[str, str], ...]
     divisor: float = 1.0
+    from_zero: bool = True
 
 
 MAIN = (
-    Wanted("Loss", (("loss", "training"), ("eval_loss", "validation"))),
+    Wanted("Loss", (("loss", "training"), ("eval_loss", "validation")), from_zero=False),
     Wanted("Learning rate", (("learning_rate", "learning rate"),)),
     Wanted("Gradient norm", (("grad_norm", "gradient norm"),)),
     Wanted("Tokens per second", (("tokens_per_s", "tokens per second"),)),
@@ -57,7 +58,9 @@ def other_charts(runs: Sequence[Run]) -> list[Chart]:
         for name in sorted(run.series)
         if name not in shown and not _is_skipped(name)
     )
-    wanted = [Wanted(_title(name), ((name, "training"), (f"eval_{name}", "validation"))) for name in names]
+    wanted = [
+        Wanted(_title(name), ((name, "training"), (f"eval_{name}", "validation")), from_zero=False) for name in names
+    ]
     return [chart for one in wanted if (chart := _chart(one, runs))]
 
 
@@ -100,11 +103,12 @@ def _chart(wanted: Wanted, runs: Sequence[Run]) -> Chart | None:
     several = len(runs) > 1
     curves = []
     for index, run in enumerate(runs):
-        for kind, (name, label) in enumerate(wanted.series):
-            points = [(step, value / wanted.divisor) for step, value in run.series.get(name, ())]
-            text = label if not several else run.name if len(wanted.series) == 1 else f"{run.name}, {label}"
+        there = [(name, label) for name, label in wanted.series if run.series.get(name)]
+        for kind, (name, label) in enumerate(there):
+            points = [(step, value / wanted.divisor) for step, value in run.series[name]]
+            text = label if not several else run.name if len(there) == 1 else f"{run.name}, {label}"
             curves.append(Curve(text, points, index if several else kind, kind > 0))
-    return line_chart(wanted.title, curves)
+    return line_chart(wanted.title, curves, from_zero=wanted.from_zero)
 
 
 def _title(name: str) -> str:

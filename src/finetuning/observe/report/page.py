@@ -13,7 +13,7 @@ import jinja2
 
 from finetuning.observe.report import figures
 from finetuning.observe.report.charts import timeline
-from finetuning.observe.report.reading import Run, read_run
+from finetuning.observe.report.reading import Run, parse_time, read_run
 
 FILE_NAME = "report.html"
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def render(runs: Sequence[Run]) -> str:
     )
     template = environment.from_string(resources.files(__package__).joinpath("page.jinja").read_text(encoding="utf-8"))
     record = run.record
+    jobs = record.get("jobs") or []
+    started = parse_time(jobs[-1].get("started")) if jobs else None
     return template.render(
         run=run,
         runs=runs,
@@ -65,6 +67,8 @@ def render(runs: Sequence[Run]) -> str:
         status=record.get("status", "unknown"),
         status_kind=_STATUS_KINDS.get(str(record.get("status")), "bad"),
         error=record.get("error"),
+        jobs=len(jobs),
+        started=f"{started:%Y-%m-%d %H:%M:%S} UTC" if started else None,
         figures=[figures.key_figures(one) for one in runs],
         charts=figures.main_charts(runs),
         others=figures.other_charts(runs),
@@ -135,8 +139,12 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
     configs = [flat(parse_document(run.config).values) if run.config else {} for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
-    rows = [(key, [str(config.get(key, "–")) for config in configs]) for key in keys]
+    rows = [(key, [_shown(config.get(key)) for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
