@@ -25,6 +25,7 @@ OFFLINE = {
     "USE_HUB_KERNELS": "0",
     "OMP_NUM_THREADS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "FINETUNING_CACHE": "off",
 }
 # Before any test module imports torch or transformers, which read these once.
 os.environ.update(OFFLINE)

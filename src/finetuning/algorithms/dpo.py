@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
@@ -24,11 +25,18 @@ _MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_p
 """Losses that hold each pair by itself; the others compare pairs of a batch with one another."""
 
 
-def prepare(experiment: DPOExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
+def prepare(
+    experiment: DPOExperiment,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    workers: int,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
     """Token ids of prompts, chosen and rejected answers."""
     from finetuning.data.prepare import prepare_dpo
 
-    return prepare_dpo(experiment.data_conf, experiment.training_args.max_length, tokenizer, workers)
+    return prepare_dpo(
+        experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
+    )
 
 
 def first_loss(loss_types: list[str], weights: list[float], beta: float, smoothing: float) -> float | None:

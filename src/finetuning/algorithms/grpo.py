@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from finetuning.data.prepare import PreparedData
 
 
-def prepare(experiment: GRPOExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
+def prepare(
+    experiment: GRPOExperiment,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    workers: int,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
     """Token ids of the prompts, and what rewards are told about them.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
@@ -15,12 +16,17 @@ if TYPE_CHECKING:
     from finetuning.data.prepare import PreparedData
 
 
-def prepare(experiment: KTOExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
+def prepare(
+    experiment: KTOExperiment,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    workers: int,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
     """Token ids of prompts and answers, each with its label, in the order that they are trained in."""
     from finetuning.data.prepare import prepare_kto
 
     args = experiment.training_args
-    return prepare_kto(experiment.data_conf, args.max_length, args.seed, tokenizer)
+    return prepare_kto(experiment.data_conf, args.max_length, args.seed, tokenizer, stop_tokens=stop_tokens)
 
 
 def first_loss(desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float) -> float:

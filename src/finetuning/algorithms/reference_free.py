@@ -22,7 +22,10 @@ logger = logging.getLogger("finetuning")
 
 
 def prepare(
-    experiment: ORPOExperiment | CPOExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int
+    experiment: ORPOExperiment | CPOExperiment,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    workers: int,
+    stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Token ids of prompts, chosen and rejected answers."""
     from finetuning.data.prepare import prepare_dpo
@@ -32,7 +35,9 @@ def prepare(
     )
     # The warning above stands for TRL's own, which names no method and no file.
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    return prepare_dpo(experiment.data_conf, experiment.training_args.max_length, tokenizer, workers)
+    return prepare_dpo(
+        experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
+    )
 
 
 @dataclass(frozen=True)

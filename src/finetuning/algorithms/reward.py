@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.building import refusals, trainer_inputs
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    experiment: RewardExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int
+    experiment: RewardExperiment,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    workers: int,
+    stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Token ids of prompts, chosen and rejected answers, each answer whole."""
     from finetuning.data.prepare import prepare_reward
 
-    return prepare_reward(experiment.data_conf, experiment.training_args.max_length, tokenizer)
+    return prepare_reward(experiment.data_conf, experiment.training_args.max_length, tokenizer, stop_tokens=stop_tokens)
 
 
 def build_trainer(parts: TrainingParts) -> transformers.Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Method, TrainingParts
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
     from finetuning.data.prepare import PreparedData
 
 
-def prepare(experiment: SFTExperiment, tokenizer: transformers.PreTrainedTokenizerFast, workers: int) -> PreparedData:
+def prepare(
+    experiment: SFTExperiment,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    workers: int,
+    stop_tokens: Sequence[str] = (),
+) -> PreparedData:
     """Token ids and labels of the training and validation rows."""
     from finetuning.data.prepare import prepare_sft
 
-    return prepare_sft(experiment.data_conf, experiment.sft_args, tokenizer, workers)
+    return prepare_sft(experiment.data_conf, experiment.sft_args, tokenizer, workers, stop_tokens=stop_tokens)
 
 
 def build_trainer(parts: TrainingParts) -> transformers.Trainer:

@@ -183,6 +183,12 @@ class DataConfig(Section):
     """Which token pads when the tokenizer has no padding token."""
     streaming: bool = False
     """Read rows while training. Not supported yet; `max_rows` caps a dataset."""
+    cache: str = "auto"
+    """Where prepared rows are kept for the next run: a folder, `off`, or `auto`: $FINETUNING_CACHE, which may be off
+    too, else ~/.cache/finetuning/prepared. A change of the data's bytes, of the template, the tokenizer or a setting
+    prepares them anew, and the run says which it was."""
+    prepared: str | None = None
+    """A folder that `finetuning prepare --output` wrote. Its rows are used, and the data is not read."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens when a row cannot be used: stop and list the first ten, or drop it, counted and written to
     `rejects.jsonl`."""

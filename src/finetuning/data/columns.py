@@ -47,10 +47,10 @@ def _to_arrow(values: list[Any]) -> pa.Array:
 
 
 def as_dataset(table: pa.Table) -> datasets.Dataset:
-    """The table as a dataset with the features of its columns."""
+    """The table, in memory or mapped into it, as a dataset with the features of its columns."""
     import datasets
     import pyarrow as pa
-    from datasets.table import InMemoryTable
+    from datasets.table import InMemoryTable, Table
 
     features = datasets.Features()
     for name, kind in zip(table.column_names, table.schema.types, strict=True):
@@ -58,4 +58,5 @@ def as_dataset(table: pa.Table) -> datasets.Dataset:
             features[name] = datasets.LargeList(datasets.Value(str(kind.value_type)))
         else:
             features[name] = datasets.Value("bool" if pa.types.is_boolean(kind) else "large_string")
-    return datasets.Dataset(InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+    held = table if isinstance(table, Table) else InMemoryTable(table)
+    return datasets.Dataset(held, info=datasets.DatasetInfo(features=features))

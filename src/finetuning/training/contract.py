@@ -15,7 +15,7 @@ from finetuning.plan.plan import Plan
 from finetuning.training.record import installed_versions
 
 if TYPE_CHECKING:
-    from finetuning.data.prepare import Fingerprint
+    from finetuning.data.made import Fingerprint
 
 CONTRACT_NAME = "contract.json"
 Effect = Literal["safe", "curve", "impossible"]

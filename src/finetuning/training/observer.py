@@ -93,6 +93,7 @@ class Observer:
 
     def prepared(self, data: PreparedData) -> None:
         """The rows are ready: their fates and the first of them are written into the output directory."""
+        self._lines.append(Line("prepared rows", data.origin))
         for line in data.ledger.lines():
             label, _, value = line.partition(": ")
             self._lines.append(Line(f"{label} rows", value) if value else Line("", line))

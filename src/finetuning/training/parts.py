@@ -16,6 +16,7 @@ from finetuning.topology import Topology
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from finetuning.data.prepare import PreparedData
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.tokenizer import LoadedTokenizer
 
@@ -60,6 +61,30 @@ def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
         local_files_only=args.local_files_only,
         token=args.token.get_secret_value() if args.token else None,
     )
+
+
+def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str, ...]:
+    """What the model's own generation config stops at, besides its end-of-sequence token; nothing without one."""
+    from transformers import GenerationConfig
+
+    run, args = experiment.run_conf, experiment.run_conf.model_args
+    token = args.token.get_secret_value() if args.token else None
+    try:
+        config = GenerationConfig.from_pretrained(
+            run.model, revision=args.revision, cache_dir=args.cache_dir, token=token,
+            local_files_only=args.local_files_only, subfolder=args.subfolder or "",
+        )  # fmt: skip
+    except OSError:
+        return ()
+    ends = config.eos_token_id
+    ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    known = (tokenizer.tokenizer.convert_ids_to_tokens(one) for one in ids)
+    return tuple(one for one in known if one is not None)
+
+
+def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
+    """The rows as the method trains on them."""
+    return method.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
 
 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:

@@ -103,7 +103,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     from finetuning.training.arguments import build_arguments
     from finetuning.training.final import publish_final
     from finetuning.training.memory import check_memory_at_start
-    from finetuning.training.parts import end_of_turn, load_model, load_tokenizer
+    from finetuning.training.parts import end_of_turn, load_model, load_tokenizer, prepare
     from finetuning.training.signals import StopOnSignal
 
     experiment, observer = job.experiment, job.observer
@@ -113,7 +113,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     tokenizer = load_tokenizer(experiment)
     observer.told("tokenizer", str(tokenizer), warnings=tokenizer.warnings)
     with observer.stage("data_preparation"):
-        data = job.method.prepare(experiment, tokenizer.tokenizer, job.workers)
+        data = prepare(experiment, job.method, tokenizer, job.workers)
     observer.prepared(data)
 
     plan = make_plan(experiment, job.topology, rows=len(data.train))

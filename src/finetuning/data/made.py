@@ -1,0 +1,183 @@
+"""Prepared rows from where they are: a folder made ahead of time, the cache, or the data itself."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning import __version__
+from finetuning.config.data import Concatenation, DataConfig, DatasetSource, WeightedMix
+from finetuning.data import mixing
+from finetuning.data.arranging import arrange, used_datasets
+from finetuning.data.cache import cache_folder, find_or_make, read_prepared
+from finetuning.data.ledger import Ledger, raise_bad_rows
+from finetuning.data.preview import PreviewRow
+from finetuning.data.reading import Reading, to_dataset
+from finetuning.data.sources import find_shards
+from finetuning.data.store import Inputs, Stored, write
+from finetuning.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerFast
+
+_PACKAGES = ("transformers", "tokenizers", "jinja2")
+RULES = "1"
+"""Changes whenever the same rows would be rendered, masked, cut or mixed in another way."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 of each thing that the prepared rows depend on, in hexadecimal."""
+
+    data: str
+    template: str
+    tokenizer: str
+    rules: str
+
+    def with_rule(self, rule: str) -> Fingerprint:
+        """The fingerprint of rows that went through one more step."""
+        return replace(self, rules=_sha256(f"{self.rules} {rule}"))
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over all of them."""
+        return _sha256(f"{self.data} {self.template} {self.tokenizer} {self.rules}")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised rows. SFT: `input_ids` and `labels`, with `lengths` where rows are packed; preferences: `prompt_ids`,
+    `chosen_ids`, `rejected_ids`; KTO: `prompt_ids`, `completion_ids`, `label`; GRPO: `prompt_ids` and `row`, what
+    rewards are told as JSON."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    ledger: Ledger
+    preview: list[PreviewRow]
+    fingerprint: Fingerprint
+    origin: str
+    """Whether the rows were made now or before, where they lie, and why."""
+    inputs: Inputs
+
+
+def prepare_rows(
+    data_conf: DataConfig, reading: Reading, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
+) -> PreparedData:
+    """The rows, from the folder that the config names, from the cache, or made now."""
+    inputs = Inputs(
+        data={},
+        template=_sha256(json.dumps(tokenizer.chat_template)),
+        tokenizer=_sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])),
+        rules={key: json.dumps(value) for key, value in {"rules": RULES, **rules, **_settings(data_conf)}.items()},
+        versions={"finetuning": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    )
+    if data_conf.prepared:
+        found = read_prepared(Path(data_conf.prepared).expanduser(), inputs)
+        return _prepared(found.stored, found.why)
+    training, validation = data_conf.training_data, data_conf.validation_data
+    sources = _sources(training, "data_conf.training_data")
+    other = _sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
+    folder = cache_folder(data_conf.cache)
+    inputs = replace(inputs, data=_digests([*sources, *other]))
+    if folder is None:
+        return _prepared(_make(data_conf, reading, sources, other, inputs), "prepared now; the cache is off")
+
+    def make(entry: Path) -> None:
+        made = _make(data_conf, reading, sources, other, inputs)
+        write(entry, made.train, made.validation, made.ledger, made.preview, inputs)
+
+    found = find_or_make(folder, inputs, make)
+    return _prepared(found.stored, found.why)
+
+
+def _prepared(stored: Stored, origin: str) -> PreparedData:
+    inputs = stored.inputs
+    fingerprint = Fingerprint(
+        data=_sha256(json.dumps(list(inputs.data.items()))),
+        template=inputs.template,
+        tokenizer=inputs.tokenizer,
+        rules=_sha256(json.dumps(inputs.rules, sort_keys=True)),
+    )
+    return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, inputs)
+
+
+def _make(
+    data_conf: DataConfig,
+    reading: Reading,
+    sources: Sequence[tuple[str, DatasetSource]],
+    other: Sequence[tuple[str, DatasetSource]],
+    inputs: Inputs,
+) -> Stored:
+    part, ledger = reading.read(sources, "training")
+    parts, ledgers = [part], [ledger]
+    if other:
+        part, ledger = reading.read(other, "validation")
+        parts.append(part)
+        ledgers.append(ledger)
+    if data_conf.on_bad_row == "error":
+        raise_bad_rows(reading.problems)
+    report = Ledger(tuple(ledgers))
+    report.check(data_conf.max_lost_fraction)
+    train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
+    return Stored(
+        train=to_dataset(parts[0], train, "training"),
+        validation=(
+            to_dataset(parts[0], held_out, "validation")
+            if held_out is not None
+            else to_dataset(parts[1], mixing.concatenate(parts[1].lengths), "validation")
+            if other
+            else None
+        ),
+        ledger=report,
+        preview=[row for rows in reading.preview for row in rows],
+        inputs=inputs,
+    )
+
+
+def _settings(data_conf: DataConfig) -> dict[str, Any]:
+    """The settings of the data that rows depend on; padding does not touch them, and templates count by their text."""
+    values = data_conf.model_dump(
+        mode="json",
+        exclude={"cache", "prepared", "padding_side", "missing_pad_token_strategy", "chat_template_name"},
+    )
+    return {f"data_conf.{key}": value for key, value in values.items()}
+
+
+def _digests(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    for key, source in sources:
+        for shard in find_shards(source, key):
+            digest = hashlib.sha256()
+            shard.feed(digest)
+            name = shard.name
+            while name in digests:
+                name += "+"
+            digests[name] = digest.hexdigest()
+    return digests
+
+
+def _sources(data: Concatenation | WeightedMix, key: str) -> list[tuple[str, DatasetSource]]:
+    """The datasets to read, all of their files checked; those of weight 0 are left out.
+
+    Raises:
+        DataError: with every file that is wrong.
+    """
+    used, problems = used_datasets(data, key), []
+    for place, source in used:
+        try:
+            find_shards(source, place)
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return used
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,260 @@
+"""Prepared rows are found again by all that they depend on, by several processes, and never half made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.config.data import ChatTemplateName, DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data import store
+from finetuning.data.cache import cache_folder, prune
+from finetuning.data.prepare import PreparedData, prepare_sft
+from finetuning.data.templates import get_template
+from finetuning.errors import DataError
+
+from .conversations import assistant, user
+
+
+def chat(index: int) -> dict[str, Any]:
+    return {"messages": [user(f"What is {index}?"), assistant(f"It is {index}.")]}
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
+    template = get_template(ChatTemplateName.CHAT_ML)
+    assert template is not None
+    return make_tokenizer("byte-level", template.source, template.special_tokens)
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tokenizer: Any, write_lines: Callable[..., str]) -> Callable[..., PreparedData]:
+    """A function that prepares `a.jsonl` with the cache in `cache`."""
+    path = write_lines("a.jsonl", *(chat(index) for index in range(40)), chat(1), {"messages": [user("Hi")]})
+
+    def call(other: Any = None, conf: dict[str, Any] | None = None, **args: Any) -> PreparedData:
+        values = {
+            "training_data": {"type": "CONCATENATION", "datasets": [{"path": path}]},
+            "validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+            "chat_template_name": "chat-ml",
+            "cache": str(tmp_path / "cache"),
+            **(conf or {}),
+        }
+        given = {"train_on_completions_only": True, "max_seq_length": 64, **args}
+        return prepare_sft(DataConfig.model_validate(values), SFTArgs.model_validate(given), other or tokenizer)
+
+    return call
+
+
+def entries(folder: Path) -> list[Path]:
+    return [one for one in (folder / "cache").iterdir() if one.is_dir()]
+
+
+def test_a_second_run_reads_what_the_first_wrote(prepare: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    first = prepare()
+    assert "nothing like it was prepared before" in first.origin
+    monkeypatch.setattr("finetuning.data.reading.Reading.read", None)
+    second = prepare()
+    assert "as prepared before: same data, template, tokenizer and rules" in second.origin
+    assert second.train.to_list() == first.train.to_list()
+    assert second.validation.to_list() == first.validation.to_list()
+    assert second.train.features == first.train.features
+    assert second.ledger == first.ledger
+    assert second.preview == first.preview
+    assert second.fingerprint == first.fingerprint
+    assert len(entries(tmp_path)) == 1
+
+
+def test_without_a_cache_the_rows_are_the_same(prepare: Any, tmp_path: Path) -> None:
+    off = prepare(conf={"cache": "off"})
+    assert off.origin == "prepared now; the cache is off"
+    assert not (tmp_path / "cache").exists()
+    assert off.train.to_list() == prepare().train.to_list()
+    assert off.fingerprint == prepare().fingerprint
+
+
+def test_a_change_is_named(prepare: Any, tmp_path: Path, tokenizer: Any, make_tokenizer: Any, monkeypatch: Any) -> None:
+    prepare()
+    assert "sft_args.max_seq_length (64 before, 32 now)" in prepare(max_seq_length=32).origin
+    assert "data_conf.max_lost_fraction (0.05 before, 0.5 now)" in prepare(conf={"max_lost_fraction": 0.5}).origin
+    with open(tmp_path / "a.jsonl", "a") as stream:
+        stream.write(json.dumps(chat(99)) + "\n")
+    assert f"changed since the nearest entry: the data ({tmp_path}/a.jsonl)" in prepare().origin
+    assert "the chat template" not in prepare().origin
+    tokenizer.chat_template += " "
+    assert prepare().origin.endswith("changed since the nearest entry: the chat template")
+    other = make_tokenizer("byte-level", tokenizer.chat_template, (), add_bos=True)
+    assert prepare(other).origin.endswith("changed since the nearest entry: the tokenizer")
+    monkeypatch.setattr("finetuning.data.made.RULES", "x")
+    assert 'rules ("1" before, "x" now)' in prepare().origin
+
+
+def test_settings_that_touch_no_row_change_nothing(prepare: Any) -> None:
+    prepare()
+    assert "as prepared before" in prepare(conf={"padding_side": "left"}, batching="padded").origin
+    packed = prepare(packing=True)
+    assert "as prepared before" in packed.origin
+    assert "lengths" in packed.train.column_names
+    assert packed.fingerprint != prepare().fingerprint
+
+
+@pytest.mark.parametrize("harm", ["cut", "change", "remove", "meta"])
+def test_a_damaged_entry_is_made_anew(harm: str, prepare: Any, tmp_path: Path) -> None:
+    rows = prepare().train.to_list()
+    (entry,) = entries(tmp_path)
+    file = entry / ("prepared.json" if harm == "meta" else "train-00000-of-00001.arrow")
+    data = file.read_bytes()
+    if harm == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-1] if harm in ("cut", "meta") else bytes([data[0] ^ 1]) + data[1:])
+    again = prepare()
+    assert "the entry was damaged" in again.origin
+    assert again.train.to_list() == rows
+    assert "as prepared before" in prepare().origin
+
+
+def test_a_fault_in_the_data_leaves_no_entry(prepare: Any, tmp_path: Path) -> None:
+    with open(tmp_path / "a.jsonl", "a") as stream:
+        stream.write("{\n")
+    with pytest.raises(DataError, match="invalid JSON"):
+        prepare()
+    assert entries(tmp_path) == []
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from transformers import AutoTokenizer
+from finetuning.config.data import DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data import made
+from finetuning.data.prepare import prepare_sft
+folder = Path(sys.argv[1])
+if sys.argv[2] == "dies":
+    write = made.write
+    def stop(target, *rest):
+        from finetuning.data import store
+        def hang(path):
+            print("half", flush=True)
+            time.sleep(600)
+        store.write_manifest = hang
+        write(target, *rest)
+    made.write = stop
+conf = DataConfig.model_validate({
+    "training_data": {"type": "CONCATENATION", "datasets": [{"path": str(folder / "a.jsonl")}]},
+    "validation_data": {"type": "NONE"}, "chat_template_name": "chat-ml", "cache": str(folder / "cache")})
+print("ready", flush=True)
+sys.stdin.readline()
+data = prepare_sft(conf, SFTArgs(max_seq_length=64), AutoTokenizer.from_pretrained(folder / "tokenizer"))
+print(len(data.train), data.origin, flush=True)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path, tokenizer: Any, write_lines: Any) -> Any:
+    """A function that starts a process which prepares as soon as it is told to."""
+    write_lines("a.jsonl", *(chat(index) for index in range(3000)))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    running = []
+
+    def call(how: str = "lives") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CHILD, str(tmp_path), how]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield call
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(start: Any, tmp_path: Path) -> None:
+    process = start("dies")
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = entries(tmp_path)
+    assert [one.name.endswith(".partial") for one in left] == [True]
+    again = start()
+    out, _ = again.communicate("\n")
+    assert out.startswith("3000 prepared now")
+    assert [one.name.endswith(".partial") for one in entries(tmp_path)] == [False]
+
+
+def test_processes_that_want_the_same_rows_prepare_them_once(start: Any, tmp_path: Path) -> None:
+    processes = [start() for _ in range(3)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate()[0] for process in processes]
+    assert sorted("prepared now" in one for one in told) == [False, False, True]
+    assert all(one.startswith("3000 ") for one in told)
+    assert len(entries(tmp_path)) == 1
+
+
+def test_pruning_takes_the_longest_unused_and_what_was_left_half_made(prepare: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    for length in (32, 48, 64):
+        prepare(max_seq_length=length)
+    order = sorted(
+        entries(tmp_path),
+        key=lambda one: int(json.loads((one / store.META).read_text())["inputs"]["rules"]["sft_args.max_seq_length"]),
+    )
+    for age, entry in enumerate(order):
+        os.utime(entry / store.META, (time.time() - 1000 + age,) * 2)
+    prepare(max_seq_length=32)
+    (folder / f".{order[0].name}.partial").mkdir()
+    size = sum(file.stat().st_size for file in order[0].iterdir())
+    assert [path for path, _ in prune(folder, int(2.5 * size))] == [order[1]]
+    assert sorted(entries(tmp_path)) == sorted([order[0], order[2]])
+    assert len(prune(folder, 0)) == 2
+
+
+def test_shards_are_read_in_order(prepare: Any, tmp_path: Path) -> None:
+    made = prepare()
+    store.write(tmp_path / "out", made.train, None, made.ledger, made.preview, made.inputs, shards=5)
+    assert len(list((tmp_path / "out").glob("train-*-of-00005.arrow"))) == 5
+    stored = store.read(tmp_path / "out")
+    assert stored.train.to_list() == made.train.to_list()
+    assert stored.validation is None
+
+
+def test_rows_prepared_ahead_of_time_need_no_data(prepare: Any, tmp_path: Path, make_tokenizer: Any) -> None:
+    made = prepare()
+    store.write(tmp_path / "out", made.train, made.validation, made.ledger, made.preview, made.inputs)
+    (tmp_path / "a.jsonl").unlink()
+    conf = {"prepared": str(tmp_path / "out")}
+    later = prepare(conf=conf)
+    assert later.origin == f"as prepared ahead of time in {tmp_path}/out"
+    assert later.train.to_list() == made.train.to_list()
+    with pytest.raises(DataError, match=r"data_conf.prepared: .*in another way: sft_args.max_seq_length \(64 before"):
+        prepare(conf=conf, max_seq_length=32)
+    with pytest.raises(DataError, match="in another way: the chat template; the tokenizer"):
+        prepare(make_tokenizer("byte-level", "x{{ messages[0].content }}"), conf=conf)
+    with pytest.raises(DataError, match="no such folder"):
+        prepare(conf={"prepared": str(tmp_path / "nothing")})
+
+
+def test_where_the_cache_lies(monkeypatch: Any, tmp_path: Path) -> None:
+    assert cache_folder("off") is None
+    assert cache_folder("auto") is None
+    assert cache_folder(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("FINETUNING_CACHE", str(tmp_path / "x"))
+    assert cache_folder("auto") == tmp_path / "x"
+    monkeypatch.delenv("FINETUNING_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("auto") == tmp_path / "finetuning" / "prepared"
