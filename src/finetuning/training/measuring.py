@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetuning.observe.telemetry.flops import FlopsCount
     from finetuning.observe.telemetry.job import Job
     from finetuning.observe.telemetry.telemetry import Telemetry
-    from finetuning.observe.telemetry.training_config import Measured
+    from finetuning.observe.telemetry.training_config import Measured, TrainingConfig
 
 Tell = Callable[[Mapping[str, float], int], None]
 _COUNTED_METHODS = ("sft",)
@@ -61,10 +61,15 @@ class Measuring:
         self._start(begin_job(self._section, self._output_dir, goes_on=goes_on, checkpoint=resume.checkpoint))
 
     def _start(self, job: Job) -> None:
+        from finetuning.observe.telemetry.faults import Faults
         from finetuning.observe.telemetry.job import start_telemetry
 
         self._job = job
-        self._telemetry = start_telemetry(self._section, job, self._output_dir, self._topology)
+        self._telemetry = Faults().attempt(
+            "starting", lambda: start_telemetry(self._section, job, self._output_dir, self._topology)
+        )
+        if self._telemetry is None:
+            return
         passed_ns = int((time.monotonic() - self._started) * 1e9)
         self._telemetry.on_app_start(self._telemetry.recorder.clock.now_ns() - passed_ns)
 
@@ -100,8 +105,14 @@ class Measuring:
 
     def planned(self, plan: Plan) -> None:
         """What the metrics need to know of the training."""
-        if self._telemetry is None:
+        telemetry = self._telemetry
+        if telemetry is None:
             return
+        config = telemetry.faults.attempt("describing the training", lambda: self._config(plan))
+        if config is not None:
+            telemetry.set_training_config(config)
+
+    def _config(self, plan: Plan) -> TrainingConfig:
         from finetuning.observe.telemetry.device import device_name, peak_tflops
         from finetuning.observe.telemetry.tags import perf_tag
         from finetuning.observe.telemetry.training_config import TrainingConfig
@@ -111,23 +122,19 @@ class Measuring:
         name = device_name(self._device) if self._device is not None else "unknown"
         args = experiment.training_args
         steps = plan.steps.total if plan.steps else None
-        self._telemetry.set_training_config(
-            TrainingConfig(
-                perf_tag=section.perf_tag
-                or perf_tag(
-                    dump_values(experiment), experiment.run_conf.model, versions, name, self._topology.world_size
-                ),
-                global_batch_size=plan.batch.total,
-                micro_batch_size=plan.batch.per_device,
-                log_every_n_train_iterations=section.log_every_n_train_iterations,
-                seq_length=experiment.sft_args.max_seq_length if hasattr(experiment, "sft_args") else None,
-                flops_per_token=section.flops_per_token,
-                # The table holds what 16 bit arithmetic reaches.
-                peak_tflops=section.peak_tflops or (peak_tflops(name) if args.bf16 or args.fp16 else None),
-                train_iterations_target=steps,
-                train_samples_target=steps * plan.batch.total if steps else None,
-                custom_metadata=section.custom_metadata,
-            )
+        return TrainingConfig(
+            perf_tag=section.perf_tag
+            or perf_tag(dump_values(experiment), experiment.run_conf.model, versions, name, self._topology.world_size),
+            global_batch_size=plan.batch.total,
+            micro_batch_size=plan.batch.per_device,
+            log_every_n_train_iterations=section.log_every_n_train_iterations,
+            seq_length=experiment.sft_args.max_seq_length if hasattr(experiment, "sft_args") else None,
+            flops_per_token=section.flops_per_token,
+            # The table holds what 16 bit arithmetic reaches.
+            peak_tflops=section.peak_tflops or (peak_tflops(name) if args.bf16 or args.fp16 else None),
+            train_iterations_target=steps,
+            train_samples_target=steps * plan.batch.total if steps else None,
+            custom_metadata=section.custom_metadata,
         )
 
     def callbacks(self, tell: Tell) -> list[TrainerCallback]:
@@ -153,7 +160,7 @@ class Measuring:
 
         self._trainer = trainer
         trainer.phases = TrainerPhases(self._telemetry, lambda: trainer.state.global_step, self._folder)
-        flops = self._flops(trainer)
+        flops = self._telemetry.faults.attempt("counting FLOPs", lambda: self._flops(trainer))
         if flops is not None:
             trainer.count_work()
         self._telemetry.watch(lambda: self._measured(flops))

@@ -67,6 +67,24 @@ def recorded() -> Callable[..., Recorded]:
     return read_newest
 
 
+class Ticks:
+    """A clock that only goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_000_000_000
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += round(seconds * 1e9)
+
+    def clock(self) -> Clock:
+        return Clock(wall_ns=lambda: 5_000_000_000, counter_ns=lambda: self.now_ns)
+
+
+@pytest.fixture
+def ticks() -> Ticks:
+    return Ticks()
+
+
 @pytest.fixture
 def telemetry(tmp_path: Path) -> Callable[..., Telemetry]:
     """A function that opens telemetry that writes every span into `tmp_path / "telemetry" / "job"`."""

@@ -338,3 +338,19 @@ def test_headers_never_reach_a_file(run: Any, tmp_path: Path) -> None:
         assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
     resolved = yaml.safe_load((tmp_path / "out" / "config.resolved.yaml").read_text())
     assert resolved["telemetry"]["otlp"]["endpoint"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("broken", ["flops.count_flops", "tags.perf_tag", "job.start_telemetry", "device.peak_memory"])
+def test_whatever_fails_inside_the_model_is_trained(run: Any, tmp_path: Path, monkeypatch: Any, broken: str) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("broken inside")
+
+    section = {"peak_tflops": 1.0, "log_every_n_train_iterations": 1}
+    whole = run({"telemetry": section, "training_args.output_dir": str(tmp_path / "whole")})
+    monkeypatch.setattr(f"finetuning.observe.telemetry.{broken}", fails)
+    trained = run({"telemetry": section})
+    assert trained.losses == whole.losses
+    assert trained.result.status == "completed"
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    if broken != "job.start_telemetry":
+        assert "broken inside" in record["telemetry"]["faults"][0]

@@ -9,7 +9,6 @@ import math
 import os
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +122,17 @@ def test_a_resumed_loop_counts_from_where_it_began(telemetry: Any, recorded: Any
     assert told.updates()[-1]["num_train_samples"] == 60
 
 
-def test_the_sums_are_those_of_the_spans(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
-    observer = telemetry()
+def test_the_sums_are_those_of_the_spans(telemetry: Any, ticks: Any, recorded: Any, tmp_path: Path) -> None:
+    observer = telemetry(clock=ticks.clock())
     with observer.application():
         observer.set_training_config(TrainingConfig(global_batch_size=1, log_every_n_train_iterations=4))
         with observer.training_loop():
             for number in range(10):
                 with observer.training_iteration():
                     with observer.part("data_loading"):
-                        time.sleep(0.05 if number == 6 else 0.002)
+                        ticks.sleep(0.05 if number == 6 else 0.002)
                     with observer.part("model_forward"):
-                        time.sleep(0.003)
+                        ticks.sleep(0.003)
     observer.close()
     told = recorded(tmp_path)
 
@@ -141,20 +140,22 @@ def test_the_sums_are_those_of_the_spans(telemetry: Any, recorded: Any, tmp_path
         return [(span["end_ns"] - span["start_ns"]) / 1e9 for span in told.spans(name)]
 
     last, steps = told.updates()[-1], seconds("training_single_iteration")
-    assert last["total_iteration_time_sec"] == pytest.approx(sum(steps), rel=0.02)
-    assert last["max_iteration_time_sec"] == pytest.approx(max(steps), rel=0.02)
+    assert last["total_iteration_time_sec"] == pytest.approx(sum(steps))
+    assert last["max_iteration_time_sec"] == pytest.approx(max(steps))
     assert last["avg_iteration_time_sec"] * 10 == pytest.approx(last["total_iteration_time_sec"])
     assert last["min_iteration_time_sec"] <= last["avg_iteration_time_sec"] <= last["max_iteration_time_sec"]
-    assert last["total_dataloader_time_sec"] == pytest.approx(sum(seconds("data_loading")), rel=0.1)
-    assert last["first_iteration_time_sec"] == pytest.approx(steps[0], rel=0.05)
+    assert last["total_dataloader_time_sec"] == pytest.approx(sum(seconds("data_loading")))
+    assert last["first_iteration_time_sec"] == pytest.approx(steps[0])
     first, second, _ = told.updates()
     assert second["window_avg_dataloader_time_sec"] - first["window_avg_dataloader_time_sec"] > 0.01
     assert second["data_wait_share"] > 0.7 > first["data_wait_share"]
-    assert sum(steps) <= (told.span("training_loop")["end_ns"] - told.span("training_loop")["start_ns"]) / 1e9
+    assert sum(steps) == pytest.approx(seconds("training_loop")[0])
 
 
-def test_throughput_can_be_worked_out_again_from_the_file(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
-    observer = telemetry(world_size=2)
+def test_throughput_can_be_worked_out_again_from_the_file(
+    telemetry: Any, ticks: Any, recorded: Any, tmp_path: Path
+) -> None:
+    observer = telemetry(world_size=2, clock=ticks.clock())
     done = {"steps": 0}
     observer.watch(lambda: Measured(100.0 * done["steps"], 6e9 * done["steps"], 0.5 + done["steps"]))
     with observer.application():
@@ -164,7 +165,7 @@ def test_throughput_can_be_worked_out_again_from_the_file(telemetry: Any, record
         with observer.training_loop():
             for number in range(6):
                 with observer.training_iteration():
-                    time.sleep(0.03 if number == 4 else 0.004)
+                    ticks.sleep(0.03 if number == 4 else 0.004)
                     done["steps"] += 1
     observer.close()
     first, second, last = recorded(tmp_path).updates()
@@ -177,7 +178,7 @@ def test_throughput_can_be_worked_out_again_from_the_file(telemetry: Any, record
     assert last["avg_mfu"] == pytest.approx(36e9 / (total * 1e12))
     assert last["mfu"] == pytest.approx(12e9 / (2 * last["window_avg_iteration_time_sec"] * 1e12))
     assert last["train_throughput_per_gpu_min"] < second["train_throughput_per_gpu_min"] / 2
-    assert last["train_throughput_per_gpu_max"] >= second["train_throughput_per_gpu_max"] * 0.99
+    assert last["train_throughput_per_gpu_max"] >= second["train_throughput_per_gpu_max"]
     assert last["mfu"] < second["mfu"]
     assert first["num_train_samples"] == 16
 
@@ -211,8 +212,8 @@ def test_an_interrupt_marks_the_spans_too(telemetry: Any, recorded: Any, tmp_pat
     assert [span["status"] for span in recorded(tmp_path).spans()] == ["ERROR", "ERROR"]
 
 
-def test_checkpoints_are_counted_and_measured(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
-    observer = telemetry()
+def test_checkpoints_are_counted_and_measured(telemetry: Any, ticks: Any, recorded: Any, tmp_path: Path) -> None:
+    observer = telemetry(clock=ticks.clock())
     with observer.application():
         observer.set_training_config(TrainingConfig(global_batch_size=4, flops_per_sample=1e12))
         with observer.training_loop():
@@ -221,7 +222,7 @@ def test_checkpoints_are_counted_and_measured(telemetry: Any, recorded: Any, tmp
                     pass
                 folder = tmp_path / f"checkpoint-{step}"
                 with observer.checkpoint_save(step, folder):
-                    time.sleep(0.003 * step)
+                    ticks.sleep(0.003 * step)
                     folder.mkdir()
                     (folder / "weights").write_bytes(b"x" * 100 * step)
             with pytest.raises(OSError, match="full"), observer.checkpoint_save(4):
@@ -240,8 +241,8 @@ def test_checkpoints_are_counted_and_measured(telemetry: Any, recorded: Any, tmp
     assert successes[2]["checkpoint_directory"] == str(tmp_path / "checkpoint-3")
     metrics = told.updates("sync_checkpoint_metrics_update")[2]
     seconds = [(save["end_ns"] - save["start_ns"]) / 1e9 for save in saves[:3]]
-    assert metrics["save_checkpoint_sync_time_total_sec"] == pytest.approx(sum(seconds), rel=0.1)
-    assert metrics["save_checkpoint_sync_time_max_sec"] == pytest.approx(max(seconds), rel=0.1)
+    assert metrics["save_checkpoint_sync_time_total_sec"] == pytest.approx(sum(seconds))
+    assert metrics["save_checkpoint_sync_time_max_sec"] == pytest.approx(max(seconds))
     assert metrics["save_checkpoint_sync_time_avg_sec"] * 3 == pytest.approx(
         metrics["save_checkpoint_sync_time_total_sec"]
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from finetuning.errors import MissingPackageError
+
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
 
 
@@ -60,3 +62,9 @@ def test_a_run_arrives_whole_at_a_collector(
         attributes(event["attributes"]) for event in events if event["eventName"] == "training_metrics_update"
     )
     assert int(update["num_iterations"]) == 3
+
+
+def test_a_missing_exporter_says_what_to_install(train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(MissingPackageError, match=r"finetuning\[otlp\]"):
+        train(sft_values({"telemetry": {"otlp": {"endpoint": "http://127.0.0.1:9"}}}))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from finetuning.observe.telemetry.tags import perf_tag
+
 
 @pytest.fixture
 def tags(train: Any, sft_values: Any, tmp_path: Path) -> Any:
@@ -88,3 +90,29 @@ def test_scenario_5_a_faster_resumed_run_keeps_the_session_alone(
 
 def test_tags_of_ones_own(tags: Any) -> None:
     assert tags("a", {"telemetry": {"session_tag": "s", "perf_tag": "p"}}) == ("s", "p")
+
+
+def test_the_default_tag_is_that_of_what_moves_the_speed(tmp_path: Path) -> None:
+    base = ({"training_args": {"output_dir": "a", "bf16": True}}, "model", {"torch": "2"}, "H100", 8)
+
+    def tag(**changes: Any) -> str:
+        names = ("config", "model", "versions", "device", "world_size")
+        return perf_tag(*({**dict(zip(names, base, strict=True)), **changes}[name] for name in names))
+
+    assert tag(config={"training_args": {"output_dir": "b", "bf16": True, "seed": 3}}) == tag()
+    others = [
+        tag(config={"training_args": {"output_dir": "a", "bf16": False}}),
+        tag(model="other"),
+        tag(versions={"torch": "3"}),
+        tag(device="A100"),
+        tag(world_size=4),
+    ]
+    assert len({tag(), *others}) == 6
+
+
+def test_a_model_is_known_by_its_shape_and_not_by_its_place(tmp_path: Path) -> None:
+    for name, layers in (("a", 2), ("b", 2), ("c", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"num_hidden_layers": layers, "_name_or_path": name}))
+    one, two, three = (perf_tag({}, str(tmp_path / name), {}, "cpu", 1) for name in "abc")
+    assert one == two != three

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ class Blocks:
     def __init__(self, recorder: Recorder, faults: Faults):
         self.recorder = recorder
         self.faults = faults
-        self.began: dict[str, float] = {}
+        self.began: dict[str, int] = {}
         self._active: dict[str, OpenSpan] = {}
         self._written = {name: recorder.exports(name) for name in names.STANDARD_SPANS}
 
@@ -43,27 +42,28 @@ class Blocks:
         return span
 
     @guarded
-    def end(self, name: str, error: BaseException | str | None = None) -> None:
+    def end(self, name: str, error: BaseException | str | None = None, *, at_ns: int = 0) -> None:
         """Closes the span of a standard name; nothing when there is none."""
         span = self._active.pop(name, None)
         if span is not None:
-            self.recorder.end(span, error=error)
+            self.recorder.end(span, error=error, at_ns=at_ns)
 
     @guarded
     def part_began(self, name: str) -> None:
         """A part of an iteration begins; it is a span only where such spans are written."""
+        now = self.began[name] = self.recorder.clock.now_ns()
         if self._written[name]:
-            self.begin(name)
-        self.began[name] = time.perf_counter()
+            self.begin(name, at_ns=now)
 
     @guarded
     def part_ended(self, name: str, error: BaseException | None = None) -> None:
         """The part ends, and its time is counted."""
         began = self.began.pop(name, None)
         if began is not None:
-            self.meter.part(name, time.perf_counter() - began)
+            now = self.recorder.clock.now_ns()
+            self.meter.part(name, (now - began) / 1e9)
             if self._written[name]:
-                self.end(name, error)
+                self.end(name, error, at_ns=now)
         if error is not None:
             self.recorder.error(error)
 

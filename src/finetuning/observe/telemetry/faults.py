@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from finetuning.errors import FinetuningError
+
 logger = logging.getLogger(__name__)
 
 MOST_FAULTS = 20
@@ -48,6 +50,16 @@ class Faults:
         except Exception as second:  # noqa: BLE001  the mark is worth less than the training
             self.messages.append(f"{where}: {type(second).__name__}: {second}")
         self._listener = listener
+
+    def attempt(self, where: str, call: Callable[[], _R]) -> _R | None:
+        """What the call gives; None, and a fault, where it raises. Errors that the user must mend go on."""
+        try:
+            return call()
+        except FinetuningError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever telemetry does, training goes on
+            self.note(where, error)
+            return None
 
 
 def guarded(method: Callable[_P, _R]) -> Callable[_P, _R | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,11 +77,11 @@ class TrainingCallbacks(Blocks):
     @guarded
     def on_training_single_iteration_start(self, start_ns: int = 0) -> None:
         """An optimizer step begins, with fetching its rows; or began at that time, and has its rows now."""
+        now = self.recorder.clock.now_ns()
+        began = self.began[names.TRAINING_SINGLE_ITERATION] = start_ns or now
         if self.writes(names.TRAINING_SINGLE_ITERATION):
-            self.begin(names.TRAINING_SINGLE_ITERATION, at_ns=start_ns)
-        passed = (self.recorder.clock.now_ns() - start_ns) / 1e9 if start_ns else 0.0
-        self.meter.part(names.DATA_LOADING, passed)
-        self.began[names.TRAINING_SINGLE_ITERATION] = time.perf_counter() - passed
+            self.begin(names.TRAINING_SINGLE_ITERATION, at_ns=began)
+        self.meter.part(names.DATA_LOADING, (now - began) / 1e9)
 
     @guarded
     def on_training_single_iteration_end(
@@ -92,9 +91,10 @@ class TrainingCallbacks(Blocks):
         began = self.began.pop(names.TRAINING_SINGLE_ITERATION, None)
         if began is None:
             return
-        self.meter.finished(time.perf_counter() - began, self.recorder.clock.now_ns())
+        now = self.recorder.clock.now_ns()
+        self.meter.finished((now - began) / 1e9, now)
         if self.writes(names.TRAINING_SINGLE_ITERATION):
-            self.end(names.TRAINING_SINGLE_ITERATION)
+            self.end(names.TRAINING_SINGLE_ITERATION, at_ns=now)
         self.progress.step += 1
         if tokens is not None:
             self._tokens = (self._tokens or 0.0) + tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ class Telemetry(TrainingCallbacks):
         self.checkpoints = CheckpointMeter()
         self._close_links = close_links
         self._evaluations = {names.VALIDATION_LOOP: Spread(), names.TESTING_LOOP: Spread()}
-        self._save_began = 0.0
 
     # The job
 
@@ -105,17 +103,18 @@ class Telemetry(TrainingCallbacks):
     @guarded
     def on_validation_single_iteration_start(self, loop: str = names.VALIDATION_LOOP) -> None:
         name = _EVALUATION_STEPS[loop]
+        now = self.began[name] = self.recorder.clock.now_ns()
         if self.writes(name):
-            self.begin(name)
-        self.began[name] = time.perf_counter()
+            self.begin(name, at_ns=now)
 
     @guarded
     def on_validation_single_iteration_end(self, loop: str = names.VALIDATION_LOOP) -> None:
         name = _EVALUATION_STEPS[loop]
         if (began := self.began.pop(name, None)) is not None:
-            self._evaluations[loop].add(time.perf_counter() - began)
+            now = self.recorder.clock.now_ns()
+            self._evaluations[loop].add((now - began) / 1e9)
             if self.writes(name):
-                self.end(name)
+                self.end(name, at_ns=now)
 
     # Checkpoints
 
@@ -131,7 +130,6 @@ class Telemetry(TrainingCallbacks):
             samples=step * batch if batch else None,
             tflops=flops / max(self.progress.done, 1) * step * self.identity.world_size / 1e12 if flops else None,
         )
-        self._save_began = time.perf_counter()
         strategy = self.config.save_checkpoint_strategy
         name = names.CHECKPOINT_SAVE_SYNC if strategy == "sync" else names.CHECKPOINT_SAVE_ASYNC
         return self.begin(name, self.checkpoints.began(preserved, strategy), at_ns=at_ns)
@@ -165,9 +163,10 @@ class Telemetry(TrainingCallbacks):
         strategy = self.config.save_checkpoint_strategy
         name = names.CHECKPOINT_SAVE_SYNC if strategy == "sync" else names.CHECKPOINT_SAVE_ASYNC
         if span := self.active(name):
-            told = self.checkpoints.took(time.perf_counter() - self._save_began)
-            self.recorder.event(names.SYNC_CHECKPOINT_METRICS_UPDATE, told, span)
-            self.end(name, error)
+            now = self.recorder.clock.now_ns()
+            told = self.checkpoints.took((now - span.start_ns) / 1e9)
+            self.recorder.event(names.SYNC_CHECKPOINT_METRICS_UPDATE, told, span, at_ns=now)
+            self.end(name, error, at_ns=now)
 
     # What is told only when it is over
 
@@ -180,9 +179,7 @@ class Telemetry(TrainingCallbacks):
     @guarded
     def saved_since(self, start_ns: int, global_step: int, directory: Path) -> None:
         """A checkpoint was saved from that time until now."""
-        seconds = (self.recorder.clock.now_ns() - start_ns) / 1e9
         self.on_save_checkpoint_start(global_step, at_ns=start_ns)
-        self._save_began -= seconds
         self.on_save_checkpoint_success(global_step, directory)
         self.on_save_checkpoint_end()
 
