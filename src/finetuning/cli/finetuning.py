@@ -14,6 +14,7 @@ METHODS = ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")
 """The verbs that train; a test holds them equal to the table in `algorithms`, which is not imported for `--help`."""
 
 OTHER_VERBS = {
+    "targets": "finetuning.cli.targets",
     "doctor": "finetuning.cli.doctor",
     "report": "finetuning.cli.run_report",
     "runs": "finetuning.cli.runs",

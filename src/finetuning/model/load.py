@@ -86,7 +86,7 @@ def load_model(
             arguments[name] = getattr(args, name)
     if isinstance(quant_conf, BitsAndBytes):
         arguments["quantization_config"] = to_bitsandbytes_config(quant_conf, sharded_by=sharded_by)
-    config, extras = _load_config(location, args)
+    config, extras = load_config(location, args)
     config.update(dict(head.fields))
     try:
         model, found = head.loader.from_pretrained(
@@ -201,7 +201,7 @@ def _safetensors_only(location: Location, args: ModelArgs, place: Place) -> bool
     raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=place)
 
 
-def _load_config(location: Location, args: ModelArgs) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def load_config(location: Location, args: ModelArgs) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The model's config with the user's fields set in it, and the arguments that are left for `from_pretrained`."""
     extras = dict(args.model_extra or {})
     loader = {name: extras.pop(name) for name in _LOADER_ARGUMENTS if name in extras}

@@ -1,0 +1,70 @@
+"""`finetuning targets`: the modules of a model, counted without its weights, as a loaded model would count them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from finetuning.cli.targets import main
+from finetuning.config.model import NewPeft
+from finetuning.model.adapters import build
+
+
+@pytest.fixture
+def told(sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that gives what the verb prints as JSON for a peft_conf."""
+
+    def tell(peft_conf: dict[str, Any]) -> dict[str, Any]:
+        assert main([str(write_config(sft_values({"peft_conf": peft_conf}))), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "kwargs"),
+    [
+        ("LORA", {"r": 8, "target_modules": "all-linear"}),
+        ("LORA", {"r": 2, "target_modules": ["lm_head", "all-linear"], "use_dora": True}),
+        ("LORA", {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "pissa"}),
+        ("LORA", {"r": 4, "target_modules": ["v_proj"], "rank_pattern": {"v_proj": 3}, "layers_to_transform": [1]}),
+        ("IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    ],
+)
+def test_what_is_trained_is_what_the_adapter_has(
+    told: Any, chatml_llama_dir: Any, peft_type: str, kwargs: dict[str, Any]
+) -> None:
+    shown = told({"peft_type": peft_type, "peft_kwargs": kwargs})
+    model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
+    assert shown["parameters"] == sum(weight.numel() for weight in model.parameters())
+    built = build(model, NewPeft(peft_type=peft_type, peft_kwargs=kwargs))
+    assert shown["trained"] == built.trainable == sum(group["trained"] for group in shown["groups"])
+
+
+def test_groups_hold_the_files_bytes(told: Any, chatml_llama_dir: Any) -> None:
+    groups = {group["name"]: group for group in told({"peft_type": "NO_PEFT"})["groups"]}
+    assert groups["gate_proj"]["shapes"] == [[128, 64]]
+    assert groups["gate_proj"]["count"] == 2
+    assert groups["gate_proj"]["bytes"] == 4 * groups["gate_proj"]["parameters"] == 4 * 2 * 128 * 64
+    assert groups["lm_head"]["parameters"] == 0, "tied to the embeddings"
+    taken = {name for name, group in groups.items() if group["all_linear"]}
+    assert taken == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_target_that_is_not_there_is_an_error(
+    sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {"peft_type": "LORA", "peft_kwargs": {"target_modules": ["q_projj"]}}
+    assert main([str(write_config(sft_values({"peft_conf": lora})))]) == 1
+    assert "the model has no module 'q_projj'. Did you mean q_proj" in capsys.readouterr().err
+
+
+def test_people_read_a_table(dpo_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}}
+    assert main([str(write_config(dpo_values({"peft_conf": lora, "training_args.beta": 0.2})))]) == 0
+    out = capsys.readouterr().out
+    assert "peft_conf trains 512 (" in out
+    assert any(line.startswith("q_proj") and line.endswith("512 in 1 of 2") for line in out.splitlines())
