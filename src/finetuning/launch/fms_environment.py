@@ -76,8 +76,8 @@ def plan_launch(job: Document, gpus: int, environ: Mapping[str, str] = os.enviro
     own_file = args.pop("config_file", None)
     values = require_deepspeed(Path(own_file)) if own_file else {}
     wanted = args.pop("num_processes", None)
-    machines = _count(args.pop("num_machines", None) or values.get("num_machines") or 1, "num_machines")
-    processes = _count(wanted or values.get("num_processes") or 1, "num_processes")
+    machines = _count("num_machines", args.pop("num_machines", None), values)
+    processes = _count("num_processes", wanted, values)
     notes = []
     if gpus and environ.get(_ALL_GPUS, "").lower() != "false":
         if wanted is not None and processes != gpus * machines:
@@ -99,7 +99,8 @@ def _sharing(gpus: int, environ: Mapping[str, str]) -> Path | None:
     return preset_file("fsdp2") if gpus else None
 
 
-def _count(value: Any, key: str) -> int:
+def _count(key: str, given: Any, config: Mapping[str, Any]) -> int:
+    value = given if given is not None else config.get(key, 1)
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
         raise ConfigError(f"accelerate_launch_args: {key} must be a whole number from 1, not {value!r}")
     return int(value)

@@ -1,0 +1,168 @@
+"""Manifests against the schemas of Kubernetes and Kubeflow, the chart as rendered, and the commands in all of them.
+
+kubernetes-validate holds Kubernetes' own schemas, kubeflow-trainer-api those of Kubeflow Trainer's TrainJob, and
+kubeflow-training those of the older PyTorchJob: pip install '.[lint-deploy]'. Without them those tests are left out.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetuning.cli.launch import build_parser
+from finetuning.config.experiment import EXPERIMENTS
+from finetuning.config.read import parse_document
+from finetuning.config.validate import validate
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+CHART = DEPLOY / "kubernetes" / "chart"
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+KUBERNETES = "1.33"
+OVERRIDES = {
+    "queue": "user-queue",
+    "gpus": 8,
+    "preset": "fsdp2",
+    "huggingFaceSecret": "hf",
+    "env": [{"name": "A", "value": "1"}],
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+}
+
+
+def looked_up(path: str, scope: Any) -> Any:
+    for name in path.strip(".").split("."):
+        scope = scope[name]
+    return scope
+
+
+def rendered(text: str, scope: Mapping[str, Any]) -> str:
+    """A template of the chart, which uses a few words of Helm's language only: if, end, toYaml, nindent, quote."""
+    lines: list[str] = []
+    shown = [True]
+    for line in text.splitlines():
+        control = re.fullmatch(r"\s*\{\{-? (if (\S+)|end) \}\}", line)
+        if control:
+            if control[1] == "end":
+                shown.pop()
+            else:
+                shown.append(shown[-1] and bool(looked_up(control[2], scope)))
+        elif shown[-1]:
+            block = re.fullmatch(r"\s*\{\{- toYaml (\S+) \| nindent (\d+) \}\}", line)
+            if block:
+                dumped = yaml.safe_dump(looked_up(block[1], scope), sort_keys=False)
+                lines += [" " * int(block[2]) + one for one in dumped.splitlines()]
+            else:
+                lines.append(re.sub(r"\{\{ (\S+)( \| quote)? \}\}", lambda match: filled(match, scope), line))
+    assert shown == [True]
+    assert not any("{{" in line for line in lines), "a word of Helm's language that this renderer does not know"
+    return "\n".join(lines)
+
+
+def filled(match: re.Match[str], scope: Mapping[str, Any]) -> str:
+    value = str(looked_up(match[1], scope))
+    return f'"{value}"' if match[2] else value
+
+
+def chart(overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    values = yaml.safe_load((CHART / "values.yaml").read_text()) | dict(overrides)
+    if shutil.which("helm"):
+        command = ["helm", "template", "run", str(CHART), "--values", "-"]
+        text = subprocess.run(command, input=yaml.safe_dump(values), capture_output=True, text=True, check=True).stdout
+    else:
+        scope = {"Values": values, "Release": {"Name": "run"}}
+        text = "\n---\n".join(rendered(file.read_text(), scope) for file in sorted((CHART / "templates").iterdir()))
+    return [one for one in yaml.safe_load_all(text) if one]
+
+
+def everything() -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in MANIFESTS:
+        for one in yaml.safe_load_all(file.read_text()):
+            yield f"{file.name}: {one['kind']}", one
+    for name, overrides in (("plain", {}), ("full", OVERRIDES)):
+        for one in chart(overrides):
+            yield f"chart, {name}: {one['kind']}", one
+
+
+ALL = dict(everything())
+
+
+def containers(value: Any) -> Iterator[dict[str, Any]]:
+    """Every container, and the trainer of a TrainJob."""
+    if isinstance(value, dict):
+        if "image" in value and "args" in value:
+            yield value
+        for inner in value.values():
+            yield from containers(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from containers(inner)
+
+
+@pytest.mark.parametrize("name", [name for name, one in ALL.items() if "kubeflow" not in one["apiVersion"]])
+def test_kubernetes_takes_it(name: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    validator.validate(ALL[name], KUBERNETES, strict=True)
+
+
+def test_kubeflow_trainer_takes_the_train_job() -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    given = ALL["trainjob.yaml: TrainJob"]
+    job = models.TrainerV1alpha1TrainJob.from_dict(given)
+    assert job.to_dict() == given, "a key that the schema does not know is lost on the way"
+
+
+def test_the_training_operator_takes_the_pytorch_job() -> None:
+    operator = pytest.importorskip("kubeflow.training")
+    given = ALL["pytorchjob.yaml: PyTorchJob"]
+    models = operator.models
+    spec = models.KubeflowOrgV1PyTorchJobSpec
+    known = {value for value in spec.attribute_map.values()}
+    assert set(given["spec"]) <= known
+    assert set(given["spec"]["runPolicy"]) <= set(models.KubeflowOrgV1RunPolicy.attribute_map.values())
+    for replica in given["spec"]["pytorchReplicaSpecs"].values():
+        assert set(replica) <= set(models.KubeflowOrgV1ReplicaSpec.attribute_map.values())
+        validator = pytest.importorskip("kubernetes_validate")
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": replica["template"]["spec"]}
+        validator.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", [name for name, one in ALL.items() if one["kind"] != "ConfigMap"])
+def test_the_command_is_one_of_ours(name: str) -> None:
+    found = list(containers(ALL[name]))
+    assert found
+    for container in found:
+        assert container.get("command", ["finetuning"]) == ["finetuning"]
+        arguments = [str(one) for one in container["args"]]
+        if arguments != ["job"]:
+            assert arguments[0] == "launch"
+            assert build_parser().parse_args(arguments[1:]).command[0] in EXPERIMENTS
+
+
+def test_secrets_are_named_and_not_written() -> None:
+    for container in containers(list(ALL.values())):
+        for one in container.get("env", []):
+            assert "TOKEN" not in one["name"] or "valueFrom" in one
+
+
+@pytest.mark.parametrize("overrides", [{}, OVERRIDES])
+def test_the_finetuning_config_of_the_chart_is_right(overrides: dict[str, Any]) -> None:
+    (config,) = (one for one in chart(overrides) if one["kind"] == "ConfigMap")
+    document = parse_document(config["data"]["experiment.yaml"], "values.yaml")
+    assert validate(document, EXPERIMENTS["sft"]).experiment.batchsize_conf.total_train_batch_size == 64
+
+
+def test_the_slurm_script_is_a_right_script() -> None:
+    script = DEPLOY / "slurm" / "finetuning.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", str(script)], check=True)
+    command = re.search(r"finetuning launch (.*?)\n\n?\Z", script.read_text().replace("\\\n", " ") + "\n", re.S)
+    assert command is not None
+    arguments = command[1].replace('"$first:29500"', "a:29500").replace('"${PRESET:-ddp}"', "ddp").split()
+    assert build_parser().parse_args(arguments).command[0] == "sft"

@@ -1,0 +1,157 @@
+"""Launchers as they are: accelerate's, on the CPU, with real processes and real jobs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(sys.executable).parent
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+
+
+@pytest.fixture
+def config(sft_values: Any, write_config: Any, tmp_path: Path) -> Path:
+    changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 2, "peft_conf": LORA}
+    return write_config(sft_values(changes), "experiment.yaml")
+
+
+def test_two_processes_by_the_verb(run_cli: Any, config: Path, tmp_path: Path) -> None:
+    result = run_cli(["launch", "--nproc", "2", "sft", config])
+    assert result.returncode == 0, result.stderr
+    assert "4 = 2 x 2 x 1" in result.stdout
+    assert result.stdout.count("Completed after 2 steps") == 1
+    assert (tmp_path / "out" / ".complete").read_bytes() == b""
+
+
+def test_under_accelerate_launch(config: Path, tmp_path: Path) -> None:
+    command = [str(SCRIPTS / "accelerate"), "launch", "--num_processes", "2", "--multi_gpu", "--no-python"]
+    result = subprocess.run(
+        [*command, str(SCRIPTS / "finetuning"), "sft", str(config)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "4 = 2 x 2 x 1" in result.stdout
+
+
+def test_a_step_of_slurm(run_cli: Any, config: Path) -> None:
+    srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+    result = run_cli(["sft", config, "--dry-run"], env=srun)
+    assert (result.returncode, result.stdout) == (0, ""), "one process of four says nothing"
+    first = run_cli(["sft", config, "--dry-run"], env=srun | {"SLURM_PROCID": "0"})
+    assert "4 = 4 x 1 x 1" in first.stdout
+
+
+def test_a_signal_reaches_the_process_and_its_code_comes_back(
+    sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
+    changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 5000, "peft_conf": LORA}
+    config = write_config(sft_values(changes | {"training_args.logging_steps": 1}), "long.yaml")
+    process = subprocess.Popen(
+        [str(SCRIPTS / "finetuning"), "launch", "--nproc", "1", "sft", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "out" / "training_logs.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_what_goes_wrong_is_told_to_programs(run_cli: Any, tmp_path: Path) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text("training_arg: {}\n")
+    log, error = tmp_path / "log", tmp_path / "error.json"
+    log.write_text("before\n")
+    told = {"TERMINATION_LOG_FILE": str(log), "FINETUNING_ERROR_FILE": str(error)}
+    result = run_cli(["launch", "--nproc", "2", "sft", config], env=told)
+    assert result.returncode == 1
+    assert log.read_text().startswith("before\n") and "training_arg" in log.read_text()
+    document = json.loads(error.read_text())
+    assert (document["class"], document["exit_code"]) == ("ConfigError", 1)
+    (first,) = (one for one in document["problems"] if one["key"] == "training_arg")
+    assert (first["file"], first["line"], first["key"]) == (str(config), 1, "training_arg")
+    assert "training_args" in first["hint"]
+    unwritable = run_cli(["sft", config], env={"TERMINATION_LOG_FILE": str(tmp_path / "no" / "log")})
+    assert unwritable.returncode == 1 and "warning: TERMINATION_LOG_FILE" in unwritable.stderr
+
+
+@pytest.fixture
+def job(tiny_llama_dir: Path, write_jsonl: Any, tmp_path: Path) -> dict[str, Any]:
+    rows = [{"output": f"### Text: number {n} is here\n\n### Label: {n % 2}"} for n in range(8)]
+    return {
+        "model_name_or_path": str(tiny_llama_dir),
+        "training_data_path": str(write_jsonl(tmp_path / "texts.jsonl", rows)),
+        "output_dir": str(tmp_path / "out"),
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 2,
+        "response_template": "\n### Label:",
+        "dataset_text_field": "output",
+        "torch_dtype": "float32",
+        "use_cpu": True,
+    }
+
+
+def test_a_job_by_the_entry_point_of_the_image(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+    job |= {
+        "peft_method": "lora",
+        "r": 4,
+        "target_modules": ["lm_head", "all-linear"],
+        "save_model_dir": str(tmp_path / "cos" / "model"),
+        "logging_dir": str(tmp_path / "logs"),
+        "lora_post_process_for_vllm": True,
+        "accelerate_launch_args": {"num_processes": 2, "env": ["FINETUNING_TEST=1"]},
+    }
+    text = base64.b64encode(json.dumps(job).encode()).decode()
+    result = run_cli([], program="accelerate_launch", env={"SFT_TRAINER_CONFIG_JSON_ENV_VAR": text})
+    assert result.returncode == 0, result.stderr
+    assert "4 = 2 x 2 x 1" in result.stdout, "per-device batch x accumulation x processes"
+    out, model = tmp_path / "out", tmp_path / "cos" / "model"
+    assert (out / ".complete").exists()
+    assert {"adapter_config.json", "adapter_model.safetensors", "serving.json"} <= {one.name for one in model.iterdir()}
+    (line,) = (tmp_path / "logs" / "training_logs.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "training_loss"
+    assert not (out / "training_logs.jsonl").exists()
+    saved = (out / "checkpoint-final" / "adapter_model.safetensors").read_bytes()
+    assert (model / "adapter_model.safetensors").read_bytes() == saved
+
+
+def test_full_tuning_saved_into_the_output_directory_itself(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job | {"save_model_dir": job["output_dir"], "save_strategy": "no"}))
+    result = run_cli(["job"], env={"SFT_TRAINER_CONFIG_JSON_PATH": str(file)})
+    assert result.returncode == 0, result.stderr
+    names = {one.name for one in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "training_logs.jsonl", ".complete"} <= names
+    assert not [name for name in names if name.startswith("checkpoint-") and name != "checkpoint-final"]
+    again = run_cli(["job"], env={"SFT_TRAINER_CONFIG_JSON_PATH": str(file)})
+    assert again.returncode == 0, again.stderr
+    assert "already complete" in again.stdout
+
+
+def test_an_import_is_printed_with_its_notes(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job | {"exp_metadata": "{}"}))
+    result = run_cli(["import", file])
+    assert result.returncode == 0, result.stderr
+    assert "warning: exp_metadata" in result.stderr and "# - exp_metadata" in result.stdout
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text(result.stdout)
+    checked = run_cli(["sft", experiment, "--dry-run"])
+    assert checked.returncode == 0, checked.stderr
