@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.observe.console import is_live
-from finetuning.observe.wording import duration, loss
+from finetuning.observe.wording import duration, loss, shortened
 
 _INDENT = "  "
 
@@ -59,13 +59,16 @@ class Closing:
 
 
 def tell_start(console: Console, title: str, lines: Sequence[Line]) -> None:
-    """Writes what will happen: in a terminal as a table as wide as it, in a log file one line each."""
+    """Writes what will happen: in a terminal as a table as wide as it, in a log file one line each.
+
+    Of a very long value the beginning is shown; the run's record holds all of it.
+    """
     _heading(console, title)
     width = max((len(line.label) for line in lines), default=0)
     if not is_live(console):
         for line in lines:
             reason = f"  ({line.reason})" if line.reason else ""
-            _plain(console, f"{_INDENT}{line.label:<{width}}  {line.value}{reason}")
+            _plain(console, f"{_INDENT}{line.label:<{width}}  {shortened(line.value)}{reason}")
         _plain(console, "")
         return
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -73,10 +76,16 @@ def tell_start(console: Console, title: str, lines: Sequence[Line]) -> None:
     table.add_column(overflow="fold")
     for line in lines:
         table.add_row(
-            f"{_INDENT}{line.label}", Text.assemble(line.value, (f"  ({line.reason})" if line.reason else "", "dim"))
+            f"{_INDENT}{line.label}",
+            Text.assemble(shortened(line.value), (f"  ({line.reason})" if line.reason else "", "dim")),
         )
     console.print(table, soft_wrap=False)
     _plain(console, "")
+
+
+def tell_warning(console: Console, text: str) -> None:
+    """Writes one warning: in a terminal broken between words, in a log file on one line."""
+    console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=not is_live(console))
 
 
 def tell_end(console: Console, closing: Closing) -> None:

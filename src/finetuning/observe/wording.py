@@ -47,6 +47,14 @@ def rate(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def shortened(text: str, most: int = 240) -> str:
+    """
+    >>> shortened("a long story", 8), shortened("short", 8)
+    ('a long …', 'short')
+    """
+    return text if len(text) <= most else text[: most - 1].rstrip() + " …"
+
+
 def small(value: float | None) -> str:
     """
     >>> small(5e-5), small(1.23456e-4), small(0), small(None)

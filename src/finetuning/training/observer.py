@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config.dump import dump_values
 from finetuning.config.experiment import Experiment
 from finetuning.observe.console import open_console
-from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start
+from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
 from finetuning.plan.plan import Plan
 from finetuning.topology import Topology
 from finetuning.training.measuring import Measuring
@@ -96,7 +96,8 @@ class Observer:
         self._lines.append(Line("prepared rows", data.origin))
         for line in data.ledger.lines():
             label, _, value = line.partition(": ")
-            self._lines.append(Line(f"{label} rows", value) if value else Line("", line))
+            is_part = value and not line.startswith(" ")
+            self._lines.append(Line(f"{label} rows", value) if is_part else Line("", line.strip()))
         if self._is_main:
             from finetuning.data.preview import to_text
 
@@ -149,7 +150,7 @@ class Observer:
         trainer.remove_callback(PrinterCallback)
         tell_start(self._console, f"finetuning {self._method}", self._lines)
         for warning in self._warnings:
-            self._console.print(f"warning: {warning}", style="yellow", markup=False)
+            tell_warning(self._console, warning)
 
     def published(self, artifact: Artifact) -> None:
         """The tuned model is saved and checked."""

@@ -14,6 +14,7 @@ import jinja2
 from finetuning.observe.report import figures
 from finetuning.observe.report.charts import timeline
 from finetuning.observe.report.reading import Run, parse_time, read_run
+from finetuning.observe.wording import shortened
 
 FILE_NAME = "report.html"
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _decisions(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was decided, and why: as the start summary told it, or what the plan alone says."""
     told = record.get("told")
     if told:
-        return [(str(label), str(value), str(reason)) for label, value, reason in told]
+        return [(str(label), shortened(str(value), 400), str(reason)) for label, value, reason in told]
     plan = record.get("plan") or {}
     batch, steps = plan.get("batch") or {}, plan.get("steps") or {}
     rows = [
