@@ -98,8 +98,8 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, i
 arguments = SFTConfig(output_dir=folder + "/trl", assistant_only_loss=True, max_length=4096, use_cpu=True,
                       report_to="none", bf16=False)
 start()
-rows = datasets.Dataset.from_list([{"messages": json.loads(line)["messages"]} for line in open(folder + "/chats.jsonl")])
-trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+rows = [{"messages": json.loads(line)["messages"]} for line in open(folder + "/chats.jsonl")]
+trainer = SFTTrainer(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
 data = trainer.train_dataset
 tokens = sum(len(ids) for ids in data["input_ids"])
 stop(tokens, sum(sum(mask) for mask in data["assistant_masks"]))
@@ -110,7 +110,7 @@ stop(tokens, sum(sum(mask) for mask in data["assistant_masks"]))
 def make_chats(path: Path, rows: int, seed: int) -> list[list[dict[str, str]]]:
     """Chats of 30 to 400 tokens or so, half of them of one exchange, a third with a system prompt; as JSON Lines."""
     draw = random.Random(seed)
-    syllables = [first + vowel + last for first in "bdfgklmnprstvz" for vowel in "aeiou" for last in ("", "n", "r", "s")]
+    syllables = [one + vowel + last for one in "bdfgklmnprstvz" for vowel in "aeiou" for last in ("", "n", "r", "s")]
     words = ["".join(draw.choices(syllables, k=draw.choice((1, 1, 2, 2, 3)))) for _ in range(6000)]
     words += ["the", "a", "of", "and", "to", "in", "is", "what", "how", "Why", "42", "naïve", "größer", "你好"] * 200
 

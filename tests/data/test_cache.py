@@ -226,7 +226,7 @@ def test_pruning_takes_the_longest_unused_and_what_was_left_half_made(prepare: A
 
 def test_shards_are_read_in_order(prepare: Any, tmp_path: Path) -> None:
     made = prepare()
-    store.write(tmp_path / "out", made.train, None, made.ledger, made.preview, made.inputs, shards=5)
+    store.write(tmp_path / "out", made.train, None, made.ledger, made.preview, made.stored.inputs, shards=5)
     assert len(list((tmp_path / "out").glob("train-*-of-00005.arrow"))) == 5
     stored = store.read(tmp_path / "out")
     assert stored.train.to_list() == made.train.to_list()
@@ -235,7 +235,7 @@ def test_shards_are_read_in_order(prepare: Any, tmp_path: Path) -> None:
 
 def test_rows_prepared_ahead_of_time_need_no_data(prepare: Any, tmp_path: Path, make_tokenizer: Any) -> None:
     made = prepare()
-    store.write(tmp_path / "out", made.train, made.validation, made.ledger, made.preview, made.inputs)
+    store.write(tmp_path / "out", made.train, made.validation, made.ledger, made.preview, made.stored.inputs)
     (tmp_path / "a.jsonl").unlink()
     conf = {"prepared": str(tmp_path / "out")}
     later = prepare(conf=conf)

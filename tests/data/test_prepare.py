@@ -198,7 +198,7 @@ def test_dpo_rows_go_through_trls_collator(write_lines: Callable[..., str], toke
 def test_the_preview_shows_what_is_trained(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", *(chat(index) for index in range(9)))
     data = sft(config(path), tokenizer)
-    assert len(data.preview) == 3
+    assert len(data.preview) == 9
     text = to_text(data.preview)
     assert "<|im_start|>assistant\n⟦It is 0.<|im_end|>⟧\n" in text
     assert f"{path}:1 (row)" in text

@@ -16,6 +16,8 @@ METHODS = ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")
 OTHER_VERBS = {
     "targets": "finetuning.cli.targets",
     "doctor": "finetuning.cli.doctor",
+    "prepare": "finetuning.cli.prepare",
+    "preview": "finetuning.cli.preview",
     "report": "finetuning.cli.run_report",
     "runs": "finetuning.cli.runs",
     "schema": "finetuning.cli.schema",

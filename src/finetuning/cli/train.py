@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -52,14 +54,21 @@ def train(options: argparse.Namespace) -> int:
     if topology.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    try:
+    with located(validated.document):
         if not options.dry_run:
             return _run(experiment, method, options, topology, tracking)
         if topology.is_main:
             _show_plan(experiment, topology, str(tracking))
         return 0
+
+
+@contextmanager
+def located(document: Document) -> Iterator[None]:
+    """Errors of the block that name a key of the config say its line, too."""
+    try:
+        yield
     except FinetuningError as error:
-        error.problems = tuple(_located(problem, validated.document) for problem in error.problems)
+        error.problems = tuple(_located(problem, document) for problem in error.problems)
         raise
 
 

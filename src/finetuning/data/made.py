@@ -63,7 +63,8 @@ class PreparedData:
     fingerprint: Fingerprint
     origin: str
     """Whether the rows were made now or before, where they lie, and why."""
-    inputs: Inputs
+    stored: Stored
+    """The rows as they are kept, before they are packed or shuffled."""
 
 
 def prepare_rows(
@@ -104,7 +105,7 @@ def _prepared(stored: Stored, origin: str) -> PreparedData:
         tokenizer=inputs.tokenizer,
         rules=_sha256(json.dumps(inputs.rules, sort_keys=True)),
     )
-    return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, inputs)
+    return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, stored)
 
 
 def _make(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,8 @@ from finetuning.data.labelling import Labeller
 from finetuning.errors import Place
 
 _OPEN, _CLOSE = "⟦", "⟧"
-_GREEN, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_GREEN, _DIM, _RESET, _REVERSE, _FORWARD = "\x1b[32m", "\x1b[2m", "\x1b[0m", "\x1b[7m", "\x1b[27m"
+_CUT = "✂"
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,28 @@ def _row(
     return PreviewRow(place, title, segments, len(ids), int(mask.sum()), tokens_cut)
 
 
-def to_text(rows: Sequence[PreviewRow], *, colour: bool = False) -> str:
-    """The rows as text; trained text stands in ⟦ ⟧, or in green where colour is asked for."""
+def to_text(rows: Sequence[PreviewRow], *, colour: bool = False, special_tokens: Sequence[str] = ()) -> str:
+    """The rows as text; trained text stands in ⟦ ⟧, or in green where colour is asked for, special tokens reversed."""
     opening, closing = (_RESET + _GREEN, _RESET + _DIM) if colour else (_OPEN, _CLOSE)
+    special = pattern_of(special_tokens) if colour else None
     parts = []
     for row in rows:
-        cut = f", {row.tokens_cut} tokens cut off" if row.tokens_cut else ""
-        head = f"--- {row.place} ({row.title}): {row.tokens} tokens, {row.trained} trained{cut}"
-        body = "".join(f"{opening}{text}{closing}" if trained else text for text, trained in row.segments)
-        parts.append(f"{head}\n{_DIM + body + _RESET if colour else body}\n")
+        body = ""
+        for text, trained in row.segments:
+            shown = special.sub(rf"{_REVERSE}\g<0>{_FORWARD}", text) if special else text
+            body += f"{opening}{shown}{closing}" if trained else shown
+        cut = f"{_CUT} {row.tokens_cut} tokens cut off here" if row.tokens_cut else ""
+        parts.append(f"--- {head_of(row)}\n{_DIM + body + _RESET if colour else body}{cut}\n")
     return "\n".join(parts)
+
+
+def head_of(row: PreviewRow) -> str:
+    """Which row it is, with its counts."""
+    cut = f", {row.tokens_cut} tokens cut off" if row.tokens_cut else ""
+    return f"{row.place} ({row.title}): {row.tokens} tokens, {row.trained} trained{cut}"
+
+
+def pattern_of(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """What finds special tokens in a text, the longest first; None where there are none."""
+    names = sorted(filter(None, special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else None

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 SAME_AS_BEFORE = "the same as a row before"
 _BATCH = 1024
-_PREVIEW_ROWS = 3
+MOST_SHOWN = 100
+"""Rows of each run that a preview can show."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Reading:
             ledger.keep(example.tokens, example.trained)
         for note in example.notes:
             ledger.note(note)
-        if len(self.preview) < _PREVIEW_ROWS:
+        if len(self.preview) < MOST_SHOWN:
             self.preview.append(preview_of(example, place, self.labeller))
         key = hashlib.blake2b(example.text.encode(), digest_size=16).digest()
         first = self.seen.get(key)

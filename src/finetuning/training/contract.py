@@ -40,6 +40,8 @@ SAFE = (
     "run_conf.max_time",
     "run_conf.copy_checkpoints_to",
     "run_conf.model_args.cache_dir",
+    "data_conf.cache",
+    "data_conf.prepared",
     "run_conf.model_args.local_files_only",
     "run_conf.model_args.force_download",
     "run_conf.model_args.max_memory",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("finetuning")
 
 PREVIEW_NAME = "first_rows.txt"
+_SHOWN_ROWS = 10
 _STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 
 
@@ -102,7 +103,7 @@ class Observer:
             from finetuning.data.preview import to_text
 
             data.ledger.write(self._output_dir)
-            (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview), encoding="utf-8")
+            (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview[:_SHOWN_ROWS]), encoding="utf-8")
             if self._mlflow:
                 for name in (PREVIEW_NAME, "data_report.json"):
                     self._mlflow.log_file(self._output_dir / name)
