@@ -20,7 +20,7 @@ from finetuning.config.validate import validate
 from finetuning.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "controllers")
 METHODS: dict[str, type[Experiment]] = EXPERIMENTS
 PAIRS = ("dpo", "reward", "orpo", "cpo")
 EXPERIMENTAL = ("orpo", "cpo")

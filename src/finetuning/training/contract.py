@@ -68,6 +68,7 @@ SAFE = (
     "tracking",
     "telemetry",
     "guard",
+    "trainer_controller",
     "logging_dir",
     "save_model_dir",
 )

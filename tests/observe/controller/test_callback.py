@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,3 +249,12 @@ def test_a_files_mistakes_have_their_place(text: str, messages: list[str], tmp_p
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_controllers(str(tmp_path / "none.yaml"))
+
+
+def test_all_processes_act_alike(tmp_path: Path) -> None:
+    """A rule that holds on one process stops both at the same step; a log line is each one's own."""
+    script = Path(__file__).with_name("agree.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(script), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert told == [{"stops": [False, True, True], "talked": 3}, {"stops": [False, True, True], "talked": 0}]
