@@ -54,13 +54,14 @@ def test_a_step_of_slurm(run_cli: Any, config: Path) -> None:
     assert "4 = 4 x 1 x 1" in first.stdout
 
 
-def test_a_signal_reaches_the_process_and_its_code_comes_back(
-    sft_values: Any, write_config: Any, tmp_path: Path
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_reaches_the_processes_and_its_code_comes_back(
+    sft_values: Any, write_config: Any, tmp_path: Path, processes: str
 ) -> None:
     changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 5000, "peft_conf": LORA}
     config = write_config(sft_values(changes | {"training_args.logging_steps": 1}), "long.yaml")
     process = subprocess.Popen(
-        [str(SCRIPTS / "finetuning"), "launch", "--nproc", "1", "sft", str(config)],
+        [str(SCRIPTS / "finetuning"), "launch", "--nproc", processes, "sft", str(config)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -72,6 +73,27 @@ def test_a_signal_reaches_the_process_and_its_code_comes_back(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_process_that_was_killed_is_spoken_for(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+    changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 5000, "peft_conf": LORA}
+    config = write_config(sft_values(changes | {"training_args.logging_steps": 1}), "long.yaml")
+    error = tmp_path / "error.json"
+    process = subprocess.Popen(
+        [str(SCRIPTS / "finetuning"), "launch", "--nproc", "1", "sft", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"FINETUNING_ERROR_FILE": str(error)},
+    )
+    log = tmp_path / "out" / "training_logs.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 203, errors
+    assert "was killed" in json.loads(error.read_text())["message"]
 
 
 def test_what_goes_wrong_is_told_to_programs(run_cli: Any, tmp_path: Path) -> None:

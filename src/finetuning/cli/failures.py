@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import Problem
+from finetuning.errors import EXIT_INTERNAL, Problem
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
 ERROR_FILE = "FINETUNING_ERROR_FILE"
@@ -80,9 +80,24 @@ def report(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
             _warn(ERROR_FILE, error)
 
 
-def was_reported(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a process of the job has written the error file; True where none is asked for."""
-    return not environ.get(ERROR_FILE) or Path(environ[ERROR_FILE]).exists()
+def told_so_far(environ: Mapping[str, str] = os.environ) -> tuple[int, bool]:
+    """Bytes of the termination log, and whether there is an error file: these change when a process speaks."""
+    log, error = environ.get(TERMINATION_LOG), environ.get(ERROR_FILE)
+    size = Path(log).stat().st_size if log and Path(log).is_file() else 0
+    return size, bool(error) and Path(error).exists()
+
+
+def speak_for_processes(exit_code: int, before: tuple[int, bool], environ: Mapping[str, str] = os.environ) -> None:
+    """Reports a job whose process was killed before it could say anything, where reports are asked for.
+
+    Args:
+        before: what `told_so_far` gave before the processes were started.
+    """
+    is_asked = environ.get(TERMINATION_LOG) or environ.get(ERROR_FILE)
+    if is_asked and exit_code == EXIT_INTERNAL and told_so_far(environ) == before:
+        message = "a process of the job was killed, or ended without a word; often the memory did not suffice"
+        print(f"error: {message}", file=sys.stderr)
+        report(Failure("InternalError", exit_code, (Problem(message),)), environ)
 
 
 def _contains(path: Path, message: str) -> bool:

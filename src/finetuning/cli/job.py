@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.cli.failures import TERMINATION_LOG, Failure, report, was_reported
+from finetuning.cli.failures import TERMINATION_LOG, speak_for_processes, told_so_far
 from finetuning.cli.run import run
-from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_OK, EXIT_USER, ConfigError, Problem
+from finetuning.errors import EXIT_OK, ConfigError
 
 if TYPE_CHECKING:
     from finetuning.config.document import Document
@@ -53,9 +53,11 @@ def _job(argv: Sequence[str]) -> int:
         config = Path(folder) / "experiment.yaml"
         config.write_text(written(translation, "fms-hf-tuning", "sft"), encoding="utf-8")
         command = ["sft", str(config), "--logging-level", _level(job), *["--dry-run"] * options.dry_run]
+        before = told_so_far()
         code = start(planned.launch, command, planned.environment)
     if code != EXIT_OK:
-        return _told(code)
+        speak_for_processes(code, before)
+        return code
     if not options.dry_run and translation.truth("lora_post_process_for_vllm", False):
         _post_process(translation.values)
     return EXIT_OK
@@ -83,14 +85,6 @@ def _level(job: Document) -> str:
     """LOG_LEVEL, or the job's log_level; `passive` and nothing are INFO."""
     level = os.environ.get("LOG_LEVEL") or job.values.get("log_level") or "passive"
     return _LEVELS.get(str(level).lower(), "INFO")
-
-
-def _told(code: int) -> int:
-    """The exit code of a job whose process has failed; one that could say nothing is spoken for."""
-    if code == EXIT_INTERNAL and not was_reported():
-        message = "a process of the job was killed, or ended without a word: often there was not enough memory"
-        report(Failure("InternalError", EXIT_INTERNAL, (Problem(message),)))
-    return code if code in (EXIT_USER, EXIT_GUARD, EXIT_INTERNAL) or code > 128 else EXIT_INTERNAL
 
 
 def _post_process(values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetuning.cli.failures import speak_for_processes, told_so_far
 from finetuning.cli.run import run
 from finetuning.errors import ConfigError
 
@@ -63,7 +64,10 @@ def _launch(argv: Sequence[str]) -> int:
     if options.dry_run:
         print("accelerate launch " + " ".join(launch.arguments(options.command)))
         return 0
-    return start(launch, options.command, {})
+    before = told_so_far()
+    code = start(launch, options.command, {})
+    speak_for_processes(code, before)
+    return code
 
 
 def _make_launch(options: argparse.Namespace, machines: Machines) -> Launch:
