@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,3 +178,31 @@ def test_an_import_is_printed_with_its_notes(run_cli: Any, job: dict[str, Any], 
     experiment.write_text(result.stdout)
     checked = run_cli(["sft", experiment, "--dry-run"])
     assert checked.returncode == 0, checked.stderr
+
+
+def test_two_machines_meet(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+    """Two launchers on one machine, one told by the command line and one as Kubeflow tells it."""
+    changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 2, "peft_conf": LORA}
+    config = write_config(sft_values(changes), "experiment.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [str(SCRIPTS / "finetuning"), "launch"]
+    given = ["--nproc", "1", "--nnodes", "2", "--node-rank", "1", "--main-address", f"127.0.0.1:{port}"]
+    kubeflow = {
+        **{"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"},
+        **{"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)},
+    }
+    second = subprocess.Popen([*launch, *given, "sft", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = subprocess.run(
+        [*launch, "sft", str(config)],
+        env=os.environ | kubeflow,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    told, _ = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + told.decode()
+    assert "4 = 2 x 2 x 1" in first.stdout
+    assert b"Completed" not in told, "one process of the job speaks"
