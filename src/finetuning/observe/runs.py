@@ -17,7 +17,7 @@ from finetuning.observe.metrics_log import FILE_NAME as METRICS_NAME
 RECORD_NAME = "run.json"
 _LOCK_NAME = ".finetuning.lock"
 _TAIL_BYTES = 64 * 1024
-_NOT_ENTERED = ("checkpoint-", "telemetry", "mlruns", ".")
+_NOT_ENTERED = ("checkpoint-", "telemetry", "mlruns", "artifacts", ".")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,13 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def test_the_page_is_whole_and_needs_nothing(make_run: Callable) -> None:
-    folder = make_run(metrics=[*rows(20), {"step": 20, "kind": "validation", "eval_loss": 0.2, "eval_odd": 3}])
+    folder = make_run(
+        metrics=[
+            *rows(20),
+            {"step": 20, "kind": "validation", "eval_loss": 0.2, "eval_odd": 3},
+            {"step": 21, "kind": "validation", "eval_odd": 4},
+        ]
+    )
     page = write_report_if_possible(folder)
     assert page == folder / "report.html"
     text = page.read_text()
@@ -202,5 +208,5 @@ def test_every_curve_stays_inside_its_chart() -> None:
 
 def test_numbers_are_short() -> None:
     assert [number(one) for one in (0.0, 12.0, 999.5, 1500.0, 20_000.0, 3e6, -1e-7)] == [
-        *("0", "12", "999.5", "1500", "20k", "3M", "-1e-07")
+        *("0", "12", "999.5", "1500", "20k", "3M", "-1e-7")
     ]

@@ -14,7 +14,7 @@ from finetuning.observe.report.series import thinned
 from finetuning.observe.wording import duration
 
 WIDTH, HEIGHT = 400, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 24
 _COLOURS = 6
 _MOST_SPANS = 400
 
@@ -57,6 +57,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, from_zero: bool = False) 
     data = json.dumps(
         {
             "x": [scale.x0, scale.x1],
+            "at": [_LEFT, WIDTH - _RIGHT],
             "curves": [
                 {"name": curve.name, "colour": curve.colour, "points": thinned(curve.points)} for curve in drawn
             ],
@@ -89,10 +90,13 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number(value: float) -> str:
     """
-    >>> number(0.00005), number(1234567.0), number(2.0), number(0.1234567)
-    ('5e-05', '1.23M', '2', '0.123')
+    >>> number(0.00005), number(0.00075), number(1234567.0), number(2.0), number(0.1234567)
+    ('5e-5', '7.5e-4', '1.23M', '2', '0.123')
     """
     size = abs(value)
+    if 0 < size < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / limit * (10 if unit == 'k' else 1):.3g}{unit}"

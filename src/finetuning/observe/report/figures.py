@@ -108,6 +108,8 @@ def _chart(wanted: Wanted, runs: Sequence[Run]) -> Chart | None:
             points = [(step, value / wanted.divisor) for step, value in run.series[name]]
             text = label if not several else run.name if len(there) == 1 else f"{run.name}, {label}"
             curves.append(Curve(text, points, index if several else kind, kind > 0))
+    if all(len(curve.points) < 2 for curve in curves) and wanted.title != "Loss":
+        return None
     return line_chart(wanted.title, curves, from_zero=wanted.from_zero)
 
 
