@@ -87,3 +87,17 @@ def test_nothing_is_cast_where_weights_are_sharded(tiny_llama_dir: Path):
     assert prepared.model.norm.weight.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in prepared.parameters())
     assert prepare_quantised(model).model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("conf", [NF4, INT8], ids=["nf4", "int8"])
+def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: BitsAndBytes, chatml_llama_dir: Path):
+    model = prepare_quantised(load_model(RunConfig(model=str(chatml_llama_dir)), conf))
+    # All but the adapters below lies frozen between them and the loss.
+    lora = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["q_proj"]})
+    adapted = build(model, lora).model
+    with torch.no_grad():
+        adapted.eval()(input_ids=IDS)
+    adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = [weight.grad for name, weight in adapted.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 2
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)

@@ -49,7 +49,8 @@ def train(options: argparse.Namespace) -> int:
         os.environ,
     )
     place = document.place_of(("batchsize_conf", "total_train_batch_size"))
-    plan = make_plan(experiment, topology, place=place)
+    with located(validated.document):
+        plan = make_plan(experiment, topology, place=place)
     warnings = [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]
     if topology.is_main:
         for warning in warnings:

@@ -128,6 +128,8 @@ class Overrides(Section):
     """Factor on the learning rate."""
     lr_batch_size_scaling: Literal["none", "sqrt", "linear"] = "none"
     """Factor on the learning rate by the total batch size: none, its square root, or itself."""
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+: the learning rate of LoRA's B matrices over that of all else; 16 is usual. By default they learn alike."""
 
 
 class SFTArgs(Section):

@@ -56,6 +56,7 @@ def prepare_quantised(
 
     Sharding needs one type of number throughout, so the casts are left out there.
     """
+    _keep_differentiable(model)
     if sharded_by is not None:
         model.requires_grad_(False)
         return model
@@ -66,6 +67,18 @@ def prepare_quantised(
         use_gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(gradient_checkpointing_kwargs or {"use_reentrant": False}),
     )
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Holds 4 bit layers on a CPU to the layout that gradients flow through.
+
+    With AVX-512 BF16, bitsandbytes rearranges their weights for good at the first pass in evaluation mode, for a
+    product that has no backward: the loss still comes out right, and adapters below learn nothing.
+    Source: bitsandbytes 0.50, `Linear4bit.forward` and `matmul_4bit`.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_quantised(model: PreTrainedModel) -> bool:

@@ -10,7 +10,10 @@ from finetuning.config.experiment import Experiment
 from finetuning.errors import Place
 from finetuning.plan.batch import BatchPlan, plan_batches
 from finetuning.plan.memory import MemoryEstimate, estimate_memory
+from finetuning.plan.packages import check_packages
 from finetuning.plan.steps import StepPlan, plan_steps, rows_of_an_epoch
+from finetuning.plan.support import check_support
+from finetuning.plan.traits import Setting
 from finetuning.topology import Topology
 
 
@@ -66,9 +69,14 @@ def make_plan(experiment: Experiment, topology: Topology, rows: int | None = Non
     """The plan of an experiment on this many processes; without steps while the number of rows is unknown.
 
     Raises:
-        ConfigError: the total batch size cannot be reached on this many processes.
+        ConfigError: the total batch size cannot be reached on this many processes, or what is asked for does not go
+            together.
+        MissingPackageError: an optional package that the experiment needs is not installed.
     """
     batch = plan_batches(experiment.batchsize_conf, topology.world_size, place)
+    setting = Setting(experiment, topology, batch.accumulation)
+    check_support(setting)
+    check_packages(setting)
     learning_rate, reason = _learning_rate(experiment)
     return Plan(
         batch=batch,
