@@ -14,6 +14,13 @@ LORA = "{peft_type: LORA}"
     ("sections", "method", "lines"),
     [
         (
+            {"training_args": "{auto_find_batch_size: true}"},
+            "sft",
+            ["training_args.auto_find_batch_size: would halve the batch and leave the accumulation as it is: the total"
+             " batch would no longer be batchsize_conf.total_train_batch_size. Remove it, and set"
+             " batchsize_conf.max_per_device_train_batch_size: auto, or to a smaller number."],
+        ),
+        (
             {"training_args": "{eval_strategy: steps}"},
             "sft",
             ['training_args.eval_strategy: is "steps", but data_conf.validation_data.type is "NONE".'

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetuning.algorithms.loraplus import LoraPlusMixin
 from finetuning.algorithms.memory import MemoryMixin
 from finetuning.algorithms.phases import PhasesMixin
 from finetuning.algorithms.prompt_state import read_encoders, write_encoders
 from finetuning.algorithms.schedule import apply_settings, settings_of
 from finetuning.errors import GuardStopped
-from finetuning.publish import publish, staging_path, write_manifest
+from finetuning.publish import is_full, publish, staging_path, write_manifest
+
+logger = logging.getLogger(__name__)
 
 
 class SafeguardMixin:
@@ -37,6 +42,7 @@ class SafeguardMixin:
         self.step_loss: float | None = None
         self._staging: Path | None = None
         self._evaluated: torch.Tensor | None = None
+        self._checkpoint_bytes = 0
         self.companions: dict[str, str] = {}
         """Texts that go into each checkpoint, by file name."""
         self.applies_settings = False
@@ -140,6 +146,8 @@ class SafeguardMixin:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is whole or not there: put together in a staging folder, flushed, renamed by one rank.
 
+        Without room on the disk there is none, which is said; training goes on, and the next is tried as always.
+
         Raises:
             GuardStopped: a trained weight is not finite, so that the last checkpoint stays the last.
         """
@@ -147,33 +155,83 @@ class SafeguardMixin:
         name = f"checkpoint-{self.state.global_step}"
         target = Path(self.args.output_dir) / name
         staging = staging_path(target)
+        if self._without_room(name, self._lacks_room()):
+            return
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
+        if self._without_room(name, self._full_while(lambda: self._stage(model, trial, staging))):
+            self._discard(staging)
+            return
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or best == target:
+                self.state.best_model_checkpoint = str(best)
+        if self._without_room(name, self._full_while(lambda: self._publish(staging / name, target))):
+            self._discard(staging)
+            return
+        self.accelerator.wait_for_everyone()
+
+    def _stage(self, model: Any, trial: Any, staging: Path) -> None:
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or best == target:
-                self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
-            for companion, text in self.companions.items():
-                (staging / name / companion).write_text(text, encoding="utf-8")
-            write_manifest(staging / name)
-            shutil.rmtree(target, ignore_errors=True)
-            publish(staging / name, target)
-            shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        if not self.args.should_save:
+            return
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        for companion, text in self.companions.items():
+            (staged / companion).write_text(text, encoding="utf-8")
+        write_manifest(staged)
+        shutil.rmtree(target, ignore_errors=True)
+        publish(staged, target)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        self._checkpoint_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _lacks_room(self) -> str | None:
+        """Why a checkpoint as large as the last one would not fit."""
+        free = shutil.disk_usage(self.args.output_dir).free
+        if free >= self._checkpoint_bytes:
+            return None
+        return f"it needs {self._checkpoint_bytes:,} bytes, and {free:,} are left"
+
+    def _full_while(self, write: Callable[[], None]) -> str | None:
+        """How the disk was full while something was written; None when it was not."""
+        try:
+            write()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_full(error, Path(self.args.output_dir)):
+                raise
+            return str(error).partition("\n")[0]
+        return None
+
+    def _without_room(self, name: str, reason: str | None) -> bool:
+        """Whether one of the processes has no room for a checkpoint; all agree, and the one says so."""
+        lacking = reason is not None
+        if self.args.world_size > 1:
+            flag = torch.tensor(float(lacking), device=self.args.device)
+            lacking = float(self.accelerator.reduce(flag, "sum")) > 0
+        if reason is not None:
+            logger.warning(
+                "%s is not saved: no room on the disk of %s (%s). Training goes on; the checkpoints before it stay.",
+                name,
+                self.args.output_dir,
+                reason,
             )
+        return lacking
+
+    def _discard(self, staging: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _check_weights(self) -> None:
@@ -207,7 +265,7 @@ class SafeguardMixin:
                 weight.data = weight.data.to(before[name])
 
 
-class TrainerMixin(PhasesMixin, SafeguardMixin, MemoryMixin):
+class TrainerMixin(PhasesMixin, SafeguardMixin, LoraPlusMixin, MemoryMixin):
     """All, in the order in which they belong: what is measured holds what is safeguarded, and that what is retried."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

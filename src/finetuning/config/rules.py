@@ -105,6 +105,17 @@ def one_autocast_type(run: Experiment) -> Iterator[Finding]:
         yield Finding(("training_args", "fp16"), "is true, and so is training_args.bf16; set one of them.")
 
 
+def the_batch_stays_planned(run: Experiment) -> Iterator[Finding]:
+    """A search for a batch size that leaves the accumulation as it was, and so changes the total."""
+    if (run.training_args.model_extra or {}).get("auto_find_batch_size"):
+        yield Finding(
+            ("training_args", "auto_find_batch_size"),
+            "would halve the batch and leave the accumulation as it is: the total batch would no longer be"
+            " batchsize_conf.total_train_batch_size.",
+            "Remove it, and set batchsize_conf.max_per_device_train_batch_size: auto, or to a smaller number.",
+        )
+
+
 def training_has_an_end(run: Experiment) -> Iterator[Finding]:
     """No steps, or no passes over the data."""
     args = run.training_args
@@ -264,6 +275,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("sft_args",), packs_are_not_padded),
     (("quant_conf",), one_number_of_bits),
     (("training_args",), one_autocast_type),
+    (("training_args",), the_batch_stays_planned),
     (("training_args",), training_has_an_end),
     (("training_args",), schedule_can_see_evaluations),
     (("training_args",), best_model_can_be_known),

@@ -131,6 +131,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal()
     trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, stop)
+    trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
     terms.bind(trainer)
     check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
