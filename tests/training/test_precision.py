@@ -1,0 +1,65 @@
+"""A number type that the device lacks is refused before the weights are loaded; what it has trains."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+
+from finetuning.config.experiment import EXPERIMENTS
+from finetuning.config.read import read_document
+from finetuning.config.validate import validate
+from finetuning.errors import ConfigError
+from finetuning.model.machine import Ability, Device
+from finetuning.training.precision import check_precision
+
+OLD_GPU = Device(
+    "an old GPU",
+    "cuda",
+    None,
+    None,
+    (Ability("bf16", False, "only emulated"), Ability("fp16", True), Ability("tf32", False, "needs 8.0, this is 7.5")),
+)
+NEW_GPU = Device("a GPU", "cuda", None, None, tuple(Ability(name, True) for name in ("bf16", "fp16", "tf32")))
+
+
+@pytest.fixture
+def asking(sft_values: Any, write_config: Any) -> Any:
+    def read(**args: Any) -> Any:
+        values = sft_values({f"training_args.{key}": value for key, value in args.items()})
+        return validate(read_document(write_config(values)), EXPERIMENTS["sft"]).experiment
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"bf16": True}, "training_args.bf16: is true, but an old GPU does not compute in bf16: only emulated"),
+        ({"tf32": True}, "training_args.tf32: is true, but an old GPU does not compute in tf32: needs 8.0"),
+        ({"bf16_full_eval": True}, "training_args.bf16_full_eval: is true, but an old GPU"),
+    ],
+)
+def test_what_the_device_lacks_is_said(asking: Any, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_precision(asking(**args), OLD_GPU)
+    assert str(caught.value).startswith(message)
+    check_precision(asking(**args), NEW_GPU)
+
+
+def test_fp16_on_a_cpu_stops_before_the_weights(
+    train: Any, sft_values: Any, chatml_llama_dir: Any, tmp_path: Any
+) -> None:
+    hollow = shutil.copytree(chatml_llama_dir, tmp_path / "hollow")
+    (hollow / "model.safetensors").write_bytes(b"no weights")
+    changes = {"training_args.fp16": True, "run_conf.model": str(hollow)}
+    with pytest.raises(ConfigError, match=r"training_args.fp16: is true, but .* loss scaling needs an accelerator"):
+        train(sft_values(changes))
+
+
+def test_bf16_trains_on_a_cpu(train: Any, sft_values: Any, tmp_path: Any) -> None:
+    plain = train(sft_values())
+    half = train(sft_values({"training_args.bf16": True, "training_args.output_dir": str(tmp_path / "half")}))
+    assert half.losses != plain.losses
+    assert half.losses == pytest.approx(plain.losses, rel=0.05)
