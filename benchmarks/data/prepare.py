@@ -99,10 +99,12 @@ arguments = SFTConfig(output_dir=folder + "/trl", assistant_only_loss=True, max_
                       report_to="none", bf16=False)
 start()
 rows = [{"messages": json.loads(line)["messages"]} for line in open(folder + "/chats.jsonl")]
-trainer = SFTTrainer(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+rows = datasets.Dataset.from_list(rows)
+trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 data = trainer.train_dataset
 tokens = sum(len(ids) for ids in data["input_ids"])
-stop(tokens, sum(sum(mask) for mask in data["assistant_masks"]))
+column = "assistant_masks" if "assistant_masks" in data.column_names else "labels"
+stop(tokens, sum(one not in (0, -100) if column == "labels" else one for row in data[column] for one in row))
 """,
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -51,7 +53,6 @@ class Reading:
     make: Maker
     labeller: Labeller
     limit: int | None
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     problems: list[Problem] = field(default_factory=list)
     preview: list[list[PreviewRow]] = field(default_factory=list)
     seen: dict[bytes, str] = field(default_factory=dict)
@@ -63,10 +64,10 @@ class Reading:
         columns = Columns()
         alive: list[bool] = []
         lengths = []
-        with ThreadPoolExecutor(1, "prepare") as thread:
+        with _spared_collections(), ThreadPoolExecutor(1, "prepare") as thread:
             for key, source in sources:
                 before = len(alive)
-                opened = open_dataset(source, key, self.kind, self.options, self.digest)
+                opened = open_dataset(source, key, self.kind, self.options)
                 ledger.formats[title_of(source)] = str(opened)
                 waiting: tuple[list[Any], Future[list[Example | Lost]]] | None = None
                 while batch := list(islice(opened.rows, _BATCH)):
@@ -119,6 +120,16 @@ class Reading:
             self.seen[key] = ledger.part
         else:
             ledger.note(SAME_AS_BEFORE if first == ledger.part else f"the same as a {first} row")
+
+
+@contextmanager
+def _spared_collections() -> Iterator[None]:
+    """Keeps the garbage collector from going through all that the libraries hold, once in a few batches."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def to_dataset(part: Part, order: np.ndarray, name: str) -> datasets.Dataset:
