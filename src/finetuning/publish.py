@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from finetuning.errors import StorageError
 
 MANIFEST = "manifest.json"
 _PREFIX, _MARK = ".", ".partial"
+_LITTLE_ROOM = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 
@@ -118,6 +120,18 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return leftovers
+
+
+def is_full(error: BaseException, folder: Path) -> bool:
+    """Whether a write failed for want of room on the folder's disk.
+
+    Libraries that write tensors hide the system's error in one of their own; then the room that is left tells.
+    """
+    chain = [error, error.__cause__, error.__context__]
+    if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in chain):
+        return True
+    writes_tensors = "iostream" in str(error) or "file write" in str(error) or "unexpected pos" in str(error)
+    return "No space left" in str(error) or (writes_tensors and shutil.disk_usage(folder).free < _LITTLE_ROOM)
 
 
 def _flush(path: str | Path) -> None:

@@ -68,6 +68,14 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
     return topology
 
 
+def read_end_time(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When the scheduler ends the job, in seconds since 1970; None where it does not say."""
+    try:
+        return float(environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return None
+
+
 def _sharding(environ: Mapping[str, str]) -> Literal["fsdp", "deepspeed"] | None:
     def says(name: str) -> bool:
         return environ.get(name, "").lower() in ("1", "true", "yes", "on")

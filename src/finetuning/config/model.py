@@ -81,17 +81,19 @@ class RunConfig(Section):
     """Name of the folder, inside `output_dir`, of the tuned model."""
     determinism: Literal["no", "half", "full"] = "no"
     """`half` prefers deterministic operations, `full` allows no others. Both cost speed."""
-    allow_changed: list[str] = []
+    allow_changed: list[str] = Field(default_factory=list)
     """Keys whose change a resumed run applies although it changes the curve, such as `training_args.learning_rate`;
     `data`, `model` and `versions` stand for what the keys name. Without this, such a change is an error."""
     memory_check: Literal["auto"] | bool = "auto"
     """Compute the longest training and validation rows once before the first step, and halve the batch until they fit;
     `auto` does so on a GPU."""
     max_time: str | None = Field(default=None, pattern=r"^(\d+[dhms])+$")
-    """Most time that the job trains, such as `3h` or `1h30m`; then it saves a checkpoint and ends with exit code 143."""
+    """Most time that the job trains, such as `3h` or `1h30m`; then it saves a checkpoint and ends with code 143."""
+    name_hung_after: float = Field(default=300.0, gt=0)
+    """Seconds after which a process that hangs is named, with what it was doing; where there are several."""
     copy_checkpoints_to: str | None = None
-    """Where each checkpoint is copied once it is whole, such as `s3://bucket/run`; any address that fsspec knows. A copy
-    that fails is a warning, and training never waits for one."""
+    """Where each checkpoint is copied once it is whole, such as `s3://bucket/run`; any address that fsspec knows. A
+    copy that fails is a warning, and training never waits for one."""
 
 
 class NoPeft(Section):

@@ -38,6 +38,7 @@ SAFE = (
     "run_conf.determinism",
     "run_conf.memory_check",
     "run_conf.max_time",
+    "run_conf.name_hung_after",
     "run_conf.copy_checkpoints_to",
     "run_conf.model_args.cache_dir",
     "data_conf.cache",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import GuardStopped, Place
+from safetensors import SafetensorError
+
+from finetuning.errors import GuardStopped, Place, StorageError
 from finetuning.export.verify import verify_saved
 from finetuning.model.save import is_adapted, save_model
 from finetuning.model.stop_tokens import align
-from finetuning.publish import staged
+from finetuning.publish import is_full, staged
+from finetuning.training.resume import checkpoints_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -71,7 +75,7 @@ def publish_final(
     writes = base.can_generate()
     stop_tokens = align(tokenizer, base.generation_config, end_of_turn) if writes else None
     sample = "The quick brown fox, 12 × 7 = 84: déjà vu."
-    with staged(folder) as candidate:
+    with _room_for(folder), staged(folder) as candidate:
         save_model(
             model,
             tokenizer,
@@ -97,3 +101,24 @@ def publish_final(
         checks=verified.checks,
         stop_tokens=stop_tokens.report if stop_tokens else None,
     )
+
+
+@contextmanager
+def _room_for(folder: Path) -> Iterator[None]:
+    """Says what is safe when there is no room for the tuned model.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_full(error, folder.parent):
+            raise
+        newest = next((path.name for path in checkpoints_of(folder.parent)), None)
+        raise StorageError(
+            f"no room for the tuned model in {folder}: {str(error).partition(chr(10))[0]}",
+            hint=f"{newest} is whole: free some space and run again with run_conf.resume_from_checkpoint: auto."
+            if newest
+            else "Free some space; there is no checkpoint to go on from.",
+        ) from error

@@ -10,14 +10,14 @@ from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import Experiment
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
-from finetuning.topology import Topology
+from finetuning.topology import Topology, read_end_time
 from finetuning.training.contract import Terms, agree
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord
 from finetuning.training.resume import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from finetuning.data.prepare import PreparedData
     from finetuning.model.tokenizer import LoadedTokenizer
@@ -100,6 +100,7 @@ def _recorded(job: Job) -> RunResult:
 
 
 def _road(job: Job, record: RunRecord) -> RunResult:
+    from finetuning.observe.copies import FINISH_S, INTERRUPTED_S, make_copies
     from finetuning.training.arguments import build_arguments
     from finetuning.training.final import publish_final
     from finetuning.training.memory import check_memory_at_start
@@ -129,15 +130,20 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     _tell_model(job, plan, data, prepared, terms)
     record.update(**_what_went_in(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
-    stop = StopOnSignal()
-    trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, stop)
+    stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_end_time())
+    copies = make_copies(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
+    trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [copies])])
     trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
     terms.bind(trainer)
     check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
-    seconds = _train(trainer, stop, resume)
+    try:
+        seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
+    finally:
+        if copies:
+            copies.finish(INTERRUPTED_S if stop.received else FINISH_S)
     record.update(memory=_tell_memory(trainer, plan, observer))
     with observer.stage("model_publication"):
         artifact = publish_final(
@@ -161,7 +167,7 @@ def _build_trainer(
     tokenizer: LoadedTokenizer,
     prepared: PreparedModel,
     ending: str | None,
-    stop: StopOnSignal,
+    callbacks: list[TrainerCallback],
 ) -> Trainer:
     return job.method.build_trainer(
         TrainingParts(
@@ -173,25 +179,29 @@ def _build_trainer(
             peft_config=prepared.peft_config,
             load_reference=prepared.load_reference,
             layout=prepared.layout,
-            callbacks=[stop, *job.observer.callbacks()],
+            callbacks=[*callbacks, *job.observer.callbacks()],
             end_of_turn=ending,
         )
     )
 
 
-def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint) -> float | None:
+def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after_s: float) -> float | None:
     """Seconds of the training loop, gone through to its end.
 
     Raises:
         Interrupted: a signal came before the last step; a checkpoint of that step was saved.
     """
-    with stop.watching():
+    from finetuning.training.heartbeat import watched
+
+    with stop.watching(), watched(trainer, Path(trainer.args.output_dir), hung_after_s):
         output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
     step = trainer.state.global_step
     if stop.received and step < trainer.state.max_steps:
+        is_saved = Path(trainer.args.output_dir, f"checkpoint-{step}").is_dir()
+        saved = f"checkpoint-{step} is saved" if is_saved else "no checkpoint of it could be saved"
         raise Interrupted(
-            f"signal {stop.received} at step {step}: checkpoint-{step} is saved; the same command with"
-            " run_conf.resume_from_checkpoint: auto goes on from it",
+            f"{stop.reason} at step {step}: {saved}; the same command with run_conf.resume_from_checkpoint: auto goes"
+            f" on from {'it' if is_saved else 'the newest whole one'}",
             stop.received,
         )
     return output.metrics.get("train_runtime")

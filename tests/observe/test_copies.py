@@ -1,0 +1,109 @@
+"""Checkpoints are copied beside the training, to a server that speaks S3."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.errors import ConfigError
+from finetuning.observe.copies import CheckpointCopies, make_copies
+
+SAVED = {"training_args.save_strategy": "steps", "training_args.save_steps": 1, "training_args.save_total_limit": 1}
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an S3 server on the loopback device, with a bucket `runs`, in the environment for clients."""
+    if not all(importlib.util.find_spec(name) for name in ("s3fs", "moto")):
+        pytest.skip("needs the packages s3fs and moto[server]")
+    import s3fs
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("runs")
+    yield address
+    server.terminate()
+    server.wait()
+
+
+def test_each_checkpoint_of_a_run_reaches_the_store_whole(train: Any, sft_values: Any, s3: str, tmp_path: Path) -> None:
+    import s3fs
+
+    run = train(sft_values({**SAVED, "run_conf.copy_checkpoints_to": "s3://runs/colours"}))
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    assert [name.rpartition("/")[2] for name in sorted(store.ls("runs/colours"))] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    entries = json.loads(store.cat("runs/colours/checkpoint-3/manifest.json"))
+    for name, entry in entries.items():
+        assert store.info(f"runs/colours/checkpoint-3/{name}")["size"] == entry["bytes"]
+    kept = run.output_dir / "checkpoint-3" / "model.safetensors"
+    assert store.cat("runs/colours/checkpoint-3/model.safetensors") == kept.read_bytes()
+    assert not list(run.output_dir.glob(".*copying*"))
+
+
+def test_a_store_that_fails_costs_a_warning(train: Any, sft_values: Any, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "a-file").write_text("in the way")
+    run = train(sft_values({**SAVED, "run_conf.copy_checkpoints_to": str(tmp_path / "a-file")}))
+    assert run.result.status == "completed"
+    assert "checkpoint-1 is not copied to" in caplog.text
+    assert not list(run.output_dir.glob(".*copying*"))
+
+
+def test_a_store_that_hangs_is_not_waited_for(tmp_path: Path, caplog: Any) -> None:
+    class Hangs(CheckpointCopies):
+        def _copy(self, folder: Path, address: str) -> None:
+            time.sleep(30)
+
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    with caplog.at_level(logging.WARNING):
+        copies = Hangs("memory://store")
+        for _ in range(4):
+            copies.add(folder)
+        copies.finish(0.2)
+    assert any("the copies before it are not done" in failure for failure in copies.failures)
+    assert copies.failures[-1].startswith("the last copies is not copied") or "not done after" in copies.failures[-1]
+
+
+def test_an_address_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run_conf.copy_checkpoints_to: .*gopher"):
+        make_copies("gopher://x", is_main=True)
+    assert make_copies(None, is_main=True) is None
+    assert make_copies("gopher://x", is_main=False) is None
