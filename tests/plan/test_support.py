@@ -51,6 +51,14 @@ ASKED: dict[str, dict[str, Any]] = {
     "layer by layer": {"training_args.optim": "apollo_adamw_layerwise"},
     "LoRA+": {"overrides.loraplus_lr_ratio": 16},
     "fp16": {"training_args.fp16": True},
+    "the best checkpoint at the end": {
+        "training_args.load_best_model_at_end": True,
+        "training_args.eval_strategy": "steps",
+        "training_args.save_strategy": "steps",
+        "training_args.save_steps": 1,
+        "training_args.eval_steps": 1,
+        "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+    },
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
 }
 TOPOLOGIES = {"FSDP": Topology(world_size=2, sharded_by="fsdp"), "several processes": Topology(world_size=2)}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetuning.algorithms.adalora import AllocateRank, is_adalora, ranks_kept_whole, read_importance, write_importance
 from finetuning.algorithms.loraplus import LoraPlusMixin
 from finetuning.algorithms.memory import MemoryMixin
 from finetuning.algorithms.phases import PhasesMixin
@@ -48,6 +49,8 @@ class SafeguardMixin:
         self.applies_settings = False
         """Whether the optimizer's settings win over those of a checkpoint."""
         super().__init__(*args, **kwargs)
+        if is_adalora(self.model):
+            self.add_callback(AllocateRank(self.model))
 
     @property
     def tokens_seen(self) -> int:
@@ -248,17 +251,20 @@ class SafeguardMixin:
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        with ranks_kept_whole(self.model):
+            super()._save(output_dir, state_dict)
         # A pickle that may hold a hub token; the run's config is kept as YAML.
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             write_encoders(self.model, folder)
+            write_importance(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         before = {name: weight.dtype for name, weight in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         read_encoders(self.model, Path(resume_from_checkpoint))
+        read_importance(self.model, Path(resume_from_checkpoint))
         # PEFT widens the adapter that it loads to float32, even where it was trained in fewer bits.
         for name, weight in self.model.named_parameters():
             if weight.dtype != before.get(name, weight.dtype):

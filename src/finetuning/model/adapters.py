@@ -237,8 +237,6 @@ def _friendly(error: Exception, name: str) -> ModelError:
 
 def _notes(config: peft.PeftConfig, vocabulary: Vocabulary | None) -> tuple[str, ...]:
     notes = []
-    if config.peft_type.value == "ADALORA":
-        notes.append("ADALORA moves rank between modules only if update_and_allocate is called after each step")
     if vocabulary is not None and vocabulary.new_ids:
         notes.append(f"the rows of {len(vocabulary.new_ids)} new tokens are trained and saved with the adapter")
     return tuple(notes)

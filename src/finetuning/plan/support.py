@@ -72,6 +72,12 @@ REFUSALS = (
         for sharding in (t.FSDP, t.DEEPSPEED)
     ),
     Refusal(
+        t.BEST_AT_END,
+        t.ADALORA,
+        "its ranks have other shapes at the end than in an earlier checkpoint",
+        "Set load_best_model_at_end: false, or choose LORA.",
+    ),
+    Refusal(
         t.EIGHT_BIT_OPTIMIZER,
         t.FSDP,
         "bitsandbytes' optimizers do not know sharded tensors and write past them",

@@ -127,6 +127,12 @@ CHECKPOINTING = Trait(
     "training_args.gradient_checkpointing",
     lambda run: run.args.gradient_checkpointing,
 )
+BEST_AT_END = Trait(
+    "checkpoints",
+    "the best checkpoint at the end",
+    "training_args.load_best_model_at_end",
+    lambda run: run.args.load_best_model_at_end,
+)
 ACCUMULATION = Trait(
     "memory", "accumulation", "batchsize_conf.total_train_batch_size", lambda run: run.accumulation > 1
 )
@@ -139,5 +145,6 @@ TRAITS = (
     EIGHT_BIT_OPTIMIZER, LOW_RANK, LAYERWISE, LORAPLUS,
     FP16,
     CHECKPOINTING, ACCUMULATION,
+    BEST_AT_END,
 )  # fmt: skip
 """Every trait, axis by axis."""
