@@ -57,6 +57,7 @@ schema: venv ## write docs/schema anew from the config
 
 docs: schema ## write everything that is generated anew
 	$(PYTHON) -m finetuning.config.reference docs/config.md
+	$(PYTHON) -m finetuning.plan.support docs/support.md
 
 # A fresh environment without pins, so that the set is what the bounds of pyproject.toml give today.
 constraints: ## write constraints.txt anew from the newest releases that the bounds admit

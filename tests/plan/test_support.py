@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from finetuning.config.read import read_document
 from finetuning.config.validate import validate
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.plan import traits as t
+from finetuning.plan.packages import check_packages, needs
 from finetuning.plan.plan import make_plan
 from finetuning.plan.support import REFUSALS, Refusal, matrix
 from finetuning.plan.traits import TRAITS, Setting
@@ -118,6 +120,18 @@ def test_a_package_that_is_missing_is_named_before_the_weights(plan: Any) -> Non
     with pytest.raises(MissingPackageError, match=r"training_args.optim: needs the package apollo_torch.*pip install"):
         ASKED["apollo"] = {"training_args.optim": "apollo_adamw"}
         plan("apollo")
+
+
+def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    document = read_document(write_config(sft_values(ASKED["LoRA"] | {"run_conf.model": str(tmp_path)})))
+    setting = Setting(validate(document, EXPERIMENTS["sft"]).experiment, Topology(), 1)
+    assert {need.module for need in needs(setting)} == {"gptqmodel", "optimum"}
+    if find_spec("gptqmodel") is None:
+        with pytest.raises(
+            MissingPackageError, match=r"run_conf.model: needs the package gptqmodel.*finetuning\[gptq\]"
+        ):
+            check_packages(setting)
 
 
 def test_rows_are_proven_apart_under_the_adapters_that_the_matrix_names() -> None:
