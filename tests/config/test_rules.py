@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -216,3 +217,16 @@ def test_validation_data_that_nothing_looks_at(check: Callable, changed: Callabl
     (warning,) = check(changed(data_conf=VALIDATION)).warnings
     assert "data_conf.validation_data: is loaded but never used: training_args.eval_strategy is no." in str(warning)
     assert check(changed(data_conf=VALIDATION, training_args="{eval_on_start: true}")).warnings == []
+
+
+def test_remote_code_is_said_aloud_and_wants_a_commit(sft_values: Any) -> None:
+    from finetuning.config.document import Document
+    from finetuning.config.experiment import SFTExperiment
+    from finetuning.config.validate import validate
+
+    def warnings(**args: object) -> str:
+        values = sft_values({"run_conf.model_args": {"trust_remote_code": True, **args}})
+        return " ".join(map(str, validate(Document(values), SFTExperiment).warnings))
+
+    assert "runs with your rights, and no commit pins it. Set run_conf.model_args.revision" in warnings()
+    assert "runs with your rights." in warnings(revision="0" * 40)

@@ -99,6 +99,20 @@ def one_number_of_bits(run: Experiment) -> Iterator[Finding]:
         yield Finding(("quant_conf",), f"{message}; set one of them.")
 
 
+def remote_code_is_pinned(run: Experiment) -> Iterator[Finding]:
+    """Code of the model's authors that runs here, and may be other code tomorrow."""
+    args = run.run_conf.model_args
+    if args.trust_remote_code:
+        pinned = re.fullmatch(r"[0-9a-f]{40}", args.code_revision or args.revision)
+        yield Finding(
+            ("run_conf", "model_args", "trust_remote_code"),
+            f"is true: code that comes with {run.run_conf.model} runs with your rights"
+            + ("." if pinned else ", and no commit pins it."),
+            None if pinned else "Set run_conf.model_args.revision to a commit of 40 digits.",
+            kind="warning",
+        )
+
+
 def one_autocast_type(run: Experiment) -> Iterator[Finding]:
     """bf16 and fp16 at once."""
     if run.training_args.bf16 and run.training_args.fp16:
@@ -275,6 +289,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("sft_args",), packs_are_not_padded),
     (("quant_conf",), one_number_of_bits),
     (("training_args",), one_autocast_type),
+    (("run_conf",), remote_code_is_pinned),
     (("training_args",), the_batch_stays_planned),
     (("training_args",), training_has_an_end),
     (("training_args",), schedule_can_see_evaluations),

@@ -1,0 +1,65 @@
+"""One experiment on one, two and four processes: the same loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+CASES = {
+    "full": ("sft", {}),
+    "lora": ("sft", {"peft_conf": LORA}),
+    "packed": ("sft", {"peft_conf": LORA, "sft_args.packing": True, "sft_args.max_seq_length": 120}),
+    "dpo": ("dpo", {"peft_conf": LORA}),
+}
+MOST_DIFFERENCE = 1e-4
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "training_logs.jsonl").read_text().splitlines()
+    return [json.loads(line)["data"]["value"] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_split_does_not_show(
+    sft_values: Any, dpo_values: Any, write_config: Any, tmp_path: Path, case: str, record_property: Any
+) -> None:
+    """4 rows a step: 1 process x accumulation 4, 2 x 2 and 4 x 1, one row at a time each."""
+    kind, changes = CASES[case]
+    make = dpo_values if kind == "dpo" else sft_values
+    scripts, curves = Path(sys.executable).parent, {}
+    for processes in (1, 2, 4):
+        out = tmp_path / f"on-{processes}"
+        values = make(
+            {
+                **changes,
+                "training_args.output_dir": str(out),
+                "training_args.max_steps": 3,
+                "batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 1},
+            }
+        )
+        launcher = [str(scripts / "torchrun"), "--nproc_per_node", str(processes), "--no-python"]
+        rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        config = str(write_config(values, f"on-{processes}.yaml"))
+        result = subprocess.run(
+            [*launcher, *rendezvous, str(scripts / "finetuning"), kind, config],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        curves[processes] = losses(out)
+    assert len(curves[1]) == 3
+    for processes in (2, 4):
+        most = max(abs(a - b) for a, b in zip(curves[1], curves[processes], strict=True))
+        record_property(f"{processes} processes", f"{most:.1e}")
+        assert most < MOST_DIFFERENCE

@@ -1,0 +1,35 @@
+"""Secrets that lie in the environment of a run reach nothing that it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SECRETS = {
+    "HF_TOKEN": "hf_plantedTokenOfTheHub",
+    "MLFLOW_TRACKING_PASSWORD": "plantedPasswordOfMlflow",
+    "AWS_SECRET_ACCESS_KEY": "plantedKeyOfTheStore",
+}
+
+
+def test_no_planted_secret_is_written_or_said(run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+    values = sft_values(
+        {
+            "run_conf.model_args": {"token": "hf_plantedTokenInTheFile"},
+            "training_args.max_steps": 2,
+            "training_args.save_strategy": "steps",
+            "training_args.save_steps": 1,
+            "tracking": {"mlflow_server_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+        }
+    )
+    config = write_config(values)
+    result = run_cli(["sft", config, "--logging-level", "DEBUG"], env={**SECRETS, "MLFLOW_TRACKING_USERNAME": "me"})
+    assert result.returncode == 0, result.stderr
+    refused = run_cli(["sft", config, "--mlflow-server-uri", "http://me:plantedInTheAddress@127.0.0.1:9"])
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != config]
+    texts = {str(path): path.read_bytes() for path in written}
+    texts["said"] = "".join((result.stdout, result.stderr, refused.stdout, refused.stderr)).encode()
+    assert any(name.endswith("run.json") for name in texts)
+    secrets = [*SECRETS.values(), "hf_plantedTokenInTheFile", "plantedInTheAddress"]
+    found = [(name, secret) for name, text in texts.items() for secret in secrets if secret.encode() in text]
+    assert found == []
