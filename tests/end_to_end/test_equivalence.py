@@ -57,6 +57,7 @@ def test_the_split_does_not_show(
             timeout=300,
         )
         assert result.returncode == 0, result.stderr
+        assert f"4 = {processes} x 1 x {4 // processes}" in result.stdout
         curves[processes] = losses(out)
     assert len(curves[1]) == 3
     for processes in (2, 4):
