@@ -25,8 +25,8 @@ COPY docker/keep_vendor_torch.py constraints.txt ./
 RUN python3 keep_vendor_torch.py record vendor-torch.json --build cuda \
     && python3 keep_vendor_torch.py pin constraints.txt > pins.txt \
     && python3 -m pip install --no-cache-dir --constraint pins.txt \
-        accelerate bitsandbytes datasets jinja2 mlflow numpy peft pydantic pyyaml rich safetensors setuptools \
-        tokenizers transformers trl \
+        accelerate bitsandbytes datasets jinja2 mlflow numpy opentelemetry-sdk peft pydantic pyyaml rich safetensors \
+        setuptools simpleeval tokenizers transformers trl \
     && python3 keep_vendor_torch.py check vendor-torch.json
 
 # Group 0 owns what is written, so that any user id can run this image with group 0.

@@ -74,7 +74,7 @@ LORA = "{peft_type: LORA}"
              " response_template."],
         ),
         (
-            {"data_conf": ONE + "}]}, validation_data: {type: NONE}, chat_template: a.jinja, chat_template_name: poro}"},
+            {"data_conf": ONE + "}]}, validation_data: {type: NONE}, chat_template: a, chat_template_name: poro}"},
             "sft",
             ["data_conf.chat_template: is set, and so is chat_template_name; set one of them."],
         ),

@@ -93,6 +93,7 @@ def test_each_template_from_rows_to_answers(
         "training_args.max_steps": 4,
         "run_conf.final_checkpoint_name": None,
         "run_conf.resume_from_checkpoint": "auto",
+        "run_conf.allow_changed": ["training_args.max_steps"],
     }
     told = tool(finetuning, "sft", write_config(sft_values({**changes, **longer})))
     assert "resumed from" in told

@@ -32,7 +32,9 @@ def leave_out_unused(experiment: Experiment) -> list[str]:
 def _needs_bitsandbytes(experiment: Experiment) -> bool:
     """True unless neither the weights nor the optimizer can be bitsandbytes'."""
     args, folder = experiment.training_args, Path(experiment.run_conf.model)
-    if not isinstance(experiment.quant_conf, NoQuantization) or any(part in args.optim for part in _QUANTISED_OPTIMIZERS):
+    if not isinstance(experiment.quant_conf, NoQuantization) or any(
+        part in args.optim for part in _QUANTISED_OPTIMIZERS
+    ):
         return True
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

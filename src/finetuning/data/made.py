@@ -100,7 +100,8 @@ def prepare_rows(
 def _prepared(stored: Stored, origin: str) -> PreparedData:
     inputs = stored.inputs
     fingerprint = Fingerprint(
-        data=_sha256(json.dumps(list(inputs.data.items()))),
+        # The bytes count, not the name of the file that they lie in.
+        data=_sha256(json.dumps(list(inputs.data.values()))),
         template=inputs.template,
         tokenizer=inputs.tokenizer,
         rules=_sha256(json.dumps(inputs.rules, sort_keys=True)),
