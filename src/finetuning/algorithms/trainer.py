@@ -176,6 +176,11 @@ class SafeguardMixin:
             return
         self.accelerator.wait_for_everyone()
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # A run that is told to save and stop at a step of evaluation would forget to save, were it not the best.
+        stopping = self.control.should_save and self.control.should_training_stop
+        return super()._determine_best_metric(*args, **kwargs) or stopping
+
     def _stage(self, model: Any, trial: Any, staging: Path) -> None:
         self._staging = staging
         try:

@@ -161,14 +161,13 @@ def test_a_failed_checkpoint_is_no_success(run: Any, recorded: Any, tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer, "publish", full)
-    with pytest.raises(OSError, match="No space"):
-        run({"training_args.save_strategy": "steps", "training_args.save_steps": 2})
+    run({"training_args.save_strategy": "steps", "training_args.save_steps": 2})
     told = recorded(tmp_path / "out")
-    save = told.span("checkpoint_save_sync")
-    assert save["status"] == "ERROR"
-    assert save["attributes"]["save_checkpoint_attempt_count"] == 1
+    saves = told.spans("checkpoint_save_sync")
+    assert [save["status"] for save in saves] == ["ERROR"] * len(saves) and saves
+    assert saves[0]["attributes"]["save_checkpoint_attempt_count"] == 1
     assert not told.events("save_checkpoint_success")
-    assert told.events("error")[0]["span_id"] == save["span_id"]
+    assert told.events("error")[0]["span_id"] == saves[0]["span_id"]
 
 
 def test_the_record_and_the_sinks_get_the_figures(run: Any, tmp_path: Path) -> None:

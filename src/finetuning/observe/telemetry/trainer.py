@@ -52,7 +52,12 @@ class TrainerPhases:
         elif name in _LOOPS:
             telemetry.on_validation_end(name)
         elif name == _CHECKPOINT_SAVE:
-            telemetry.on_save_checkpoint_success(self._step(), self._folder_of(self._step()))
+            folder = self._folder_of(self._step())
+            # A full disk leaves no checkpoint, and the run goes on.
+            if not folder.is_dir():
+                telemetry.on_save_checkpoint_end(OSError(f"{folder.name} was not saved"))
+                return
+            telemetry.on_save_checkpoint_success(self._step(), folder)
             telemetry.on_save_checkpoint_end()
         elif name == _NO_ROWS:
             telemetry.drop_iteration()
