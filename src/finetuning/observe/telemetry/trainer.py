@@ -53,8 +53,8 @@ class TrainerPhases:
             telemetry.on_validation_end(name)
         elif name == _CHECKPOINT_SAVE:
             folder = self._folder_of(self._step())
-            # A full disk leaves no checkpoint, and the run goes on.
-            if not folder.is_dir():
+            # A full disk leaves no checkpoint, and the run goes on. A rank that does not save has no folder to look at.
+            if folder is not None and not folder.is_dir():
                 telemetry.on_save_checkpoint_end(OSError(f"{folder.name} was not saved"))
                 return
             telemetry.on_save_checkpoint_success(self._step(), folder)
