@@ -10,29 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetuning.data.fates import DROPPED, SHOWN, TOO_LONG, TRUNCATED, Fate, Totals, counted
 from finetuning.errors import DataError, Place, Problem
 
-KEPT, TRUNCATED, DROPPED = "kept", "truncated", "dropped"
-TOO_LONG = "longer than the limit"
-_SHOWN = 10
-_FILTERED_WARNING = 0.05
-
-
-@dataclass(frozen=True)
-class Fate:
-    """What became of one input row.
-
-    `is_fault` tells a row that is lost to a fault from one that was filtered by length, as asked for.
-    """
-
-    place: Place
-    what: str
-    reason: str = ""
-    detail: str = ""
-    is_fault: bool = False
-    tokens: int = 0
-    tokens_cut: int = 0
-    answer_cut: bool = False
+__all__ = ["TOO_LONG", "Fate", "Ledger", "PartLedger", "raise_bad_rows"]
 
 
 @dataclass
@@ -78,63 +59,28 @@ class PartLedger:
         if count:
             self.counts[what] += count
 
-    @property
-    def truncated(self) -> list[Fate]:
-        return [fate for fate in self.fates if fate.what == TRUNCATED]
-
-    @property
-    def dropped(self) -> list[Fate]:
-        return [fate for fate in self.fates if fate.what == DROPPED]
-
-    @property
-    def faults(self) -> list[Fate]:
-        return [fate for fate in self.fates if fate.is_fault]
-
-    @property
-    def filtered(self) -> list[Fate]:
-        return [fate for fate in self.dropped if fate.reason == TOO_LONG]
+    def totals(self) -> Totals:
+        """All fates, counted."""
+        totals = Totals(
+            part=self.part,
+            limit=self.limit,
+            rows=self.rows,
+            kept=self.kept,
+            tokens=self.tokens,
+            trained_tokens=self.trained_tokens,
+            noticed=Counter(self.counts),
+            formats=dict(self.formats),
+        )
+        totals.count(self.fates)
+        return totals
 
     def lines(self) -> list[str]:
         """The ledger for people, a line for each thing to know."""
-        lines = [
-            f"{self.part}: {_count(self.kept, 'row')} of {self.rows} kept, {_count(self.tokens, 'token')},"
-            f" {self.trained_tokens} trained"
-        ]
-        lines += [f"  {name}: {how}" for name, how in self.formats.items()]
-        if cut := self.truncated:
-            answers = sum(fate.answer_cut for fate in cut)
-            lost = _count(sum(fate.tokens_cut for fate in cut), "token")
-            lines.append(f"  truncated: {_count(len(cut), 'row')}, {lost} cut off; {_count(answers, 'answer')} cut")
-        for reason, count in Counter(fate.reason for fate in self.dropped).most_common():
-            example = next(fate for fate in self.dropped if fate.reason == reason)
-            detail = f": {example.detail}" if example.detail else ""
-            lines.append(f"  dropped: {_count(count, 'row')}, {reason}; first {example.place}{detail}")
-        lines += [f"  noticed: {_count(count, 'row')}, {what}" for what, count in sorted(self.counts.items())]
-        share = len(self.filtered) / self.rows if self.rows else 0.0
-        if share > _FILTERED_WARNING:
-            lines.append(
-                f"  warning: {share:.1%} of the rows are longer than {self.limit} tokens and left out;"
-                " a larger limit or length_handling: truncate keeps them"
-            )
-        return lines
+        return self.totals().lines()
 
     def report(self) -> dict[str, Any]:
         """The ledger for machines; JSON types only."""
-        return {
-            "part": self.part,
-            "formats": self.formats,
-            "rows": self.rows,
-            "kept": self.kept,
-            "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens,
-            "truncated": len(self.truncated),
-            "tokens_cut": sum(fate.tokens_cut for fate in self.truncated),
-            "answers_cut": sum(fate.answer_cut for fate in self.truncated),
-            "dropped": dict(Counter(fate.reason for fate in self.dropped)),
-            "lost_to_faults": len(self.faults),
-            "filtered_by_length": len(self.filtered),
-            "noticed": dict(self.counts),
-        }
+        return self.totals().report()
 
     def check(self, max_lost_fraction: float) -> None:
         """Nothing, when enough rows are left.
@@ -142,25 +88,7 @@ class PartLedger:
         Raises:
             DataError: no row is left, or more than `max_lost_fraction` of them were lost to faults.
         """
-        if self.rows and not self.kept:
-            raise DataError(self._nothing_left(), place=Place(file=self.dropped[0].place.file))
-        if self.rows and len(self.faults) > max_lost_fraction * self.rows:
-            share = len(self.faults) / self.rows
-            head = Problem(
-                f"{len(self.faults)} of {self.rows} {self.part} rows ({share:.1%}) would be lost to faults,"
-                f" more than data_conf.max_lost_fraction {max_lost_fraction:g}"
-            )
-            raise DataError([head, *(_problem(fate) for fate in self.faults[:_SHOWN])])
-
-    def _nothing_left(self) -> str:
-        reasons = Counter(fate.reason for fate in self.dropped)
-        if set(reasons) == {TOO_LONG}:
-            return (
-                f"all {self.rows} rows dropped: shortest is {self.shortest_dropped} tokens, max_seq_length {self.limit}"
-            )
-        parts = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-        first = self.dropped[0]
-        return f"all {self.rows} rows dropped: {parts}; first at {first.place}: {first.detail or first.reason}"
+        self.totals().check(max_lost_fraction)
 
 
 def raise_bad_rows(problems: Sequence[Problem]) -> None:
@@ -171,9 +99,9 @@ def raise_bad_rows(problems: Sequence[Problem]) -> None:
     """
     if not problems:
         return
-    shown = list(problems[:_SHOWN])
+    shown = list(problems[:SHOWN])
     rest = len(problems) - len(shown)
-    more = f"{_count(len(problems), 'bad row')}" + (f", the first {_SHOWN} shown" if rest else "")
+    more = f"{counted(len(problems), 'bad row')}" + (f", the first {SHOWN} shown" if rest else "")
     shown.append(Problem(f"{more}. Set data_conf.on_bad_row: skip to leave bad rows out, counted."))
     raise DataError(shown)
 
@@ -236,11 +164,3 @@ def _write_whole(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(staging, path)
-
-
-def _problem(fate: Fate) -> Problem:
-    return Problem(f"{fate.reason}: {fate.detail}" if fate.detail else fate.reason, fate.place)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
