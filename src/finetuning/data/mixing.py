@@ -6,7 +6,7 @@ that it always picked, on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -51,19 +51,26 @@ def weighted_mix(
     return indices
 
 
+def drawn_datasets(probabilities: Sequence[float], seed: int) -> Iterator[np.ndarray]:
+    """Numbers of datasets as they are drawn, without end, in blocks."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield generator.choice(len(probabilities), size=_BLOCK, p=probabilities)
+
+
 def _draw_until_exhausted(
     sizes: np.ndarray, probabilities: Sequence[float], seed: int, until_first: bool
 ) -> np.ndarray:
     """Drawn datasets, up to the draw that takes the last row of all of them, or of the first one."""
-    generator = np.random.default_rng(seed)
+    draws = drawn_datasets(probabilities, seed)
     counts = np.zeros(len(sizes), dtype=np.int64)
-    blocks = []
+    blocks: list[np.ndarray] = []
     while not (counts >= sizes).any() if until_first else (counts < sizes).any():
-        blocks.append(generator.choice(len(sizes), size=_BLOCK, p=probabilities))
+        blocks.append(next(draws))
         counts += np.bincount(blocks[-1], minlength=len(sizes))
-    draws = np.concatenate(blocks)
-    done = [np.flatnonzero(draws == source)[size - 1] for source, size in enumerate(sizes) if counts[source] >= size]
-    return draws[: (min(done) if until_first else max(done)) + 1]
+    drawn = np.concatenate(blocks)
+    done = [np.flatnonzero(drawn == source)[size - 1] for source, size in enumerate(sizes) if counts[source] >= size]
+    return drawn[: (min(done) if until_first else max(done)) + 1]
 
 
 def split(count: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
