@@ -73,7 +73,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_with_a_note(
 
 def make_checkpoint(folder: Path, *, without: str = "", state: str = '{"global_step": 4}') -> Path:
     folder.mkdir(parents=True)
-    files = {"trainer_state.json": state, "model.safetensors": "w", "optimizer.pt": "o"}
+    files = {"trainer_state.json": state, "model.safetensors": "w", "optimizer.pt": "o", "training_args.bin": "a"}
     for name, text in files.items():
         if name != without:
             (folder / name).write_text(text)
@@ -112,6 +112,13 @@ def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, st
     assert find_resume_point(tmp_path, "auto").checkpoint == whole
 
 
+def test_what_a_removal_that_was_cut_leaves_is_no_checkpoint(tmp_path: Path) -> None:
+    remains = make_checkpoint(tmp_path / "checkpoint-4", without="training_args.bin")
+    found = find_resume_point(tmp_path, "auto")
+    assert (found.checkpoint, found.notes) == (None, ("checkpoint-4 passed over: manifest.json is missing",))
+    assert find_resume_point(tmp_path, str(remains)).checkpoint == remains
+
+
 def test_true_needs_a_checkpoint_and_auto_does_not(tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "none", "auto").checkpoint is None
     with pytest.raises(CheckpointError, match=r"no whole checkpoint in .* auto starts afresh"):
@@ -128,11 +135,15 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_a_complete_run_is_left_alone(train: Any, sft_values: Any, capsys: pytest.CaptureFixture[str]) -> None:
     done = train(sft_values(SAVED))
+    record = done.output_dir / "run.json"
+    record.write_text(record.read_text().replace('"completed"', '"running"'))
+    going_on = sft_values({**SAVED, "run_conf.resume_from_checkpoint": "auto"})
+    assert train(going_on).result.status == "already complete", "killed after it had published"
+    assert [job["status"] for job in json.loads(record.read_text())["jobs"]] == ["running", "completed"]
     before = snapshot(done.output_dir)
     with pytest.raises(StorageError, match=r"holds an earlier run \(checkpoint-8, checkpoint-final\).*auto"):
         train(sft_values(SAVED))
-    again = train(sft_values({**SAVED, "run_conf.resume_from_checkpoint": "auto"}))
-    assert again.result.status == "already complete"
+    assert train(going_on).result.status == "already complete"
     with pytest.raises(StorageError, match=r"training_args.max_steps was 8, is 9.*another final_checkpoint_name"):
         train(sft_values({**SAVED, "training_args.max_steps": 9, "run_conf.resume_from_checkpoint": "auto"}))
     assert snapshot(done.output_dir) == before

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.algorithms.adalora import AllocateRank, is_adalora, ranks_kept_whole, read_importance, write_importance
 from finetuning.algorithms.loraplus import LoraPlusMixin
 from finetuning.algorithms.memory import MemoryMixin
 from finetuning.algorithms.phases import PhasesMixin
 from finetuning.algorithms.prompt_state import read_encoders, write_encoders
+from finetuning.algorithms.rotation import retire_checkpoints
 from finetuning.algorithms.schedule import apply_settings, settings_of
 from finetuning.errors import GuardStopped
 from finetuning.publish import is_full, publish, staging_path, write_manifest
@@ -195,15 +195,14 @@ class SafeguardMixin:
         for companion, text in self.companions.items():
             (staged / companion).write_text(text, encoding="utf-8")
         write_manifest(staged)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.is_dir():
+            # One that was passed over; cut short, its removal must not leave something that looks whole.
+            target.rename(staged.parent / "replaced")
         publish(staged, target)
         shutil.rmtree(staged.parent, ignore_errors=True)
         self._checkpoint_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-        rotate_checkpoints(
-            output_dir=self.args.output_dir,
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+        best = self.state.best_model_checkpoint
+        retire_checkpoints(target, self.args.save_total_limit, Path(best) if best else None)
 
     def _lacks_room(self) -> str | None:
         """Why a checkpoint as large as the last one would not fit."""

@@ -27,7 +27,7 @@ _INCIDENTAL = ("run_conf.resume_from_checkpoint", "tracking", "telemetry", "logg
 
 
 def check_output_dir(experiment: Experiment) -> bool:
-    """True when the run that the directory holds is complete and is asked to go on: there is nothing left to do.
+    """True when the run that the directory holds has its tuned model and is asked to go on: nothing is left to train.
 
     Raises:
         StorageError: it cannot be written, or holds another run's work that this one would mix with.
@@ -53,7 +53,8 @@ def check_output_dir(experiment: Experiment) -> bool:
     if not has_final:
         return False
     changed = _changed(experiment, output_dir / CONFIG_NAME)
-    if (read_record(output_dir) or {}).get("status") == "completed" and not changed:
+    # A tuned model appears whole: a run that was killed since has nothing left but to say so.
+    if _has_trained(output_dir) and (output_dir / CONFIG_NAME).is_file() and not changed:
         return True
     why = f"another config: {'; '.join(changed)}" if changed else "a run that is not recorded as complete"
     raise StorageError(

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.errors import CheckpointError, Place
-from finetuning.publish import manifest_fault
+from finetuning.publish import MANIFEST, manifest_fault
 
 _KEY = "run_conf.resume_from_checkpoint"
 _STATE, _OPTIMIZER = "trainer_state.json", ("optimizer.pt", "optimizer.bin")
+# Written by every stock Trainer, and taken away by ours, which writes a manifest.
+_STOCK = "training_args.bin"
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -44,7 +46,7 @@ def find_resume_point(output_dir: Path, wanted: bool | str) -> ResumePoint:
         return ResumePoint(Path(wanted))
     notes = []
     for checkpoint in checkpoints_of(output_dir):
-        fault = _fault(checkpoint)
+        fault = _fault(checkpoint) or _remains(checkpoint)
         if fault is None:
             return ResumePoint(checkpoint, tuple(notes))
         notes.append(f"{checkpoint.name} passed over: {fault}")
@@ -67,6 +69,12 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
         if path.is_dir() and path.name.rpartition("-")[2].isdigit()
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def _remains(checkpoint: Path) -> str | None:
+    """How a folder shows that its removal was cut short; None when it does not."""
+    kept = {path.name for path in checkpoint.iterdir()}
+    return None if kept & {MANIFEST, _STOCK} else f"{MANIFEST} is missing"
 
 
 def _fault(checkpoint: Path) -> str | None:

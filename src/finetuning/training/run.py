@@ -13,7 +13,7 @@ from finetuning.plan.plan import Plan, make_plan
 from finetuning.topology import Topology, read_end_time
 from finetuning.training.contract import Terms, agree
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
-from finetuning.training.record import CONFIG_NAME, RunRecord
+from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
 from finetuning.training.resume import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run(job: Job) -> RunResult:
         FinetuningError: anything else that the user can mend.
     """
     if check_output_dir(job.experiment):
+        _close_record(job)
         return RunResult(ALREADY_COMPLETE)
     if not job.topology.is_main:
         return _recorded(job)
@@ -74,6 +75,15 @@ def run(job: Job) -> RunResult:
         check_room(job.output_dir, job.experiment)
         (job.output_dir / CONFIG_NAME).write_text(job.resolved_config, encoding="utf-8")
         return _recorded(job)
+
+
+def _close_record(job: Job) -> None:
+    """Says of a run that has published its tuned model, and was killed before it could say so, that it is complete."""
+    if not job.topology.is_main or (read_record(job.output_dir) or {}).get("status") == "completed":
+        return
+    with claimed(job.output_dir):
+        final = str(job.output_dir / job.experiment.run_conf.final_checkpoint_name)
+        RunRecord(job.output_dir, job.method.name, writes=True).finish("completed", error=None, found=final)
 
 
 def _recorded(job: Job) -> RunResult:
