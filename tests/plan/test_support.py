@@ -42,6 +42,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "reads 8 bit weights": adapter("HRA", r=4, **QV),
     "not token by token": adapter("BEFT", target_modules=["v_proj"]),
     "anything but LoRA": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
+    "PiSSA": adapter("LORA", r=4, init_lora_weights="pissa", **QV),
+    "OLoRA": adapter("LORA", r=4, init_lora_weights="olora", **QV),
+    "a random beginning": adapter("LORA", r=4, init_lora_weights=False, **QV),
     "8 bit": bits("8"),
     "4 bit": bits("4"),
     "trained weights in float16": {"run_conf.model_args.dtype": "float16"},
@@ -63,19 +66,22 @@ ASKED: dict[str, dict[str, Any]] = {
     },
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
 }
+METHODS = {t.REFERENCE.name: "dpo", t.SCORES.name: "reward"}
+"""The methods that a trait asks for; all others are asked for of sft."""
 TOPOLOGIES = {"FSDP": Topology(world_size=2, sharded_by="fsdp"), "several processes": Topology(world_size=2)}
 
 
 @pytest.fixture
-def plan(sft_values: Any, write_config: Any) -> Any:
+def plan(sft_values: Any, dpo_values: Any, write_config: Any) -> Any:
     """A function that plans an experiment which asks for the named traits, on a model that is not there."""
 
     def make(*names: str) -> Setting:
         changes = {"run_conf.model": "/not/there"}
         for name in ("LoRA" if {"8 bit", "FSDP"} == set(names) else "", *names):
             changes |= ASKED.get(name, {})
-        document = read_document(write_config(sft_values(changes)))
-        experiment = validate(document, EXPERIMENTS["sft"]).experiment
+        method = next((METHODS[name] for name in names if name in METHODS), "sft")
+        document = read_document(write_config((sft_values if method == "sft" else dpo_values)(changes)))
+        experiment = validate(document, EXPERIMENTS[method]).experiment
         topology = next((TOPOLOGIES[name] for name in names if name in TOPOLOGIES), Topology())
         make_plan(experiment, topology)
         return Setting(experiment, topology, 2)

@@ -37,6 +37,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     import torch
     import transformers
 
+    from finetuning.algorithms.eva import begin_from_rows
     from finetuning.algorithms.trainer import TrainerMixin
     from finetuning.data.collate import FlatteningCollator, PaddingCollator
 
@@ -44,6 +45,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
 
         selects_logits = divides_batches = _selects_logits(parts)
+        computes_alone = True
         collated_columns = ("lengths",)
 
         def compute_loss(
@@ -72,15 +74,19 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
             return (loss, outputs) if return_outputs else loss
 
     tokenizer = parts.tokenizer
+    collate = (
+        PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_shown_as)
+        if parts.layout.padded
+        else FlatteningCollator()
+    )
+    begin_from_rows(parts.model, parts.data.train, collate, parts.arguments.per_device_train_batch_size)
     trainer = SFTTrainer(
         model=parts.model,
         args=parts.arguments,
         train_dataset=parts.data.train,
         eval_dataset=parts.data.validation,
         processing_class=tokenizer.tokenizer,
-        data_collator=PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_shown_as)
-        if parts.layout.padded
-        else FlatteningCollator(),
+        data_collator=collate,
         callbacks=list(parts.callbacks),
     )
     if trainer.selects_logits:

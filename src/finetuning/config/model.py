@@ -119,6 +119,9 @@ class NewPeft(Section):
     """The task; always CAUSAL_LM."""
     peft_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that type's PEFT config, such as `r` and `target_modules` for LORA."""
+    alora_invocation_string: str | None = Field(default=None, min_length=1)
+    """aLoRA: the text from which on a LORA works, such as the chat template's start of an assistant's turn. Each row
+    must hold it; before it the model stays the base, whose key-value cache it can share."""
 
 
 def peft_kind(value: Any) -> str:

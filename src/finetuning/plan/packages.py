@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
+from finetuning.config import trackers
 from finetuning.config.model import BitsAndBytes
 from finetuning.errors import MissingPackageError, Place, Problem
 from finetuning.plan.traits import Setting
@@ -47,22 +46,17 @@ def needs(setting: Setting) -> Iterator[Need]:
     if isinstance(setting.experiment.quant_conf, BitsAndBytes):
         yield Need("bitsandbytes", "pip install bitsandbytes", "quant_conf.quantization_type")
     if (setting.args.model_extra or {}).get("use_liger_kernel"):
-        yield Need("liger_kernel", "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
-    if _checkpoint_method(Path(setting.experiment.run_conf.model)) == "gptq":
+        for module in ("liger_kernel", "triton"):
+            yield Need(module, "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
+    if setting.quantised_by == "gptq":
         for module in ("gptqmodel", "optimum"):
             yield Need(module, "pip install 'finetuning[gptq]'", "run_conf.model")
     if setting.args.deepspeed:
         yield Need("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
-
-
-def _checkpoint_method(folder: Path) -> str | None:
-    """How a model in a local folder is quantised, by its own config; None where it is not, or lies elsewhere."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-    return quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    for name in trackers.wanted_trackers(setting.experiment):
+        package = (trackers.PACKAGES | trackers.FOREIGN).get(name)
+        if package is not None:
+            yield Need(package.module, package.install, trackers.asking_key(setting.experiment, name))
 
 
 def check_packages(setting: Setting) -> None:

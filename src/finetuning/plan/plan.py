@@ -9,6 +9,7 @@ from typing import Any
 from finetuning.config.experiment import Experiment
 from finetuning.errors import Place
 from finetuning.plan.batch import BatchPlan, plan_batches
+from finetuning.plan.beginnings import check_beginning
 from finetuning.plan.memory import MemoryEstimate, estimate_memory
 from finetuning.plan.packages import check_packages
 from finetuning.plan.steps import StepPlan, plan_steps, rows_of_an_epoch
@@ -76,6 +77,7 @@ def make_plan(experiment: Experiment, topology: Topology, rows: int | None = Non
     batch = plan_batches(experiment.batchsize_conf, topology.world_size, place)
     setting = Setting(experiment, topology, batch.accumulation)
     check_support(setting)
+    check_beginning(setting)
     check_packages(setting)
     learning_rate, reason = _learning_rate(experiment)
     return Plan(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetuning.errors import ConfigError, Place, Problem
 from finetuning.plan import traits as t
+from finetuning.plan.beginnings import table
 from finetuning.plan.traits import TRAITS, Setting, Trait
 
 
@@ -40,6 +41,23 @@ REFUSALS = (
     Refusal(t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
     Refusal(t.EIGHT_BIT, t.NO_EIGHT_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
     Refusal(t.FOUR_BIT, t.NO_FOUR_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
+    *(
+        Refusal(
+            beginning,
+            t.REFERENCE,
+            "the reference is the model without its adapter, which this beginning makes another than the one that is"
+            " trained",
+            "Remove init_lora_weights.",
+        )
+        for beginning in (t.PISSA, t.OLORA, t.RANDOM_START)
+    ),
+    Refusal(
+        t.ALORA, t.SCORES, "PEFT looks for the text that switches it on in language models only", "Choose a plain LORA."
+    ),
+    *(
+        Refusal(t.PISSA, weights, "it takes the weights apart, which needs them as numbers", "Remove one of them.")
+        for weights in (t.EIGHT_BIT, t.FOUR_BIT)
+    ),
     Refusal(
         t.EIGHT_BIT,
         t.FSDP,
@@ -158,6 +176,8 @@ def matrix() -> str:
             lines += ["|---|---|---|---|"]
             lines += [f"| {_named(r.one)} | {_named(r.other)} | {r.why} | {r.instead} |" for r in found]
             lines += [""]
+    lines += ["## How a LoRA may begin", ""]
+    lines += ["All of PEFT's ways but these, by `peft_conf.peft_kwargs.init_lora_weights`:", "", *table(), ""]
     lines += ["## The adapters that are meant", ""]
     for title, names in (
         ("Token by token", t.TOKENWISE),

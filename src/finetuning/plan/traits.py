@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetuning.config.experiment import Experiment
@@ -50,6 +52,21 @@ class Setting:
         passed_on = self.args.model_extra or {}
         return "deepspeed" if self.args.deepspeed else "fsdp" if passed_on.get("fsdp") else None
 
+    @property
+    def quantised_by(self) -> str | None:
+        """How the checkpoint itself is quantised, such as `gptq`; None where it is not, or lies elsewhere."""
+        return _checkpoint_method(Path(self.experiment.run_conf.model))
+
+
+def _checkpoint_method(folder: Path) -> str | None:
+    """How a model in a local folder is quantised, by its own config; None where it is not, or lies elsewhere."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
+    return quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+
 
 @dataclass(frozen=True)
 class Trait:
@@ -74,7 +91,21 @@ def _method(name: str) -> Trait:
 
 
 def _is_alora(run: Setting) -> bool:
-    return run.adapter == "LORA" and bool(run.experiment.peft_conf.peft_kwargs.get("alora_invocation_tokens"))
+    conf = run.experiment.peft_conf
+    return run.adapter == "LORA" and bool(
+        conf.alora_invocation_string or conf.peft_kwargs.get("alora_invocation_tokens")
+    )
+
+
+def _begins_with(*beginnings: Any) -> Callable[[Setting], bool]:
+    return lambda run: (
+        run.adapter == "LORA" and run.experiment.peft_conf.peft_kwargs.get("init_lora_weights", True) in beginnings
+    )
+
+
+def _has_reference(run: Setting) -> bool:
+    method = run.experiment.method_name
+    return method in ("dpo", "kto") or (method == "grpo" and bool(getattr(run.args, "beta", 0)))
 
 
 def _is_other_than_lora(run: Setting) -> bool:
@@ -88,6 +119,7 @@ def _trains_fp16(run: Setting) -> bool:
     return in_half and (isinstance(run.experiment.peft_conf, NoPeft) or run.sharded_by is not None)
 
 
+_INIT = "peft_conf.peft_kwargs.init_lora_weights"
 _TYPE, _QUANT, _OPTIM = "peft_conf.peft_type", "quant_conf.quantization_type", "training_args.optim"
 ALL_WEIGHTS = Trait("adapter", "all weights", _TYPE, lambda run: isinstance(run.experiment.peft_conf, NoPeft))
 LORA = Trait("adapter", "LoRA", _TYPE, lambda run: run.adapter == "LORA" and not _is_alora(run))
@@ -100,6 +132,11 @@ NO_EIGHT_BIT = Trait("adapter", "reads 8 bit weights", _TYPE, lambda run: run.ad
 UNPROVEN = Trait(
     "adapter", "not token by token", _TYPE, lambda run: run.adapter not in (*TOKENWISE, *VIRTUAL_TOKENS, "")
 )
+PISSA = Trait("adapter", "PiSSA", _INIT, _begins_with("pissa"))
+OLORA = Trait("adapter", "OLoRA", _INIT, _begins_with("olora"))
+RANDOM_START = Trait("adapter", "a random beginning", _INIT, _begins_with(False))
+SCORES = Trait("method", "reward", "method", lambda run: run.experiment.method_name == "reward")
+REFERENCE = Trait("method", "a reference (dpo, kto, grpo with beta)", "method", _has_reference)
 EIGHT_BIT = Trait("weights", "8 bit", _QUANT, _quantised("load_in_8bit"))
 FOUR_BIT = Trait("weights", "4 bit", _QUANT, _quantised("load_in_4bit"))
 FLOAT16_MASTERS = Trait("weights", "trained weights in float16", "run_conf.model_args.dtype", _trains_fp16)
@@ -137,8 +174,10 @@ ACCUMULATION = Trait(
     "memory", "accumulation", "batchsize_conf.total_train_batch_size", lambda run: run.accumulation > 1
 )
 TRAITS = (
-    *map(_method, ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")),
+    *map(_method, ("sft", "dpo", "kto", "grpo", "orpo", "cpo")), SCORES,
+    REFERENCE,
     ALL_WEIGHTS, LORA, ALORA, ADALORA, PREFIX, VIRTUAL, NO_FOUR_BIT, NO_EIGHT_BIT, UNPROVEN,
+    PISSA, OLORA, RANDOM_START,
     EIGHT_BIT, FOUR_BIT, FLOAT16_MASTERS,
     FSDP, DEEPSPEED, SEVERAL,
     PACKING, PADDING_FREE,

@@ -84,7 +84,11 @@ def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str
 
 def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
     """The rows as the method trains on them."""
-    return method.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
+    from finetuning.training.invocation import check_invoked
+
+    data = method.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
+    check_invoked(experiment, tokenizer.tokenizer, data)
+    return data
 
 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
@@ -119,8 +123,9 @@ def load_model(
     from finetuning.model.heads import LANGUAGE, SCORE
     from finetuning.model.load import load_model as load
     from finetuning.model.vocabulary import grow
+    from finetuning.training.invocation import with_invocation
 
-    peft_conf = experiment.peft_conf
+    peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
 
     def load_bare() -> tuple[Any, Any]:
         model = load(
