@@ -34,7 +34,7 @@ def prepare(
 
     args = experiment.grpo_args
     build_rewards(args)
-    return prepare_prompts(experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer)
+    return prepare_prompts(experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer, workers)
 
 
 class ReadyPrompt(list):  # type: ignore[type-arg]

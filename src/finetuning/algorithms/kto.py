@@ -26,7 +26,7 @@ def prepare(
     from finetuning.data.prepare import prepare_kto
 
     args = experiment.training_args
-    return prepare_kto(experiment.data_conf, args.max_length, args.seed, tokenizer, stop_tokens=stop_tokens)
+    return prepare_kto(experiment.data_conf, args.max_length, args.seed, tokenizer, workers, stop_tokens=stop_tokens)
 
 
 def first_loss(desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float) -> float:

@@ -26,7 +26,9 @@ def prepare(
     """Token ids of prompts, chosen and rejected answers, each answer whole."""
     from finetuning.data.prepare import prepare_reward
 
-    return prepare_reward(experiment.data_conf, experiment.training_args.max_length, tokenizer, stop_tokens=stop_tokens)
+    return prepare_reward(
+        experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
+    )
 
 
 def build_trainer(parts: TrainingParts) -> transformers.Trainer:

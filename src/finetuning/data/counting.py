@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetuning.config.data import DataConfig
 from finetuning.data.arranging import arrange, used_datasets
-from finetuning.data.loading import raw_rows
+from finetuning.data.loading import unparsed_rows
 from finetuning.errors import DataError, Problem
 
 
@@ -17,7 +17,7 @@ def count_training_rows(data_conf: DataConfig) -> int:
     lengths, problems = [], list[Problem]()
     for key, source in used_datasets(data_conf.training_data, "data_conf.training_data"):
         try:
-            lengths.append(sum(1 for _ in raw_rows(source, key)))
+            lengths.append(sum(1 for _ in unparsed_rows(source, key)))
         except DataError as error:
             problems.extend(error.problems)
     if problems:

@@ -59,6 +59,17 @@ class PartLedger:
         if count:
             self.counts[what] += count
 
+    def add(self, other: PartLedger) -> None:
+        """Takes up the fates of further rows."""
+        self.rows += other.rows
+        self.kept += other.kept
+        self.tokens += other.tokens
+        self.trained_tokens += other.trained_tokens
+        shortest = [one for one in (self.shortest_dropped, other.shortest_dropped) if one is not None]
+        self.shortest_dropped = min(shortest, default=None)
+        self.fates += other.fates
+        self.counts.update(other.counts)
+
     def totals(self) -> Totals:
         """All fates, counted."""
         totals = Totals(

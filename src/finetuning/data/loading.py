@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -13,7 +12,7 @@ from finetuning.config.training import SFTArgs
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
 from finetuning.data.handlers import Recipe, make_recipe
 from finetuning.data.rows import Row
-from finetuning.data.sources import find_shards
+from finetuning.data.sources import Line, find_shards
 from finetuning.data.substitution import Formatter, unescape
 from finetuning.errors import ConfigError, DataError, Place, Problem
 
@@ -23,12 +22,19 @@ _TEXT_KEYS = ("response_template", "instruction_template", "data_formatter_templ
 
 @dataclass(frozen=True)
 class OpenDataset:
-    """A dataset whose format is known, and its rows: each typed, a list of typed, a Problem or a `Skipped`."""
+    """A dataset whose format is known, and its rows."""
 
     row_format: RowFormat
     is_stated: bool
     """Whether the config says the format; otherwise it was told from the first rows."""
-    rows: Iterator[Any]
+    unparsed: Iterator[Row | Problem | Line]
+    parse: Callable[[Row | Problem | Line], Any]
+    """What a row is: one that is typed, a list of such, a Problem or a `Skipped`."""
+
+    @property
+    def rows(self) -> Iterator[Any]:
+        """The rows that are left, parsed."""
+        return map(self.parse, self.unparsed)
 
     def __str__(self) -> str:
         return f"{self.row_format.name}, {'as configured' if self.is_stated else 'told from the rows'}"
@@ -42,9 +48,7 @@ def options_for(sft_args: SFTArgs | None, special_tokens: dict[str, str]) -> Opt
     return Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)
 
 
-def open_dataset(
-    source: DatasetSource, key: str, kind: str, options: Options, digest: hashlib._Hash | None = None
-) -> OpenDataset:
+def open_dataset(source: DatasetSource, key: str, kind: str, options: Options) -> OpenDataset:
     """The dataset, its first rows read; `key` names it in the config, `kind` is one of `KINDS`.
 
     Raises:
@@ -53,15 +57,22 @@ def open_dataset(
     """
     recipe = make_recipe(source, key)
     special_tokens = options.special_tokens
-    rows = (recipe(row, special_tokens) if isinstance(row, Row) else row for row in raw_rows(source, key, digest))
+
+    def handled(one: Row | Problem | Line) -> Any:
+        row = one.row() if isinstance(one, Line) else one
+        return recipe(row, special_tokens) if isinstance(row, Row) else row
+
+    rows = unparsed_rows(source, key)
     head = list(islice(rows, _LOOKED_AT))
-    row_format, is_stated = _choose(source, recipe, kind, [row for row in head if isinstance(row, Row)], key)
+    shown = [row for row in map(handled, head) if isinstance(row, Row)]
+    row_format, is_stated = _choose(source, recipe, kind, shown, key)
     own = _own_options(source, recipe, options)
-    return OpenDataset(
-        row_format,
-        is_stated,
-        (row_format.parse(row, own) if isinstance(row, Row) else row for row in chain(head, rows)),
-    )
+
+    def parse(one: Row | Problem | Line) -> Any:
+        row = handled(one)
+        return row_format.parse(row, own) if isinstance(row, Row) else row
+
+    return OpenDataset(row_format, is_stated, chain(head, rows), parse)
 
 
 def title_of(source: DatasetSource) -> str:
@@ -71,16 +82,9 @@ def title_of(source: DatasetSource) -> str:
     return f"{name} ({source.split})" if source.split else name
 
 
-def raw_rows(source: DatasetSource, key: str, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
+def unparsed_rows(source: DatasetSource, key: str) -> Iterator[Row | Problem | Line]:
     """The rows as they stand in their files, no more than the dataset gives."""
-    return islice(_rows(source, key, digest), source.max_rows)
-
-
-def _rows(source: DatasetSource, key: str, digest: hashlib._Hash | None) -> Iterator[Row | Problem]:
-    for shard in find_shards(source, key):
-        if digest is not None:
-            digest.update(b"\0file\0")
-        yield from shard.rows(digest)
+    return islice(chain.from_iterable(shard.unparsed() for shard in find_shards(source, key)), source.max_rows)
 
 
 def _own_options(source: DatasetSource, recipe: Recipe, options: Options) -> Options:

@@ -87,10 +87,10 @@ def prepare_rows(
     folder = cache_folder(data_conf.cache)
     inputs = replace(inputs, data=_digests([*sources, *other]))
     if folder is None:
-        return _prepared(_make(data_conf, reading, sources, other, inputs), "prepared now; the cache is off")
+        return _prepared(_make(data_conf, reading, sources, other, inputs, None), "prepared now; the cache is off")
 
     def make(entry: Path) -> None:
-        made = _make(data_conf, reading, sources, other, inputs)
+        made = _make(data_conf, reading, sources, other, inputs, entry.parent)
         write(entry, made.train, made.validation, made.ledger, made.preview, inputs)
 
     found = find_or_make(folder, inputs, make)
@@ -115,11 +115,13 @@ def _make(
     sources: Sequence[tuple[str, DatasetSource]],
     other: Sequence[tuple[str, DatasetSource]],
     inputs: Inputs,
+    folder: Path | None,
 ) -> Stored:
-    part, ledger = reading.read(sources, "training")
+    """The rows, on the disk of `folder`, by default on that of temporary files."""
+    part, ledger = reading.read(sources, "training", folder)
     parts, ledgers = [part], [ledger]
     if other:
-        part, ledger = reading.read(other, "validation")
+        part, ledger = reading.read(other, "validation", folder)
         parts.append(part)
         ledgers.append(ledger)
     if data_conf.on_bad_row == "error":
@@ -128,11 +130,11 @@ def _make(
     report.check(data_conf.max_lost_fraction)
     train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
     return Stored(
-        train=to_dataset(parts[0], train, "training"),
+        train=to_dataset(parts[0], train, "training", folder),
         validation=(
-            to_dataset(parts[0], held_out, "validation")
+            to_dataset(parts[0], held_out, "validation", folder)
             if held_out is not None
-            else to_dataset(parts[1], mixing.concatenate(parts[1].lengths), "validation")
+            else to_dataset(parts[1], mixing.concatenate(parts[1].lengths), "validation", folder)
             if other
             else None
         ),

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetuning.data.columns import as_dataset
 from finetuning.data.packing import pack
+from finetuning.data.spool import Spool
 
 if TYPE_CHECKING:
     import datasets
@@ -63,25 +65,23 @@ def _padded_share(lengths: np.ndarray, batch: int) -> float:
 def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:
     """The rows in packs of at most `capacity` tokens: `input_ids`, `labels`, and `lengths`, those of the rows in a
     pack, in order."""
-    import datasets
     import pyarrow as pa
-    from datasets.table import InMemoryTable
 
     lengths = row_lengths(dataset)
     packing = pack(lengths, capacity)
     source = dataset.with_format("arrow")
     columns = ("input_ids", "labels")
-    chunks: dict[str, list[pa.Array]] = {name: [] for name in (*columns, "lengths")}
+    spool = Spool()
     for first in range(0, len(packing), _SLAB):
         borders = packing.borders[first : first + _SLAB + 1]
         rows = packing.rows[borders[0] : borders[-1]]
         table = source[rows]
         sizes = lengths[rows]
         ends = np.concatenate([[0], np.cumsum(sizes)])[borders - borders[0]]
+        slab = {}
         for name in columns:
             values = pa.chunked_array([chunk.flatten() for chunk in table[name].chunks]).combine_chunks()
-            chunks[name].append(pa.LargeListArray.from_arrays(ends, values))
-        chunks["lengths"].append(pa.LargeListArray.from_arrays(borders - borders[0], pa.array(sizes.astype(np.int32))))
-    features = datasets.Features({name: datasets.LargeList(datasets.Value("int32")) for name in chunks})
-    packed = pa.table({name: pa.chunked_array(parts) for name, parts in chunks.items()})
-    return datasets.Dataset(InMemoryTable(packed), info=datasets.DatasetInfo(features=features))
+            slab[name] = pa.LargeListArray.from_arrays(ends, values)
+        slab["lengths"] = pa.LargeListArray.from_arrays(borders - borders[0], pa.array(sizes.astype(np.int32)))
+        spool.add(pa.table(slab))
+    return as_dataset(spool.table())

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from finetuning.config.data import DataConfig
 from finetuning.config.training import SFTArgs
+from finetuning.data.columns import as_dataset
 from finetuning.data.examples import DPOMaker, SFTMaker
 from finetuning.data.labelling import Labeller
 from finetuning.data.loading import options_for
@@ -17,6 +20,7 @@ from finetuning.data.packed import pack_dataset
 from finetuning.data.prompts import PromptMaker
 from finetuning.data.reading import Reading
 from finetuning.data.rendering import Renderer
+from finetuning.data.spool import taken
 from finetuning.data.supervised import SupervisedMaker
 from finetuning.data.templates import chosen_template
 from finetuning.data.unpaired import UnpairedMaker, WholePairMaker
@@ -38,8 +42,8 @@ def prepare_sft(
     """`input_ids` and `labels` of the training and validation rows.
 
     `tokenizer` has its chat template and special tokens already. `stop_tokens` are what the model may stop at besides
-    the end-of-sequence token (its `generation_config`), which some templates end a tool call with. Preparation runs on
-    the tokenizer's own threads, whatever `num_workers` says.
+    the end-of-sequence token (its `generation_config`), which some templates end a tool call with. Of many rows,
+    `num_workers` processes make a share each; how many they are does not change the rows.
 
     Raises:
         DataError: a file, a row or the template is wrong, or too few rows are left.
@@ -61,7 +65,7 @@ def prepare_sft(
         "sft_args.train_on": [options.chats, options.completions],
         "stop tokens": list(stop_tokens),
     }
-    reading = Reading("sft", options, make, labeller, sft_args.max_seq_length)
+    reading = Reading("sft", options, make, labeller, sft_args.max_seq_length, num_workers)
     prepared = prepare_rows(data_conf, reading, tokenizer, rules)
     if not sft_args.packing:
         return prepared
@@ -93,6 +97,7 @@ def prepare_dpo(
         DPOMaker(renderer, masker, labeller, max_length),
         labeller,
         max_length,
+        num_workers,
     )
     return prepare_rows(data_conf, reading, tokenizer, _rules("dpo", max_length, stop_tokens))
 
@@ -101,6 +106,7 @@ def prepare_reward(
     data_conf: DataConfig,
     max_length: int | None,
     tokenizer: PreTrainedTokenizerFast,
+    num_workers: int = 1,
     *,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
@@ -115,7 +121,7 @@ def prepare_reward(
     make = WholePairMaker(DPOMaker(renderer, masker, labeller, None), max_length)
     return prepare_rows(
         data_conf,
-        Reading("preference", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length),
+        Reading("preference", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers),
         tokenizer,
         _rules("reward", max_length, stop_tokens),
     )
@@ -126,6 +132,7 @@ def prepare_kto(
     max_length: int | None,
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
+    num_workers: int = 1,
     *,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
@@ -146,6 +153,7 @@ def prepare_kto(
         UnpairedMaker(renderer, masker, labeller, max_length),
         labeller,
         max_length,
+        num_workers,
     )
     prepared = prepare_rows(data_conf, reading, tokenizer, _rules("kto", max_length, stop_tokens))
     return replace(
@@ -157,11 +165,17 @@ def prepare_kto(
 
 
 def _shuffled(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
-    return dataset.shuffle(seed=seed, keep_in_memory=True).flatten_indices(keep_in_memory=True)
+    """The rows in the order of `Dataset.shuffle`."""
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return as_dataset(taken(dataset.with_format("arrow")[:], order))
 
 
 def prepare_prompts(
-    data_conf: DataConfig, max_length: int | None, needed: Mapping[str, str], tokenizer: PreTrainedTokenizerFast
+    data_conf: DataConfig,
+    max_length: int | None,
+    needed: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerFast,
+    num_workers: int = 1,
 ) -> PreparedData:
     """`prompt_ids` and `row` of the prompts; those longer than `max_length` are left out.
 
@@ -172,7 +186,9 @@ def prepare_prompts(
     """
     labeller = _labeller(tokenizer)
     make = PromptMaker(Renderer(tokenizer), labeller, max_length, needed)
-    reading = Reading("prompt", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length)
+    reading = Reading(
+        "prompt", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers
+    )
     return prepare_rows(data_conf, reading, tokenizer, _rules("grpo", max_length, ()) | {"columns": dict(needed)})
 
 

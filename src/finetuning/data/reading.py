@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetuning.config.data import DatasetSource
-from finetuning.data.columns import Columns, as_dataset
-from finetuning.data.examples import Example, Lost, Maker
+from finetuning.data.batches import Batch, Repeats, in_batches, make_batch, typed
+from finetuning.data.columns import as_dataset
+from finetuning.data.examples import Maker
 from finetuning.data.formats import Options
 from finetuning.data.labelling import Labeller
 from finetuning.data.ledger import PartLedger
-from finetuning.data.loading import open_dataset, title_of
+from finetuning.data.loading import OpenDataset, open_dataset, title_of
 from finetuning.data.preview import PreviewRow, preview_of
-from finetuning.data.rows import Skipped
-from finetuning.errors import DataError, Place, Problem
+from finetuning.data.spool import Spool, taken
+from finetuning.data.workers import Workers, usable_workers
+from finetuning.errors import DataError, Problem
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-SAME_AS_BEFORE = "the same as a row before"
-_BATCH = 1024
+_FEW = 8
+"""Batches that are made before other processes are asked to help."""
 MOST_SHOWN = 100
 """Rows of each run that a preview can show."""
 
@@ -53,73 +55,79 @@ class Reading:
     make: Maker
     labeller: Labeller
     limit: int | None
+    workers: int = 1
+    """Processes that may share the work."""
     problems: list[Problem] = field(default_factory=list)
     preview: list[list[PreviewRow]] = field(default_factory=list)
-    seen: dict[bytes, str] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=Repeats)
 
-    def read(self, sources: Sequence[tuple[str, DatasetSource]], name: str) -> tuple[Part, PartLedger]:
-        """The rows of datasets, each with its key in the config. One batch is made into examples, by a thread that
-        mostly waits for the tokenizer's own, while the next is read and parsed."""
+    def read(
+        self, sources: Sequence[tuple[str, DatasetSource]], name: str, folder: Path | None = None
+    ) -> tuple[Part, PartLedger]:
+        """The rows of datasets, each with its key in the config; they are kept on the disk of `folder`."""
         ledger = PartLedger(name, self.limit)
-        columns = Columns()
-        alive: list[bool] = []
+        spool = Spool(folder)
+        alive: list[np.ndarray] = []
         lengths = []
-        with _spared_collections(), ThreadPoolExecutor(1, "prepare") as thread:
+        with _spared_collections():
             for key, source in sources:
-                before = len(alive)
                 opened = open_dataset(source, key, self.kind, self.options)
                 ledger.formats[title_of(source)] = str(opened)
-                waiting: tuple[list[Any], Future[list[Example | Lost]]] | None = None
-                while batch := list(islice(opened.rows, _BATCH)):
-                    parsed = [one for row in batch for one in (row if isinstance(row, list) else [row])]
-                    made = thread.submit(self.make, [one for one in parsed if not isinstance(one, Problem | Skipped)])
-                    if waiting:
-                        self._add(*waiting, ledger, columns, alive)
-                    waiting = (parsed, made)
-                if waiting:
-                    self._add(*waiting, ledger, columns, alive)
-                lengths.append(len(alive) - before)
-        return Part(columns.table(), np.array(alive, dtype=bool), lengths), ledger
+                rows = 0
+                with closing(self._batches(opened, name)) as batches:
+                    for batch in batches:
+                        rows += len(batch.alive)
+                        alive.append(batch.alive)
+                        self._add(batch, ledger, spool)
+                lengths.append(rows)
+        self.repeats.note(ledger)
+        return Part(spool.table(), np.concatenate(alive) if alive else np.empty(0, dtype=bool), lengths), ledger
 
-    def _add(
-        self,
-        parsed: Sequence[Any],
-        examples: Future[list[Example | Lost]],
-        ledger: PartLedger,
-        columns: Columns,
-        alive: list[bool],
-    ) -> None:
-        made = iter(examples.result())
-        for row in parsed:
-            if isinstance(row, Problem):
-                example: Example | Lost = Lost("bad row", row.message, is_bad=True)
-            else:
-                example = Lost(row.reason, is_fault=False) if isinstance(row, Skipped) else next(made)
-            alive.append(isinstance(example, Example))
-            if isinstance(example, Lost):
-                if example.is_bad:
-                    self.problems.append(row if isinstance(row, Problem) else Problem(_why(example), row.place))
-                ledger.drop(row.place, example.reason, example.detail, is_fault=example.is_fault, tokens=example.tokens)
-                continue
-            self._keep(example, row.place, ledger)
-            columns.add(example.columns)
-        columns.flush()
-
-    def _keep(self, example: Example, place: Place, ledger: PartLedger) -> None:
-        if example.tokens_cut:
-            ledger.truncate(place, example.tokens, example.trained, example.tokens_cut, example.answer_cut)
-        else:
-            ledger.keep(example.tokens, example.trained)
-        for note in example.notes:
-            ledger.note(note)
-        if len(self.preview) < MOST_SHOWN:
+    def _add(self, batch: Batch, ledger: PartLedger, spool: Spool) -> None:
+        ledger.add(batch.ledger)
+        self.problems += batch.problems
+        for example, place in batch.shown[: MOST_SHOWN - len(self.preview)]:
             self.preview.append(preview_of(example, place, self.labeller))
-        key = hashlib.blake2b(example.text.encode(), digest_size=16).digest()
-        first = self.seen.get(key)
-        if first is None:
-            self.seen[key] = ledger.part
-        else:
-            ledger.note(SAME_AS_BEFORE if first == ledger.part else f"the same as a {first} row")
+        if batch.columns:
+            self.repeats.add(batch.digests)
+            spool.add(batch.table())
+
+    def _batches(self, opened: OpenDataset, name: str) -> Iterator[Batch]:
+        """The batches of a dataset, in order. Where there are many, clones of this process make them, with what the
+        first of them taught about the template."""
+        unparsed = in_batches(opened.unparsed)
+        count = usable_workers(self.workers)
+        head = list(islice(unparsed, _FEW)) if count > 1 else []
+        if len(head) < _FEW:
+            yield from self._one_ahead(opened, chain(head, unparsed), name)
+            return
+        yield self._make(typed(head[0], opened.parse), name)
+
+        def make(task: tuple[list[Any], int]) -> Batch:
+            rows, want = task
+            return make_batch(typed(rows, opened.parse), self.make, PartLedger(name, self.limit), want)
+
+        with Workers(make, count) as workers:
+            tasks = ((rows, self._want()) for rows in chain(head[1:], unparsed))
+            yield from workers.map(tasks)
+
+    def _one_ahead(self, opened: OpenDataset, unparsed: Iterator[list[Any]], name: str) -> Iterator[Batch]:
+        """The batches, made by a thread that mostly waits for the tokenizer's own, while the next is parsed."""
+        waiting: Future[Batch] | None = None
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            for rows in unparsed:
+                made = thread.submit(self._make, typed(rows, opened.parse), name)
+                if waiting:
+                    yield waiting.result()
+                waiting = made
+            if waiting:
+                yield waiting.result()
+
+    def _make(self, rows: Sequence[Any], name: str) -> Batch:
+        return make_batch(rows, self.make, PartLedger(name, self.limit), self._want())
+
+    def _want(self) -> int:
+        return MOST_SHOWN - len(self.preview)
 
 
 @contextmanager
@@ -132,14 +140,10 @@ def _spared_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def to_dataset(part: Part, order: np.ndarray, name: str) -> datasets.Dataset:
+def to_dataset(part: Part, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:
     """The rows of a part in an order, without those that were dropped."""
     rows = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
     if not len(rows):
         raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
     in_order = len(rows) == part.examples.num_rows and np.array_equal(rows, np.arange(len(rows)))
-    return as_dataset(part.examples if in_order else part.examples.take(rows))
-
-
-def _why(lost: Lost) -> str:
-    return f"{lost.reason}: {lost.detail}" if lost.detail else lost.reason
+    return as_dataset(part.examples if in_order else taken(part.examples, rows, folder))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from finetuning.data.rows import Row
-from finetuning.data.sources.json_files import read_json
+from finetuning.data.sources.json_files import Line, read_json
 from finetuning.data.sources.opening import COMPRESSED, digest_file, kind_of, opened
 from finetuning.data.sources.tables import read_arrow, read_csv, read_parquet
 from finetuning.data.sources.text_files import read_text
@@ -37,6 +37,10 @@ class FileShard:
     def rows(self, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
         """The rows in order. Raises DataError as `read_rows`."""
         return read_rows(self.path, digest, text_unit=self.text_unit)
+
+    def unparsed(self) -> Iterator[Row | Problem | Line]:
+        """The same, but lines of JSON as they are. Raises DataError as `read_rows`."""
+        return _counted(self.path, _read(self.path, None, self.text_unit))
 
     def feed(self, digest: hashlib._Hash) -> None:
         """Feeds what the rows depend on: the file's bytes."""
@@ -70,15 +74,20 @@ def read_rows(path: str, digest: hashlib._Hash | None = None, *, text_unit: str 
     Raises:
         DataError: the file holds no row, is damaged, or is in an encoding other than UTF-8.
     """
+    for row in _counted(path, _read(path, digest, text_unit)):
+        yield row.row() if isinstance(row, Line) else row
+
+
+def _counted(path: str, rows: Iterator[Row | Problem | Line]) -> Iterator[Row | Problem | Line]:
     count = 0
-    for row in _read(path, digest, text_unit):
+    for row in rows:
         count += 1
         yield row
     if count == 0:
         raise DataError("0 rows", place=Place(file=path))
 
 
-def _read(path: str, digest: hashlib._Hash | None, text_unit: str) -> Iterator[Row | Problem]:
+def _read(path: str, digest: hashlib._Hash | None, text_unit: str) -> Iterator[Row | Problem | Line]:
     kind = kind_of(path)
     is_json = kind not in (*_COLUMNAR, *_SEPARATORS, *TEXTS)
     if digest is not None and not is_json:

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from finetuning.data.rows import Row, json_type
 from finetuning.errors import DataError, Place, Problem
@@ -14,8 +14,23 @@ from finetuning.errors import DataError, Place, Problem
 _INCOMPLETE = object()
 
 
-def read_json(path: str, stream: BinaryIO, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
-    """The rows of a file in order, a Problem in place of each line that is no row.
+class Line(NamedTuple):
+    """A line of JSON Lines that is not parsed yet, and the byte of the file that it begins at."""
+
+    file: str
+    number: int
+    offset: int
+    data: bytes
+
+    def row(self) -> Row | Problem:
+        """The row of the line, or what is wrong with it."""
+        place = Place(file=self.file, line=self.number)
+        text = _to_text(self.data, place, self.offset)
+        return text if isinstance(text, Problem) else _parse_line(text, place)
+
+
+def read_json(path: str, stream: BinaryIO, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem | Line]:
+    """The rows of a file in order: lines, or a Problem in place of what is no row.
 
     JSONL is read line by line; a file that holds one JSON array, or one object over several lines, is read whole. A
     byte order mark is skipped, empty lines are not rows. `digest` is fed all bytes.
@@ -53,14 +68,12 @@ def _decode(text: str) -> Any:
         return _INCOMPLETE if error.pos >= len(text) else error
 
 
-def _read_lines(path: str, stream: Any, offset: int, digest: hashlib._Hash | None) -> Iterator[Row | Problem]:
+def _read_lines(path: str, stream: Any, offset: int, digest: hashlib._Hash | None) -> Iterator[Line]:
     for number, line in enumerate(stream, start=1):
         if digest is not None:
             digest.update(line)
-        if line.strip():
-            place = Place(file=path, line=number)
-            text = _to_text(line, place, offset)
-            yield text if isinstance(text, Problem) else _parse_line(text, place)
+        if not line.isspace():
+            yield Line(path, number, offset, line)
         offset += len(line)
 
 

@@ -14,6 +14,7 @@ from finetuning.config.data import DatasetSource
 from finetuning.data.rows import Row
 from finetuning.data.sources.files import TABLES, TEXTS, FileShard, check_source
 from finetuning.data.sources.hub import HubShard
+from finetuning.data.sources.json_files import Line
 from finetuning.data.sources.opening import kind_of
 from finetuning.errors import DataError, Place, Problem
 
@@ -29,6 +30,8 @@ class Shard(Protocol):
     def name(self) -> str: ...
 
     def rows(self, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]: ...
+
+    def unparsed(self) -> Iterator[Row | Problem | Line]: ...
 
     def feed(self, digest: hashlib._Hash) -> None: ...
 

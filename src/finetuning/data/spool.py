@@ -1,0 +1,71 @@
+"""Rows on disk as they come: an Arrow file without a name, mapped into memory when all rows are in it."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetuning.errors import StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SLAB = 4096
+
+
+class Spool:
+    """Tables of one schema, laid end to end on disk.
+
+    The file has no name, so that nothing of it is left when the process ends, however it ends.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        """Opens a file in the folder, by default in that for temporary files."""
+        self._folder = str(folder) if folder is not None and folder.is_dir() else tempfile.gettempdir()
+        self._file: Any = self._guarded(lambda: tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
+        self._writer: Any = None
+
+    def add(self, table: pa.Table) -> None:
+        """Writes the rows.
+
+        Raises:
+            StorageError: there is no room for them.
+        """
+        import pyarrow as pa
+
+        if self._writer is None:
+            self._writer = pa.ipc.new_stream(self._file, table.schema)
+        self._guarded(lambda: self._writer.write_table(table))
+
+    def table(self) -> pa.Table:
+        """All rows, mapped into memory; none can be added any more."""
+        import pyarrow as pa
+
+        if self._writer is None:
+            return pa.table({})
+        self._guarded(self._writer.close)
+        self._guarded(self._file.flush)
+        with self._file as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+
+    def _guarded(self, step: Any) -> Any:
+        try:
+            return step()
+        except OSError as error:
+            raise StorageError(
+                f"prepared rows cannot be kept in {self._folder}: {error}",
+                hint="Set data_conf.cache, or TMPDIR, to a folder with room.",
+            ) from error
+
+
+def taken(table: pa.Table, rows: np.ndarray, folder: Path | None = None) -> pa.Table:
+    """These rows of a table, in this order, on disk."""
+    spool = Spool(folder)
+    for first in range(0, len(rows), _SLAB):
+        spool.add(table.take(rows[first : first + _SLAB]))
+    return spool.table()
