@@ -1,37 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_types import LORA_KINDS, LORA_OF_GPT2
 
 from finetuning.export.merge import MergeResult, merge_adapters
-
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-LORAS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR},
-    "odd scaling": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]},
-    "rslora": {"r": 6, "lora_alpha": 7, "use_rslora": True, "target_modules": ALL_LINEAR},
-    "dora": {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": ALL_LINEAR},
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ALL_LINEAR,
-        "rank_pattern": {"q_proj": 6, "layers.1.mlp.up_proj": 2},
-        "alpha_pattern": {"layers.0.self_attn.k_proj": 3},
-    },
-    "head and embeddings": {"r": 4, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
-    "dora embeddings": {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "v_proj"]},
-    "modules to save": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
-    "norms to save": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["input_layernorm"]},
-    "tokens": {"r": 4, "target_modules": ["v_proj"], "trainable_token_indices": [3, 300, 17]},
-    "one layer": {"r": 4, "target_modules": ["v_proj"], "layers_to_transform": [1]},
-    "regex": {"r": 4, "target_modules": r".*\.(q|v)_proj"},
-    "gaussian": {"r": 4, "target_modules": ["v_proj"], "init_lora_weights": "gaussian"},
-}
 
 
 def lora(**arguments: Any) -> Any:
@@ -73,7 +51,7 @@ def merge(base: Path, adapters: list[Path], out: Path, **options: Any) -> MergeR
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_streaming_gives_the_bits_of_peft(
     kind: str,
@@ -86,7 +64,7 @@ def test_streaming_gives_the_bits_of_peft(
     tmp_path: Path,
 ) -> None:
     base = copy_in_dtype(chatml_llama_dir if tied else tiny_llama_dir, dtype)
-    adapter = make_adapter(base, lora(**LORAS[kind]), tmp_path / "adapter")
+    adapter = make_adapter(base, lora(**LORA_KINDS[kind]), tmp_path / "adapter")
     result = merge(base, [adapter], tmp_path / "out")
     assert result.streamed
     assert result.certificate is not None and result.certificate.passed
@@ -107,7 +85,7 @@ def test_an_adapter_of_16_bit_numbers(
     tmp_path: Path,
 ) -> None:
     base = copy_in_dtype(tiny_llama_dir, dtype)
-    adapter = make_adapter(base, lora(**LORAS["plain"]), tmp_path / "adapter", dtype=dtype)
+    adapter = make_adapter(base, lora(**LORA_KINDS["plain"]), tmp_path / "adapter", dtype=dtype)
     merge(base, [adapter], tmp_path / "out")
     assert_same_bits(tmp_path / "out", merged_by_peft(base, [adapter], tmp_path / "peft"))
 
@@ -115,7 +93,7 @@ def test_an_adapter_of_16_bit_numbers(
 def test_adapters_are_merged_in_order(tiny_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     kinds = ("plain", "dora", "modules to save")
     adapters = [
-        make_adapter(tiny_llama_dir, lora(**LORAS[kind]), tmp_path / kind, seed=i) for i, kind in enumerate(kinds)
+        make_adapter(tiny_llama_dir, lora(**LORA_KINDS[kind]), tmp_path / kind, seed=i) for i, kind in enumerate(kinds)
     ]
     merge(tiny_llama_dir, adapters, tmp_path / "out")
     assert_same_bits(tmp_path / "out", merged_by_peft(tiny_llama_dir, adapters, tmp_path / "peft"))
@@ -125,7 +103,7 @@ def test_shards_index_and_companions_go_along(
     chatml_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = copy_in_dtype(chatml_llama_dir, "bfloat16")
-    adapter = make_adapter(base, lora(**LORAS["plain"]), tmp_path / "adapter")
+    adapter = make_adapter(base, lora(**LORA_KINDS["plain"]), tmp_path / "adapter")
     (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
     merge(base, [adapter], tmp_path / "out")
     out = tmp_path / "out"
@@ -143,7 +121,7 @@ def test_shards_index_and_companions_go_along(
 def test_the_tokenizer_of_the_adapter_comes_first(
     tiny_llama_dir: Path, chatml_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    adapter = make_adapter(tiny_llama_dir, lora(**LORAS["plain"]), tmp_path / "adapter")
+    adapter = make_adapter(tiny_llama_dir, lora(**LORA_KINDS["plain"]), tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (adapter / name).write_bytes((chatml_llama_dir / name).read_bytes())
     merge(tiny_llama_dir, [adapter], tmp_path / "mine", verify=False)
@@ -154,37 +132,25 @@ def test_the_tokenizer_of_the_adapter_comes_first(
     assert (tmp_path / "mine" / "chat_template.jinja").is_file()
 
 
-def test_gpt2_and_its_transposed_layers(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    base = tmp_path / "gpt2"
-    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(base)
-    for number, arguments in enumerate(
-        (
-            {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
-            {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True, "use_dora": True},
-            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
-            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
-            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"},
-        )
-    ):
-        adapter = make_adapter(base, lora(r=4, **arguments), tmp_path / f"adapter-{number}")
-        result = merge(base, [adapter], tmp_path / f"out-{number}")
-        assert result.streamed
-        assert_same_bits(tmp_path / f"out-{number}", merged_by_peft(base, [adapter], tmp_path / f"peft-{number}"))
+@pytest.mark.parametrize("kind", LORA_OF_GPT2)
+def test_gpt2_and_its_transposed_layers(
+    kind: str, base_of: Callable[[str], Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of("gpt2")
+    adapter = make_adapter(base, lora(r=4, **LORA_OF_GPT2[kind]), tmp_path / "adapter")
+    assert merge(base, [adapter], tmp_path / "out").streamed
+    assert_same_bits(tmp_path / "out", merged_by_peft(base, [adapter], tmp_path / "peft"))
 
 
-def test_a_checkpoint_of_the_bare_model(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_bare_model(
+    base_of: Callable[[str], Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
-    from transformers import GPT2Config, GPT2LMHeadModel
 
-    base = tmp_path / "gpt2"
-    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(base)
+    base = shutil.copytree(base_of("gpt2"), tmp_path / "gpt2")
     file = base / "model.safetensors"
     save_file({n.removeprefix("transformer."): t for n, t in load_file(file).items()}, file, {"format": "pt"})
-    adapter = make_adapter(base, lora(r=4, target_modules=["c_attn"], fan_in_fan_out=True), tmp_path / "adapter")
+    adapter = make_adapter(base, lora(r=4, **LORA_OF_GPT2["own biases"]), tmp_path / "adapter")
     assert merge(base, [adapter], tmp_path / "out").streamed
     assert "h.0.attn.c_attn.weight" in tensors(tmp_path / "out")
 
@@ -221,7 +187,7 @@ def test_an_adapter_that_rounding_swallows_is_told(
     tiny_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = copy_in_dtype(tiny_llama_dir, "bfloat16")
-    adapter = make_adapter(base, lora(**LORAS["plain"]), tmp_path / "adapter", scale=1e-4)
+    adapter = make_adapter(base, lora(**LORA_KINDS["plain"]), tmp_path / "adapter", scale=1e-6)
     told: list[str] = []
     merge(base, [adapter], tmp_path / "out", tell=told.append)
     assert any("rounding to bfloat16 loses" in line for line in told)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_types import MINIMAL, QV
 from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,51 +19,6 @@ from finetuning.model.adapters import NEEDS_TASK_IDS, build
 from finetuning.model.load import load_model
 from finetuning.model.save import save_model
 
-QV = {"target_modules": ["q_proj", "v_proj"]}
-MINIMAL = {
-    "ADALORA": {"init_r": 4, "target_r": 2, **QV},
-    "ADAMSS": {"r": 8, "num_subspaces": 2, **QV},
-    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
-    "BEFT": {"target_modules": ["v_proj"]},
-    "BOFT": {"boft_block_size": 4, "target_modules": ["q_proj"]},
-    "C3A": {"block_size": 16, **QV},
-    "CARTRIDGE": {"num_virtual_tokens": 4},
-    "CPT": {"cpt_token_ids": [5, 6, 7, 8], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
-    "DEFT": {"r": 4, **QV},
-    "DELORA": {"r": 4, **QV},
-    "FOURIERFT": {"n_frequency": 50, **QV},
-    "FROD": {"target_modules": ["q_proj"], "progressbar": False},
-    "GLORA": {"r": 4, **QV},
-    "GRALORA": {"r": 4, **QV},
-    "HIRA": {"r": 4, **QV},
-    "HRA": {"r": 4, **QV},
-    "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "LILY": {"r": 4, **QV},
-    "LN_TUNING": {},
-    "LOHA": {"r": 4, **QV},
-    "LOKR": {"r": 4, **QV},
-    "LORA": {"r": 4, **QV},
-    "MISS": {"r": 4, **QV},
-    "OFT": {"oft_block_size": 8, **QV},
-    "OSF": QV,
-    "PEANUT": {"r": 4, **QV},
-    "PREFIX_TUNING": {"num_virtual_tokens": 4},
-    "PROMPT_TUNING": {"num_virtual_tokens": 4},
-    "PSOFT": {"r": 4, **QV},
-    "PVERA": {"r": 8, "target_modules": ["q_proj"]},
-    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
-    "RANDLORA": {"r": 4, **QV},
-    "ROAD": {"group_size": 8, **QV},
-    "SHADOW": {"r": 4},
-    "SHIRA": {"r": 4, **QV},
-    "SUPERTUNING": QV,
-    "TINYLORA": QV,
-    "TRAINABLE_TOKENS": {"token_indices": [5, 6, 7], "target_modules": ["embed_tokens"]},
-    "UNILORA": QV,
-    "VBLORA": {"r": 4, "num_vectors": 8, "vector_length": 16, **QV},
-    "VERA": {"r": 8, "target_modules": ["q_proj"]},
-    "WAVEFT": {"n_frequency": 50, **QV},
-}
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
 
 

@@ -17,30 +17,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.errors import GuardStopped, ModelError
-from finetuning.export.peft_merge import DeviceMap, load_adapter, load_base, merge_in_memory
+from finetuning.export.peft_merge import DeviceMap, head_for, load_adapter, load_base, merge_in_memory
+from finetuning.export.probe import logits_of, sample_prompts, scores_of
 from finetuning.export.sources import Adapter, BaseModel
+from finetuning.model.heads import SCORE
 
 if TYPE_CHECKING:
     import torch
 
-# B prompts, T tokens, V vocabulary
+# T tokens, V vocabulary
 
 CERTIFICATE = "merge_certificate.json"
 SAFETY = {"float64": 64.0, "float32": 64.0, "float16": 8.0, "bfloat16": 8.0}
 PEAK = 8.0
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-_PROMPTS = (
-    "The capital of France is Paris, and the capital of Italy is",
-    "Write one sentence about the sea.",
-    "def add(a, b):\n    return a +",
-    '{"name": "Ada", "born": 1815, "field": "',
-    "1, 1, 2, 3, 5, 8, 13,",
-    "Translate to German: Good morning, how are you?",
-)
-_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,7 @@ class Certificate:
     dtype: str
     num_prompts: int
     num_positions: int
+    """Tokens whose logits were compared; of a model that scores, the prompts' scores."""
     merged_against_adapter: Difference
     base_against_adapter: Difference
     """What the adapter changes: the measure of the difference above."""
@@ -101,18 +95,19 @@ def certify(
     """
     import torch
 
-    prompts = _token_ids(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
-    model = load_base(base, device_map=device_map)
-    if num_rows is not None and model.get_input_embeddings().weight.shape[0] < num_rows:
-        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
+    head = head_for(base, adapters)
+    outputs = scores_of if head is SCORE else logits_of
+    model = load_base(base, adapters, device_map=device_map)
     dtype = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     layers = max(int(base.text_config.get("num_hidden_layers") or base.text_config.get("n_layer") or 1), 1)
     tuned = load_adapter(merge_in_memory(model, adapters[:-1]), adapters[-1])
-    reference = _logits(tuned, prompts)
+    reference = outputs(tuned, prompts)
     with tuned.disable_adapter():
-        untuned = _logits(tuned, prompts)
+        untuned = outputs(tuned, prompts)
     del tuned, model
-    found = _logits(_load_merged(merged, device_map), prompts)
+    again = head.loader.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
+    found = outputs(again, prompts)
     spread = (
         torch.cat([(ref - ref.mean(-1, keepdim=True)).flatten() for ref in reference]).square().mean().sqrt().item()
     )
@@ -214,39 +209,3 @@ def _judge(
         problems=tuple(problems),
         base_fingerprint=base_fingerprint,
     )
-
-
-def _load_merged(merged: Path, device_map: DeviceMap) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
-
-
-def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits_TV in float32 of each prompt alone, so that no padding takes part."""
-    import torch
-
-    with torch.inference_mode():
-        device = model.get_input_embeddings().weight.device
-        return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts]
-
-
-def _token_ids(merged: Path, rows: int) -> list[list[int]]:
-    """The sample prompts as ids below `rows`, and ids at random, which reach rows that no text of ours does."""
-    import random
-
-    draw = random.Random(0)
-    if (merged / "tokenizer_config.json").is_file() or (merged / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(merged)
-        prompts = [tokenizer(text)["input_ids"][:_MAX_TOKENS] for text in _PROMPTS]
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": _PROMPTS[1]}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS])
-        prompts = [[token for token in ids if token < rows] for ids in prompts]
-    else:
-        prompts = []
-    prompts += [[draw.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(2)]
-    return [ids for ids in prompts if len(ids) > 1]

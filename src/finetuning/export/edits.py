@@ -10,6 +10,7 @@ from typing import Any
 
 from finetuning.errors import ModelError
 from finetuning.export.sources import Adapter
+from finetuning.export.tensor_output import same_bytes
 from finetuning.model.tensor_files import TensorEntry
 
 # r rank, O out_features, I in_features, V vocabulary, H hidden
@@ -128,10 +129,10 @@ def read_edits(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | Nee
         elif match := _TOKENS.match(name):
             rows = _token_rows(adapter.config, match["module"], entry)
             edits.setdefault(f"{match['module']}.weight", []).append(SetRows(entry, rows))
-        elif "lora_" in name or "original_module" in name or "token_adapter" in name:
+        elif "lora_" in name or "trainable_tokens" in name:
             return NeedsPeft(f"its tensor {key} is of a kind that streaming does not know")
-        else:
-            edits.setdefault(name.replace(".base_layer.", "."), []).insert(0, Replace(entry))
+        elif not _is_repeated(name, entry, adapter.entries):
+            edits.setdefault(plain_name(name), []).insert(0, Replace(entry))
     if any(
         len(part.shape) != 2 for pair in parts.values() for kind, part in pair.items() if kind in ("lora_A", "lora_B")
     ):
@@ -139,6 +140,21 @@ def read_edits(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | Nee
     _add_low_rank(adapter, model_type, parts, edits)
     mixed = [name for name, todo in edits.items() if {SetRows, LowRank} <= {type(edit) for edit in todo}]
     return NeedsPeft(f"{mixed[0]} has both LoRA and trained tokens") if mixed else edits
+
+
+def plain_name(name: str) -> str:
+    """The name of a whole tensor without the wrappers that PEFT puts round the module that holds it."""
+    for wrapper in (".token_adapter", ".base_layer", ".modules_to_save"):
+        name = name.replace(f"{wrapper}.", ".")
+    return name
+
+
+def _is_repeated(name: str, entry: TensorEntry, entries: Mapping[str, TensorEntry]) -> bool:
+    """True for what PEFT saves beside the trained tensor when the vocabulary has grown: what it was, and it again."""
+    if ".original_module." in name:
+        return True
+    again = entries.get(PREFIX + plain_name(name))
+    return ".modules_to_save." in name and again is not None and same_bytes(again, entry)
 
 
 def _add_low_rank(

@@ -92,13 +92,14 @@ def _write_model(
 ) -> int | None:
     """Writes weights and all that goes along into `folder`; returns the rows of the input embeddings, where known."""
     changes: Mapping[str, Any] | None = None
+    folders = [adapter.folder for adapter in adapters]
+    tokenizer = tokenizer_folder(tokenizer, folders, base.folder)
     if isinstance(plan, MergePlan):
         write_merged(base, plan, folder, progress)
         changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
     else:
-        num_rows = merge_with_peft(base, adapters, folder, device_map)
-    folders = [adapter.folder for adapter in adapters]
-    write_companions(folder, base, folders, tokenizer_folder(tokenizer, folders, base.folder), changes, num_rows)
+        num_rows = merge_with_peft(base, adapters, folder, tokenizer, device_map)
+    write_companions(folder, base, folders, tokenizer, changes, num_rows)
     return num_rows
 
 

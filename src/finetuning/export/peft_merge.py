@@ -8,16 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import ModelError
+from finetuning.export.edits import plain_name
+from finetuning.export.plan import is_vocabulary
 from finetuning.export.sources import Adapter, BaseModel
+from finetuning.model.heads import SCORE, Head, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DeviceMap = str | dict[str, Any] | None
+_MADE_ANEW = {
+    "LILY": "a router chooses its weights anew for each token",
+    "POLY": "its weights are mixed anew for the task of each row",
+    "SHADOW": "what it adds to a layer is computed anew from each input",
+    "XLORA": "it mixes several adapters anew for each token",
+}
+_HEAD_WEIGHTS = ("score.weight", "classifier.weight")
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
     """Nothing, or a ModelError when adapters of this type cannot become part of a model's weights."""
+    if adapter.peft_type in _MADE_ANEW:
+        raise _unmergeable(adapter, _MADE_ANEW[adapter.peft_type])
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -32,16 +44,20 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
 
 
-def load_base(base: BaseModel, *, device_map: DeviceMap = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The base model in the dtype of its files; a quantised one dequantised."""
-    from transformers import AutoModelForCausalLM
+def head_for(base: BaseModel, adapters: Sequence[Adapter]) -> Head:
+    """The head of the merged model: an adapter for a reward model brings its own."""
+    if any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
+        return SCORE
+    return head_of(base.config.get("architectures") or ())
 
-    model = AutoModelForCausalLM.from_pretrained(
-        base.folder,
-        dtype="auto",
-        device_map=device_map,
-        use_safetensors=not base.pickled,
-        trust_remote_code=trust_remote_code,
+
+def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
+    """The base model in the dtype of its files, with the head that the adapters need; a quantised one dequantised."""
+    head = head_for(base, adapters)
+    heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
+    fields = {"num_labels": heads[-1].shape[0]} if head is SCORE and heads else {}
+    model = head.loader.from_pretrained(
+        base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
     )
     if base.config.get("quantization_config"):
         try:
@@ -52,7 +68,23 @@ def load_base(base: BaseModel, *, device_map: DeviceMap = None, trust_remote_cod
                 f"{base.folder} is quantised by {method}, which cannot be dequantised: {_first_line(error)}.",
                 hint="Merge into the unquantised base model.",
             ) from error
+    rows = _grown_rows(adapters)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     return model.eval()
+
+
+def _grown_rows(adapters: Sequence[Adapter]) -> int:
+    """The most rows of whole embeddings that the adapters hold; 0 where they hold none."""
+    return max(
+        (
+            entry.shape[0]
+            for adapter in adapters
+            for name, entry in adapter.entries.items()
+            if name.endswith(".weight") and is_vocabulary(plain_name(name)) and len(entry.shape) == 2
+        ),
+        default=0,
+    )
 
 
 def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
@@ -75,7 +107,7 @@ def load_adapter(model: Any, adapter: Adapter) -> Any:
 
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter.folder))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
             f"the adapter {adapter.folder} does not fit the base: {_first_line(error)}.",
             hint="Is this the base model that it was trained on?",
@@ -103,22 +135,33 @@ def merge_in_memory(model: Any, adapters: Sequence[Adapter]) -> Any:
         try:
             model = tuned.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
-            raise _unmergeable(adapter, _first_line(error)) from error
+            raise _unmergeable(adapter, _first_line(error), "into this base") from error
     return model
 
 
-def merge_with_peft(base: BaseModel, adapters: Sequence[Adapter], folder: Path, device_map: DeviceMap = None) -> int:
+def merge_with_peft(
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    folder: Path,
+    tokenizer: Path | None = None,
+    device_map: DeviceMap = None,
+) -> int:
     """Writes the merged weights and config; returns the rows of the input embeddings."""
     for adapter in adapters:
         refuse_unmergeable(adapter)
-    model = merge_in_memory(load_base(base, device_map=device_map), adapters)
+    model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
+    if head_for(base, adapters) is SCORE and tokenizer is not None and model.config.pad_token_id is None:
+        from transformers import AutoTokenizer
+
+        # A score is read at the last token that is no padding.
+        model.config.pad_token_id = AutoTokenizer.from_pretrained(tokenizer).pad_token_id
     model.save_pretrained(folder)
     return model.get_input_embeddings().weight.shape[0]
 
 
-def _unmergeable(adapter: Adapter, why: str) -> ModelError:
+def _unmergeable(adapter: Adapter, why: str, where: str = "") -> ModelError:
     return ModelError(
-        f"an adapter of type {adapter.peft_type} cannot be merged: {why.rstrip('.')}.",
+        f"an adapter of type {adapter.peft_type} cannot be merged{where and ' ' + where}: {why.rstrip('.')}.",
         hint="Serve it as it is, with PEFT: base model and adapter side by side.",
     )
 

@@ -41,6 +41,9 @@ def plan_merge(base: BaseModel, adapters: Sequence[Adapter], *, force: bool = Fa
         return NeedsPeft("the base is stored quantised; it is merged into the dequantised weights")
     if base.pickled:
         return NeedsPeft("the base's weights are pickled")
+    scores = any(name.endswith("ForSequenceClassification") for name in _architectures(base))
+    if not scores and any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
+        return NeedsPeft("the adapter brings a head of its own, which takes the place of the base's")
     edits: dict[str, tuple[Edit, ...]] = {}
     shapes = {name: entry.shape for name, entry in base.entries.items()}
     notes: list[str] = []
@@ -56,10 +59,12 @@ def plan_merge(base: BaseModel, adapters: Sequence[Adapter], *, force: bool = Fa
         notes += _check_coverage(base, adapter, found, names, force)
         for name, todo in found.items():
             target = names[name]
-            start = shapes.get(target) or shapes[_embedding_name(base)]
-            fitted = [_fit(edit, name, start, adapter) for edit in todo]
-            shapes[target] = next((edit.value.shape for edit in fitted if isinstance(edit, Replace)), start)
-            edits[target] = edits.get(target, ()) + tuple(fitted)
+            shape = shapes.get(target) or shapes[_embedding_name(base)]
+            for edit in todo:
+                fitted = _fit(edit, name, shape, adapter)
+                shape = fitted.value.shape if isinstance(fitted, Replace) else shape
+                edits[target] = (*edits.get(target, ()), fitted)
+            shapes[target] = shape
     changed_shapes = {n: s for n, s in shapes.items() if n not in base.entries or s != base.entries[n].shape}
     return _settle_embeddings(base, MergePlan(edits, {}, changed_shapes, {}, tuple(notes)))
 
@@ -68,6 +73,10 @@ def is_tied(base: BaseModel) -> bool:
     """True when input and output embeddings are one tensor."""
     said = base.text_config.get("tie_word_embeddings", base.config.get("tie_word_embeddings"))
     return bool(said) if said is not None else _head_name(base.entries) is None
+
+
+def _architectures(base: BaseModel) -> list[str]:
+    return base.config.get("architectures") or []
 
 
 def _names_in_files(base: BaseModel, found: Mapping[str, Sequence[Edit]]) -> dict[str, str] | NeedsPeft:
@@ -103,7 +112,7 @@ def _converted_name(base: BaseModel, names: Iterable[str]) -> str | None:
     keys = [
         base.config.get("model_type"),
         base.text_config.get("model_type"),
-        *(base.config.get("architectures") or []),
+        *_architectures(base),
     ]
     patterns = [
         pattern
@@ -132,7 +141,7 @@ def _fit(edit: Edit, name: str, shape: tuple[int, ...], adapter: Adapter) -> Edi
     elif isinstance(edit, Replace):
         # More rows than the base has is a grown vocabulary.
         if edit.value.shape != shape and not (
-            _is_vocabulary(name) and edit.value.shape[1:] == shape[1:] and edit.value.shape[0] > shape[0]
+            is_vocabulary(name) and edit.value.shape[1:] == shape[1:] and edit.value.shape[0] > shape[0]
         ):
             wrong = edit.value.shape
     elif isinstance(edit, ShiftBias):
@@ -209,20 +218,25 @@ def _stay_tied(embedding: Sequence[Edit], head: Sequence[Edit], *, grown: bool) 
         return True
     if not head:
         return grown or all(isinstance(edit, SetRows) for edit in embedding)
-    return (
-        len(embedding) == len(head) == 1
-        and isinstance(embedding[0], Replace)
-        and isinstance(head[0], Replace)
-        and same_bytes(embedding[0].value, head[0].value)
-    )
+    return len(embedding) == len(head) and all(map(_is_same, embedding, head))
+
+
+def _is_same(one: Edit, other: Edit) -> bool:
+    """True when both put the same values into the same rows."""
+    if isinstance(one, Replace) and isinstance(other, Replace):
+        return same_bytes(one.value, other.value)
+    if isinstance(one, SetRows) and isinstance(other, SetRows):
+        return one.rows == other.rows and same_bytes(one.value, other.value)
+    return False
 
 
 def _is_head(name: str) -> bool:
     return name in {f"{head}.weight" for head in _HEADS}
 
 
-def _is_vocabulary(name: str) -> bool:
-    return name.split(".")[-2:-1] and name.split(".")[-2] in (*_HEADS, *_EMBEDDINGS)
+def is_vocabulary(name: str) -> bool:
+    """True for a tensor of the input or output embeddings."""
+    return any(module in (*_HEADS, *_EMBEDDINGS) for module in name.split(".")[-2:-1])
 
 
 def _head_name(names: Iterable[str]) -> str | None:

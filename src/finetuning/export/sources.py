@@ -32,6 +32,10 @@ class Adapter:
     def peft_type(self) -> str:
         return str(self.config.get("peft_type", "")).upper()
 
+    @property
+    def task_type(self) -> str:
+        return str(self.config.get("task_type") or "")
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -83,7 +87,8 @@ def read_adapter(name: str, *, allow_pickle: bool = False) -> Adapter:
         raise ModelError(f"{folder / ADAPTER_CONFIG} names no peft_type; it is no PEFT adapter")
     if (folder / ADAPTER_WEIGHTS).is_file():
         entries = read_header(folder / ADAPTER_WEIGHTS)
-        if not entries:
+        # X-LoRA keeps its weights in files of other names.
+        if not entries and str(config["peft_type"]).upper() != "XLORA":
             raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no tensor at all; the adapter was not saved whole")
         return Adapter(folder, config, entries)
     pickle = next((folder / name for name in PICKLED_ADAPTER if (folder / name).is_file()), None)
