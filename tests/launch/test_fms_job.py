@@ -26,10 +26,7 @@ TEXTS = {"dataset_text_field": "output", "response_template": "\n### Label:"}
 
 
 def translate(job: dict[str, Any], *, processes: int = 1, **readers: Any) -> Translation:
-    made = Readers(
-        readers.get("data_config", lambda path: {"training_data": path}),
-        readers.get("tokens", lambda tokenizer, text: list(range(len(text.split())))),
-    )
+    made = Readers(readers.get("data_config", lambda path: {"training_data": path}))
     return to_experiment(parse_document(json.dumps(MINIMAL | job), "job.json"), made, processes=processes)
 
 
@@ -122,9 +119,9 @@ def test_formats() -> None:
     assert own["training_data"] == "/data.yaml"
 
 
-def test_alora_is_invoked_by_the_tokens_of_its_text() -> None:
-    values = translate({"peft_method": "alora", "alora_invocation_string": "now answer this"}).values
-    assert values["peft_conf"]["peft_kwargs"]["alora_invocation_tokens"] == [0, 1, 2]
+def test_alora_is_invoked_by_its_text() -> None:
+    conf = translate({"peft_method": "alora", "alora_invocation_string": "now answer this"}).values["peft_conf"]
+    assert (conf["peft_type"], conf["alora_invocation_string"]) == ("LORA", "now answer this")
 
 
 def test_qlora_and_gptq() -> None:

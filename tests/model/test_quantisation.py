@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, RunConfig
+from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, Quantised, RunConfig, TorchAO
 from finetuning.errors import ConfigError, ModelError
 from finetuning.model.adapters import build
 from finetuning.model.load import load_model
@@ -19,20 +19,42 @@ from finetuning.model.save import save_model
 NF4 = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
 DOUBLE = NF4.model_copy(update={"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"})
 INT8 = BitsAndBytes(quantization_type="bits-and-bytes", load_in_8bit=True)
+AO_INT8 = TorchAO(quantization_type="torchao")
+AO_FLOAT8 = TorchAO(quantization_type="torchao", weight_dtype="float8")
 LORA = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["all-linear"]})
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
 
 
-@pytest.mark.parametrize("conf", [NF4, DOUBLE, INT8], ids=["nf4", "nf4-double", "int8"])
-def test_a_quantised_base_trains_an_adapter(conf: BitsAndBytes, tiny_llama_dir: Path, tmp_path: Path):
+def stored_as(layer: torch.nn.Module) -> str:
+    """What holds the weights of a layer: bitsandbytes has layers of its own, torchao tensors."""
+    weight = type(layer.weight).__name__
+    return weight if weight.endswith("Tensor") else type(layer).__name__
+
+
+def numbers(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as a plain tensor, which torchao's are not."""
+    return weight.dequantize() if type(weight).__name__.endswith("8Tensor") else weight
+
+
+@pytest.mark.parametrize(
+    ("conf", "kind"),
+    [
+        (NF4, "Linear4bit"),
+        (DOUBLE, "Linear4bit"),
+        (INT8, "Linear8bitLt"),
+        (AO_INT8, "Int8Tensor"),
+        (AO_FLOAT8, "Float8Tensor"),
+    ],
+    ids=["nf4", "nf4-double", "int8", "torchao-int8", "torchao-float8"],
+)
+def test_a_quantised_base_trains_an_adapter(conf: Quantised, kind: str, tiny_llama_dir: Path, tmp_path: Path):
     run_conf = RunConfig(model=str(tiny_llama_dir))
     model = load_model(run_conf, conf)
-    kind = "Linear8bitLt" if conf.load_in_8bit else "Linear4bit"
-    assert is_quantised(model) and type(model.model.layers[0].self_attn.q_proj).__name__ == kind
-    assert type(model.lm_head).__name__ == "Linear"
+    assert is_quantised(model) and stored_as(model.model.layers[0].self_attn.q_proj) == kind
+    assert stored_as(model.lm_head) == "Linear"
     adapted = build(prepare_quantised(model, gradient_checkpointing=True), LORA)
     assert adapted.total == sum(p.numel() for p in load_model(run_conf).parameters()) + adapted.trainable
-    frozen = {name: p.clone() for name, p in adapted.model.named_parameters() if not p.requires_grad}
+    frozen = {name: numbers(p).clone() for name, p in adapted.model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in adapted.model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):
@@ -42,7 +64,8 @@ def test_a_quantised_base_trains_an_adapter(conf: BitsAndBytes, tiny_llama_dir: 
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
-    assert all(torch.equal(frozen[name], p) for name, p in adapted.model.named_parameters() if name in frozen)
+    after = {name: numbers(p) for name, p in adapted.model.named_parameters() if name in frozen}
+    assert all(torch.equal(frozen[name], after[name]) for name in frozen)
     save_model(adapted.model, AutoTokenizer.from_pretrained(tiny_llama_dir), tmp_path / "adapter")
     again = PeftModel.from_pretrained(load_model(run_conf, conf), tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -74,6 +97,17 @@ def test_every_field_arrives():
     )
 
 
+def test_torchao_leaves_modules_out(tiny_llama_dir: Path):
+    conf = TorchAO(quantization_type="torchao", skip_modules=["q_proj"])
+    model = load_model(RunConfig(model=str(tiny_llama_dir)), conf)
+    attention = model.model.layers[0].self_attn
+    assert [stored_as(layer) for layer in (attention.q_proj, attention.k_proj, model.lm_head)] == [
+        "Linear",
+        "Int8Tensor",
+        "Linear",
+    ]
+
+
 def test_both_widths_are_a_config_error():
     with pytest.raises(ConfigError, match="both of load_in_4bit and load_in_8bit"):
         to_bitsandbytes_config(NF4.model_copy(update={"load_in_8bit": True}))
@@ -89,8 +123,8 @@ def test_nothing_is_cast_where_weights_are_sharded(tiny_llama_dir: Path):
     assert prepare_quantised(model).model.norm.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("conf", [NF4, INT8], ids=["nf4", "int8"])
-def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: BitsAndBytes, chatml_llama_dir: Path):
+@pytest.mark.parametrize("conf", [NF4, INT8, AO_INT8], ids=["nf4", "int8", "torchao-int8"])
+def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: Quantised, chatml_llama_dir: Path):
     model = prepare_quantised(load_model(RunConfig(model=str(chatml_llama_dir)), conf))
     # All but the adapters below lies frozen between them and the loss.
     lora = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["q_proj"]})

@@ -47,6 +47,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "a random beginning": adapter("LORA", r=4, init_lora_weights=False, **QV),
     "8 bit": bits("8"),
     "4 bit": bits("4"),
+    "torchao": {"quant_conf": {"quantization_type": "torchao"}},
+    "not over torchao": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
     "trained weights in float16": {"run_conf.model_args.dtype": "float16"},
     "DeepSpeed": {"training_args.deepspeed": {"zero_optimization": {"stage": 2}}},
     "packing": {"sft_args.packing": True},
@@ -100,7 +102,7 @@ def test_what_does_not_go_together_is_refused(plan: Any, refusal: Refusal) -> No
 
 @pytest.mark.parametrize("trait", [trait for trait in TRAITS if trait.name in ASKED], ids=lambda trait: trait.name)
 def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, trait: t.Trait) -> None:
-    needs = {"8 bit": "LoRA", "4 bit": "LoRA", "LoRA+": "LoRA"}.get(trait.name, "")
+    needs = dict.fromkeys(("8 bit", "4 bit", "torchao", "LoRA+"), "LoRA").get(trait.name, "")
     for names, expected in (((needs, trait.name), True), ((), trait is t.ALL_WEIGHTS or trait is t.NOT_LORA)):
         changes: dict[str, Any] = {}
         for name in names:
@@ -158,6 +160,8 @@ def test_the_page_is_what_the_code_says() -> None:
         ("LoRA", "8 bit", "bitsandbytes, 8 bit"),
         ("LoRA", "LoRA+", "packing"),
         ("AdaLoRA", "packing"),
+        ("LoRA", "torchao", "packing"),
+        ("virtual tokens", "torchao"),
         ("AdaLoRA", "4 bit"),
         ("virtual tokens", "4 bit"),
         ("prefix tuning", "8 bit"),

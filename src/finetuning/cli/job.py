@@ -70,15 +70,10 @@ def make_readers() -> Readers:
     from finetuning.data.fms import read_data_config
     from finetuning.launch.fms_job import Readers
 
-    def tokens(tokenizer: str, text: str) -> list[int]:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(tokenizer).encode(text, add_special_tokens=False)
-
     def training_fields() -> Collection[str]:
         return Installed().class_fields(SFTExperiment.trainer_config) or frozenset()
 
-    return Readers(read_data_config, tokens, training_fields)
+    return Readers(read_data_config, training_fields)
 
 
 def _level(job: Document) -> str:

@@ -185,4 +185,15 @@ class BitsAndBytes(Section):
     """Data type that 4 bit weights are stored in; matters for FSDP only."""
 
 
-QuantConfig = Annotated[NoQuantization | BitsAndBytes, Field(discriminator="quantization_type")]
+class TorchAO(Section):
+    """8 bit weights by torchao, on any device; LoRA is trained over them."""
+
+    quantization_type: Literal["torchao"]
+    weight_dtype: Literal["int8", "float8"] = "int8"
+    """What the weights of linear layers are stored in; they are computed in the model's own type."""
+    skip_modules: list[str] | None = None
+    """Modules that stay as they are, besides the output layer."""
+
+
+Quantised = BitsAndBytes | TorchAO
+QuantConfig = Annotated[NoQuantization | BitsAndBytes | TorchAO, Field(discriminator="quantization_type")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.generation import GenerationModel
-from finetuning.config.model import BitsAndBytes, NoQuantization
+from finetuning.config.model import NoQuantization, Quantised
 from finetuning.errors import Interrupted
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, most_padding_on, plan_batches
 from finetuning.inference.generate import Answer, EncodedPrompt, encode_prompts, generate_batches
@@ -31,7 +31,7 @@ class Job:
 
     prompts: Sequence[Prompt]
     model_conf: GenerationModel
-    quant_conf: NoQuantization | BitsAndBytes
+    quant_conf: NoQuantization | Quantised
     gen_params: Mapping[str, Any]
     seed: int = 42
     batch_size: int | None = None

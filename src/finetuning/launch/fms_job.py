@@ -22,8 +22,6 @@ class Readers:
 
     data_config: Callable[[str], Mapping[str, Any]]
     """Path of a data config: the values of `data_conf`."""
-    tokens: Callable[[str, str], list[int]]
-    """Path of a tokenizer, text: its ids, without special tokens."""
     training_fields: Callable[[], Collection[str]] = frozenset
     """Names of the installed trainer's fields."""
 
@@ -46,7 +44,7 @@ def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Tra
     put_data(out, readers)
     _put_batches(out, processes)
     _put_training(out, readers.training_fields())
-    put_peft(out, readers.tokens)
+    put_peft(out)
     _put_model(out)
     _put_length(out)
     _put_tracking(out)

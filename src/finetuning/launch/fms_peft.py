@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from finetuning.launch import fms_keys as keys
 from finetuning.launch.translation import Translation
 
 
-def put_peft(out: Translation, tokens: Callable[[str, str], list[int]]) -> None:
+def put_peft(out: Translation) -> None:
     """`peft_conf`, `quant_conf` and the kernels."""
     method = str(out.get("peft_method", "none")).lower()
     if method in ("lora", "alora"):
-        _put_lora(out, method, tokens)
+        _put_lora(out, method)
     elif method == "pt":
         out.put("peft_conf.peft_type", "PROMPT_TUNING")
         given = {key: out.get(key, default) for key, default in keys.PROMPT_DEFAULTS.items()}
@@ -38,7 +37,7 @@ def put_peft(out: Translation, tokens: Callable[[str, str], list[int]]) -> None:
     _put_kernels(out)
 
 
-def _put_lora(out: Translation, method: str, tokens: Callable[[str, str], list[int]]) -> None:
+def _put_lora(out: Translation, method: str) -> None:
     kwargs: dict[str, Any] = {key: out.get(key, default) for key, default in keys.LORA_DEFAULTS.items()}
     kwargs |= {key: out.get(key) for key in sorted(keys.LORA - set(keys.LORA_DEFAULTS)) if out.has(key)}
     modules = out.items("target_modules")
@@ -51,11 +50,9 @@ def _put_lora(out: Translation, method: str, tokens: Callable[[str, str], list[i
     if not modules:
         del kwargs["target_modules"]
     if method == "alora":
-        text = out.get("alora_invocation_string")
-        ids = tokens(str(out.get("tokenizer_name_or_path", out.get("model_name_or_path"))), str(text)) if text else []
-        if not ids:
-            out.wrong("alora_invocation_string", "aLoRA needs a text that invokes it, of at least one token")
-        kwargs["alora_invocation_tokens"] = ids
+        if not out.get("alora_invocation_string"):
+            out.wrong("alora_invocation_string", "aLoRA needs a text that invokes it")
+        out.put("peft_conf.alora_invocation_string", out.get("alora_invocation_string"))
     out.put("peft_conf.peft_type", "LORA")
     out.put("peft_conf.peft_kwargs", kwargs)
 

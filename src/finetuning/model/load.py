@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from finetuning.config.model import BitsAndBytes, Dtype, ModelArgs, NoQuantization, RunConfig
+from finetuning.config.model import Dtype, ModelArgs, NoQuantization, Quantised, RunConfig
 from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
 from finetuning.model.heads import LANGUAGE, Head
 from finetuning.model.location import Location, locate
-from finetuning.model.quantisation import Sharding, to_bitsandbytes_config
+from finetuning.model.quantisation import Sharding, to_quantisation_config
 from finetuning.model.stop_tokens import repair_sampling
 from finetuning.model.tensor_files import INDEX, SINGLE, read_model_headers
 from finetuning.topology import Topology
@@ -50,7 +50,7 @@ _FLASH = {
 
 def load_model(
     run_conf: RunConfig,
-    quant_conf: NoQuantization | BitsAndBytes | None = None,
+    quant_conf: NoQuantization | Quantised | None = None,
     *,
     topology: Topology | None = None,
     sharded_by: Sharding | None = None,
@@ -68,7 +68,7 @@ def load_model(
         ModelError: it is not there, is damaged or pickled, lacks weights that its config asks for, or an argument is
             unknown to it.
         ConfigError: the device map does not go with the launcher.
-        MissingPackageError: the attention implementation, or bitsandbytes, is not installed.
+        MissingPackageError: the attention implementation, or what quantises, is not installed.
     """
     args = run_conf.model_args
     check_attention(args.attn_implementation)
@@ -84,8 +84,8 @@ def load_model(
     for name in ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision"):
         if getattr(args, name) is not None:
             arguments[name] = getattr(args, name)
-    if isinstance(quant_conf, BitsAndBytes):
-        arguments["quantization_config"] = to_bitsandbytes_config(quant_conf, sharded_by=sharded_by)
+    if isinstance(quant_conf, Quantised):
+        arguments["quantization_config"] = to_quantisation_config(quant_conf, sharded_by=sharded_by)
     config, extras = load_config(location, args)
     config.update(dict(head.fields))
     try:

@@ -1,17 +1,55 @@
-"""Quantised base models: bitsandbytes 8 and 4 bit."""
+"""Quantised base models: bitsandbytes 8 and 4 bit, torchao 8 bit."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetuning.config.model import BitsAndBytes
+from finetuning.config.model import BitsAndBytes, Quantised, TorchAO
 from finetuning.errors import ConfigError, MissingPackageError, Place
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 Sharding = Literal["fsdp", "deepspeed"]
+
+
+def to_quantisation_config(
+    conf: Quantised, *, sharded_by: Sharding | None = None
+) -> BitsAndBytesConfig | TorchAoConfig:
+    """What transformers quantises by.
+
+    Raises:
+        ConfigError: not exactly one of 8 bit and 4 bit is asked for.
+        MissingPackageError: the package that quantises is not installed.
+    """
+    if isinstance(conf, TorchAO):
+        return to_torchao_config(conf)
+    return to_bitsandbytes_config(conf, sharded_by=sharded_by)
+
+
+def to_torchao_config(conf: TorchAO) -> TorchAoConfig:
+    """What transformers quantises by: weights only, so that gradients pass through the layers.
+
+    Raises:
+        MissingPackageError: torchao is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("torchao") is None:
+        raise MissingPackageError(
+            "torchao is not installed",
+            place=Place(key="quant_conf.quantization_type"),
+            hint="Install it with: pip install 'finetuning[torchao]'",
+        )
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[conf.weight_dtype]
+    # The list replaces the one that transformers makes, in which the output layer stands; names match from the start.
+    skipped = [rf"(.*\.)?{re.escape(name)}" for name in ("lm_head", "score", *(conf.skip_modules or ()))]
+    return TorchAoConfig(kind(), modules_to_not_convert=skipped)
 
 
 def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = None) -> BitsAndBytesConfig:

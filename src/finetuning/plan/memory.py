@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.config.experiment import Experiment
-from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft
+from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -89,6 +89,8 @@ def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
 
 
 def _quantised_bits(experiment: Experiment) -> int | None:
+    if isinstance(experiment.quant_conf, TorchAO):
+        return 8
     if not isinstance(experiment.quant_conf, BitsAndBytes):
         return None
     return 4 if experiment.quant_conf.load_in_4bit else 8

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from finetuning.config import trackers
-from finetuning.config.model import BitsAndBytes
+from finetuning.config.model import BitsAndBytes, TorchAO
 from finetuning.errors import MissingPackageError, Place, Problem
 from finetuning.plan.traits import Setting
 
@@ -24,13 +23,13 @@ class Need:
 _OPTIMIZERS = {
     "galore": ("galore_torch", "pip install galore-torch"),
     "apollo": ("apollo_torch", "pip install apollo-torch"),
-    "schedule_free": ("schedulefree", "pip install schedulefree"),
+    "schedule_free": ("schedulefree", "pip install 'finetuning[schedule-free]'"),
     "lomo": ("lomo_optim", "pip install lomo-optim"),
     "adalomo": ("lomo_optim", "pip install lomo-optim"),
     "grokadamw": ("grokadamw", "pip install grokadamw"),
     "stable_adamw": ("optimi", "pip install torch-optimi"),
-    "adamw_torch_4bit": ("torchao", "pip install torchao"),
-    "adamw_torch_8bit": ("torchao", "pip install torchao"),
+    "adamw_torch_4bit": ("torchao", "pip install 'finetuning[torchao]'"),
+    "adamw_torch_8bit": ("torchao", "pip install 'finetuning[torchao]'"),
 }
 _OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 
@@ -45,6 +44,8 @@ def needs(setting: Setting) -> Iterator[Need]:
         yield Need("bitsandbytes", "pip install bitsandbytes", "training_args.optim")
     if isinstance(setting.experiment.quant_conf, BitsAndBytes):
         yield Need("bitsandbytes", "pip install bitsandbytes", "quant_conf.quantization_type")
+    if isinstance(setting.experiment.quant_conf, TorchAO):
+        yield Need("torchao", "pip install 'finetuning[torchao]'", "quant_conf.quantization_type")
     if (setting.args.model_extra or {}).get("use_liger_kernel"):
         for module in ("liger_kernel", "triton"):
             yield Need(module, "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
@@ -53,10 +54,6 @@ def needs(setting: Setting) -> Iterator[Need]:
             yield Need(module, "pip install 'finetuning[gptq]'", "run_conf.model")
     if setting.args.deepspeed:
         yield Need("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
-    for name in trackers.wanted_trackers(setting.experiment):
-        package = (trackers.PACKAGES | trackers.FOREIGN).get(name)
-        if package is not None:
-            yield Need(package.module, package.install, trackers.asking_key(setting.experiment, name))
 
 
 def check_packages(setting: Setting) -> None:

@@ -39,6 +39,12 @@ _READS = "the adapter computes with the numbers of the weights, which quantised 
 REFUSALS = (
     Refusal(t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
     Refusal(t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.TORCHAO, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.TORCHAO, t.NOT_OVER_TORCHAO, "PEFT has layers over torchao's weights for few adapters", "Choose LORA."),
+    *(
+        Refusal(t.TORCHAO, sharding, "its weights are no plain tensors, which sharding cuts", "Choose 4 bit, nf4.")
+        for sharding in (t.FSDP, t.DEEPSPEED)
+    ),
     Refusal(t.EIGHT_BIT, t.NO_EIGHT_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
     Refusal(t.FOUR_BIT, t.NO_FOUR_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
     *(
@@ -56,7 +62,7 @@ REFUSALS = (
     ),
     *(
         Refusal(t.PISSA, weights, "it takes the weights apart, which needs them as numbers", "Remove one of them.")
-        for weights in (t.EIGHT_BIT, t.FOUR_BIT)
+        for weights in (t.EIGHT_BIT, t.FOUR_BIT, t.TORCHAO)
     ),
     Refusal(
         t.EIGHT_BIT,
@@ -182,6 +188,7 @@ def matrix() -> str:
     for title, names in (
         ("Token by token", t.TOKENWISE),
         ("Virtual tokens", t.VIRTUAL_TOKENS),
+        ("Over torchao's weights, besides those of virtual tokens", t.OVER_TORCHAO),
         ("Not over 4 bit weights", t.NOT_OVER_FOUR_BIT),
         ("Not over 8 bit weights", t.NOT_OVER_EIGHT_BIT),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.experiment import Experiment
-from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, PretrainedPeft
+from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, PretrainedPeft, TorchAO
 from finetuning.topology import Topology
 
 VIRTUAL_TOKENS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
@@ -24,6 +24,8 @@ NOT_OVER_EIGHT_BIT = (
 )  # fmt: skip
 NOT_OVER_FOUR_BIT = (*NOT_OVER_EIGHT_BIT, "LOHA", "LOKR", "PEANUT")
 """Adapters that read the numbers of the weights under them, which quantised weights do not hold as such."""
+OVER_TORCHAO = ("LORA",)
+"""Adapters that are known to train over torchao's weights."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ def _is_other_than_lora(run: Setting) -> bool:
     return run.adapter != "LORA" and not isinstance(run.experiment.peft_conf, PretrainedPeft)
 
 
+def _is_not_over_torchao(run: Setting) -> bool:
+    return run.adapter not in (*OVER_TORCHAO, *VIRTUAL_TOKENS, "")
+
+
 def _trains_fp16(run: Setting) -> bool:
     """Whether float16 weights are trained as they are; adapters that nothing shards are made in float32."""
     in_half = run.experiment.run_conf.model_args.dtype == "float16"
@@ -139,6 +145,8 @@ SCORES = Trait("method", "reward", "method", lambda run: run.experiment.method_n
 REFERENCE = Trait("method", "a reference (dpo, kto, grpo with beta)", "method", _has_reference)
 EIGHT_BIT = Trait("weights", "8 bit", _QUANT, _quantised("load_in_8bit"))
 FOUR_BIT = Trait("weights", "4 bit", _QUANT, _quantised("load_in_4bit"))
+TORCHAO = Trait("weights", "torchao", _QUANT, lambda run: isinstance(run.experiment.quant_conf, TorchAO))
+NOT_OVER_TORCHAO = Trait("adapter", "not over torchao", _TYPE, _is_not_over_torchao)
 FLOAT16_MASTERS = Trait("weights", "trained weights in float16", "run_conf.model_args.dtype", _trains_fp16)
 FSDP = Trait("sharding", "FSDP", "training_args.fsdp", lambda run: run.sharded_by == "fsdp")
 DEEPSPEED = Trait("sharding", "DeepSpeed", "training_args.deepspeed", lambda run: run.sharded_by == "deepspeed")
@@ -178,7 +186,7 @@ TRAITS = (
     REFERENCE,
     ALL_WEIGHTS, LORA, ALORA, ADALORA, PREFIX, VIRTUAL, NO_FOUR_BIT, NO_EIGHT_BIT, UNPROVEN,
     PISSA, OLORA, RANDOM_START,
-    EIGHT_BIT, FOUR_BIT, FLOAT16_MASTERS,
+    EIGHT_BIT, FOUR_BIT, TORCHAO, NOT_OVER_TORCHAO, FLOAT16_MASTERS,
     FSDP, DEEPSPEED, SEVERAL,
     PACKING, PADDING_FREE,
     EIGHT_BIT_OPTIMIZER, LOW_RANK, LAYERWISE, LORAPLUS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Layout, Method
 from finetuning.config.experiment import Experiment
-from finetuning.config.model import BitsAndBytes, NewPeft
+from finetuning.config.model import NewPeft, Quantised
 from finetuning.errors import ConfigError, Place
 from finetuning.topology import Topology
 
@@ -204,7 +204,7 @@ def _fingerprint(model: Any) -> Fingerprint | None:
 
 
 def _quantised(model: Any, experiment: Experiment, arguments: TrainingArguments, topology: Topology) -> Any:
-    if not isinstance(experiment.quant_conf, BitsAndBytes):
+    if not isinstance(experiment.quant_conf, Quantised):
         return model
     from finetuning.model.quantisation import prepare_quantised
 
