@@ -136,6 +136,24 @@ def test_mlflow() -> None:
     assert translate(job).values["tracking"] == {"mlflow_server_uri": "http://m", "experiment_name": "mine"}
 
 
+def test_other_trackers_and_what_they_are_told() -> None:
+    job = {"trackers": ["aim", "hf_resource_scanner"], "aim_remote_server_ip": "h", "aim_remote_server_port": 53800}
+    job |= {
+        "exp_metadata": '{"team": "search", "tried": [1, 2]}',
+        "run_uri_export_path": "uris",
+        "scanner_output_filename": "s.json",
+    }
+    assert translate(job).values["tracking"] == {
+        "trackers": ["aim", "hf_resource_scanner"],
+        "experiment_name": "fms-hf-tuning",
+        "scanner_output_filename": "s.json",
+        "run_uri_export_path": "uris",
+        "aim_remote_server_ip": "h",
+        "aim_remote_server_port": 53800,
+        "exp_metadata": {"team": "search", "tried": "[1, 2]"},
+    }
+
+
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
@@ -158,7 +176,8 @@ def test_mlflow() -> None:
         ({"multipack": [16]}, "needs padding_free"),
         ({"padding_free": ["huggingface"], "packing": True}, "does not go with packing"),
         ({"fast_moe": [1]}, "cannot be honoured"),
-        ({"trackers": ["aim"]}, "aim is not offered"),
+        ({"trackers": ["aim"]}, "aim needs aim_repo"),
+        ({"exp_metadata": "{"}, "must be a JSON object"),
         ({"trackers": ["mlflow"]}, "needs mlflow_tracking_uri"),
         ({"trackers": ["tensorbored"]}, "there is no tracker 'tensorbored'"),
     ],
@@ -174,10 +193,11 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_what_is_not_carried_over_stands_on_top() -> None:
-    text = written(translate(TEXTS | {"r": 4, "exp_metadata": '{"a": 1}'}), "fms-hf-tuning", "sft")
+    job = TEXTS | {"r": 4, "training_logs_filename": "mine.jsonl", "exp_metadata": '{"a": 1}'}
+    text = written(translate(job), "fms-hf-tuning", "sft")
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert any("r: changes nothing with peft_method none" in line for line in head)
-    assert any("exp_metadata: is not recorded" in line for line in head)
+    assert any("training_logs_filename: the file" in line for line in head)
     assert yaml.safe_load(text)["method"] == "sft"
 
 

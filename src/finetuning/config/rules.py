@@ -24,11 +24,10 @@ from finetuning.config.findings import Finding
 from finetuning.config.grpo import GRPOTrainingArgs
 from finetuning.config.model import BitsAndBytes, NoPeft
 from finetuning.config.preference import KTOTrainingArgs
+from finetuning.config.tracking_rules import trackers_have_a_place, tracking_address_holds_no_password
 from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs
 
 Rule = Callable[[Any], Iterator[Finding]]
-
-_USER_INFO = re.compile(r"^[\w+.-]+://[^/?#]*@")
 
 
 def evaluation_needs_data(run: Experiment) -> Iterator[Finding]:
@@ -178,26 +177,6 @@ def best_model_can_be_known(run: Experiment) -> Iterator[Finding]:
             )
 
 
-def tracking_address_holds_no_password(run: Experiment) -> Iterator[Finding]:
-    """A user or password in the tracking address, which ends up in logs."""
-    uri = run.tracking.mlflow_server_uri if run.tracking else None
-    if has_user_info(uri):
-        yield Finding(
-            ("tracking", "mlflow_server_uri"),
-            "holds a user name or password.",
-            "Take it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
-        )
-
-
-def has_user_info(uri: str | None) -> bool:
-    """Whether an address holds `user@` or `user:password@`.
-
-    >>> has_user_info("http://me:pw@host"), has_user_info("http://host/a@b"), has_user_info(None)
-    (True, False, False)
-    """
-    return bool(uri and _USER_INFO.match(uri))
-
-
 def each_loss_has_a_weight(run: Experiment) -> Iterator[Finding]:
     """More or fewer weights than losses."""
     args = run.training_args
@@ -300,6 +279,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("training_args", "batchsize_conf"), deepspeed_agrees_on_the_batch),
     (("trainer_controller",), controllers_are_sound),
     (("tracking",), tracking_address_holds_no_password),
+    (("tracking", "training_args"), trackers_have_a_place),
 )
 """The rules, each with the sections that it reads."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from finetuning.config.base import PathName, Section
+from finetuning.config.trackers import TrackerName
 
 
 def _whole_from_one(value: float) -> float:
@@ -87,7 +88,7 @@ class TrainingArgs(Section):
     greater_is_better: bool | None = None
     """Whether more of that metric is better."""
     report_to: str | list[str] = "none"
-    """Trackers besides MLflow, which `tracking` sets up."""
+    """Trackers besides MLflow by the trainer's names; `tracking.trackers` is the other place for them."""
     deepspeed: str | dict[str, Any] | None = None
     """DeepSpeed config: a file or the config itself."""
 
@@ -157,7 +158,7 @@ class SFTArgs(Section):
 
 
 class Tracking(Section):
-    """MLflow."""
+    """MLflow, which an address switches on, and other trackers, by their names."""
 
     mlflow_server_uri: str | None = None
     """Address of the MLflow server, or a local store: `http://…`, `sqlite:///…`, `file:///…`. Nothing is tracked
@@ -170,3 +171,30 @@ class Tracking(Section):
     """Name of the MLflow run."""
     hf_mlflow_log_artifacts: bool = False
     """Copy checkpoints and the tuned model to the tracking server."""
+    parent_run_id: str | None = None
+    """Id of an MLflow run below which this one is shown, such as that of a sweep."""
+    resumed_jobs: Literal["same run", "child runs"] = "same run"
+    """What a resumed job is in MLflow: the same run, gone on with, or a run of its own. With `child runs` each job,
+    the first one too, is a child of one run that stands for all of them."""
+    log_system_metrics: bool = False
+    """Send use of processor, memory, disk, network and GPUs to MLflow, as MLflow itself measures them."""
+    trackers: list[TrackerName] = Field(default_factory=list)
+    """Who is told besides: `tensorboard`, `wandb`, `aim`, `clearml`, `trackio`, `swanlab`, `comet_ml`, `dvclive`, and
+    `hf_resource_scanner`, which writes times and memory of one step to a file. `mlflow` says that there must be an
+    address, and `file_logger` names `training_logs.jsonl`, which is always written."""
+    exp_metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Your own names and values, told to every tracker: tags in MLflow, parameters elsewhere."""
+    aim_repo: str | None = None
+    """Folder of the Aim repository, or its `aim://` address."""
+    aim_remote_server_ip: str | None = None
+    """Host of an Aim server, in place of `aim_repo`."""
+    aim_remote_server_port: int | None = Field(default=None, gt=0, lt=65536)
+    """Port of that server; by default 53800."""
+    clearml_project: str | None = None
+    """ClearML's project; by default `experiment_name`."""
+    clearml_task: str | None = None
+    """ClearML's task; by default `run_name`."""
+    scanner_output_filename: PathName = "scanner_output.json"
+    """What `hf_resource_scanner` writes, in the output directory."""
+    run_uri_export_path: str | None = None
+    """Folder for a file `NAME_tracker.json` of each tracker, which says where its run is; by default `output_dir`."""

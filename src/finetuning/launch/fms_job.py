@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from finetuning.config.document import Document
 from finetuning.launch import fms_keys as keys
 from finetuning.launch.fms_data import put_data
 from finetuning.launch.fms_peft import put_peft
+from finetuning.launch.fms_trackers import put_trackers
 from finetuning.launch.translation import Translation
 
 __all__ = ["Readers", "to_experiment"]
@@ -47,7 +47,7 @@ def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Tra
     put_peft(out)
     _put_model(out)
     _put_length(out)
-    _put_tracking(out)
+    put_trackers(out)
     out.put("trainer_controller", out.get("trainer_controller_config_file"))
     out.put("logging_dir", out.get("logging_dir"))
     out.put("save_model_dir", out.get("save_model_dir"))
@@ -129,32 +129,3 @@ def _put_length(out: Translation) -> None:
         if not padding_free:
             out.wrong("multipack", "needs padding_free")
         out.note("multipack", "rows are not balanced over the processes by their length; the batches are the same")
-
-
-def _put_tracking(out: Translation) -> None:
-    trackers = out.items("trackers") or ["file_logger"]
-    known = ("file_logger", "mlflow", "aim", "clearml", "hf_resource_scanner", "none")
-    for tracker in trackers:
-        if tracker not in known:
-            out.wrong("trackers", f"there is no tracker {tracker!r}; they are {', '.join(known[:-1])}")
-        elif tracker in ("aim", "clearml"):
-            out.wrong("trackers", f"{tracker} is not offered", "Use mlflow, with mlflow_tracking_uri, or remove it.")
-        elif tracker == "hf_resource_scanner":
-            out.note("trackers", "hf_resource_scanner: times and memory are in telemetry, not in scanner_output.json")
-    if "mlflow" in trackers:
-        if not out.has("mlflow_tracking_uri"):
-            out.wrong("trackers", "mlflow needs mlflow_tracking_uri")
-        out.put("tracking.mlflow_server_uri", out.get("mlflow_tracking_uri"))
-        out.put("tracking.experiment_name", out.get("mlflow_experiment", out.get("experiment", keys.EXPERIMENT)))
-        out.put("tracking.run_name", out.get("run_name"))
-    for key in ("aim_repo", "aim_url", "aim_remote_server_ip", "clearml_project", "clearml_task"):
-        if out.has(key):
-            out.note(key, "its tracker is not offered")
-    if out.get("training_logs_filename", "training_logs.jsonl") != "training_logs.jsonl":
-        out.note("training_logs_filename", "the file is called training_logs.jsonl")
-    if out.has("run_uri_export_path"):
-        out.note("run_uri_export_path", "the run's address is in output_dir/run.json and on the terminal")
-    metadata = out.get("exp_metadata")
-    if metadata is not None:
-        shown = metadata if isinstance(metadata, str) else json.dumps(metadata)
-        out.note("exp_metadata", f"is not recorded: {shown}")

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetuning.config.redaction import without_user_info
-from finetuning.observe.parameters import LONGEST_KEY
+from finetuning.observe.mlflow_batches import METRICS_A_BATCH, batches, below, chunks, fit, metrics_of
 from finetuning.observe.spool import Delivery, Order, delivery_path, latest_run, read_orders, whole_bytes
-
-if TYPE_CHECKING:
-    from mlflow.entities import Metric
 
 KEY_TAG = "finetuning.key"
 CHANGED_TAG = "finetuning.changed_on_resume"
-_METRICS_A_BATCH = 1000
-_PARAMS_A_BATCH = 100
-_PARAM_CHARACTERS_A_BATCH = 150_000
 _MOST_REFUSALS_KEPT = 100
 _FILE_ATTEMPTS = 3
-_UNFIT_FOR_NAMES = re.compile(r"[^0-9A-Za-z_\-. :/]")
 # Pickles of the trainer's arguments hold the hub token in clear.
 _NEVER_COPIED = {"training_args.bin"}
 
@@ -53,15 +45,17 @@ class Courier:
         self.path = delivery_path(spool)
         self.delivery = Delivery.read(self.path)
         self._attempts = 0
+        self._umbrella_id: str | None = None
         self._lock = threading.Lock()
 
     def deliver_records(self, limit: int | None = None) -> bool:
         """True when records were waiting and have all arrived; `limit` is the byte of the spool to stop at."""
         moved = False
-        for batch in _batches(read_orders(self.spool, self.delivery.records_sent, limit)):
+        for batch in batches(read_orders(self.spool, self.delivery.records_sent, limit)):
             self._send(batch)
             self._arrived(records_sent=batch[-1].end)
-            self.ended = batch[-1].kind == "end"
+            # Measured values of the machine may come after the end.
+            self.ended = batch[-1].kind == "end" or (self.ended and batch[-1].kind != "run")
             moved = True
         return moved
 
@@ -93,7 +87,7 @@ class Courier:
     def close_run(self, status: str) -> None:
         """Gives the run its last status, without an order in the spool: for a training process that vanished."""
         if self.delivery.run_id is not None:
-            self.client.set_terminated(self.delivery.run_id, status)
+            self._terminate(status)
 
     def ping(self) -> None:
         """Notes that MLflow answers; raises when it does not."""
@@ -124,24 +118,23 @@ class Courier:
         elif order.kind == "tags":
             self._send_tags(order.fields["values"])
         elif order.kind == "end":
-            self.client.set_terminated(str(self.delivery.run_id), order.fields["status"], order.fields["time"])
+            self._terminate(order.fields["status"], order.fields["time"])
+        elif order.kind == "datasets":
+            self._send_datasets(order.fields["values"])
         elif order.kind != "artifact":
             self._refuse("order", order.kind, "not known")
 
     def _open_run(self, fields: Mapping[str, Any]) -> None:
         run_id = self.delivery.run_id or fields.get("run_id")
+        parent_id = fields.get("parent_run_id")
+        tags = {str(key): str(value) for key, value in fields.get("tags", {}).items()}
+        if umbrella := fields.get("umbrella"):
+            parent_id = self._run_by_key(umbrella["key"], umbrella["name"], fields, below(tags, parent_id))
+            self._running(parent_id)
         if run_id is None:
-            experiment_id = self._experiment(fields.get("experiment") or "Default")
-            known = self.client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{fields['key']}'", max_results=1)
-            if known:
-                run_id = known[0].info.run_id
-            else:
-                tags = {KEY_TAG: fields["key"], **fields.get("tags", {})}
-                run = self.client.create_run(experiment_id, fields["time"], tags, fields.get("run_name"))
-                run_id = run.info.run_id
-        run = self._usable_run(run_id)
-        if run.info.status != "RUNNING":
-            self.client.update_run(run_id, status="RUNNING")
+            run_id = self._run_by_key(fields["key"], fields.get("run_name"), fields, below(tags, parent_id))
+        run = self._running(run_id)
+        self._umbrella_id = parent_id if umbrella else None
         address = self.uri.rstrip("/") if self.uri.startswith("http") else None
         self._save(
             run_id=run_id,
@@ -149,6 +142,32 @@ class Courier:
             experiment_id=run.info.experiment_id,
             url=address and f"{address}/#/experiments/{run.info.experiment_id}/runs/{run_id}",
         )
+
+    def _run_by_key(self, key: str, name: str | None, fields: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """The id of the run that was made for this key, now or before."""
+        experiment_id = self._experiment(fields.get("experiment") or "Default")
+        known = self.client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        if known:
+            return known[0].info.run_id
+        return self.client.create_run(experiment_id, fields["time"], {KEY_TAG: key, **tags}, name).info.run_id
+
+    def _running(self, run_id: str) -> Any:
+        run = self._usable_run(run_id)
+        if run.info.status != "RUNNING":
+            self.client.update_run(run_id, status="RUNNING")
+        return run
+
+    def _terminate(self, status: str, at_ms: int | None = None) -> None:
+        for run_id in (self.delivery.run_id, self._umbrella()):
+            if run_id is not None:
+                self.client.set_terminated(run_id, status, at_ms)
+
+    def _umbrella(self) -> str | None:
+        """The id of the run that stands for all jobs; looked for where another process has opened this job's run."""
+        umbrella = self.run.get("umbrella")
+        if umbrella and self._umbrella_id is None:
+            self._umbrella_id = self._run_by_key(umbrella["key"], umbrella["name"], self.run, {})
+        return self._umbrella_id
 
     def _usable_run(self, run_id: str) -> Any:
         run = self.client.get_run(run_id)
@@ -177,9 +196,9 @@ class Courier:
 
         run_id = str(self.delivery.run_id)
         known = self.client.get_run(run_id).data.params
-        values = {_fit(key): value for key, value in values.items()}
+        values = {fit(key): value for key, value in values.items()}
         changed = [f"{key}: {known[key]} -> {value}" for key, value in values.items() if known.get(key, value) != value]
-        for chunk in _chunks({key: value for key, value in values.items() if key not in known}):
+        for chunk in chunks({key: value for key, value in values.items() if key not in known}):
             params = [Param(key, value) for key, value in chunk]
             if not self._accepted("params", "", self.client.log_batch, run_id, params=params, synchronous=True):
                 for key, value in chunk:
@@ -189,18 +208,28 @@ class Courier:
 
     def _send_metrics(self, batch: Sequence[Order]) -> None:
         run_id = str(self.delivery.run_id)
-        waiting = iter([metric for order in batch for metric in _metrics(order.fields)])
-        while chunk := list(islice(waiting, _METRICS_A_BATCH)):
+        waiting = iter([metric for order in batch for metric in metrics_of(order.fields)])
+        while chunk := list(islice(waiting, METRICS_A_BATCH)):
             if self._accepted("metrics", "", self.client.log_batch, run_id, chunk, synchronous=True):
                 continue
             for metric in chunk:
                 one = (run_id, metric.key, metric.value, metric.timestamp, metric.step)
                 self._accepted("metric", metric.key, self.client.log_metric, *one, synchronous=True)
 
+    def _send_datasets(self, values: Sequence[Mapping[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+        run_id = str(self.delivery.run_id)
+        for value in values:
+            fields = {key: item for key, item in value.items() if key != "context"}
+            one = DatasetInput(Dataset(**fields), [InputTag(MLFLOW_DATASET_CONTEXT, value["context"])])
+            self._accepted("dataset", value["name"], self.client.log_inputs, run_id, [one])
+
     def _send_tags(self, values: Mapping[str, str]) -> None:
         run_id = str(self.delivery.run_id)
         for key, value in values.items():
-            self._accepted("tag", key, self.client.set_tag, run_id, _fit(key), value, synchronous=True)
+            self._accepted("tag", key, self.client.set_tag, run_id, fit(key), value, synchronous=True)
 
     def _accepted(self, what: str, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
         """False when MLflow refuses this for what it is. A refusal of one thing is noted; of a batch it is not."""
@@ -254,48 +283,3 @@ class Courier:
             for name in sorted(set(names) - _NEVER_COPIED):
                 self.client.log_artifact(run_id, os.path.join(folder, name), place)
                 self._arrived()
-
-
-def _batches(orders: Iterator[Order]) -> Iterator[list[Order]]:
-    """Orders one by one, but runs of metrics together, until there are a thousand or so."""
-    waiting: list[Order] = []
-    count = 0
-    for order in orders:
-        if order.kind != "metrics" or count >= _METRICS_A_BATCH:
-            if waiting:
-                yield waiting
-            waiting, count = [], 0
-        if order.kind == "metrics":
-            waiting.append(order)
-            count += len(order.fields["values"])
-        else:
-            yield [order]
-    if waiting:
-        yield waiting
-
-
-def _chunks(values: Mapping[str, str]) -> Iterator[list[tuple[str, str]]]:
-    """Pairs in batches that MLflow takes: by number, and by size."""
-    chunk: list[tuple[str, str]] = []
-    size = 0
-    for key, value in values.items():
-        if len(chunk) == _PARAMS_A_BATCH or size + len(value) > _PARAM_CHARACTERS_A_BATCH:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append((key, value))
-        size += len(key) + len(value)
-    if chunk:
-        yield chunk
-
-
-def _metrics(fields: Mapping[str, Any]) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    return [
-        Metric(_fit(key), float(value), fields["time"], fields.get("step", 0))
-        for key, value in fields["values"].items()
-    ]
-
-
-def _fit(name: str) -> str:
-    return _UNFIT_FOR_NAMES.sub("_", name)[:LONGEST_KEY]

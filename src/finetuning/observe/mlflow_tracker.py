@@ -21,13 +21,13 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetuning.observe.mlflow_process import start_worker
-from finetuning.observe.sinks import LogEvent, Sink
+from finetuning.observe.sinks import FigureNames, LogEvent, Sink, totals
 from finetuning.observe.spool import (
     SPOOL_NAME,
     Delivery,
@@ -74,6 +74,7 @@ class MlflowTracker(Sink):
         self._plan = plan
         self._writer = writer
         self._process = process
+        self._figures = FigureNames()
         self._next_look = time.monotonic() + _FIRST_LOOK_S
         self._told = False
         self._finished = False
@@ -90,10 +91,12 @@ class MlflowTracker(Sink):
             metrics = event.metrics
             known = {"tokens_per_second": metrics.tokens_per_s, "tokens_seen": metrics.tokens_seen}
             values |= {key: float(value) for key, value in known.items() if value is not None}
+        if event.kind == "summary":
+            values = totals(values)
         self.log_metrics(values, event.metrics.step)
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.log_metrics({f"telemetry/{name}": value for name, value in values.items()}, step)
+        self.log_metrics(self._figures.of(values), step)
 
     def saved(self, step: int, folder: Path) -> None:
         self.log_model_files(folder, folder.name)
@@ -111,6 +114,11 @@ class MlflowTracker(Sink):
 
     def log_tags(self, values: Mapping[str, str]) -> None:
         self._append("tags", values=dict(values))
+
+    def log_datasets(self, datasets: Sequence[Mapping[str, str]]) -> None:
+        """What is trained and validated on, each with MLflow's `name`, `digest`, `source_type`, `source`, `profile`
+        and `schema`, and its `context`: `training` or `validation`."""
+        self._append("datasets", values=[dict(one) for one in datasets])
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """A small file, such as the resolved config, into `folder` of the run's artefacts."""
@@ -234,24 +242,44 @@ def _open_spool(plan: TrackingPlan, output_dir: Path, job: str, resumed: bool, t
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / SPOOL_NAME
     before = latest_run(path)[0] if resumed else None
-    if before is None or not _same_target(plan, before, Delivery.read(delivery_path(path))):
+    if before is not None and not _same_target(plan, before, Delivery.read(delivery_path(path))):
+        before = None
+    umbrella = _umbrella(plan, before)
+    if before is None or umbrella:
         set_aside(output_dir)
         before = None
     key = before["key"] if before else secrets.token_hex(16)
+    name = plan.run_name.value or readable_name(key)
+    if umbrella:
+        name = f"{umbrella['name']} job {umbrella['jobs']}"
     writer = SpoolWriter(path)
     writer.append(
         "run",
         uri=plan.uri.value,
         experiment=plan.experiment.value,
         run_id=plan.run_id.value,
-        run_name=before["run_name"] if before else plan.run_name.value or readable_name(key),
+        run_name=before["run_name"] if before else name,
         key=key,
-        tags={"mlflow.source.name": f"finetuning {job}", "mlflow.source.type": "LOCAL", **_user(), **tags},
+        umbrella=umbrella,
+        parent_run_id=plan.parent_run_id.value,
+        tags={"mlflow.source.name": f"finetuning {job}", "mlflow.source.type": "LOCAL", **_user(), **tags, **plan.tags},
         pid=os.getpid(),
         host=socket.gethostname(),
         uploads=bool(plan.log_artifacts.value),
+        system_metrics=bool(plan.system_metrics.value),
     )
     return writer
+
+
+def _umbrella(plan: TrackingPlan, before: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The run that stands for all jobs, by its key and name, and which job of it begins; None where there is none."""
+    if not plan.child_runs:
+        return None
+    known = before.get("umbrella") if before else None
+    if known:
+        return {**known, "jobs": known["jobs"] + 1}
+    key = secrets.token_hex(16)
+    return {"key": key, "name": plan.run_name.value or readable_name(key), "jobs": 1}
 
 
 def readable_name(key: str) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetuning.observe.mlflow_courier import Courier
+from finetuning.observe.mlflow_machine import MachineMeter
 from finetuning.observe.spool import Delivery, delivery_path, whole_bytes
 
 EXIT_DELIVERED, EXIT_NOT_DELIVERED, EXIT_BUSY = 0, 1, 3
@@ -84,7 +85,11 @@ def _follow(courier: Courier, parent: int, inode: int) -> int:
     stopping = threading.Event()
     threading.Thread(target=_files_lane, args=(files, stopping), daemon=True).start()
     next_ping = time.monotonic() + _PING_S
+    meter = _meter(courier)
     while time.monotonic() < deadline:
+        if meter is not None and (courier.ended or limit is not None):
+            meter.stop()
+            meter = None
         if not courier.spool.exists() or courier.spool.stat().st_ino != inode:
             return EXIT_NOT_DELIVERED
         if limit is None and os.getppid() != parent:
@@ -100,6 +105,19 @@ def _follow(courier: Courier, parent: int, inode: int) -> int:
     if limit is not None and not courier.ended and records.failing_since is None:
         Lane(courier, lambda _: courier.close_run("KILLED") is None).turn(longest_pause=0.0)
     return EXIT_DELIVERED if courier.is_drained(limit) else EXIT_NOT_DELIVERED
+
+
+def _meter(courier: Courier) -> MachineMeter | None:
+    """What measures the machine, where the run asks for it and the library for it is there."""
+    if not courier.run.get("system_metrics"):
+        return None
+    try:
+        meter = MachineMeter(courier.spool)
+    except (ImportError, OSError) as error:
+        courier.note_error(error)
+        return None
+    meter.start()
+    return meter
 
 
 def _files_lane(lane: Lane, stopping: threading.Event) -> None:

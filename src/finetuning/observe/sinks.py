@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 _WINDOWS_KEPT = 10
+_KNOWN_ONCE = ("first_step_s", "goodput")
+_LOSS_OF_TIME = "badput_"
+_WORTH_TELLING = ("badput_lost_work_s", "badput_checkpoint_save_s")
+_OF_THE_WHOLE = ("train_runtime", "train_loss")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,34 @@ class Pace:
             return None
         (first, began, _), (last, ended, _) = self._marks[0], self._marks[-1]
         return max(max_steps - step, 0) * (ended - began) / (last - first)
+
+
+class FigureNames:
+    """Names of telemetry's figures in a tracker: `telemetry/…` for curves, `totals/…` for what is known once.
+
+    Of the places that time was lost to only the sum is told, and those that a person can do something about. What is
+    known once is given once, and again only when it has changed.
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[str, float] = {}
+
+    def of(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The figures to tell, by their names in the tracker."""
+        lost = {name: value for name, value in values.items() if name.startswith(_LOSS_OF_TIME)}
+        told = {f"telemetry/{name}": value for name, value in values.items() if name not in {*lost, *_KNOWN_ONCE}}
+        once = {name: values[name] for name in _KNOWN_ONCE if name in values}
+        once |= {name: value for name, value in lost.items() if name in _WORTH_TELLING and value}
+        if lost:
+            once["badput_s"] = sum(lost.values())
+        told |= {f"totals/{name}": value for name, value in once.items() if self._given.get(name) != value}
+        self._given |= once
+        return told
+
+
+def totals(values: Mapping[str, float]) -> dict[str, float]:
+    """Of the trainer's summary what says something of the whole run, by its name in a tracker."""
+    return {f"totals/{name}": value for name, value in values.items() if name in _OF_THE_WHOLE}
 
 
 def numbers(logs: Mapping[str, object]) -> dict[str, float]:

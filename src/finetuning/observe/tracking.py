@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -57,6 +58,12 @@ class TrackingPlan:
     run_name: Setting
     log_artifacts: Setting
     flatten_params: Setting
+    parent_run_id: Setting = Setting(None, "default")
+    system_metrics: Setting = Setting(False, "default")
+    child_runs: bool = False
+    """Whether each job is a run of its own, below one that stands for all of them."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """The user's own tags of the run."""
 
     @property
     def enabled(self) -> bool:
@@ -98,10 +105,23 @@ def resolve_tracking(cli: TrackingOptions, section: Tracking | None, environ: Ma
     disabled = environ.get("DISABLE_MLFLOW_INTEGRATION")
     if disabled and _flag(Setting(disabled, "environment: DISABLE_MLFLOW_INTEGRATION")).value:
         uri = Setting(None, "switched off by DISABLE_MLFLOW_INTEGRATION")
+    elif uri.value is None and "mlflow" in file.get("trackers", ()):
+        raise ConfigError(
+            "holds mlflow, which needs an address",
+            place=Place(key="tracking.trackers"),
+            hint="Set tracking.mlflow_server_uri, --mlflow-server-uri or MLFLOW_TRACKING_URI.",
+        )
+    run_id, parent = first("", "run_id", "MLFLOW_RUN_ID"), first("", "parent_run_id", "MLFLOW_PARENT_RUN_ID")
+    if run_id.value and _flag(Setting(environ.get("MLFLOW_NESTED_RUN", ""), "environment: MLFLOW_NESTED_RUN")).value:
+        run_id, parent = Setting(None, _DEFAULT), run_id
     return TrackingPlan(
         uri=uri,
         experiment=first("--experiment-name", "experiment_name", "MLFLOW_EXPERIMENT_NAME"),
-        run_id=first("", "run_id", "MLFLOW_RUN_ID"),
+        run_id=run_id,
+        parent_run_id=parent,
+        child_runs=file.get("resumed_jobs") == "child runs",
+        system_metrics=_flag(first("", "log_system_metrics", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", False)),
+        tags={**_tags(environ.get("MLFLOW_TAGS", "")), **{k: str(v) for k, v in file.get("exp_metadata", {}).items()}},
         run_name=first("", "run_name", "MLFLOW_RUN_NAME"),
         log_artifacts=_flag(
             first("--hf-mlflow-log-artifacts", "hf_mlflow_log_artifacts", "HF_MLFLOW_LOG_ARTIFACTS", False)
@@ -124,6 +144,17 @@ def _flag(setting: Setting) -> Setting:
     if text not in _TRUE | _FALSE:
         raise ConfigError(f"{setting.origin}: expected true or false, got {setting.value!r}")
     return Setting(text in _TRUE, setting.origin)
+
+
+def _tags(text: str) -> dict[str, str]:
+    """The tags of MLFLOW_TAGS, a JSON object; none where it is empty."""
+    try:
+        tags = json.loads(text) if text.strip() else {}
+    except ValueError:
+        tags = None
+    if not isinstance(tags, dict):
+        raise ConfigError('environment: MLFLOW_TAGS: expected a JSON object, such as {"team": "search"}')
+    return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in tags.items()}
 
 
 def _checked_uri(setting: Setting) -> Setting:

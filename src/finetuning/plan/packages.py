@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from finetuning.config import trackers
 from finetuning.config.model import BitsAndBytes, TorchAO
 from finetuning.errors import MissingPackageError, Place, Problem
 from finetuning.plan.traits import Setting
@@ -54,6 +55,10 @@ def needs(setting: Setting) -> Iterator[Need]:
             yield Need(module, "pip install 'finetuning[gptq]'", "run_conf.model")
     if setting.args.deepspeed:
         yield Need("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
+    for name in trackers.wanted_trackers(setting.experiment):
+        package = (trackers.PACKAGES | trackers.FOREIGN).get(name)
+        if package is not None:
+            yield Need(package.module, package.install, trackers.asking_key(setting.experiment, name))
 
 
 def check_packages(setting: Setting) -> None:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 # Ours to decide: progress, tracking and the finite guard are the engine's.
 _FIXED = {
+    "report_to": "none",
     "disable_tqdm": True,
     "logging_nan_inf_filter": False,
     "include_num_input_tokens_seen": "no",
     "label_names": ["labels"],
 }
-_OUR_TRACKERS = {"mlflow", "all", "none"}
 
 
 def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) -> transformers.TrainingArguments:
@@ -42,7 +42,6 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
         "per_device_train_batch_size": plan.batch.per_device,
         "per_device_eval_batch_size": plan.batch.per_device_eval,
         "gradient_accumulation_steps": plan.batch.accumulation,
-        "report_to": _other_trackers(args.report_to),
         "deepspeed": _deepspeed(args.deepspeed, plan),
         "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
     }
@@ -56,11 +55,6 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
         # One process computes on one device: several visible GPUs would each get a batch of their own.
         built._n_gpu = min(built.n_gpu, 1)
     return built
-
-
-def _other_trackers(report_to: str | list[str]) -> list[str] | str:
-    wanted = [report_to] if isinstance(report_to, str) else report_to
-    return [tracker for tracker in wanted if tracker not in _OUR_TRACKERS] or "none"
 
 
 def _deepspeed(config: str | dict[str, Any] | None, plan: Plan) -> str | dict[str, Any] | None:

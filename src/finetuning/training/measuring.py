@@ -60,6 +60,12 @@ class Measuring:
         goes_on = resume.checkpoint is not None or wanted == "auto"
         self._start(begin_job(self._section, self._output_dir, goes_on=goes_on, checkpoint=resume.checkpoint))
 
+    def tags(self) -> dict[str, str]:
+        """The names of the session and of this job, which trackers keep, too; nothing without telemetry."""
+        if self._job is None:
+            return {}
+        return {"finetuning.session_tag": self._job.session_tag, "finetuning.job_id": self._job.job_id}
+
     def _start(self, job: Job) -> None:
         from finetuning.observe.telemetry.faults import Faults
         from finetuning.observe.telemetry.job import start_telemetry

@@ -10,21 +10,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.dump import dump_values
 from finetuning.config.experiment import Experiment
 from finetuning.observe.console import open_console
 from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
 from finetuning.plan.plan import Plan
 from finetuning.topology import Topology
 from finetuning.training.measuring import Measuring
-from finetuning.training.record import CONFIG_NAME, RECORD_NAME
+from finetuning.training.record import RECORD_NAME
 from finetuning.training.steering import Steering
+from finetuning.training.tracked import Tracked
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from finetuning.data.prepare import PreparedData
-    from finetuning.observe.mlflow_tracker import MlflowTracker
     from finetuning.observe.tracking import TrackingPlan
     from finetuning.training.final import Artifact
     from finetuning.training.resume import ResumePoint
@@ -33,7 +32,6 @@ logger = logging.getLogger("finetuning")
 
 PREVIEW_NAME = "first_rows.txt"
 _SHOWN_ROWS = 10
-_STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 
 
 class Observer:
@@ -43,17 +41,15 @@ class Observer:
         self._experiment = experiment
         self._method = method
         self._is_main = topology.is_main
-        self._tracking = tracking
+        self._tracked = Tracked(experiment, method, tracking, is_main=topology.is_main)
         self._output_dir = Path(experiment.training_args.output_dir)
         self._console = open_console(is_main=topology.is_main)
         self._lines = [Line("model", experiment.run_conf.model), Line("output", str(self._output_dir))]
         self._warnings: list[str] = []
         self._found: list[tuple[str, str]] = []
-        self._mlflow: MlflowTracker | None = None
         self._sinks: Any = None
         self._trainer: Any = None
         self._artifact: Artifact | None = None
-        self._tracked: str | None = None
         self._started = time.monotonic()
         self._measuring = Measuring(experiment, method, topology)
         self._steering = Steering(experiment)
@@ -65,22 +61,9 @@ class Observer:
         self._warn(*resume.notes)
         if resume.checkpoint:
             self._lines.append(Line("resumed from", str(resume.checkpoint)))
-        if self._is_main and self._tracking.enabled:
-            from finetuning.observe.mlflow_tracker import start_mlflow
-            from finetuning.observe.parameters import parameters, version_tags
-
-            self._mlflow = start_mlflow(
-                self._tracking,
-                self._output_dir,
-                job=self._method,
-                resumed=resume.checkpoint is not None,
-                tags=version_tags(),
-            )
-            if self._mlflow:
-                flatten = bool(self._tracking.flatten_params.value)
-                self._mlflow.log_parameters(parameters(dump_values(self._experiment), flatten=flatten))
-                self._mlflow.log_file(self._output_dir / CONFIG_NAME)
-        self._lines.append(Line("tracking", str(self._tracking)))
+        self._tracked.begin(resumed=resume.checkpoint is not None)
+        self._tracked.tags(self._measuring.tags())
+        self._lines.append(Line("tracking", str(self._tracked)))
         self._stage("Reading rows, rendering them, proving their masks")
 
     def told(self, label: str, value: str, reason: str = "", *, warnings: Sequence[str] = ()) -> None:
@@ -104,9 +87,7 @@ class Observer:
 
             data.ledger.write(self._output_dir)
             (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview[:_SHOWN_ROWS]), encoding="utf-8")
-            if self._mlflow:
-                for name in (PREVIEW_NAME, "data_report.json"):
-                    self._mlflow.log_file(self._output_dir / name)
+            self._tracked.rows(data, [self._output_dir / name for name in (PREVIEW_NAME, "data_report.json")])
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """One stage of the road, measured."""
@@ -129,14 +110,13 @@ class Observer:
         sinks = [progress_sink(self._console)]
         if self._is_main:
             sinks += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
-            if self._mlflow:
-                sinks.append(self._mlflow)
+            sinks += self._tracked.sinks()
         self._sinks = Sinks(sinks)
         # Measuring comes first, so that what the sinks do at the end of a step is no part of the step.
         measuring = self._measuring.callbacks(self._tell_figures)
         telling = make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())
         # What steers comes last: what it stops has been told.
-        return [*measuring, telling, *self._steering.callbacks()]
+        return [*measuring, telling, *self._tracked.callbacks(), *self._steering.callbacks()]
 
     def _tell_figures(self, figures: Mapping[str, float], step: int) -> None:
         if self._sinks:
@@ -157,38 +137,34 @@ class Observer:
         """The tuned model is saved and checked."""
         self._artifact = artifact
         self._steering.published(self._trainer, Path(artifact.folder))
-        if self._mlflow:
-            folder = Path(artifact.folder)
-            self._mlflow.log_model_files(folder, folder.name)
+        self._tracked.published(Path(artifact.folder))
 
     def measured(self, error: BaseException | None) -> dict[str, Any]:
         """Telemetry ends. Gives what belongs into the record: its figures, and what was told at the start."""
         measured = self._measuring.end(error, self._tell_figures)
+        if self._sinks:
+            # Before the record is written, so that it says which of them failed at their ends.
+            self._sinks.close()
         told = {
             "told": [[line.label, line.value, line.reason] for line in self._lines],
             "warnings": self._warnings,
             "controlled": self._steering.taken(),
+            "trackers": self._tracked.places() if self._is_main else {},
         }
         return told if measured is None else {"telemetry": measured, **told}
 
     def close(self, status: str) -> None:
         """The run has ended, one way or the other; called once, after the record was written."""
-        if self._sinks:
-            self._sinks.close()
         if self._is_main and self._trainer is not None:
             from finetuning.observe.report.page import write_report_if_possible
 
             self._report = write_report_if_possible(self._output_dir)
-        if self._mlflow:
-            for path in (self._output_dir / RECORD_NAME, self._report):
-                if path is not None:
-                    self._mlflow.log_file(path)
-            self._tracked = self._mlflow.finish(_STATUS.get(status, "FAILED")).url
+        self._tracked.close(status, [path for path in (self._output_dir / RECORD_NAME, self._report) if path])
 
     @property
     def failures(self) -> dict[str, str]:
         """The places that could not be told and were switched off, and why."""
-        return dict(self._sinks.failures) if self._sinks else {}
+        return (dict(self._sinks.failures) if self._sinks else {}) | self._tracked.failures
 
     def closing(self, status: str, steps: int, final_loss: float | None, training_s: float | None) -> None:
         """What was made, where, and the next commands to type."""
@@ -212,7 +188,8 @@ class Observer:
                 facts=[("by rule", text) for text in self._steering.taken()]
                 + self._found
                 + [("checked", "; ".join(artifact.checks))]
-                + ([("stops at", artifact.stop_tokens)] if artifact.stop_tokens else []),
+                + ([("stops at", artifact.stop_tokens)] if artifact.stop_tokens else [])
+                + [(name, where) for name, where in self._tracked.addresses()],
                 commands=_next_commands(artifact),
             ),
         )
