@@ -117,3 +117,25 @@ def test_a_whole_model_stands_for_itself(tiny_llama_dir: Path, tmp_path: Path) -
         model_conf_of(str(tiny_llama_dir), "elsewhere")
     shutil.copytree(tiny_llama_dir, tmp_path / "copy")
     assert model_conf_of(str(tmp_path / "copy"), None).model == str(tmp_path / "copy")
+
+
+def test_hints_name_the_keys_of_this_tool(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    def told(**conf: object) -> str:
+        with pytest.raises(ModelError) as error:
+            load_generator(GenerationModel.model_validate({"model": str(tiny_llama_dir), **conf}), NoQuantization())
+        assert "run_conf" not in str(error.value) and "peft_conf" not in str(error.value)
+        return str(error.value)
+
+    assert told(model="/no/model").startswith("model_conf.model: there is no folder /no/model, where the model should")
+    assert "the adapter as model_conf.adapter" in told(model=str(make_adapter(with_tokenizer=True)))
+    assert "model_conf.model_args.attention_bais: " in told(model_args={"attention_bais": True})
+    assert told(model_args={"attn_implementation": "flash"}).startswith("model_conf.model_args.attn_implementation: ")
+    pickled = shutil.copytree(tiny_llama_dir, tmp_path / "pickled")
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    assert "or set model_conf.model_args.use_safetensors: false" in told(model=str(pickled))
+    own_code = shutil.copytree(tiny_llama_dir, tmp_path / "own_code")
+    config = json.loads((own_code / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (own_code / "config.json").write_text(json.dumps(config))
+    assert "Set model_conf.model_args.trust_remote_code: true" in told(model=str(own_code))

@@ -75,6 +75,48 @@ def test_a_wrong_row_is_named_by_file_and_line(
     assert str(error.value).startswith(f"{tmp_path / 'sums.jsonl'}:2: ")
 
 
+def read_data(**settings: Any) -> list[Prompt]:
+    return read_prompts(EvalData(type="eval-data", data=DatasetSource(**settings)))
+
+
+def test_prompts_are_found_as_training_data_is(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    sums = write_jsonl(tmp_path / "data" / "sums-test.jsonl", [{"prompt": "1 + 1 ="}, {"prompt": "2 + 2 ="}])
+    capitals = tmp_path / "data" / "capitals-test.csv"
+    capitals.write_text("prompt,correct_answers\nFrance:,Paris\n")
+    write_jsonl(tmp_path / "data" / "sums-train.jsonl", [{"prompt": "3 + 3 ="}])
+    listed = read_data(path=[str(capitals), str(sums)])
+    assert [(prompt.id, prompt.text, prompt.dataset) for prompt in listed] == [
+        (0, "France:", "capitals-test"),
+        (1, "1 + 1 =", "sums-test"),
+        (2, "2 + 2 =", "sums-test"),
+    ]
+    assert listed[0].correct_answers == ("Paris",) and listed[0].data_collection == str(capitals)
+    assert read_data(path=str(tmp_path / "data" / "*-test.*")) == listed
+    assert read_data(path=str(tmp_path / "data"), split="test") == listed
+    assert read_data(path=str(tmp_path / "data"), split="test", max_rows=2) == listed[:2]
+    with pytest.raises(DataError, match=r"prompt_conf\.data\.path: .*holds several splits \(test, train\)"):
+        read_data(path=str(tmp_path / "data"))
+    with pytest.raises(DataError, match="on the Hugging Face Hub it cannot be fetched"):
+        read_data(path="some-one/some-questions", split="test")
+
+
+def test_columns_of_other_names_and_texts(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "sums.jsonl", [{"question": "1 + 1 =", "answer": "2"}])
+    (prompt,) = read_data(path=str(file), columns={"question": "prompt", "answer": "correct_answers"})
+    assert (prompt.text, prompt.correct_answers) == ("1 + 1 =", ("2",))
+    with pytest.raises(DataError, match=r"found answer, question\. .*prompt_conf\.data\.columns: {theirs: prompt}"):
+        read_data(path=str(file))
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    texts = read_data(path=str(tmp_path / "texts.txt"), columns={"text": "prompt"})
+    assert [prompt.text for prompt in texts] == ["one", "two"]
+
+
+@pytest.mark.parametrize("setting", [{"format": "messages"}, {"validation_ratio": 0.5}, {"add_eos_token": False}])
+def test_what_only_training_data_has_is_refused(setting: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"prompt_conf\.data\.{next(iter(setting))}: is for training data"):
+        read_data(path=str(tmp_path / "any.jsonl"), **setting)
+
+
 def test_at_most_ten_wrong_rows_are_shown(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read(write_jsonl, tmp_path, *[{"prompt": number} for number in range(25)])

@@ -22,11 +22,12 @@ class OpenInput(Section):
 
 
 class EvalData(Section):
-    """Prompts from a file."""
+    """Prompts from rows."""
 
     type: Literal["eval-data"]
     data: DatasetSource
-    """Where the prompts come from: rows with `messages` or `prompt_messages`, and `correct_answers`."""
+    """Where the prompts come from, found as training data is: rows with `messages`, `prompt_messages` or `prompt`, and
+    `correct_answers`."""
 
 
 class GenerationModel(Section):

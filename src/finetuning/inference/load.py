@@ -71,7 +71,11 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
         ModelError: something is missing or broken, or the adapter was trained on another model.
     """
     from finetuning.model.load import load_model
+    from finetuning.model.location import locate
 
+    if not Path(conf.model).expanduser().is_dir():
+        # Before the tokenizer, which is looked for in the same place, is said to be missing.
+        locate(conf.model, "model", key="model_conf.model", **_where(conf))
     tokenizer, pad_token_id = _load_tokenizer(conf)
     model = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
     if conf.adapter is not None:
@@ -85,10 +89,9 @@ def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int
     from finetuning.model.tokenizer import load_tokenizer
 
     source, key = _tokenizer_source(conf)
-    where: dict[str, Any] = {}
-    if source == conf.model:
-        where = {name: getattr(conf.model_args, name) for name in _WHERE}
-    token = conf.model_args.token.get_secret_value() if conf.model_args.token else None
+    where = _where(conf)
+    if source != conf.model:
+        where = {"token": where["token"]}
     loaded = load_tokenizer(
         source,
         template_source=None,
@@ -97,10 +100,16 @@ def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int
         padding_side="left",
         trust_remote_code=conf.model_args.trust_remote_code,
         key=key,
-        token=token,
         **where,
     )
     return loaded.tokenizer, loaded.tokenizer.pad_token_id
+
+
+def _where(conf: GenerationModel) -> dict[str, Any]:
+    """Where on the hub the model's files are."""
+    args = conf.model_args
+    token = args.token.get_secret_value() if args.token else None
+    return {**{name: getattr(args, name) for name in _WHERE}, "token": token}
 
 
 def _tokenizer_source(conf: GenerationModel) -> tuple[str, str]:

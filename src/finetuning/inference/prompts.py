@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from finetuning.data.formats.fields import (
     template_kwargs_field,
     tools_field,
 )
+from finetuning.data.handlers import Recipe, make_recipe
 from finetuning.data.rows import Message, Row
-from finetuning.data.sources import check_source, json_type, read_rows
+from finetuning.data.sources import Shard, find_shards, json_type
 from finetuning.errors import ConfigError, DataError, Place, Problem
 
 MOST_PROBLEMS_SHOWN = 10
 OPEN_INPUT = "open-input"
+_KEY = "prompt_conf.data"
+_READ = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
+"""What of a dataset counts for prompts; the rest says how rows become training data."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,22 @@ def read_prompts(conf: OpenInput | EvalData) -> list[Prompt]:
     """The prompts of `prompt_conf`, in order.
 
     Raises:
-        DataError: the file is missing or empty, or rows are wrong; names up to ten of them.
+        ConfigError: a setting is for training data.
+        DataError: a file is missing or empty, or rows are wrong; names up to ten of them.
     """
     if isinstance(conf, OpenInput):
         return text_prompts([conf.input] * conf.num_samples)
-    check_source(conf.data.path, "prompt_conf.data.path")
-    return _checked(_eval_prompts(conf.data.path))
+    foreign = sorted(conf.data.model_fields_set - set(_READ))
+    if foreign:
+        raise ConfigError(
+            f"is for training data; of a dataset of prompts are read: {', '.join(_READ)}",
+            place=Place(key=f"{_KEY}.{foreign[0]}"),
+        )
+    recipe = make_recipe(conf.data, _KEY)
+    rows = ((shard, row) for shard in find_shards(conf.data, _KEY) for row in shard.rows())
+    return _checked(
+        _eval_prompt(shard, row, number, recipe) for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
+    )
 
 
 def text_prompts(texts: Sequence[str]) -> list[Prompt]:
@@ -93,12 +109,10 @@ def _checked(found: Iterator[Prompt | Problem]) -> list[Prompt]:
     return prompts
 
 
-def _eval_prompts(path: str) -> Iterator[Prompt | Problem]:
-    for number, row in enumerate(read_rows(path)):
-        yield row if isinstance(row, Problem) else _eval_prompt(row, number, path)
-
-
-def _eval_prompt(row: Row, number: int, path: str) -> Prompt | Problem:
+def _eval_prompt(shard: Shard, found: Row | Problem, number: int, recipe: Recipe) -> Prompt | Problem:
+    row = found if isinstance(found, Problem) else recipe(found, {})
+    if not isinstance(row, Row):
+        return row
     try:
         text, messages, reference = _what_is_asked(row)
         meta = meta_fields(row)
@@ -111,13 +125,18 @@ def _eval_prompt(row: Row, number: int, path: str) -> Prompt | Problem:
             tools=tools_field(row),
             template_kwargs=template_kwargs_field(row),
             correct_answers=_correct_answers(row, reference),
-            dataset=Path(path).stem if dataset is None else str(dataset),
-            data_collection=str(row.values.get("data_collection") or path),
+            dataset=_stem(shard.name) if dataset is None else str(dataset),
+            data_collection=str(row.values.get("data_collection") or shard.name),
             carried=meta,
             place=row.place,
         )
     except FieldError as error:
         return problem_of(row, error)
+
+
+def _stem(name: str) -> str:
+    """A file's name without its endings; of a dataset on the hub its whole name."""
+    return os.path.basename(name).partition(".")[0] if os.path.exists(name) else name
 
 
 def _what_is_asked(row: Row) -> tuple[str | None, tuple[Message, ...], str | None]:
@@ -137,7 +156,11 @@ def _what_is_asked(row: Row) -> tuple[str | None, tuple[Message, ...], str | Non
             raise FieldError("prompt", f"expected text, got {json_type(prompt)}")
         return prompt, (), None
     found = ", ".join(sorted(row.values)) or "none"
-    raise FieldError("", f"expected messages, prompt_messages or prompt; found {found}")
+    raise FieldError(
+        "",
+        f"expected messages, prompt_messages or prompt; found {found}. A column of another name is named in"
+        f" {_KEY}.columns: {{theirs: prompt}}",
+    )
 
 
 def _correct_answers(row: Row, reference: str | None) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from finetuning.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-_KEY = "run_conf.model_args"
+_KEY = "run_conf.model"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # `locate` takes these; the rest of ModelArgs goes to `from_pretrained`.
 _WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
@@ -56,7 +56,7 @@ def load_model(
     sharded_by: Sharding | None = None,
     default_dtype: Dtype = "auto",
     head: Head = LANGUAGE,
-    key: str = "run_conf.model",
+    key: str = _KEY,
 ) -> PreTrainedModel:
     """The model that `run_conf` names, on this process's device, in evaluation mode.
 
@@ -71,14 +71,14 @@ def load_model(
         MissingPackageError: the attention implementation, or what quantises, is not installed.
     """
     args = run_conf.model_args
-    check_attention(args.attn_implementation)
+    check_attention(args.attn_implementation, key)
     where = {name: getattr(args, name) for name in _WHERE if name != "token"}
     token = args.token.get_secret_value() if args.token else None
     location = locate(run_conf.model, "model", key=key, token=token, **where)
     arguments: dict[str, Any] = {
         "dtype": default_dtype if args.dtype == "auto" else args.dtype,
-        "device_map": _device_map(args, topology or Topology(), sharded_by),
-        "use_safetensors": _safetensors_only(location, args, Place(key=key)),
+        "device_map": _device_map(args, topology or Topology(), sharded_by, key),
+        "use_safetensors": _safetensors_only(location, args, key),
         "trust_remote_code": args.trust_remote_code,
     }
     for name in ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision"):
@@ -86,7 +86,7 @@ def load_model(
             arguments[name] = getattr(args, name)
     if isinstance(quant_conf, Quantised):
         arguments["quantization_config"] = to_quantisation_config(quant_conf, sharded_by=sharded_by)
-    config, extras = load_config(location, args)
+    config, extras = load_config(location, args, key)
     config.update(dict(head.fields))
     try:
         model, found = head.loader.from_pretrained(
@@ -98,7 +98,7 @@ def load_model(
             **location.hub_arguments,
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
-        _raise_unless_memory(error, location, Place(key=key))
+        _raise_unless_memory(error, location, key)
     _check_found(found, location, Place(key=key), head)
     if head.begin(model, sorted(found["missing_keys"])):
         logger.info("%s has no head that gives scores: a new one starts at zero", location)
@@ -109,7 +109,7 @@ def load_model(
     return model
 
 
-def check_attention(implementation: str | None) -> None:
+def check_attention(implementation: str | None, key: str = _KEY) -> None:
     """Nothing when the attention implementation can be used here; looked at before a weight is loaded.
 
     Raises:
@@ -121,7 +121,7 @@ def check_attention(implementation: str | None) -> None:
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    place = Place(key=f"{_KEY}.attn_implementation")
+    place = Place(key=f"{_args(key)}.attn_implementation")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if "/" in implementation:
         if find_spec("kernels") is None:
@@ -150,11 +150,16 @@ def check_attention(implementation: str | None) -> None:
             raise ModelError(f"{implementation} needs a CUDA or ROCm device; use sdpa here", place=place)
 
 
-def _device_map(args: ModelArgs, topology: Topology, sharded_by: Sharding | None) -> Any:
+def _args(key: str) -> str:
+    """The key of the model's arguments, beside the key that names the model."""
+    return f"{key.rpartition('.')[0]}.model_args"
+
+
+def _device_map(args: ModelArgs, topology: Topology, sharded_by: Sharding | None, key: str) -> Any:
     import torch
 
     if args.device_map is not None:
-        place = Place(key=f"{_KEY}.device_map")
+        place = Place(key=f"{_args(key)}.device_map")
         if sharded_by is not None:
             raise ConfigError(f"a device_map and {sharded_by} exclude each other; remove device_map", place=place)
         if topology.is_distributed and isinstance(args.device_map, str) and not _is_device(args.device_map):
@@ -173,7 +178,7 @@ def _is_device(name: str) -> bool:
     return name == "cpu" or name.startswith(("cuda", "xpu", "mps"))
 
 
-def _safetensors_only(location: Location, args: ModelArgs, place: Place) -> bool | None:
+def _safetensors_only(location: Location, args: ModelArgs, key: str) -> bool | None:
     """Whether only safetensors are read. Pickled weights can carry code, so they are read only when asked for.
 
     Raises:
@@ -193,15 +198,15 @@ def _safetensors_only(location: Location, args: ModelArgs, place: Place) -> bool
     if pickles:
         raise ModelError(
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened",
-            place=place,
-            hint="Convert them to safetensors, or set run_conf.model_args.use_safetensors: false if you trust them.",
+            place=Place(key=key),
+            hint=f"Convert them to safetensors, or set {_args(key)}.use_safetensors: false if you trust them.",
         )
     if any(folder.glob("*.safetensors")):
         return True
-    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=place)
+    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=Place(key=key))
 
 
-def load_config(location: Location, args: ModelArgs) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def load_config(location: Location, args: ModelArgs, key: str = _KEY) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The model's config with the user's fields set in it, and the arguments that are left for `from_pretrained`."""
     extras = dict(args.model_extra or {})
     loader = {name: extras.pop(name) for name in _LOADER_ARGUMENTS if name in extras}
@@ -218,20 +223,20 @@ def load_config(location: Location, args: ModelArgs) -> tuple[PreTrainedConfig, 
             **location.hub_arguments,
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        _raise_unless_memory(error, location, Place(key="run_conf.model"))
+        _raise_unless_memory(error, location, key)
     unknown = [name for name in unused if name in extras]
     if unknown:
         known = [*ModelArgs.model_fields, *_LOADER_ARGUMENTS, *config.to_dict()]
         near = get_close_matches(unknown[0], known, 1)
         raise ModelError(
             f"neither from_pretrained nor a {config.model_type} config knows {unknown[0]!r}",
-            place=Place(key=f"{_KEY}.{unknown[0]}"),
+            place=Place(key=f"{_args(key)}.{unknown[0]}"),
             hint=f"Did you mean {near[0]}?" if near else None,
         )
     return config, loader
 
 
-def _raise_unless_memory(error: Exception, location: Location, place: Place) -> None:
+def _raise_unless_memory(error: Exception, location: Location, key: str) -> None:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
@@ -240,8 +245,8 @@ def _raise_unless_memory(error: Exception, location: Location, place: Place) -> 
     hint = None
     if "trust_remote_code" in text:
         text = "it comes with code of its own"
-        hint = "Set run_conf.model_args.trust_remote_code: true to run it, and pin revision to a commit."
-    raise ModelError(f"{location} cannot be loaded: {text}", place=place, hint=hint) from error
+        hint = f"Set {_args(key)}.trust_remote_code: true to run it, and pin revision to a commit."
+    raise ModelError(f"{location} cannot be loaded: {text}", place=Place(key=key), hint=hint) from error
 
 
 def _check_found(found: Mapping[str, Any], location: Location, place: Place, head: Head) -> None:

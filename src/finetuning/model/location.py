@@ -18,6 +18,10 @@ _NEEDED = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model"),
     "adapter": ("adapter_config.json",),
 }
+_ADAPTER_GOES = {
+    "run_conf.model": " and the adapter as peft_conf: {peft_type: PRETRAINED_PEFT, name_or_path: …}",
+    "model_conf.model": " and the adapter as model_conf.adapter",
+}
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,7 @@ def _check_folder(folder: Path, kind: Kind, place: Place) -> None:
         raise ModelError(
             f"{folder} holds an adapter, not a base model",
             place=place,
-            hint="Name the base model here and the adapter as peft_conf: {peft_type: PRETRAINED_PEFT, name_or_path: …}"
-            ", or merge the two first.",
+            hint=f"Name the base model here{_ADAPTER_GOES.get(place.key, '')}, or merge the two first.",
         )
     if not found:
         names = " or ".join(_NEEDED[kind][:2])
