@@ -70,12 +70,13 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
     Raises:
         ModelError: something is missing or broken, or the adapter was trained on another model.
     """
-    from finetuning.model.load import load_model
     from finetuning.model.location import locate
 
     if not Path(conf.model).expanduser().is_dir():
         # Before the tokenizer, which is looked for in the same place, is said to be missing.
         locate(conf.model, "model", key="model_conf.model", **_where(conf))
+    from finetuning.model.load import load_model
+
     tokenizer, pad_token_id = _load_tokenizer(conf)
     model = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
     if conf.adapter is not None:
