@@ -1,10 +1,16 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from finetuning.errors import ConfigError
+import pytest
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+
+from finetuning.errors import ConfigError, InternalError
 from finetuning.launch.machines import find_machines
 from finetuning.launch.processes import PRESETS, Launch, preset_file
+from finetuning.launch.restarts import met, run_again
+from finetuning.launch.routes import find_route
 
 KUBEFLOW = {
     "PET_NNODES": "2",
@@ -19,8 +25,53 @@ def test_kubeflow_says_it() -> None:
     machines = find_machines(environ=KUBEFLOW)
     assert (machines.nnodes, machines.node_rank, machines.nproc) == (2, 1, "8")
     assert machines.flags() == [
-        *("--machine_rank", "1", "--main_process_ip", "job-master-0", "--main_process_port", "23456")
+        *("--machine_rank", "1", "--main_process_ip", "job-master-0", "--main_process_port", "23456"),
+        *("--rdzv_backend", "c10d", "--rdzv_conf", "is_host=0,join_timeout=600"),
     ]
+
+
+def test_the_first_machine_holds_the_meeting_point() -> None:
+    first = find_machines(2, 0, "127.0.0.1:1234", environ={})
+    assert first.flags(5)[-1] == "is_host=1,join_timeout=5"
+    told = {"PET_RDZV_ENDPOINT": "127.0.0.1:1234", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    assert first.environment({}) == told
+    assert "GLOO_SOCKET_IFNAME" not in first.environment({"GLOO_SOCKET_IFNAME": "eth7"}), "what the user set stays"
+    assert find_machines(environ={}).environment({}) == {}
+    assert find_route("no-such-host.invalid", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "expected", "told"),
+    [
+        ([203, 203, 0], 3, 0, 2),
+        ([203, 203, 0], 1, 203, 1),
+        ([203], 0, 203, 0),
+        ([203, 143, 0], 3, 143, 1),
+        ([1, 0], 3, 1, 0),
+        ([3, 0], 3, 3, 0),
+    ],
+)
+def test_only_what_nobody_can_mend_is_started_again(codes: list[int], restarts: int, expected: int, told: int) -> None:
+    left, messages = iter(codes), []
+    assert run_again(lambda: next(left), restarts, messages.append) == expected
+    assert len(messages) == told
+
+
+def test_machines_that_are_not_there_are_waited_for_and_then_named() -> None:
+    def nobody() -> int:
+        raise RendezvousConnectionError("nobody listens")
+
+    with pytest.raises(InternalError, match=r"did not meet within 0 s.*nobody listens"):
+        met(nobody, 0)
+
+
+@pytest.mark.parametrize("config", ["run_conf: {resume_from_checkpoint: false}", "method: sft"])
+def test_restarts_need_checkpoints_to_go_on_from(run_cli: Any, tmp_path: Path, config: str) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text(config)
+    result = run_cli(["launch", "--max-restarts", "2", "sft", file])
+    assert result.returncode == 1
+    assert "resume_from_checkpoint: auto" in result.stderr
 
 
 def test_slurm_says_it_inside_of_a_step_only() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.failures import speak_for_processes, told_so_far
+from finetuning.cli.failures import forget, speak_for_processes, told_so_far
 from finetuning.cli.run import run
 from finetuning.errors import ConfigError
 
@@ -32,6 +32,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nnodes", type=int, help="machines (default: what Kubeflow or SLURM say, else 1)")
     parser.add_argument("--node-rank", type=int, help="which machine this is, from 0")
     parser.add_argument("--main-address", metavar="HOST[:PORT]", help="where the first machine is met, port 29500")
+    parser.add_argument(
+        "--max-restarts",
+        type=_whole_number,
+        default=0,
+        metavar="N",
+        help="how often the job starts again, from its newest checkpoint, when a process or a machine is lost"
+        " (default: 0)",
+    )
+    parser.add_argument(
+        "--meet-within",
+        type=_whole_number,
+        metavar="SECONDS",
+        help="how long machines wait for each other, at the start and after a loss (default: 600)",
+    )
     sharding = parser.add_mutually_exclusive_group()
     sharding.add_argument("--preset", choices=_PRESETS, help="how the model is shared out (default: ddp)")
     sharding.add_argument("--accelerate-config", metavar="FILE", help="a config of accelerate's own, instead")
@@ -52,6 +66,7 @@ def _launch(argv: Sequence[str]) -> int:
     from finetuning.config.suggestions import did_you_mean
     from finetuning.launch.machines import find_machines
     from finetuning.launch.processes import start
+    from finetuning.launch.restarts import run_again
 
     options = build_parser().parse_args(argv)
     if not options.command or options.command[0] not in METHODS:
@@ -60,17 +75,45 @@ def _launch(argv: Sequence[str]) -> int:
             f"finetuning launch: {given} is no method; they are {', '.join(METHODS)}",
             hint=did_you_mean(given, METHODS),
         )
-    launch = _make_launch(options, find_machines(options.nnodes, options.node_rank, options.main_address))
+    machines = find_machines(options.nnodes, options.node_rank, options.main_address)
+    launch = _make_launch(options, machines)
     if options.dry_run:
         print("accelerate launch " + " ".join(launch.arguments(options.command)))
         return 0
+    if options.max_restarts:
+        _require_resuming(options.command)
+    environment = machines.environment()
     before = told_so_far()
-    code = start(launch, options.command, {})
+    code = run_again(lambda: start(launch, options.command, environment), options.max_restarts, _tell_restart)
     speak_for_processes(code, before)
     return code
 
 
+def _tell_restart(text: str) -> None:
+    forget()
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _require_resuming(command: Sequence[str]) -> None:
+    """Nothing, when what is launched would go on from its checkpoints if it were started again."""
+    from finetuning.cli.finetuning import build_parser as command_parser
+    from finetuning.config.overrides import apply_overrides
+    from finetuning.config.read import read_document
+
+    options = command_parser().parse_intermixed_args(command)
+    document = apply_overrides(read_document(options.config), options.overrides)
+    run_conf = document.values.get("run_conf")
+    wanted = run_conf.get("resume_from_checkpoint") if isinstance(run_conf, dict) else None
+    if str(wanted).lower() != "auto":
+        raise ConfigError(
+            "--max-restarts goes on from the newest checkpoint of the run",
+            place=document.place_of(("run_conf", "resume_from_checkpoint")),
+            hint="Set run_conf.resume_from_checkpoint: auto, and have checkpoints saved (training_args.save_strategy).",
+        )
+
+
 def _make_launch(options: argparse.Namespace, machines: Machines) -> Launch:
+    from finetuning.launch.machines import MEET_WITHIN_S
     from finetuning.launch.processes import Launch, preset_file, require_deepspeed
 
     config_file = None
@@ -82,7 +125,21 @@ def _make_launch(options: argparse.Namespace, machines: Machines) -> Launch:
     per_machine = _per_machine(options.nproc or machines.nproc or "auto")
     if options.preset == "ddp" and per_machine * machines.nnodes == 1:
         config_file = None
-    return Launch(per_machine * machines.nnodes, machines.nnodes, config_file, tuple(machines.flags()))
+    meet_within_s = options.meet_within or MEET_WITHIN_S
+    return Launch(
+        per_machine * machines.nnodes,
+        machines.nnodes,
+        config_file,
+        tuple(machines.flags(meet_within_s)),
+        meet_within_s if machines.nnodes > 1 else None,
+    )
+
+
+def _whole_number(text: str) -> int:
+    """A number from 0, as argparse asks for it."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
 
 
 def _per_machine(given: str) -> int:

@@ -18,6 +18,7 @@ DEBUG_VARIABLE = "FINETUNING_DEBUG"
 
 # By name, so that an error can be told apart without importing the libraries that define it.
 _OUT_OF_MEMORY_NAMES = frozenset({"OutOfMemoryError", "MemoryError"})
+_LOST_NAMES = frozenset({"DistNetworkError", "DistStoreError", "DistBackendError"})
 
 
 def run(main_function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -60,6 +61,10 @@ def _tell_unforeseen(error: Exception, debug: bool) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         message = f"no room left on the disk{where}. Free some space, or choose another output directory."
         return _tell_failure("StorageError", EXIT_USER, message)
+    if is_lost_connection(error):
+        # The process that was lost speaks for itself, or was killed; this one has nothing to add.
+        message = f"the connection to another process of the job was lost: {_first_line(error)}"
+        return _tell_failure("InternalError", EXIT_INTERNAL, message)
     if is_out_of_memory(error):
         name, message = "OutOfMemory", f"out of memory: {_first_line(error)}"
     else:
@@ -80,6 +85,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if any(base.__name__ in _OUT_OF_MEMORY_NAMES for base in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """True for what gloo, NCCL and torch's stores raise when the process at the other end has gone."""
+    if any(base.__name__ in _LOST_NAMES for base in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
 
 
 def _tell(message: str) -> None:

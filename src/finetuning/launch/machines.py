@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetuning.errors import ConfigError
+from finetuning.launch.routes import find_route
 
 # Kubeflow sets the first name of each (torchrun's own), srun the others.
 _NAMES = {
@@ -17,6 +18,8 @@ _NAMES = {
     "port": ("PET_MASTER_PORT", "MASTER_PORT"),
 }
 _DEFAULT_PORT = 29500
+MEET_WITHIN_S = 600
+"""How long machines wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,33 @@ class Machines:
     nproc: str | None = None
     """Processes on each machine, where the environment says it: a number, or `auto`, `gpu`, `cpu`."""
 
-    def flags(self) -> list[str]:
-        """What `accelerate launch` is told about machines; nothing for one."""
+    def flags(self, meet_within_s: int = MEET_WITHIN_S) -> list[str]:
+        """What `accelerate launch` is told about machines; nothing for one.
+
+        They meet by torchrun's rendezvous c10d, which lets a machine that was lost come back; the first machine holds
+        its store.
+        """
         if self.nnodes == 1:
             return []
         return [
             *("--machine_rank", str(self.node_rank), "--main_process_ip", str(self.address)),
-            *("--main_process_port", str(self.port)),
+            *("--main_process_port", str(self.port), "--rdzv_backend", "c10d"),
+            *("--rdzv_conf", f"is_host={int(self.node_rank == 0)},join_timeout={meet_within_s}"),
         ]
+
+    def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """What torchrun and gloo are told, where nobody has: the address at which the others reach this machine, and
+        its interface.
+
+        They would look the machine's own name up, and many machines know that as a loopback address.
+        """
+        if self.nnodes == 1:
+            return {}
+        told = {"PET_RDZV_ENDPOINT": f"{self.address}:{self.port}"}
+        route = find_route(str(self.address), self.port)
+        if route:
+            told |= {"PET_LOCAL_ADDR": route.address, "GLOO_SOCKET_IFNAME": route.interface}
+        return {name: value for name, value in told.items() if not environ.get(name)}
 
 
 def find_machines(

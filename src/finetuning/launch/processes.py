@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from typing import Any
 from finetuning.config.read import read_document
 from finetuning.config.suggestions import did_you_mean
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_USER, ConfigError, MissingPackageError
+from finetuning.launch.restarts import met
 
 PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _MODULE = "finetuning.cli.finetuning"
 _FOLDER = Path(__file__).parent / "presets"
 _OURS = ("module", "no_python", "training_script", "training_script_args", "help")
-_INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
+_INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 _TOLD = (0, EXIT_USER, EXIT_GUARD, EXIT_INTERNAL, *_INTERRUPTED)
 
 
@@ -36,6 +38,8 @@ class Launch:
     """An accelerate config: a preset or the user's."""
     flags: tuple[str, ...] = ()
     """Flags of `accelerate launch`; they win over the file."""
+    meet_within_s: float | None = None
+    """How long machines wait for each other, which meet by c10d; None when the flags say how they meet, if they do."""
 
     @property
     def is_plain(self) -> bool:
@@ -127,22 +131,36 @@ def start(launch: Launch, command: Sequence[str], environment: Mapping[str, str]
     """The exit code of the job, once all processes have ended: that of the first process that failed.
 
     SIGTERM and SIGINT are passed on; the processes then save a checkpoint. `environment` is added to our own.
+
+    Raises:
+        InternalError: its machines did not meet.
     """
     if launch.is_plain:
         return _start_one(command, os.environ | dict(environment))
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.update(environment)
+    # Its only warning is that c10d gives out the ranks itself.
+    logging.getLogger(torch.distributed.run.__name__).setLevel(logging.ERROR)
+    try:
+        if launch.meet_within_s is None:
+            return _start_all(launch, command)
+        return met(lambda: _start_all(launch, command), launch.meet_within_s)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+
+
+def _start_all(launch: Launch, command: Sequence[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
         launch_command(launch_command_parser().parse_args(launch.arguments(command)))
     except ChildFailedError as error:
         return told_code(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:
         return told_code(error.returncode)
-    except SignalException as error:
-        return 128 + int(error.sigval)
     except ValueError as error:
         raise ConfigError(f"accelerate refuses this launch: {error}") from error
     return 0

@@ -130,7 +130,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     plan = make_plan(experiment, job.topology, rows=len(data.train))
     arguments = build_arguments(experiment, plan, job.method.arguments)
     observer.planned(plan, arguments)
-    terms = agree(experiment, plan, data.fingerprint, resume.checkpoint)
+    resume, terms = _settled(job, plan, data, resume)
     _seed(arguments.seed, experiment.run_conf.determinism)
 
     with observer.stage("model_initialization"):
@@ -168,6 +168,14 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         record.update(artifact=artifact.as_dict())
         observer.published(artifact)
     return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
+
+
+def _settled(job: Job, plan: Plan, data: PreparedData, resume: ResumePoint) -> tuple[ResumePoint, Terms]:
+    """Where all processes of the job go on from, and on what terms."""
+    from finetuning.training.meeting import agreed
+
+    resume = agreed(job.output_dir, resume, job.topology.world_size)
+    return resume, agree(job.experiment, plan, data.fingerprint, resume.checkpoint)
 
 
 def _build_trainer(

@@ -1,0 +1,56 @@
+"""What the processes of a job must have in common before they train: one output directory, one checkpoint."""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+from pathlib import Path
+
+from finetuning.errors import Place, StorageError
+from finetuning.training.resume import ResumePoint
+
+_PATIENCE_S = 10.0
+"""How long a file that another machine has made may take to appear on a network's filesystem."""
+
+
+def agreed(output_dir: Path, resume: ResumePoint, world_size: int) -> ResumePoint:
+    """The main process's checkpoint, once every process has been seen to share its output directory.
+
+    Collective: every process of the job comes here, after its process group was made.
+
+    Raises:
+        StorageError: names the machines that have a directory of their own instead; on every process.
+    """
+    if world_size == 1:
+        return resume
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    state = PartialState()
+    told = [f".meeting-{uuid.uuid4().hex}", resume, socket.gethostname()]
+    if state.is_main_process:
+        (output_dir / told[0]).touch()
+    broadcast_object_list(told, from_process=0)
+    marker, resume, main_host = output_dir / told[0], *told[1:]
+    strangers = [host for host, sees in gather_object([(socket.gethostname(), _appears(marker))]) if not sees]
+    if state.is_main_process:
+        marker.unlink(missing_ok=True)
+    if strangers:
+        raise StorageError(
+            f"{output_dir} is not one folder for all machines: {', '.join(sorted(set(strangers)))} cannot see what"
+            f" {main_host} writes there",
+            place=Place(key="training_args.output_dir"),
+            hint="Name a folder on a filesystem that all of them mount; checkpoints are written and read by all.",
+        )
+    return resume
+
+
+def _appears(marker: Path) -> bool:
+    """Whether a file is there, or comes soon."""
+    until = time.monotonic() + _PATIENCE_S
+    while not marker.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True

@@ -1,0 +1,141 @@
+"""Two machines, as far as a network can tell: two namespaces of it, joined by a cable that can be pulled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAUNCH = [str(Path(sys.executable).parent / "finetuning"), "launch", "--nproc", "1", "--nnodes", "2"]
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+STEPS = 30
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@dataclass
+class Host:
+    """A network namespace; `log` gets what its launcher says."""
+
+    name: str
+    rank: int
+    log: Path
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def launch(self, config: Path, *overrides: str) -> None:
+        place = ["--node-rank", str(self.rank), "--main-address", "10.77.0.1:29511"]
+        command = [*LAUNCH, *place, "--max-restarts", "3", "sft", str(config), *overrides]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *command], stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def lose(self) -> None:
+        """Everything that runs there is killed, and the cable pulled."""
+        for process in ip("netns", "pids", self.name).split():
+            os.kill(int(process), signal.SIGKILL)
+        self.cable("down")
+        assert self.process and self.process.wait() == -signal.SIGKILL
+
+    def cable(self, state: str) -> None:
+        ip("-n", self.name, "link", "set", "cable", state)
+
+    def code(self) -> int:
+        assert self.process
+        return self.process.wait(timeout=200)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make network namespaces")
+    pair = tuple(Host(f"ft{os.getpid()}-{rank}", rank, tmp_path / f"host-{rank}.log") for rank in (0, 1))
+    first, second = pair
+    made = []
+    try:
+        for host in pair:
+            ip("netns", "add", host.name)
+            made.append(host)
+        ip("link", "add", "cable", "netns", first.name, "type", "veth", "peer", "name", "cable", "netns", second.name)
+        for host in pair:
+            ip("-n", host.name, "addr", "add", f"10.77.0.{host.rank + 1}/24", "dev", "cable")
+            ip("-n", host.name, "link", "set", "lo", "up")
+            host.cable("up")
+        yield first, second
+    finally:
+        for host in made:
+            for process in ip("netns", "pids", host.name).split():
+                os.kill(int(process), signal.SIGKILL)
+            ip("netns", "del", host.name)
+
+
+@pytest.fixture
+def values(sft_values: Any) -> dict[str, Any]:
+    return sft_values(
+        {
+            "training_args.max_steps": STEPS,
+            "training_args.save_strategy": "steps",
+            "training_args.save_steps": 3,
+            "batchsize_conf.max_per_device_train_batch_size": 1,
+            "run_conf.resume_from_checkpoint": "auto",
+            "peft_conf": LORA,
+        }
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step; of a step that was done twice, the later one."""
+    lines = (folder / "training_logs.jsonl").read_text().splitlines()
+    data = [json.loads(line)["data"] for line in lines]
+    return {one["step"]: one["value"] for one in data}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1], ids=["the-first", "the-second"])
+def test_a_host_that_is_lost_and_comes_back_leaves_the_curve_of_one_process(
+    hosts: tuple[Host, Host], values: Any, train: Any, write_config: Any, tmp_path: Path, lost: int
+) -> None:
+    config = write_config(values)
+    out = Path(values["training_args"]["output_dir"])
+    for host in hosts:
+        host.launch(config)
+    log = out / "training_logs.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert all(host.process and host.process.poll() is None for host in hosts), hosts[0].said() + hosts[1].said()
+        time.sleep(0.02)
+    hosts[lost].lose()
+    hosts[lost].cable("up")
+    hosts[lost].launch(config)
+    assert [host.code() for host in hosts] == [0, 0], hosts[0].said() + hosts[1].said()
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "completed" and "checkpoint-" in record["resumed_from"]
+    assert "4 = 2 x 1 x 2" in hosts[0].said() + hosts[1].said()
+    values["training_args"]["output_dir"] = str(tmp_path / "alone")
+    alone = losses(train(values).output_dir)
+    assert len(alone) == STEPS
+    assert losses(out) == pytest.approx(alone, abs=1e-4)
+
+
+def test_hosts_that_do_not_share_the_output_directory_are_refused(
+    hosts: tuple[Host, Host], values: Any, write_config: Any, tmp_path: Path
+) -> None:
+    config = write_config(values)
+    hosts[0].launch(config)
+    hosts[1].launch(config, f"training_args.output_dir={tmp_path / 'elsewhere'}")
+    assert [host.code() for host in hosts] == [1, 1], hosts[0].said() + hosts[1].said()
+    assert "is not one folder for all machines" in hosts[0].said()
+    assert "restart" not in hosts[0].said()
