@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Method, TrainingParts
@@ -34,12 +35,38 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     refuses adapters on `lm_head`, replaces the model's forward, takes no collator beside its own for rows without
     padding, and measures entropy and accuracy over all logits at every step.
     """
+    from finetuning.algorithms.eva import begin_from_rows
+    from finetuning.data.collate import FlatteningCollator, PaddingCollator
+
+    tokenizer = parts.tokenizer
+    collate = (
+        PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_shown_as)
+        if parts.layout.padded
+        else FlatteningCollator()
+    )
+    begin_from_rows(parts.model, parts.data.train, collate, parts.arguments.per_device_train_batch_size)
+    trainer = _trainer_class(parts)(
+        model=parts.model,
+        args=parts.arguments,
+        train_dataset=parts.data.train,
+        eval_dataset=parts.data.validation,
+        processing_class=tokenizer.tokenizer,
+        data_collator=collate,
+        callbacks=list(parts.callbacks),
+    )
+    if trainer.selects_logits:
+        # The Trainer asks the model's signature whether the loss takes a token count; this loss does.
+        trainer.model_accepts_loss_kwargs = True
+    return trainer
+
+
+def _trainer_class(parts: TrainingParts) -> type:
     import torch
     import transformers
 
-    from finetuning.algorithms.eva import begin_from_rows
     from finetuning.algorithms.trainer import TrainerMixin
-    from finetuning.data.collate import FlatteningCollator, PaddingCollator
+
+    offloads = _offloading(parts)
 
     class SFTTrainer(TrainerMixin, transformers.Trainer):
         """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
@@ -47,6 +74,10 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         selects_logits = divides_batches = _selects_logits(parts)
         computes_alone = True
         collated_columns = ("lengths",)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with offloads() if offloads else nullcontext():
+                return super().training_step(*args, **kwargs)
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -73,26 +104,23 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
             self._note_evaluation(total, wanted.sum())
             return (loss, outputs) if return_outputs else loss
 
-    tokenizer = parts.tokenizer
-    collate = (
-        PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_shown_as)
-        if parts.layout.padded
-        else FlatteningCollator()
-    )
-    begin_from_rows(parts.model, parts.data.train, collate, parts.arguments.per_device_train_batch_size)
-    trainer = SFTTrainer(
-        model=parts.model,
-        args=parts.arguments,
-        train_dataset=parts.data.train,
-        eval_dataset=parts.data.validation,
-        processing_class=tokenizer.tokenizer,
-        data_collator=collate,
-        callbacks=list(parts.callbacks),
-    )
-    if trainer.selects_logits:
-        # The Trainer asks the model's signature whether the loss takes a token count; this loss does.
-        trainer.model_accepts_loss_kwargs = True
-    return trainer
+    return SFTTrainer
+
+
+def _offloading(parts: TrainingParts) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What keeps activations in main memory during a step; None when they stay where they are."""
+    if not getattr(getattr(parts.experiment, "training_args", None), "activation_offloading", False):
+        return None
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+    context = get_act_offloading_ctx_manager(model=parts.model)
+    return lambda: context
+
+
+def _liger_computes_the_loss(parts: TrainingParts) -> bool:
+    """Whether Liger replaces the model's forward by one that takes labels and makes no logits, its default."""
+    wanted = parts.arguments.use_liger_kernel
+    return wanted and (parts.arguments.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
 
 
 def _selects_logits(parts: TrainingParts) -> bool:
@@ -111,6 +139,7 @@ def _selects_logits(parts: TrainingParts) -> bool:
         and not any(config.is_prompt_learning or config.peft_type.value == "CPT" for config in active)
         and not getattr(base.config.get_text_config(), "output_router_logits", False)
         and not parts.arguments.label_smoothing_factor
+        and not _liger_computes_the_loss(parts)
     )
 
 

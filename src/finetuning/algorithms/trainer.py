@@ -154,6 +154,7 @@ class SafeguardMixin:
         Raises:
             GuardStopped: a trained weight is not finite, so that the last checkpoint stays the last.
         """
+        self.settle_weights()
         self._check_weights()
         name = f"checkpoint-{self.state.global_step}"
         target = Path(self.args.output_dir) / name
@@ -175,6 +176,12 @@ class SafeguardMixin:
             self._discard(staging)
             return
         self.accelerator.wait_for_everyone()
+
+    def settle_weights(self) -> None:
+        """Puts the weights to be used in the place of those that a schedule-free optimizer computes gradients at; the
+        next step changes them back. Other optimizers have one kind of weights only."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         # A run that is told to save and stop at a step of evaluation would forget to save, were it not the best.

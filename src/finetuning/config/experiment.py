@@ -13,7 +13,15 @@ from finetuning.config.grpo import GRPOArgs, GRPOTrainingArgs
 from finetuning.config.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
 from finetuning.config.preference import CPOTrainingArgs, KTOTrainingArgs, ORPOTrainingArgs, RewardTrainingArgs
 from finetuning.config.telemetry import Telemetry
-from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs, Overrides, SFTArgs, Tracking, TrainingArgs
+from finetuning.config.training import (
+    BatchsizeConfig,
+    DPOTrainingArgs,
+    Overrides,
+    SFTArgs,
+    SFTTrainingArgs,
+    Tracking,
+    TrainingArgs,
+)
 
 
 class Experiment(Section):
@@ -59,6 +67,8 @@ class SFTExperiment(Experiment):
 
     method_name: ClassVar[str] = "sft"
 
+    training_args: SFTTrainingArgs
+    """Arguments of the trainer."""
     sft_args: SFTArgs = SFTArgs()
     """Supervised fine-tuning."""
 

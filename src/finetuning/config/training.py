@@ -93,6 +93,13 @@ class TrainingArgs(Section):
     """DeepSpeed config: a file or the config itself."""
 
 
+class SFTTrainingArgs(TrainingArgs):
+    """Arguments of the trainer of supervised fine-tuning."""
+
+    activation_offloading: bool = False
+    """Keep activations in the machine's memory until the backward pass: less GPU memory, more time."""
+
+
 class DPOTrainingArgs(TrainingArgs):
     """Arguments of the DPO trainer."""
 

@@ -48,8 +48,7 @@ def needs(setting: Setting) -> Iterator[Need]:
     if isinstance(setting.experiment.quant_conf, TorchAO):
         yield Need("torchao", "pip install 'finetuning[torchao]'", "quant_conf.quantization_type")
     if (setting.args.model_extra or {}).get("use_liger_kernel"):
-        for module in ("liger_kernel", "triton"):
-            yield Need(module, "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
+        yield Need("liger_kernel", "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
     if setting.quantised_by == "gptq":
         for module in ("gptqmodel", "optimum"):
             yield Need(module, "pip install 'finetuning[gptq]'", "run_conf.model")

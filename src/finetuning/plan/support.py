@@ -148,6 +148,13 @@ REFUSALS = (
 """Every pair that is refused; whatever else is asked for together is tried."""
 
 
+NEEDS_GPU = {
+    "use_liger_kernel": ("its kernels are written in Triton, which compiles for GPUs", "Remove it."),
+    "activation_offloading": ("on a CPU activations are in the machine's memory as it is", "Remove it."),
+}
+"""Fields of `training_args` that a CPU cannot honour: why, and what to do."""
+
+
 def check_support(setting: Setting) -> None:
     """Nothing when all that the setting asks for goes together.
 
@@ -182,7 +189,9 @@ def matrix() -> str:
             lines += ["|---|---|---|---|"]
             lines += [f"| {_named(r.one)} | {_named(r.other)} | {r.why} | {r.instead} |" for r in found]
             lines += [""]
-    lines += ["## How a LoRA may begin", ""]
+    lines += ["## On a GPU only", "", "| `training_args` | why | on a CPU |", "|---|---|---|"]
+    lines += [f"| `{key}` | {why} | {instead} |" for key, (why, instead) in NEEDS_GPU.items()]
+    lines += ["", "## How a LoRA may begin", ""]
     lines += ["All of PEFT's ways but these, by `peft_conf.peft_kwargs.init_lora_weights`:", "", *table(), ""]
     lines += ["## The adapters that are meant", ""]
     for title, names in (

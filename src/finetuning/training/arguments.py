@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config.experiment import Experiment
 from finetuning.errors import ConfigError, Place
 from finetuning.plan.plan import Plan
-from finetuning.training.precision import check_precision
+from finetuning.training.precision import check_device
 
 if TYPE_CHECKING:
     import transformers
@@ -21,6 +21,8 @@ _FIXED = {
     "include_num_input_tokens_seen": "no",
     "label_names": ["labels"],
 }
+# Fields of a trainer of ours, which the config class of transformers does not know.
+_OURS = {"sft": ("activation_offloading",)}
 
 
 def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) -> transformers.TrainingArguments:
@@ -32,10 +34,12 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
     Raises:
         ConfigError: the trainer's own checks refuse a value, or the device lacks a number type.
     """
-    check_precision(experiment)
+    check_device(experiment)
     module, _, name = arguments_class.partition(":")
     args = experiment.training_args
     fields: dict[str, Any] = {field: getattr(args, field) for field in type(args).model_fields}
+    for ours in _OURS.get(experiment.method_name, ()):
+        del fields[ours]
     fields |= args.model_extra or {}
     fields |= _FIXED | {
         "learning_rate": plan.learning_rate,

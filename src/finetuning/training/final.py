@@ -62,6 +62,7 @@ def publish_final(
         StorageError: it cannot be written.
         GuardStopped: what was written is not sound.
     """
+    trainer.settle_weights()
     state_dict = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)

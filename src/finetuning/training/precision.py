@@ -1,4 +1,4 @@
-"""Number types that the device of a run lacks are refused before its weights are loaded."""
+"""What the device of a run cannot do is refused before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from finetuning.config.experiment import Experiment
 from finetuning.errors import ConfigError, Place, Problem
 from finetuning.model.machine import Device, training_device
+from finetuning.plan.support import NEEDS_GPU
 
 _INSTEAD = {
     "bf16": "Set bf16: false; fp16: true where the device has it.",
@@ -14,6 +15,29 @@ _INSTEAD = {
     "tf32": "Remove it.",
 }
 _ASKED_BY = {"bf16": ("bf16", "bf16_full_eval"), "fp16": ("fp16",), "tf32": ("tf32",)}
+
+
+def check_device(experiment: Experiment, device: Device | None = None) -> None:
+    """Nothing when the run's device can do what is asked for: its number types, and what only a GPU can.
+
+    Raises:
+        ConfigError: everything that it lacks.
+    """
+    check_precision(experiment, device)
+    args = experiment.training_args
+    passed_on: dict[str, Any] = args.model_extra or {}
+    asked = [key for key in NEEDS_GPU if getattr(args, key, None) or passed_on.get(key)]
+    if asked and (device or training_device(bool(passed_on.get("use_cpu")))).kind == "cpu":
+        raise ConfigError(
+            [
+                Problem(
+                    f"is true, but needs a GPU: {NEEDS_GPU[key][0]}",
+                    Place(key=f"training_args.{key}"),
+                    NEEDS_GPU[key][1],
+                )
+                for key in asked
+            ]
+        )
 
 
 def check_precision(experiment: Experiment, device: Device | None = None) -> None:

@@ -1,0 +1,119 @@
+"""Optimizers and fast paths: each runs on a CPU here, or is refused there with its reason and tested on a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetuning.config.experiment import EXPERIMENTS
+from finetuning.config.read import read_document
+from finetuning.config.validate import validate
+from finetuning.errors import ConfigError, MissingPackageError
+from finetuning.model.machine import Device
+from finetuning.plan.plan import make_plan
+from finetuning.plan.support import NEEDS_GPU
+from finetuning.topology import Topology
+from finetuning.training.precision import check_device
+
+OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "sgd")
+OUTPUT = "training_args.output_dir"
+GPU = Device("a GPU", "cuda", None, None, ())
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU only; this machine has none")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_trains(train: Any, sft_values: Any, name: str) -> None:
+    run = train(sft_values({"training_args.optim": name, "training_args.weight_decay": 0.01}))
+    assert run.losses[-1] < run.losses[0]
+
+
+SCHEDULE_FREE = {
+    "training_args.optim": "schedule_free_adamw",
+    "training_args.lr_scheduler_type": "constant",
+    "training_args.max_steps": 4,
+    "training_args.save_strategy": "steps",
+    "training_args.save_steps": 2,
+}
+
+
+def test_schedule_free_saves_the_weights_that_are_to_be_used(train: Any, sft_values: Any, read_tensors: Any) -> None:
+    """Not those that gradients are computed at; the checkpoints' go on as if nothing had been saved."""
+    run = train(sft_values(SCHEDULE_FREE))
+    saved = read_tensors(run.final)["model.norm.weight"]
+    assert torch.equal(saved, run.trainer.model.model.norm.weight)
+    run.trainer.optimizer.train()
+    assert not torch.equal(saved, run.trainer.model.model.norm.weight)
+    again = {"run_conf.resume_from_checkpoint": str(run.output_dir / "checkpoint-2")}
+    resumed = train(sft_values({**SCHEDULE_FREE, **again, "run_conf.final_checkpoint_name": "again"}))
+    assert resumed.losses == run.losses
+    first, second = read_tensors(run.final), read_tensors(run.output_dir / "again")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_neftune_disturbs_training_and_nothing_else(train: Any, sft_values: Any, tmp_path: Path) -> None:
+    changes = {
+        "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+        "training_args.eval_on_start": True,
+        "training_args.eval_strategy": "epoch",
+        "training_args.max_steps": 1,
+    }
+    plain, noisy = (
+        train(
+            sft_values({**changes, "training_args.neftune_noise_alpha": alpha, OUTPUT: str(tmp_path / str(alpha))})
+        ).trainer.state.log_history
+        for alpha in (None, 5.0)
+    )
+    assert noisy[0]["eval_loss"] == plain[0]["eval_loss"]
+    assert noisy[1]["loss"] != plain[1]["loss"]
+
+
+def test_compiled_it_computes_the_same(
+    train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read_tensors: Any
+) -> None:
+    plain = train(sft_values({OUTPUT: str(tmp_path / "plain")}))
+    # The trainer tells accelerate by these.
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")
+    compiled = train(sft_values({"training_args.torch_compile_backend": "eager"}))
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert read_tensors(compiled.final).keys() == read_tensors(plain.final).keys()
+
+
+@pytest.fixture
+def asking(sft_values: Any, write_config: Any) -> Any:
+    def read(key: str) -> Any:
+        values = sft_values({f"training_args.{key}": True})
+        return validate(read_document(write_config(values)), EXPERIMENTS["sft"]).experiment
+
+    return read
+
+
+@pytest.mark.parametrize("key", NEEDS_GPU)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(asking: Any, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"training_args.{key}: is true, but needs a GPU") as refused:
+        check_device(asking(key))
+    assert refused.value.problems[0].hint
+    check_device(asking(key), GPU)
+
+
+def test_the_package_of_the_kernels_is_named(asking: Any) -> None:
+    if find_spec("liger_kernel") is not None:
+        pytest.skip("liger_kernel is installed")
+    with pytest.raises(MissingPackageError, match=r"use_liger_kernel: needs the package liger_kernel.*finetuning\[lig"):
+        make_plan(asking("use_liger_kernel"), Topology())
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("key", NEEDS_GPU)
+def test_a_fast_path_of_the_gpu_computes_the_same(train: Any, sft_values: Any, tmp_path: Path, key: str) -> None:
+    if key == "use_liger_kernel" and find_spec("liger_kernel") is None:
+        pytest.skip("liger_kernel is not installed: pip install 'finetuning[liger]'")
+    on = {"training_args.use_cpu": False}
+    plain = train(sft_values({**on, OUTPUT: str(tmp_path / "plain")}))
+    fast = train(sft_values({**on, f"training_args.{key}": True}))
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-3)
