@@ -61,6 +61,7 @@ def test_the_curve_is_that_of_one_process(
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+    assert "find_unused_parameters" not in result.stderr
     assert result.stdout.count("Completed after 6 steps") == 1
     assert result.stdout.count("rows in a batch") == 1
     assert "4 = 2 x 2 x 1" in result.stdout

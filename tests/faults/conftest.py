@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-SECONDS = 180
+SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,13 @@ class Process:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     @property
+    def state(self) -> str:
+        """One letter, as `ps` has it: T is stopped, Z has ended."""
+        return Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
+
+    @property
     def is_running(self) -> bool:
-        state = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2]
-        return not state.startswith("Z")
+        return self.state != "Z"
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)

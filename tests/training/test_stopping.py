@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,13 @@ def test_times_are_read() -> None:
     assert read_end_time({"SLURM_JOB_END_TIME": "soon"}) is None
 
 
-def beat(folder: Path, rank: int, phase: str, step: int, age: float) -> None:
+def beat(folder: Path, rank: int, phase: str, step: int, age: float, *, frozen: bool = False) -> None:
     (folder / FOLDER).mkdir(exist_ok=True)
     values = {"phase": phase, "step": step, "time": time.time() - age}
-    (folder / FOLDER / f"rank-{rank}.json").write_text(json.dumps(values))
+    file = folder / FOLDER / f"rank-{rank}.json"
+    file.write_text(json.dumps(values))
+    if frozen:
+        os.utime(file, (values["time"], values["time"]))
 
 
 def test_who_hangs_is_the_one_that_is_furthest_behind(tmp_path: Path) -> None:
@@ -60,5 +64,9 @@ def test_who_hangs_is_the_one_that_is_furthest_behind(tmp_path: Path) -> None:
     assert silent(tmp_path, 2, 5).startswith("rank 1 hangs: model_forward of step 7 for 41 s")
     beat(tmp_path, 2, "after model_backward", 6, age=40)
     assert silent(tmp_path, 3, 5).startswith("rank 2 hangs: after model_backward of step 6")
+    beat(tmp_path, 0, "model_backward", 7, age=40, frozen=True)
+    assert silent(tmp_path, 3, 5).startswith(
+        "rank 0 hangs: model_backward of step 7 for 40 s, and its process does not"
+    )
     beat(tmp_path, 0, "data_loading", 8, age=1)
     assert silent(tmp_path, 3, 5) is None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from finetuning.algorithms.dividing import divided, num_rows
+from finetuning.algorithms.sharing import SharingMixin, average_gradients
 from finetuning.errors import InternalError
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,13 @@ _HINT = (
 )
 
 
-class MemoryMixin:
+class MemoryMixin(SharingMixin):
     """Stands left of a transformers Trainer, and right of everything that counts its steps.
 
     When memory runs out in a step, the batches are divided by two from there on: half the rows at a time, twice as
     often, the same rows a step, so that the curve stays the same up to the rounding of sums and to dropout. Only where
-    `divides_batches` says that losses add up so, and on one process: several would wait for each other for ever.
+    `divides_batches` says that losses add up so. Of several processes each divides its own, where none waits for
+    another before all gradients are there.
     """
 
     divides_batches = False
@@ -44,7 +46,9 @@ class MemoryMixin:
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if not self.divides_batches or (self.args.world_size > 1 and self.pieces == 1):
+        waits = self.args.world_size > 1 and self._gradients_wait(model)
+        retries = self.divides_batches and (self.args.world_size == 1 or waits)
+        if not retries and self.pieces == 1:
             return super().training_step(model, inputs, num_items_in_batch)
         if not self._held:
             self._random = _random_state(self.args.device)
@@ -52,11 +56,12 @@ class MemoryMixin:
         batches = self._held[-1:]
         while True:
             try:
-                for batch in batches:
-                    loss = self._step_in_pieces(model, batch, num_items_in_batch)
-                return loss
+                with self.accelerator.no_sync(model) if waits else nullcontext():
+                    for batch in batches:
+                        loss = self._step_in_pieces(model, batch, num_items_in_batch)
+                break
             except (RuntimeError, MemoryError) as error:
-                if self.args.world_size > 1 or not is_out_of_memory(error):
+                if not retries or not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
             # Past the except block: its traceback holds on to the activations that did not fit.
@@ -64,6 +69,9 @@ class MemoryMixin:
             model.zero_grad()
             _set_random_state(self._random, self.args.device)
             batches = self._held
+        if waits and self.accelerator.sync_gradients:
+            average_gradients([w for w in model.parameters() if w.requires_grad], self.args.world_size)
+        return loss
 
     def _step_in_pieces(self, model: Any, batch: dict[str, Any], items: Any) -> torch.Tensor:
         """The loss of a batch, its gradients added to those that are there."""

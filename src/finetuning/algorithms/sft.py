@@ -71,8 +71,7 @@ def _trainer_class(parts: TrainingParts) -> type:
     class SFTTrainer(TrainerMixin, transformers.Trainer):
         """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
 
-        selects_logits = divides_batches = _selects_logits(parts)
-        computes_alone = True
+        selects_logits = divides_batches = computes_alone = _selects_logits(parts)
         collated_columns = ("lengths",)
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

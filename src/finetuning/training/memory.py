@@ -62,6 +62,19 @@ def longest_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
     return [dataset[int(index)] for index in total.argsort(kind="stable")[::-1][:count]]
 
 
+def divisions_of_all(trainer: Any) -> list[str]:
+    """What was divided, when and why; of a job of several processes, on which. All of them call this."""
+    if trainer.args.world_size == 1:
+        return list(trainer.divisions)
+    from accelerate.utils import gather_object
+
+    by_process = gather_object([trainer.divisions])
+    shared = [text for text in by_process[0] if all(text in texts for texts in by_process)]
+    return shared + [
+        f"process {rank}, {text}" for rank, texts in enumerate(by_process) for text in texts if text not in shared
+    ]
+
+
 def measured(estimate: MemoryEstimate | None, device: torch.device) -> dict[str, Any]:
     """Bytes that this process took at most, what they were measured by, and what the plan had estimated."""
     on_gpu = device.type == "cuda"

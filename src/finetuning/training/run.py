@@ -257,11 +257,11 @@ def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedMode
 
 def _tell_memory(trainer: Trainer, plan: Plan, observer: Observer) -> dict[str, Any]:
     """What the run took of memory, beside its estimate, and what had to be divided on the way."""
-    from finetuning.training.memory import measured, told
+    from finetuning.training.memory import divisions_of_all, measured, told
 
-    values = measured(plan.memory, trainer.args.device) | {"divisions": list(trainer.divisions)}
+    values = measured(plan.memory, trainer.args.device) | {"divisions": divisions_of_all(trainer)}
     observer.found("memory", told(values))
-    for division in trainer.divisions:
+    for division in values["divisions"]:
         observer.found("memory", division)
     return values
 

@@ -1,0 +1,128 @@
+"""Jobs of several processes, of which one runs out of memory, hangs, or is gone the next time."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+BATCH = {"batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 4}}
+SAVED = {"training_args.save_strategy": "steps", "training_args.save_steps": 3, "training_args.max_steps": 6}
+
+SMALL = """
+from dataclasses import replace
+import torch
+from finetuning.algorithms import METHODS
+from finetuning.algorithms.dividing import num_rows
+
+def build(parts):
+    trainer = method.build_trainer(parts)
+
+    class Small(type(trainer)):
+        \"\"\"On a device that holds MOST rows from the second step on, and fails in the PASS pass.\"\"\"
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            full = num_rows(inputs) > MOST and self.state.global_step >= 1
+            if full and "PASS" == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if full:
+                first = next(weight for weight in model.parameters() if weight.requires_grad)
+                self.handle = first.register_hook(self.fail)
+            return loss
+
+        def fail(self, gradient):
+            self.handle.remove()
+            raise torch.OutOfMemoryError("CUDA out of memory in the backward pass.")
+
+    trainer.__class__ = Small
+    return trainer
+
+method = METHODS["sft"]
+METHODS["sft"] = replace(method, build_trainer=build)
+"""
+
+
+@pytest.fixture
+def run(nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> Callable[..., Any]:
+    """A function that runs a job to its end, one process for each code that it is to run first: its directory, what
+    the main process told, and the exit codes."""
+
+    def job(changes: Any, befores: list[str], out: Path | None = None) -> tuple[Path, str, list[int]]:
+        out = out or tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        config = write_config(sft_values({**changes, "training_args.output_dir": str(out)}), f"{out.name}.yaml")
+        if len(befores) == 1:
+            processes = [nursery.start(["sft", config], before=befores[0])]
+        else:
+            processes = nursery.start_all(["sft", config], befores)
+        codes = [process.wait() for process in processes]
+        told = "".join(process.told for process in processes)
+        assert "find_unused_parameters" not in told, "nothing is looked for that cannot be"
+        return out, told, codes
+
+    return job
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "training_logs.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["data"]["value"] for line in lines]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_one_process_that_runs_out_of_memory_goes_on_in_smaller_pieces(run: Any, where: str) -> None:
+    changes = {**BATCH, "peft_conf": LORA, "training_args.max_steps": 4}
+    changes["batchsize_conf"] = {"total_train_batch_size": 8, "max_per_device_train_batch_size": 2}
+    enough, told, codes = run(changes, [""])
+    assert codes == [0], told
+    small, told, codes = run(changes, ["", SMALL.replace("MOST", "1").replace("PASS", where)])
+    assert codes == [0, 0], told
+    assert losses(small) == pytest.approx(losses(enough), abs=2e-5)
+    [division] = json.loads((small / "run.json").read_text())["memory"]["divisions"]
+    assert division.startswith("process 1, step 2: out of memory with 2 rows at a time; from here on 1")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_job_goes_on_with_another_number_of_processes(run: Any, before: int, after: int) -> None:
+    changes = {**SAVED, "peft_conf": LORA, "run_conf.resume_from_checkpoint": "auto"}
+    whole, told, codes = run(changes, [""] * before)
+    assert codes == [0] * before, told
+    cut = whole.with_name(f"{whole.name}-cut")
+    cut.mkdir()
+    (whole / "checkpoint-3").rename(cut / "checkpoint-3")
+    _, told, codes = run(changes, [""] * after, cut)
+    assert codes == [0] * after, told
+    assert f"plan.world_size was {before}, is {after}" in told
+    assert losses(cut) == pytest.approx(losses(whole)[3:], abs=1e-4)
+    other = {"batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 2}}
+    (cut / "checkpoint-final").rename(cut / "aside")
+    _, told, codes = run(changes | other, [""] * after, cut)
+    assert codes == [1] * after
+    assert "checkpoint-6 was made otherwise: batchsize_conf.total_train_batch_size was 4, is 8" in told
+    assert "allow_changed" in told and "Traceback" not in told
+
+
+def test_a_process_that_hangs_is_named_with_what_it_does(
+    nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
+    changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 1}
+    main, other = nursery.start_all(["sft", write_config(sft_values(changes))], ["", ""])
+    assert main.wait_for(lambda: '"step": 3' in _log(tmp_path)), main.told
+    other.send(signal.SIGSTOP)
+    assert other.wait_for(lambda: other.state == "T")
+    beat = json.loads((tmp_path / "out" / "heartbeat" / "rank-1.json").read_text())
+    named = f"rank 1 hangs: {beat['phase']} of step {beat['step']} for"
+    assert main.wait_for(lambda: named in main.told), main.told
+    other.send(signal.SIGCONT)
+    main.send(signal.SIGUSR1)
+    assert (main.wait(), other.wait()) == (138, 138), "it goes on, and what is asked of one is done by all"
+    assert "signal 10 at step" in main.told
+
+
+def _log(folder: Path) -> str:
+    log = folder / "out" / "training_logs.jsonl"
+    return log.read_text(encoding="utf-8") if log.exists() else ""
