@@ -9,7 +9,7 @@ from typing import Any
 
 from finetuning.observe.sinks import LogEvent, Sink, StepMetrics
 
-CLOSE_WAIT_S = 30.0
+CLOSE_WAIT_S = 60.0
 _MOST_WAITING = 10_000
 
 

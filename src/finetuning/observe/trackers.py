@@ -24,12 +24,13 @@ _PREFIXES = {"eval_": "eval/", "test_": "test/"}
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run before its first number. `parameters` are texts by dotted keys."""
+    """What a tracker is told of a run before its first number. `parameters` are texts by dotted keys, and the user's own
+    values."""
 
     output_dir: Path
     project: str
     name: str
-    parameters: Mapping[str, str]
+    parameters: Mapping[str, Any]
     section: Tracking
     before: Mapping[str, Identity]
     """What an earlier job of this run has left, by tracker; empty for a fresh start."""
@@ -92,7 +93,12 @@ KINDS: dict[str, Kind] = {
     "tensorboard": Kind(_tensorboard, lambda tracker: {"folder": str(tracker.log_dir)}),
     "wandb": Kind(
         _wandb,
-        lambda tracker: {"run_id": tracker.id, "run_name": tracker.name, "run_uri": tracker.url, "folder": tracker.dir},
+        lambda tracker: {
+            "run_id": tracker.id,
+            "run_name": tracker.name,
+            "run_uri": tracker.url,
+            "folder": str(Path(tracker.dir).parent),
+        },
         step_name="train/global_step",
     ),
     "aim": Kind(_aim, lambda tracker: {"run_hash": tracker.hash}, groups=False),
@@ -121,8 +127,10 @@ class AccelerateTracker(Sink):
     def begin(self, metrics: StepMetrics) -> None:
         if self._tracker is not None:
             return
+        from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState()
         settings = self._kind.settings(self._run, dict(self._run.before.get(self.name, {})))
         tracker = LOGGER_TYPE_TO_CLASS[self.name](**settings)
         tracker.start()
@@ -130,7 +138,8 @@ class AccelerateTracker(Sink):
         tracker.store_init_configuration(dict(self._run.parameters))
         if self._kind.step_name:
             tracker.tracker.define_metric("*", step_metric=self._kind.step_name, step_sync=True)
-        write_identity(self._run.output_dir, self._run.section, self.name, self._kind.identity(tracker.tracker))
+        if identity := self._kind.identity(tracker.tracker):
+            write_identity(self._run.output_dir, self._run.section, self.name, identity)
 
     def log(self, event: LogEvent) -> None:
         values = dict(event.values)
@@ -187,7 +196,7 @@ def tracker_sinks(experiment: Experiment, method: str, parameters: Mapping[str, 
         return []
     section = experiment.tracking or Tracking()
     output_dir = Path(experiment.training_args.output_dir)
-    metadata = {f"exp_metadata.{key}": str(value) for key, value in section.exp_metadata.items()}
+    metadata = {f"exp_metadata.{key}": value for key, value in section.exp_metadata.items()}
     run = TrackedRun(
         output_dir=output_dir,
         project=section.experiment_name or "finetuning",
