@@ -106,6 +106,31 @@ def test_a_job_goes_on_with_another_number_of_processes(run: Any, before: int, a
     assert "allow_changed" in told and "Traceback" not in told
 
 
+BROKEN = """
+from finetuning.training.measuring import Measuring
+
+def broken(self, step):
+    raise RuntimeError("no folder to look at")
+
+Measuring._folder = broken
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, rank: int) -> None:
+    changes = {**SAVED, "peft_conf": LORA, "training_args.max_steps": 3, "telemetry": {"ranks": "all"}}
+    befores = ["", ""]
+    befores[rank] = BROKEN
+    out, told, codes = run(changes, befores)
+    assert codes == [0, 0], told
+    assert len(losses(out)) == 3
+    assert (out / "checkpoint-final").is_dir()
+    if rank == 0:
+        assert told.count("telemetry is incomplete, training goes on: end: RuntimeError: no folder") == 1
+        faults = json.loads((out / "run.json").read_text())["telemetry"]["faults"]
+        assert faults == ["end: RuntimeError: no folder to look at"]
+
+
 def test_a_process_that_hangs_is_named_with_what_it_does(
     nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path
 ) -> None:

@@ -29,7 +29,6 @@ class Heartbeat(Phases):
         self._file = output_dir / FOLDER / f"rank-{trainer.args.process_index}.json"
         self._trainer = trainer
         self._inner = inner
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         self._broken = False
 
     def begin(self, name: str) -> None:
@@ -55,6 +54,7 @@ class Heartbeat(Phases):
 
 def _overwrite(file: Path, text: str) -> None:
     """Puts a text in the place of another at once: a process that is frozen leaves one or the other."""
+    file.parent.mkdir(exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.pwrite(descriptor, text.ljust(_LENGTH).encode() + b"\n", 0)

@@ -211,15 +211,19 @@ class Measuring:
         telemetry.close(error)
         if not self._topology.is_main:
             return None
+        return telemetry.faults.attempt("summing up", lambda: self._told(telemetry, self._job, tell))
+
+    def _told(self, telemetry: Telemetry, job: Job, tell: Tell) -> dict[str, Any]:
+        """What belongs into the record of a job whose telemetry has ended."""
         from finetuning.observe.telemetry.goodput import measured_goodput
 
         told: dict[str, Any] = {
-            "job_id": self._job.job_id,
-            "session_tag": self._job.session_tag,
+            "job_id": job.job_id,
+            "session_tag": job.session_tag,
             "perf_tag": telemetry.config.perf_tag,
             **telemetry.summary(),
         }
-        goodput = measured_goodput(telemetry.faults, self._output_dir, self._job.session_tag)
+        goodput = measured_goodput(telemetry.faults, self._output_dir, job.session_tag)
         if goodput is not None:
             told["session"] = goodput.as_dict()
             badput = {f"badput_{name}_s": seconds for name, seconds in goodput.badput_s.items()}

@@ -11,6 +11,7 @@ from transformers import TrainerControl as Control
 from transformers import TrainingArguments as Args
 
 from finetuning.observe.telemetry import names
+from finetuning.observe.telemetry.faults import guarded
 from finetuning.observe.telemetry.telemetry import Telemetry
 
 Gather = Callable[[list[float]], Sequence[Sequence[float]]]
@@ -33,23 +34,28 @@ class TelemetryCallback(TrainerCallback):
         tell: Callable[[Mapping[str, float], int], None] | None = None,
         with_phases: bool = False,
     ):
+        self.faults = telemetry.faults
         self._telemetry = telemetry
         self._gather = gather
         self._tell = tell
         self._with_phases = with_phases
         self._free_since = 0
 
+    @guarded
     def on_train_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
         self._telemetry.on_train_start(state.global_step, train_iterations_target=state.max_steps)
         self._free()
 
+    @guarded
     def on_step_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
         if not self._with_phases:
             self._telemetry.on_training_single_iteration_start(self._free_since)
 
+    @guarded
     def on_pre_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
         self._telemetry.part_began(names.OPTIMIZER_UPDATE)
 
+    @guarded
     def on_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
         self._telemetry.part_ended(names.OPTIMIZER_UPDATE)
         self._telemetry.part_began(names.ZERO_GRAD)
@@ -61,17 +67,20 @@ class TelemetryCallback(TrainerCallback):
             self._update(state.global_step)
         self._free()
 
+    @guarded
     def on_log(
         self, args: Args, state: TrainerState, control: Control, logs: dict[str, Any] | None = None, **more: Any
     ) -> None:
         if logs and isinstance(logs.get("loss"), float):
             self._telemetry.latest_loss = logs["loss"]
 
+    @guarded
     def on_evaluate(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
         if not self._with_phases:
             self._telemetry.validated_since(self._free_since)
             self._free()
 
+    @guarded
     def on_save(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
         if not self._with_phases:
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -104,6 +104,7 @@ class TrainingCallbacks(Blocks):
         if update and self.progress.step % self.config.log_every_n_train_iterations == 0:
             self.update_training_metrics()
 
+    @guarded
     def drop_iteration(self) -> None:
         """The iteration that has begun is none: there was no row left."""
         self.began.pop(names.TRAINING_SINGLE_ITERATION, None)

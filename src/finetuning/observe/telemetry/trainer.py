@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetuning.observe.telemetry import names
+from finetuning.observe.telemetry.faults import guarded
 from finetuning.observe.telemetry.telemetry import Telemetry
 
 _CHECKPOINT_SAVE = "checkpoint_save"
@@ -20,14 +21,17 @@ _LOOPS = frozenset(_EVALUATIONS.values())
 class TrainerPhases:
     """What a trainer with phases tells, turned into spans.
 
-    `folder_of` gives the folder of the checkpoint that is being saved, `step` the trainer's step.
+    `folder_of` gives the folder of the checkpoint that is being saved, `step` the trainer's step. Nothing here raises:
+    a phase stands in the middle of a step, and on one process of several.
     """
 
     def __init__(self, telemetry: Telemetry, step: Callable[[], int], folder_of: Callable[[int], Path | None]):
+        self.faults = telemetry.faults
         self._telemetry = telemetry
         self._step = step
         self._folder_of = folder_of
 
+    @guarded
     def begin(self, name: str) -> None:
         telemetry = self._telemetry
         if name == names.DATA_LOADING:
@@ -43,6 +47,7 @@ class TrainerPhases:
         else:
             telemetry.begin(name)
 
+    @guarded
     def end(self, name: str) -> None:
         telemetry = self._telemetry
         if name in names.INSIDE_A_STEP:
@@ -64,6 +69,7 @@ class TrainerPhases:
         else:
             telemetry.end(name)
 
+    @guarded
     def fail(self, name: str, error: BaseException) -> None:
         telemetry = self._telemetry
         if name in names.INSIDE_A_STEP:
