@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from finetuning.config.training import Tracking
 from finetuning.observe.mlflow_tracker import start_mlflow
 from finetuning.observe.tracking import TrackingOptions, resolve_tracking
 
@@ -27,9 +28,12 @@ def main() -> None:
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--artifacts", default=None)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--tracking", type=json.loads, default={}, help="keys of `tracking`")
     options = parser.parse_args()
     logging.basicConfig(format="%(levelname)s %(message)s")
-    plan = resolve_tracking(TrackingOptions(options.uri, "faults", options.artifacts), None, {})
+    section = Tracking(**options.tracking)
+    environ = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    plan = resolve_tracking(TrackingOptions(options.uri, "faults", options.artifacts), section, environ)
     tracker = start_mlflow(plan, options.output, job="sft", resumed=options.resumed, tags={"version.test": "1"})
     assert tracker is not None
     tracker.log_parameters({"training_args.learning_rate": "5e-05"})
