@@ -79,12 +79,6 @@ LORA = "{peft_type: LORA}"
             ["data_conf.chat_template: is set, and so is chat_template_name; set one of them."],
         ),
         (
-            {"data_conf": ONE + "}]}, validation_data: {type: NONE}, streaming: true}"},
-            "sft",
-            ["data_conf.streaming: is not supported: all rows are prepared, and their masks proven, before training"
-             " begins. Cap the datasets with max_rows, or train on the corpus in several runs."],
-        ),
-        (
             {"data_conf": ONE + "}]}, validation_data: {type: NONE}, special_tokens: [a]}"},
             "sft",
             ["data_conf.special_tokens: are those of chat_template, which is not set."],

@@ -315,7 +315,6 @@ def test_a_data_config_of_fms_is_read_whole(write_lines: Callable[..., str], tok
         ({"datasets": []}, "datasets: needs at least one dataset"),
         ({"dataprocessor": {"sed": 1}}, "unknown key"),
         ({"dataprocessor": {"type": "odm"}}, '"odm" is not supported; only "default" is'),
-        ({"dataprocessor": {"streaming": True}}, "streaming is not supported"),
         (
             {"dataprocessor": {"chat_template": "a", "chat_template_base64": "YQ=="}},
             "chat_template_base64: is set, and so is chat_template; set one of them",

@@ -25,7 +25,11 @@ def prepare(
     """Token ids and labels of the training and validation rows."""
     from finetuning.data.prepare import prepare_sft
 
-    return prepare_sft(experiment.data_conf, experiment.sft_args, tokenizer, workers, stop_tokens=stop_tokens)
+    args = experiment.training_args
+    seed = (args.model_extra or {}).get("data_seed") or args.seed
+    return prepare_sft(
+        experiment.data_conf, experiment.sft_args, tokenizer, workers, stop_tokens=stop_tokens, seed=seed
+    )
 
 
 def build_trainer(parts: TrainingParts) -> transformers.Trainer:
@@ -36,6 +40,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     padding, and measures entropy and accuracy over all logits at every step.
     """
     from finetuning.algorithms.eva import begin_from_rows
+    from finetuning.algorithms.streamed import as_dataset
     from finetuning.data.collate import FlatteningCollator, PaddingCollator
 
     tokenizer = parts.tokenizer
@@ -48,7 +53,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     trainer = _trainer_class(parts)(
         model=parts.model,
         args=parts.arguments,
-        train_dataset=parts.data.train,
+        train_dataset=as_dataset(parts.data.train, parts.experiment.sft_args.max_seq_length),
         eval_dataset=parts.data.validation,
         processing_class=tokenizer.tokenizer,
         data_collator=collate,

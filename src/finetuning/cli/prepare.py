@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetuning.cli.run import run
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, Place
 
 _GIB = 2**30
 
@@ -64,6 +64,12 @@ def _prepare(argv: Sequence[str]) -> int:
     document = apply_overrides(read_document(options.config), options.overrides)
     with located(document):
         experiment = validate(document, method.experiment).experiment
+        if experiment.data_conf.streaming:
+            raise ConfigError(
+                "rows are made as training goes, and there is nothing to prepare",
+                place=Place(key="data_conf.streaming"),
+                hint="Say data_conf.streaming=false to prepare them all.",
+            )
         data = prepare(experiment, method, load_tokenizer(experiment), 1)
     for line in [data.origin, *data.ledger.lines()]:
         print(line)

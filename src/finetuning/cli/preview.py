@@ -101,6 +101,7 @@ def _first_rows(data: DataConfig, count: int) -> DataConfig:
             "training_data": training.model_copy(update={"datasets": datasets}),
             "validation_data": NoData(type="NONE"),
             "cache": "off",
+            "streaming": False,
             "on_bad_row": "skip",
             "max_lost_fraction": 1.0,
         }

@@ -86,11 +86,11 @@ def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> Non
     from finetuning.data.counting import count_training_rows
     from finetuning.plan.plan import Decision, make_plan
 
-    rows = count_training_rows(experiment.data_conf)
-    plan = make_plan(experiment, topology, rows=rows)
+    count = count_training_rows(experiment.data_conf)
+    plan = make_plan(experiment, topology, rows=count.rows)
     decisions = [
         *plan.decisions,
-        Decision("training rows", f"{rows:,}", "before any is filtered or dropped"),
+        Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.why),
         Decision("tracking", tracking, "command line over file over environment"),
         Decision("output", experiment.training_args.output_dir, "training_args.output_dir"),
     ]

@@ -182,7 +182,11 @@ class DataConfig(Section):
     missing_pad_token_strategy: MissingPadTokenStrategy = MissingPadTokenStrategy.BOS_REPURPOSE
     """Which token pads when the tokenizer has no padding token."""
     streaming: bool = False
-    """Read rows while training. Not supported yet; `max_rows` caps a dataset."""
+    """Read, render, mask and pack rows while training (sft): a corpus that does not fit, without its preparation. Needs
+    `training_args.max_steps`."""
+    shuffle_buffer: int = Field(default=10_000, ge=1)
+    """Of a stream: how many rows are held, out of which the next is drawn by `training_args.seed`. 1 keeps the order of
+    the files."""
     cache: str = "auto"
     """Where prepared rows are kept for the next run: a folder, `off`, or `auto`: $FINETUNING_CACHE, which may be off
     too, else ~/.cache/finetuning/prepared. A change of the data's bytes, of the template, the tokenizer or a setting

@@ -65,16 +65,6 @@ def one_chat_template(run: Any) -> Iterator[Finding]:
         yield Finding(("data_conf", "special_tokens"), "are those of chat_template, which is not set.")
 
 
-def rows_are_prepared_ahead(run: Any) -> Iterator[Finding]:
-    """Rows read while training."""
-    if run.data_conf.streaming:
-        yield Finding(
-            ("data_conf", "streaming"),
-            "is not supported: all rows are prepared, and their masks proven, before training begins.",
-            "Cap the datasets with max_rows, or train on the corpus in several runs.",
-        )
-
-
 def _all_sources(data_conf: Any) -> Iterator[tuple[tuple[str | int, ...], DatasetSource]]:
     for name in ("training_data", "validation_data"):
         for index, source in enumerate(getattr(getattr(data_conf, name), "datasets", ())):

@@ -15,7 +15,6 @@ from finetuning.config.controller_rules import check_controllers
 from finetuning.config.data_rules import (
     one_chat_template,
     one_choice_of_what_is_trained,
-    rows_are_prepared_ahead,
     shares_are_asked_for,
     texts_are_made_in_one_way,
 )
@@ -24,6 +23,7 @@ from finetuning.config.findings import Finding
 from finetuning.config.grpo import GRPOTrainingArgs
 from finetuning.config.model import BitsAndBytes, NoPeft
 from finetuning.config.preference import KTOTrainingArgs
+from finetuning.config.stream_rules import STREAM_RULES
 from finetuning.config.tracking_rules import trackers_have_a_place, tracking_address_holds_no_password
 from finetuning.config.training import BatchsizeConfig, DPOTrainingArgs
 
@@ -262,7 +262,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf",), shares_are_asked_for),
     (("data_conf",), texts_are_made_in_one_way),
     (("data_conf",), one_chat_template),
-    (("data_conf",), rows_are_prepared_ahead),
+    *STREAM_RULES,
     (("sft_args",), one_choice_of_what_is_trained),
     (("peft_conf", "quant_conf"), quantised_weights_are_frozen),
     (("sft_args",), packs_are_not_padded),

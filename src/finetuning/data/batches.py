@@ -67,13 +67,14 @@ class Column:
         return pa.array(self.values, type=pa.bool_() if isinstance(self.values[0], bool) else pa.large_string())
 
 
-def in_batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    """The rows in lists of no more than 1024, and of few megabytes where rows are long."""
+def in_batches(rows: Iterable[Any], row_of: Callable[[Any], Any] | None = None) -> Iterator[list[Any]]:
+    """The rows in lists of no more than 1024, and of few megabytes where rows are long; `row_of` takes a row out of
+    what stands for it."""
     batch: list[Any] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += _bytes_of(row)
+        size += _bytes_of(row_of(row) if row_of else row)
         if len(batch) == _ROWS or size > _BYTES:
             yield batch
             batch, size = [], 0
@@ -142,6 +143,12 @@ class Repeats:
 
     def add(self, digests: bytes) -> None:
         self._own.append(np.frombuffer(digests, dtype=np.uint64))
+
+    def note_former(self, digests: bytes, ledger: PartLedger) -> None:
+        """Counts texts that came in another part before; nothing of them is kept."""
+        own = np.frombuffer(digests, dtype=np.uint64)
+        for part, former in self._former.items():
+            ledger.note(f"the same as a {part} row", int(np.isin(own, former).sum()))
 
     def note(self, ledger: PartLedger) -> None:
         """Counts the texts of a part, which ends here, that came before."""

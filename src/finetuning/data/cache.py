@@ -84,17 +84,28 @@ def read_prepared(folder: Path, inputs: Inputs) -> Found:
     Raises:
         DataError: it is not there, not whole, or was made in another way.
     """
+    stored = prepared_in(folder)
+    former = Inputs({}, stored.inputs.template, stored.inputs.tokenizer, _own(stored.inputs), {})
+    changes = Inputs({}, inputs.template, inputs.tokenizer, _own(inputs), {}).changes_since(former)
+    if changes:
+        place = Place(key="data_conf.prepared")
+        raise DataError(f"{folder} was prepared in another way: {'; '.join(changes)}", place=place)
+    return Found(stored, f"as prepared ahead of time in {folder}")
+
+
+def prepared_in(folder: Path) -> Stored:
+    """What a folder of prepared rows holds.
+
+    Raises:
+        DataError: it is not there, or not whole.
+    """
     key = Place(key="data_conf.prepared")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder", place=key)
     stored = read(folder)
     if isinstance(stored, str):
         raise DataError(f"{folder}: {stored}", place=key, hint="Prepare it again: finetuning prepare --output.")
-    former = Inputs({}, stored.inputs.template, stored.inputs.tokenizer, _own(stored.inputs), {})
-    changes = Inputs({}, inputs.template, inputs.tokenizer, _own(inputs), {}).changes_since(former)
-    if changes:
-        raise DataError(f"{folder} was prepared in another way: {'; '.join(changes)}", place=key)
-    return Found(stored, f"as prepared ahead of time in {folder}")
+    return stored
 
 
 def _own(inputs: Inputs) -> dict[str, str]:

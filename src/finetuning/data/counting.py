@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from finetuning.config.data import DataConfig
 from finetuning.data.arranging import arrange, used_datasets
+from finetuning.data.cache import prepared_in
 from finetuning.data.loading import unparsed_rows
+from finetuning.data.sources import find_shards
 from finetuning.errors import DataError, Problem
 
 
-def count_training_rows(data_conf: DataConfig) -> int:
-    """Training rows after mixing and splitting, with none lost: what filters take is known only when they run.
+@dataclass(frozen=True)
+class Count:
+    """A number of rows, None where nobody knows it, and what it says."""
+
+    rows: int | None
+    why: str
+
+
+def count_training_rows(data_conf: DataConfig) -> Count:
+    """Training rows after mixing and splitting, with none lost: what filters take is known only when they run. Of
+    prepared rows those that are left.
 
     Raises:
         DataError: a file is missing or empty; every such file is named.
     """
+    if data_conf.prepared:
+        stored = prepared_in(Path(data_conf.prepared).expanduser())
+        return Count(len(stored.train), f"as prepared in {data_conf.prepared}, before any are packed")
     lengths, problems = [], list[Problem]()
     for key, source in used_datasets(data_conf.training_data, "data_conf.training_data"):
         try:
-            lengths.append(sum(1 for _ in unparsed_rows(source, key)))
+            if data_conf.streaming:
+                find_shards(source, key, streaming=True)
+            else:
+                lengths.append(sum(1 for _ in unparsed_rows(source, key)))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
-    return len(arrange(data_conf.training_data, data_conf.validation_data, lengths)[0])
+    if data_conf.streaming:
+        return Count(None, "data_conf.streaming: they are read as training goes")
+    rows = len(arrange(data_conf.training_data, data_conf.validation_data, lengths)[0])
+    return Count(rows, "before any is filtered or dropped")

@@ -88,7 +88,8 @@ class Totals:
         self.dropped.update(other.dropped)
         self.noticed.update(other.noticed)
         self.formats |= other.formats
-        self.firsts = other.firsts | self.firsts
+        for reason, fate in other.firsts.items():
+            self.firsts.setdefault(reason, fate)
         self.first_faults = [*self.first_faults, *other.first_faults][:SHOWN]
 
     def lines(self) -> list[str]:

@@ -45,7 +45,7 @@ def read_data_config(path: str | Path) -> dict[str, Any]:
     """The values of our `data_conf` for a data config file in YAML or JSON.
 
     Several datasets with `sampling` become a weighted mix, without a concatenation. `split` becomes each dataset's
-    `train_ratio` and `validation_ratio`. Handlers are kept, with their arguments.
+    `train_ratio` and `validation_ratio`. Handlers are kept, with their arguments; so is `streaming`.
 
     Raises:
         ConfigError: with everything that is wrong in the file, or has no counterpart here.
@@ -79,6 +79,7 @@ def read_data_config(path: str | Path) -> dict[str, Any]:
         "validation_data": {"type": "FROM_DATASETS", "seed": seed} if validates else {"type": "NONE"},
         "chat_template_name": "keep-original",
         **({"chat_template": template} if template else {}),
+        **({"streaming": True} if processor.get("streaming") else {}),
     }
 
 
@@ -90,8 +91,6 @@ def _processor(reader: _Reader, processor: Mapping[str, Any], folder: Path) -> s
         reader.wrong((*here, "type"), f'"{processor["type"]}" is not supported; only "default" is')
     if processor.get("odm") is not None:
         reader.wrong((*here, "odm"), "online data mixing is not supported: weights stay as they are given")
-    if processor.get("streaming"):
-        reader.wrong((*here, "streaming"), "streaming is not supported: rows are prepared before training")
     if not isinstance(processor.get("seed", _SEED), int):
         reader.wrong((*here, "seed"), "must be a whole number")
     strategy = processor.get("sampling_stopping_strategy", "all_exhausted")

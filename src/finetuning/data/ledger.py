@@ -15,6 +15,8 @@ from finetuning.errors import DataError, Place, Problem
 
 __all__ = ["TOO_LONG", "Fate", "Ledger", "PartLedger", "raise_bad_rows"]
 
+REJECTS_NAME = "rejects.jsonl"
+
 
 @dataclass
 class PartLedger:
@@ -142,30 +144,34 @@ class Ledger:
 
     def write(self, directory: str | Path) -> None:
         """`data_report.json` with all counts, and `rejects.jsonl` with each row that was cut or dropped."""
-        folder = Path(directory)
-        _write_whole(folder / "data_report.json", json.dumps(self.report(), indent=2, ensure_ascii=False) + "\n")
-        _write_whole(folder / "rejects.jsonl", "".join(_rejects(self.parts)))
+        write_report(Path(directory), self.report())
+        _write_whole(
+            Path(directory) / REJECTS_NAME, "".join(line for part in self.parts for line in reject_lines(part))
+        )
 
 
-def _rejects(parts: Sequence[PartLedger]) -> Iterator[str]:
-    for part in parts:
-        for fate in part.fates:
-            values = {
-                "file": fate.place.file,
-                "line": fate.place.line,
-                "key": fate.place.key,
-                "part": part.part,
-                "fate": fate.what,
-                "reason": fate.reason,
-                "detail": fate.detail,
-                "tokens": fate.tokens,
-                "tokens_cut": fate.tokens_cut,
-                "fault": fate.is_fault,
-            }
-            yield (
-                json.dumps({key: one for key, one in values.items() if one not in (None, "", 0)}, ensure_ascii=False)
-                + "\n"
-            )
+def write_report(folder: Path, report: list[dict[str, Any]]) -> None:
+    """`data_report.json`, whole."""
+    _write_whole(folder / "data_report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def reject_lines(part: PartLedger) -> Iterator[str]:
+    """The lines of `rejects.jsonl` on the rows of a part that were cut or dropped."""
+    for fate in part.fates:
+        values = {
+            "file": fate.place.file,
+            "line": fate.place.line,
+            "key": fate.place.key,
+            "part": part.part,
+            "fate": fate.what,
+            "reason": fate.reason,
+            "detail": fate.detail,
+            "tokens": fate.tokens,
+            "tokens_cut": fate.tokens_cut,
+            "fault": fate.is_fault,
+        }
+        told = {key: one for key, one in values.items() if one not in (None, "", 0)}
+        yield json.dumps(told, ensure_ascii=False) + "\n"
 
 
 def _write_whole(path: Path, text: str) -> None:

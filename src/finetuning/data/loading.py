@@ -48,7 +48,9 @@ def options_for(sft_args: SFTArgs | None, special_tokens: dict[str, str]) -> Opt
     return Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)
 
 
-def open_dataset(source: DatasetSource, key: str, kind: str, options: Options) -> OpenDataset:
+def open_dataset(
+    source: DatasetSource, key: str, kind: str, options: Options, *, streaming: bool = False
+) -> OpenDataset:
     """The dataset, its first rows read; `key` names it in the config, `kind` is one of `KINDS`.
 
     Raises:
@@ -62,7 +64,7 @@ def open_dataset(source: DatasetSource, key: str, kind: str, options: Options) -
         row = one.row() if isinstance(one, Line) else one
         return recipe(row, special_tokens) if isinstance(row, Row) else row
 
-    rows = unparsed_rows(source, key)
+    rows = unparsed_rows(source, key, streaming=streaming)
     head = list(islice(rows, _LOOKED_AT))
     shown = [row for row in map(handled, head) if isinstance(row, Row)]
     row_format, is_stated = _choose(source, recipe, kind, shown, key)
@@ -82,9 +84,10 @@ def title_of(source: DatasetSource) -> str:
     return f"{name} ({source.split})" if source.split else name
 
 
-def unparsed_rows(source: DatasetSource, key: str) -> Iterator[Row | Problem | Line]:
+def unparsed_rows(source: DatasetSource, key: str, *, streaming: bool = False) -> Iterator[Row | Problem | Line]:
     """The rows as they stand in their files, no more than the dataset gives."""
-    return islice(chain.from_iterable(shard.unparsed() for shard in find_shards(source, key)), source.max_rows)
+    shards = find_shards(source, key, streaming=streaming)
+    return islice(chain.from_iterable(shard.unparsed() for shard in shards), source.max_rows)
 
 
 def _own_options(source: DatasetSource, recipe: Recipe, options: Options) -> Options:

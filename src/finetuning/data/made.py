@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerFast
 
+    from finetuning.data.stream_ledger import StreamLedger
+    from finetuning.data.streaming import RowStream
+
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
+_NOT_OF_ROWS = {
+    "cache", "prepared", "streaming", "shuffle_buffer", "padding_side", "missing_pad_token_strategy",
+    "chat_template_name",
+}  # fmt: skip
 RULES = "1"
 """Changes whenever the same rows would be rendered, masked, cut or mixed in another way."""
 
@@ -56,34 +63,33 @@ class PreparedData:
     `chosen_ids`, `rejected_ids`; KTO: `prompt_ids`, `completion_ids`, `label`; GRPO: `prompt_ids` and `row`, what
     rewards are told as JSON."""
 
-    train: datasets.Dataset
+    train: datasets.Dataset | RowStream
     validation: datasets.Dataset | None
-    ledger: Ledger
+    ledger: Ledger | StreamLedger
     preview: list[PreviewRow]
     fingerprint: Fingerprint
     origin: str
     """Whether the rows were made now or before, where they lie, and why."""
-    stored: Stored
-    """The rows as they are kept, before they are packed or shuffled."""
+    stored: Stored | None
+    """The rows as they are kept, before they are packed or shuffled; those of a stream are not."""
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows are trained on, packs counting as one; None for a stream."""
+        return len(self.train) if isinstance(self.train, Sized) else None
 
 
 def prepare_rows(
     data_conf: DataConfig, reading: Reading, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
 ) -> PreparedData:
     """The rows, from the folder that the config names, from the cache, or made now."""
-    inputs = Inputs(
-        data={},
-        template=_sha256(json.dumps(tokenizer.chat_template)),
-        tokenizer=_sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])),
-        rules={key: json.dumps(value) for key, value in {"rules": RULES, **rules, **_settings(data_conf)}.items()},
-        versions={"finetuning": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
-    )
+    inputs = inputs_for(data_conf, tokenizer, rules)
     if data_conf.prepared:
         found = read_prepared(Path(data_conf.prepared).expanduser(), inputs)
         return _prepared(found.stored, found.why)
     training, validation = data_conf.training_data, data_conf.validation_data
-    sources = _sources(training, "data_conf.training_data")
-    other = _sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
+    sources = checked_sources(training, "data_conf.training_data")
+    other = checked_sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
     folder = cache_folder(data_conf.cache)
     inputs = replace(inputs, data=_digests([*sources, *other]))
     if folder is None:
@@ -98,15 +104,29 @@ def prepare_rows(
 
 
 def _prepared(stored: Stored, origin: str) -> PreparedData:
-    inputs = stored.inputs
-    fingerprint = Fingerprint(
+    fingerprint = fingerprint_of(stored.inputs)
+    return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, stored)
+
+
+def inputs_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]) -> Inputs:
+    """What rows depend on besides the data."""
+    return Inputs(
+        data={},
+        template=_sha256(json.dumps(tokenizer.chat_template)),
+        tokenizer=_sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])),
+        rules={key: json.dumps(value) for key, value in {"rules": RULES, **rules, **_settings(data_conf)}.items()},
+        versions={"finetuning": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    )
+
+
+def fingerprint_of(inputs: Inputs) -> Fingerprint:
+    return Fingerprint(
         # The bytes count, not the name of the file that they lie in.
         data=_sha256(json.dumps(list(inputs.data.values()))),
         template=inputs.template,
         tokenizer=inputs.tokenizer,
         rules=_sha256(json.dumps(inputs.rules, sort_keys=True)),
     )
-    return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, stored)
 
 
 def _make(
@@ -148,7 +168,7 @@ def _settings(data_conf: DataConfig) -> dict[str, Any]:
     """The settings of the data that rows depend on; padding does not touch them, and templates count by their text."""
     values = data_conf.model_dump(
         mode="json",
-        exclude={"cache", "prepared", "padding_side", "missing_pad_token_strategy", "chat_template_name"},
+        exclude=_NOT_OF_ROWS,
     )
     return {f"data_conf.{key}": value for key, value in values.items()}
 
@@ -166,7 +186,7 @@ def _digests(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str]:
     return digests
 
 
-def _sources(data: Concatenation | WeightedMix, key: str) -> list[tuple[str, DatasetSource]]:
+def checked_sources(data: Concatenation | WeightedMix, key: str) -> list[tuple[str, DatasetSource]]:
     """The datasets to read, all of their files checked; those of weight 0 are left out.
 
     Raises:

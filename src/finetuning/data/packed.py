@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,6 +62,18 @@ def _padded_share(lengths: np.ndarray, batch: int) -> float:
     longest = np.maximum.reduceat(lengths[order], starts)
     sizes = np.diff(np.append(starts, len(lengths)))
     return float(lengths.sum() / (longest * sizes).sum())
+
+
+def pack_rows(rows: Sequence[Mapping[str, np.ndarray]], capacity: int) -> list[dict[str, Any]]:
+    """The packs of `pack_dataset`, of rows that are at hand."""
+    lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+    packing = pack(lengths, capacity)
+    packs = []
+    for start, end in pairwise(packing.borders):
+        chosen = packing.rows[start:end]
+        columns = {name: np.concatenate([rows[row][name] for row in chosen]) for name in ("input_ids", "labels")}
+        packs.append({**columns, "lengths": lengths[chosen].tolist()})
+    return packs
 
 
 def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:

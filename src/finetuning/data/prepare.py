@@ -21,6 +21,7 @@ from finetuning.data.prompts import PromptMaker
 from finetuning.data.reading import Reading
 from finetuning.data.rendering import Renderer
 from finetuning.data.spool import taken
+from finetuning.data.streamed import stream_rows
 from finetuning.data.supervised import SupervisedMaker
 from finetuning.data.templates import chosen_template
 from finetuning.data.unpaired import UnpairedMaker, WholePairMaker
@@ -38,12 +39,14 @@ def prepare_sft(
     num_workers: int = 1,
     *,
     stop_tokens: Sequence[str] = (),
+    seed: int = 0,
 ) -> PreparedData:
     """`input_ids` and `labels` of the training and validation rows.
 
     `tokenizer` has its chat template and special tokens already. `stop_tokens` are what the model may stop at besides
     the end-of-sequence token (its `generation_config`), which some templates end a tool call with. Of many rows,
-    `num_workers` processes make a share each; how many they are does not change the rows.
+    `num_workers` processes make a share each; how many they are does not change the rows. `seed` is that of the order
+    of a stream.
 
     Raises:
         DataError: a file, a row or the template is wrong, or too few rows are left.
@@ -66,6 +69,9 @@ def prepare_sft(
         "stop tokens": list(stop_tokens),
     }
     reading = Reading("sft", options, make, labeller, sft_args.max_seq_length, num_workers)
+    if data_conf.streaming:
+        capacity = sft_args.max_seq_length if sft_args.packing else None
+        return stream_rows(data_conf, reading, tokenizer, rules, seed, capacity)
     prepared = prepare_rows(data_conf, reading, tokenizer, rules)
     if not sft_args.packing:
         return prepared

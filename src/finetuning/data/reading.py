@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -69,28 +68,36 @@ class Reading:
         spool = Spool(folder)
         alive: list[np.ndarray] = []
         lengths = []
-        with _spared_collections():
-            for key, source in sources:
-                opened = open_dataset(source, key, self.kind, self.options)
-                ledger.formats[title_of(source)] = str(opened)
-                rows = 0
-                with closing(self._batches(opened, name)) as batches:
-                    for batch in batches:
-                        rows += len(batch.alive)
-                        alive.append(batch.alive)
-                        self._add(batch, ledger, spool)
-                lengths.append(rows)
+        for key, source in sources:
+            opened = open_dataset(source, key, self.kind, self.options)
+            ledger.formats[title_of(source)] = str(opened)
+            rows = 0
+            with closing(self._batches(opened, name)) as batches:
+                for batch in batches:
+                    rows += len(batch.alive)
+                    alive.append(batch.alive)
+                    self._add(batch, ledger, spool)
+            lengths.append(rows)
         self.repeats.note(ledger)
         return Part(spool.table(), np.concatenate(alive) if alive else np.empty(0, dtype=bool), lengths), ledger
 
     def _add(self, batch: Batch, ledger: PartLedger, spool: Spool) -> None:
         ledger.add(batch.ledger)
         self.problems += batch.problems
-        for example, place in batch.shown[: MOST_SHOWN - len(self.preview)]:
-            self.preview.append(preview_of(example, place, self.labeller))
+        self.show(batch)
         if batch.columns:
             self.repeats.add(batch.digests)
             spool.add(batch.table())
+
+    @property
+    def want(self) -> int:
+        """How many more rows a preview can show."""
+        return MOST_SHOWN - len(self.preview)
+
+    def show(self, batch: Batch) -> None:
+        """Takes the first rows of a batch up into the preview, until that is full."""
+        for example, place in batch.shown[: self.want]:
+            self.preview.append(preview_of(example, place, self.labeller))
 
     def _batches(self, opened: OpenDataset, name: str) -> Iterator[Batch]:
         """The batches of a dataset, in order. Where there are many, clones of this process make them, with what the
@@ -108,7 +115,7 @@ class Reading:
             return make_batch(typed(rows, opened.parse), self.make, PartLedger(name, self.limit), want)
 
         with Workers(make, count) as workers:
-            tasks = ((rows, self._want()) for rows in chain(head[1:], unparsed))
+            tasks = ((rows, self.want) for rows in chain(head[1:], unparsed))
             yield from workers.map(tasks)
 
     def _one_ahead(self, opened: OpenDataset, unparsed: Iterator[list[Any]], name: str) -> Iterator[Batch]:
@@ -124,20 +131,7 @@ class Reading:
                 yield waiting.result()
 
     def _make(self, rows: Sequence[Any], name: str) -> Batch:
-        return make_batch(rows, self.make, PartLedger(name, self.limit), self._want())
-
-    def _want(self) -> int:
-        return MOST_SHOWN - len(self.preview)
-
-
-@contextmanager
-def _spared_collections() -> Iterator[None]:
-    """Keeps the garbage collector from going through all that the libraries hold, once in a few batches."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+        return make_batch(rows, self.make, PartLedger(name, self.limit), self.want)
 
 
 def to_dataset(part: Part, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:

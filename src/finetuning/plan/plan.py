@@ -12,7 +12,7 @@ from finetuning.plan.batch import BatchPlan, plan_batches
 from finetuning.plan.beginnings import check_beginning
 from finetuning.plan.memory import MemoryEstimate, estimate_memory
 from finetuning.plan.packages import check_packages
-from finetuning.plan.steps import StepPlan, plan_steps, rows_of_an_epoch
+from finetuning.plan.steps import StepPlan, plan_steps, plan_stream, rows_of_an_epoch
 from finetuning.plan.support import check_support
 from finetuning.plan.traits import Setting
 from finetuning.topology import Topology
@@ -85,13 +85,15 @@ def make_plan(experiment: Experiment, topology: Topology, rows: int | None = Non
         learning_rate=learning_rate,
         learning_rate_reason=reason,
         memory=estimate_memory(experiment),
-        steps=None if rows is None else _steps(rows, batch, experiment),
+        steps=_steps(rows, batch, experiment),
     )
 
 
-def _steps(rows: int, batch: BatchPlan, experiment: Experiment) -> StepPlan:
+def _steps(rows: int | None, batch: BatchPlan, experiment: Experiment) -> StepPlan | None:
     args = experiment.training_args
-    return plan_steps(rows_of_an_epoch(rows, batch, args), batch, args)
+    if experiment.data_conf.streaming:
+        return plan_stream(args)
+    return None if rows is None else plan_steps(rows_of_an_epoch(rows, batch, args), batch, args)
 
 
 def _learning_rate(experiment: Experiment) -> tuple[float, str]:

@@ -14,8 +14,9 @@ from finetuning.plan.batch import BatchPlan
 class StepPlan:
     """Optimizer steps in one pass over the rows, and in the whole run."""
 
-    rows: int
-    per_epoch: int
+    rows: int | None
+    """None for a stream, whose rows nobody has counted."""
+    per_epoch: int | None
     total: int
     reason: str
 
@@ -47,3 +48,8 @@ def plan_steps(rows: int, batch: BatchPlan, args: TrainingArgs) -> StepPlan:
         return StepPlan(rows, per_epoch, args.max_steps, f"max_steps, {args.max_steps / per_epoch:.3g} epochs")
     total = math.ceil(args.num_train_epochs * per_epoch)
     return StepPlan(rows, per_epoch, total, f"{args.num_train_epochs:g} epochs of {per_epoch} steps")
+
+
+def plan_stream(args: TrainingArgs) -> StepPlan:
+    """The steps of a run whose rows are read as it goes."""
+    return StepPlan(None, None, args.max_steps, "max_steps; rows are read as training goes, and not counted before")

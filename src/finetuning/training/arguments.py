@@ -55,6 +55,9 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
         built = getattr(importlib.import_module(module), name)(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(str(error), place=Place(key="training_args")) from error
+    if experiment.data_conf.streaming:
+        # One process that reads for all could not cut batches apart whose rows lie end to end.
+        built.accelerator_config.dispatch_batches = False
     if plan.batch.world_size == 1:
         # One process computes on one device: several visible GPUs would each get a batch of their own.
         built._n_gpu = min(built.n_gpu, 1)

@@ -50,6 +50,8 @@ def check_memory_at_start(trainer: Any, experiment: Experiment) -> None:
 
 def longest_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
     """The rows with the most tokens, the longest first."""
+    if hasattr(dataset, "longest_rows"):
+        return dataset.longest_rows(count)
     if dataset is None or not hasattr(dataset, "column_names"):
         return []
     import pyarrow.compute as compute

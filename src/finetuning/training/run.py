@@ -116,6 +116,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     from finetuning.training.memory import check_memory_at_start
     from finetuning.training.parts import end_of_turn, load_model, load_tokenizer, prepare
     from finetuning.training.signals import StopOnSignal
+    from finetuning.training.streaming import follow_stream
 
     experiment, observer = job.experiment, job.observer
     resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
@@ -127,7 +128,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         data = prepare(experiment, job.method, tokenizer, job.workers)
     observer.prepared(data)
 
-    plan = make_plan(experiment, job.topology, rows=len(data.train))
+    plan = make_plan(experiment, job.topology, rows=data.rows)
     arguments = build_arguments(experiment, plan, job.method.arguments)
     observer.planned(plan, arguments)
     resume, terms = _settled(job, plan, data, resume)
@@ -143,8 +144,8 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_end_time())
     copies = make_copies(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
     trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [copies])])
-    trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
     terms.bind(trainer)
+    follow_stream(trainer, data, plan.batch.total, job.output_dir, resume.checkpoint)
     check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
@@ -154,7 +155,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     finally:
         if copies:
             copies.finish(INTERRUPTED_S if stop.received else FINISH_S)
-    record.update(memory=_tell_memory(trainer, plan, observer))
+    record.update(memory=_tell_memory(trainer, plan, observer), data=_data_values(data))
     with observer.stage("model_publication"):
         artifact = publish_final(
             trainer,
@@ -187,7 +188,7 @@ def _build_trainer(
     ending: str | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    return job.method.build_trainer(
+    trainer = job.method.build_trainer(
         TrainingParts(
             experiment=job.experiment,
             arguments=arguments,
@@ -201,6 +202,8 @@ def _build_trainer(
             end_of_turn=ending,
         )
     )
+    trainer.loraplus_lr_ratio = job.experiment.overrides.loraplus_lr_ratio
+    return trainer
 
 
 def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after_s: float) -> float | None:
@@ -231,7 +234,7 @@ def _what_went_in(
     """What the record says before the first step."""
     return {
         "plan": plan.as_dict(),
-        "data": {"fingerprint": data.fingerprint.digest, "rows": len(data.train), "ledger": data.ledger.report()},
+        "data": _data_values(data),
         "model": {
             "name": experiment.run_conf.model,
             "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
@@ -242,13 +245,17 @@ def _what_went_in(
     }
 
 
+def _data_values(data: PreparedData) -> dict[str, Any]:
+    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "ledger": data.ledger.report()}
+
+
 def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
     for note in terms.notes:
         job.observer.told("resumed with", note)
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
         label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         job.observer.told(label, value)
-    if job.method.lays_end_to_end:
+    if job.method.lays_end_to_end and data.rows is not None:
         from finetuning.data.packed import lying
 
         longest = job.experiment.sft_args.max_seq_length

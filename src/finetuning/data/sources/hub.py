@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from finetuning.data.rows import Row
 from finetuning.data.sources.tables import without_nulls
 from finetuning.errors import DataError, Place
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class HubShard:
     split: str
     subset: str | None = None
     revision: str | None = None
+    streaming: bool = False
+    """Whether rows are fetched as they are read, and not kept."""
 
     @property
     def name(self) -> str:
@@ -37,24 +37,37 @@ class HubShard:
         dataset = self._load()
         if digest is not None:
             digest.update(dataset._fingerprint.encode())
-        for number, values in enumerate(dataset, start=1):
-            yield Row(without_nulls(values), Place(file=self.name, line=number))
+        with self._faults():
+            for number, values in enumerate(dataset, start=1):
+                yield Row(without_nulls(values), Place(file=self.name, line=number))
 
     def unparsed(self) -> Iterator[Row]:
         """The rows: those of a hub dataset have nothing to parse."""
         return self.rows()
 
     def feed(self, digest: hashlib._Hash) -> None:
-        """Feeds what the rows depend on: the dataset's fingerprint."""
+        """Feeds what the rows depend on: the dataset's fingerprint; of one that is streamed, its name and revision."""
+        if self.streaming:
+            digest.update(f"{self.name}@{self.revision}".encode())
+            return
         digest.update(self._load()._fingerprint.encode())
 
-    def _load(self) -> datasets.Dataset:
+    def _load(self) -> Any:
         import datasets
+
+        with self._faults():
+            return datasets.load_dataset(
+                self.path, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Says what the hub refuses in words for people."""
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         try:
-            return datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision)
+            yield
         except (OfflineModeIsEnabled, ConnectionError) as error:
             raise DataError(
                 f"{self.path}: no such file or folder here, and as a dataset on the Hugging Face Hub it cannot be"

@@ -36,10 +36,11 @@ class Shard(Protocol):
     def feed(self, digest: hashlib._Hash) -> None: ...
 
 
-def find_shards(source: DatasetSource, key: str) -> list[Shard]:
+def find_shards(source: DatasetSource, key: str, *, streaming: bool = False) -> list[Shard]:
     """The files or hub datasets that a dataset is made of, in order: those of a folder or glob by name.
 
-    `key` names the dataset in the config. Files are there and not empty; the hub is not asked yet.
+    `key` names the dataset in the config. Files are there and not empty; the hub is not asked yet. With `streaming`
+    what lies on the hub is read from there, and not kept.
 
     Raises:
         DataError: with everything that is missing or ambiguous.
@@ -50,7 +51,7 @@ def find_shards(source: DatasetSource, key: str) -> list[Shard]:
     for index, path in enumerate(paths):
         here = f"{key}.path" if isinstance(source.path, str) else f"{key}.path[{index}]"
         try:
-            shards.extend(_find(os.path.expanduser(path), source, here))
+            shards.extend(_find(os.path.expanduser(path), source, here, streaming))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -58,7 +59,7 @@ def find_shards(source: DatasetSource, key: str) -> list[Shard]:
     return shards
 
 
-def _find(path: str, source: DatasetSource, key: str) -> list[Shard]:
+def _find(path: str, source: DatasetSource, key: str, streaming: bool) -> list[Shard]:
     if os.path.isdir(path):
         files = _files_below(Path(path), source.split, key)
     elif not os.path.exists(path) and glob.has_magic(path):
@@ -66,7 +67,7 @@ def _find(path: str, source: DatasetSource, key: str) -> list[Shard]:
         if not files:
             raise DataError(f"{path}: no file matches (working directory {os.getcwd()})", place=Place(key=key))
     elif not os.path.exists(path) and _HUB_ID.fullmatch(path) and kind_of(path) not in (*TABLES, *TEXTS):
-        return [HubShard(path, source.split or "train", source.subset, source.revision)]
+        return [HubShard(path, source.split or "train", source.subset, source.revision, streaming)]
     else:
         files = [path]
     for file in files:

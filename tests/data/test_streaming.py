@@ -1,0 +1,251 @@
+"""Rows that are made as they are trained on: the rows, the order and the counts of prepared ones, in flat memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.config.data import DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data.packing import pack
+from finetuning.data.prepare import prepare_sft
+from finetuning.data.sources import Line
+from finetuning.data.streaming import RowStream
+from finetuning.errors import DataError
+
+Make = Callable[..., RowStream]
+
+
+@pytest.fixture
+def conf(tmp_path: Path, write_jsonl: Any, sft_rows: Any) -> Callable[..., DataConfig]:
+    """A config with datasets of so many rows each."""
+
+    def make(*sizes: int, rows: list | None = None, **values: Any) -> DataConfig:
+        datasets = []
+        for number, size in enumerate(sizes):
+            found = sft_rows(size) if rows is None else rows
+            for row in found:
+                row["messages"][0]["content"] += f" It is of set {number}."
+            datasets.append({"path": str(write_jsonl(tmp_path / f"{number}.jsonl", found))})
+        training = {"type": "CONCATENATION", "datasets": datasets}
+        weights = values.pop("weights", None)
+        if weights:
+            for dataset, weight in zip(datasets, weights, strict=True):
+                dataset["sampling_weight"] = weight
+            training["type"] = "PRECOMPUTE_WEIGHTED_MIX"
+        return DataConfig(
+            **{
+                "training_data": training,
+                "validation_data": {"type": "NONE"},
+                "chat_template_name": "keep-original",
+                "streaming": True,
+                "shuffle_buffer": 1,
+                **values,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def stream(chatml_tokenizer: Any) -> Make:
+    def make(conf: DataConfig, *, seed: int = 1, **args: Any) -> RowStream:
+        found = prepare_sft(conf, SFTArgs(max_seq_length=256, **args), chatml_tokenizer, seed=seed).train
+        assert isinstance(found, RowStream)
+        return found
+
+    return make
+
+
+def ids(rows: Any) -> list[tuple[list[int], list[int]]]:
+    return [(list(row["input_ids"]), list(row["labels"])) for row in rows]
+
+
+def taken(rows: RowStream, count: int) -> list[tuple[list[int], list[int]]]:
+    return ids(islice(iter(rows), count))
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0), (0.7, 0.3)])
+def test_a_pass_is_what_preparation_makes_of_the_same_rows(
+    conf: Any, stream: Make, chatml_tokenizer: Any, weights: Any
+) -> None:
+    streamed = conf(40, 1100, weights=weights)
+    args = {"train_on_completions_only": True}
+    prepared = prepare_sft(
+        streamed.model_copy(update={"streaming": False}), SFTArgs(max_seq_length=256, **args), chatml_tokenizer
+    )
+    rows = ids(prepared.train)
+    found = stream(streamed, **args)
+    assert taken(found, len(rows)) == rows
+    report, known = found.ledger.report()[0], prepared.ledger.report()[0]
+    if weights is None:
+        assert {**known, "passes": 0} == report
+    assert report["formats"] == known["formats"]
+
+
+def test_shuffling_goes_by_the_seed_and_each_pass_has_its_own_order(conf: Any, stream: Make) -> None:
+    data = conf(300, shuffle_buffer=50)
+    first = taken(stream(data), 600)
+    assert first == taken(stream(data), 600)
+    assert first != taken(stream(data, seed=2), 600)
+    one, two = first[:300], first[300:]
+    assert one != two
+    assert sorted(one) == sorted(two) == sorted(taken(stream(conf(300)), 300))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("given", [0, 1, 7, 1023, 1024, 1030, 2300])
+def test_a_stream_goes_on_where_it_was(conf: Any, stream: Make, packing: bool, given: int) -> None:
+    data = conf(1500, 600, weights=(0.6, 0.4), shuffle_buffer=100)
+    given = given // 10 if packing else given
+    whole, goes_on = stream(data, packing=packing), stream(data, packing=packing)
+    whole.reach = 5000
+    rows = iter(whole)
+    before = ids(islice(rows, given))
+    # What is fetched ahead is no part of the state.
+    ahead = ids(islice(rows, 30))
+    state = json.loads(json.dumps(whole.state(given)))
+    goes_on.go_on(state, placeholders=3)
+    again = iter(goes_on)
+    assert [list(row["labels"]) for row in islice(again, 3)] == [[-100]] * 3
+    assert ids(islice(again, 30)) == ahead
+    assert ids(islice(again, 900)) == ids(islice(rows, 900))
+    assert goes_on.ledger.report() == whole.ledger.report()
+    assert len(before) == given
+
+
+def test_packs_are_few_and_hold_each_row_once(conf: Any, stream: Make) -> None:
+    data = conf(1024)
+    rows = [one for one, _ in taken(stream(data), 1024)]
+    packs = []
+    for one in stream(data, packing=True):
+        assert len(one["input_ids"]) == len(one["labels"]) == sum(one["lengths"]) <= 256
+        packs.append(one)
+        if sum(len(each["lengths"]) for each in packs) == 1024:
+            break
+    parts = []
+    for one in packs:
+        left = list(one["input_ids"])
+        for length in one["lengths"]:
+            parts.append(tuple(left[:length]))
+            left = left[length:]
+    assert Counter(parts) == Counter(map(tuple, rows))
+    assert len(packs) == len(pack(np.array([len(row) for row in rows]), 256)), "as few as prepared rows need"
+
+
+def held() -> int:
+    """Rows as they were read that are alive in this process."""
+    return sum(type(one) is Line for one in gc.get_objects())
+
+
+def test_memory_holds_the_buffer_and_two_blocks_however_many_rows_there_are(conf: Any, stream: Make) -> None:
+    gc.collect()
+    before, most = held(), 0
+    rows = iter(stream(conf(12_000, shuffle_buffer=500)))
+    for number, _ in enumerate(islice(rows, 10_000)):
+        if number % 1000 == 0:
+            most = max(most, held() - before)
+    assert 500 <= most <= 500 + 2 * 1024
+
+
+def bad(number: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"{number}"}, {"role": "nobody", "content": "x"}]}
+
+
+def test_too_many_lost_rows_stop_the_stream_once_enough_were_seen(conf: Any, stream: Make, sft_rows: Any) -> None:
+    good = sft_rows(3000)
+    rows = good[:2000] + [bad(number) for number in range(400)] + good[2000:]
+    data = conf(1, rows=rows, on_bad_row="skip")
+    given = iter(stream(data))
+    with pytest.raises(DataError, match=r"400 of 3072 training rows \(13.0%\) would be lost to faults"):
+        for _ in given:
+            pass
+    few = conf(1, rows=[*sft_rows(20), bad(1), bad(2)], on_bad_row="skip")
+    with pytest.raises(DataError, match=r"2 of 22 training rows \(9.1%\) would be lost"):
+        taken(stream(few), 50)
+
+
+def test_a_bad_row_in_the_middle_stops_the_stream_with_its_line(conf: Any, stream: Make, sft_rows: Any) -> None:
+    good = sft_rows(1500)
+    data = conf(1, rows=[*good[:1200], bad(1), *good[1200:]])
+    rows = iter(stream(data))
+    assert len(list(islice(rows, 1024))) == 1024
+    with pytest.raises(DataError, match=r"0.jsonl:1201: messages\[1\].role: unknown role"):
+        next(rows)
+
+
+def test_a_stream_of_which_nothing_is_left_stops(conf: Any, stream: Make, sft_rows: Any) -> None:
+    rows = sft_rows(5)
+    for row in rows:
+        row["messages"][0]["content"] = "word " * 400
+    with pytest.raises(DataError, match="all 5 rows dropped: shortest is"):
+        taken(stream(conf(1, rows=rows)), 1)
+
+
+def test_rejects_are_written_as_rows_go_by_and_once_where_a_stream_goes_on(
+    conf: Any, stream: Make, sft_rows: Any, tmp_path: Path
+) -> None:
+    rows = sft_rows(2500)
+    for row in rows[::100]:
+        row["messages"][0]["content"] = "word " * 400
+    data = conf(1, rows=rows)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def read() -> list[int]:
+        return [json.loads(line)["line"] for line in (out / "rejects.jsonl").read_text().splitlines()]
+
+    whole = stream(data)
+    whole.reach = 5000
+    whole.ledger.write(out)
+    given = iter(whole)
+    list(islice(given, 1100))
+    state = whole.state(1100)
+    list(islice(given, 500))
+    assert read() == list(range(1, 2049, 100))
+    goes_on = stream(data)
+    goes_on.go_on(state, 0)
+    goes_on.ledger.write(out)
+    list(islice(iter(goes_on), 1300))
+    goes_on.ledger.write(out)
+    assert read() == list(range(1, 2500, 100))
+    (report,) = json.loads((out / "data_report.json").read_text())
+    assert (report["rows"], report["kept"], report["filtered_by_length"], report["passes"]) == (2500, 2475, 25, 0)
+
+
+def test_validation_rows_are_prepared_and_those_that_leak_are_counted(
+    conf: Any, chatml_tokenizer: Any, sft_rows: Any, tmp_path: Path, write_jsonl: Any
+) -> None:
+    data = conf(30)
+    leaked = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()][:3]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [*leaked, *sft_rows(4)])
+    data = data.model_copy(
+        update={"validation_data": conf(1, rows=sft_rows(1)).training_data.model_copy(
+            update={"datasets": [data.training_data.datasets[0].model_copy(update={"path": str(held_out)})]}
+        )}
+    )  # fmt: skip
+    conf(30)
+    made = prepare_sft(data, SFTArgs(max_seq_length=256), chatml_tokenizer)
+    assert made.validation is not None and len(made.validation) == 7
+    training, validation = made.ledger.report()
+    assert training["noticed"] == {"the same as a validation row": 3}
+    assert (validation["part"], validation["rows"]) == ("validation", 7)
+    assert made.rows is None
+    assert len(made.preview) == 30
+
+
+def test_a_stream_of_several_files_needs_no_row_ahead_of_its_turn(conf: Any, stream: Make, tmp_path: Path) -> None:
+    data = conf(1100, 3)
+    path = tmp_path / "1.jsonl"
+    text = path.read_text()
+    rows: Iterator[Any] = iter(stream(data))
+    path.write_text(text.replace("set 1", "set 9"))
+    assert len(list(islice(rows, 1103))) == 1103
