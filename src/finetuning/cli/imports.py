@@ -6,10 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from finetuning.config.experiment import Experiment
+from finetuning.config.experiment import Experiment, SFTExperiment
 from finetuning.config.model import NewPeft, NoPeft, NoQuantization
 
-_QUANTISED_OPTIMIZERS = ("8bit", "bnb", "paged", "ademamix")
+_OPTIMIZERS_OF_BITSANDBYTES = ("8bit", "bnb", "paged", "ademamix")
+_OPTIMIZERS_OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
 def leave_out_unused(experiment: Experiment) -> list[str]:
@@ -20,24 +21,27 @@ def leave_out_unused(experiment: Experiment) -> list[str]:
     take the paths that they have for its absence. Only for a process of our own, before a library is imported.
     """
     names = []
-    if not _needs_bitsandbytes(experiment):
-        names.append("bitsandbytes")
+    optimizer = experiment.training_args.optim
+    if not _is_quantised(experiment):
+        if not any(part in optimizer for part in _OPTIMIZERS_OF_BITSANDBYTES):
+            names.append("bitsandbytes")
+        if not optimizer.startswith(_OPTIMIZERS_OF_TORCHAO):
+            names.append("torchao")
     if _is_plain(experiment):
         names += ["scipy", "sklearn"]
+    if isinstance(experiment, SFTExperiment) and isinstance(experiment.peft_conf, NoPeft):
+        names.append("peft")
     for name in names:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     return names
 
 
-def _needs_bitsandbytes(experiment: Experiment) -> bool:
-    """True unless neither the weights nor the optimizer can be bitsandbytes'."""
-    args, folder = experiment.training_args, Path(experiment.run_conf.model)
-    if not isinstance(experiment.quant_conf, NoQuantization) or any(
-        part in args.optim for part in _QUANTISED_OPTIMIZERS
-    ):
+def _is_quantised(experiment: Experiment) -> bool:
+    """True unless the weights are known to be plain numbers, by the config and the model's own."""
+    if not isinstance(experiment.quant_conf, NoQuantization):
         return True
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(experiment.run_conf.model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return True
     return "quantization_config" in config
