@@ -178,3 +178,18 @@ def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
         "  # merge the adapter",
         f"  {command}",
     ]
+
+
+def test_long_facts_of_the_closing_block_are_broken_between_words() -> None:
+    value = "485.0 MiB at most, resident set of the process, libraries included; the plan had at least 671.2 KiB"
+    closing = Closing(headline="Done", good=True, facts=[("memory", value)], warnings=[f"{value} {value}"])
+    console, stream = terminal()
+    tell_end(console, closing)
+    _, _, *lines = plain(stream.getvalue()).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    words = f"memory {value} warning: {value} {value}".split()
+    assert " ".join(lines).split() == words
+    assert lines[1].startswith("          ")
+    console, stream = log_file()
+    tell_end(console, closing)
+    assert f"  memory  {value}\n" in stream.getvalue()

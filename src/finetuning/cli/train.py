@@ -86,7 +86,7 @@ def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> Non
     from finetuning.data.counting import count_training_rows
     from finetuning.plan.plan import Decision, make_plan
 
-    count = count_training_rows(experiment.data_conf)
+    count = count_training_rows(experiment.data_conf, rated=experiment.method_name == "kto")
     plan = make_plan(experiment, topology, rows=count.rows)
     decisions = [
         *plan.decisions,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.config.data import DataConfig
+from finetuning.config.data import DataConfig, DatasetSource
 from finetuning.data.arranging import arrange, used_datasets
 from finetuning.data.cache import prepared_in
-from finetuning.data.loading import unparsed_rows
+from finetuning.data.loading import open_dataset, options_for, unparsed_rows
 from finetuning.data.sources import find_shards
 from finetuning.errors import DataError, Problem
 
@@ -21,9 +21,12 @@ class Count:
     why: str
 
 
-def count_training_rows(data_conf: DataConfig) -> Count:
+def count_training_rows(data_conf: DataConfig, *, rated: bool = False) -> Count:
     """Training rows after mixing and splitting, with none lost: what filters take is known only when they run. Of
     prepared rows those that are left.
+
+    Args:
+        rated: whether rows are rated answers, of which a preference makes two.
 
     Raises:
         DataError: a file is missing or empty; every such file is named.
@@ -37,7 +40,7 @@ def count_training_rows(data_conf: DataConfig) -> Count:
             if data_conf.streaming:
                 find_shards(source, key, streaming=True)
             else:
-                lengths.append(sum(1 for _ in unparsed_rows(source, key)))
+                lengths.append(_rated_rows(source, key) if rated else sum(1 for _ in unparsed_rows(source, key)))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -46,3 +49,9 @@ def count_training_rows(data_conf: DataConfig) -> Count:
         return Count(None, "data_conf.streaming: they are read as training goes")
     rows = len(arrange(data_conf.training_data, data_conf.validation_data, lengths)[0])
     return Count(rows, "before any is filtered or dropped")
+
+
+def _rated_rows(source: DatasetSource, key: str) -> int:
+    """Rows, the two of a preference both counted; a row that cannot be read counts as one."""
+    rows = open_dataset(source, key, "unpaired", options_for(None, {})).rows
+    return sum(len(row) if isinstance(row, list) else 1 for row in rows)

@@ -95,15 +95,27 @@ def tell_end(console: Console, closing: Closing) -> None:
     facts = [*_figures(closing), *((made.what, str(made.path)) for made in closing.made), *closing.facts]
     width = max((len(label) for label, _ in facts), default=0)
     for label, value in facts:
-        _plain(console, f"{_INDENT}{label:<{width}}  {value}")
+        _fact(console, f"{label:<{width}}", value)
     for warning in closing.warnings:
-        _plain(console, f"{_INDENT}warning: {warning}", "yellow")
+        _fact(console, "warning:", warning, "yellow", gap=1)
     if closing.commands:
         _plain(console, "")
         _heading(console, "Next")
     for command in closing.commands:
         _plain(console, f"{_INDENT}# {command.purpose}", "dim")
         _plain(console, f"{_INDENT}{command.command}", "cyan")
+
+
+def _fact(console: Console, label: str, value: str, style: str = "", gap: int = 2) -> None:
+    """One line; in a terminal a longer one goes on below its beginning, broken between words, or one word whole."""
+    if not is_live(console) or " " not in value:
+        _plain(console, f"{_INDENT}{label}{' ' * gap}{value}", style)
+        return
+    table = Table.grid(padding=(0, gap, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(Text(f"{_INDENT}{label}", style=style), Text(value, style=style))
+    console.print(table, soft_wrap=False)
 
 
 def _figures(closing: Closing) -> list[tuple[str, str]]:
