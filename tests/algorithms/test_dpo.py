@@ -16,23 +16,8 @@ from finetuning.errors import GuardStopped
 
 DPO = METHODS["dpo"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
-LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
+LOSSES = tuple(Installed().dpo_losses() or ())
+"""Those of the installed TRL, as the config knows them."""
 TWO_STEPS = {"training_args.max_steps": 2}
 
 
@@ -71,6 +56,28 @@ def test_a_weighted_mix_starts_at_the_weighted_sum(train: Any, dpo_values: Any) 
     assert run.losses[0] == pytest.approx(0.5 * math.log(2) + 0.25 * 2 * math.log(2) + 2.0, rel=1e-4)
 
 
+def test_all_losses_at_once_train(train: Any, dpo_values: Any) -> None:
+    weights = [round(0.1 * (1 + index % 3), 1) for index in range(len(LOSSES))]
+    mix = {"training_args.loss_type": list(LOSSES), "training_args.loss_weights": weights}
+    run = train(dpo_values({**TWO_STEPS, **mix, "training_args.label_smoothing": 0.1}))
+    assert all(math.isfinite(loss) for loss in run.losses)
+    known = [pair for pair in zip(LOSSES, weights, strict=True) if pair[0] != "sft"]
+    without = first_loss([name for name, _ in known], [weight for _, weight in known], 0.1, 0.1)
+    supervised = (run.losses[0] - without) / weights[LOSSES.index("sft")]
+    assert supervised == pytest.approx(6.2, abs=0.2)  # A model that knows nothing of 500 tokens.
+
+
+@pytest.mark.parametrize(("peft_conf", "rate"), [({"peft_type": "NO_PEFT"}, 5e-3), (LORA, 2e-2)], ids=["full", "lora"])
+def test_it_learns_what_is_preferred(train: Any, dpo_values: Any, peft_conf: Any, rate: float) -> None:
+    changes = {"peft_conf": peft_conf, "training_args.learning_rate": rate, "training_args.max_steps": 12}
+    run = train(dpo_values(changes))
+    last = [entry for entry in run.trainer.state.log_history if "rewards/margins" in entry][-1]
+    assert run.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert run.losses[-1] < 0.4
+    assert last["rewards/accuracies"] == 1.0
+    assert last["rewards/margins"] > 0.5
+
+
 def disturbed(reference: Any) -> Any:
     """Another model than the one that is trained."""
     with torch.no_grad():
@@ -97,15 +104,46 @@ def test_full_training_and_an_adapter_start_equal(train: Any, dpo_values: Any, t
     assert full.losses[1] != pytest.approx(full.losses[0], abs=1e-7)
 
 
+def logits_of(model: Any, adapter: str | None = None) -> torch.Tensor:
+    """What a model computes of a few tokens, wearing the named one of its adapters; the first one is put on again."""
+    if adapter is not None:
+        model.set_adapter(adapter)
+    was_training = model.training
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21]]), use_cache=False).logits
+    model.train(was_training)
+    if adapter is not None:
+        model.set_adapter("default")
+    return logits
+
+
 def test_an_sft_adapter_is_its_own_reference(
-    train: Any, sft_values: Any, dpo_values: Any, read_tensors: Any, tmp_path: Any
+    train: Any, sft_values: Any, dpo_values: Any, read_tensors: Any, chatml_llama_dir: Any, tmp_path: Any
 ) -> None:
     """The reference is the tuned policy, not the base below it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     tuned = train(
         sft_values({"peft_conf": LORA, "training_args.output_dir": str(tmp_path / "sft"), "training_args.max_steps": 4})
     )
     on_top = {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(tuned.final)}
-    run = train(dpo_values({"peft_conf": on_top, "training_args.max_steps": 3, "training_args.save_strategy": "epoch"}))
+    found: dict[str, torch.Tensor] = {}
+
+    def build(parts: Any) -> Any:
+        trainer = DPO.build_trainer(parts)
+        found["reference"] = logits_of(trainer.model, "ref")
+        found["policy"] = logits_of(trainer.model, "default")
+        return trainer
+
+    changes = {"peft_conf": on_top, "training_args.max_steps": 3, "training_args.save_strategy": "epoch"}
+    run = train(dpo_values(changes), replace(DPO, build_trainer=build))
+    base = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
+    plain = logits_of(base)
+    supervised = logits_of(PeftModel.from_pretrained(base, tuned.final))
+    assert torch.equal(found["reference"], supervised)
+    assert torch.equal(found["policy"], supervised)
+    assert not torch.allclose(plain, supervised, atol=1e-3)
     assert run.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     first = run.trainer.state.log_history[0]
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)

@@ -82,23 +82,29 @@ def decided_llama_dir(tmp_path: Path, chatml_llama_dir: Path) -> Path:
     return tmp_path / "decided"
 
 
-@pytest.mark.parametrize(("peft_conf", "beta"), [({"peft_type": "NO_PEFT"}, 0.0), (LORA, 0.01)], ids=["full", "lora"])
-def test_the_mean_reward_rises(
-    train: Any, grpo_values: Any, read_tensors: Any, decided_llama_dir: Path, peft_conf: Any, beta: float
+@pytest.mark.parametrize(
+    ("peft_conf", "rate", "beta"), [({"peft_type": "NO_PEFT"}, 3e-3, 0.0), (LORA, 2e-2, 0.01)], ids=["full", "lora"]
+)
+def test_the_mean_reward_more_than_doubles(
+    train: Any, grpo_values: Any, read_tensors: Any, decided_llama_dir: Path, peft_conf: Any, rate: float, beta: float
 ) -> None:
+    """The share of vowels in what is written, from 0.14 on."""
     changes = {
         "run_conf.model": str(decided_llama_dir),
-        "batchsize_conf": {"total_train_batch_size": 32, "max_per_device_train_batch_size": 32},
-        "training_args.num_generations": 8,
-        "training_args.max_steps": 16,
-        "training_args.learning_rate": 5e-3,
+        "batchsize_conf": {"total_train_batch_size": 64, "max_per_device_train_batch_size": 64},
+        "training_args.num_generations": 16,
+        "training_args.max_completion_length": 6,
+        "training_args.max_steps": 12,
+        "training_args.learning_rate": rate,
+        "training_args.lr_scheduler_type": "constant",
         "training_args.beta": beta,
     }
     run = train(grpo_values({"peft_conf": peft_conf, **changes}), GRPO)
     rewards = [entry["reward"] for entry in run.trainer.state.log_history if "reward" in entry]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.08
+    assert rewards[0] < 0.2
+    assert min(rewards[-3:]) > 0.34
     assert all(torch.isfinite(tensor).all() for tensor in read_tensors(run.final).values())
-    assert run.trainer.tokens_seen > 16 * 32
+    assert run.trainer.tokens_seen > 12 * 64
 
 
 @pytest.mark.parametrize("peft_conf", [{"peft_type": "NO_PEFT"}, LORA], ids=["full", "lora"])

@@ -52,6 +52,38 @@ def test_it_starts_at_ln_2_and_learns_and_loads_again(train: Any, dpo_values: An
     assert run.result.artifact.stop_tokens is None
 
 
+@pytest.mark.parametrize("peft_conf", [{"peft_type": "NO_PEFT"}, LORA], ids=["full", "lora"])
+def test_it_prefers_the_marked_answer_of_prompts_that_it_has_not_seen(
+    train: Any, dpo_values: Any, write_jsonl: Any, tmp_path: Any, peft_conf: Any
+) -> None:
+    """Both answers say the same; one of them says please, at the front or at the back."""
+
+    def pair(number: int, front: bool) -> dict[str, Any]:
+        said = f"Number {number % 7} is red."
+        marked = f"please {said}" if front else f"{said} please"
+        return {
+            "prompt_messages": [{"role": "user", "content": f"What is number {number}?"}],
+            "chosen_messages": [{"role": "assistant", "content": marked}],
+            "rejected_messages": [{"role": "assistant", "content": said}],
+        }
+
+    seen = write_jsonl(tmp_path / "seen.jsonl", [pair(number, number % 2 == 0) for number in range(48)])
+    unseen = write_jsonl(tmp_path / "unseen.jsonl", [pair(number, number % 2 == 1) for number in range(60, 90)])
+    changes = {
+        "data_conf.training_data.datasets": [{"path": str(seen)}],
+        "data_conf.validation_data": {"type": "CONCATENATION", "datasets": [{"path": str(unseen)}]},
+        "batchsize_conf": {"total_train_batch_size": 16, "max_per_device_train_batch_size": 16},
+        "training_args.max_steps": 24,
+        "training_args.learning_rate": 5e-3,
+        "training_args.eval_strategy": "steps",
+        "training_args.eval_steps": 24,
+    }
+    run = train(dpo_values({**changes, "peft_conf": peft_conf}), REWARD)
+    (accuracy,) = (entry["eval_accuracy"] for entry in run.trainer.state.log_history if "eval_accuracy" in entry)
+    assert run.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert accuracy > 0.9
+
+
 def test_a_trained_head_goes_on_where_it_was(train: Any, dpo_values: Any, tmp_path: Any) -> None:
     first = train(dpo_values(LEARNS), REWARD)
     again = {"run_conf.model": str(first.final), "training_args.output_dir": str(tmp_path / "again")}
