@@ -13,6 +13,7 @@ def as_dataset(table: pa.Table) -> datasets.Dataset:
     """The table, in memory or mapped into it, as a dataset with the features of its columns."""
     import datasets
     import pyarrow as pa
+    from datasets.fingerprint import generate_random_fingerprint
     from datasets.table import InMemoryTable, Table
 
     features = datasets.Features()
@@ -21,5 +22,8 @@ def as_dataset(table: pa.Table) -> datasets.Dataset:
             features[name] = datasets.LargeList(datasets.Value(str(kind.value_type)))
         else:
             features[name] = datasets.Value("bool" if pa.types.is_boolean(kind) else "large_string")
-    held = table if isinstance(table, Table) else InMemoryTable(table)
-    return datasets.Dataset(held, info=datasets.DatasetInfo(features=features))
+    info = datasets.DatasetInfo(features=features)
+    if isinstance(table, Table):
+        return datasets.Dataset(table, info=info)
+    # By default the fingerprint of a table without a file of its own is a digest of a copy of all that it holds.
+    return datasets.Dataset(InMemoryTable(table), info=info, fingerprint=generate_random_fingerprint())

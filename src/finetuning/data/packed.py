@@ -16,7 +16,7 @@ from finetuning.data.spool import Spool
 if TYPE_CHECKING:
     import datasets
 
-_SLAB = 1024
+_TOKENS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,17 @@ def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:
     source = dataset.with_format("arrow")
     columns = ("input_ids", "labels")
     spool = Spool()
-    for first in range(0, len(packing), _SLAB):
-        borders = packing.borders[first : first + _SLAB + 1]
+    slab = max(1, _TOKENS // capacity)
+    for first in range(0, len(packing), slab):
+        borders = packing.borders[first : first + slab + 1]
         rows = packing.rows[borders[0] : borders[-1]]
         table = source[rows]
         sizes = lengths[rows]
         ends = np.concatenate([[0], np.cumsum(sizes)])[borders - borders[0]]
-        slab = {}
+        packs = {}
         for name in columns:
             values = pa.chunked_array([chunk.flatten() for chunk in table[name].chunks]).combine_chunks()
-            slab[name] = pa.LargeListArray.from_arrays(ends, values)
-        slab["lengths"] = pa.LargeListArray.from_arrays(borders - borders[0], pa.array(sizes.astype(np.int32)))
-        spool.add(pa.table(slab))
+            packs[name] = pa.LargeListArray.from_arrays(ends, values)
+        packs["lengths"] = pa.LargeListArray.from_arrays(borders - borders[0], pa.array(sizes.astype(np.int32)))
+        spool.add(pa.table(packs))
     return as_dataset(spool.table())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from finetuning.errors import StorageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_SLAB = 4096
+_ROWS = 1 << 14
+_BYTES = 1 << 23
 
 
 class Spool:
@@ -65,7 +67,27 @@ class Spool:
 
 def taken(table: pa.Table, rows: np.ndarray, folder: Path | None = None) -> pa.Table:
     """These rows of a table, in this order, on disk."""
+    batches = [batch for batch in table.to_batches() if batch.num_rows]
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    slab = max(1, min(_ROWS, _BYTES * table.num_rows // max(table.nbytes, 1)))
     spool = Spool(folder)
-    for first in range(0, len(rows), _SLAB):
-        spool.add(table.take(rows[first : first + _SLAB]))
+    for first in range(0, len(rows), slab):
+        spool.add(_gathered(batches, starts, rows[first : first + slab]))
     return spool.table()
+
+
+def _gathered(batches: Sequence[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:
+    """These rows of batches. Arrow would lay all batches end to end in memory to take rows out of them."""
+    import pyarrow as pa
+
+    order = np.argsort(rows, kind="stable")
+    ascending = rows[order]
+    borders = np.searchsorted(ascending, starts)
+    parts = [
+        batch.take(pa.array(ascending[begin:end] - start))
+        for batch, start, begin, end in zip(batches, starts, borders, borders[1:], strict=False)
+        if end > begin
+    ]
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(back))

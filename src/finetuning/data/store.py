@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 META = "prepared.json"
-_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,9 @@ def inputs_of(folder: Path) -> Inputs | None:
 def _write_table(path: Path, dataset: datasets.Dataset) -> None:
     import pyarrow as pa
 
-    arrow = dataset.with_format("arrow")
-    with pa.OSFile(str(path), "wb") as sink:
-        schema = arrow[:0].schema.remove_metadata()
-        with pa.ipc.new_stream(sink, schema) as writer:
-            for first in range(0, len(dataset), _BATCH):
-                table = arrow[first : first + _BATCH]
-                writer.write_table(pa.table([one.combine_chunks() for one in table.columns], schema=schema))
+    table = dataset.with_format("arrow")[:].replace_schema_metadata()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:

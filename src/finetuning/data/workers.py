@@ -112,6 +112,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection, others: Sequence[Connec
         one.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()
     gc.disable()
     try:
         while True:
