@@ -78,6 +78,35 @@ def test_dry_run_gives_each_decision_its_reason(say: Any, sft_values: Any, write
     assert "512 (8 x 64) or 520 (8 x 65)" in err
 
 
+def test_a_dry_run_counts_prepared_rows_and_says_what_of_a_stream_is_not_known(
+    say: Any, sft_values: Any, write_config: Any, write_jsonl: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    rows = sft_rows(40)
+    rows[3]["messages"][0]["content"] = "word " * 400
+    values = sft_values({"data_conf.training_data.datasets": [{"path": str(write_jsonl(tmp_path / "r.jsonl", rows))}]})
+    config = write_config(values)
+    ready = tmp_path / "ready"
+    assert say("prepare", "sft", config, "--output", ready)[0] == 0
+    (tmp_path / "r.jsonl").unlink()
+    code, out, err = say("sft", config, "--dry-run", f"data_conf.prepared={ready}")
+    assert (code, err) == (0, "")
+    assert f"training rows     39  (as prepared in {ready}, before any are packed)" in out
+    code, _, err = say("sft", config, "--dry-run", "data_conf.streaming=true")
+    assert code == 1
+    assert "r.jsonl: no such file" in err
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    code, out, err = say("sft", config, "--dry-run", "data_conf.streaming=true")
+    assert (code, err) == (0, "")
+    assert "training rows     unknown  (data_conf.streaming: they are read as training goes)" in out
+    assert "optimizer steps   3  (max_steps; rows are read as training goes, and not counted before)" in out
+    code, out, err = say("prepare", "sft", config, "data_conf.streaming=true")
+    assert code == 1
+    assert "data_conf.streaming: rows are made as training goes, and there is nothing to prepare" in err.replace(
+        "\n", " "
+    )
+    assert say("preview", "sft", config, "data_conf.streaming=true", "--rows", "2")[0] == 0
+
+
 def test_overrides_count_over_the_file(say: Any, sft_values: Any, write_config: Any) -> None:
     config = write_config(sft_values())
     code, out, _ = say("sft", config, "training_args.learning_rate=2e-4", "training_args.max_steps=7", "--dry-run")

@@ -63,7 +63,7 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
         f"{name}, told from the rows" for name in ("messages", "text", "alpaca", "tokens")
     ]
     assert f"  {chats}: messages, told from the rows" in data.ledger.lines()
-    assert count_training_rows(conf) == 4
+    assert count_training_rows(conf).rows == 4
 
 
 def test_columns_of_other_types_still_combine(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_cap_reads_no_further(write_lines: Callable[..., str], tokenizer: Any)
     path = write_lines("a.jsonl", CHAT, {"messages": [user("a"), assistant("two")]}, b"{")
     conf = config({"path": path, "max_rows": 2})
     assert trained(sft(conf, tokenizer), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
-    assert count_training_rows(conf) == 2
+    assert count_training_rows(conf).rows == 2
 
 
 def test_the_format_can_be_stated_and_then_rows_must_be_of_it(write_lines: Callable[..., str], tokenizer: Any) -> None:
@@ -166,4 +166,4 @@ def test_validation_by_share_of_each_dataset(write_lines: Callable[..., str], to
     )
     data = sft(conf, tokenizer)
     assert (len(data.train), len(data.validation)) == (9, 2)
-    assert count_training_rows(conf) == 9
+    assert count_training_rows(conf).rows == 9

@@ -165,6 +165,18 @@ def test_validation_by_split_and_by_file(write_lines: Callable[..., str], tokeni
     assert (len(data.train), len(data.validation or ())) == (8, 2)
     seen = [row["input_ids"] for part in (data.train, data.validation) for row in part]
     assert len({tuple(row) for row in seen}) == 10
+    training, validation = data.ledger.report()
+    assert training["rows"] == 10
+    assert {**validation, "formats": {}} == {
+        **training,
+        "part": "validation",
+        "formats": {},
+        "rows": 2,
+        "kept": 2,
+        "tokens": sum(len(row["input_ids"]) for row in data.validation),
+        "trained_tokens": sum(label != -100 for row in data.validation for label in row["labels"]),
+    }
+    assert "  out of the rows above: AUTO_SPLIT" in data.ledger.lines()
     other = write_lines("b.jsonl", chat(3), chat(99))
     validation = {"type": "CONCATENATION", "datasets": [{"path": other}]}
     data = sft(config(path, validation=validation), tokenizer)

@@ -308,5 +308,11 @@ def test_a_dataset_as_the_hub_keeps_it_is_read_by_split(tmp_path: Path) -> None:
     fed = hashlib.sha256()
     shard.feed(fed)
     assert fed.hexdigest() == digest.hexdigest()
+    streamed = HubShard(str(tmp_path / "hub"), "test", streaming=True)
+    assert [one.values for one in streamed.rows()] == [{"a": 1}]
+    streamed.feed(again := hashlib.sha256())
+    assert again.hexdigest() != fed.hexdigest()
+    with pytest.raises(DataError, match="hub/dev cannot be read: "):
+        list(HubShard(str(tmp_path / "hub"), "dev", streaming=True).rows())
     with pytest.raises(DataError, match='hub/dev cannot be read: Unknown split "dev"'):
         list(HubShard(str(tmp_path / "hub"), "dev").rows())

@@ -34,6 +34,8 @@ class Batch:
     columns: dict[str, Column]
     digests: bytes
     """Of the text of each row that is trained on, one after another."""
+    sizes: np.ndarray
+    """Tokens and trained tokens of each of them, int64, (rows, 2)."""
     problems: list[Problem] = field(default_factory=list)
     shown: list[tuple[Example, Place]] = field(default_factory=list)
     """The first rows, as many as were asked for."""
@@ -103,7 +105,7 @@ def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) 
     made = iter(make([one for one in rows if not isinstance(one, Problem | Skipped)]))
     alive = np.zeros(len(rows), dtype=bool)
     kept: list[Example] = []
-    batch = Batch(ledger, alive, {}, b"")
+    batch = Batch(ledger, alive, {}, b"", np.empty((0, 2), dtype=np.int64))
     for index, row in enumerate(rows):
         if isinstance(row, Problem):
             example: Example | Lost = Lost("bad row", row.message, is_bad=True)
@@ -125,6 +127,7 @@ def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) 
         if len(kept) <= want:
             batch.shown.append((example, row.place))
     if kept:
+        batch.sizes = np.array([(one.tokens, one.trained) for one in kept], dtype=np.int64)
         batch.columns = {name: Column.of([one.columns[name] for one in kept]) for name in kept[0].columns}
         batch.digests = b"".join([hashlib.blake2b(one.text.encode(), digest_size=_DIGEST).digest() for one in kept])
     return batch

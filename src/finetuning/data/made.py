@@ -17,7 +17,7 @@ from finetuning.data.arranging import arrange, used_datasets
 from finetuning.data.cache import cache_folder, find_or_make, read_prepared
 from finetuning.data.ledger import Ledger, raise_bad_rows
 from finetuning.data.preview import PreviewRow
-from finetuning.data.reading import Reading, to_dataset
+from finetuning.data.reading import Reading, left_out, to_dataset
 from finetuning.data.sources import find_shards
 from finetuning.data.store import Inputs, Stored, write
 from finetuning.errors import DataError
@@ -146,9 +146,10 @@ def _make(
         ledgers.append(ledger)
     if data_conf.on_bad_row == "error":
         raise_bad_rows(reading.problems)
-    report = Ledger(tuple(ledgers))
-    report.check(data_conf.max_lost_fraction)
+    Ledger(tuple(ledgers)).check(data_conf.max_lost_fraction)
     train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
+    if held_out is not None:
+        ledgers.append(left_out(parts[0], held_out, data_conf.validation_data.type))
     return Stored(
         train=to_dataset(parts[0], train, "training", folder),
         validation=(
@@ -158,7 +159,7 @@ def _make(
             if other
             else None
         ),
-        ledger=report,
+        ledger=Ledger(tuple(ledgers)),
         preview=[row for rows in reading.preview for row in rows],
         inputs=inputs,
     )

@@ -42,6 +42,8 @@ class Part:
     examples: pa.Table
     alive: np.ndarray
     lengths: list[int]
+    sizes: np.ndarray
+    """Tokens and trained tokens of each row that is trained on, int64, (rows, 2)."""
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Reading:
         ledger = PartLedger(name, self.limit)
         spool = Spool(folder)
         alive: list[np.ndarray] = []
+        sizes: list[np.ndarray] = []
         lengths = []
         for key, source in sources:
             opened = open_dataset(source, key, self.kind, self.options)
@@ -76,10 +79,11 @@ class Reading:
                 for batch in batches:
                     rows += len(batch.alive)
                     alive.append(batch.alive)
+                    sizes.append(batch.sizes)
                     self._add(batch, ledger, spool)
             lengths.append(rows)
         self.repeats.note(ledger)
-        return Part(spool.table(), np.concatenate(alive) if alive else np.empty(0, dtype=bool), lengths), ledger
+        return Part(spool.table(), np.concatenate(alive), lengths, np.concatenate(sizes)), ledger
 
     def _add(self, batch: Batch, ledger: PartLedger, spool: Spool) -> None:
         ledger.add(batch.ledger)
@@ -132,6 +136,17 @@ class Reading:
 
     def _make(self, rows: Sequence[Any], name: str) -> Batch:
         return make_batch(rows, self.make, PartLedger(name, self.limit), self.want)
+
+
+def left_out(part: Part, order: np.ndarray, how: str) -> PartLedger:
+    """The ledger of rows that were read for training and validate: what became of those dropped, that of training
+    says."""
+    kept = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
+    tokens, trained = part.sizes[kept].sum(axis=0).tolist()
+    formats = {"out of the rows above": how}
+    return PartLedger(
+        "validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats
+    )
 
 
 def to_dataset(part: Part, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:
