@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.errors import FinetuningError, GuardStopped, ModelError, StorageError
+from finetuning.errors import ConfigError, FinetuningError, GuardStopped, ModelError, StorageError
 from finetuning.export.certificate import CERTIFICATE
 from finetuning.export.merge import merge_adapters
 from finetuning.export.tensor_output import require_room
@@ -195,6 +195,29 @@ def test_a_merge_that_is_not_the_trained_model_is_not_published(adapter: Path, b
             save_file(weights, file, {"format": "pt"})
 
     refused(GuardStopped, "is not the model that was trained", base, adapter, tmp_path / "out", tell=damage)
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", {"": "nonsense:0"}])
+def test_a_device_that_is_not_here(device_map: Any, adapter: Path, base: Path, tmp_path: Path) -> None:
+    text = "--device_map: nothing can be put on 'nonsense"
+    refused(ConfigError, text, base, adapter, tmp_path / "out", device_map=device_map)
+
+
+def test_an_adapter_that_names_another_base_is_told(adapter: Path, base: Path, tmp_path: Path) -> None:
+    def told(folder: Path) -> list[str]:
+        lines: list[str] = []
+        merge_adapters(str(folder), [str(adapter)], tmp_path / f"{folder.name}-out", verify=False, tell=lines.append)
+        return lines
+
+    assert told(base) == []
+    other = base.rename(tmp_path / "other")
+    assert told(other) == [
+        f"note: the adapter names {base} as its base; whether {other} has the same weights was not"
+        " recorded at training, only names and shapes are compared"
+    ]
+    fingerprint.write(fingerprint.fingerprint(other), adapter)
+    shutil.rmtree(tmp_path / "other-out")
+    assert told(other) == []
 
 
 def test_room_is_looked_at_before(tmp_path: Path) -> None:

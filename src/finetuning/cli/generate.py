@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,8 @@ def _run(job: Job, output: Path, make_record: Callable[..., dict[str, Any]]) -> 
 
     from finetuning.inference.job import Watch, run_job
 
+    # Advice that libraries give to programmers.
+    warnings.filterwarnings("ignore")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     if len(job.prompts) == 1 and sys.stdout.isatty():
@@ -174,7 +177,7 @@ def _run(job: Job, output: Path, make_record: Callable[..., dict[str, Any]]) -> 
     else:
         with _progress() as watch:
             records = run_job(job, output, watch, make_record)
-    print(f"{len(records)} answers in {output}", file=sys.stderr)
+    print(f"{len(records)} answer{'s'[: len(records) != 1]} in {output}", file=sys.stderr)
     return records
 
 

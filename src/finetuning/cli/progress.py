@@ -33,7 +33,8 @@ def transfer_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
 def quiet_libraries() -> None:
     """Keeps the advice that libraries give to programmers, and their own progress bars, from the user."""
     warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

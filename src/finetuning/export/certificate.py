@@ -23,7 +23,6 @@ from finetuning.errors import GuardStopped, ModelError
 from finetuning.export.peft_merge import DeviceMap, head_for, load_adapter, load_base, merge_in_memory
 from finetuning.export.probe import logits_of, sample_prompts, scores_of
 from finetuning.export.sources import Adapter, BaseModel
-from finetuning.model.heads import SCORE
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +96,7 @@ def certify(
 
     prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
     head = head_for(base, adapters)
-    outputs = scores_of if head is SCORE else logits_of
+    outputs = scores_of if "num_labels" in head.fields else logits_of
     model = load_base(base, adapters, device_map=device_map)
     dtype = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     layers = max(int(base.text_config.get("num_hidden_layers") or base.text_config.get("n_layer") or 1), 1)

@@ -11,7 +11,7 @@ from finetuning.errors import ModelError
 from finetuning.export.certificate import Certificate, certify, require_memory
 from finetuning.export.companions import tokenizer_folder, write_companions
 from finetuning.export.edits import NeedsPeft
-from finetuning.export.peft_merge import DeviceMap, merge_with_peft, refuse_unmergeable
+from finetuning.export.peft_merge import DeviceMap, check_device_map, merge_with_peft, refuse_unmergeable
 from finetuning.export.plan import MergePlan, plan_merge
 from finetuning.export.sources import Adapter, BaseModel, folder_of, read_adapter, read_base
 from finetuning.export.streaming import Progress, write_merged
@@ -62,7 +62,9 @@ def merge_adapters(
     if isinstance(plan, NeedsPeft):
         for adapter in adapters:
             refuse_unmergeable(adapter)
-    for note in plan.notes:
+    if verify or isinstance(plan, NeedsPeft):
+        check_device_map(device_map)
+    for note in (*plan.notes, *_other_name(base, adapters[0])):
         tell(note)
     require_room(out, base.num_bytes + _SMALL_FILES_BYTES)
     if verify:
@@ -114,6 +116,19 @@ def _tell_what_is_lost(certificate: Certificate, tell: Callable[[str], None]) ->
 def _embedding_rows(base: BaseModel, plan: MergePlan) -> int | None:
     rows = plan.config_changes.get("vocab_size") or base.text_config.get("vocab_size")
     return int(rows) if rows is not None else None
+
+
+def _other_name(base: BaseModel, adapter: Adapter) -> list[str]:
+    """A note where the adapter names another base and nothing was recorded that would tell the two apart."""
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    folder = base.folder.resolve()
+    same = Path(named).name in (base.folder.name, folder.name) or f"models--{named.replace('/', '--')}" in folder.parts
+    if not named or same or fingerprint.read(adapter.folder) is not None:
+        return []
+    return [
+        f"note: the adapter names {named} as its base; whether {base.folder} has the same weights was not recorded at"
+        " training, only names and shapes are compared"
+    ]
 
 
 def _check_fingerprint(base: BaseModel, adapter: Adapter, force: bool, tell: Callable[[str], None]) -> str:

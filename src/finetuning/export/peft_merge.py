@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import ModelError
+from finetuning.errors import ConfigError, ModelError
 from finetuning.export.edits import plain_name
 from finetuning.export.plan import is_vocabulary
 from finetuning.export.sources import Adapter, BaseModel
-from finetuning.model.heads import SCORE, Head, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from finetuning.model.heads import Head
 
 DeviceMap = str | dict[str, Any] | None
 _MADE_ANEW = {
@@ -23,7 +24,24 @@ _MADE_ANEW = {
     "SHADOW": "what it adds to a layer is computed anew from each input",
     "XLORA": "it mixes several adapters anew for each token",
 }
+_PLACED_BY_SIZE = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight")
+
+
+def check_device_map(device_map: DeviceMap) -> None:
+    """Nothing, or a ConfigError when a device is none of this machine's."""
+    import torch
+
+    for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        if device in _PLACED_BY_SIZE:
+            continue
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"--device_map: nothing can be put on {device!r}: {_first_line(error)}",
+                hint="Say cpu, auto, or the name of a device that is here, such as cuda:0.",
+            ) from error
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
@@ -46,6 +64,8 @@ def refuse_unmergeable(adapter: Adapter) -> None:
 
 def head_for(base: BaseModel, adapters: Sequence[Adapter]) -> Head:
     """The head of the merged model: an adapter for a reward model brings its own."""
+    from finetuning.model.heads import SCORE, head_of
+
     if any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
         return SCORE
     return head_of(base.config.get("architectures") or ())
@@ -55,7 +75,7 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
     """The base model in the dtype of its files, with the head that the adapters need; a quantised one dequantised."""
     head = head_for(base, adapters)
     heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
-    fields = {"num_labels": heads[-1].shape[0]} if head is SCORE and heads else {}
+    fields = {"num_labels": heads[-1].shape[0]} if "num_labels" in head.fields and heads else {}
     model = head.loader.from_pretrained(
         base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
     )
@@ -150,7 +170,7 @@ def merge_with_peft(
     for adapter in adapters:
         refuse_unmergeable(adapter)
     model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
-    if head_for(base, adapters) is SCORE and tokenizer is not None and model.config.pad_token_id is None:
+    if not model.can_generate() and tokenizer is not None and model.config.pad_token_id is None:
         from transformers import AutoTokenizer
 
         # A score is read at the last token that is no padding.

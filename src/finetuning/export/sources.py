@@ -75,8 +75,8 @@ def folder_of(name: str, kind: Kind) -> Path:
     return Path(snapshot_download(location.name, allow_patterns=patterns, **location.hub_arguments))
 
 
-def read_adapter(name: str, *, allow_pickle: bool = False) -> Adapter:
-    """The adapter in a folder or on the hub.
+def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:
+    """The adapter in a folder or on the hub. `allow_pickle` is None where no option allows it.
 
     Raises:
         ModelError: it is missing, damaged, or pickled and that was not allowed.
@@ -130,9 +130,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_pickle(file: Path, allowed: bool) -> None:
+def _refuse_pickle(file: Path, allowed: bool | None) -> None:
+    option = "say --allow-pickle" if allowed is not None else "load it with PEFT and save it again"
     if not allowed:
         raise ModelError(
             f"{file} is a pickle, which can run code when it is opened; only safetensors files are read.",
-            hint="If you trust where it comes from, say --allow-pickle.",
+            hint=f"If you trust where it comes from, {option}.",
         )

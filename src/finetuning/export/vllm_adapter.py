@@ -131,8 +131,8 @@ def _not_servable(model_path: Path, adapter: Adapter, check: VllmCheck) -> Model
     reasons = "; ".join(check.blockers[:3]) + (
         f"; and {len(check.blockers) - 3} more" if len(check.blockers) > 3 else ""
     )
-    merged = model_path.absolute().with_name(f"{model_path.absolute().name}-merged")
-    command = shlex.join(["merge_adapter", str(base), str(model_path), str(merged)])
+    folder = model_path.resolve()
+    command = shlex.join(["merge_adapter", str(base), str(folder), f"{folder}-merged"])
     return ModelError(
         f"{model_path} cannot be served by vLLM as an adapter without losing something: {reasons}.",
         hint=f"Merge it instead: {command}",

@@ -70,9 +70,9 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
     Raises:
         ModelError: something is missing or broken, or the adapter was trained on another model.
     """
-    from finetuning.model.location import locate
+    from finetuning.model.location import is_local, locate
 
-    if not Path(conf.model).expanduser().is_dir():
+    if is_local(conf.model):
         # Before the tokenizer, which is looked for in the same place, is said to be missing.
         locate(conf.model, "model", key="model_conf.model", **_where(conf))
     from finetuning.model.load import load_model

@@ -19,8 +19,9 @@ _NEEDED = {
     "adapter": ("adapter_config.json",),
 }
 _ADAPTER_GOES = {
-    "run_conf.model": " and the adapter as peft_conf: {peft_type: PRETRAINED_PEFT, name_or_path: …}",
-    "model_conf.model": " and the adapter as model_conf.adapter",
+    "run_conf.model": "Name the base model here and the adapter as peft_conf: {peft_type: PRETRAINED_PEFT,"
+    " name_or_path: …}, or merge the two first.",
+    "model_conf.model": "Name the base model here and the adapter as model_conf.adapter.",
 }
 
 
@@ -83,6 +84,11 @@ def locate(
     return Location(name, None, arguments | {"local_files_only": True} if offline else arguments)
 
 
+def is_local(name: str) -> bool:
+    """True for what is here or looks like a path, and so is not asked of the hub."""
+    return Path(name).expanduser().exists() or _looks_like_path(name)
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~", ".")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
@@ -95,7 +101,7 @@ def _check_folder(folder: Path, kind: Kind, place: Place) -> None:
         raise ModelError(
             f"{folder} holds an adapter, not a base model",
             place=place,
-            hint=f"Name the base model here{_ADAPTER_GOES.get(place.key, '')}, or merge the two first.",
+            hint=_ADAPTER_GOES.get(place.key, "Name the model that it was trained on."),
         )
     if not found:
         names = " or ".join(_NEEDED[kind][:2])
