@@ -236,7 +236,7 @@ def test_trls_preferences_in_text(row: dict[str, Any], pair: Any) -> None:
     [
         ({"chosen": [USER], "rejected": [ANSWER]}, "chosen: begins with another message than rejected"),
         ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: holds nothing beside the prompt"),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, USER]}, "rejected: an answer is the assistant's, but"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, USER]}, 'rejected[1].role: expected "assistant", got "user"'),
         ({"chosen": "a", "rejected": "b"}, "chosen: begins with another word than rejected"),
         ({"prompt": 1, "chosen": "a", "rejected": "b"}, "prompt: expected text, got a number"),
         ({"prompt": "a", "chosen": "b"}, "expected chosen, rejected; found chosen, prompt"),

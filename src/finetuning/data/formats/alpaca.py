@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from finetuning.data.formats.choice import choose_turns
-from finetuning.data.formats.fields import (
-    meta_fields,
-    problem_of,
-    require_columns,
-    template_kwargs_field,
-    text_field,
-    tools_field,
-)
+from finetuning.data.formats.fields import besides_messages, problem_of, require_columns, text_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Conversation, Message, Row, json_type
 from finetuning.errors import Problem
@@ -31,9 +24,7 @@ def parse(row: Row, options: Options = PLAIN) -> Conversation | Problem:
         prompt.append({"role": "user", "content": question})
         messages = [*prompt, {"role": "assistant", "content": text_field(row, "output")}]
         messages, turns = choose_turns(messages, "output", options.completions, prompt=len(prompt))
-        return Conversation(
-            messages, row.place, tools_field(row), template_kwargs_field(row), meta_fields(row), turns=turns
-        )
+        return Conversation(messages, turns=turns, **besides_messages(row))
     except FieldError as error:
         return problem_of(row, error)
 

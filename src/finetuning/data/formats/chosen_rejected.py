@@ -3,14 +3,7 @@ answers."""
 
 from __future__ import annotations
 
-from finetuning.data.formats.fields import (
-    meta_fields,
-    problem_of,
-    require_columns,
-    template_kwargs_field,
-    text_field,
-    tools_field,
-)
+from finetuning.data.formats.fields import besides_messages, check_answer, problem_of, require_columns, text_field
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Message, Preference, Row
@@ -28,28 +21,10 @@ def parse(row: Row, options: Options = PLAIN) -> Preference | Problem:
         else:
             prompt, chosen, rejected, is_text = *_texts(row), True
         for column, messages in (("chosen", chosen), ("rejected", rejected)):
-            check_answer(column, messages)
-        return Preference(
-            prompt=prompt,
-            chosen=chosen,
-            rejected=rejected,
-            place=row.place,
-            tools=tools_field(row),
-            template_kwargs=template_kwargs_field(row),
-            meta=meta_fields(row),
-            is_text=is_text,
-        )
+            check_answer(row, column, messages)
+        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, is_text=is_text, **besides_messages(row))
     except FieldError as error:
         return problem_of(row, error)
-
-
-def check_answer(column: str, messages: list[Message]) -> None:
-    """Nothing, when all messages of an answer are the assistant's: the loss is taken over all of it."""
-    if not messages:
-        raise FieldError(column, "holds nothing beside the prompt")
-    for message in messages:
-        if message["role"] != "assistant":
-            raise FieldError(column, f'an answer is the assistant\'s, but one of its messages is "{message["role"]}"')
 
 
 def as_messages(prompt: str, *answers: str) -> list[list[Message]]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from finetuning.data.formats import chosen_rejected
-from finetuning.data.formats.chosen_rejected import as_messages, check_answer
+from finetuning.data.formats.chosen_rejected import as_messages
 from finetuning.data.formats.fields import (
-    meta_fields,
+    besides_messages,
+    check_answer,
+    label_field,
     problem_of,
     require_columns,
-    template_kwargs_field,
     text_field,
-    tools_field,
 )
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.formats.unpaired import both_answers
-from finetuning.data.rows import Rated, Row, json_type
+from finetuning.data.rows import Rated, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt", "completion", "label")
@@ -30,20 +30,9 @@ def parse(row: Row, options: Options = PLAIN) -> Rated | Problem:
             prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
         else:
             prompt, completion = chat_field(row, "prompt"), chat_field(row, "completion")
-            check_answer("completion", completion)
-        label = row.values["label"]
-        if not isinstance(label, bool):
-            raise FieldError("label", f"expected true or false, got {json_type(label)}")
-        return Rated(
-            prompt=prompt,
-            completion=completion,
-            label=label,
-            place=row.place,
-            tools=tools_field(row),
-            template_kwargs=template_kwargs_field(row),
-            meta=meta_fields(row),
-            is_text=is_text,
-        )
+            check_answer(row, "completion", completion)
+        label = label_field(row)
+        return Rated(prompt=prompt, completion=completion, label=label, is_text=is_text, **besides_messages(row))
     except FieldError as error:
         return problem_of(row, error)
 

@@ -147,3 +147,36 @@ def template_kwargs_field(row: Row) -> dict[str, Any]:
 
 def meta_fields(row: Row) -> dict[str, Any]:
     return {key: row.values[key] for key in _META if key in row.values}
+
+
+def besides_messages(row: Row) -> dict[str, Any]:
+    """What a row of messages may bring besides them, by the fields of its type: where it stands, tools, arguments of
+    the chat template, and what it says of itself."""
+    return {
+        "place": row.place,
+        "tools": tools_field(row),
+        "template_kwargs": template_kwargs_field(row),
+        "meta": meta_fields(row),
+    }
+
+
+def label_field(row: Row) -> bool:
+    """Whether the row's answer is a desirable one."""
+    label = row.values["label"]
+    if not isinstance(label, bool):
+        raise FieldError("label", f"expected true or false, got {json_type(label)}")
+    return label
+
+
+def check_answer(row: Row, column: str, messages: list[Message]) -> None:
+    """Nothing, when all messages of an answer are the assistant's: the loss is taken over all of it.
+
+    An answer is the end of its column, which may begin with the prompt.
+    """
+    if not messages:
+        raise FieldError(column, "holds nothing beside the prompt")
+    value = row.values[column]
+    first = len(value) - len(messages) if isinstance(value, list) else 0
+    for index, message in enumerate(messages, start=first):
+        if message["role"] != "assistant":
+            raise FieldError(f"{column}[{index}].role", f'expected "assistant", got "{message["role"]}"')

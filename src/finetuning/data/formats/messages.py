@@ -7,15 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuning.data.formats.choice import choose_turns
-from finetuning.data.formats.fields import (
-    messages_field,
-    meta_fields,
-    problem_of,
-    require_columns,
-    template_kwargs_field,
-    text_field,
-    tools_field,
-)
+from finetuning.data.formats.fields import besides_messages, messages_field, problem_of, require_columns, text_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Conversation, Message, Row
 from finetuning.errors import Problem
@@ -58,14 +50,7 @@ def parse(row: Row, options: Options = PLAIN) -> Conversation | Problem:
         if isinstance(row.values.get("system"), str) and found[0]["role"] != "system" and row.values["system"].strip():
             found = [{"role": "system", "content": text_field(row, "system")}, *found]
         messages, turns = choose_turns(found, column, options.chats)
-        return Conversation(
-            messages=messages,
-            place=row.place,
-            tools=tools_field(row),
-            template_kwargs=template_kwargs_field(row),
-            meta=meta_fields(row),
-            turns=turns,
-        )
+        return Conversation(messages, turns=turns, **besides_messages(row))
     except FieldError as error:
         return problem_of(row, error)
 

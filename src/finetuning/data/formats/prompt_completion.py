@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from finetuning.data.formats.choice import choose_turns
-from finetuning.data.formats.fields import (
-    messages_field,
-    meta_fields,
-    problem_of,
-    require_columns,
-    template_kwargs_field,
-    text_field,
-    tools_field,
-)
+from finetuning.data.formats.fields import besides_messages, messages_field, problem_of, require_columns, text_field
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Conversation, Row, Text
@@ -47,9 +39,7 @@ def _chat(row: Row, options: Options) -> Conversation:
     if not any(message["role"] == "assistant" for message in completion):
         raise FieldError("completion", "holds no message of the assistant")
     messages, turns = choose_turns([*prompt, *completion], "prompt + completion", options.completions, len(prompt))
-    return Conversation(
-        messages, row.place, tools_field(row), template_kwargs_field(row), meta_fields(row), turns=turns
-    )
+    return Conversation(messages, turns=turns, **besides_messages(row))
 
 
 FORMAT = RowFormat("prompt_completion", COLUMNS, parse)

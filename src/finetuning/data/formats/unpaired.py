@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from finetuning.data.formats import preference
 from finetuning.data.formats.fields import (
+    besides_messages,
+    check_answer,
+    label_field,
     messages_field,
-    meta_fields,
     problem_of,
     require_columns,
-    template_kwargs_field,
-    tools_field,
 )
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Preference, Rated, Row, json_type
+from finetuning.data.rows import Preference, Rated, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages", "completion_messages", "label")
@@ -25,21 +25,8 @@ def parse(row: Row, options: Options = PLAIN) -> Rated | list[Rated] | Problem:
     try:
         require_columns(row, COLUMNS, "unpaired")
         prompt, completion = (messages_field(row, column) for column in COLUMNS[:2])
-        for index, message in enumerate(completion):
-            if message["role"] != "assistant":
-                raise FieldError(f"completion_messages[{index}].role", f'expected "assistant", got "{message["role"]}"')
-        label = row.values["label"]
-        if not isinstance(label, bool):
-            raise FieldError("label", f"expected true or false, got {json_type(label)}")
-        return Rated(
-            prompt=prompt,
-            completion=completion,
-            label=label,
-            place=row.place,
-            tools=tools_field(row),
-            template_kwargs=template_kwargs_field(row),
-            meta=meta_fields(row),
-        )
+        check_answer(row, "completion_messages", completion)
+        return Rated(prompt=prompt, completion=completion, label=label_field(row), **besides_messages(row))
     except FieldError as error:
         return problem_of(row, error)
 
