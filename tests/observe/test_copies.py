@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from finetuning.cli.finetuning import main
 from finetuning.errors import ConfigError
 from finetuning.observe.copies import CheckpointCopies, make_copies
+from finetuning.publish import manifest_fault
 
 SAVED = {"training_args.save_strategy": "steps", "training_args.save_steps": 1, "training_args.save_total_limit": 1}
 
@@ -24,8 +26,6 @@ SAVED = {"training_args.save_strategy": "steps", "training_args.save_steps": 1, 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an S3 server on the loopback device, with a bucket `runs`, in the environment for clients."""
-    if not all(importlib.util.find_spec(name) for name in ("s3fs", "moto")):
-        pytest.skip("needs the packages s3fs and moto[server]")
     import s3fs
 
     with socket.socket() as probe:
@@ -68,21 +68,46 @@ def test_each_checkpoint_of_a_run_reaches_the_store_whole(train: Any, sft_values
         "checkpoint-1",
         "checkpoint-2",
         "checkpoint-3",
+        "checkpoint-final",
     ]
-    entries = json.loads(store.cat("runs/colours/checkpoint-3/manifest.json"))
-    for name, entry in entries.items():
-        assert store.info(f"runs/colours/checkpoint-3/{name}")["size"] == entry["bytes"]
+    for folder in ("checkpoint-3", "checkpoint-final"):
+        entries = json.loads(store.cat(f"runs/colours/{folder}/manifest.json"))
+        assert "model.safetensors" in entries
+        for name, entry in entries.items():
+            assert store.info(f"runs/colours/{folder}/{name}")["size"] == entry["bytes"]
+    record = json.loads((run.output_dir / "run.json").read_text())
+    assert record["copied"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-final"]
+    assert record["not_copied"] == []
     kept = run.output_dir / "checkpoint-3" / "model.safetensors"
     assert store.cat("runs/colours/checkpoint-3/model.safetensors") == kept.read_bytes()
     assert not list(run.output_dir.glob(".*copying*"))
 
 
-def test_a_store_that_fails_costs_a_warning(train: Any, sft_values: Any, tmp_path: Path, caplog: Any) -> None:
+def test_a_store_that_fails_costs_a_warning(
+    sft_values: Any, write_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
     (tmp_path / "a-file").write_text("in the way")
-    run = train(sft_values({**SAVED, "run_conf.copy_checkpoints_to": str(tmp_path / "a-file")}))
-    assert run.result.status == "completed"
+    config = write_config(sft_values({**SAVED, "run_conf.copy_checkpoints_to": str(tmp_path / "a-file")}))
+    assert main(["sft", str(config)]) == 0
     assert "checkpoint-1 is not copied to" in caplog.text
-    assert not list(run.output_dir.glob(".*copying*"))
+    out = tmp_path / "out"
+    assert "checkpoint-final is not copied to" in json.loads((out / "run.json").read_text())["not_copied"][-1]
+    assert f"nothing to {tmp_path}/a-file; checkpoint-final is not copied" in capsys.readouterr().out
+    assert not list(out.glob(".*copying*"))
+
+
+def test_what_was_killed_after_publishing_is_copied_by_the_next_start(
+    train: Any, sft_values: Any, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    values = sft_values({"run_conf.resume_from_checkpoint": "auto", "run_conf.copy_checkpoints_to": str(store)})
+    done = train(values)
+    shutil.rmtree(store)
+    record = done.output_dir / "run.json"
+    record.write_text(record.read_text().replace('"completed"', '"running"'))
+    assert train(values).result.status == "already complete"
+    assert manifest_fault(store / "checkpoint-final") is None
+    assert (store / "checkpoint-final" / "manifest.json").is_file()
 
 
 def test_a_store_that_hangs_is_not_waited_for(tmp_path: Path, caplog: Any) -> None:
@@ -99,7 +124,8 @@ def test_a_store_that_hangs_is_not_waited_for(tmp_path: Path, caplog: Any) -> No
             copies.add(folder)
         copies.finish(0.2)
     assert any("the copies before it are not done" in failure for failure in copies.failures)
-    assert copies.failures[-1].startswith("the last copies is not copied") or "not done after" in copies.failures[-1]
+    assert copies.failures[-1] == "what is left is not copied to memory://store: not done after 0 s"
+    assert copies.told() == f"nothing to memory://store; {copies.failures[-1]}"
 
 
 def test_an_address_of_no_known_kind_is_refused() -> None:

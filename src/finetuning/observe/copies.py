@@ -1,4 +1,5 @@
-"""Copies of whole checkpoints at an object store, made beside the training and never waited for in it."""
+"""Copies of whole checkpoints and of the tuned model at an object store, made beside the training and never waited for
+in it."""
 
 from __future__ import annotations
 
@@ -8,23 +9,24 @@ import queue
 import shutil
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.config.redaction import without_user_info
 from finetuning.errors import ConfigError, MissingPackageError, Place
-from finetuning.publish import MANIFEST, staging_path
+from finetuning.publish import MANIFEST, staging_path, write_manifest
 
 logger = logging.getLogger(__name__)
 
 _KEY = "run_conf.copy_checkpoints_to"
 _WAITING = 2
 FINISH_S = 600.0
-"""How long the end of a run waits for copies that are under way."""
+"""How long the end of a run waits for a file that is under way."""
 INTERRUPTED_S = 10.0
-"""The same for a run that was told to end, whose time is short."""
+"""How long a run that was told to end, whose time is short, waits for all of them."""
 
 
 class CheckpointCopies(TrainerCallback):
@@ -36,38 +38,53 @@ class CheckpointCopies(TrainerCallback):
 
     def __init__(self, address: str):
         self._address = address.rstrip("/")
-        self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
+        self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._copy_all, name="checkpoint copies", daemon=True)
-        self._thread.start()
+        self.copied: list[str] = []
         self.failures: list[str] = []
+        self._thread.start()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.add(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def add(self, folder: Path) -> None:
-        """Has a folder copied, as it is now."""
+        """Has a folder copied, as it is now, unless others wait already."""
         if not folder.is_dir():
             return
-        if self._queue.full():
+        if self._queue.qsize() >= _WAITING:
             self._failed(folder.name, "the copies before it are not done")
             return
+        self.add_last(folder)
+
+    def add_last(self, folder: Path) -> None:
+        """Has a folder copied, as it is now, after those that wait. It gets a manifest, where it has none."""
         links = staging_path(folder.with_name(f"{folder.name}.copying"))
         try:
             shutil.rmtree(links, ignore_errors=True)
             shutil.copytree(folder, links, copy_function=os.link)
+            if not (links / MANIFEST).exists():
+                write_manifest(links)
         except OSError as error:
             self._failed(folder.name, str(error))
             return
-        self._queue.put_nowait((folder.name, links))
+        self._queue.put((folder.name, links))
 
-    def finish(self, most_s: float) -> None:
-        """Waits for the copies that are under way, but not for ever."""
-        deadline = time.monotonic() + most_s
-        with suppress(queue.Full):
-            self._queue.put(None, timeout=most_s)
-        self._thread.join(max(deadline - time.monotonic(), 0))
-        if self._thread.is_alive():
-            self._failed("the last copies", f"not done after {most_s:.0f} s")
+    def finish(self, most_s: float, *, for_each: bool = False) -> None:
+        """Waits so long for the copies that are under way; for each file of them, where it is said."""
+        self._queue.put(None)
+        started = self._moved = time.monotonic()
+        while self._thread.is_alive():
+            left = (self._moved if for_each else started) + most_s - time.monotonic()
+            if left <= 0:
+                self._failed("what is left", f"not done after {most_s:.0f} s")
+                return
+            self._thread.join(left)
+
+    def told(self) -> str:
+        """The outcome, in one line."""
+        failed = f"; {self.failures[-1]}" if self.failures else ""
+        return without_user_info(f"{', '.join(self.copied[-2:]) or 'nothing'} to {self._address}{failed}")
 
     def _copy_all(self) -> None:
         while True:
@@ -77,6 +94,7 @@ class CheckpointCopies(TrainerCallback):
             name, links = item
             try:
                 self._copy(links, f"{self._address}/{name}")
+                self.copied.append(name)
             except Exception as error:  # noqa: BLE001  every store has errors of its own, and none may end a run
                 self._failed(name, f"{type(error).__name__}: {error}")
             finally:
@@ -91,6 +109,7 @@ class CheckpointCopies(TrainerCallback):
             target = f"{root}/{path.relative_to(folder).as_posix()}"
             store.makedirs(target.rpartition("/")[0], exist_ok=True)
             store.put_file(str(path), target)
+            self._moved = time.monotonic()
 
     def _failed(self, name: str, reason: str) -> None:
         told = without_user_info(f"{name} is not copied to {self._address}: {reason}")
@@ -118,3 +137,14 @@ def make_copies(address: str | None, is_main: bool) -> CheckpointCopies | None:
             f"{address} needs a package: {error}", place=Place(key=_KEY), hint="pip install 'finetuning[s3]'"
         ) from error
     return CheckpointCopies(address)
+
+
+@contextmanager
+def waited_for(copies: CheckpointCopies | None, is_interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Waits at the end of the block for what it has had copied: shortly, where the run was told to end."""
+    try:
+        yield
+    finally:
+        if copies is not None:
+            is_short = is_interrupted()
+            copies.finish(INTERRUPTED_S if is_short else FINISH_S, for_each=not is_short)

@@ -81,9 +81,15 @@ def _close_record(job: Job) -> None:
     """Says of a run that has published its tuned model, and was killed before it could say so, that it is complete."""
     if not job.topology.is_main or (read_record(job.output_dir) or {}).get("status") == "completed":
         return
+    from finetuning.observe.copies import make_copies, waited_for
+
+    final = job.output_dir / job.experiment.run_conf.final_checkpoint_name
     with claimed(job.output_dir):
-        final = str(job.output_dir / job.experiment.run_conf.final_checkpoint_name)
-        RunRecord(job.output_dir, job.method.name, writes=True).finish("completed", error=None, found=final)
+        copies = make_copies(job.experiment.run_conf.copy_checkpoints_to, is_main=True)
+        with waited_for(copies, lambda: False):
+            if copies:
+                copies.add_last(final)
+        RunRecord(job.output_dir, job.method.name, writes=True).finish("completed", error=None, found=str(final))
 
 
 def _recorded(job: Job) -> RunResult:
@@ -110,9 +116,8 @@ def _recorded(job: Job) -> RunResult:
 
 
 def _road(job: Job, record: RunRecord) -> RunResult:
-    from finetuning.observe.copies import FINISH_S, INTERRUPTED_S, make_copies
+    from finetuning.observe.copies import make_copies, waited_for
     from finetuning.training.arguments import build_arguments
-    from finetuning.training.final import publish_final
     from finetuning.training.memory import check_memory_at_start
     from finetuning.training.parts import end_of_turn, load_model, load_tokenizer, prepare
     from finetuning.training.signals import StopOnSignal
@@ -150,24 +155,18 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
-    try:
+    with waited_for(copies, lambda: bool(stop.received)):
         seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
-    finally:
-        if copies:
-            copies.finish(INTERRUPTED_S if stop.received else FINISH_S)
-    record.update(memory=_tell_memory(trainer, plan, observer), data=_data_values(data))
-    with observer.stage("model_publication"):
-        artifact = publish_final(
-            trainer,
-            tokenizer.tokenizer,
-            job.output_dir / experiment.run_conf.final_checkpoint_name,
-            end_of_turn=ending,
-            base_fingerprint=prepared.fingerprint,
-            initial=initial,
-        )
-    if artifact is not None:
-        record.update(artifact=artifact.as_dict())
-        observer.published(artifact)
+        record.update(memory=_tell_memory(trainer, plan, observer), data=_data_values(data))
+        artifact = _publish(job, trainer, tokenizer, prepared, ending, initial)
+        if artifact is not None:
+            record.update(artifact=artifact.as_dict())
+            observer.published(artifact)
+            if copies:
+                copies.add_last(Path(artifact.folder))
+    if copies:
+        observer.found("copied", copies.told())
+        record.update(copied=copies.copied, not_copied=copies.failures)
     return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
 
 
@@ -226,6 +225,27 @@ def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after
             stop.received,
         )
     return output.metrics.get("train_runtime")
+
+
+def _publish(
+    job: Job,
+    trainer: Trainer,
+    tokenizer: LoadedTokenizer,
+    prepared: PreparedModel,
+    ending: str | None,
+    initial: dict[str, str],
+) -> Artifact | None:
+    from finetuning.training.final import publish_final
+
+    with job.observer.stage("model_publication"):
+        return publish_final(
+            trainer,
+            tokenizer.tokenizer,
+            job.output_dir / job.experiment.run_conf.final_checkpoint_name,
+            end_of_turn=ending,
+            base_fingerprint=prepared.fingerprint,
+            initial=initial,
+        )
 
 
 def _what_went_in(
