@@ -17,6 +17,8 @@ from finetuning.observe.spool import Delivery, Order, delivery_path, latest_run,
 KEY_TAG = "finetuning.key"
 CHANGED_TAG = "finetuning.changed_on_resume"
 _MOST_REFUSALS_KEPT = 100
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""What makes MLflow's pages show an experiment as one of training, and not of prompts and traces."""
 _FILE_ATTEMPTS = 3
 # Pickles of the trainer's arguments hold the hub token in clear.
 _NEVER_COPIED = {"training_args.bin"}
@@ -181,7 +183,7 @@ class Courier:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return self.client.create_experiment(name)
+                return self.client.create_experiment(name, tags=_TRAINING)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

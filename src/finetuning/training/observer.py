@@ -155,11 +155,14 @@ class Observer:
 
     def close(self, status: str) -> None:
         """The run has ended, one way or the other; called once, after the record was written."""
+        extracts: list[Path] = []
         if self._is_main and self._trainer is not None:
+            from finetuning.observe.report.extracts import write_extracts_if_possible
             from finetuning.observe.report.page import write_report_if_possible
 
             self._report = write_report_if_possible(self._output_dir)
-        self._tracked.close(status, [path for path in (self._output_dir / RECORD_NAME, self._report) if path])
+            extracts = write_extracts_if_possible(self._output_dir)
+        self._tracked.close(status, [*filter(None, [self._output_dir / RECORD_NAME, self._report]), *extracts])
 
     @property
     def failures(self) -> dict[str, str]:

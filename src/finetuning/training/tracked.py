@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 _LONGEST_DIGEST = 36
+_DESCRIPTION, _README = "mlflow.note.content", "README.md"
 
 
 class Tracked:
@@ -110,8 +111,13 @@ class Tracked:
         """The run has ended; nothing is told after it."""
         if self._mlflow is None:
             return
+        from finetuning.observe.report.extracts import CARD_NAME, PLOTS_NAME
+
         for path in files:
-            self._mlflow.log_file(path)
+            if path.name == CARD_NAME:
+                self._mlflow.log_tags({_DESCRIPTION: _without_front(path.read_text(encoding="utf-8"))})
+            if path.name != _README:
+                self._mlflow.log_file(path, PLOTS_NAME if path.parent.name == PLOTS_NAME else "")
         end = self._mlflow.finish(_STATUS.get(status, "FAILED"))
         self._export(end)
 
@@ -163,3 +169,8 @@ def datasets_of(experiment: Experiment, data: PreparedData) -> list[dict[str, st
             }
         )
     return told
+
+
+def _without_front(card: str) -> str:
+    """The card as a description: without the lines that only the model hub reads."""
+    return card.partition("\n---\n")[2].strip()
