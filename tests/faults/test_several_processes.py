@@ -106,6 +106,25 @@ def test_a_job_goes_on_with_another_number_of_processes(run: Any, before: int, a
     assert "allow_changed" in told and "Traceback" not in told
 
 
+def test_a_process_that_is_gone_ends_the_job_and_the_next_start_goes_on(
+    nursery: Any, run: Any, sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
+    changes = {**SAVED, "peft_conf": LORA, "run_conf.resume_from_checkpoint": "auto"}
+    out = tmp_path / "out"
+    config = write_config(sft_values({**changes, "training_args.max_steps": 100_000}))
+    main, other = nursery.start_all(["sft", config], ["", ""])
+    assert main.wait_for((out / "checkpoint-6").exists), main.told
+    assert other.kill() == -signal.SIGKILL
+    assert main.wait() == 203, main.told
+    assert "the connection to another process of the job was lost" in main.told
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    saved = max(int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*"))
+    longer = {**changes, "training_args.max_steps": saved + 3, "run_conf.allow_changed": ["training_args.max_steps"]}
+    _, told, codes = run(longer, ["", ""], out)
+    assert codes == [0, 0], told
+    assert f"checkpoint-{saved}" in told
+
+
 BROKEN = """
 from finetuning.training.measuring import Measuring
 

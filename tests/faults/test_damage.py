@@ -1,0 +1,159 @@
+"""Checkpoints that are damaged, and runs that are stopped or fail where it hurts; each in a real process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SAVED = {
+    "run_conf.resume_from_checkpoint": "auto",
+    "training_args.save_strategy": "steps",
+    "training_args.save_steps": 2,
+    "training_args.max_steps": 4,
+}
+LONG = {**SAVED, "training_args.max_steps": 100_000}
+
+
+@pytest.fixture
+def start(nursery: Any, sft_values: Any, write_config: Any) -> Callable[..., Any]:
+    """A function that starts a run."""
+
+    def begin(changes: Any, before: str = "") -> Any:
+        return nursery.start(["sft", write_config(sft_values(changes))], before=before)
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    """The directory of a run that is done, by `whole` once there is one."""
+    return {}
+
+
+def losses(out: Path) -> dict[int, set[float]]:
+    found: dict[int, set[float]] = {}
+    for line in (out / "training_logs.jsonl").read_text(encoding="utf-8").splitlines():
+        data = json.loads(line)["data"]
+        found.setdefault(data["step"], set()).add(data["value"])
+    return found
+
+
+def flip(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000:-500] = bytes(500)
+    file.write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "half of the weights is zero": (flip, "model.safetensors is not what was written"),
+    "the optimizer is cut off": (cut, "optimizer.pt has"),
+    "the optimizer is gone": (lambda folder: (folder / "optimizer.pt").unlink(), "it has no optimizer state"),
+    "the state is cut off": (
+        lambda folder: (folder / "trainer_state.json").write_text('{"global_'),
+        "trainer_state.json is cut off",
+    ),
+    "the random state is gone": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(
+    start: Any, finished: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, damage: str
+) -> None:
+    out = tmp_path / "out"
+    if "whole" not in finished:
+        assert (run := start(SAVED)).wait() == 0, run.told
+        shutil.rmtree(out / "checkpoint-final")
+        finished["whole"] = tmp_path_factory.mktemp("finished") / "out"
+        out.rename(finished["whole"])
+    shutil.copytree(finished["whole"], out)
+    harm, reason = DAMAGES[damage]
+    harm(out / "checkpoint-4")
+    assert (run := start(SAVED)).wait() == 0, run.told
+    assert f"checkpoint-4 passed over: {reason}" in run.told
+    assert "checkpoint-2" in run.told
+    assert losses(out) == losses(finished["whole"]), "the steps that were taken again are what they were"
+
+
+def test_a_signal_while_everything_is_set_up_ends_it_at_once(start: Any, tmp_path: Path) -> None:
+    run = start(SAVED)
+    assert run.wait_for((tmp_path / "out" / "config.resolved.yaml").exists, pause=0.001)
+    run.send(signal.SIGTERM)
+    assert run.wait() in (-signal.SIGTERM, 143)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert (again := start(SAVED)).wait() == 0, again.told
+
+
+def test_a_signal_in_the_middle_of_a_save_lets_it_end(start: Any, tmp_path: Path) -> None:
+    run, out = start(LONG), tmp_path / "out"
+    assert run.wait_for((out / ".checkpoint-2.partial").exists, pause=0.001)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143, run.told
+    saved = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert saved[0] == "checkpoint-2" and not list(out.glob(".*.partial"))
+    assert "signal 15 at step" in run.told and "is saved" in run.told
+
+
+SLOW = """
+import time
+from transformers import TrainerCallback
+from dataclasses import replace
+from finetuning.algorithms import METHODS
+
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **more):
+        if state.global_step == 3:
+            time.sleep(300)
+
+def build(parts):
+    trainer = method.build_trainer(parts)
+    trainer.add_callback(Slow())
+    return trainer
+
+method = METHODS["sft"]
+METHODS["sft"] = replace(method, build_trainer=build)
+"""
+
+
+def test_a_second_signal_does_not_wait_for_the_step(start: Any, tmp_path: Path) -> None:
+    run, out = start(LONG, SLOW), tmp_path / "out"
+    assert run.wait_for((out / "checkpoint-2").exists)
+    assert run.wait_for(lambda: '"step": 3' in (out / "training_logs.jsonl").read_text())
+    run.send(signal.SIGTERM)
+    while f"{signal.SIGTERM:d}" in caught(run.pid):
+        assert run.is_running, run.told
+    run.send(signal.SIGTERM)
+    assert run.wait() == -signal.SIGTERM
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def caught(pid: int) -> list[str]:
+    """The numbers of the signals that a process handles itself."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return [str(number) for number in range(1, 65) if mask >> (number - 1) & 1]
+
+
+FAILING = SLOW.replace("time.sleep(300)", "raise RuntimeError('a defect of somebody')")
+
+
+def test_a_defect_in_a_step_is_recorded(start: Any, tmp_path: Path) -> None:
+    run, out = start(LONG, FAILING), tmp_path / "out"
+    assert run.wait() == 203
+    assert "error: internal error: RuntimeError: a defect of somebody" in run.told and "Traceback" not in run.told
+    record = json.loads((out / "run.json").read_text())
+    assert (record["status"], record["jobs"][0]["status"]) == ("failed", "failed")
+    assert "a defect of somebody" in record["error"]
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
