@@ -101,11 +101,11 @@ def test_shuffling_goes_by_the_seed_and_each_pass_has_its_own_order(conf: Any, s
     assert sorted(one) == sorted(two) == sorted(taken(stream(conf(300)), 300))
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("given", [0, 1, 7, 1023, 1024, 1030, 2300])
+@pytest.mark.parametrize(
+    ("packing", "given"), [(False, 0), (False, 1024), (False, 1030), (False, 2300), (True, 7), (True, 230)]
+)
 def test_a_stream_goes_on_where_it_was(conf: Any, stream: Make, packing: bool, given: int) -> None:
     data = conf(1500, 600, weights=(0.6, 0.4), shuffle_buffer=100)
-    given = given // 10 if packing else given
     whole, goes_on = stream(data, packing=packing), stream(data, packing=packing)
     whole.reach = 5000
     rows = iter(whole)
@@ -117,7 +117,7 @@ def test_a_stream_goes_on_where_it_was(conf: Any, stream: Make, packing: bool, g
     again = iter(goes_on)
     assert [list(row["labels"]) for row in islice(again, 3)] == [[-100]] * 3
     assert ids(islice(again, 30)) == ahead
-    assert ids(islice(again, 900)) == ids(islice(rows, 900))
+    assert ids(islice(again, 300)) == ids(islice(rows, 300))
     assert goes_on.ledger.report() == whole.ledger.report()
     assert len(before) == given
 
@@ -149,9 +149,9 @@ def held() -> int:
 def test_memory_holds_the_buffer_and_two_blocks_however_many_rows_there_are(conf: Any, stream: Make) -> None:
     gc.collect()
     before, most = held(), 0
-    rows = iter(stream(conf(12_000, shuffle_buffer=500)))
-    for number, _ in enumerate(islice(rows, 10_000)):
-        if number % 1000 == 0:
+    rows = iter(stream(conf(7000, shuffle_buffer=500)))
+    for number, _ in enumerate(islice(rows, 6500)):
+        if number % 500 == 0:
             most = max(most, held() - before)
     assert 500 <= most <= 500 + 2 * 1024
 
