@@ -338,6 +338,13 @@ def test_what_is_wrong_in_a_data_config_is_named_with_its_line(
     assert str(caught.value).startswith(f"{path}:1:")
 
 
+def test_a_streamed_corpus_stays_one(tmp_path: Path) -> None:
+    datasets = [{"data_paths": ["a"]}]
+    config = {"dataprocessor": {"streaming": True}, "datasets": datasets}
+    assert read_data_config(yaml_config(tmp_path, config))["streaming"] is True
+    assert "streaming" not in read_data_config(yaml_config(tmp_path, {"datasets": datasets}))
+
+
 def test_sampling_need_not_be_exact_in_floating_point(tmp_path: Path) -> None:
     datasets = [{"data_paths": ["a"], "sampling": share} for share in (0.6, 0.3, 0.1)]
     section = read_data_config(yaml_config(tmp_path, {"datasets": datasets}))
