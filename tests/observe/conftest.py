@@ -245,7 +245,7 @@ def scripted_run(tmp_path: Path) -> Callable[..., ScriptedRun]:
         rows = [{"x": torch.zeros(1), "labels": torch.zeros(1)}] * len(losses)
         arguments = {"max_steps": len(losses), "logging_steps": 1, "save_strategy": "no", **arguments}
         if validation:
-            arguments |= {"eval_strategy": "steps", "eval_steps": 1}
+            arguments = {"eval_strategy": "steps", "eval_steps": 1, **arguments}
         trainer = Trainer(
             model=Scripted(),
             args=TrainingArguments(

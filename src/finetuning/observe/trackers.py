@@ -24,8 +24,10 @@ _PREFIXES = {"eval_": "eval/", "test_": "test/"}
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run before its first number. `parameters` are texts by dotted keys, and the user's own
-    values."""
+    """What a tracker is told of a run before its first number.
+
+    `parameters` are texts by dotted keys, and the user's own values.
+    """
 
     output_dir: Path
     project: str
