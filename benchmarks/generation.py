@@ -1,10 +1,12 @@
 """Tokens per second of `generate`'s batches against one prompt at a time, and whether the greedy text is the same.
 
     python benchmarks/generation.py [--size small] [--prompts 48] [--new-tokens 128] [--dtype float32] [--repeats 3]
+    python benchmarks/generation.py --size 1b
 
-The model is a Llama of random weights. Prompts have 16 to 256 tokens; every answer has the full length, so that both
-ways write the same number of tokens. Prints the median of the repeats as one line of JSON. `--continuous` adds
-transformers' continuous batching.
+The model is a Llama of random weights. Prompts have 16 to 256 tokens, of `1b` 16 to 64, and it is measured once; every
+answer has the full length, so that both ways write the same number of tokens. Reading the prompts is told apart: it is
+the same work both ways, which bounds the ratio. Prints the median of the repeats as one line of JSON. `--continuous`
+adds transformers' continuous batching.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
 VOCABULARY = 8192
+DEFAULTS = {"prompts": 48, "new_tokens": 128, "longest": 256, "dtype": "float32", "repeats": 3}
+OF_1B = {"prompts": 16, "new_tokens": 24, "longest": 64, "dtype": "bfloat16", "repeats": 1}
+"""Few and short enough that one at a time ends within minutes on two cores."""
 
 
 def make_generator(size: str, dtype: torch.dtype, device: str) -> Generator:
@@ -48,10 +53,10 @@ def make_generator(size: str, dtype: torch.dtype, device: str) -> Generator:
     return Generator(model.to(dtype).eval(), tokenizer, pad_token_id=0)
 
 
-def make_prompts(count: int) -> list[EncodedPrompt]:
-    """Prompts of random tokens."""
+def make_prompts(count: int, longest: int) -> list[EncodedPrompt]:
+    """Prompts of random tokens, 16 and more of them."""
     rng = random.Random(0)
-    ids = [[rng.randrange(2, VOCABULARY) for _ in range(rng.randint(16, 256))] for _ in range(count)]
+    ids = [[rng.randrange(2, VOCABULARY) for _ in range(rng.randint(16, longest))] for _ in range(count)]
     return [EncodedPrompt(" ".join(map(str, row)), tuple(row), False) for row in ids]
 
 
@@ -69,7 +74,7 @@ def ours(
         parameters.max_new_tokens,
         most_rows=most_rows,
         budget=budget,
-        most_padding=most_padding_on(generator.device.type),
+        most_padding=most_padding_on(generator.device.type, parameters.max_new_tokens),
     )
 
     def answer() -> list[str]:
@@ -110,6 +115,13 @@ def median_seconds(function: Callable[[], list[str]], repeats: int) -> tuple[flo
     return statistics.median(times), result
 
 
+def seconds_of_reading(generator: Generator, prompts: list[EncodedPrompt], repeats: int) -> float:
+    """The time of reading all prompts, one by one: an answer of a single token each."""
+    wanted = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
+    parameters = build_parameters(wanted, generator.tokenizer, generator.model, generator.pad_token_id)
+    return median_seconds(ours(generator, prompts, parameters, 1, DEFAULT_BATCH_TOKENS), repeats)[0]
+
+
 def same(left: Sequence[str], right: Sequence[str]) -> int:
     """How many texts are equal."""
     return sum(one == other for one, other in zip(left, right, strict=True))
@@ -118,16 +130,20 @@ def same(left: Sequence[str], right: Sequence[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure batched generation.")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--new-tokens", type=int)
+    parser.add_argument("--longest", type=int, help="most tokens of a prompt")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--batch-tokens", type=int, default=DEFAULT_BATCH_TOKENS)
     parser.add_argument("--continuous", action="store_true", help="measure transformers' continuous batching, too")
     options = parser.parse_args()
+    for name, value in (OF_1B if options.size == "1b" else DEFAULTS).items():
+        if getattr(options, name) is None:
+            vars(options)[name] = value
     generator = make_generator(options.size, getattr(torch, options.dtype), options.device)
-    prompts = make_prompts(options.prompts)
+    prompts = make_prompts(options.prompts, options.longest)
     wanted = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
     parameters = build_parameters(wanted, generator.tokenizer, generator.model, generator.pad_token_id)
     # Once through everything that is compiled or allocated at the first call.
@@ -136,13 +152,20 @@ def main() -> None:
     batched, batched_texts = median_seconds(
         ours(generator, prompts, parameters, None, options.batch_tokens), options.repeats
     )
+    reading = seconds_of_reading(generator, prompts, options.repeats)
     tokens = options.prompts * options.new_tokens
     result: dict[str, Any] = {
-        **{key: getattr(options, key) for key in ("size", "dtype", "device", "prompts", "new_tokens", "repeats")},
+        **{
+            key: getattr(options, key)
+            for key in ("size", "dtype", "device", "prompts", "new_tokens", "longest", "repeats")
+        },
         "weights": generator.model.num_parameters(),
         "one_by_one_tokens_per_s": round(tokens / one_by_one, 1),
         "batched_tokens_per_s": round(tokens / batched, 1),
         "ratio": round(one_by_one / batched, 2),
+        "reading_prompts_s": round(reading, 1),
+        "one_by_one_s": round(one_by_one, 1),
+        "batched_s": round(batched, 1),
         "same_text": f"{same(texts, batched_texts)} of {len(texts)}",
     }
     if options.continuous:

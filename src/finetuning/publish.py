@@ -60,12 +60,12 @@ def publish(staging: Path, target: Path) -> None:
         for name in names:
             file = os.path.join(folder, name)
             os.chmod(file, 0o666 & ~umask)
-            _flush(file)
-        _flush(folder)
+            flush(file)
+        flush(folder)
     if target.is_dir():
         target.rmdir()
     os.rename(staging, target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def write_manifest(folder: Path) -> None:
@@ -134,7 +134,8 @@ def is_full(error: BaseException, folder: Path) -> bool:
     return "No space left" in str(error) or (writes_tensors and shutil.disk_usage(folder).free < _LITTLE_ROOM)
 
 
-def _flush(path: str | Path) -> None:
+def flush(path: str | Path) -> None:
+    """Brings a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

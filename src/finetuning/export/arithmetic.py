@@ -13,7 +13,7 @@ import torch
 
 from finetuning.errors import ModelError
 from finetuning.export.edits import Edit, LowRank, Replace, SetRows, ShiftBias
-from finetuning.export.tensor_output import read_chunks
+from finetuning.export.tensor_output import read_into
 from finetuning.model.tensor_files import TensorEntry
 
 # r rank, O out_features, I in_features
@@ -35,19 +35,16 @@ _BLOCK_ELEMENTS = 1 << 19
 _TILE_ROWS = 192
 
 
-def load(entry: TensorEntry) -> torch.Tensor:
-    """The tensor that an entry points to, in memory of its own.
+def load(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor that an entry points to: in `memory`, bytes of which it takes the first, or in memory of its own.
 
     Raises:
         ModelError: its number type is none that can be merged.
     """
     if entry.dtype not in DTYPES:
         raise ModelError(f"{entry.file} holds numbers of type {entry.dtype}, which cannot be merged")
-    raw = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view, at = memoryview(raw.numpy()), 0
-    for chunk in read_chunks(entry):
-        view[at : at + len(chunk)] = chunk
-        at += len(chunk)
+    raw = torch.empty(entry.num_bytes, dtype=torch.uint8) if memory is None else memory[: entry.num_bytes]
+    read_into(entry, memoryview(raw.numpy()))
     return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 

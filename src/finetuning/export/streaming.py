@@ -1,16 +1,18 @@
 """The merge itself: shard to shard, tensor by tensor, never more in memory than the largest tensors need.
 
-One thread computes the next tensor while this one writes the last. Each computes with one thread of torch: on blocks
-that fit the cache, torch's own threads wait for each other longer than they work, above all on a busy machine.
+One thread computes the next tensor while this one writes the last, and another flushes the shard before to disk. Each
+computes with one thread of torch: on blocks that fit the cache, torch's own threads wait for each other longer than
+they work, above all on a busy machine. Tensors take turns in the same memory, as fresh pages cost the system dear.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,12 +24,16 @@ from finetuning.export.plan import MergePlan
 from finetuning.export.sources import BaseModel
 from finetuning.export.tensor_output import OutputTensor, copied, read_metadata, write_tensor_file
 from finetuning.model.tensor_files import INDEX, TensorEntry
+from finetuning.publish import flush
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
 
 Tensors = list[tuple[str, TensorEntry]]
 """Names to be written, in order, each with the tensor of the base that it is made of."""
+
+Job = tuple[str, TensorEntry, tuple[Edit, ...]]
+"""A tensor to be edited: its name, what it is made of, and how."""
 
 
 def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progress | None = None) -> int:
@@ -45,13 +51,21 @@ def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progr
     ]
     total = sum(_num_bytes(name, entry, plan) for tensors in by_file.values() for name, entry in tensors)
     done = 0
-    with _one_torch_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
+    with (
+        _one_torch_thread(),
+        ThreadPoolExecutor(1) as flusher,
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker,
+    ):
         ahead = _Ahead(jobs, worker)
+        flushed: list[Future[None]] = []
         for file, tensors in by_file.items():
             outputs = [_output(name, entry, plan, ahead) for name, entry in tensors]
             counted = [_counted(output, done, total, progress) for output in outputs]
             write_tensor_file(folder / file.name, counted, read_metadata(file))
+            flushed.append(flusher.submit(flush, folder / file.name))
             done += sum(output.num_bytes for output in outputs)
+        for one in flushed:
+            one.result()
     _write_index(base, by_file, total, folder)
     return total
 
@@ -59,13 +73,15 @@ def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progr
 class _Ahead:
     """The edited tensors in the order of writing; while one is written, the next is being computed."""
 
-    def __init__(self, jobs: Iterable[tuple[str, TensorEntry, tuple[Edit, ...]]], worker: ThreadPoolExecutor):
+    def __init__(self, jobs: Sequence[Job], worker: ThreadPoolExecutor):
         self._jobs = iter(jobs)
         self._worker = worker
+        largest = max((entry.num_bytes for _, entry, _ in jobs), default=0)
+        self._memory = cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
         self._next = self._start()
 
     def take(self) -> memoryview:
-        """The bytes of the next edited tensor."""
+        """The bytes of the next edited tensor, valid until the one after it is taken."""
         assert self._next is not None, "more tensors were written than were planned"
         ready = self._next.result()
         self._next = self._start()
@@ -73,11 +89,11 @@ class _Ahead:
 
     def _start(self) -> Future[memoryview] | None:
         job = next(self._jobs, None)
-        return None if job is None else self._worker.submit(_compute, *job)
+        return None if job is None else self._worker.submit(_compute, *job, next(self._memory))
 
 
-def _compute(name: str, entry: TensorEntry, edits: tuple[Edit, ...]) -> memoryview:
-    return raw_bytes(apply_edits(name, load(entry), edits))
+def _compute(name: str, entry: TensorEntry, edits: tuple[Edit, ...], memory: torch.Tensor) -> memoryview:
+    return raw_bytes(apply_edits(name, load(entry, memory), edits))
 
 
 def _output(name: str, entry: TensorEntry, plan: MergePlan, ahead: _Ahead) -> OutputTensor:

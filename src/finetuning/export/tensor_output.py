@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,11 +46,26 @@ def read_chunks(entry: TensorEntry) -> Iterator[memoryview]:
         stream.seek(entry.start)
         left = entry.num_bytes
         while left:
-            count = stream.readinto(buffer[: min(left, len(buffer))])
-            if not count:
-                raise StorageError(f"{entry.file} became shorter while it was read")
-            yield buffer[:count]
-            left -= count
+            chunk = buffer[: min(left, len(buffer))]
+            _fill(chunk, stream, entry.file)
+            yield chunk
+            left -= len(chunk)
+
+
+def read_into(entry: TensorEntry, place: memoryview) -> None:
+    """Fills `place`, which is as long as the tensor, with its bytes."""
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        _fill(place, stream, entry.file)
+
+
+def _fill(place: memoryview, stream: FileIO, file: Path) -> None:
+    at = 0
+    while at < len(place):
+        count = stream.readinto(place[at:])
+        if not count:
+            raise StorageError(f"{file} became shorter while it was read")
+        at += count
 
 
 def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:

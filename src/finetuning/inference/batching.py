@@ -7,10 +7,13 @@ from collections.abc import Sequence
 DEFAULT_BATCH_TOKENS = 32768
 """Tokens that one batch may hold when every row is as long as its longest, answers included."""
 
-PADDING_WORTH_A_BATCH = {"cpu": 2048}
-"""Padding tokens, by device, that cost about as much as another batch costs; measured on a CPU."""
-PADDING_WORTH_A_BATCH_ELSEWHERE = 32768
-"""The same for accelerators, where a step takes nearly as long for few rows as for many; not measured."""
+PADDING_WORTH_A_STEP = {"cpu": 16}
+"""Padding tokens, by device, that cost about as much to read as a step of another batch costs: the arithmetic of a
+token against fetching all weights once. Whatever the model's size; measured on a CPU."""
+PADDING_WORTH_A_STEP_ELSEWHERE = 256
+"""The same for accelerators; not measured."""
+STEPS_TO_EXPECT = 128
+"""Most steps that an answer is expected to take: what may be written is seldom written to its end."""
 
 
 def plan_batches(
@@ -55,6 +58,7 @@ def plan_batches(
     return batches
 
 
-def most_padding_on(device_type: str) -> int:
+def most_padding_on(device_type: str, answer_tokens: int) -> int:
     """The padding that is cheaper than another batch on a kind of device."""
-    return PADDING_WORTH_A_BATCH.get(device_type, PADDING_WORTH_A_BATCH_ELSEWHERE)
+    worth = PADDING_WORTH_A_STEP.get(device_type, PADDING_WORTH_A_STEP_ELSEWHERE)
+    return worth * min(answer_tokens, STEPS_TO_EXPECT)

@@ -125,7 +125,7 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
         parameters.max_new_tokens,
         budget=job.batch_tokens,
         most_rows=job.batch_size,
-        most_padding=most_padding_on(generator.device.type),
+        most_padding=most_padding_on(generator.device.type, parameters.max_new_tokens),
     )
     spool = Spool(output, job.fingerprint())
     # A batch is made again whole, so that its answers are drawn from the same random numbers.
