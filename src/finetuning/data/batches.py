@@ -22,6 +22,7 @@ SAME_AS_BEFORE = "the same as a row before"
 _ROWS = 1024
 _BYTES = 4 << 20
 _DIGEST = 8
+_NOT_MADE = (Problem, Skipped)
 
 
 @dataclass
@@ -102,7 +103,7 @@ def typed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
 
 def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) -> Batch:
     """What becomes of typed rows, told in a ledger of their own; `want` counts the rows to show."""
-    made = iter(make([one for one in rows if not isinstance(one, Problem | Skipped)]))
+    made = iter(make([one for one in rows if not isinstance(one, _NOT_MADE)]))
     alive = np.zeros(len(rows), dtype=bool)
     kept: list[Example] = []
     batch = Batch(ledger, alive, {}, b"", np.empty((0, 2), dtype=np.int64))

@@ -68,7 +68,10 @@ class Notices:
         return tuple({token[0] for token in self.special_tokens})
 
     def __call__(self, messages: Sequence[Message]) -> set[str]:
-        notes = set()
+        notes: set[str] = set()
+        contents = [message.get("content") or " " for message in messages]
+        if not any(map(str.isspace, contents)) and not self._holds_special("\n".join(contents)):
+            return notes
         for message in messages:
             content = message.get("content") or ""
             if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
@@ -147,6 +150,10 @@ def fit(
     if isinstance(tokens, Refused):
         return unproven(tokens)
     size = len(tokens.ids)
+    if 0 < size <= max_length and (trained := sum([last - first for first, last in tokens.runs])):
+        columns = {"input_ids": tokens.ids, "labels": tokens.labels(UNTRAINED)}
+        found = frozenset([*notes, tokens.note] if tokens.note else notes)
+        return Example(columns, size, trained, text, notes=found)
     if not any(last > first for first, last in tokens.runs):
         return Lost("nothing to train on", "no message of the assistant")
     if size > max_length and not truncate:

@@ -13,11 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetuning.data.collate import UNTRAINED
 from finetuning.data.spans import Refused, Span
 from finetuning.data.spelling import Spelling, spelling_of
 
@@ -35,9 +36,13 @@ class Tokens:
     ids: np.ndarray
     runs: tuple[Span, ...]
     note: str | None = None
+    ready: np.ndarray | None = None
+    """The labels, where they were made for all texts of a batch at once."""
 
     def labels(self, untrained: int) -> np.ndarray:
         """The ids where they are trained, `untrained` elsewhere; int32."""
+        if self.ready is not None:
+            return self.ready
         labels = np.empty_like(self.ids)
         labels.fill(untrained)
         for first, last in self.runs:
@@ -96,27 +101,35 @@ class Labeller:
         flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(counts.sum()))
         firsts = np.concatenate([[0], np.cumsum(counts)])
         begins = np.concatenate([[0], np.cumsum(self._spelling.sizes[flat])])
-        wanted, whole = [], []
-        for text, ids, own, start in zip(texts, rows, spans, begins[firsts].tolist(), strict=False):
-            data = text.encode()
-            whole.append(self._spelling.spells(ids, data))
-            if whole[-1] and own:
-                is_ascii = len(data) == len(text)
-                for span in own:
-                    wanted += [start + (one if is_ascii else len(text[:one].encode())) for one in span]
+        limits = firsts.tolist()
+        encoded = [text.encode() for text in texts]
+        whole = [True] * len(texts)
+        if begins[firsts[1:]].tolist() != _ends(encoded) or not self._spelling.spells(flat, b"".join(encoded)):
+            parts = np.split(flat, firsts[1:-1])
+            whole = [self._spelling.spells(ids, data) for ids, data in zip(parts, encoded, strict=True)]
+        wanted: list[int] = []
+        for text, data, own, start, is_whole in zip(
+            texts, encoded, spans, begins[firsts].tolist(), whole, strict=False
+        ):
+            if is_whole and own:
+                wanted += _in_bytes(text, data, own, start)
         places = np.searchsorted(begins, wanted)
-        exact = iter((begins[places] == wanted).tolist())
-        borders = iter(places.tolist())
+        exact = (begins[places] == wanted).tolist()
+        labels = _labels(flat, places)
+        borders = places.tolist()
         results: list[Tokens | None] = []
-        for index, (first, end) in enumerate(pairwise(firsts.tolist())):
+        used = 0
+        for index, (first, end) in enumerate(pairwise(limits)):
             own, ids = spans[index], flat[first:end]
             if not whole[index] or own is None:
-                results.append(Tokens(ids, ((0, len(ids)),)) if whole[index] else None)
+                results.append(Tokens(ids, ((0, end - first),), None, ids) if whole[index] else None)
                 continue
-            runs = tuple((next(borders) - first, next(borders) - first) for _ in own)
-            fits = all([next(exact) for _ in range(2 * len(own))])
+            until = used + 2 * len(own)
+            runs = tuple([(borders[one] - first, borders[one + 1] - first) for one in range(used, until, 2)])
+            fits = all(exact[used:until])
+            used = until
             fits = fits and self._all_served(texts[index], rows[index], own, runs, heads[index])
-            results.append(Tokens(ids, runs) if fits else None)
+            results.append(Tokens(ids, runs, None, labels[first:end]) if fits else None)
         return results
 
     def _all_served(
@@ -280,6 +293,27 @@ class Labeller:
         if self.decode(ids) != self.decode(self._encode([text])[0].ids):
             return Refused("a token reaches over the beginning of a turn, and the text cannot be cut there")
         return self._with_bos(text, Tokens(np.array(ids, dtype=np.int32), tuple(runs), CUT_AT_BORDER), False)
+
+
+def _ends(texts: Sequence[bytes]) -> list[int]:
+    return list(accumulate(map(len, texts)))
+
+
+def _in_bytes(text: str, data: bytes, spans: Sequence[Span], start: int) -> list[int]:
+    """The borders of spans of characters, as positions among bytes that begin at `start`."""
+    borders = [one for span in spans for one in span]
+    if len(data) == len(text):
+        return [start + one for one in borders]
+    pieces = [text[begin:end].encode() for begin, end in pairwise([0, *borders])]
+    return [start + one for one in _ends(pieces)]
+
+
+def _labels(ids: np.ndarray, borders: np.ndarray) -> np.ndarray:
+    """The ids between each border of even number and the next, untrained elsewhere; borders ascend."""
+    steps = np.zeros(len(ids) + 1, dtype=np.int8)
+    np.add.at(steps, borders[::2], 1)
+    np.subtract.at(steps, borders[1::2], 1)
+    return np.where(np.cumsum(steps[:-1], dtype=np.int8) > 0, ids, np.int32(UNTRAINED))
 
 
 def _begins(encoding: Any, token: int, default: int) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any
 
 from finetuning.data.opaque import PlainTemplate
 from finetuning.data.rendering import CannotRender, Renderer
@@ -32,6 +31,12 @@ class _Shape:
     """Of each span: its message, how far before its content it begins, how far after it ends."""
     heads: tuple[str, ...]
     is_plain: bool
+
+    @cached_property
+    def borders(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each span: its message, and where it begins and ends but for the lengths of contents."""
+        fixed = list(accumulate(map(len, self.pieces)))
+        return tuple((turn, fixed[turn] - before, fixed[turn] + after) for turn, before, after in self.spans)
 
 
 def key_of(conversation: Conversation, turns: Sequence[int]) -> Key | None:
@@ -159,10 +164,11 @@ def _join(pieces: Sequence[str], conversation: Conversation) -> str:
 
 def _fill(shape: _Shape, conversation: Conversation) -> Marked:
     pieces = shape.pieces
-    contents: list[Any] = [message["content"] for message in conversation.messages]
-    parts = [pieces[0], *chain.from_iterable(zip(contents, pieces[1:], strict=True))]
-    borders = list(accumulate(map(len, parts)))
-    spans = tuple((borders[2 * turn] - before, borders[2 * turn + 1] + after) for turn, before, after in shape.spans)
+    parts = [*pieces, *pieces[1:]]
+    parts[::2] = pieces
+    parts[1::2] = contents = [message["content"] for message in conversation.messages]
+    ends = [0, *accumulate(map(len, contents))]
+    spans = tuple([(ends[turn] + start, ends[turn + 1] + end) for turn, start, end in shape.borders])
     return Marked("".join(parts), spans, "shape", heads=shape.heads)
 
 

@@ -23,14 +23,14 @@ class Spelling:
     """
 
     def __init__(self, tokens: list[bytes]):
-        self._tokens = tokens
+        self._tokens = np.empty(len(tokens), dtype=object)
+        self._tokens[:] = tokens
         self.sizes = np.array([len(one) for one in tokens], dtype=np.int64)
         """Bytes of each token, by id."""
 
-    def spells(self, ids: list[int], text: bytes) -> bool:
+    def spells(self, ids: np.ndarray, text: bytes) -> bool:
         """Whether the tokens are the text, byte for byte."""
-        tokens = self._tokens
-        return b"".join([tokens[one] for one in ids]) == text
+        return b"".join(self._tokens[ids].tolist()) == text
 
 
 def spelling_of(backend: Tokenizer) -> Spelling | None:

@@ -12,6 +12,7 @@ from finetuning.data.rows import Row, json_type
 from finetuning.errors import DataError, Place, Problem
 
 _INCOMPLETE = object()
+_DECODER = json.JSONDecoder()
 
 
 class Line(NamedTuple):
@@ -78,6 +79,19 @@ def _read_lines(path: str, stream: Any, offset: int, digest: hashlib._Hash | Non
 
 
 def _parse_line(text: str, place: Place) -> Row | Problem:
+    try:
+        values, end = _DECODER.raw_decode(text)
+        if not (end == len(text) or text[end:].isspace()):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError:
+        return _parse_strictly(text, place)
+    except RecursionError:
+        return Problem("invalid JSON: nested too deeply", place)
+    return _to_row(values, text, place)
+
+
+def _parse_strictly(text: str, place: Place) -> Row | Problem:
+    """The same for a line that is no plain object at its beginning: with white space before it, or wrong."""
     try:
         values = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
