@@ -44,8 +44,8 @@ OPERATIONS: dict[str, Callable[[Any], bool]] = {
     "should_evaluate": lambda run: [row["step"] for row in run.state.log_history if "eval_loss" in row] == [2, 5],
     "should_log": lambda run: [row["step"] for row in run.state.log_history if "loss" in row] == [2],
 }
-"""Of each action of `hfcontrols`: how a run ends in which it was taken after step 2, and which logs, saves and evaluates
-only at its end, after step 5."""
+"""Of each action of `hfcontrols`: how a run ends in which it was taken after step 2. But for it that run logs and
+evaluates only at its end, after step 5."""
 
 
 def section(metric: dict[str, Any], trigger: str, rule: str, operation: str, **more: Any) -> Any:
