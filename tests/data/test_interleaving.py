@@ -9,6 +9,7 @@ import pytest
 
 from finetuning.data.interleaving import mixed, one_after_another, shuffled
 from finetuning.data.mixing import weighted_mix
+from finetuning.errors import DataError
 
 SIZES = (7, 3, 40)
 
@@ -45,7 +46,7 @@ def test_datasets_come_one_after_another() -> None:
 
 
 def test_a_dataset_without_rows_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(DataError, match="no rows"):
         list(mixed(sources(2, 0), (1.0, 1.0), 0, "all_exhausted"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetuning.config.data import DataConfig
+from finetuning.config.data import DataConfig, Handler
 from finetuning.config.training import SFTArgs
 from finetuning.data.packing import pack
 from finetuning.data.prepare import prepare_sft
@@ -188,6 +188,30 @@ def test_a_stream_of_which_nothing_is_left_stops(conf: Any, stream: Make, sft_ro
         row["messages"][0]["content"] = "word " * 400
     with pytest.raises(DataError, match="all 5 rows dropped: shortest is"):
         taken(stream(conf(1, rows=rows)), 1)
+
+
+def test_a_stream_without_rows_is_an_error_at_once(conf: Any, stream: Make, tmp_path: Path) -> None:
+    data = conf(3)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt,completion\n")
+    path = data.training_data.datasets[0].model_copy(update={"path": str(folder)})
+    data = data.model_copy(update={"training_data": data.training_data.model_copy(update={"datasets": [path]})})
+    with pytest.raises(DataError, match="0 rows"):
+        stream(data)
+    skipped = data.training_data.datasets[0].model_copy(
+        update={
+            "path": str(tmp_path / "0.jsonl"),
+            "handlers": [
+                Handler(
+                    name="skip_samples_with_large_columns", arguments={"column_name": "id", "max_allowed_length": 1}
+                )
+            ],
+        }
+    )
+    data = data.model_copy(update={"training_data": data.training_data.model_copy(update={"datasets": [skipped]})})
+    with pytest.raises(DataError, match="all 3 rows dropped: "):
+        taken(stream(data), 1)
 
 
 def test_rejects_are_written_as_rows_go_by_and_once_where_a_stream_goes_on(

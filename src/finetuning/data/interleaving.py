@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from finetuning.data.mixing import drawn_datasets
+from finetuning.errors import DataError
 
 Row = TypeVar("Row")
 Open = Callable[[], Iterator[Any]]
@@ -26,7 +27,7 @@ def mixed(sources: Sequence[Open], weights: Sequence[float], seed: int, stopping
     """The rows of `mixing.weighted_mix`, in its order; all weights are above 0.
 
     Raises:
-        ValueError: a dataset has no rows.
+        DataError: a dataset has no rows.
     """
     streams = [_Repeated(source) for source in sources]
     is_over = any if stopping == "first_exhausted" else all
@@ -59,7 +60,7 @@ class _Repeated:
             self._rows = self._source()
             self._next = next(self._rows, _END)
             if self._next is _END:
-                raise ValueError("a dataset of the mix has no rows")
+                raise DataError("a dataset of the mix has no rows")
         row, self._next = self._next, next(self._rows, _END)
         self.is_through = self.is_through or self._next is _END
         return row

@@ -22,6 +22,7 @@ from finetuning.data.loading import open_dataset, title_of
 from finetuning.data.packed import pack_rows
 from finetuning.data.reading import Reading
 from finetuning.data.stream_ledger import StreamLedger
+from finetuning.errors import DataError, Place
 
 ENOUGH = 1000
 """Rows after which the share that is lost says something."""
@@ -147,6 +148,8 @@ class RowStream:
         if is_first_pass and (block.ends_pass or self.ledger.totals.rows >= ENOUGH):
             self.ledger.totals.check(self._conf.max_lost_fraction)
         if block.ends_pass:
+            if not self.ledger.totals.kept:
+                raise DataError("no training row is left", place=Place(key="data_conf.training_data"))
             self.ledger.passes = block.position.passes + 1
 
     def _from(self, position: Position) -> Iterator[_Block]:
