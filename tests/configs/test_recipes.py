@@ -21,6 +21,7 @@ from finetuning.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "controllers")
+ON_A_GPU = [path for path in RECIPES if path.stem != "quickstart" and path.parent.name != "techniques"]
 METHODS: dict[str, type[Experiment]] = EXPERIMENTS
 PAIRS = ("dpo", "reward", "orpo", "cpo")
 EXPERIMENTAL = ("orpo", "cpo")
@@ -31,8 +32,14 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def method_named(path: Path) -> str:
+    """The method of a recipe, which its folder or, of a technique, the file itself names."""
+    folder = path.parent.name
+    return read_document(path).values["method"] if folder == "techniques" else folder
+
+
 def experiment_of(path: Path) -> Experiment:
-    return validate(read_document(path), METHODS[path.parent.name]).experiment
+    return validate(read_document(path), METHODS[method_named(path)]).experiment
 
 
 def header_of(path: Path) -> dict[str, str]:
@@ -74,19 +81,19 @@ def test_each_method_has_a_recipe_for_this_machine_and_one_for_a_model_of_today(
         names = [path.stem for path in RECIPES if path.parent.name == method]
         assert "quickstart" in names
         assert len(names) > 1
-    assert {path.parent.name for path in RECIPES} == METHODS.keys()
+    assert {path.parent.name for path in RECIPES} == {*METHODS, "techniques"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_is_valid_and_says_nothing_that_is_out_of_date(path: Path) -> None:
-    validated = validate(read_document(path), METHODS[path.parent.name])
-    assert validated.experiment.method == path.parent.name
+    validated = validate(read_document(path), METHODS[method_named(path)])
+    assert validated.experiment.method == method_named(path)
     assert [str(warning) for warning in validated.warnings] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_an_editor_finds_nothing_to_mark(path: Path) -> None:
-    schema = json.loads(schema_text(METHODS[path.parent.name]))
+    schema = json.loads(schema_text(METHODS[method_named(path)]))
     values = read_document(path).values
     jsonschema.validate(values, schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -95,7 +102,7 @@ def test_an_editor_finds_nothing_to_mark(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_header_says_what_a_reader_needs(path: Path) -> None:
-    method = path.parent.name
+    method = method_named(path)
     first = path.read_text().splitlines()[0]
     assert first == f"# yaml-language-server: $schema=../../docs/schema/{method}.json"
     header = header_of(path)
@@ -186,7 +193,7 @@ def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
     return weights / 1e9, trained / 1e9, activations / 1e9
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=name_of)
+@pytest.mark.parametrize("path", ON_A_GPU, ids=name_of)
 def test_memory_in_the_header_follows_from_the_recipe(path: Path) -> None:
     header = header_of(path)
     written = re.match(

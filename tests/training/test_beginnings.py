@@ -11,7 +11,7 @@ import torch
 from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.read import read_document
 from finetuning.config.validate import validate
-from finetuning.errors import ConfigError, DataError
+from finetuning.errors import ConfigError, DataError, ModelError
 from finetuning.plan.beginnings import REFUSED
 from finetuning.plan.plan import make_plan
 from finetuning.topology import Topology
@@ -72,6 +72,15 @@ def test_eva_begins_from_the_rows(train: Any, sft_values: Any, read_tensors: Any
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
     assert not any(one[name].shape == usual[name].shape and torch.allclose(one[name], usual[name]) for name in one)
     assert first == pytest.approx(6.2, abs=0.1)
+
+
+def test_eva_gives_up_where_rows_are_too_few(train: Any, sft_values: Any, write_jsonl: Any, sft_rows: Any) -> None:
+    values = sft_values(lora(init_lora_weights="eva", eva_config={"rho": 16.0}))
+    write_jsonl(Path(values["data_conf"]["training_data"]["datasets"][0]["path"]), sft_rows(4)[1:3])
+    with pytest.raises(
+        ModelError, match="EVA finds no beginning in these rows: they have fewer than 64 trained tokens"
+    ):
+        train(values)
 
 
 @pytest.mark.parametrize(

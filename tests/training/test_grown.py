@@ -1,0 +1,59 @@
+"""A vocabulary that grew: preferences off the grown model, and QLoRA over the base that growth has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = [f"<|tool{number}|>" for number in range(8)]
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
+
+
+def growing(model: Path) -> dict[str, Any]:
+    """Ten tokens more than the model has rows for."""
+    return {
+        "run_conf.model": str(model),
+        "data_conf.chat_template_name": None,
+        "data_conf.chat_template": TEMPLATE,
+        "data_conf.special_tokens": ["<|im_start|>", "<|im_end|>", *NAMES],
+    }
+
+
+def on_top_of(model: Path, out: Path) -> dict[str, Any]:
+    return {
+        "run_conf.model": str(model),
+        "data_conf.chat_template_name": "keep-original",
+        "training_args.output_dir": str(out),
+        "training_args.max_steps": 2,
+    }
+
+
+def test_preferences_off_a_grown_model(
+    train: Any, sft_values: Any, dpo_values: Any, tiny_llama_dir: Path, tmp_path: Path, read_tensors: Any
+) -> None:
+    grown = train(sft_values(growing(tiny_llama_dir)))
+    assert read_tensors(grown.final)["lm_head.weight"].shape[0] == 510
+    run = train(dpo_values(on_top_of(grown.final, tmp_path / "dpo")))
+    assert run.losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert read_tensors(run.final)["lm_head.weight"].shape[0] == 510
+
+
+def test_qlora_over_a_grown_base(
+    train: Any, sft_values: Any, dpo_values: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """The base grows once, unquantised; then what it left is quantised."""
+    train(sft_values({**growing(tiny_llama_dir), "peft_conf": LORA, "training_args.max_steps": 1}))
+    base = tmp_path / "out" / "checkpoint-new-basemodel"
+    nf4 = {"quantization_type": "bits-and-bytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantised = {"peft_conf": LORA, "quant_conf": nf4}
+    run = train(sft_values({**on_top_of(base, tmp_path / "qlora"), **quantised}))
+    assert run.losses[1] < run.losses[0]
+    preferred = train(dpo_values({**on_top_of(base, tmp_path / "preferred"), **quantised}))
+    assert preferred.losses[0] == pytest.approx(0.6931, abs=0.01)
