@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.inference.batching import plan_batches
+from finetuning.inference.batching import most_padding_on, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -34,3 +34,8 @@ def test_short_prompts_share_a_batch_when_the_budget_has_room() -> None:
     assert plan_batches([3, 9, 4], 1, budget=100) == [[1, 2, 0]]
     assert plan_batches([3, 9, 4], 1, budget=100, most_rows=2) == [[1, 2], [0]]
     assert plan_batches([], 1) == []
+
+
+def test_padding_is_weighed_by_the_steps_of_an_answer() -> None:
+    assert most_padding_on("cpu", 24) == 24 * most_padding_on("cpu", 1)
+    assert most_padding_on("cpu", 10_000) == most_padding_on("cpu", 128) < most_padding_on("cuda", 128)
