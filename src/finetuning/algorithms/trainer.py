@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning.algorithms.adalora import AllocateRank, is_adalora, ranks_kept_whole, read_importance, write_importance
@@ -250,7 +251,7 @@ class SafeguardMixin:
 
     def _check_weights(self) -> None:
         """Nothing while every trained weight of every process is finite; called by all of them."""
-        flags = [~torch.isfinite(weight).all() for weight in self.model.parameters() if weight.requires_grad]
+        flags = [~torch.isfinite(_share(weight)).all() for weight in self.model.parameters() if weight.requires_grad]
         bad = torch.stack([flag.to(self.args.device) for flag in flags]).sum().float() if flags else torch.zeros(1)
         if self.args.world_size > 1:
             bad = self.accelerator.reduce(bad.to(self.args.device), "sum")
@@ -280,6 +281,11 @@ class SafeguardMixin:
         for name, weight in self.model.named_parameters():
             if weight.dtype != before.get(name, weight.dtype):
                 weight.data = weight.data.to(before[name])
+
+
+def _share(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a weight: all of it, unless FSDP has shared it out."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class TrainerMixin(PhasesMixin, SafeguardMixin, LoraPlusMixin, MemoryMixin):

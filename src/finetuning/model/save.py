@@ -55,7 +55,7 @@ def write_model(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """The model's or adapter's own files, into a folder that is there. Only safetensors are written."""
-    arguments = {} if state_dict is None else {"state_dict": dict(state_dict)}
+    arguments = {} if state_dict is None else {"state_dict": _without_ties(model, state_dict)}
     if is_adapted(model):
         # The embeddings of a grown vocabulary are in the new base model; by itself PEFT would save them here as well.
         model.save_pretrained(folder, save_embedding_layers=False, **arguments)
@@ -74,6 +74,12 @@ def write_model(
         model.save_pretrained(folder, **arguments)
     finally:
         model.generation_config = own
+
+
+def _without_ties(model: Any, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gathered weights without those that are another's, such as a tied head: gathering makes a copy of each."""
+    ties = {} if is_adapted(model) else getattr(model, "all_tied_weights_keys", {})
+    return {name: tensor for name, tensor in state_dict.items() if ties.get(name) not in state_dict}
 
 
 def save_grown_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:

@@ -1,0 +1,88 @@
+"""Weights shared out over two processes by FSDP2, with the preset that users take: the same curve, checkpoints that a
+run goes on from exactly, and a tuned model that is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetuning.launch.processes import preset_file
+
+PROGRAM = Path(__file__).with_name("sharding_on_cpu.py")
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+
+
+def shared_out(kind: str, config: Path) -> str:
+    """What a run on two processes says."""
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(preset_file("fsdp2"))]
+    result = subprocess.run(
+        [*launch, "--num_processes", "2", "--main_process_port", "0", str(PROGRAM), kind, str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("shared out by FSDP2: True") == 2, "or this was DDP"
+    return result.stdout
+
+
+def losses(folder: Path) -> dict[tuple[str, int], float]:
+    lines = [json.loads(line) for line in (folder / "training_logs.jsonl").read_text().splitlines()]
+    return {(line["name"], line["data"]["step"]): line["data"]["value"] for line in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["all weights", "an adapter and new tokens", "preferences"])
+def test_sharing_weights_out_does_not_show(
+    sft_values: Any,
+    dpo_values: Any,
+    train: Any,
+    snug_llama_dir: Path,
+    write_config: Any,
+    read_tensors: Any,
+    tmp_path: Path,
+    case: str,
+    record_property: Any,
+) -> None:
+    changes: dict[str, Any] = {
+        "training_args.max_steps": 4,
+        "training_args.save_strategy": "steps",
+        "training_args.save_steps": 2,
+        "batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 1},
+        "run_conf.resume_from_checkpoint": "auto",
+    }
+    kind, make = ("dpo", dpo_values) if case == "preferences" else ("sft", sft_values)
+    if case == "all weights":
+        changes |= {
+            "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+            "training_args.eval_strategy": "steps",
+            "training_args.eval_steps": 2,
+        }
+    else:
+        changes["peft_conf"] = LORA
+    if case == "an adapter and new tokens":
+        changes["run_conf.model"] = str(snug_llama_dir)
+    out = tmp_path / "shared"
+    config = write_config(make({**changes, "training_args.output_dir": str(out)}), "shared.yaml")
+    said = shared_out(kind, config)
+    assert "4 = 2 x 1 x 2" in said
+    alone = train(make({**changes, "training_args.output_dir": str(tmp_path / "alone")}))
+    first, expected = losses(out), losses(alone.output_dir)
+    record_property("largest difference", f"{max(abs(first[key] - expected[key]) for key in expected):.1e}")
+    assert first == pytest.approx(expected, abs=1e-4)
+    saved, whole = read_tensors(out / "checkpoint-final"), read_tensors(alone.final)
+    assert {name: tensor.shape for name, tensor in saved.items()} == {name: one.shape for name, one in whole.items()}
+    assert all(torch.allclose(saved[name], whole[name], atol=1e-4) for name in whole)
+    if case == "all weights":
+        for name in ("checkpoint-4", "checkpoint-final"):
+            shutil.rmtree(out / name)
+        assert "resumed after step 2" in shared_out(kind, config)
+        assert losses(out) == first, "bit by bit"
