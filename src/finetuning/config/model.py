@@ -92,8 +92,8 @@ class RunConfig(Section):
     name_hung_after: float = Field(default=300.0, gt=0)
     """Seconds after which a process that hangs is named, with what it was doing; where there are several."""
     copy_checkpoints_to: str | None = None
-    """Where each checkpoint, and the tuned model, is copied once it is whole, such as `s3://bucket/run`; any address that
-    fsspec knows. A copy that fails is a warning, and training never waits for one; the end of the run does."""
+    """Where each checkpoint, and the tuned model, is copied once it is whole, such as `s3://bucket/run`; any address
+    that fsspec knows. A copy that fails is a warning, and training never waits for one; the end of the run does."""
 
 
 class NoPeft(Section):
