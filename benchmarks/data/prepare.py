@@ -1,14 +1,19 @@
-"""Preparation of chats: JSON to token ids with a proven mask, against the bare tokenizer, TRL and transformers.
+"""Preparation of chats: JSON to token ids with a proven mask, against the bare tokenizer, TRL and others.
 
 Random chats of 30 to 400 tokens, a byte-level BPE trained on them, the ChatML template. Each measurement is a process
 of its own and counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The
-variants take turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already: what no
-preparation can beat. `python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table.
+variants take turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already, on all cores: what
+no preparation can beat. `ours` has as many processes as there are cores, `ours, one process` none beside itself.
+`llamafactory` runs where LLaMA-Factory can be imported (`PYTHONPATH` to its unpacked wheel will do, with
+`DISABLE_VERSION_CHECK=1` under newer libraries); its audio library, which no text needs, is left out.
+
+`python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -50,6 +55,20 @@ def stop(tokens, trained):
     print(json.dumps({"wall": time.monotonic() - began[0], "cpu": cpu() - began[1], "tokens": tokens,
                       "trained": trained, "peak_mb": peak}))
 """
+_OURS = """
+from finetuning.config.data import DataConfig
+from finetuning.config.training import SFTArgs
+from finetuning.data.prepare import prepare_sft
+import datasets, pyarrow.compute as pc
+conf = DataConfig.model_validate({
+    "training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},
+    "validation_data": {"type": "NONE"}, "chat_template_name": "keep-original"})
+args = SFTArgs(max_seq_length=4096, train_on_completions_only=True)
+start()
+data = prepare_sft(conf, args, tokenizer, WORKERS)
+part = data.ledger.parts[0]
+stop(part.tokens, part.trained_tokens)
+"""
 VARIANTS = {
     "raw": """
 texts = json.load(open(folder + "/texts.json"))
@@ -60,20 +79,8 @@ for first in range(0, len(texts), 1024):
         tokens += len(one)
 stop(tokens, 0)
 """,
-    "ours": """
-from finetuning.config.data import DataConfig
-from finetuning.config.training import SFTArgs
-from finetuning.data.prepare import prepare_sft
-import datasets, pyarrow.compute as pc
-conf = DataConfig.model_validate({
-    "training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},
-    "validation_data": {"type": "NONE"}, "chat_template_name": "keep-original"})
-args = SFTArgs(max_seq_length=4096, train_on_completions_only=True)
-start()
-data = prepare_sft(conf, args, tokenizer, 1)
-part = data.ledger.parts[0]
-stop(part.tokens, part.trained_tokens)
-""",
+    "ours": _OURS.replace("WORKERS", str(len(os.sched_getaffinity(0)))),
+    "ours, one process": _OURS.replace("WORKERS", "1"),
     "transformers": """
 tokenizer.chat_template = open(folder + "/marked.jinja").read()
 start()
@@ -105,6 +112,32 @@ data = trainer.train_dataset
 tokens = sum(len(ids) for ids in data["input_ids"])
 column = "assistant_masks" if "assistant_masks" in data.column_names else "labels"
 stop(tokens, sum(one not in (0, -100) if column == "labels" else one for row in data[column] for one in row))
+""",
+    "llamafactory": """
+import importlib.machinery, types
+audio = types.ModuleType("torchaudio"); audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+sys.modules["torchaudio"] = audio
+import datasets
+datasets.disable_progress_bars()
+from types import SimpleNamespace
+from llamafactory.data.converter import align_dataset
+from llamafactory.data.loader import _get_preprocessed_dataset
+from llamafactory.data.parser import DatasetAttr
+from llamafactory.data.template import get_template_and_fix_tokenizer
+from llamafactory.hparams.data_args import DataArguments
+options = DataArguments(template="chatml", cutoff_len=4096, overwrite_cache=True)
+shape = DatasetAttr("file", dataset_name="chats.jsonl", formatting="sharegpt", messages="messages", role_tag="role",
+                    content_tag="content", user_tag="user", assistant_tag="assistant", system_tag="system")
+seat = SimpleNamespace(local_process_index=0, should_log=False, predict_with_generate=False)
+template = get_template_and_fix_tokenizer(tokenizer, options)
+start()
+data = datasets.load_dataset("json", data_files=folder + "/chats.jsonl", split="train", cache_dir=folder + "/hub")
+data = align_dataset(data, shape, options, seat)
+data = _get_preprocessed_dataset(data, options, seat, "sft", template, tokenizer)
+tokens = trained = 0
+for batch in data.iter(1000):
+    tokens += sum(map(len, batch["input_ids"])); trained += sum(one != -100 for row in batch["labels"] for one in row)
+stop(tokens, trained)
 """,
 }
 
@@ -163,6 +196,11 @@ def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]]) -> None:
     (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
+def installed() -> list[str]:
+    """The variants whose packages are here."""
+    return [name for name in VARIANTS if name != "llamafactory" or importlib.util.find_spec(name)]
+
+
 def measure(name: str, folder: Path) -> dict[str, float]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "FINETUNING_CACHE": "off"}
     command = [sys.executable, "-c", _CLOCK + VARIANTS[name], str(folder)]
@@ -173,18 +211,27 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 
 
 def table(results: dict[str, list[dict[str, float]]], rows: int) -> str:
-    """Medians, as Markdown; ratios are the raw tokenizer's seconds over those of the variant."""
+    """Medians, as Markdown; ratios are the seconds of the raw tokenizer, and of TRL, over those of the variant."""
+    tokens = int(next(iter(results.values()))[0]["tokens"])
     lines = [
-        f"{rows:,} chats, {int(results['raw'][0]['tokens']):,} tokens\n",
-        "| preparation | CPU s | wall s | raw/it, CPU | raw/it, wall | peak MB | trained tokens |",
-        "|---|---|---|---|---|---|---|",
+        f"{rows:,} chats, {tokens:,} tokens, {len(os.sched_getaffinity(0))} cores\n",
+        "| preparation | CPU s | wall s | raw/it, CPU | raw/it, wall | TRL/it, CPU | TRL/it, wall | peak MB |"
+        " trained tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    raw = {kind: statistics.median(one[kind] for one in results["raw"]) for kind in ("cpu", "wall")}
-    for name, measured in results.items():
-        cpu, wall, peak = (statistics.median(one[kind] for one in measured) for kind in ("cpu", "wall", "peak_mb"))
+    medians = {
+        name: {kind: statistics.median(one[kind] for one in measured) for kind in ("cpu", "wall", "peak_mb")}
+        for name, measured in results.items()
+    }
+    for name, own in medians.items():
+        ratios = [
+            f"{medians[other][kind] / own[kind]:.2f}" if other in medians else ""
+            for other in ("raw", "trl")
+            for kind in ("cpu", "wall")
+        ]
         lines.append(
-            f"| {name} | {cpu:.2f} | {wall:.2f} | {raw['cpu'] / cpu:.2f} | {raw['wall'] / wall:.2f} | {peak:.0f} |"
-            f" {int(measured[0]['trained']):,} |"
+            f"| {name} | {own['cpu']:.2f} | {own['wall']:.2f} | {' | '.join(ratios)} | {own['peak_mb']:.0f} |"
+            f" {int(results[name][0]['trained']):,} |"
         )
     return "\n".join(lines)
 
@@ -194,7 +241,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=installed(), choices=list(VARIANTS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
