@@ -1,7 +1,9 @@
 """Writes what the training benchmarks share into a folder: a random Llama, its tokenizer, chats, our config.
 
     python benchmarks/training/make_inputs.py FOLDER [--hidden 256] [--layers 8] [--vocabulary 8192] [--rows 2000]
+        [--size 1b|8b]
 
+`--size` makes a model of random bfloat16 weights in the shape of Llama 3's of about that many parameters.
 The chats have 30 to 400 tokens, about two fifths of them the assistant's.
 """
 
@@ -19,6 +21,13 @@ CHATML = (
 )
 
 
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+LARGE = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+
+
 def words(count: int, generator: random.Random) -> str:
     """Made-up words of two or three syllables."""
     syllables = ("ba", "ce", "di", "fo", "gu", "ha", "je", "ki", "lo", "mu", "na", "pe", "ri", "so", "tu", "va")
@@ -32,7 +41,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--size", choices=list(SHAPES))
     options = parser.parse_args()
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -54,18 +65,21 @@ def main() -> None:
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
     set_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=options.vocabulary,
-            hidden_size=options.hidden,
-            intermediate_size=options.hidden * 8 // 3,
-            num_hidden_layers=options.layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    tiny = {
+        "vocab_size": options.vocabulary,
+        "hidden_size": options.hidden,
+        "intermediate_size": options.hidden * 8 // 3,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    shape = {**LARGE, **SHAPES[options.size]} if options.size else tiny
+    torch.set_default_dtype(torch.bfloat16 if options.size else torch.float32)
+    with torch.device("cuda" if options.size and torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(
+            LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         )
-    )
+    torch.set_default_dtype(torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     options.folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.folder / "model")

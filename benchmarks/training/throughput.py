@@ -1,8 +1,9 @@
 """Useful tokens per second and peak memory of one supervised run, by ours, TRL, transformers and a plain loop.
 
     python benchmarks/training/throughput.py [--rounds 3] [--steps 12] [--hidden 256 --layers 8 --vocabulary 8192]
-        [--lora] [--bf16] [--device cpu|cuda] [--variants NAME ...]
+        [--size 1b|8b] [--lora] [--bf16] [--device cpu|cuda] [--variants NAME ...]
 
+On a GPU: `--size 1b --device cuda --bf16`, and `--size 8b --device cuda --bf16 --lora`.
 Each variant is a process of its own and takes its turn in each round. Useful tokens are those of the rows, padding left
 out; the first two steps are not counted. On a CPU seconds are CPU seconds of the process with one thread, on a GPU wall
 seconds after a synchronisation. `loss` is that of the last step, so that equal batches can be held side by side.
@@ -194,7 +195,7 @@ def _our_trainer(
             layout=Layout(not flat, "benchmark"),
             callbacks=[watch],
             end_of_turn=None,
-            experiment=None,
+            experiment=SimpleNamespace(sft_args=SimpleNamespace(max_seq_length=1024), training_args=None),
             peft_config=None,
             load_reference=None,
         )
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--size", choices=("1b", "8b"), help="random weights of about so many parameters")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -284,6 +286,7 @@ def main() -> None:
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
     with tempfile.TemporaryDirectory() as folder:
         sizes = [f"--{name}={getattr(options, name)}" for name in ("hidden", "layers", "vocabulary")]
+        sizes += [f"--size={options.size}"] if options.size else []
         make = [sys.executable, str(Path(__file__).with_name("make_inputs.py")), folder, *sizes]
         subprocess.run([*make, f"--rows={options.steps * BATCH * 2}"], check=True, env=environ)
         for _ in range(options.rounds):

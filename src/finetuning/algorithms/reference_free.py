@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.building import refusals, trainer_inputs
-from finetuning.algorithms.method import TrainingParts
+from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import CPOExperiment, ORPOExperiment
 
 if TYPE_CHECKING:
@@ -67,6 +68,25 @@ class PairCollator:
             )
             batch |= {f"{kind}_{name}": padded[name] for name in ("input_ids", "attention_mask", "labels")}
         return batch
+
+
+def method(experiment: type[ORPOExperiment | CPOExperiment], title: str, trainer: str) -> Method:
+    """The algorithm that trains by `trainer`, given as `module:class` of TRL's experimental part."""
+    module, _, name = trainer.partition(":")
+
+    def build_trainer(parts: TrainingParts) -> transformers.Trainer:
+        found = getattr(importlib.import_module(module), name)
+        return build(experiment.method_name.upper(), parts, found)
+
+    return Method(
+        name=experiment.method_name,
+        title=title,
+        experiment=experiment,
+        arguments=experiment.trainer_config,
+        prepare=prepare,
+        build_trainer=build_trainer,
+        is_experimental=True,
+    )
 
 
 def build(name: str, parts: TrainingParts, trainer_class: type) -> transformers.Trainer:
