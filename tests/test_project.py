@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 from importlib.metadata import requires
 from pathlib import Path
@@ -78,7 +79,19 @@ def test_the_tests_and_the_quickstart_install_first() -> None:
 
 def test_ci_runs_what_the_readme_promises() -> None:
     commands = set(re.findall(r"^(make [a-z]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
-    assert commands == set(re.findall(r"^(make (?:test|quickstart))\b", (ROOT / "README.md").read_text(), re.MULTILINE))
+    promised = re.findall(r"^(make (?:test|quickstart))\b", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == {*promised, "make audit"}
+
+
+def test_an_audit_that_looked_nothing_up_is_not_green() -> None:
+    judged = runpy.run_path(str(ROOT / ".ci" / "audit.py"))["judged"]
+    sound, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}
+    weak = {"name": "c", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+    assert judged([sound]) == ("1 of 1 packages were looked up, 0 weaknesses are known", 0)
+    text, code = judged([unknown])
+    assert "0 of 1" in text and "NOT AUDITED: 1 packages" in text and code == 0
+    text, code = judged([sound, weak])
+    assert "c 1: CVE-1, mended in 2" in text and code == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)

@@ -1,7 +1,7 @@
 """Manifests against the schemas of Kubernetes and Kubeflow, the chart as rendered, and the commands in all of them.
 
 kubernetes-validate holds Kubernetes' own schemas, kubeflow-trainer-api those of Kubeflow Trainer's TrainJob, and
-kubeflow-training those of the older PyTorchJob: pip install '.[lint-deploy]'. Without them those tests are left out.
+kubeflow-training those of the older PyTorchJob.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
+from kubeflow.training import models
+from kubeflow_trainer_api import models as trainer_models
 
 from finetuning.cli.launch import build_parser
 from finetuning.config.experiment import EXPERIMENTS
@@ -106,30 +109,25 @@ def containers(value: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [name for name, one in ALL.items() if "kubeflow" not in one["apiVersion"]])
 def test_kubernetes_takes_it(name: str) -> None:
-    validator = pytest.importorskip("kubernetes_validate")
-    validator.validate(ALL[name], KUBERNETES, strict=True)
+    kubernetes_validate.validate(ALL[name], KUBERNETES, strict=True)
 
 
 def test_kubeflow_trainer_takes_the_train_job() -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models")
     given = ALL["trainjob.yaml: TrainJob"]
-    job = models.TrainerV1alpha1TrainJob.from_dict(given)
+    job = trainer_models.TrainerV1alpha1TrainJob.from_dict(given)
     assert job.to_dict() == given, "a key that the schema does not know is lost on the way"
 
 
 def test_the_training_operator_takes_the_pytorch_job() -> None:
-    operator = pytest.importorskip("kubeflow.training")
     given = ALL["pytorchjob.yaml: PyTorchJob"]
-    models = operator.models
     spec = models.KubeflowOrgV1PyTorchJobSpec
     known = {value for value in spec.attribute_map.values()}
     assert set(given["spec"]) <= known
     assert set(given["spec"]["runPolicy"]) <= set(models.KubeflowOrgV1RunPolicy.attribute_map.values())
     for replica in given["spec"]["pytorchReplicaSpecs"].values():
         assert set(replica) <= set(models.KubeflowOrgV1ReplicaSpec.attribute_map.values())
-        validator = pytest.importorskip("kubernetes_validate")
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": replica["template"]["spec"]}
-        validator.validate(pod, KUBERNETES, strict=True)
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
 @pytest.mark.parametrize("name", [name for name, one in ALL.items() if one["kind"] != "ConfigMap"])
