@@ -109,6 +109,8 @@ def test_accelerate_takes_the_presets(name: str) -> None:
         assert config.fsdp_config["fsdp_version"] == 2
     if name.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
+        # Otherwise accelerate would start all machines from the first by pdsh, where one launcher runs on each.
+        assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
 
 
 def test_a_config_in_the_users_home_is_not_read() -> None:
