@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,14 +162,11 @@ def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf:
 
 def _run(job: Job, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
     """The job's records; told on the terminal while they are made."""
-    from transformers.utils import logging as transformers_logging
+    from finetuning.cli.progress import quiet_libraries
 
+    quiet_libraries(bars=sys.stderr.isatty())
     from finetuning.inference.job import Watch, run_job
 
-    # Advice that libraries give to programmers.
-    warnings.filterwarnings("ignore")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     if len(job.prompts) == 1 and sys.stdout.isatty():
         records = run_job(job, output, Watch(on_text=_show_text), make_record)
         print()

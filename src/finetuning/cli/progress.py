@@ -30,12 +30,13 @@ def transfer_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def quiet_libraries() -> None:
-    """Keeps the advice that libraries give to programmers, and their own progress bars, from the user."""
+def quiet_libraries(bars: bool = False) -> None:
+    """Keeps the advice that libraries give to programmers, and unless `bars`, their progress bars from the user."""
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not bars:
+        transformers_logging.disable_progress_bar()
