@@ -12,6 +12,7 @@ from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
 from finetuning.topology import Topology, read_end_time
 from finetuning.training.contract import Terms, agree
+from finetuning.training.garbage import seldom_collected
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
 from finetuning.training.resume import ResumePoint, find_resume_point
@@ -115,13 +116,21 @@ def _recorded(job: Job) -> RunResult:
     return result
 
 
-def _road(job: Job, record: RunRecord) -> RunResult:
-    from finetuning.observe.copies import make_copies, waited_for
+@dataclass(frozen=True)
+class _Start:
+    """What stands before the model is loaded."""
+
+    tokenizer: LoadedTokenizer
+    data: PreparedData
+    plan: Plan
+    arguments: TrainingArguments
+    resume: ResumePoint
+    terms: Terms
+
+
+def _start(job: Job) -> _Start:
     from finetuning.training.arguments import build_arguments
-    from finetuning.training.memory import check_memory_at_start
-    from finetuning.training.parts import end_of_turn, load_model, load_tokenizer, prepare
-    from finetuning.training.signals import StopOnSignal
-    from finetuning.training.streaming import follow_stream
+    from finetuning.training.parts import load_tokenizer, prepare
 
     experiment, observer = job.experiment, job.observer
     resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
@@ -136,7 +145,21 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     plan = make_plan(experiment, job.topology, rows=data.rows)
     arguments = build_arguments(experiment, plan, job.method.arguments)
     observer.planned(plan, arguments)
-    resume, terms = _settled(job, plan, data, resume)
+    return _Start(tokenizer, data, plan, arguments, *_settled(job, plan, data, resume))
+
+
+def _road(job: Job, record: RunRecord) -> RunResult:
+    with seldom_collected():
+        from finetuning.observe.copies import make_copies, waited_for
+        from finetuning.training.memory import check_memory_at_start
+        from finetuning.training.parts import end_of_turn, load_model
+        from finetuning.training.signals import StopOnSignal
+        from finetuning.training.streaming import follow_stream
+
+        start = _start(job)
+    experiment, observer = job.experiment, job.observer
+    tokenizer, data, plan, arguments = start.tokenizer, start.data, start.plan, start.arguments
+    resume, terms = start.resume, start.terms
     _seed(arguments.seed, experiment.run_conf.determinism)
 
     with observer.stage("model_initialization"):
