@@ -195,7 +195,9 @@ def _our_trainer(
             layout=Layout(not flat, "benchmark"),
             callbacks=[watch],
             end_of_turn=None,
-            experiment=SimpleNamespace(sft_args=SimpleNamespace(max_seq_length=1024), training_args=None),
+            experiment=SimpleNamespace(
+                sft_args=SimpleNamespace(max_seq_length=1024, logits_at_once="auto"), training_args=None
+            ),
             peft_config=None,
             load_reference=None,
         )

@@ -52,6 +52,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "trained weights in float16": {"run_conf.model_args.dtype": "float16"},
     "DeepSpeed": {"training_args.deepspeed": {"zero_optimization": {"stage": 2}}},
     "packing": {"sft_args.packing": True},
+    "logits slice by slice": {"sft_args.logits_at_once": 64},
     "padding-free": {"sft_args.batching": "padding-free"},
     "bitsandbytes, 8 bit": {"training_args.optim": "paged_adamw_8bit"},
     "GaLore, APOLLO": {"training_args.optim": "galore_adamw"},

@@ -11,6 +11,7 @@ from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import SFTExperiment
 
 if TYPE_CHECKING:
+    import torch
     import transformers
 
     from finetuning.data.prepare import PreparedData
@@ -66,18 +67,23 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
 
 def _trainer_class(parts: TrainingParts) -> type:
-    import torch
     import transformers
 
+    from finetuning.algorithms.sliced_loss import SlicedLoss
     from finetuning.algorithms.trainer import TrainerMixin
 
     offloads = _offloading(parts)
+    at_once = parts.experiment.sft_args.logits_at_once
 
     class SFTTrainer(TrainerMixin, transformers.Trainer):
         """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
 
         selects_logits = divides_batches = computes_alone = _selects_logits(parts)
         collated_columns = ("lengths",)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._slices = SlicedLoss(self.model, at_once, _forbids_slices(self))
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             with offloads() if offloads else nullcontext():
@@ -97,9 +103,10 @@ def _trainer_class(parts: TrainingParts) -> type:
                 self._note_evaluation((loss[0] if return_outputs else loss) * wanted.sum(), wanted.sum())
                 return loss
             inputs.pop("labels")
-            outputs = model(**inputs, logits_to_keep=wanted, use_cache=False)
-            logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
-            total = torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+            inputs |= {"logits_to_keep": wanted, "use_cache": False}
+            outputs, total = self._slices.total(model, inputs, targets[wanted]) or _total(
+                model, inputs, targets[wanted]
+            )
             if num_items_in_batch is None:
                 loss = total / wanted.sum().clamp(min=1)
             else:
@@ -109,6 +116,26 @@ def _trainer_class(parts: TrainingParts) -> type:
             return (loss, outputs) if return_outputs else loss
 
     return SFTTrainer
+
+
+def _total(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """The model's outputs and the loss summed over the labels, from all their logits at once."""
+    from torch.nn.functional import cross_entropy
+
+    outputs = model(**inputs)
+    logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
+    return outputs, cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _forbids_slices(trainer: transformers.Trainer) -> str | None:
+    """Why a run computes its loss from all logits at once, as far as it can be told before the first batch."""
+    if not trainer.selects_logits:
+        return "the loss is the model's own"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "under sharding the processes would gather the head as often as each has slices"
+    if trainer.args.torch_compile:
+        return "a compiled model does not stop at its head"
+    return None
 
 
 def _offloading(parts: TrainingParts) -> Callable[[], AbstractContextManager[Any]] | None:

@@ -160,6 +160,10 @@ class SFTArgs(Section):
     """Lay training rows together in packs of up to `max_seq_length` tokens, none cut, each attending to itself alone. A
     pack counts as one row of a batch, so a step trains on more rows. Validation rows are not packed: their loss stays
     comparable. Refused where the model cannot be shown to keep rows apart."""
+    logits_at_once: Annotated[int, Field(gt=0)] | Literal["auto", "all"] = "auto"
+    """Labels whose logits are there at a time; more are computed slice by slice, and again in the backward pass: the
+    same loss in less memory, more time. `auto` slices a batch with labels × vocabulary beyond 2^28 logits, 1 GiB in
+    float32, into parts of half as many; `all` never does."""
     save_name_if_new_basemodel: PathName = "checkpoint-new-basemodel"
     """Name of the folder, inside `output_dir`, of a base model whose vocabulary has grown."""
 

@@ -36,6 +36,7 @@ _APART = "only adapters that treat each token alone let rows lie end to end"
 _PADDED = "Set sft_args.batching: auto and packing: false."
 _UNPLACED = "that rows stay apart is proven on the model's logits before training, which a sharded model cannot show"
 _READS = "the adapter computes with the numbers of the weights, which quantised ones do not hold as such"
+_UNSLICED = "Set sft_args.logits_at_once: auto."
 REFUSALS = (
     Refusal(t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
     Refusal(t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
@@ -80,6 +81,16 @@ REFUSALS = (
         for rows in (t.PACKING, t.PADDING_FREE)
         for sharding in (t.FSDP, t.DEEPSPEED)
     ),
+    *(
+        Refusal(
+            t.SLICED,
+            sharding,
+            "processes with other numbers of labels would gather the head other numbers of times",
+            _UNSLICED,
+        )
+        for sharding in (t.FSDP, t.DEEPSPEED)
+    ),
+    Refusal(t.SLICED, t.VIRTUAL, "virtual tokens shift the positions that labels stand at", _UNSLICED),
     Refusal(
         t.CHECKPOINTING,
         t.PREFIX,

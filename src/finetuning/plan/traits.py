@@ -153,6 +153,12 @@ DEEPSPEED = Trait("sharding", "DeepSpeed", "training_args.deepspeed", lambda run
 SEVERAL = Trait("sharding", "several processes", "", lambda run: run.topology.is_distributed)
 PACKING = Trait("rows", "packing", "sft_args.packing", _sft("packing", True))
 PADDING_FREE = Trait("rows", "padding-free", "sft_args.batching", _sft("batching", "padding-free"))
+SLICED = Trait(
+    "memory",
+    "logits slice by slice",
+    "sft_args.logits_at_once",
+    lambda run: isinstance(getattr(getattr(run.experiment, "sft_args", None), "logits_at_once", None), int),
+)
 EIGHT_BIT_OPTIMIZER = Trait(
     "optimizer", "bitsandbytes, 8 bit", _OPTIM, lambda run: "8bit" in run.args.optim and "torch" not in run.args.optim
 )
@@ -191,7 +197,7 @@ TRAITS = (
     PACKING, PADDING_FREE,
     EIGHT_BIT_OPTIMIZER, LOW_RANK, LAYERWISE, LORAPLUS,
     FP16,
-    CHECKPOINTING, ACCUMULATION,
+    CHECKPOINTING, ACCUMULATION, SLICED,
     BEST_AT_END,
 )  # fmt: skip
 """Every trait, axis by axis."""
