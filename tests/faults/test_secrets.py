@@ -19,17 +19,28 @@ def test_no_planted_secret_is_written_or_said(run_cli: Any, sft_values: Any, wri
             "training_args.max_steps": 2,
             "training_args.save_strategy": "steps",
             "training_args.save_steps": 1,
-            "tracking": {"mlflow_server_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+            "tracking": {"mlflow_server_uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "trackers": ["tensorboard"]},
         }
     )
     config = write_config(values)
-    result = run_cli(["sft", config, "--logging-level", "DEBUG"], env={**SECRETS, "MLFLOW_TRACKING_USERNAME": "me"})
+    (tmp_path / "told").mkdir()
+    told = {
+        "TERMINATION_LOG_FILE": tmp_path / "told" / "log",
+        "FINETUNING_ERROR_FILE": tmp_path / "told" / "error.json",
+    }
+    environment = {**SECRETS, **{name: str(path) for name, path in told.items()}, "MLFLOW_TRACKING_USERNAME": "me"}
+    result = run_cli(["sft", config, "--logging-level", "DEBUG"], env=environment)
     assert result.returncode == 0, result.stderr
-    refused = run_cli(["sft", config, "--mlflow-server-uri", "http://me:plantedInTheAddress@127.0.0.1:9"])
+    address = "http://me:plantedInTheAddress@127.0.0.1:9"
+    refused = run_cli(["sft", config, "--mlflow-server-uri", address], env=environment)
+    assert refused.returncode == 1
+    assert all(path.stat().st_size for path in told.values())
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path != config]
     texts = {str(path): path.read_bytes() for path in written}
     texts["said"] = "".join((result.stdout, result.stderr, refused.stdout, refused.stderr)).encode()
-    assert any(name.endswith("run.json") for name in texts)
+    for name in ("run.json", "config.resolved.yaml", "report.html", "mlflow.db"):
+        assert any(path.name == name for path in written)
+    assert any("tfevents" in path.name for path in written)
     secrets = [*SECRETS.values(), "hf_plantedTokenInTheFile", "plantedInTheAddress"]
     found = [(name, secret) for name, text in texts.items() for secret in secrets if secret.encode() in text]
     assert found == []

@@ -19,12 +19,12 @@ from finetuning.config.source import Module, Sources
 Fields = dict[str, Any]
 """For each name that a class accepts, the type of its value; `Any` where the source does not tell."""
 
-# Arguments of `from_pretrained` that are objects, or that make it return something else.
+# Arguments of `from_pretrained` that are objects, that make it return something else, or let a pickle run code.
 _NOT_FOR_YAML = frozenset(
     {
         "config", "state_dict", "tqdm_class", "output_loading_info", "device_mesh", "generation_config", "model_args",
         "pretrained_model_name_or_path", "distributed_config", "kernel_config", "kwargs", "cls", "config_dict",
-        "name_or_path", "return_unused_kwargs", "torch_dtype",
+        "name_or_path", "return_unused_kwargs", "torch_dtype", "weights_only",
     }
 )  # fmt: skip
 _DOCUMENTED = re.compile(r"^ *(\w+) \((`.+?)(?:, \*|, default|\)+:)", re.MULTILINE)

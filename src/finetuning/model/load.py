@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -39,7 +40,6 @@ _LOADER_ARGUMENTS = (
     "tp_plan",
     "tp_size",
     "use_kernels",
-    "weights_only",
 )
 _FLASH = {
     "flash_attention_2": ("flash_attn", "pip install 'finetuning[flash-attention]'"),
@@ -97,7 +97,7 @@ def load_model(
             **extras,
             **location.hub_arguments,
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         _raise_unless_memory(error, location, key)
     _check_found(found, location, Place(key=key), head)
     if head.begin(model, sorted(found["missing_keys"])):
@@ -243,7 +243,10 @@ def _raise_unless_memory(error: Exception, location: Location, key: str) -> None
         raise error
     text = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
     hint = None
-    if "trust_remote_code" in text:
+    if isinstance(error, UnpicklingError):
+        text = "its pickle holds other things than weights, and is not opened"
+        hint = "Convert it to safetensors where its maker is trusted."
+    elif "trust_remote_code" in text:
         text = "it comes with code of its own"
         hint = f"Set {_args(key)}.trust_remote_code: true to run it, and pin revision to a commit."
     raise ModelError(f"{location} cannot be loaded: {text}", place=Place(key=key), hint=hint) from error
