@@ -18,6 +18,15 @@ from finetuning.launch.processes import preset_file
 PROGRAM = Path(__file__).with_name("sharding_on_cpu.py")
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
 
+APART = "end to end, no padding: each row attends to itself alone, proven on this model's logits"
+LAYOUTS = {
+    "all weights": APART,
+    "an adapter and new tokens": "padded: attention eager is not known to keep rows apart",
+    "packed": APART,
+    "preferences": "padded: dpo pads its rows",
+}
+"""How the rows of each case lie in a batch."""
+
 
 def shared_out(kind: str, config: Path) -> str:
     """What a run on two processes says."""
@@ -39,8 +48,12 @@ def losses(folder: Path) -> dict[tuple[str, int], float]:
     return {(line["name"], line["data"]["step"]): line["data"]["value"] for line in lines}
 
 
+def layout(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["model"]["layout"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["all weights", "an adapter and new tokens", "preferences"])
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_sharing_weights_out_does_not_show(
     sft_values: Any,
     dpo_values: Any,
@@ -65,16 +78,21 @@ def test_sharing_weights_out_does_not_show(
             "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
             "training_args.eval_strategy": "steps",
             "training_args.eval_steps": 2,
+            "batchsize_conf.max_per_device_train_batch_size": 2,
         }
     else:
         changes["peft_conf"] = LORA
     if case == "an adapter and new tokens":
-        changes["run_conf.model"] = str(snug_llama_dir)
+        changes |= {"run_conf.model": str(snug_llama_dir), "run_conf.model_args.attn_implementation": "eager"}
+    if case == "packed":
+        changes |= {"sft_args.packing": True, "sft_args.max_seq_length": 120}
     out = tmp_path / "shared"
     config = write_config(make({**changes, "training_args.output_dir": str(out)}), "shared.yaml")
     said = shared_out(kind, config)
-    assert "4 = 2 x 1 x 2" in said
+    assert ("4 = 2 x 2 x 1" if case == "all weights" else "4 = 2 x 1 x 2") in said
     alone = train(make({**changes, "training_args.output_dir": str(tmp_path / "alone")}))
+    assert layout(out) == layout(alone.output_dir)
+    assert layout(out).startswith(LAYOUTS[case])
     first, expected = losses(out), losses(alone.output_dir)
     record_property("largest difference", f"{max(abs(first[key] - expected[key]) for key in expected):.1e}")
     assert first == pytest.approx(expected, abs=1e-4)

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetuning.model.segments import NAME, enable_segments, flat_inputs
+from finetuning.model.segments import NAME, enable_segments, flat_inputs, use_segments
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -136,6 +136,27 @@ def test_eager_attention_and_prompt_adapters_are_refused() -> None:
     eager = make(PROVEN["llama"])
     eager.set_attn_implementation("eager")
     assert "attention eager" in str(enable_segments(eager))
+
+
+def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> None:
+    model = make(PROVEN["llama"]).train()
+    model.model.layers[1].mlp.double()
+    assert "the model could not be asked on cpu: " in str(enable_segments(model))
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+
+
+def test_flash_attention_is_refused_where_the_weights_lie_on_the_cpu() -> None:
+    model = make(PROVEN["llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2 computes on GPUs alone" in str(enable_segments(model))
+
+
+def test_what_one_process_has_proven_another_uses_without_its_weights() -> None:
+    proven, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
+    assert enable_segments(proven) is None
+    use_segments(empty)
+    assert empty.config._attn_implementation == proven.config._attn_implementation == NAME
 
 
 def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:

@@ -90,8 +90,9 @@ def _segment_mask(
 def enable_segments(model: PreTrainedModel, adapter: Any = None) -> str | None:
     """Makes a model compute rows end to end, proven by its own logits; says why not where that cannot be shown.
 
-    The proof: two rows, alone and end to end, give the same logits. It is made on the model itself, whatever its
-    architecture, before training. A model that fails it is left as it was.
+    The proof: rows, alone and end to end, give the same logits. It is made on the model itself, whatever its
+    architecture, before training, and where its weights lie, which must be whole. A model that fails it is left as it
+    was.
 
     Args:
         adapter: the PEFT config of the adapter that the model wears.
@@ -104,20 +105,36 @@ def enable_segments(model: PreTrainedModel, adapter: Any = None) -> str | None:
     reason = _refusal(base, before, adapter)
     if reason:
         return reason
-    if before == "sdpa":
+    use_segments(model, adapter)
+    try:
+        difference, tolerance = _isolation_error(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        # Some kernels are for GPUs alone, and a model that is to be shared out lies on the CPU till then.
+        reason = f"the model could not be asked on {base.device}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    else:
+        if difference <= tolerance:
+            return None
+        reason = f"rows end to end change the logits by {difference:.1e} (tolerance {tolerance:.1e})"
+    base.set_attn_implementation(before)
+    return reason
+
+
+def use_segments(model: PreTrainedModel, adapter: Any = None) -> None:
+    """Makes a model compute rows end to end, as another process has proven it to be able to (`enable_segments`)."""
+    base = model.get_base_model() if adapter is not None else model
+    if base.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, segment_attention)
         AttentionMaskInterface.register(NAME, _segment_mask)
         base.set_attn_implementation(NAME)
-    difference, tolerance = _isolation_error(model)
-    if difference <= tolerance:
-        return None
-    base.set_attn_implementation(before)
-    return f"rows end to end change the logits by {difference:.1e} (tolerance {tolerance:.1e})"
 
 
 def _refusal(base: PreTrainedModel, implementation: str, adapter: Any) -> str | None:
     if implementation != "sdpa" and implementation not in _FLASH:
         return f"attention {implementation} is not known to keep rows apart at a gain; sdpa and FlashAttention are"
+    if implementation in _FLASH and base.device.type == "cpu":
+        return f"{implementation} computes on GPUs alone, and the weights lie on the CPU until they are shared out"
     config = base.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not layers <= _LAYERS:
@@ -142,9 +159,11 @@ def _isolation_error(model: PreTrainedModel) -> tuple[float, float]:
     ]
     was_training = model.training
     model.eval()
-    alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
-    together = model(use_cache=False, **flat_inputs(rows)).logits[0].float()
-    model.train(was_training)
+    try:
+        alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        together = model(use_cache=False, **flat_inputs(rows)).logits[0].float()
+    finally:
+        model.train(was_training)
     reference = torch.cat(alone)
     unit = torch.finfo(next(model.parameters()).dtype).eps if next(model.parameters()).is_floating_point() else 1e-2
     spread = float(reference.abs().max().clamp(min=1.0))

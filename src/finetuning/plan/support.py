@@ -34,7 +34,9 @@ class Refusal:
 
 _APART = "only adapters that treat each token alone let rows lie end to end"
 _PADDED = "Set sft_args.batching: auto and packing: false."
-_UNPLACED = "that rows stay apart is proven on the model's logits before training, which a sharded model cannot show"
+_UNPLACED = (
+    "that rows stay apart is proven on the logits of a whole model before training, and DeepSpeed may load it in parts"
+)
 _READS = "the adapter computes with the numbers of the weights, which quantised ones do not hold as such"
 _UNSLICED = "Set sft_args.logits_at_once: auto."
 REFUSALS = (
@@ -76,11 +78,7 @@ REFUSALS = (
         for rows in (t.PACKING, t.PADDING_FREE)
         for adapter in (t.ALORA, t.VIRTUAL, t.UNPROVEN)
     ),
-    *(
-        Refusal(rows, sharding, _UNPLACED, _PADDED)
-        for rows in (t.PACKING, t.PADDING_FREE)
-        for sharding in (t.FSDP, t.DEEPSPEED)
-    ),
+    *(Refusal(rows, t.DEEPSPEED, _UNPLACED, _PADDED) for rows in (t.PACKING, t.PADDING_FREE)),
     *(
         Refusal(
             t.SLICED,

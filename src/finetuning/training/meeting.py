@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from finetuning.errors import Place, StorageError
 from finetuning.training.resume import ResumePoint
+
+_Answer = TypeVar("_Answer")
 
 _PATIENCE_S = 10.0
 """How long a file that another machine has made may take to appear on a network's filesystem."""
@@ -44,6 +48,21 @@ def agreed(output_dir: Path, resume: ResumePoint, world_size: int) -> ResumePoin
             hint="Name a folder on a filesystem that all of them mount; checkpoints are written and read by all.",
         )
     return resume
+
+
+def told_by_main(find_out: Callable[[], _Answer], world_size: int) -> _Answer:
+    """What the main process finds out, on every process; `find_out` is called on no other.
+
+    Collective: every process of the job comes here, after its process group was made.
+    """
+    if world_size == 1:
+        return find_out()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    told = [find_out() if PartialState().is_main_process else None]
+    broadcast_object_list(told, from_process=0)
+    return told[0]
 
 
 def _appears(marker: Path) -> bool:

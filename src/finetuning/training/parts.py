@@ -228,14 +228,10 @@ def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topo
     wanted, packing = experiment.sft_args.batching, experiment.sft_args.packing
     if wanted == "padded":
         return Layout(True, "as configured")
-    from finetuning.model.segments import enable_segments
-
-    if topology.sharded_by is not None:
-        reason = f"the proof cannot be made before {topology.sharded_by} has placed the model"
-    elif experiment.training_args.deepspeed:
+    if topology.sharded_by == "deepspeed" or experiment.training_args.deepspeed:
         reason = "the proof cannot be made before DeepSpeed has placed the model"
     else:
-        reason = enable_segments(adapted.model, adapted.peft_config)
+        reason = _why_not_end_to_end(adapted, topology)
     if reason is None:
         return Layout(False, "each row attends to itself alone, proven on this model's logits")
     if packing:
@@ -245,3 +241,18 @@ def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topo
     if wanted == "padding-free":
         raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
     return Layout(True, reason)
+
+
+def _why_not_end_to_end(adapted: Any, topology: Topology) -> str | None:
+    """None where the model computes rows end to end from now on; otherwise the reason why it does not.
+
+    Under FSDP the main process alone is sure to hold the weights: with `cpu_ram_efficient_loading` the others get
+    theirs when the model is shared out, which is later.
+    """
+    from finetuning.model.segments import enable_segments, use_segments
+    from finetuning.training.meeting import told_by_main
+
+    reason = told_by_main(lambda: enable_segments(adapted.model, adapted.peft_config), topology.world_size)
+    if reason is None:
+        use_segments(adapted.model, adapted.peft_config)
+    return reason
