@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetuning.config.document import Document
 from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.read import parse_document
 from finetuning.config.validate import validate
@@ -116,7 +118,10 @@ def test_values_arrive() -> None:
     assert two["data_conf"]["validation_data"] == {"type": "AUTO_SPLIT", "ratio": 0.1}
     assert two["training_args"]["warmup_ratio"] == 0.1
     three = values(TRL)
-    assert three["peft_conf"]["peft_kwargs"] == {"r": 32, "target_modules": ["q_proj", "v_proj"]}
+    assert three["peft_conf"]["peft_kwargs"] == {
+        **{"r": 32, "lora_alpha": 32, "lora_dropout": 0.05},
+        "target_modules": ["q_proj", "v_proj"],
+    }
     assert three["data_conf"]["validation_data"]["datasets"][0]["split"] == "test"
     assert values(DPO)["training_args"]["beta"] == 0.2
 
@@ -146,3 +151,61 @@ def test_what_cannot_be_imported(text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         imported(text)
     assert expected in str(caught.value)
+
+
+FILES = sorted((Path(__file__).parent / "foreign").glob("*.yaml"))
+# What says how a job was run there, or what is so here without a word.
+SILENT = {"strict", "pad_to_sequence_len", "dataset_prepared_path", "do_train", "overwrite_cache", "plot_loss"}
+SILENT |= {"preprocessing_num_workers", "overwrite_output_dir", "quantization_method", "lora_task_type"}
+# What is the same as its default there, so that a config without it comes to the same.
+DEFAULTS = {"load_in_4bit", "load_in_8bit", "sample_packing", "chat_template", "bnb_4bit_quant_type", "val_set_size"}
+DEFAULTS |= {"adapter", "assistant_only_loss", "gradient_checkpointing", "bf16", "lora_alpha", "max_length", "stage"}
+DEFAULTS |= {
+    "finetuning_type",
+    "lora_target",
+    "lora_dropout",
+    "lora_rank",
+    "micro_batch_size",
+    "report_to",
+    "learning_rate",
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_a_whole_config_is_carried_over_or_told(file: Path) -> None:
+    text = file.read_text()
+    engine, translation = imported(text)
+    method = translation.values["method"]
+    ours = parse_document(written(translation, engine, method), "ours.yaml")
+    validate(ours, EXPERIMENTS[method])
+    lost = []
+    document = parse_document(text, "theirs.yaml")
+    for key, value in document.values.items():
+        rest = Document({name: one for name, one in document.values.items() if name != key}, document.file)
+        if value is not None and key not in SILENT | DEFAULTS:
+            other = ENGINES[engine](rest, 2)
+            lost += [key] if (other.values, other.notes) == (translation.values, translation.notes) else []
+    assert lost == []
+
+
+def test_what_a_stranger_would_miss_arrives() -> None:
+    def values(name: str) -> dict[str, Any]:
+        return imported((Path(__file__).parent / "foreign" / f"{name}.yaml").read_text())[1].values
+
+    dpo = values("axolotl_dpo")
+    assert (dpo["training_args"]["beta"], dpo["training_args"]["max_length"]) == (0.1, 4096)
+    assert dpo["quant_conf"] == {"quantization_type": "bits-and-bytes", "load_in_8bit": True}
+    assert values("axolotl_qlora")["training_args"]["gradient_checkpointing"] is True
+    dpo = values("llama_factory_dpo")
+    assert (dpo["training_args"]["loss_type"], dpo["training_args"]["max_length"]) == (["sigmoid"], 2048)
+    assert dpo["peft_conf"]["peft_kwargs"] == {"r": 8, "target_modules": "all-linear", "lora_alpha": 16}
+    lora = values("llama_factory_qlora")
+    assert lora["quant_conf"]["bnb_4bit_compute_dtype"] == "float16"
+    assert lora["quant_conf"]["bnb_4bit_use_double_quant"] is False
+    assert lora["overrides"]["loraplus_lr_ratio"] == 16.0
+    assert lora["run_conf"]["model_args"]["attn_implementation"] == "flash_attention_2"
+    dpo = values("trl_dpo")
+    assert dpo["training_args"]["label_smoothing"] == 0.05 and dpo["training_args"]["bf16"] is True
+    assert dpo["peft_conf"]["peft_kwargs"] == {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05}
+    mixed = values("trl_qlora")["data_conf"]["training_data"]["datasets"]
+    assert mixed == [{"path": "trl-lib/tldr", "split": "train"}, {"path": "data/own.jsonl"}]
