@@ -170,10 +170,10 @@ def test_full_tuning_saved_into_the_output_directory_itself(run_cli: Any, job: d
 
 def test_an_import_is_printed_with_its_notes(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "job.json"
-    file.write_text(json.dumps(job | {"exp_metadata": "{}"}))
+    file.write_text(json.dumps(job | {"use_flash_attn": True}))
     result = run_cli(["import", file])
     assert result.returncode == 0, result.stderr
-    assert "warning: exp_metadata" in result.stderr and "# - exp_metadata" in result.stdout
+    assert "warning: use_flash_attn" in result.stderr and "# - use_flash_attn" in result.stdout
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(result.stdout)
     checked = run_cli(["sft", experiment, "--dry-run"])
