@@ -46,6 +46,11 @@ def test_an_adapter_with_new_tokens(
     out = tmp_path / "out"
     assert f"adapter     {out / 'checkpoint-final'}" in told
     assert "merge_adapter" in told
+    rows = json.loads((out / "checkpoint-new-basemodel" / "config.json").read_text())["vocab_size"]
+    new = rows - json.loads((snug_llama_dir / "config.json").read_text())["vocab_size"]
+    for folder in (out, out / "checkpoint-final"):
+        info = json.loads((folder / "added_tokens_info.json").read_text())
+        assert info == {"num_new_tokens": new, "new_embedding_size": rows}
     merged = tmp_path / "merged"
     succeed("merge_adapter", out / "checkpoint-new-basemodel", out / "checkpoint-final", merged)
     base = {"model": str(out / "checkpoint-new-basemodel"), "adapter": str(out / "checkpoint-final")}

@@ -209,6 +209,18 @@ def test_new_embeddings_hold_the_last_rows(tiny_llama_dir: Path, make_adapter: M
     assert all("lora_" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
 
 
+def test_new_embeddings_are_refused_where_the_base_has_them(
+    tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    name = "model.embed_tokens.weight"
+    add_tensors(adapter, {f"base_model.model.{name}": base_tensors(tiny_llama_dir)[name] + 1})
+    (adapter / "added_tokens_info.json").write_text('{"num_new_tokens": 3, "new_embedding_size": 512}')
+    with pytest.raises(ModelError, match="the base itself has rows for the 3 new tokens"):
+        make_vllm_compatible(adapter, output=tmp_path / "out", new_embeddings=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("yaml", "reason"),
     [

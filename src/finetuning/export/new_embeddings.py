@@ -10,10 +10,9 @@ from finetuning.errors import ModelError
 from finetuning.export.sources import Adapter, BaseModel, read_json
 from finetuning.export.tensor_output import copied, write_tensor_file
 from finetuning.export.vllm_rules import base_tensor, first_rows_equal
-from finetuning.model.tensor_files import TensorEntry
+from finetuning.model.tensor_files import ADDED_TOKENS, TensorEntry
 
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
-ADDED_TOKENS = "added_tokens_info.json"
 _KINDS = {
     "lm_head.weight": "output_embeddings",
     "embed_tokens.weight": "input_embeddings",
@@ -47,6 +46,11 @@ def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddi
             continue
         old = base_tensor(base, key.removeprefix("base_model.model.").replace(".base_layer.", ".")) if base else None
         num_new = _num_new_tokens(adapter, entry, old)
+        if old is not None and old.shape[0] == entry.shape[0]:
+            raise ModelError(
+                f"{key}: the base itself has rows for the {num_new} new tokens; {NEW_EMBEDDINGS} would add them again.",
+                hint="Merge the adapter instead: merge_adapter.",
+            )
         if old is not None and not (old.shape[0] + num_new == entry.shape[0] and first_rows_equal(entry, old)):
             raise ModelError(
                 f"{key} differs from the base's in rows of old tokens, which {NEW_EMBEDDINGS} cannot hold.",

@@ -16,6 +16,7 @@ from finetuning.model import fingerprint
 from finetuning.model.fingerprint import Fingerprint
 from finetuning.model.stop_tokens import StopTokens, repair_sampling, save_tokenizer
 from finetuning.model.tensor_files import read_model_headers
+from finetuning.model.vocabulary import Vocabulary
 from finetuning.publish import staged
 
 
@@ -27,11 +28,12 @@ def save_model(
     stop_tokens: StopTokens | None = None,
     base_fingerprint: Fingerprint | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Path:
     """`folder`, holding the model or, of a PEFT model, its adapter.
 
     It appears under its name only when every file is flushed; a failure leaves nothing. One process calls this.
-    `state_dict` holds the gathered weights of a sharded model.
+    `state_dict` holds the gathered weights of a sharded model; `vocabulary` tells of tokens that are new.
 
     Raises:
         StorageError: the folder exists and is not empty, or cannot be written.
@@ -42,6 +44,8 @@ def save_model(
             save_tokenizer(tokenizer, staging, stop_tokens)
             if base_fingerprint is not None:
                 fingerprint.write(base_fingerprint, staging)
+            if vocabulary is not None:
+                vocabulary.write_added(staging)
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder

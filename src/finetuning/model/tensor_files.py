@@ -11,6 +11,9 @@ from pathlib import Path
 
 from finetuning.errors import ModelError
 
+ADDED_TOKENS = "added_tokens_info.json"
+"""How many tokens a tuned model has that its base has not."""
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.errors import ModelError, Place
 from finetuning.model.quantisation import is_quantised
+from finetuning.model.tensor_files import ADDED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,18 @@ class Vocabulary:
     def has_grown(self) -> bool:
         """True when the base model on disk has too few rows: an adapter needs a new base model beside it."""
         return self.rows > self.rows_before
+
+    def write_added(self, folder: Path) -> None:
+        """Writes `added_tokens_info.json`, by the names of fms-hf-tuning, where tokens are new; nothing otherwise.
+
+        `num_new_tokens` counts the rows that were added, those of a rounded size too, or where the base had spare rows
+        for all new tokens, the tokens.
+        """
+        if not self.new_ids and not self.has_grown:
+            return
+        num_new = self.rows - self.rows_before if self.has_grown else len(self.new_ids)
+        told = {"num_new_tokens": num_new, "new_embedding_size": self.rows}
+        (folder / ADDED_TOKENS).write_text(json.dumps(told) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         if not self.new_ids:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
     from finetuning.model.fingerprint import Fingerprint
+    from finetuning.model.vocabulary import Vocabulary
 
 _REFERENCE_ADAPTER = "ref"
 _UNSOUND = "It was not published."
@@ -52,6 +53,7 @@ def publish_final(
     end_of_turn: str | None,
     base_fingerprint: Fingerprint | None,
     initial: Mapping[str, str],
+    vocabulary: Vocabulary,
 ) -> Artifact | None:
     """The tuned model or adapter in `folder`, where it appears once it is opened again and found sound; None on all
     processes but the main one.
@@ -84,6 +86,7 @@ def publish_final(
             stop_tokens=stop_tokens,
             base_fingerprint=base_fingerprint if adapted else None,
             state_dict=state_dict,
+            vocabulary=vocabulary,
         )
         try:
             verified = verify_saved(

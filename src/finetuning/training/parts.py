@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finetuning.data.prepare import PreparedData
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.tokenizer import LoadedTokenizer
+    from finetuning.model.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PreparedModel:
     initial: dict[str, str]
     """Digests of the adapter's tensors before training."""
     fingerprint: Fingerprint | None
+    vocabulary: Vocabulary
     load_reference: Callable[[], Any]
     layout: Layout
     notes: tuple[str, ...]
@@ -140,9 +142,7 @@ def load_model(
         return model, grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
 
     model, vocabulary = load_bare()
-    notes = [f"vocabulary: {vocabulary}"]
-    if vocabulary.has_grown and peft_conf.peft_type != "NO_PEFT":
-        notes.append(_save_new_base(experiment, model, tokenizer, output_dir, topology))
+    notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
     base = _fingerprint(model)
     model = _quantised(model, experiment, arguments, topology)
 
@@ -153,7 +153,7 @@ def load_model(
         config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
         _refuse_hidden_rows(config, vocabulary, method)
         layout = Layout(True, f"{method.name} pads its rows")
-        return PreparedModel(model, config, {}, base, reference, layout, tuple(notes))
+        return PreparedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
     adapted = adapters.build(
         model,
         peft_conf,
@@ -163,7 +163,8 @@ def load_model(
     )
     initial = digests(adapted.model) if adapted.peft_config is not None else {}
     layout = _layout(experiment, method, adapted, topology)
-    return PreparedModel(adapted.model, None, initial, base, reference, layout, (*notes, str(adapted), *adapted.notes))
+    notes += [str(adapted), *adapted.notes]
+    return PreparedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
 
 
 def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
@@ -183,17 +184,27 @@ def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
         )
 
 
-def _save_new_base(
-    experiment: Experiment, model: Any, tokenizer: LoadedTokenizer, output_dir: Path, topology: Topology
-) -> str:
-    """A note on the base model whose vocabulary has grown, saved for the adapter to go with."""
+def _keep_vocabulary(
+    experiment: Experiment,
+    model: Any,
+    tokenizer: LoadedTokenizer,
+    vocabulary: Vocabulary,
+    output_dir: Path,
+    topology: Topology,
+) -> list[str]:
+    """Notes on the vocabulary; a base model that has grown is saved for the adapter to go with."""
     from finetuning.model import save
 
+    notes = [f"vocabulary: {vocabulary}"]
+    if topology.is_main:
+        vocabulary.write_added(output_dir)
+    if not vocabulary.has_grown or experiment.peft_conf.peft_type == "NO_PEFT":
+        return notes
     folder = output_dir / _new_base_name(experiment)
     if topology.is_main and not save.holds_grown_base(folder, model, tokenizer.tokenizer):
         save.save_grown_base(model, tokenizer.tokenizer, folder)
     model.config.name_or_path = model.name_or_path = str(folder)
-    return f"the grown base model is {folder}; the adapter goes with it"
+    return [*notes, f"the grown base model is {folder}; the adapter goes with it"]
 
 
 def _fingerprint(model: Any) -> Fingerprint | None:

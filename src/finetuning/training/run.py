@@ -268,6 +268,7 @@ def _publish(
             end_of_turn=ending,
             base_fingerprint=prepared.fingerprint,
             initial=initial,
+            vocabulary=prepared.vocabulary,
         )
 
 
