@@ -63,6 +63,7 @@ SAFE = (
     "training_args.use_cpu",
     "training_args.ddp_",
     "sft_args.batching",
+    "sft_args.logits_at_once",
     "sft_args.save_name_if_new_basemodel",
     "data_conf.on_bad_row",
     "data_conf.max_lost_fraction",
