@@ -71,11 +71,11 @@ def test_each_job_of_a_session_is_a_child_of_one_run(
     second_id = json.loads(first.read_text())["run_id"]
 
     parent_id = killed.data.tags[PARENT]
-    eventually(lambda: server.get_run(parent_id).info.status == "FINISHED")  # the last thing that is sent
     assert [run.info.run_name for run in jobs_below(server, parent_id)] == ["night job 1", "night job 2"]
     assert [run.info.status for run in jobs_below(server, parent_id)] == ["KILLED", "FINISHED"]
     assert jobs_below(server, parent_id)[1].info.run_id == second_id
-    assert server.get_run(parent_id).info.run_name == "night"
+    parent = server.get_run(parent_id)
+    assert (parent.info.run_name, parent.info.status) == ("night", "FINISHED"), "the first job's late end is not its"
     assert [metric.step for metric in server.get_metric_history(second_id, "loss")] == list(range(10, 20))
 
 

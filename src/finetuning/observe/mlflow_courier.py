@@ -12,7 +12,7 @@ from typing import Any
 
 from finetuning.config.redaction import without_user_info
 from finetuning.observe.mlflow_batches import METRICS_A_BATCH, batches, below, chunks, fit, metrics_of
-from finetuning.observe.spool import Delivery, Order, delivery_path, latest_run, read_orders, whole_bytes
+from finetuning.observe.spool import SPOOL_NAME, Delivery, Order, delivery_path, latest_run, read_orders, whole_bytes
 
 KEY_TAG = "finetuning.key"
 CHANGED_TAG = "finetuning.changed_on_resume"
@@ -132,7 +132,8 @@ class Courier:
         tags = {str(key): str(value) for key, value in fields.get("tags", {}).items()}
         if umbrella := fields.get("umbrella"):
             parent_id = self._run_by_key(umbrella["key"], umbrella["name"], fields, below(tags, parent_id))
-            self._running(parent_id)
+            if self._is_newest():
+                self._running(parent_id)
         if run_id is None:
             run_id = self._run_by_key(fields["key"], fields.get("run_name"), fields, below(tags, parent_id))
         run = self._running(run_id)
@@ -167,9 +168,15 @@ class Courier:
     def _umbrella(self) -> str | None:
         """The id of the run that stands for all jobs; looked for where another process has opened this job's run."""
         umbrella = self.run.get("umbrella")
-        if umbrella and self._umbrella_id is None:
+        if not umbrella or not self._is_newest():
+            return None
+        if self._umbrella_id is None:
             self._umbrella_id = self._run_by_key(umbrella["key"], umbrella["name"], self.run, {})
         return self._umbrella_id
+
+    def _is_newest(self) -> bool:
+        """False for the spool of a job that another has followed: the run above them is then that one's to tell of."""
+        return self.spool.name == SPOOL_NAME
 
     def _usable_run(self, run_id: str) -> Any:
         run = self.client.get_run(run_id)
