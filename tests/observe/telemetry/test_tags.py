@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.observe.telemetry.tags import perf_tag
+from finetuning.observe.telemetry.tags import new_job_id, perf_tag
 
 
 @pytest.fixture
@@ -86,6 +86,11 @@ def test_scenario_5_a_faster_resumed_run_keeps_the_session_alone(
     first = fail_first(train, sft_values, tmp_path, monkeypatch)
     second = tags("a", {**RESUMED, "telemetry": {"perf_tag": "without the needless loop"}})
     assert second == (first["session_tag"], "without the needless loop")
+
+
+def test_jobs_of_one_second_are_known_in_their_order() -> None:
+    jobs = [new_job_id() for _ in range(50)]
+    assert jobs == sorted(set(jobs))
 
 
 def test_tags_of_ones_own(tags: Any) -> None:

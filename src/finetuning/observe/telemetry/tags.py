@@ -50,7 +50,8 @@ _INCIDENTAL = {
 
 def new_job_id() -> str:
     """A name that no other job has, and that sorts by time."""
-    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}{nanoseconds:09}-{secrets.token_hex(4)}"
 
 
 def session_tag(output_dir: Path, wanted: str | None, *, goes_on: bool, checkpoint: Path | None = None) -> str:
