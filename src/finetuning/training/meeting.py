@@ -1,4 +1,4 @@
-"""What the processes of a job must have in common before they train: one output directory, one checkpoint."""
+"""What the processes of a job must have in common before they train, and how they part."""
 
 from __future__ import annotations
 
@@ -63,6 +63,17 @@ def told_by_main(find_out: Callable[[], _Answer], world_size: int) -> _Answer:
     told = [find_out() if PartialState().is_main_process else None]
     broadcast_object_list(told, from_process=0)
     return told[0]
+
+
+def part(world_size: int) -> None:
+    """Ends the process group. Left to the interpreter's exit, its threads may outlive what they belong to, which aborts
+    a process whose work is done (torch's documentation of `destroy_process_group` asks for it)."""
+    if world_size == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _appears(marker: Path) -> bool:

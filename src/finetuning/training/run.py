@@ -13,6 +13,7 @@ from finetuning.plan.plan import Plan, make_plan
 from finetuning.topology import Topology, read_end_time
 from finetuning.training.contract import Terms, agree
 from finetuning.training.garbage import seldom_collected
+from finetuning.training.meeting import part
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
 from finetuning.training.resume import ResumePoint, find_resume_point
@@ -113,6 +114,7 @@ def _recorded(job: Job) -> RunResult:
     measured = job.observer.measured(None)
     record.finish(result.status, error=None, trackers_that_failed=job.observer.failures, **measured)
     job.observer.close(result.status)
+    part(job.topology.world_size)
     return result
 
 
