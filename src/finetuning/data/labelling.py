@@ -13,12 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.collate import UNTRAINED
+from finetuning.data.flat import Flat, lay_out
 from finetuning.data.spans import Refused, Span
 from finetuning.data.spelling import Spelling, spelling_of
 
@@ -97,53 +97,46 @@ class Labeller:
     ) -> list[Tokens | None]:
         """The tokens of each text that they spell byte for byte, with a border at each border of its spans."""
         rows = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        counts = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(counts.sum()))
-        firsts = np.concatenate([[0], np.cumsum(counts)])
-        begins = np.concatenate([[0], np.cumsum(self._spelling.sizes[flat])])
-        limits = firsts.tolist()
-        encoded = [text.encode() for text in texts]
-        whole = [True] * len(texts)
-        if begins[firsts[1:]].tolist() != _ends(encoded) or not self._spelling.spells(flat, b"".join(encoded)):
-            parts = np.split(flat, firsts[1:-1])
-            whole = [self._spelling.spells(ids, data) for ids, data in zip(parts, encoded, strict=True)]
-        wanted: list[int] = []
-        for text, data, own, start, is_whole in zip(
-            texts, encoded, spans, begins[firsts].tolist(), whole, strict=False
-        ):
-            if is_whole and own:
-                wanted += _in_bytes(text, data, own, start)
-        places = np.searchsorted(begins, wanted)
-        exact = (begins[places] == wanted).tolist()
-        labels = _labels(flat, places)
-        borders = places.tolist()
+        flat = lay_out(texts, rows, spans, self._spelling)
+        runs, shown = list(map(tuple, flat.inside.tolist())), self._served(flat, heads)
         results: list[Tokens | None] = []
         used = 0
-        for index, (first, end) in enumerate(pairwise(limits)):
-            own, ids = spans[index], flat[first:end]
-            if not whole[index] or own is None:
-                results.append(Tokens(ids, ((0, end - first),), None, ids) if whole[index] else None)
+        for index, (first, end) in enumerate(pairwise(flat.firsts.tolist())):
+            ids = flat.ids[first:end]
+            if spans[index] is None or not flat.is_whole[index]:
+                results.append(Tokens(ids, ((0, end - first),), None, ids) if flat.is_whole[index] else None)
                 continue
-            until = used + 2 * len(own)
-            runs = tuple([(borders[one] - first, borders[one + 1] - first) for one in range(used, until, 2)])
-            fits = all(exact[used:until])
+            until = used + len(flat.spans[index])
+            own = tuple(runs[used:until])
+            fits = all(shown[used:until]) or (
+                flat.is_exact[used:until].all() and self._all_served(texts[index], rows[index], flat.spans[index], own)
+            )
+            results.append(Tokens(ids, own, None, flat.labels[first:end]) if fits else None)
             used = until
-            fits = fits and self._all_served(texts[index], rows[index], own, runs, heads[index])
-            results.append(Tokens(ids, runs, None, labels[first:end]) if fits else None)
         return results
 
-    def _all_served(
-        self, text: str, ids: list[int], spans: Sequence[Span], runs: Sequence[Span], heads: Sequence[str]
-    ) -> bool:
-        for index, ((start, _), (first, last)) in enumerate(zip(spans, runs, strict=True)):
-            if last <= first:
-                return False
-            if text[start - 1 : start].isspace():
-                head = self._head(heads[index]) if heads else None
-                served = ids[first - len(head) : first] == head if head else self._is_served(text[:start], ids[:first])
-                if not served:
-                    return False
-        return True
+    def _served(self, flat: Flat, heads: Sequence[Sequence[str]]) -> list[bool]:
+        """Of each span, whether it is exact and the tokens before it are those of its head; False where that has to be
+        looked up in the text."""
+        named = list(
+            chain.from_iterable(own or [""] * len(spans) for own, spans in zip(heads, flat.spans, strict=True) if spans)
+        )
+        shown = np.zeros(len(named), dtype=bool)
+        numbers = {head: number for number, head in enumerate(dict.fromkeys(named))}
+        of_span = np.fromiter(map(numbers.__getitem__, named), dtype=np.int64, count=len(named))
+        for head, number in numbers.items():
+            tokens = self._head(head) if head else None
+            if tokens:
+                chosen = np.flatnonzero((of_span == number) & (flat.inside[:, 0] >= len(tokens)))
+                before = flat.places[chosen, :1] - np.arange(len(tokens), 0, -1)
+                shown[chosen] = (flat.ids[before] == tokens).all(axis=1)
+        return (shown & flat.is_exact).tolist()
+
+    def _all_served(self, text: str, ids: list[int], spans: Sequence[Span], runs: Sequence[Span]) -> bool:
+        return all(
+            not text[start - 1 : start].isspace() or self._is_served(text[:start], ids[:first])
+            for (start, _), (first, _) in zip(spans, runs, strict=True)
+        )
 
     def _head(self, head: str) -> list[int] | None:
         """The tokens of a text before a turn, from its last special token on; None when it has none."""
@@ -293,27 +286,6 @@ class Labeller:
         if self.decode(ids) != self.decode(self._encode([text])[0].ids):
             return Refused("a token reaches over the beginning of a turn, and the text cannot be cut there")
         return self._with_bos(text, Tokens(np.array(ids, dtype=np.int32), tuple(runs), CUT_AT_BORDER), False)
-
-
-def _ends(texts: Sequence[bytes]) -> list[int]:
-    return list(accumulate(map(len, texts)))
-
-
-def _in_bytes(text: str, data: bytes, spans: Sequence[Span], start: int) -> list[int]:
-    """The borders of spans of characters, as positions among bytes that begin at `start`."""
-    borders = [one for span in spans for one in span]
-    if len(data) == len(text):
-        return [start + one for one in borders]
-    pieces = [text[begin:end].encode() for begin, end in pairwise([0, *borders])]
-    return [start + one for one in _ends(pieces)]
-
-
-def _labels(ids: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """The ids between each border of even number and the next, untrained elsewhere; borders ascend."""
-    steps = np.zeros(len(ids) + 1, dtype=np.int8)
-    np.add.at(steps, borders[::2], 1)
-    np.subtract.at(steps, borders[1::2], 1)
-    return np.where(np.cumsum(steps[:-1], dtype=np.int8) > 0, ids, np.int32(UNTRAINED))
 
 
 def _begins(encoding: Any, token: int, default: int) -> int:
