@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from finetuning.config.dump import dump_yaml, provenance
 from finetuning.config.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
 from finetuning.config.generation import GenerationConfig
+from finetuning.config.installed import Installed
 from finetuning.config.overrides import apply_overrides
 from finetuning.config.read import parse_document
 from finetuning.config.redaction import is_secret_key
+from finetuning.config.structure import walk
 from finetuning.config.validate import validate
 
 FULL = """\
@@ -128,3 +130,19 @@ def has_secret(value: object) -> bool:
     if isinstance(value, dict):
         return any(is_secret_key(key) or has_secret(item) for key, item in value.items())
     return isinstance(value, list) and any(has_secret(item) for item in value)
+
+
+@pytest.mark.parametrize("method", EXPERIMENTS)
+def test_of_the_keys_of_the_yaml_only_the_token_of_the_hub_looks_like_a_secret(method: str) -> None:
+    fields = [(name, field) for _, name, field in walk(EXPERIMENTS[method])]
+    assert {name for name, field in fields if is_secret_key(name) and not field.exclude} == set()
+    assert {name for name, field in fields if is_secret_key(name)} == {"token"}
+
+
+def test_of_the_keys_of_libraries_only_tokens_of_the_hub_look_like_secrets() -> None:
+    installed = Installed()
+    configs = [installed.class_fields(experiment.trainer_config) or {} for experiment in EXPERIMENTS.values()]
+    adapters = [installed.peft_fields(name) or {} for name in installed.peft_types() or ()]
+    names = {name for fields in (*configs, *adapters, installed.generation_fields() or {}) for name in fields}
+    assert "lora_alpha" in names
+    assert {name for name in names if is_secret_key(name)} <= {"hub_token", "push_to_hub_token"}

@@ -12,8 +12,9 @@ _SECRET_KEY = re.compile(
 )
 # Tokens of the vocabulary, and counts of them.
 _VOCABULARY_KEY = re.compile(
-    r"^(?:eos|bos|pad|unk|sep|cls|mask|eot|image|audio|video|virtual|extra_special|special|new|max_new|min_new|new_special|"
-    r"max|min|num|num_virtual|num_assistant|prompt_lookup_num|suppress|begin_suppress)_tokens?$",
+    r"^(?:eos|bos|add_eos|pad|unk|sep|cls|mask|eot|image|audio|video|virtual|extra_special|special|new|max_new|min_new|"
+    r"new_special|max|min|num|num_virtual|num_frozen|num_assistant|prompt_lookup_num|suppress|begin_suppress|"
+    r"alora_invocation|flops_per)_tokens?$",
     re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"(\w+://)[^/\s@]*@")
