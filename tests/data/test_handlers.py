@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from finetuning.config.data import DataConfig, DatasetSource
+from finetuning.config.escapes import unescape
 from finetuning.config.training import SFTArgs
 from finetuning.data.fms import read_data_config
 from finetuning.data.handlers import make_recipe
 from finetuning.data.prepare import prepare_sft
 from finetuning.data.rows import Row, Skipped
-from finetuning.data.substitution import CannotFormat, Formatter, unescape
+from finetuning.data.substitution import CannotFormat, Formatter
 from finetuning.errors import ConfigError, DataError, Place, Problem
 
 CHATML = (
@@ -324,6 +325,14 @@ def test_a_data_config_of_fms_is_read_whole(write_lines: Callable[..., str], tok
         ({"datasets": [{"name": "a"}]}, "data_paths: needs a list of paths"),
         ({"datasets": [{"data_paths": ["a"], "sampling": 0.5}]}, "the sampling of all datasets is 0.5 together"),
         ({"datasets": [{"data_paths": ["a"], "sampling": 1}, {"data_paths": ["b"]}]}, "needs sampling, as other"),
+        ({"datasets": [{"data_paths": ["a"], "sampling": 0}]}, "must be a number above 0, up to 1"),
+        ({"datasets": [{"data_paths": ["a.jsonl"], "builder": "webdataset"}]}, "there is no 'webdataset' here"),
+        ({"datasets": [{"data_paths": ["a.log"], "builder": "text"}]}, "let that of a.log end in .txt or .md"),
+        ({"datasets": [{"data_paths": ["a.csv"], "builder": "json"}]}, "let that of a.csv end in .json or .jsonl"),
+        (
+            {"datasets": [{"data_paths": ["a"], "shuffle": False, "split": {"train": 0.5, "validation": 0.5}}]},
+            "shuffle: splits are drawn at random",
+        ),
         ({"datasets": [{"data_paths": ["a"], "split": {"train": 0.9, "validation": 0.2}}]}, "are 1.1 together"),
         ({"datasets": [{"data_paths": ["a"], "data_handlers": [{}]}]}, "data_handlers.0: needs a name"),
     ],
@@ -336,6 +345,12 @@ def test_what_is_wrong_in_a_data_config_is_named_with_its_line(
         read_data_config(path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{path}:1:")
+
+
+def test_keys_that_say_what_holds_anyway_are_taken(tmp_path: Path) -> None:
+    dataset = {"name": "a", "data_paths": ["a.log", "b.jsonl.gz"], "builder": "json", "shuffle": False}
+    section = read_data_config(yaml_config(tmp_path, {"datasets": [dataset | {"split": {"train": 1.0}}]}))
+    assert section["training_data"]["datasets"] == [{"path": ["a.log", "b.jsonl.gz"]}]
 
 
 def test_a_streamed_corpus_stays_one(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_the_batch_of_a_step_is_the_same() -> None:
         ("all-linear", "all-linear"),
         (["lm_head"], ["lm_head"]),
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
     ],
 )
 def test_target_modules(given: Any, expected: Any) -> None:
@@ -103,6 +104,31 @@ def test_target_modules(given: Any, expected: Any) -> None:
 )
 def test_resuming(given: Any, expected: Any) -> None:
     assert translate({"resume_from_checkpoint": given}).values["run_conf"]["resume_from_checkpoint"] == expected
+
+
+def test_what_is_switched_off_is_no_fault() -> None:
+    off = {"do_dataprocessing_only": False, "quantization_method": "none", "enable_reduce_loss_sum": False}
+    (flash,) = translate(off | {"fast_moe": None}).notes
+    assert flash.startswith("use_flash_attn")
+    beside = translate({"dequantize": True, "num_train_dataset_shards": 4}).notes
+    assert any("num_train_dataset_shards: changes nothing without do_dataprocessing_only" in note for note in beside)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"aim_repo": "/a", "aim_url": "aim://u"}, {"aim_repo": "aim://u"}),
+        (
+            {"aim_repo": "/a", "aim_remote_server_ip": "h", "aim_remote_server_port": 1},
+            {"aim_remote_server_ip": "h", "aim_remote_server_port": 1},
+        ),
+        ({"aim_repo": "/a", "aim_remote_server_ip": "h"}, {"aim_repo": "/a"}),
+        ({"aim_repo": "/a", "aim_experiment": "mine"}, {"aim_repo": "/a", "experiment_name": "mine"}),
+    ],
+)
+def test_where_aim_is(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    tracking = translate({"trackers": ["aim"], "experiment": "e"} | keys).values["tracking"]
+    assert tracking == {"trackers": ["aim"], "experiment_name": "e"} | expected
 
 
 def test_formats() -> None:
@@ -176,6 +202,8 @@ def test_other_trackers_and_what_they_are_told() -> None:
         ({"multipack": [16]}, "needs padding_free"),
         ({"padding_free": ["huggingface"], "packing": True}, "does not go with packing"),
         ({"fast_moe": [1]}, "cannot be honoured"),
+        ({"do_dataprocessing_only": True}, "made ahead of time by `finetuning prepare sft YAML"),
+        ({"quantization_method": "mxfp4"}, "cannot be honoured"),
         ({"trackers": ["aim"]}, "aim needs aim_repo"),
         ({"exp_metadata": "{"}, "must be a JSON object"),
         ({"trackers": ["mlflow"]}, "needs mlflow_tracking_uri"),

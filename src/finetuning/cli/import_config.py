@@ -53,7 +53,8 @@ def _import(argv: Sequence[str]) -> int:
 def _engine(document: Document) -> str:
     from finetuning.launch.foreign import tell_engine
 
-    return "fms-hf-tuning" if "training_data_path" in document.values else tell_engine(document)
+    of_jobs = {"training_data_path", "data_config_path"}
+    return "fms-hf-tuning" if of_jobs & set(document.values) else tell_engine(document)
 
 
 def _translate(engine: str, document: Document, processes: int) -> Translation:

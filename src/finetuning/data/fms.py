@@ -11,6 +11,7 @@ from typing import Any
 
 from finetuning.config.read import read_document
 from finetuning.config.suggestions import did_you_mean
+from finetuning.data.sources.opening import kind_of
 from finetuning.errors import ConfigError, Problem
 
 _PROCESSOR = {
@@ -20,6 +21,14 @@ _PROCESSOR = {
 _DATASET = {
     "name", "data_paths", "builder", "sampling", "split", "shuffle", "dataset_split_name", "data_handlers",
 }  # fmt: skip
+_BUILDERS = {
+    "json": (".json", ".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt", ".md"),
+}
+"""What a builder reads, and how the names of such files end."""
 _TOLERANCE = 1e-6
 _SEED = 42
 
@@ -73,13 +82,32 @@ def read_data_config(path: str | Path) -> dict[str, Any]:
         weighted = [{**source, "sampling_weight": weight} for source, weight in zip(sources, weights, strict=True)]
         stopping = processor.get("sampling_stopping_strategy", "all_exhausted")
         training = {"type": "PRECOMPUTE_WEIGHTED_MIX", "datasets": weighted, "seed": seed, "stopping": stopping}
-    validates = any("validation_ratio" in source for source in sources)
+    streamed = {"streaming": True, "shuffle_buffer": 1} if processor.get("streaming") else {}
     return {
-        "training_data": training,
-        "validation_data": {"type": "FROM_DATASETS", "seed": seed} if validates else {"type": "NONE"},
+        **_with_validation(training, seed, apart=bool(streamed)),
         "chat_template_name": "keep-original",
         **({"chat_template": template} if template else {}),
-        **({"streaming": True} if processor.get("streaming") else {}),
+        **streamed,
+    }
+
+
+def _with_validation(training: dict[str, Any], seed: int, *, apart: bool) -> dict[str, Any]:
+    """`training_data` and `validation_data`; `apart`: datasets that are all validation are no part of the first, as
+    nothing can be split off a stream."""
+    ratios = [source.get("validation_ratio", 0.0) for source in training["datasets"]]
+    if not any(ratios):
+        return {"training_data": training, "validation_data": {"type": "NONE"}}
+    if not apart or set(ratios) - {0.0, 1.0}:
+        return {"training_data": training, "validation_data": {"type": "FROM_DATASETS", "seed": seed}}
+    held_out = [source for source in training["datasets"] if "validation_ratio" in source]
+    validation = [
+        {key: value for key, value in source.items() if key not in ("validation_ratio", "sampling_weight")}
+        for source in held_out
+    ]
+    kept = [source for source in training["datasets"] if source not in held_out]
+    return {
+        "training_data": {**training, "datasets": kept},
+        "validation_data": {"type": "CONCATENATION", "datasets": validation},
     }
 
 
@@ -123,13 +151,33 @@ def _dataset(reader: _Reader, values: Mapping[str, Any], index: int) -> dict[str
     source: dict[str, Any] = {"path": paths[0] if len(paths) == 1 else list(paths)}
     if values.get("dataset_split_name"):
         source["split"] = values["dataset_split_name"]
-    if values.get("shuffle") is False and values.get("split"):
+    _check_builder(reader, values.get("builder"), paths, (*here, "builder"))
+    split = _split(reader, values.get("split"), (*here, "split"))
+    if values.get("shuffle") is False and ("train_ratio" in split or 0 < split.get("validation_ratio", 0) < 1):
         reader.wrong((*here, "shuffle"), "splits are drawn at random; give the validation rows a file of their own")
-    source |= _split(reader, values.get("split"), (*here, "split"))
+    source |= split
     handlers = values.get("data_handlers") or []
     if handlers:
         source["handlers"] = [_handler(reader, one, (*here, "data_handlers", at)) for at, one in enumerate(handlers)]
     return source
+
+
+def _check_builder(reader: _Reader, builder: Any, paths: Sequence[str], path: Sequence[str | int]) -> None:
+    """Nothing, when the files are read as what the builder takes them for: here their names tell it."""
+    if builder is None:
+        return
+    if builder not in _BUILDERS:
+        reader.wrong(path, f"there is no {builder!r} here; known are {', '.join(_BUILDERS)}")
+        return
+    every = {ending for endings in _BUILDERS.values() for ending in endings}
+    for one in paths:
+        ending = kind_of(one)
+        told = ending in _BUILDERS[builder] or (builder == "json" and ending not in every)
+        if not told and not os.path.isdir(one):
+            wanted = " or ".join(_BUILDERS[builder])
+            reader.wrong(
+                path, f"is {builder}, but a file's name tells how it is read: let that of {one} end in {wanted}"
+            )
 
 
 def _handler(reader: _Reader, values: Any, path: Sequence[str | int]) -> dict[str, Any]:
@@ -179,8 +227,8 @@ def _weights(
             reader.wrong(path[:2], "needs sampling, as other datasets have it")
         elif weight is not None and not is_trained:
             reader.wrong(path, "is set, but nothing of this dataset is trained on")
-        elif weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0):
-            reader.wrong(path, "must be a number from 0 to 1")
+        elif weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0):
+            reader.wrong(path, "must be a number above 0, up to 1; leave out a dataset that is not to be read")
     if reader.problems:
         return None
     total = sum(weight for weight in given if weight is not None)

@@ -8,12 +8,13 @@ from itertools import chain, islice
 from typing import Any
 
 from finetuning.config.data import DatasetSource
+from finetuning.config.escapes import unescape
 from finetuning.config.training import SFTArgs
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
 from finetuning.data.handlers import Recipe, make_recipe
 from finetuning.data.rows import Row
 from finetuning.data.sources import Line, find_shards
-from finetuning.data.substitution import Formatter, unescape
+from finetuning.data.substitution import Formatter
 from finetuning.errors import ConfigError, DataError, Place, Problem
 
 _LOOKED_AT = 32

@@ -14,24 +14,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from finetuning.data.rows import json_type
 
 _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
-_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
 class CannotFormat(ValueError):
     """A row has not what the template asks for; the message says what."""
-
-
-def unescape(template: str) -> str:
-    r"""A template of one line with written-out escapes as what they stand for, and nothing else touched.
-
-    One of several lines has its line breaks already, and stays as it is.
-
-    >>> unescape("\\n### Réponse:")
-    '\n### Réponse:'
-    """
-    if "\n" in template:
-        return template
-    return re.sub(r"\\[ntr\\]", lambda match: _ESCAPES[match.group()], template)
 
 
 @dataclass(frozen=True)

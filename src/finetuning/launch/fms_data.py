@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finetuning.config.escapes import unescape
+from finetuning.launch.fms_data_config import put_data_config
 from finetuning.launch.translation import Translation
 
 if TYPE_CHECKING:
@@ -13,22 +15,17 @@ if TYPE_CHECKING:
 def put_data(out: Translation, readers: Readers) -> None:
     """`data_conf`, and of `sft_args` what is trained."""
     if out.has("data_config_path"):
-        _put_data_config(out, readers)
+        put_data_config(out, readers)
     else:
         _put_files(out)
     out.put("data_conf.chat_template_name", "keep-original")
-    out.put("data_conf.chat_template", out.get("chat_template"))
+    if out.has("chat_template") and "chat_template" in out.values.get("data_conf", {}):
+        out.note("chat_template", "the data config's own is used")
+    else:
+        out.put("data_conf.chat_template", unescape(str(out.get("chat_template", ""))) or None)
     out.put("data_conf.special_tokens", out.items("add_special_tokens") or None)
     out.put("data_conf.missing_pad_token_strategy", "eos-repurpose")
     out.put("data_conf.on_bad_row", "skip")
-
-
-def _put_data_config(out: Translation, readers: Readers) -> None:
-    for key in ("training_data_path", "validation_data_path"):
-        if out.has(key):
-            out.wrong(key, "does not go with data_config_path")
-    out.values["data_conf"] = dict(readers.data_config(str(out.get("data_config_path"))))
-    out.put("sft_args.train_on", _trained(out))
 
 
 def _put_files(out: Translation) -> None:
@@ -50,10 +47,12 @@ def _source(out: Translation) -> dict[str, Any]:
         out.get(key) for key in ("dataset_text_field", "data_formatter_template", "response_template")
     )
     instruction = out.get("instruction_template")
-    if out.has("dataset_conversation_field"):
+    # With both templates rows are chats there, and dataset_text_field is but a name for what is made of them.
+    if out.has("dataset_conversation_field") or (instruction and response and not template):
         if instruction or response:
             out.note("response_template", "what is trained of a conversation is found without templates")
-        return {"format": "messages", "columns": {out.get("dataset_conversation_field"): "messages"}}
+        column = out.get("dataset_conversation_field", "messages")
+        return {"format": "messages"} | ({} if column == "messages" else {"columns": {column: "messages"}})
     if field and template:
         out.wrong("data_formatter_template", "does not go with dataset_text_field")
     if not field and not template:

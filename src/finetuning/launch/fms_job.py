@@ -9,6 +9,7 @@ from typing import Any
 from finetuning.config.document import Document
 from finetuning.launch import fms_keys as keys
 from finetuning.launch.fms_data import put_data
+from finetuning.launch.fms_data_config import handlers_limit
 from finetuning.launch.fms_peft import put_peft
 from finetuning.launch.fms_trackers import put_trackers
 from finetuning.launch.translation import Translation
@@ -37,9 +38,7 @@ def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Tra
     """
     out = Translation(job)
     out.refuse_unknown(keys.KNOWN | set(readers.training_fields()))
-    for key, why in keys.REFUSED.items():
-        if out.has(key):
-            out.wrong(key, f"cannot be honoured: {why}")
+    _refuse(out)
     out.put("method", "sft")
     put_data(out, readers)
     _put_batches(out, processes)
@@ -54,9 +53,25 @@ def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Tra
     return out.finished()
 
 
+def _refuse(out: Translation) -> None:
+    """What cannot be done here, unless it is switched off, as jobs that state every default have it."""
+    for key, why in keys.REFUSED.items():
+        if out.has(key) and str(out.get(key)).lower() not in keys.OFF:
+            out.wrong(key, f"cannot be honoured: {why}")
+    for key, other in keys.BESIDE.items():
+        if out.has(key):
+            out.note(key, f"changes nothing without {other}")
+
+
 def _put_batches(out: Translation, processes: int) -> None:
     per_device = out.number("per_device_train_batch_size", keys.BATCH_SIZE)
     accumulation = out.number("gradient_accumulation_steps", 1)
+    if out.values.get("data_conf", {}).get("streaming") and processes > 1:
+        # Of a stream, each process takes its part of such a batch.
+        out.note("per_device_train_batch_size", f"{per_device} rows of a stream are spread over all processes")
+        per_device, rest = divmod(per_device, processes)
+        if rest or not per_device:
+            out.wrong("per_device_train_batch_size", f"of a stream must be a multiple of the {processes} processes")
     out.put("batchsize_conf.total_train_batch_size", per_device * accumulation * processes)
     out.put("batchsize_conf.max_per_device_train_batch_size", per_device)
     out.put("batchsize_conf.per_device_eval_batch_size", out.number("per_device_eval_batch_size", keys.BATCH_SIZE))
@@ -109,12 +124,13 @@ def _put_model(out: Translation) -> None:
             out.note("use_flash_attn", "the best attention that is installed is used; Flash Attention is not demanded")
     if out.number("embedding_size_multiple_of", 1) != 1:
         out.note("embedding_size_multiple_of", "a vocabulary grows by its new tokens alone")
-    if out.has("enable_reduce_loss_sum"):
+    if out.truth("enable_reduce_loss_sum", False):
         out.note("enable_reduce_loss_sum", "the loss is always a mean over all tokens of a step")
 
 
 def _put_length(out: Translation) -> None:
-    out.put("sft_args.max_seq_length", out.number("max_seq_length", keys.MAX_SEQ_LENGTH))
+    limit = out.number("max_seq_length", keys.MAX_SEQ_LENGTH)
+    out.put("sft_args.max_seq_length", handlers_limit(out, limit) if out.has("data_config_path") else limit)
     out.put("sft_args.length_handling", "truncate")
     packing, padding_free = out.truth("packing", False), out.items("padding_free")
     if packing:

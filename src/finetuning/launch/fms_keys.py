@@ -57,7 +57,8 @@ LORA = _names(
     """
     modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora use_dora
     fan_in_fan_out exclude_modules layer_replication trainable_token_indices ensure_weight_tying lora_bias
-    megatron_config megatron_core
+    megatron_config megatron_core target_parameters loftq_config eva_config corda_config use_qalora qalora_group_size
+    arrow_config runtime_config alora_invocation_tokens
     """
 ) | set(LORA_DEFAULTS)
 PROMPT_DEFAULTS: dict[str, Any] = {
@@ -74,7 +75,8 @@ DATA = _names(
 TRACKING = _names(
     """
     trackers experiment training_logs_filename run_uri_export_path aim_repo aim_remote_server_ip aim_remote_server_port
-    aim_url mlflow_experiment mlflow_tracking_uri clearml_project clearml_task scanner_output_filename exp_metadata
+    aim_url aim_experiment mlflow_experiment mlflow_tracking_uri clearml_project clearml_task scanner_output_filename
+    exp_metadata
     """
 )
 ACCELERATION = _names("auto_gptq bnb_qlora bitsandbytes fused_lora fast_kernels padding_free multipack fast_moe")
@@ -95,12 +97,30 @@ LAUNCHER = frozenset({"accelerate_launch_args", "lora_post_process_for_vllm"})
 """What the launcher reads, and the experiment does not hold."""
 REFUSED: dict[str, str] = {
     "fast_moe": "experts' own kernels and parallelism are not offered; remove it to train the experts as they are",
-    "do_dataprocessing_only": "rows are prepared by each run and kept in no shards; remove it",
-    "num_train_dataset_shards": "rows are prepared by each run and kept in no shards; remove it",
-    "num_eval_dataset_shards": "rows are prepared by each run and kept in no shards; remove it",
+    "do_dataprocessing_only": "a job trains; `finetuning import` gives its YAML, whose rows are made ahead of time by"
+    " `finetuning prepare sft YAML --output FOLDER --shards N`",
     "dataset_image_field": "models of images and text are not offered",
     "quantization_method": "only a checkpoint's own quantisation and bnb_qlora are offered",
-    "dequantize": "only a checkpoint's own quantisation and bnb_qlora are offered",
     "additional_data_handlers": "handlers that are code are not offered",
 }
-KNOWN = TRAINING | LORA | set(PROMPT_DEFAULTS) | DATA | TRACKING | ACCELERATION | MODEL | RUN | LAUNCHER | set(REFUSED)
+OFF = frozenset({"false", "none", "[]"})
+"""Values that ask for nothing."""
+BESIDE: dict[str, str] = {
+    "dequantize": "quantization_method",
+    "num_train_dataset_shards": "do_dataprocessing_only",
+    "num_eval_dataset_shards": "do_dataprocessing_only",
+}
+"""Keys that say how something refused is done, and what that is."""
+KNOWN = (
+    TRAINING
+    | LORA
+    | set(PROMPT_DEFAULTS)
+    | DATA
+    | TRACKING
+    | ACCELERATION
+    | MODEL
+    | RUN
+    | LAUNCHER
+    | set(REFUSED)
+    | set(BESIDE)
+)

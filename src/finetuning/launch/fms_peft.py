@@ -41,8 +41,9 @@ def _put_lora(out: Translation, method: str) -> None:
     kwargs: dict[str, Any] = {key: out.get(key, default) for key, default in keys.LORA_DEFAULTS.items()}
     kwargs |= {key: out.get(key) for key in sorted(keys.LORA - set(keys.LORA_DEFAULTS)) if out.has(key)}
     modules = out.items("target_modules")
-    # PEFT takes all-linear as text only, and would adapt nothing but the other names of a list.
-    kwargs["target_modules"] = "all-linear" if "all-linear" in modules else modules
+    # PEFT takes all-linear as text only, and would adapt nothing but the other names of a list. Other text is a
+    # pattern that whole names are matched with.
+    kwargs["target_modules"] = "all-linear" if "all-linear" in modules else out.get("target_modules")
     if modules and "all-linear" in modules and len(modules) > 1:
         out.note(
             "target_modules", "all-linear stands for all of them but the output layer; the other names are left out"

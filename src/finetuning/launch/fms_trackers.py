@@ -10,8 +10,6 @@ from finetuning.launch.translation import Translation
 
 _KNOWN = ("file_logger", "mlflow", "aim", "clearml", "hf_resource_scanner", "none")
 _CARRIED = (
-    "aim_repo",
-    "aim_remote_server_ip",
     "clearml_project",
     "clearml_task",
     "scanner_output_filename",
@@ -33,20 +31,33 @@ def put_trackers(out: Translation) -> None:
     if "mlflow" in trackers:
         out.put("tracking.mlflow_server_uri", out.get("mlflow_tracking_uri"))
     if "mlflow" in trackers or others:
-        experiment = out.get("mlflow_experiment") if "mlflow" in trackers else None
+        own = [out.get(f"{name}_experiment") for name in ("mlflow", "aim") if name in trackers]
+        experiment = next((name for name in own if name), None)
+        if len({name or out.get("experiment", keys.EXPERIMENT) for name in own}) > 1:
+            out.note("aim_experiment", f"all trackers are told one name: {experiment}")
         out.put("tracking.experiment_name", experiment or out.get("experiment", keys.EXPERIMENT))
         out.put("tracking.run_name", out.get("run_name"))
     for key in _CARRIED:
         out.put(f"tracking.{key}", out.get(key))
-    if out.has("aim_remote_server_port"):
-        out.put("tracking.aim_remote_server_port", out.number("aim_remote_server_port", 53800))
-    if out.has("aim_url"):
-        out.put("tracking.aim_repo", out.get("aim_repo", out.get("aim_url")))
+    _put_aim(out)
     if "aim" in trackers and not any(out.has(key) for key in ("aim_repo", "aim_url", "aim_remote_server_ip")):
         out.wrong("trackers", "aim needs aim_repo, or aim_remote_server_ip and aim_remote_server_port")
     if out.get("training_logs_filename", "training_logs.jsonl") != "training_logs.jsonl":
         out.note("training_logs_filename", "the file is called training_logs.jsonl")
     _put_metadata(out)
+
+
+def _put_aim(out: Translation) -> None:
+    """The server with its port counts first, then the address, then the folder."""
+    if out.has("aim_remote_server_ip") and (out.has("aim_remote_server_port") or not _aim_repo(out)):
+        out.put("tracking.aim_remote_server_ip", out.get("aim_remote_server_ip"))
+        out.put("tracking.aim_remote_server_port", out.number("aim_remote_server_port", 53800))
+    else:
+        out.put("tracking.aim_repo", _aim_repo(out))
+
+
+def _aim_repo(out: Translation) -> str | None:
+    return out.get("aim_url", out.get("aim_repo"))
 
 
 def _put_metadata(out: Translation) -> None:
