@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from finetuning.config.dump import dump_values
 from finetuning.config.experiment import Experiment
 from finetuning.errors import CheckpointError, Place, Problem
 from finetuning.plan.plan import Plan
+from finetuning.training.key_versions import defaults_unknown_to, flat, is_known, item_by_item
 from finetuning.training.record import installed_versions
 
 if TYPE_CHECKING:
@@ -87,9 +88,22 @@ class Difference:
     before: Any
     now: Any
     effect: Effect
+    is_known: bool = True
+    """Whether this version of the engine knows the key."""
 
     def __str__(self) -> str:
-        return f"{self.key} was {_short(self.before)}, is {_short(self.now)}"
+        now = f"is {_short(self.now)}" if self.is_known else "which this version of the engine does not know"
+        return f"{self.key} was {_short(self.before)}, {now}"
+
+    def refusal(self, checkpoint: str) -> Problem:
+        """Why a run does not go on over this difference without leave."""
+        changes = "which changes the curve" if self.is_known else "so that the curve may change"
+        back = "Put it back" if self.is_known else "Go on with the version that saved the checkpoint"
+        return Problem(
+            f"{checkpoint} was made otherwise: {self}, {changes}",
+            Place(key=self.key),
+            f"{back}, or name it in run_conf.allow_changed: [{self.key}].",
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ def agree(experiment: Experiment, plan: Plan, data: Fingerprint, checkpoint: Pat
     contract = make_contract(experiment, plan, data, fingerprint(folder) if can_fingerprint(folder) else None)
     if checkpoint is None:
         return Terms(contract)
-    return compare(checkpoint, contract, experiment.run_conf.allow_changed)
+    return compare(checkpoint, contract, experiment)
 
 
 def make_contract(experiment: Experiment, plan: Plan, data: Fingerprint, base: object) -> dict[str, Any]:
@@ -128,7 +142,7 @@ def make_contract(experiment: Experiment, plan: Plan, data: Fingerprint, base: o
     Args:
         base: the base model's fingerprint; None where it cannot be taken, so that its place has to stand for it.
     """
-    values = dict(_flat(_without_paths(dump_values(experiment))))
+    values = dict(flat(_without_paths(dump_values(experiment))))
     values |= {
         "method": experiment.method_name,
         "data": data.data,
@@ -150,19 +164,29 @@ def contract_text(contract: Mapping[str, Any]) -> str:
     return json.dumps(contract, indent=1, sort_keys=True, default=str) + "\n"
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What differs, by key, each with its effect on the curve."""
-    now = json.loads(contract_text(now))
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment) -> list[Difference]:
+    """What differs, by key, each with its effect on the curve.
+
+    A field that the contract's version of the engine did not know differs where it is not at its default: the default
+    of a new field does what was done without it.
+    """
+    before, now = item_by_item(before, json.loads(contract_text(now)))
+    defaults = json.loads(contract_text(dict(defaults_unknown_to(before, experiment))))
+    before |= {key: value for key, value in defaults.items() if key in now}
     constant = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
-    keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    return [Difference(key, before.get(key), now.get(key), _effect(key, constant)) for key in keys]
+    return [
+        Difference(
+            key, before.get(key), now.get(key), _effect(key, constant), key in now or is_known(type(experiment), key)
+        )
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
 
 
-def compare(checkpoint: Path, now: dict[str, Any], allowed: Sequence[str]) -> Terms:
+def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> Terms:
     """What may differ between a checkpoint's contract and this run's, and does.
 
-    Args:
-        allowed: keys that the user lets change though they change the curve; `versions` allows all below it.
+    What `run_conf.allow_changed` names may change though it changes the curve; `versions` allows all below it.
 
     Raises:
         CheckpointError: something differs that makes the checkpoint unfit, or changes the curve without leave.
@@ -171,7 +195,7 @@ def compare(checkpoint: Path, now: dict[str, Any], allowed: Sequence[str]) -> Te
         before = json.loads((checkpoint / CONTRACT_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Terms(now, (f"{checkpoint.name} does not say what it was made under: nothing was compared",))
-    found = differences(before, now)
+    found = differences(before, now, experiment)
     problems = [
         Problem(
             f"{checkpoint.name} does not fit: {difference}",
@@ -181,19 +205,23 @@ def compare(checkpoint: Path, now: dict[str, Any], allowed: Sequence[str]) -> Te
         for difference in found
         if difference.effect == "impossible"
     ] or [
-        Problem(
-            f"{checkpoint.name} was made otherwise: {difference}, which changes the curve",
-            Place(key=difference.key),
-            f"Put it back, or name it in run_conf.allow_changed: [{difference.key}].",
-        )
+        difference.refusal(checkpoint.name)
         for difference in found
-        if difference.effect == "curve" and not _is_below(difference.key, allowed)
+        if difference.effect == "curve" and not _is_below(difference.key, experiment.run_conf.allow_changed)
     ]
     if problems:
         raise CheckpointError(problems)
     changed = [difference for difference in found if difference.effect == "curve"]
-    notes = [f"{difference}: allowed, and applied from this checkpoint on" for difference in changed]
+    notes = [
+        f"{difference}: allowed, and {'applied' if difference.is_known else 'left out'} from this checkpoint on"
+        for difference in changed
+    ]
     notes += [f"{difference}: {_SAID[difference.key]}" for difference in found if difference.key in _SAID]
+    notes += [
+        f"{difference}: the curve is the same without it"
+        for difference in found
+        if difference.effect == "safe" and not difference.is_known
+    ]
     return Terms(now, tuple(notes), applies=bool(changed))
 
 
@@ -217,14 +245,6 @@ def _is_below(key: str, parents: Sequence[str]) -> bool:
 
 def _begins(key: str) -> bool:
     return any(beginning.endswith("_") and key.startswith(beginning) for beginning in SAFE)
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping) and values:
-        for key, item in values.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
