@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -22,7 +22,7 @@ EMPTY_ANSWER = "an assistant's turn without words"
 MARKERS_IN_TEXT = "a message holds a special token of the tokenizer as text"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Example:
     """One row, ready: int32 arrays, texts or truth values by column, its length, its trained tokens, and the text that
     it was made of."""
@@ -67,6 +67,14 @@ class Notices:
     def _first_characters(self) -> tuple[str, ...]:
         return tuple({token[0] for token in self.special_tokens})
 
+    def of_all(self, rows: Sequence[Sequence[Message]]) -> Sequence[Collection[str]]:
+        """The notes of each row's messages; those of rows without any are found at once."""
+        contents = [message.get("content") or " " for messages in rows for message in messages]
+        words = "\n".join(contents)
+        if any(map(str.isspace, contents)) or any(character in words for character in self._first_characters):
+            return [self(messages) for messages in rows]
+        return [()] * len(rows)
+
     def __call__(self, messages: Sequence[Message]) -> set[str]:
         notes: set[str] = set()
         contents = [message.get("content") or " " for message in messages]
@@ -109,9 +117,10 @@ class SFTMaker:
         spans = [None if wanted is None else one.spans for one, wanted in shown]
         heads = [one.heads for one, _ in shown]
         tokenised = iter(self.labeller.encode([one.text for one, _ in shown], spans, heads))
+        notes = self.notices.of_all([row.messages for row in rows])
         return [
-            one if isinstance(one, Lost) else self._finish(row, one, next(tokenised))
-            for row, one in zip(rows, rendered, strict=True)
+            one if isinstance(one, Lost) else self._finish(row, one, next(tokenised), own)
+            for row, one, own in zip(rows, rendered, notes, strict=True)
         ]
 
     def _turns(self, row: Conversation) -> Sequence[int] | None:
@@ -129,11 +138,12 @@ class SFTMaker:
         found = [_whole(next(texts)) if wanted is None else next(marked) for wanted in turns]
         return [unproven(one) if isinstance(one, Refused) else one for one in found]
 
-    def _finish(self, row: Conversation, marked: Marked, tokens: Tokens | Refused) -> Example | Lost:
+    def _finish(
+        self, row: Conversation, marked: Marked, tokens: Tokens | Refused, notes: Collection[str]
+    ) -> Example | Lost:
         if isinstance(tokens, Refused):
             return unproven(tokens)
-        found = marked.notes | self.notices(row.messages)
-        example = fit(tokens, self.max_length, self.truncate, marked.text, found)
+        example = fit(tokens, self.max_length, self.truncate, marked.text, marked.notes.union(notes))
         if isinstance(example, Example) and example.answer_cut and row.messages[-1]["role"] != "assistant":
             return replace(example, answer_cut=False)
         return example

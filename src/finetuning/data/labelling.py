@@ -29,7 +29,7 @@ CUT_AT_BORDER = "tokens would reach over the beginning of a turn: cut there, as 
 _NEAR = 64
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tokens:
     """Token ids, int32, and the runs [first, last) of them that are trained."""
 

@@ -1,4 +1,4 @@
-"""The values that flow through this room."""
+"""The values that flow through this room: one or several a row, so they are made cheaply, and not frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Message = dict[str, Any]
 """One chat message, whole: `role`, `content`, and whatever else the row gave it (`tool_calls`, `name`, …)."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """One row as it stands in its file."""
 
@@ -19,7 +19,7 @@ class Row:
     place: Place
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Conversation:
     """A chat to train on."""
 
@@ -32,7 +32,7 @@ class Conversation:
     """Indices of the messages to train on, or all of the text; None for what the run says of chats."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Text:
     """One text to train on: the spans of it, or all of it. With `add_eos` it ends with the end-of-sequence token, which
     is trained where the text's end is."""
@@ -46,7 +46,7 @@ class Text:
     """Why nothing of it can be trained."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenIds:
     """Token ids with their labels, ready; -100 where nothing is trained."""
 
@@ -55,7 +55,7 @@ class TokenIds:
     place: Place
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Skipped:
     """A row that was left out as asked for, and why."""
 
@@ -63,7 +63,7 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Preference:
     """A prompt with a chosen and a rejected continuation; with `is_text`, texts that no template frames."""
 
@@ -77,7 +77,7 @@ class Preference:
     is_text: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rated:
     """A prompt with one continuation, which is desirable or not."""
 
@@ -91,7 +91,7 @@ class Rated:
     is_text: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prompt:
     """A prompt that the model itself continues, and the other columns of its row, which rewards may look at."""
 

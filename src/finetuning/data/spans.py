@@ -10,7 +10,7 @@ Span = tuple[int, int]
 NOT_TAKEN = "the chat template does not take this conversation"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Marked:
     """A rendered conversation, the character spans to train on, in order, and how they were proven."""
 

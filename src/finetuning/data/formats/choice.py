@@ -18,7 +18,7 @@ def choose_turns(
 
     A flag of a message stands above `train_on`; messages before `prompt` have no say. `key` names the messages.
     """
-    if not any("train" in one or "weight" in one for one in messages):
+    if not any(["train" in one or "weight" in one for one in messages]):
         return list(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt)
     flags = [_flag(message, f"{key}[{index}]") for index, message in enumerate(messages)]
     if all(flag is None for flag in flags):
