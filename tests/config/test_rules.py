@@ -79,11 +79,6 @@ LORA = "{peft_type: LORA}"
             ["data_conf.chat_template: is set, and so is chat_template_name; set one of them."],
         ),
         (
-            {"data_conf": ONE + "}]}, validation_data: {type: NONE}, special_tokens: [a]}"},
-            "sft",
-            ["data_conf.special_tokens: are those of chat_template, which is not set."],
-        ),
-        (
             {"quant_conf": "{quantization_type: bits-and-bytes, load_in_4bit: true}"},
             "sft",
             ["peft_conf.peft_type: is NO_PEFT, but quant_conf quantises the model: quantised weights cannot be trained."

@@ -179,3 +179,15 @@ def test_a_streamed_batch_is_shared_out_and_its_order_kept(job: Callable[..., Tr
     assert values["data_conf"]["validation_data"] == {"type": "CONCATENATION", "datasets": [{"path": "v.jsonl"}]}
     with pytest.raises(ConfigError, match="must be a multiple of the 3 processes"):
         job("pairs", keys, masked, 3, **streamed)
+
+
+def test_tokens_are_added_to_a_tokenizer_that_keeps_its_template(
+    job: Callable[..., Translation], chatml_llama_dir: Path
+) -> None:
+    from finetuning.training.parts import load_tokenizer
+
+    out = job("chats", TURNS | {"add_special_tokens": ["<doc>", "<|im_end|>"]})
+    document = parse_document(written(out, "fms-hf-tuning", "sft"), "experiment.yaml")
+    loaded = load_tokenizer(validate(document, SFTExperiment).experiment)
+    assert loaded.new_tokens == ("<doc>",)
+    assert len(loaded.tokenizer.encode("<doc>", add_special_tokens=False)) == 1

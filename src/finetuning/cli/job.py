@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.cli.failures import TERMINATION_LOG, speak_for_processes, told_so_far
 from finetuning.cli.run import run
-from finetuning.errors import EXIT_OK, ConfigError
+from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
 if TYPE_CHECKING:
     from finetuning.config.document import Document
@@ -56,6 +56,8 @@ def _job(argv: Sequence[str]) -> int:
         before = told_so_far()
         code = start(planned.launch, command, planned.environment)
     if code != EXIT_OK:
+        if code == EXIT_USER:
+            print(f"note: {config.name} is what `finetuning import` prints of this job", file=sys.stderr)
         speak_for_processes(code, before)
         return code
     if not options.dry_run and translation.truth("lora_post_process_for_vllm", False):

@@ -176,7 +176,8 @@ class DataConfig(Section):
     chat_template: str | None = Field(default=None, min_length=1)
     """A chat template of your own, in place of a named one: Jinja, or the path of a file with it."""
     special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Tokens that `chat_template` writes and the tokenizer is to know, each as one token."""
+    """Tokens that the tokenizer is to know besides its own, each as one: those that `chat_template` writes, or that
+    stand in the data."""
     padding_side: Literal["right", "left"] = "right"
     """On which side shorter rows of a batch are padded."""
     missing_pad_token_strategy: MissingPadTokenStrategy = MissingPadTokenStrategy.BOS_REPURPOSE

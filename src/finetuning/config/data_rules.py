@@ -56,13 +56,11 @@ def texts_are_made_in_one_way(run: Any) -> Iterator[Finding]:
 
 
 def one_chat_template(run: Any) -> Iterator[Finding]:
-    """A chat template of one's own and a named one, or special tokens for none."""
+    """A chat template of one's own and a named one."""
     conf = run.data_conf
     named = conf.chat_template_name if "chat_template_name" in conf.model_fields_set else "keep-original"
     if conf.chat_template and named != "keep-original":
         yield Finding(("data_conf", "chat_template"), "is set, and so is chat_template_name; set one of them.")
-    if conf.special_tokens and not conf.chat_template:
-        yield Finding(("data_conf", "special_tokens"), "are those of chat_template, which is not set.")
 
 
 def _all_sources(data_conf: Any) -> Iterator[tuple[tuple[str | int, ...], DatasetSource]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Layout, Method
 from finetuning.config.experiment import Experiment
-from finetuning.config.model import NewPeft, Quantised
+from finetuning.config.model import NewPeft
 from finetuning.errors import ConfigError, Place
 from finetuning.topology import Topology
 
@@ -50,7 +50,7 @@ def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
     return tokenizer.load_tokenizer(
         run.tokenizer or run.model,
         template_source=template.source if template else None,
-        special_tokens=template.special_tokens if template else (),
+        special_tokens=tuple(dict.fromkeys([*(template.special_tokens if template else ()), *data.special_tokens])),
         # Texts need none; where a chat comes by without one, its preparation says so.
         needs_template=experiment.method_name != "sft",
         missing_pad_token_strategy=data.missing_pad_token_strategy,
@@ -144,7 +144,7 @@ def load_model(
     model, vocabulary = load_bare()
     notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
     base = _fingerprint(model)
-    model = _quantised(model, experiment, arguments, topology)
+    model = _quantised(model, arguments, topology)
 
     def reference() -> Any:
         return load_bare()[0]
@@ -214,11 +214,12 @@ def _fingerprint(model: Any) -> Fingerprint | None:
     return fingerprint.fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
 
 
-def _quantised(model: Any, experiment: Experiment, arguments: TrainingArguments, topology: Topology) -> Any:
-    if not isinstance(experiment.quant_conf, Quantised):
-        return model
-    from finetuning.model.quantisation import prepare_quantised
+def _quantised(model: Any, arguments: TrainingArguments, topology: Topology) -> Any:
+    from finetuning.model.quantisation import is_known, prepare_quantised
 
+    # By what the model says, not the config: a checkpoint may come quantised.
+    if not is_known(model):
+        return model
     return prepare_quantised(
         model,
         sharded_by=topology.sharded_by,

@@ -15,6 +15,7 @@ from finetuning.training.contract import Terms, agree
 from finetuning.training.garbage import seldom_collected
 from finetuning.training.meeting import part
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
+from finetuning.training.positions import check_positions
 from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
 from finetuning.training.resume import ResumePoint, find_resume_point
 
@@ -298,6 +299,8 @@ def _data_values(data: PreparedData) -> dict[str, Any]:
 def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
     for note in terms.notes:
         job.observer.told("resumed with", note)
+    if beyond := check_positions(prepared.model, job.experiment, data):
+        job.observer.told("longest row", "beyond what the model was made for", warnings=beyond)
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
         label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         job.observer.told(label, value)
