@@ -248,6 +248,35 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def torchrun(run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
+    """A function that trains on several processes of this machine, to a good end: `torchrun("sft", config)`.
+
+    It gives back what they wrote. There are two `processes` unless it is told otherwise.
+    """
+
+    def run(method: str, config: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+        rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        program = Path(sys.executable).parent / "finetuning"
+        command = ["--nproc_per_node", str(processes), *rendezvous, "--no-python", program, method, config]
+        result = run_cli(command, env={"OMP_NUM_THREADS": "1"}, program="torchrun")
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def logged_losses() -> Callable[[Path], list[float]]:
+    """A function that reads the losses of an output directory, training and validation, in the order of the log."""
+
+    def read(output_dir: Path) -> list[float]:
+        lines = (output_dir / "training_logs.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["data"]["value"] for line in lines]
+
+    return read
+
+
 Values = dict[str, Any]
 
 

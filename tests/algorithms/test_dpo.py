@@ -78,21 +78,12 @@ def test_it_learns_what_is_preferred(train: Any, dpo_values: Any, peft_conf: Any
     assert last["rewards/margins"] > 0.5
 
 
-def disturbed(reference: Any) -> Any:
-    """Another model than the one that is trained."""
-    with torch.no_grad():
-        for weight in reference.parameters():
-            weight.add_(torch.randn_like(weight) * 0.3)
-    return reference
-
-
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "apo_zero", "discopop"])
-def test_a_wrong_reference_stops_the_run(train: Any, dpo_values: Any, loss_type: str) -> None:
-    def build(parts: Any) -> Any:
-        return DPO.build_trainer(replace(parts, load_reference=lambda: disturbed(parts.load_reference())))
-
+def test_a_wrong_reference_stops_the_run(
+    train: Any, dpo_values: Any, with_wrong_reference: Any, loss_type: str
+) -> None:
     with pytest.raises(GuardStopped, match="the reference is not the model that is trained") as stopped:
-        train(dpo_values({**TWO_STEPS, "training_args.loss_type": loss_type}), replace(DPO, build_trainer=build))
+        train(dpo_values({**TWO_STEPS, "training_args.loss_type": loss_type}), with_wrong_reference(DPO))
     assert stopped.value.exit_code == 3
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +118,9 @@ def test_the_first_loss_and_the_first_divergence_are_0(train: Any, grpo_values: 
     assert later["kl"] > first["kl"]
 
 
-def test_a_wrong_reference_stops_the_run(train: Any, grpo_values: Any) -> None:
-    def disturbed(parts: Any) -> Any:
-        reference = parts.load_reference()
-        with torch.no_grad():
-            for weight in reference.parameters():
-                weight.add_(torch.randn_like(weight) * 0.3)
-        return reference
-
-    def build(parts: Any) -> Any:
-        return GRPO.build_trainer(replace(parts, load_reference=lambda: disturbed(parts)))
-
+def test_a_wrong_reference_stops_the_run(train: Any, grpo_values: Any, with_wrong_reference: Any) -> None:
     with pytest.raises(GuardStopped, match=r"the divergence from the reference must start at 0\.0000"):
-        train(grpo_values({"training_args.beta": 0.1}), replace(GRPO, build_trainer=build))
+        train(grpo_values({"training_args.beta": 0.1}), with_wrong_reference(GRPO))
 
 
 def test_an_adapter_that_goes_on_is_its_own_reference(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +58,9 @@ def test_without_weights_the_first_loss_is_a_half(train: Any, kto_values: Any) -
     assert run.trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_wrong_reference_stops_the_run(train: Any, kto_values: Any) -> None:
-    def disturbed(parts: Any) -> Any:
-        reference = parts.load_reference()
-        with torch.no_grad():
-            for weight in reference.parameters():
-                weight.add_(torch.randn_like(weight) * 0.3)
-        return reference
-
-    def build(parts: Any) -> Any:
-        return KTO.build_trainer(replace(parts, load_reference=lambda: disturbed(parts)))
-
+def test_a_wrong_reference_stops_the_run(train: Any, kto_values: Any, with_wrong_reference: Any) -> None:
     with pytest.raises(GuardStopped, match="the reference is not the model that is trained"):
-        train(kto_values({}), replace(KTO, build_trainer=build))
+        train(kto_values({}), with_wrong_reference(KTO))
 
 
 @pytest.mark.parametrize(("peft_conf", "rate"), [({"peft_type": "NO_PEFT"}, 5e-3), (LORA, 2e-2)], ids=["full", "lora"])

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +17,22 @@ CASES = {
 MOST_DIFFERENCE = 1e-4
 
 
-def losses(folder: Path) -> list[float]:
-    lines = (folder / "training_logs.jsonl").read_text().splitlines()
-    return [json.loads(line)["data"]["value"] for line in lines]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_split_does_not_show(
-    sft_values: Any, dpo_values: Any, write_config: Any, tmp_path: Path, case: str, record_property: Any
+    sft_values: Any,
+    dpo_values: Any,
+    write_config: Any,
+    torchrun: Any,
+    logged_losses: Any,
+    tmp_path: Path,
+    case: str,
+    record_property: Any,
 ) -> None:
     """4 rows a step: 1 process x accumulation 4, 2 x 2 and 4 x 1, one row at a time each."""
     kind, changes = CASES[case]
     make = dpo_values if kind == "dpo" else sft_values
-    scripts, curves = Path(sys.executable).parent, {}
+    curves = {}
     for processes in (1, 2, 4):
         out = tmp_path / f"on-{processes}"
         values = make(
@@ -45,20 +43,9 @@ def test_the_split_does_not_show(
                 "batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 1},
             }
         )
-        launcher = [str(scripts / "torchrun"), "--nproc_per_node", str(processes), "--no-python"]
-        rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        config = str(write_config(values, f"on-{processes}.yaml"))
-        result = subprocess.run(
-            [*launcher, *rendezvous, str(scripts / "finetuning"), kind, config],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
+        result = torchrun(kind, write_config(values, f"on-{processes}.yaml"), processes)
         assert f"4 = {processes} x 1 x {4 // processes}" in result.stdout
-        curves[processes] = losses(out)
+        curves[processes] = logged_losses(out)
     assert len(curves[1]) == 3
     for processes in (2, 4):
         most = max(abs(a - b) for a, b in zip(curves[1], curves[processes], strict=True))

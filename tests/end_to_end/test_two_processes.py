@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,8 @@ def test_the_curve_is_that_of_one_process(
     dpo_values: Any,
     write_config: Any,
     read_tensors: Any,
+    torchrun: Any,
+    logged_losses: Any,
     tmp_path: Path,
     kind: str,
     batching: str | None,
@@ -41,35 +40,13 @@ def test_the_curve_is_that_of_one_process(
     make = sft_values if kind == "sft" else dpo_values
     shared = tmp_path / "shared"
     config = write_config(make({**changes, "training_args.output_dir": str(shared)}), "shared.yaml")
-    scripts = Path(sys.executable).parent
-    command = [str(scripts / "torchrun"), "--nproc_per_node", "2", "--no-python"]
-    result = subprocess.run(
-        [
-            *command,
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-            str(scripts / "finetuning"),
-            kind,
-            str(config),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    result = torchrun(kind, config)
     assert "find_unused_parameters" not in result.stderr
     assert result.stdout.count("Completed after 6 steps") == 1
     assert result.stdout.count("rows in a batch") == 1
     assert "4 = 2 x 2 x 1" in result.stdout
     alone = train(make({**changes, "training_args.output_dir": str(tmp_path / "alone")}))
-    curves = [
-        [json.loads(line)["data"]["value"] for line in (folder / "training_logs.jsonl").read_text().splitlines()]
-        for folder in (shared, alone.output_dir)
-    ]
+    curves = [logged_losses(folder) for folder in (shared, alone.output_dir)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     assert len(curves[0]) == (9 if kind == "sft" else 6)
     # The console script adds what a run inside of this process does not have, and two processes a heartbeat.

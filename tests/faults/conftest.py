@@ -132,3 +132,17 @@ def nursery(shared_nursery: Nursery) -> Iterator[Nursery]:
     """Starts runs as processes that are gone when the test is."""
     yield shared_nursery
     shared_nursery.clear()
+
+
+@pytest.fixture(scope="session")
+def losses_by_step() -> Callable[[Path], dict[int, set[float]]]:
+    """A function that reads all losses that were ever logged in an output directory, by step."""
+
+    def read(output_dir: Path) -> dict[int, set[float]]:
+        found: dict[int, set[float]] = {}
+        for line in (output_dir / "training_logs.jsonl").read_text(encoding="utf-8").splitlines():
+            data = json.loads(line)["data"]
+            found.setdefault(data["step"], set()).add(data["value"])
+        return found
+
+    return read

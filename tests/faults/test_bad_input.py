@@ -158,6 +158,7 @@ def test_12_a_total_that_does_not_divide(
     config = write_config(sft_values({"batchsize_conf.total_train_batch_size": 512}))
     message = refused(config)
     assert f"config.yaml:{line_of(config, 'total_train')}" in message
+    assert "batchsize_conf.total_train_batch_size" in message
     assert "512 rows cannot be divided among 6 processes; the nearest totals that can are 510 and 516" in message
 
 

@@ -36,14 +36,6 @@ def finished() -> dict[str, Path]:
     return {}
 
 
-def losses(out: Path) -> dict[int, set[float]]:
-    found: dict[int, set[float]] = {}
-    for line in (out / "training_logs.jsonl").read_text(encoding="utf-8").splitlines():
-        data = json.loads(line)["data"]
-        found.setdefault(data["step"], set()).add(data["value"])
-    return found
-
-
 def flip(folder: Path) -> None:
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -70,7 +62,12 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(
-    start: Any, finished: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, damage: str
+    start: Any,
+    finished: dict[str, Path],
+    losses_by_step: Any,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    damage: str,
 ) -> None:
     out = tmp_path / "out"
     if "whole" not in finished:
@@ -84,7 +81,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert (run := start(SAVED)).wait() == 0, run.told
     assert f"checkpoint-4 passed over: {reason}" in run.told
     assert "checkpoint-2" in run.told
-    assert losses(out) == losses(finished["whole"]), "the steps that were taken again are what they were"
+    assert losses_by_step(out) == losses_by_step(finished["whole"]), (
+        "the steps that were taken again are what they were"
+    )
 
 
 def test_a_signal_while_everything_is_set_up_ends_it_at_once(start: Any, tmp_path: Path) -> None:

@@ -40,18 +40,15 @@ def newest(names: set[str]) -> str | None:
     return max(names, key=lambda name: int(name.rpartition("-")[2]), default=None)
 
 
-def losses(out: Path) -> dict[int, set[float]]:
-    """All losses that were ever logged, by step."""
-    found: dict[int, set[float]] = {}
-    for line in (out / "training_logs.jsonl").read_text(encoding="utf-8").splitlines():
-        data = json.loads(line)["data"]
-        found.setdefault(data["step"], set()).add(data["value"])
-    return found
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_fifty_times(
-    nursery: Any, sft_values: Any, write_config: Any, read_tensors: Any, tmp_path: Path, record_property: Any
+    nursery: Any,
+    sft_values: Any,
+    write_config: Any,
+    read_tensors: Any,
+    losses_by_step: Any,
+    tmp_path: Path,
+    record_property: Any,
 ) -> None:
     changes = {
         "peft_conf": LORA,
@@ -63,7 +60,7 @@ def test_a_run_that_is_killed_fifty_times(
     }
     config = write_config(sft_values(changes), "whole.yaml")
     assert (uncut := nursery.start(["sft", config])).wait() == 0, uncut.told
-    expected, tensors = losses(tmp_path / "out"), read_tensors(tmp_path / "out" / "checkpoint-final")
+    expected, tensors = losses_by_step(tmp_path / "out"), read_tensors(tmp_path / "out" / "checkpoint-final")
     assert set(expected) == set(range(1, STEPS + 1))
 
     dice, lives, seen = random.Random(7), 0, Counter()
@@ -77,7 +74,9 @@ def test_a_run_that_is_killed_fifty_times(
         assert last.wait() == 0, last.told
         assert json.loads((out / "run.json").read_text())["status"] == "completed"
         assert not list(out.glob(".*.partial"))
-        assert losses(out) == expected, "each loss is that of the run that was not cut, as often as it was computed"
+        assert losses_by_step(out) == expected, (
+            "each loss is that of the run that was not cut, as often as it was computed"
+        )
         final = read_tensors(out / "checkpoint-final")
         assert final.keys() == tensors.keys()
         assert all(torch.equal(final[name], tensors[name]) for name in tensors)

@@ -68,26 +68,23 @@ def run(nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> Cal
     return job
 
 
-def losses(out: Path) -> list[float]:
-    lines = (out / "training_logs.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["data"]["value"] for line in lines]
-
-
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_one_process_that_runs_out_of_memory_goes_on_in_smaller_pieces(run: Any, where: str) -> None:
+def test_one_process_that_runs_out_of_memory_goes_on_in_smaller_pieces(
+    run: Any, logged_losses: Any, where: str
+) -> None:
     changes = {**BATCH, "peft_conf": LORA, "training_args.max_steps": 4}
     changes["batchsize_conf"] = {"total_train_batch_size": 8, "max_per_device_train_batch_size": 2}
     enough, told, codes = run(changes, [""])
     assert codes == [0], told
     small, told, codes = run(changes, ["", SMALL.replace("MOST", "1").replace("PASS", where)])
     assert codes == [0, 0], told
-    assert losses(small) == pytest.approx(losses(enough), abs=2e-5)
+    assert logged_losses(small) == pytest.approx(logged_losses(enough), abs=2e-5)
     [division] = json.loads((small / "run.json").read_text())["memory"]["divisions"]
     assert division.startswith("process 1, step 2: out of memory with 2 rows at a time; from here on 1")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_job_goes_on_with_another_number_of_processes(run: Any, before: int, after: int) -> None:
+def test_a_job_goes_on_with_another_number_of_processes(run: Any, logged_losses: Any, before: int, after: int) -> None:
     changes = {**SAVED, "peft_conf": LORA, "run_conf.resume_from_checkpoint": "auto"}
     whole, told, codes = run(changes, [""] * before)
     assert codes == [0] * before, told
@@ -97,7 +94,7 @@ def test_a_job_goes_on_with_another_number_of_processes(run: Any, before: int, a
     _, told, codes = run(changes, [""] * after, cut)
     assert codes == [0] * after, told
     assert f"plan.world_size was {before}, is {after}" in told
-    assert losses(cut) == pytest.approx(losses(whole)[3:], abs=1e-4)
+    assert logged_losses(cut) == pytest.approx(logged_losses(whole)[3:], abs=1e-4)
     other = {"batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 2}}
     (cut / "checkpoint-final").rename(cut / "aside")
     _, told, codes = run(changes | other, [""] * after, cut)
@@ -136,13 +133,13 @@ Measuring._folder = broken
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, rank: int) -> None:
+def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, logged_losses: Any, rank: int) -> None:
     changes = {**SAVED, "peft_conf": LORA, "training_args.max_steps": 3, "telemetry": {"ranks": "all"}}
     befores = ["", ""]
     befores[rank] = BROKEN
     out, told, codes = run(changes, befores)
     assert codes == [0, 0], told
-    assert len(losses(out)) == 3
+    assert len(logged_losses(out)) == 3
     assert (out / "checkpoint-final").is_dir()
     if rank == 0:
         assert told.count("telemetry is incomplete, training goes on: end: RuntimeError: no folder") == 1

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +123,14 @@ def test_a_checkpoint_of_prepared_rows_is_no_place_in_a_stream(train: Any, sft_v
 
 
 def test_two_processes_train_on_the_same_rows(
-    train: Any, sft_values: Any, write_config: Any, read_tensors: Any, rows: str, tmp_path: Path
+    train: Any,
+    sft_values: Any,
+    write_config: Any,
+    read_tensors: Any,
+    torchrun: Any,
+    logged_losses: Any,
+    rows: str,
+    tmp_path: Path,
 ) -> None:
     other = Path(rows).with_name("other.jsonl")
     other.write_text("".join(Path(rows).read_text().splitlines(keepends=True)[700:1000]))
@@ -143,22 +147,9 @@ def test_two_processes_train_on_the_same_rows(
     values["data_conf"]["training_data"] = changes["data_conf.training_data"]
     shared = tmp_path / "shared"
     config = write_config({**values, "training_args": {**values["training_args"], "output_dir": str(shared)}}, "s.yaml")
-    scripts = Path(sys.executable).parent
-    command = [str(scripts / "torchrun"), "--nproc_per_node", "2", "--no-python", "--rdzv_backend", "c10d"]
-    result = subprocess.run(
-        [*command, "--rdzv_endpoint", "localhost:0", str(scripts / "finetuning"), "sft", str(config)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    torchrun("sft", config)
     alone = train(values)
-    curves = [
-        [json.loads(line)["data"]["value"] for line in (folder / "training_logs.jsonl").read_text().splitlines()]
-        for folder in (shared, alone.output_dir)
-    ]
+    curves = [logged_losses(folder) for folder in (shared, alone.output_dir)]
     assert len(curves[0]) == 20
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     first, second = read_tensors(shared / "checkpoint-final"), read_tensors(alone.final)

@@ -159,16 +159,13 @@ sys.exit(code)
 
 @pytest.mark.parametrize(("ranks", "files"), [("zero", 1), ("all", 2)])
 def test_two_processes_share_a_trace(
-    sft_values: Any, write_config: Any, recorded: Any, tmp_path: Path, ranks: str, files: int
+    sft_values: Any, write_config: Any, torchrun: Any, recorded: Any, tmp_path: Path, ranks: str, files: int
 ) -> None:
     section = {"ranks": ranks, "log_every_n_train_iterations": 2}
     config = write_config(
         sft_values({"telemetry": section, "training_args.save_strategy": "steps", "training_args.save_steps": 2})
     )
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "finetuning.cli.finetuning", "sft", config]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    torchrun("sft", config)
     assert len(list((tmp_path / "out").glob("telemetry/*/*.jsonl"))) == files
     main = recorded(tmp_path / "out")
     last = main.updates()[-1]
