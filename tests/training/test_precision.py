@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.read import read_document
 from finetuning.config.validate import validate
 from finetuning.errors import ConfigError
 from finetuning.model.machine import Ability, Device
-from finetuning.training.precision import check_precision
+from finetuning.training.precision import check_precision, computing
 
 OLD_GPU = Device(
     "an old GPU",
@@ -21,6 +23,7 @@ OLD_GPU = Device(
     None,
     (Ability("bf16", False, "only emulated"), Ability("fp16", True), Ability("tf32", False, "needs 8.0, this is 7.5")),
 )
+OLD_CPU = Device("a CPU", "cpu", None, None, (Ability("bf16", True, "emulated, slower than float32"),))
 NEW_GPU = Device("a GPU", "cuda", None, None, tuple(Ability(name, True) for name in ("bf16", "fp16", "tf32")))
 
 
@@ -46,6 +49,25 @@ def test_what_the_device_lacks_is_said(asking: Any, args: dict[str, Any], messag
         check_precision(asking(**args), OLD_GPU)
     assert str(caught.value).startswith(message)
     check_precision(asking(**args), NEW_GPU)
+
+
+HINT = "a GPU has bfloat16 in hardware, which training_args.bf16 uses"
+
+
+@pytest.mark.parametrize(
+    ("args", "weights", "device", "told"),
+    [
+        ({}, torch.float32, NEW_GPU, ("float32", HINT)),
+        ({}, torch.float32, OLD_GPU, ("float32", "")),
+        ({}, torch.float32, OLD_CPU, ("float32", "")),
+        ({}, torch.bfloat16, NEW_GPU, ("bfloat16", "")),
+        ({"bf16": True}, torch.float32, NEW_GPU, ("bfloat16 by autocast, the weights in float32", "")),
+    ],
+)
+def test_a_run_tells_what_it_computes_in(
+    asking: Any, args: dict[str, Any], weights: torch.dtype, device: Device, told: tuple[str, str]
+) -> None:
+    assert computing(asking(**args), SimpleNamespace(dtype=weights), device) == told
 
 
 def test_fp16_on_a_cpu_stops_before_the_weights(

@@ -69,3 +69,19 @@ def check_precision(experiment: Experiment, device: Device | None = None) -> Non
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def computing(experiment: Experiment, model: Any, device: Device | None = None) -> tuple[str, str]:
+    """What the run computes in; and what its device has that is faster, nothing where nothing is known to be."""
+    args = experiment.training_args
+    weights = str(model.dtype).removeprefix("torch.")
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    if autocast:
+        return f"{autocast} by autocast, the weights in {weights}", ""
+    if args.deepspeed or weights != "float32":
+        return weights, ""
+    device = device or training_device(bool((args.model_extra or {}).get("use_cpu")))
+    ability = device.can("bf16")
+    if not ability.ok or ability.note.startswith("emulated"):
+        return weights, ""
+    return weights, f"{device.name} has bfloat16 in hardware, which training_args.bf16 uses"

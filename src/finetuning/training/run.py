@@ -297,10 +297,13 @@ def _data_values(data: PreparedData) -> dict[str, Any]:
 
 
 def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
+    from finetuning.training.precision import computing
+
     for note in terms.notes:
         job.observer.told("resumed with", note)
     if beyond := check_positions(prepared.model, job.experiment, data):
         job.observer.told("longest row", "beyond what the model was made for", warnings=beyond)
+    job.observer.told("precision", *computing(job.experiment, prepared.model))
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
         label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         job.observer.told(label, value)
