@@ -21,6 +21,7 @@ from finetuning.data.cache import cache_folder, prune
 from finetuning.data.prepare import PreparedData, prepare_sft
 from finetuning.data.templates import get_template
 from finetuning.errors import DataError
+from finetuning.publish import MANIFEST, write_manifest
 
 from .conversations import assistant, user
 
@@ -118,9 +119,44 @@ def test_a_damaged_entry_is_made_anew(harm: str, prepare: Any, tmp_path: Path) -
     else:
         file.write_bytes(data[:-1] if harm in ("cut", "meta") else bytes([data[0] ^ 1]) + data[1:])
     again = prepare()
-    assert "the entry was damaged" in again.origin
+    assert "the entry could not be used" in again.origin
     assert again.train.to_list() == rows
     assert "as prepared before" in prepare().origin
+
+
+def in_a_former_form(entry: Path) -> None:
+    """Leaves an entry as it was written before the ledger's counts were one thing of their own."""
+    meta = json.loads((entry / store.META).read_text())
+    del meta["form"]
+    meta["ledger"] = [
+        {**{key: one["totals"][key] for key in ("part", "limit", "rows", "kept")}, "counts": {}, "fates": one["fates"]}
+        for one in meta["ledger"]
+    ]
+    (entry / store.META).write_text(json.dumps(meta))
+    (entry / MANIFEST).unlink()
+    write_manifest(entry)
+
+
+@pytest.mark.parametrize("name", ["its own", "another"])
+def test_an_entry_of_a_former_form_is_made_anew(name: str, prepare: Any, tmp_path: Path) -> None:
+    first = prepare()
+    (entry,) = entries(tmp_path)
+    in_a_former_form(entry)
+    if name == "another":
+        entry.rename(entry.with_name("former"))
+    again = prepare()
+    assert "another version of the engine" in again.origin
+    assert again.train.to_list() == first.train.to_list()
+    assert again.ledger == first.ledger
+    assert "as prepared before" in prepare().origin
+
+
+def test_rows_prepared_ahead_of_time_in_a_former_form_are_refused(prepare: Any, tmp_path: Path) -> None:
+    prepare()
+    (entry,) = entries(tmp_path)
+    in_a_former_form(entry)
+    with pytest.raises(DataError, match=r"written by another version of the engine.*finetuning prepare --output"):
+        prepare(conf={"prepared": str(entry)})
 
 
 def test_a_fault_in_the_data_leaves_no_entry(prepare: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.data.fates import Totals
 from finetuning.data.ledger import TOO_LONG, Ledger, PartLedger, raise_bad_rows
 from finetuning.errors import DataError, Place, Problem
 
@@ -14,14 +15,14 @@ def place(line: int) -> Place:
 
 
 def test_lines_say_what_became_of_the_rows() -> None:
-    part = PartLedger("training", limit=8)
+    part = PartLedger(Totals("training", limit=8))
     for _ in range(17):
         part.keep(tokens=4, trained=2)
     part.truncate(place(18), tokens=8, trained=3, tokens_cut=5, answer_cut=True)
     part.drop(place(19), TOO_LONG, "61 tokens, the limit is 8", is_fault=False, tokens=61)
     part.drop(place(20), TOO_LONG, "70 tokens, the limit is 8", is_fault=False, tokens=70)
     part.note("something odd", 2)
-    text = "\n".join(part.lines())
+    text = "\n".join(part.totals.lines())
     assert "training: 18 rows of 20 kept, 76 tokens, 37 trained" in text
     assert "truncated: 1 row, 5 tokens cut off; 1 answer cut" in text
     assert "dropped: 2 rows, longer than the limit; first train.jsonl:19: 61 tokens, the limit is 8" in text
@@ -30,7 +31,7 @@ def test_lines_say_what_became_of_the_rows() -> None:
 
 
 def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
-    part = PartLedger("training", limit=8)
+    part = PartLedger(Totals("training", limit=8))
     part.keep(4, 2)
     part.truncate(place(2), tokens=8, trained=3, tokens_cut=5, answer_cut=False)
     part.drop(place(3), "bad row", "ä")
@@ -45,28 +46,28 @@ def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
 
 
 def test_too_many_faults_stop_the_run_and_filtered_rows_do_not() -> None:
-    part = PartLedger("training", limit=8)
+    part = PartLedger(Totals("training", limit=8))
     for line in range(1, 20):
         part.keep(4, 2)
         part.drop(place(100 + line), TOO_LONG, is_fault=False, tokens=9)
-    part.check(0.05)
+    part.totals.check(0.05)
     part.drop(place(7), "bad row", "expected text")
-    part.check(0.05)
+    part.totals.check(0.05)
     part.drop(place(8), "bad row", "expected text")
-    part.check(0.05)
+    part.totals.check(0.05)
     part.drop(place(9), "bad row", "expected text")
     with pytest.raises(DataError) as caught:
-        part.check(0.05)
+        part.totals.check(0.05)
     assert "3 of 41 training rows (7.3%)" in str(caught.value)
     assert "train.jsonl:7: bad row: expected text" in str(caught.value)
 
 
 def test_all_rows_gone_says_how_long_the_shortest_is() -> None:
-    part = PartLedger("training", limit=8)
+    part = PartLedger(Totals("training", limit=8))
     for tokens in (70, 61, 64, 80, 90):
         part.drop(place(1), TOO_LONG, is_fault=False, tokens=tokens)
     with pytest.raises(DataError, match=r"train\.jsonl: all 5 rows dropped: shortest is 61 tokens, max_seq_length 8"):
-        part.check(1.0)
+        part.totals.check(1.0)
 
 
 def test_bad_rows_are_listed_ten_at_most_with_their_number() -> None:

@@ -19,6 +19,7 @@ import pytest
 from finetuning.config.data import ChatTemplateName, DataConfig
 from finetuning.config.training import SFTArgs
 from finetuning.data.batches import Repeats, in_batches
+from finetuning.data.fates import Totals
 from finetuning.data.ledger import PartLedger
 from finetuning.data.prepare import PreparedData, prepare_kto, prepare_sft
 from finetuning.data.sources import Line
@@ -81,7 +82,7 @@ def test_how_many_processes_share_the_work_changes_nothing(prepare: Any, monkeyp
         (BAD + 1, "bad row"),
         (LONG + 1, "longer than the limit"),
     ]
-    assert part.counts["the same as a row before"] == 1
+    assert part.totals.noticed["the same as a row before"] == 1
 
 
 def test_a_bad_row_that_another_process_finds_stops_the_run(prepare: Any, path: Path) -> None:
@@ -175,14 +176,14 @@ def test_texts_that_came_before_are_counted_by_where_they_came() -> None:
     def digests(*numbers: int) -> bytes:
         return np.array(numbers, dtype=np.uint64).tobytes()
 
-    repeats, training, validation = Repeats(), PartLedger("training"), PartLedger("validation")
+    repeats, training, validation = Repeats(), PartLedger(Totals("training")), PartLedger(Totals("validation"))
     repeats.add(digests(1, 2, 1))
     repeats.add(digests(1, 3))
     repeats.note(training)
     repeats.add(digests(3, 4, 4, 3, 5))
     repeats.note(validation)
-    assert training.counts == {"the same as a row before": 2}
-    assert validation.counts == {"the same as a training row": 2, "the same as a row before": 1}
+    assert training.totals.noticed == {"the same as a row before": 2}
+    assert validation.totals.noticed == {"the same as a training row": 2, "the same as a row before": 1}
 
 
 def test_batches_are_small_where_rows_are_long() -> None:

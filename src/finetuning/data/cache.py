@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetuning.data.store import META, Inputs, Stored, inputs_of, read
+from finetuning.data.store import FORM, META, Inputs, Stored, inputs_of, read
 from finetuning.errors import DataError, Place, StorageError
 
 VARIABLE = "FINETUNING_CACHE"
@@ -56,7 +56,7 @@ def find_or_make(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> 
             if isinstance(stored, Stored):
                 os.utime(entry / META)
                 return Found(stored, f"as prepared before: same data, template, tokenizer and rules ({entry})")
-            why = _why_anew(folder, inputs) if stored == "no entry" else f"the entry was damaged: {stored}"
+            why = _why_anew(folder, inputs) if stored == "no entry" else f"the entry could not be used: {stored}"
             shutil.rmtree(entry, ignore_errors=True)
             make(entry)
             stored = read(entry)
@@ -74,7 +74,7 @@ def find_or_make(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> 
 def digest_of(inputs: Inputs) -> str:
     """The name of the entry of these inputs."""
     # The order of files is part of what is prepared, the order of settings is not.
-    values = asdict(inputs) | {"data": list(inputs.data.items())}
+    values = asdict(inputs) | {"data": list(inputs.data.items()), "form": FORM}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -149,6 +149,8 @@ def _why_anew(folder: Path, inputs: Inputs) -> str:
     if not method:
         return "nothing like it was prepared before"
     nearest = min((inputs.changes_since(one) for one in method), key=len)
+    if not nearest:
+        return "the same rows are there as another version of the engine writes them"
     return f"changed since the nearest entry: {'; '.join(nearest[:6])}"
 
 

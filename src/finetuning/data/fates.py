@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,17 +57,20 @@ class Totals:
     """The first row that was dropped for each reason."""
     first_faults: list[Fate] = field(default_factory=list)
 
-    def count(self, fates: Iterable[Fate]) -> None:
-        """Counts rows that were cut or dropped; that they are rows, and kept, is counted by whoever adds them."""
-        for fate in fates:
-            if fate.what == TRUNCATED:
-                self.truncated += 1
-                self.tokens_cut += fate.tokens_cut
-                self.answers_cut += fate.answer_cut
-            else:
-                self._count_dropped(fate)
+    def keep(self, tokens: int, trained: int) -> None:
+        """Counts a row that is trained on."""
+        self.rows += 1
+        self.kept += 1
+        self.tokens += tokens
+        self.trained_tokens += trained
 
-    def _count_dropped(self, fate: Fate) -> None:
+    def count(self, fate: Fate) -> None:
+        """Counts what was lost of a row; that it is a row, and whether it is kept, is counted by whoever adds it."""
+        if fate.what == TRUNCATED:
+            self.truncated += 1
+            self.tokens_cut += fate.tokens_cut
+            self.answers_cut += fate.answer_cut
+            return
         self.dropped[fate.reason] += 1
         self.firsts.setdefault(fate.reason, fate)
         if fate.is_fault:
@@ -76,15 +78,13 @@ class Totals:
             self.first_faults = [*self.first_faults, fate][:SHOWN]
         if fate.reason == TOO_LONG:
             self.filtered += 1
-            shortest = self.shortest_dropped
-            self.shortest_dropped = fate.tokens if shortest is None else min(shortest, fate.tokens)
+            self.shortest_dropped = _least(self.shortest_dropped, fate.tokens)
 
     def add(self, other: Totals) -> None:
         """Counts what other rows of the same part came to."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        shortest = [one for one in (self.shortest_dropped, other.shortest_dropped) if one is not None]
-        self.shortest_dropped = min(shortest, default=None)
+        self.shortest_dropped = _least(self.shortest_dropped, other.shortest_dropped)
         self.dropped.update(other.dropped)
         self.noticed.update(other.noticed)
         self.formats |= other.formats
@@ -164,6 +164,10 @@ class Totals:
 _SUMS = (
     "rows", "kept", "tokens", "trained_tokens", "truncated", "tokens_cut", "answers_cut", "faults", "filtered",
 )  # fmt: skip
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((one for one in numbers if one is not None), default=None)
 
 
 def totals_of(values: dict[str, Any]) -> Totals:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,88 +19,46 @@ REJECTS_NAME = "rejects.jsonl"
 
 @dataclass
 class PartLedger:
-    """The fates of the rows of one part of the data (`training` or `validation`), and what was noticed on the way."""
+    """What became of the rows of one part of the data: their number, and the fate of each that was cut or dropped."""
 
-    part: str
-    limit: int | None = None
-    rows: int = 0
-    kept: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    shortest_dropped: int | None = None
+    totals: Totals
     fates: list[Fate] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    formats: dict[str, str] = field(default_factory=dict)
-    """The format of each dataset, and how it is known."""
+
+    @property
+    def part(self) -> str:
+        """`training` or `validation`."""
+        return self.totals.part
 
     def keep(self, tokens: int, trained: int) -> None:
         """Counts a row that is trained on as it is; tokens are counted in `tokens` and `trained`."""
-        self.rows += 1
-        self.kept += 1
-        self.tokens += tokens
-        self.trained_tokens += trained
+        self.totals.keep(tokens, trained)
 
     def truncate(self, place: Place, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
         """Counts a row that is trained on without its end."""
-        self.keep(tokens, trained)
+        self.totals.keep(tokens, trained)
         detail = f"{tokens_cut} tokens cut off" + (", part of the answer among them" if answer_cut else "")
-        self.fates.append(
+        self._meet(
             Fate(place, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut)
         )
 
     def drop(self, place: Place, reason: str, detail: str = "", *, is_fault: bool = True, tokens: int = 0) -> None:
         """Counts a row that is not trained on."""
-        self.rows += 1
-        if reason == TOO_LONG and (self.shortest_dropped is None or tokens < self.shortest_dropped):
-            self.shortest_dropped = tokens
-        self.fates.append(Fate(place, DROPPED, reason, detail, is_fault=is_fault, tokens=tokens))
+        self.totals.rows += 1
+        self._meet(Fate(place, DROPPED, reason, detail, is_fault=is_fault, tokens=tokens))
+
+    def _meet(self, fate: Fate) -> None:
+        self.fates.append(fate)
+        self.totals.count(fate)
 
     def note(self, what: str, count: int = 1) -> None:
         """Counts something worth knowing that costs no row."""
         if count:
-            self.counts[what] += count
+            self.totals.noticed[what] += count
 
     def add(self, other: PartLedger) -> None:
         """Takes up the fates of further rows."""
-        self.rows += other.rows
-        self.kept += other.kept
-        self.tokens += other.tokens
-        self.trained_tokens += other.trained_tokens
-        shortest = [one for one in (self.shortest_dropped, other.shortest_dropped) if one is not None]
-        self.shortest_dropped = min(shortest, default=None)
+        self.totals.add(other.totals)
         self.fates += other.fates
-        self.counts.update(other.counts)
-
-    def totals(self) -> Totals:
-        """All fates, counted."""
-        totals = Totals(
-            part=self.part,
-            limit=self.limit,
-            rows=self.rows,
-            kept=self.kept,
-            tokens=self.tokens,
-            trained_tokens=self.trained_tokens,
-            noticed=Counter(self.counts),
-            formats=dict(self.formats),
-        )
-        totals.count(self.fates)
-        return totals
-
-    def lines(self) -> list[str]:
-        """The ledger for people, a line for each thing to know."""
-        return self.totals().lines()
-
-    def report(self) -> dict[str, Any]:
-        """The ledger for machines; JSON types only."""
-        return self.totals().report()
-
-    def check(self, max_lost_fraction: float) -> None:
-        """Nothing, when enough rows are left.
-
-        Raises:
-            DataError: no row is left, or more than `max_lost_fraction` of them were lost to faults.
-        """
-        self.totals().check(max_lost_fraction)
 
 
 def raise_bad_rows(problems: Sequence[Problem]) -> None:
@@ -127,11 +84,11 @@ class Ledger:
 
     def lines(self) -> list[str]:
         """The ledgers for people, line by line."""
-        return [line for part in self.parts for line in part.lines()]
+        return [line for part in self.parts for line in part.totals.lines()]
 
     def report(self) -> list[dict[str, Any]]:
         """The ledgers for machines; JSON types only."""
-        return [part.report() for part in self.parts]
+        return [part.totals.report() for part in self.parts]
 
     def check(self, max_lost_fraction: float) -> None:
         """Nothing, when enough rows of each part are left.
@@ -140,7 +97,7 @@ class Ledger:
             DataError: a part has no row left, or lost more than `max_lost_fraction` of its rows to faults.
         """
         for part in self.parts:
-            part.check(max_lost_fraction)
+            part.totals.check(max_lost_fraction)
 
     def write(self, directory: str | Path) -> None:
         """`data_report.json` with all counts, and `rejects.jsonl` with each row that was cut or dropped."""

@@ -16,6 +16,7 @@ from finetuning.config.data import DatasetSource
 from finetuning.data.batches import Batch, Repeats, in_batches, make_batch, typed
 from finetuning.data.columns import as_dataset
 from finetuning.data.examples import Maker
+from finetuning.data.fates import Totals
 from finetuning.data.formats import Options
 from finetuning.data.labelling import Labeller
 from finetuning.data.ledger import PartLedger
@@ -66,14 +67,14 @@ class Reading:
         self, sources: Sequence[tuple[str, DatasetSource]], name: str, folder: Path | None = None
     ) -> tuple[Part, PartLedger]:
         """The rows of datasets, each with its key in the config; they are kept on the disk of `folder`."""
-        ledger = PartLedger(name, self.limit)
+        ledger = PartLedger(Totals(name, self.limit))
         spool = Spool(folder)
         alive: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
         lengths = []
         for key, source in sources:
             opened = open_dataset(source, key, self.kind, self.options)
-            ledger.formats[title_of(source)] = str(opened)
+            ledger.totals.formats[title_of(source)] = str(opened)
             rows = 0
             with closing(self._batches(opened, name)) as batches:
                 for batch in batches:
@@ -116,7 +117,7 @@ class Reading:
 
         def make(task: tuple[list[Any], int]) -> Batch:
             rows, want = task
-            return make_batch(typed(rows, opened.parse), self.make, PartLedger(name, self.limit), want)
+            return make_batch(typed(rows, opened.parse), self.make, PartLedger(Totals(name, self.limit)), want)
 
         with Workers(make, count) as workers:
             tasks = ((rows, self.want) for rows in chain(head[1:], unparsed))
@@ -135,7 +136,7 @@ class Reading:
                 yield waiting.result()
 
     def _make(self, rows: Sequence[Any], name: str) -> Batch:
-        return make_batch(rows, self.make, PartLedger(name, self.limit), self.want)
+        return make_batch(rows, self.make, PartLedger(Totals(name, self.limit)), self.want)
 
 
 def left_out(part: Part, order: np.ndarray, how: str) -> PartLedger:
@@ -145,7 +146,7 @@ def left_out(part: Part, order: np.ndarray, how: str) -> PartLedger:
     tokens, trained = part.sizes[kept].sum(axis=0).tolist()
     formats = {"out of the rows above": how}
     return PartLedger(
-        "validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats
+        Totals("validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats)
     )
 
 

@@ -6,13 +6,13 @@ The folder appears whole or not at all, and is read only where its files are tho
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.data.columns import as_dataset
-from finetuning.data.ledger import Fate, Ledger, PartLedger
+from finetuning.data.fates import fate_of, totals_of, values_of
+from finetuning.data.ledger import Ledger, PartLedger
 from finetuning.data.preview import PreviewRow
 from finetuning.errors import Place
 from finetuning.publish import manifest_fault, staged, write_manifest
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 META = "prepared.json"
+FORM = 2
+"""Changes whenever what a folder holds is written in another way."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,13 @@ def write(
                     part = dataset.shard(shards, index, contiguous=True) if shards > 1 else dataset
                     _write_table(folder / f"{name}-{index:05}-of-{shards:05}.arrow", part)
         meta = {
+            "form": FORM,
             "rows": len(train),
             "inputs": asdict(inputs),
-            "ledger": [asdict(part) | {"counts": dict(part.counts)} for part in ledger.parts],
+            "ledger": [
+                {"totals": values_of(part.totals), "fates": [asdict(fate) for fate in part.fates]}
+                for part in ledger.parts
+            ],
             "preview": [asdict(row) for row in preview],
         }
         (folder / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
@@ -103,13 +109,19 @@ def read(folder: Path) -> Stored | str:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{META} is missing or damaged"
+    if meta.get("form") != FORM:
+        return "it was written by another version of the engine"
     train, validation = (_read_tables(folder, name) for name in ("train", "validation"))
     if train is None:
         return "there are no training rows in it"
     return Stored(
         train,
         validation,
-        Ledger(tuple(_ledger(part) for part in meta["ledger"])),
+        Ledger(
+            tuple(
+                PartLedger(totals_of(one["totals"]), [fate_of(fate) for fate in one["fates"]]) for one in meta["ledger"]
+            )
+        ),
         [_preview(row) for row in meta["preview"]],
         Inputs(**meta["inputs"]),
     )
@@ -138,11 +150,6 @@ def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:
     if not tables:
         return None
     return as_dataset(tables[0] if len(tables) == 1 else concat_tables(tables))
-
-
-def _ledger(values: dict[str, Any]) -> PartLedger:
-    fates = [Fate(**{**one, "place": Place(**one["place"])}) for one in values["fates"]]
-    return PartLedger(**{**values, "fates": fates, "counts": Counter(values["counts"])})
 
 
 def _preview(values: dict[str, Any]) -> PreviewRow:

@@ -32,7 +32,7 @@ class StreamLedger:
 
     def fold(self, block: PartLedger) -> None:
         """Counts the fates of further rows."""
-        self.totals.add(block.totals())
+        self.totals.add(block.totals)
         self._waiting = "".join(reject_lines(block)).encode()
         self.rejects += len(self._waiting)
         if self._path is not None:

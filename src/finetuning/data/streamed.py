@@ -43,7 +43,7 @@ def stream_rows(
         part, ledger = reading.read(other, "validation")
         if data_conf.on_bad_row == "error":
             raise_bad_rows(reading.problems)
-        ledger.check(data_conf.max_lost_fraction)
+        ledger.totals.check(data_conf.max_lost_fraction)
         validation = to_dataset(part, mixing.concatenate(part.lengths), "validation")
     reading.problems.clear()
     reading.preview.clear()

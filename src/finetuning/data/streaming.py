@@ -184,7 +184,7 @@ class RowStream:
     def _make(self, batch: list[tuple[int, Any]], position: Position) -> _Block:
         reading = self._reading
         parsed = typed(batch, lambda numbered: self._parsers[numbered[0]](numbered[1]))
-        ledger = PartLedger(_PART, reading.limit, formats=dict(self._formats))
+        ledger = PartLedger(Totals(_PART, reading.limit, formats=dict(self._formats)))
         made = make_batch(parsed, reading.make, ledger, reading.want)
         reading.show(made)
         reading.repeats.note_former(made.digests, ledger)
