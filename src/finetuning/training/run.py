@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import Experiment
@@ -15,9 +15,9 @@ from finetuning.training.contract import Terms, agree
 from finetuning.training.garbage import seldom_collected
 from finetuning.training.meeting import part
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
-from finetuning.training.positions import check_positions
 from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
 from finetuning.training.resume import ResumePoint, find_resume_point
+from finetuning.training.telling import data_values, tell_memory, tell_model, what_went_in
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -169,8 +169,8 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         prepared = load_model(
             experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
         )
-    _tell_model(job, plan, data, prepared, terms)
-    record.update(**_what_went_in(experiment, plan, data, prepared, resume))
+    tell_model(job, plan, data, prepared, terms)
+    record.update(**what_went_in(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_end_time())
     copies = make_copies(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
@@ -183,7 +183,7 @@ def _road(job: Job, record: RunRecord) -> RunResult:
     record.update(trained=True)
     with waited_for(copies, lambda: bool(stop.received)):
         seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
-        record.update(memory=_tell_memory(trainer, plan, observer), data=_data_values(data))
+        record.update(memory=tell_memory(trainer, plan, observer), data=data_values(data))
         artifact = _publish(job, trainer, tokenizer, prepared, ending, initial)
         if artifact is not None:
             record.update(artifact=artifact.as_dict())
@@ -273,56 +273,6 @@ def _publish(
             initial=initial,
             vocabulary=prepared.vocabulary,
         )
-
-
-def _what_went_in(
-    experiment: Experiment, plan: Plan, data: PreparedData, prepared: PreparedModel, resume: ResumePoint
-) -> dict[str, Any]:
-    """What the record says before the first step."""
-    return {
-        "plan": plan.as_dict(),
-        "data": _data_values(data),
-        "model": {
-            "name": experiment.run_conf.model,
-            "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
-            "notes": list(prepared.notes),
-            "layout": str(prepared.layout),
-        },
-        "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
-    }
-
-
-def _data_values(data: PreparedData) -> dict[str, Any]:
-    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "ledger": data.ledger.report()}
-
-
-def _tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
-    from finetuning.training.precision import computing
-
-    for note in terms.notes:
-        job.observer.told("resumed with", note)
-    if beyond := check_positions(prepared.model, job.experiment, data):
-        job.observer.told("longest row", "beyond what the model was made for", warnings=beyond)
-    job.observer.told("precision", *computing(job.experiment, prepared.model))
-    for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
-        label, _, value = note.partition(": ") if ": " in note else ("", "", note)
-        job.observer.told(label, value)
-    if job.method.lays_end_to_end and data.rows is not None:
-        from finetuning.data.packed import lying
-
-        longest = job.experiment.sft_args.max_seq_length
-        job.observer.told("tokens", str(lying(data.train, longest, plan.batch.per_device)))
-
-
-def _tell_memory(trainer: Trainer, plan: Plan, observer: Observer) -> dict[str, Any]:
-    """What the run took of memory, beside its estimate, and what had to be divided on the way."""
-    from finetuning.training.memory import divisions_of_all, measured, told
-
-    values = measured(plan.memory, trainer.args.device) | {"divisions": divisions_of_all(trainer)}
-    observer.found("memory", told(values))
-    for division in values["divisions"]:
-        observer.found("memory", division)
-    return values
 
 
 def _last_loss(trainer: Trainer) -> float | None:
