@@ -34,6 +34,8 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
     Raises:
         ConfigError: the trainer's own checks refuse a value, or the device lacks a number type.
     """
+    import torch
+
     check_device(experiment)
     module, _, name = arguments_class.partition(":")
     args = experiment.training_args
@@ -49,6 +51,9 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
         "deepspeed": _deepspeed(args.deepspeed, plan),
         "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
     }
+    if plan.batch.world_size > 1 and not torch.accelerator.is_available():
+        # Or accelerate finds no device for a process group, and each process trains by itself.
+        fields["use_cpu"] = True
     if args.max_steps > 0 and args.num_train_epochs <= 0:
         fields.pop("num_train_epochs")
     try:
