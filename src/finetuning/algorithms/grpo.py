@@ -83,7 +83,6 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
 def _trainer_class(columns: list[str]) -> type:
     import trl
-    from trl.models import prepare_deepspeed, prepare_fsdp
     from trl.trainer.callbacks import SyncRefModelCallback
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
@@ -100,12 +99,7 @@ def _trainer_class(columns: list[str]) -> type:
             if self.args.disable_dropout:
                 disable_dropout_in_model(reference)
             add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
-            if self.is_deepspeed_enabled:
-                self.ref_model = prepare_deepspeed(reference, self.accelerator)
-            elif self.is_fsdp_enabled:
-                self.ref_model = prepare_fsdp(reference, self.accelerator)
-            else:
-                self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model = _placed(reference, self)
             if syncs:
                 self.args.sync_ref_model = True
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
@@ -120,12 +114,7 @@ def _trainer_class(columns: list[str]) -> type:
             return [prompt.ids for prompt in prompts], None, {}
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            rows = []
-            for one in inputs:
-                told = json.loads(one["row"])
-                others = {name: told["columns"].get(name) for name in columns}
-                rows.append({"prompt": ReadyPrompt.of(told["prompt"], one["prompt_ids"]), **others})
-            output = super()._generate_and_score_completions(rows)
+            output = super()._generate_and_score_completions([_told_row(one, columns) for one in inputs])
             if self.model.training:
                 self._token_count = self._token_count + output["prompt_mask"].sum() + output["completion_mask"].sum()
             return output
@@ -140,6 +129,26 @@ def _trainer_class(columns: list[str]) -> type:
             return loss
 
     return GRPOTrainer
+
+
+def _placed(reference: Any, trainer: Any) -> Any:
+    """The reference where the trainer's model is: on its device, or shared out like it."""
+    from trl.models import prepare_deepspeed, prepare_fsdp
+
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(reference, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(reference, trainer.accelerator)
+    return trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def _told_row(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """A prepared row as TRL reads one: its prompt, which needs no tokenising, and the columns that rewards look at."""
+    told = json.loads(row["row"])
+    return {
+        "prompt": ReadyPrompt.of(told["prompt"], row["prompt_ids"]),
+        **{name: told["columns"].get(name) for name in columns},
+    }
 
 
 def _columns(data: PreparedData) -> list[str]:

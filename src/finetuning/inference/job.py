@@ -6,7 +6,8 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class Job:
             ],
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+    def told(self) -> Record:
+        """What each record says of how it was made, besides the parameters of generation."""
+        return {
+            "quant_conf": self.quant_conf.model_dump(mode="json", exclude_none=True),
+            "model_conf": self.model_conf.model_dump(mode="json", exclude_none=True),
+            "seed": self.seed,
+        }
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,7 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
     generator = load_generator(job.model_conf, job.quant_conf)
     parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
     prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
-    told = parameters.told | {
-        "quant_conf": job.quant_conf.model_dump(mode="json", exclude_none=True),
-        "model_conf": job.model_conf.model_dump(mode="json", exclude_none=True),
-        "seed": job.seed,
-    }
+    told = parameters.told | job.told()
     batches = plan_batches(
         [len(prompt.ids) for prompt in prompts],
         parameters.max_new_tokens,
@@ -130,10 +135,9 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
     spool = Spool(output, job.fingerprint())
     # A batch is made again whole, so that its answers are drawn from the same random numbers.
     batches = [batch for batch in batches if spool.missing(batch)]
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     tokens, started = 0, time.monotonic()
     watch.on_progress(Progress(len(spool.records), len(prompts), 0, 0.0))
-    try:
+    with _kept(spool, output, len(prompts)), _terminable():
         for answers in generate_batches(generator, prompts, batches, parameters, job.seed, watch.on_text):
             spool.add(
                 {
@@ -143,23 +147,41 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
             )
             tokens += sum(answer.tokens for given in answers.values() for answer in given)
             watch.on_progress(Progress(len(spool.records), len(prompts), tokens, time.monotonic() - started))
+    records = spool.in_order()
+    write_records(output, records)
+    spool.close(remove=True)
+    return records
+
+
+@contextmanager
+def _kept(spool: Spool, output: Path, total: int) -> Iterator[None]:
+    """Keeps the records so far when the block does not come to its end.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM came; the records so far are in `output`, too.
+    """
+    try:
+        yield
     except (KeyboardInterrupt, Interrupted) as error:
         write_records(output, spool.in_order())
         spool.close(remove=False)
         number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(
-            f"interrupted: {output} holds {len(spool.records)} of {len(prompts)} answers; the same command goes on",
-            number,
+            f"interrupted: {output} holds {len(spool.records)} of {total} answers; the same command goes on", number
         ) from None
     except BaseException:
         spool.close(remove=not spool.records)
         raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM is raised as Interrupted."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-    records = spool.in_order()
-    write_records(output, records)
-    spool.close(remove=True)
-    return records
 
 
 def _interrupt(signal_number: int, frame: Any) -> None:

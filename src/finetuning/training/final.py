@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finetuning.model.vocabulary import Vocabulary
 
 _REFERENCE_ADAPTER = "ref"
-_UNSOUND = "It was not published."
+_SAMPLE = "The quick brown fox, 12 × 7 = 84: déjà vu."
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def publish_final(
         GuardStopped: what was written is not sound.
     """
     trainer.settle_weights()
-    state_dict = None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state_dict = _gathered(trainer)
     if not trainer.is_world_process_zero():
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -77,7 +75,6 @@ def publish_final(
     base = model.get_base_model() if adapted else model
     writes = base.can_generate()
     stop_tokens = align(tokenizer, base.generation_config, end_of_turn) if writes else None
-    sample = "The quick brown fox, 12 × 7 = 84: déjà vu."
     with _room_for(folder), staged(folder) as candidate:
         save_model(
             model,
@@ -88,15 +85,12 @@ def publish_final(
             state_dict=state_dict,
             vocabulary=vocabulary,
         )
-        try:
+        with _named(folder):
             verified = verify_saved(
                 candidate,
                 initial=initial if adapted and state_dict is None else None,
-                sample_texts={sample: tokenizer.encode(sample, add_special_tokens=False)},
+                sample_texts={_SAMPLE: tokenizer.encode(_SAMPLE, add_special_tokens=False)},
             )
-        except GuardStopped as error:
-            problems = [replace(problem, place=Place(file=str(folder)), hint=_UNSOUND) for problem in error.problems]
-            raise GuardStopped(problems) from error
     return Artifact(
         kind=verified.kind,
         folder=str(folder),
@@ -105,6 +99,24 @@ def publish_final(
         checks=verified.checks,
         stop_tokens=stop_tokens.report if stop_tokens else None,
     )
+
+
+def _gathered(trainer: Trainer) -> dict[str, Any] | None:
+    """The weights that processes hold parts of; None where this process has them all."""
+    if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What is not sound is told of the folder that was to be, not of the one beside it where it was put together."""
+    try:
+        yield
+    except GuardStopped as error:
+        place = Place(file=str(folder))
+        problems = [replace(problem, place=place, hint="It was not published.") for problem in error.problems]
+        raise GuardStopped(problems) from error
 
 
 @contextmanager

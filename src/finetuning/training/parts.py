@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Layout, Method
 from finetuning.config.experiment import Experiment
-from finetuning.config.model import NewPeft
+from finetuning.config.model import Dtype, NewPeft
 from finetuning.errors import ConfigError, Place
 from finetuning.topology import Topology
 
@@ -122,25 +123,11 @@ def load_model(
     """
     from finetuning.model import adapters
     from finetuning.model.adapter_files import digests
-    from finetuning.model.heads import LANGUAGE, SCORE
-    from finetuning.model.load import load_model as load
-    from finetuning.model.vocabulary import grow
     from finetuning.training.invocation import with_invocation
 
     peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
-
-    def load_bare() -> tuple[Any, Any]:
-        model = load(
-            experiment.run_conf,
-            experiment.quant_conf,
-            topology=topology,
-            sharded_by=topology.sharded_by,
-            # Loss scaling needs master weights in float32.
-            default_dtype="float32" if arguments.fp16 else "auto",
-            head=SCORE if method.gives_scores else LANGUAGE,
-        )
-        return model, grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
-
+    # Loss scaling needs master weights in float32.
+    load_bare = partial(_load_bare, experiment, method, tokenizer, topology, "float32" if arguments.fp16 else "auto")
     model, vocabulary = load_bare()
     notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
     base = _fingerprint(model)
@@ -165,6 +152,25 @@ def load_model(
     layout = _layout(experiment, method, adapted, topology)
     notes += [str(adapted), *adapted.notes]
     return PreparedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
+
+
+def _load_bare(
+    experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, topology: Topology, default_dtype: Dtype
+) -> tuple[Any, Vocabulary]:
+    """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
+    from finetuning.model import load
+    from finetuning.model.heads import LANGUAGE, SCORE
+    from finetuning.model.vocabulary import grow
+
+    model = load.load_model(
+        experiment.run_conf,
+        experiment.quant_conf,
+        topology=topology,
+        sharded_by=topology.sharded_by,
+        default_dtype=default_dtype,
+        head=SCORE if method.gives_scores else LANGUAGE,
+    )
+    return model, grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
 
 
 def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
