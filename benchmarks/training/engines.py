@@ -73,7 +73,9 @@ def plain_loop(bench: Bench, flat: bool, autocast: bool = False) -> tuple[int, f
     if flat:
         lay_end_to_end(model)
     collate = FlatteningCollator() if flat else PaddingCollator(0)
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-5)
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad], 5e-5, weight_decay=0.0
+    )
     model.train()
     for step in range(options.steps):
         taken = rows[step * bench.rows_a_step : (step + 1) * bench.rows_a_step]

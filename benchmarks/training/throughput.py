@@ -44,6 +44,7 @@ VARIANTS: dict[str, Callable[[Bench], tuple[int, float]]] = {
     "unsloth, float32": lambda bench: with_unsloth(bench, True, bf16=False),
     "unsloth, float32, no checkpointing": lambda bench: with_unsloth(bench, False, bf16=False),
     "unsloth, bf16, no checkpointing": lambda bench: with_unsloth(bench, False, bf16=True),
+    "unsloth, bf16, no checkpointing, compiled": lambda bench: with_unsloth(bench, False, True, bf16=True),
 }
 
 

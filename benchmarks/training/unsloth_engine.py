@@ -7,18 +7,21 @@ machine without a GPU unsloth takes its CPU path by itself.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from measuring import Bench, last_loss
 
 
-def with_unsloth(bench: Bench, checkpointing: bool, **arguments: Any) -> tuple[int, float]:
+def with_unsloth(bench: Bench, checkpointing: bool, compiled: bool = False, **arguments: Any) -> tuple[int, float]:
     """unsloth as its notebooks have it, on our rows and labels, from the same adapter.
 
     Args:
         checkpointing: its own gradient checkpointing, which is its default.
+        compiled: its CPU path's switch for torch.compile, which needs a C++ compiler.
         arguments: of the trainer; all else is its own default, autocast to bfloat16 among it where the CPU has that.
     """
+    os.environ["UNSLOTH_CPU_COMPILE"] = "1" if compiled else "0"
     # Before the libraries that it changes.
     language_model = importlib.import_module("unsloth").FastLanguageModel
     import datasets
