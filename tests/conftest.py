@@ -135,6 +135,26 @@ def chatml_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def gptq_llama_dir(tmp_path_factory: pytest.TempPathFactory, chatml_llama_dir: Path) -> Path:
+    """`chatml_llama_dir` in 4 bit by GPTQ, as gptqmodel makes it. Its tests are skipped where that is not installed.
+
+    The tests cannot ask for it: it holds numpy to 2.2.6, and comes with C code that has to be compiled.
+    """
+    for module in ("gptqmodel", "optimum"):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'finetuning[gptq]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(chatml_llama_dir)
+    rows = [sentence * 6 for sentence in SENTENCES]
+    quantisation = GPTQConfig(bits=4, group_size=32, dataset=rows, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir, quantization_config=quantisation)
+    directory = tmp_path_factory.mktemp("models") / "gptq-llama"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def tiny_tokenizer(tiny_llama_dir: Path) -> Any:
     """The tokenizer of `tiny_llama_dir`, freshly loaded."""

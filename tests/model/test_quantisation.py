@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, Quantised, RunConfig, TorchAO
 from finetuning.errors import ConfigError, ModelError
@@ -123,15 +123,48 @@ def test_nothing_is_cast_where_weights_are_sharded(tiny_llama_dir: Path):
     assert prepare_quantised(model).model.norm.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("conf", [NF4, INT8, AO_INT8], ids=["nf4", "int8", "torchao-int8"])
-def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: Quantised, chatml_llama_dir: Path):
-    model = prepare_quantised(load_model(RunConfig(model=str(chatml_llama_dir)), conf))
-    # All but the adapters below lies frozen between them and the loss.
+def gradients_after_an_evaluation(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The gradients of two adapters that have frozen layers between them and the loss."""
     lora = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["q_proj"]})
-    adapted = build(model, lora).model
+    adapted = build(prepare_quantised(model), lora).model
     with torch.no_grad():
         adapted.eval()(input_ids=IDS)
     adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
     gradients = [weight.grad for name, weight in adapted.named_parameters() if "lora_B" in name]
     assert len(gradients) == 2
+    return gradients
+
+
+@pytest.mark.parametrize("conf", [NF4, INT8, AO_INT8], ids=["nf4", "int8", "torchao-int8"])
+def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: Quantised, chatml_llama_dir: Path):
+    gradients = gradients_after_an_evaluation(load_model(RunConfig(model=str(chatml_llama_dir)), conf))
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_gradients_flow_through_a_gptq_checkpoint_after_an_evaluation(gptq_llama_dir: Path):
+    gradients = gradients_after_an_evaluation(load_model(RunConfig(model=str(gptq_llama_dir))))
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_an_adapter_of_a_gptq_checkpoint_loads_in_plain_peft(gptq_llama_dir: Path, tmp_path: Path):
+    model = load_model(RunConfig(model=str(gptq_llama_dir)))
+    packed = {name: weight.clone() for name, weight in model.named_buffers() if "qweight" in name}
+    adapted = build(prepare_quantised(model, gradient_checkpointing=True), LORA).model
+    assert len(packed) == 14 == sum("lora_A" in name for name, _ in adapted.named_parameters())
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted.train()(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    after = {name.replace(".base_layer", ""): weight for name, weight in adapted.named_buffers()}
+    assert all(torch.equal(weight, after[f"base_model.model.{name}"]) for name, weight in packed.items())
+    save_model(adapted, AutoTokenizer.from_pretrained(gptq_llama_dir), tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(gptq_llama_dir)
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        # Plain loading computes in bfloat16, by the kernel for inference.
+        assert torch.allclose(again(IDS).logits, adapted.eval()(IDS).logits, atol=0.05)

@@ -48,6 +48,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "8 bit": bits("8"),
     "4 bit": bits("4"),
     "torchao": {"quant_conf": {"quantization_type": "torchao"}},
+    "not over GPTQ": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
+    "a beginning from the weights": adapter("LORA", r=4, init_lora_weights="orthogonal", **QV),
+    "DoRA": adapter("LORA", r=4, use_dora=True, **QV),
+    "quantised anew": bits("4"),
     "not over torchao": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
     "trained weights in float16": {"run_conf.model_args.dtype": "float16"},
     "DeepSpeed": {"training_args.deepspeed": {"zero_optimization": {"stage": 2}}},
@@ -69,18 +73,29 @@ ASKED: dict[str, dict[str, Any]] = {
     },
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
 }
+UNDER_LORA = ({"8 bit", "FSDP"}, {"quantised anew", "GPTQ"})
+"""Pairs that without an adapter are refused for another reason."""
 METHODS = {t.REFERENCE.name: "dpo", t.SCORES.name: "reward"}
 """The methods that a trait asks for; all others are asked for of sft."""
 TOPOLOGIES = {"FSDP": Topology(world_size=2, sharded_by="fsdp"), "several processes": Topology(world_size=2)}
 
 
 @pytest.fixture
-def plan(sft_values: Any, dpo_values: Any, write_config: Any) -> Any:
+def gptq_config_dir(tmp_path: Path) -> Path:
+    """All that the plan reads of a GPTQ checkpoint."""
+    folder = tmp_path / "gptq"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    return folder
+
+
+@pytest.fixture
+def plan(sft_values: Any, dpo_values: Any, write_config: Any, gptq_config_dir: Path) -> Any:
     """A function that plans an experiment which asks for the named traits, on a model that is not there."""
 
     def make(*names: str) -> Setting:
-        changes = {"run_conf.model": "/not/there"}
-        for name in ("LoRA" if {"8 bit", "FSDP"} == set(names) else "", *names):
+        changes = {"run_conf.model": str(gptq_config_dir) if "GPTQ" in names else "/not/there"}
+        for name in ("LoRA" if set(names) in UNDER_LORA else "", *names):
             changes |= ASKED.get(name, {})
         method = next((METHODS[name] for name in names if name in METHODS), "sft")
         document = read_document(write_config((sft_values if method == "sft" else dpo_values)(changes)))
@@ -103,7 +118,7 @@ def test_what_does_not_go_together_is_refused(plan: Any, refusal: Refusal) -> No
 
 @pytest.mark.parametrize("trait", [trait for trait in TRAITS if trait.name in ASKED], ids=lambda trait: trait.name)
 def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, trait: t.Trait) -> None:
-    needs = dict.fromkeys(("8 bit", "4 bit", "torchao", "LoRA+"), "LoRA").get(trait.name, "")
+    needs = dict.fromkeys(("8 bit", "4 bit", "torchao", "quantised anew", "LoRA+"), "LoRA").get(trait.name, "")
     for names, expected in (((needs, trait.name), True), ((), trait is t.ALL_WEIGHTS or trait is t.NOT_LORA)):
         changes: dict[str, Any] = {}
         for name in names:
@@ -131,10 +146,10 @@ def test_a_package_that_is_missing_is_named_before_the_weights(plan: Any) -> Non
         plan("apollo")
 
 
-def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
-    document = read_document(write_config(sft_values(ASKED["LoRA"] | {"run_conf.model": str(tmp_path)})))
+def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: Any, gptq_config_dir: Path) -> None:
+    document = read_document(write_config(sft_values(ASKED["LoRA"] | {"run_conf.model": str(gptq_config_dir)})))
     setting = Setting(validate(document, EXPERIMENTS["sft"]).experiment, Topology(), 1)
+    assert t.GPTQ.has(setting)
     assert {need.module for need in needs(setting)} == {"gptqmodel", "optimum"}
     if find_spec("gptqmodel") is None:
         with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,28 @@ def test_each_quantisation_trains_and_resumes(
     run = cut_and_resumed_equals(train, sft_values if method == "sft" else dpo_values, changes, read_tensors)
     if method == "dpo":
         assert run.losses[0] == pytest.approx(0.6931, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_gptq_checkpoint_trains_and_resumes(
+    train: Any, sft_values: Any, dpo_values: Any, read_tensors: Any, run_cli: Any, gptq_llama_dir: Path, method: str
+) -> None:
+    changes = {
+        "run_conf.model": str(gptq_llama_dir),
+        "peft_conf": {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}},
+        "training_args.gradient_checkpointing": True,
+    }
+    run = cut_and_resumed_equals(train, sft_values if method == "sft" else dpo_values, changes, read_tensors)
+    if method == "dpo":
+        assert run.losses[0] == pytest.approx(0.6931, abs=0.01)
+        return
+    answered = run_cli(["--model", run.final, "--text", "Hello"], program="generate", cwd=run.output_dir)
+    assert answered.returncode == 0, answered.stderr
+    merged = run_cli([gptq_llama_dir, run.final, run.output_dir / "merged"], program="merge_adapter")
+    assert merged.returncode == 1
+    assert "is quantised by gptq, which cannot be dequantised" in merged.stderr
+    assert "Merge into the unquantised base model." in merged.stderr
+    assert not (run.output_dir / "merged").exists()
 
 
 @pytest.mark.parametrize("peft_type", ["IA3", "PROMPT_TUNING", "OFT", "P_TUNING", "LN_TUNING", "VERA"])

@@ -84,8 +84,9 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
             model = _as_if_never_quantised(model.dequantize())
         except (NotImplementedError, ValueError) as error:
             method = base.config["quantization_config"].get("quant_method", "its quantisation")
+            why = "" if isinstance(error, NotImplementedError) else f": {_first_line(error)}"
             raise ModelError(
-                f"{base.folder} is quantised by {method}, which cannot be dequantised: {_first_line(error)}.",
+                f"{base.folder} is quantised by {method}, which cannot be dequantised{why}",
                 hint="Merge into the unquantised base model.",
             ) from error
     rows = _grown_rows(adapters)

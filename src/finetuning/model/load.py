@@ -15,7 +15,7 @@ from finetuning.config.model import Dtype, ModelArgs, NoQuantization, Quantised,
 from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
 from finetuning.model.heads import LANGUAGE, Head
 from finetuning.model.location import Location, locate
-from finetuning.model.quantisation import Sharding, to_quantisation_config
+from finetuning.model.quantisation import Sharding, choose_trainable_kernel, to_quantisation_config
 from finetuning.model.stop_tokens import repair_sampling
 from finetuning.model.tensor_files import INDEX, SINGLE, read_model_headers
 from finetuning.topology import Topology
@@ -88,6 +88,7 @@ def load_model(
         arguments["quantization_config"] = to_quantisation_config(quant_conf, sharded_by=sharded_by)
     config, extras = load_config(location, args, key)
     config.update(dict(head.fields))
+    choose_trainable_kernel(config)
     try:
         model, found = head.loader.from_pretrained(
             location.name,

@@ -1,4 +1,4 @@
-"""Quantised base models: bitsandbytes 8 and 4 bit, torchao 8 bit."""
+"""Quantised base models: bitsandbytes 8 and 4 bit, torchao 8 bit, and checkpoints that GPTQ has quantised."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from finetuning.config.model import BitsAndBytes, Quantised, TorchAO
 from finetuning.errors import ConfigError, MissingPackageError, Place
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
 Sharding = Literal["fsdp", "deepspeed"]
+_OUTPUT_LAYERS = ("lm_head", "score")
 
 
 def to_quantisation_config(
@@ -48,7 +49,7 @@ def to_torchao_config(conf: TorchAO) -> TorchAoConfig:
 
     kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[conf.weight_dtype]
     # The list replaces the one that transformers makes, in which the output layer stands; names match from the start.
-    skipped = [rf"(.*\.)?{re.escape(name)}" for name in ("lm_head", "score", *(conf.skip_modules or ()))]
+    skipped = [rf"(.*\.)?{re.escape(name)}" for name in (*_OUTPUT_LAYERS, *(conf.skip_modules or ()))]
     return TorchAoConfig(kind(), modules_to_not_convert=skipped)
 
 
@@ -83,6 +84,16 @@ def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = 
     return BitsAndBytesConfig(**fields)
 
 
+def choose_trainable_kernel(config: PreTrainedConfig) -> None:
+    """Has the layers of a GPTQ checkpoint computed by a kernel that has a backward pass; leaves other configs alone.
+
+    gptqmodel's own choice is the fastest for inference, and most of those refuse to train.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") == "gptq":
+        config.quantization_config = settings | {"backend": "auto_trainable"}
+
+
 def prepare_quantised(
     model: PreTrainedModel,
     *,
@@ -110,15 +121,35 @@ def prepare_quantised(
 def _keep_differentiable(model: PreTrainedModel) -> None:
     """Holds 4 bit layers on a CPU to the layout that gradients flow through.
 
-    With AVX-512 BF16, bitsandbytes rearranges their weights for good at the first pass in evaluation mode, for a
-    product that has no backward: the loss still comes out right, and adapters below learn nothing.
-    Source: bitsandbytes 0.50, `Linear4bit.forward` and `matmul_4bit`.
+    bitsandbytes (with AVX-512 BF16) and gptqmodel rearrange their weights for good at a first pass in evaluation mode,
+    for a product that has no backward: the loss still comes out right, and adapters below learn nothing.
+    Source: bitsandbytes 0.50, `Linear4bit.forward` and `matmul_4bit`; gptqmodel 7.6, `TorchAtenLinear.forward`.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "qweight") and hasattr(module, "linear_mode"):
+            module.linear_mode = "train"
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
     """True when the base weights are not plain numbers that can be trained or grown."""
     return getattr(model, "hf_quantizer", None) is not None
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """True where `prepare_quantised` is right; other ways to quantise, fp8 say, train as they were loaded."""
+    return getattr(model, "quantization_method", None) in ("bitsandbytes", "torchao", "gptq")
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """True for a GPTQ checkpoint, whose layers are none of torch's own."""
+    return getattr(model, "quantization_method", None) == "gptq"
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers, packed by GPTQ or not, but those that end a model."""
+    from torch.nn import Linear
+
+    names = [name for name, layer in model.named_modules() if hasattr(layer, "qweight") or isinstance(layer, Linear)]
+    return [name for name in names if name.rpartition(".")[2] not in _OUTPUT_LAYERS]

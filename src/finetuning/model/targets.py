@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from finetuning.errors import ModelError, Place
+from finetuning.model.quantisation import is_packed, linear_layers
 
 ALL_LINEAR = "all-linear"
 
@@ -31,6 +32,9 @@ def resolve_targets(
         resolved["target_modules"] = targets = ALL_LINEAR
     if is_prompt:
         return resolved
+    if targets == ALL_LINEAR and is_packed(model):
+        # PEFT takes torch's own linear layers only, which packed ones are not.
+        resolved["target_modules"] = linear_layers(model)
     names = [name for name, _ in model.named_modules() if name]
     for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
         wanted = resolved.get(key)

@@ -12,6 +12,7 @@ from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_PACKED = (".qweight", ".qzeros", ".g_idx")
 _MAX_HEADER = 100 * 2**20
 
 
@@ -70,7 +71,10 @@ def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
     if not shapes:
         return None
     forced = _DTYPE_BYTES.get(experiment.run_conf.model_args.dtype)
-    counts = {name: (_product(shape), forced or size) for name, (shape, size) in shapes.items()}
+    counts = {
+        name: (_product(shape), size if name.endswith(_PACKED) else forced or size)
+        for name, (shape, size) in shapes.items()
+    }
     parameters = sum(count for count, _ in counts.values())
     quantised = _quantised_bits(experiment)
     weights = sum(

@@ -43,6 +43,17 @@ REFUSALS = (
     Refusal(t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
     Refusal(t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
     Refusal(t.TORCHAO, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.GPTQ, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.QUANTISED_ANEW, t.GPTQ, "the checkpoint is quantised as it is", "Remove quant_conf."),
+    Refusal(t.GPTQ, t.NOT_OVER_GPTQ, "PEFT has layers over those of GPTQ for few adapters", "Choose LORA."),
+    Refusal(t.FROM_WEIGHTS, t.GPTQ, "packed layers do not hold their weights as numbers", "Remove init_lora_weights."),
+    Refusal(t.DORA, t.GPTQ, "PEFT's layer over those of GPTQ has no DoRA", "Remove use_dora."),
+    Refusal(
+        t.GPTQ,
+        t.FSDP,
+        "its weights are packed integers, which accelerate cannot hand out to the processes",
+        "Run by torchrun without sharding, or take the unquantised model with quant_conf: 4 bit, nf4.",
+    ),
     Refusal(t.TORCHAO, t.NOT_OVER_TORCHAO, "PEFT has layers over torchao's weights for few adapters", "Choose LORA."),
     *(
         Refusal(t.TORCHAO, sharding, "its weights are no plain tensors, which sharding cuts", "Choose 4 bit, nf4.")
@@ -207,6 +218,7 @@ def matrix() -> str:
         ("Token by token", t.TOKENWISE),
         ("Virtual tokens", t.VIRTUAL_TOKENS),
         ("Over torchao's weights, besides those of virtual tokens", t.OVER_TORCHAO),
+        ("Over GPTQ's layers, besides those of virtual tokens", t.OVER_GPTQ),
         ("Not over 4 bit weights", t.NOT_OVER_FOUR_BIT),
         ("Not over 8 bit weights", t.NOT_OVER_EIGHT_BIT),
     ):

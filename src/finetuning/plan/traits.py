@@ -26,6 +26,8 @@ NOT_OVER_FOUR_BIT = (*NOT_OVER_EIGHT_BIT, "LOHA", "LOKR", "PEANUT")
 """Adapters that read the numbers of the weights under them, which quantised weights do not hold as such."""
 OVER_TORCHAO = ("LORA",)
 """Adapters that are known to train over torchao's weights."""
+OVER_GPTQ = ("ADALORA", "BOFT", "LN_TUNING", "LORA", "MISS", "OFT", "SHADOW", "TRAINABLE_TOKENS", "VERA")
+"""Adapters that PEFT has layers for over a GPTQ checkpoint's, or that leave those alone."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,14 @@ def _is_not_over_torchao(run: Setting) -> bool:
     return run.adapter not in (*OVER_TORCHAO, *VIRTUAL_TOKENS, "")
 
 
+def _is_not_over_gptq(run: Setting) -> bool:
+    return run.adapter not in (*OVER_GPTQ, *VIRTUAL_TOKENS, "")
+
+
+def _is_dora(run: Setting) -> bool:
+    return run.adapter == "LORA" and bool(run.experiment.peft_conf.peft_kwargs.get("use_dora"))
+
+
 def _trains_fp16(run: Setting) -> bool:
     """Whether float16 weights are trained as they are; adapters that nothing shards are made in float32."""
     in_half = run.experiment.run_conf.model_args.dtype == "float16"
@@ -140,6 +150,8 @@ UNPROVEN = Trait(
 )
 PISSA = Trait("adapter", "PiSSA", _INIT, _begins_with("pissa"))
 OLORA = Trait("adapter", "OLoRA", _INIT, _begins_with("olora"))
+FROM_WEIGHTS = Trait("adapter", "a beginning from the weights", _INIT, _begins_with("pissa", "olora", "orthogonal"))
+DORA = Trait("adapter", "DoRA", "peft_conf.peft_kwargs.use_dora", _is_dora)
 RANDOM_START = Trait("adapter", "a random beginning", _INIT, _begins_with(False))
 SCORES = Trait("method", "reward", "method", lambda run: run.experiment.method_name == "reward")
 REFERENCE = Trait("method", "a reference (dpo, kto, grpo with beta)", "method", _has_reference)
@@ -147,6 +159,11 @@ EIGHT_BIT = Trait("weights", "8 bit", _QUANT, _quantised("load_in_8bit"))
 FOUR_BIT = Trait("weights", "4 bit", _QUANT, _quantised("load_in_4bit"))
 TORCHAO = Trait("weights", "torchao", _QUANT, lambda run: isinstance(run.experiment.quant_conf, TorchAO))
 NOT_OVER_TORCHAO = Trait("adapter", "not over torchao", _TYPE, _is_not_over_torchao)
+GPTQ = Trait("weights", "GPTQ", "run_conf.model", lambda run: run.quantised_by == "gptq")
+NOT_OVER_GPTQ = Trait("adapter", "not over GPTQ", _TYPE, _is_not_over_gptq)
+QUANTISED_ANEW = Trait(
+    "quantisation", "quantised anew", _QUANT, lambda run: isinstance(run.experiment.quant_conf, (BitsAndBytes, TorchAO))
+)
 FLOAT16_MASTERS = Trait("weights", "trained weights in float16", "run_conf.model_args.dtype", _trains_fp16)
 FSDP = Trait("sharding", "FSDP", "training_args.fsdp", lambda run: run.sharded_by == "fsdp")
 DEEPSPEED = Trait("sharding", "DeepSpeed", "training_args.deepspeed", lambda run: run.sharded_by == "deepspeed")
@@ -191,8 +208,8 @@ TRAITS = (
     *map(_method, ("sft", "dpo", "kto", "grpo", "orpo", "cpo")), SCORES,
     REFERENCE,
     ALL_WEIGHTS, LORA, ALORA, ADALORA, PREFIX, VIRTUAL, NO_FOUR_BIT, NO_EIGHT_BIT, UNPROVEN,
-    PISSA, OLORA, RANDOM_START,
-    EIGHT_BIT, FOUR_BIT, TORCHAO, NOT_OVER_TORCHAO, FLOAT16_MASTERS,
+    PISSA, OLORA, RANDOM_START, FROM_WEIGHTS, DORA,
+    EIGHT_BIT, FOUR_BIT, TORCHAO, NOT_OVER_TORCHAO, GPTQ, NOT_OVER_GPTQ, FLOAT16_MASTERS, QUANTISED_ANEW,
     FSDP, DEEPSPEED, SEVERAL,
     PACKING, PADDING_FREE,
     EIGHT_BIT_OPTIMIZER, LOW_RANK, LAYERWISE, LORAPLUS,
