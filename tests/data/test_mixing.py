@@ -49,6 +49,25 @@ def test_weight_zero_skips_a_dataset() -> None:
         weighted_mix([2], [0.0], 0)
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1e-6, 1.0], r"would be about 3,000,003 rows long, made of 5: .* has 1e-06 of the draws; raise its"),
+        ([1e-300, 1.0], "rows long"),
+        ([5e-324, 1e100], "about inf rows long"),
+    ],
+)
+def test_weights_that_would_repeat_rows_without_measure_are_refused(weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighted_mix([3, 2], weights, 0)
+    mix = {"type": "PRECOMPUTE_WEIGHTED_MIX"}
+    if max(weights) <= 1:
+        with pytest.raises(DataError, match=r"^data_conf\.training_data\.datasets: by these weights"):
+            arranged([3, 2], [{"sampling_weight": weight} for weight in weights], {"type": "NONE"}, **mix)
+        assert len(weighted_mix([3, 2], weights, 0, "first_exhausted")) == 2
+    assert len(weighted_mix([3, 2], [1e308, 1e308], 0)) >= 5
+
+
 @pytest.mark.parametrize(("count", "ratio"), [(10, 0.2), (11, 0.25), (1000, 0.013)])
 def test_split_is_that_of_datasets(count: int, ratio: float) -> None:
     train, validation = split(count, ratio, 1289525893)

@@ -107,7 +107,7 @@ class DatasetSource(Section):
 class WeightedDatasetSource(DatasetSource):
     """One dataset of a weighted mix."""
 
-    sampling_weight: float = Field(default=1.0, ge=0)
+    sampling_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How often rows are drawn from this dataset, relative to the others. 0 skips the dataset."""
 
 

@@ -93,7 +93,10 @@ def _mixed(training: TrainingData, sources: Sequence[DatasetSource], parts: Sequ
     if isinstance(training, Concatenation):
         return rows
     weights = [sources[index].sampling_weight for index in filled]
-    return rows[mixing.weighted_mix(sizes, weights, training.seed, training.stopping)]
+    try:
+        return rows[mixing.weighted_mix(sizes, weights, training.seed, training.stopping)]
+    except ValueError as error:
+        raise DataError(str(error), place=Place(key="data_conf.training_data.datasets")) from None
 
 
 def _split(count: int, ratio: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:

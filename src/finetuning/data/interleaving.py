@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from finetuning.data.mixing import drawn_datasets
+from finetuning.data.mixing import drawn_datasets, shares
 from finetuning.errors import DataError
 
 Row = TypeVar("Row")
@@ -35,8 +35,7 @@ def mixed(sources: Sequence[Open], weights: Sequence[float], seed: int, stopping
     if takes_turns:
         rounds: Iterator[Sequence[int]] = (range(len(streams)) for _ in count())
     else:
-        total = sum(weights)
-        blocks = drawn_datasets([weight / total for weight in weights], seed)
+        blocks = drawn_datasets(shares(weights), seed)
         rounds = ((int(number),) for block in blocks for number in block)
     for numbers in rounds:
         for number in numbers:

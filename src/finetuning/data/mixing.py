@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 _BLOCK = 1000
+_MOST_REPEATED = 1000
+"""How many times as long as its datasets a mix may become: beyond, a weight was not meant."""
 
 
 def concatenate(lengths: Sequence[int]) -> np.ndarray:
@@ -29,7 +31,7 @@ def weighted_mix(
     no other row to give. A weight of 0 skips its dataset. The weights of the others are divided by their sum.
 
     Raises:
-        ValueError: no weight is above 0, or a dataset that has one is empty.
+        ValueError: no weight is above 0, a dataset that has one is empty, or rows would be repeated without measure.
     """
     used = [index for index, weight in enumerate(weights) if weight > 0]
     if not used:
@@ -42,13 +44,33 @@ def weighted_mix(
     if all(weights[index] == 1.0 for index in used):
         turns = np.arange(sizes.min() if until_first else sizes.max(), dtype=np.int64)[:, None]
         return (turns % sizes + starts).ravel()
-    total = sum(weights[index] for index in used)
-    draws = _draw_until_exhausted(sizes, [weights[index] / total for index in used], seed, until_first)
+    probabilities = shares([weights[index] for index in used])
+    if not until_first:
+        _check_length(sizes, probabilities)
+    draws = _draw_until_exhausted(sizes, probabilities, seed, until_first)
     indices = np.empty(len(draws), dtype=np.int64)
     for source, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         places = np.flatnonzero(draws == source)
         indices[places] = np.arange(len(places)) % size + start
     return indices
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Probabilities, by weight; 0 for a weight that is nothing beside the others."""
+    total = sum(weights)
+    if total == float("inf"):
+        return shares([weight / max(weights) for weight in weights])
+    return [weight / total for weight in weights]
+
+
+def _check_length(sizes: np.ndarray, probabilities: Sequence[float]) -> None:
+    expected = max(size / share if share else np.inf for size, share in zip(sizes, probabilities, strict=True))
+    if expected > _MOST_REPEATED * sizes.sum():
+        raise ValueError(
+            f"by these weights the mix would be about {expected:,.0f} rows long, made of {sizes.sum():,}: it ends when"
+            f" the last row of every dataset was drawn, and one of them has {min(probabilities):.1g} of the draws;"
+            " raise its sampling_weight, leave it out, or set stopping: first_exhausted"
+        )
 
 
 def drawn_datasets(probabilities: Sequence[float], seed: int) -> Iterator[np.ndarray]:
