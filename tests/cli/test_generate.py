@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning.cli.generate import SCORES
+from finetuning.cli.generate import SCORES, main
 from finetuning.inference.scoring import SCORES as SCORE_TABLE
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
@@ -98,11 +98,15 @@ def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: P
         (["config.yaml", "out.yaml", "--text", "a"], "--text: only together with --model"),
         (["config.yaml", "out.yaml", "--model", "m", "--text", "a"], "--model and a config exclude each other"),
         (["--model", "m"], "--model needs --text or --text_file"),
-        (["--model", "/none", "--text", "a"], "model_conf.model: there is no folder /none"),
+        (["--model", "/none", "--text", "a"], "error: --model: there is no folder /none"),
         (["--model", "/none", "--text_file", "none.txt"], "--text_file: none.txt cannot be read"),
         (["config.yaml", "out.yaml", "--score", "exact"], "there is nothing to score by"),
         (["config.yaml", "out.yaml", "hf_gen_params.max_new_token=3"], 'Did you mean "max_new_tokens"?'),
-        (["config.yaml", "out.yaml", "hf_gen_params.max_new_tokens=3000"], "leaves no room for a prompt"),
+        (
+            ["config.yaml", "out.yaml", "hf_gen_params.max_new_tokens=3000"],
+            'command line "hf_gen_params.max_new_tokens=3000": hf_gen_params.max_new_tokens: 3000 leaves no room',
+        ),
+        (["config.yaml", "out.yaml"], "config.yaml:2:3: model_conf.model: there is no folder /none"),
         (["config.yaml", "out.yaml", "prompt_conf.inputs=a"], 'Did you mean "input"?'),
         (["config.yaml", "out.yaml", "prompt_conf={type: eval-data, data: {path: no.jsonl}}"], "no.jsonl: no such"),
     ],
@@ -116,6 +120,56 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def adapter_of(folder: Path, base: str | None) -> Path:
+    """The folder of an adapter that names its base, and holds no more."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/none"], "--model: there is no folder /none"),
+        (["--model", "texts.txt"], "--model: texts.txt is a file"),
+        (["--model", "adapter"], "adapter/adapter_config.json: base_model_name_or_path: there is no folder /gone"),
+        (["--model", "unnamed"], "--model: unnamed/adapter_config.json does not name its base model"),
+        (["--model", "adapter", "--base_model_name_or_path", "/none"], "--base_model_name_or_path: there is no folder"),
+        (
+            ["--model", "adapter", "--base_model_name_or_path", "adapter"],
+            "--base_model_name_or_path: adapter holds an adapter, not a base model. Name the base model here and the"
+            " adapter as --model.",
+        ),
+        (["--model", "TINY", "--base_model_name_or_path", "TINY"], "--base_model_name_or_path: TINY is no adapter"),
+        (["--model", "adapter", "--base_model_name_or_path", "TINY"], "--model: adapter holds no adapter_model"),
+        (["--model", "TINY", "--use_flash_attn"], "--use_flash_attn: flash_attention_2 needs"),
+        (["--model", "TINY", "--max_new_tokens", "4000"], "--max_new_tokens: 4000 leaves no room for a prompt"),
+        (["--model", "TINY", "--out_file", "out.txt"], "--out_file: out.txt: the ending says"),
+        (["--model", "CHAT", "--text", ""], "--text: the prompt is empty"),
+        (["--model", "TINY", "--text_file", "none.txt"], "--text_file: none.txt cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_told_by_that_flag(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny_llama_dir: Path,
+    chatml_llama_dir: Path,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter_of(tmp_path / "adapter", "/gone")
+    adapter_of(tmp_path / "unnamed", None)
+    (tmp_path / "texts.txt").write_text("The quick\n")
+    names = {"TINY": str(tiny_llama_dir), "CHAT": str(chatml_llama_dir)}
+    text = [] if "--text" in flags or "--text_file" in flags else ["--text_file", "texts.txt"]
+    assert main([names.get(flag, flag) for flag in flags] + text) == 1
+    told = capsys.readouterr().err.replace(str(tiny_llama_dir), "TINY")
+    assert f"error: {message}" in told
+    assert "model_conf" not in told and "hf_gen_params" not in told
 
 
 @pytest.mark.parametrize("args", [["--help"], ["config.yaml", "out.yaml", "hf_gen_params.max_new_token=3"]])

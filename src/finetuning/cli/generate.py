@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning import __version__
 from finetuning.cli.run import run
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, Place
 
 if TYPE_CHECKING:
+    from finetuning.config.document import Document
     from finetuning.inference.job import Job, Progress, Watch
 
 SCORES = ("exact", "contains", "regex")
@@ -99,6 +100,7 @@ def _check_form(options: argparse.Namespace) -> None:
 
 
 def _from_config(options: argparse.Namespace) -> int:
+    from finetuning.cli.located import located
     from finetuning.config.generation import GenerationConfig
     from finetuning.config.overrides import apply_overrides
     from finetuning.config.read import read_document
@@ -115,34 +117,64 @@ def _from_config(options: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     config = validated.experiment
     check_output(output)
-    check_parameters(config.hf_gen_params)
-    prompts = read_prompts(config.prompt_conf)
-    if options.score:
-        check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
-    job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params)
-    from finetuning.inference.job import answer_record
+    with located(validated.document):
+        check_parameters(config.hf_gen_params)
+        prompts = read_prompts(config.prompt_conf)
+        if options.score:
+            check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
+        job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params)
+        from finetuning.inference.job import answer_record
 
-    records = _run(job, output, answer_record)
+        records = _run(job, output, answer_record)
     if options.score:
         _score(records, options.score, output)
     return 0
 
 
 def _from_flags(options: argparse.Namespace) -> int:
+    from finetuning.cli.located import located
     from finetuning.config.model import NoQuantization
     from finetuning.inference.load import model_conf_of
     from finetuning.inference.prompts import read_lines, text_prompts
 
     output = Path(options.out_file or "inference_result.json")
     texts = [options.text] if options.text is not None else read_lines(options.text_file, "--text_file")
+    prompts = text_prompts(texts, Place(key="--text" if options.text is not None else "--text_file"))
     attention = "flash_attention_2" if options.use_flash_attn else None
-    model_conf = model_conf_of(options.model, options.base_model_name_or_path, attention)
-    parameters = {"max_new_tokens": options.max_new_tokens or 20}
-    job = _job(options, text_prompts(texts), model_conf, NoQuantization(), parameters)
-    from finetuning.inference.job import input_output_record
+    with located(_flags(options)):
+        model_conf = model_conf_of(options.model, options.base_model_name_or_path, attention)
+        parameters = {"max_new_tokens": options.max_new_tokens or 20}
+        job = _job(options, prompts, model_conf, NoQuantization(), parameters)
+        from finetuning.inference.job import input_output_record
 
-    _run(job, output, input_output_record)
+        _run(job, output, input_output_record)
     return 0
+
+
+def _flags(options: argparse.Namespace) -> Document:
+    """The flags as a config without values: which flag, or file that it names, stands for which key."""
+    from finetuning.config.document import Document, KeyPath, Mark
+    from finetuning.inference.load import ADAPTER_CONFIG
+
+    model = Place(key="--model")
+    named = Path(options.model).expanduser() / ADAPTER_CONFIG
+    base = (
+        Place(key="--base_model_name_or_path")
+        if options.base_model_name_or_path is not None
+        else Place(file=str(named), key="base_model_name_or_path")
+        if named.is_file()
+        else model
+    )
+    places: dict[KeyPath, Place] = {
+        ("model_conf",): model,
+        ("model_conf", "model"): base,
+        ("model_conf", "adapter"): model,
+        ("model_conf", "model_args", "attn_implementation"): Place(key="--use_flash_attn"),
+        ("hf_gen_params",): Place(key="--max_new_tokens"),
+        ("hf_gen_params", "max_new_tokens"): Place(key="--max_new_tokens"),
+        ("OUT",): Place(key="--out_file"),
+    }
+    return Document({}, {path: Mark(stands_for=place) for path, place in places.items()})
 
 
 def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> Job:

@@ -51,7 +51,7 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.shards < 1:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
     from finetuning.algorithms import METHODS
-    from finetuning.cli.train import located
+    from finetuning.cli.located import located
     from finetuning.config.overrides import apply_overrides
     from finetuning.config.read import read_document
     from finetuning.config.validate import validate

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 def _preview(argv: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(argv)
     from finetuning.algorithms import METHODS
-    from finetuning.cli.train import located
+    from finetuning.cli.located import located
     from finetuning.config.overrides import apply_overrides
     from finetuning.config.read import read_document
     from finetuning.config.validate import validate

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from finetuning.errors import ConfigError, FinetuningError, Problem
+from finetuning.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from finetuning.algorithms import Method
-    from finetuning.config.document import Document
     from finetuning.config.experiment import Experiment
     from finetuning.observe.tracking import TrackingPlan
     from finetuning.topology import Topology
@@ -25,6 +21,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def train(options: argparse.Namespace) -> int:
     """Runs what the command line asks for; returns the exit code."""
     from finetuning.algorithms import METHODS
+    from finetuning.cli.located import located
     from finetuning.config.controller_file import read_controllers
     from finetuning.config.overrides import apply_overrides
     from finetuning.config.read import read_document
@@ -61,25 +58,6 @@ def train(options: argparse.Namespace) -> int:
         if topology.is_main:
             _show_plan(experiment, topology, str(tracking))
         return 0
-
-
-@contextmanager
-def located(document: Document) -> Iterator[None]:
-    """Errors of the block that name a key of the config say its line, too."""
-    try:
-        yield
-    except FinetuningError as error:
-        error.problems = tuple(_located(problem, document) for problem in error.problems)
-        raise
-
-
-def _located(problem: Problem, document: Document) -> Problem:
-    """The problem with the line of the config that its key is written in; as it is, when it says its file itself."""
-    if problem.place.key is None or problem.place.file is not None:
-        return problem
-    parts = problem.place.key.replace("[", ".").replace("]", "").split(".")
-    path = tuple(int(part) if part.isdecimal() else part for part in parts)
-    return replace(problem, place=document.place_of(path))
 
 
 def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> None:

@@ -25,11 +25,13 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a key or a list item begins: 1-based line and column in the file, or the override that it came from."""
+    """Where a key or a list item begins: 1-based line and column in the file, or what else it came from."""
 
     line: int | None = None
     column: int | None = None
     override: str | None = None
+    stands_for: Place | None = None
+    """What gave the value where no config did: a flag, or another file."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Document:
         key = dotted(path) or None
         if mark is None:
             return Place(file=self.file, key=key)
+        if mark.stands_for is not None:
+            return mark.stands_for
         if mark.override is not None:
             return Place(file=f'{COMMAND_LINE} "{mark.override}"', key=key)
         return Place(file=self.file, line=mark.line, column=mark.column, key=key)

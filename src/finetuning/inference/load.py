@@ -49,15 +49,21 @@ def model_conf_of(model: str, base: str | None, attn_implementation: str | None 
     config = Path(model).expanduser() / ADAPTER_CONFIG
     if not config.is_file():
         if base is not None:
-            raise ConfigError(f"{model} is no adapter, so there is no base to name", place=Place(key="--base_model"))
+            raise ConfigError(
+                f"{model} is no adapter, so there is no base to name", place=Place(key="model_conf.model")
+            )
         return GenerationModel(model=model, model_args=args)
     if base is None:
         try:
             base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{config} cannot be read: {error}") from None
+            raise ModelError(f"{config} cannot be read: {error}", place=Place(key="model_conf.adapter")) from None
         if not base:
-            raise ModelError(f"{config} does not name its base model", hint="Give --base_model_name_or_path.")
+            raise ModelError(
+                f"{config} does not name its base model",
+                place=Place(key="model_conf.adapter"),
+                hint="Give --base_model_name_or_path.",
+            )
     return GenerationModel(model=base, model_args=args, adapter=model)
 
 

@@ -26,6 +26,7 @@ from finetuning.errors import ConfigError, DataError, Place, Problem
 MOST_PROBLEMS_SHOWN = 10
 OPEN_INPUT = "open-input"
 _KEY = "prompt_conf.data"
+_NOWHERE = Place()
 _READ = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
 """What of a dataset counts for prompts; the rest says how rows become training data."""
 
@@ -55,7 +56,7 @@ def read_prompts(conf: OpenInput | EvalData) -> list[Prompt]:
         DataError: a file is missing or empty, or rows are wrong; names up to ten of them.
     """
     if isinstance(conf, OpenInput):
-        return text_prompts([conf.input] * conf.num_samples)
+        return text_prompts([conf.input] * conf.num_samples, Place(key="prompt_conf.input"))
     foreign = sorted(conf.data.model_fields_set - set(_READ))
     if foreign:
         raise ConfigError(
@@ -69,10 +70,11 @@ def read_prompts(conf: OpenInput | EvalData) -> list[Prompt]:
     )
 
 
-def text_prompts(texts: Sequence[str]) -> list[Prompt]:
-    """Each text as a prompt to continue."""
+def text_prompts(texts: Sequence[str], place: Place = _NOWHERE) -> list[Prompt]:
+    """Each text as a prompt to continue; `place` is where they were given."""
     return [
-        Prompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT) for index, text in enumerate(texts)
+        Prompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, place=place)
+        for index, text in enumerate(texts)
     ]
 
 
