@@ -66,7 +66,7 @@ conf = DataConfig.model_validate({
 args = SFTArgs(max_seq_length=4096, train_on_completions_only=True)
 start()
 data = prepare_sft(conf, args, tokenizer, WORKERS)
-part = data.ledger.parts[0]
+part = data.ledger.parts[0].totals
 stop(part.tokens, part.trained_tokens)
 """
 VARIANTS = {

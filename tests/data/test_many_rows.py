@@ -173,14 +173,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tokenizer: Any) -> N
 
 
 def test_texts_that_came_before_are_counted_by_where_they_came() -> None:
-    def digests(*numbers: int) -> bytes:
-        return np.array(numbers, dtype=np.uint64).tobytes()
-
     repeats, training, validation = Repeats(), PartLedger(Totals("training")), PartLedger(Totals("validation"))
-    repeats.add(digests(1, 2, 1))
-    repeats.add(digests(1, 3))
+    repeats.add(np.array([1, 2, 1]))
+    repeats.add(np.array([1, 3]))
     repeats.note(training)
-    repeats.add(digests(3, 4, 4, 3, 5))
+    repeats.add(np.array([3, 4, 4, 3, 5]))
     repeats.note(validation)
     assert training.totals.noticed == {"the same as a row before": 2}
     assert validation.totals.noticed == {"the same as a training row": 2, "the same as a row before": 1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 SAME_AS_BEFORE = "the same as a row before"
 _ROWS = 1024
 _BYTES = 4 << 20
-_DIGEST = 8
 _NOT_MADE = (Problem, Skipped)
 
 
@@ -33,8 +31,8 @@ class Batch:
     alive: np.ndarray
     """Of each row, whether it is trained on."""
     columns: dict[str, Column]
-    digests: bytes
-    """Of the text of each row that is trained on, one after another."""
+    hashes: np.ndarray
+    """Of the text of each row that is trained on, int64, as Python has them: alike in this process and its clones."""
     sizes: np.ndarray
     """Tokens and trained tokens of each of them, int64, (rows, 2)."""
     problems: list[Problem] = field(default_factory=list)
@@ -106,7 +104,7 @@ def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) 
     made = iter(make([one for one in rows if not isinstance(one, _NOT_MADE)]))
     alive = np.zeros(len(rows), dtype=bool)
     kept: list[Example] = []
-    batch = Batch(ledger, alive, {}, b"", np.empty((0, 2), dtype=np.int64))
+    batch = Batch(ledger, alive, {}, np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64))
     for index, row in enumerate(rows):
         if isinstance(row, Problem):
             example: Example | Lost = Lost("bad row", row.message, is_bad=True)
@@ -130,7 +128,7 @@ def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) 
     if kept:
         batch.sizes = np.array([(one.tokens, one.trained) for one in kept], dtype=np.int64)
         batch.columns = {name: Column.of([one.columns[name] for one in kept]) for name in kept[0].columns}
-        batch.digests = b"".join([hashlib.blake2b(one.text.encode(), digest_size=_DIGEST).digest() for one in kept])
+        batch.hashes = np.array([hash(one.text) for one in kept], dtype=np.int64)
     return batch
 
 
@@ -139,27 +137,26 @@ def _why(lost: Lost) -> str:
 
 
 class Repeats:
-    """Which texts came before, told by eight bytes of each."""
+    """Which texts came before, told by their hashes of 64 bits."""
 
     def __init__(self) -> None:
         self._former: dict[str, np.ndarray] = {}
         self._own: list[np.ndarray] = []
 
-    def add(self, digests: bytes) -> None:
-        self._own.append(np.frombuffer(digests, dtype=np.uint64))
+    def add(self, hashes: np.ndarray) -> None:
+        self._own.append(hashes)
 
-    def note_former(self, digests: bytes, ledger: PartLedger) -> None:
+    def note_former(self, hashes: np.ndarray, ledger: PartLedger) -> None:
         """Counts texts that came in another part before; nothing of them is kept."""
-        own = np.frombuffer(digests, dtype=np.uint64)
         for part, former in self._former.items():
-            ledger.note(f"the same as a {part} row", int(np.isin(own, former).sum()))
+            ledger.note(f"the same as a {part} row", int(np.isin(hashes, former).sum()))
 
     def note(self, ledger: PartLedger) -> None:
         """Counts the texts of a part, which ends here, that came before."""
-        own = np.concatenate(self._own) if self._own else np.empty(0, dtype=np.uint64)
+        own = np.concatenate(self._own) if self._own else np.empty(0, dtype=np.int64)
         self._own = []
-        for part, digests in self._former.items():
-            again = np.isin(own, digests)
+        for part, former in self._former.items():
+            again = np.isin(own, former)
             ledger.note(f"the same as a {part} row", int(again.sum()))
             own = own[~again]
         once = np.unique(own)

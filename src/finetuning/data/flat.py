@@ -43,12 +43,14 @@ class Flat:
 
 
 def lay_out(
-    texts: Sequence[str], rows: Sequence[Sequence[int]], spans: Iterable[Sequence[Span] | None], spelling: Spelling
+    texts: Sequence[str],
+    rows: Iterable[Sequence[Sequence[int]]],
+    spans: Iterable[Sequence[Span] | None],
+    spelling: Spelling,
 ) -> Flat:
-    """Texts with the ids of their tokens and their spans; None for spans stands for all of a text, and counts as none
-    here."""
-    firsts = _sums(rows)
-    ids = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(firsts[-1]))
+    """Texts with the ids of their tokens, which come in groups, and their spans; None for spans stands for all of a
+    text, and counts as none here."""
+    ids, firsts = _end_to_end(rows)
     begins = np.concatenate([[0], np.cumsum(spelling.sizes[ids])])
     encoded = [text.encode() for text in texts]
     limits = _sums(encoded)
@@ -66,6 +68,16 @@ def lay_out(
     inside = (places - firsts[owners]).reshape(-1, 2)
     places = places.reshape(-1, 2)
     return Flat(ids, labels, firsts, is_whole, kept, places, inside, is_met & (places[:, 0] < places[:, 1]))
+
+
+def _end_to_end(groups: Iterable[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all rows, and where each row begins among them; no group is held longer than it takes."""
+    ids, firsts = [], [np.zeros(1, dtype=np.int64)]
+    for rows in groups:
+        own = _sums(rows)
+        ids.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(own[-1])))
+        firsts.append(own[1:] + firsts[-1][-1])
+    return np.concatenate(ids), np.concatenate(firsts)
 
 
 def _sums(values: Sequence[Sized]) -> np.ndarray:

@@ -10,7 +10,7 @@ when the model is served: the prompt alone, then what the model writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 CUT_AT_BORDER = "tokens would reach over the beginning of a turn: cut there, as the served model is prompted"
 _NEAR = 64
+_AT_ONCE = 64
+"""Texts that are tokenised together where nothing but ids is asked for: what the tokenizer makes of them besides stays
+in the processor's cache, which is some percent faster than 1,024 at once."""
 
 
 @dataclass(slots=True)
@@ -96,8 +99,7 @@ class Labeller:
         self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], heads: Sequence[Sequence[str]]
     ) -> list[Tokens | None]:
         """The tokens of each text that they spell byte for byte, with a border at each border of its spans."""
-        rows = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        flat = lay_out(texts, rows, spans, self._spelling)
+        flat = lay_out(texts, self._ids(texts), spans, self._spelling)
         runs, shown = list(map(tuple, flat.inside.tolist())), self._served(flat, heads)
         results: list[Tokens | None] = []
         used = 0
@@ -109,11 +111,16 @@ class Labeller:
             until = used + len(flat.spans[index])
             own = tuple(runs[used:until])
             fits = all(shown[used:until]) or (
-                flat.is_exact[used:until].all() and self._all_served(texts[index], rows[index], flat.spans[index], own)
+                flat.is_exact[used:until].all() and self._all_served(texts[index], ids.tolist(), flat.spans[index], own)
             )
             results.append(Tokens(ids, own, None, flat.labels[first:end]) if fits else None)
             used = until
         return results
+
+    def _ids(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
+        for first in range(0, len(texts), _AT_ONCE):
+            group = texts[first : first + _AT_ONCE]
+            yield [one.ids for one in self._backend.encode_batch_fast(group, add_special_tokens=False)]
 
     def _served(self, flat: Flat, heads: Sequence[Sequence[str]]) -> list[bool]:
         """Of each span, whether it is exact and the tokens before it are those of its head; False where that has to be

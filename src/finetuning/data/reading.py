@@ -91,7 +91,7 @@ class Reading:
         self.problems += batch.problems
         self.show(batch)
         if batch.columns:
-            self.repeats.add(batch.digests)
+            self.repeats.add(batch.hashes)
             spool.add(batch.table())
 
     @property

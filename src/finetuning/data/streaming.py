@@ -187,7 +187,7 @@ class RowStream:
         ledger = PartLedger(Totals(_PART, reading.limit, formats=dict(self._formats)))
         made = make_batch(parsed, reading.make, ledger, reading.want)
         reading.show(made)
-        reading.repeats.note_former(made.digests, ledger)
+        reading.repeats.note_former(made.hashes, ledger)
         rows = _rows_of(made)
         if self._capacity is not None:
             generator = np.random.default_rng((self._seed, position.passes, position.rows))

@@ -65,12 +65,12 @@ def messages_field(row: Row, key: str) -> list[Message]:
     if not value:
         raise FieldError(key, "needs at least one message, got an empty list")
     for index, message in enumerate(value):
-        if not _is_plain(message):
+        if not is_plain(message):
             check_message(message, f"{key}[{index}]")
     return value
 
 
-def _is_plain(message: Any) -> bool:
+def is_plain(message: Any) -> bool:
     """Whether a message has a known role, words, and nothing else, as nearly all do."""
     return (
         isinstance(message, dict)

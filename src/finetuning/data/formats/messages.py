@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuning.data.formats.choice import choose_turns
-from finetuning.data.formats.fields import besides_messages, messages_field, problem_of, require_columns, text_field
+from finetuning.data.formats.fields import (
+    besides_messages,
+    is_plain,
+    messages_field,
+    problem_of,
+    require_columns,
+    text_field,
+)
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.rows import Conversation, Message, Row
 from finetuning.errors import Problem
@@ -58,6 +65,8 @@ def parse(row: Row, options: Options = PLAIN) -> Conversation | Problem:
 def chat_field(row: Row, column: str) -> list[Message]:
     """The messages of a column, also where they are spelt `from` and `value`."""
     value = row.values[column]
+    if value and isinstance(value, list) and all(map(is_plain, value)):
+        return value
     if isinstance(value, list) and any(isinstance(one, dict) and "from" in one and "role" not in one for one in value):
         spelt = [_respell(one, f"{column}[{index}]") for index, one in enumerate(value)]
         row = Row({**row.values, column: spelt}, row.place)
