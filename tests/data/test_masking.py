@@ -79,6 +79,13 @@ def test_a_template_without_an_end_is_refused_with_the_reason(find: Callable[...
     )
 
 
+def test_a_header_that_is_always_written_is_not_trained(find: Callable[..., Any]) -> None:
+    always = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}<|im_start|>assistant\n\n"
+    )
+    assert spans(find(always, TALK)) == ["Hello</s>", "Bye</s>"]
+
+
 def test_a_textual_end_works_without_special_tokens(find: Callable[..., Any]) -> None:
     plain = (
         "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n### end\n{% endfor %}"

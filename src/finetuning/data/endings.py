@@ -108,7 +108,13 @@ class EndingFinder:
         marker = last.rstrip()
         if not middle.startswith(marker):
             marker = self._shared_units(last, middle) or self._units(last)[0].rstrip()
+        # A template may write the next header whether it is asked to or not.
+        marker = self._to_first_stop(marker)
         return marker, last[len(marker) :]
+
+    def _to_first_stop(self, marker: str) -> str:
+        ends = [marker.index(stop) + len(stop) for stop in self._stops if stop in marker]
+        return marker[: min(ends)] if ends else marker
 
     def _tail(self, messages: list[dict[str, str]], turn: int) -> str:
         marked = SIGNS.unmark(self._renderer.text(SIGNS.mark(messages)))
