@@ -165,7 +165,7 @@ def _hold(server: socket.socket) -> None:
 
 
 def test_attention_that_is_not_installed_has_an_install_line():
-    with pytest.raises(MissingPackageError, match=r"flash_attn.*pip install"):
+    with pytest.raises(MissingPackageError, match=r"flash-attn.*pip install"):
         check_attention("flash_attention_2")
     with pytest.raises(ModelError, match=r"Did you mean sdpa\?"):
         check_attention("sdpaa")

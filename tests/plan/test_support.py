@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetuning.config.attention import FLASH
 from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.read import read_document
 from finetuning.config.validate import validate
@@ -144,6 +145,13 @@ def test_a_package_that_is_missing_is_named_before_the_weights(plan: Any) -> Non
     with pytest.raises(MissingPackageError, match=r"training_args.optim: needs the package apollo_torch.*pip install"):
         ASKED["apollo"] = {"training_args.optim": "apollo_adamw"}
         plan("apollo")
+
+
+@pytest.mark.parametrize("name", [name for name, package in FLASH.items() if not package.is_installed])
+def test_attention_that_is_missing_is_named_before_the_weights(plan: Any, name: str) -> None:
+    ASKED[name] = {"run_conf.model_args.attn_implementation": name}
+    with pytest.raises(MissingPackageError, match=r"attn_implementation: needs the package flash-attn.*pip install"):
+        plan(name)
 
 
 def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: Any, gptq_config_dir: Path) -> None:

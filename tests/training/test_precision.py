@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.read import read_document
 from finetuning.config.validate import validate
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, FinetuningError
 from finetuning.model.machine import Ability, Device
 from finetuning.training.precision import check_precision, computing
 
@@ -70,14 +69,20 @@ def test_a_run_tells_what_it_computes_in(
     assert computing(asking(**args), SimpleNamespace(dtype=weights), device) == told
 
 
-def test_fp16_on_a_cpu_stops_before_the_weights(
-    train: Any, sft_values: Any, chatml_llama_dir: Any, tmp_path: Any
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training_args.fp16", True, r"training_args.fp16: is true, but .* loss scaling needs an accelerator"),
+        ("run_conf.model_args.attn_implementation", "flex_attention", "flex_attention has no backward pass on a CPU"),
+        ("run_conf.model_args.attn_implementation", "sdap", r"attn_implementation: .*Did you mean sdpa\?"),
+    ],
+)
+def test_what_a_cpu_cannot_do_stops_before_the_rows_are_read(
+    train: Any, sft_values: Any, tmp_path: Any, key: str, value: Any, message: str
 ) -> None:
-    hollow = shutil.copytree(chatml_llama_dir, tmp_path / "hollow")
-    (hollow / "model.safetensors").write_bytes(b"no weights")
-    changes = {"training_args.fp16": True, "run_conf.model": str(hollow)}
-    with pytest.raises(ConfigError, match=r"training_args.fp16: is true, but .* loss scaling needs an accelerator"):
-        train(sft_values(changes))
+    (tmp_path / "sft.jsonl").write_text("no row")
+    with pytest.raises(FinetuningError, match=message):
+        train(sft_values({key: value}))
 
 
 def test_bf16_trains_on_a_cpu(train: Any, sft_values: Any, tmp_path: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.cli.run import run
+from finetuning.config.attention import FLASH
 from finetuning.errors import EXIT_OK, EXIT_USER
 
 if TYPE_CHECKING:
@@ -57,18 +58,15 @@ PACKAGES = (
         "telemetry over the network",
         "pip install 'finetuning[otlp]'",
     ),
-    Package("schedulefree", "schedulefree", "optim: schedule_free_adamw", "pip install schedulefree"),
-    Package("torchao", "torchao", "optim: adamw_torch_4bit and adamw_torch_8bit", "pip install torchao"),
+    Package("schedulefree", "schedulefree", "optim: schedule_free_adamw", "pip install 'finetuning[schedule-free]'"),
+    Package(
+        "torchao",
+        "torchao",
+        "quant_conf: torchao; optim: adamw_torch_4bit and adamw_torch_8bit",
+        "pip install 'finetuning[torchao]'",
+    ),
     Package("fsspec", "fsspec", "run_conf.copy_checkpoints_to", "pip install fsspec"),
 )
-FLASH_PACKAGES = {
-    "flash_attention_2": Package(
-        "flash_attn", "flash-attn", "attention", "pip install 'finetuning[flash-attention]'", False, True
-    ),
-    "flash_attention_3": Package(
-        "flash_attn_interface", "flash-attn-3", "attention", "pip install flash-attn-3", False, True
-    ),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,8 +87,8 @@ def _examine(argv: Sequence[str]) -> int:
     from finetuning.model.machine import look_at_machine
 
     machine = look_at_machine(Path(options.output_dir))
-    packages = {package.module: found_version(package) for package in (*PACKAGES, *FLASH_PACKAGES.values())}
-    attention = attention_of(machine, packages)
+    packages = {package.module: found_version(package) for package in PACKAGES}
+    attention = attention_of(machine, [name for name, package in FLASH.items() if package.is_installed])
     if options.json:
         shown = {"machine": asdict(machine), "packages": packages, "attention": attention}
         print(json.dumps(shown | {"missing": _missing(packages)}, indent=2))
@@ -118,12 +116,13 @@ def found_version(package: Package) -> str | None:
         return "unknown"
 
 
-def attention_of(machine: Machine, packages: Mapping[str, str | None]) -> dict[str, str | None]:
+def attention_of(machine: Machine, installed: Sequence[str]) -> dict[str, str | None]:
     """Each attention implementation with what is in its way; None where nothing is."""
     has_gpu = any(device.kind == "cuda" for device in machine.devices)
     found: dict[str, str | None] = {"eager": None, "sdpa": None}
-    for name, package in FLASH_PACKAGES.items():
-        missing = None if packages[package.module] else package.install
+    found["flex_attention"] = None if has_gpu else "no backward pass on a CPU"
+    for name, package in FLASH.items():
+        missing = None if name in installed else package.install
         found[name] = missing if has_gpu else "needs a CUDA or ROCm device"
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from finetuning.config.attention import FLASH
 from finetuning.config.model import Dtype, ModelArgs, NoQuantization, Quantised, RunConfig
 from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
 from finetuning.model.heads import LANGUAGE, Head
@@ -41,11 +42,6 @@ _LOADER_ARGUMENTS = (
     "tp_size",
     "use_kernels",
 )
-_FLASH = {
-    "flash_attention_2": ("flash_attn", "pip install 'finetuning[flash-attention]'"),
-    "flash_attention_3": ("flash_attn_interface", "pip install flash-attn-3"),
-    "flash_attention_4": ("flash_attn", "pip install flash-attn-4"),
-}
 
 
 def load_model(
@@ -139,13 +135,13 @@ def check_attention(implementation: str | None, key: str = _KEY) -> None:
             place=place,
             hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(known))}.",
         )
-    if implementation in _FLASH:
-        package, install = _FLASH[implementation]
-        if find_spec(package) is None:
+    if implementation in FLASH:
+        package = FLASH[implementation]
+        if not package.is_installed:
             raise MissingPackageError(
-                f"{implementation} needs the package {package}, which is not installed",
+                f"{implementation} needs the package {package.distribution}, which is not installed",
                 place=place,
-                hint=f"Install it with: {install}; or use sdpa.",
+                hint=f"Install it with: {package.install}; or use sdpa.",
             )
         if not torch.cuda.is_available():
             raise ModelError(f"{implementation} needs a CUDA or ROCm device; use sdpa here", place=place)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from finetuning.config import trackers
+from finetuning.config.attention import FLASH
 from finetuning.config.model import BitsAndBytes, TorchAO
 from finetuning.errors import MissingPackageError, Place, Problem
 from finetuning.plan.traits import Setting
@@ -32,6 +33,7 @@ _OPTIMIZERS = {
     "adamw_torch_4bit": ("torchao", "pip install 'finetuning[torchao]'"),
     "adamw_torch_8bit": ("torchao", "pip install 'finetuning[torchao]'"),
 }
+_ATTENTION = "run_conf.model_args.attn_implementation"
 _OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 
 
@@ -67,6 +69,9 @@ def check_packages(setting: Setting) -> None:
         MissingPackageError: every package that is not, with its install line.
     """
     missing = [need for need in needs(setting) if find_spec(need.module) is None]
+    attention = FLASH.get(setting.experiment.run_conf.model_args.attn_implementation or "")
+    if attention is not None and not attention.is_installed:
+        missing.append(Need(attention.distribution, f"{attention.install}; or use sdpa", _ATTENTION))
     if missing:
         raise MissingPackageError(
             [

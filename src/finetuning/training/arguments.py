@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config.experiment import Experiment
 from finetuning.errors import ConfigError, Place
 from finetuning.plan.plan import Plan
-from finetuning.training.precision import check_device
 
 if TYPE_CHECKING:
     import transformers
@@ -32,11 +31,10 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
         arguments_class: `module:class` of the trainer's config.
 
     Raises:
-        ConfigError: the trainer's own checks refuse a value, or the device lacks a number type.
+        ConfigError: the trainer's own checks refuse a value.
     """
     import torch
 
-    check_device(experiment)
     module, _, name = arguments_class.partition(":")
     args = experiment.training_args
     fields: dict[str, Any] = {field: getattr(args, field) for field in type(args).model_fields}

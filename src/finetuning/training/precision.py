@@ -22,12 +22,16 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
 
     Raises:
         ConfigError: everything that it lacks.
+        ModelError: there is no such attention implementation, or it needs another device.
+        MissingPackageError: the attention implementation is not installed.
     """
     check_precision(experiment, device)
     args = experiment.training_args
     passed_on: dict[str, Any] = args.model_extra or {}
+    device = device or training_device(bool(passed_on.get("use_cpu")))
+    _check_attention(experiment, device)
     asked = [key for key in NEEDS_GPU if getattr(args, key, None) or passed_on.get(key)]
-    if asked and (device or training_device(bool(passed_on.get("use_cpu")))).kind == "cpu":
+    if asked and device.kind == "cpu":
         raise ConfigError(
             [
                 Problem(
@@ -37,6 +41,21 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
                 )
                 for key in asked
             ]
+        )
+
+
+def _check_attention(experiment: Experiment, device: Device) -> None:
+    implementation = experiment.run_conf.model_args.attn_implementation
+    if implementation is None:
+        return
+    from finetuning.model.load import check_attention
+
+    check_attention(implementation)
+    if implementation == "flex_attention" and device.kind == "cpu":
+        raise ConfigError(
+            "flex_attention has no backward pass on a CPU",
+            place=Place(key="run_conf.model_args.attn_implementation"),
+            hint="Use sdpa here.",
         )
 
 

@@ -134,8 +134,10 @@ class _Start:
 def _start(job: Job) -> _Start:
     from finetuning.training.arguments import build_arguments
     from finetuning.training.parts import load_tokenizer, prepare
+    from finetuning.training.precision import check_device
 
     experiment, observer = job.experiment, job.observer
+    check_device(experiment)
     resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
     observer.resuming(resume)
 
