@@ -15,7 +15,7 @@ from finetuning.config.training import SFTArgs
 from finetuning.data.counting import count_training_rows
 from finetuning.data.prepare import prepare_dpo, prepare_kto, prepare_reward, prepare_sft
 from finetuning.data.templates import get_template
-from finetuning.errors import DataError
+from finetuning.errors import ConfigError, DataError
 
 from .conversations import assistant, user
 
@@ -64,6 +64,14 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
     ]
     assert f"  {chats}: messages, told from the rows" in data.ledger.lines()
     assert count_training_rows(conf).rows == 4
+
+
+def test_columns_to_rename_that_no_row_has_are_named(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    path = write_lines("a.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(ConfigError, match=r"datasets\[0\]\.columns: none of qestion is a column .* prompt, completion"):
+        sft(config({"path": path, "columns": {"qestion": "prompt"}}), tokenizer)
+    either = {"path": path, "columns": {"query": "prompt", "completion": "completion"}}
+    assert len(sft(config(either), tokenizer).train) == 1
 
 
 def test_columns_of_other_types_still_combine(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:

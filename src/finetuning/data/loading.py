@@ -67,6 +67,7 @@ def open_dataset(
 
     rows = unparsed_rows(source, key, streaming=streaming)
     head = list(islice(rows, _LOOKED_AT))
+    _check_columns(source, head, key)
     shown = [row for row in map(handled, head) if isinstance(row, Row)]
     row_format, is_stated = _choose(source, recipe, kind, shown, key)
     own = _own_options(source, recipe, options)
@@ -101,6 +102,21 @@ def _own_options(source: DatasetSource, recipe: Recipe, options: Options) -> Opt
         instruction_template=unescape(source.instruction_template) if source.instruction_template else None,
         add_eos=source.add_eos_token and recipe.add_eos,
     )
+
+
+def _check_columns(source: DatasetSource, head: Sequence[Row | Problem | Line], key: str) -> None:
+    """Nothing, when a column that is to be renamed is in one of the first rows at least: some files may have others.
+
+    Raises:
+        ConfigError: none is, as with a typing error.
+    """
+    read = (one.row() if isinstance(one, Line) else one for one in head)
+    found = [row.values for row in read if isinstance(row, Row)] if source.columns else []
+    if found and not any(old in values for old in source.columns for values in found):
+        raise ConfigError(
+            f"none of {', '.join(source.columns)} is a column of the first rows; they have {', '.join(found[0])}",
+            place=Place(key=f"{key}.columns"),
+        )
 
 
 def _choose(source: DatasetSource, recipe: Recipe, kind: str, head: Sequence[Row], key: str) -> tuple[RowFormat, bool]:
