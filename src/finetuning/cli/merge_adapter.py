@@ -11,6 +11,7 @@ from typing import Any
 
 from finetuning.cli.run import run
 from finetuning.errors import ConfigError
+from finetuning.garbage import seldom_collected
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +65,9 @@ def _merge(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     device_map = _read_device_map(options.device_map)
     from finetuning.cli.progress import quiet_libraries, transfer_bar
-    from finetuning.export.merge import merge_adapters
+
+    with seldom_collected():
+        from finetuning.export.merge import merge_adapters
 
     quiet_libraries()
     with transfer_bar("merging") as progress:

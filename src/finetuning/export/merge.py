@@ -11,7 +11,13 @@ from finetuning.errors import ModelError
 from finetuning.export.certificate import Certificate, certify, require_memory
 from finetuning.export.companions import tokenizer_folder, write_companions
 from finetuning.export.edits import NeedsPeft
-from finetuning.export.peft_merge import DeviceMap, check_device_map, merge_with_peft, refuse_unmergeable
+from finetuning.export.peft_merge import (
+    DeviceMap,
+    check_device_map,
+    import_loaders,
+    merge_with_peft,
+    refuse_unmergeable,
+)
 from finetuning.export.plan import MergePlan, plan_merge
 from finetuning.export.sources import Adapter, BaseModel, folder_of, read_adapter, read_base
 from finetuning.export.streaming import Progress, write_merged
@@ -64,6 +70,7 @@ def merge_adapters(
             refuse_unmergeable(adapter)
     if verify or isinstance(plan, NeedsPeft):
         check_device_map(device_map)
+        import_loaders()
     for note in (*plan.notes, *_other_name(base, adapters[0])):
         tell(note)
     require_room(out, base.num_bytes + _SMALL_FILES_BYTES)

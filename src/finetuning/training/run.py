@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from finetuning.algorithms.method import Method, TrainingParts
 from finetuning.config.experiment import Experiment
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
+from finetuning.garbage import seldom_collected
 from finetuning.plan.plan import Plan, make_plan
 from finetuning.topology import Topology, read_end_time
 from finetuning.training.contract import Terms, agree
-from finetuning.training.garbage import seldom_collected
 from finetuning.training.meeting import part
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord, read_record

@@ -1,4 +1,4 @@
-"""How often Python looks for garbage while a run starts."""
+"""How often Python looks for garbage while a program starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def seldom_collected() -> Iterator[None]:
 
     Imports leave some hundred thousand objects that live as long as the process. Python goes through all of them
     several times while they become more, and the Trainer has it do so once more before the first step: together
-    a fifth of the time until then. Rows and weights are no such objects.
+    a fifth of the time until then. Rows and weights are no such objects; a model that is to go again is not loaded in
+    the block, as what is alive at its end and has a cycle is never freed.
     """
     before = gc.get_threshold()
     gc.set_threshold(_MANY, *before[1:])
