@@ -28,6 +28,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # `locate` takes these; the rest of ModelArgs goes to `from_pretrained`.
 _WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
 # Arguments of `from_pretrained` that are neither ours nor a field of a model's config.
+_PASSED_ON = ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision")
 _LOADER_ARGUMENTS = (
     "adapter_kwargs",
     "disable_mmap",
@@ -77,32 +78,35 @@ def load_model(
         "use_safetensors": _safetensors_only(location, args, key),
         "trust_remote_code": args.trust_remote_code,
     }
-    for name in ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision"):
-        if getattr(args, name) is not None:
-            arguments[name] = getattr(args, name)
+    arguments |= {name: value for name in _PASSED_ON if (value := getattr(args, name)) is not None}
     if isinstance(quant_conf, Quantised):
         arguments["quantization_config"] = to_quantisation_config(quant_conf, sharded_by=sharded_by)
     config, extras = load_config(location, args, key)
     config.update(dict(head.fields))
     choose_trainable_kernel(config)
+    model = _read(location, head, key, {"config": config, **arguments, **extras})
+    if model.can_generate():
+        # Every checkpoint saves these settings, and transformers refuses to save contradictory ones.
+        for change in repair_sampling(model.generation_config):
+            logger.info("%s: %s", location, change)
+    return model
+
+
+def _read(location: Location, head: Head, key: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """The model as `from_pretrained` reads it, with a head.
+
+    Raises:
+        ModelError: it cannot be read, or lacks weights.
+    """
     try:
         model, found = head.loader.from_pretrained(
-            location.name,
-            config=config,
-            output_loading_info=True,
-            **arguments,
-            **extras,
-            **location.hub_arguments,
+            location.name, output_loading_info=True, **arguments, **location.hub_arguments
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         _raise_unless_memory(error, location, key)
     _check_found(found, location, Place(key=key), head)
     if head.begin(model, sorted(found["missing_keys"])):
         logger.info("%s has no head that gives scores: a new one starts at zero", location)
-    if model.can_generate():
-        # Every checkpoint saves these settings, and transformers refuses to save contradictory ones.
-        for change in repair_sampling(model.generation_config):
-            logger.info("%s: %s", location, change)
     return model
 
 
