@@ -56,8 +56,7 @@ def prepare_sft(
     truncate = sft_args.length_handling == "truncate"
 
     def make_chats() -> SFTMaker:
-        renderer = Renderer(tokenizer)
-        masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+        renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
         return SFTMaker(renderer, masker, labeller, sft_args.max_seq_length, truncate, options.chats != "all")
 
     make = SupervisedMaker(make_chats, labeller, tokenizer.eos_token, len(tokenizer), sft_args.max_seq_length, truncate)
@@ -95,8 +94,7 @@ def prepare_dpo(
         DataError: a file, a row or the template is wrong, or too few rows are left.
     """
     labeller = _labeller(tokenizer)
-    renderer = Renderer(tokenizer)
-    masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+    renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
     reading = Reading(
         "preference",
         options_for(None, tokenizer.special_tokens_map),
@@ -122,8 +120,7 @@ def prepare_reward(
         DataError: as `prepare_dpo`.
     """
     labeller = _labeller(tokenizer)
-    renderer = Renderer(tokenizer)
-    masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+    renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
     make = WholePairMaker(DPOMaker(renderer, masker, labeller, None), max_length)
     return prepare_rows(
         data_conf,
@@ -151,8 +148,7 @@ def prepare_kto(
         DataError: as `prepare_dpo`.
     """
     labeller = _labeller(tokenizer)
-    renderer = Renderer(tokenizer)
-    masker = Masker(renderer, labeller.split, _stops(data_conf, stop_tokens))
+    renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
     reading = Reading(
         "unpaired",
         options_for(None, tokenizer.special_tokens_map),
@@ -208,6 +204,11 @@ def _labeller(tokenizer: PreTrainedTokenizerFast) -> Labeller:
     return Labeller(tokenizer)
 
 
-def _stops(data_conf: DataConfig, stop_tokens: Sequence[str]) -> tuple[str, ...]:
+def _proof(
+    data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, labeller: Labeller, stop_tokens: Sequence[str]
+) -> tuple[Renderer, Masker]:
+    """What renders chats by the tokenizer's template, and shows which of the text is the assistant's."""
+    renderer = Renderer(tokenizer)
     template = chosen_template(data_conf)
-    return (*stop_tokens, *([template.end_of_turn] if template and template.end_of_turn else ()))
+    ends = (template.end_of_turn,) if template and template.end_of_turn else ()
+    return renderer, Masker(renderer, labeller.split, (*stop_tokens, *ends))
