@@ -366,6 +366,20 @@ def test_sampling_need_not_be_exact_in_floating_point(tmp_path: Path) -> None:
     assert [one["sampling_weight"] for one in section["training_data"]["datasets"]] == [0.6, 0.3, 0.1]
 
 
+def test_a_chat_template_is_looked_for_where_the_job_runs_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    processor = {"chat_template_path": "t.jinja"}
+    path = yaml_config(folder, {"dataprocessor": processor, "datasets": [{"data_paths": ["a"]}]})
+    (folder / "t.jinja").write_text("{{ beside }}")
+    monkeypatch.chdir(tmp_path)
+    assert read_data_config(path)["chat_template"] == "{{ beside }}"
+    (tmp_path / "t.jinja").write_text("{{ here }}")
+    assert read_data_config(path)["chat_template"] == "{{ here }}"
+
+
 def test_a_chat_template_may_come_in_base64(tmp_path: Path) -> None:
     processor = {"chat_template_base64": base64.b64encode("{{ä}}".encode()).decode()}
     config = {"dataprocessor": processor, "datasets": [{"data_paths": ["a"]}]}

@@ -191,3 +191,22 @@ def test_tokens_are_added_to_a_tokenizer_that_keeps_its_template(
     loaded = load_tokenizer(validate(document, SFTExperiment).experiment)
     assert loaded.new_tokens == ("<doc>",)
     assert len(loaded.tokenizer.encode("<doc>", add_special_tokens=False)) == 1
+
+
+def test_packed_rows_keep_to_the_response_template(job: Callable[..., Translation], chatml_llama_dir: Path) -> None:
+    keys = {"dataset_text_field": "output", "response_template": "\n### Label:", "packing": True}
+    out = job("texts", keys)
+    assert trained(out, chatml_llama_dir) == f" A{END}"
+    assert any(note.startswith("packing: the response template is kept to") for note in out.notes)
+
+
+def test_a_job_with_a_data_config_is_told_by_its_keys(
+    tmp_path: Path, chatml_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetuning.cli.import_config import main
+
+    (tmp_path / "data.json").write_text(json.dumps({"datasets": [{"name": "d", "data_paths": ["a.jsonl"]}]}))
+    values = {"model_name_or_path": str(chatml_llama_dir), "output_dir": "out"}
+    (tmp_path / "job.json").write_text(json.dumps(values | {"data_config_path": str(tmp_path / "data.json")}))
+    assert main([str(tmp_path / "job.json")]) == 0
+    assert "path: a.jsonl" in capsys.readouterr().out

@@ -132,7 +132,9 @@ def _processor(reader: _Reader, processor: Mapping[str, Any], folder: Path) -> s
     value = str(processor[given[0]])
     try:
         if given[0] == "chat_template_path":
-            return (folder / Path(os.path.expandvars(value)).expanduser()).read_text("utf-8")
+            path = Path(os.path.expandvars(value)).expanduser()
+            # There it is looked for where the job runs; here beside the data config, too.
+            return (path if path.is_file() else folder / path).read_text("utf-8")
         return base64.b64decode(value, validate=True).decode() if given[0] == "chat_template_base64" else value
     except OSError as error:
         reader.wrong((*here, given[0]), f"{value} cannot be read: {error.strerror}")

@@ -59,6 +59,8 @@ def _source(out: Translation) -> dict[str, Any]:
         if response:
             out.wrong("response_template", "needs dataset_text_field or data_formatter_template")
         return {}
+    if response and out.truth("packing", False):
+        out.note("packing", "the response template is kept to; there packed rows are trained whole")
     if not response and not out.truth("packing", False) and not out.has("padding_free"):
         key = "dataset_text_field" if field else "data_formatter_template"
         out.wrong(key, "needs response_template, packing or padding_free")
