@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
 from finetuning.algorithms.identity import FirstLossCheck, KnownLoss
 from finetuning.algorithms.method import Method, TrainingParts
+from finetuning.algorithms.reference import WholeReference
 from finetuning.config.experiment import DPOExperiment
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
     from finetuning.algorithms.trainer import TrainerMixin
 
-    class DPOTrainer(TrainerMixin, FirstLossCheck, trl.DPOTrainer):
+    class DPOTrainer(TrainerMixin, FirstLossCheck, WholeReference, trl.DPOTrainer):
         """TRL's DPOTrainer with the mixin, ready rows and the check of the first loss."""
 
         divides_batches = set(parts.arguments.loss_type) <= _MEANS_OVER_PAIRS

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
 from finetuning.algorithms.identity import KnownLoss, check_first_loss, drops_values
 from finetuning.algorithms.method import Method, TrainingParts
+from finetuning.algorithms.reference import WholeReference
 from finetuning.algorithms.rewards import build_rewards, needed_columns
 from finetuning.config.experiment import GRPOExperiment
 from finetuning.errors import ConfigError, Place
@@ -88,7 +89,7 @@ def _trainer_class(columns: list[str]) -> type:
 
     from finetuning.algorithms.trainer import TrainerMixin
 
-    class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
+    class GRPOTrainer(TrainerMixin, WholeReference, trl.GRPOTrainer):
         """TRL's GRPOTrainer with the mixin, ready prompts, our reference and the check of the first divergence."""
 
         _divergence_checked = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
 from finetuning.algorithms.identity import FirstLossCheck, KnownLoss
 from finetuning.algorithms.method import Method, TrainingParts
+from finetuning.algorithms.reference import WholeReference
 from finetuning.config.experiment import KTOExperiment
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     from finetuning.algorithms.trainer import TrainerMixin
     from finetuning.data.unpaired import with_neighbours
 
-    class KTOTrainer(TrainerMixin, FirstLossCheck, trl.KTOTrainer):
+    class KTOTrainer(TrainerMixin, FirstLossCheck, WholeReference, trl.KTOTrainer):
         """TRL's KTOTrainer with the mixin, ready rows and the check of the first loss."""
 
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

@@ -208,11 +208,23 @@ def _continue(
         raise ModelError(f"the adapter {location} cannot be loaded: {' '.join(lines[:2])}", place=place) from error
     if location.folder is not None:
         check_same_tensors(wrapped, location.folder, place)
+    _show_bias(wrapped)
     config = wrapped.active_peft_config
     adapted = _adapted(wrapped, config, digests(wrapped), _notes(config, None))
     if adapted.trainable == 0:
         raise ModelError(f"nothing of the adapter {location} can be trained", place=place)
     return adapted
+
+
+def _show_bias(wrapped: Any) -> None:
+    """Gives an output layer with trained rows the bias that it has not, for those who read it beside the weights.
+
+    PEFT's wrapper shows weights alone, with the rows in them; TRL's preference losses multiply by them and add the bias.
+    """
+    head = wrapped.get_output_embeddings()
+    original = getattr(head, "original_module", None)
+    if original is not None and not hasattr(head, "bias") and getattr(original, "bias", None) is None:
+        head.register_parameter("bias", None)
 
 
 def _refuse_pickle(folder: Path, place: Place) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from finetuning.errors import StorageError
 from finetuning.model import fingerprint
 from finetuning.model.fingerprint import Fingerprint
 from finetuning.model.stop_tokens import StopTokens, repair_sampling, save_tokenizer
-from finetuning.model.tensor_files import read_model_headers
+from finetuning.model.tensor_files import UNTRAINED_TOKENS, read_model_headers
 from finetuning.model.vocabulary import Vocabulary
 from finetuning.publish import staged
 
@@ -29,11 +30,13 @@ def save_model(
     base_fingerprint: Fingerprint | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     vocabulary: Vocabulary | None = None,
+    untrained: Sequence[str] = (),
 ) -> Path:
     """`folder`, holding the model or, of a PEFT model, its adapter.
 
     It appears under its name only when every file is flushed; a failure leaves nothing. One process calls this.
-    `state_dict` holds the gathered weights of a sharded model; `vocabulary` tells of tokens that are new.
+    `state_dict` holds the gathered weights of a sharded model; `vocabulary` tells of tokens that are new, `untrained`
+    of those that the next training has to train.
 
     Raises:
         StorageError: the folder exists and is not empty, or cannot be written.
@@ -46,6 +49,10 @@ def save_model(
                 fingerprint.write(base_fingerprint, staging)
             if vocabulary is not None:
                 vocabulary.write_added(staging)
+            if untrained:
+                (staging / UNTRAINED_TOKENS).write_text(
+                    json.dumps({"tokens": list(untrained)}) + "\n", encoding="utf-8"
+                )
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -86,13 +93,15 @@ def _without_ties(model: Any, state_dict: Mapping[str, torch.Tensor]) -> dict[st
     return {name: tensor for name, tensor in state_dict.items() if ties.get(name) not in state_dict}
 
 
-def save_grown_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """`folder`, holding a base model whose vocabulary has grown, with its tokenizer.
+def save_grown_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, new_tokens: Sequence[str] = ()
+) -> Path:
+    """`folder`, holding a base model whose vocabulary has grown by `new_tokens`, with its tokenizer.
 
     Called before an adapter is put on, so that the adapter is trained on, and names, this model: from here on the
     model's `name_or_path` is the folder. The adapter and this folder load again; the adapter and the old base do not.
     """
-    saved = save_model(model, tokenizer, folder)
+    saved = save_model(model, tokenizer, folder, untrained=new_tokens)
     model.config.name_or_path = str(saved)
     model.name_or_path = str(saved)
     return saved

@@ -13,6 +13,8 @@ from finetuning.errors import ModelError
 
 ADDED_TOKENS = "added_tokens_info.json"
 """How many tokens a tuned model has that its base has not."""
+UNTRAINED_TOKENS = "untrained_tokens.json"
+"""The tokens of a grown base whose rows are in no training yet: an adapter of it has to train them."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

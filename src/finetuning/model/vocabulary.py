@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.errors import ModelError, Place
 from finetuning.model.quantisation import is_quantised
-from finetuning.model.tensor_files import ADDED_TOKENS
+from finetuning.model.tensor_files import ADDED_TOKENS, UNTRAINED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,23 @@ class Vocabulary:
             return f"{self.rows} rows, no new tokens"
         how = f"grown from {self.rows_before} to {self.rows} rows" if self.has_grown else f"{self.rows} rows, as before"
         return f"{how}; {len(self.new_ids)} new tokens begin at the mean of the others"
+
+
+def untrained_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that a base model was grown by, and that nothing has trained; none for any other model.
+
+    Raises:
+        ModelError: the file that names them is damaged.
+    """
+    file = folder / UNTRAINED_TOKENS
+    if not file.is_file():
+        return []
+    try:
+        tokens = json.loads(file.read_text(encoding="utf-8"))["tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from None
+    known = tokenizer.get_vocab()
+    return [token for token in tokens if token in known]
 
 
 def grow(

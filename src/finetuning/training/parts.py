@@ -160,8 +160,12 @@ def _load_bare(
     """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
     from finetuning.model import load
     from finetuning.model.heads import LANGUAGE, SCORE
-    from finetuning.model.vocabulary import grow
+    from finetuning.model.vocabulary import grow, untrained_tokens
 
+    new_tokens = [*tokenizer.new_tokens]
+    if isinstance(experiment.peft_conf, NewPeft):
+        # An adapter that is there already has its own rows for them.
+        new_tokens += untrained_tokens(Path(experiment.run_conf.model), tokenizer.tokenizer)
     model = load.load_model(
         experiment.run_conf,
         experiment.quant_conf,
@@ -170,7 +174,7 @@ def _load_bare(
         default_dtype=default_dtype,
         head=SCORE if method.gives_scores else LANGUAGE,
     )
-    return model, grow(model, tokenizer.tokenizer, tokenizer.new_tokens)
+    return model, grow(model, tokenizer.tokenizer, new_tokens)
 
 
 def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
@@ -208,7 +212,7 @@ def _keep_vocabulary(
         return notes
     folder = output_dir / _new_base_name(experiment)
     if topology.is_main and not save.holds_grown_base(folder, model, tokenizer.tokenizer):
-        save.save_grown_base(model, tokenizer.tokenizer, folder)
+        save.save_grown_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
     model.config.name_or_path = model.name_or_path = str(folder)
     return [*notes, f"the grown base model is {folder}; the adapter goes with it"]
 
