@@ -66,6 +66,22 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
     assert count_training_rows(conf).rows == 4
 
 
+@pytest.mark.parametrize("kind", ["CONCATENATION", "PRECOMPUTE_WEIGHTED_MIX"])
+def test_a_dataset_of_which_nothing_is_left_is_named(
+    kind: str, write_lines: Callable[..., str], tokenizer: Any
+) -> None:
+    many = write_lines("a.jsonl", *({"prompt": str(number), "completion": "b"} for number in range(40)))
+    lost = write_lines("b.jsonl", {"prompt": "word " * 200, "completion": "b"})
+    training = {"type": kind, "datasets": [{"path": many}, {"path": lost}]}
+    values = {"training_data": training, "validation_data": {"type": "NONE"}, "chat_template_name": "chat-ml"}
+    with pytest.raises(
+        DataError, match=r"datasets\[1\]: no row of .*b\.jsonl is left; first at .*b\.jsonl:1: longer than"
+    ):
+        sft(DataConfig.model_validate(values), tokenizer, max_seq_length=64)
+    values |= {"max_lost_fraction": 1.0}
+    assert len(sft(DataConfig.model_validate(values), tokenizer, max_seq_length=64).train) == 40
+
+
 def test_columns_to_rename_that_no_row_has_are_named(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(ConfigError, match=r"datasets\[0\]\.columns: none of qestion is a column .* prompt, completion"):

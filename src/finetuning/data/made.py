@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from finetuning import __version__
 from finetuning.config.data import Concatenation, DataConfig, DatasetSource, WeightedMix
 from finetuning.data import mixing
 from finetuning.data.arranging import arrange, used_datasets
 from finetuning.data.cache import cache_folder, find_or_make, read_prepared
-from finetuning.data.ledger import Ledger, raise_bad_rows
+from finetuning.data.ledger import Ledger, PartLedger, raise_bad_rows
+from finetuning.data.loading import title_of
 from finetuning.data.preview import PreviewRow
-from finetuning.data.reading import Reading, left_out, to_dataset
+from finetuning.data.reading import Part, Reading, left_out, to_dataset
 from finetuning.data.sources import find_shards
 from finetuning.data.store import Inputs, Stored, write
-from finetuning.errors import DataError
+from finetuning.errors import DataError, Place, Problem
 
 if TYPE_CHECKING:
     import datasets
@@ -147,6 +150,9 @@ def _make(
     if data_conf.on_bad_row == "error":
         raise_bad_rows(reading.problems)
     Ledger(tuple(ledgers)).check(data_conf.max_lost_fraction)
+    if data_conf.max_lost_fraction < 1:
+        for read, part, ledger in zip((sources, other), parts, ledgers, strict=False):
+            _check_each_is_left(read, part, ledger)
     train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
     if held_out is not None:
         ledgers.append(left_out(parts[0], held_out, data_conf.validation_data.type))
@@ -163,6 +169,25 @@ def _make(
         preview=[row for rows in reading.preview for row in rows],
         inputs=inputs,
     )
+
+
+def _check_each_is_left(sources: Sequence[tuple[str, DatasetSource]], part: Part, ledger: PartLedger) -> None:
+    """Nothing, when every dataset has a row left: one without would vanish from a mix, and its weight with it.
+
+    Raises:
+        DataError: with every dataset that has none, and what became of its first row.
+    """
+    problems = []
+    kept = np.add.reduceat(part.alive, np.cumsum([0, *part.lengths[:-1]]))
+    for (key, source), rows in zip(sources, kept, strict=True):
+        if rows:
+            continue
+        files = {shard.name for shard in find_shards(source, key)}
+        first = next((fate for fate in ledger.fates if fate.place.file in files), None)
+        why = f"; first at {first.problem()}" if first else ""
+        problems.append(Problem(f"no row of {title_of(source)} is left{why}", Place(key=key)))
+    if problems:
+        raise DataError(problems)
 
 
 def _settings(data_conf: DataConfig) -> dict[str, Any]:
