@@ -93,8 +93,19 @@ def test_every_field_arrives():
     assert (made.load_in_8bit, made.llm_int8_threshold, made.llm_int8_skip_modules) == (
         True,
         4.5,
-        ["lm_head", "q_proj"],
+        ["lm_head", "score", "q_proj"],
     )
+
+
+@pytest.mark.parametrize("conf", [NF4, INT8], ids=["nf4", "int8"])
+def test_modules_are_left_out_besides_the_output_layer(conf: BitsAndBytes, chatml_llama_dir: Path):
+    model = load_model(
+        RunConfig(model=str(chatml_llama_dir)), conf.model_copy(update={"llm_int8_skip_modules": ["q_proj"]})
+    )
+    attention = model.model.layers[0].self_attn
+    kinds = [stored_as(layer) for layer in (attention.q_proj, model.lm_head, attention.k_proj)]
+    assert kinds[:2] == ["Linear", "Linear"] and kinds[2].startswith("Linear") and kinds[2] != "Linear"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_torchao_leaves_modules_out(tiny_llama_dir: Path):

@@ -170,7 +170,7 @@ class BitsAndBytes(Section):
     llm_int8_threshold: float = Field(default=6.0, ge=0)
     """Magnitude above which an activation is computed outside of 8 bit."""
     llm_int8_skip_modules: list[str] | None = None
-    """Modules that stay as they are."""
+    """Modules that stay as they are, besides the output layer; of 4 bit, too."""
     llm_int8_enable_fp32_cpu_offload: bool = False
     """Keep offloaded modules in float32 on the CPU."""
     llm_int8_has_fp16_weight: bool = False

@@ -219,7 +219,7 @@ def _continue(
 def _show_bias(wrapped: Any) -> None:
     """Gives an output layer with trained rows the bias that it has not, for those who read it beside the weights.
 
-    PEFT's wrapper shows weights alone, with the rows in them; TRL's preference losses multiply by them and add the bias.
+    PEFT's wrapper shows weights alone, with the rows in them; TRL's preference losses take weights and bias.
     """
     head = wrapped.get_output_embeddings()
     original = getattr(head, "original_module", None)

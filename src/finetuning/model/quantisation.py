@@ -79,6 +79,9 @@ def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = 
             hint="Install it with: pip install bitsandbytes",
         )
     fields = conf.model_dump(exclude={"quantization_type"}, exclude_none=True)
+    if conf.llm_int8_skip_modules is not None:
+        # The list replaces the one that transformers makes, in which the output layer stands.
+        fields["llm_int8_skip_modules"] = list(dict.fromkeys((*_OUTPUT_LAYERS, *conf.llm_int8_skip_modules)))
     if conf.load_in_4bit and conf.bnb_4bit_quant_storage is None and sharded_by == "fsdp":
         fields["bnb_4bit_quant_storage"] = conf.bnb_4bit_compute_dtype or "float32"
     return BitsAndBytesConfig(**fields)
