@@ -13,6 +13,11 @@ USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 
 
+def said(*parts: str) -> dict[str, Any]:
+    """A user's message of parts."""
+    return {"role": "user", "content": [{"type": "text", "text": part} for part in parts]}
+
+
 def parse(values: dict[str, Any], name: str = "messages") -> Any:
     return FORMATS[name].parse(Row(values, Place("train.jsonl", 6)))
 
@@ -49,6 +54,11 @@ def test_a_preference_is_kept_whole() -> None:
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "messages[1].content: expected text, got a number"),
         ({"messages": [USER, {"role": "assistant", "content": []}]}, "messages[1].content: expected text, got a list"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: expected text, got nothing"),
+        ({"messages": [said("a", "b")]}, "messages[0].content: expected text, got 2 parts of text: join them to one"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content: expected text, got a part of type image_url",
+        ),
         (
             {"messages": [USER, {"role": "asistant", "content": "a"}]},
             'messages[1].role: unknown role "asistant". Did you mean "assistant"?',
@@ -110,6 +120,12 @@ def test_chats_go_by_several_names(column: str) -> None:
     assert parse({column: [USER, ANSWER]}).messages == [USER, ANSWER]
     assert parse({column: json.dumps([USER, ANSWER])}).messages == [USER, ANSWER]
     assert str(parse({column: [USER, {"role": "assistant"}]})).startswith(f"train.jsonl:6: {column}[1].content: ")
+
+
+def test_one_part_of_text_is_the_content() -> None:
+    row = {"messages": [said("Hi") | {"name": "ann"}, ANSWER]}
+    assert parse(row).messages == [USER | {"name": "ann"}, ANSWER]
+    assert isinstance(row["messages"][0]["content"], list), "the row stays as it was"
 
 
 def test_from_and_value_become_role_and_content() -> None:

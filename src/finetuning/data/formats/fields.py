@@ -55,7 +55,7 @@ def text_field(row: Row, key: str) -> str:
 def messages_field(row: Row, key: str) -> list[Message]:
     """The messages under a key, each kept whole, checked; also where they stand there as JSON text.
 
-    `content` may be null or missing where an assistant's message has tool calls.
+    `content` may be null or missing where an assistant's message has tool calls, and a list of one part that is text.
     """
     value = row.values[key]
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -64,10 +64,26 @@ def messages_field(row: Row, key: str) -> list[Message]:
         raise FieldError(key, f"expected a list of messages, got {json_type(value)}")
     if not value:
         raise FieldError(key, "needs at least one message, got an empty list")
-    for index, message in enumerate(value):
-        if not is_plain(message):
-            check_message(message, f"{key}[{index}]")
-    return value
+    return [one if is_plain(one) else _read_message(one, f"{key}[{index}]") for index, one in enumerate(value)]
+
+
+def _read_message(message: Any, key: str) -> Message:
+    message = _with_text(message, key)
+    check_message(message, key)
+    return message
+
+
+def _with_text(message: Any, key: str) -> Any:
+    """The message with the text of its one part as content; several would be joined by a guess."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        return message
+    other = next((part.get("type") for part in parts if part.get("type") != "text"), None)
+    if other is not None or any(not isinstance(part.get("text"), str) for part in parts):
+        raise FieldError(f"{key}.content", f"expected text, got a part of type {other or 'text without text'}")
+    if len(parts) > 1:
+        raise FieldError(f"{key}.content", f"expected text, got {len(parts)} parts of text: join them to one")
+    return {**message, "content": parts[0]["text"]}
 
 
 def is_plain(message: Any) -> bool:
