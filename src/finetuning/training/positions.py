@@ -23,18 +23,20 @@ def check_positions(model: Any, experiment: Experiment, data: PreparedData) -> t
         ConfigError: the model has learned its positions, and has none for the end of a row.
     """
     key = "sft_args.max_seq_length" if hasattr(experiment, "sft_args") else "training_args.max_length"
-    longest = _longest(data.train) if isinstance(data.train, Sized) else experiment.sft_args.max_seq_length
+    is_stream = not isinstance(data.train, Sized)
+    longest = experiment.sft_args.max_seq_length if is_stream else _longest(data.train)
     if longest is None:
         return ()
     learned = _learned_positions(model)
     if learned is not None and longest > learned:
+        has = "of a stream may have" if is_stream else "has"
         raise ConfigError(
-            f"a row has {longest} tokens, and the model has learned {learned} positions",
+            f"a row {has} {longest} tokens, and the model has learned {learned} positions",
             place=Place(key=key),
             hint=f"Set it to {learned} or less.",
         )
     made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if learned is None and isinstance(made_for, int) and longest > made_for:
+    if learned is None and not is_stream and isinstance(made_for, int) and longest > made_for:
         return (f"a row has {longest} tokens, more than the {made_for} positions that the model was made for ({key})",)
     return ()
 
