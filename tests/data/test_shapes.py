@@ -14,7 +14,7 @@ import trl
 from finetuning.config.data import ChatTemplateName
 from finetuning.data.labelling import Labeller
 from finetuning.data.masking import Masker
-from finetuning.data.opaque import PlainTemplate
+from finetuning.data.opaque import Plain, PlainTemplate, Question
 from finetuning.data.rendering import Renderer
 from finetuning.data.rows import Conversation
 from finetuning.data.spans import Marked, Refused
@@ -26,7 +26,17 @@ SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.
 SOURCES |= {name.value: one.source for name in ChatTemplateName if (one := get_template(name))}
 WORDS = (
     *("Hello", "yes", "a b", "42", "Näin, 你好 🙂", 'say "it"', "a\\b", "{{ x }}", "<|im_end|>", "</s>", "<s>x"),
-    *("<think>why</think>so", "<think>\nwhy\n</think>\n\nso", "</think>", "[INST] x [/INST]", "<end_of_turn>\nx"),
+    *(
+        "<think>\nhm",
+        "<think>hm",
+        "<tool_response>x",
+        "<|channel>x",
+        "<think>why</think>so",
+        "<think>\nwhy\n</think>\n\nso",
+        "</think>",
+        "[INST] x [/INST]",
+        "<end_of_turn>\nx",
+    ),
     *(
         "assistant\nx",
         "<tool_response>x</tool_response>",
@@ -69,11 +79,18 @@ def test_what_was_learned_of_a_shape_changes_nothing(name: str, make_tokenizer: 
 def test_shapes_are_used() -> None:
     plain = [name for name, source in SOURCES.items() if _pieces(source)]
     assert {"llama3", "gemma3", "phi3", "chat-ml", "mistral-with-system", "poro", "simplified-llama31"} <= set(plain)
+    asking = {name for name, source in SOURCES.items() if (one := _around(source)) and one.questions}
+    assert {"qwen3", "qwen3_6", "deepseekv3", "glm4moe", "gemma4"} <= asking
+
+
+def _around(source: str) -> Plain | None:
+    template = PlainTemplate.of(source)
+    return template.around(("user", "assistant"), {"bos_token": "<s>", "eos_token": "</s>"}) if template else None
 
 
 def _pieces(source: str) -> tuple[str, ...] | None:
-    template = PlainTemplate.of(source)
-    return template.pieces(("user", "assistant"), {"bos_token": "<s>", "eos_token": "</s>"}) if template else None
+    plain = _around(source)
+    return plain.pieces if plain and not plain.questions else None
 
 
 def written(expression: str) -> str:
@@ -84,20 +101,45 @@ def test_a_template_that_only_writes_contents_is_plain() -> None:
     assert _pieces(written("{{ m.content }}")) == ("user: ", "\nassistant: ", "\n")
     assert _pieces(written("{{ ('<' + m['content'] | trim) ~ '>' }}")) == ("user: <", ">\nassistant: <", ">\n")
     assert _pieces(written("{% if m.content is string and m.content %}{{ m.content.strip() }}{% endif %}"))
+    assert _pieces(written("{{ m.content }}{{ '!' if m.content is sequence and m.content | trim | length > 0 }}")) == (
+        "user: ", "!\nassistant: ", "!\n",
+    )  # fmt: skip
+    assert _pieces(
+        written("{% macro f(x) %}[{{ x }}{% endmacro %}{% set y %}{{ f(m.content) }}]{% endset %}{{ y | trim }}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("expression", "kind", "text"),
+    [
+        ("{{ m.content if m.content == 'a' else m.content }}", "is", "a"),
+        ("{{ m.content }}{{ '!' if m.content in ['a'] }}", "is", "a"),
+        ("{{ m.content }}{{ '!' if messages | selectattr('content', 'equalto', 'a') | list }}", "is", "a"),
+        ("{{ m.content }}{{ '!' if 'x' in m.content }}", "holds", "x"),
+        ("{{ m.content | trim }}{{ '!' if 'x' in m.content | trim }}", "holds", "x"),
+        ("{{ m.content.split('x')[-1].lstrip() }}", "holds", "x"),
+        ("{{ m.content.replace('x', 'y') }}", "holds", "x"),
+        ("{{ m.content }}{{ '!' if m.content.startswith('x') }}", "begins", "x"),
+        ("{{ m.content }}{{ '!' if m.content.endswith('x') }}", "ends", "x"),
+        ("{{ m.content }}{{ '!' if add_generation_prompt and 'x' in messages[0].content }}", "holds", "x"),
+    ],
+)
+def test_what_a_template_asks_of_a_content_is_known(expression: str, kind: str, text: str) -> None:
+    plain = _around(written(expression))
+    assert plain is not None
+    assert plain.pieces == ("user: ", "\nassistant: ", "\n")
+    assert Question(0, kind, text) in plain.questions
+    assert plain.holds_for(["b", "c"])
+    assert not plain.holds_for([text, "c"])
 
 
 @pytest.mark.parametrize(
     "expression",
     [
-        "{{ m.content if m.content == 'a' else m.content }}",
-        "{{ m.content }}{% if 'x' in m.content %}!{% endif %}",
         "{{ m.content }}{% if m.content in 'yes or no' %}!{% endif %}",
-        "{{ m.content }}{% if m.content in ['a'] %}!{% endif %}",
         "{{ m.content }}{{ m.content | length }}",
         "{{ m.content | upper }}",
-        "{{ m.content | replace('a', 'b') }}",
         "{{ m.content | tojson }}",
-        "{{ m.content.split('x')[0] }}",
         "{{ m.content[:5] }}",
         "{{ m.content.strip('x') }}",
         "{{ '%s' % m.content }}",
@@ -108,13 +150,28 @@ def test_a_template_that_only_writes_contents_is_plain() -> None:
         "{% set x %}{{ m.content }}{% endset %}{{ x }}{{ '!' if 'b' in x }}",
         "{% macro f(x) %}{{ x }}{% endmacro %}{% set y = f(m.content) %}{{ y }}{{ '!' if 'b' in y }}",
         "{% for c in m.content %}{{ c }}{% endfor %}",
-        "{{ m.content }}{{ '!' if m.content is sequence and m.content is iterable }}",
-        "{{ m.content }}{{ '!' if messages | selectattr('content', 'equalto', 'a') | list }}",
         "{{ m.content }}{{ '!' if messages | map(attribute='content') | join('') == 'a' }}",
         "{{ m.content }}{{ '!' if [m.content] | select('upper') | list }}",
         "{{ m.content }}{{ {'a': '!'}.get(m.content, '') }}",
         "{{ m }}{{ m.content }}",
         "{{ m.role }}",
+        "{{ m.content }}{{ '!' if (m.content | length) > 3 }}",
+        "{{ m.content }}{{ (m.content | length) * 2 }}",
+        "{{ m.content }}{{ '!' if m.content < 'b' }}",
+        "{{ m.content }}{{ '!' if m.content.startswith(('a', 'b')) }}",
+        "{{ m.content }}{{ '!' if messages[0].content == m.content }}",
+        "{{ m.content }}{{ '!' if messages[0].content in m.content }}",
+        "{{ m.content }}{{ '!' if ('a' ~ m.content).startswith('a') }}",
+        "{{ m.content }}{{ '!' if 'x'.join([m.content]) == 'a' }}",
+        "{{ m.content }}{{ '!' if 'a'.replace(m.content, '') }}",
+        "{{ m.content }}{{ '%s' | format(m.content) }}",
+        "{{ m.content }}{{ dict(a=m.content) }}",
+        "{{ m.content }}{{ [m.content] | string }}",
+        "{{ m.content }}{{ '!' if m.content is upper }}",
+        "{{ m.content }}{{ '!' if [m.content] | map('upper') | list == ['A'] }}",
+        "{{ m.content }}{{ '!' if m.content is test_of_nobody }}",
+        "{{ m.content }}{% set n = namespace(x=m.content) %}{{ '!' if n.x[0] == 'a' }}",
+        "{% filter upper %}{{ m.content }}{% endfilter %}",
     ],
 )
 def test_a_template_that_looks_at_a_content_is_not(expression: str) -> None:

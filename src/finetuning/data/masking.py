@@ -18,8 +18,17 @@ from finetuning.data.endings import Ending, EndingFinder
 from finetuning.data.rendering import CannotRender, Renderer
 from finetuning.data.rows import Conversation, Message
 from finetuning.data.sentinels import NO_SIGNS, Signs, Unmarked
-from finetuning.data.shapes import Key, Shapes, key_of
-from finetuning.data.spans import NOT_TAKEN, Marked, NotShown, Refused, Span, holds_all
+from finetuning.data.shapes import Key, Shapes
+from finetuning.data.spans import (
+    BEGINS_DIFFERENTLY,
+    HOLDS_MORE,
+    NOT_TAKEN,
+    Marked,
+    NotShown,
+    Refused,
+    Span,
+    holds_all,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Masker:
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
     ) -> list[Marked | Refused]:
         """The rendered texts with the spans of the given turns of each."""
-        keys = [key_of(one, wanted) for one, wanted in zip(conversations, turns, strict=True)]
+        keys = [self._shapes.key_of(one, wanted) for one, wanted in zip(conversations, turns, strict=True)]
         found: list[Marked | Refused | None] = [None] * len(keys)
         new = self._shapes.unknown(keys)
         self._find_into(found, new, conversations, turns, keys)
@@ -125,10 +134,10 @@ class Masker:
             if view.whole.text != tried.text:
                 continue
             try:
-                spans, notes = self._all_spans(view, turns)
+                spans, notes, unsaid = self._all_spans(view, turns)
                 shown = view.whole.positions if name == "marks" else None
                 ends = shown and [shown.get(view.signs.closing(one)) for one in range(len(view.marked))]
-                return Marked(tried.text, spans, name, notes), ends
+                return Marked(tried.text, spans, name, notes, unsaid=unsaid), ends
             except NotShown as error:
                 failure = failure or Refused(str(error), error.turn)
         if self._renderer.has_marks:
@@ -152,33 +161,36 @@ class Masker:
             messages, prompt=prompt, tools=conversation.tools, kwargs=conversation.template_kwargs
         )
 
-    def _all_spans(self, view: _View, turns: Sequence[int]) -> tuple[tuple[Span, ...], frozenset[str]]:
+    def _all_spans(self, view: _View, turns: Sequence[int]) -> tuple[tuple[Span, ...], frozenset[str], tuple[str, ...]]:
+        """The span of each turn, notes on them, and what each turn does not say of its prompt."""
         spans: list[Span] = []
+        unsaid: list[str] = []
         notes: set[str] = set()
         for turn in turns:
-            start = self._start(view, turn, notes)
+            start, rest = self._start(view, turn, notes)
             end = self._end(view, turn, start)
             if start < (spans[-1][1] if spans else 0) or end <= start:
                 raise NotShown("its text overlaps the turn before it", turn)
             self._check_inside(view, turn, (start, end), notes)
             spans.append((start, end))
-        return tuple(spans), frozenset(notes)
+            unsaid.append(rest)
+        return tuple(spans), frozenset(notes), tuple(unsaid)
 
-    def _start(self, view: _View, turn: int, notes: set[str]) -> int:
-        """The position at which the model begins to write the turn."""
+    def _start(self, view: _View, turn: int, notes: set[str]) -> tuple[int, str]:
+        """The position at which the model begins to write the turn, and what of its prompt the turn does not say."""
         position, tail = self._prompt_tail(view, turn)
         limit = view.whole.positions.get(view.signs.opening(turn))
         if view.whole.text.startswith(tail, position):
-            return position + len(tail)
+            return position + len(tail), ""
         before = view.whole.text[position:limit]
         if limit is not None and tail.startswith(before):
-            notes.add("the generation prompt holds more than the turn begins with")
-            return limit
+            notes.add(HOLDS_MORE)
+            return limit, tail[len(before) :]
         shared = self._shared_tokens(tail, before)
         if shared <= len(tail) - len(self._endings.generation_prompt):
             raise NotShown("the text before it is not what the template prompts the model with", turn)
-        notes.add("the generation prompt and the turn begin differently")
-        return position + shared
+        notes.add(BEGINS_DIFFERENTLY)
+        return position + shared, ""
 
     def _prompt_tail(self, view: _View, turn: int) -> tuple[int, str]:
         """The position of the last mark before the turn, and what the generation prompt writes from there on."""

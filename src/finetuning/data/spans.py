@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from finetuning.data.rows import Message
 
 Span = tuple[int, int]
+HOLDS_MORE = "the generation prompt holds more than the turn begins with"
+BEGINS_DIFFERENTLY = "the generation prompt and the turn begin differently"
 NOT_TAKEN = "the chat template does not take this conversation"
 
 
@@ -20,6 +22,8 @@ class Marked:
     notes: frozenset[str] = frozenset()
     heads: tuple[str, ...] = ()
     """What stands before each span, back to the content before it, where that is the same in many conversations."""
+    unsaid: tuple[str, ...] = ()
+    """What each turn would have to begin with for its span to begin later: the prompt would hold that much of it."""
 
 
 @dataclass(frozen=True)
