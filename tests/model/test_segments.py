@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetuning.model.segments import NAME, enable_segments, flat_inputs, use_segments
+from finetuning.model.segments import NAME, attention_of, enable_segments, flat_inputs, use_segments
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -166,3 +166,12 @@ def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:
     adapted = get_peft_model(make(PROVEN["llama"]), config)
     assert enable_segments(adapted, adapted.active_peft_config) is None
     assert leak(adapted) == 0.0
+
+
+def test_a_run_tells_which_attention_computes() -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]), attn_implementation="eager")
+    assert attention_of(model, "eager") == "attention: eager  (as configured)"
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]))
+    assert attention_of(model, None).startswith("attention: sdpa  (the default; ")
+    use_segments(model)
+    assert attention_of(model, None).startswith("attention: sdpa, each row by itself  (the default; ")

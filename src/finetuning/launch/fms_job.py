@@ -121,7 +121,10 @@ def _put_model(out: Translation) -> None:
     else:
         out.put("run_conf.model_args.attn_implementation", out.get("flash_attn_implementation"))
         if not out.has("flash_attn_implementation"):
-            out.note("use_flash_attn", "the best attention that is installed is used; Flash Attention is not demanded")
+            out.note(
+                "use_flash_attn",
+                "torch's sdpa is used, which has flash kernels of its own; flash_attn_implementation names another",
+            )
     if out.number("embedding_size_multiple_of", 1) != 1:
         out.note("embedding_size_multiple_of", "a vocabulary grows by its new tokens alone")
     if out.truth("enable_reduce_loss_sum", False):

@@ -12,10 +12,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetuning.config.attention import FLASH
+
 NAME = "sdpa_segments"
 """The attention implementation that this file registers with transformers."""
 
-_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _LAYERS = {"full_attention", "sliding_attention"}
 # Adapters that treat each token alone, so that it does not matter what lies beside it.
 _TOKENWISE = {
@@ -130,10 +131,22 @@ def use_segments(model: PreTrainedModel, adapter: Any = None) -> None:
         base.set_attn_implementation(NAME)
 
 
+def attention_of(model: Any, asked: str | None) -> str:
+    """Which attention computes, and why that one; `asked` is the one that the config names."""
+    computes = model.config._attn_implementation
+    told = "attention: sdpa, each row by itself" if computes == NAME else f"attention: {computes}"
+    if asked:
+        return f"{told}  (as configured)"
+    others = [name for name, package in FLASH.items() if package.is_installed]
+    if not others:
+        return f"{told}  (the default; no package of another is installed)"
+    return f"{told}  (the default; run_conf.model_args.attn_implementation takes {' or '.join(others)} too)"
+
+
 def _refusal(base: PreTrainedModel, implementation: str, adapter: Any) -> str | None:
-    if implementation != "sdpa" and implementation not in _FLASH:
+    if implementation != "sdpa" and implementation not in FLASH:
         return f"attention {implementation} is not known to keep rows apart at a gain; sdpa and FlashAttention are"
-    if implementation in _FLASH and base.device.type == "cpu":
+    if implementation in FLASH and base.device.type == "cpu":
         return f"{implementation} computes on GPUs alone, and the weights lie on the CPU until they are shared out"
     config = base.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])

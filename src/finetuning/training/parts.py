@@ -123,9 +123,11 @@ def load_model(
     """
     from finetuning.model import adapters
     from finetuning.model.adapter_files import digests
+    from finetuning.model.segments import attention_of
     from finetuning.training.invocation import with_invocation
 
     peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
+    asked = experiment.run_conf.model_args.attn_implementation
     # Loss scaling needs master weights in float32.
     load_bare = partial(_load_bare, experiment, method, tokenizer, topology, "float32" if arguments.fp16 else "auto")
     model, vocabulary = load_bare()
@@ -140,6 +142,7 @@ def load_model(
         config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
         _refuse_hidden_rows(config, vocabulary, method)
         layout = Layout(True, f"{method.name} pads its rows")
+        notes.append(attention_of(model, asked))
         return PreparedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
     adapted = adapters.build(
         model,
@@ -150,7 +153,7 @@ def load_model(
     )
     initial = digests(adapted.model) if adapted.peft_config is not None else {}
     layout = _layout(experiment, method, adapted, topology)
-    notes += [str(adapted), *adapted.notes]
+    notes += [str(adapted), *adapted.notes, attention_of(adapted.model, asked)]
     return PreparedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
 
 
