@@ -66,6 +66,28 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
     assert count_training_rows(conf).rows == 4
 
 
+@pytest.mark.parametrize("prepare", [prepare_dpo, prepare_kto, prepare_sft])
+def test_rows_that_validate_and_are_trained_on_are_counted(
+    prepare: Callable[..., Any], write_lines: Callable[..., str], tokenizer: Any
+) -> None:
+    rows = [{"prompt": str(number), "chosen": "b", "rejected": "c"} for number in range(10)]
+    if prepare is prepare_sft:
+        rows = [{"prompt": row["prompt"], "completion": "b"} for row in rows]
+    source = {"path": write_lines("a.jsonl", *rows, *rows)}
+    conf = config(source, validation={"type": "AUTO_SPLIT", "ratio": 0.5})
+    arguments = {prepare_sft: (SFTArgs(),), prepare_dpo: (None,), prepare_kto: (None, 0)}[prepare]
+    data = prepare(conf, *arguments, tokenizer)
+    columns = sorted({*data.train.column_names} - {"labels", "label"})
+
+    def texts(part: Any) -> list[str]:
+        return [str([row[column] for column in columns]) for row in part]
+
+    train = set(texts(data.train))
+    leaked = sum(text in train for text in texts(data.validation))
+    assert leaked
+    assert data.ledger.report()[1]["noticed"] == {"the same as a training row": leaked}
+
+
 @pytest.mark.parametrize("kind", ["CONCATENATION", "PRECOMPUTE_WEIGHTED_MIX"])
 def test_a_dataset_of_which_nothing_is_left_is_named(
     kind: str, write_lines: Callable[..., str], tokenizer: Any

@@ -155,7 +155,7 @@ def _make(
             _check_each_is_left(read, part, ledger)
     train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
     if held_out is not None:
-        ledgers.append(left_out(parts[0], held_out, data_conf.validation_data.type))
+        ledgers.append(left_out(parts[0], held_out, train, data_conf.validation_data.type))
     return Stored(
         train=to_dataset(parts[0], train, "training", folder),
         validation=(

@@ -45,6 +45,12 @@ class Part:
     lengths: list[int]
     sizes: np.ndarray
     """Tokens and trained tokens of each row that is trained on, int64, (rows, 2)."""
+    hashes: np.ndarray
+    """Of the text of each row that is trained on, int64."""
+
+    def trained_on(self, order: np.ndarray) -> np.ndarray:
+        """Indices into what is held of rows that are trained on, of those in `order` that are."""
+        return (np.cumsum(self.alive) - 1)[order[self.alive[order]]]
 
 
 @dataclass
@@ -71,6 +77,7 @@ class Reading:
         spool = Spool(folder)
         alive: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
+        hashes: list[np.ndarray] = []
         lengths = []
         for key, source in sources:
             opened = open_dataset(source, key, self.kind, self.options)
@@ -81,10 +88,12 @@ class Reading:
                     rows += len(batch.alive)
                     alive.append(batch.alive)
                     sizes.append(batch.sizes)
+                    hashes.append(batch.hashes)
                     self._add(batch, ledger, spool)
             lengths.append(rows)
         self.repeats.note(ledger)
-        return Part(spool.table(), np.concatenate(alive), lengths, np.concatenate(sizes)), ledger
+        texts = np.concatenate(hashes)
+        return Part(spool.table(), np.concatenate(alive), lengths, np.concatenate(sizes), texts), ledger
 
     def _add(self, batch: Batch, ledger: PartLedger, spool: Spool) -> None:
         ledger.add(batch.ledger)
@@ -139,20 +148,23 @@ class Reading:
         return make_batch(rows, self.make, PartLedger(Totals(name, self.limit)), self.want)
 
 
-def left_out(part: Part, order: np.ndarray, how: str) -> PartLedger:
+def left_out(part: Part, order: np.ndarray, train: np.ndarray, how: str) -> PartLedger:
     """The ledger of rows that were read for training and validate: what became of those dropped, that of training
-    says."""
-    kept = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
+    says. Those whose text is trained on as well are counted: `train` are the rows that stay."""
+    kept = part.trained_on(order)
     tokens, trained = part.sizes[kept].sum(axis=0).tolist()
     formats = {"out of the rows above": how}
-    return PartLedger(
+    ledger = PartLedger(
         Totals("validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats)
     )
+    again = np.isin(part.hashes[kept], part.hashes[part.trained_on(train)])
+    ledger.note("the same as a training row", int(again.sum()))
+    return ledger
 
 
 def to_dataset(part: Part, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:
     """The rows of a part in an order, without those that were dropped."""
-    rows = (np.cumsum(part.alive) - 1)[order[part.alive[order]]]
+    rows = part.trained_on(order)
     if not len(rows):
         raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
     in_order = len(rows) == part.examples.num_rows and np.array_equal(rows, np.arange(len(rows)))
