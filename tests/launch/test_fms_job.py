@@ -157,6 +157,16 @@ def test_qlora_and_gptq() -> None:
     assert "quant_conf" not in translate(gptq).values
 
 
+def test_gptq_is_not_made_of_another_checkpoint(tmp_path: Path) -> None:
+    job = {"peft_method": "lora", "auto_gptq": ["triton_v2"], "torch_dtype": "float16", "fp16": True}
+    job["model_name_or_path"] = str(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    assert translate(job).values["run_conf"]["model"] == str(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"auto_gptq: needs a GPTQ checkpoint, and .* is none"):
+        translate(job)
+
+
 def test_mlflow() -> None:
     job = {"trackers": ["file_logger", "mlflow"], "mlflow_tracking_uri": "http://m", "experiment": "mine"}
     assert translate(job).values["tracking"] == {"mlflow_server_uri": "http://m", "experiment_name": "mine"}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
+from finetuning.config.checkpoint import model_config
 from finetuning.config.experiment import Experiment, SFTExperiment
 from finetuning.config.model import NewPeft, NoPeft, NoQuantization
 
@@ -40,11 +39,8 @@ def _is_quantised(experiment: Experiment) -> bool:
     """True unless the weights are known to be plain numbers, by the config and the model's own."""
     if not isinstance(experiment.quant_conf, NoQuantization):
         return True
-    try:
-        config = json.loads((Path(experiment.run_conf.model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    return "quantization_config" in config
+    config = model_config(experiment.run_conf.model)
+    return config is None or "quantization_config" in config
 
 
 def _is_plain(experiment: Experiment) -> bool:

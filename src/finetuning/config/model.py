@@ -28,7 +28,7 @@ class ModelArgs(Section):
     low_cpu_mem_usage: bool | None = None
     """Read for compatibility: weights are always loaded without a second copy in memory."""
     attn_implementation: str | None = None
-    """Attention implementation: `sdpa`, `eager`, `flash_attention_2`, …; by default `sdpa`, or `eager` for a model without it."""
+    """Attention implementation: `sdpa`, `eager`, `flash_attention_2`, …; by default `sdpa`, or else `eager`."""
     offload_folder: str | None = None
     """Folder for weights that `device_map` puts on disk."""
     offload_state_dict: bool | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetuning.config.checkpoint import model_config, quantised_by
 from finetuning.launch import fms_keys as keys
 from finetuning.launch.translation import Translation
 
@@ -69,6 +70,9 @@ def _put_quantisation(out: Translation, method: str) -> None:
             out.wrong("auto_gptq", 'has one kernel, ["triton_v2"]')
         if str(out.get("torch_dtype", "")).removeprefix("torch.") != "float16" or not out.truth("fp16", False):
             out.wrong("auto_gptq", "needs torch_dtype: float16 and fp16: true")
+        model = str(out.get("model_name_or_path"))
+        if model_config(model) is not None and quantised_by(model) != "gptq":
+            out.wrong("auto_gptq", f"needs a GPTQ checkpoint, and {model} is none")
         out.note(
             "auto_gptq", "the checkpoint's own GPTQ settings are used, by gptqmodel: pip install 'finetuning[gptq]'"
         )

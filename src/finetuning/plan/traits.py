@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from finetuning.config.checkpoint import quantised_by
 from finetuning.config.experiment import Experiment
 from finetuning.config.model import BitsAndBytes, NewPeft, NoPeft, PretrainedPeft, TorchAO
 from finetuning.topology import Topology
@@ -59,17 +58,7 @@ class Setting:
     @property
     def quantised_by(self) -> str | None:
         """How the checkpoint itself is quantised, such as `gptq`; None where it is not, or lies elsewhere."""
-        return _checkpoint_method(Path(self.experiment.run_conf.model))
-
-
-def _checkpoint_method(folder: Path) -> str | None:
-    """How a model in a local folder is quantised, by its own config; None where it is not, or lies elsewhere."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-    return quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        return quantised_by(self.experiment.run_conf.model)
 
 
 @dataclass(frozen=True)
