@@ -5,11 +5,14 @@ import codecs
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import datasets
 import pyarrow as pa
@@ -18,7 +21,8 @@ import pytest
 
 from finetuning.config.data import DatasetSource
 from finetuning.data.rows import Row
-from finetuning.data.sources import HubShard, check_source, find_shards, read_rows
+from finetuning.data.sources import FileShard, HubShard, check_source, find_shards, read_rows
+from finetuning.data.sources.json_array import read_array
 from finetuning.errors import DataError, MissingPackageError, Problem
 
 GOOD = {"messages": [{"role": "user", "content": "ä"}]}
@@ -84,11 +88,46 @@ def test_whole_surrogate_pairs_are_text(write_lines: Callable[..., str]) -> None
     assert [row.values["a"] for row in read_rows(path) if isinstance(row, Row)] == ["🙂", r"a \u0000 that is spelt out"]
 
 
-def test_a_broken_array_names_line_and_column(tmp_path: Path) -> None:
+BROKEN_ARRAYS = (
+    (b'[\n{"a": 1},\n{"a": }\n]', "3: invalid JSON at column 7: Expecting value"),
+    (b'[{"a": 1},\n {"a": 2} {"a": 3}]', "2: invalid JSON at column 11: Expecting ',' delimiter"),
+    (b'[{"a": 1},\n{"a": "x', "2: invalid JSON at column 7: Unterminated string"),
+    (b'[{"a": 1},\n{"a": 2}', "2: invalid JSON at column 9: Expecting"),
+    (b'[{"a": 1}]\n[{"a": 2}]', "2: there is more in the file after the array"),
+    (b'[{"a": 1},\n\n{"a": "\xff"}]', r"3: invalid UTF-8 at byte 19 \(0xff\)"),
+    (b'[{"a": 1},\n{"a": "\0"}]', "2: NUL byte at byte 18"),
+    (b"[" * 100000, "1: invalid JSON: nested too deeply"),
+)
+
+
+@pytest.mark.parametrize("ahead", [1, 7, 1 << 20])
+@pytest.mark.parametrize(("data", "message"), BROKEN_ARRAYS)
+def test_a_broken_array_names_line_and_column(data: bytes, message: str, ahead: int) -> None:
+    with pytest.raises(DataError, match=rf"a\.json:{message}"):
+        list(read_array("a.json", io.BytesIO(data), 0, ahead))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_the_same_by_whatever_it_is_read_ahead(indent: int | None) -> None:
+    draw = Random(5)
+    values = ["ä", "🙂", 'a\\"b', 12.5, -1e-9, True, None, "x" * 50]
+    rows = [{"a": draw.choice(values), "b": [draw.choice(values), {"c": draw.choice(values)}]} for _ in range(60)]
+    text = json.dumps(rows, indent=indent, ensure_ascii=draw.random() < 0.5)
+    starts = [number for number, line in enumerate(text.split("\n"), 1) if line == " {"]
+    for ahead in (1, 2, 3, 5, 64, 1 << 20):
+        read = list(read_array("a.json", io.BytesIO(text.encode()), 0, ahead))
+        assert [(value, json.loads(own)) for value, own, _ in read] == [(row, row) for row in rows]
+        assert [line for *_, line in read] == (starts or [1] * 60)
+
+
+def test_no_more_of_an_array_is_held_than_was_read_ahead(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('[\n{"a": 1},\n{"a": }\n]')
-    with pytest.raises(DataError, match=r"a\.json:3: invalid JSON at column 7"):
-        list(read_rows(str(path)))
+    path.write_text(json.dumps([{"a": "x" * 1000}] * 20_000), encoding="utf-8")
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(str(path))) == 20_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 2
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", codecs.BOM_UTF8, b"[]"])
@@ -119,7 +158,7 @@ def test_sources_that_cannot_be_read_name_key_and_working_directory(tmp_path: Pa
 def test_the_digest_follows_the_bytes(write_lines: Callable[..., str]) -> None:
     def digest(*rows: object) -> str:
         value = hashlib.sha256()
-        list(read_rows(write_lines("a.jsonl", *rows), value))
+        FileShard(write_lines("a.jsonl", *rows)).feed(value)
         return value.hexdigest()
 
     assert digest(GOOD) == digest(GOOD)
@@ -302,12 +341,12 @@ def test_a_dataset_on_the_hub_that_cannot_be_reached_says_so() -> None:
 def test_a_dataset_as_the_hub_keeps_it_is_read_by_split(tmp_path: Path) -> None:
     make_files(tmp_path, "hub/train.jsonl", "hub/test.jsonl")
     shard = HubShard(str(tmp_path / "hub"), "test")
-    (row,) = shard.rows(digest := hashlib.sha256())
+    (row,) = shard.rows()
     assert isinstance(row, Row)
     assert (row.values, str(row.place)) == ({"a": 1}, f"{tmp_path}/hub/test:1")
     fed = hashlib.sha256()
     shard.feed(fed)
-    assert fed.hexdigest() == digest.hexdigest()
+    assert fed.digest() != hashlib.sha256().digest()
     streamed = HubShard(str(tmp_path / "hub"), "test", streaming=True)
     assert [one.values for one in streamed.rows()] == [{"a": 1}]
     streamed.feed(again := hashlib.sha256())

@@ -34,13 +34,13 @@ class FileShard:
     def name(self) -> str:
         return self.path
 
-    def rows(self, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem]:
+    def rows(self) -> Iterator[Row | Problem]:
         """The rows in order. Raises DataError as `read_rows`."""
-        return read_rows(self.path, digest, text_unit=self.text_unit)
+        return read_rows(self.path, text_unit=self.text_unit)
 
     def unparsed(self) -> Iterator[Row | Problem | Line]:
         """The same, but lines of JSON as they are. Raises DataError as `read_rows`."""
-        return _counted(self.path, _read(self.path, None, self.text_unit))
+        return _counted(self.path, _read(self.path, self.text_unit))
 
     def feed(self, digest: hashlib._Hash) -> None:
         """Feeds what the rows depend on: the file's bytes."""
@@ -64,17 +64,15 @@ def check_source(path: str, key: str) -> None:
         raise DataError("0 rows: the file is empty", place=Place(file=path))
 
 
-def read_rows(path: str, digest: hashlib._Hash | None = None, *, text_unit: str = "line") -> Iterator[Row | Problem]:
+def read_rows(path: str, *, text_unit: str = "line") -> Iterator[Row | Problem]:
     """The rows of a file in order, a Problem in place of each line that is no row.
 
-    Parquet, Arrow, CSV and text are told by the name's ending; everything else is JSON. Rows are read one by one, but
-    for a single JSON document. `digest` is fed the file's content: of compressed files, for all but JSON, as it lies on
-    the disk.
+    Parquet, Arrow, CSV and text are told by the name's ending; everything else is JSON. Rows are read one by one.
 
     Raises:
         DataError: the file holds no row, is damaged, or is in an encoding other than UTF-8.
     """
-    for row in _counted(path, _read(path, digest, text_unit)):
+    for row in _counted(path, _read(path, text_unit)):
         yield row.row() if isinstance(row, Line) else row
 
 
@@ -87,11 +85,8 @@ def _counted(path: str, rows: Iterator[Row | Problem | Line]) -> Iterator[Row | 
         raise DataError("0 rows", place=Place(file=path))
 
 
-def _read(path: str, digest: hashlib._Hash | None, text_unit: str) -> Iterator[Row | Problem | Line]:
+def _read(path: str, text_unit: str) -> Iterator[Row | Problem | Line]:
     kind = kind_of(path)
-    is_json = kind not in (*_COLUMNAR, *_SEPARATORS, *TEXTS)
-    if digest is not None and not is_json:
-        digest_file(path, digest)
     if kind in _COLUMNAR:
         if path.lower().endswith(COMPRESSED):
             raise DataError(f"{kind} files cannot be read compressed; decompress it", place=Place(file=path))
@@ -104,7 +99,7 @@ def _read(path: str, digest: hashlib._Hash | None, text_unit: str) -> Iterator[R
         elif kind in TEXTS:
             yield from read_text(path, stream, text_unit)
         else:
-            yield from read_json(path, stream, digest)
+            yield from read_json(path, stream)
 
 
 def _check_encoding(path: str, stream: BinaryIO) -> None:

@@ -1,17 +1,18 @@
-"""JSON Lines, line by line, or one JSON document; each row keeps its line."""
+"""JSON Lines, line by line, or one JSON document, an array or an object; each row keeps its line."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from finetuning.data.rows import Row, json_type
+from finetuning.data.sources.json_array import read_array
 from finetuning.errors import DataError, Place, Problem
 
 _INCOMPLETE = object()
+_PEEK = 1 << 16
 _DECODER = json.JSONDecoder()
 
 
@@ -30,22 +31,36 @@ class Line(NamedTuple):
         return text if isinstance(text, Problem) else _parse_line(text, place)
 
 
-def read_json(path: str, stream: BinaryIO, digest: hashlib._Hash | None = None) -> Iterator[Row | Problem | Line]:
+def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
     """The rows of a file in order: lines, or a Problem in place of what is no row.
 
-    JSONL is read line by line; a file that holds one JSON array, or one object over several lines, is read whole. A
-    byte order mark is skipped, empty lines are not rows. `digest` is fed all bytes.
+    JSONL is read line by line, an array element by element; a file that holds one object over several lines is read
+    whole. A byte order mark is skipped, empty lines are not rows.
     """
     start = len(codecs.BOM_UTF8) if stream.read(4).startswith(codecs.BOM_UTF8) else 0
     stream.seek(start)
-    first = _first_line(stream)
+    first = _first_byte(stream)
     stream.seek(start)
-    rows = _read_document(path, stream.read(), start, digest) if _is_document(first) else None
-    if rows is None:
+    if first == b"[":
+        for value, text, line in read_array(path, stream, start):
+            yield _to_row(value, text, Place(file=path, line=line))
+        return
+    line = _first_line(stream) if first == b"{" else b""
+    stream.seek(start)
+    row = _read_object(path, stream.read(), start) if line and _is_cut(line) else None
+    if row is None:
         stream.seek(start)
-        yield from _read_lines(path, stream, start, digest)
+        yield from _read_lines(path, stream, start)
     else:
-        yield from rows
+        yield row
+
+
+def _first_byte(stream: Any) -> bytes:
+    """The first byte of the file that is not white space."""
+    while chunk := stream.read(_PEEK):
+        if chunk.strip():
+            return chunk.strip()[:1]
+    return b""
 
 
 def _first_line(stream: Any) -> bytes:
@@ -55,11 +70,9 @@ def _first_line(stream: Any) -> bytes:
     return b""
 
 
-def _is_document(first: bytes) -> bool:
-    """Whether the file is one JSON document: its first line opens an array, or an object that it does not close."""
-    if first.startswith(b"["):
-        return True
-    return first.startswith(b"{") and _decode(first.decode("utf-8", "replace")) is _INCOMPLETE
+def _is_cut(line: bytes) -> bool:
+    """Whether a line opens an object that it does not close."""
+    return _decode(line.decode("utf-8", "replace")) is _INCOMPLETE
 
 
 def _decode(text: str) -> Any:
@@ -69,10 +82,8 @@ def _decode(text: str) -> Any:
         return _INCOMPLETE if error.pos >= len(text) else error
 
 
-def _read_lines(path: str, stream: Any, offset: int, digest: hashlib._Hash | None) -> Iterator[Line]:
+def _read_lines(path: str, stream: Any, offset: int) -> Iterator[Line]:
     for number, line in enumerate(stream, start=1):
-        if digest is not None:
-            digest.update(line)
         if not line.isspace():
             yield Line(path, number, offset, line)
         offset += len(line)
@@ -101,48 +112,19 @@ def _parse_strictly(text: str, place: Place) -> Row | Problem:
     return _to_row(values, text, place)
 
 
-def _read_document(path: str, data: bytes, offset: int, digest: hashlib._Hash | None) -> list[Row | Problem] | None:
-    """The rows of a JSON array or object; None when the file is neither, and must be lines."""
-    place = Place(file=path, line=1)
-    text = _to_text(data, place, offset)
+def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
+    """The row of a file that holds one object and nothing else; None for any other file."""
+    text = _to_text(data, Place(file=path, line=1), offset)
     if isinstance(text, Problem):
         raise DataError([text])
-    decoder, rows, line = json.JSONDecoder(), [], 1
     position = len(text) - len(text.lstrip())
-    is_array = text[position] == "["
-    if not is_array:
-        try:
-            values, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
-            return None
-        if text[end:].strip():
-            return None
-        rows = [_to_row(values, text, Place(file=path, line=1 + text.count("\n", 0, position)))]
-    counted, position = 0, position + 1
-    while is_array:
-        position = _skip(text, position)
-        if text[position : position + 1] == "]":
-            break
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            values, end = decoder.raw_decode(text, position)
-            position = _skip(text, end)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        except json.JSONDecodeError as error:
-            place = Place(file=path, line=error.lineno)
-            raise DataError(f"invalid JSON at column {error.colno}: {error.msg}", place=place) from None
-        rows.append(_to_row(values, text[counted:end], Place(file=path, line=line)))
-        position += text[position] == ","
-    if digest is not None:
-        digest.update(data)
-    return rows
-
-
-def _skip(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\t", "\n", "\r"):
-        position += 1
-    return position
+    try:
+        values, end = _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        return None
+    if text[end:].strip():
+        return None
+    return _to_row(values, text, Place(file=path, line=1 + text.count("\n", 0, position)))
 
 
 def _to_text(line: bytes, place: Place, offset: int) -> str | Problem:
