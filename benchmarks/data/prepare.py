@@ -1,13 +1,14 @@
 """Preparation of chats: JSON to token ids with a proven mask, against the bare tokenizer, TRL and others.
 
-Random chats of 30 to 400 tokens, a byte-level BPE trained on them, the ChatML template. Each measurement is a process
+Random chats of 30 to 400 tokens, a byte-level BPE trained on them, the ChatML template, or one out of TRL's package by
+name, with the special tokens that it writes. Each measurement is a process
 of its own and counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The
 variants take turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already, on all cores: what
 no preparation can beat. `ours` has as many processes as there are cores, `ours, one process` none beside itself.
 `llamafactory` runs where LLaMA-Factory can be imported (`PYTHONPATH` to its unpacked wheel will do, with
 `DISABLE_VERSION_CHECK=1` under newer libraries); its audio library, which no text needs, is left out.
 
-`python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table.
+`python benchmarks/data/prepare.py --rows 20000 --rounds 3 [--template qwen3]` prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,8 @@ MARKED = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<|end|>", "<turn|>")
+"""What ends a turn in one template or another."""
 _CLOCK = """
 import sys, time, resource, json
 folder = sys.argv[1]
@@ -167,7 +171,17 @@ def make_chats(path: Path, rows: int, seed: int) -> list[list[dict[str, str]]]:
     return chats
 
 
-def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]]) -> None:
+def templates(name: str | None) -> tuple[str, str]:
+    """A chat template, and the same with the answers marked, by its name in TRL's package; ChatML by default."""
+    if name is None:
+        return TEMPLATE, MARKED
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    return (folder / f"{name}.jinja").read_text("utf-8"), (folder / f"{name}_training.jinja").read_text("utf-8")
+
+
+def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]], name: str | None = None) -> None:
     """A byte-level BPE of 16,000 tokens, trained on some of the chats, saved with the template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -175,7 +189,9 @@ def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]]) -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template, marked = templates(name)
+    written = re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", template)
+    special = list(dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", *written]))
     trainer = trainers.BpeTrainer(
         vocab_size=16000,
         special_tokens=special,
@@ -185,20 +201,26 @@ def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]]) -> None:
     backend.train_from_iterator((one["content"] for chat in chats[:4000] for one in chat), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token="<|im_end|>",
+        bos_token="<s>",
+        eos_token=next((one for one in ENDS if one in template), "<|im_end|>"),
         pad_token="<|endoftext|>",
         extra_special_tokens=special[1:],
-        chat_template=TEMPLATE,
+        chat_template=template,
     )
     tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "marked.jinja").write_text(MARKED, encoding="utf-8")
-    texts = ["".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in chat) for chat in chats]
+    (folder / "marked.jinja").write_text(marked, encoding="utf-8")
+    texts = tokenizer.apply_chat_template(chats, tokenize=False)
     (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
 def installed() -> list[str]:
     """The variants whose packages are here."""
     return [name for name in VARIANTS if name != "llamafactory" or importlib.util.find_spec(name)]
+
+
+def of_any_template(name: str) -> bool:
+    """Whether a variant takes a template as it is, instead of having it built in."""
+    return name != "llamafactory"
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
@@ -241,16 +263,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--template", help="of TRL's package, one that has a training variant; ChatML by default")
     parser.add_argument("--only", nargs="*", default=installed(), choices=list(VARIANTS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_tokenizer(folder, make_chats(folder / "chats.jsonl", options.rows, options.seed))
-        results: dict[str, list[dict[str, float]]] = {variant: [] for variant in options.only}
+        make_tokenizer(folder, make_chats(folder / "chats.jsonl", options.rows, options.seed), options.template)
+        variants = [name for name in options.only if not options.template or of_any_template(name)]
+        results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
         for _ in range(options.rounds):
-            for variant in options.only:
+            for variant in variants:
                 results[variant].append(measure(variant, folder))
-    print(table(results, options.rows))
+    print(f"{options.template or 'chatml'}: {table(results, options.rows)}")
 
 
 if __name__ == "__main__":
