@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_types import MINIMAL
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetuning.errors import ConfigError
 
@@ -58,6 +59,22 @@ def test_each_quantisation_trains_and_resumes(
     run = cut_and_resumed_equals(train, sft_values if method == "sft" else dpo_values, changes, read_tensors)
     if method == "dpo":
         assert run.losses[0] == pytest.approx(0.6931, abs=0.01)
+
+
+def test_a_checkpoint_that_comes_quantised_trains_adapters_only(
+    train: Any, run_cli: Any, sft_values: Any, write_config: Any, chatml_llama_dir: Path, tmp_path: Path
+) -> None:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(chatml_llama_dir, quantization_config=nf4).save_pretrained(tmp_path / "nf4")
+    AutoTokenizer.from_pretrained(chatml_llama_dir).save_pretrained(tmp_path / "nf4")
+    lora = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
+    changes = {"run_conf.model": str(tmp_path / "nf4")}
+    run = train(sft_values({**changes, "peft_conf": lora}))
+    assert run.losses[-1] < run.losses[0]
+    # As a process of its own, which leaves PEFT out.
+    refused = run_cli(["sft", write_config(sft_values(changes | {"training_args.output_dir": str(tmp_path / "all")}))])
+    assert refused.returncode == 1
+    assert "peft_conf.peft_type: quantised weights cannot be trained themselves" in refused.stderr
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

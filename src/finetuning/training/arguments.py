@@ -49,8 +49,9 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
         "deepspeed": _deepspeed(args.deepspeed, plan),
         "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
     }
-    if plan.batch.world_size > 1 and not torch.accelerator.is_available():
-        # Or accelerate finds no device for a process group, and each process trains by itself.
+    if not torch.accelerator.is_available():
+        # Or transformers refuses bfloat16, and accelerate finds no device for a process group, so that each of several
+        # processes trains by itself.
         fields["use_cpu"] = True
     if args.max_steps > 0 and args.num_train_epochs <= 0:
         fields.pop("num_train_epochs")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.method import Layout, Method
 from finetuning.config.experiment import Experiment
-from finetuning.config.model import Dtype, NewPeft
+from finetuning.config.model import Dtype, NewPeft, NoPeft
 from finetuning.errors import ConfigError, Place
 from finetuning.topology import Topology
 
@@ -133,7 +133,8 @@ def load_model(
     model, vocabulary = load_bare()
     notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
     base = _fingerprint(model)
-    model = _quantised(model, arguments, topology)
+    if not isinstance(peft_conf, NoPeft):
+        model = _quantised(model, arguments, topology)
 
     def reference() -> Any:
         return load_bare()[0]
