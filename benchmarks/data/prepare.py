@@ -1,14 +1,15 @@
 """Preparation of chats: JSON to token ids with a proven mask, against the bare tokenizer, TRL and others.
 
-Random chats of 30 to 400 tokens, a byte-level BPE trained on them, the ChatML template, or one out of TRL's package by
-name, with the special tokens that it writes. Each measurement is a process
-of its own and counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The
-variants take turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already, on all cores: what
-no preparation can beat. `ours` has as many processes as there are cores, `ours, one process` none beside itself.
-`llamafactory` runs where LLaMA-Factory can be imported (`PYTHONPATH` to its unpacked wheel will do, with
-`DISABLE_VERSION_CHECK=1` under newer libraries); its audio library, which no text needs, is left out.
+Random chats of 30 to 400 tokens; a BPE of bytes trained on them, or one of SentencePiece's kind; the ChatML template, or
+one out of TRL's package by name, with the special tokens that it writes. Each measurement is a process of its own and
+counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The variants take
+turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already, on all cores: what no preparation
+can beat. `ours` has as many processes as there are cores, `ours, one process` none beside itself. `llamafactory` runs
+where LLaMA-Factory can be imported (`PYTHONPATH` to its unpacked wheel will do, with `DISABLE_VERSION_CHECK=1` under
+newer libraries); its audio library, which no text needs, is left out.
 
-`python benchmarks/data/prepare.py --rows 20000 --rounds 3 [--template qwen3]` prints a Markdown table.
+`python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table; `--template qwen3` and `--tokenizer
+pieces` take others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -181,24 +184,42 @@ def templates(name: str | None) -> tuple[str, str]:
     return (folder / f"{name}.jinja").read_text("utf-8"), (folder / f"{name}_training.jinja").read_text("utf-8")
 
 
-def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]], name: str | None = None) -> None:
-    """A byte-level BPE of 16,000 tokens, trained on some of the chats, saved with the template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def backend_of(kind: str, special: list[str], texts: Iterable[str]) -> Any:
+    """A tokenizer of 16,000 tokens: a byte-level BPE as Qwen's, or one of pieces as Gemma's, trained on texts."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+    if kind == "pieces":
+        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *special]
+        trainer = trainers.BpeTrainer(vocab_size=16000, special_tokens=special, show_progress=False)
+        backend.train_from_iterator(texts, trainer)
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [one for one in state["added_tokens"] if not one["content"].startswith("<0x")]
+        return Tokenizer.from_str(json.dumps(state))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    template, marked = templates(name)
-    written = re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", template)
-    special = list(dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", *written]))
     trainer = trainers.BpeTrainer(
         vocab_size=16000,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((one["content"] for chat in chats[:4000] for one in chat), trainer)
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def make_tokenizer(folder: Path, chats: list[list[dict[str, str]]], name: str | None = None, kind: str = "") -> None:
+    """A tokenizer trained on some of the chats, saved with the template."""
+    from transformers import PreTrainedTokenizerFast
+
+    template, marked = templates(name)
+    written = re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", template)
+    special = list(dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", *written]))
+    backend = backend_of(kind, special, (one["content"] for chat in chats[:4000] for one in chat))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -263,18 +284,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", choices=("bytes", "pieces"), default="bytes")
     parser.add_argument("--template", help="of TRL's package, one that has a training variant; ChatML by default")
     parser.add_argument("--only", nargs="*", default=installed(), choices=list(VARIANTS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_tokenizer(folder, make_chats(folder / "chats.jsonl", options.rows, options.seed), options.template)
+        make_tokenizer(
+            folder, make_chats(folder / "chats.jsonl", options.rows, options.seed), options.template, options.tokenizer
+        )
         variants = [name for name in options.only if not options.template or of_any_template(name)]
         results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
         for _ in range(options.rounds):
             for variant in variants:
                 results[variant].append(measure(variant, folder))
-    print(f"{options.template or 'chatml'}: {table(results, options.rows)}")
+    print(f"{options.template or 'chatml'}, {options.tokenizer}: {table(results, options.rows)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trl
+from tokenizers import decoders
 
 from finetuning.config.data import ChatTemplateName
 from finetuning.data.labelling import Labeller
@@ -188,12 +189,13 @@ def test_a_plain_template_that_is_found_out_stops_everything(make_tokenizer: Cal
         masker.find(rows)
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("name", ["chat-ml", "mistral-with-system", "poro", "simplified-llama31", "qwen3"])
 def test_tokens_by_their_bytes_are_those_by_offsets(
-    name: str, add_bos: bool, make_tokenizer: Callable[..., Any]
+    name: str, add_bos: bool, kind: str, make_tokenizer: Callable[..., Any]
 ) -> None:
-    tokenizer = make_tokenizer("byte-level", SOURCES[name], add_bos=add_bos)
+    tokenizer = make_tokenizer(kind, SOURCES[name], add_bos=add_bos)
     quick, slow = Labeller(tokenizer), Labeller(tokenizer)
     assert quick._spelling is not None
     slow.__dict__["_spelling"] = None
@@ -201,7 +203,8 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
     texts, spans, heads = [one.text for one in found], [one.spans for one in found], [one.heads for one in found]
     assert any(heads)
     by_bytes = quick._by_bytes(texts, spans, heads)
-    assert any(one is not None for one in by_bytes)
+    # Tokens of pieces spell a space before a text that no special token begins.
+    assert any(one is not None for one in by_bytes) == (kind == "byte-level" or texts[0].startswith("<"))
     for left, right in zip(quick.encode(texts, spans, heads), slow.encode(texts, spans), strict=True):
         assert np.array_equal(left.ids, right.ids)
         assert (left.runs, left.note) == (right.runs, right.note)
@@ -220,5 +223,18 @@ def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Calla
     assert sum(spelling.sizes[ids]) == len(text.encode())
 
 
+def test_every_piece_of_a_sentencepiece_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer("sentencepiece", special=("<|im_end|>", "a b"))
+    spelling = Labeller(tokenizer)._spelling
+    text = "<|im_end|>é a b\x7f\xad Ā 你好 🙂 \n\t"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert spelling.spells(ids, text.encode())
+    marked = tokenizer("<|im_end|>a▁b", add_special_tokens=False)["input_ids"]
+    assert not spelling.spells(marked, "<|im_end|>a▁b".encode())
+
+
 def test_other_tokenizers_are_not_spelled(make_tokenizer: Callable[..., Any]) -> None:
-    assert Labeller(make_tokenizer("sentencepiece"))._spelling is None
+    for decoder in (decoders.Metaspace(), decoders.WordPiece(), decoders.Sequence([decoders.Fuse()])):
+        tokenizer = make_tokenizer("sentencepiece")
+        tokenizer.backend_tokenizer.decoder = decoder
+        assert Labeller(tokenizer)._spelling is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,10 +15,12 @@ if TYPE_CHECKING:
 
 _NO_TEXT = b"\xff"
 """A byte that no UTF-8 text holds, for tokens that stand for none."""
+_SPACE = "▁"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Spelling:
-    """Bytes by token of a byte-level vocabulary.
+    """Bytes by token.
 
     A text whose bytes are those of its tokens, one after another, is cut between tokens at exactly the sums of their
     lengths: no offsets are asked for, and what a run of tokens spells needs no decoding.
@@ -35,27 +39,48 @@ class Spelling:
 
 def spelling_of(backend: Tokenizer) -> Spelling | None:
     """The bytes of each token; None where the tokenizer does not decode token by token, byte by byte."""
-    if not _is_byte_level(backend):
+    bytes_of = _reading(backend)
+    if bytes_of is None:
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
     tokens = [_NO_TEXT] * (max(vocabulary.values(), default=-1) + 1)
-    table = _byte_table()
     for token, index in vocabulary.items():
-        try:
-            tokens[index] = token.translate(table).encode("latin-1") or _NO_TEXT
-        except UnicodeEncodeError:
-            continue
+        tokens[index] = bytes_of(token) or _NO_TEXT
     for index, token in backend.get_added_tokens_decoder().items():
-        tokens[index] = token.content.encode() or _NO_TEXT
+        tokens[index] = _NO_TEXT if _SPACE in token.content else token.content.encode() or _NO_TEXT
     return Spelling(tokens)
 
 
-def _is_byte_level(backend: Tokenizer) -> bool:
+def _reading(backend: Tokenizer) -> Callable[[str], bytes] | None:
+    """What a token's name says of its bytes, by the tokenizer's decoder.
+
+    A decoder that strips a space does so where a text begins: tokens spell it with that space, or without.
+    """
     if backend.decoder is None:
-        return False
+        return None
     state = json.loads(backend.decoder.__getstate__())
     steps = state.get("decoders", [state]) if state["type"] == "Sequence" else [state]
-    return [step["type"] for step in steps] == ["ByteLevel"]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _by_byte_level
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
+        replaced = steps[0]["pattern"] == {"String": _SPACE} and steps[0]["content"] == " "
+        return _by_pieces if replaced else None
+    return None
+
+
+def _by_byte_level(token: str) -> bytes:
+    try:
+        return token.translate(_byte_table()).encode("latin-1")
+    except UnicodeEncodeError:
+        return b""
+
+
+def _by_pieces(token: str) -> bytes:
+    """Those of a SentencePiece vocabulary: words with marked spaces, and single bytes."""
+    if byte := _BYTE.fullmatch(token):
+        return bytes([int(byte[1], 16)])
+    return token.replace(_SPACE, " ").encode()
 
 
 @cache
