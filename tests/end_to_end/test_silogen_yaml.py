@@ -283,7 +283,7 @@ def test_a_tracking_folder_as_its_readme_shows_it(
 
 
 def test_another_models_grown_base_is_neither_used_nor_overwritten(
-    sft_values: Any, write_config: Any, snug_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_cli: Any, sft_values: Any, write_config: Any, snug_llama_dir: Path, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -291,6 +291,8 @@ def test_another_models_grown_base_is_neither_used_nor_overwritten(
     shutil.copytree(snug_llama_dir, stale)
     before = {path.name: path.read_bytes() for path in stale.iterdir()}
     config = write_config(sft_values({"run_conf.model": str(snug_llama_dir), "peft_conf": LORA}))
-    assert finetuning.main(["sft", str(config)]) == 1
-    assert f"{stale} exists and is not empty" in capsys.readouterr().err
+    # A process of its own: the program leaves packages out of the one that it runs in.
+    refused = run_cli(["sft", config])
+    assert refused.returncode == 1
+    assert f"{stale} exists and is not empty" in refused.stderr
     assert {path.name: path.read_bytes() for path in stale.iterdir()} == before
