@@ -1,12 +1,12 @@
 """Preparation of chats: JSON to token ids with a proven mask, against the bare tokenizer, TRL and others.
 
-Random chats of 30 to 400 tokens; a BPE of bytes trained on them, or one of SentencePiece's kind; the ChatML template, or
-one out of TRL's package by name, with the special tokens that it writes. Each measurement is a process of its own and
-counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The variants take
-turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already, on all cores: what no preparation
-can beat. `ours` has as many processes as there are cores, `ours, one process` none beside itself. `llamafactory` runs
-where LLaMA-Factory can be imported (`PYTHONPATH` to its unpacked wheel will do, with `DISABLE_VERSION_CHECK=1` under
-newer libraries); its audio library, which no text needs, is left out.
+Random chats of 30 to 400 tokens; a BPE of bytes trained on them, or one of SentencePiece's kind; the ChatML template,
+or one out of TRL's package by name, with the special tokens that it writes. Each measurement is a process of its own
+and counts from the first byte read to the last label; imports and the tokenizer's loading are left out. The variants
+take turns, medians count. `raw` is `encode_batch_fast` of texts that are rendered already, on all cores: what no
+preparation can beat. `ours` has as many processes as there are cores, `ours, one process` none beside itself.
+`llamafactory` runs where LLaMA-Factory can be imported (`PYTHONPATH` to its unpacked wheel will do, with
+`DISABLE_VERSION_CHECK=1` under newer libraries); its audio library, which no text needs, is left out.
 
 `python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table; `--template qwen3` and `--tokenizer
 pieces` take others.

@@ -51,6 +51,10 @@ WORDS = (
 ROLES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant"))
 
 
+SPACED = ("mistral-with-system", "poro")
+"""Templates whose texts begin with no special token: a tokenizer of pieces puts a space in front."""
+
+
 def conversations(count: int) -> list[Conversation]:
     draw = Random(count)
     made = []
@@ -203,8 +207,7 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
     texts, spans, heads = [one.text for one in found], [one.spans for one in found], [one.heads for one in found]
     assert any(heads)
     by_bytes = quick._by_bytes(texts, spans, heads)
-    # Tokens of pieces spell a space before a text that no special token begins.
-    assert any(one is not None for one in by_bytes) == (kind == "byte-level" or texts[0].startswith("<"))
+    assert any(one is not None for one in by_bytes) == (kind == "byte-level" or name not in SPACED)
     for left, right in zip(quick.encode(texts, spans, heads), slow.encode(texts, spans), strict=True):
         assert np.array_equal(left.ids, right.ids)
         assert (left.runs, left.note) == (right.runs, right.note)

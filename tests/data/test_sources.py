@@ -77,6 +77,12 @@ def test_a_bad_line_names_its_place_and_leaves_the_others(
     assert message in str(problem)
 
 
+def test_a_first_line_that_is_nested_too_deeply_is_a_bad_line(write_lines: Callable[..., str]) -> None:
+    deep, good = read_rows(write_lines("a.jsonl", b'{"a":' * 50_000 + b"1" + b"}" * 50_000, GOOD))
+    assert str(deep).endswith("a.jsonl:1: invalid JSON: nested too deeply")
+    assert good.values == GOOD
+
+
 def test_byte_offsets_count_from_the_start_of_the_file(write_lines: Callable[..., str]) -> None:
     path = write_lines("a.jsonl", b'{"a": 1}', b'{"a": "\xff"}')
     (problem,) = [row for row in read_rows(path) if isinstance(row, Problem)]

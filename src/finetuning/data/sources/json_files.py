@@ -78,6 +78,8 @@ def _is_cut(line: bytes) -> bool:
 def _decode(text: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        return error
     except json.JSONDecodeError as error:
         return _INCOMPLETE if error.pos >= len(text) else error
 
