@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     BambaConfig,
     BloomConfig,
@@ -25,8 +27,18 @@ from transformers import (
     PhiConfig,
     Qwen3Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from finetuning.model.segments import NAME, attention_of, enable_segments, flat_inputs, use_segments
+from finetuning.model.segments import (
+    NAME,
+    attention_of,
+    enable_kernel,
+    enable_segments,
+    flat_inputs,
+    segment_attention,
+    use_segments,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -168,10 +180,74 @@ def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:
     assert leak(adapted) == 0.0
 
 
+class _BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def _without_gradient(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    output, _ = segment_attention(*args, **kwargs)
+    return _BrokenBackward.apply(output), None
+
+
+def _without_borders(*args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def registered(name: str, attention: Any) -> str:
+    """An implementation as transformers knows a package's, under a name of its own."""
+    use_segments(make(PROVEN["llama"]))
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[NAME])
+    return name
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_another_implementation_is_taken_where_its_logits_are_those_of_sdpa(autocast: torch.dtype | None) -> None:
+    name = registered("kernel_for_tests", segment_attention)
+    model, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
+    assert enable_kernel(model, name, autocast=autocast) is None
+    assert model.config._attn_implementation == name
+    assert all(weight.grad is None for weight in model.parameters())
+    use_segments(empty, name=name)
+    assert empty.config._attn_implementation == name
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "reason"),
+    [
+        ("leaks", _without_borders, "it changes the logits by"),
+        ("cannot_learn", _without_gradient, "its gradient is not finite"),
+        ("flash_attention_2", None, "Flash"),
+        ("not_there", None, "not_there"),
+    ],
+)
+def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attention: Any, reason: str) -> None:
+    if attention is not None:
+        registered(name, attention)
+    model = make(PROVEN["llama"]).train()
+    assert reason in str(enable_kernel(model, name))
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert enable_segments(model) is None
+
+
+def test_no_implementation_is_tried_on_what_cannot_lie_end_to_end() -> None:
+    name = registered("kernel_for_tests", segment_attention)
+    assert enable_kernel(make(REFUSED["gemma2 asks for eager"][0]), name) == "the model computes by eager"
+    capped = make(PROVEN["llama"])
+    capped.config.attn_logit_softcapping = 50.0
+    assert "caps its attention scores" in str(enable_kernel(capped, name))
+
+
 def test_a_run_tells_which_attention_computes() -> None:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]), attn_implementation="eager")
-    assert attention_of(model, "eager") == "attention: eager  (as configured)"
+    assert attention_of(model, "as configured") == "attention: eager  (as configured)"
     model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]))
-    assert attention_of(model, None).startswith("attention: sdpa  (the default; ")
     use_segments(model)
-    assert attention_of(model, None).startswith("attention: sdpa, each row by itself  (the default; ")
+    assert attention_of(model, "the default") == "attention: sdpa, each row by itself  (the default)"

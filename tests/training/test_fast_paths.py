@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.read import read_document
 from finetuning.config.validate import validate
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.model.machine import Device
+from finetuning.model.segments import NAME
 from finetuning.plan.plan import make_plan
 from finetuning.plan.support import NEEDS_GPU
 from finetuning.topology import Topology
+from finetuning.training.attention import Attention, lay_end_to_end
 from finetuning.training.precision import check_device
 
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "sgd")
 OUTPUT = "training_args.output_dir"
 GPU = Device("a GPU", "cuda", None, None, ())
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU only; this machine has none")
+
+
+def test_attention_that_cannot_compute_here_is_left_for_the_next_with_its_reason(chatml_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
+    tried = Attention(("flash_attention_3", "flash_attention_2"), "installed")
+    refusal, attention = lay_end_to_end(SimpleNamespace(model=model, peft_config=None), tried, Topology())
+    assert refusal is None
+    assert model.config._attn_implementation == NAME
+    for name in tried.to_try:
+        assert f"{name} was not taken: " in attention.reason
+    assert attention.reason.startswith("the default; ")
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, "(the default; "), ("sdpa", "(as configured)")])
+def test_a_run_says_which_attention_computes_and_why(train: Any, sft_values: Any, asked: str | None, told: str) -> None:
+    one_step = {"training_args.max_steps": 1, "run_conf.model_args.attn_implementation": asked}
+    record = json.loads((train(sft_values(one_step)).output_dir / "run.json").read_text())
+    assert any(note.startswith(f"attention: sdpa, each row by itself  {told}") for note in record["model"]["notes"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -28,7 +28,8 @@ class ModelArgs(Section):
     low_cpu_mem_usage: bool | None = None
     """Read for compatibility: weights are always loaded without a second copy in memory."""
     attn_implementation: str | None = None
-    """Attention implementation: `sdpa`, `eager`, `flash_attention_2`, …; by default `sdpa`, or else `eager`."""
+    """Attention implementation: `sdpa`, `eager`, `flash_attention_2`, …; by default `sdpa`, or else `eager`, and
+    FlashAttention where it is installed and rows that lie end to end are proven to come out of it as out of `sdpa`."""
     offload_folder: str | None = None
     """Folder for weights that `device_map` puts on disk."""
     offload_state_dict: bool | None = None

@@ -123,7 +123,8 @@ def _put_model(out: Translation) -> None:
         if not out.has("flash_attn_implementation"):
             out.note(
                 "use_flash_attn",
-                "torch's sdpa is used, which has flash kernels of its own; flash_attn_implementation names another",
+                "FlashAttention where it is installed and proven on the model; else torch's sdpa, which has flash"
+                " kernels of its own",
             )
     if out.number("embedding_size_multiple_of", 1) != 1:
         out.note("embedding_size_multiple_of", "a vocabulary grows by its new tokens alone")

@@ -33,6 +33,8 @@ class Device:
     memory: int | None
     free: int | None
     abilities: tuple[Ability, ...]
+    capability: tuple[int, int] | None = None
+    """Compute capability of NVIDIA's GPUs; None for all else."""
 
     def can(self, name: str) -> Ability:
         """The ability of this name."""
@@ -95,7 +97,9 @@ def _accelerator(index: int) -> Device:
 
 def _describe(name: str, device: torch.device, memory: int | None, free: int | None) -> Device:
     abilities = (_bf16(device), _fp16(device), _tf32(device))
-    return Device(name, device.type, memory, free, abilities)
+    has_capability = device.type == "cuda" and not torch.version.hip
+    capability = torch.cuda.get_device_capability(device) if has_capability else None
+    return Device(name, device.type, memory, free, abilities, capability)
 
 
 def _multiplies(dtype: torch.dtype, device: torch.device) -> str | None:

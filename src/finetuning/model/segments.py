@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -122,25 +123,64 @@ def enable_segments(model: PreTrainedModel, adapter: Any = None) -> str | None:
     return reason
 
 
-def use_segments(model: PreTrainedModel, adapter: Any = None) -> None:
-    """Makes a model compute rows end to end, as another process has proven it to be able to (`enable_segments`)."""
+def enable_kernel(
+    model: PreTrainedModel, name: str, adapter: Any = None, autocast: torch.dtype | None = None
+) -> str | None:
+    """Makes a model that computes by `sdpa` compute rows end to end by another implementation; says why not where that
+    cannot be shown.
+
+    The proof: rows end to end give by it the logits that rows alone give by `sdpa`, and a gradient that is finite. A
+    model that fails it is left as it was.
+
+    Args:
+        name: the implementation, as transformers names it.
+        adapter: the PEFT config of the adapter that the model wears.
+        autocast: the type that the run computes in by autocast; None without.
+    """
+    base = model.get_base_model() if adapter is not None else model
+    before = base.config._attn_implementation
+    if before != "sdpa":
+        return f"the model computes by {before}"
+    reason = _refusal(base, before, adapter)
+    if reason:
+        return reason
+    try:
+        with _computing_in(autocast, base.device):
+            difference, tolerance = _isolation_error(model, lambda: base.set_attn_implementation(name), autocast)
+            has_gradient = _has_gradient(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        # A package may be installed and built for another torch, and a kernel for another GPU.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+    else:
+        if base.config._attn_implementation != name:
+            reason = f"transformers has put {base.config._attn_implementation} in its place"
+        elif not difference <= tolerance:
+            reason = f"it changes the logits by {difference:.1e} (tolerance {tolerance:.1e})"
+        elif not has_gradient:
+            reason = "its gradient is not finite"
+        else:
+            return None
+    base.set_attn_implementation(before)
+    return reason
+
+
+def use_segments(model: PreTrainedModel, adapter: Any = None, name: str = NAME) -> None:
+    """Makes a model compute rows end to end, as another process has proven it to be able to (`enable_segments`, or
+    `enable_kernel` by the implementation of this name)."""
     base = model.get_base_model() if adapter is not None else model
     if base.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, segment_attention)
-        AttentionMaskInterface.register(NAME, _segment_mask)
-        base.set_attn_implementation(NAME)
+        if name == NAME:
+            AttentionInterface.register(NAME, segment_attention)
+            AttentionMaskInterface.register(NAME, _segment_mask)
+        base.set_attn_implementation(name)
 
 
-def attention_of(model: Any, asked: str | None) -> str:
-    """Which attention computes, and why that one; `asked` is the one that the config names."""
+def attention_of(model: Any, reason: str) -> str:
+    """Which attention computes, and why that one."""
     computes = model.config._attn_implementation
-    told = "attention: sdpa, each row by itself" if computes == NAME else f"attention: {computes}"
-    if asked:
-        return f"{told}  (as configured)"
-    others = [name for name, package in FLASH.items() if package.is_installed]
-    if not others:
-        return f"{told}  (the default; no package of another is installed)"
-    return f"{told}  (the default; run_conf.model_args.attn_implementation takes {' or '.join(others)} too)"
+    return f"attention: {'sdpa, each row by itself' if computes == NAME else computes}  ({reason})"
 
 
 def _refusal(base: PreTrainedModel, implementation: str, adapter: Any) -> str | None:
@@ -161,26 +201,52 @@ def _refusal(base: PreTrainedModel, implementation: str, adapter: Any) -> str | 
     return None
 
 
-@torch.no_grad()
-def _isolation_error(model: PreTrainedModel) -> tuple[float, float]:
-    """Largest difference between the logits of rows alone and end to end, and how much rounding may make of it."""
+def _computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _rows_to_ask(model: PreTrainedModel) -> list[torch.Tensor]:
     vocabulary = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
-    rows = [
+    return [
         (torch.arange(length, device=device) * 7919 + offset) % vocabulary
         for length, offset in ((5, 11), (9, 3), (1, 5))
     ]
+
+
+@torch.no_grad()
+def _isolation_error(
+    model: PreTrainedModel, between: Callable[[], None] = lambda: None, dtype: torch.dtype | None = None
+) -> tuple[float, float]:
+    """Largest difference between the logits of rows alone and end to end, and how much rounding may make of it.
+
+    `between` is called after the rows alone; `dtype` is what is computed in, where not in that of the weights.
+    """
+    rows = _rows_to_ask(model)
     was_training = model.training
     model.eval()
     try:
         alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        between()
         together = model(use_cache=False, **flat_inputs(rows)).logits[0].float()
     finally:
         model.train(was_training)
     reference = torch.cat(alone)
-    unit = torch.finfo(next(model.parameters()).dtype).eps if next(model.parameters()).is_floating_point() else 1e-2
+    weight = next(model.parameters())
+    unit = torch.finfo(dtype or weight.dtype).eps if dtype or weight.is_floating_point() else 1e-2
     spread = float(reference.abs().max().clamp(min=1.0))
     return float((reference - together).abs().max()), max(unit * 8, 1e-5) * spread
+
+
+def _has_gradient(model: PreTrainedModel) -> bool:
+    """Whether the gradient of rows end to end can be computed, asked of the smallest weight that is trained."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if not trained:
+        return True
+    with torch.enable_grad():
+        loss = model(use_cache=False, **flat_inputs(_rows_to_ask(model))).logits.float().square().mean()
+        (gradient,) = torch.autograd.grad(loss, min(trained, key=torch.Tensor.numel), allow_unused=True)
+    return gradient is None or bool(gradient.isfinite().all())
 
 
 def flat_inputs(rows: Sequence[torch.Tensor]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.model.vocabulary import Vocabulary
+    from finetuning.training.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,16 @@ def load_model(
     from finetuning.model import adapters
     from finetuning.model.adapter_files import digests
     from finetuning.model.segments import attention_of
+    from finetuning.training.attention import attention_for
     from finetuning.training.invocation import with_invocation
 
     peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
-    asked = experiment.run_conf.model_args.attn_implementation
     # Loss scaling needs master weights in float32.
     load_bare = partial(_load_bare, experiment, method, tokenizer, topology, "float32" if arguments.fp16 else "auto")
     model, vocabulary = load_bare()
     notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
     base = _fingerprint(model)
+    attention = attention_for(experiment, method, model, arguments, topology)
     if not isinstance(peft_conf, NoPeft):
         model = _quantised(model, arguments, topology)
 
@@ -143,7 +145,7 @@ def load_model(
         config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
         _refuse_hidden_rows(config, vocabulary, method)
         layout = Layout(True, f"{method.name} pads its rows")
-        notes.append(attention_of(model, asked))
+        notes.append(attention_of(model, attention.reason))
         return PreparedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
     adapted = adapters.build(
         model,
@@ -153,8 +155,8 @@ def load_model(
         autocast_adapter_dtype=topology.sharded_by is None,
     )
     initial = digests(adapted.model) if adapted.peft_config is not None else {}
-    layout = _layout(experiment, method, adapted, topology)
-    notes += [str(adapted), *adapted.notes, attention_of(adapted.model, asked)]
+    layout, attention = _layout(experiment, method, adapted, topology, attention)
+    notes += [str(adapted), *adapted.notes, attention_of(adapted.model, attention.reason)]
     return PreparedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
 
 
@@ -247,38 +249,27 @@ def _new_base_name(experiment: Experiment) -> str:
     return sft_args.save_name_if_new_basemodel if sft_args else "checkpoint-new-basemodel"
 
 
-def _layout(experiment: Experiment, method: Method, adapted: Any, topology: Topology) -> Layout:
-    """How rows lie in a batch: end to end where that is proven for this very model."""
+def _layout(
+    experiment: Experiment, method: Method, adapted: Any, topology: Topology, attention: Attention
+) -> tuple[Layout, Attention]:
+    """How rows lie in a batch: end to end where that is proven for this very model; and the attention over them."""
+    from finetuning.training.attention import lay_end_to_end
+
     if not method.lays_end_to_end:
-        return Layout(True, f"{method.name} pads its rows")
+        return Layout(True, f"{method.name} pads its rows"), attention
     wanted, packing = experiment.sft_args.batching, experiment.sft_args.packing
     if wanted == "padded":
-        return Layout(True, "as configured")
+        return Layout(True, "as configured"), attention
     if topology.sharded_by == "deepspeed" or experiment.training_args.deepspeed:
-        reason = "the proof cannot be made before DeepSpeed has placed the model"
+        reason: str | None = "the proof cannot be made before DeepSpeed has placed the model"
     else:
-        reason = _why_not_end_to_end(adapted, topology)
+        reason, attention = lay_end_to_end(adapted, attention, topology)
     if reason is None:
-        return Layout(False, "each row attends to itself alone, proven on this model's logits")
+        return Layout(False, "each row attends to itself alone, proven on this model's logits"), attention
     if packing:
         raise ConfigError(
             f"rows cannot be packed: {reason}", place=Place(key="sft_args.packing"), hint="Set sft_args.packing: false."
         )
     if wanted == "padding-free":
         raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
-    return Layout(True, reason)
-
-
-def _why_not_end_to_end(adapted: Any, topology: Topology) -> str | None:
-    """None where the model computes rows end to end from now on; otherwise the reason why it does not.
-
-    Under FSDP the main process alone is sure to hold the weights: with `cpu_ram_efficient_loading` the others get
-    theirs when the model is shared out, which is later.
-    """
-    from finetuning.model.segments import enable_segments, use_segments
-    from finetuning.training.meeting import told_by_main
-
-    reason = told_by_main(lambda: enable_segments(adapted.model, adapted.peft_config), topology.world_size)
-    if reason is None:
-        use_segments(adapted.model, adapted.peft_config)
-    return reason
+    return Layout(True, reason), attention
