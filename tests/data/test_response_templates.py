@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from finetuning.config.data import DataConfig
 from finetuning.config.training import SFTArgs
 from finetuning.data.prepare import PreparedData, prepare_sft
+from finetuning.data.supervised import PIECE
 from finetuning.errors import ConfigError, DataError
 
 EOS = "</s>"
@@ -23,11 +25,19 @@ def tokenizer(request: pytest.FixtureRequest, make_tokenizer: Callable[..., Any]
     return make_tokenizer(request.param)
 
 
-def sft(path: str | list[str], tokenizer: Any, *, args: dict[str, Any] | None = None, **source: Any) -> PreparedData:
+def sft(
+    path: str | list[str],
+    tokenizer: Any,
+    *,
+    args: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    **source: Any,
+) -> PreparedData:
     conf = {
         "training_data": {"type": "CONCATENATION", "datasets": [{"path": path, **source}]},
         "validation_data": {"type": "NONE"},
         "chat_template_name": "keep-original",
+        **(data or {}),
     }
     return prepare_sft(DataConfig.model_validate(conf), SFTArgs.model_validate(args or {}), tokenizer)
 
@@ -173,6 +183,35 @@ def test_plain_text_is_trained_whole_and_ends_once(write_lines: Callable[..., st
         assert all(row["labels"] == row["input_ids"] for row in data.train)
     data = sft(path, tokenizer, add_eos_token=False)
     assert [text for text, _ in shown(data, tokenizer)] == ["Hello there.", f"It ends.{EOS}"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_long_text_is_split_and_no_token_of_it_lost(
+    packing: bool, write_lines: Callable[..., str], tokenizer: Any
+) -> None:
+    texts = [f"Größe {index}: " + "one two 你好 " * (index % 7 * 9) for index in range(40)]
+    path = write_lines("a.jsonl", *({"text": text} for text in texts))
+    args = {"length_handling": "split", "max_seq_length": 32, "packing": packing}
+    data = sft(path, tokenizer, args=args)
+    rows = [row["input_ids"] for row in data.train]
+    whole = [tokenizer(text + EOS)["input_ids"] for text in texts]
+    if not packing:
+        assert rows == [ids[first : first + 32] for ids in whole for first in range(0, len(ids), 32)]
+        assert all(row["labels"] == row["input_ids"] for row in data.train)
+    assert sum(map(len, rows)) == sum(map(len, whole))
+    (part,) = data.ledger.report()
+    assert part["tokens"] == part["trained_tokens"] == sum(map(len, whole))
+    assert part["noticed"][PIECE] == sum(-(-len(ids) // 32) for ids in whole if len(ids) > 32)
+    streamed = sft(path, tokenizer, args=args, data={"streaming": True, "shuffle_buffer": 1}).train
+    assert sorted(row["input_ids"].tolist() for row in islice(streamed, len(rows))) == sorted(rows)
+
+
+def test_what_is_no_whole_text_is_not_split(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    rows = [{"input": "word " * 30, "output": f"{index}"} for index in range(4)] + [{"input": "a", "output": "b"}]
+    report = sft(
+        write_lines("a.jsonl", *rows), tokenizer, args={"length_handling": "split", "max_seq_length": 32}
+    ).ledger.report()
+    assert (report[0]["kept"], report[0]["filtered_by_length"]) == (1, 4)
 
 
 def test_a_corpus_of_text_files_is_read(tmp_path: Path, tokenizer: Any) -> None:

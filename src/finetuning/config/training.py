@@ -145,8 +145,9 @@ class SFTArgs(Section):
 
     max_seq_length: int = Field(default=2048, gt=1)
     """Most tokens of a row."""
-    length_handling: Literal["filter", "truncate"] = "filter"
-    """What happens to a longer row: it is left out, or cut at the end."""
+    length_handling: Literal["filter", "truncate", "split"] = "filter"
+    """What happens to a longer row: it is left out, or cut at the end. `split` makes several rows of a text that is
+    trained whole, as for continued pre-training, and leaves out other rows."""
     train_on_completions_only: bool = False
     """Train on the assistant's turns only, or on every token. `train_on` says it in more words."""
     train_on: Literal["all", "assistant", "last", "completions"] | None = None

@@ -113,7 +113,7 @@ class Totals:
         if share > _FILTERED_WARNING:
             lines.append(
                 f"  warning: {share:.1%} of the rows are longer than {self.limit} tokens and left out;"
-                " a larger limit or length_handling: truncate keeps them"
+                " a larger limit or length_handling: truncate keeps them, length_handling: split all of texts"
             )
         return lines
 

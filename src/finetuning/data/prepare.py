@@ -67,7 +67,8 @@ def prepare_sft(
         "sft_args.train_on": [options.chats, options.completions],
         "stop tokens": list(stop_tokens),
     }
-    reading = Reading("sft", options, make, labeller, sft_args.max_seq_length, num_workers)
+    divide = make.divide if sft_args.length_handling == "split" else None
+    reading = Reading("sft", options, make, labeller, sft_args.max_seq_length, num_workers, divide)
     if data_conf.streaming:
         capacity = sft_args.max_seq_length if sft_args.packing else None
         return stream_rows(data_conf, reading, tokenizer, rules, seed, capacity)

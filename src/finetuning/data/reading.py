@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -65,6 +65,8 @@ class Reading:
     limit: int | None
     workers: int = 1
     """Processes that may share the work."""
+    divide: Callable[[list[Any]], list[Any]] | None = None
+    """Makes several of rows that are too long to be one."""
     problems: list[Problem] = field(default_factory=list)
     preview: list[list[PreviewRow]] = field(default_factory=list)
     repeats: Repeats = field(default_factory=Repeats)
@@ -122,11 +124,11 @@ class Reading:
         if len(head) < _FEW:
             yield from self._one_ahead(opened, chain(head, unparsed), name)
             return
-        yield self._make(typed(head[0], opened.parse), name)
+        yield self._make(self.typed(head[0], opened.parse), name)
 
         def make(task: tuple[list[Any], int]) -> Batch:
             rows, want = task
-            return make_batch(typed(rows, opened.parse), self.make, PartLedger(Totals(name, self.limit)), want)
+            return make_batch(self.typed(rows, opened.parse), self.make, PartLedger(Totals(name, self.limit)), want)
 
         with Workers(make, count) as workers:
             tasks = ((rows, self.want) for rows in chain(head[1:], unparsed))
@@ -137,12 +139,17 @@ class Reading:
         waiting: Future[Batch] | None = None
         with ThreadPoolExecutor(1, "prepare") as thread:
             for rows in unparsed:
-                made = thread.submit(self._make, typed(rows, opened.parse), name)
+                made = thread.submit(self._make, self.typed(rows, opened.parse), name)
                 if waiting:
                     yield waiting.result()
                 waiting = made
             if waiting:
                 yield waiting.result()
+
+    def typed(self, rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
+        """What the rows of a file are to the method, as many as are made of them."""
+        found = typed(rows, parse)
+        return self.divide(found) if self.divide else found
 
     def _make(self, rows: Sequence[Any], name: str) -> Batch:
         return make_batch(rows, self.make, PartLedger(Totals(name, self.limit)), self.want)

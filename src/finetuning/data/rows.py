@@ -53,6 +53,7 @@ class TokenIds:
     input_ids: list[int]
     labels: list[int]
     place: Place
+    notes: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetuning.config.data import Concatenation, DataConfig
 from finetuning.data.arranging import used_datasets
-from finetuning.data.batches import Batch, in_batches, make_batch, typed
+from finetuning.data.batches import Batch, in_batches, make_batch
 from finetuning.data.collate import UNTRAINED
 from finetuning.data.fates import Totals, totals_of, values_of
 from finetuning.data.interleaving import mixed, one_after_another, shuffled
@@ -183,7 +183,7 @@ class RowStream:
 
     def _make(self, batch: list[tuple[int, Any]], position: Position) -> _Block:
         reading = self._reading
-        parsed = typed(batch, lambda numbered: self._parsers[numbered[0]](numbered[1]))
+        parsed = reading.typed(batch, lambda numbered: self._parsers[numbered[0]](numbered[1]))
         ledger = PartLedger(Totals(_PART, reading.limit, formats=dict(self._formats)))
         made = make_batch(parsed, reading.make, ledger, reading.want)
         reading.show(made)

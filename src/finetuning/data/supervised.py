@@ -15,7 +15,9 @@ from finetuning.data.labelling import Labeller, Tokens
 from finetuning.data.ledger import TOO_LONG
 from finetuning.data.rows import Conversation, Text, TokenIds
 from finetuning.data.spans import Refused
+from finetuning.errors import Place
 
+PIECE = "a piece of a text that is longer than a row may be"
 NO_WORDS = "a completion without words"
 
 
@@ -81,6 +83,26 @@ class SupervisedMaker:
             notes.add(NO_WORDS)
         return replace(fitted, text=row.text, notes=frozenset(notes))
 
+    def divide(self, rows: list[Any]) -> list[Any]:
+        """The rows, each text that is trained whole and too long as its tokens, in rows of `max_length` of them."""
+        texts = {}
+        for index, row in enumerate(rows):
+            if isinstance(row, Text) and row.spans is None and len(row.text.encode()) + 2 > self.max_length:
+                ended = self._with_eos(row)
+                if isinstance(ended, Text):
+                    texts[index] = ended.text
+        tokenised = dict(zip(texts, self.labeller.encode(list(texts.values()), [None] * len(texts)), strict=True))
+        divided = []
+        for index, row in enumerate(rows):
+            tokens = tokenised.get(index)
+            is_long = isinstance(tokens, Tokens) and len(tokens.ids) > self.max_length
+            divided += self._pieces(tokens.ids.tolist(), row.place) if is_long else (row,)
+        return divided
+
+    def _pieces(self, ids: list[int], place: Place) -> list[TokenIds]:
+        pieces = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
+        return [TokenIds(piece, piece, place, frozenset({PIECE})) for piece in pieces]
+
     def _ready(self, rows: Sequence[TokenIds]) -> list[Example | Lost]:
         return [self._check_ids(row) for row in rows]
 
@@ -111,4 +133,5 @@ class SupervisedMaker:
             text=" ".join(map(str, row.input_ids)),
             tokens_cut=max(size - self.max_length, 0),
             answer_cut=last >= self.max_length,
+            notes=row.notes,
         )
