@@ -82,6 +82,24 @@ def test_the_batch_of_a_step_is_the_same() -> None:
     }
 
 
+def test_multipack_shares_the_rows_of_a_step_out_by_their_tokens() -> None:
+    job = TEXTS | {"padding_free": ["huggingface"], "multipack": [16], "per_device_train_batch_size": 4}
+    several, one = translate(job, processes=2), translate(job)
+    assert several.values["training_args"]["train_sampling_strategy"] == "batch_rebalance"
+    assert several.values["sft_args"]["batching"] == "padding-free"
+    assert several.values["batchsize_conf"]["total_train_batch_size"] == 8
+    assert any(note.startswith("multipack: each step trains on as many rows as without it") for note in several.notes)
+    assert "train_sampling_strategy" not in one.values["training_args"]
+    assert "multipack: changes nothing on one process; there it needs several" in one.notes
+
+
+def test_multipack_does_not_go_with_a_stream() -> None:
+    job = {"padding_free": ["huggingface"], "multipack": [16], "max_steps": 4, "data_config_path": "d.yaml"}
+    job |= {"training_data_path": None, "response_template": "x", "dataset_text_field": "output"}
+    with pytest.raises(ConfigError, match="multipack: does not go with streaming"):
+        translate(job, data_config=lambda _: {"training_data": {"datasets": []}, "streaming": True}, processes=2)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -209,7 +227,7 @@ def test_other_trackers_and_what_they_are_told() -> None:
         ({"auto_gptq": ["triton_v2"]}, "needs peft_method: lora"),
         ({"peft_method": "lora", "auto_gptq": ["triton_v2"]}, "needs torch_dtype: float16"),
         ({"fused_lora": ["auto_gptq", True]}, "needs a quantised base"),
-        ({"multipack": [16]}, "needs padding_free"),
+        ({"multipack": [16]}, "multipack: needs padding_free"),
         ({"padding_free": ["huggingface"], "packing": True}, "does not go with packing"),
         ({"fast_moe": [1]}, "cannot be honoured"),
         ({"do_dataprocessing_only": True}, "made ahead of time by `finetuning prepare sft YAML"),

@@ -155,6 +155,26 @@ def test_a_job_by_the_entry_point_of_the_image(run_cli: Any, job: dict[str, Any]
     assert (model / "adapter_model.safetensors").read_bytes() == saved
 
 
+def test_multipack_trains_on_the_same_steps(
+    run_cli: Any, job: dict[str, Any], write_jsonl: Any, tmp_path: Path
+) -> None:
+    rows = [{"output": f"### Text:{' number' * (1 + 7 * n % 13)}\n\n### Label:{' a' * (1 + n % 5)}"} for n in range(11)]
+    job |= {"training_data_path": str(write_jsonl(tmp_path / "lengths.jsonl", rows)), "padding_free": ["huggingface"]}
+    job |= {"logging_strategy": "steps", "logging_steps": 1, "num_train_epochs": 2.0, "save_strategy": "no", "seed": 7}
+    losses = {}
+    for name, more in (("plain", {}), ("balanced", {"multipack": [16]})):
+        file, out = tmp_path / f"{name}.json", tmp_path / name
+        launch = {"output_dir": str(out), "accelerate_launch_args": {"num_processes": 2}}
+        file.write_text(json.dumps(job | more | launch))
+        result = run_cli(["job", file])
+        assert result.returncode == 0, result.stderr
+        lines = map(json.loads, (out / "training_logs.jsonl").read_text().splitlines())
+        losses[name] = [line["data"]["value"] for line in lines if line["name"] == "training_loss"]
+    assert len(losses["plain"]) == 6
+    assert losses["balanced"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["balanced"] != losses["plain"], "the rows are summed up in another order"
+
+
 def test_full_tuning_saved_into_the_output_directory_itself(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job | {"save_model_dir": job["output_dir"], "save_strategy": "no"}))

@@ -81,6 +81,20 @@ def test_packs_grouped_by_length_train_too(sft_values: Any, train: Any, tmp_path
     assert len(train(sft_values(grouped | PACKED)).losses) == 3
 
 
+def test_rows_of_a_step_are_shared_out_by_their_tokens(sft_values: Any, train: Any, tmp_path: Path) -> None:
+    def uneven(strategy: str) -> int:
+        """How many tokens the parts of the steps differ by, and that no row is left out."""
+        out = {"training_args.output_dir": str(tmp_path / strategy)}
+        batch = {"batchsize_conf.max_per_device_train_batch_size": 4, "batchsize_conf.total_train_batch_size": 8}
+        sampled = {"training_args.train_sampling_strategy": strategy, "training_args.max_steps": 1}
+        parts = list(train(sft_values(batch | sampled | out)).trainer.get_train_dataloader())
+        assert sum(len(part["cu_seq_lens_q"]) - 1 for part in parts) == 24
+        sizes = [part["input_ids"].numel() for part in parts]
+        return sum(abs(a - b) for a, b in zip(sizes[::2], sizes[1::2], strict=True))
+
+    assert uneven("batch_rebalance") < uneven("random")
+
+
 def test_validation_rows_stay_apart(sft_values: Any, train: Any) -> None:
     split = {"data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.25}, "training_args.eval_strategy": "steps"}
     trainer = train(sft_values(PACKED | split)).trainer

@@ -69,6 +69,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 def _trainer_class(parts: TrainingParts) -> type:
     import transformers
 
+    from finetuning.algorithms.balancing import BatchRebalanceSampler, TokenSampler
     from finetuning.algorithms.sliced_loss import SlicedLoss
     from finetuning.algorithms.trainer import TrainerMixin
 
@@ -84,6 +85,13 @@ def _trainer_class(parts: TrainingParts) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._slices = SlicedLoss(self.model, at_once, _forbids_slices(self))
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            sampler = super()._get_train_sampler(*args, **kwargs)
+            if isinstance(sampler, BatchRebalanceSampler) and not parts.layout.padded:
+                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+                return TokenSampler.in_place_of(sampler, seed)
+            return sampler
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             with offloads() if offloads else nullcontext():

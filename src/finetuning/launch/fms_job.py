@@ -46,6 +46,7 @@ def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Tra
     put_peft(out)
     _put_model(out)
     _put_length(out)
+    _put_multipack(out, processes)
     put_trackers(out)
     out.put("trainer_controller", out.get("trainer_controller_config_file"))
     out.put("logging_dir", out.get("logging_dir"))
@@ -145,7 +146,22 @@ def _put_length(out: Translation) -> None:
         if packing:
             out.wrong("padding_free", "does not go with packing: true")
         out.put("sft_args.batching", "padding-free")
-    if out.has("multipack"):
-        if not padding_free:
-            out.wrong("multipack", "needs padding_free")
-        out.note("multipack", "rows are not balanced over the processes by their length; the batches are the same")
+
+
+def _put_multipack(out: Translation, processes: int) -> None:
+    """Rows laid end to end, shared out by their tokens. There, packs of a mean batch's tokens make up the steps."""
+    if not out.has("multipack"):
+        return
+    if not out.has("padding_free"):
+        out.wrong("multipack", "needs padding_free")
+    if out.values.get("data_conf", {}).get("streaming"):
+        out.wrong("multipack", "does not go with streaming")
+    if processes == 1:
+        out.note("multipack", "changes nothing on one process; there it needs several")
+        return
+    out.put("training_args.train_sampling_strategy", "batch_rebalance")
+    out.note(
+        "multipack",
+        "each step trains on as many rows as without it, shared out so that the processes compute about as much;"
+        " there their number differs from step to step, and rows longer than a mean batch are left out",
+    )
