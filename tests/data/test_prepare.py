@@ -143,6 +143,20 @@ def test_rows_without_an_answer_are_counted(write_lines: Callable[..., str], tok
     assert report["noticed"] == {"the same as a row before": 1, "an assistant's turn without words": 1}
 
 
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([user("Hi")], "no message of the assistant"),
+        ([user("Hi"), {**assistant("one"), "train": False}], "none of the assistant's messages is to be trained"),
+    ],
+)
+def test_a_row_that_trains_nothing_is_told_why(
+    write_lines: Callable[..., str], tokenizer: Any, messages: list[Any], reason: str
+) -> None:
+    with pytest.raises(DataError, match=f"nothing to train on.*{reason}"):
+        sft(config(write_lines("a.jsonl", {"messages": messages})), tokenizer)
+
+
 def test_missing_files_are_named_together(tokenizer: Any, tmp_path: Any) -> None:
     with pytest.raises(DataError) as caught:
         sft(config(str(tmp_path / "a.jsonl"), str(tmp_path)), tokenizer)

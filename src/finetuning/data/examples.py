@@ -19,6 +19,8 @@ from finetuning.data.rows import Conversation, Message, Preference
 from finetuning.data.spans import NOT_TAKEN, Marked, Refused
 
 EMPTY_ANSWER = "an assistant's turn without words"
+NO_ANSWER = "no message of the assistant"
+NOTHING_CHOSEN = "none of the assistant's messages is to be trained"
 MARKERS_IN_TEXT = "a message holds a special token of the tokenizer as text"
 
 
@@ -144,6 +146,9 @@ class SFTMaker:
         if isinstance(tokens, Refused):
             return unproven(tokens)
         example = fit(tokens, self.max_length, self.truncate, marked.text, marked.notes.union(notes))
+        if isinstance(example, Lost) and example.detail == NO_ANSWER:
+            has_answer = any(message["role"] == "assistant" for message in row.messages)
+            return replace(example, detail=NOTHING_CHOSEN) if has_answer else example
         if isinstance(example, Example) and example.answer_cut and row.messages[-1]["role"] != "assistant":
             return replace(example, answer_cut=False)
         return example
@@ -165,7 +170,7 @@ def fit(
         found = frozenset([*notes, tokens.note] if tokens.note else notes)
         return Example(columns, size, trained, text, notes=found)
     if not any(last > first for first, last in tokens.runs):
-        return Lost("nothing to train on", "no message of the assistant")
+        return Lost("nothing to train on", NO_ANSWER)
     if size > max_length and not truncate:
         return Lost(TOO_LONG, f"{size} tokens, the limit is {max_length}", is_fault=False, tokens=size)
     ids, labels = tokens.ids[:max_length], tokens.labels(UNTRAINED)[:max_length]

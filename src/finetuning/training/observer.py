@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.config.checkpoint import quantised_by
 from finetuning.config.experiment import Experiment
 from finetuning.observe.console import open_console
 from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
@@ -193,7 +194,7 @@ class Observer:
                 + [("checked", "; ".join(artifact.checks))]
                 + ([("stops at", artifact.stop_tokens)] if artifact.stop_tokens else [])
                 + [(name, where) for name, where in self._tracked.addresses()],
-                commands=_next_commands(artifact),
+                commands=next_commands(artifact),
             ),
         )
 
@@ -204,16 +205,21 @@ class Observer:
         self._warnings += warnings
 
 
-def _next_commands(artifact: Artifact) -> list[NextCommand]:
+def next_commands(artifact: Artifact) -> list[NextCommand]:
+    """What can be done with what a run made."""
     if artifact.stop_tokens is None:
         return []
     folder = shlex.quote(artifact.folder)
     try_it = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
     if artifact.kind == "adapter":
         merged = shlex.quote(f"{artifact.folder}-merged")
+        base, what = shlex.quote(artifact.base or "BASE"), "one model of both"
+        if quantised_by(artifact.base or "") == "gptq":
+            # Its packed weights take no merging, and another base has another fingerprint.
+            base, what = "--force UNQUANTISED_BASE", "one model of it and the base before GPTQ"
         return [
             try_it,
-            NextCommand(f"merge_adapter {shlex.quote(artifact.base or 'BASE')} {folder} {merged}", "one model of both"),
+            NextCommand(f"merge_adapter {base} {folder} {merged}", what),
             NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM"),
         ]
     return [
