@@ -95,6 +95,21 @@ def test_rows_of_a_step_are_shared_out_by_their_tokens(sft_values: Any, train: A
     assert uneven("batch_rebalance") < uneven("random")
 
 
+def test_a_run_whose_rows_are_shared_out_is_resumed_exactly(sft_values: Any, train: Any) -> None:
+    changes = {
+        "batchsize_conf.max_per_device_train_batch_size": 2,
+        "batchsize_conf.total_train_batch_size": 4,
+        "training_args.train_sampling_strategy": "batch_rebalance",
+        "training_args.max_steps": 10,
+        "training_args.save_strategy": "steps",
+        "training_args.save_steps": 8,
+    }
+    whole = train(sft_values(changes))
+    again = {"run_conf.resume_from_checkpoint": str(whole.output_dir / "checkpoint-8")}
+    resumed = train(sft_values(changes | again | {"run_conf.final_checkpoint_name": "again"}))
+    assert resumed.losses == whole.losses
+
+
 def test_validation_rows_stay_apart(sft_values: Any, train: Any) -> None:
     split = {"data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.25}, "training_args.eval_strategy": "steps"}
     trainer = train(sft_values(PACKED | split)).trainer
