@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.checkpoint import quantised_by
 from finetuning.config.experiment import Experiment
+from finetuning.errors import FinetuningError
 from finetuning.observe.console import open_console
 from finetuning.observe.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
 from finetuning.plan.plan import Plan
@@ -205,6 +206,19 @@ class Observer:
         self._warnings += warnings
 
 
+def _mergeable(folder: str) -> str | None:
+    """The type of an adapter that can become part of its base model's weights; None for any other."""
+    from finetuning.export.peft_merge import refuse_unmergeable
+    from finetuning.export.sources import read_adapter
+
+    try:
+        adapter = read_adapter(folder)
+        refuse_unmergeable(adapter)
+    except FinetuningError:
+        return None
+    return adapter.peft_type
+
+
 def next_commands(artifact: Artifact) -> list[NextCommand]:
     """What can be done with what a run made."""
     if artifact.stop_tokens is None:
@@ -212,16 +226,17 @@ def next_commands(artifact: Artifact) -> list[NextCommand]:
     folder = shlex.quote(artifact.folder)
     try_it = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
     if artifact.kind == "adapter":
+        kind = _mergeable(artifact.folder)
+        if kind is None:
+            return [try_it]
         merged = shlex.quote(f"{artifact.folder}-merged")
         base, what = shlex.quote(artifact.base or "BASE"), "one model of both"
         if quantised_by(artifact.base or "") == "gptq":
             # Its packed weights take no merging, and another base has another fingerprint.
             base, what = "--force UNQUANTISED_BASE", "one model of it and the base before GPTQ"
-        return [
-            try_it,
-            NextCommand(f"merge_adapter {base} {folder} {merged}", what),
-            NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM"),
-        ]
+        serve = NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")
+        merge = NextCommand(f"merge_adapter {base} {folder} {merged}", what)
+        return [try_it, merge, *([serve] if kind == "LORA" else [])]
     return [
         try_it,
         NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
