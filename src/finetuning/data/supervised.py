@@ -15,7 +15,6 @@ from finetuning.data.labelling import Labeller, Tokens
 from finetuning.data.ledger import TOO_LONG
 from finetuning.data.rows import Conversation, Text, TokenIds
 from finetuning.data.spans import Refused
-from finetuning.errors import Place
 
 PIECE = "a piece of a text that is longer than a row may be"
 NO_WORDS = "a completion without words"
@@ -96,12 +95,12 @@ class SupervisedMaker:
         for index, row in enumerate(rows):
             tokens = tokenised.get(index)
             is_long = isinstance(tokens, Tokens) and len(tokens.ids) > self.max_length
-            divided += self._pieces(tokens.ids.tolist(), row.place) if is_long else (row,)
+            divided += self._pieces(tokens.ids.tolist(), row) if is_long else (row,)
         return divided
 
-    def _pieces(self, ids: list[int], place: Place) -> list[TokenIds]:
+    def _pieces(self, ids: list[int], row: Text) -> list[TokenIds]:
         pieces = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
-        return [TokenIds(piece, piece, place, frozenset({PIECE})) for piece in pieces]
+        return [TokenIds(piece, piece, row.place, row.notes | {PIECE}) for piece in pieces]
 
     def _ready(self, rows: Sequence[TokenIds]) -> list[Example | Lost]:
         return [self._check_ids(row) for row in rows]

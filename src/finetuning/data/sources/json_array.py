@@ -21,7 +21,7 @@ class _Window:
 
     def __init__(self, path: str, stream: BinaryIO, offset: int, read_ahead: int):
         self.text = ""
-        self.line = 1
+        self._counted = (0, 1)
         self._column = 0
         self._path = path
         self._stream = stream
@@ -56,11 +56,14 @@ class _Window:
 
     def _drop(self, position: int) -> None:
         self._column = self.column(position) - 1
-        self.line = self.line_of(position)
+        self._counted = (0, self.line_of(position))
         self.text = self.text[position:]
 
     def line_of(self, position: int) -> int:
-        return self.line + self.text.count("\n", 0, position)
+        """The line of a position, from 1; none before it is asked for again."""
+        counted, line = self._counted
+        self._counted = (position, line + self.text.count("\n", counted, position))
+        return self._counted[1]
 
     def column(self, position: int) -> int:
         """The column of a position, from 1."""
