@@ -55,8 +55,8 @@ schema: venv ## write docs/schema anew from the config
 	    mv docs/schema/$$method.json.new docs/schema/$$method.json; done
 
 docs: schema ## write everything that is generated anew
-	$(PYTHON) -m finetuning.config.reference docs/config.md
-	$(PYTHON) -m finetuning.plan.support docs/support.md
+	$(PYTHON) -m finetuning.config.reference docs/reference/config.md
+	$(PYTHON) -m finetuning.plan.support docs/reference/support.md
 
 # A fresh environment without pins, so that the set is what the bounds of pyproject.toml give today.
 constraints: ## write constraints.txt anew from the newest releases that the bounds admit

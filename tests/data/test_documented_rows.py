@@ -1,4 +1,4 @@
-"""The examples of docs/data.md are what happens."""
+"""The examples of docs/reference/data-formats.md are what happens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetuning.data.rows import Row
 from finetuning.data.templates import get_template
 from finetuning.errors import Place
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "data-formats.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -173,8 +173,8 @@ def test_rows_are_proven_apart_under_the_adapters_that_the_matrix_names() -> Non
 
 
 def test_the_page_is_what_the_code_says() -> None:
-    page = ROOT / "docs" / "support.md"
-    assert page.read_text() == matrix(), "write it anew: python -m finetuning.plan.support docs/support.md"
+    page = ROOT / "docs" / "reference" / "support.md"
+    assert page.read_text() == matrix(), "write it anew: python -m finetuning.plan.support docs/reference/support.md"
 
 
 @pytest.mark.parametrize(

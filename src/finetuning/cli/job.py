@@ -33,7 +33,7 @@ def _job(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="finetuning job",
         description="Run the JSON job of fms-hf-tuning that SFT_TRAINER_CONFIG_JSON_ENV_VAR (base64) or"
-        " SFT_TRAINER_CONFIG_JSON_PATH gives. docs/fms-hf-tuning.md lists the variables.",
+        " SFT_TRAINER_CONFIG_JSON_PATH gives. docs/moving-from/fms-hf-tuning.md lists the variables.",
     )
     parser.add_argument("config", nargs="?", help="the JSON file, instead of the variables")
     parser.add_argument("--dry-run", action="store_true", help="check the job and print its plan; train nothing")

@@ -34,7 +34,7 @@ class MissingPadTokenStrategy(str, Enum):
 
 
 class FormatName(str, Enum):
-    """The shapes that rows come in; `docs/data.md` shows a row of each."""
+    """The shapes that rows come in; `docs/reference/data-formats.md` shows a row of each."""
 
     MESSAGES = "messages"
     ALPACA = "alpaca"

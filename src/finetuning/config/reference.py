@@ -1,4 +1,4 @@
-"""The reference of the YAML as Markdown: `python -m finetuning.config.reference docs/config.md` writes it."""
+"""The reference of the YAML as Markdown: `python -m finetuning.config.reference docs/reference/config.md` writes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetuning.config.schema import json_schema
 
 _INTRODUCTION = """# Config reference
 
-<!-- Written by `python -m finetuning.config.reference docs/config.md`; a test fails when it is stale. -->
+<!-- Written by `python -m finetuning.config.reference docs/reference/config.md`; a test fails when it is stale. -->
 
 Every key of the YAML, its type, its default and what it does. Keys in bold are required. A key that is not listed is
 an error, with three exceptions, which pass through to a library and are checked against its installed release:
@@ -127,7 +127,7 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 def main() -> None:
     """Writes the reference to the file that the command line names."""
     parser = argparse.ArgumentParser(description="Write the reference of the YAML as Markdown.")
-    parser.add_argument("path", type=Path, help="the file to write, such as docs/config.md")
+    parser.add_argument("path", type=Path, help="the file to write, such as docs/reference/config.md")
     parser.parse_args().path.write_text(reference(), encoding="utf-8")
 
 
