@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,10 @@ OFFLINE = {
 os.environ.update(OFFLINE)
 for _launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MLFLOW_TRACKING_URI", "CHECKPOINTS_PATH"):
     os.environ.pop(_launcher_variable, None)
+
+# A shell starts its background jobs with SIGINT ignored, and every child of a job inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"

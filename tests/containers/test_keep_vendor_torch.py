@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -65,7 +66,10 @@ def image(tmp_path: Path) -> Path:
 def pip(python: Path, links: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "--isolated", "--python", str(python), "install", "--no-index"]
     command += ["--disable-pip-version-check", "--find-links", str(links), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    # --isolated still reads the site's pip.conf, where a constraint on torch may stand; the null device turns it off.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment["PIP_CONFIG_FILE"] = os.devnull
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=check)
 
 
 @pytest.fixture
