@@ -1,6 +1,7 @@
-# make quickstart   tune a tiny model on this machine's CPU and see it answer better
+# make quickstart   fine-tune a tiny model on the CPU and compare its answers before and after
 # make test         run the tests
-# Both build the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
+# make check        run every check that is not a test
+# Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
 
 SYSTEM_PYTHON ?= python3
 VENV := .venv
@@ -9,19 +10,20 @@ PIP_OPTIONS ?= $(if $(CI),--quiet)
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint lint-containers audit format schema docs constraints clean distclean
+.PHONY: help venv quickstart test coverage check lint typecheck spelling docs-site metrics lint-containers audit format \
+	schema docs constraints dist clean distclean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: $(VENV)/.installed ## build .venv with the exact tested packages
 
-# The stamp is newer than what it was made from, or the installation is made again.
+# Install again when the stamp is older than the files that list the packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	"constraints.txt needs Python 3.11 or newer, %s is %d.%d; set SYSTEM_PYTHON" % (sys.executable, *sys.version_info[:2]))'
 	$(SYSTEM_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[test]'
+	$(PYTHON) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[test,lint]'
 	@touch $@
 
 quickstart: venv ## tune, merge and try a tiny model on the CPU
@@ -30,48 +32,80 @@ quickstart: venv ## tune, merge and try a tiny model on the CPU
 test: venv ## run the tests
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS)
 
+# Traces every process that the tests start, so it takes longer than `make test`. Fails below fail_under of pyproject.toml.
+coverage: venv ## run the tests and report the coverage
+	$(PYTHON) -m pytest $(PYTEST_OPTIONS) --cov --cov-report=term:skip-covered --cov-report=xml
+
+check: lint typecheck spelling docs-site metrics ## run every check that is not a test
+
 lint: venv ## check style and layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+
+# PYRIGHT_PYTHON_IGNORE_WARNINGS: do not ask the network for a newer release.
+typecheck: venv ## check the types
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(PYTHON)
+
+spelling: venv ## check the spelling
+	git ls-files -z | xargs -0 $(VENV)/bin/codespell
+
+docs-site: venv ## build the documentation site; warnings are errors
+	@if [ -f mkdocs.yml ]; then \
+	    $(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]' \
+	    && $(PYTHON) -m mkdocs build --strict; \
+	else echo 'docs-site: no mkdocs.yml, nothing to build'; fi
+
+metrics: venv ## measure the code base against its bounds
+	$(PYTHON) scripts/metrics.py
 
 lint-containers: venv ## check the Dockerfiles and shell scripts
 	$(PYTHON) -m pip install --disable-pip-version-check --quiet -e '.[lint-containers]'
 	$(VENV)/bin/hadolint docker/*/*.Dockerfile
 	$(VENV)/bin/shellcheck docker/*.sh .ci/run deploy/slurm/*.sbatch
 
-audit: venv ## ask for known weaknesses of the packages in constraints.txt
+audit: venv ## look up known vulnerabilities of the packages in constraints.txt
 	@if $(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[audit]'; \
 	then $(PYTHON) .ci/audit.py; else echo 'NOT AUDITED: pip-audit could not be installed'; fi
 
-format: venv ## put the code into shape
+format: venv ## format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-schema: venv ## write docs/schema anew from the config
+schema: venv ## generate docs/schema from the config models
 	@mkdir -p docs/schema
 	set -e; for method in sft dpo kto reward grpo orpo cpo; do \
 	    $(VENV)/bin/finetuning schema $$method > docs/schema/$$method.json.new; \
 	    mv docs/schema/$$method.json.new docs/schema/$$method.json; done
 
-docs: schema ## write everything that is generated anew
+docs: schema ## generate every generated page
 	$(PYTHON) -m finetuning.config.reference docs/reference/config.md
 	$(PYTHON) -m finetuning.plan.support docs/reference/support.md
 
-# A fresh environment without pins, so that the set is what the bounds of pyproject.toml give today.
-constraints: ## write constraints.txt anew from the newest releases that the bounds admit
+# Resolves in a fresh environment without pins: the newest releases within the bounds of pyproject.toml.
+constraints: ## update constraints.txt to the newest releases within the bounds
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(SYSTEM_PYTHON) -m venv "$$fresh"; \
-	"$$fresh/bin/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -e '.[test]'; \
+	"$$fresh/bin/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -e '.[test,lint]'; \
 	grep '^#' constraints.txt > "$$fresh/constraints.txt"; \
 	"$$fresh/bin/python" -m pip list --format freeze --exclude finetuning --exclude pip \
 	    | tr 'A-Z_' 'a-z-' | sed -E '/^(nvidia-|cuda-|triton)/d; s/^(torch==[^+]*)\+.*/\1/' \
 	    | sort >> "$$fresh/constraints.txt"; \
 	mv "$$fresh/constraints.txt" constraints.txt
 
-clean: ## remove what tests and tools left behind
-	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+dist: venv ## build wheel and sdist, check them and run the installed wheel
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[release]'
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+	@set -e; clean=$$(mktemp -d); trap 'rm -rf "$$clean"' EXIT; \
+	$(SYSTEM_PYTHON) -m venv "$$clean"; \
+	"$$clean/bin/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt dist/*.whl; \
+	cd "$$clean"; bin/finetuning --version; bin/finetuning --help > /dev/null
+
+clean: ## remove the caches and outputs of tests and tools
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.* coverage.xml build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove the environment, too
+distclean: clean ## remove the environment as well
 	rm -rf $(VENV)

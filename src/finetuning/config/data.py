@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from pydantic import Field
 from finetuning.config.base import Section
 
 
-class ChatTemplateName(str, Enum):
+class ChatTemplateName(StrEnum):
     """The chat templates that have a name. `keep-original` is the tokenizer's own."""
 
     MISTRAL_WITH_SYSTEM = "mistral-with-system"
@@ -20,7 +20,7 @@ class ChatTemplateName(str, Enum):
     KEEP_ORIGINAL = "keep-original"
 
 
-class MissingPadTokenStrategy(str, Enum):
+class MissingPadTokenStrategy(StrEnum):
     """Which token pads when the tokenizer has no padding token. Padding is never trained on, whichever it is.
 
     `unk-convert-to-eos` pads with the unknown token in the labels' place and shows the model the end-of-sequence
@@ -33,7 +33,7 @@ class MissingPadTokenStrategy(str, Enum):
     UNK_CONVERT_TO_EOS = "unk-convert-to-eos"
 
 
-class FormatName(str, Enum):
+class FormatName(StrEnum):
     """The shapes that rows come in; `docs/reference/data-formats.md` shows a row of each."""
 
     MESSAGES = "messages"
