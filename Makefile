@@ -11,7 +11,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test coverage check lint typecheck spelling docs-site metrics lint-containers audit format \
-	schema docs constraints dist clean distclean
+	schema docs golden constraints dist clean distclean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -81,6 +81,9 @@ schema: venv ## generate docs/schema from the config models
 docs: schema ## generate every generated page
 	$(PYTHON) -m finetuning.config.reference docs/reference/config.md
 	$(PYTHON) -m finetuning.plan.support docs/reference/support.md
+
+golden: venv ## regenerate the golden losses, after an intended change of numerics
+	PYTHONPATH=tests $(PYTHON) tests/golden/golden_runs.py
 
 # Resolves in a fresh environment without pins: the newest releases within the bounds of pyproject.toml.
 constraints: ## update constraints.txt to the newest releases within the bounds

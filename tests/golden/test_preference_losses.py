@@ -1,0 +1,14 @@
+"""Runs of the other six methods log the committed losses and save the committed weights, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden.golden_runs import PREFERENCE_CASES, run_case
+
+
+@pytest.mark.parametrize("case", PREFERENCE_CASES)
+def test_losses_and_weights_are_bit_identical(case: str, golden_inputs: Path, golden_values: dict[str, Any]) -> None:
+    assert run_case(case, golden_inputs) == golden_values[case]
