@@ -21,7 +21,7 @@ PACKAGE = SRC / "finetuning"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "mlflow", "bitsandbytes", "pandas", "scipy"}
-LIGHT_ROOMS = ("errors.py", "topology.py", "publish.py", "garbage.py", "config/", "plan/", "cli/")
+LIGHT_ROOMS = ("errors.py", "topology.py", "publish.py", "config/", "plan/", "cli/")
 MOST_LINES = 350
 MOST_FUNCTION_LINES = 60
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from finetuning import __version__
 from finetuning.cli.run import run
 from finetuning.errors import ConfigError, Place
-from finetuning.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from finetuning.config.document import Document
@@ -179,9 +178,8 @@ def _flags(options: argparse.Namespace) -> Document:
 
 
 def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> Job:
-    with seldom_collected():
-        from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
-        from finetuning.inference.job import Job
+    from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
+    from finetuning.inference.job import Job
 
     return Job(
         prompts=prompts,

@@ -11,7 +11,6 @@ from typing import Any
 
 from finetuning.cli.run import run
 from finetuning.errors import ConfigError
-from finetuning.garbage import seldom_collected
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,9 +64,7 @@ def _merge(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     device_map = _read_device_map(options.device_map)
     from finetuning.cli.progress import quiet_libraries, transfer_bar
-
-    with seldom_collected():
-        from finetuning.export.merge import merge_adapters
+    from finetuning.export.merge import merge_adapters
 
     quiet_libraries()
     with transfer_bar("merging") as progress:

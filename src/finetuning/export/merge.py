@@ -14,7 +14,6 @@ from finetuning.export.edits import NeedsPeft
 from finetuning.export.peft_merge import (
     DeviceMap,
     check_device_map,
-    import_loaders,
     merge_with_peft,
     refuse_unmergeable,
 )
@@ -70,7 +69,6 @@ def merge_adapters(
             refuse_unmergeable(adapter)
     if verify or isinstance(plan, NeedsPeft):
         check_device_map(device_map)
-        import_loaders()
     for note in (*plan.notes, *_other_name(base, adapters[0])):
         tell(note)
     require_room(out, base.num_bytes + _SMALL_FILES_BYTES)

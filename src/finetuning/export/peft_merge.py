@@ -11,7 +11,6 @@ from finetuning.errors import ConfigError, ModelError
 from finetuning.export.edits import plain_name
 from finetuning.export.plan import is_vocabulary
 from finetuning.export.sources import Adapter, BaseModel
-from finetuning.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,14 +26,6 @@ _MADE_ANEW = {
 }
 _PLACED_BY_SIZE = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight")
-
-
-def import_loaders() -> None:
-    """Imports what loads models and adapters, while there is none yet that would be gone through for garbage."""
-    with seldom_collected():
-        import peft  # noqa: F401
-
-        import finetuning.model.heads  # noqa: F401
 
 
 def check_device_map(device_map: DeviceMap) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config.generation import GenerationModel
 from finetuning.config.model import ModelArgs, NoQuantization, Quantised, RunConfig
 from finetuning.errors import ConfigError, ModelError, Place
-from finetuning.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,8 +81,7 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
     if is_local(conf.model):
         # Before the tokenizer, which is looked for in the same place, is said to be missing.
         locate(conf.model, "model", key="model_conf.model", **_where(conf))
-    with seldom_collected():
-        from finetuning.model.load import load_model
+    from finetuning.model.load import load_model
 
     tokenizer, pad_token_id = _load_tokenizer(conf)
     model = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
