@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from finetuning import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 # A GPU build of torch needs these, and pins them itself.
 GPU_LIBRARIES = re.compile(r"(nvidia|cuda|rocm)-|(pytorch-)?triton")
@@ -106,3 +108,55 @@ def test_a_workflow_may_only_read_and_runs_no_moving_target(path: Path) -> None:
                 assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), step["uses"]
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False
+
+
+VERSIONS = {
+    "CITATION.cff": r"^version: (.+)$",
+    "deploy/kubernetes/chart/Chart.yaml": r"^(?:version|appVersion): (.+)$",
+    "deploy/kubernetes/chart/values.yaml": r"^  tag: (.+)$",
+    "deploy/kubernetes/fms-job.yaml": r"finetuning-worker:(.+)$",
+    "deploy/kubernetes/job.yaml": r"finetuning-worker:(.+)$",
+    "deploy/kubernetes/pytorchjob.yaml": r"finetuning-worker:(.+)$",
+    "deploy/kubernetes/trainjob.yaml": r"finetuning-worker:(.+)$",
+    "docker/cuda/worker.Dockerfile": r"^ARG VERSION=(.+)$",
+    "docker/rocm/worker.Dockerfile": r"^ARG VERSION=(.+)$",
+}
+
+
+@pytest.mark.parametrize("path", VERSIONS)
+def test_every_file_that_repeats_the_version_has_the_one_of_the_package(path: str) -> None:
+    versions = re.findall(VERSIONS[path], (ROOT / path).read_text(), re.MULTILINE)
+    assert versions
+    assert set(versions) == {__version__}
+
+
+def test_pyproject_reads_the_version_from_the_package() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in pyproject["project"]
+    assert pyproject["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "finetuning.__version__"}
+
+
+def test_tools_assume_the_oldest_python_that_is_supported() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = pyproject["project"]["requires-python"].removeprefix(">=")
+    assert pyproject["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert pyproject["tool"]["pyright"]["pythonVersion"] == oldest
+
+
+def test_the_workflows_run_every_check_on_every_declared_python() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    checks = re.search(r"^check: ([a-z -]+?) ##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert checks and set(checks[1].split()) <= set(jobs["check"]["strategy"]["matrix"]["target"])
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    declared = {name.rpartition(" ")[2] for name in classifiers if re.search(r":: 3\.\d+$", name)}
+    assert declared <= set(jobs["test"]["strategy"]["matrix"]["python"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.name)
+def test_issue_forms_are_valid(path: Path) -> None:
+    form = yaml.safe_load(path.read_text())
+    assert form["name"] and form["description"]
+    fields = [item for item in form["body"] if item["type"] != "markdown"]
+    names = [item["id"] for item in fields]
+    assert len(names) == len(set(names)) > 0
+    assert all(item["attributes"]["label"] for item in fields)
