@@ -80,26 +80,26 @@ def rows_below(heading: str) -> list[str]:
 
 
 def test_every_preference_is_read(tokenizer: Any, tmp_path: Path) -> None:
-    for row in rows_below("### Preferences"):
+    for row in rows_below("## Preferences"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_dpo(config(tmp_path / "a.jsonl"), 99, tokenizer).train) == 1
         assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 2
 
 
 def test_every_rated_answer_is_read(tokenizer: Any, tmp_path: Path) -> None:
-    for row in rows_below("### Rated answers"):
+    for row in rows_below("## Rated answers"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 1
 
 
 def test_every_prompt_is_read(tokenizer: Any, tmp_path: Path) -> None:
-    for row in rows_below("### Prompts"):
+    for row in rows_below("## Prompts"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_prompts(config(tmp_path / "a.jsonl"), 99, {}, tokenizer).train) == 1
 
 
 def test_ready_tokens_are_read(tokenizer: Any, tmp_path: Path) -> None:
-    (row,) = rows_below("### `tokens`")
+    (row,) = rows_below("## `tokens`")
     (tmp_path / "a.jsonl").write_text(row)
     assert prepare_sft(config(tmp_path / "a.jsonl"), SFTArgs(), tokenizer).train[0] == json.loads(row)
 
@@ -121,9 +121,3 @@ def test_every_format_and_handler_is_on_the_page() -> None:
     assert make_recipe(source, "d").steps == ()
     missing = [name for name in FORMATS if f"`{name}`" not in page]
     assert not missing
-
-
-def test_the_config_of_the_page_is_right() -> None:
-    body = next(body for kind, body in blocks() if kind == "yaml" and "data_conf" in body)
-    conf = DataConfig.model_validate(yaml.safe_load(body)["data_conf"])
-    assert len(conf.training_data.datasets) == 5
