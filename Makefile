@@ -77,8 +77,8 @@ schema: venv ## generate docs/schema from the config models
 	    mv docs/schema/$$method.json.new docs/schema/$$method.json; done
 
 docs: schema ## generate every generated page
-	$(PYTHON) -m finetuning.config.reference docs/reference/config.md
-	$(PYTHON) -m finetuning.plan.support docs/reference/support.md
+	$(PYTHON) -m finetuning.config.schema.reference docs/reference/config.md
+	$(PYTHON) -m finetuning.plan.compatibility docs/reference/support.md
 
 golden: venv ## regenerate the golden losses, after an intended change of numerics
 	PYTHONPATH=tests $(PYTHON) tests/golden/golden_runs.py

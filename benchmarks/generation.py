@@ -25,8 +25,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, most_padding_on, plan_batches
 from finetuning.inference.generate import EncodedPrompt, generate_batches
+from finetuning.inference.generation_params import GenerationParameters, build_parameters
 from finetuning.inference.load import Generator
-from finetuning.inference.parameters import GenerationParameters, build_parameters
 
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},

@@ -60,7 +60,7 @@ adapter, out = sys.argv[1:]
 tensors = load_file(adapter + "/adapter_model.safetensors")
 save_file({name: tensor for name, tensor in tensors.items() if ".lora_" in name}, out, {"format": "pt"})
 """
-LIBRARIES = "import finetuning.export.merge, transformers.conversion_mapping"
+LIBRARIES = "import finetuning.export.merge.merge, transformers.conversion_mapping"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def main() -> None:
     }
     found = alternate(merges, options.rounds, clean)
     sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
-    from finetuning.model.tensor_files import read_model_headers
+    from finetuning.model.safetensors_io import read_model_headers
 
     largest = max(entry.num_bytes for entry in read_model_headers(base).values())
     ours, libraries = (

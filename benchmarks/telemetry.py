@@ -18,10 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from finetuning.observe.telemetry import names
-from finetuning.observe.telemetry.job import open_telemetry
-from finetuning.observe.telemetry.telemetry import Telemetry
-from finetuning.observe.telemetry.training_config import JobIdentity, Measured, TrainingConfig
+from finetuning.telemetry import names
+from finetuning.telemetry.config import JobIdentity, Measured, TrainingConfig
+from finetuning.telemetry.session import open_telemetry
+from finetuning.telemetry.telemetry import Telemetry
 
 SETTINGS = {
     "counting, nothing written": None,

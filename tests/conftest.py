@@ -407,12 +407,12 @@ def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
     import torch
 
     from finetuning.algorithms import METHODS
-    from finetuning.config.dump import dump_yaml
-    from finetuning.config.read import read_document
-    from finetuning.config.validate import validate
-    from finetuning.observe.tracking import TrackingOptions, resolve_tracking
-    from finetuning.topology import Topology
-    from finetuning.training.observer import Observer
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.dump import dump_yaml
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.distributed import Topology
+    from finetuning.tracking.settings import TrackingOptions, resolve_tracking
+    from finetuning.training.reporter import Observer
     from finetuning.training.run import Job, run
 
     class KeepsTrainer(Observer):

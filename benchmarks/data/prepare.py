@@ -63,9 +63,9 @@ def stop(tokens, trained):
                       "trained": trained, "peak_mb": peak}))
 """
 _OURS = """
-from finetuning.config.data import DataConfig
-from finetuning.config.training import SFTArgs
-from finetuning.data.prepare import prepare_sft
+from finetuning.config.sections.data import DataConfig
+from finetuning.config.sections.training import SFTArgs
+from finetuning.data.pipeline import prepare_sft
 import datasets, pyarrow.compute as pc
 conf = DataConfig.model_validate({
     "training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},

@@ -16,9 +16,9 @@ def write_rows(bench: Bench) -> None:
 
     from transformers import AutoTokenizer, set_seed
 
-    from finetuning.config.data import Concatenation, DataConfig, NoData
-    from finetuning.config.training import SFTArgs
-    from finetuning.data.prepare import prepare_sft
+    from finetuning.config.sections.data import Concatenation, DataConfig, NoData
+    from finetuning.config.sections.training import SFTArgs
+    from finetuning.data.pipeline import prepare_sft
 
     folder = bench.folder
     data = DataConfig(
@@ -55,7 +55,7 @@ def model_of(bench: Bench) -> Any:
 
 
 def lay_end_to_end(model: Any) -> None:
-    from finetuning.model.segments import enable_segments
+    from finetuning.model.varlen_attention import enable_segments
 
     reason = enable_segments(model, getattr(model, "peft_config", {}).get("default"))
     if reason:
@@ -67,7 +67,7 @@ def plain_loop(bench: Bench, flat: bool, autocast: bool = False) -> tuple[int, f
     import torch
     from torch.nn.functional import cross_entropy
 
-    from finetuning.data.collate import FlatteningCollator, PaddingCollator
+    from finetuning.data.collators import FlatteningCollator, PaddingCollator
 
     options, rows, model, loss = bench.options, bench.rows(), model_of(bench), 0.0
     if flat:
@@ -102,7 +102,7 @@ def with_trainer(bench: Bench, name: str, autocast: bool = False) -> tuple[int, 
     import datasets
     import transformers
 
-    from finetuning.data.collate import FlatteningCollator, PaddingCollator
+    from finetuning.data.collators import FlatteningCollator, PaddingCollator
 
     rows, model = bench.rows(), model_of(bench)
     arguments = transformers.TrainingArguments(
@@ -130,7 +130,7 @@ def with_trainer(bench: Bench, name: str, autocast: bool = False) -> tuple[int, 
 def _our_trainer(bench: Bench, model: Any, arguments: Any, data: Any, flat: bool) -> Any:
     from transformers import AutoTokenizer
 
-    from finetuning.algorithms.method import Layout
+    from finetuning.algorithms.algorithm import Layout
     from finetuning.algorithms.sft import build_trainer
 
     tokenizer = AutoTokenizer.from_pretrained(bench.folder / "model")

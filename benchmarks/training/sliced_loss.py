@@ -29,7 +29,7 @@ def run_one(options: argparse.Namespace) -> None:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from finetuning.algorithms.sliced_loss import SlicedLoss
+    from finetuning.trainer.chunked_cross_entropy import SlicedLoss
 
     on_gpu = options.device == "cuda"
     if not on_gpu:

@@ -13,7 +13,7 @@ import torch
 
 from finetuning.algorithms import METHODS
 from finetuning.data.formats import FORMATS
-from finetuning.data.rows import Prompt, Row
+from finetuning.data.samples import Prompt, Row
 from finetuning.errors import ConfigError, DataError, GuardStopped, Place, Problem
 
 GRPO = METHODS["grpo"]

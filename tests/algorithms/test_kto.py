@@ -13,8 +13,8 @@ import torch
 from finetuning.algorithms import METHODS
 from finetuning.algorithms.kto import first_loss
 from finetuning.data.formats import FORMATS
-from finetuning.data.rows import Rated, Row
-from finetuning.data.unpaired import with_neighbours
+from finetuning.data.processors.unpaired import with_neighbours
+from finetuning.data.samples import Rated, Row
 from finetuning.errors import ConfigError, DataError, GuardStopped, Place, Problem
 
 KTO = METHODS["kto"]

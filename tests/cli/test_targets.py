@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from finetuning.cli.targets import main
-from finetuning.config.model import NewPeft
-from finetuning.model.adapters import build
+from finetuning.config.sections.model import NewPeft
+from finetuning.model.peft.adapters import build
 
 
 @pytest.fixture

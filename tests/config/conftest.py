@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.experiment import EXPERIMENTS
-from finetuning.config.read import parse_document
-from finetuning.config.validate import Validated, validate
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import Validated, validate
+from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
 
 SFT = """\

@@ -7,15 +7,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning.config.dump import dump_yaml, provenance
-from finetuning.config.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
-from finetuning.config.generation import GenerationConfig
 from finetuning.config.installed import Installed
-from finetuning.config.overrides import apply_overrides
-from finetuning.config.read import parse_document
 from finetuning.config.redaction import is_secret_key
-from finetuning.config.structure import walk
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
+from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.validation.section_tree import walk
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.dump import dump_yaml, provenance
+from finetuning.config.yaml.overrides import apply_overrides
+from finetuning.config.yaml.reader import parse_document
 
 FULL = """\
 data_conf:

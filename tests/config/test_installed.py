@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ConfigDict, TypeAdapter
 
-from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.installed import Installed
-from finetuning.config.model import BitsAndBytes
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.sections.model import BitsAndBytes
 
 
 @pytest.fixture(scope="module")

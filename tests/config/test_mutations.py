@@ -8,12 +8,12 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetuning.config.dump import dump_yaml, provenance
-from finetuning.config.experiment import EXPERIMENTS
 from finetuning.config.installed import Installed
-from finetuning.config.overrides import apply_overrides
-from finetuning.config.read import parse_document
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.dump import dump_yaml, provenance
+from finetuning.config.yaml.overrides import apply_overrides
+from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
 
 TEXT = """\

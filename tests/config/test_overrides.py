@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.config.experiment import SFTExperiment
-from finetuning.config.overrides import apply_overrides
-from finetuning.config.read import parse_document
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import SFTExperiment
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.overrides import apply_overrides
+from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.config.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
-from finetuning.config.generation import GenerationConfig
-from finetuning.config.read import parse_document
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
+from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
 
 Messages = Callable[..., list[str]]
@@ -212,12 +212,12 @@ def test_a_generation_config() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = """
 import sys
-from finetuning.config.read import parse_document
-from finetuning.config.validate import validate
-from finetuning.config.dump import dump_yaml, provenance
-from finetuning.config.experiment import DPOExperiment
-from finetuning.config.overrides import apply_overrides
-import finetuning.config.schema, finetuning.config.reference, finetuning.config.generation
+from finetuning.config.yaml.reader import parse_document
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.dump import dump_yaml, provenance
+from finetuning.config.sections.experiment import DPOExperiment
+from finetuning.config.yaml.overrides import apply_overrides
+import finetuning.config.schema.json_schema, finetuning.config.schema.reference, finetuning.config.sections.generation
 text = '''
 data_conf: {training_data: {type: CONCATENATION, datasets: [{path: a}]}, validation_data: {type: NONE}}
 training_args: {output_dir: o, dataloader_num_workers: 2, loss_type: ipo, optim: adafactor, report_to: wandb}

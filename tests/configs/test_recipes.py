@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 import yaml
 
-from finetuning.config.experiment import EXPERIMENTS, DPOExperiment, Experiment, GRPOExperiment, SFTExperiment
-from finetuning.config.model import BitsAndBytes, NoPeft
-from finetuning.config.read import read_document
-from finetuning.config.schema import schema_text
-from finetuning.config.validate import validate
+from finetuning.config.schema.json_schema import schema_text
+from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, Experiment, GRPOExperiment, SFTExperiment
+from finetuning.config.sections.model import BitsAndBytes, NoPeft
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetuning.algorithms import METHODS
-from finetuning.config.read import read_document
+from finetuning.config.yaml.reader import read_document
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*(ROOT / "configs").glob("*/quickstart.yaml"), *(ROOT / "configs" / "techniques").glob("*.yaml")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from finetuning.data.rows import Conversation
+from finetuning.data.samples import Conversation
 from finetuning.errors import Place
 
 TOOLS = [

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.data import ChatTemplateName, DataConfig
-from finetuning.config.training import SFTArgs
+from finetuning.atomic_io import MANIFEST, write_manifest
+from finetuning.config.sections.data import ChatTemplateName, DataConfig
+from finetuning.config.sections.training import SFTArgs
 from finetuning.data import store
 from finetuning.data.cache import cache_folder, prune
-from finetuning.data.prepare import PreparedData, prepare_sft
-from finetuning.data.templates import get_template
+from finetuning.data.chat.templates import get_template
+from finetuning.data.pipeline import PreparedData, prepare_sft
 from finetuning.errors import DataError
-from finetuning.publish import MANIFEST, write_manifest
 
 from .conversations import assistant, user
 
@@ -63,7 +63,7 @@ def entries(folder: Path) -> list[Path]:
 def test_a_second_run_reads_what_the_first_wrote(prepare: Any, tmp_path: Path, monkeypatch: Any) -> None:
     first = prepare()
     assert "nothing like it was prepared before" in first.origin
-    monkeypatch.setattr("finetuning.data.reading.Reading.read", None)
+    monkeypatch.setattr("finetuning.data.preprocessor.Reading.read", None)
     second = prepare()
     assert "as prepared before: same data, template, tokenizer and rules" in second.origin
     assert second.train.to_list() == first.train.to_list()
@@ -95,7 +95,7 @@ def test_a_change_is_named(prepare: Any, tmp_path: Path, tokenizer: Any, make_to
     assert prepare().origin.endswith("changed since the nearest entry: the chat template")
     other = make_tokenizer("byte-level", tokenizer.chat_template, (), add_bos=True)
     assert prepare(other).origin.endswith("changed since the nearest entry: the tokenizer")
-    monkeypatch.setattr("finetuning.data.made.RULES", "x")
+    monkeypatch.setattr("finetuning.data.prepared.RULES", "x")
     assert 'rules ("1" before, "x" now)' in prepare().origin
 
 
@@ -171,10 +171,10 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-from finetuning.config.data import DataConfig
-from finetuning.config.training import SFTArgs
+from finetuning.config.sections.data import DataConfig
+from finetuning.config.sections.training import SFTArgs
 from finetuning.data import made
-from finetuning.data.prepare import prepare_sft
+from finetuning.data.pipeline import prepare_sft
 folder = Path(sys.argv[1])
 if sys.argv[2] == "dies":
     write = made.write

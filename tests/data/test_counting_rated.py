@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetuning.config.data import Concatenation, DataConfig, DatasetSource, NoData
+from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, NoData
 from finetuning.data.counting import count_training_rows
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning.config.data import ChatTemplateName, DataConfig
-from finetuning.config.training import SFTArgs
+from finetuning.config.sections.data import ChatTemplateName, DataConfig
+from finetuning.config.sections.training import SFTArgs
+from finetuning.data.chat.templates import get_template
 from finetuning.data.formats import FORMATS
-from finetuning.data.handlers import make_recipe
-from finetuning.data.prepare import prepare_dpo, prepare_kto, prepare_prompts, prepare_sft
-from finetuning.data.rows import Row
-from finetuning.data.templates import get_template
+from finetuning.data.pipeline import prepare_dpo, prepare_kto, prepare_prompts, prepare_sft
+from finetuning.data.samples import Row
+from finetuning.data.transforms import make_recipe
 from finetuning.errors import Place
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "data-formats.md"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetuning.data.formats import FORMATS, KINDS, Options
-from finetuning.data.rows import Conversation, Preference, Row
+from finetuning.data.samples import Conversation, Preference, Row
 from finetuning.errors import Place, Problem
 
 USER = {"role": "user", "content": "Hi"}

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetuning.config.data import ChatTemplateName, DataConfig
-from finetuning.config.training import SFTArgs
+from finetuning.config.sections.data import ChatTemplateName, DataConfig
+from finetuning.config.sections.training import SFTArgs
+from finetuning.data.arrow import Spool, taken
 from finetuning.data.batches import Repeats, in_batches
-from finetuning.data.fates import Totals
+from finetuning.data.chat.templates import get_template
 from finetuning.data.ledger import PartLedger
-from finetuning.data.prepare import PreparedData, prepare_kto, prepare_sft
+from finetuning.data.pipeline import PreparedData, prepare_kto, prepare_sft
 from finetuning.data.sources import Line
-from finetuning.data.spool import Spool, taken
-from finetuning.data.templates import get_template
-from finetuning.data.workers import Workers
+from finetuning.data.statistics import Totals
+from finetuning.data.worker_pool import Workers
 from finetuning.errors import DataError, InternalError, Place, Problem, StorageError
 
 from .conversations import assistant, user
@@ -109,7 +109,7 @@ def test_processes_answer_in_order_and_tell_what_went_wrong() -> None:
 
 CHILD = """
 import os, sys
-from finetuning.data.workers import Workers
+from finetuning.data.worker_pool import Workers
 with Workers(lambda _: os.getpid(), 3) as workers:
     print(*workers.map(range(30)), flush=True)
     sys.stdin.read()
@@ -131,9 +131,9 @@ import json, sys
 from pathlib import Path
 import pyarrow as pa
 from transformers import AutoTokenizer
-from finetuning.config.data import DataConfig
-from finetuning.config.training import SFTArgs
-from finetuning.data.prepare import prepare_sft
+from finetuning.config.sections.data import DataConfig
+from finetuning.config.sections.training import SFTArgs
+from finetuning.data.pipeline import prepare_sft
 folder = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 pool = pa.system_memory_pool()

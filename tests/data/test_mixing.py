@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from finetuning.config.data import DataConfig
+from finetuning.config.sections.data import DataConfig
 from finetuning.data.arranging import arrange
 from finetuning.data.mixing import concatenate, split, weighted_mix
 from finetuning.errors import DataError

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.data import DataConfig
-from finetuning.config.training import SFTArgs
-from finetuning.data.prepare import PreparedData, prepare_sft
-from finetuning.data.supervised import PIECE
+from finetuning.config.sections.data import DataConfig
+from finetuning.config.sections.training import SFTArgs
+from finetuning.data.pipeline import PreparedData, prepare_sft
+from finetuning.data.processors.sft import PIECE
 from finetuning.errors import ConfigError, DataError
 
 EOS = "</s>"

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetuning.config.data import DatasetSource
-from finetuning.data.rows import Row
+from finetuning.config.sections.data import DatasetSource
+from finetuning.data.samples import Row
 from finetuning.data.sources import FileShard, HubShard, check_source, find_shards, read_rows
 from finetuning.data.sources.json_array import read_array
 from finetuning.errors import DataError, MissingPackageError, Problem

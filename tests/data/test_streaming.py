@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetuning.config.data import DataConfig, Handler
-from finetuning.config.training import SFTArgs
+from finetuning.config.sections.data import DataConfig, Handler
+from finetuning.config.sections.training import SFTArgs
 from finetuning.data.packing import pack
-from finetuning.data.prepare import prepare_sft
+from finetuning.data.pipeline import prepare_sft
 from finetuning.data.sources import Line
-from finetuning.data.streaming import RowStream
+from finetuning.data.streaming.dataset import RowStream
 from finetuning.errors import DataError
 
 Make = Callable[..., RowStream]

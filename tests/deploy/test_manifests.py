@@ -20,9 +20,9 @@ from kubeflow.training import models
 from kubeflow_trainer_api import models as trainer_models
 
 from finetuning.cli.launch import build_parser
-from finetuning.config.experiment import EXPERIMENTS
-from finetuning.config.read import parse_document
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import parse_document
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 CHART = DEPLOY / "kubernetes" / "chart"

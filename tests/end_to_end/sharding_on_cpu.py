@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from finetuning.cli.finetuning import main
+from finetuning.cli.main import main
 
 _decide = AcceleratorState.__init__
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.cli.finetuning import main
-from finetuning.publish import manifest_fault
+from finetuning.atomic_io import manifest_fault
+from finetuning.cli.main import main
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}}
 SECONDS = 120

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from finetuning.cli import create_vllm_compatible_adapter, finetuning, generate, merge_adapter
+from finetuning.cli import create_vllm_compatible_adapter, generate, merge_adapter
+from finetuning.cli import main as finetuning
 
 LORA = {
     "peft_type": "LORA",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from adapter_types import LORA_KINDS, LORA_OF_GPT2
 
-from finetuning.export.merge import MergeResult, merge_adapters
+from finetuning.export.merge.merge import MergeResult, merge_adapters
 
 
 def lora(**arguments: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from finetuning.atomic_io import staging_path
 from finetuning.errors import ConfigError, FinetuningError, GuardStopped, ModelError, StorageError
-from finetuning.export.certificate import CERTIFICATE
-from finetuning.export.merge import merge_adapters
-from finetuning.export.tensor_output import require_room
+from finetuning.export.merge.merge import merge_adapters
+from finetuning.export.merge.verification import CERTIFICATE
+from finetuning.export.safetensors_writer import require_room
 from finetuning.model import fingerprint
-from finetuning.publish import staging_path
 
 MakeAdapter = Callable[..., Path]
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from finetuning.config.model import NewPeft
+from finetuning.config.sections.model import NewPeft
 from finetuning.errors import GuardStopped, StorageError
 from finetuning.export.verify import verify_saved
-from finetuning.model.adapter_files import saved_tensors
-from finetuning.model.adapters import Adapted, build
+from finetuning.model.peft.adapter_files import saved_tensors
+from finetuning.model.peft.adapters import Adapted, build
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21]])

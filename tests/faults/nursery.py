@@ -19,7 +19,19 @@ import threading
 from contextlib import suppress
 from typing import Any, NoReturn
 
-ROOMS = ("algorithms", "data", "inference", "launch", "model", "observe", "training")
+ROOMS = (
+    "algorithms",
+    "callbacks",
+    "data",
+    "inference",
+    "launch",
+    "model",
+    "report",
+    "telemetry",
+    "tracking",
+    "trainer",
+    "training",
+)
 
 
 def import_all() -> None:
@@ -45,7 +57,7 @@ def become(order: dict[str, Any]) -> NoReturn:
     os.environ.update(order["environ"])
     sys.argv = ["finetuning", *order["args"]]
     exec(order["before"], {"__name__": "before"})
-    from finetuning.cli.finetuning import main
+    from finetuning.cli.main import main
 
     code = main(order["args"])
     # What an exit does, but for the collection of all that was imported, which takes seconds after a fork.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.cli.finetuning import main
+from finetuning.cli.main import main
 
 USER = 1
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.publish import manifest_fault
+from finetuning.atomic_io import manifest_fault
 
 KILLS = 50
 STEPS = 12

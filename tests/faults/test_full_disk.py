@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from finetuning.algorithms import METHODS
+from finetuning.atomic_io import manifest_fault
 from finetuning.errors import StorageError
-from finetuning.publish import manifest_fault
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ SMALL = """
 from dataclasses import replace
 import torch
 from finetuning.algorithms import METHODS
-from finetuning.algorithms.dividing import num_rows
+from finetuning.trainer.dividing import num_rows
 
 def build(parts):
     trainer = method.build_trainer(parts)
@@ -123,7 +123,7 @@ def test_a_process_that_is_gone_ends_the_job_and_the_next_start_goes_on(
 
 
 BROKEN = """
-from finetuning.training.measuring import Measuring
+from finetuning.training.telemetry import Measuring
 
 def broken(self, step):
     raise RuntimeError("no folder to look at")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetuning.config.document import Document
-from finetuning.config.experiment import SFTExperiment
-from finetuning.config.model import RunConfig
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import SFTExperiment
+from finetuning.config.sections.model import RunConfig
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.document import Document
 from finetuning.errors import ConfigError, ModelError
 from finetuning.model.load import load_model
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.config.generation import GenerationModel
-from finetuning.config.model import NoQuantization
+from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.model import NoQuantization
 from finetuning.errors import DataError, ModelError
 from finetuning.inference.batching import plan_batches
 from finetuning.inference.generate import Answer, encode_prompts, generate_batches
+from finetuning.inference.generation_params import build_parameters
 from finetuning.inference.load import Generator, load_generator
-from finetuning.inference.parameters import build_parameters
 from finetuning.inference.prompts import Prompt, text_prompts
 
 TEXTS = [
@@ -180,7 +180,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama_dir: Path) -> None:
 
 
 def test_a_quantised_model_answers(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    from finetuning.config.model import BitsAndBytes
+    from finetuning.config.sections.model import BitsAndBytes
 
     shutil.copytree(tiny_llama_dir, tmp_path / "model")
     conf = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")

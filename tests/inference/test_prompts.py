@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.data import DatasetSource
-from finetuning.config.generation import EvalData, OpenInput
+from finetuning.config.sections.data import DatasetSource
+from finetuning.config.sections.generation import EvalData, OpenInput
 from finetuning.errors import ConfigError, DataError
 from finetuning.inference.prompts import Prompt, read_lines, read_prompts
 

@@ -11,12 +11,12 @@ from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuning.config.model import NewPeft, NoPeft, PretrainedPeft, RunConfig
+from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft, RunConfig
 from finetuning.errors import ModelError
 from finetuning.model import fingerprint
-from finetuning.model.adapter_files import digests
-from finetuning.model.adapters import NEEDS_TASK_IDS, build
 from finetuning.model.load import load_model
+from finetuning.model.peft.adapter_files import digests
+from finetuning.model.peft.adapters import NEEDS_TASK_IDS, build
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])

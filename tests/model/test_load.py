@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.config.model import BitsAndBytes, RunConfig
+from finetuning.config.sections.model import BitsAndBytes, RunConfig
+from finetuning.distributed import Topology
 from finetuning.errors import ConfigError, MissingPackageError, ModelError
 from finetuning.model.load import check_attention, load_model
-from finetuning.topology import Topology
 
 
 def run_config(path: Path | str, **model_args) -> RunConfig:
@@ -144,7 +144,7 @@ def test_a_hub_out_of_reach_is_one_message_soon(answers: bool, tmp_path: Path):
         else:
             server.close()
         script = (
-            "from finetuning.model.location import locate\n"
+            "from finetuning.model.resolve import locate\n"
             "from finetuning.errors import ModelError\n"
             "try:\n    locate('some/model', 'model')\n"
             "except ModelError as error:\n    print('MESSAGE', error)\n"

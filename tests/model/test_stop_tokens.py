@@ -11,10 +11,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from finetuning.model.embeddings import grow
 from finetuning.model.save import save_model
 from finetuning.model.stop_tokens import align, save_tokenizer
 from finetuning.model.tokenizer import load_tokenizer
-from finetuning.model.vocabulary import grow
 
 
 def test_end_of_turn_becomes_the_end_token_and_the_base_keeps_its_own(tiny_llama_dir: Path):

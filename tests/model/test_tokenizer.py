@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config.data import MissingPadTokenStrategy as Pad
+from finetuning.config.sections.data import MissingPadTokenStrategy as Pad
 from finetuning.errors import ModelError
 from finetuning.model.tokenizer import load_tokenizer
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from finetuning.algorithms import METHODS
+from finetuning.atomic_io import manifest_fault
 from finetuning.errors import DataError, GuardStopped, StorageError
-from finetuning.publish import manifest_fault
 from finetuning.training import output_dir
 from finetuning.training.output_dir import check_room, claimed
 
@@ -153,9 +153,9 @@ def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_told_before_anything_is_loaded(
     sft_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetuning.config.document import Document
-    from finetuning.config.experiment import SFTExperiment
-    from finetuning.config.validate import validate
+    from finetuning.config.sections.experiment import SFTExperiment
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.document import Document
 
     values = sft_values({"training_args.save_strategy": "steps"})
     experiment = validate(Document(values), SFTExperiment).experiment

@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetuning.config.experiment import EXPERIMENTS
-from finetuning.config.read import read_document
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import read_document
+from finetuning.distributed import Topology
 from finetuning.errors import ConfigError, MissingPackageError
-from finetuning.model.machine import Device
-from finetuning.model.segments import NAME
+from finetuning.model.hardware import Device
+from finetuning.model.varlen_attention import NAME
+from finetuning.plan.compatibility import NEEDS_GPU
 from finetuning.plan.plan import make_plan
-from finetuning.plan.support import NEEDS_GPU
-from finetuning.topology import Topology
-from finetuning.training.attention import Attention, lay_end_to_end
-from finetuning.training.precision import check_device
+from finetuning.training.attention_setup import Attention, lay_end_to_end
+from finetuning.training.preflight import check_device
 
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "sgd")
 OUTPUT = "training_args.output_dir"

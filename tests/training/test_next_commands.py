@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from finetuning.training.final import Artifact
-from finetuning.training.observer import next_commands
+from finetuning.training.final_model import Artifact
+from finetuning.training.reporter import next_commands
 
 
 def made(folder: Path, config: dict[str, Any]) -> str:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetuning.config.read import read_document
-from finetuning.config.validate import validate
-from finetuning.data.collate import FlatteningCollator
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import read_document
+from finetuning.data.collators import FlatteningCollator
 from finetuning.errors import ConfigError
-from finetuning.model.segments import enable_segments
+from finetuning.model.varlen_attention import enable_segments
 
 PACKED = {"sft_args.packing": True, "sft_args.max_seq_length": 128}
 GOLDEN = [6.21706, 5.69835, 5.09148]
@@ -124,7 +124,7 @@ def test_packing_is_refused_where_rows_are_not_shown_to_be_kept_apart(sft_values
 
 
 def test_packed_and_padded_contradict_each_other(sft_values: Any, write_config: Any) -> None:
-    from finetuning.config.experiment import SFTExperiment
+    from finetuning.config.sections.experiment import SFTExperiment
 
     path = write_config(sft_values(PACKED | {"sft_args.batching": "padded"}))
     with pytest.raises(ConfigError, match=r"is true, but sft_args\.batching is padded"):

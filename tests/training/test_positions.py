@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.experiment import EXPERIMENTS
-from finetuning.config.read import parse_document
-from finetuning.config.validate import validate
-from finetuning.data.prepare import PreparedData, prepare_dpo, prepare_sft
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import parse_document
+from finetuning.data.pipeline import PreparedData, prepare_dpo, prepare_sft
 from finetuning.errors import ConfigError
 from finetuning.training.positions import check_positions
 

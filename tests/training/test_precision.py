@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.config.experiment import EXPERIMENTS
-from finetuning.config.read import read_document
-from finetuning.config.validate import validate
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError
-from finetuning.model.machine import Ability, Device
-from finetuning.training.precision import check_precision, computing
+from finetuning.model.hardware import Ability, Device
+from finetuning.training.preflight import check_precision, computing
 
 OLD_GPU = Device(
     "an old GPU",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetuning.errors import CheckpointError, StorageError
-from finetuning.training.resume import find_resume_point
+from finetuning.training.resume.find import find_resume_point
 
 LORA = {
     "peft_type": "LORA",

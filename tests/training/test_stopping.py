@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from finetuning.distributed import read_end_time
 from finetuning.errors import Interrupted
-from finetuning.topology import read_end_time
-from finetuning.training.heartbeat import FOLDER, silent
+from finetuning.training.process_sync import FOLDER, silent
 from finetuning.training.signals import SCHEDULER_MARGIN_S, seconds
 
 

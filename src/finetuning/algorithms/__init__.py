@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetuning.algorithms import cpo, dpo, grpo, kto, orpo, reward, sft
-from finetuning.algorithms.method import Method
+from finetuning.algorithms.algorithm import Method
 
 METHODS: dict[str, Method] = {
     "sft": sft.METHOD,

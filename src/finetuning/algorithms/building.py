@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from finetuning.algorithms.method import TrainingParts
-from finetuning.config.model import NoPeft
+from finetuning.algorithms.algorithm import TrainingParts
+from finetuning.config.sections.model import NoPeft
 from finetuning.errors import ConfigError, Place
 
 

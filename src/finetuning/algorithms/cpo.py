@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetuning.algorithms import reference_free
-from finetuning.config.experiment import CPOExperiment
+from finetuning.algorithms import orpo_cpo as reference_free
+from finetuning.config.sections.experiment import CPOExperiment
 
 METHOD = reference_free.method(
     CPOExperiment,

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetuning.algorithms.algorithm import Method, TrainingParts
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
-from finetuning.algorithms.identity import FirstLossCheck, KnownLoss
-from finetuning.algorithms.method import Method, TrainingParts
-from finetuning.algorithms.reference import WholeReference
-from finetuning.config.experiment import DPOExperiment
+from finetuning.config.sections.experiment import DPOExperiment
+from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
+from finetuning.trainer.reference import WholeReference
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
 
 _LN2 = math.log(2)
 _MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard"} | {
@@ -33,7 +33,7 @@ def prepare(
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Token ids of prompts, chosen and rejected answers."""
-    from finetuning.data.prepare import prepare_dpo
+    from finetuning.data.pipeline import prepare_dpo
 
     return prepare_dpo(
         experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
@@ -76,7 +76,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     """
     import trl
 
-    from finetuning.algorithms.trainer import TrainerMixin
+    from finetuning.trainer.mixin import TrainerMixin
 
     class DPOTrainer(TrainerMixin, FirstLossCheck, WholeReference, trl.DPOTrainer):
         """TRL's DPOTrainer with the mixin, ready rows and the check of the first loss."""

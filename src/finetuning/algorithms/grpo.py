@@ -6,18 +6,18 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetuning.algorithms.algorithm import Method, TrainingParts
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
-from finetuning.algorithms.identity import KnownLoss, check_first_loss, drops_values
-from finetuning.algorithms.method import Method, TrainingParts
-from finetuning.algorithms.reference import WholeReference
-from finetuning.algorithms.rewards import build_rewards, needed_columns
-from finetuning.config.experiment import GRPOExperiment
+from finetuning.config.sections.experiment import GRPOExperiment
 from finetuning.errors import ConfigError, Place
+from finetuning.trainer.initial_loss import KnownLoss, check_first_loss, drops_values
+from finetuning.trainer.reference import WholeReference
+from finetuning.trainer.reward_functions import build_rewards, needed_columns
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
 
 
 def prepare(
@@ -31,7 +31,7 @@ def prepare(
     Raises:
         ConfigError: a reward's function is not there; said before any row is read.
     """
-    from finetuning.data.prepare import prepare_prompts
+    from finetuning.data.pipeline import prepare_prompts
 
     args = experiment.grpo_args
     build_rewards(args)
@@ -87,7 +87,7 @@ def _trainer_class(columns: list[str]) -> type:
     from trl.trainer.callbacks import SyncRefModelCallback
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-    from finetuning.algorithms.trainer import TrainerMixin
+    from finetuning.trainer.mixin import TrainerMixin
 
     class GRPOTrainer(TrainerMixin, WholeReference, trl.GRPOTrainer):
         """TRL's GRPOTrainer with the mixin, ready prompts, our reference and the check of the first divergence."""

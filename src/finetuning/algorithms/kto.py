@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetuning.algorithms.algorithm import Method, TrainingParts
 from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
-from finetuning.algorithms.identity import FirstLossCheck, KnownLoss
-from finetuning.algorithms.method import Method, TrainingParts
-from finetuning.algorithms.reference import WholeReference
-from finetuning.config.experiment import KTOExperiment
+from finetuning.config.sections.experiment import KTOExperiment
+from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
+from finetuning.trainer.reference import WholeReference
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
 
 
 def prepare(
@@ -24,7 +24,7 @@ def prepare(
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Token ids of prompts and answers, each with its label, in the order that they are trained in."""
-    from finetuning.data.prepare import prepare_kto
+    from finetuning.data.pipeline import prepare_kto
 
     args = experiment.training_args
     return prepare_kto(experiment.data_conf, args.max_length, args.seed, tokenizer, workers, stop_tokens=stop_tokens)
@@ -51,8 +51,8 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     """
     import trl
 
-    from finetuning.algorithms.trainer import TrainerMixin
-    from finetuning.data.unpaired import with_neighbours
+    from finetuning.data.processors.unpaired import with_neighbours
+    from finetuning.trainer.mixin import TrainerMixin
 
     class KTOTrainer(TrainerMixin, FirstLossCheck, WholeReference, trl.KTOTrainer):
         """TRL's KTOTrainer with the mixin, ready rows and the check of the first loss."""

@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetuning.algorithms.algorithm import Method, TrainingParts
 from finetuning.algorithms.building import refusals, trainer_inputs
-from finetuning.algorithms.identity import FirstLossCheck, KnownLoss
-from finetuning.algorithms.method import Method, TrainingParts
-from finetuning.config.experiment import RewardExperiment
+from finetuning.config.sections.experiment import RewardExperiment
+from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
 
 
 def prepare(
@@ -24,7 +24,7 @@ def prepare(
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Token ids of prompts, chosen and rejected answers, each answer whole."""
-    from finetuning.data.prepare import prepare_reward
+    from finetuning.data.pipeline import prepare_reward
 
     return prepare_reward(
         experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
@@ -42,7 +42,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     import trl
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    from finetuning.algorithms.trainer import TrainerMixin
+    from finetuning.trainer.mixin import TrainerMixin
 
     starts_at_zero = _scores_nothing(parts.model)
 

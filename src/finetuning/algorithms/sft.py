@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.method import Method, TrainingParts
-from finetuning.config.experiment import SFTExperiment
+from finetuning.algorithms.algorithm import Method, TrainingParts
+from finetuning.config.sections.experiment import SFTExperiment
 
 if TYPE_CHECKING:
     import torch
     import transformers
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
 
 
 def prepare(
@@ -24,7 +24,7 @@ def prepare(
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Token ids and labels of the training and validation rows."""
-    from finetuning.data.prepare import prepare_sft
+    from finetuning.data.pipeline import prepare_sft
 
     args = experiment.training_args
     seed = (args.model_extra or {}).get("data_seed") or args.seed
@@ -40,9 +40,9 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     refuses adapters on `lm_head`, replaces the model's forward, takes no collator beside its own for rows without
     padding, and measures entropy and accuracy over all logits at every step.
     """
-    from finetuning.algorithms.eva import begin_from_rows
-    from finetuning.algorithms.streamed import as_dataset
-    from finetuning.data.collate import FlatteningCollator, PaddingCollator
+    from finetuning.data.collators import FlatteningCollator, PaddingCollator
+    from finetuning.trainer.peft_methods import begin_from_rows
+    from finetuning.trainer.streamed import as_dataset
 
     tokenizer = parts.tokenizer
     collate = (
@@ -69,9 +69,9 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 def _trainer_class(parts: TrainingParts) -> type:
     import transformers
 
-    from finetuning.algorithms.balancing import BatchRebalanceSampler, TokenSampler
-    from finetuning.algorithms.sliced_loss import SlicedLoss
-    from finetuning.algorithms.trainer import TrainerMixin
+    from finetuning.trainer.balancing import BatchRebalanceSampler, TokenSampler
+    from finetuning.trainer.chunked_cross_entropy import SlicedLoss
+    from finetuning.trainer.mixin import TrainerMixin
 
     offloads = _offloading(parts)
     at_once = parts.experiment.sft_args.logits_at_once

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
-    from finetuning.export.vllm_adapter import ORIGINAL, make_vllm_compatible
+    from finetuning.export.vllm.convert import ORIGINAL, make_vllm_compatible
 
     folder = Path(options.model_path)
     if options.training_config is not None:
-        from finetuning.export.training_config import why_layers_are_needed
+        from finetuning.export.vllm.training_config import why_layers_are_needed
 
         reason = why_layers_are_needed(options.training_config, folder)
         if reason is not None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning import __version__
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 from finetuning.errors import ConfigError, Place
 
 if TYPE_CHECKING:
-    from finetuning.config.document import Document
-    from finetuning.inference.job import Job, Progress, Watch
+    from finetuning.config.yaml.document import Document
+    from finetuning.inference.runner import Job, Progress, Watch
 
 SCORES = ("exact", "contains", "regex")
 """The scorings by name; a test holds them equal to the table in `inference/scoring.py`."""
@@ -101,12 +101,12 @@ def _check_form(options: argparse.Namespace) -> None:
 
 def _from_config(options: argparse.Namespace) -> int:
     from finetuning.cli.located import located
-    from finetuning.config.generation import GenerationConfig
-    from finetuning.config.overrides import apply_overrides
-    from finetuning.config.read import read_document
-    from finetuning.config.validate import validate
+    from finetuning.config.sections.generation import GenerationConfig
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.inference.generation_params import check_parameters
     from finetuning.inference.output import check_output
-    from finetuning.inference.parameters import check_parameters
     from finetuning.inference.prompts import read_prompts
     from finetuning.inference.scoring import check_scorable
 
@@ -123,7 +123,7 @@ def _from_config(options: argparse.Namespace) -> int:
         if options.score:
             check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
         job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params)
-        from finetuning.inference.job import answer_record
+        from finetuning.inference.runner import answer_record
 
         records = _run(job, output, answer_record)
     if options.score:
@@ -133,7 +133,7 @@ def _from_config(options: argparse.Namespace) -> int:
 
 def _from_flags(options: argparse.Namespace) -> int:
     from finetuning.cli.located import located
-    from finetuning.config.model import NoQuantization
+    from finetuning.config.sections.model import NoQuantization
     from finetuning.inference.load import model_conf_of
     from finetuning.inference.prompts import read_lines, text_prompts
 
@@ -145,7 +145,7 @@ def _from_flags(options: argparse.Namespace) -> int:
         model_conf = model_conf_of(options.model, options.base_model_name_or_path, attention)
         parameters = {"max_new_tokens": options.max_new_tokens or 20}
         job = _job(options, prompts, model_conf, NoQuantization(), parameters)
-        from finetuning.inference.job import input_output_record
+        from finetuning.inference.runner import input_output_record
 
         _run(job, output, input_output_record)
     return 0
@@ -153,7 +153,7 @@ def _from_flags(options: argparse.Namespace) -> int:
 
 def _flags(options: argparse.Namespace) -> Document:
     """The flags as a config without values: which flag, or file that it names, stands for which key."""
-    from finetuning.config.document import Document, KeyPath, Mark
+    from finetuning.config.yaml.document import Document, KeyPath, Mark
     from finetuning.inference.load import ADAPTER_CONFIG
 
     model = Place(key="--model")
@@ -179,7 +179,7 @@ def _flags(options: argparse.Namespace) -> Document:
 
 def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> Job:
     from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
-    from finetuning.inference.job import Job
+    from finetuning.inference.runner import Job
 
     return Job(
         prompts=prompts,
@@ -194,10 +194,10 @@ def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf:
 
 def _run(job: Job, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
     """The job's records; told on the terminal while they are made."""
-    from finetuning.cli.progress import quiet_libraries
+    from finetuning.cli.status import quiet_libraries
 
     quiet_libraries(bars=sys.stderr.isatty())
-    from finetuning.inference.job import Watch, run_job
+    from finetuning.inference.runner import Watch, run_job
 
     if len(job.prompts) == 1 and sys.stdout.isatty():
         records = run_job(job, output, Watch(on_text=_show_text), make_record)
@@ -216,7 +216,7 @@ def _show_text(text: str) -> None:
 @contextmanager
 def _progress() -> Iterator[Watch]:
     """Who is told of progress: a bar on a terminal, else a line each time another tenth is done."""
-    from finetuning.inference.job import Watch
+    from finetuning.inference.runner import Watch
 
     if not sys.stderr.isatty():
         yield Watch(on_progress=_Lines())

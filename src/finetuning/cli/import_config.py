@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 
 if TYPE_CHECKING:
-    from finetuning.config.document import Document
-    from finetuning.launch.translation import Translation
+    from finetuning.config.yaml.document import Document
+    from finetuning.importers.translation import Translation
 
 ENGINES = ("fms-hf-tuning", "axolotl", "llama-factory", "trl")
 
@@ -34,9 +34,9 @@ def _import(argv: Sequence[str]) -> int:
         "--processes", type=int, default=1, help="processes that the config was run on, which its batch is counted by"
     )
     options = parser.parse_args(argv)
-    from finetuning.config.read import read_document
+    from finetuning.config.yaml.reader import read_document
     from finetuning.errors import ConfigError
-    from finetuning.launch.translation import written
+    from finetuning.importers.translation import written
 
     if options.processes < 1:
         raise ConfigError(f"--processes {options.processes}: must be at least 1")
@@ -51,7 +51,7 @@ def _import(argv: Sequence[str]) -> int:
 
 
 def _engine(document: Document) -> str:
-    from finetuning.launch.foreign import tell_engine
+    from finetuning.importers.other_engines import tell_engine
 
     of_jobs = {"training_data_path", "data_config_path"}
     return "fms-hf-tuning" if of_jobs & set(document.values) else tell_engine(document)
@@ -60,9 +60,9 @@ def _engine(document: Document) -> str:
 def _translate(engine: str, document: Document, processes: int) -> Translation:
     if engine == "fms-hf-tuning":
         from finetuning.cli.job import make_readers
-        from finetuning.launch.fms_job import to_experiment
+        from finetuning.importers.fms.job import to_experiment
 
         return to_experiment(document, make_readers(), processes=processes)
-    from finetuning.launch.foreign import ENGINES as FOREIGN
+    from finetuning.importers.other_engines import ENGINES as FOREIGN
 
     return FOREIGN[engine](document, processes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from finetuning.config.checkpoint import model_config
-from finetuning.config.experiment import Experiment, SFTExperiment
-from finetuning.config.model import NewPeft, NoPeft, NoQuantization
+from finetuning.config.pretrained_config import model_config
+from finetuning.config.sections.experiment import Experiment, SFTExperiment
+from finetuning.config.sections.model import NewPeft, NoPeft, NoQuantization
 
 _OPTIMIZERS_OF_BITSANDBYTES = ("8bit", "bnb", "paged", "ademamix")
 _OPTIMIZERS_OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")

@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.cli.errors import run
 from finetuning.cli.failures import TERMINATION_LOG, speak_for_processes, told_so_far
-from finetuning.cli.run import run
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
 if TYPE_CHECKING:
-    from finetuning.config.document import Document
-    from finetuning.launch.fms_job import Readers
+    from finetuning.config.yaml.document import Document
+    from finetuning.importers.fms.job import Readers
 
 _KUBERNETES_LOG = Path("/dev/termination-log")
 _LEVELS = {"debug": "DEBUG", "info": "INFO", "warning": "WARNING", "error": "ERROR", "critical": "CRITICAL"}
@@ -38,11 +38,11 @@ def _job(argv: Sequence[str]) -> int:
     parser.add_argument("config", nargs="?", help="the JSON file, instead of the variables")
     parser.add_argument("--dry-run", action="store_true", help="check the job and print its plan; train nothing")
     options = parser.parse_args(argv)
-    from finetuning.config.read import read_document
-    from finetuning.launch.fms_environment import plan_launch, read_job
-    from finetuning.launch.fms_job import to_experiment
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.importers.fms.environment import plan_launch, read_job
+    from finetuning.importers.fms.job import to_experiment
+    from finetuning.importers.translation import written
     from finetuning.launch.processes import start, visible_gpus
-    from finetuning.launch.translation import written
 
     job = read_document(options.config) if options.config else read_job()
     planned = plan_launch(job, visible_gpus())
@@ -67,10 +67,10 @@ def _job(argv: Sequence[str]) -> int:
 
 def make_readers() -> Readers:
     """What a translation may ask of the rooms that it does not know."""
-    from finetuning.config.experiment import SFTExperiment
     from finetuning.config.installed import Installed
-    from finetuning.data.fms import read_data_config
-    from finetuning.launch.fms_job import Readers
+    from finetuning.config.sections.experiment import SFTExperiment
+    from finetuning.importers.fms.data_config import read_data_config
+    from finetuning.importers.fms.job import Readers
 
     def training_fields() -> Collection[str]:
         return Installed().class_fields(SFTExperiment.trainer_config) or frozenset()
@@ -86,7 +86,7 @@ def _level(job: Document) -> str:
 
 def _post_process(values: Mapping[str, Any]) -> None:
     """Makes the adapters that were published loadable for vLLM, with rows of new tokens in a file of their own."""
-    from finetuning.export.vllm_adapter import make_vllm_compatible
+    from finetuning.export.vllm.convert import make_vllm_compatible
 
     final = Path(values["training_args"]["output_dir"]) / "checkpoint-final"
     for folder in dict.fromkeys([final, Path(values.get("save_model_dir") or final)]):

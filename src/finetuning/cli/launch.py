@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetuning.cli.errors import run
 from finetuning.cli.failures import forget, speak_for_processes, told_so_far
-from finetuning.cli.run import run
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetuning.launch.machines import Machines
+    from finetuning.launch.hosts import Machines
     from finetuning.launch.processes import Launch
 
 _PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(argv: Sequence[str]) -> int:
-    from finetuning.cli.finetuning import METHODS
-    from finetuning.config.suggestions import did_you_mean
-    from finetuning.launch.machines import find_machines
+    from finetuning.cli.main import METHODS
+    from finetuning.config.validation.suggestions import did_you_mean
+    from finetuning.launch.hosts import find_machines
     from finetuning.launch.processes import start
     from finetuning.launch.restarts import run_again
 
@@ -96,9 +96,9 @@ def _tell_restart(text: str) -> None:
 
 def _require_resuming(command: Sequence[str]) -> None:
     """Nothing, when what is launched would go on from its checkpoints if it were started again."""
-    from finetuning.cli.finetuning import build_parser as command_parser
-    from finetuning.config.overrides import apply_overrides
-    from finetuning.config.read import read_document
+    from finetuning.cli.main import build_parser as command_parser
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
 
     options = command_parser().parse_intermixed_args(command)
     document = apply_overrides(read_document(options.config), options.overrides)
@@ -113,7 +113,7 @@ def _require_resuming(command: Sequence[str]) -> None:
 
 
 def _make_launch(options: argparse.Namespace, machines: Machines) -> Launch:
-    from finetuning.launch.machines import MEET_WITHIN_S
+    from finetuning.launch.hosts import MEET_WITHIN_S
     from finetuning.launch.processes import Launch, preset_file, require_deepspeed
 
     config_file = None

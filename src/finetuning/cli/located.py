@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from finetuning.config.document import Document, dotted
+from finetuning.config.yaml.document import Document, dotted
 from finetuning.errors import FinetuningError, Problem
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 from finetuning.errors import ConfigError
 
 
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     device_map = _read_device_map(options.device_map)
-    from finetuning.cli.progress import quiet_libraries, transfer_bar
-    from finetuning.export.merge import merge_adapters
+    from finetuning.cli.status import quiet_libraries, transfer_bar
+    from finetuning.export.merge.merge import merge_adapters
 
     quiet_libraries()
     with transfer_bar("merging") as progress:

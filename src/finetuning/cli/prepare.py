@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 from finetuning.errors import ConfigError, Place
 
 _GIB = 2**30
@@ -51,12 +51,12 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.shards < 1:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
     from finetuning.algorithms import METHODS
+    from finetuning.atomic_io import refuse_occupied
     from finetuning.cli.located import located
-    from finetuning.config.overrides import apply_overrides
-    from finetuning.config.read import read_document
-    from finetuning.config.validate import validate
-    from finetuning.publish import refuse_occupied
-    from finetuning.training.parts import load_tokenizer, prepare
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.training.setup import load_tokenizer, prepare
 
     if options.output is not None:
         refuse_occupied(options.output)

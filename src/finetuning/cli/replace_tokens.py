@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _replace(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
-    from finetuning.export.tokens import pair_names, replace_tokens
+    from finetuning.export.rename_tokens import pair_names, replace_tokens
 
     renames = pair_names(options.old, options.new)
     done = replace_tokens(options.tokenizer, Path(options.outpath), renames, keep_template=options.keep_template)

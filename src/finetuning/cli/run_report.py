@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
-    from finetuning.observe.report.page import FILE_NAME, write_report
+    from finetuning.report.html import FILE_NAME, write_report
 
     parser = argparse.ArgumentParser(
         prog="finetuning report",

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from finetuning.observe.runs import RunState
+    from finetuning.report.run_list import RunState
 
 _STYLES = {"running": "cyan", "completed": "green", "interrupted": "yellow", "dead": "red", "failed": "red"}
 _WIDE = 100
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _runs(argv: Sequence[str]) -> int:
     from rich.console import Console
 
-    from finetuning.observe.runs import list_runs
+    from finetuning.report.run_list import list_runs
 
     parser = argparse.ArgumentParser(
         prog="finetuning runs", description="List the runs in and below a directory, the newest first."
@@ -91,7 +91,7 @@ def _model(state: RunState) -> str:
 
 
 def _numbers(state: RunState) -> tuple[str, str, str, str]:
-    from finetuning.observe.wording import UNKNOWN, loss, rate
+    from finetuning.report.wording import UNKNOWN, loss, rate
 
     step = UNKNOWN if state.step is None else f"{state.step:,}"
     steps = f"{step}/{state.steps:,}" if state.steps else step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_schema(argv: Sequence[str]) -> int:
     from finetuning.algorithms import METHODS
-    from finetuning.config.schema import schema_text
+    from finetuning.config.schema.json_schema import schema_text
 
     parser = argparse.ArgumentParser(
         prog="finetuning schema",

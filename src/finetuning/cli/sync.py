@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 from finetuning.errors import EXIT_OK, EXIT_USER
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sync(argv: Sequence[str]) -> int:
-    from finetuning.observe.sync import sync_run
+    from finetuning.tracking.mlflow.sync import sync_run
 
     parser = argparse.ArgumentParser(
         prog="finetuning sync",

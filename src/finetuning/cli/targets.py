@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from finetuning.cli.run import run
+from finetuning.cli.errors import run
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetuning.config.document import Document
-    from finetuning.config.experiment import Experiment
-    from finetuning.model.inventory import Inventory
+    from finetuning.config.sections.experiment import Experiment
+    from finetuning.config.yaml.document import Document
+    from finetuning.model.module_summary import Inventory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(argv: Sequence[str]) -> int:
-    from finetuning.config.overrides import apply_overrides
-    from finetuning.config.read import read_document
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
 
     parser = argparse.ArgumentParser(
         prog="finetuning targets",
@@ -38,9 +38,9 @@ def _show(argv: Sequence[str]) -> int:
     experiment = read_experiment(apply_overrides(read_document(options.config), options.overrides))
 
     from finetuning.algorithms import METHODS
-    from finetuning.cli.progress import quiet_libraries
+    from finetuning.cli.status import quiet_libraries
     from finetuning.model.heads import LANGUAGE, SCORE
-    from finetuning.model.inventory import take_inventory
+    from finetuning.model.module_summary import take_inventory
 
     quiet_libraries()
     head = SCORE if METHODS[experiment.method_name].gives_scores else LANGUAGE
@@ -59,8 +59,8 @@ def read_experiment(document: Document) -> Experiment:
     Raises:
         ConfigError: it is no method's YAML; with what is wrong with it as its own method's, or as one of sft.
     """
-    from finetuning.config.experiment import EXPERIMENTS
-    from finetuning.config.validate import validate
+    from finetuning.config.sections.experiment import EXPERIMENTS
+    from finetuning.config.validation.validate import validate
 
     named = document.values.get("method")
     classes = [EXPERIMENTS[named]] if named in EXPERIMENTS else list(EXPERIMENTS.values())

@@ -11,9 +11,9 @@ from finetuning.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from finetuning.algorithms import Method
-    from finetuning.config.experiment import Experiment
-    from finetuning.observe.tracking import TrackingPlan
-    from finetuning.topology import Topology
+    from finetuning.config.sections.experiment import Experiment
+    from finetuning.distributed import Topology
+    from finetuning.tracking.settings import TrackingPlan
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -22,13 +22,13 @@ def train(options: argparse.Namespace) -> int:
     """Runs what the command line asks for; returns the exit code."""
     from finetuning.algorithms import METHODS
     from finetuning.cli.located import located
-    from finetuning.config.controller_file import read_controllers
-    from finetuning.config.overrides import apply_overrides
-    from finetuning.config.read import read_document
-    from finetuning.config.validate import validate
-    from finetuning.observe.tracking import TrackingOptions, resolve_tracking
+    from finetuning.config.validation.controller_file import read_controllers
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.distributed import read_topology
     from finetuning.plan.plan import make_plan
-    from finetuning.topology import read_topology
+    from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 
     if options.logging_level.upper() not in LEVELS:
         raise ConfigError(f"--logging-level {options.logging_level}: choose one of {', '.join(LEVELS)}")
@@ -82,10 +82,10 @@ def _run(
     experiment: Experiment, method: Method, options: argparse.Namespace, topology: Topology, tracking: TrackingPlan
 ) -> int:
     from finetuning.cli.imports import leave_out_unused
-    from finetuning.config.dump import dump_yaml
-    from finetuning.observe.logs import configure_logging
+    from finetuning.config.yaml.dump import dump_yaml
+    from finetuning.report.logs import configure_logging
     from finetuning.training.delivery import check_delivery, deliver
-    from finetuning.training.observer import Observer
+    from finetuning.training.reporter import Observer
     from finetuning.training.run import Job, run
 
     check_delivery(experiment)

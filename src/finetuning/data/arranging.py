@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetuning.config.data import (
+from finetuning.config.sections.data import (
     AutoSplit,
     Concatenation,
     DatasetSource,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.examples import Example, Lost, Maker
 from finetuning.data.ledger import PartLedger
-from finetuning.data.rows import Row, Skipped
+from finetuning.data.processors.base import Example, Lost, Maker
+from finetuning.data.samples import Row, Skipped
 from finetuning.data.sources import Line
 from finetuning.errors import Place, Problem
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.config.data import DataConfig, DatasetSource
+from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.data.arranging import arrange, used_datasets
 from finetuning.data.cache import prepared_in
-from finetuning.data.loading import open_dataset, options_for, unparsed_rows
+from finetuning.data.open_dataset import open_dataset, options_for, unparsed_rows
 from finetuning.data.sources import find_shards
 from finetuning.errors import DataError, Problem
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetuning.data.fates import DROPPED, SHOWN, TOO_LONG, TRUNCATED, Fate, Totals, counted
+from finetuning.data.statistics import DROPPED, SHOWN, TOO_LONG, TRUNCATED, Fate, Totals, counted
 from finetuning.errors import DataError, Place, Problem
 
 __all__ = ["TOO_LONG", "Fate", "Ledger", "PartLedger", "raise_bad_rows"]

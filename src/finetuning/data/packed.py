@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetuning.data.arrow import Spool
 from finetuning.data.columns import as_dataset
 from finetuning.data.packing import pack
-from finetuning.data.spool import Spool
 
 if TYPE_CHECKING:
     import datasets

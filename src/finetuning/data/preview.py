@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from finetuning.data.collate import UNTRAINED
-from finetuning.data.examples import Example
-from finetuning.data.labelling import Labeller
+from finetuning.data.collators import UNTRAINED
+from finetuning.data.processors.base import Example
+from finetuning.data.tokenization.labels import Labeller
 from finetuning.errors import Place
 
 _OPEN, _CLOSE = "⟦", "⟧"

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.atomic_io import manifest_fault, staged, write_manifest
 from finetuning.data.columns import as_dataset
-from finetuning.data.fates import fate_of, totals_of, values_of
 from finetuning.data.ledger import Ledger, PartLedger
 from finetuning.data.preview import PreviewRow
+from finetuning.data.statistics import fate_of, totals_of, values_of
 from finetuning.errors import Place
-from finetuning.publish import manifest_fault, staged, write_manifest
 
 if TYPE_CHECKING:
     import datasets

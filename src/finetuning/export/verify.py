@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import FinetuningError, GuardStopped, ModelError, Place, Problem
-from finetuning.model.adapter_files import WEIGHTS, digest
-from finetuning.model.tensor_files import TensorEntry, read_header, read_model_headers
+from finetuning.model.peft.adapter_files import WEIGHTS, digest
+from finetuning.model.safetensors_io import TensorEntry, read_header, read_model_headers
 
 _CHUNK_ELEMENTS = 1 << 24
 

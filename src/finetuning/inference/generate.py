@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuning.data.labelling import Labeller
-from finetuning.data.rendering import CannotRender, Renderer
+from finetuning.data.chat.template import CannotRender, Renderer
+from finetuning.data.tokenization.labels import Labeller
 from finetuning.errors import DataError, InternalError, ModelError, Problem
+from finetuning.inference.generation_params import GenerationParameters
 from finetuning.inference.load import Generator
-from finetuning.inference.parameters import GenerationParameters
 from finetuning.inference.prompts import MOST_PROBLEMS_SHOWN, Prompt
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _generate_batch(
 ) -> dict[int, list[Answer]]:
     import torch
 
-    from finetuning.inference.cache import roomy_cache
+    from finetuning.inference.kv_cache import roomy_cache
 
     width = max(len(prompts[index].ids) for index in batch)
     input_ids = torch.full((len(batch), width), generator.pad_token_id)

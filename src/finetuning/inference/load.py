@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.generation import GenerationModel
-from finetuning.config.model import ModelArgs, NoQuantization, Quantised, RunConfig
+from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantised, RunConfig
 from finetuning.errors import ConfigError, ModelError, Place
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
     Raises:
         ModelError: something is missing or broken, or the adapter was trained on another model.
     """
-    from finetuning.model.location import is_local, locate
+    from finetuning.model.resolve import is_local, locate
 
     if is_local(conf.model):
         # Before the tokenizer, which is looked for in the same place, is said to be missing.
@@ -92,7 +92,7 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
 
 def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer and the id that pads: its own padding token, or any other, as padding is masked."""
-    from finetuning.config.data import MissingPadTokenStrategy
+    from finetuning.config.sections.data import MissingPadTokenStrategy
     from finetuning.model.tokenizer import load_tokenizer
 
     source, key = _tokenizer_source(conf)
@@ -134,9 +134,9 @@ def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) 
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    from finetuning.model.adapter_files import check_same_base, check_same_tensors
-    from finetuning.model.location import locate
-    from finetuning.model.vocabulary import grow
+    from finetuning.model.embeddings import grow
+    from finetuning.model.peft.adapter_files import check_same_base, check_same_tensors
+    from finetuning.model.resolve import locate
 
     place = Place(key="model_conf.adapter")
     location = locate(adapter, "adapter", key=place.key)

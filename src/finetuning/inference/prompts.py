@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetuning.config.generation import EvalData, OpenInput
+from finetuning.config.sections.generation import EvalData, OpenInput
 from finetuning.data.formats.fields import (
     FieldError,
     messages_field,
@@ -18,9 +18,9 @@ from finetuning.data.formats.fields import (
     template_kwargs_field,
     tools_field,
 )
-from finetuning.data.handlers import Recipe, make_recipe
-from finetuning.data.rows import Message, Row
+from finetuning.data.samples import Message, Row
 from finetuning.data.sources import Shard, find_shards, json_type
+from finetuning.data.transforms import Recipe, make_recipe
 from finetuning.errors import ConfigError, DataError, Place, Problem
 
 MOST_PROBLEMS_SHOWN = 10

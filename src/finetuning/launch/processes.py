@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from finetuning.config.read import read_document
-from finetuning.config.suggestions import did_you_mean
+from finetuning.config.validation.suggestions import did_you_mean
+from finetuning.config.yaml.reader import read_document
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_USER, ConfigError, MissingPackageError
 from finetuning.launch.restarts import met
 
 PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-_MODULE = "finetuning.cli.finetuning"
+_MODULE = "finetuning.cli.main"
 _FOLDER = Path(__file__).parent / "presets"
 _OURS = ("module", "no_python", "training_script", "training_script_args", "help")
 _INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ModelError
-from finetuning.model.tensor_files import INDEX, SINGLE, TensorEntry, read_model_headers
+from finetuning.model.safetensors_io import INDEX, SINGLE, TensorEntry, read_model_headers
 
 FILE_NAME = "base_fingerprint.json"
 _MAX_SAMPLES = 2048

@@ -12,14 +12,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from finetuning.config.attention import FLASH
-from finetuning.config.model import Dtype, ModelArgs, NoQuantization, Quantised, RunConfig
+from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantised, RunConfig
+from finetuning.distributed import Topology
 from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
 from finetuning.model.heads import LANGUAGE, Head
-from finetuning.model.location import Location, locate
-from finetuning.model.quantisation import Sharding, choose_trainable_kernel, to_quantisation_config
+from finetuning.model.quantization import Sharding, choose_trainable_kernel, to_quantisation_config
+from finetuning.model.resolve import Location, locate
+from finetuning.model.safetensors_io import INDEX, SINGLE, read_model_headers
 from finetuning.model.stop_tokens import repair_sampling
-from finetuning.model.tensor_files import INDEX, SINGLE, read_model_headers
-from finetuning.topology import Topology
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from finetuning.atomic_io import staged
 from finetuning.errors import StorageError
 from finetuning.model import fingerprint
+from finetuning.model.embeddings import Vocabulary
 from finetuning.model.fingerprint import Fingerprint
+from finetuning.model.safetensors_io import UNTRAINED_TOKENS, read_model_headers
 from finetuning.model.stop_tokens import StopTokens, repair_sampling, save_tokenizer
-from finetuning.model.tensor_files import UNTRAINED_TOKENS, read_model_headers
-from finetuning.model.vocabulary import Vocabulary
-from finetuning.publish import staged
 
 
 def save_model(

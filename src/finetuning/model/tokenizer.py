@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.config.data import MissingPadTokenStrategy
+from finetuning.config.sections.data import MissingPadTokenStrategy
 from finetuning.errors import ModelError, Place
-from finetuning.model.location import locate
+from finetuning.model.resolve import locate
 
 _TEMPLATE_KEY = "data_conf.chat_template_name"
 

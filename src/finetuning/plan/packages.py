@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from finetuning.config import trackers
 from finetuning.config.attention import FLASH
-from finetuning.config.model import BitsAndBytes, TorchAO
+from finetuning.config.sections import trackers
+from finetuning.config.sections.model import BitsAndBytes, TorchAO
 from finetuning.errors import MissingPackageError, Place, Problem
-from finetuning.plan.traits import Setting
+from finetuning.plan.features import Setting
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetuning.config.experiment import Experiment
+from finetuning.config.sections.experiment import Experiment
+from finetuning.distributed import Topology
 from finetuning.errors import Place
-from finetuning.plan.batch import BatchPlan, plan_batches
-from finetuning.plan.beginnings import check_beginning
-from finetuning.plan.memory import MemoryEstimate, estimate_memory
+from finetuning.plan.batch_size import BatchPlan, plan_batches
+from finetuning.plan.compatibility import check_support
+from finetuning.plan.features import Setting
+from finetuning.plan.lora_init import check_beginning
+from finetuning.plan.memory_estimate import MemoryEstimate, estimate_memory
 from finetuning.plan.packages import check_packages
 from finetuning.plan.steps import StepPlan, plan_steps, plan_stream, rows_of_an_epoch
-from finetuning.plan.support import check_support
-from finetuning.plan.traits import Setting
-from finetuning.topology import Topology
 
 
 @dataclass(frozen=True)

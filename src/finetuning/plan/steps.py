@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetuning.config.grpo import GRPOTrainingArgs
-from finetuning.config.training import TrainingArgs
-from finetuning.plan.batch import BatchPlan
+from finetuning.config.sections.grpo import GRPOTrainingArgs
+from finetuning.config.sections.training import TrainingArgs
+from finetuning.plan.batch_size import BatchPlan
 
 
 @dataclass(frozen=True)

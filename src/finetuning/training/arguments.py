@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.experiment import Experiment
+from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import ConfigError, Place
 from finetuning.plan.plan import Plan
 

@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from finetuning.config.experiment import Experiment
+from finetuning.atomic_io import staged, staging_path
+from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import Place, StorageError
-from finetuning.publish import staged, staging_path
 
 COMPLETE = ".complete"
 _KEY = "save_model_dir"

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetuning.config.experiment import Experiment
-from finetuning.config.model import NewPeft
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.sections.model import NewPeft
 from finetuning.errors import ConfigError, DataError, Place
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
 
 _KEY, _IDS = "peft_conf.alora_invocation_string", "alora_invocation_tokens"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from finetuning.errors import Place, StorageError
-from finetuning.training.resume import ResumePoint
+from finetuning.training.resume.find import ResumePoint
 
 _Answer = TypeVar("_Answer")
 

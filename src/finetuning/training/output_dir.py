@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetuning.config.dump import dump_values
-from finetuning.config.experiment import Experiment
-from finetuning.config.read import read_document
+from finetuning.atomic_io import remove_leftovers
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.yaml.dump import dump_values
+from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError, Interrupted, Place, StorageError
-from finetuning.plan.memory import estimate_memory
+from finetuning.plan.memory_estimate import estimate_memory
 from finetuning.plan.plan import human_bytes
-from finetuning.publish import remove_leftovers
 from finetuning.training.record import CONFIG_NAME, read_record
-from finetuning.training.resume import checkpoints_of
+from finetuning.training.resume.find import checkpoints_of
 
 _KEY = "training_args.output_dir"
 _LOCK = ".finetuning.lock"

@@ -10,8 +10,8 @@ from finetuning.errors import ConfigError, Place
 if TYPE_CHECKING:
     import datasets
 
-    from finetuning.config.experiment import Experiment
-    from finetuning.data.made import PreparedData
+    from finetuning.config.sections.experiment import Experiment
+    from finetuning.data.prepared import PreparedData
 
 _LEARNED = ("wpe", "embed_positions", "position_embeddings")
 

@@ -9,26 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.algorithms.method import Method, TrainingParts
-from finetuning.config.experiment import Experiment
+from finetuning.algorithms.algorithm import Method, TrainingParts
+from finetuning.config.sections.experiment import Experiment
+from finetuning.distributed import Topology, read_end_time
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
-from finetuning.topology import Topology, read_end_time
-from finetuning.training.contract import Terms, agree
 from finetuning.training.meeting import part
 from finetuning.training.output_dir import check_output_dir, check_room, claimed
 from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
-from finetuning.training.resume import ResumePoint, find_resume_point
+from finetuning.training.resume.config_changes import Terms, agree
+from finetuning.training.resume.find import ResumePoint, find_resume_point
 from finetuning.training.telling import data_values, tell_memory, tell_model, what_went_in
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetuning.data.prepare import PreparedData
+    from finetuning.data.pipeline import PreparedData
     from finetuning.model.tokenizer import LoadedTokenizer
-    from finetuning.training.final import Artifact
-    from finetuning.training.observer import Observer
-    from finetuning.training.parts import PreparedModel
+    from finetuning.training.final_model import Artifact
+    from finetuning.training.reporter import Observer
+    from finetuning.training.setup import PreparedModel
     from finetuning.training.signals import StopOnSignal
 
 ALREADY_COMPLETE = "already complete"
@@ -86,7 +86,7 @@ def _close_record(job: Job) -> None:
     """Says of a run that has published its tuned model, and was killed before it could say so, that it is complete."""
     if not job.topology.is_main or (read_record(job.output_dir) or {}).get("status") == "completed":
         return
-    from finetuning.observe.copies import make_copies, waited_for
+    from finetuning.callbacks.checkpoint_upload import make_copies, waited_for
 
     final = job.output_dir / job.experiment.run_conf.final_checkpoint_name
     with claimed(job.output_dir):
@@ -135,8 +135,8 @@ class _Start:
 
 def _start(job: Job) -> _Start:
     from finetuning.training.arguments import build_arguments
-    from finetuning.training.parts import load_tokenizer, prepare
-    from finetuning.training.precision import check_device
+    from finetuning.training.preflight import check_device
+    from finetuning.training.setup import load_tokenizer, prepare
 
     experiment, observer = job.experiment, job.observer
     check_device(experiment)
@@ -157,11 +157,11 @@ def _start(job: Job) -> _Start:
 
 def _road(job: Job, record: RunRecord) -> RunResult:
     with _infrequent_gc():
-        from finetuning.observe.copies import make_copies, waited_for
-        from finetuning.training.memory import check_memory_at_start
-        from finetuning.training.parts import end_of_turn, load_model
+        from finetuning.callbacks.checkpoint_upload import make_copies, waited_for
+        from finetuning.training.memory_check import check_memory_at_start
+        from finetuning.training.resume.stream_state import follow_stream
+        from finetuning.training.setup import end_of_turn, load_model
         from finetuning.training.signals import StopOnSignal
-        from finetuning.training.streaming import follow_stream
 
         start = _start(job)
     experiment, observer = job.experiment, job.observer
@@ -257,7 +257,7 @@ def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after
     Raises:
         Interrupted: a signal came before the last step; a checkpoint of that step was saved.
     """
-    from finetuning.training.heartbeat import watched
+    from finetuning.training.process_sync import watched
 
     with stop.watching(), watched(trainer, Path(trainer.args.output_dir), hung_after_s):
         output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
@@ -281,7 +281,7 @@ def _publish(
     ending: str | None,
     initial: dict[str, str],
 ) -> Artifact | None:
-    from finetuning.training.final import publish_final
+    from finetuning.training.final_model import publish_final
 
     with job.observer.stage("model_publication"):
         return publish_final(
@@ -314,7 +314,7 @@ def _seed(seed: int, determinism: str) -> None:
 
 def _digests(model: object) -> dict[str, str]:
     """Digests of an adapter that the trainer has put on; none for a model without."""
-    from finetuning.model.adapter_files import digests
+    from finetuning.model.peft.adapter_files import digests
     from finetuning.model.save import is_adapted
 
     return digests(model) if is_adapted(model) else {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.controller_file import read_controllers
-from finetuning.config.experiment import Experiment
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.validation.controller_file import read_controllers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-    from finetuning.observe.controller.callback import Controllers
+    from finetuning.callbacks.controller.callback import Controllers
 
 
 class Steering:
@@ -27,12 +27,12 @@ class Steering:
         Raises:
             ConfigError: a controller cannot be made.
         """
-        from finetuning.observe.guard import guard_callback
+        from finetuning.callbacks.loss_guard import guard_callback
 
         found: list[Any] = []
         section = read_controllers(self._experiment.trainer_controller)
         if section is not None and section.controllers:
-            from finetuning.observe.controller.callback import controller_callback, make_controllers
+            from finetuning.callbacks.controller.callback import controller_callback, make_controllers
 
             self._controllers = make_controllers(section)
             found.append(controller_callback(self._controllers))
@@ -44,7 +44,7 @@ class Steering:
         """The tuned model is saved: the last `on_save`, which only this process sees."""
         if self._controllers is None:
             return
-        from finetuning.observe.controller.event import Event
+        from finetuning.callbacks.controller.event import Event
 
         extra = {"path": str(folder), "is_final": True}
         self._controllers.happened(Event("on_save", trainer.args, trainer.state, trainer.control, extra), agree=False)

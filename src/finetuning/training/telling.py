@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.experiment import Experiment
+from finetuning.config.sections.experiment import Experiment
 from finetuning.plan.plan import Plan
-from finetuning.training.contract import Terms
 from finetuning.training.positions import check_positions
-from finetuning.training.resume import ResumePoint
+from finetuning.training.resume.config_changes import Terms
+from finetuning.training.resume.find import ResumePoint
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from finetuning.data.prepare import PreparedData
-    from finetuning.training.observer import Observer
-    from finetuning.training.parts import PreparedModel
+    from finetuning.data.pipeline import PreparedData
+    from finetuning.training.reporter import Observer
     from finetuning.training.run import Job
+    from finetuning.training.setup import PreparedModel
 
 
 def what_went_in(
@@ -43,7 +43,7 @@ def data_values(data: PreparedData) -> dict[str, Any]:
 
 def tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
     """Says what is trained, in which numbers, how rows lie in a batch, and what a resumed run does otherwise."""
-    from finetuning.training.precision import computing
+    from finetuning.training.preflight import computing
 
     for note in terms.notes:
         job.observer.told("resumed with", note)
@@ -62,7 +62,7 @@ def tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel
 
 def tell_memory(trainer: Trainer, plan: Plan, observer: Observer) -> dict[str, Any]:
     """What the run took of memory, beside its estimate, and what had to be divided on the way."""
-    from finetuning.training.memory import divisions_of_all, measured, told
+    from finetuning.training.memory_check import divisions_of_all, measured, told
 
     values = measured(plan.memory, trainer.args.device) | {"divisions": divisions_of_all(trainer)}
     observer.found("memory", told(values))

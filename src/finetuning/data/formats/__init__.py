@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from finetuning.data.formats import (
-    alpaca,
     chosen_rejected,
     completion_label,
     input_output,
@@ -16,6 +15,7 @@ from finetuning.data.formats import (
     tokens,
     unpaired,
 )
+from finetuning.data.formats import instruction as alpaca
 from finetuning.data.formats.row_format import Options, RowFormat
 
 __all__ = ["FORMATS", "KINDS", "Options", "RowFormat"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from finetuning.data.formats.row_format import FieldError, TrainOn
-from finetuning.data.rows import Message, json_type
+from finetuning.data.samples import Message, json_type
 
 _FLAGS = ("train", "weight")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from finetuning.data.formats.fields import besides_messages, check_answer, problem_of, require_columns, text_field
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Message, Preference, Row
+from finetuning.data.samples import Message, Preference, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("chosen", "rejected")

@@ -15,7 +15,7 @@ from finetuning.data.formats.fields import (
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.formats.unpaired import both_answers
-from finetuning.data.rows import Rated, Row
+from finetuning.data.samples import Rated, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt", "completion", "label")

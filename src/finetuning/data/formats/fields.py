@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from finetuning.data.formats.row_format import FieldError
-from finetuning.data.rows import Message, Row, json_type
+from finetuning.data.samples import Message, Row, json_type
 from finetuning.errors import Place, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")

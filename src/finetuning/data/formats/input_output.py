@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetuning.data.formats.fields import problem_of, require_columns, text_field
 from finetuning.data.formats.prompt_completion import joined
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Row, Text
+from finetuning.data.samples import Row, Text
 from finetuning.errors import Problem
 
 COLUMNS = ("input", "output")

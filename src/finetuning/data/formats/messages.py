@@ -16,7 +16,7 @@ from finetuning.data.formats.fields import (
     text_field,
 )
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Conversation, Message, Row
+from finetuning.data.samples import Conversation, Message, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("messages",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetuning.data.formats.fields import besides_messages, check_answer, messages_field, problem_of, require_columns
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Preference, Row
+from finetuning.data.samples import Preference, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages", "chosen_messages", "rejected_messages")

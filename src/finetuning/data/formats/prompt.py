@@ -10,7 +10,7 @@ from finetuning.data.formats.fields import (
 )
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Prompt, Row
+from finetuning.data.samples import Prompt, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages",)

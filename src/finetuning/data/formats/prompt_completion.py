@@ -6,7 +6,7 @@ from finetuning.data.formats.choice import choose_turns
 from finetuning.data.formats.fields import besides_messages, messages_field, problem_of, require_columns, text_field
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Conversation, Row, Text
+from finetuning.data.samples import Conversation, Row, Text
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt", "completion")

@@ -7,7 +7,7 @@ import re
 from finetuning.data.formats.fields import problem_of
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.formats.text import COLUMNS, text_of
-from finetuning.data.rows import Row, Text
+from finetuning.data.samples import Row, Text
 from finetuning.errors import Problem
 
 ABSENT = "the response template is not in the text"

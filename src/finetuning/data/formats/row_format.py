@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetuning.data.rows import Row
-from finetuning.data.substitution import Formatter
+from finetuning.data.samples import Row
+from finetuning.data.text_template import Formatter
 
 TrainOn = Literal["all", "assistant", "last", "completions"]
 

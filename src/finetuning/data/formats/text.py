@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from finetuning.data.formats.fields import problem_of, require_columns, text_field
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Row, Text
-from finetuning.data.substitution import CannotFormat
+from finetuning.data.samples import Row, Text
+from finetuning.data.text_template import CannotFormat
 from finetuning.errors import Problem
 
 COLUMNS = ("text",)

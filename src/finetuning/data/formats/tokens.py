@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetuning.data.formats.fields import problem_of, require_columns
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Row, TokenIds, json_type
+from finetuning.data.samples import Row, TokenIds, json_type
 from finetuning.errors import Problem
 
 COLUMNS = ("input_ids", "labels")

@@ -12,7 +12,7 @@ from finetuning.data.formats.fields import (
     require_columns,
 )
 from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.rows import Preference, Rated, Row
+from finetuning.data.samples import Preference, Rated, Row
 from finetuning.errors import Problem
 
 COLUMNS = ("prompt_messages", "completion_messages", "label")

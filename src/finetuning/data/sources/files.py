@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from finetuning.data.rows import Row
-from finetuning.data.sources.json_files import Line, read_json
+from finetuning.data.samples import Row
+from finetuning.data.sources.json_reader import Line, read_json
 from finetuning.data.sources.opening import COMPRESSED, digest_file, kind_of, opened
 from finetuning.data.sources.tables import read_arrow, read_csv, read_parquet
 from finetuning.data.sources.text_files import read_text

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.data.rows import Row
+from finetuning.data.samples import Row
 from finetuning.data.sources.tables import without_nulls
 from finetuning.errors import DataError, Place
 

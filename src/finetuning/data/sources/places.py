@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from finetuning.config.data import DatasetSource
-from finetuning.data.rows import Row
+from finetuning.config.sections.data import DatasetSource
+from finetuning.data.samples import Row
 from finetuning.data.sources.files import TABLES, TEXTS, FileShard, check_source
 from finetuning.data.sources.hub import HubShard
-from finetuning.data.sources.json_files import Line
+from finetuning.data.sources.json_reader import Line
 from finetuning.data.sources.opening import kind_of
 from finetuning.errors import DataError, Place, Problem
 

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from finetuning.data.rows import Row
+from finetuning.data.samples import Row
 from finetuning.errors import DataError, Place, Problem
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from finetuning.data.rows import Row
+from finetuning.data.samples import Row
 from finetuning.errors import Place, Problem
 
 COLUMN = "text"

@@ -1,0 +1,66 @@
+"""What an algorithm is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config.sections.experiment import Experiment
+
+if TYPE_CHECKING:
+    import transformers
+
+    from finetuning.data.pipeline import PreparedData
+    from finetuning.model.tokenizer import LoadedTokenizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch lie: padded to one length, or end to end, and why."""
+
+    padded: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'padded' if self.padded else 'end to end, no padding'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """All that a trainer is built from."""
+
+    experiment: Experiment
+    arguments: transformers.TrainingArguments
+    data: PreparedData
+    tokenizer: LoadedTokenizer
+    model: Any
+    peft_config: Any
+    """Set when the trainer itself shall wrap the model in a new adapter; None when `model` is ready."""
+    load_reference: Callable[[], Any] | None
+    """Loads a frozen copy of the model as it was before training."""
+    layout: Layout
+    callbacks: Sequence[transformers.TrainerCallback]
+    end_of_turn: str | None = None
+    """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One algorithm: its name, its config, how its rows are prepared, and its trainer."""
+
+    name: str
+    title: str
+    experiment: type[Experiment]
+    arguments: str
+    """`module:class` of the trainer's config class, which pass-through fields are checked against."""
+    prepare: Callable[..., PreparedData]
+    build_trainer: Callable[[TrainingParts], transformers.Trainer]
+    lays_end_to_end: bool = False
+    """Whether its trainer can compute rows that lie end to end."""
+    wraps_model: bool = False
+    """Whether the trainer wraps a new adapter round the model itself, keeping the bare model as its reference."""
+    gives_scores: bool = False
+    """Whether the model ends in one score instead of the vocabulary."""
+    is_experimental: bool = False
+    """Whether its trainer is one that TRL may change or drop in any release."""

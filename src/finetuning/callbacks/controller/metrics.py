@@ -1,0 +1,134 @@
+"""The values that rules look at. A metric is a class here and a line in the table below."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any
+
+from finetuning.callbacks.controller.event import Event
+from finetuning.errors import ConfigError
+
+
+class Metric:
+    """A value that is worked out at some of the trainer's events and kept until the next of them.
+
+    One of your own subclasses this; its arguments come as keywords.
+    """
+
+    events: frozenset[str] = frozenset()
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def compute(self, event: Event) -> Any:
+        """The value after this event; None while it is not available."""
+        raise NotImplementedError
+
+
+class Loss(Metric):
+    """The newest training log: `loss`, `epoch`, `learning_rate`, `grad_norm`, `step`, …"""
+
+    events = frozenset({"on_log"})
+
+    def compute(self, event: Event) -> dict[str, Any] | None:
+        return next((dict(entry) for entry in reversed(event.state.log_history) if "loss" in entry), None)
+
+
+class TrainingState(Metric):
+    """The trainer's state, field by field, and `is_final`: whether the tuned model itself was saved."""
+
+    events = frozenset(
+        {
+            *("on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_step_begin"),
+            *("on_step_end", "on_substep_end", "on_optimizer_step", "on_log", "on_evaluate", "on_predict"),
+            *("on_prediction_step", "on_save"),
+        }
+    )
+
+    def compute(self, event: Event) -> dict[str, Any]:
+        state = event.state
+        values = {field.name: getattr(state, field.name, None) for field in dataclasses.fields(state)}
+        return {**values, "is_final": bool(event.extra.get("is_final", False))}
+
+
+class EvalMetrics(Metric):
+    """What the last evaluation gave: `eval_loss` and the rest."""
+
+    def __init__(self, name: str, source_event: str = "on_evaluate"):
+        super().__init__(name)
+        if source_event not in ("on_evaluate", "on_predict"):
+            raise ConfigError(f"Specified source event [{source_event}] is invalid for EvalMetrics")
+        self.events = frozenset({source_event})
+
+    def compute(self, event: Event) -> dict[str, Any] | None:
+        metrics = event.extra.get("metrics")
+        return dict(metrics) if metrics is not None else None
+
+
+class HistoryBasedMetric(Metric):
+    """The last `window_size` training losses and evaluations, in two dictionaries of lists.
+
+    `training_loss` has `loss`, `steps` and `epoch`, `metrics` every key that evaluations log and `steps` and `epoch`;
+    `global_step` is another name of `steps`. Both are empty until there is something to show. A window below 0 keeps
+    all. It is made of the trainer's log, so that a resumed run goes on with the one that it had.
+    """
+
+    events = frozenset({"on_log", "on_evaluate"})
+
+    def __init__(self, name: str, window_size: int = 1):
+        super().__init__(name)
+        self._window_size = window_size
+        length = window_size if window_size > 0 else None
+        self._losses: deque[dict[str, Any]] = deque(maxlen=length)
+        self._evaluations: deque[dict[str, Any]] = deque(maxlen=length)
+        self._seen = 0
+
+    def compute(self, event: Event) -> dict[str, Any]:
+        history = event.state.log_history
+        for entry in history[self._seen :]:
+            if "loss" in entry:
+                self._add_loss(entry)
+            elif any(key.startswith("eval_") for key in entry):
+                self._evaluations.append(entry)
+        self._seen = len(history)
+        return {
+            "training_loss": _columns([self._only_loss(entry) for entry in self._losses]),
+            "metrics": _columns(list(self._evaluations)),
+            "window_size": self._window_size,
+        }
+
+    def _add_loss(self, entry: dict[str, Any]) -> None:
+        last = self._losses[-1] if self._losses else {}
+        if (entry["loss"], entry.get("epoch")) != (last.get("loss"), last.get("epoch")):
+            self._losses.append(entry)
+
+    @staticmethod
+    def _only_loss(entry: dict[str, Any]) -> dict[str, Any]:
+        return {key: entry[key] for key in ("loss", "step", "epoch") if key in entry}
+
+
+class PerProcessState(Metric):
+    """`rank`: the number of this process."""
+
+    events = frozenset({"on_init_end"})
+
+    def compute(self, event: Event) -> dict[str, int]:
+        return {"rank": event.args.process_index}
+
+
+METRICS: dict[str, type[Metric]] = {
+    "Loss": Loss,
+    "TrainingState": TrainingState,
+    "EvalMetrics": EvalMetrics,
+    "HistoryBasedMetric": HistoryBasedMetric,
+    "PerProcessState": PerProcessState,
+}
+"""The metrics by their names in the YAML."""
+
+
+def _columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Lists by key, one item an entry; None where an entry lacks the key. Empty without entries."""
+    keys = dict.fromkeys(key for entry in entries for key in entry)
+    columns = {("steps" if key == "step" else key): [entry.get(key) for entry in entries] for key in keys}
+    return {**columns, "global_step": columns["steps"]} if "steps" in columns else columns

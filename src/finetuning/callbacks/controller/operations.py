@@ -1,0 +1,100 @@
+"""What a controller can do. An operation is a class here and a line in the table below."""
+
+from __future__ import annotations
+
+import logging
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from finetuning.callbacks.controller.event import Event
+from finetuning.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_WIDEST = 100
+
+
+class Operation:
+    """A group of actions: the methods that begin with `should_`.
+
+    One of your own subclasses this; its arguments come as keywords. `steers` says whether its actions change what the
+    trainer does, so that all processes must act alike.
+    """
+
+    steers = True
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def action(self, name: str) -> Callable[[Event, Mapping[str, Any]], None]:
+        """The action of this name: a function of the event, and of the metrics by their names.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = getattr(self, name, None) if name.startswith("should_") else None
+        if not callable(found):
+            raise ConfigError(f'operation "{self.name}" has no action "{name}"')
+        return found
+
+
+class HFControls(Operation):
+    """The trainer's own switches: it stops, saves, evaluates or logs as soon as it looks at them."""
+
+    def should_training_stop(self, event: Event, metrics: Mapping[str, Any]) -> None:
+        event.control.should_training_stop = True
+
+    def should_epoch_stop(self, event: Event, metrics: Mapping[str, Any]) -> None:
+        event.control.should_epoch_stop = True
+
+    def should_save(self, event: Event, metrics: Mapping[str, Any]) -> None:
+        event.control.should_save = True
+
+    def should_evaluate(self, event: Event, metrics: Mapping[str, Any]) -> None:
+        event.control.should_evaluate = True
+
+    def should_log(self, event: Event, metrics: Mapping[str, Any]) -> None:
+        event.control.should_log = True
+
+
+class LogControl(Operation):
+    """Writes a log line of the user's own format: `{event_name}`, `{control_name}`, `{args}`, any metric's name, and
+    what came with the event."""
+
+    steers = False
+
+    def __init__(self, name: str, log_format: str, log_level: str):
+        super().__init__(name)
+        level = getattr(logging, str(log_level).upper(), None)
+        if not isinstance(level, int):
+            raise ConfigError(f'operation "{name}": "{log_level}" is no log level')
+        self._level = level
+        self._format = log_format
+
+    def should_log(self, event: Event, metrics: Mapping[str, Any]) -> None:
+        values = {"event_name": event.name, "args": event.args, "state": event.state, **event.extra, **metrics}
+        try:
+            text = _PublicFormatter().vformat(self._format, (), values)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            text = f'operation "{self.name}" cannot fill its format: {type(error).__name__}: {error}'
+        logger.log(self._level, "%s", text)
+
+
+class _PublicFormatter(string.Formatter):
+    """Python's format strings without private attributes and without huge widths."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        if any(part.startswith("_") for part in field_name.replace("[", ".").split(".")):
+            raise ValueError(f'"{field_name}" is private')
+        return super().get_field(field_name, args, kwargs)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        digits = "".join(one if one.isdigit() else " " for one in format_spec).split()
+        if any(len(number) > 3 or int(number) > _WIDEST for number in digits):
+            raise ValueError(f'the width of "{format_spec}" is above {_WIDEST}')
+        return super().format_field(value, format_spec)
+
+
+OPERATIONS: dict[str, type[Operation]] = {"HFControls": HFControls, "LogControl": LogControl}
+"""The operations by their names in the YAML."""

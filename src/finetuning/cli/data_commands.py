@@ -1,0 +1,108 @@
+"""`finetuning preview`: what a run would train on, row by row, from the data and the tokenizer alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuning.cli.errors import run
+from finetuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetuning.config.sections.data import DataConfig
+    from finetuning.config.sections.experiment import Experiment
+
+_LOOKED_AT = 4
+"""Rows that are read for each row that is shown, as some may be dropped."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code."""
+    return run(_preview, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from finetuning.algorithms import METHODS
+
+    parser = argparse.ArgumentParser(
+        prog="finetuning preview",
+        description="Show the first rows of the training data as the model will see them, and what of them is trained."
+        " Reads the tokenizer and those rows; no model is loaded, and no file is written but the page.",
+    )
+    parser.add_argument("method", choices=list(METHODS), help="the method")
+    parser.add_argument("config", help="path of the experiment's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
+    parser.add_argument("--rows", type=int, default=5, help="rows to show, 1 to 100 (default: 5)")
+    parser.add_argument("--html", type=Path, help="write a page that can be searched instead of printing")
+    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="colours (default: auto)")
+    return parser
+
+
+def _preview(argv: Sequence[str]) -> int:
+    options = _parser().parse_intermixed_args(argv)
+    from finetuning.algorithms import METHODS
+    from finetuning.cli.located import located
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.data.chat.template import Renderer
+    from finetuning.data.preprocessor import MOST_SHOWN
+    from finetuning.data.preview import to_text
+    from finetuning.training.setup import load_tokenizer, prepare
+
+    if not 1 <= options.rows <= MOST_SHOWN:
+        raise ConfigError(f"--rows {options.rows}: must be between 1 and {MOST_SHOWN}")
+    method = METHODS[options.method]
+    document = apply_overrides(read_document(options.config), options.overrides)
+    with located(document):
+        experiment = _of_first_rows(validate(document, method.experiment).experiment, options.rows * _LOOKED_AT)
+        tokenizer = load_tokenizer(experiment)
+        data = prepare(experiment, method, tokenizer, 1)
+    rows = _first(data.preview, options.rows)
+    special = Renderer(tokenizer.tokenizer).special_tokens
+    if options.html is None:
+        colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
+        print(to_text(rows, colour=colour, special_tokens=special))
+        for line in data.ledger.lines():
+            print(line)
+        return 0
+    from finetuning.data.preview_html import to_html
+
+    facts = [("config", options.config), ("tokenizer", str(tokenizer))]
+    facts.append(("the rows that were looked at", "\n".join(line.strip() for line in data.ledger.lines())))
+    options.html.write_text(to_html(rows, f"finetuning {options.method}: first rows", facts, special), encoding="utf-8")
+    print(f"{options.html}: {len(rows)} rows")
+    return 0
+
+
+def _first(rows: Sequence, count: int) -> list:
+    """The parts of the first so many rows; a preference is shown in two parts."""
+    places = list(dict.fromkeys(row.place for row in rows))[:count]
+    return [row for row in rows if row.place in set(places)]
+
+
+def _of_first_rows(experiment: Experiment, count: int) -> Experiment:
+    return experiment.model_copy(update={"data_conf": _first_rows(experiment.data_conf, count)})
+
+
+def _first_rows(data: DataConfig, count: int) -> DataConfig:
+    """The same data, no more than the first rows of each dataset; rows that are lost stop nothing."""
+    from finetuning.config.sections.data import NoData
+
+    training = data.training_data
+    datasets = [
+        source.model_copy(update={"max_rows": min(source.max_rows or count, count)}) for source in training.datasets
+    ]
+    return data.model_copy(
+        update={
+            "training_data": training.model_copy(update={"datasets": datasets}),
+            "validation_data": NoData(type="NONE"),
+            "cache": "off",
+            "streaming": False,
+            "on_bad_row": "skip",
+            "max_lost_fraction": 1.0,
+        }
+    )

@@ -1,0 +1,75 @@
+"""The JSON Schema of a config, which editors complete and check the YAML with."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from finetuning.config.installed import Fields, Installed
+from finetuning.config.schema.docstrings import field_docstrings, one_line
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.validation.passthrough import OWNED_ELSEWHERE
+from finetuning.config.validation.section_tree import sections_of, walk
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema(config: type[BaseModel], installed: Installed | None = None) -> dict[str, Any]:
+    """The JSON Schema of a config, each key described.
+
+    Args:
+        installed: the installed libraries; their trainer's fields are then listed under `training_args`, and any
+            other key there is an error. Without it that section stays open, and the schema is the same everywhere.
+    """
+    schema = config.model_json_schema(mode="validation")
+    definitions = schema.get("$defs", {})
+    sections = {config.__name__: config}
+    sections |= {part.__name__: part for _, _, field in walk(config) for part in sections_of(field.annotation)}
+    for name, section in sections.items():
+        _describe(schema if section is config else definitions.get(name, {}), section)
+    for definition in definitions.values():
+        definition.pop("title", None)
+        if "description" in definition:
+            definition["description"] = one_line(definition["description"])
+    if installed is not None and issubclass(config, Experiment):
+        _list_installed(config, definitions, installed)
+    method = getattr(config, "method_name", "") or config.__name__
+    schema["title"] = f"finetuning {method}" if issubclass(config, Experiment) else "generate"
+    return {"$schema": DIALECT, **{key: schema[key] for key in sorted(schema, key=_order)}}
+
+
+def schema_text(config: type[BaseModel], installed: Installed | None = None) -> str:
+    """The JSON Schema as text, ending in a line break."""
+    return json.dumps(json_schema(config, installed), indent=2, ensure_ascii=False) + "\n"
+
+
+def _order(key: str) -> int:
+    order = ("title", "description", "type", "properties", "required", "additionalProperties", "$defs")
+    return order.index(key) if key in order else len(order)
+
+
+def _describe(schema: dict[str, Any], section: type[BaseModel]) -> None:
+    docstrings = field_docstrings(section)
+    if "description" in schema:
+        schema["description"] = one_line(schema["description"])
+    for name, described in schema.get("properties", {}).items():
+        described.pop("title", None)
+        # OpenAPI's; a JSON Schema tells the members apart by their constant tags.
+        described.pop("discriminator", None)
+        if name in docstrings:
+            described["description"] = docstrings[name]
+
+
+def _list_installed(config: type[Experiment], definitions: dict[str, Any], installed: Installed) -> None:
+    """Name the installed trainer's fields under `training_args`, and close the section."""
+    fields: Fields | None = installed.class_fields(config.trainer_config)
+    section = sections_of(config.model_fields["training_args"].annotation)[0]
+    definition = definitions.get(section.__name__)
+    if fields is None or definition is None:
+        return
+    for name, kind in fields.items():
+        if name not in definition["properties"] and name not in OWNED_ELSEWHERE:
+            definition["properties"][name] = TypeAdapter(kind).json_schema()
+    definition["additionalProperties"] = False

@@ -1,0 +1,84 @@
+"""`telemetry`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, StringConstraints
+
+from finetuning.config.sections.section import Section
+
+SpanName = Literal[
+    "application",
+    "distributed_code_initialization",
+    "data_preparation",
+    "data_loader_initialization",
+    "model_initialization",
+    "optimizer_initialization",
+    "checkpoint_load",
+    "training_loop",
+    "training_single_iteration",
+    "data_loading",
+    "model_forward",
+    "model_backward",
+    "optimizer_update",
+    "zero_grad",
+    "checkpoint_save_sync",
+    "checkpoint_save_async",
+    "checkpoint_save_finalization",
+    "validation_loop",
+    "validation_single_iteration",
+    "testing_loop",
+    "testing_single_iteration",
+    "model_publication",
+]
+"""The spans that the engine itself records."""
+
+
+class Otlp(Section):
+    """A collector that speaks OTLP over HTTP."""
+
+    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@]+$")]
+    """Address of the collector, such as `http://localhost:4318`; `/v1/traces` and `/v1/logs` are appended."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict, exclude=True)
+    """HTTP headers, such as an authorization. They are never shown or written."""
+    timeout_s: float = Field(default=2.0, gt=0, le=10)
+    """Seconds that one request may take, and that the end of a run waits for what is on its way."""
+
+
+class Telemetry(Section):
+    """What a run tells about its own speed. It goes into files of the output directory, and nowhere else unless `otlp`
+    names a place."""
+
+    enabled: bool = True
+    """Record spans and metrics, as JSON lines, in the folder `telemetry` of the output directory."""
+    application_name: str = Field(default="finetuning", min_length=1)
+    """Name of the application in every record."""
+    session_tag: str | None = Field(default=None, min_length=1)
+    """Names the jobs that together make one model. By default new for a fresh start, and kept by a resumed run."""
+    perf_tag: str | None = Field(default=None, min_length=1)
+    """Names the jobs whose speed can be compared. By default a digest of what moves the speed: the config without
+    paths, seeds and learning rates, the packages, the device and the number of processes."""
+    is_baseline_run: bool = False
+    """Marks a run that others are to be compared with."""
+    custom_metadata: dict[str, str] = Field(default_factory=dict)
+    """Your own names and values, recorded with the run."""
+    log_every_n_train_iterations: int = Field(default=50, gt=0)
+    """Optimizer steps between two updates of the training metrics. With several processes each update is a small
+    exchange between them."""
+    spans: Literal["default", "per_step", "all", "none"] = "default"
+    """Which spans are written: all but those inside of a step; with the steps themselves; all; or only those that
+    `include_spans` names. The metrics are the same whichever are written."""
+    include_spans: list[SpanName] = Field(default_factory=list)
+    """Spans to write besides."""
+    exclude_spans: list[SpanName] = Field(default_factory=list)
+    """Spans to leave out."""
+    ranks: Literal["zero", "local_zero", "all"] = "zero"
+    """Which processes write: the main one, the first of each machine, or all."""
+    flops_per_token: float | None = Field(default=None, gt=0)
+    """Floating point operations that one trained token costs, forward and backward. By default counted from the model,
+    where that is known to be right: supervised fine-tuning of all weights or of a LoRA."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak TFLOP/s of one device, for the model FLOPs utilisation (MFU). By default looked up, for known GPUs."""
+    otlp: Otlp | None = None
+    """Sends everything to a collector, too. Needs the extra `otlp`."""

@@ -1,0 +1,206 @@
+"""What is wrong with a trainer controller's rules, told before anything is loaded: their text is read, not run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetuning.config.sections.controller import (
+    HF_CONTROLS,
+    METRIC_CLASSES,
+    OPERATION_CLASSES,
+    Component,
+    TrainerController,
+)
+from finetuning.config.validation.suggestions import did_you_mean
+from finetuning.config.yaml.document import KeyPath
+from finetuning.config.yaml.findings import Finding
+
+FUNCTIONS = (
+    *(
+        "abs",
+        "all",
+        "any",
+        "len",
+        "round",
+        "sum",
+        "min",
+        "max",
+        "int",
+        "float",
+        "str",
+        "bool",
+        "list",
+        "tuple",
+        "dict",
+        "set",
+    ),
+    *("rand", "randint", "math_trunc", "math_floor", "math_ceil", "math_sqrt", "math_isfinite"),
+)
+"""The functions that rules can call."""
+
+MOST_BITS = 4096
+_MOST_CHARACTERS = 1000
+_MOST_DEPTH = 40
+_ALLOWED = (
+    *(ast.Expression, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp, ast.Call, ast.keyword),
+    *(ast.Name, ast.Constant, ast.Subscript, ast.Slice, ast.Attribute, ast.List, ast.Tuple, ast.Set, ast.Dict),
+    *(ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.comprehension, ast.expr_context),
+    *(ast.boolop, ast.operator, ast.unaryop, ast.cmpop),
+)
+_NAMED = {
+    ast.Lambda: "a lambda",
+    ast.NamedExpr: "an assignment (:=)",
+    ast.JoinedStr: "an f-string",
+    ast.Starred: "a star",
+    ast.SetComp: "a set comprehension",
+    ast.MatMult: "the operator @",
+}
+_NO_VERDICT = (ast.BinOp, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.GeneratorExp, ast.DictComp)
+_ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+
+
+def check_controllers(section: TrainerController, path: KeyPath = ()) -> Iterator[Finding]:
+    """What is wrong between the parts of a trainer controller, and in its rules. `path` is the section's own."""
+    yield from _check_components(section.controller_metrics, METRIC_CLASSES, (*path, "controller_metrics"), "metric")
+    yield from _check_components(section.operations, OPERATION_CLASSES, (*path, "operations"), "operation")
+    for index, metric in enumerate(section.controller_metrics):
+        yield from _check_metric_arguments(metric, (*path, "controller_metrics", index))
+    for index, operation in enumerate(section.operations):
+        yield from _check_log_format(operation, (*path, "operations", index, "arguments"))
+    metrics = {metric.name: metric.class_name for metric in section.controller_metrics}
+    classes = {HF_CONTROLS: "HFControls"} | {one.name: one.class_name for one in section.operations}
+    for index, controller in enumerate(section.controllers):
+        here = (*path, "controllers", index)
+        for message, hint in _faults_of_rule(controller.rule, metrics):
+            yield Finding((*here, "rule"), f'rule of controller "{controller.name}" is invalid: {message}', hint)
+        for number, name in enumerate(controller.operations):
+            yield from _check_operation(name, classes, controller.name, (*here, "operations", number))
+
+
+def _check_components(components: list[Any], known: Mapping[str, Any], path: KeyPath, what: str) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for index, component in enumerate(components):
+        if component.name in seen:
+            yield Finding((*path, index, "name"), f'"{component.name}" is the name of another {what}, too')
+        seen.add(component.name)
+        if component.class_name not in known and "." not in component.class_name:
+            yield Finding(
+                (*path, index, "class"),
+                f'unknown {what} class "{component.class_name}"; one of: {", ".join(known)}, or an import path.',
+                did_you_mean(component.class_name, known),
+            )
+        if what == "metric" and not component.name.isidentifier():
+            yield Finding((*path, index, "name"), f'"{component.name}" cannot be used in a rule: it is no name')
+
+
+def _check_metric_arguments(metric: Component, path: KeyPath) -> Iterator[Finding]:
+    known = METRIC_CLASSES.get(metric.class_name)
+    for key, value in metric.arguments.items() if known is not None else ():
+        where = (*path, "arguments", key)
+        if key not in known:
+            yield Finding(where, f'unknown argument of "{metric.class_name}".', did_you_mean(key, known))
+        elif key == "window_size" and (isinstance(value, bool) or not isinstance(value, int) or value == 0):
+            yield Finding(where, f"must be a whole number; below 0 it keeps everything (got {value})")
+        elif key == "source_event" and value not in ("on_evaluate", "on_predict"):
+            yield Finding(where, f"must be on_evaluate or on_predict (got {value})")
+
+
+def _check_log_format(operation: Component, path: KeyPath) -> Iterator[Finding]:
+    if operation.class_name != "LogControl":
+        return
+    levels = ("debug", "info", "warning", "error", "critical")
+    level = operation.arguments.get("log_level")
+    text = operation.arguments.get("log_format")
+    for key in operation.arguments.keys() - {"log_level", "log_format"}:
+        hint = did_you_mean(key, ("log_level", "log_format"))
+        yield Finding((*path, key), 'unknown argument of "LogControl".', hint)
+    if str(level).lower() not in levels:
+        yield Finding((*path, "log_level"), f"must be one of {', '.join(levels)} (got {level})")
+    if not isinstance(text, str):
+        yield Finding((*path, "log_format"), f"must be text (got {text})")
+    elif "__" in text:
+        yield Finding((*path, "log_format"), '"__" is not allowed')
+
+
+def _check_operation(name: str, classes: Mapping[str, str], controller: str, path: KeyPath) -> Iterator[Finding]:
+    operation, _, action = name.partition(".")
+    actions = OPERATION_CLASSES.get(classes.get(operation, ""))
+    known = {f"{one}.{each}" for one, kind in classes.items() for each in OPERATION_CLASSES.get(kind, ())}
+    if operation not in classes or (actions is not None and action not in actions):
+        yield Finding(
+            path, f'invalid operation "{name}" for controller "{controller}".', did_you_mean(name, sorted(known))
+        )
+    elif actions is None and not action.startswith("should_"):
+        yield Finding(path, f'"{name}" names no action: those begin with should_')
+
+
+def _faults_of_rule(rule: str, metrics: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Each thing that is wrong with a rule, and what to do about it."""
+    if "__" in rule:
+        yield '"__" is not allowed', None
+        return
+    try:
+        tree = ast.parse(rule.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        column = getattr(error, "offset", None)
+        yield f"it is no expression ({getattr(error, 'msg', error)}" + (f", column {column})" if column else ")"), None
+        return
+    if _depth(tree) > _MOST_DEPTH:
+        yield "it is nested too deeply", None
+        return
+    own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if isinstance(tree.body, _NO_VERDICT) or (
+        isinstance(tree.body, ast.Constant) and not isinstance(tree.body.value, bool)
+    ):
+        yield "it gives a value, not true or false", "Compare it with something."
+    if isinstance(tree.body, ast.Name) and tree.body.id in metrics:
+        yield "it gives a value, not true or false", "Compare it with something."
+    for node in ast.walk(tree):
+        yield from _faults_of_node(node, metrics, own)
+
+
+def _faults_of_node(node: ast.AST, metrics: Mapping[str, str], own: set[str]) -> Iterator[tuple[str, str | None]]:
+    if not isinstance(node, _ALLOWED) or type(node) in _NAMED:
+        yield f"{_NAMED.get(type(node), type(node).__name__)} is not allowed", None
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in FUNCTIONS:
+        yield f'unknown function "{node.func.id}".', did_you_mean(node.func.id, FUNCTIONS)
+    elif isinstance(node, ast.Call) and not isinstance(node.func, ast.Name | ast.Attribute):
+        yield "only functions can be called", None
+    elif isinstance(node, ast.Name) and node.id not in metrics and node.id not in own and node.id not in FUNCTIONS:
+        yield f'"{node.id}" is not defined.', did_you_mean(node.id, metrics)
+    elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+        yield f'"{node.attr}" is not allowed', None
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > _MOST_CHARACTERS:
+        yield f"a text of {len(node.value):,} characters is too long", None
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and is_huge_power(*_constants(node)):
+        yield f"{ast.unparse(node)} is too large", None
+    elif isinstance(node, ast.Compare) and any(isinstance(one, _ORDER) for one in node.ops):
+        for name in (one.id for one in (node.left, *node.comparators) if isinstance(one, ast.Name)):
+            if metrics.get(name) in METRIC_CLASSES:
+                shown = '["loss"]' if metrics[name] == "Loss" else '["…"]'
+                yield f'"{name}" is a dictionary and cannot be compared.', f"Write {name}{shown}."
+
+
+def is_huge_power(base: Any, exponent: Any) -> bool:
+    """Whether base ** exponent is a number of more than 4096 bits. False for what is no whole number."""
+    if not (isinstance(base, int) and isinstance(exponent, int)):
+        return False
+    return exponent > 0 and max(base.bit_length() - 1, abs(base) > 1) * exponent > MOST_BITS
+
+
+def _constants(node: ast.BinOp) -> tuple[Any, Any]:
+    def value(side: ast.expr) -> Any:
+        return side.value if isinstance(side, ast.Constant) else None
+
+    return value(node.left), value(node.right)
+
+
+def _depth(tree: ast.AST) -> int:
+    deepest, waiting = 0, [(tree, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        waiting += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+    return deepest

@@ -1,0 +1,139 @@
+"""What a stream of rows needs, and what it cannot give: one small function for each rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetuning.config.yaml.findings import Finding
+
+_SHARE = "a share of a dataset is known when all of it was read, which a stream never has"
+_LOADER = {
+    "dataloader_num_workers": "rows are made by a thread of the run, once, and workers would each make all of them",
+    "dataloader_persistent_workers": "rows are made by a thread of the run, without workers",
+    "ignore_data_skip": "a resumed stream goes on where it was, and passes over what was trained on by itself",
+}
+
+
+def streams_have_an_end(run: Any) -> Iterator[Finding]:
+    """A stream whose steps nobody counted, or that is to be told by epochs."""
+    args = run.training_args
+    if not run.data_conf.streaming:
+        return
+    if args.max_steps <= 0:
+        yield Finding(
+            ("training_args", "max_steps"),
+            "must be set: data_conf.streaming reads rows as training goes, so that nobody has counted an epoch.",
+            "Set max_steps, or leave streaming out to train for num_train_epochs.",
+        )
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if getattr(args, name) == "epoch":
+            yield Finding(
+                ("training_args", name),
+                "is epoch, but data_conf.streaming has no epochs that could be counted.",
+                f"Set {name}: steps.",
+            )
+
+
+def streams_are_for_sft(run: Any) -> Iterator[Finding]:
+    """A stream for a method whose trainer wants all rows at hand."""
+    method = type(run).method_name
+    if run.data_conf.streaming and method not in ("", "sft"):
+        yield Finding(
+            ("data_conf", "streaming"),
+            f"is for sft: the trainer of {method} takes rows that are all at hand.",
+            "Leave it out: prepared rows lie on the disk, and are read as they are needed; max_rows caps a dataset.",
+        )
+
+
+def streams_take_rows_as_they_come(run: Any) -> Iterator[Finding]:
+    """Choices that need all rows of a stream before the first is used; and settings of a stream where there is none."""
+    conf = run.data_conf
+    if not conf.streaming:
+        if conf.shuffle_buffer != type(conf).model_fields["shuffle_buffer"].default:
+            yield Finding(
+                ("data_conf", "shuffle_buffer"),
+                "is ignored: it is for streams, and prepared rows are shuffled all together.",
+                "Leave it out, or set data_conf.streaming: true.",
+                kind="warning",
+            )
+        return
+    if conf.prepared:
+        yield Finding(
+            ("data_conf", "streaming"),
+            "is true, but data_conf.prepared names rows that are made already.",
+            "Leave streaming out: they are read from the disk as they are needed.",
+        )
+    kind = conf.validation_data.type
+    if kind in ("AUTO_SPLIT", "FROM_DATASETS"):
+        yield Finding(
+            ("data_conf", "validation_data", "type"),
+            f"is {kind}, but data_conf.streaming is true: {_SHARE}.",
+            "Put validation rows into a file of their own, and set type: CONCATENATION.",
+        )
+    for index, source in enumerate(conf.training_data.datasets):
+        if source.train_ratio is not None:
+            yield Finding(
+                ("data_conf", "training_data", "datasets", index, "train_ratio"),
+                f"is set, but data_conf.streaming is true: {_SHARE}.",
+                "Set max_rows.",
+            )
+
+
+def streams_are_read_in_order(run: Any) -> Iterator[Finding]:
+    """Settings of the trainer's loading of rows that a stream does not follow."""
+    if not run.data_conf.streaming:
+        return
+    given = run.training_args.model_extra or {}
+    strategy = given.get("train_sampling_strategy", "random")
+    if strategy != "random":
+        yield Finding(
+            ("training_args", "train_sampling_strategy"),
+            f"is {strategy}, but data_conf.streaming is true: rows come as data_conf.shuffle_buffer draws them.",
+            "Leave it out; padding costs nothing where sft_args.batching is auto.",
+        )
+    for name, reason in _LOADER.items():
+        if given.get(name):
+            yield Finding(("training_args", name), f"does not go with data_conf.streaming: {reason}.", "Leave it out.")
+    accelerator = given.get("accelerator_config")
+    named = [
+        name
+        for name in ("dispatch_batches", "split_batches")
+        if isinstance(accelerator, dict) and accelerator.get(name)
+    ]
+    for name in named:
+        yield Finding(
+            ("training_args", "accelerator_config", name),
+            "does not go with data_conf.streaming: each process takes its own share of the rows.",
+            "Leave it out.",
+        )
+
+
+def adapters_see_no_row_ahead(run: Any) -> Iterator[Finding]:
+    """Adapters that are begun, or checked, with all rows before the first step."""
+    kwargs = getattr(run.peft_conf, "peft_kwargs", {})
+    if not run.data_conf.streaming:
+        return
+    if kwargs.get("init_lora_weights") == "eva":
+        yield Finding(
+            ("peft_conf", "peft_kwargs", "init_lora_weights"),
+            "is eva, which looks at rows before training, but data_conf.streaming is true.",
+            "Leave it out, or leave streaming out.",
+        )
+    if kwargs.get("alora_invocation_tokens") or getattr(run.peft_conf, "alora_invocation_string", None):
+        yield Finding(
+            ("peft_conf", "peft_type"),
+            "switches the adapter on by an invocation, which every row is shown to hold before training, but"
+            " data_conf.streaming is true.",
+            "Leave streaming out.",
+        )
+
+
+STREAM_RULES = (
+    (("data_conf",), streams_are_for_sft),
+    (("data_conf",), streams_take_rows_as_they_come),
+    (("data_conf", "training_args"), streams_have_an_end),
+    (("data_conf", "training_args"), streams_are_read_in_order),
+    (("data_conf", "peft_conf"), adapters_see_no_row_ahead),
+)
+"""The rules, each with the sections that it reads."""

@@ -1,0 +1,241 @@
+"""The keys that pass through to a library: checked against what its installed release accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from finetuning.config.installed import Fields, Installed
+from finetuning.config.redaction import show
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.validation.error_messages import Elsewhere, findings_of, unknown_key
+from finetuning.config.validation.section_tree import sections_at
+from finetuning.config.validation.suggestions import did_you_mean, nearest, unknown_value
+from finetuning.config.yaml.document import Document, KeyPath
+from finetuning.config.yaml.findings import Finding
+
+_BATCH_FIELDS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+OWNED_ELSEWHERE = {
+    **dict.fromkeys(_BATCH_FIELDS, "batchsize_conf"),
+    "model_init_kwargs": "run_conf.model_args",
+    "trust_remote_code": "run_conf.model_args.trust_remote_code",
+    "reward_weights": "grpo_args.rewards",
+    "chat_template_path": "data_conf.chat_template",
+    "chat_template_kwargs": "the rows' own column chat_template_kwargs",
+}
+"""Fields of the trainers' configs that another section decides."""
+
+# What the library takes besides what its annotation says.
+_WIDER: Fields = {"fsdp": bool | str | list[str] | None}
+_WITHOUT_KWARGS = ("NO_PEFT", "PRETRAINED_PEFT")
+_PEFT_SET_ELSEWHERE = {"peft_type": "peft_conf.peft_type", "task_type": "peft_conf.task_type"}
+_PEFT_NOT_SETTINGS = ("auto_mapping", "peft_version", "inference_mode")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in the pass-through sections, and the document with their values as the library wants them."""
+
+    document: Document
+    findings: list[Finding]
+    warnings: list[Finding]
+
+
+@dataclass(frozen=True)
+class Meant:
+    """What a value at a path means to the library."""
+
+    path: KeyPath
+    value: Any
+
+
+Found = Iterator[Finding | Meant]
+
+
+def check_passthrough(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Checked:
+    """The pass-through keys of a document checked: unknown names, wrong types, keys that another section owns.
+
+    A value that is right but written otherwise, such as `yes` for a boolean, is replaced by what it means.
+    """
+    found: list[Finding | Meant] = []
+    for check in (_training_args, _peft_conf, _model_args, _generation):
+        found.extend(check(document, root, installed, elsewhere))
+    for item in found:
+        if isinstance(item, Meant):
+            document = document.with_value(item.path, item.value)
+    findings = [item for item in found if isinstance(item, Finding)]
+    warnings = [item for item in findings if item.kind == "warning"]
+    return Checked(document, [item for item in findings if item.kind != "warning"], warnings)
+
+
+def _training_args(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+    path: KeyPath = ("training_args",)
+    section = document.get(path)
+    if not isinstance(section, dict) or not issubclass(root, Experiment):
+        return
+    own = set(root.model_fields["training_args"].annotation.model_fields)  # type: ignore[union-attr]
+    extras = [key for key in section if key not in own]
+    for key in [key for key in extras if key in OWNED_ELSEWHERE]:
+        extras.remove(key)
+        owner = OWNED_ELSEWHERE[key]
+        verb = "is worked out from" if key in _BATCH_FIELDS else "is decided by"
+        yield Finding((*path, key), f"{verb} {owner}.", "Remove it here.")
+    yield from _names_that_the_library_lists(document, root, installed)
+    if not extras:
+        return
+    fields = installed.class_fields(root.trainer_config)
+    if fields is None:
+        return
+    known = {**{name: kind for name, kind in fields.items() if name not in own}, **_WIDER}
+    usable = [*own, *(name for name in known if name not in OWNED_ELSEWHERE)]
+    yield from _check_keys(document, path, extras, known, usable, elsewhere)
+
+
+def _names_that_the_library_lists(document: Document, root: type[Experiment], installed: Installed) -> Found:
+    """Own fields whose allowed names are the library's: schedules, optimizers, trackers, DPO losses."""
+    listed: tuple[tuple[str, Callable[[], list[str] | None]], ...] = (
+        ("lr_scheduler_type", lambda: installed.choices("transformers.trainer_utils:SchedulerType")),
+        ("optim", lambda: installed.choices("transformers.training_args:OptimizerNames")),
+        ("report_to", installed.trackers),
+        ("loss_type", installed.dpo_losses if root.method_name == "dpo" else lambda: None),
+    )
+    for key, names in listed:
+        value = document.get(("training_args", key))
+        given = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        unusual = [item for item in given if isinstance(item, str) and item not in ("none", "linear", "adamw_torch")]
+        allowed = names() if unusual else None
+        for item in unusual if allowed else ():
+            if item not in allowed:
+                hint = did_you_mean(item, allowed)
+                yield Finding(("training_args", key), unknown_value(key, show(item), allowed, hint), hint)
+
+
+def _peft_conf(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+    peft_type = document.get(("peft_conf", "peft_type"))
+    if not isinstance(peft_type, str) or peft_type in _WITHOUT_KWARGS:
+        return
+    types = installed.peft_types()
+    if types is None:
+        return
+    allowed = [*_WITHOUT_KWARGS, *types]
+    if peft_type not in types:
+        close = nearest(peft_type, allowed)
+        hint = f"Did you mean {close}?" if close else None
+        message = unknown_value("peft_type", show(peft_type), allowed, hint)
+        yield Finding(("peft_conf", "peft_type"), message, hint)
+        return
+    path = ("peft_conf", "peft_kwargs")
+    kwargs = document.get(path)
+    fields = installed.peft_fields(peft_type) if isinstance(kwargs, dict) and kwargs else None
+    if fields is None:
+        return
+    extras = []
+    for key in kwargs:
+        if key in _PEFT_SET_ELSEWHERE:
+            yield Finding((*path, key), f"is decided by {_PEFT_SET_ELSEWHERE[key]}.", "Remove it here.")
+        else:
+            extras.append(key)
+    # Alphas are scales: PEFT annotates them as whole numbers and takes any.
+    fields = {name: float | kind if "alpha" in name and kind is int else kind for name, kind in fields.items()}
+    usable = [name for name in fields if name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS]
+    yield from _check_keys(document, path, extras, fields, usable, elsewhere)
+
+
+def _model_args(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+    for parent in ("run_conf", "model_conf"):
+        path: KeyPath = (parent, "model_args")
+        section = document.get(path)
+        sections = sections_at(root, document.values, path)
+        if not isinstance(section, dict) or not sections:
+            continue
+        own = set(sections[0].model_fields)
+        extras = [key for key in section if key not in own]
+        if not extras:
+            continue
+        arguments = installed.from_pretrained_arguments()
+        if arguments is None:
+            continue
+        known: Fields = {name: Any for name in arguments if name not in own}
+        unknown = [key for key in extras if key not in known]
+        model = document.get((parent, "model"), "")
+        fields = installed.model_fields(model) if unknown and isinstance(model, str) and model else None
+        if fields is None:
+            yield from _not_knowing_the_model(path, unknown, [*own, *known], elsewhere)
+            continue
+        known = {**{name: kind for name, kind in fields.items() if name not in own}, **known}
+        yield from _check_keys(document, path, extras, known, [*own, *known], elsewhere)
+
+
+def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: Elsewhere) -> Found:
+    """Keys that only the model's own config, which is not on this machine, could know."""
+    for key in unknown:
+        found = unknown_key((*path, key), usable, elsewhere())
+        if found.hint is not None:
+            yield found
+        else:
+            message = "is no argument of from_pretrained; whether the model's config knows it cannot be seen from here."
+            yield Finding((*path, key), message, "It is passed on unchecked.", kind="warning")
+
+
+def _generation(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+    path: KeyPath = ("hf_gen_params",)
+    section = document.get(path)
+    if not isinstance(section, dict) or not section or "hf_gen_params" not in root.model_fields:
+        return
+    fields = installed.generation_fields()
+    if fields is not None:
+        yield from _check_keys(document, path, list(section), fields, list(fields), elsewhere)
+
+
+def _check_keys(
+    document: Document,
+    path: KeyPath,
+    keys: list[Any],
+    known: Mapping[str, Any],
+    usable: list[str],
+    elsewhere: Elsewhere,
+) -> Found:
+    """Unknown keys and values of a wrong type among some keys of a section; what the right ones mean."""
+    for key in keys:
+        if key not in known:
+            yield unknown_key((*path, key), usable, elsewhere())
+            continue
+        if known[key] is Any:
+            continue
+        value = document.get((*path, key))
+        if isinstance(value, bool) and known[key] in (int, float):
+            yield from findings_of([{"type": "number_wanted", "loc": (key,)}], {key: value})
+            continue
+        try:
+            meant = _adapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            errors = error.errors(include_url=False, include_input=False)
+            for found in findings_of([{**item, "loc": (key, *item["loc"])} for item in errors], {key: value}):
+                yield Finding((*path, *found.path), found.message, found.hint, found.kind)
+            continue
+        if meant != value or type(meant) is not type(value):
+            yield Meant((*path, key), meant)
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+
+
+def keys_of_libraries(document: Document, root: type[BaseModel], installed: Installed) -> dict[str, list[str]]:
+    """The keys that libraries know, with the pass-through section that each belongs under."""
+    found: dict[str, list[str]] = {}
+    if not issubclass(root, Experiment):
+        return found
+    peft_type = document.get(("peft_conf", "peft_type"))
+    is_new = isinstance(peft_type, str) and peft_type.isupper() and peft_type not in _WITHOUT_KWARGS
+    for section, fields in (
+        ("training_args", installed.class_fields(root.trainer_config)),
+        ("peft_conf.peft_kwargs", installed.peft_fields(peft_type if is_new else "LORA")),
+    ):
+        for name in fields or ():
+            if name not in OWNED_ELSEWHERE and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:
+                found.setdefault(name, []).append(section)
+    return found

@@ -1,0 +1,216 @@
+"""Names that transformers, TRL or PEFT have changed or dropped: the one place that knows the old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.config.yaml.document import Document, KeyPath, dotted
+from finetuning.config.yaml.findings import Finding, to_problems
+from finetuning.errors import Problem
+
+Convert = Callable[[Any], Any]
+
+_GONE = "has no equivalent any more and is ignored"
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A key that is called otherwise today; its value is converted, None from the conversion drops it."""
+
+    to: tuple[str, ...]
+    convert: Convert = lambda value: value
+    unset: Any = None
+    """The value of today's key that leaves the word to the old one."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A key that changes nothing any more."""
+
+    why: str = ""
+    though_known: bool = False
+    """Whether it is dropped even where the trainer's config still has it."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A key that would change the outcome and cannot be honoured."""
+
+    instead: str
+
+
+Change = Renamed | Dropped | Refused
+
+
+def _if_true(value: Any) -> Convert:
+    return lambda given: value if _is_true(given) else None
+
+
+def _is_true(value: Any) -> bool:
+    return value is True or str(value).lower() in ("true", "yes", "on", "1")
+
+
+def _share(value: Any) -> Any:
+    """A share of the steps; 0 is the default and 1.0 would mean one step."""
+    return None if value == 0 else value
+
+
+TRAINING_ARGS: dict[str, Change] = {
+    "evaluation_strategy": Renamed(("eval_strategy",)),
+    "warmup_ratio": Renamed(("warmup_steps",), _share, unset=0),
+    "group_by_length": Renamed(("train_sampling_strategy",), _if_true("group_by_length")),
+    "no_cuda": Renamed(("use_cpu",)),
+    "adafactor": Renamed(("optim",), _if_true("adafactor")),
+    "include_inputs_for_metrics": Renamed(("include_for_metrics",), _if_true(["inputs"])),
+    "xpu_backend": Renamed(("ddp_backend",)),
+    "push_to_hub_token": Renamed(("hub_token",)),
+    "push_to_hub_model_id": Renamed(("hub_model_id",)),
+    "dispatch_batches": Renamed(("accelerator_config", "dispatch_batches")),
+    "split_batches": Renamed(("accelerator_config", "split_batches")),
+    "fsdp_min_num_params": Renamed(("fsdp_config", "min_num_params"), lambda value: value or None),
+    "fsdp_transformer_layer_cls_to_wrap": Renamed(("fsdp_config", "transformer_layer_cls_to_wrap")),
+    "overwrite_output_dir": Dropped("nothing that was published is overwritten"),
+    "save_safetensors": Dropped("weights are always saved as safetensors"),
+    "logging_dir": Dropped("TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR"),
+    "include_tokens_per_second": Dropped("tokens per second are always shown"),
+    "max_prompt_length": Dropped("max_length limits prompt and answer together"),
+    "max_completion_length": Dropped("max_length limits prompt and answer together"),
+    "max_target_length": Dropped("max_length limits prompt and answer together"),
+    "label_pad_token_id": Dropped("padding is never trained on"),
+    "padding_value": Dropped("data_conf.missing_pad_token_strategy decides how rows are padded"),
+    "is_encoder_decoder": Dropped("models are causal language models"),
+    "generate_during_eval": Dropped(),
+    "use_num_logits_to_keep": Dropped(),
+    "use_logits_to_keep": Dropped(),
+    "base_model_attribute_name": Dropped(),
+    "model_adapter_name": Dropped(),
+    "ref_adapter_name": Dropped(),
+    "force_use_ref_model": Dropped("the reference is always the model before training"),
+    "resume_from_checkpoint": Dropped("run_conf.resume_from_checkpoint decides", though_known=True),
+    "do_train": Dropped(though_known=True),
+    "do_eval": Dropped("eval_strategy decides", though_known=True),
+    "do_predict": Dropped(though_known=True),
+    "half_precision_backend": Dropped(),
+    "fp16_backend": Dropped(),
+    "fp16_opt_level": Dropped(),
+    "past_index": Dropped(),
+    "use_mps_device": Dropped("the device is found without it"),
+    "use_ipex": Dropped(),
+    "jit_mode_eval": Dropped(),
+    "tpu_num_cores": Dropped(),
+    "tpu_metrics_debug": Dropped(),
+    "mp_parameters": Dropped(),
+    "ray_scope": Dropped(),
+    "torchdynamo": Dropped("torch_compile_backend names a compiler"),
+    "use_legacy_prediction_loop": Dropped(),
+    "push_to_hub_organization": Dropped("hub_model_id names the organisation"),
+    "per_gpu_train_batch_size": Refused("Use batchsize_conf instead."),
+    "per_gpu_eval_batch_size": Refused("Use batchsize_conf.per_device_eval_batch_size instead."),
+    "rpo_alpha": Refused("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
+    "reference_free": Refused("Every loss of the installed release has a reference."),
+}
+MODEL_ARGS: dict[str, Change] = {
+    "torch_dtype": Renamed(("dtype",)),
+    "use_auth_token": Renamed(("token",)),
+    "use_flash_attention_2": Renamed(("attn_implementation",), _if_true("flash_attention_2")),
+    "from_tf": Dropped(),
+    "from_flax": Dropped(),
+    "mirror": Dropped(),
+}
+TABLES: dict[KeyPath, dict[str, Change]] = {
+    ("training_args",): TRAINING_ARGS,
+    ("run_conf", "model_args"): MODEL_ARGS,
+    ("model_conf", "model_args"): MODEL_ARGS,
+}
+"""For each section, its old names and what has become of them."""
+OLD_VALUES: dict[KeyPath, dict[str, str]] = {
+    ("training_args", "optim"): {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"},
+}
+"""For each key, names of values that are gone and those that mean the same today."""
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A document in today's names, what was changed, and what could not be."""
+
+    document: Document
+    warnings: list[Problem]
+    findings: list[Finding]
+
+
+def translate(document: Document, known: Callable[[], Container[str]] = frozenset) -> Translated:
+    """The document with old names replaced by today's; a warning for each that names today's key.
+
+    Args:
+        known: works out the names that this method's trainer still knows; what is old to one is today's to another.
+    """
+    written = document
+    findings: list[Finding] = []
+    for section, table in TABLES.items():
+        values = document.get(section)
+        for key in [key for key in values if key in table] if isinstance(values, dict) else []:
+            is_dropped = isinstance(table[key], Dropped) and table[key].though_known
+            if section == ("training_args",) and not is_dropped and key in known():
+                continue
+            for found in _change(document, section, key, table[key]):
+                if isinstance(found, Document):
+                    document = found
+                else:
+                    findings.append(found)
+    for path, names in OLD_VALUES.items():
+        value = document.get(path)
+        if isinstance(value, str) and value in names:
+            hint = f'Write "{path[-1]}: {names[value]}".'
+            findings.append(Finding(path, f'"{value}" is gone; "{names[value]}" is used.', hint, kind="warning"))
+            document = document.with_value(path, names[value])
+    warnings = [finding for finding in findings if finding.kind == "warning"]
+    return Translated(document, to_problems(warnings, written), [item for item in findings if item.kind != "warning"])
+
+
+def _change(document: Document, section: KeyPath, key: str, change: Change) -> Iterator[Finding | Document]:
+    old = (*section, key)
+    if isinstance(change, Refused):
+        yield Finding(old, "is no setting any more.", change.instead)
+        yield document.without(old)
+    elif isinstance(change, Dropped):
+        why = f": {change.why}" if change.why else ""
+        yield Finding(old, f"{_GONE}{why}.", "Remove it.", kind="warning")
+        yield document.without(old)
+    else:
+        yield from _rename(document, section, old, change)
+
+
+def _rename(document: Document, section: KeyPath, old: KeyPath, change: Renamed) -> Iterator[Finding | Document]:
+    today = ".".join(change.to)
+    new = (*section, *change.to)
+    given = document.get(old)
+    value = change.convert(given)
+    mark = document.mark_of(old)
+    outer, without = document.get(new[:-1]), document.without(old)
+    if change.to == ("warmup_steps",) and isinstance(given, int | float) and given >= 1:
+        yield Finding(old, f"must be a share of the steps, below 1 (got {given})", f'Today it is called "{today}".')
+        yield without
+    elif document.get(new) not in (None, change.unset):
+        yield Finding(old, f'is today\'s "{today}", which is given too and wins.', "Remove it.", kind="warning")
+        yield without
+    elif outer is not None and not isinstance(outer, dict):
+        yield Finding(old, f'is today\'s "{today}", but "{dotted(new[:-1])}" is no section.')
+        yield without
+    else:
+        yield Finding(old, f'is called "{today}" today.', f"Write {_example(change, value)}.", kind="warning")
+        if value is not None:
+            if outer is None:
+                without = without.with_value(new[:-1], {})
+            without = without.with_value(new, value)
+            if mark is not None:
+                without = without.with_marks({new: mark})
+        yield without
+
+
+def _example(change: Renamed, value: Any) -> str:
+    name = ".".join(change.to)
+    plain = isinstance(value, str | int | float) and name not in ("hub_token", "token")
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f'"{name}: {shown}"' if plain else f'"{name}" instead'

@@ -1,0 +1,205 @@
+"""A Document to a validated experiment: every problem of the file at once, each with its place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from finetuning.config.installed import Installed
+from finetuning.config.redaction import show
+from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
+from finetuning.config.validation.cross_field import check_rules
+from finetuning.config.validation.error_messages import Elsewhere, findings_of
+from finetuning.config.validation.passthrough import check_passthrough, keys_of_libraries
+from finetuning.config.validation.renamed_keys import translate
+from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
+from finetuning.config.validation.suggestions import did_you_mean
+from finetuning.config.yaml.document import Document, KeyPath
+from finetuning.config.yaml.findings import Finding, to_problems
+from finetuning.errors import ConfigError, Place, Problem
+
+Config = TypeVar("Config", bound=BaseModel)
+
+SHARED_BY_METHODS = "trl.trainer.sft_config:SFTConfig"
+"""Fields such as `max_length`, which TRL's trainers share, do not tell which method a config is for."""
+
+
+@dataclass(frozen=True)
+class Validated(Generic[Config]):
+    """A config that is right, what is worth knowing about it, and the document in today's names behind it."""
+
+    experiment: Config
+    warnings: list[Problem]
+    document: Document
+
+
+def validate(
+    document: Document,
+    config: type[Config],
+    *,
+    passthrough: bool = True,
+    methods: Mapping[str, type[Experiment]] = EXPERIMENTS,
+    installed: Installed | None = None,
+) -> Validated[Config]:
+    """The document as a config of the given class, checked in itself, against the installed libraries and the rules.
+
+    Args:
+        passthrough: whether keys that pass through to a library are checked against its installed release.
+        methods: the configs of all methods, so that one given to the wrong command is recognised.
+        installed: the installed libraries, given to share what was read of their source between several configs.
+
+    Raises:
+        ConfigError: everything that is wrong, in the file's order.
+    """
+    if not document.values:
+        required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
+        raise ConfigError(f"is empty; required: {required}", place=Place(document.file))
+    installed = installed or Installed()
+    translated = translate(document, functools.partial(_trainer_fields, config, installed))
+    document = _without_empty_sections(translated.document, config)
+    findings, warnings = list(translated.findings), []
+
+    @functools.cache
+    def elsewhere() -> dict[str, list[str]]:
+        known = keys_of_libraries(document, config, installed) if passthrough else {}
+        return {**known, **key_index(config)}
+
+    if passthrough:
+        checked = check_passthrough(document, config, installed, elsewhere)
+        document, warnings = checked.document, list(checked.warnings)
+        findings.extend(checked.findings)
+    experiment, errors, right = _check_sections(document.values, config, elsewhere)
+    findings.extend(errors)
+    findings.extend(_booleans_for_numbers(document, config))
+    for finding in check_rules(experiment, right):
+        (warnings if finding.kind == "warning" else findings).append(finding)
+    findings = _checked_method(findings, document, config, methods, installed)
+    if findings:
+        raise ConfigError(to_problems(findings, document))
+    return Validated(experiment, [*translated.warnings, *to_problems(warnings, document)], document)
+
+
+def _check_sections(
+    values: Any, config: type[Config], elsewhere: Elsewhere
+) -> tuple[Config, list[Finding], Mapping[str, Any]]:
+    """The config, or one of its right sections only; what is wrong; the right sections by name."""
+    try:
+        experiment = config.model_validate(values)
+    except ValidationError as error:
+        findings = findings_of(error.errors(include_url=False, include_input=False), values, config, elsewhere)
+    else:
+        return experiment, [], {name: getattr(experiment, name) for name in config.model_fields}
+    right: dict[str, Any] = {}
+    for name, field in config.model_fields.items():
+        if name not in values:
+            if not field.is_required():
+                right[name] = field.get_default(call_default_factory=True)
+            continue
+        try:
+            right[name] = TypeAdapter(Annotated[field.annotation, field]).validate_python(values[name])
+        except ValidationError:
+            continue
+    return config.model_construct(**right), findings, right
+
+
+def _without_empty_sections(document: Document, root: type[BaseModel]) -> Document:
+    """The document with `section:`, whose every line is commented out, read as a section of defaults."""
+    empty = [
+        (path, field)
+        for path, field, value in _written_fields(document.values, root)
+        if value is None
+        and sections_of(field.annotation)
+        and not is_list(field.annotation)
+        and type(None) not in members(field.annotation)
+    ]
+    for path, field in empty:
+        document = document.with_value(path, {}) if field.is_required() else document.without(path)
+    return document
+
+
+def _booleans_for_numbers(document: Document, root: type[BaseModel]) -> Iterator[Finding]:
+    """Python's booleans are whole numbers: `max_steps: true` would mean one step."""
+    for path, field, value in _written_fields(document.values, root):
+        kinds = members(field.annotation)
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            yield Finding(path, f"expected a number (got {show(value, path)})", kind="type")
+
+
+def _trainer_fields(config: type[BaseModel], installed: Installed) -> Mapping[str, Any]:
+    """The fields of `training_args`, ours and the installed trainer's."""
+    if not issubclass(config, Experiment):
+        return {}
+    own = sections_of(config.model_fields["training_args"].annotation)[0].model_fields
+    return {**own, **(installed.class_fields(config.trainer_config) or {})}
+
+
+def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo, Any]]:
+    """Every field of the schema that is written: its path, the field, its value."""
+    for model in chosen_section([root], values) if isinstance(values, dict) else ():
+        for name in model.model_fields.keys() & values.keys():
+            field, value = model.model_fields[name], values[name]
+            yield (*path, name), field, value
+            items = enumerate(value) if isinstance(value, list) else [(None, value)]
+            for index, item in items:
+                inner = (*path, name) if index is None else (*path, name, index)
+                for section in chosen_section(sections_of(field.annotation), item):
+                    yield from _written_fields(item, section, inner)
+
+
+def _checked_method(
+    findings: list[Finding],
+    document: Document,
+    config: type[BaseModel],
+    methods: Mapping[str, type[Experiment]],
+    installed: Installed,
+) -> list[Finding]:
+    """The findings, or one alone where the file is plainly meant for another method's command."""
+    if not issubclass(config, Experiment):
+        return findings
+    named = document.get(("method",))
+    if named == config.method_name:
+        return findings
+    if isinstance(named, str):
+        if named in methods:
+            return [Finding(("method",), _other_method(named, "method is", named, document))]
+        allowed = ", ".join(methods)
+        hint = did_you_mean(named, methods)
+        return [*findings, Finding(("method",), f'unknown method "{named}"; one of: {allowed}.', hint)]
+    unknown = [finding.path for finding in findings if finding.kind == "unknown key"]
+    for name, other in methods.items():
+        telling = _keys_of_method(unknown, other, installed) if other is not config else []
+        if telling and not _keys_only_here(document, config, other):
+            return [Finding(telling[0], _other_method(name, "has", str(telling[0][-1]), document))]
+    return findings
+
+
+def _other_method(method: str, verb: str, what: str, document: Document) -> str:
+    # The names are read letter by letter.
+    article = "an" if method[0] in "aefhilmnorsx" else "a"
+    return f"this looks like {article} {method} config ({verb} {what}); run: finetuning {method} {document.file or '…'}"
+
+
+def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installed: Installed) -> list[KeyPath]:
+    """Those of the unknown keys that another method knows at that very place."""
+    found = []
+    fields: Mapping[str, Any] | None = None
+    for path in paths:
+        if len(path) == 1 and path[0] in method.model_fields:
+            found.append(path)
+        elif len(path) == 2 and path[0] == "training_args":
+            if fields is None:
+                shared = installed.class_fields(SHARED_BY_METHODS) or {}
+                fields = {name: kind for name, kind in _trainer_fields(method, installed).items() if name not in shared}
+            if path[1] in fields:
+                found.append(path)
+    return found
+
+
+def _keys_only_here(document: Document, config: type[Experiment], other: type[Experiment]) -> bool:
+    """Whether the document has a section that this method knows and the other does not."""
+    return any(name in config.model_fields and name not in other.model_fields for name in document.values)

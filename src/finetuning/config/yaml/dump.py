@@ -1,0 +1,78 @@
+"""A validated config as YAML text, and where each of its values came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, SecretStr
+
+from finetuning.config.redaction import without_secrets
+from finetuning.config.yaml.document import Document, KeyPath, dotted
+from finetuning.config.yaml.scalars import read_scalar
+
+ENVIRONMENT_DEFAULTS: dict[KeyPath, str] = {("training_args", "output_dir"): "CHECKPOINTS_PATH"}
+"""Keys whose default an environment variable sets."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that our reader, whose numbers are not those of YAML 1.1, reads a text again."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if isinstance(read_scalar(text), str) and text != "<<" else "'"
+        if not text.isprintable():
+            style = '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def dump_values(config: BaseModel) -> dict[str, Any]:
+    """The config as plain values, defaults included, secrets left out."""
+    return without_secrets(_plain(config.model_dump(mode="python")))
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The config as YAML text that validates again to an equal config; secrets are left out."""
+    return yaml.dump(dump_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def provenance(config: BaseModel, document: Document, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """For each dotted key of the config: `file:line`, `command line`, `environment variable NAME` or `default`."""
+    origins = {}
+    for path in _leaves(dump_values(config)):
+        origin = document.origin_of(path)
+        variable = ENVIRONMENT_DEFAULTS.get(path, "")
+        if origin is None and environ.get(variable):
+            origin = f"environment variable {variable}"
+        origins[dotted(path)] = origin or "default"
+    return origins
+
+
+def _leaves(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """The paths of single values and of lists of them."""
+    if isinstance(values, dict) and values:
+        for key, item in values.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
+        for index, item in enumerate(values):
+            yield from _leaves(item, (*path, index))
+    else:
+        yield path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if not isinstance(item, SecretStr)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

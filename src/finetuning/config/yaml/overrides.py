@@ -1,0 +1,88 @@
+"""`key.path=value` from the command line, over what the file says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetuning.config.redaction import is_secret_path, without_user_info
+from finetuning.config.yaml.document import COMMAND_LINE, Document, KeyPath, Mark, dotted
+from finetuning.config.yaml.reader import parse_value
+from finetuning.errors import ConfigError, Place, Problem
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
+    """The document with each `key.path=value` in its place, in order; values are read as YAML.
+
+    Numbers in the path count a list's items from 0; the number after the last item appends one.
+
+    Raises:
+        ConfigError: overrides without "=", with a value that is not YAML, or through something that is no section;
+            all of them at once.
+    """
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            document = _apply(document, text)
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return document
+
+
+def _apply(document: Document, text: str) -> Document:
+    name, equals, value_text = text.partition("=")
+    parts = name.strip().split(".")
+    shown = _shown(text, parts)
+    if not equals or not all(parts):
+        raise _error("expected key.path=value", shown)
+    try:
+        value = parse_value(value_text, COMMAND_LINE)
+    except ConfigError as error:
+        reason = error.problems[0].message.split("\n", 1)[0]
+        why = "" if is_secret_path(parts) else f": {reason}"
+        raise _error(f"the value is not YAML{why}", shown) from None
+    values, path = _set(document.values, parts, value, (), shown)
+    marks = {known: mark for known, mark in document.marks.items() if known[: len(path)] != path}
+    mark = Mark(override=shown)
+    for end in range(1, len(path) + 1):
+        if path[:end] not in marks:
+            marks[path[:end]] = mark
+    return Document(values, marks, document.file)
+
+
+def _set(values: Any, parts: list[str], value: Any, done: KeyPath, shown: str) -> tuple[Any, KeyPath]:
+    """A copy of the values with one value set, and the path that it was set at."""
+    if not parts:
+        return value, done
+    head, rest = parts[0], parts[1:]
+    if isinstance(values, list):
+        index = int(head) if head.isdecimal() and len(head) < 8 else -1
+        if not 0 <= index <= len(values):
+            raise _error(f'"{dotted(done)}" has items 0 to {len(values) - 1}; "{head}" is none of them', shown)
+        copy = list(values)
+        old = copy.pop(index) if index < len(values) else None
+        item, path = _set(old, rest, value, (*done, index), shown)
+        copy.insert(index, item)
+        return copy, path
+    if values is not None and not isinstance(values, dict):
+        raise _error(f'"{dotted(done)}" is a value, not a section', shown)
+    copy = dict(values or {})
+    key: str | int = head
+    if head not in copy and head.isdecimal() and int(head) in copy:
+        key = int(head)
+    copy[key], path = _set(copy.get(key), rest, value, (*done, key), shown)
+    return copy, path
+
+
+def _shown(text: str, parts: list[str]) -> str:
+    """The override as messages may show it."""
+    if is_secret_path(parts):
+        return f"{'.'.join(parts)}=…"
+    shown = without_user_info(text)
+    return shown if len(shown) <= 100 else shown[:99] + "…"
+
+
+def _error(message: str, shown: str) -> ConfigError:
+    return ConfigError(message, place=Place(file=f'{COMMAND_LINE} "{shown}"'))

@@ -1,0 +1,193 @@
+"""A YAML file to a Document."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetuning.config.redaction import without_secret_values
+from finetuning.config.yaml.document import Document, KeyPath, Mark
+from finetuning.config.yaml.nodes import Node, compose
+from finetuning.config.yaml.scalars import read_scalar
+from finetuning.errors import ConfigError, Place
+
+MOST_BYTES = 1_000_000
+_FORBIDDEN_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
+_TAG = "tag:yaml.org,2002:"
+
+
+def read_document(path: str | Path) -> Document:
+    """The values of a YAML file with the place of each; without values when the file is empty.
+
+    Raises:
+        ConfigError: there is no such file, it is too large, not UTF-8, not YAML, or not a mapping at its top.
+    """
+    file = str(path)
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError("no such file", place=Place(file)) from None
+    except IsADirectoryError:
+        raise ConfigError("is a directory, not a YAML file", place=Place(file)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror or error}", place=Place(file)) from None
+    except ValueError:
+        raise ConfigError("is not the name of a file", place=Place(repr(file))) from None
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"is larger than {MOST_BYTES:,} bytes: this is no config", place=Place(file))
+    return parse_document(_decode(content, file), file)
+
+
+def parse_document(text: str, file: str | None = None) -> Document:
+    """The values of a YAML text with the place of each.
+
+    Raises:
+        ConfigError: the text is not YAML, or not a mapping at its top.
+    """
+    root = _parse(text, file)
+    if root is None:
+        return Document({}, file=file)
+    if root.kind != "mapping":
+        found = "a list" if root.kind == "list" else "a single value"
+        raise ConfigError(f"expected sections (keys and values), found {found}", place=Place(file, root.line))
+    builder = _Builder(file)
+    values = builder.value(root, ())
+    return Document(values, builder.marks, file)
+
+
+def parse_value(text: str, source: str) -> Any:
+    """The value that a short YAML text stands for, such as the right side of an override.
+
+    Raises:
+        ConfigError: the text is not YAML.
+    """
+    root = _parse(text, source)
+    return None if root is None else _Builder(source).value(root, ())
+
+
+def _parse(text: str, file: str | None) -> Node | None:
+    text = text.removeprefix("\ufeff")
+    forbidden = _FORBIDDEN_CHARACTER.search(text)
+    if forbidden:
+        line, column = _line_and_column(text, forbidden.start())
+        name = f"U+{ord(forbidden.group()):04X}"
+        raise ConfigError(f"the character {name} is not allowed in YAML", place=Place(file, line, column))
+    try:
+        return compose(text, file)
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(error, text, file) from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ConfigError(f"is not YAML: {error}", place=Place(file)) from None
+
+
+def _decode(content: bytes, file: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise ConfigError(
+            f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8.",
+            place=Place(file, line, column),
+            hint="Save the file as UTF-8.",
+        ) from None
+
+
+def _line_and_column(text: str, offset: int) -> tuple[int, int]:
+    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> ConfigError:
+    """The parser's complaint with the line that it is about, and a caret below the column."""
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return ConfigError(f"is not YAML: {error.problem or error.context}", place=Place(file))
+    lines = text.splitlines() or [""]
+    row, column = mark.line, mark.column
+    if row >= len(lines):
+        row, column = len(lines) - 1, len(lines[-1])
+    line = lines[row]
+    message = error.problem or "is not YAML"
+    if "\\t" in message or "\t" in line[: len(line) - len(line.lstrip())]:
+        message = "a tab cannot indent YAML; use spaces"
+        column = line.index("\t") if "\t" in line else column
+    elif error.context and error.context_mark is not None:
+        message = f"{message}, {error.context} that begins at line {error.context_mark.line + 1}"
+    shown = without_secret_values(line.expandtabs(1))[:160]
+    caret = " " * min(column, len(shown)) + "^"
+    return ConfigError(f"{message}\n    {shown}\n    {caret}", place=Place(file, row + 1, column + 1))
+
+
+class _Builder:
+    """Turns nodes into values, and notes where each key and list item begins."""
+
+    def __init__(self, file: str | None):
+        self.file = file
+        self.marks: dict[KeyPath, Mark] = {}
+
+    def value(self, node: Node, path: KeyPath) -> Any:
+        if node.kind == "scalar":
+            return self._scalar(node)
+        if node.kind == "list":
+            values = []
+            for index, item in enumerate(node.items):
+                self.marks[(*path, index)] = Mark(item.line, item.column)
+                values.append(self.value(item, (*path, index)))
+            return values
+        result = {}
+        for key, (key_node, item) in self._entries(node).items():
+            self.marks[(*path, key)] = Mark(key_node.line, key_node.column)
+            result[key] = self.value(item, (*path, key))
+        return result
+
+    def _entries(self, node: Node) -> dict[str | int, tuple[Node, Node]]:
+        """A mapping's keys with the nodes of key and value; merged keys come after its own, which win."""
+        own: dict[str | int, tuple[Node, Node]] = {}
+        merged: list[Node] = []
+        merge_node: Node | None = None
+        for key_node, item in zip(node.items[::2], node.items[1::2], strict=True):
+            if key_node.kind == "scalar" and key_node.is_plain and key_node.text == "<<":
+                if merge_node is not None:
+                    raise self._duplicate("<<", merge_node, key_node)
+                merge_node = key_node
+                merged = item.items if item.kind == "list" else [item]
+                continue
+            key = self._key(key_node)
+            if key in own:
+                raise self._duplicate(key, own[key][0], key_node)
+            own[key] = (key_node, item)
+        for section in merged:
+            if section.kind != "mapping":
+                raise self._error('"<<" takes a section, or a list of sections', merge_node or node)
+            for key, entry in self._entries(section).items():
+                own.setdefault(key, entry)
+        return own
+
+    def _key(self, node: Node) -> str | int:
+        key = self._scalar(node) if node.kind == "scalar" else None
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise self._error("a key must be text or a whole number", node)
+        return key
+
+    def _scalar(self, node: Node) -> Any:
+        if node.tag is None or node.tag == "!":
+            return read_scalar(node.text) if node.is_plain else node.text
+        wanted = node.tag.removeprefix(_TAG)
+        if wanted == "str":
+            return node.text
+        value = read_scalar(node.text)
+        kinds = {"int": int, "float": int | float, "bool": bool, "null": type(None)}
+        is_right = isinstance(value, kinds.get(wanted, ())) and (wanted == "bool" or not isinstance(value, bool))
+        if not is_right:
+            raise self._error(f"does not fit its tag !!{wanted}", node)
+        return float(value) if wanted == "float" else value
+
+    def _duplicate(self, key: str | int, first: Node, second: Node) -> ConfigError:
+        return self._error(f'"{key}" is written twice, at line {first.line} and at line {second.line}', second)
+
+    def _error(self, message: str, node: Node) -> ConfigError:
+        return ConfigError(message, place=Place(self.file, node.line, node.column))

@@ -1,0 +1,125 @@
+"""Conversations to text, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from finetuning.data.samples import Conversation, Message
+from finetuning.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# What a template can raise on a conversation that it was not written for.
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
+
+
+class CannotRender(ValueError):
+    """The chat template refuses a conversation; the message is the template's own."""
+
+
+class Renderer:
+    """Renders conversations exactly as the tokenizer's `apply_chat_template` does when the model is served."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        """Checks the template.
+
+        Raises:
+            DataError: there is no chat template, or it is no valid Jinja.
+        """
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template, and data_conf.chat_template_name is keep-original;"
+                " choose a named template"
+            )
+        self.tokenizer = tokenizer
+        self._check_syntax()
+
+    def _check_syntax(self) -> None:
+        try:
+            self.text([{"role": "user", "content": "a"}])
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
+        except CannotRender:
+            return
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The rendered text; with `prompt`, up to where the model begins to write.
+
+        Raises:
+            CannotRender: the template does not take these messages.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **(kwargs or {})
+            )
+        except jinja2.TemplateSyntaxError:
+            raise
+        except _TEMPLATE_FAULTS as error:
+            raise CannotRender(
+                f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+            ) from None
+
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+        """The text of each conversation, or what the template says against it; plain ones are rendered together."""
+        plain = [index for index, one in enumerate(conversations) if not one.tools and not one.template_kwargs]
+        together: dict[int, str] = {}
+        if len(plain) > 1:
+            try:
+                texts = self.tokenizer.apply_chat_template(
+                    [conversations[index].messages for index in plain], tokenize=False
+                )
+                together = dict(zip(plain, texts, strict=True))
+            except _TEMPLATE_FAULTS:
+                together = {}
+        return [
+            together[index] if index in together else self._text_or_fault(one)
+            for index, one in enumerate(conversations)
+        ]
+
+    def _text_or_fault(self, one: Conversation) -> str | CannotRender:
+        try:
+            return self.text(one.messages, tools=one.tools, kwargs=one.template_kwargs)
+        except CannotRender as fault:
+            return fault
+
+    def marked_spans(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, kwargs: dict[str, Any]
+    ) -> list[tuple[int, int]]:
+        """Character spans of what the template puts between its `{% generation %}` marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(None, tools)
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        _, spans = render_jinja_template(
+            conversations=[present],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        return [tuple(span) for span in spans[0]]
+
+    @cached_property
+    def has_marks(self) -> bool:
+        """Whether the template says itself, by `{% generation %}`, what the model writes."""
+        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(self.tokenizer.chat_template)))
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The tokenizer's special tokens, longest first."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        return tuple(sorted(names, key=len, reverse=True))

@@ -1,0 +1,165 @@
+"""JSON Lines, line by line, or one JSON document, an array or an object; each row keeps its line."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from finetuning.data.samples import Row, json_type
+from finetuning.data.sources.json_array import read_array
+from finetuning.errors import DataError, Place, Problem
+
+_INCOMPLETE = object()
+_PEEK = 1 << 16
+_DECODER = json.JSONDecoder()
+
+
+class Line(NamedTuple):
+    """A line of JSON Lines that is not parsed yet, and the byte of the file that it begins at."""
+
+    file: str
+    number: int
+    offset: int
+    data: bytes
+
+    def row(self) -> Row | Problem:
+        """The row of the line, or what is wrong with it."""
+        place = Place(file=self.file, line=self.number)
+        text = _to_text(self.data, place, self.offset)
+        return text if isinstance(text, Problem) else _parse_line(text, place)
+
+
+def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
+    """The rows of a file in order: lines, or a Problem in place of what is no row.
+
+    JSONL is read line by line, an array element by element; a file that holds one object over several lines is read
+    whole. A byte order mark is skipped, empty lines are not rows.
+    """
+    start = len(codecs.BOM_UTF8) if stream.read(4).startswith(codecs.BOM_UTF8) else 0
+    stream.seek(start)
+    first = _first_byte(stream)
+    stream.seek(start)
+    if first == b"[":
+        for value, text, line in read_array(path, stream, start):
+            yield _to_row(value, text, Place(file=path, line=line))
+        return
+    line = _first_line(stream) if first == b"{" else b""
+    stream.seek(start)
+    row = _read_object(path, stream.read(), start) if line and _is_cut(line) else None
+    if row is None:
+        stream.seek(start)
+        yield from _read_lines(path, stream, start)
+    else:
+        yield row
+
+
+def _first_byte(stream: Any) -> bytes:
+    """The first byte of the file that is not white space."""
+    while chunk := stream.read(_PEEK):
+        if chunk.strip():
+            return chunk.strip()[:1]
+    return b""
+
+
+def _first_line(stream: Any) -> bytes:
+    for line in stream:
+        if line.strip():
+            return line.strip()
+    return b""
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line opens an object that it does not close."""
+    return _decode(line.decode("utf-8", "replace")) is _INCOMPLETE
+
+
+def _decode(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        return error
+    except json.JSONDecodeError as error:
+        return _INCOMPLETE if error.pos >= len(text) else error
+
+
+def _read_lines(path: str, stream: Any, offset: int) -> Iterator[Line]:
+    for number, line in enumerate(stream, start=1):
+        if not line.isspace():
+            yield Line(path, number, offset, line)
+        offset += len(line)
+
+
+def _parse_line(text: str, place: Place) -> Row | Problem:
+    try:
+        values, end = _DECODER.raw_decode(text)
+        if not (end == len(text) or text[end:].isspace()):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError:
+        return _parse_strictly(text, place)
+    except RecursionError:
+        return Problem("invalid JSON: nested too deeply", place)
+    return _to_row(values, text, place)
+
+
+def _parse_strictly(text: str, place: Place) -> Row | Problem:
+    """The same for a line that is no plain object at its beginning: with white space before it, or wrong."""
+    try:
+        values = json.loads(text.rstrip())
+    except json.JSONDecodeError as error:
+        return Problem(f"invalid JSON at column {error.colno}: {error.msg}", place)
+    except RecursionError:
+        return Problem("invalid JSON: nested too deeply", place)
+    return _to_row(values, text, place)
+
+
+def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
+    """The row of a file that holds one object and nothing else; None for any other file."""
+    text = _to_text(data, Place(file=path, line=1), offset)
+    if isinstance(text, Problem):
+        raise DataError([text])
+    position = len(text) - len(text.lstrip())
+    try:
+        values, end = _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        return None
+    if text[end:].strip():
+        return None
+    return _to_row(values, text, Place(file=path, line=1 + text.count("\n", 0, position)))
+
+
+def _to_text(line: bytes, place: Place, offset: int) -> str | Problem:
+    if b"\0" in line:
+        return Problem(f"NUL byte at byte {offset + line.index(0)}; the file is damaged or not text", place)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line_number = (place.line or 1) + line.count(b"\n", 0, error.start)
+        where = Place(file=place.file, line=line_number)
+        return Problem(f"invalid UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x})", where)
+
+
+def _to_row(values: Any, text: str, place: Place) -> Row | Problem:
+    if not isinstance(values, dict):
+        return Problem(f"expected an object, got {json_type(values)}", place)
+    # Only an escape can bring these past the UTF-8 decoder; no tokenizer takes half a pair.
+    if "\\u" in text:
+        strings = "".join(_strings(values))
+        if "\0" in strings:
+            return Problem("a string holds a NUL character (\\u0000)", place)
+        if any("\ud800" <= character <= "\udfff" for character in strings):
+            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no text", place)
+    return Row(values, place)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)

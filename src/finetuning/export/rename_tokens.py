@@ -1,0 +1,200 @@
+"""`replace_tokens`: a tokenizer in which some tokens have other names and the same ids."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.atomic_io import staged
+from finetuning.errors import ConfigError, ModelError, Problem
+from finetuning.export.inputs import folder_of, read_json
+
+TOKENIZER = "tokenizer.json"
+# Values that name parts of the format, never tokens.
+_FORMAT_KEYS = frozenset({"type", "version", "behavior", "direction", "strategy", "padding_side", "tokenizer_class"})
+_TEMPLATE_KEYS = frozenset({"chat_template", "template"})
+# Binary or textual files of slow tokenizers; they would bring the old names back.
+_LEFT_OUT = (".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What was renamed, and what was not taken along."""
+
+    ids: Mapping[str, int]
+    """New name to id."""
+    left_out: tuple[str, ...]
+
+
+def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_template: bool = False) -> Renamed:
+    """Copies the tokenizer in `source` to `out` with tokens renamed, old name to new, all at once.
+
+    The JSON files are changed as JSON, in vocabulary, added and special tokens, post-processor and config. Chat
+    templates are text; there the old names are replaced too, unless `keep_template`.
+
+    Raises:
+        ModelError: an old name is no token, a new one is a token already, or the new names would not be encoded.
+        StorageError: `out` is not empty.
+    """
+    folder = folder_of(source, "tokenizer")
+    if not (folder / TOKENIZER).is_file():
+        raise ModelError(
+            f"{folder} has no {TOKENIZER}.",
+            hint="Load it with transformers' AutoTokenizer and save it once; that writes the file.",
+        )
+    content = read_json(folder / TOKENIZER)
+    ids = _token_ids(content)
+    _check_names(renames, ids, content)
+    left_out = []
+    with staged(out) as staging:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            target = staging / file.relative_to(folder)
+            if file.suffix in _LEFT_OUT:
+                left_out.append(file.name)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".json":
+                _write(target, _renamed_json(file, renames, ids, keep_template))
+            elif file.suffix == ".jinja" and not keep_template:
+                target.write_text(_in_text(file.read_text(encoding="utf-8"), renames), encoding="utf-8")
+            else:
+                shutil.copyfile(file, target)
+        _check_encoding(staging / TOKENIZER, renames, ids)
+    return Renamed({new: ids[old] for old, new in renames.items()}, tuple(left_out))
+
+
+def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """Old names to new ones, in order.
+
+    Raises:
+        ConfigError: there are not as many of each, or a name comes twice.
+    """
+    if len(old) != len(new):
+        raise ConfigError(f"--from has {len(old)} names and --to {len(new)}; they go in pairs")
+    for option, names in (("--from", old), ("--to", new)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"{option} names {', '.join(map(repr, twice))} twice")
+        if "" in names:
+            raise ConfigError(f"{option} has an empty name")
+    return {before: after for before, after in zip(old, new, strict=True) if before != after}
+
+
+def _token_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = (content.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
+
+
+def _check_names(renames: Mapping[str, str], ids: Mapping[str, int], content: Mapping[str, Any]) -> None:
+    """Raises ModelError, with every name that is wrong."""
+    problems = []
+    merged = _pieces_of_merges(content)
+    added = {token["content"] for token in content.get("added_tokens") or ()}
+    for old, new in renames.items():
+        if old not in ids:
+            near = difflib.get_close_matches(old, list(ids), n=1, cutoff=0.5)
+            problems.append(Problem(f"there is no token {old!r}", hint=f"Did you mean {near[0]!r}?" if near else None))
+        elif old in merged and old not in added:
+            problems.append(
+                Problem(f"{old!r} is put together from other tokens, so text never names it; it cannot be renamed")
+            )
+        if new in ids and new not in renames:
+            problems.append(Problem(f"{new!r} is a token already (id {ids[new]})", hint="Choose a name that is free."))
+    if problems:
+        raise ModelError(problems)
+
+
+def _pieces_of_merges(content: Mapping[str, Any]) -> set[str]:
+    pieces: set[str] = set()
+    for merge in (content.get("model") or {}).get("merges") or ():
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        pieces |= {left, right, left + right}
+    return pieces
+
+
+def _renamed_json(file: Path, renames: Mapping[str, str], ids: Mapping[str, int], keep_template: bool) -> Any:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if file.name == TOKENIZER:
+        content = _renamed_tokenizer(content, renames, ids)
+    elif file.name in ("vocab.json", "added_tokens.json"):
+        content = {renames.get(key, key): value for key, value in content.items()}
+    elif file.name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"):
+        content = _walk(content, renames, keep_template)
+    return content
+
+
+def _renamed_tokenizer(content: dict[str, Any], renames: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, Any]:
+    model = dict(content.get("model") or {})
+    vocabulary = model.pop("vocab", {})
+    merges = model.pop("merges", None)
+    content = _walk({**content, "model": model}, renames, keep_template=True)
+    if isinstance(vocabulary, Mapping):
+        content["model"]["vocab"] = {renames.get(piece, piece): index for piece, index in vocabulary.items()}
+    else:
+        content["model"]["vocab"] = [[renames.get(piece, piece), score] for piece, score in vocabulary]
+    if merges is not None:
+        content["model"]["merges"] = merges
+    added = content.setdefault("added_tokens", [])
+    known = {token["content"] for token in added}
+    # A token of the plain vocabulary is found in text only when it is an added one.
+    for old, new in renames.items():
+        if new not in known:
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+            added.append({"id": ids[old], "content": new, **flags})
+    added.sort(key=lambda token: token["id"])
+    return content
+
+
+def _walk(value: Any, renames: Mapping[str, str], keep_template: bool, key: str = "") -> Any:
+    """The value with each string and each key that is a whole old name replaced; template texts inside too."""
+    if isinstance(value, dict):
+        return {renames.get(k, k): _walk(v, renames, keep_template, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_walk(item, renames, keep_template, key) for item in value]
+    if not isinstance(value, str) or key in _FORMAT_KEYS:
+        return value
+    if key in _TEMPLATE_KEYS:
+        return value if keep_template else _in_text(value, renames)
+    return renames.get(value, value)
+
+
+def _in_text(text: str, renames: Mapping[str, str]) -> str:
+    """The text with all old names replaced in one pass, so that names can be swapped."""
+    parts = [text]
+    for old in sorted(renames, key=len, reverse=True):
+        # Even places hold text still to be searched, odd ones names already new.
+        split: list[str] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                split.append(part)
+                continue
+            pieces = part.split(old)
+            for place, piece in enumerate(pieces):
+                split += [piece] if place == len(pieces) - 1 else [piece, renames[old]]
+        parts = split
+    return "".join(parts)
+
+
+def _write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_encoding(file: Path, renames: Mapping[str, str], ids: Mapping[str, int]) -> None:
+    """Nothing, or a ModelError when the new tokenizer does not encode a new name to the old id."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    for old, new in renames.items():
+        encoded = tokenizer.encode(new, add_special_tokens=False).ids
+        if encoded != [ids[old]]:
+            raise ModelError(f"{new!r} would be encoded as {encoded} and not as {[ids[old]]}; choose another name")

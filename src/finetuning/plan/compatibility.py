@@ -1,0 +1,238 @@
+"""The support matrix: what does not go together, said before a weight is loaded, with what to do instead."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from finetuning.errors import ConfigError, Place, Problem
+from finetuning.plan import features as t
+from finetuning.plan.features import TRAITS, Setting, Trait
+from finetuning.plan.lora_init import table
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Two traits that exclude each other: why, and what to do. The key of the first is the one to change."""
+
+    one: Trait
+    other: Trait
+    why: str
+    instead: str
+
+    def applies(self, setting: Setting) -> bool:
+        return self.one.has(setting) and self.other.has(setting)
+
+    def problem(self, setting: Setting) -> Problem:
+        """What the user reads."""
+        adapter = f" ({setting.adapter})" if "adapter" in (self.one.axis, self.other.axis) and setting.adapter else ""
+        message = f"{self.one.name} does not go with {self.other.name}{adapter}: {self.why}"
+        return Problem(message, Place(key=self.one.key), self.instead)
+
+
+_APART = "only adapters that treat each token alone let rows lie end to end"
+_PADDED = "Set sft_args.batching: auto and packing: false."
+_UNPLACED = (
+    "that rows stay apart is proven on the logits of a whole model before training, and DeepSpeed may load it in parts"
+)
+_READS = "the adapter computes with the numbers of the weights, which quantised ones do not hold as such"
+_UNSLICED = "Set sft_args.logits_at_once: auto."
+REFUSALS = (
+    Refusal(t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.TORCHAO, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.GPTQ, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Refusal(t.QUANTISED_ANEW, t.GPTQ, "the checkpoint is quantised as it is", "Remove quant_conf."),
+    Refusal(t.GPTQ, t.NOT_OVER_GPTQ, "PEFT has layers over those of GPTQ for few adapters", "Choose LORA."),
+    Refusal(t.FROM_WEIGHTS, t.GPTQ, "packed layers do not hold their weights as numbers", "Remove init_lora_weights."),
+    Refusal(t.DORA, t.GPTQ, "PEFT's layer over those of GPTQ has no DoRA", "Remove use_dora."),
+    Refusal(
+        t.GPTQ,
+        t.FSDP,
+        "its weights are packed integers, which accelerate cannot hand out to the processes",
+        "Run by torchrun without sharding, or take the unquantised model with quant_conf: 4 bit, nf4.",
+    ),
+    Refusal(t.TORCHAO, t.NOT_OVER_TORCHAO, "PEFT has layers over torchao's weights for few adapters", "Choose LORA."),
+    *(
+        Refusal(t.TORCHAO, sharding, "its weights are no plain tensors, which sharding cuts", "Choose 4 bit, nf4.")
+        for sharding in (t.FSDP, t.DEEPSPEED)
+    ),
+    Refusal(t.EIGHT_BIT, t.NO_EIGHT_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
+    Refusal(t.FOUR_BIT, t.NO_FOUR_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
+    *(
+        Refusal(
+            beginning,
+            t.REFERENCE,
+            "the reference is the model without its adapter, which this beginning makes another than the one that is"
+            " trained",
+            "Remove init_lora_weights.",
+        )
+        for beginning in (t.PISSA, t.OLORA, t.RANDOM_START)
+    ),
+    Refusal(
+        t.ALORA, t.SCORES, "PEFT looks for the text that switches it on in language models only", "Choose a plain LORA."
+    ),
+    *(
+        Refusal(t.PISSA, weights, "it takes the weights apart, which needs them as numbers", "Remove one of them.")
+        for weights in (t.EIGHT_BIT, t.FOUR_BIT, t.TORCHAO)
+    ),
+    Refusal(
+        t.EIGHT_BIT,
+        t.FSDP,
+        "FSDP shards floating point numbers only",
+        "Set load_in_4bit: true and load_in_8bit: false, which is stored as floats.",
+    ),
+    *(
+        Refusal(rows, adapter, _APART, _PADDED)
+        for rows in (t.PACKING, t.PADDING_FREE)
+        for adapter in (t.ALORA, t.VIRTUAL, t.UNPROVEN)
+    ),
+    *(Refusal(rows, t.DEEPSPEED, _UNPLACED, _PADDED) for rows in (t.PACKING, t.PADDING_FREE)),
+    *(
+        Refusal(
+            t.SLICED,
+            sharding,
+            "processes with other numbers of labels would gather the head other numbers of times",
+            _UNSLICED,
+        )
+        for sharding in (t.FSDP, t.DEEPSPEED)
+    ),
+    Refusal(t.SLICED, t.VIRTUAL, "virtual tokens shift the positions that labels stand at", _UNSLICED),
+    Refusal(
+        t.CHECKPOINTING,
+        t.PREFIX,
+        "prefixes are keys and values of a cache, which recomputed layers do not see",
+        "Set gradient_checkpointing: false, or choose PROMPT_TUNING.",
+    ),
+    *(
+        Refusal(
+            t.ADALORA,
+            sharding,
+            "it moves rank between layers by gradients that no process holds whole",
+            "Choose LORA, or run without sharding.",
+        )
+        for sharding in (t.FSDP, t.DEEPSPEED)
+    ),
+    Refusal(
+        t.BEST_AT_END,
+        t.ADALORA,
+        "its ranks have other shapes at the end than in an earlier checkpoint",
+        "Set load_best_model_at_end: false, or choose LORA.",
+    ),
+    Refusal(
+        t.EIGHT_BIT_OPTIMIZER,
+        t.FSDP,
+        "bitsandbytes' optimizers do not know sharded tensors and write past them",
+        "Set optim: adamw_torch_fused; FSDP shards its states.",
+    ),
+    *(
+        Refusal(
+            t.LOW_RANK,
+            adapter,
+            "it projects the gradients of whole weight matrices, which an adapter leaves frozen",
+            "Set optim: adamw_torch_fused, or train all weights (NO_PEFT).",
+        )
+        for adapter in (t.LORA, t.ALORA, t.ADALORA, t.VIRTUAL, t.UNPROVEN)
+    ),
+    Refusal(
+        t.LAYERWISE,
+        t.ACCUMULATION,
+        "each layer is updated as soon as its gradient is there",
+        "Raise max_per_device_train_batch_size, or take the optimizer without _layerwise.",
+    ),
+    Refusal(t.LAYERWISE, t.SEVERAL, "gradients are not averaged between processes", "Take it without _layerwise."),
+    Refusal(
+        t.LORAPLUS,
+        t.NOT_LORA,
+        "it gives the B matrices of LoRA a learning rate of their own",
+        "Choose peft_type: LORA, or remove overrides.loraplus_lr_ratio.",
+    ),
+    Refusal(
+        t.LORAPLUS, t.LOW_RANK, "both make the groups of parameters", "Set optim: adamw_torch_fused, or remove LoRA+."
+    ),
+    Refusal(
+        t.LORAPLUS,
+        t.DEEPSPEED,
+        "DeepSpeed may build the optimizer itself, with one learning rate",
+        "Run without DeepSpeed, or remove overrides.loraplus_lr_ratio.",
+    ),
+    Refusal(
+        t.FP16,
+        t.FLOAT16_MASTERS,
+        "loss scaling needs the trained weights in float32 and casts as it computes",
+        "Set run_conf.model_args.dtype: float32 (or auto), or use bf16.",
+    ),
+)
+"""Every pair that is refused; whatever else is asked for together is tried."""
+
+
+NEEDS_GPU = {
+    "use_liger_kernel": ("its kernels are written in Triton, which compiles for GPUs", "Remove it."),
+    "activation_offloading": ("on a CPU activations are in the machine's memory as it is", "Remove it."),
+}
+"""Fields of `training_args` that a CPU cannot honour: why, and what to do."""
+
+
+def check_support(setting: Setting) -> None:
+    """Nothing when all that the setting asks for goes together.
+
+    Raises:
+        ConfigError: every pair that does not, with its place and an alternative.
+    """
+    problems = {str(refusal.problem(setting)): refusal for refusal in REFUSALS if refusal.applies(setting)}
+    if problems:
+        raise ConfigError([refusal.problem(setting) for refusal in problems.values()])
+
+
+def refusal_of(one: Trait, other: Trait) -> Refusal | None:
+    """Why two traits exclude each other; None when they do not."""
+    return next(
+        (refusal for refusal in REFUSALS if {one.name, other.name} == {refusal.one.name, refusal.other.name}), None
+    )
+
+
+def matrix() -> str:
+    """The matrix in Markdown: the pairs that are refused, axis by axis, each with its reason."""
+    lines = [
+        "# What goes together",
+        "",
+        "Generated from `plan/support.py`; do not edit. Whatever is not listed here may be combined. A pair that is",
+        "refused is an error before any weight is loaded, by `--dry-run` too, with the place of the key in the file.",
+        "",
+    ]
+    for one_axis, other_axis in combinations(dict.fromkeys(trait.axis for trait in (*TRAITS, *_unlisted())), 2):
+        found = [refusal for refusal in REFUSALS if {refusal.one.axis, refusal.other.axis} == {one_axis, other_axis}]
+        if found:
+            lines += [f"## {one_axis.capitalize()} and {other_axis}", "", "| this | with this | why not | instead |"]
+            lines += ["|---|---|---|---|"]
+            lines += [f"| {_named(r.one)} | {_named(r.other)} | {r.why} | {r.instead} |" for r in found]
+            lines += [""]
+    lines += ["## On a GPU only", "", "| `training_args` | why | on a CPU |", "|---|---|---|"]
+    lines += [f"| `{key}` | {why} | {instead} |" for key, (why, instead) in NEEDS_GPU.items()]
+    lines += ["", "## How a LoRA may begin", ""]
+    lines += ["All of PEFT's ways but these, by `peft_conf.peft_kwargs.init_lora_weights`:", "", *table(), ""]
+    lines += ["## The adapters that are meant", ""]
+    for title, names in (
+        ("Token by token", t.TOKENWISE),
+        ("Virtual tokens", t.VIRTUAL_TOKENS),
+        ("Over torchao's weights, besides those of virtual tokens", t.OVER_TORCHAO),
+        ("Over GPTQ's layers, besides those of virtual tokens", t.OVER_GPTQ),
+        ("Not over 4 bit weights", t.NOT_OVER_FOUR_BIT),
+        ("Not over 8 bit weights", t.NOT_OVER_EIGHT_BIT),
+    ):
+        lines.append(f"- {title}: {', '.join(f'`{name}`' for name in names)}")
+    return "\n".join(lines) + "\n"
+
+
+def _unlisted() -> list[Trait]:
+    return [trait for refusal in REFUSALS for trait in (refusal.one, refusal.other) if trait not in TRAITS]
+
+
+def _named(trait: Trait) -> str:
+    return f"{trait.name} (`{trait.key}`)" if trait.key else trait.name
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(matrix(), encoding="utf-8")

@@ -1,0 +1,128 @@
+"""What a model weighs, read from its files' headers: no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_PACKED = (".qweight", ".qzeros", ".g_idx")
+_MAX_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a device holds whatever the batch: weights, gradients and optimizer states. Activations come on top.
+
+    For one process without sharding. `trainable` is None, and what follows from it left out, where the adapter's
+    size cannot be read from its config.
+    """
+
+    parameters: int
+    trainable: int | None
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes of what is tuned, as it is saved; 0 where that is not known."""
+        return self.gradients
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint: what is tuned, with its optimizer states; 0 where that is not known."""
+        return self.gradients + self.optimizer
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[list[int], int]]:
+    """Shape and bytes per element of every tensor in a folder's safetensors files; empty when there are none."""
+    shapes: dict[str, tuple[list[int], int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            prefix = stream.read(8)
+            size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 0 < size <= _MAX_HEADER:
+                return {}
+            try:
+                header = json.loads(stream.read(size))
+            except ValueError:
+                return {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                shapes[name] = (entry["shape"], _BYTES.get(entry["dtype"], 2))
+    return shapes
+
+
+def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
+    """The estimate for a model that lies in a local folder; None for any other."""
+    folder = Path(experiment.run_conf.model)
+    shapes = read_shapes(folder) if folder.is_dir() else {}
+    if not shapes:
+        return None
+    forced = _DTYPE_BYTES.get(experiment.run_conf.model_args.dtype)
+    counts = {
+        name: (_product(shape), size if name.endswith(_PACKED) else forced or size)
+        for name, (shape, size) in shapes.items()
+    }
+    parameters = sum(count for count, _ in counts.values())
+    quantised = _quantised_bits(experiment)
+    weights = sum(
+        count * quantised // 8 if quantised and len(shapes[name][0]) == 2 and "embed" not in name else count * size
+        for name, (count, size) in counts.items()
+    )
+    trainable, trainable_size = _trainable(experiment, shapes, counts)
+    states = 2 if "adam" in experiment.training_args.optim else 1
+    return MemoryEstimate(
+        parameters=parameters,
+        trainable=trainable,
+        weights=weights + (trainable or 0) * trainable_size * (not isinstance(experiment.peft_conf, NoPeft)),
+        gradients=(trainable or 0) * trainable_size,
+        optimizer=(trainable or 0) * trainable_size * states,
+    )
+
+
+def _quantised_bits(experiment: Experiment) -> int | None:
+    if isinstance(experiment.quant_conf, TorchAO):
+        return 8
+    if not isinstance(experiment.quant_conf, BitsAndBytes):
+        return None
+    return 4 if experiment.quant_conf.load_in_4bit else 8
+
+
+def _trainable(experiment: Experiment, shapes: dict, counts: dict) -> tuple[int | None, int]:
+    """Number of trained parameters and their bytes each."""
+    if isinstance(experiment.peft_conf, NoPeft):
+        return sum(count for count, _ in counts.values()), max(size for _, size in counts.values())
+    if not (isinstance(experiment.peft_conf, NewPeft) and experiment.peft_conf.peft_type == "LORA"):
+        return None, 4
+    kwargs = experiment.peft_conf.peft_kwargs
+    targets, rank = kwargs.get("target_modules"), int(kwargs.get("r", 8))
+    if isinstance(targets, list) and "all-linear" in targets:
+        targets = "all-linear"
+    total = 0
+    for name, (shape, _) in shapes.items():
+        module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        linear = len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+        chosen = (targets == "all-linear" and module != "lm_head") or (isinstance(targets, list) and module in targets)
+        if linear and chosen:
+            total += rank * sum(shape)
+    # PEFT keeps new adapter weights in float32 beside half-precision bases.
+    return total or None, 4
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

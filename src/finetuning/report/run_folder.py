@@ -1,0 +1,177 @@
+"""What a run has left in its output directory, read for people."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import ConfigError, Place
+from finetuning.report.series import Series, read_series
+
+RECORD_NAME = "run.json"
+_CONFIG_NAME = "config.resolved.yaml"
+_PREVIEW_NAME = "first_rows.txt"
+_MOST_BYTES = 2_000_000
+_HEAD = re.compile(r"^--- (?P<head>.*: \d+ tokens, \d+ trained.*)$", re.MULTILINE)
+_MARK = re.compile("([⟦⟧])")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span of telemetry. Times are seconds since its job began."""
+
+    name: str
+    start_s: float
+    end_s: float
+    depth: int
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """A row as it was trained on: its heading, and its text in pieces, each trained or not."""
+
+    head: str
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its output directory tells it."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    series: Series
+    config: str
+    rows: tuple[PreviewRow, ...]
+    jobs: tuple[tuple[Span, ...], ...]
+    """The spans of each job that telemetry has recorded, the oldest first."""
+    certificates: Mapping[str, Any]
+    """What merges of this run's adapter have proven, by the file that says so."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def command(self) -> str:
+        """The command that started the last job."""
+        words = (self.record.get("jobs") or [{}])[-1].get("command") or []
+        return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
+
+    @property
+    def seconds(self) -> float | None:
+        """From the start of the last job to its end; None while it runs."""
+        job = (self.record.get("jobs") or [{}])[-1]
+        began, ended = parse_time(job.get("started")), parse_time(job.get("ended"))
+        return (ended - began).total_seconds() if began and ended else None
+
+    def last(self, name: str) -> float | None:
+        """The last value of a series."""
+        points = self.series.get(name)
+        return points[-1][1] if points else None
+
+
+def read_run(folder: Path) -> Run:
+    """The run in an output directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    record = _read_json(folder / RECORD_NAME)
+    if not isinstance(record, dict):
+        raise ConfigError(f"holds no {RECORD_NAME}: this is no output directory of a run", place=Place(str(folder)))
+    return Run(
+        folder=folder,
+        record=record,
+        series=read_series(folder),
+        config=_read_text(folder / _CONFIG_NAME),
+        rows=_preview(_read_text(folder / _PREVIEW_NAME)),
+        jobs=_spans(folder),
+        certificates=_certificates(folder),
+    )
+
+
+def parse_time(text: Any) -> datetime | None:
+    """A time of the record, in UTC."""
+    try:
+        return datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(_MOST_BYTES)
+    except OSError:
+        return ""
+
+
+def _preview(text: str) -> tuple[PreviewRow, ...]:
+    """The rows of `first_rows.txt`, whose trained text stands in ⟦ ⟧."""
+    parts = _HEAD.split(text)[1:]
+    return tuple(
+        PreviewRow(head, tuple(_pieces(body.strip("\n")))) for head, body in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def _pieces(body: str) -> list[tuple[str, bool]]:
+    pieces, trained = [], False
+    for part in _MARK.split(body):
+        if part in ("⟦", "⟧"):
+            trained = part == "⟦"
+        elif part:
+            pieces.append((part, trained))
+    return pieces
+
+
+def _spans(folder: Path) -> tuple[tuple[Span, ...], ...]:
+    """The spans of rank 0 of each job, but those that telemetry does not write by default."""
+    if not (folder / "telemetry").is_dir():
+        return ()
+    from finetuning.telemetry.names import SHORT_SPANS
+    from finetuning.telemetry.records import job_files, read_job
+
+    jobs = [job for path in job_files(folder) if (job := read_job(path))]
+    found = []
+    for job in jobs:
+        parents = {span.span_id: span.parent_id for span in job.spans}
+        found.append(
+            tuple(
+                Span(
+                    span.name,
+                    (span.start_ns - job.began_ns) / 1e9,
+                    (span.end_ns - job.began_ns) / 1e9,
+                    _depth(span.span_id, parents),
+                )
+                for span in sorted(job.spans, key=lambda span: span.start_ns)
+                if span.name not in SHORT_SPANS
+            )
+        )
+    return tuple(found)
+
+
+def _depth(span_id: str, parents: Mapping[str, str]) -> int:
+    depth = 0
+    while (span_id := parents.get(span_id, "")) in parents and depth < 20:
+        depth += 1
+    return depth
+
+
+def _certificates(folder: Path) -> dict[str, Any]:
+    """Merge certificates in the output directory's folders."""
+    paths = sorted(folder.glob("*/*certificate*.json"))
+    return {str(path.relative_to(folder)): found for path in paths if isinstance(found := _read_json(path), dict)}

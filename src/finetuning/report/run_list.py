@@ -1,0 +1,135 @@
+"""The runs below a directory, and how each of them does."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import ConfigError, Place
+from finetuning.tracking.metrics_log import FILE_NAME as METRICS_NAME
+
+RECORD_NAME = "run.json"
+_LOCK_NAME = ".finetuning.lock"
+_TAIL_BYTES = 64 * 1024
+_NOT_ENTERED = ("checkpoint-", "telemetry", "mlruns", "artifacts", ".")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run. `state` is running, dead (killed without a word), completed, interrupted, stopped (by a guard), failed,
+    or `on HOST` for one that runs, or did, on another machine. None where a value is not known."""
+
+    folder: str
+    state: str
+    method: str | None
+    model: str | None
+    step: int | None
+    steps: int | None
+    loss: float | None
+    validation_loss: float | None
+    tokens_per_s: float | None
+    goodput: float | None
+    started: str | None
+
+
+def list_runs(folder: Path) -> list[RunState]:
+    """The runs in and below a directory, the newest first.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    if not folder.is_dir():
+        raise ConfigError("no such directory", place=Place(str(folder)))
+    found = [state for path in _records(folder) if (state := read_state(path.parent)) is not None]
+    return sorted(found, key=lambda state: (state.started or "", state.folder), reverse=True)
+
+
+def read_state(folder: Path) -> RunState | None:
+    """How one run does; None where its record cannot be read, or is not one of a run."""
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or "status" not in record:
+        return None
+    jobs = record.get("jobs") or [{}]
+    last = _last_values(folder / METRICS_NAME)
+    step = last.get("step")
+    telemetry = record.get("telemetry") or {}
+    return RunState(
+        folder=str(folder),
+        state=_state(folder, str(record["status"]), jobs[-1]),
+        method=record.get("method"),
+        model=(record.get("model") or {}).get("name"),
+        step=int(step) if step is not None else None,
+        steps=((record.get("plan") or {}).get("steps") or {}).get("total"),
+        loss=last.get("loss"),
+        validation_loss=last.get("eval_loss"),
+        tokens_per_s=last.get("tokens_per_s"),
+        goodput=(telemetry.get("session") or {}).get("goodput"),
+        started=jobs[0].get("started"),
+    )
+
+
+def _records(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(_NOT_ENTERED))
+        if RECORD_NAME in files:
+            yield Path(parent) / RECORD_NAME
+
+
+def _state(folder: Path, status: str, job: Mapping[str, Any]) -> str:
+    if status == "stopped by a guard":
+        return "stopped"
+    if status != "running":
+        return status
+    if job.get("host") != platform.node():
+        return f"on {job.get('host')}"
+    return "running" if _is_alive(job.get("pid")) and _is_locked(folder / _LOCK_NAME) else "dead"
+
+
+def _is_alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (OSError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a run holds its output directory: a process id alone may long belong to another process."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last_values(path: Path) -> dict[str, float]:
+    """The newest value of each number, from the end of the file."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+            lines = stream.read().splitlines()
+    except OSError:
+        return {}
+    values: dict[str, float] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            values |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+    return values

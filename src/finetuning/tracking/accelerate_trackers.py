@@ -1,0 +1,221 @@
+"""Trackers besides MLflow, told by accelerate's classes for them, each in a thread of its own.
+
+Each goes on with its own run when a job is resumed, by what `NAME_tracker.json` says of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.sections.trackers import PACKAGES, wanted_trackers
+from finetuning.config.sections.training import Tracking
+from finetuning.tracking.background import BackgroundSink
+from finetuning.tracking.sinks import FigureNames, LogEvent, Sink, StepMetrics, totals
+
+Identity = dict[str, Any]
+_PREFIXES = {"eval_": "eval/", "test_": "test/"}
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run before its first number.
+
+    `parameters` are texts by dotted keys, and the user's own values.
+    """
+
+    output_dir: Path
+    project: str
+    name: str
+    parameters: Mapping[str, Any]
+    section: Tracking
+    before: Mapping[str, Identity]
+    """What an earlier job of this run has left, by tracker; empty for a fresh start."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one tracker is opened, and what of it another job needs, to go on with its run."""
+
+    settings: Callable[[TrackedRun, Identity], dict[str, Any]] = lambda run, before: {"run_name": run.project}
+    identity: Callable[[Any], Identity] = lambda tracker: {}
+    groups: bool = True
+    """Whether names are put as `train/loss` and `eval/loss`, by which it groups its curves."""
+    step_name: str | None = None
+    """The value that carries the step, where a step may come twice; None where steps are given apart."""
+
+
+def _tensorboard(run: TrackedRun, before: Identity) -> dict[str, Any]:
+    shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if shared:
+        return {"run_name": run.output_dir.absolute().name, "logging_dir": shared}
+    return {"run_name": "", "logging_dir": str(run.output_dir / "tensorboard")}
+
+
+def _wandb(run: TrackedRun, before: Identity) -> dict[str, Any]:
+    import wandb
+
+    known = {"id": before["run_id"], "resume": "allow"} if before.get("run_id") else {}
+    folder = {} if os.environ.get("WANDB_DIR") else {"dir": str(run.output_dir)}
+    # Its capture of the terminal would cut the progress display into lines.
+    quiet = wandb.Settings(console="off", silent=True)
+    return {"run_name": os.environ.get("WANDB_PROJECT") or run.project, "name": run.name, "settings": quiet} | (
+        known | folder
+    )
+
+
+def _aim(run: TrackedRun, before: Identity) -> dict[str, Any]:
+    section = run.section
+    port = section.aim_remote_server_port or 53800
+    known = {"run_hash": before["run_hash"]} if before.get("run_hash") else {"experiment": run.project}
+    return known | {
+        "run_name": run.name,
+        "logging_dir": section.aim_repo or f"aim://{section.aim_remote_server_ip}:{port}",
+        "capture_terminal_logs": False,
+    }
+
+
+def _clearml(run: TrackedRun, before: Identity) -> dict[str, Any]:
+    known = {"continue_last_task": before["task_id"]} if before.get("task_id") else {}
+    return known | {
+        "project_name": run.section.clearml_project or os.environ.get("CLEARML_PROJECT") or run.project,
+        "task_name": run.section.clearml_task or os.environ.get("CLEARML_TASK") or run.name,
+        "auto_connect_arg_parser": False,
+        "auto_connect_frameworks": False,
+        "auto_connect_streams": False,
+    }
+
+
+KINDS: dict[str, Kind] = {
+    "tensorboard": Kind(_tensorboard, lambda tracker: {"folder": str(tracker.log_dir)}),
+    "wandb": Kind(
+        _wandb,
+        lambda tracker: {
+            "run_id": tracker.id,
+            "run_name": tracker.name,
+            "run_uri": tracker.url,
+            "folder": str(Path(tracker.dir).parent),
+        },
+        step_name="train/global_step",
+    ),
+    "aim": Kind(_aim, lambda tracker: {"run_hash": tracker.hash}, groups=False),
+    "clearml": Kind(
+        _clearml, lambda tracker: {"task_id": tracker.id, "task_uri": tracker.get_output_log_web_page()}, groups=False
+    ),
+    **{name: Kind() for name in ("trackio", "swanlab", "comet_ml")},
+    "dvclive": Kind(
+        lambda run, before: {"dir": str(run.output_dir / "dvclive"), "resume": bool(before), "save_dvc_exp": False},
+        lambda tracker: {"folder": str(tracker.dir)},
+    ),
+}
+"""The trackers that are told by a class of accelerate's."""
+
+
+class AccelerateTracker(Sink):
+    """One run in one tracker, opened when training begins: a run that fails before leaves nothing there."""
+
+    def __init__(self, name: str, run: TrackedRun):
+        self.name = name
+        self._kind = KINDS[name]
+        self._run = run
+        self._tracker: Any = None
+        self._figures = FigureNames()
+
+    def begin(self, metrics: StepMetrics) -> None:
+        if self._tracker is not None:
+            return
+        from accelerate.state import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()
+        settings = self._kind.settings(self._run, dict(self._run.before.get(self.name, {})))
+        tracker = LOGGER_TYPE_TO_CLASS[self.name](**settings)
+        tracker.start()
+        self._tracker = tracker
+        tracker.store_init_configuration(dict(self._run.parameters))
+        if self._kind.step_name:
+            tracker.tracker.define_metric("*", step_metric=self._kind.step_name, step_sync=True)
+        if identity := self._kind.identity(tracker.tracker):
+            write_identity(self._run.output_dir, self._run.section, self.name, identity)
+
+    def log(self, event: LogEvent) -> None:
+        values = dict(event.values)
+        if event.kind == "training" and event.metrics.tokens_per_s is not None:
+            values["tokens_per_second"] = event.metrics.tokens_per_s
+        if event.kind == "summary":
+            values = totals(values)
+        elif self._kind.groups:
+            values = {_grouped(name): value for name, value in values.items()}
+        self._send(values, event.metrics.step)
+
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        self._send(self._figures.of(values), step)
+
+    def close(self) -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.finish()
+
+    def _send(self, values: Mapping[str, float], step: int) -> None:
+        if self._tracker is None or not values:
+            return
+        if self._kind.step_name:
+            self._tracker.log({**values, self._kind.step_name: step})
+        else:
+            self._tracker.log(dict(values), step=step)
+
+
+def write_identity(output_dir: Path, section: Tracking, name: str, identity: Identity) -> None:
+    """`NAME_tracker.json`: where a tracker's run is. In `output_dir`, and in the folder that the config names."""
+    folders = [output_dir, *([Path(section.run_uri_export_path)] if section.run_uri_export_path else [])]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}_tracker.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def read_identities(output_dir: Path, names: Sequence[str]) -> dict[str, Identity]:
+    """What earlier jobs of this output directory have left of each tracker's run."""
+    found: dict[str, Identity] = {}
+    for name in names:
+        try:
+            value = json.loads((output_dir / f"{name}_tracker.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, dict):
+            found[name] = value
+    return found
+
+
+def tracker_sinks(experiment: Experiment, method: str, parameters: Mapping[str, str], *, resumed: bool) -> list[Sink]:
+    """A sink for each tracker that the experiment asks for and that accelerate has a class for."""
+    names = [name for name in wanted_trackers(experiment) if name in PACKAGES]
+    if not names:
+        return []
+    section = experiment.tracking or Tracking()
+    output_dir = Path(experiment.training_args.output_dir)
+    metadata = {f"exp_metadata.{key}": value for key, value in section.exp_metadata.items()}
+    run = TrackedRun(
+        output_dir=output_dir,
+        project=section.experiment_name or "finetuning",
+        name=section.run_name or f"{method}-{output_dir.absolute().name}",
+        parameters={**parameters, **metadata},
+        section=section,
+        before=read_identities(output_dir, names) if resumed else {},
+    )
+    return [BackgroundSink(AccelerateTracker(name, run)) for name in names]
+
+
+def _grouped(name: str) -> str:
+    """
+    >>> _grouped("eval_loss"), _grouped("loss")
+    ('eval/loss', 'train/loss')
+    """
+    for prefix, group in _PREFIXES.items():
+        if name.startswith(prefix):
+            return group + name.removeprefix(prefix)
+    return f"train/{name}"

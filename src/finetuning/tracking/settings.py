@@ -1,0 +1,222 @@
+"""Whether and where a run is tracked, and who said so."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from finetuning.config.redaction import is_secret_key
+from finetuning.config.sections.training import Tracking
+from finetuning.errors import ConfigError, Place
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+_DATABASES = {"postgresql", "mysql", "mssql"}
+_SCHEMES = {"http", "https", "file", "sqlite", "databricks", "databricks-uc", "uc"} | _DATABASES
+_BARE_HOST = re.compile(r"^[A-Za-z0-9.-]+:\d+(/.*)?$")
+_COMMAND_LINE = "command line"
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it came from, such as `command line: --experiment-name`."""
+
+    value: Any
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.origin})"
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """The three tracking options of the command line; None where one was not given."""
+
+    mlflow_server_uri: str | None = None
+    experiment_name: str | None = None
+    hf_mlflow_log_artifacts: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class TrackingPlan:
+    """Where the run is tracked. `uri.value` is None when nothing is; its origin then says why.
+
+    The address is absolute and free of secrets. `run_name` is None where MLflow's run gets a generated name, and
+    `experiment` where it goes to MLflow's own default experiment.
+    """
+
+    uri: Setting
+    experiment: Setting
+    run_id: Setting
+    run_name: Setting
+    log_artifacts: Setting
+    flatten_params: Setting
+    parent_run_id: Setting = Setting(None, "default")
+    system_metrics: Setting = Setting(False, "default")
+    child_runs: bool = False
+    """Whether each job is a run of its own, below one that stands for all of them."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """The user's own tags of the run."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.uri.value is not None
+
+    @property
+    def is_local(self) -> bool:
+        """True for a store on a disk of this machine, with no server in between."""
+        return self.enabled and urlsplit(self.uri.value).scheme in ("file", "sqlite")
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return f"not tracked ({self.uri.origin})"
+        return f"{self.uri.value}, experiment {self.experiment.value or 'Default'} ({self.uri.origin})"
+
+
+def resolve_tracking(cli: TrackingOptions, section: Tracking | None, environ: Mapping[str, str]) -> TrackingPlan:
+    """The tracking of this run: command line over file over environment, for each value apart.
+
+    An experiment named on the command line goes to the address of the file or of the environment. Empty values count
+    as not given. DISABLE_MLFLOW_INTEGRATION switches everything off, whatever else is set.
+
+    Raises:
+        ConfigError: an address that MLflow cannot mean, or one with a password in it (which is not shown).
+    """
+    file = {name: getattr(section, name) for name in section.model_fields_set} if section else {}
+
+    def first(option: str, key: str, variable: str, default: Any = None) -> Setting:
+        return _first(
+            (getattr(cli, key, None), f"{_COMMAND_LINE}: {option}"),
+            (file.get(key), f"file: tracking.{key}"),
+            (environ.get(variable), f"environment: {variable}"),
+            default=default,
+        )
+
+    uri = _checked_uri(first("--mlflow-server-uri", "mlflow_server_uri", "MLFLOW_TRACKING_URI"))
+    if uri.value is None:
+        uri = Setting(None, "no address on the command line, in the file or in the environment")
+    disabled = environ.get("DISABLE_MLFLOW_INTEGRATION")
+    if disabled and _flag(Setting(disabled, "environment: DISABLE_MLFLOW_INTEGRATION")).value:
+        uri = Setting(None, "switched off by DISABLE_MLFLOW_INTEGRATION")
+    elif uri.value is None and "mlflow" in file.get("trackers", ()):
+        raise ConfigError(
+            "holds mlflow, which needs an address",
+            place=Place(key="tracking.trackers"),
+            hint="Set tracking.mlflow_server_uri, --mlflow-server-uri or MLFLOW_TRACKING_URI.",
+        )
+    run_id, parent = first("", "run_id", "MLFLOW_RUN_ID"), first("", "parent_run_id", "MLFLOW_PARENT_RUN_ID")
+    if run_id.value and _flag(Setting(environ.get("MLFLOW_NESTED_RUN", ""), "environment: MLFLOW_NESTED_RUN")).value:
+        run_id, parent = Setting(None, _DEFAULT), run_id
+    return TrackingPlan(
+        uri=uri,
+        experiment=first("--experiment-name", "experiment_name", "MLFLOW_EXPERIMENT_NAME"),
+        run_id=run_id,
+        parent_run_id=parent,
+        child_runs=file.get("resumed_jobs") == "child runs",
+        system_metrics=_flag(first("", "log_system_metrics", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", False)),
+        tags={**_tags(environ.get("MLFLOW_TAGS", "")), **{k: str(v) for k, v in file.get("exp_metadata", {}).items()}},
+        run_name=first("", "run_name", "MLFLOW_RUN_NAME"),
+        log_artifacts=_flag(
+            first("--hf-mlflow-log-artifacts", "hf_mlflow_log_artifacts", "HF_MLFLOW_LOG_ARTIFACTS", False)
+        ),
+        flatten_params=_flag(first("", "flatten_params", "MLFLOW_FLATTEN_PARAMS", True)),
+    )
+
+
+def _first(*candidates: tuple[Any, str], default: Any) -> Setting:
+    for value, origin in candidates:
+        if value is not None and value != "":
+            return Setting(value, origin)
+    return Setting(default, _DEFAULT)
+
+
+def _flag(setting: Setting) -> Setting:
+    if isinstance(setting.value, bool):
+        return setting
+    text = str(setting.value).strip().lower()
+    if text not in _TRUE | _FALSE:
+        raise ConfigError(f"{setting.origin}: expected true or false, got {setting.value!r}")
+    return Setting(text in _TRUE, setting.origin)
+
+
+def _tags(text: str) -> dict[str, str]:
+    """The tags of MLFLOW_TAGS, a JSON object; none where it is empty."""
+    try:
+        tags = json.loads(text) if text.strip() else {}
+    except ValueError:
+        tags = None
+    if not isinstance(tags, dict):
+        raise ConfigError('environment: MLFLOW_TAGS: expected a JSON object, such as {"team": "search"}')
+    return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in tags.items()}
+
+
+def _checked_uri(setting: Setting) -> Setting:
+    """The setting with an absolute address in place of a relative path."""
+    if setting.value is None:
+        return setting
+    text = str(setting.value).strip()
+    if _BARE_HOST.match(text):
+        raise _error(setting, f'"{text}" has no scheme', f'Write "http://{text}" or "https://{text}".')
+    if "://" not in text and not text.startswith(("file:", "sqlite:", "databricks", "uc:")):
+        return Setting(Path(text).expanduser().absolute().as_uri(), setting.origin)
+    parts = _split(setting, text)
+    scheme = parts.scheme.split("+")[0].lower()
+    if text.startswith("databricks"):
+        return Setting(text, setting.origin)
+    if scheme not in _SCHEMES:
+        raise _error(setting, f'MLflow has no store of the kind "{scheme}"', f"It has: {', '.join(sorted(_SCHEMES))}.")
+    if scheme == "file":
+        return Setting(_absolute_file(setting, parts.netloc, text), setting.origin)
+    if scheme == "sqlite":
+        return Setting(_absolute_sqlite(setting, text), setting.origin)
+    if scheme in ("http", "https") and not parts.hostname:
+        raise _error(setting, "the address names no host", 'It looks like "http://host:5000".')
+    return Setting(text, setting.origin)
+
+
+def _split(setting: Setting, text: str) -> Any:
+    """The address in parts, refused when it holds a password. No message shows the address, which may hold one."""
+    try:
+        parts = urlsplit(text)
+        secret = parts.password is not None or any(is_secret_key(key) for key, _ in parse_qsl(parts.query))
+        user = parts.username
+        _ = parts.port
+    except ValueError:
+        raise _error(setting, "this is no address", 'It looks like "http://host:5000".') from None
+    if secret or (user is not None and parts.scheme in ("http", "https")):
+        is_database = parts.scheme.split("+")[0] in _DATABASES
+        hint = (
+            "Take it out; the database driver's own password file or environment variable holds it."
+            if is_database
+            else "Take it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+        )
+        raise _error(setting, "the address holds a user or a password, which would end up in logs", hint)
+    return parts
+
+
+def _absolute_file(setting: Setting, host: str, text: str) -> str:
+    if host not in ("", "localhost"):
+        hint = f'An absolute path has three slashes: "file:///{host}/…".'
+        raise _error(setting, f'"{text}" names the host "{host}"', hint)
+    return Path(unquote(urlsplit(text).path)).expanduser().absolute().as_uri()
+
+
+def _absolute_sqlite(setting: Setting, text: str) -> str:
+    path, _, query = text.partition("?")
+    if not path.startswith("sqlite:///") or path == "sqlite:///":
+        raise _error(setting, f'"{text}" names no file', 'It looks like "sqlite:///mlflow.db".')
+    absolute = os.path.abspath(path.removeprefix("sqlite:///"))
+    return f"sqlite:///{absolute}" + (f"?{query}" if query else "")
+
+
+def _error(setting: Setting, message: str, hint: str) -> ConfigError:
+    if setting.origin.startswith("file: "):
+        return ConfigError(message, place=Place(key=setting.origin.removeprefix("file: ")), hint=hint)
+    return ConfigError(f"{setting.origin}: {message}", hint=hint)

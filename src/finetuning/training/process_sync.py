@@ -1,0 +1,123 @@
+"""What each process of a job is doing, in a file of its own, so that the one that hangs can be named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from finetuning.trainer.hooks import Phases
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "heartbeat"
+_LENGTH = 160
+_ORDER = ("data_loading", "model_forward", "model_backward")
+
+
+class Heartbeat(Phases):
+    """Writes the part that this process is in, its step and the time into `heartbeat/rank-N.json`, and tells `inner`,
+    too."""
+
+    def __init__(self, output_dir: Path, trainer: Any, inner: Phases):
+        self._file = output_dir / FOLDER / f"rank-{trainer.args.process_index}.json"
+        self._trainer = trainer
+        self._inner = inner
+        self._broken = False
+
+    def begin(self, name: str) -> None:
+        self._write(name)
+        self._inner.begin(name)
+
+    def end(self, name: str) -> None:
+        self._write(f"after {name}")
+        self._inner.end(name)
+
+    def fail(self, name: str, error: BaseException) -> None:
+        self._inner.fail(name, error)
+
+    def _write(self, phase: str) -> None:
+        beat = {"phase": phase, "step": self._trainer.state.global_step + 1, "time": time.time()}
+        try:
+            _overwrite(self._file, json.dumps(beat))
+        except OSError as error:
+            if not self._broken:
+                logger.warning("the heartbeat cannot be written: %s", error)
+            self._broken = True
+
+
+def _overwrite(file: Path, text: str) -> None:
+    """Puts a text in the place of another at once: a process that is frozen leaves one or the other."""
+    file.parent.mkdir(exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, text.ljust(_LENGTH).encode() + b"\n", 0)
+    finally:
+        os.close(descriptor)
+
+
+def silent(output_dir: Path, world_size: int, after_s: float) -> str | None:
+    """Which process hangs, in which part of which step and since when; None while all move.
+
+    When one hangs, the others wait for it: it is one that does not run at all, if there is such a one, or else the one
+    that is furthest behind.
+    """
+    beats = {}
+    for rank in range(world_size):
+        file = output_dir / FOLDER / f"rank-{rank}.json"
+        try:
+            beats[rank] = json.loads(file.read_text(encoding="utf-8")) | {"alive": file.stat().st_mtime}
+        except (OSError, ValueError):
+            return None
+    now = time.time()
+    if now - max(beat["time"] for beat in beats.values()) < after_s:
+        return None
+
+    def progress(beat: dict[str, Any]) -> tuple[int, int, float]:
+        phase = beat["phase"].removeprefix("after ")
+        place = 2 * _ORDER.index(phase) + (phase != beat["phase"]) if phase in _ORDER else 2 * len(_ORDER)
+        return beat["step"], place, beat["time"]
+
+    frozen = [rank for rank, beat in beats.items() if now - beat["alive"] >= after_s]
+    rank = min(frozen or beats, key=lambda number: progress(beats[number]))
+    beat = beats[rank]
+    state = ", and its process does not run" if frozen else ""
+    return (
+        f"rank {rank} hangs: {beat['phase']} of step {beat['step']} for {now - beat['time']:.0f} s{state};"
+        " the other processes wait for it"
+    )
+
+
+@contextmanager
+def watched(trainer: Any, output_dir: Path, after_s: float) -> Iterator[None]:
+    """Lets every process of a job write its heartbeat inside the block, and touch it while it runs at all; the main one
+    names who hangs. Nothing for a job of one process."""
+    if trainer.args.world_size == 1:
+        yield
+        return
+    trainer.phases = Heartbeat(output_dir, trainer, trainer.phases)
+    rank, ended = trainer.args.process_index, threading.Event()
+    own = output_dir / FOLDER / f"rank-{rank}.json"
+
+    def watch() -> None:
+        told = None
+        while not ended.wait(min(after_s / 4, 10)):
+            with suppress(OSError):
+                os.utime(own)
+            found = silent(output_dir, trainer.args.world_size, after_s) if rank == 0 else None
+            who = found.partition(" for ")[0] if found else None
+            if found and who != told:
+                logger.warning("%s", found)
+            told = who
+
+    threading.Thread(target=watch, name="heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()

@@ -1,0 +1,244 @@
+"""What a run tells, on its way down the road: to the terminal, to the loss log, to MLflow."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config.pretrained_config import quantised_by
+from finetuning.config.sections.experiment import Experiment
+from finetuning.distributed import Topology
+from finetuning.errors import FinetuningError
+from finetuning.plan.plan import Plan
+from finetuning.report.console import open_console
+from finetuning.report.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
+from finetuning.training.record import RECORD_NAME
+from finetuning.training.steering import Steering
+from finetuning.training.telemetry import Measuring
+from finetuning.training.trackers import Tracked
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from finetuning.data.pipeline import PreparedData
+    from finetuning.tracking.settings import TrackingPlan
+    from finetuning.training.final_model import Artifact
+    from finetuning.training.resume.find import ResumePoint
+
+logger = logging.getLogger("finetuning")
+
+PREVIEW_NAME = "first_rows.txt"
+_SHOWN_ROWS = 10
+
+
+class Observer:
+    """Told of each step of a run as it is taken. Only the main process says or writes anything."""
+
+    def __init__(self, experiment: Experiment, method: str, topology: Topology, tracking: TrackingPlan):
+        self._experiment = experiment
+        self._method = method
+        self._is_main = topology.is_main
+        self._tracked = Tracked(experiment, method, tracking, is_main=topology.is_main)
+        self._output_dir = Path(experiment.training_args.output_dir)
+        self._console = open_console(is_main=topology.is_main)
+        self._lines = [Line("model", experiment.run_conf.model), Line("output", str(self._output_dir))]
+        self._warnings: list[str] = []
+        self._found: list[tuple[str, str]] = []
+        self._sinks: Any = None
+        self._trainer: Any = None
+        self._artifact: Artifact | None = None
+        self._started = time.monotonic()
+        self._measuring = Measuring(experiment, method, topology)
+        self._steering = Steering(experiment)
+        self._report: Path | None = None
+
+    def resuming(self, resume: ResumePoint) -> None:
+        """The run starts, afresh or from a checkpoint. Tracking starts here, beside all that follows."""
+        self._measuring.begin(resume)
+        self._warn(*resume.notes)
+        if resume.checkpoint:
+            self._lines.append(Line("resumed from", str(resume.checkpoint)))
+        self._tracked.begin(resumed=resume.checkpoint is not None)
+        self._tracked.tags(self._measuring.tags())
+        self._lines.append(Line("tracking", str(self._tracked)))
+        self._stage("Reading rows, rendering them, proving their masks")
+
+    def told(self, label: str, value: str, reason: str = "", *, warnings: Sequence[str] = ()) -> None:
+        """One fact about the run."""
+        self._lines.append(Line(label, value, reason))
+        self._warn(*warnings)
+
+    def found(self, label: str, value: str) -> None:
+        """One fact that only the end of the training knows."""
+        self._found.append((label, value))
+
+    def prepared(self, data: PreparedData) -> None:
+        """The rows are ready: their fates and the first of them are written into the output directory."""
+        self._lines.append(Line("prepared rows", data.origin))
+        for line in data.ledger.lines():
+            label, _, value = line.partition(": ")
+            is_part = value and not line.startswith(" ")
+            self._lines.append(Line(f"{label} rows", value) if is_part else Line("", line.strip()))
+        if self._is_main:
+            from finetuning.data.preview import to_text
+
+            data.ledger.write(self._output_dir)
+            (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview[:_SHOWN_ROWS]), encoding="utf-8")
+            self._tracked.rows(data, [self._output_dir / name for name in (PREVIEW_NAME, "data_report.json")])
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """One stage of the road, measured."""
+        return self._measuring.stage(name)
+
+    def planned(self, plan: Plan, arguments: TrainingArguments) -> None:
+        """The plan stands, and the processes of the job find each other."""
+        self._measuring.connect(arguments)
+        self._measuring.planned(plan)
+        self._lines += [Line(decision.name, decision.value, decision.reason) for decision in plan.decisions]
+        self._stage("Loading the model")
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the trainer is to call."""
+        from finetuning.report.progress import progress_sink
+        from finetuning.tracking.local_files import LossLog
+        from finetuning.tracking.metrics_log import MetricsLog
+        from finetuning.tracking.tracker import Sinks, make_callback
+
+        sinks = [progress_sink(self._console)]
+        if self._is_main:
+            sinks += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
+            sinks += self._tracked.sinks()
+        self._sinks = Sinks(sinks)
+        # Measuring comes first, so that what the sinks do at the end of a step is no part of the step.
+        measuring = self._measuring.callbacks(self._tell_figures)
+        telling = make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())
+        # What steers comes last: what it stops has been told.
+        return [*measuring, telling, *self._tracked.callbacks(), *self._steering.callbacks()]
+
+    def _tell_figures(self, figures: Mapping[str, float], step: int) -> None:
+        if self._sinks:
+            self._sinks.tell("figures", figures, step)
+
+    def watch(self, trainer: Trainer) -> None:
+        """The trainer is ready: the start summary is shown."""
+        from transformers.trainer_callback import PrinterCallback
+
+        self._trainer = trainer
+        self._measuring.watch(trainer)
+        trainer.remove_callback(PrinterCallback)
+        tell_start(self._console, f"finetuning {self._method}", self._lines)
+        for warning in self._warnings:
+            tell_warning(self._console, warning)
+
+    def published(self, artifact: Artifact) -> None:
+        """The tuned model is saved and checked."""
+        self._artifact = artifact
+        self._steering.published(self._trainer, Path(artifact.folder))
+        self._tracked.published(Path(artifact.folder))
+
+    def measured(self, error: BaseException | None) -> dict[str, Any]:
+        """Telemetry ends. Gives what belongs into the record: its figures, and what was told at the start."""
+        measured = self._measuring.end(error, self._tell_figures)
+        if self._sinks:
+            # Before the record is written, so that it says which of them failed at their ends.
+            self._sinks.close()
+        told = {
+            "told": [[line.label, line.value, line.reason] for line in self._lines],
+            "warnings": self._warnings,
+            "controlled": self._steering.taken(),
+            "trackers": self._tracked.places() if self._is_main else {},
+        }
+        return told if measured is None else {"telemetry": measured, **told}
+
+    def close(self, status: str) -> None:
+        """The run has ended, one way or the other; called once, after the record was written."""
+        extracts: list[Path] = []
+        if self._is_main and self._trainer is not None:
+            from finetuning.report.extracts import write_extracts_if_possible
+            from finetuning.report.html import write_report_if_possible
+
+            self._report = write_report_if_possible(self._output_dir)
+            extracts = write_extracts_if_possible(self._output_dir)
+        self._tracked.close(status, [*filter(None, [self._output_dir / RECORD_NAME, self._report]), *extracts])
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The places that could not be told and were switched off, and why."""
+        return (dict(self._sinks.failures) if self._sinks else {}) | self._tracked.failures
+
+    def closing(self, status: str, steps: int, final_loss: float | None, training_s: float | None) -> None:
+        """What was made, where, and the next commands to type."""
+        if self._artifact is None:
+            self._console.print(f"{self._output_dir}: {status}. Nothing was done.", markup=False)
+            return
+        artifact = self._artifact
+        tell_end(
+            self._console,
+            Closing(
+                headline=f"Completed after {steps:,} steps",
+                good=True,
+                made=[
+                    Made(artifact.kind, Path(artifact.folder)),
+                    *([Made("report", self._report)] if self._report else []),
+                    Made("record", self._output_dir / RECORD_NAME),
+                ],
+                final_loss=final_loss,
+                training_s=training_s,
+                total_s=time.monotonic() - self._started,
+                facts=[("by rule", text) for text in self._steering.taken()]
+                + self._found
+                + [("checked", "; ".join(artifact.checks))]
+                + ([("stops at", artifact.stop_tokens)] if artifact.stop_tokens else [])
+                + [(name, where) for name, where in self._tracked.addresses()],
+                commands=next_commands(artifact),
+            ),
+        )
+
+    def _stage(self, text: str) -> None:
+        self._console.print(f"{text} ...", style="dim", markup=False)
+
+    def _warn(self, *warnings: str) -> None:
+        self._warnings += warnings
+
+
+def _mergeable(folder: str) -> str | None:
+    """The type of an adapter that can become part of its base model's weights; None for any other."""
+    from finetuning.export.inputs import read_adapter
+    from finetuning.export.merge.with_peft import refuse_unmergeable
+
+    try:
+        adapter = read_adapter(folder)
+        refuse_unmergeable(adapter)
+    except FinetuningError:
+        return None
+    return adapter.peft_type
+
+
+def next_commands(artifact: Artifact) -> list[NextCommand]:
+    """What can be done with what a run made."""
+    if artifact.stop_tokens is None:
+        return []
+    folder = shlex.quote(artifact.folder)
+    try_it = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
+    if artifact.kind == "adapter":
+        kind = _mergeable(artifact.folder)
+        if kind is None:
+            return [try_it]
+        merged = shlex.quote(f"{artifact.folder}-merged")
+        base, what = shlex.quote(artifact.base or "BASE"), "one model of both"
+        if quantised_by(artifact.base or "") == "gptq":
+            # Its packed weights take no merging, and another base has another fingerprint.
+            base, what = "--force UNQUANTISED_BASE", "one model of it and the base before GPTQ"
+        serve = NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")
+        merge = NextCommand(f"merge_adapter {base} {folder} {merged}", what)
+        return [try_it, merge, *([serve] if kind == "LORA" else [])]
+    return [
+        try_it,
+        NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
+        NextCommand(f"lm_eval --model hf --model_args pretrained={folder} --tasks arc_easy", "evaluate it"),
+    ]

@@ -1,0 +1,263 @@
+"""What a checkpoint was made under, and whether a run that would go on from it computes the same curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.yaml.dump import dump_values
+from finetuning.errors import CheckpointError, Place, Problem
+from finetuning.plan.plan import Plan
+from finetuning.training.record import installed_versions
+from finetuning.training.resume.key_versions import defaults_unknown_to, flat, is_known, item_by_item
+
+if TYPE_CHECKING:
+    from finetuning.data.prepared import Fingerprint
+
+CONTRACT_NAME = "contract.json"
+Effect = Literal["safe", "curve", "impossible"]
+
+IMPOSSIBLE = ("method", "model.parameters", "model.trained", "peft_conf.peft_type", "peft_conf.peft_kwargs.r")
+"""Keys without whose old value the checkpoint does not fit the model."""
+SAFE = (
+    "plan.world_size",
+    "plan.per_device",
+    "plan.accumulation",
+    "versions.mlflow",
+    "batchsize_conf.max_per_device_train_batch_size",
+    "batchsize_conf.per_device_eval_batch_size",
+    "run_conf.model",
+    "run_conf.tokenizer",
+    "run_conf.use_fast_tokenizer",
+    "run_conf.resume_from_checkpoint",
+    "run_conf.allow_changed",
+    "run_conf.final_checkpoint_name",
+    "run_conf.determinism",
+    "run_conf.memory_check",
+    "run_conf.max_time",
+    "run_conf.name_hung_after",
+    "run_conf.copy_checkpoints_to",
+    "run_conf.model_args.cache_dir",
+    "data_conf.cache",
+    "data_conf.prepared",
+    "run_conf.model_args.local_files_only",
+    "run_conf.model_args.force_download",
+    "run_conf.model_args.max_memory",
+    "run_conf.model_args.device_map",
+    "run_conf.model_args.low_cpu_mem_usage",
+    "training_args.output_dir",
+    "training_args.logging_",
+    "training_args.log_",
+    "training_args.save_",
+    "training_args.eval_",
+    "training_args.report_to",
+    "training_args.run_name",
+    "training_args.load_best_model_at_end",
+    "training_args.metric_for_best_model",
+    "training_args.greater_is_better",
+    "training_args.dataloader_",
+    "training_args.gradient_checkpointing",
+    "training_args.use_cpu",
+    "training_args.ddp_",
+    "sft_args.batching",
+    "sft_args.logits_at_once",
+    "sft_args.save_name_if_new_basemodel",
+    "data_conf.on_bad_row",
+    "data_conf.max_lost_fraction",
+    "tracking",
+    "telemetry",
+    "guard",
+    "trainer_controller",
+    "logging_dir",
+    "save_model_dir",
+)
+"""Keys, or beginnings of keys, that leave the curve as it is, to the rounding of sums. The model's and tokenizer's
+places are among them because what lies there is fingerprinted."""
+_DURATION = ("training_args.max_steps", "training_args.num_train_epochs")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not what it was when the checkpoint was made."""
+
+    key: str
+    before: Any
+    now: Any
+    effect: Effect
+    is_known: bool = True
+    """Whether this version of the engine knows the key."""
+
+    def __str__(self) -> str:
+        now = f"is {_short(self.now)}" if self.is_known else "which this version of the engine does not know"
+        return f"{self.key} was {_short(self.before)}, {now}"
+
+    def refusal(self, checkpoint: str) -> Problem:
+        """Why a run does not go on over this difference without leave."""
+        changes = "which changes the curve" if self.is_known else "so that the curve may change"
+        back = "Put it back" if self.is_known else "Go on with the version that saved the checkpoint"
+        return Problem(
+            f"{checkpoint} was made otherwise: {self}, {changes}",
+            Place(key=self.key),
+            f"{back}, or name it in run_conf.allow_changed: [{self.key}].",
+        )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run's checkpoints are made under, and what of it a resumed run does otherwise than the checkpoint's."""
+
+    contract: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    applies: bool = False
+    """Whether something changed that the checkpoint's own optimizer settings would hide."""
+
+    def bind(self, trainer: Any) -> None:
+        """Has the trainer write the contract into its checkpoints, and apply what has changed."""
+        trainer.companions[CONTRACT_NAME] = contract_text(self.contract)
+        trainer.applies_settings = self.applies
+
+
+def agree(experiment: Experiment, plan: Plan, data: Fingerprint, checkpoint: Path | None) -> Terms:
+    """The terms of a run that goes on from a checkpoint, or starts afresh.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit, or the curve would change without leave.
+    """
+    from finetuning.model.fingerprint import can_fingerprint, fingerprint
+
+    folder = Path(experiment.run_conf.model)
+    contract = make_contract(experiment, plan, data, fingerprint(folder) if can_fingerprint(folder) else None)
+    if checkpoint is None:
+        return Terms(contract)
+    return compare(checkpoint, contract, experiment)
+
+
+def make_contract(experiment: Experiment, plan: Plan, data: Fingerprint, base: object) -> dict[str, Any]:
+    """Plain values by dotted key: the config, and fingerprints of what it names.
+
+    Args:
+        base: the base model's fingerprint; None where it cannot be taken, so that its place has to stand for it.
+    """
+    values = dict(flat(_without_paths(dump_values(experiment))))
+    values |= {
+        "method": experiment.method_name,
+        "data": data.data,
+        "data.template": data.template,
+        "data.tokenizer": data.tokenizer,
+        "model": str(base) if base is not None else experiment.run_conf.model,
+        "model.parameters": plan.memory.parameters if plan.memory else None,
+        "model.trained": plan.memory.trainable if plan.memory else None,
+        "training_args.learning_rate": plan.learning_rate,
+        "plan.world_size": plan.batch.world_size,
+        "plan.per_device": plan.batch.per_device,
+        "plan.accumulation": plan.batch.accumulation,
+    }
+    return values | {f"versions.{name}": version for name, version in installed_versions().items()}
+
+
+def contract_text(contract: Mapping[str, Any]) -> str:
+    """The contract as it stands in a checkpoint."""
+    return json.dumps(contract, indent=1, sort_keys=True, default=str) + "\n"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment) -> list[Difference]:
+    """What differs, by key, each with its effect on the curve.
+
+    A field that the contract's version of the engine did not know differs where it is not at its default: the default
+    of a new field does what was done without it.
+    """
+    before, now = item_by_item(before, json.loads(contract_text(now)))
+    defaults = json.loads(contract_text(dict(defaults_unknown_to(before, experiment))))
+    before |= {key: value for key, value in defaults.items() if key in now}
+    constant = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
+    return [
+        Difference(
+            key, before.get(key), now.get(key), _effect(key, constant), key in now or is_known(type(experiment), key)
+        )
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+
+
+def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> Terms:
+    """What may differ between a checkpoint's contract and this run's, and does.
+
+    What `run_conf.allow_changed` names may change though it changes the curve; `versions` allows all below it.
+
+    Raises:
+        CheckpointError: something differs that makes the checkpoint unfit, or changes the curve without leave.
+    """
+    try:
+        before = json.loads((checkpoint / CONTRACT_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Terms(now, (f"{checkpoint.name} does not say what it was made under: nothing was compared",))
+    found = differences(before, now, experiment)
+    problems = [
+        Problem(
+            f"{checkpoint.name} does not fit: {difference}",
+            Place(key=difference.key),
+            "A checkpoint cannot be carried over such a change: start afresh in another output_dir.",
+        )
+        for difference in found
+        if difference.effect == "impossible"
+    ] or [
+        difference.refusal(checkpoint.name)
+        for difference in found
+        if difference.effect == "curve" and not _is_below(difference.key, experiment.run_conf.allow_changed)
+    ]
+    if problems:
+        raise CheckpointError(problems)
+    changed = [difference for difference in found if difference.effect == "curve"]
+    notes = [
+        f"{difference}: allowed, and {'applied' if difference.is_known else 'left out'} from this checkpoint on"
+        for difference in changed
+    ]
+    notes += [f"{difference}: {_SAID[difference.key]}" for difference in found if difference.key in _SAID]
+    notes += [
+        f"{difference}: the curve is the same without it"
+        for difference in found
+        if difference.effect == "safe" and not difference.is_known
+    ]
+    return Terms(now, tuple(notes), applies=bool(changed))
+
+
+_SAID = {
+    "plan.world_size": "the same rows a step; what is random in a process, such as dropout, is drawn anew",
+    "plan.accumulation": "the same rows a step, summed in another order",
+}
+
+
+def _effect(key: str, constant_rate: bool) -> Effect:
+    if _is_below(key, IMPOSSIBLE) or key.startswith("peft_conf.peft_kwargs.target_"):
+        return "impossible"
+    if key in _DURATION and constant_rate:
+        return "safe"
+    return "safe" if key in SAFE or _is_below(key, SAFE) or _begins(key) else "curve"
+
+
+def _is_below(key: str, parents: Sequence[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _begins(key: str) -> bool:
+    return any(beginning.endswith("_") and key.startswith(beginning) for beginning in SAFE)
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The config without the places of its data, whose bytes are fingerprinted."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key not in ("path", "name_or_path")}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return {key: strip(item) if key == "data_conf" else item for key, item in values.items()}
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-24:]}"

@@ -1,0 +1,275 @@
+"""The parts of a run that come before its trainer: tokenizer, rows, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.algorithms.algorithm import Layout, Method
+from finetuning.config.sections.experiment import Experiment
+from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
+from finetuning.distributed import Topology
+from finetuning.errors import ConfigError, Place
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from finetuning.data.pipeline import PreparedData
+    from finetuning.model.embeddings import Vocabulary
+    from finetuning.model.fingerprint import Fingerprint
+    from finetuning.model.tokenizer import LoadedTokenizer
+    from finetuning.training.attention_setup import Attention
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The model to train: quantised, grown and adapted as the experiment says."""
+
+    model: Any
+    peft_config: Any
+    """The config of the adapter that the trainer is still to put on; None when the model wears it, or none."""
+    initial: dict[str, str]
+    """Digests of the adapter's tensors before training."""
+    fingerprint: Fingerprint | None
+    vocabulary: Vocabulary
+    load_reference: Callable[[], Any]
+    layout: Layout
+    notes: tuple[str, ...]
+
+
+def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
+    """The tokenizer with the experiment's chat template and padding."""
+    from finetuning.data.chat.templates import chosen_template
+    from finetuning.model import tokenizer
+
+    data, run = experiment.data_conf, experiment.run_conf
+    template = chosen_template(data)
+    args = run.model_args
+    same = run.tokenizer is None or run.tokenizer == run.model
+    return tokenizer.load_tokenizer(
+        run.tokenizer or run.model,
+        template_source=template.source if template else None,
+        special_tokens=tuple(dict.fromkeys([*(template.special_tokens if template else ()), *data.special_tokens])),
+        # Texts need none; where a chat comes by without one, its preparation says so.
+        needs_template=experiment.method_name != "sft",
+        missing_pad_token_strategy=data.missing_pad_token_strategy,
+        padding_side=data.padding_side,
+        trust_remote_code=args.trust_remote_code,
+        key="run_conf.tokenizer" if run.tokenizer else "run_conf.model",
+        revision=args.revision if same else None,
+        subfolder=args.subfolder if same else None,
+        cache_dir=args.cache_dir,
+        local_files_only=args.local_files_only,
+        token=args.token.get_secret_value() if args.token else None,
+    )
+
+
+def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str, ...]:
+    """What the model's own generation config stops at, besides its end-of-sequence token; nothing without one."""
+    from transformers import GenerationConfig
+
+    run, args = experiment.run_conf, experiment.run_conf.model_args
+    token = args.token.get_secret_value() if args.token else None
+    try:
+        config = GenerationConfig.from_pretrained(
+            run.model, revision=args.revision, cache_dir=args.cache_dir, token=token,
+            local_files_only=args.local_files_only, subfolder=args.subfolder or "",
+        )  # fmt: skip
+    except OSError:
+        return ()
+    ends = config.eos_token_id
+    ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    known = (tokenizer.tokenizer.convert_ids_to_tokens(one) for one in ids)
+    return tuple(one for one in known if one is not None)
+
+
+def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
+    """The rows as the method trains on them."""
+    from finetuning.training.invocation import check_invoked
+
+    data = method.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
+    check_invoked(experiment, tokenizer.tokenizer, data)
+    return data
+
+
+def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
+    """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
+    from finetuning.data.chat.end_of_turn import EndingFinder
+    from finetuning.data.chat.template import Renderer
+    from finetuning.data.chat.templates import chosen_template
+
+    template = chosen_template(experiment.data_conf)
+    if template is not None and template.name is not None:
+        return template.end_of_turn
+    if not tokenizer.tokenizer.chat_template:
+        return None
+    return EndingFinder(Renderer(tokenizer.tokenizer)).marker.strip() or None
+
+
+def load_model(
+    experiment: Experiment,
+    method: Method,
+    tokenizer: LoadedTokenizer,
+    arguments: TrainingArguments,
+    topology: Topology,
+    output_dir: Path,
+    total_steps: int,
+) -> PreparedModel:
+    """The model to train, and how to load it once more as a reference.
+
+    A vocabulary that grows under an adapter makes a new base model, which is saved first: the adapter goes with it.
+    """
+    from finetuning.model.peft import adapters
+    from finetuning.model.peft.adapter_files import digests
+    from finetuning.model.varlen_attention import attention_of
+    from finetuning.training.attention_setup import attention_for
+    from finetuning.training.invocation import with_invocation
+
+    peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
+    # Loss scaling needs master weights in float32.
+    load_bare = partial(_load_bare, experiment, method, tokenizer, topology, "float32" if arguments.fp16 else "auto")
+    model, vocabulary = load_bare()
+    notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
+    base = _fingerprint(model)
+    attention = attention_for(experiment, method, model, arguments, topology)
+    if not isinstance(peft_conf, NoPeft):
+        model = _quantised(model, arguments, topology)
+
+    def reference() -> Any:
+        return load_bare()[0]
+
+    if method.wraps_model and isinstance(peft_conf, NewPeft):
+        config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
+        _refuse_hidden_rows(config, vocabulary, method)
+        layout = Layout(True, f"{method.name} pads its rows")
+        notes.append(attention_of(model, attention.reason))
+        return PreparedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
+    adapted = adapters.build(
+        model,
+        peft_conf,
+        vocabulary=vocabulary,
+        total_steps=total_steps,
+        autocast_adapter_dtype=topology.sharded_by is None,
+    )
+    initial = digests(adapted.model) if adapted.peft_config is not None else {}
+    layout, attention = _layout(experiment, method, adapted, topology, attention)
+    notes += [str(adapted), *adapted.notes, attention_of(adapted.model, attention.reason)]
+    return PreparedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
+
+
+def _load_bare(
+    experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, topology: Topology, default_dtype: Dtype
+) -> tuple[Any, Vocabulary]:
+    """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
+    from finetuning.model import load
+    from finetuning.model.embeddings import grow, untrained_tokens
+    from finetuning.model.heads import LANGUAGE, SCORE
+
+    new_tokens = [*tokenizer.new_tokens]
+    if isinstance(experiment.peft_conf, NewPeft):
+        # An adapter that is there already has its own rows for them.
+        new_tokens += untrained_tokens(Path(experiment.run_conf.model), tokenizer.tokenizer)
+    model = load.load_model(
+        experiment.run_conf,
+        experiment.quant_conf,
+        topology=topology,
+        sharded_by=topology.sharded_by,
+        default_dtype=default_dtype,
+        head=SCORE if method.gives_scores else LANGUAGE,
+    )
+    return model, grow(model, tokenizer.tokenizer, new_tokens)
+
+
+def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
+    """Nothing, when the rows of new tokens reach the loss: TRL multiplies by the output weights past the adapter's
+    wrapper of single rows, which would stay as they are.
+
+    Raises:
+        ConfigError: they would not be trained.
+    """
+    if vocabulary.new_ids and getattr(config, "trainable_token_indices", None):
+        raise ConfigError(
+            f"the chat template brings {len(vocabulary.new_ids)} new tokens, whose output rows an adapter does not"
+            f" train under {method.name}",
+            place=Place(key="data_conf.chat_template_name"),
+            hint="Teach them to the model by sft first, or add the embeddings to peft_conf.peft_kwargs:"
+            f" modules_to_save: [{', '.join(config.trainable_token_indices)}].",
+        )
+
+
+def _keep_vocabulary(
+    experiment: Experiment,
+    model: Any,
+    tokenizer: LoadedTokenizer,
+    vocabulary: Vocabulary,
+    output_dir: Path,
+    topology: Topology,
+) -> list[str]:
+    """Notes on the vocabulary; a base model that has grown is saved for the adapter to go with."""
+    from finetuning.model import save
+
+    notes = [f"vocabulary: {vocabulary}"]
+    if topology.is_main:
+        vocabulary.write_added(output_dir)
+    if not vocabulary.has_grown or experiment.peft_conf.peft_type == "NO_PEFT":
+        return notes
+    folder = output_dir / _new_base_name(experiment)
+    if topology.is_main and not save.holds_grown_base(folder, model, tokenizer.tokenizer):
+        save.save_grown_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return [*notes, f"the grown base model is {folder}; the adapter goes with it"]
+
+
+def _fingerprint(model: Any) -> Fingerprint | None:
+    from finetuning.model import fingerprint
+
+    folder = Path(model.name_or_path)
+    return fingerprint.fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
+
+
+def _quantised(model: Any, arguments: TrainingArguments, topology: Topology) -> Any:
+    from finetuning.model.quantization import is_known, prepare_quantised
+
+    # By what the model says, not the config: a checkpoint may come quantised.
+    if not is_known(model):
+        return model
+    return prepare_quantised(
+        model,
+        sharded_by=topology.sharded_by,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
+    )
+
+
+def _new_base_name(experiment: Experiment) -> str:
+    sft_args = getattr(experiment, "sft_args", None)
+    return sft_args.save_name_if_new_basemodel if sft_args else "checkpoint-new-basemodel"
+
+
+def _layout(
+    experiment: Experiment, method: Method, adapted: Any, topology: Topology, attention: Attention
+) -> tuple[Layout, Attention]:
+    """How rows lie in a batch: end to end where that is proven for this very model; and the attention over them."""
+    from finetuning.training.attention_setup import lay_end_to_end
+
+    if not method.lays_end_to_end:
+        return Layout(True, f"{method.name} pads its rows"), attention
+    wanted, packing = experiment.sft_args.batching, experiment.sft_args.packing
+    if wanted == "padded":
+        return Layout(True, "as configured"), attention
+    if topology.sharded_by == "deepspeed" or experiment.training_args.deepspeed:
+        reason: str | None = "the proof cannot be made before DeepSpeed has placed the model"
+    else:
+        reason, attention = lay_end_to_end(adapted, attention, topology)
+    if reason is None:
+        return Layout(False, "each row attends to itself alone, proven on this model's logits"), attention
+    if packing:
+        raise ConfigError(
+            f"rows cannot be packed: {reason}", place=Place(key="sft_args.packing"), hint="Set sft_args.packing: false."
+        )
+    if wanted == "padding-free":
+        raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
+    return Layout(True, reason), attention

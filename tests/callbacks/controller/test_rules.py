@@ -1,0 +1,179 @@
+"""The language of rules: what it can say, what it cannot decide yet, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetuning.callbacks.controller.build import PatienceCounter
+from finetuning.callbacks.controller.expressions import _FUNCTIONS, Rule, Unavailable
+from finetuning.config.sections.controller import Controller, ControllerMetric, Patience, TrainerController
+from finetuning.config.validation.controller_rules import FUNCTIONS, check_controllers
+from finetuning.errors import ConfigError
+
+VALUES: dict[str, Any] = {
+    "loss": {"loss": 1.5, "epoch": 0.5, "learning_rate": 1e-4},
+    "history": {"training_loss": {"loss": [3.0, 2.0, 1.5], "steps": [1, 2, 3]}, "metrics": {}},
+    "state": {"global_step": 3, "best_metric": None, "is_final": False},
+    "later": None,
+}
+
+
+def findings(rule: str) -> list[str]:
+    """What the check of the config says of a rule."""
+    metrics = [ControllerMetric(**{"name": name, "class": "TrainingState"}) for name in VALUES]
+    controller = Controller(name="c", triggers=["on_log"], rule=rule, operations=["hfcontrols.should_save"])
+    section = TrainerController(controller_metrics=metrics, controllers=[controller])
+    return [f"{finding.message} {finding.hint or ''}".strip() for finding in check_controllers(section)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "verdict"),
+    [
+        ('loss["loss"] < 2', True),
+        ('loss["loss"] < 1', False),
+        ("loss.loss < 2 and state.global_step == 3", True),
+        ('not (loss["loss"] > 1)', False),
+        ('True if state["is_final"] else loss["epoch"] == 0.5', True),
+        ('len(history["training_loss"]["loss"]) == 3 and history["training_loss"]["loss"][-1] < 2', True),
+        ('min(history["training_loss"]["loss"][:2]) == 2', True),
+        ('all([x > 1 for x in history["training_loss"]["loss"]])', True),
+        ('sum(history["training_loss"]["loss"]) / 3 > 2', True),
+        ("later == None", True),
+        ("later != None", False),
+        ("later is None", True),
+        ('later != None and later["x"] < 1', False),
+        ('len(history["metrics"]) > 0 and history["metrics"]["eval_loss"][0] < 1', False),
+        ("abs(-1) + round(1.4) + math_trunc(2.7) + math_floor(2.7) + math_ceil(2.1) + math_sqrt(4) == 11", True),
+        ('int("3") == 3 and float("1.5") == 1.5 and str(2) == "2"', True),
+        ("rand() < 1 and randint(1) == 0", True),
+        ('loss["loss"] != loss["loss"]', False),
+        ("math_isfinite(loss.loss)", True),
+        ("1 <= state.global_step <= 5", True),
+        ('"eval_loss" in history["metrics"]', False),
+        ("2 ** 10 == 1024", True),
+    ],
+)
+def test_rules_that_can_be_decided(rule: str, verdict: bool) -> None:
+    assert not [found for found in findings(rule) if "nested" in found or "not allowed" in found]
+    assert Rule(rule, "c").verdict(VALUES) is verdict
+
+
+@pytest.mark.parametrize(
+    ("rule", "metric"),
+    [
+        ('later["loss"] < 1', "later"),
+        ("later < 1", "value"),
+        ("later.loss < 1", "later"),
+        ("abs(later) < 1", "value"),
+        ('history["metrics"]["eval_loss"][-1] < 1', "history"),
+        ('history["training_loss"]["loss"][7] < 1', "history"),
+        ("history.metrics.eval_loss < 1", "history"),
+        ('state["best_metric"] < 1', "value"),
+        ('loss["los"] < 1', "loss"),
+        ('sum([state["best_metric"]]) < 1', "value"),
+    ],
+)
+def test_what_is_not_there_yet_is_not_available(rule: str, metric: str) -> None:
+    with pytest.raises(Unavailable, match=metric):
+        Rule(rule, "c").verdict(VALUES)
+
+
+HOSTILE = [
+    "().__class__.__bases__[0].__subclasses__() == []",
+    "__import__('os').system('true') == 0",
+    "(lambda: True)()",
+    "(x := 1) == 1",
+    "[x for x in ().__class__.__mro__] == []",
+    'open("/etc/passwd") == 1',
+    'eval("1") == 1',
+    'exec("1") == 1',
+    'getattr(loss, "keys") == 1',
+    "9 ** 9999999 > 1",
+    "2 ** 4097 > 1",
+    '"%1000000000d" % 1 == ""',
+    '"a" * 1000000000 == ""',
+    "[0] * 1000000000 == []",
+    '"a".ljust(1000000000) == ""',
+    'f"{1:1000000000}" == ""',
+    '"{}".format(1) == ""',
+    'loss.update({"loss": 0}) == None',
+    'history["training_loss"]["loss"].append(1) == None',
+    'loss.pop("loss") == 1',
+    "loss._private == 1",
+    "[[a for a in [1, 2, 3, 4, 5, 6, 7, 8, 9] for b in [1, 2, 3, 4, 5, 6, 7, 8, 9] for c in [1, 2, 3, 4, 5, 6, 7, 8, 9]"
+    " for d in [1, 2, 3, 4, 5, 6, 7, 8, 9] for e in [1, 2, 3, 4, 5, 6, 7, 8, 9]]] == []",
+    "import os",
+    "loss[",
+    "",
+    "(" * 60 + "1" + ")" * 60 + "== 1" if False else "-" * 60 + "1 == 1",
+]
+
+
+@pytest.mark.parametrize("rule", HOSTILE)
+def test_hostile_rules_are_refused(rule: str) -> None:
+    """By the check of the config, or by the rule itself; never run."""
+    try:
+        refused = bool(rule) and bool(findings(rule))
+    except ValueError:
+        refused = True
+    if not refused:
+        with pytest.raises((ConfigError, Unavailable)):
+            Rule(rule, "c").verdict(VALUES)
+    assert VALUES["loss"] == {"loss": 1.5, "epoch": 0.5, "learning_rate": 1e-4}
+    assert VALUES["history"]["training_loss"]["loss"] == [3.0, 2.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *('loss["loss"] + 1', '"yes"', "loss", "[True]", 'loss["loss"] if True else False'),
+        *("loss < 1", 'loss["loss"] < "a"', "1 / 0 == 1", 'loss["loss"] or 1'),
+    ],
+)
+def test_a_rule_that_gives_no_truth_value_is_an_error(rule: str) -> None:
+    with pytest.raises(ConfigError, match=r'controller "c": Rule failed'):
+        Rule(rule, "c").verdict(VALUES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("los.loss < 1", '"los" is not defined. Did you mean "loss"?'),
+        ("abz(1) == 1", 'unknown function "abz". Did you mean "abs"?'),
+        ("loss.__class__ == 1", '"__" is not allowed'),
+        ("loss < 1", 'cannot be compared. Write loss["…"].'),
+        ("lambda: True", "a lambda is not allowed"),
+        ("loss.loss <", "it is no expression"),
+        ("loss.loss - 1", "it gives a value, not true or false"),
+        ("9 ** 9999 > 1", "9 ** 9999 is too large"),
+    ],
+)
+def test_the_check_says_what_is_wrong(rule: str, message: str) -> None:
+    assert any(message in found for found in findings(rule)), findings(rule)
+
+
+def test_every_function_is_known_to_the_check() -> None:
+    assert set(FUNCTIONS) - set(_FUNCTIONS) == {"list", "tuple", "dict", "set"}
+    assert not set(_FUNCTIONS) - set(FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "mode", "held", "acts"),
+    [
+        (2, "reset_on_failure", "TTTTTT", "..A..A"),
+        (2, "reset_on_failure", "TTFTTT", ".....A"),
+        (2, "no_reset_on_failure", "TTFTTF", "...A.."),
+        (0, "reset_on_failure", "TFT", "A.A"),
+        (1, "reset_on_failure", "TFTFT", "....."),
+        (1, "no_reset_on_failure", "TFTFT", "..A.."),
+    ],
+)
+def test_patience(threshold: int, mode: str, held: str, acts: str) -> None:
+    counter = PatienceCounter(Patience(patience_threshold=threshold, mode=mode))
+    assert "".join("A" if counter.acts(one == "T") else "." for one in held) == acts
+
+
+def test_without_patience_a_rule_acts_at_once() -> None:
+    assert PatienceCounter(None).acts(True)

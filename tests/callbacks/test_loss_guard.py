@@ -1,0 +1,100 @@
+"""The guard stops what has exploded, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from finetuning.callbacks.loss_guard import exploded_streak, guard_callback
+from finetuning.config.sections.controller import Guard
+from finetuning.errors import EXIT_GUARD, GuardStopped
+
+
+def first_stop(losses: list[float], guard: Guard) -> int | None:
+    """The index of the loss at which a run with these losses is stopped."""
+    for end in range(1, len(losses) + 1):
+        if len(exploded_streak(list(enumerate(losses[:end])), guard.explode_factor)) >= guard.patience:
+            return end - 1
+    return None
+
+
+def falling(count: int, start: float = 2.0) -> list[float]:
+    return [start * 0.98**step for step in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "stopped_at"),
+    [
+        ([*falling(30), 8.0, 9.0, 10.0, 11.0, 11.0], 34),
+        ([2.0, *[11.0] * 6], 5),
+        ([*falling(100), 11.0, 1.0, 11.0, 1.0, 11.0], None),
+        ([*falling(30), 4.9, 4.8, 5.1, 5.0, 4.9], 34),
+        ([*falling(30), 3.0, 3.1, 3.2, 3.3, 3.4, 3.5], None),
+        ([0.001] * 30 + [0.01, 0.02, 0.03, 0.04, 0.05], None),
+        ([0.69, 0.5, 0.2, 0.05, 3.0, 7.0, 20.0, 20.0, 20.0], 8),
+        ([0.0, -0.1, 0.1, 0.05, -0.2, 0.4, 0.6, 0.7, 0.8, 0.8], None),
+        (falling(50), None),
+        ([2.0] * 50, None),
+        ([2.0], None),
+    ],
+    ids=[
+        *("a run that explodes", "at once", "single outliers", "three times the median", "a little rise"),
+        *("a rise near zero", "a preference loss", "losses around zero", "falling", "flat", "one loss"),
+    ],
+)
+def test_what_counts_as_exploded(losses: list[float], stopped_at: int | None) -> None:
+    assert first_stop(losses, Guard()) == stopped_at
+
+
+def test_noise_is_no_explosion() -> None:
+    """Rows of very different difficulty, one a log: heavy tails that a factor alone would take for explosions."""
+    generator = random.Random(1)
+    for _ in range(20):
+        losses = [generator.lognormvariate(-0.7, 1.0) for _ in range(400)]
+        assert first_stop(losses, Guard()) is None
+
+
+def test_factor_and_patience_are_the_users() -> None:
+    losses = [*falling(30), 2.7, 2.8, 2.9, 3.0, 3.1]
+    assert first_stop(losses, Guard()) is None
+    assert first_stop(losses, Guard(explode_factor=1.5, patience=3)) == 32
+    assert first_stop(losses, Guard(explode_factor=1.5)) == 34
+
+
+def test_the_run_stops_and_its_last_good_checkpoint_stays_the_newest(scripted_run: Callable) -> None:
+    losses = [2.0, 1.9, 1.8, 1.7, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0]
+    run = scripted_run(
+        losses, [guard_callback(Guard(patience=3))], save_strategy="steps", save_steps=1, save_total_limit=2
+    )
+    assert isinstance(run.error, GuardStopped)
+    assert run.error.exit_code == EXIT_GUARD
+    assert run.state.global_step == 7
+    assert run.checkpoints == ["checkpoint-3", "checkpoint-4"]
+    message = str(run.error)
+    assert "step 7: the loss has exploded: 9 at step 5, 10 at step 6, 11 at step 7" in message
+    assert "the median was 1.85" in message
+    assert "checkpoint-4 is good" in message
+
+
+def test_a_checkpoint_between_two_logs_is_told_as_doubtful(scripted_run: Callable) -> None:
+    losses = [2.0, 2.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]
+    run = scripted_run(
+        losses, [guard_callback(Guard(patience=3))], logging_steps=2, save_strategy="steps", save_steps=1
+    )
+    assert isinstance(run.error, GuardStopped)
+    assert "checkpoint-4 is good, checkpoint-5 may not be" in str(run.error)
+
+
+def test_saving_goes_on_after_an_outlier(scripted_run: Callable) -> None:
+    losses = [2.0, 1.9, 9.0, 1.8, 1.7]
+    run = scripted_run(losses, [guard_callback(Guard())], save_strategy="steps", save_steps=1)
+    assert run.error is None
+    assert run.checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-5"]
+
+
+def test_a_resumed_run_remembers_what_is_ordinary() -> None:
+    """The rule is a function of the trainer's log, which a checkpoint holds."""
+    before = list(enumerate(falling(30)))
+    assert len(exploded_streak([*before, (30, 9.0)], 3.0)) == 1

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from finetuning.config.installed import Installed
+from finetuning.config.schema.docstrings import field_docstrings
+from finetuning.config.schema.json_schema import json_schema, schema_text
+from finetuning.config.schema.reference import reference
+from finetuning.config.sections.experiment import EXPERIMENTS, SFTExperiment
+from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.sections.training import DPOTrainingArgs
+from finetuning.config.validation.section_tree import sections_of, walk
+from finetuning.config.yaml.dump import dump_values
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = [*EXPERIMENTS.values(), GenerationConfig]
+
+
+def errors(config: type, values: dict[str, Any], installed: Installed | None = None) -> list[str]:
+    validator = jsonschema.Draft202012Validator(json_schema(config, installed))
+    return [error.message for error in validator.iter_errors(values)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_schemas_are_schemas(config: type) -> None:
+    for installed in (None, Installed()):
+        schema = json_schema(config, installed)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert schema["$schema"].endswith("2020-12/schema")
+        assert "$id" not in schema
+        assert schema["additionalProperties"] is False
+    assert schema_text(config) == schema_text(config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_key_is_described(config: type) -> None:
+    tags = {"type", "peft_type", "quantization_type"}
+    sections = {config} | {section for _, _, field in walk(config) for section in sections_of(field.annotation)}
+    missing = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name in section.model_fields.keys() - field_docstrings(section).keys() - tags
+    ]
+    assert missing == []
+    for name, definition in json_schema(config)["$defs"].items():
+        for key, field in definition.get("properties", {}).items():
+            assert key in tags or "description" in field, f"{name}.{key}"
+            assert "title" not in field
+
+
+def test_docstrings_are_inherited_and_overridden() -> None:
+    found = field_docstrings(DPOTrainingArgs)
+    assert found["seed"].startswith("Seed of")
+    assert found["beta"].startswith("Weight of the reference model")
+    assert found.keys() == DPOTrainingArgs.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    "peft_conf", ["{peft_type: NO_PEFT}", "{peft_type: PRETRAINED_PEFT, name_or_path: x}", "{peft_type: LORA}"]
+)
+def test_the_schema_takes_what_is_right(peft_conf: str, check: Callable, changed: Callable[..., str]) -> None:
+    experiment = check(changed(peft_conf=peft_conf, training_args="{dataloader_num_workers: 2}")).experiment
+    values = dump_values(experiment)
+    assert errors(SFTExperiment, values) == []
+    assert errors(SFTExperiment, values, Installed()) == []
+
+
+def test_the_schema_refuses_what_is_wrong(check: Callable, sft_text: str) -> None:
+    values = dump_values(check(sft_text).experiment)
+    assert errors(SFTExperiment, {**values, "modl": 1})
+    assert errors(SFTExperiment, {**values, "batchsize_conf": {"total_train_batch_size": 0}})
+    assert errors(SFTExperiment, {**values, "peft_conf": {"peft_type": "NO_PEFT", "r": 8}})
+    unknown = {**values, "training_args": {"dataloader_num_worker": 1}}
+    assert not errors(SFTExperiment, unknown)
+    assert errors(SFTExperiment, unknown, Installed())
+    wrong = {**values, "training_args": {"dataloader_num_workers": "two"}}
+    assert errors(SFTExperiment, wrong, Installed())
+
+
+def test_the_reference_is_fresh() -> None:
+    written = (ROOT / "docs" / "reference" / "config.md").read_text(encoding="utf-8")
+    assert written == reference(), "run: python -m finetuning.config.schema.reference docs/reference/config.md"

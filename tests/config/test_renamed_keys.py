@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from finetuning.config.installed import Installed
+from finetuning.config.sections.experiment import DPOExperiment, Experiment, SFTExperiment
+from finetuning.config.sections.model import ModelArgs
+from finetuning.config.validation.renamed_keys import MODEL_ARGS, OLD_VALUES, TRAINING_ARGS, Dropped, Renamed, translate
+from finetuning.config.validation.section_tree import sections_of
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import parse_document
+
+Changed = Callable[..., str]
+
+
+def known_today(installed: Installed) -> set[str]:
+    names: set[str] = set()
+    for experiment in (SFTExperiment, DPOExperiment):
+        names |= installed.class_fields(experiment.trainer_config).keys()
+        names |= sections_of(experiment.model_fields["training_args"].annotation)[0].model_fields.keys()
+    return names
+
+
+def test_the_table_agrees_with_the_installed_libraries() -> None:
+    """Old names are unknown today (but for those that another section owns); new ones are known."""
+    installed = Installed()
+    known = known_today(installed)
+    owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, Dropped) and change.though_known}
+    assert not (TRAINING_ARGS.keys() - owned) & known
+    assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, Renamed)} <= known
+    arguments = {*installed.from_pretrained_arguments(), *ModelArgs.model_fields}
+    assert not MODEL_ARGS.keys() & arguments
+    assert {change.to[0] for change in MODEL_ARGS.values() if isinstance(change, Renamed)} <= arguments
+
+
+@pytest.mark.parametrize(
+    ("old", "today"),
+    [
+        ("evaluation_strategy: no", {"eval_strategy": "no"}),
+        ("warmup_ratio: 0.03", {"warmup_steps": 0.03}),
+        ("warmup_ratio: 0", {}),
+        ("warmup_ratio:", {}),
+        ("warmup_ratio: 0.1\nwarmup_steps: 0", {"warmup_steps": 0.1}),
+        ("warmup_ratio: 0.1\nwarmup_steps: 20", {"warmup_steps": 20}),
+        ("group_by_length: true", {"train_sampling_strategy": "group_by_length"}),
+        ("group_by_length: false", {}),
+        ("no_cuda: true", {"use_cpu": True}),
+        ("adafactor: true", {"optim": "adafactor"}),
+        ("push_to_hub_token: x", {"hub_token": "x"}),
+        ("include_inputs_for_metrics: true", {"include_for_metrics": ["inputs"]}),
+        ("split_batches: true", {"accelerator_config": {"split_batches": True}}),
+        ("fsdp_min_num_params: 0", {}),
+        ("overwrite_output_dir: true", {}),
+        ("save_safetensors: true", {}),
+        ("logging_dir: logs", {}),
+        ("include_tokens_per_second: true", {}),
+        ("max_prompt_length: 1536", {}),
+        ("resume_from_checkpoint: x", {}),
+    ],
+)
+def test_old_training_args(old: str, today: dict[str, object], check: Callable, changed: Changed) -> None:
+    text = changed(training_args=f"{old}\nseed: 1\n")
+    translated = translate(parse_document(text, "config.yaml"))
+    assert translated.document.values["training_args"] == {**today, "seed": 1}
+    validated = check(text)
+    name = old.partition(":")[0]
+    assert [str(warning).split(": ")[1] for warning in validated.warnings] == [f"training_args.{name}"]
+
+
+def test_warnings_name_todays_key_at_its_place(check: Callable, changed: Changed) -> None:
+    training_args = "warmup_ratio: 0.03\noverwrite_output_dir: true\npush_to_hub_token: hf_secret\nno_cuda: yes\n"
+    run_conf = "model_args:\n  torch_dtype: bfloat16\n  use_auth_token: hf_secret\n  use_flash_attention_2: true\n"
+    validated = check(changed(training_args=training_args, run_conf=run_conf))
+    assert [str(warning) for warning in validated.warnings] == [
+        'config.yaml:14:3: training_args.warmup_ratio: is called "warmup_steps" today. Write "warmup_steps: 0.03".',
+        "config.yaml:15:3: training_args.overwrite_output_dir: has no equivalent any more and is ignored:"
+        " nothing that was published is overwritten. Remove it.",
+        'config.yaml:16:3: training_args.push_to_hub_token: is called "hub_token" today. Write "hub_token" instead.',
+        'config.yaml:17:3: training_args.no_cuda: is called "use_cpu" today. Write "use_cpu: yes".',
+        'config.yaml:20:5: run_conf.model_args.torch_dtype: is called "dtype" today. Write "dtype: bfloat16".',
+        'config.yaml:21:5: run_conf.model_args.use_auth_token: is called "token" today. Write "token" instead.',
+        'config.yaml:22:5: run_conf.model_args.use_flash_attention_2: is called "attn_implementation" today.'
+        ' Write "attn_implementation: flash_attention_2".',
+    ]
+    model_args = validated.experiment.run_conf.model_args
+    assert (model_args.dtype, model_args.attn_implementation) == ("bfloat16", "flash_attention_2")
+    assert model_args.token.get_secret_value() == "hf_secret"
+    assert validated.document.origin_of(("training_args", "warmup_steps")) == "config.yaml:14"
+
+
+def test_what_is_old_to_one_trainer_is_todays_to_another(changed: Changed) -> None:
+    class WithCompletions(Experiment):
+        trainer_config = "trl.trainer.grpo_config:GRPOConfig"
+
+    text = changed(training_args="{max_completion_length: 64, warmup_ratio: 0.1}")
+    validated = validate(parse_document(text, "config.yaml"), WithCompletions)
+    assert validated.experiment.training_args.model_extra == {"max_completion_length": 64}
+    assert len(validated.warnings) == 1
+
+
+def test_values_that_are_gone(check: Callable, changed: Changed) -> None:
+    validated = check(changed(training_args="{optim: adamw_hf}"))
+    assert validated.experiment.training_args.optim == "adamw_torch"
+    assert str(validated.warnings[0]).endswith(
+        'training_args.optim: "adamw_hf" is gone; "adamw_torch" is used. Write "optim: adamw_torch".'
+    )
+    allowed = Installed().choices("transformers.training_args:OptimizerNames")
+    assert not OLD_VALUES["training_args", "optim"].keys() & set(allowed)
+    assert set(OLD_VALUES["training_args", "optim"].values()) <= set(allowed)
+
+
+def test_todays_key_wins(check: Callable, changed: Changed) -> None:
+    validated = check(changed(run_conf="{model_args: {torch_dtype: float16, dtype: bfloat16}}"))
+    assert validated.experiment.run_conf.model_args.dtype == "bfloat16"
+    assert 'is today\'s "dtype", which is given too and wins. Remove it.' in str(validated.warnings[0])
+
+
+def test_what_cannot_be_honoured_is_refused(messages: Callable[..., list[str]], changed: Changed) -> None:
+    text = "rpo_alpha: 1.0\nreference_free: true\nper_gpu_train_batch_size: 2\nwarmup_ratio: 3\n"
+    assert messages(changed(training_args=text), "dpo") == [
+        "config.yaml:14:3: training_args.rpo_alpha: is no setting any more."
+        " Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead.",
+        "config.yaml:15:3: training_args.reference_free: is no setting any more."
+        " Every loss of the installed release has a reference.",
+        "config.yaml:16:3: training_args.per_gpu_train_batch_size: is no setting any more. Use batchsize_conf instead.",
+        "config.yaml:17:3: training_args.warmup_ratio: must be a share of the steps, below 1 (got 3)."
+        ' Today it is called "warmup_steps".',
+    ]

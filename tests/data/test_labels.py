@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import normalizers
+
+from finetuning.data.chat.spans import Refused
+from finetuning.data.tokenization.labels import CUT_AT_BORDER, Labeller, Tokens
+
+from .conftest import byte_level, sentencepiece, wrap
+
+
+def encode(tokenizer: Any, text: str, *spans: str) -> Tokens | Refused:
+    """The tokens of a text whose spans are given by what they say."""
+    places = [(text.index(one), text.index(one) + len(one)) for one in spans]
+    return Labeller(tokenizer).encode([text], [places])[0]
+
+
+def trained(tokenizer: Any, tokens: Tokens | Refused) -> list[str]:
+    assert isinstance(tokens, Tokens), tokens
+    labels = tokens.labels(-100).tolist()
+    assert [one for one in labels if one != -100] == [
+        one for first, last in tokens.runs for one in tokens.ids[first:last].tolist()
+    ]
+    return [tokenizer.decode(tokens.ids[first:last].tolist()) for first, last in tokens.runs]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("answer", ["Hello</s>", "🙂👩‍👩‍👧</s>", "</s>", "你好 é\n\n</s>", "🙂"])
+def test_a_run_spells_its_span(kind: str, answer: str, make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(kind, special=("<|user|>", "<|bot|>"))
+    text = f"<s><|user|>What? 🙂<|bot|>{answer}<|user|>And?<|bot|>"
+    tokens = encode(tokenizer, text, answer)
+    assert trained(tokenizer, tokens) == [answer]
+
+
+def test_a_token_over_the_beginning_is_cut_as_it_is_served(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer("byte-level", special=("<|end|>",))
+    header, answer = "assistant: ", "Hello<|end|>"
+    whole = tokenizer(header + answer, add_special_tokens=False)["input_ids"]
+    served = tokenizer(header, add_special_tokens=False)["input_ids"]
+    assert whole[: len(served)] != served
+    tokens = encode(tokenizer, header + answer, answer)
+    assert isinstance(tokens, Tokens)
+    assert tokens.note == CUT_AT_BORDER
+    assert tokens.ids.tolist()[: len(served)] == served
+    assert trained(tokenizer, tokens) == [answer]
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_the_space_before_a_word_is_on_the_right_side(trim: bool) -> None:
+    tokenizer = wrap(byte_level(trim_offsets=trim))
+    assert trained(tokenizer, encode(tokenizer, "[/INST] Hello</s>", " Hello</s>")) == [" Hello</s>"]
+    assert trained(tokenizer, encode(tokenizer, "[/INST] Hello</s>", "Hello</s>")) == ["Hello</s>"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_sentencepiece_prefixes_do_not_hide_a_border(scheme: str) -> None:
+    special = ("<|bot|>",)
+    tokenizer = wrap(sentencepiece(special, scheme=scheme), special)
+    for answer in ("Hello there</s>", " Hello</s>", "\nHello</s>"):
+        tokens = encode(tokenizer, f"<|bot|>{answer}", answer)
+        assert isinstance(tokens, Tokens), (answer, tokens)
+        assert tokens.runs[0][0] == 1
+        assert tokens.runs[0][1] == len(tokens.ids)
+
+
+def test_a_tokenizer_that_normalises_is_judged_by_its_own_terms() -> None:
+    backend = byte_level()
+    backend.normalizer = normalizers.NFKC()
+    tokenizer = wrap(backend)
+    tokens = encode(tokenizer, "a?\nﬁne ① é</s>\nb", "ﬁne ① é</s>")
+    assert trained(tokenizer, tokens) == ["fine 1 é</s>"]
+
+
+def test_a_text_that_cannot_be_cut_is_refused() -> None:
+    backend = byte_level()
+    backend.normalizer = normalizers.Replace("ab", "x")
+    tokenizer = wrap(backend)
+    assert isinstance(encode(tokenizer, "ab</s>", "b</s>"), Refused)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_first_token_is_there_once(kind: str, add_bos: bool, make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(kind, special=("<|bot|>",), add_bos=add_bos)
+    bos = tokenizer.bos_token_id
+    for text, expected in (("<s><|bot|>Hi</s>", 1), ("<|bot|>Hi</s>", int(add_bos))):
+        tokens = encode(tokenizer, text, "Hi</s>")
+        assert isinstance(tokens, Tokens)
+        assert tokens.ids.tolist().count(bos) == expected
+        assert tokens.ids[0] == bos or not expected
+        assert trained(tokenizer, tokens) == ["Hi</s>"]
+        everything = Labeller(tokenizer).encode([text], [None])[0]
+        assert isinstance(everything, Tokens)
+        assert everything.ids.tolist() == tokens.ids.tolist()
+        assert everything.labels(-100).tolist() == tokens.ids.tolist()
+
+
+def test_a_saved_truncation_does_not_cut_rows(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer("byte-level")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    text = "What is the weather like in Paris today?</s>"
+    assert trained(tokenizer, encode(tokenizer, text, text)) == [text]

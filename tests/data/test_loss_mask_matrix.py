@@ -1,0 +1,121 @@
+"""Every chat template that ships with TRL, and ours, against many conversations and both families of tokenizers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trl
+
+from finetuning.config.sections.data import ChatTemplateName
+from finetuning.data.chat.loss_mask import Masker
+from finetuning.data.chat.spans import Marked, Refused
+from finetuning.data.chat.template import Renderer
+from finetuning.data.chat.templates import get_template
+from finetuning.data.tokenization.labels import Labeller, Tokens
+
+from .conversations import CONVERSATIONS, conversation, speakers, words
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+OURS = [name.value for name in ChatTemplateName if get_template(name)]
+REFUSED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("refused.json").read_text("utf-8"))
+"""Template to conversation to the reason of its refusal; whatever is not here must be proven."""
+STOPS = ("<|call|>", "<|eom_id|>", "<|tool_response>")
+
+
+def source_of(name: str) -> str:
+    ours = get_template(ChatTemplateName(name)) if name in OURS else None
+    return ours.source if ours else (FOLDER / f"{name}.jinja").read_text("utf-8")
+
+
+def prove(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
+    tokenizer = make_tokenizer(kind, source_of(name))
+    labeller = Labeller(tokenizer)
+    masker = Masker(Renderer(tokenizer), labeller.split, STOPS)
+    results = {}
+    for one in CONVERSATIONS:
+        found = masker.find([conversation(one)])[0]
+        tokens = labeller.encode([found.text], [found.spans])[0] if isinstance(found, Marked) else found
+        results[one] = (tokenizer, found, tokens)
+    return results
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("name", [*NAMES, *OURS])
+def test_each_conversation_is_proven_or_refused_for_a_stated_reason(
+    name: str, kind: str, make_tokenizer: Callable[..., Any]
+) -> None:
+    refused = {}
+    for one, (tokenizer, found, tokens) in prove(name, kind, make_tokenizer).items():
+        if isinstance(tokens, Refused):
+            refused[one] = str(tokens)
+            continue
+        assert isinstance(found, Marked)
+        assert isinstance(tokens, Tokens)
+        check_by_words(one, tokenizer, found, tokens)
+    assert refused == REFUSED.get(name, {})
+
+
+def check_by_words(one: str, tokenizer: Any, found: Marked, tokens: Tokens) -> None:
+    """What is trained, by the tokenizer's own decoding, are the assistant's words, all of them, and nobody else's."""
+    mask = np.zeros(len(tokens.ids), dtype=bool)
+    for first, last in tokens.runs:
+        mask[first:last] = True
+    trained = " | ".join(tokenizer.decode(tokens.ids[first:last].tolist()) for first, last in tokens.runs)
+    assert speakers(trained) <= {"A"}
+    position, rest = 0, ""
+    for start, end in found.spans:
+        rest += found.text[position:start] + "|"
+        position = end
+    assert "A" not in speakers(rest + found.text[position:])
+    said = [word for word in words(one) if word in found.text]
+    assert [word for word in said if word not in trained] == []
+    turns = [message for message in CONVERSATIONS[one] if message["role"] == "assistant"]
+    assert len(found.spans) == len(turns)
+    ends = {found.text[start:end].rstrip()[-4:] for start, end in found.spans}
+    assert len(ends) == 1 or "tools" in one
+    whole = tokenizer.decode(tokens.ids.tolist())
+    assert re.sub("[ ▁]", "", whole) == re.sub("[ ▁]", "", found.text)
+
+
+MARKED = [name for name in NAMES if re.search(r"{%-?\s*generation", source_of(name))]
+MORE_MARKED: dict[str, list[str]] = json.loads(Path(__file__).with_name("more_marked.json").read_text("utf-8"))
+"""What templates mark besides what is trained here: headers that the generation prompt gives, the end of the text."""
+
+
+def more_marked(name: str, make_tokenizer: Callable[..., Any]) -> set[str]:
+    """What lies between the template's marks and in none of our spans, white space left out."""
+    more: set[str] = set()
+    for one, (tokenizer, found, _) in prove(name, "byte-level", make_tokenizer).items():
+        if isinstance(found, Marked):
+            row = conversation(one)
+            theirs = char_mask(found.text, Renderer(tokenizer).marked_spans(row.messages, row.tools, {}))
+            ours = char_mask(found.text, found.spans)
+            # DiffusionGemma stops at a token that its marks leave out, and writes a header that no prompt gives.
+            assert pieces(found.text, ours & ~theirs) <= {"<|tool_response>", "<|turn>model"}, one
+            more |= pieces(found.text, theirs & ~ours)
+    return more
+
+
+def pieces(text: str, mask: np.ndarray) -> set[str]:
+    """The stretches of a text under a mask, without outer white space."""
+    shown = "".join(one if masked else "\0" for one, masked in zip(text, mask, strict=True))
+    return {piece.strip() for piece in shown.split("\0")} - {""}
+
+
+def char_mask(text: str, spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    mask = np.zeros(len(text), dtype=bool)
+    for start, end in spans:
+        mask[start:end] = True
+    return mask
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_spans_lie_in_what_the_template_marks_itself(name: str, make_tokenizer: Callable[..., Any]) -> None:
+    assert sorted(more_marked(name, make_tokenizer)) == MORE_MARKED.get(name, [])

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetuning.data.ledger import TOO_LONG, Ledger, PartLedger, raise_bad_rows
+from finetuning.data.statistics import Totals
+from finetuning.errors import DataError, Place, Problem
+
+
+def place(line: int) -> Place:
+    return Place("train.jsonl", line)
+
+
+def test_lines_say_what_became_of_the_rows() -> None:
+    part = PartLedger(Totals("training", limit=8))
+    for _ in range(17):
+        part.keep(tokens=4, trained=2)
+    part.truncate(place(18), tokens=8, trained=3, tokens_cut=5, answer_cut=True)
+    part.drop(place(19), TOO_LONG, "61 tokens, the limit is 8", is_fault=False, tokens=61)
+    part.drop(place(20), TOO_LONG, "70 tokens, the limit is 8", is_fault=False, tokens=70)
+    part.note("something odd", 2)
+    text = "\n".join(part.totals.lines())
+    assert "training: 18 rows of 20 kept, 76 tokens, 37 trained" in text
+    assert "truncated: 1 row, 5 tokens cut off; 1 answer cut" in text
+    assert "dropped: 2 rows, longer than the limit; first train.jsonl:19: 61 tokens, the limit is 8" in text
+    assert "noticed: 2 rows, something odd" in text
+    assert "warning: 10.0% of the rows are longer than 8 tokens" in text
+
+
+def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
+    part = PartLedger(Totals("training", limit=8))
+    part.keep(4, 2)
+    part.truncate(place(2), tokens=8, trained=3, tokens_cut=5, answer_cut=False)
+    part.drop(place(3), "bad row", "ä")
+    Ledger((part,)).write(tmp_path)
+    (report,) = json.loads((tmp_path / "data_report.json").read_text("utf-8"))
+    assert report["rows"] == 3
+    assert report["dropped"] == {"bad row": 1}
+    assert report["tokens_cut"] == 5
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text("utf-8").splitlines()]
+    assert [(one["line"], one["fate"]) for one in rejects] == [(2, "truncated"), (3, "dropped")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data_report.json", "rejects.jsonl"]
+
+
+def test_too_many_faults_stop_the_run_and_filtered_rows_do_not() -> None:
+    part = PartLedger(Totals("training", limit=8))
+    for line in range(1, 20):
+        part.keep(4, 2)
+        part.drop(place(100 + line), TOO_LONG, is_fault=False, tokens=9)
+    part.totals.check(0.05)
+    part.drop(place(7), "bad row", "expected text")
+    part.totals.check(0.05)
+    part.drop(place(8), "bad row", "expected text")
+    part.totals.check(0.05)
+    part.drop(place(9), "bad row", "expected text")
+    with pytest.raises(DataError) as caught:
+        part.totals.check(0.05)
+    assert "3 of 41 training rows (7.3%)" in str(caught.value)
+    assert "train.jsonl:7: bad row: expected text" in str(caught.value)
+
+
+def test_all_rows_gone_says_how_long_the_shortest_is() -> None:
+    part = PartLedger(Totals("training", limit=8))
+    for tokens in (70, 61, 64, 80, 90):
+        part.drop(place(1), TOO_LONG, is_fault=False, tokens=tokens)
+    with pytest.raises(DataError, match=r"train\.jsonl: all 5 rows dropped: shortest is 61 tokens, max_seq_length 8"):
+        part.totals.check(1.0)
+
+
+def test_bad_rows_are_listed_ten_at_most_with_their_number() -> None:
+    raise_bad_rows([])
+    with pytest.raises(DataError) as caught:
+        raise_bad_rows([Problem("bad", place(line)) for line in range(1, 15)])
+    text = str(caught.value)
+    assert "train.jsonl:10: bad" in text
+    assert "train.jsonl:11" not in text
+    assert "14 bad rows, the first 10 shown" in text

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.errors import ModelError, StorageError
+from finetuning.export.vllm.convert import ORIGINAL, make_vllm_compatible
+from finetuning.export.vllm.training_config import why_layers_are_needed
+
+MakeAdapter = Callable[..., Path]
+
+
+def lora(**arguments: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **arguments})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def add_tensors(folder: Path, extra: dict[str, Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file({**load_file(file), **extra}, file, {"format": "pt"})
+
+
+def base_tensors(base: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(base / "model.safetensors")
+
+
+def logits(base: Path, adapter: Path) -> Any:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        return model(torch.arange(20).unsqueeze(0)).logits
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_plain_adapter_is_compatible_already(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(r=24), tmp_path / "adapter")
+    before = files(adapter)
+    result = make_vllm_compatible(adapter)
+    assert not result.changed
+    after = files(adapter)
+    serving = json.loads(after.pop("serving.json"))
+    assert after == before
+    words = shlex.split(serving["command"])
+    assert words[:3] == ["vllm", "serve", str(tiny_llama_dir)]
+    assert words[words.index("--max-lora-rank") + 1] == "32"
+    assert words[words.index("--lora-modules") + 1] == f"adapter={adapter.absolute()}"
+
+
+def test_copies_of_the_base_are_dropped(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    import torch
+
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    base = base_tensors(tiny_llama_dir)
+    add_tensors(
+        adapter,
+        {
+            "base_model.model.model.embed_tokens.weight": base["model.embed_tokens.weight"],
+            "base_model.model.lm_head.weight": base["lm_head.weight"],
+        },
+    )
+    config = read_config(adapter) | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    before, whole = logits(tiny_llama_dir, adapter), files(adapter)
+    result = make_vllm_compatible(adapter)
+    assert result.changed and len(result.dropped) == 2
+    assert read_config(adapter)["modules_to_save"] is None
+    assert (adapter / ORIGINAL).read_bytes() == whole["adapter_model.safetensors"]
+    assert torch.equal(logits(tiny_llama_dir, adapter), before)
+    assert not make_vllm_compatible(adapter).changed
+
+
+def test_a_copy_leaves_the_original_alone(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    import torch
+
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    add_tensors(adapter, {"base_model.model.lm_head.weight": base_tensors(tiny_llama_dir)["lm_head.weight"]})
+    (adapter / "tokenizer_config.json").write_text("{}")
+    before = files(adapter)
+    make_vllm_compatible(adapter, output=tmp_path / "out")
+    assert files(adapter) == before
+    assert {"adapter_model.safetensors", "serving.json", "tokenizer_config.json"} <= set(files(tmp_path / "out"))
+    assert str(tmp_path / "out") in json.loads((tmp_path / "out" / "serving.json").read_text())["command"]
+    assert torch.equal(logits(tiny_llama_dir, adapter), logits(tiny_llama_dir, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is no LoRA tensor and differs"),
+        ({"trainable_token_indices": [3, 5]}, "trainable_tokens_delta is no LoRA tensor and differs"),
+        ({"rank_pattern": {"v_proj": 2}}, "scales all modules alike"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"r": 600, "target_modules": ["q_proj"]}, "vLLM's largest is 512"),
+    ],
+)
+def test_what_would_be_lost_is_refused(
+    arguments: dict[str, Any], reason: str, tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(**arguments), tmp_path / "adapter")
+    before = files(adapter)
+    with pytest.raises(ModelError, match=reason) as caught:
+        make_vllm_compatible(adapter)
+    assert "Merge it instead: merge_adapter" in str(caught.value)
+    assert files(adapter) == before
+
+
+def test_another_type_is_refused(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    adapter = make_adapter(tiny_llama_dir, config, tmp_path / "adapter")
+    with pytest.raises(ModelError, match="vLLM serves LoRA, and this is IA3"):
+        make_vllm_compatible(adapter)
+
+
+def test_untrained_tokens_are_dropped(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(trainable_token_indices=[3, 5]), tmp_path / "adapter")
+    rows = base_tensors(tiny_llama_dir)["model.embed_tokens.weight"][[3, 5]].contiguous()
+    add_tensors(adapter, {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": rows})
+    assert make_vllm_compatible(adapter).changed
+    assert read_config(adapter)["trainable_token_indices"] is None
+
+
+def test_patterns_with_one_factor_become_one_rank(
+    tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    config = lora(r=4, lora_alpha=8, rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 16})
+    adapter = make_adapter(tiny_llama_dir, config, tmp_path / "adapter")
+    make_vllm_compatible(adapter, output=tmp_path / "out")
+    converted = read_config(tmp_path / "out")
+    assert (converted["r"], converted["lora_alpha"], converted["rank_pattern"]) == (8, 16, {})
+
+
+def test_names_of_a_compiled_model_are_mended(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    expected = logits(tiny_llama_dir, adapter)
+    file = adapter / "adapter_model.safetensors"
+    renamed = {
+        name.replace("base_model.model.", "base_model.model._orig_mod."): t for name, t in load_file(file).items()
+    }
+    save_file(renamed, file, {"format": "pt"})
+    assert make_vllm_compatible(adapter).changed
+    assert torch.equal(logits(tiny_llama_dir, adapter), expected)
+
+
+def test_the_original_is_never_overwritten(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    add_tensors(adapter, {"base_model.model.lm_head.weight": base_tensors(tiny_llama_dir)["lm_head.weight"]})
+    (adapter / ORIGINAL).write_bytes(b"precious")
+    before = files(adapter)
+    with pytest.raises(StorageError, match="only copy"):
+        make_vllm_compatible(adapter)
+    assert files(adapter) == before
+
+
+def test_without_the_base_nothing_is_dropped(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    add_tensors(adapter, {"base_model.model.lm_head.weight": base_tensors(tiny_llama_dir)["lm_head.weight"]})
+    config = read_config(adapter) | {"base_model_name_or_path": "someone/elsewhere"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="without the base it cannot be shown"):
+        make_vllm_compatible(adapter)
+    assert make_vllm_compatible(adapter, base_name=str(tiny_llama_dir)).changed
+
+
+def test_new_embeddings_hold_the_last_rows(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    base = base_tensors(tiny_llama_dir)
+    grown = {
+        f"base_model.model.{name}": torch.cat([base[name], torch.randn(3, 64)])
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    add_tensors(adapter, grown)
+    with pytest.raises(ModelError, match="differs from the base"):
+        make_vllm_compatible(adapter)
+    make_vllm_compatible(adapter, output=tmp_path / "out", new_embeddings=True)
+    rows = load_file(tmp_path / "out" / "new_embeddings.safetensors")
+    assert torch.equal(rows["input_embeddings"], grown["base_model.model.model.embed_tokens.weight"][-3:])
+    assert torch.equal(rows["output_embeddings"], grown["base_model.model.lm_head.weight"][-3:])
+    assert all("lora_" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
+def test_new_embeddings_are_refused_where_the_base_has_them(
+    tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    name = "model.embed_tokens.weight"
+    add_tensors(adapter, {f"base_model.model.{name}": base_tensors(tiny_llama_dir)[name] + 1})
+    (adapter / "added_tokens_info.json").write_text('{"num_new_tokens": 3, "new_embedding_size": 512}')
+    with pytest.raises(ModelError, match="the base itself has rows for the 3 new tokens"):
+        make_vllm_compatible(adapter, output=tmp_path / "out", new_embeddings=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "reason"),
+    [
+        ("peft_conf: {peft_type: NO_PEFT}", "trained the whole model"),
+        ("peft_conf: {peft_type: LORA, peft_kwargs: {modules_to_save: [lm_head]}}", "modules_to_save trained lm_head"),
+        ("peft_conf: {peft_type: LORA, peft_kwargs: {r: 4}}", None),
+    ],
+)
+def test_the_training_config_decides(
+    yaml: str, reason: str | None, tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    (tmp_path / "config.yaml").write_text(yaml)
+    found = why_layers_are_needed(str(tmp_path / "config.yaml"), adapter)
+    assert (reason in found) if reason else found is None
+
+
+def test_a_grown_vocabulary_is_seen(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    content = json.loads((tiny_llama_dir / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<new>"})
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.yaml").write_text("peft_conf: {peft_type: LORA}")
+    assert "vocabulary grew" in why_layers_are_needed(str(tmp_path / "config.yaml"), adapter)
+
+
+def test_no_torch_is_imported(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    import subprocess
+
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    code = (
+        "import sys; from finetuning.cli.create_vllm_compatible_adapter import main;"
+        " code = main([sys.argv[1]]); heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules);"
+        " sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(adapter)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cut_off_file_is_told(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cut off"):
+        make_vllm_compatible(adapter)
+    shutil.rmtree(adapter)
+    with pytest.raises(ModelError, match="there is no folder"):
+        make_vllm_compatible(adapter)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.config.yaml.reader import parse_document
+from finetuning.errors import ConfigError, MissingPackageError
+from finetuning.importers.fms.environment import JSON_PATH, JSON_TEXT, JobLaunch, plan_launch, read_job
+from finetuning.launch.processes import told_code
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def plan(args: dict[str, Any] | None = None, gpus: int = 0, **environ: str) -> JobLaunch:
+    return plan_launch(parse_document(json.dumps({"accelerate_launch_args": args}), "job.json"), gpus, environ)
+
+
+def test_the_encoded_text_wins_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text('{"r": 1}')
+    text = encoded(b'{"r": 2}')
+    assert read_job({JSON_TEXT: text, JSON_PATH: str(file)}).values == {"r": 2}
+    assert read_job({JSON_TEXT: "", JSON_PATH: str(file)}).values == {"r": 1}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, "Must set environment variable"),
+        ({JSON_TEXT: "", JSON_PATH: ""}, "Must set environment variable"),
+        ({JSON_TEXT: encoded(pickle.dumps({"r": 1}))}, "pickle"),
+        ({JSON_TEXT: "{not base64}"}, "no base64"),
+        ({JSON_TEXT: encoded(b"\xff\xfe\x00")}, "UTF-8"),
+        ({JSON_TEXT: encoded(b"[1, 2]")}, JSON_TEXT),
+        ({JSON_PATH: "/no/such.json"}, "/no/such.json"),
+    ],
+)
+def test_what_is_no_job(environ: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_job(environ)
+    assert expected in str(caught.value)
+
+
+def test_a_process_for_each_gpu_unless_told_otherwise() -> None:
+    assert plan(gpus=4).launch.processes == 4
+    told = plan({"num_processes": 2}, gpus=4)
+    assert told.launch.processes == 4 and "num_processes is 4" in told.notes[0]
+    assert plan({"num_processes": 2}, gpus=4, SET_NUM_PROCESSES_TO_NUM_GPUS="False").launch.processes == 2
+    assert plan({"num_processes": 2}).launch.processes == 2
+    assert plan().launch.is_plain
+
+
+def test_several_gpus_share_the_model_out(tmp_path: Path) -> None:
+    assert plan(gpus=2).launch.config_file.name == "fsdp2.yaml"
+    assert plan(gpus=1).launch.config_file is None
+    assert plan({"num_processes": 2}).launch.config_file is None
+    defaults = tmp_path / "mine.yaml"
+    defaults.write_text("distributed_type: FSDP")
+    assert plan(gpus=2, FSDP_DEFAULTS_FILE_PATH=str(defaults)).launch.config_file == defaults
+    own = tmp_path / "own.yaml"
+    own.write_text("num_processes: 3")
+    planned = plan({"config_file": str(own)}, FSDP_DEFAULTS_FILE_PATH=str(defaults))
+    assert (planned.launch.config_file, planned.launch.processes) == (own, 3)
+
+
+def test_flags_and_environment() -> None:
+    planned = plan({"main_process_port": 1234, "quiet": True, "cpu": False, "env": ["A=1", "B=x=y"]})
+    assert planned.launch.flags == ("--main_process_port", "1234", "--quiet")
+    assert planned.environment == {"A": "1", "B": "x=y"}
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"q": True}, "q is no long flag"),
+        ({"main_proces_port": 1}, 'Did you mean "main_process_port"?'),
+        ({"quiet": "yes"}, "quiet is true or false"),
+        ({"num_processes": 0}, "whole number from 1"),
+        ({"env": ["A"]}, "NAME=VALUE"),
+        ([1], "must be keys and values"),
+    ],
+)
+def test_wrong_launch_arguments(args: Any, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(args)
+    assert expected in str(caught.value)
+
+
+def test_deepspeed_that_is_not_installed_is_said_with_its_line(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    file = tmp_path / "ds.yaml"
+    file.write_text("distributed_type: DEEPSPEED")
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingPackageError, match=r"finetuning\[deepspeed\]"):
+            plan({"config_file": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(0, 0), (1, 1), (3, 3), (203, 203), (-15, 143), (-2, 130), (-9, 203), (7, 203)]
+)
+def test_exit_codes(code: int, told: int) -> None:
+    assert told_code(code) == told

@@ -1,0 +1,271 @@
+"""Each key of a job of fms-hf-tuning means what it meant there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetuning.config.sections.experiment import SFTExperiment
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import parse_document
+from finetuning.errors import ConfigError
+from finetuning.importers.fms.job import Readers, to_experiment
+from finetuning.importers.translation import Translation, written
+
+MINIMAL = {
+    "model_name_or_path": "/model",
+    "training_data_path": "/data/train.jsonl",
+    "output_dir": "/out",
+    "torch_dtype": "float32",
+}
+TEXTS = {"dataset_text_field": "output", "response_template": "\n### Label:"}
+
+
+def translate(job: dict[str, Any], *, processes: int = 1, **readers: Any) -> Translation:
+    made = Readers(readers.get("data_config", lambda path: {"training_data": path}))
+    return to_experiment(parse_document(json.dumps(MINIMAL | job), "job.json"), made, processes=processes)
+
+
+def refused(job: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        translate(job)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {},
+        TEXTS,
+        TEXTS | {"peft_method": "lora", "r": 8, "target_modules": ["c_attn", "c_proj"]},
+        TEXTS | {"peft_method": "pt", "prompt_tuning_init": "RANDOM", "num_virtual_tokens": 4},
+        TEXTS | {"peft_method": "None", "lora_post_process_for_vllm": True, "accelerate_launch_args": {"quiet": True}},
+        {"data_formatter_template": "### Input: {{input}}\n\n## Label: {{output}}", "response_template": "\n## Label:"},
+        {"dataset_text_field": "text", "packing": True},
+        TEXTS | {"padding_free": ["huggingface"], "multipack": [16], "include_tokens_per_second": True},
+        TEXTS | {"peft_method": "lora", "bnb_qlora": ["nf4", "False"], "fused_lora": ["bitsandbytes", True]},
+        TEXTS | {"fast_kernels": [True, False, True]},
+    ],
+)
+def test_what_it_comes_to_is_a_right_config_and_is_read_back(job: dict[str, Any]) -> None:
+    translation = translate(job)
+    document = parse_document(written(translation, "fms-hf-tuning", "sft"), "experiment.yaml")
+    assert document.values == translation.values
+    assert validate(document, SFTExperiment).experiment.run_conf.model == "/model"
+
+
+def test_defaults_are_those_of_there() -> None:
+    values = translate({}).values
+    assert values["sft_args"] == {"train_on": "completions", "max_seq_length": 4096, "length_handling": "truncate"}
+    for key, value in {"save_strategy": "epoch", "logging_strategy": "epoch", "eval_strategy": "no"}.items():
+        assert values["training_args"][key] == value
+    assert values["run_conf"]["resume_from_checkpoint"] == "auto"
+    assert values["peft_conf"] == {"peft_type": "NO_PEFT"}
+    assert translate({"torch_dtype": None}).values["run_conf"]["model_args"]["dtype"] == "bfloat16"
+    lora = translate({"peft_method": "lora"}).values["peft_conf"]
+    assert lora["peft_kwargs"] == {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none"}
+    prompt = translate({"peft_method": "pt"}).values["peft_conf"]["peft_kwargs"]
+    assert (prompt["prompt_tuning_init"], prompt["num_virtual_tokens"]) == ("TEXT", 8)
+    assert prompt["tokenizer_name_or_path"] == "/model"
+
+
+def test_the_batch_of_a_step_is_the_same() -> None:
+    job = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    assert translate(job, processes=2).values["batchsize_conf"] == {
+        "total_train_batch_size": 24,
+        "max_per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+    }
+
+
+def test_multipack_shares_the_rows_of_a_step_out_by_their_tokens() -> None:
+    job = TEXTS | {"padding_free": ["huggingface"], "multipack": [16], "per_device_train_batch_size": 4}
+    several, one = translate(job, processes=2), translate(job)
+    assert several.values["training_args"]["train_sampling_strategy"] == "batch_rebalance"
+    assert several.values["sft_args"]["batching"] == "padding-free"
+    assert several.values["batchsize_conf"]["total_train_batch_size"] == 8
+    assert any(note.startswith("multipack: each step trains on as many rows as without it") for note in several.notes)
+    assert "train_sampling_strategy" not in one.values["training_args"]
+    assert "multipack: changes nothing on one process; there it needs several" in one.notes
+
+
+def test_multipack_does_not_go_with_a_stream() -> None:
+    job = {"padding_free": ["huggingface"], "multipack": [16], "max_steps": 4, "data_config_path": "d.yaml"}
+    job |= {"training_data_path": None, "response_template": "x", "dataset_text_field": "output"}
+    with pytest.raises(ConfigError, match="multipack: does not go with streaming"):
+        translate(job, data_config=lambda _: {"training_data": {"datasets": []}, "streaming": True}, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["all-linear"], "all-linear"),
+        (["lm_head", "all-linear"], "all-linear"),
+        ("all-linear", "all-linear"),
+        (["lm_head"], ["lm_head"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_target_modules(given: Any, expected: Any) -> None:
+    values = translate({"peft_method": "lora", "target_modules": given}).values
+    assert values["peft_conf"]["peft_kwargs"]["target_modules"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, "auto"), ("true", "auto"), (True, "auto"), ("False", False), ("/o/checkpoint-3",) * 2],
+)
+def test_resuming(given: Any, expected: Any) -> None:
+    assert translate({"resume_from_checkpoint": given}).values["run_conf"]["resume_from_checkpoint"] == expected
+
+
+def test_what_is_switched_off_is_no_fault() -> None:
+    off = {"do_dataprocessing_only": False, "quantization_method": "none", "enable_reduce_loss_sum": False}
+    (flash,) = translate(off | {"fast_moe": None}).notes
+    assert flash.startswith("use_flash_attn")
+    beside = translate({"dequantize": True, "num_train_dataset_shards": 4}).notes
+    assert any("num_train_dataset_shards: changes nothing without do_dataprocessing_only" in note for note in beside)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"aim_repo": "/a", "aim_url": "aim://u"}, {"aim_repo": "aim://u"}),
+        (
+            {"aim_repo": "/a", "aim_remote_server_ip": "h", "aim_remote_server_port": 1},
+            {"aim_remote_server_ip": "h", "aim_remote_server_port": 1},
+        ),
+        ({"aim_repo": "/a", "aim_remote_server_ip": "h"}, {"aim_repo": "/a"}),
+        ({"aim_repo": "/a", "aim_experiment": "mine"}, {"aim_repo": "/a", "experiment_name": "mine"}),
+    ],
+)
+def test_where_aim_is(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    tracking = translate({"trackers": ["aim"], "experiment": "e"} | keys).values["tracking"]
+    assert tracking == {"trackers": ["aim"], "experiment_name": "e"} | expected
+
+
+def test_formats() -> None:
+    def source(job: dict[str, Any]) -> dict[str, Any]:
+        (one,) = translate(job).values["data_conf"]["training_data"]["datasets"]
+        return one
+
+    assert source({}) == {"path": "/data/train.jsonl"}
+    assert source(TEXTS)["format"] == "response_template"
+    assert source({"dataset_text_field": "text", "packing": True})["format"] == "text"
+    chat = source({"dataset_conversation_field": "turns", "response_template": "<|assistant|>"})
+    assert chat == {"path": "/data/train.jsonl", "format": "messages", "columns": {"turns": "messages"}}
+    own = translate({"data_config_path": "/data.yaml", "training_data_path": None}).values["data_conf"]
+    assert own["training_data"] == "/data.yaml"
+
+
+def test_alora_is_invoked_by_its_text() -> None:
+    conf = translate({"peft_method": "alora", "alora_invocation_string": "now answer this"}).values["peft_conf"]
+    assert (conf["peft_type"], conf["alora_invocation_string"]) == ("LORA", "now answer this")
+
+
+def test_qlora_and_gptq() -> None:
+    quant = translate({"peft_method": "lora", "bnb_qlora": ["nf4"]}).values["quant_conf"]
+    assert (quant["load_in_4bit"], quant["bnb_4bit_quant_type"]) == (True, "nf4")
+    gptq = {"peft_method": "lora", "auto_gptq": ["triton_v2"], "torch_dtype": "float16", "fp16": True}
+    assert "quant_conf" not in translate(gptq).values
+
+
+def test_gptq_is_not_made_of_another_checkpoint(tmp_path: Path) -> None:
+    job = {"peft_method": "lora", "auto_gptq": ["triton_v2"], "torch_dtype": "float16", "fp16": True}
+    job["model_name_or_path"] = str(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    assert translate(job).values["run_conf"]["model"] == str(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"auto_gptq: needs a GPTQ checkpoint, and .* is none"):
+        translate(job)
+
+
+def test_mlflow() -> None:
+    job = {"trackers": ["file_logger", "mlflow"], "mlflow_tracking_uri": "http://m", "experiment": "mine"}
+    assert translate(job).values["tracking"] == {"mlflow_server_uri": "http://m", "experiment_name": "mine"}
+
+
+def test_other_trackers_and_what_they_are_told() -> None:
+    job = {"trackers": ["aim", "hf_resource_scanner"], "aim_remote_server_ip": "h", "aim_remote_server_port": 53800}
+    job |= {
+        "exp_metadata": '{"team": "search", "tried": [1, 2]}',
+        "run_uri_export_path": "uris",
+        "scanner_output_filename": "s.json",
+    }
+    assert translate(job).values["tracking"] == {
+        "trackers": ["aim", "hf_resource_scanner"],
+        "experiment_name": "fms-hf-tuning",
+        "scanner_output_filename": "s.json",
+        "run_uri_export_path": "uris",
+        "aim_remote_server_ip": "h",
+        "aim_remote_server_port": 53800,
+        "exp_metadata": {"team": "search", "tried": "[1, 2]"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({"lora_alfa": 3}, 'lora_alfa: unknown key. Did you mean "lora_alpha"?'),
+        ({"training_data_path": ""}, "needs training_data_path or data_config_path"),
+        ({"model_name_or_path": None}, "needs model_name_or_path"),
+        ({"output_dir": ""}, "needs output_dir"),
+        ({"response_template": "x"}, "needs dataset_text_field or data_formatter_template"),
+        ({"dataset_text_field": "a", "data_formatter_template": "{{a}}"}, "does not go with dataset_text_field"),
+        ({"dataset_text_field": "a"}, "needs response_template, packing or padding_free"),
+        ({"data_config_path": "c.yaml"}, "does not go with data_config_path"),
+        ({"num_train_epochs": 0}, "must be a number above 0"),
+        ({"gradient_accumulation_steps": 0}, "must be a whole number from 1"),
+        ({"eval_strategy": "epoch"}, "there is no validation_data_path"),
+        ({"peft_method": "lora2"}, "must be lora, alora, pt or None"),
+        ({"peft_method": "alora"}, "needs a text that invokes it"),
+        ({"auto_gptq": ["triton_v2"]}, "needs peft_method: lora"),
+        ({"peft_method": "lora", "auto_gptq": ["triton_v2"]}, "needs torch_dtype: float16"),
+        ({"fused_lora": ["auto_gptq", True]}, "needs a quantised base"),
+        ({"multipack": [16]}, "multipack: needs padding_free"),
+        ({"padding_free": ["huggingface"], "packing": True}, "does not go with packing"),
+        ({"fast_moe": [1]}, "cannot be honoured"),
+        ({"do_dataprocessing_only": True}, "made ahead of time by `finetuning prepare sft YAML"),
+        ({"quantization_method": "mxfp4"}, "cannot be honoured"),
+        ({"trackers": ["aim"]}, "aim needs aim_repo"),
+        ({"exp_metadata": "{"}, "must be a JSON object"),
+        ({"trackers": ["mlflow"]}, "needs mlflow_tracking_uri"),
+        ({"trackers": ["tensorbored"]}, "there is no tracker 'tensorbored'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(job: dict[str, Any], expected: str) -> None:
+    message = refused(job)
+    assert expected in message
+    assert message.startswith("job.json:")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    assert len(refused({"a1": 1, "b2": 2, "fast_moe": [1]}).splitlines()) == 3
+
+
+def test_what_is_not_carried_over_stands_on_top() -> None:
+    job = TEXTS | {"r": 4, "training_logs_filename": "mine.jsonl", "exp_metadata": '{"a": 1}'}
+    text = written(translate(job), "fms-hf-tuning", "sft")
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("r: changes nothing with peft_method none" in line for line in head)
+    assert any("training_logs_filename: the file" in line for line in head)
+    assert yaml.safe_load(text)["method"] == "sft"
+
+
+def test_every_key_of_the_command_line_of_old_is_known(tmp_path: Path) -> None:
+    keys = """
+    model_name_or_path tokenizer_name_or_path training_data_path output_dir num_train_epochs learning_rate
+    per_device_train_batch_size gradient_accumulation_steps response_template dataset_text_field torch_dtype
+    data_formatter_template save_strategy save_steps save_total_limit load_best_model_at_end save_model_dir
+    resume_from_checkpoint peft_method r lora_alpha lora_dropout bias target_modules auto_gptq fp16 bnb_qlora
+    bitsandbytes prompt_tuning_init num_virtual_tokens prompt_tuning_init_text fused_lora fast_kernels padding_free
+    multipack trainer_controller_config_file trackers lora_post_process_for_vllm accelerate_launch_args logging_dir
+    """
+    from finetuning.importers.fms.keys import KNOWN
+
+    assert not set(keys.split()) - KNOWN

@@ -1,0 +1,195 @@
+"""What a person sees: in a terminal of 80 columns, in a log file, and on other ranks."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finetuning.report.console import is_live, open_console
+from finetuning.report.progress import LineProgress, LiveProgress, progress_sink
+from finetuning.report.summary import Closing, Line, Made, NextCommand, tell_end, tell_start
+from finetuning.tracking.sinks import LogEvent, Sink, StepMetrics
+
+METRICS = StepMetrics(
+    step=20,
+    max_steps=100,
+    epoch=0.4,
+    loss=1.23456,
+    learning_rate=5e-5,
+    grad_norm=0.81234,
+    tokens_seen=10_000,
+    tokens_per_s=12_345.6,
+    seconds_left=185.0,
+)
+LONG_PATH = Path("/data") / "/".join(["a-very-long-folder-name"] * 6)
+
+
+def log_file() -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return open_console(file=stream), stream
+
+
+def terminal(width: int = 80) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, force_terminal=True, width=width, highlight=False, _environ={"TERM": "xterm"}), stream
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def tell_all(sink: Sink) -> None:
+    sink.begin(StepMetrics(0, 100))
+    sink.step(StepMetrics(1, 100))
+    sink.log(LogEvent("training", METRICS, {"loss": 1.23456}))
+    sink.log(LogEvent("validation", METRICS, {"eval_loss": 1.5, "eval_other_loss": 2.5, "eval_runtime": 3.0}))
+    sink.saved(20, LONG_PATH)
+    sink.log(LogEvent("summary", METRICS, {"train_loss": 1.0}))
+    sink.end(METRICS)
+    sink.close()
+
+
+def test_a_log_file_gets_one_whole_line_at_each_log() -> None:
+    console, stream = log_file()
+    sink = progress_sink(console)
+    assert type(sink) is LineProgress
+    tell_all(sink)
+    assert stream.getvalue().splitlines() == [
+        "training starts: 100 steps",
+        "step  20/100  epoch 0.40  loss 1.2346  lr 5e-05  grad 0.812  12,346 tokens/s  3m 05s left",
+        "step 20: validation loss 1.5000, other loss 2.5000",
+        f"checkpoint saved: {LONG_PATH}",
+        "training ended at step 20 of 100 after 0.0s",
+    ]
+
+
+def test_values_that_are_not_known_yet_are_a_dash() -> None:
+    console, stream = log_file()
+    LineProgress(console).log(LogEvent("training", StepMetrics(1, 9), {}))
+    assert stream.getvalue() == "step 1/9  epoch –  loss –  lr –  – tokens/s  – left\n"
+
+
+def test_a_resumed_run_says_where_it_goes_on() -> None:
+    console, stream = log_file()
+    LineProgress(console).begin(StepMetrics(50, 100))
+    assert stream.getvalue() == "training starts: step 51 of 100, resumed after step 50\n"
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_a_terminal_gets_a_bar_that_fits_and_goes_away(width: int) -> None:
+    console, stream = terminal(width)
+    sink = progress_sink(console)
+    assert type(sink) is LiveProgress
+    tell_all(sink)
+    text = plain(stream.getvalue())
+    assert "━" in text
+    assert "3m 05s left" in text
+    bars = [line for line in re.split(r"[\r\n]", text) if "━" in line or "tokens/s" in line]
+    assert bars
+    assert all(len(line) <= width for line in bars)
+    assert "step 20: validation loss 1.5000" in text
+    assert stream.getvalue().endswith("after 0.0s\n")
+    assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
+
+
+def test_an_interrupted_run_gives_the_cursor_back() -> None:
+    console, stream = terminal()
+    sink = LiveProgress(console)
+    sink.begin(StepMetrics(0, 100))
+    sink.close()
+    sink.close()
+    assert "\x1b[?25h" in stream.getvalue()
+
+
+def test_other_ranks_write_nothing() -> None:
+    stream = io.StringIO()
+    console = open_console(is_main=False, file=stream)
+    tell_all(progress_sink(console))
+    tell_start(console, "title", [Line("model", "m")])
+    tell_end(console, Closing("done", True))
+    assert stream.getvalue() == ""
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    assert not is_live(console)
+
+
+START = [
+    Line("model", "models/[tiny]"),
+    Line("batch", "16 = 1 process x 8 rows x 2", "the largest per-device size within the maximum of 8 that divides 16"),
+]
+
+
+def test_the_start_summary_in_a_log_file() -> None:
+    console, stream = log_file()
+    tell_start(console, "Fine-tuning", START)
+    assert stream.getvalue() == (
+        "Fine-tuning\n"
+        "  model  models/[tiny]\n"
+        "  batch  16 = 1 process x 8 rows x 2  (the largest per-device size within the maximum of 8 that divides 16)\n"
+        "\n"
+    )
+
+
+def test_the_start_summary_in_a_terminal_is_as_wide_as_it() -> None:
+    console, stream = terminal()
+    tell_start(console, "Fine-tuning", START)
+    lines = plain(stream.getvalue()).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[1].split() == ["model", "models/[tiny]"]
+    assert " ".join(" ".join(lines[2:]).split()) == f"batch {START[1].value} ({START[1].reason})"
+    assert lines[3].startswith("         ")
+
+
+@pytest.mark.parametrize("make", [log_file, terminal])
+def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
+    console, stream = make()
+    command = f"merge_adapter models/tiny {LONG_PATH} merged"
+    tell_end(
+        console,
+        Closing(
+            headline="Done: the tuned model is saved",
+            good=True,
+            made=[Made("tuned model", LONG_PATH)],
+            final_loss=0.65912,
+            training_s=185,
+            first_step_s=0.7,
+            total_s=203,
+            facts=[("MLflow", "http://host/#/experiments/1/runs/2")],
+            warnings=["3 rows were left out"],
+            commands=[NextCommand(command, "merge the adapter")],
+        ),
+    )
+    assert plain(stream.getvalue()).splitlines() == [
+        "",
+        "Done: the tuned model is saved",
+        "  final loss   0.6591",
+        "  time         3m 23s (training 3m 05s, first step 0.7s)",
+        f"  tuned model  {LONG_PATH}",
+        "  MLflow       http://host/#/experiments/1/runs/2",
+        "  warning: 3 rows were left out",
+        "",
+        "Next",
+        "  # merge the adapter",
+        f"  {command}",
+    ]
+
+
+def test_long_facts_of_the_closing_block_are_broken_between_words() -> None:
+    value = "485.0 MiB at most, resident set of the process, libraries included; the plan had at least 671.2 KiB"
+    closing = Closing(headline="Done", good=True, facts=[("memory", value)], warnings=[f"{value} {value}"])
+    console, stream = terminal()
+    tell_end(console, closing)
+    _, _, *lines = plain(stream.getvalue()).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    words = f"memory {value} warning: {value} {value}".split()
+    assert " ".join(lines).split() == words
+    assert lines[1].startswith("          ")
+    console, stream = log_file()
+    tell_end(console, closing)
+    assert f"  memory  {value}\n" in stream.getvalue()

@@ -1,0 +1,361 @@
+"""Telemetry of the engine's own runs, with no code of the user's: read from the files of the output directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetuning.telemetry.hf_callback import TelemetryCallback
+
+LAST = "training_metrics_update"
+
+
+@pytest.fixture
+def run(train: Any, sft_values: Any) -> Any:
+    """A function that trains with these changes to the config."""
+
+    def start(changes: dict[str, Any] | None = None, values: Any = None) -> Any:
+        return train((values or sft_values)(changes or {}))
+
+    return start
+
+
+def test_the_spans_of_a_run(run: Any, recorded: Any, tmp_path: Path) -> None:
+    run(
+        {
+            "telemetry": {"spans": "all", "log_every_n_train_iterations": 2},
+            "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+            "training_args.eval_strategy": "steps",
+            "training_args.eval_steps": 2,
+            "training_args.save_strategy": "steps",
+            "training_args.save_steps": 2,
+        }
+    )
+    told = recorded(tmp_path / "out")
+    parents = {(span["name"], told.parent(span)) for span in told.spans()}
+    assert parents == {
+        ("application", None),
+        ("data_preparation", "application"),
+        ("distributed_code_initialization", "application"),
+        ("model_initialization", "application"),
+        ("data_loader_initialization", "application"),
+        ("optimizer_initialization", "application"),
+        ("training_loop", "application"),
+        ("training_single_iteration", "training_loop"),
+        ("data_loading", "training_single_iteration"),
+        ("model_forward", "training_single_iteration"),
+        ("model_backward", "training_single_iteration"),
+        ("optimizer_update", "training_single_iteration"),
+        ("zero_grad", "training_single_iteration"),
+        ("validation_loop", "training_loop"),
+        ("validation_single_iteration", "validation_loop"),
+        ("checkpoint_save_sync", "training_loop"),
+        ("model_publication", "application"),
+    }
+    assert {span["status"] for span in told.spans()} == {"OK"}
+    # Batches of four rows in micro-batches of two.
+    assert [len(told.spans(name)) for name in ("training_single_iteration", "model_forward", "model_backward")] == [
+        3,
+        6,
+        6,
+    ]
+    order = sorted(told.spans(), key=lambda span: span["start_ns"])
+    step = told.spans("training_single_iteration")[0]
+    inside = [span["name"] for span in order if span["parent_id"] == step["span_id"]]
+    micro = ["model_forward", "model_backward"]
+    assert inside == ["data_loading", *micro, *micro, "optimizer_update", "zero_grad"]
+    assert [update["interval"] for update in told.updates()] == [2, 1]
+
+
+def test_by_default_there_is_nothing_for_each_step(run: Any, recorded: Any, tmp_path: Path) -> None:
+    run({"training_args.max_steps": 4})
+    told = recorded(tmp_path / "out")
+    assert {span["name"] for span in told.spans()} == {
+        "application",
+        "data_preparation",
+        "distributed_code_initialization",
+        "model_initialization",
+        "data_loader_initialization",
+        "optimizer_initialization",
+        "training_loop",
+        "model_publication",
+    }
+    [update] = told.updates()
+    assert update["num_iterations"] == 4
+    for part in ("dataloader", "forward", "backward", "optimizer"):
+        assert 0 < update[f"avg_{part}_time_sec"] < update["avg_iteration_time_sec"]
+
+
+def test_tokens_and_loss_are_those_of_training(run: Any, recorded: Any, tmp_path: Path) -> None:
+    trained = run({"telemetry": {"log_every_n_train_iterations": 1, "flops_per_token": 1e6, "peak_tflops": 0.01}})
+    updates = recorded(tmp_path / "out").updates()
+    assert [update["latest_loss"] for update in updates] == pytest.approx(trained.losses, abs=1e-4)
+    assert updates[-1]["train_tokens"] == trained.trainer.tokens_seen > 0
+    assert updates[-1]["num_train_samples"] == 12
+    assert updates[-1]["mfu"] == pytest.approx(updates[-1]["tokens_per_second_per_device"] * 1e6 / 0.01e12, rel=1e-6)
+    assert updates[-1]["peak_host_memory_bytes"] > 10_000_000
+
+
+def test_the_losses_are_the_same_with_telemetry_off_on_and_all_on(run: Any, tmp_path: Path) -> None:
+    losses = {}
+    for name, section in {
+        "off": {"enabled": False},
+        "on": {},
+        "all": {"spans": "all", "log_every_n_train_iterations": 1, "peak_tflops": 1.0},
+    }.items():
+        trained = run({"telemetry": section, "training_args.output_dir": str(tmp_path / name)})
+        losses[name] = trained.losses
+    assert len(losses["off"]) == 3
+    assert losses["off"] == losses["on"] == losses["all"]
+
+
+def test_switched_off_it_writes_nothing(run: Any, tmp_path: Path) -> None:
+    run({"telemetry": {"enabled": False}})
+    assert not (tmp_path / "out" / "telemetry").exists()
+    assert "telemetry" not in json.loads((tmp_path / "out" / "run.json").read_text())
+
+
+def test_checkpoints_of_a_run(run: Any, recorded: Any, tmp_path: Path) -> None:
+    run({"training_args.save_strategy": "steps", "training_args.save_steps": 1})
+    told = recorded(tmp_path / "out")
+    successes = told.updates("save_checkpoint_success")
+    assert [success["save_checkpoint_success_count"] for success in successes] == [1, 2, 3]
+    assert [success["productive_train_iterations"] for success in successes] == [1, 2, 3]
+    for step, success in enumerate(successes, 1):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        assert success["checkpoint_directory"] == str(folder)
+        assert success["checkpoint_size"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_exception_in_a_step_is_told(run: Any, recorded: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    import torch
+
+    real, calls = torch.nn.functional.cross_entropy, []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("bad step")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", fails)
+    with pytest.raises(ValueError, match="bad step"):
+        run({"telemetry": {"spans": "all"}})
+    told = recorded(tmp_path / "out")
+    [error] = told.events("error")
+    inner = next(span for span in told.spans() if span["span_id"] == error["span_id"])
+    assert (inner["name"], inner["status"]) == ("model_forward", "ERROR")
+    assert told.span("application")["status"] == told.span("training_loop")["status"] == "ERROR"
+    assert "fails" in error["attributes"]["exception_traceback"]
+    assert not told.events("save_checkpoint_success")
+
+
+def test_a_failed_checkpoint_is_no_success(run: Any, recorded: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from finetuning.trainer import mixin as trainer
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "publish", full)
+    run({"training_args.save_strategy": "steps", "training_args.save_steps": 2})
+    told = recorded(tmp_path / "out")
+    saves = told.spans("checkpoint_save_sync")
+    assert [save["status"] for save in saves] == ["ERROR"] * len(saves) and saves
+    assert saves[0]["attributes"]["save_checkpoint_attempt_count"] == 1
+    assert not told.events("save_checkpoint_success")
+    assert told.events("error")[0]["span_id"] == saves[0]["span_id"]
+
+
+def test_the_record_and_the_sinks_get_the_figures(run: Any, tmp_path: Path) -> None:
+    run(
+        {
+            "telemetry": {"log_every_n_train_iterations": 1},
+            "tracking": {"mlflow_server_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment_name": "figures"},
+        }
+    )
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["telemetry"]
+    assert record["session"]["goodput"] > 0
+    assert record["session"]["kept_steps"] == 3
+    assert record["tokens_per_second_per_device"] > 0
+    spool = [json.loads(line) for line in (tmp_path / "out" / "mlflow_spool.jsonl").read_text().splitlines()]
+    told = {(name, order["step"]) for order in spool if order["do"] == "metrics" for name in order["values"]}
+    assert {("telemetry/tokens_per_second_per_device", step) for step in (1, 2, 3)} <= told
+    assert ("totals/goodput", 3) in told
+    assert [name for name, _ in sorted(told) if name == "totals/first_step_s"] == ["totals/first_step_s"]
+    tags = {name: value for order in spool if order["do"] == "tags" for name, value in order["values"].items()}
+    assert tags["finetuning.session_tag"] == record["session_tag"]
+    [data] = [order["values"] for order in spool if order["do"] == "datasets"]
+    assert [(one["context"], one["name"]) for one in data] == [("training", "sft.jsonl")]
+    assert json.loads(data[0]["profile"])["num_rows"] == 24
+
+
+def test_preferences_are_measured_too(run: Any, recorded: Any, tmp_path: Path, dpo_values: Any) -> None:
+    run({"telemetry": {"spans": "all"}, "training_args.max_steps": 2}, dpo_values)
+    told = recorded(tmp_path / "out")
+    assert len(told.spans("model_forward")) == len(told.spans("model_backward")) == 4
+    assert told.updates()[-1]["train_tokens"] > 0
+    assert "mfu" not in told.updates()[-1]
+
+
+class PlainTrainer:
+    """Building blocks of a run without the engine: transformers' Trainer on rows of numbers."""
+
+    def __init__(self, folder: Path, model_dir: Path):
+        import torch
+        import transformers
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+        rows = [torch.randint(0, 200, (6,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
+        self.rows = [{"input_ids": row, "labels": row} for row in rows]
+        self.folder = folder
+
+    def arguments(self, **more: Any) -> Any:
+        import transformers
+
+        wanted = {"max_steps": 4, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True} | more
+        return transformers.TrainingArguments(str(self.folder / "plain"), disable_tqdm=True, **wanted)
+
+
+@pytest.fixture
+def plain(tmp_path: Path, chatml_llama_dir: Path) -> PlainTrainer:
+    return PlainTrainer(tmp_path, chatml_llama_dir)
+
+
+def test_a_callback_is_enough_for_any_trainer(
+    plain: PlainTrainer, telemetry: Any, recorded: Any, tmp_path: Path
+) -> None:
+    import transformers
+
+    observer = telemetry()
+    trainer = transformers.Trainer(
+        plain.model,
+        plain.arguments(eval_strategy="steps", eval_steps=2, save_steps=2, gradient_accumulation_steps=2),
+        train_dataset=plain.rows,
+        eval_dataset=plain.rows[:4],
+        callbacks=[TelemetryCallback(observer)],
+    )
+    with observer.application():
+        trainer.train()
+    observer.close()
+    told = recorded(tmp_path)
+    assert {(span["name"], told.parent(span), span["status"]) for span in told.spans()} == {
+        ("application", None, "OK"),
+        ("training_loop", "application", "OK"),
+        ("training_single_iteration", "training_loop", "OK"),
+        ("optimizer_update", "training_single_iteration", "OK"),
+        ("zero_grad", "training_single_iteration", "OK"),
+        ("validation_loop", "training_loop", "OK"),
+        ("checkpoint_save_sync", "training_loop", "OK"),
+    }
+    assert len(told.spans("training_single_iteration")) == 4
+    assert told.updates("save_checkpoint_success")[-1]["checkpoint_size"] > 1000
+    assert told.updates()[-1]["num_iterations"] == 4
+    steps = sorted(told.spans("training_single_iteration"), key=lambda span: span["start_ns"])
+    for saved, after in zip(told.spans("checkpoint_save_sync"), steps[2::2], strict=False):
+        assert after["start_ns"] >= saved["end_ns"]
+
+
+def with_phases(plain: PlainTrainer, observer: Any, trainer_class: Any = None, **more: Any) -> Any:
+    import transformers
+
+    from finetuning.telemetry.trainer import TrainerPhases
+    from finetuning.trainer.hooks import PhasesMixin
+
+    class Trainer(PhasesMixin, trainer_class or transformers.Trainer):
+        """transformers' Trainer with phases."""
+
+    arguments = plain.arguments(**more.pop("arguments", {}))
+    trainer = Trainer(
+        plain.model,
+        arguments,
+        train_dataset=plain.rows,
+        callbacks=[TelemetryCallback(observer, with_phases=True)],
+        **more,
+    )
+    trainer.phases = TrainerPhases(
+        observer, lambda: trainer.state.global_step, lambda step: Path(arguments.output_dir) / f"checkpoint-{step}"
+    )
+    return trainer
+
+
+def test_several_validation_sets_and_a_test_set(
+    plain: PlainTrainer, telemetry: Any, recorded: Any, tmp_path: Path
+) -> None:
+    observer = telemetry()
+    sets = {"one": plain.rows[:4], "two": plain.rows[4:8]}
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "save_strategy": "no"}
+    trainer = with_phases(plain, observer, eval_dataset=sets, arguments=arguments)
+    with observer.application():
+        trainer.train()
+        trainer.predict(plain.rows[:4])
+    observer.close()
+    told = recorded(tmp_path)
+    assert len(told.spans("validation_loop")) == 6
+    assert {told.parent(span) for span in told.spans("validation_loop")} == {"training_loop"}
+    assert {told.parent(span) for span in told.spans("validation_single_iteration")} == {"validation_loop"}
+    assert told.parent(told.span("testing_loop")) == "application"
+    assert told.parent(told.spans("testing_single_iteration")[0]) == "testing_loop"
+    assert [update["interval"] for update in told.updates("validation_metrics_update")] == [0, 0, 2, 0, 2, 0]
+
+
+def test_a_retry_after_running_out_of_memory(
+    plain: PlainTrainer, telemetry: Any, recorded: Any, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    class RunsOut(transformers.Trainer):
+        """Has no memory for batches above one row."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self._train_batch_size > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    observer = telemetry()
+    arguments = {"auto_find_batch_size": True, "save_strategy": "no", "per_device_train_batch_size": 2}
+    trainer = with_phases(plain, observer, RunsOut, arguments=arguments)
+    with observer.application():
+        trainer.train()
+    observer.close()
+    told = recorded(tmp_path)
+    assert [span["status"] for span in told.spans("training_loop")] == ["ERROR", "OK"]
+    assert told.span("application")["status"] == "OK"
+    assert told.events("error")[0]["attributes"]["exception_type"] == "OutOfMemoryError"
+    assert told.updates()[-1]["num_iterations"] == 4
+
+
+def test_an_unknown_span_in_the_config_names_the_valid_ones(sft_values: Any, run_cli: Any, write_config: Any) -> None:
+    config = write_config(sft_values({"telemetry": {"include_spans": ["model_foward"]}}))
+    result = run_cli(["sft", config, "--dry-run"])
+    assert result.returncode == 1
+    assert "telemetry.include_spans" in result.stderr
+    assert "model_forward" in result.stderr
+
+
+def test_headers_never_reach_a_file(run: Any, tmp_path: Path) -> None:
+    run({"telemetry": {"otlp": {"endpoint": "http://127.0.0.1:9", "timeout_s": 0.2, "headers": {"x-key": "s3cret"}}}})
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+    resolved = yaml.safe_load((tmp_path / "out" / "config.resolved.yaml").read_text())
+    assert resolved["telemetry"]["otlp"]["endpoint"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("broken", ["flops.count_flops", "tags.perf_tag", "job.start_telemetry", "device.peak_memory"])
+def test_whatever_fails_inside_the_model_is_trained(run: Any, tmp_path: Path, monkeypatch: Any, broken: str) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("broken inside")
+
+    section = {"peak_tflops": 1.0, "log_every_n_train_iterations": 1}
+    whole = run({"telemetry": section, "training_args.output_dir": str(tmp_path / "whole")})
+    monkeypatch.setattr(f"finetuning.telemetry.{broken}", fails)
+    trained = run({"telemetry": section})
+    assert trained.losses == whole.losses
+    assert trained.result.status == "completed"
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    if broken != "job.start_telemetry":
+        assert "broken inside" in record["telemetry"]["faults"][0]

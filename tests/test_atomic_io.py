@@ -1,0 +1,88 @@
+"""Folders that appear whole: staging, modes, manifests."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from finetuning.atomic_io import MANIFEST, manifest_fault, remove_leftovers, staged, staging_path, write_manifest
+from finetuning.errors import StorageError
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), staged(target) as staging:
+        (staging / "half").write_text("x")
+        assert not target.exists()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged(target) as staging:
+        (staging / "whole").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "whole").read_text() == "x"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_modes_that_the_umask_asks_for(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with staged(tmp_path / "model") as staging:
+            file = staging / "weights"
+            file.write_text("x")
+            file.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model" / "weights").stat().st_mode) == mode
+
+
+def test_what_was_published_is_never_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    with staged(target) as staging:
+        (staging / "a").write_text("first")
+    with pytest.raises(StorageError, match="is not empty"), staged(target):
+        pass
+    assert (target / "a").read_text() == "first"
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    staging_path(tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    assert [path.name for path in remove_leftovers(tmp_path)] == [".checkpoint-4.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "checkpoint-2"]
+
+
+def test_a_manifest_finds_what_changed(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "weights").write_bytes(bytes(1000))
+    (tmp_path / "inner" / "state").write_text("x")
+    assert manifest_fault(tmp_path) is None, "a folder without a manifest has nothing to differ from"
+    write_manifest(tmp_path)
+    assert sorted(json.loads((tmp_path / MANIFEST).read_text())) == ["inner/state", "weights"]
+    assert manifest_fault(tmp_path) is None
+    (tmp_path / "weights").write_bytes(bytes(999))
+    assert manifest_fault(tmp_path) == "weights has 999 bytes, 1,000 were written"
+    (tmp_path / "weights").write_bytes(bytes(500) + b"1" + bytes(499))
+    assert manifest_fault(tmp_path) == "weights is not what was written"
+    (tmp_path / "weights").unlink()
+    assert manifest_fault(tmp_path) == "weights is missing"
+    (tmp_path / MANIFEST).write_text("{")
+    assert manifest_fault(tmp_path) == "manifest.json cannot be read"
+
+
+def test_a_large_file_is_sampled_to_its_ends(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    size = 65 * 2**20
+    file.touch()
+    os.truncate(file, size)
+    write_manifest(tmp_path)
+    assert manifest_fault(tmp_path) is None
+    with file.open("r+b") as stream:
+        stream.seek(size - 1)
+        stream.write(b"1")
+    assert manifest_fault(tmp_path) == "weights is not what was written"

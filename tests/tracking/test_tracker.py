@@ -1,0 +1,219 @@
+"""What sinks are told, by a real transformers Trainer and by a clock that a test turns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from finetuning.tracking.local_files import LossLog
+from finetuning.tracking.sinks import LogEvent, Sink, StepMetrics, numbers
+from finetuning.tracking.tracker import Sinks, Teller, make_callback
+
+
+class Recorder(Sink):
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def begin(self, metrics: StepMetrics) -> None:
+        self.told.append(("begin", metrics))
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.told.append(("step", metrics))
+
+    def log(self, event: LogEvent) -> None:
+        self.told.append((event.kind, event))
+
+    def saved(self, step: int, folder: Path) -> None:
+        self.told.append(("saved", folder))
+
+    def end(self, metrics: StepMetrics) -> None:
+        self.told.append(("end", metrics))
+
+    def close(self) -> None:
+        self.told.append(("close", None))
+
+    def of(self, kind: str) -> list[Any]:
+        return [what for name, what in self.told if name == kind]
+
+
+class Broken(Sink):
+    name = "broken"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, event: LogEvent) -> None:
+        self.calls += 1
+        raise RuntimeError("out of order")
+
+    def close(self) -> None:
+        raise RuntimeError("twice")
+
+
+class Slope(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        guess = self.weight * x
+        return {"loss": ((guess - labels) ** 2).mean(), "logits": guess}
+
+
+def train(output: Path, sinks: Sinks, steps: int = 6, **more: Any) -> None:
+    rows = [{"x": float(number), "labels": 2.0 * number} for number in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    tokens = iter(range(0, 10_000, 100))
+    callback = make_callback(sinks, count_tokens=lambda: next(tokens))
+    trainer = Trainer(Slope(), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+    trainer.train(**more)
+
+
+def test_a_real_trainer_tells_the_sinks_everything(tmp_path: Path) -> None:
+    recorder = Recorder()
+    sinks = Sinks([recorder])
+    train(tmp_path, sinks)
+    sinks.close()
+    assert [name for name, _ in recorder.told] == [
+        *("begin", "step", "step", "training", "step", "step", "training", "validation", "saved"),
+        *("step", "step", "training", "validation", "saved", "summary", "end", "close"),
+    ]
+    first, second, third = recorder.of("training")
+    assert (first.metrics.step, first.metrics.max_steps) == (2, 6)
+    assert first.metrics.loss == first.values["loss"]
+    assert first.metrics.learning_rate is not None
+    assert first.metrics.grad_norm is not None
+    assert third.metrics.tokens_seen == 300
+    assert second.metrics.tokens_per_s > 0
+    assert second.metrics.seconds_left > 0
+    assert third.metrics.seconds_left == 0
+    assert recorder.of("validation")[0].values["eval_loss"] > 0
+    assert recorder.of("saved") == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"]
+    assert recorder.of("end")[0].first_step_s > 0
+
+
+def test_a_sink_that_fails_is_switched_off_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken, recorder = Broken(), Recorder()
+    sinks = Sinks([broken, recorder])
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, sinks)
+        sinks.close()
+        sinks.close()
+    assert broken.calls == 1
+    assert sinks.failures == {"broken": "RuntimeError: out of order"}
+    assert [record.getMessage() for record in caplog.records if "switched off" in record.getMessage()] == [
+        "broken failed and is switched off: RuntimeError: out of order"
+    ]
+    assert len(recorder.of("training")) == 3
+    assert len(recorder.of("close")) == 1
+
+
+def test_other_ranks_tell_nothing() -> None:
+    recorder = Recorder()
+    teller = Teller(Sinks([recorder]), lambda: 0, lambda: 0.0)
+    state = SimpleNamespace(global_step=1, max_steps=2, epoch=0.5, is_world_process_zero=False)
+    teller.began(state)
+    teller.stepped(state)
+    teller.logged(state, {"loss": 1.0})
+    assert recorder.told == []
+
+
+def test_the_pace_leaves_out_the_first_step_evaluation_and_saving() -> None:
+    recorder, now, tokens = Recorder(), [0.0], [0]
+    teller = Teller(Sinks([recorder]), lambda: tokens[0], lambda: now[0])
+    state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True)
+    teller.began(state)
+    for step in range(1, 31):
+        now[0] += 60.0 if step == 1 else 2.0
+        tokens[0] += 1_000
+        state.global_step = step
+        teller.stepped(state)
+        if step % 10 == 0:
+            teller.logged(state, {"loss": 1.0, "epoch": 0.1})
+            now[0] += 300.0
+            teller.paused()
+    logs = [event.metrics for event in recorder.of("training")]
+    assert [metrics.tokens_per_s for metrics in logs] == pytest.approx([500.0] * 3)
+    assert [metrics.seconds_left for metrics in logs] == pytest.approx([180.0, 160.0, 140.0])
+    assert {metrics.first_step_s for metrics in logs} == {60.0}
+    assert logs[-1].elapsed_s == 60 + 29 * 2 + 2 * 300
+
+
+def test_a_resumed_job_counts_from_where_it_begins() -> None:
+    recorder, now = Recorder(), [0.0]
+    teller = Teller(Sinks([recorder]), lambda: None, lambda: now[0])
+    state = SimpleNamespace(global_step=500, max_steps=600, epoch=0.0, is_world_process_zero=True)
+    teller.began(state)
+    for state.global_step in range(501, 511):
+        now[0] += 3.0
+        teller.stepped(state)
+    teller.logged(state, {"loss": 1.0})
+    [event] = recorder.of("training")
+    assert event.metrics.seconds_left == pytest.approx(270.0)
+    assert event.metrics.tokens_per_s is None
+    assert event.metrics.tokens_seen is None
+
+
+def test_only_numbers_are_told() -> None:
+    logs = {"a": 1, "b": torch.tensor(2.5), "c": torch.ones(3), "d": "text", "e": math.nan, "f": None, "g": True}
+    assert str(numbers(logs)) == "{'a': 1.0, 'b': 2.5, 'e': nan}"
+
+
+def test_the_loss_log_has_one_line_a_loss_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    train(tmp_path / "out", Sinks([LossLog(folder)]))
+    path = folder / "training_logs.jsonl"
+    lines = path.read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(line["name"], line["data"]["step"], line["data"]["epoch"]) for line in found] == [
+        ("training_loss", 2, 0.5),
+        ("training_loss", 4, 1.0),
+        ("validation_loss", 4, 1.0),
+        ("training_loss", 6, 1.5),
+        ("validation_loss", 6, 1.5),
+    ]
+    assert lines[0] == json.dumps(found[0], sort_keys=True)
+    assert set(found[0]) == {"data", "name"}
+    assert set(found[0]["data"]) == {"epoch", "step", "timestamp", "value"}
+    assert found[0]["data"]["timestamp"].count("T") == 1
+    assert isinstance(found[0]["data"]["value"], float)
+
+    with path.open("a") as stream:
+        stream.write('{"data": {"epo')
+    log = LossLog(folder)
+    log.log(LogEvent("training", StepMetrics(7, 9), {"loss": math.nan, "epoch": 1.757}))
+    assert path.read_text().splitlines()[: len(lines)] == lines
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert last["data"]["value"] is None
+    assert last["data"]["epoch"] == 1.76
+    log.close()
+
+
+def test_the_loss_log_makes_no_file_before_the_first_loss(tmp_path: Path) -> None:
+    log = LossLog(tmp_path / "logs")
+    log.begin(StepMetrics(0, 9))
+    log.log(LogEvent("summary", StepMetrics(9, 9), {"train_loss": 1.0, "epoch": 1.0}))
+    log.close()
+    assert not (tmp_path / "logs").exists()

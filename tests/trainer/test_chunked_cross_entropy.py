@@ -1,0 +1,207 @@
+"""Slices of the logits: the loss and every gradient are those of all logits at once, with less there at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from finetuning.trainer.chunked_cross_entropy import AT_ONCE, SLICED_FROM, SlicedLoss
+
+ROWS = 7
+VOCABULARY = 320
+
+
+def batch() -> tuple[dict[str, Any], torch.Tensor]:
+    """Two rows of 24 tokens with labels on half of them: what the model gets, and the 24 labels."""
+    torch.manual_seed(1)
+    ids = torch.randint(VOCABULARY, (2, 24))
+    wanted = torch.zeros(2, 24, dtype=torch.bool)
+    wanted[0, 3:20] = wanted[1, 10:17] = True
+    return {"input_ids": ids, "logits_to_keep": wanted, "use_cache": False}, ids.roll(-1, 1)[wanted]
+
+
+def gradients(model: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    total.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return found
+
+
+class WidestLogits:
+    """The most labels whose logits the head made in one call."""
+
+    def __init__(self, model: Any):
+        self.labels = 0
+        model.get_output_embeddings().register_forward_hook(self._see)
+
+    def _see(self, module: Any, arguments: Any, logits: torch.Tensor) -> None:
+        self.labels = max(self.labels, logits.shape[:-1].numel())
+
+
+def adapted(model: Any, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", lora_dropout=0.1, **changes))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def with_bias(model: Any) -> Any:
+    old = model.lm_head
+    model.lm_head = torch.nn.Linear(old.in_features, old.out_features, bias=True)
+    return model
+
+
+HEADS = {
+    "a head of its own": ("tiny_llama_dir", lambda model: model),
+    "a tied head": ("chatml_llama_dir", lambda model: model),
+    "a head with a bias": ("tiny_llama_dir", with_bias),
+    "LoRA on the head": ("tiny_llama_dir", lambda model: adapted(model, target_modules=["q_proj", "lm_head"])),
+    "a frozen head": ("tiny_llama_dir", lambda model: adapted(model, target_modules=["q_proj"])),
+    "a copy of the head": (
+        "tiny_llama_dir",
+        lambda model: adapted(model, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ),
+    "single rows of a tied head": (
+        "chatml_llama_dir",
+        lambda model: adapted(model, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+    ),
+}
+
+
+def both(model: Any, autocast: bool = False) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """Loss and gradients from all logits at once, and sliced."""
+    inputs, targets = batch()
+    slices = SlicedLoss(model, ROWS, None)
+    totals, grads = [], []
+    for sliced in (False, True):
+        # The dropout before an adapter on the head draws other numbers for other shapes.
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if sliced:
+                _, total = slices.total(model, inputs, targets)
+            else:
+                logits = model(**inputs).logits
+                total = cross_entropy(logits.flatten(0, -2).float(), targets, reduction="sum")
+        totals.append(total.item())
+        grads.append(gradients(model, total))
+    return totals, grads
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_loss_and_gradients_are_the_same(
+    request: pytest.FixtureRequest, head: str, dtype: torch.dtype, close: float
+) -> None:
+    folder, change = HEADS[head]
+    model = change(AutoModelForCausalLM.from_pretrained(request.getfixturevalue(folder), dtype=torch.float32)).to(dtype)
+    totals, (whole, sliced) = both(model)
+    assert totals[1] == pytest.approx(totals[0], rel=close / 10)
+    assert whole.keys() == sliced.keys()
+    assert whole
+    for name, gradient in whole.items():
+        error = (sliced[name].float() - gradient.float()).norm() / gradient.float().norm()
+        assert error < close, name
+
+
+def test_it_is_the_same_under_autocast(tiny_llama_dir: Path) -> None:
+    totals, (whole, sliced) = both(AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32), True)
+    assert totals[1] == pytest.approx(totals[0], rel=1e-3)
+    for name, gradient in whole.items():
+        assert (sliced[name] - gradient).norm() / gradient.norm() < 2e-2, name
+
+
+def test_dropout_on_the_head_is_drawn_alike_in_both_passes(tiny_llama_dir: Path) -> None:
+    model = adapted(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), target_modules=["lm_head"]).train()
+    inner = model.base_model.model
+    inputs, targets = batch()
+
+    def by_hand() -> torch.Tensor:
+        hidden = inner.model(input_ids=inputs["input_ids"])[0][inputs["logits_to_keep"]]
+        # The one label that the model's own call of the head is left with draws as well.
+        inner.lm_head(hidden[:1])
+        parts = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+        return sum(cross_entropy(inner.lm_head(states), labels, reduction="sum") for states, labels in parts)
+
+    found = []
+    for compute in (by_hand, lambda: SlicedLoss(model, ROWS, None).total(model, inputs, targets)[1]):
+        torch.manual_seed(3)
+        found.append(gradients(model, compute()))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
+def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    inputs, targets = batch()
+    widest = WidestLogits(model)
+    outputs, total = SlicedLoss(model, ROWS, None).total(model, inputs, targets)
+    total.backward()
+    assert widest.labels == ROWS
+    assert outputs.logits is None
+    assert not model.lm_head._forward_pre_hooks
+    assert len(model.lm_head._forward_hooks) == 1
+
+
+def test_few_labels_are_computed_at_once(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    vocabulary = model.config.vocab_size
+    auto = SlicedLoss(model, "auto", None)
+    assert auto.rows(SLICED_FROM // vocabulary) is None
+    assert auto.rows(SLICED_FROM // vocabulary + 1) == AT_ONCE // vocabulary
+    assert SlicedLoss(model, 24, None).rows(24) is None
+    assert SlicedLoss(model, 24, None).rows(25) == 24
+    assert SlicedLoss(model, "all", None).rows(1 << 40) is None
+
+
+def test_a_model_that_scales_its_logits_keeps_them_whole(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | dict.fromkeys(
+        ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1
+    )
+    model = GraniteForCausalLM(GraniteConfig(vocab_size=VOCABULARY, logits_scaling=8.0, **sizes))
+    inputs, targets = batch()
+    slices = SlicedLoss(model, ROWS, None)
+    with caplog.at_level("WARNING"):
+        assert [slices.total(model, inputs, targets) for _ in range(2)] == [None, None]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the logits of all labels are computed at once: the model does more to its logits than its head"
+    ]
+
+
+def test_a_run_that_cannot_slice_says_so_at_once(train: Any, sft_values: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        train(
+            sft_values(
+                {
+                    "training_args.label_smoothing_factor": 0.1,
+                    "sft_args.logits_at_once": 5,
+                    "training_args.max_steps": 1,
+                }
+            )
+        )
+    assert "the logits of all labels are computed at once: the loss is the model's own" in caplog.text
+
+
+def test_a_run_with_slices_trains_as_without(train: Any, sft_values: Any, tmp_path: Path) -> None:
+    """Losses, validation's too, to float's tolerance."""
+    changes = {
+        "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+        "training_args.eval_strategy": "steps",
+        "training_args.eval_steps": 3,
+    }
+    histories = []
+    for at_once in ("all", 5):
+        out = {"sft_args.logits_at_once": at_once, "training_args.output_dir": str(tmp_path / str(at_once))}
+        trainer = train(sft_values(changes | out)).trainer
+        histories.append(
+            [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+        )
+        assert (trainer._slices.rows(100) is None) is (at_once == "all")
+    assert len(histories[0]) > 3
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5)
