@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from finetuning.cli import data_commands as prepare
 from finetuning.cli import data_commands as preview
-from finetuning.cli import prepare
 from finetuning.cli.main import main
 
 

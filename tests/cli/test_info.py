@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.cli.info import PACKAGES, attention_of, is_there, main
+from finetuning.cli.info import PACKAGES, attention_of, doctor_main, is_there
 from finetuning.model.hardware import Device, Machine, look_at_machine
 
 HERE = not torch.cuda.is_available()
 
 
 def test_people_read_what_is_here_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
+    assert doctor_main([]) == 0
     out = capsys.readouterr().out
     assert f"torch      {torch.__version__}, built for " in out
     for package in PACKAGES:
@@ -30,7 +30,7 @@ def test_people_read_what_is_here_and_what_is_missing(capsys: pytest.CaptureFixt
 
 
 def test_machines_read_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--json", "--output-dir", str(tmp_path / "not" / "yet" / "there")]) == 0
+    assert doctor_main(["--json", "--output-dir", str(tmp_path / "not" / "yet" / "there")]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["machine"]["torch"] == torch.__version__
     assert told["machine"]["disk_free"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
@@ -41,7 +41,7 @@ def test_machines_read_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 def test_only_torch_is_imported() -> None:
     code = (
-        "import sys; from finetuning.cli.info import main; main([]);"
+        "import sys; from finetuning.cli.info import doctor_main; doctor_main([]);"
         " print(sorted({'transformers', 'peft', 'trl', 'mlflow', 'bitsandbytes', 'datasets'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

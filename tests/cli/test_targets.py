@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from finetuning.cli.targets import main
+from finetuning.cli.info import targets_main
 from finetuning.config.sections.model import NewPeft
 from finetuning.model.peft.adapters import build
 
@@ -18,7 +18,7 @@ def told(sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str])
     """A function that gives what the verb prints as JSON for a peft_conf."""
 
     def tell(peft_conf: dict[str, Any]) -> dict[str, Any]:
-        assert main([str(write_config(sft_values({"peft_conf": peft_conf}))), "--json"]) == 0
+        assert targets_main([str(write_config(sft_values({"peft_conf": peft_conf}))), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     return tell
@@ -58,13 +58,13 @@ def test_a_target_that_is_not_there_is_an_error(
     sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = {"peft_type": "LORA", "peft_kwargs": {"target_modules": ["q_projj"]}}
-    assert main([str(write_config(sft_values({"peft_conf": lora})))]) == 1
+    assert targets_main([str(write_config(sft_values({"peft_conf": lora})))]) == 1
     assert "the model has no module 'q_projj'. Did you mean q_proj" in capsys.readouterr().err
 
 
 def test_people_read_a_table(dpo_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     lora = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}}
-    assert main([str(write_config(dpo_values({"peft_conf": lora, "training_args.beta": 0.2})))]) == 0
+    assert targets_main([str(write_config(dpo_values({"peft_conf": lora, "training_args.beta": 0.2})))]) == 0
     out = capsys.readouterr().out
     assert "peft_conf trains 512 (" in out
     assert any(line.startswith("q_proj") and line.endswith("512 in 1 of 2") for line in out.splitlines())

@@ -8,8 +8,7 @@ import jsonschema
 import pytest
 
 from finetuning.config.installed import Installed
-from finetuning.config.schema.docstrings import field_docstrings
-from finetuning.config.schema.json_schema import json_schema, schema_text
+from finetuning.config.schema.json_schema import field_docstrings, json_schema, schema_text
 from finetuning.config.schema.reference import reference
 from finetuning.config.sections.experiment import EXPERIMENTS, SFTExperiment
 from finetuning.config.sections.generation import GenerationConfig

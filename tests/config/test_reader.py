@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.config.yaml.document import Document
-from finetuning.config.yaml.reader import parse_document, read_document
-from finetuning.config.yaml.scalars import read_scalar
+from finetuning.config.yaml.reader import parse_document, read_document, read_scalar
 from finetuning.errors import ConfigError
 
 

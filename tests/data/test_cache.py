@@ -17,9 +17,9 @@ import pytest
 from finetuning.atomic_io import MANIFEST, write_manifest
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data import store
+from finetuning.data import cache as store
 from finetuning.data.cache import cache_folder, prune
-from finetuning.data.chat.templates import get_template
+from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_sft
 from finetuning.errors import DataError
 

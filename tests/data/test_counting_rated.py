@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, NoData
-from finetuning.data.counting import count_training_rows
+from finetuning.data.prepared import count_training_rows
 
 
 def test_a_preference_counts_as_two_rated_answers(tmp_path: Path, write_jsonl: Any, dpo_rows: Any) -> None:

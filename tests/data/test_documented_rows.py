@@ -13,7 +13,7 @@ import yaml
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.chat.templates import get_template
+from finetuning.data.chat.template import get_template
 from finetuning.data.formats import FORMATS
 from finetuning.data.pipeline import prepare_dpo, prepare_kto, prepare_prompts, prepare_sft
 from finetuning.data.samples import Row

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
-from finetuning.data.chat.spans import Refused
+from finetuning.data.chat.markers import Refused
 from finetuning.data.tokenization.labels import CUT_AT_BORDER, Labeller, Tokens
 
 from .conftest import byte_level, sentencepiece, wrap

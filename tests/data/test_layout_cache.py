@@ -14,9 +14,8 @@ from tokenizers import decoders
 
 from finetuning.config.sections.data import ChatTemplateName
 from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.spans import Marked, Refused
-from finetuning.data.chat.template import Renderer
-from finetuning.data.chat.templates import get_template
+from finetuning.data.chat.markers import Marked, Refused
+from finetuning.data.chat.template import Renderer, get_template
 from finetuning.data.opaque import Plain, PlainTemplate, Question
 from finetuning.data.samples import Conversation
 from finetuning.data.tokenization.labels import Labeller

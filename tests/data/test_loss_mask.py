@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.spans import Marked, Refused
+from finetuning.data.chat.markers import Marked, Refused
 from finetuning.data.chat.template import Renderer
 from finetuning.data.samples import Conversation
 from finetuning.data.tokenization.labels import Labeller

@@ -14,9 +14,8 @@ import trl
 
 from finetuning.config.sections.data import ChatTemplateName
 from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.spans import Marked, Refused
-from finetuning.data.chat.template import Renderer
-from finetuning.data.chat.templates import get_template
+from finetuning.data.chat.markers import Marked, Refused
+from finetuning.data.chat.template import Renderer, get_template
 from finetuning.data.tokenization.labels import Labeller, Tokens
 
 from .conversations import CONVERSATIONS, conversation, speakers, words

@@ -19,12 +19,11 @@ import pytest
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
 from finetuning.data.arrow import Spool, taken
-from finetuning.data.batches import Repeats, in_batches
-from finetuning.data.chat.templates import get_template
-from finetuning.data.ledger import PartLedger
+from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_kto, prepare_sft
+from finetuning.data.preprocessor import Repeats, in_batches
 from finetuning.data.sources import Line
-from finetuning.data.statistics import Totals
+from finetuning.data.statistics import PartLedger, Totals
 from finetuning.data.worker_pool import Workers
 from finetuning.errors import DataError, InternalError, Place, Problem, StorageError
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from finetuning.config.sections.data import DataConfig
-from finetuning.data.arranging import arrange
-from finetuning.data.mixing import concatenate, split, weighted_mix
+from finetuning.data.mixing import arrange, concatenate, split, weighted_mix
 from finetuning.errors import DataError
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.chat.templates import get_template
-from finetuning.data.counting import count_training_rows
+from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import prepare_dpo, prepare_kto, prepare_reward, prepare_sft
+from finetuning.data.prepared import count_training_rows
 from finetuning.errors import ConfigError, DataError
 
 from .conversations import assistant, user

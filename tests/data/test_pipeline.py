@@ -7,7 +7,7 @@ import pytest
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.chat.templates import get_template
+from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_dpo, prepare_sft
 from finetuning.data.preview import to_text
 from finetuning.errors import DataError

@@ -22,7 +22,7 @@ import pytest
 from finetuning.config.sections.data import DatasetSource
 from finetuning.data.samples import Row
 from finetuning.data.sources import FileShard, HubShard, check_source, find_shards, read_rows
-from finetuning.data.sources.json_array import read_array
+from finetuning.data.sources.json_reader import read_array
 from finetuning.errors import DataError, MissingPackageError, Problem
 
 GOOD = {"messages": [{"role": "user", "content": "ä"}]}

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.data.ledger import TOO_LONG, Ledger, PartLedger, raise_bad_rows
-from finetuning.data.statistics import Totals
+from finetuning.data.statistics import TOO_LONG, Ledger, PartLedger, Totals, raise_bad_rows
 from finetuning.errors import DataError, Place, Problem
 
 

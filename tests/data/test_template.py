@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetuning.config.sections.data import ChatTemplateName
-from finetuning.data.chat.templates import get_template
+from finetuning.data.chat.template import get_template
 
 TALK = [
     {"role": "system", "content": "S"},

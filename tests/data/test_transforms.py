@@ -12,7 +12,7 @@ import pytest
 
 from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.config.sections.training import SFTArgs
-from finetuning.config.yaml.escapes import unescape
+from finetuning.config.yaml.overrides import unescape
 from finetuning.data.pipeline import prepare_sft
 from finetuning.data.samples import Row, Skipped
 from finetuning.data.text_template import CannotFormat, Formatter

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from finetuning.errors import ModelError, StorageError
-from finetuning.export.vllm.convert import ORIGINAL, make_vllm_compatible
-from finetuning.export.vllm.training_config import why_layers_are_needed
+from finetuning.export.vllm.convert import ORIGINAL, make_vllm_compatible, why_layers_are_needed
 
 MakeAdapter = Callable[..., Path]
 

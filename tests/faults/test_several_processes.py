@@ -18,7 +18,7 @@ SMALL = """
 from dataclasses import replace
 import torch
 from finetuning.algorithms import METHODS
-from finetuning.trainer.dividing import num_rows
+from finetuning.trainer.oom_retry import num_rows
 
 def build(parts):
     trainer = method.build_trainer(parts)

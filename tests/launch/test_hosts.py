@@ -7,10 +7,9 @@ import pytest
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from finetuning.errors import ConfigError, InternalError
-from finetuning.launch.hosts import find_machines
+from finetuning.launch.hosts import find_machines, find_route
 from finetuning.launch.processes import PRESETS, Launch, preset_file
 from finetuning.launch.restarts import met, run_again
-from finetuning.launch.routes import find_route
 
 KUBEFLOW = {
     "PET_NNODES": "2",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from finetuning.config.sections.training import BatchsizeConfig, TrainingArgs
 from finetuning.errors import ConfigError
 from finetuning.plan.batch_size import plan_batches
-from finetuning.plan.steps import plan_steps
+from finetuning.plan.plan import plan_steps
 
 
 def _config(total: int, maximum: int, evaluation: int | None = None) -> BatchsizeConfig:

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.attention import FLASH
+from finetuning.config.pretrained_config import FLASH
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import Topology
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.plan import features as t
-from finetuning.plan.compatibility import REFUSALS, Refusal, matrix
+from finetuning.plan.compatibility import REFUSALS, Refusal, check_packages, matrix, needs
 from finetuning.plan.features import TRAITS, Setting
-from finetuning.plan.packages import check_packages, needs
 from finetuning.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]

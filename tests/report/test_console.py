@@ -12,7 +12,7 @@ from rich.console import Console
 from finetuning.report.console import is_live, open_console
 from finetuning.report.progress import LineProgress, LiveProgress, progress_sink
 from finetuning.report.summary import Closing, Line, Made, NextCommand, tell_end, tell_start
-from finetuning.tracking.sinks import LogEvent, Sink, StepMetrics
+from finetuning.tracking.tracker import LogEvent, Sink, StepMetrics
 
 METRICS = StepMetrics(
     step=20,

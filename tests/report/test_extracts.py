@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetuning.report.charts import Curve, line_chart
-from finetuning.report.extracts import picture, write_extracts_if_possible
+from finetuning.report.html import picture, write_extracts_if_possible
 
 
 def test_a_picture_is_an_svg_of_its_own() -> None:

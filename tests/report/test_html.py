@@ -14,10 +14,9 @@ import pytest
 
 from finetuning.report.charts import Curve, line_chart, nice_ticks, number, tick_labels
 from finetuning.report.html import render, write_report_if_possible
-from finetuning.report.run_folder import read_run
-from finetuning.report.series import read_series, thinned
-from finetuning.tracking.metrics_log import MetricsLog
-from finetuning.tracking.sinks import LogEvent, StepMetrics
+from finetuning.report.run_folder import read_run, read_series, thinned
+from finetuning.tracking.local_files import MetricsLog
+from finetuning.tracking.tracker import LogEvent, StepMetrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 RECORD: dict[str, Any] = {

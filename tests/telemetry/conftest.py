@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from finetuning.telemetry.clock import Clock
 from finetuning.telemetry.config import JobIdentity
+from finetuning.telemetry.error_guard import Clock
 from finetuning.telemetry.names import export_all
 from finetuning.telemetry.session import open_telemetry
 from finetuning.telemetry.telemetry import Telemetry

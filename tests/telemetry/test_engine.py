@@ -262,7 +262,7 @@ def test_a_callback_is_enough_for_any_trainer(
 def with_phases(plain: PlainTrainer, observer: Any, trainer_class: Any = None, **more: Any) -> Any:
     import transformers
 
-    from finetuning.telemetry.trainer import TrainerPhases
+    from finetuning.telemetry.hf_callback import TrainerPhases
     from finetuning.trainer.hooks import PhasesMixin
 
     class Trainer(PhasesMixin, trainer_class or transformers.Trainer):

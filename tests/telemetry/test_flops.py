@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetuning.telemetry.device import peak_memory, peak_tflops
-from finetuning.telemetry.flops import count_flops
+from finetuning.telemetry.flops import count_flops, peak_memory, peak_tflops
 
 
 def multiplied(model: Any, rows: int, length: int) -> int:

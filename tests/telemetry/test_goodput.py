@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetuning.telemetry.goodput import session_goodput
-from finetuning.telemetry.meters import PROGRESS
+from finetuning.telemetry.metrics import PROGRESS
 
 SECOND = 1_000_000_000
 

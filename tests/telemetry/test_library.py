@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from finetuning.telemetry import names
-from finetuning.telemetry.clock import Clock
 from finetuning.telemetry.config import JobIdentity, Measured, TrainingConfig
-from finetuning.telemetry.error_guard import MOST_FAULTS
+from finetuning.telemetry.error_guard import MOST_FAULTS, Clock
 from finetuning.telemetry.metrics import stragglers
 from finetuning.telemetry.names import export_all, export_all_but, export_only
 from finetuning.telemetry.session import open_telemetry

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from finetuning.telemetry.goodput import session_goodput
-from finetuning.telemetry.meters import read_progress
+from finetuning.telemetry.metrics import read_progress
 
 TRAINED = {"training_args.save_strategy": "steps", "telemetry": {"log_every_n_train_iterations": 10}}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.telemetry.tags import new_job_id, perf_tag
+from finetuning.telemetry.session import new_job_id, perf_tag
 
 
 @pytest.fixture

@@ -15,11 +15,9 @@ import pytest
 from finetuning.cli.main import main
 from finetuning.config.sections.training import Tracking
 from finetuning.errors import EXIT_USER
-from finetuning.tracking.accelerate_trackers import AccelerateTracker, TrackedRun, read_identities
-from finetuning.tracking.background import BackgroundSink
+from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundSink, TrackedRun, read_identities
 from finetuning.tracking.hf_integrations import guarded_callback
-from finetuning.tracking.sinks import FigureNames, LogEvent, Sink, StepMetrics
-from finetuning.tracking.tracker import Sinks
+from finetuning.tracking.tracker import FigureNames, LogEvent, Sink, Sinks, StepMetrics
 
 OWN = {"team": "search", "attempt": 3}
 

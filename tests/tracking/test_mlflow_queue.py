@@ -17,7 +17,7 @@ from finetuning.tracking.mlflow.queue_file import (
     spools,
     whole_bytes,
 )
-from finetuning.tracking.parameters import LONGEST_VALUE, parameters, version_tags
+from finetuning.tracking.settings import LONGEST_VALUE, parameters, version_tags
 
 
 def write(path: Path, *kinds: str) -> None:

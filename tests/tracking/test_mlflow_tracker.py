@@ -15,9 +15,8 @@ import pytest
 
 from finetuning.tracking.mlflow.queue_file import Delivery, delivery_path
 from finetuning.tracking.mlflow.tracker import MlflowTracker, readable_name, start_mlflow
-from finetuning.tracking.parameters import parameters
-from finetuning.tracking.settings import TrackingOptions, resolve_tracking
-from finetuning.tracking.sinks import LogEvent, StepMetrics
+from finetuning.tracking.settings import TrackingOptions, parameters, resolve_tracking
+from finetuning.tracking.tracker import LogEvent, StepMetrics
 
 Client = Callable[[str], Any]
 

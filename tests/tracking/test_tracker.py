@@ -14,8 +14,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from finetuning.tracking.local_files import LossLog
-from finetuning.tracking.sinks import LogEvent, Sink, StepMetrics, numbers
-from finetuning.tracking.tracker import Sinks, Teller, make_callback
+from finetuning.tracking.tracker import LogEvent, Sink, Sinks, StepMetrics, Teller, make_callback, numbers
 
 
 class Recorder(Sink):

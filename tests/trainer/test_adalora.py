@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetuning.trainer.adalora import FILE_NAME
+from finetuning.trainer.peft_methods import FILE_NAME
 
 ADALORA = {
     "peft_type": "ADALORA",

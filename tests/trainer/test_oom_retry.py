@@ -13,7 +13,7 @@ import torch
 from finetuning.algorithms import METHODS
 from finetuning.data.collators import FlatteningCollator, PaddingCollator
 from finetuning.errors import ConfigError, InternalError
-from finetuning.trainer.dividing import divided, num_rows
+from finetuning.trainer.oom_retry import divided, num_rows
 from finetuning.training.memory_check import longest_rows
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}

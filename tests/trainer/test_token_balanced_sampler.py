@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from finetuning.trainer.balancing import TokenSampler, shares
+from finetuning.trainer.ddp import TokenSampler, shares
 
 PROCESSES = 4
 LENGTHS = np.random.default_rng(0).lognormal(5.5, 0.9, 200).astype(int).clip(8, 4096).tolist()

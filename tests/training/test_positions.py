@@ -13,7 +13,7 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.data.pipeline import PreparedData, prepare_dpo, prepare_sft
 from finetuning.errors import ConfigError
-from finetuning.training.positions import check_positions
+from finetuning.training.preflight import check_positions
 
 TEXTS = [{"text": "word " * 3}, {"text": "word " * 40}]
 PAIRS = [{"prompt": "word " * 10, "chosen": "word " * 10, "rejected": "word " * 30}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetuning.algorithms import cpo, dpo, grpo, kto, orpo, reward, sft
+from finetuning.algorithms import dpo, grpo, kto, orpo_cpo, reward, sft
 from finetuning.algorithms.algorithm import Method
 
 METHODS: dict[str, Method] = {
@@ -11,6 +11,6 @@ METHODS: dict[str, Method] = {
     "kto": kto.METHOD,
     "reward": reward.METHOD,
     "grpo": grpo.METHOD,
-    "orpo": orpo.METHOD,
-    "cpo": cpo.METHOD,
+    "orpo": orpo_cpo.ORPO,
+    "cpo": orpo_cpo.CPO,
 }

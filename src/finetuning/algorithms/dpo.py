@@ -6,16 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
-from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Method, TrainingParts, reference_of, refusals, trainer_inputs
 from finetuning.config.sections.experiment import DPOExperiment
-from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
-from finetuning.trainer.reference import WholeReference
+from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss, WholeReference
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 _LN2 = math.log(2)
 _MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard"} | {

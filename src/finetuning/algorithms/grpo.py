@@ -6,18 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
-from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Method, TrainingParts, reference_of, refusals, trainer_inputs
 from finetuning.config.sections.experiment import GRPOExperiment
 from finetuning.errors import ConfigError, Place
-from finetuning.trainer.initial_loss import KnownLoss, check_first_loss, drops_values
-from finetuning.trainer.reference import WholeReference
+from finetuning.trainer.initial_loss import KnownLoss, WholeReference, check_first_loss, drops_values
 from finetuning.trainer.reward_functions import build_rewards, needed_columns
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 
 def prepare(

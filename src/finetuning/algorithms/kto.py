@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
-from finetuning.algorithms.building import reference_of, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Method, TrainingParts, reference_of, refusals, trainer_inputs
 from finetuning.config.sections.experiment import KTOExperiment
-from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
-from finetuning.trainer.reference import WholeReference
+from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss, WholeReference
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 
 def prepare(

@@ -1,4 +1,8 @@
-"""What ORPO and CPO share: trainers of TRL's experimental part that take preferences and no reference model."""
+"""What ORPO and CPO share: trainers of TRL's experimental part that take preferences and no reference model.
+
+Odds ratio preference optimisation: the chosen answer learnt and preferred at once, without a reference.
+
+Contrastive preference optimisation, SimPO and AlphaPO: preferences without a reference."""
 
 from __future__ import annotations
 
@@ -9,15 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
-from finetuning.algorithms.building import refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Method, TrainingParts, refusals, trainer_inputs
 from finetuning.config.sections.experiment import CPOExperiment, ORPOExperiment
 
 if TYPE_CHECKING:
     import datasets
     import transformers
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 logger = logging.getLogger("finetuning")
 
@@ -126,3 +129,13 @@ def ready(dataset: datasets.Dataset) -> datasets.Dataset:
             return self
 
     return ReadyRows(dataset.data, info=dataset.info)
+
+
+ORPO = method(ORPOExperiment, "odds ratio preference optimisation (experimental)", "trl.experimental.orpo:ORPOTrainer")
+
+
+CPO = method(
+    CPOExperiment,
+    "contrastive preference optimisation, SimPO among it (experimental)",
+    "trl.experimental.cpo:CPOTrainer",
+)

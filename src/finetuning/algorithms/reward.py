@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
-from finetuning.algorithms.building import refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Method, TrainingParts, refusals, trainer_inputs
 from finetuning.config.sections.experiment import RewardExperiment
 from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
 
 if TYPE_CHECKING:
     import transformers
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 
 def prepare(
@@ -84,7 +83,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
 def _scores_nothing(model: Any) -> bool:
     """Whether the head of a model, or of the model within an adapter, is zero. DeepSpeed's shards cannot be read."""
-    from finetuning.model.heads import SCORE
+    from finetuning.model.load import SCORE
 
     weights = [weight for name, weight in model.named_parameters() if SCORE.is_head(name)]
     return bool(weights) and not any(hasattr(weight, "ds_shape") or bool(weight.any()) for weight in weights)

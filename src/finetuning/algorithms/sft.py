@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 
 def prepare(
@@ -41,8 +41,8 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     padding, and measures entropy and accuracy over all logits at every step.
     """
     from finetuning.data.collators import FlatteningCollator, PaddingCollator
+    from finetuning.trainer.hooks import as_dataset
     from finetuning.trainer.peft_methods import begin_from_rows
-    from finetuning.trainer.streamed import as_dataset
 
     tokenizer = parts.tokenizer
     collate = (
@@ -69,8 +69,8 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 def _trainer_class(parts: TrainingParts) -> type:
     import transformers
 
-    from finetuning.trainer.balancing import BatchRebalanceSampler, TokenSampler
     from finetuning.trainer.chunked_cross_entropy import SlicedLoss
+    from finetuning.trainer.ddp import BatchRebalanceSampler, TokenSampler
     from finetuning.trainer.mixin import TrainerMixin
 
     offloads = _offloading(parts)

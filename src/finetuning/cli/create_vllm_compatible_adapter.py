@@ -47,7 +47,7 @@ def _convert(argv: list[str]) -> int:
 
     folder = Path(options.model_path)
     if options.training_config is not None:
-        from finetuning.export.vllm.training_config import why_layers_are_needed
+        from finetuning.export.vllm.convert import why_layers_are_needed
 
         reason = why_layers_are_needed(options.training_config, folder)
         if reason is not None:

@@ -1,16 +1,128 @@
-"""What all console scripts share: an error becomes a message and an exit code, never a traceback."""
+"""What all console scripts share: an error becomes a message and an exit code, never a traceback.
+
+What programs read when a console script fails: the termination log of Kubernetes, and a JSON file.
+
+Errors that name a key of a config, told by where the user gave it: a line of the file, an override, a flag."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from finetuning.cli.failures import Failure, forget, report
+from finetuning.config.yaml.document import Document, dotted
 from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem
+
+TERMINATION_LOG = "TERMINATION_LOG_FILE"
+ERROR_FILE = "FINETUNING_ERROR_FILE"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a console script failed."""
+
+    name: str
+    """The class of the error."""
+    exit_code: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def message(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "class": self.name,
+            "message": self.message,
+            "exit_code": self.exit_code,
+            "problems": [
+                {
+                    "file": problem.place.file,
+                    "line": problem.place.line,
+                    "column": problem.place.column,
+                    "key": problem.place.key,
+                    "message": problem.message,
+                    "hint": problem.hint,
+                }
+                for problem in self.problems
+            ],
+        }
+
+
+def forget(environ: Mapping[str, str] = os.environ) -> None:
+    """Removes what an earlier run left in $FINETUNING_ERROR_FILE, unless a launcher has started this process."""
+    if environ.get(ERROR_FILE) and not environ.get("RANK"):
+        try:
+            Path(environ[ERROR_FILE]).unlink(missing_ok=True)
+        except OSError as error:
+            _warn(ERROR_FILE, error)
+
+
+def report(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
+    """Tells the failure where the environment asks for it; a file that cannot be written is a warning.
+
+    Of the processes of a job the first one speaks for all that fail alike, and each other for itself.
+    """
+    rank = environ.get("RANK") or "0"
+    if environ.get(TERMINATION_LOG):
+        path = Path(environ[TERMINATION_LOG])
+        try:
+            if rank == "0" or not _contains(path, failure.message):
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(("" if rank == "0" else f"process {rank}: ") + failure.message + "\n")
+        except OSError as error:
+            _warn(TERMINATION_LOG, error)
+    if environ.get(ERROR_FILE):
+        path = Path(environ[ERROR_FILE])
+        try:
+            if rank == "0" or not path.exists():
+                _write(path, json.dumps(failure.as_dict(), indent=2, ensure_ascii=False) + "\n", rank)
+        except OSError as error:
+            _warn(ERROR_FILE, error)
+
+
+def told_so_far(environ: Mapping[str, str] = os.environ) -> tuple[int, bool]:
+    """Bytes of the termination log, and whether there is an error file: these change when a process speaks."""
+    log, error = environ.get(TERMINATION_LOG), environ.get(ERROR_FILE)
+    size = Path(log).stat().st_size if log and Path(log).is_file() else 0
+    return size, bool(error) and Path(error).exists()
+
+
+def speak_for_processes(exit_code: int, before: tuple[int, bool], environ: Mapping[str, str] = os.environ) -> None:
+    """Reports a job whose process was killed before it could say anything, where reports are asked for.
+
+    Args:
+        before: what `told_so_far` gave before the processes were started.
+    """
+    is_asked = environ.get(TERMINATION_LOG) or environ.get(ERROR_FILE)
+    if is_asked and exit_code == EXIT_INTERNAL and told_so_far(environ) == before:
+        message = "a process of the job was killed, or ended without a word; often the memory did not suffice"
+        print(f"error: {message}", file=sys.stderr)
+        report(Failure("InternalError", exit_code, (Problem(message),)), environ)
+
+
+def _contains(path: Path, message: str) -> bool:
+    return path.is_file() and message in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _write(path: Path, text: str, rank: str) -> None:
+    staging = path.with_name(f".{path.name}.{rank}.{os.getpid()}")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _warn(name: str, error: OSError) -> None:
+    print(f"warning: {name}: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+
 
 EXIT_SIGINT = 130
 DEBUG_OPTION = "--debug"
@@ -119,3 +231,30 @@ def _tell_traceback_file(error: BaseException) -> None:
         print(f"error: the traceback could not be kept: {problem}", file=sys.stderr)
         return
     print(f"error: the traceback is in {path}; please report it. {DEBUG_OPTION} shows it.", file=sys.stderr)
+
+
+@contextmanager
+def located(document: Document) -> Iterator[None]:
+    """Errors of the block that name a key of the config say its line, too, or what stands for the key."""
+    try:
+        yield
+    except FinetuningError as error:
+        error.problems = tuple(_located(problem, document) for problem in error.problems)
+        raise
+
+
+def _located(problem: Problem, document: Document) -> Problem:
+    """The problem with the place that its key was given at; as it is, when it says its file itself."""
+    if problem.place.key is None or problem.place.file is not None:
+        return replace(problem, hint=_said(problem.hint, document))
+    parts = problem.place.key.replace("[", ".").replace("]", "").split(".")
+    path = tuple(int(part) if part.isdecimal() else part for part in parts)
+    return replace(problem, place=document.place_of(path), hint=_said(problem.hint, document))
+
+
+def _said(hint: str | None, document: Document) -> str | None:
+    """The hint with the flag in place of each key that a flag stands for."""
+    for path, mark in document.marks.items():
+        if hint and mark.stands_for is not None and len(path) > 1:
+            hint = re.sub(rf"(?<![\w.]){re.escape(dotted(path))}(?!\w|\.\w)", str(mark.stands_for), hint)
+    return hint

@@ -100,7 +100,7 @@ def _check_form(options: argparse.Namespace) -> None:
 
 
 def _from_config(options: argparse.Namespace) -> int:
-    from finetuning.cli.located import located
+    from finetuning.cli.errors import located
     from finetuning.config.sections.generation import GenerationConfig
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
@@ -132,7 +132,7 @@ def _from_config(options: argparse.Namespace) -> int:
 
 
 def _from_flags(options: argparse.Namespace) -> int:
-    from finetuning.cli.located import located
+    from finetuning.cli.errors import located
     from finetuning.config.sections.model import NoQuantization
     from finetuning.inference.load import model_conf_of
     from finetuning.inference.prompts import read_lines, text_prompts

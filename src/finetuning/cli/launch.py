@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run
-from finetuning.cli.failures import forget, speak_for_processes, told_so_far
+from finetuning.cli.errors import forget, run, speak_for_processes, told_so_far
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:

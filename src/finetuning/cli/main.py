@@ -11,30 +11,30 @@ from finetuning import __version__
 from finetuning.cli.errors import run
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")
-"""The verbs that train; a test holds them equal to the table in `algorithms`, which is not imported for `--help`."""
+"""The subcommands that train. A test compares them with the table in `algorithms`, which `--help` does not import."""
 
-OTHER_VERBS = {
-    "targets": "finetuning.cli.targets",
-    "doctor": "finetuning.cli.info",
-    "prepare": "finetuning.cli.prepare",
-    "preview": "finetuning.cli.data_commands",
-    "report": "finetuning.cli.run_report",
-    "runs": "finetuning.cli.runs",
-    "schema": "finetuning.cli.schema",
-    "sync": "finetuning.cli.sync",
-    "launch": "finetuning.cli.launch",
-    "job": "finetuning.cli.job",
-    "import": "finetuning.cli.import_config",
+SUBCOMMANDS = {
+    "targets": "finetuning.cli.info:targets_main",
+    "doctor": "finetuning.cli.info:doctor_main",
+    "prepare": "finetuning.cli.data_commands:prepare_main",
+    "preview": "finetuning.cli.data_commands:preview_main",
+    "report": "finetuning.cli.runs:report_main",
+    "runs": "finetuning.cli.runs:runs_main",
+    "schema": "finetuning.cli.info:schema_main",
+    "sync": "finetuning.cli.runs:sync_main",
+    "launch": "finetuning.cli.launch:main",
+    "job": "finetuning.cli.import_config:job_main",
+    "import": "finetuning.cli.import_config:import_main",
 }
-"""The verbs that do not train, each in a file of its own."""
+"""The subcommands that do not train, each as `module:function`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the verbs that train."""
+    """The parser of the subcommands that train."""
     parser = argparse.ArgumentParser(
         prog="finetuning",
         description="Fine-tune a language model as a YAML file says.",
-        epilog="Other verbs, each with its own --help: " + ", ".join(OTHER_VERBS),
+        epilog="Other subcommands, each with its own --help: " + ", ".join(SUBCOMMANDS),
     )
     parser.add_argument(
         "method",
@@ -71,8 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in OTHER_VERBS:
-        return importlib.import_module(OTHER_VERBS[arguments[0]]).main(arguments[1:])
+    if arguments and arguments[0] in SUBCOMMANDS:
+        module, _, function = SUBCOMMANDS[arguments[0]].partition(":")
+        return getattr(importlib.import_module(module), function)(arguments[1:])
     return run(_train, arguments)
 
 

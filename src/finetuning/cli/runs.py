@@ -1,4 +1,8 @@
-"""`finetuning runs`: the runs below a directory, and how each of them does."""
+"""`finetuning runs`: the runs below a directory, and how each of them does.
+
+`finetuning report`: what a run did, on one page.
+
+`finetuning sync`: what a run could not send to MLflow, sent now."""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run
+from finetuning.errors import EXIT_OK, EXIT_USER
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +26,7 @@ _STYLES = {"running": "cyan", "completed": "green", "interrupted": "yellow", "de
 _WIDE = 100
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def runs_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
     return run(_runs, argv)
 
@@ -91,7 +96,7 @@ def _model(state: RunState) -> str:
 
 
 def _numbers(state: RunState) -> tuple[str, str, str, str]:
-    from finetuning.report.wording import UNKNOWN, loss, rate
+    from finetuning.report.console import UNKNOWN, loss, rate
 
     step = UNKNOWN if state.step is None else f"{state.step:,}"
     steps = f"{step}/{state.steps:,}" if state.steps else step
@@ -101,3 +106,56 @@ def _numbers(state: RunState) -> tuple[str, str, str, str]:
 
 def _started(state: RunState) -> str:
     return (state.started or "").replace("T", " ").removesuffix("Z")[:16]
+
+
+def report_main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code."""
+    return run(_report, argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from finetuning.report.html import FILE_NAME, write_report
+
+    parser = argparse.ArgumentParser(
+        prog="finetuning report",
+        description="Write what a run did as one HTML page that needs nothing from anywhere.",
+    )
+    parser.add_argument("run", type=Path, help="the run's output directory")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN", help="other runs, shown beside this one"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"the file to write (default: {FILE_NAME} in the run's output directory)"
+    )
+    options = parser.parse_args(argv)
+    print(write_report(options.run, options.compare, options.output))
+    return 0
+
+
+def sync_main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code."""
+    return run(_sync, argv)
+
+
+def _sync(argv: Sequence[str]) -> int:
+    from finetuning.tracking.mlflow.sync import sync_run
+
+    parser = argparse.ArgumentParser(
+        prog="finetuning sync",
+        description="Send what a run kept beside itself while MLflow was away. What was sent is not sent again.",
+    )
+    parser.add_argument("run", type=Path, help="the run's output directory")
+    parser.add_argument(
+        "--patience", type=float, default=30.0, help="seconds to go on without an answer (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
+    results = sync_run(options.run, patience_s=options.patience)
+    for result in results:
+        sent = result.waiting_before - result.waiting
+        state = "all is delivered" if result.delivered else f"{result.waiting} still wait: {result.error}"
+        print(f"{result.spool}: {sent} sent to {result.uri}; {state}")
+        if result.url:
+            print(f"  {result.url}")
+        for problem in result.problems:
+            print(f"  refused for good: {problem}")
+    return EXIT_OK if all(result.delivered for result in results) else EXIT_USER

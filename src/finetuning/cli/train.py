@@ -21,9 +21,8 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def train(options: argparse.Namespace) -> int:
     """Runs what the command line asks for; returns the exit code."""
     from finetuning.algorithms import METHODS
-    from finetuning.cli.located import located
-    from finetuning.config.validation.controller_file import read_controllers
-    from finetuning.config.validation.validate import validate
+    from finetuning.cli.errors import located
+    from finetuning.config.validation.validate import read_controllers, validate
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
     from finetuning.distributed import read_topology
@@ -61,7 +60,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> None:
-    from finetuning.data.counting import count_training_rows
+    from finetuning.data.prepared import count_training_rows
     from finetuning.plan.plan import Decision, make_plan
 
     count = count_training_rows(experiment.data_conf, rated=experiment.method_name == "kto")
@@ -83,8 +82,8 @@ def _run(
 ) -> int:
     from finetuning.cli.imports import leave_out_unused
     from finetuning.config.yaml.dump import dump_yaml
-    from finetuning.report.logs import configure_logging
-    from finetuning.training.delivery import check_delivery, deliver
+    from finetuning.report.console import configure_logging
+    from finetuning.training.final_model import check_delivery, deliver
     from finetuning.training.reporter import Observer
     from finetuning.training.run import Job, run
 

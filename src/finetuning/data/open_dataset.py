@@ -9,7 +9,7 @@ from typing import Any
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.training import SFTArgs
-from finetuning.config.yaml.escapes import unescape
+from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
 from finetuning.data.samples import Row
 from finetuning.data.sources import Line, find_shards

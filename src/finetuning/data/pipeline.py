@@ -10,13 +10,11 @@ import numpy as np
 
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.arrow import taken
+from finetuning.data.arrow import as_dataset, taken
 from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.template import Renderer
-from finetuning.data.chat.templates import chosen_template
-from finetuning.data.columns import as_dataset
+from finetuning.data.chat.template import Renderer, chosen_template
 from finetuning.data.open_dataset import options_for
-from finetuning.data.packed import pack_dataset
+from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
 from finetuning.data.preprocessor import Reading
 from finetuning.data.processors.base import DPOMaker, SFTMaker

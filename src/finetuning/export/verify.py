@@ -97,7 +97,7 @@ def _loading_faults(folder: Path) -> list[str] | None:
     say) are told apart from wrong ones, which a comparison of names cannot do. Quantised weights cannot be loaded
     so, and code of the model's own is not run.
     """
-    from finetuning.model.heads import head_of
+    from finetuning.model.load import head_of
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,16 @@ from finetuning.config.yaml.document import Document
 from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What other packages know, and a job may ask for."""
+
+    data_config: Callable[[str], Mapping[str, Any]]
+    """Path of a data config: the values of `data_conf`."""
+    training_fields: Callable[[], Collection[str]] = frozenset
+    """Names of the installed trainer's fields."""
 
 
 @dataclass

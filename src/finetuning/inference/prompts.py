@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.sections.generation import EvalData, OpenInput
-from finetuning.data.formats.fields import (
+from finetuning.data.formats.row_format import (
     FieldError,
     messages_field,
     meta_fields,

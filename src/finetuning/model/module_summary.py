@@ -11,8 +11,7 @@ import torch
 
 from finetuning.config.sections.model import NewPeft, RunConfig
 from finetuning.errors import ModelError, Place
-from finetuning.model.heads import LANGUAGE, Head
-from finetuning.model.load import load_config
+from finetuning.model.load import LANGUAGE, Head, load_config
 from finetuning.model.resolve import Location, locate
 from finetuning.model.safetensors_io import INDEX, SINGLE, read_model_headers
 

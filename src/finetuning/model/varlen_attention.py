@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetuning.config.attention import FLASH
+from finetuning.config.pretrained_config import FLASH
 
 NAME = "sdpa_segments"
 """The attention implementation that this file registers with transformers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetuning.config.attention import FLASH
+from finetuning.config.pretrained_config import FLASH
 
 RowLayout = Literal["padded", "end to end", "packed"]
 

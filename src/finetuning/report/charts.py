@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from finetuning.report.run_folder import Span
-from finetuning.report.series import thinned
-from finetuning.report.wording import duration
+from finetuning.report.console import duration
+from finetuning.report.run_folder import Span, thinned
 
 WIDTH, HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 24

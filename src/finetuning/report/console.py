@@ -1,8 +1,16 @@
-"""The one console that a command writes to."""
+"""The one console that a command writes to.
+
+What libraries may say while a run tells its own story.
+
+Numbers as people read them."""
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 import sys
+import warnings
 from typing import IO
 
 from rich.console import Console
@@ -19,3 +27,96 @@ def open_console(*, is_main: bool = True, file: IO[str] | None = None) -> Consol
 def is_live(console: Console) -> bool:
     """Whether lines can be rewritten: a terminal, and not a dumb one."""
     return console.is_terminal and not console.is_dumb_terminal
+
+
+_LIBRARIES = (
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "torch",
+    "huggingface_hub",
+    "httpx",
+)
+# Read by the libraries when they are imported. Nobody is called home, and no code is fetched from a hub.
+_ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "USE_HUB_KERNELS": "0"}
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def configure_logging(level: str, *, is_main: bool) -> None:
+    """Our log lines on stderr from `level` on; the libraries' from ERROR on, and all of them at DEBUG.
+
+    To be called before a library is imported. Processes other than the main one log errors only.
+    """
+    ours = level if is_main else "ERROR"
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("finetuning").setLevel(ours)
+    wanted = dict(_ENVIRONMENT)
+    if level != "DEBUG":
+        wanted |= _QUIET
+        warnings.simplefilter("ignore")
+        for name in _LIBRARIES:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+UNKNOWN = "–"
+
+
+def duration(seconds: float | None) -> str:
+    """
+    >>> duration(0.34), duration(42), duration(185), duration(7384), duration(200000)
+    ('0.3s', '42s', '3m 05s', '2h 03m', '2d 07h')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if whole < 60:
+        return f"{whole}s"
+    if minutes < 60:
+        return f"{minutes}m {whole % 60:02d}s"
+    if hours < 24:
+        return f"{hours}h {minutes % 60:02d}m"
+    return f"{days}d {hours % 24:02d}h"
+
+
+def loss(value: float | None) -> str:
+    """
+    >>> loss(2.34567), loss(0.00012345), loss(float("nan")), loss(None)
+    ('2.3457', '0.000123', 'nan', '–')
+    """
+    if value is None:
+        return UNKNOWN
+    return f"{value:.4f}" if not math.isfinite(value) or abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
+
+
+def rate(value: float | None) -> str:
+    """
+    >>> rate(12.34), rate(1234.5), rate(1_234_567), rate(None)
+    ('12.3', '1,234', '1,234,567', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def shortened(text: str, most: int = 240) -> str:
+    """
+    >>> shortened("a long story", 8), shortened("short", 8)
+    ('a long …', 'short')
+    """
+    return text if len(text) <= most else text[: most - 1].rstrip() + " …"
+
+
+def small(value: float | None) -> str:
+    """
+    >>> small(5e-5), small(1.23456e-4), small(0), small(None)
+    ('5e-05', '0.000123', '0', '–')
+    """
+    return UNKNOWN if value is None else f"{value:.3g}"

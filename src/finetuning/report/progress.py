@@ -11,9 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetuning.report.console import is_live
-from finetuning.report.wording import UNKNOWN, duration, loss, rate, small
-from finetuning.tracking.sinks import LogEvent, Sink, StepMetrics
+from finetuning.report.console import UNKNOWN, duration, is_live, loss, rate, small
+from finetuning.tracking.tracker import LogEvent, Sink, StepMetrics
 
 _REDRAW_S = 0.2
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ConfigError, Place
-from finetuning.tracking.metrics_log import FILE_NAME as METRICS_NAME
+from finetuning.tracking.local_files import METRICS_LOG_NAME as METRICS_NAME
 
 RECORD_NAME = "run.json"
 _LOCK_NAME = ".finetuning.lock"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetuning.report.charts import Chart, Curve, line_chart
+from finetuning.report.console import UNKNOWN, duration, loss, rate
 from finetuning.report.run_folder import Run
-from finetuning.report.wording import UNKNOWN, duration, loss, rate
 
 _GIB = 2.0**30
 _SKIPPED = ("total_flos", "train_loss", "tokens_seen", "num_tokens", "first_step_s", "goodput", "step")

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetuning.report.console import is_live
-from finetuning.report.wording import duration, loss, shortened
+from finetuning.report.console import duration, is_live, loss, shortened
 
 _INDENT = "  "
 

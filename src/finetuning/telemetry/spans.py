@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from finetuning.config.redaction import without_user_info
 from finetuning.telemetry import names
-from finetuning.telemetry.clock import Clock, SystemIds
+from finetuning.telemetry.error_guard import Clock, SystemIds
 
 _SCOPE = "finetuning.telemetry"
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.telemetry import names
-from finetuning.telemetry.checkpoints import CheckpointMeter, Preserved
 from finetuning.telemetry.config import JobIdentity, TrainingConfig
 from finetuning.telemetry.error_guard import Faults, guarded
-from finetuning.telemetry.meters import ProgressFile, Spread, folder_bytes
-from finetuning.telemetry.metrics import FIGURES
+from finetuning.telemetry.metrics import FIGURES, CheckpointMeter, Preserved, ProgressFile, Spread, folder_bytes
 from finetuning.telemetry.spans import OpenSpan, Recorder
 from finetuning.telemetry.training_loop import TrainingCallbacks
 

@@ -9,8 +9,16 @@ from typing import Any
 from finetuning.telemetry import names
 from finetuning.telemetry.config import JobIdentity, Measured, TrainingConfig
 from finetuning.telemetry.error_guard import Faults, guarded
-from finetuning.telemetry.meters import IterationMeter, ProgressFile, Spread
-from finetuning.telemetry.metrics import FIGURES, Progress, Window, sample_of, training_attributes
+from finetuning.telemetry.metrics import (
+    FIGURES,
+    IterationMeter,
+    Progress,
+    ProgressFile,
+    Spread,
+    Window,
+    sample_of,
+    training_attributes,
+)
 from finetuning.telemetry.span_contexts import Blocks
 from finetuning.telemetry.spans import OpenSpan, Recorder
 

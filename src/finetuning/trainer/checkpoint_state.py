@@ -1,10 +1,18 @@
-"""Which checkpoints of a run are kept, and how the others go."""
+"""Which checkpoints of a run are kept, and how the others go.
+
+The optimizer's settings, which a checkpoint holds beside its states.
+
+The encoders of prompt adapters in a checkpoint: PEFT saves only the prompt that they give, which cannot go on."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from finetuning.atomic_io import staging_path
 
@@ -34,3 +42,57 @@ def retire_checkpoints(newest: Path, most: int | None, best: Path | None) -> Non
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+Settings = list[dict[str, Any]]
+
+
+def settings_of(optimizer: Any) -> Settings:
+    """The settings of each group of weights: learning rate, decay, betas and the like."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def apply_settings(optimizer: Any, scheduler: Any, settings: Settings) -> None:
+    """Puts the settings back over those that a checkpoint brought, and the learning rate where the schedule has it at
+    this step."""
+    factors = [
+        group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0 for group in optimizer.param_groups
+    ]
+    shapes = getattr(scheduler, "lr_lambdas", None)
+    if shapes is not None:
+        factors = [shape(scheduler.last_epoch) for shape in shapes]
+    for group, wanted, factor in zip(optimizer.param_groups, settings, factors, strict=True):
+        group.update(wanted)
+        group["lr"] = wanted.get("initial_lr", wanted["lr"]) * factor
+    rates = {
+        "base_lrs": [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups],
+        "_last_lr": [group["lr"] for group in optimizer.param_groups],
+    }
+    state = scheduler.state_dict()
+    scheduler.load_state_dict(state | {name: rate for name, rate in rates.items() if name in state})
+
+
+FILE_NAME = "prompt_encoder.safetensors"
+_PART = "prompt_encoder."
+
+
+def write_encoders(model: torch.nn.Module, folder: Path) -> None:
+    """`prompt_encoder.safetensors`, where the model wears a prompt adapter; nothing where it does not."""
+    tensors = {name: weight.detach().cpu().clone() for name, weight in _encoders(model).items()}
+    if tensors:
+        save_file(tensors, folder / FILE_NAME)
+
+
+def read_encoders(model: torch.nn.Module, folder: Path) -> None:
+    """Puts back what `write_encoders` wrote; nothing where it wrote nothing."""
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return
+    weights = _encoders(model)
+    with torch.no_grad():
+        for name, tensor in load_file(file).items():
+            weights[name].copy_(tensor)
+
+
+def _encoders(model: torch.nn.Module) -> dict[str, Any]:
+    return {name: weight for name, weight in model.named_parameters() if _PART in name}

@@ -16,13 +16,23 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning.atomic_io import is_full, publish, staging_path, write_manifest
 from finetuning.errors import GuardStopped
-from finetuning.trainer.adalora import AllocateRank, is_adalora, ranks_kept_whole, read_importance, write_importance
-from finetuning.trainer.checkpoint_state import retire_checkpoints
+from finetuning.trainer.checkpoint_state import (
+    apply_settings,
+    read_encoders,
+    retire_checkpoints,
+    settings_of,
+    write_encoders,
+)
 from finetuning.trainer.hooks import PhasesMixin
-from finetuning.trainer.loraplus import LoraPlusMixin
 from finetuning.trainer.oom_retry import MemoryMixin
-from finetuning.trainer.prompt_state import read_encoders, write_encoders
-from finetuning.trainer.schedule import apply_settings, settings_of
+from finetuning.trainer.peft_methods import (
+    AllocateRank,
+    LoraPlusMixin,
+    is_adalora,
+    ranks_kept_whole,
+    read_importance,
+    write_importance,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetuning.config.sections.grpo import ExactMatch, Function, GRPOArgs, JsonValid, Length, RegexMatch
+from finetuning.config.sections.training import ExactMatch, Function, GRPOArgs, JsonValid, Length, RegexMatch
 from finetuning.errors import ConfigError, FinetuningError, Place
 
 Completion = list[dict[str, Any]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import Method
-from finetuning.config.attention import FLASH
+from finetuning.config.pretrained_config import FLASH
 from finetuning.config.sections.experiment import Experiment
 from finetuning.distributed import Topology
 from finetuning.plan.attention import REMAINS, AttentionChoice, Circumstances, RowLayout, choose_attention
@@ -48,7 +48,7 @@ def lay_end_to_end(adapted: Any, attention: Attention, topology: Topology) -> tu
     theirs when the model is shared out, which is later.
     """
     from finetuning.model.varlen_attention import NAME, enable_kernel, enable_segments, use_segments
-    from finetuning.training.meeting import told_by_main
+    from finetuning.training.process_sync import told_by_main
 
     model, peft_config = adapted.model, adapted.peft_config
 

@@ -1,13 +1,28 @@
-"""What the device of a run cannot do is refused before its weights are loaded."""
+"""What the device of a run cannot do is refused before its weights are loaded.
+
+Whether the model has a position for every token of the longest row.
+
+aLoRA: the text that switches an adapter on, as token ids that every row is shown to hold."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import ConfigError, Place, Problem
+from finetuning.config.sections.model import NewPeft
+from finetuning.errors import ConfigError, DataError, Place, Problem
 from finetuning.model.hardware import Device, training_device
 from finetuning.plan.compatibility import NEEDS_GPU
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from finetuning.config.sections.experiment import Experiment
+    from finetuning.data.prepared import PreparedData
 
 _INSTEAD = {
     "bf16": "Set bf16: false; fp16: true where the device has it.",
@@ -104,3 +119,112 @@ def computing(experiment: Experiment, model: Any, device: Device | None = None) 
     if not ability.ok or ability.note.startswith("emulated"):
         return weights, ""
     return weights, f"{device.name} has bfloat16 in hardware, which training_args.bf16 uses"
+
+
+_LEARNED = ("wpe", "embed_positions", "position_embeddings")
+
+
+def check_positions(model: Any, experiment: Experiment, data: PreparedData) -> tuple[str, ...]:
+    """Nothing where each token has a position that the model was made for; else a warning.
+
+    Raises:
+        ConfigError: the model has learned its positions, and has none for the end of a row.
+    """
+    key = "sft_args.max_seq_length" if hasattr(experiment, "sft_args") else "training_args.max_length"
+    is_stream = not isinstance(data.train, Sized)
+    longest = experiment.sft_args.max_seq_length if is_stream else _longest(data.train)
+    if longest is None:
+        return ()
+    learned = _learned_positions(model)
+    if learned is not None and longest > learned:
+        has = "of a stream may have" if is_stream else "has"
+        raise ConfigError(
+            f"a row {has} {longest} tokens, and the model has learned {learned} positions",
+            place=Place(key=key),
+            hint=f"Set it to {learned} or less.",
+        )
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if learned is None and not is_stream and isinstance(made_for, int) and longest > made_for:
+        return (f"a row has {longest} tokens, more than the {made_for} positions that the model was made for ({key})",)
+    return ()
+
+
+def _longest(dataset: datasets.Dataset) -> int | None:
+    """Most tokens of a row: of a prompt with its longer answer; None for rows without tokens of their own."""
+    import numpy as np
+
+    from finetuning.data.packing import row_lengths
+
+    if "input_ids" in dataset.column_names:
+        return int(row_lengths(dataset).max())
+    answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]
+    if not answers or "prompt_ids" not in dataset.column_names:
+        return None
+    longer = np.maximum.reduce([row_lengths(dataset, name) for name in answers])
+    return int((row_lengths(dataset, "prompt_ids") + longer).max())
+
+
+def _learned_positions(model: Any) -> int | None:
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in _LEARNED and isinstance(module, nn.Embedding):
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+_KEY, _IDS = "peft_conf.alora_invocation_string", "alora_invocation_tokens"
+
+
+def with_invocation(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Experiment:
+    """The experiment with the ids of its invocation text among the adapter's arguments; itself, where it has no text.
+
+    Raises:
+        ConfigError: the text has no token, the ids are given, too, or the adapter is no LoRA.
+    """
+    conf = experiment.peft_conf
+    if not isinstance(conf, NewPeft) or conf.alora_invocation_string is None:
+        return experiment
+    if conf.peft_type.upper() != "LORA":
+        raise ConfigError(f"is for LORA, not for {conf.peft_type}", place=Place(key=_KEY))
+    if _IDS in conf.peft_kwargs:
+        raise ConfigError(f"excludes peft_kwargs.{_IDS}", place=Place(key=_KEY), hint="Remove one of them.")
+    ids = tokenizer.encode(conf.alora_invocation_string, add_special_tokens=False)
+    if not ids:
+        raise ConfigError("has no token", place=Place(key=_KEY))
+    conf = conf.model_copy(update={"peft_kwargs": {**conf.peft_kwargs, _IDS: ids}})
+    return experiment.model_copy(update={"peft_conf": conf})
+
+
+def check_invoked(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+    """Nothing when each row holds the ids that switch the adapter on; without them it would learn nothing there.
+
+    Raises:
+        DataError: rows do not, with their number.
+    """
+    conf = with_invocation(experiment, tokenizer).peft_conf
+    ids = conf.peft_kwargs.get(_IDS) if isinstance(conf, NewPeft) else None
+    for rows in filter(None, (data.train, data.validation)) if ids else ():
+        column = "input_ids" if "input_ids" in rows.column_names else "prompt_ids"
+        missing = sum(not holds(row, ids) for row in _lists(rows, column))
+        if missing:
+            where = "the rows" if column == "input_ids" else "the prompts"
+            raise DataError(
+                f"{missing:,} of {len(rows):,} rows never switch the adapter on: {where} do not hold"
+                f" {tokenizer.decode(ids)!r} as the tokens {ids}",
+                place=Place(key=_KEY),
+                hint="Take a text that begins and ends where tokens do, such as the chat template's start of an"
+                " assistant's turn.",
+            )
+
+
+def _lists(rows: datasets.Dataset, column: str) -> list[list[int]]:
+    return rows[column][:]
+
+
+def holds(row: list[int], ids: list[int]) -> bool:
+    """Whether the ids stand in the row, one after another."""
+    if len(row) < len(ids):
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(row), len(ids))
+    return bool((windows == np.asarray(ids)).all(axis=1).any())

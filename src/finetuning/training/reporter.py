@@ -1,4 +1,6 @@
-"""What a run tells, on its way down the road: to the terminal, to the loss log, to MLflow."""
+"""What a run tells, on its way down the road: to the terminal, to the loss log, to MLflow.
+
+What steers a run while it trains: the user's rules, and the guard."""
 
 from __future__ import annotations
 
@@ -12,23 +14,73 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.pretrained_config import quantised_by
 from finetuning.config.sections.experiment import Experiment
+from finetuning.config.validation.validate import read_controllers
 from finetuning.distributed import Topology
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.console import open_console
 from finetuning.report.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
-from finetuning.training.record import RECORD_NAME
-from finetuning.training.steering import Steering
+from finetuning.training.output_dir import RECORD_NAME
 from finetuning.training.telemetry import Measuring
 from finetuning.training.trackers import Tracked
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.callbacks.controller.callback import Controllers
+    from finetuning.data.prepared import PreparedData
     from finetuning.tracking.settings import TrackingPlan
     from finetuning.training.final_model import Artifact
     from finetuning.training.resume.find import ResumePoint
+
+
+class Steering:
+    """The trainer controller and the guard of one run, the same on every process."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._controllers: Controllers | None = None
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the trainer is to call.
+
+        Raises:
+            ConfigError: a controller cannot be made.
+        """
+        from finetuning.callbacks.loss_guard import guard_callback
+
+        found: list[Any] = []
+        section = read_controllers(self._experiment.trainer_controller)
+        if section is not None and section.controllers:
+            from finetuning.callbacks.controller.callback import controller_callback, make_controllers
+
+            self._controllers = make_controllers(section)
+            found.append(controller_callback(self._controllers))
+        if self._experiment.guard.enabled:
+            found.append(guard_callback(self._experiment.guard))
+        return found
+
+    def published(self, trainer: Trainer, folder: Path) -> None:
+        """The tuned model is saved: the last `on_save`, which only this process sees."""
+        if self._controllers is None:
+            return
+        from finetuning.callbacks.controller.metrics import Event
+
+        extra = {"path": str(folder), "is_final": True}
+        self._controllers.happened(Event("on_save", trainer.args, trainer.state, trainer.control, extra), agree=False)
+
+    def taken(self) -> list[str]:
+        """What rules did, one line a rule: what it did first, and how often it acted."""
+        acted: dict[str, dict[tuple[int, str], list[str]]] = {}
+        for action in self._controllers.taken if self._controllers else ():
+            acted.setdefault(action.controller, {}).setdefault((action.step, action.event), []).append(action.action)
+        told = []
+        for controller, times in acted.items():
+            (step, event), actions = next(iter(times.items()))
+            again = f", and {len(times) - 1} times more" if len(times) > 1 else ""
+            told.append(f'step {step}: rule "{controller}" held at {event}: {", ".join(actions)}{again}')
+        return told
+
 
 logger = logging.getLogger("finetuning")
 
@@ -105,8 +157,7 @@ class Observer:
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call."""
         from finetuning.report.progress import progress_sink
-        from finetuning.tracking.local_files import LossLog
-        from finetuning.tracking.metrics_log import MetricsLog
+        from finetuning.tracking.local_files import LossLog, MetricsLog
         from finetuning.tracking.tracker import Sinks, make_callback
 
         sinks = [progress_sink(self._console)]
@@ -159,8 +210,7 @@ class Observer:
         """The run has ended, one way or the other; called once, after the record was written."""
         extracts: list[Path] = []
         if self._is_main and self._trainer is not None:
-            from finetuning.report.extracts import write_extracts_if_possible
-            from finetuning.report.html import write_report_if_possible
+            from finetuning.report.html import write_extracts_if_possible, write_report_if_possible
 
             self._report = write_report_if_possible(self._output_dir)
             extracts = write_extracts_if_possible(self._output_dir)

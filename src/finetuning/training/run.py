@@ -1,4 +1,6 @@
-"""A run, from the experiment to the tuned model: the file to read first."""
+"""A run, from the experiment to the tuned model: the file to read first.
+
+What a run says, to people and in its record, of its rows, its model and its memory."""
 
 from __future__ import annotations
 
@@ -7,29 +9,81 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import Method, TrainingParts
 from finetuning.config.sections.experiment import Experiment
 from finetuning.distributed import Topology, read_end_time
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
-from finetuning.training.meeting import part
-from finetuning.training.output_dir import check_output_dir, check_room, claimed
-from finetuning.training.record import CONFIG_NAME, RunRecord, read_record
+from finetuning.training.output_dir import CONFIG_NAME, RunRecord, check_output_dir, check_room, claimed, read_record
+from finetuning.training.preflight import check_positions
+from finetuning.training.process_sync import part
 from finetuning.training.resume.config_changes import Terms, agree
 from finetuning.training.resume.find import ResumePoint, find_resume_point
-from finetuning.training.telling import data_values, tell_memory, tell_model, what_went_in
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
     from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.training.final_model import Artifact
     from finetuning.training.reporter import Observer
     from finetuning.training.setup import PreparedModel
     from finetuning.training.signals import StopOnSignal
+
+
+def what_went_in(
+    experiment: Experiment, plan: Plan, data: PreparedData, prepared: PreparedModel, resume: ResumePoint
+) -> dict[str, Any]:
+    """What the record says before the first step."""
+    return {
+        "plan": plan.as_dict(),
+        "data": data_values(data),
+        "model": {
+            "name": experiment.run_conf.model,
+            "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
+            "notes": list(prepared.notes),
+            "layout": str(prepared.layout),
+        },
+        "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
+    }
+
+
+def data_values(data: PreparedData) -> dict[str, Any]:
+    """The rows for the record, as far as they are known by now."""
+    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "ledger": data.ledger.report()}
+
+
+def tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
+    """Says what is trained, in which numbers, how rows lie in a batch, and what a resumed run does otherwise."""
+    from finetuning.training.preflight import computing
+
+    for note in terms.notes:
+        job.observer.told("resumed with", note)
+    if beyond := check_positions(prepared.model, job.experiment, data):
+        job.observer.told("longest row", "beyond what the model was made for", warnings=beyond)
+    job.observer.told("precision", *computing(job.experiment, prepared.model))
+    for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
+        label, _, value = note.partition(": ") if ": " in note else ("", "", note)
+        job.observer.told(label, value)
+    if job.method.lays_end_to_end and data.rows is not None:
+        from finetuning.data.packing import lying
+
+        longest = job.experiment.sft_args.max_seq_length
+        job.observer.told("tokens", str(lying(data.train, longest, plan.batch.per_device)))
+
+
+def tell_memory(trainer: Trainer, plan: Plan, observer: Observer) -> dict[str, Any]:
+    """What the run took of memory, beside its estimate, and what had to be divided on the way."""
+    from finetuning.training.memory_check import divisions_of_all, measured, told
+
+    values = measured(plan.memory, trainer.args.device) | {"divisions": divisions_of_all(trainer)}
+    observer.found("memory", told(values))
+    for division in values["divisions"]:
+        observer.found("memory", division)
+    return values
+
 
 ALREADY_COMPLETE = "already complete"
 
@@ -218,7 +272,7 @@ def _infrequent_gc() -> Iterator[None]:
 
 def _settled(job: Job, plan: Plan, data: PreparedData, resume: ResumePoint) -> tuple[ResumePoint, Terms]:
     """Where all processes of the job go on from, and on what terms."""
-    from finetuning.training.meeting import agreed
+    from finetuning.training.process_sync import agreed
 
     resume = agreed(job.output_dir, resume, job.topology.world_size)
     return resume, agree(job.experiment, plan, data.fingerprint, resume.checkpoint)

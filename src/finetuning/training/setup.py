@@ -17,7 +17,7 @@ from finetuning.errors import ConfigError, Place
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
     from finetuning.model.embeddings import Vocabulary
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.tokenizer import LoadedTokenizer
@@ -42,7 +42,7 @@ class PreparedModel:
 
 def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
     """The tokenizer with the experiment's chat template and padding."""
-    from finetuning.data.chat.templates import chosen_template
+    from finetuning.data.chat.template import chosen_template
     from finetuning.model import tokenizer
 
     data, run = experiment.data_conf, experiment.run_conf
@@ -88,7 +88,7 @@ def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str
 
 def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
     """The rows as the method trains on them."""
-    from finetuning.training.invocation import check_invoked
+    from finetuning.training.preflight import check_invoked
 
     data = method.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
     check_invoked(experiment, tokenizer.tokenizer, data)
@@ -98,8 +98,7 @@ def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
     """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
     from finetuning.data.chat.end_of_turn import EndingFinder
-    from finetuning.data.chat.template import Renderer
-    from finetuning.data.chat.templates import chosen_template
+    from finetuning.data.chat.template import Renderer, chosen_template
 
     template = chosen_template(experiment.data_conf)
     if template is not None and template.name is not None:
@@ -126,7 +125,7 @@ def load_model(
     from finetuning.model.peft.adapter_files import digests
     from finetuning.model.varlen_attention import attention_of
     from finetuning.training.attention_setup import attention_for
-    from finetuning.training.invocation import with_invocation
+    from finetuning.training.preflight import with_invocation
 
     peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
     # Loss scaling needs master weights in float32.
@@ -166,7 +165,7 @@ def _load_bare(
     """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
     from finetuning.model import load
     from finetuning.model.embeddings import grow, untrained_tokens
-    from finetuning.model.heads import LANGUAGE, SCORE
+    from finetuning.model.load import LANGUAGE, SCORE
 
     new_tokens = [*tokenizer.new_tokens]
     if isinstance(experiment.peft_conf, NewPeft):

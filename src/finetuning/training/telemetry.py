@@ -14,7 +14,7 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
 from finetuning.distributed import Topology
 from finetuning.plan.plan import Plan
-from finetuning.training.record import installed_versions
+from finetuning.training.output_dir import installed_versions
 from finetuning.training.resume.find import ResumePoint
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class Measuring:
 
     def _config(self, plan: Plan) -> TrainingConfig:
         from finetuning.telemetry.config import TrainingConfig
-        from finetuning.telemetry.device import device_name, peak_tflops
-        from finetuning.telemetry.tags import perf_tag
+        from finetuning.telemetry.flops import device_name, peak_tflops
+        from finetuning.telemetry.session import perf_tag
 
         experiment, section = self._experiment, self._section
         versions = installed_versions() | {"finetuning": __version__}
@@ -162,7 +162,7 @@ class Measuring:
         """The trainer is built: it tells its phases from here on."""
         if self._telemetry is None:
             return
-        from finetuning.telemetry.trainer import TrainerPhases
+        from finetuning.telemetry.hf_callback import TrainerPhases
 
         self._trainer = trainer
         trainer.phases = TrainerPhases(self._telemetry, lambda: trainer.state.global_step, self._folder)
@@ -184,7 +184,7 @@ class Measuring:
 
     def _measured(self, flops: FlopsCount | None) -> Measured:
         from finetuning.telemetry.config import Measured
-        from finetuning.telemetry.device import peak_memory
+        from finetuning.telemetry.flops import peak_memory
 
         trainer = self._trainer
         tokens = trainer.tokens_seen

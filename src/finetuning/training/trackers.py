@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.trackers import BUILT_IN, PACKAGES, wanted_trackers
+from finetuning.config.sections.tracking import BUILT_IN, PACKAGES, wanted_trackers
 from finetuning.config.sections.training import Tracking
 from finetuning.config.yaml.dump import dump_values
-from finetuning.training.record import CONFIG_NAME
+from finetuning.training.output_dir import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
     from finetuning.tracking.mlflow.tracker import MlflowTracker, TrackingEnd
     from finetuning.tracking.settings import TrackingPlan
-    from finetuning.tracking.sinks import Sink
+    from finetuning.tracking.tracker import Sink
 
 _STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 _LONGEST_DIGEST = 36
@@ -53,7 +53,7 @@ class Tracked:
         if not (self._is_main and self._plan.enabled):
             return
         from finetuning.tracking.mlflow.tracker import start_mlflow
-        from finetuning.tracking.parameters import parameters, version_tags
+        from finetuning.tracking.settings import parameters, version_tags
 
         self._mlflow = start_mlflow(
             self._plan, self._output_dir, job=self._method, resumed=resumed, tags=version_tags()
@@ -80,7 +80,7 @@ class Tracked:
         if not self._is_main:
             return []
         from finetuning.tracking.accelerate_trackers import tracker_sinks
-        from finetuning.tracking.parameters import parameters
+        from finetuning.tracking.settings import parameters
 
         flat = parameters(dump_values(self._experiment))
         mlflow = [self._mlflow] if self._mlflow else []
@@ -111,7 +111,7 @@ class Tracked:
         """The run has ended; nothing is told after it."""
         if self._mlflow is None:
             return
-        from finetuning.report.extracts import CARD_NAME, PLOTS_NAME
+        from finetuning.report.html import CARD_NAME, PLOTS_NAME
 
         for path in files:
             if path.name == CARD_NAME:

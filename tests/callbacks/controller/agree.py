@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from finetuning.callbacks.controller.callback import make_controllers
-from finetuning.callbacks.controller.event import Event
+from finetuning.callbacks.controller.metrics import Event
 from finetuning.config.sections.controller import TrainerController
 
 SECTION = {

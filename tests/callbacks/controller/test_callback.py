@@ -15,11 +15,10 @@ import pytest
 import yaml
 
 from finetuning.callbacks.controller.callback import Controllers, controller_callback, make_controllers
-from finetuning.callbacks.controller.event import Event
-from finetuning.callbacks.controller.metrics import METRICS, Metric
+from finetuning.callbacks.controller.metrics import METRICS, Event, Metric
 from finetuning.callbacks.controller.operations import OPERATIONS, Operation
 from finetuning.config.sections.controller import METRIC_CLASSES, OPERATION_CLASSES, TrainerController
-from finetuning.config.validation.controller_file import read_controllers
+from finetuning.config.validation.validate import read_controllers
 from finetuning.errors import ConfigError
 
 READY_MADE = Path(__file__).resolve().parents[3] / "configs" / "controllers"
@@ -142,7 +141,7 @@ def own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     start, end = source.index("class Seen"), source.index("@pytest.fixture\ndef own_classes")
     head = (
         "from __future__ import annotations\nfrom typing import Any\n"
-        "from finetuning.callbacks.controller.event import Event\n"
+        "from finetuning.callbacks.controller.metrics import Event\n"
         "from finetuning.callbacks.controller.metrics import Metric\n"
         "from finetuning.callbacks.controller.operations import Operation\n\n"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.callbacks.controller.build import PatienceCounter
+from finetuning.callbacks.controller.callback import PatienceCounter
 from finetuning.callbacks.controller.expressions import _FUNCTIONS, Rule, Unavailable
 from finetuning.config.sections.controller import Controller, ControllerMetric, Patience, TrainerController
 from finetuning.config.validation.controller_rules import FUNCTIONS, check_controllers

@@ -1,13 +1,30 @@
-"""The values that rules look at. A metric is a class here and a line in the table below."""
+"""The values that rules look at. A metric is a class here and a line in the table below.
+
+What the trainer has just done, as metrics and operations see it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from finetuning.callbacks.controller.event import Event
 from finetuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of the trainer. `extra` is what came with it: `metrics`, `logs`, `path`, `is_final`."""
+
+    name: str
+    args: TrainingArguments
+    state: TrainerState
+    control: TrainerControl
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Metric:

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from finetuning.callbacks.controller.event import Event
+from finetuning.callbacks.controller.metrics import Event
 from finetuning.errors import ConfigError
 
 logger = logging.getLogger(__name__)

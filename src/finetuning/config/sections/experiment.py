@@ -8,15 +8,19 @@ from pydantic import Field
 
 from finetuning.config.sections.controller import Guard, TrainerController
 from finetuning.config.sections.data import DataConfig
-from finetuning.config.sections.grpo import GRPOArgs, GRPOTrainingArgs
 from finetuning.config.sections.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
-from finetuning.config.sections.preference import CPOTrainingArgs, KTOTrainingArgs, ORPOTrainingArgs, RewardTrainingArgs
 from finetuning.config.sections.section import Section
 from finetuning.config.sections.tracking import Telemetry
 from finetuning.config.sections.training import (
     BatchsizeConfig,
+    CPOTrainingArgs,
     DPOTrainingArgs,
+    GRPOArgs,
+    GRPOTrainingArgs,
+    KTOTrainingArgs,
+    ORPOTrainingArgs,
     Overrides,
+    RewardTrainingArgs,
     SFTArgs,
     SFTTrainingArgs,
     Tracking,

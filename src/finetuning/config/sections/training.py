@@ -1,14 +1,19 @@
-"""`training_args`, `batchsize_conf`, `overrides`, `sft_args` and `tracking`."""
+"""`training_args`, `batchsize_conf`, `overrides`, `sft_args` and `tracking`.
+
+`training_args` of the methods that learn from ratings and preferences, but DPO: KTO, reward models, ORPO, CPO.
+
+`training_args` and `grpo_args` of group relative policy optimisation: how completions are made and rewarded."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
 from finetuning.config.sections.section import PathName, Section
-from finetuning.config.sections.trackers import TrackerName
+from finetuning.config.sections.tracking import TrackerName
 
 
 def _whole_from_one(value: float) -> float:
@@ -210,3 +215,169 @@ class Tracking(Section):
     """What `hf_resource_scanner` writes, in the output directory."""
     run_uri_export_path: str | None = None
     """Folder for a file `NAME_tracker.json` of each tracker, which says where its run is; by default `output_dir`."""
+
+
+class KTOTrainingArgs(TrainingArgs):
+    """Arguments of the KTO trainer."""
+
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the reference model: the higher, the closer the policy stays to it."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """The loss: `kto`, or `apo_zero_unpaired`, which estimates no divergence and is for answers better than the
+    model's own."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss of desirable answers."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss of undesirable answers. Both weights times their rows should be about equal."""
+    max_length: int | None = Field(default=2048, gt=0)
+    """Most tokens of prompt and completion together; a longer completion is cut."""
+
+
+class RewardTrainingArgs(TrainingArgs):
+    """Arguments of the reward trainer."""
+
+    learning_rate: float = Field(default=1e-4, ge=0)
+    """Peak learning rate."""
+    center_rewards_coefficient: float | None = Field(default=None, ge=0)
+    """Weight of a penalty on the squared sum of a pair's two scores, which keeps their mean near zero; 0.01 is
+    usual."""
+    max_length: int | None = Field(default=2048, gt=0)
+    """Most tokens of prompt and answer together; a pair with a longer answer is left out."""
+
+
+class ORPOTrainingArgs(TrainingArgs):
+    """Arguments of the ORPO trainer."""
+
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
+    beta: float = Field(default=0.1, ge=0)
+    """Weight of the odds ratio beside the loss of the chosen text; λ in the paper."""
+    max_length: int | None = Field(default=2048, gt=0)
+    """Most tokens of prompt and answer together; a longer answer is cut."""
+
+
+class CPOTrainingArgs(TrainingArgs):
+    """Arguments of the CPO trainer, which SimPO and AlphaPO share."""
+
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
+    beta: float = Field(default=0.1, gt=0)
+    """Factor on the difference between the two answers' log-probabilities."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
+    """The loss. SimPO is `simpo` with `cpo_alpha: 0`; `alphapo` sets both itself."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped preferences."""
+    cpo_alpha: float = Field(default=1.0, ge=0)
+    """Weight of the chosen answer's cross-entropy beside the preference loss."""
+    simpo_gamma: float = Field(default=0.5, ge=0)
+    """Margin by which the chosen answer shall win, for `loss_type: simpo`."""
+    alpha: float = 0.0
+    """Shape of AlphaPO's reward; 0 leaves log-probabilities as they are."""
+    max_length: int | None = Field(default=2048, gt=0)
+    """Most tokens of prompt and answer together; a longer answer is cut."""
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression: {error}") from None
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class _Reward(Section):
+    weight: float = 1.0
+    """Factor on this reward in the sum of all."""
+
+
+class ExactMatch(_Reward):
+    """1 for a completion that is a right answer, but for white space around it; 0 for any other."""
+
+    type: Literal["exact_match"]
+    column: str = "correct_answers"
+    """The rows' column with the right answer, or a list of answers each of which is right."""
+    pattern: Pattern | None = None
+    """Regular expression of the answer within the completion: its first group, or all of it, of its last match."""
+    ignore_case: bool = False
+    """Take capital and small letters for the same."""
+
+
+class RegexMatch(_Reward):
+    """1 for a completion in which a regular expression is found; 0 for any other."""
+
+    type: Literal["regex"]
+    pattern: Pattern
+    """The regular expression; a dot matches line breaks, too. Begin with `^` and end with `$` to match all of it."""
+
+
+class JsonValid(_Reward):
+    """1 for a completion that is JSON, and has the keys asked for; 0 for any other."""
+
+    type: Literal["json_valid"]
+    keys: list[str] = Field(default_factory=list)
+    """Keys that the completion, an object then, must have."""
+
+
+class Length(_Reward):
+    """1 for a completion of `target` tokens, falling in a line to 0 at none and at twice as many."""
+
+    type: Literal["length"]
+    target: int = Field(gt=0)
+    """Number of tokens wanted, the end of the turn among them."""
+
+
+class Function(_Reward):
+    """What a function of yours returns: one number a completion, or None for a completion that it does not judge."""
+
+    type: Literal["function"]
+    path: str = Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")
+    """`package.module:function`, or `path/to/file.py:function`. Running this config runs that code."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the function."""
+
+
+Reward = Annotated[ExactMatch | RegexMatch | JsonValid | Length | Function, Field(discriminator="type")]
+
+
+class GRPOArgs(Section):
+    """What completions are rewarded for."""
+
+    rewards: Annotated[list[Reward], Field(min_length=1)]
+    """The rewards; their weighted sum is what the model learns to raise."""
+    max_prompt_length: int | None = Field(default=2048, gt=0)
+    """Most tokens of a prompt; longer ones are left out."""
+
+
+class GRPOTrainingArgs(TrainingArgs):
+    """Arguments of the GRPO trainer."""
+
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
+    num_generations: int = Field(default=8, gt=1)
+    """Completions of each prompt, which are held against each other. `total_train_batch_size` counts completions and
+    must be a multiple of it."""
+    max_completion_length: int = Field(default=256, gt=0)
+    """Most tokens of a completion."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature that completions are sampled at."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Share of the probability that completions are sampled from."""
+    top_k: int = Field(default=0, ge=0)
+    """Number of likeliest tokens that completions are sampled from; 0 for all."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the reference model; 0 does without one."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """How far a token's probability ratio may move before it is clipped."""
+    num_iterations: int = Field(default=1, gt=0)
+    """How often each batch of completions is trained on."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """How the losses of tokens become one."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Over what the rewards' standard deviation is taken that they are divided by."""
+    mask_truncated_completions: bool = False
+    """Leave completions out of the loss that did not end by themselves."""

@@ -14,8 +14,7 @@ from finetuning.config.sections.controller import (
     TrainerController,
 )
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import KeyPath
-from finetuning.config.yaml.findings import Finding
+from finetuning.config.yaml.document import Finding, KeyPath
 
 FUNCTIONS = (
     *(

@@ -12,20 +12,19 @@ from typing import Any
 
 from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.experiment import Experiment, SFTExperiment
-from finetuning.config.sections.grpo import GRPOTrainingArgs
 from finetuning.config.sections.model import BitsAndBytes, NoPeft
-from finetuning.config.sections.preference import KTOTrainingArgs
-from finetuning.config.sections.training import BatchsizeConfig, DPOTrainingArgs
+from finetuning.config.sections.training import BatchsizeConfig, DPOTrainingArgs, GRPOTrainingArgs, KTOTrainingArgs
 from finetuning.config.validation.controller_rules import check_controllers
-from finetuning.config.validation.cross_field_data import STREAM_RULES
-from finetuning.config.validation.data_rules import (
+from finetuning.config.validation.cross_field_data import (
+    STREAM_RULES,
     one_chat_template,
     one_choice_of_what_is_trained,
     shares_are_asked_for,
     texts_are_made_in_one_way,
+    trackers_have_a_place,
+    tracking_address_holds_no_password,
 )
-from finetuning.config.validation.tracking_rules import trackers_have_a_place, tracking_address_holds_no_password
-from finetuning.config.yaml.findings import Finding
+from finetuning.config.yaml.document import Finding
 
 Rule = Callable[[Any], Iterator[Finding]]
 

@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from finetuning.config.redaction import is_secret_path, show
 from finetuning.config.validation.section_tree import keys_of, sections_at, tag_of
 from finetuning.config.validation.suggestions import did_you_mean, key_hint, nearest, unknown_value
-from finetuning.config.yaml.document import KeyPath
-from finetuning.config.yaml.findings import MOST_FINDINGS, Finding
+from finetuning.config.yaml.document import MOST_FINDINGS, Finding, KeyPath
 
 _EXPECTED = {
     "string_type": "text",

@@ -14,8 +14,7 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.error_messages import Elsewhere, findings_of, unknown_key
 from finetuning.config.validation.section_tree import sections_at
 from finetuning.config.validation.suggestions import did_you_mean, nearest, unknown_value
-from finetuning.config.yaml.document import Document, KeyPath
-from finetuning.config.yaml.findings import Finding
+from finetuning.config.yaml.document import Document, Finding, KeyPath
 
 _BATCH_FIELDS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 OWNED_ELSEWHERE = {

@@ -6,8 +6,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.config.yaml.document import Document, KeyPath, dotted
-from finetuning.config.yaml.findings import Finding, to_problems
+from finetuning.config.yaml.document import Document, Finding, KeyPath, dotted, to_problems
 from finetuning.errors import Problem
 
 Convert = Callable[[Any], Any]

@@ -1,4 +1,6 @@
-"""A Document to a validated experiment: every problem of the file at once, each with its place."""
+"""A Document to a validated experiment: every problem of the file at once, each with its place.
+
+The rules of a run, whether they stand in its YAML or in a file of their own."""
 
 from __future__ import annotations
 
@@ -12,15 +14,17 @@ from pydantic.fields import FieldInfo
 
 from finetuning.config.installed import Installed
 from finetuning.config.redaction import show
+from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
+from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.cross_field import check_rules
 from finetuning.config.validation.error_messages import Elsewhere, findings_of
 from finetuning.config.validation.passthrough import check_passthrough, keys_of_libraries
 from finetuning.config.validation.renamed_keys import translate
 from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import Document, KeyPath
-from finetuning.config.yaml.findings import Finding, to_problems
+from finetuning.config.yaml.document import Document, Finding, KeyPath, to_problems
+from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, Place, Problem
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -203,3 +207,18 @@ def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installe
 def _keys_only_here(document: Document, config: type[Experiment], other: type[Experiment]) -> bool:
     """Whether the document has a section that this method knows and the other does not."""
     return any(name in config.model_fields and name not in other.model_fields for name in document.values)
+
+
+def read_controllers(section: TrainerController | str | None) -> TrainerController | None:
+    """The section itself, or the one that a file holds; None when there is none.
+
+    Raises:
+        ConfigError: every mistake of the file, each with its line.
+    """
+    if not isinstance(section, str):
+        return section
+    validated = validate(read_document(section), TrainerController)
+    findings = list(check_controllers(validated.experiment))
+    if findings:
+        raise ConfigError(to_problems(findings, validated.document))
+    return validated.experiment

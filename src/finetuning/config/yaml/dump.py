@@ -12,7 +12,7 @@ from pydantic import BaseModel, SecretStr
 
 from finetuning.config.redaction import without_secrets
 from finetuning.config.yaml.document import Document, KeyPath, dotted
-from finetuning.config.yaml.scalars import read_scalar
+from finetuning.config.yaml.reader import read_scalar
 
 ENVIRONMENT_DEFAULTS: dict[KeyPath, str] = {("training_args", "output_dir"): "CHECKPOINTS_PATH"}
 """Keys whose default an environment variable sets."""

@@ -1,7 +1,10 @@
-"""`key.path=value` from the command line, over what the file says."""
+"""`key.path=value` from the command line, over what the file says.
+
+Written-out escapes in templates of one line."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,3 +89,19 @@ def _shown(text: str, parts: list[str]) -> str:
 
 def _error(message: str, shown: str) -> ConfigError:
     return ConfigError(message, place=Place(file=f'{COMMAND_LINE} "{shown}"'))
+
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+def unescape(template: str) -> str:
+    r"""A template of one line with written-out escapes as what they stand for, and nothing else touched.
+
+    One of several lines has its line breaks already, and stays as it is.
+
+    >>> unescape("\\n### Réponse:")
+    '\n### Réponse:'
+    """
+    if "\n" in template:
+        return template
+    return re.sub(r"\\[ntr\\]", lambda match: _ESCAPES[match.group()], template)

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetuning.data.chat.markers import SIGNS
-from finetuning.data.chat.spans import NotShown
+from finetuning.data.chat.markers import SIGNS, NotShown
 from finetuning.data.chat.template import CannotRender, Renderer
 
 _TALK = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 
-from finetuning.data.chat.spans import BEGINS_DIFFERENTLY, HOLDS_MORE, Marked, Span
+from finetuning.data.chat.markers import BEGINS_DIFFERENTLY, HOLDS_MORE, Marked, Span
 from finetuning.data.chat.template import CannotRender, Renderer
 from finetuning.data.opaque import Plain, PlainTemplate
 from finetuning.data.samples import Conversation

@@ -16,15 +16,17 @@ from typing import Any
 
 from finetuning.data.chat.end_of_turn import Ending, EndingFinder
 from finetuning.data.chat.layout_cache import Key, Shapes
-from finetuning.data.chat.markers import NO_SIGNS, Signs, Unmarked
-from finetuning.data.chat.spans import (
+from finetuning.data.chat.markers import (
     BEGINS_DIFFERENTLY,
     HOLDS_MORE,
+    NO_SIGNS,
     NOT_TAKEN,
     Marked,
     NotShown,
     Refused,
+    Signs,
     Span,
+    Unmarked,
     holds_all,
 )
 from finetuning.data.chat.template import CannotRender, Renderer

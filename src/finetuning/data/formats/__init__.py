@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from finetuning.data.formats import (
-    chosen_rejected,
-    completion_label,
-    input_output,
-    messages,
-    preference,
-    prompt,
-    prompt_completion,
-    response_template,
-    text,
-    tokens,
-    unpaired,
-)
-from finetuning.data.formats import instruction as alpaca
+from finetuning.data.formats.instruction import ALPACA, INPUT_OUTPUT, PROMPT_COMPLETION
+from finetuning.data.formats.messages import MESSAGES
+from finetuning.data.formats.preference import CHOSEN_REJECTED, PREFERENCE
 from finetuning.data.formats.row_format import Options, RowFormat
+from finetuning.data.formats.text import PROMPT, RESPONSE_TEMPLATE, TEXT, TOKENS
+from finetuning.data.formats.unpaired import CHOSEN_REJECTED_PAIR, COMPLETION_LABEL, UNPAIRED
 
 __all__ = ["FORMATS", "KINDS", "Options", "RowFormat"]
 
 FORMATS: dict[str, RowFormat] = {
-    "messages": messages.FORMAT,
-    "alpaca": alpaca.FORMAT,
-    "prompt_completion": prompt_completion.FORMAT,
-    "input_output": input_output.FORMAT,
-    "text": text.FORMAT,
-    "response_template": response_template.FORMAT,
-    "tokens": tokens.FORMAT,
-    "preference": preference.FORMAT,
-    "chosen_rejected": chosen_rejected.FORMAT,
-    "unpaired": unpaired.FORMAT,
-    "completion_label": completion_label.FORMAT,
-    "prompt": prompt.FORMAT,
+    "messages": MESSAGES,
+    "alpaca": ALPACA,
+    "prompt_completion": PROMPT_COMPLETION,
+    "input_output": INPUT_OUTPUT,
+    "text": TEXT,
+    "response_template": RESPONSE_TEMPLATE,
+    "tokens": TOKENS,
+    "preference": PREFERENCE,
+    "chosen_rejected": CHOSEN_REJECTED,
+    "unpaired": UNPAIRED,
+    "completion_label": COMPLETION_LABEL,
+    "prompt": PROMPT,
 }
 KINDS: dict[str, tuple[RowFormat, ...]] = {
     "sft": tuple(
@@ -47,8 +38,8 @@ KINDS: dict[str, tuple[RowFormat, ...]] = {
             "response_template",
         )
     ),
-    "preference": (preference.FORMAT, chosen_rejected.FORMAT),
-    "unpaired": (unpaired.FORMAT, completion_label.FORMAT, completion_label.PAIR),
-    "prompt": (prompt.FORMAT,),
+    "preference": (PREFERENCE, CHOSEN_REJECTED),
+    "unpaired": (UNPAIRED, COMPLETION_LABEL, CHOSEN_REJECTED_PAIR),
+    "prompt": (PROMPT,),
 }
 """What each kind of training takes, in the order in which the formats are tried; the first is named where none fits."""

@@ -1,20 +1,33 @@
-"""Alpaca: `instruction`, perhaps `input`, and `output`; `system` and `history` where there are any."""
+"""Alpaca: `instruction`, perhaps `input`, and `output`; `system` and `history` where there are any.
+
+`input` and `output`: two texts that become one, of which the output is trained.
+
+`prompt` and `completion`: two texts, or two lists of messages."""
 
 from __future__ import annotations
 
-from finetuning.data.formats.choice import choose_turns
-from finetuning.data.formats.fields import besides_messages, problem_of, require_columns, text_field
-from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
-from finetuning.data.samples import Conversation, Message, Row, json_type
+from finetuning.data.formats.messages import chat_field, choose_turns
+from finetuning.data.formats.row_format import (
+    PLAIN,
+    FieldError,
+    Options,
+    RowFormat,
+    besides_messages,
+    messages_field,
+    problem_of,
+    require_columns,
+    text_field,
+)
+from finetuning.data.samples import Conversation, Message, Row, Text, json_type
 from finetuning.errors import Problem
 
-COLUMNS = ("instruction", "output")
+ALPACA_COLUMNS = ("instruction", "output")
 
 
-def parse(row: Row, options: Options = PLAIN) -> Conversation | Problem:
+def parse_alpaca(row: Row, options: Options = PLAIN) -> Conversation | Problem:
     """The row as a chat: the instruction and, after an empty line, the input ask; the output answers."""
     try:
-        require_columns(row, COLUMNS, "alpaca")
+        require_columns(row, ALPACA_COLUMNS, "alpaca")
         prompt = _history(row)
         if row.values.get("system"):
             prompt.insert(0, {"role": "system", "content": text_field(row, "system")})
@@ -41,4 +54,62 @@ def _history(row: Row) -> list[Message]:
     return messages
 
 
-FORMAT = RowFormat("alpaca", COLUMNS, parse)
+ALPACA = RowFormat("alpaca", ALPACA_COLUMNS, parse_alpaca)
+
+
+PROMPT_COMPLETION_COLUMNS = ("prompt", "completion")
+
+
+def parse_prompt_completion(row: Row, options: Options = PLAIN) -> Conversation | Text | Problem:
+    """Texts are joined as they are, and end with the end-of-sequence token; messages become one chat."""
+    try:
+        require_columns(row, PROMPT_COMPLETION_COLUMNS, "prompt_completion")
+        if isinstance(row.values["prompt"], list):
+            return _chat(row, options)
+        prompt, completion = (text_field(row, column) for column in PROMPT_COMPLETION_COLUMNS)
+        return joined(row, prompt, completion, options)
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+def joined(row: Row, prompt: str, completion: str, options: Options) -> Text:
+    """A prompt and its completion as one text, of which the completion is trained."""
+    text = prompt + completion
+    spans = None if options.completions == "all" else ((len(prompt), len(text)),)
+    return Text(text, row.place, spans, options.add_eos)
+
+
+def _chat(row: Row, options: Options) -> Conversation:
+    prompt = chat_field(row, "prompt")
+    if not isinstance(row.values["completion"], list):
+        messages_field(row, "completion")
+    completion = chat_field(row, "completion")
+    if not any(message["role"] == "assistant" for message in completion):
+        raise FieldError("completion", "holds no message of the assistant")
+    messages, turns = choose_turns([*prompt, *completion], "prompt + completion", options.completions, len(prompt))
+    return Conversation(messages, turns=turns, **besides_messages(row))
+
+
+PROMPT_COMPLETION = RowFormat("prompt_completion", PROMPT_COMPLETION_COLUMNS, parse_prompt_completion)
+
+
+INPUT_OUTPUT_COLUMNS = ("input", "output")
+_SPACES = (" ", "\n", "\t")
+
+
+def parse_input_output(row: Row, options: Options = PLAIN) -> Text | Problem:
+    """The output follows the input; between them comes one space, unless a space, line break or tab is there.
+
+    Source: fms-hf-tuning, `combine_sequence`.
+    """
+    try:
+        require_columns(row, INPUT_OUTPUT_COLUMNS, "input_output")
+        start, end = (text_field(row, column) for column in INPUT_OUTPUT_COLUMNS)
+        gap = "" if start.endswith(_SPACES) or end.startswith(_SPACES) else " "
+        # The space goes with the output, as a tokenizer takes it: in front of the word that follows.
+        return joined(row, start, gap + end, options)
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+INPUT_OUTPUT = RowFormat("input_output", INPUT_OUTPUT_COLUMNS, parse_input_output)

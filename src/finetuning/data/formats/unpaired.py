@@ -1,30 +1,43 @@
-"""Rated answers: `prompt_messages`, `completion_messages` and `label`; or preferences, each of which is two of them."""
+"""Rated answers: `prompt_messages`, `completion_messages` and `label`; or preferences, each of which is two of them.
+
+Rated answers as TRL has them: `prompt`, `completion` and `label`, texts or messages."""
 
 from __future__ import annotations
 
-from finetuning.data.formats import preference
-from finetuning.data.formats.fields import (
+from finetuning.data.formats.messages import chat_field
+from finetuning.data.formats.preference import (
+    CHOSEN_REJECTED_COLUMNS,
+    PREFERENCE,
+    as_messages,
+    parse_chosen_rejected,
+    parse_preference,
+)
+from finetuning.data.formats.row_format import (
+    PLAIN,
+    FieldError,
+    Options,
+    RowFormat,
     besides_messages,
     check_answer,
     label_field,
     messages_field,
     problem_of,
     require_columns,
+    text_field,
 )
-from finetuning.data.formats.row_format import PLAIN, FieldError, Options, RowFormat
 from finetuning.data.samples import Preference, Rated, Row
 from finetuning.errors import Problem
 
-COLUMNS = ("prompt_messages", "completion_messages", "label")
+UNPAIRED_COLUMNS = ("prompt_messages", "completion_messages", "label")
 
 
-def parse(row: Row, options: Options = PLAIN) -> Rated | list[Rated] | Problem:
+def parse_unpaired(row: Row, options: Options = PLAIN) -> Rated | list[Rated] | Problem:
     """The row's rated answer, the two of a preference, or what is wrong with the row."""
-    if "completion_messages" not in row.values and preference.FORMAT.is_of(row):
-        return both_answers(preference.parse(row))
+    if "completion_messages" not in row.values and PREFERENCE.is_of(row):
+        return both_answers(parse_preference(row))
     try:
-        require_columns(row, COLUMNS, "unpaired")
-        prompt, completion = (messages_field(row, column) for column in COLUMNS[:2])
+        require_columns(row, UNPAIRED_COLUMNS, "unpaired")
+        prompt, completion = (messages_field(row, column) for column in UNPAIRED_COLUMNS[:2])
         check_answer(row, "completion_messages", completion)
         return Rated(prompt=prompt, completion=completion, label=label_field(row), **besides_messages(row))
     except FieldError as error:
@@ -41,4 +54,32 @@ def both_answers(found: Preference | Problem) -> list[Rated] | Problem:
     ]
 
 
-FORMAT = RowFormat("unpaired", COLUMNS, parse)
+UNPAIRED = RowFormat("unpaired", UNPAIRED_COLUMNS, parse_unpaired)
+
+
+COMPLETION_LABEL_COLUMNS = ("prompt", "completion", "label")
+
+
+def parse_completion_label(row: Row, options: Options = PLAIN) -> Rated | Problem:
+    """The row's rated answer, or what is wrong with it."""
+    try:
+        require_columns(row, COMPLETION_LABEL_COLUMNS, "completion_label")
+        is_text = not isinstance(row.values["prompt"], list)
+        if is_text:
+            prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
+        else:
+            prompt, completion = chat_field(row, "prompt"), chat_field(row, "completion")
+            check_answer(row, "completion", completion)
+        label = label_field(row)
+        return Rated(prompt=prompt, completion=completion, label=label, is_text=is_text, **besides_messages(row))
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+def parse_pair(row: Row, options: Options = PLAIN) -> list[Rated] | Problem:
+    """The two answers of one of TRL's preferences, rated."""
+    return both_answers(parse_chosen_rejected(row, options))
+
+
+COMPLETION_LABEL = RowFormat("completion_label", COMPLETION_LABEL_COLUMNS, parse_completion_label)
+CHOSEN_REJECTED_PAIR = RowFormat("chosen_rejected", CHOSEN_REJECTED_COLUMNS, parse_pair)

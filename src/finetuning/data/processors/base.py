@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.spans import NOT_TAKEN, Marked, Refused
+from finetuning.data.chat.markers import NOT_TAKEN, Marked, Refused
 from finetuning.data.chat.template import CannotRender, Renderer
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.ledger import TOO_LONG
 from finetuning.data.samples import Conversation, Message, Preference
+from finetuning.data.statistics import TOO_LONG
 from finetuning.data.tokenization.labels import Labeller, Tokens
 
 EMPTY_ANSWER = "an assistant's turn without words"

@@ -10,9 +10,9 @@ import numpy as np
 
 from finetuning.data.chat.loss_mask import Refused
 from finetuning.data.chat.template import CannotRender, Renderer
-from finetuning.data.ledger import TOO_LONG
 from finetuning.data.processors.base import Example, Lost, Notices, unproven
 from finetuning.data.samples import Prompt
+from finetuning.data.statistics import TOO_LONG
 from finetuning.data.tokenization.labels import Labeller
 
 

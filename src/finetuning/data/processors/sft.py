@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.data.chat.spans import Refused
+from finetuning.data.chat.markers import Refused
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.ledger import TOO_LONG
 from finetuning.data.processors.base import Example, Lost, SFTMaker, fit
 from finetuning.data.samples import Conversation, Text, TokenIds
+from finetuning.data.statistics import TOO_LONG
 from finetuning.data.tokenization.labels import Labeller, Tokens
 
 PIECE = "a piece of a text that is longer than a row may be"

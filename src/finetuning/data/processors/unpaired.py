@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetuning.data.chat.loss_mask import Marked, Refused
-from finetuning.data.ledger import TOO_LONG
 from finetuning.data.processors.base import DPOMaker, Example, Lost, unproven
 from finetuning.data.samples import Preference, Rated
+from finetuning.data.statistics import TOO_LONG
 from finetuning.data.tokenization.labels import Tokens
 
 if TYPE_CHECKING:

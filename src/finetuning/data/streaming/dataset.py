@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from finetuning.config.sections.data import Concatenation, DataConfig
-from finetuning.data.arranging import used_datasets
-from finetuning.data.batches import Batch, in_batches, make_batch
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.ledger import PartLedger, raise_bad_rows
+from finetuning.data.mixing import used_datasets
 from finetuning.data.open_dataset import open_dataset, title_of
-from finetuning.data.packed import pack_rows
-from finetuning.data.preprocessor import Reading
-from finetuning.data.statistics import Totals, totals_of, values_of
+from finetuning.data.packing import pack_rows
+from finetuning.data.preprocessor import Batch, Reading, in_batches, make_batch
+from finetuning.data.statistics import PartLedger, Totals, raise_bad_rows, totals_of, values_of
 from finetuning.data.streaming.interleave import mixed, one_after_another, shuffled
 from finetuning.data.streaming.stream_statistics import StreamLedger
 from finetuning.errors import DataError, Place

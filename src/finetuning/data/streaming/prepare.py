@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource
 from finetuning.data import mixing
-from finetuning.data.ledger import raise_bad_rows
 from finetuning.data.prepared import PreparedData, checked_sources, fingerprint_of, inputs_for
 from finetuning.data.preprocessor import Reading, to_dataset
 from finetuning.data.sources import FileShard, Shard, find_shards
+from finetuning.data.statistics import raise_bad_rows
 from finetuning.data.streaming.dataset import RowStream
 
 if TYPE_CHECKING:

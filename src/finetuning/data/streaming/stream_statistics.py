@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.data.ledger import REJECTS_NAME, Ledger, PartLedger, reject_lines, write_report
-from finetuning.data.statistics import Totals
+from finetuning.data.statistics import REJECTS_NAME, Ledger, PartLedger, Totals, reject_lines, write_report
 
 
 class StreamLedger:

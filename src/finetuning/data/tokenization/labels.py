@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.chat.spans import Refused, Span
-from finetuning.data.tokenization.byte_offsets import Flat, lay_out
-from finetuning.data.tokenization.spelling import Spelling, spelling_of
+from finetuning.data.chat.markers import Refused, Span
+from finetuning.data.tokenization.byte_offsets import Flat, Spelling, lay_out, spelling_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

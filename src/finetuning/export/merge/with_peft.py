@@ -15,7 +15,7 @@ from finetuning.export.merge.merge_plan import is_vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from finetuning.model.heads import Head
+    from finetuning.model.load import Head
 
 DeviceMap = str | dict[str, Any] | None
 _MADE_ANEW = {
@@ -64,7 +64,7 @@ def refuse_unmergeable(adapter: Adapter) -> None:
 
 def head_for(base: BaseModel, adapters: Sequence[Adapter]) -> Head:
     """The head of the merged model: an adapter for a reward model brings its own."""
-    from finetuning.model.heads import SCORE, head_of
+    from finetuning.model.load import SCORE, head_of
 
     if any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
         return SCORE

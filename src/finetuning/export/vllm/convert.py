@@ -1,4 +1,8 @@
-"""`create_vllm_compatible_adapter`: an adapter that vLLM loads, with nothing lost, by headers and bytes alone."""
+"""`create_vllm_compatible_adapter`: an adapter that vLLM loads, with nothing lost, by headers and bytes alone.
+
+`new_embeddings.safetensors`: the rows of added tokens beside a pure LoRA, as vLLM before November 2025 read them.
+
+What a training config says about the layers in an adapter beside its LoRA."""
 
 from __future__ import annotations
 
@@ -7,16 +11,97 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetuning.atomic_io import refuse_occupied, staged
+from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ModelError, StorageError
-from finetuning.export.inputs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, BaseModel, read_adapter, read_base
+from finetuning.export.auxiliary_files import largest_id
+from finetuning.export.inputs import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    BaseModel,
+    read_adapter,
+    read_base,
+    read_json,
+)
 from finetuning.export.safetensors_writer import copied, read_metadata, require_room, write_tensor_file
-from finetuning.export.vllm.checks import VllmCheck, check_for_vllm
-from finetuning.export.vllm.new_embeddings import NEW_EMBEDDINGS, split_new_embeddings
+from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
+from finetuning.model.safetensors_io import ADDED_TOKENS, TensorEntry, read_header, read_model_headers
+
+NEW_EMBEDDINGS = "new_embeddings.safetensors"
+_KINDS = {
+    "lm_head.weight": "output_embeddings",
+    "embed_tokens.weight": "input_embeddings",
+    "wte.weight": "input_embeddings",
+}
+
+
+@dataclass(frozen=True)
+class NewEmbeddings:
+    """The rows of the new tokens, and the adapter without its embeddings."""
+
+    tensors: Mapping[str, TensorEntry]
+    moved: tuple[str, ...]
+    rest: Adapter
+
+    def write(self, file: Path) -> None:
+        write_tensor_file(file, [copied(name, entry) for name, entry in self.tensors.items()], {"format": "pt"})
+
+
+def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddings | None:
+    """The new rows apart from the rest; None when the adapter holds no embeddings.
+
+    Raises:
+        ModelError: it is not known how many rows are new, none is, or the old rows were trained as well.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    moved = []
+    for key, entry in adapter.entries.items():
+        kind = next((kind for end, kind in _KINDS.items() if key.endswith(end) and ".lora_" not in key), None)
+        if kind is None:
+            continue
+        old = base_tensor(base, key.removeprefix("base_model.model.").replace(".base_layer.", ".")) if base else None
+        num_new = _num_new_tokens(adapter, entry, old)
+        if old is not None and old.shape[0] == entry.shape[0]:
+            raise ModelError(
+                f"{key}: the base itself has rows for the {num_new} new tokens; {NEW_EMBEDDINGS} would add them again.",
+                hint="Merge the adapter instead: merge_adapter.",
+            )
+        if old is not None and not (old.shape[0] + num_new == entry.shape[0] and first_rows_equal(entry, old)):
+            raise ModelError(
+                f"{key} differs from the base's in rows of old tokens, which {NEW_EMBEDDINGS} cannot hold.",
+                hint="Merge the adapter instead: merge_adapter.",
+            )
+        start = entry.stop - entry.num_bytes // entry.shape[0] * num_new
+        tensors[kind] = TensorEntry(entry.file, entry.dtype, (num_new, *entry.shape[1:]), start, entry.stop)
+        moved.append(key)
+    if not moved:
+        return None
+    rest = {key: entry for key, entry in adapter.entries.items() if key not in moved}
+    kept_modules = [m for m in adapter.config.get("modules_to_save") or [] if f"{m}.weight" not in _KINDS]
+    config = {**adapter.config, "modules_to_save": kept_modules or None}
+    return NewEmbeddings(tensors, tuple(moved), replace(adapter, entries=rest, config=config))
+
+
+def _num_new_tokens(adapter: Adapter, entry: TensorEntry, old: TensorEntry | None) -> int:
+    file = adapter.folder / ADDED_TOKENS
+    if file.is_file():
+        num_new = int(read_json(file).get("num_new_tokens", 0))
+    elif old is not None:
+        num_new = entry.shape[0] - old.shape[0]
+    else:
+        raise ModelError(f"{adapter.folder} has no {ADDED_TOKENS} and its base is not known: how many tokens are new?")
+    if not 0 < num_new <= entry.shape[0]:
+        raise ModelError(
+            f"{adapter.folder} holds embeddings, but {num_new} tokens are new.",
+            hint="Merge the adapter instead: merge_adapter.",
+        )
+    return num_new
+
 
 ORIGINAL = "old_with_extra_layers_adapter_model.safetensors"
 ORIGINAL_CONFIG = "old_with_extra_layers_adapter_config.json"
@@ -194,3 +279,41 @@ def _copy_others(source: Path, folder: Path) -> None:
             and file.name not in (ADAPTER_CONFIG, ORIGINAL_CONFIG, SERVING)
         ):
             shutil.copyfile(file, folder / file.name)
+
+
+_MERGE = "vLLM needs it merged: merge_adapter"
+
+
+def why_layers_are_needed(config_file: str, folder: Path) -> str | None:
+    """Why nothing may be removed from what was trained so; None when extra layers are only copies.
+
+    They are needed when the whole model was trained (NO_PEFT), when modules were named to be saved, and when the
+    vocabulary grew: in each case they were trained.
+
+    Raises:
+        ConfigError: the file is no YAML.
+        ModelError: the folder's files are damaged.
+    """
+    peft = read_document(config_file).values.get("peft_conf") or {}
+    if peft.get("peft_type") == "NO_PEFT":
+        return "NO_PEFT trained the whole model; vLLM serves it as it is"
+    modules = (peft.get("peft_kwargs") or {}).get("modules_to_save")
+    if modules:
+        return f"modules_to_save trained {', '.join(map(str, modules))}; {_MERGE}"
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if base and (Path(base) / "config.json").is_file() and (folder / ADAPTER_WEIGHTS).is_file():
+        rows = _embedding_rows(Path(base))
+        saved = [
+            e.shape[0] for n, e in read_header(folder / ADAPTER_WEIGHTS).items() if n.endswith("embed_tokens.weight")
+        ]
+        largest = largest_id(folder)
+        if rows and (any(count > rows for count in saved) or (largest is not None and largest >= rows)):
+            return f"the vocabulary grew beyond the base's {rows} rows; {_MERGE}"
+    return None
+
+
+def _embedding_rows(base: Path) -> int | None:
+    entries = read_model_headers(base)
+    return next((e.shape[0] for n, e in entries.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.reader import read_document
-from finetuning.data.sources.opening import kind_of
+from finetuning.data.sources.files import kind_of
 from finetuning.errors import ConfigError, Problem
 
 _PROCESSOR = {

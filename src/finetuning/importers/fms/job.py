@@ -1,30 +1,196 @@
-"""A job of fms-hf-tuning to our YAML: every key means here what it meant there, or is refused with the reason."""
+"""A job of fms-hf-tuning to our YAML: every key means here what it meant there, or is refused with the reason.
+
+Techniques of a job of fms-hf-tuning: LoRA, prompt tuning, aLoRA, quantised bases, kernels.
+
+The trackers of an fms-hf-tuning job, and what they are told besides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Collection
 from typing import Any
 
+from finetuning.config.pretrained_config import model_config, quantised_by
+from finetuning.config.sections.tracking import NAMES
 from finetuning.config.yaml.document import Document
 from finetuning.importers.fms import keys
-from finetuning.importers.fms.data_section import handlers_limit
-from finetuning.importers.fms.fms_data import put_data
-from finetuning.importers.fms.fms_peft import put_peft
-from finetuning.importers.fms.fms_trackers import put_trackers
-from finetuning.importers.translation import Translation
-
-__all__ = ["Readers", "to_experiment"]
+from finetuning.importers.fms.data_section import handlers_limit, put_data
+from finetuning.importers.translation import Readers, Translation
 
 
-@dataclass(frozen=True)
-class Readers:
-    """What other rooms know, and a job may ask for."""
+def put_peft(out: Translation) -> None:
+    """`peft_conf`, `quant_conf` and the kernels."""
+    method = str(out.get("peft_method", "none")).lower()
+    if method in ("lora", "alora"):
+        _put_lora(out, method)
+    elif method == "pt":
+        out.put("peft_conf.peft_type", "PROMPT_TUNING")
+        given = {key: out.get(key, default) for key, default in keys.PROMPT_DEFAULTS.items()}
+        init = str(given["prompt_tuning_init"]).upper()
+        if init not in ("TEXT", "RANDOM"):
+            out.wrong("prompt_tuning_init", f"must be TEXT or RANDOM, not {init}")
+        given["prompt_tuning_init"] = init
+        if init == "TEXT":
+            given["tokenizer_name_or_path"] = out.get("tokenizer_name_or_path", out.get("model_name_or_path"))
+        else:
+            del given["prompt_tuning_init_text"]
+        out.put("peft_conf.peft_kwargs", given)
+    elif method == "none":
+        out.put("peft_conf.peft_type", "NO_PEFT")
+    else:
+        out.wrong("peft_method", f"must be lora, alora, pt or None, not {out.get('peft_method')!r}")
+    mine = {"lora": keys.LORA, "alora": keys.LORA, "pt": set(keys.PROMPT_DEFAULTS)}.get(method, set())
+    for key in sorted((keys.LORA | set(keys.PROMPT_DEFAULTS)) - set(mine)):
+        if out.has(key):
+            out.note(key, f"changes nothing with peft_method {method}")
+    _put_quantisation(out, method)
+    _put_kernels(out)
 
-    data_config: Callable[[str], Mapping[str, Any]]
-    """Path of a data config: the values of `data_conf`."""
-    training_fields: Callable[[], Collection[str]] = frozenset
-    """Names of the installed trainer's fields."""
+
+def _put_lora(out: Translation, method: str) -> None:
+    kwargs: dict[str, Any] = {key: out.get(key, default) for key, default in keys.LORA_DEFAULTS.items()}
+    kwargs |= {key: out.get(key) for key in sorted(keys.LORA - set(keys.LORA_DEFAULTS)) if out.has(key)}
+    modules = out.items("target_modules")
+    # PEFT takes all-linear as text only, and would adapt nothing but the other names of a list. Other text is a
+    # pattern that whole names are matched with.
+    kwargs["target_modules"] = "all-linear" if "all-linear" in modules else out.get("target_modules")
+    if modules and "all-linear" in modules and len(modules) > 1:
+        out.note(
+            "target_modules", "all-linear stands for all of them but the output layer; the other names are left out"
+        )
+    if not modules:
+        del kwargs["target_modules"]
+    if method == "alora":
+        if not out.get("alora_invocation_string"):
+            out.wrong("alora_invocation_string", "aLoRA needs a text that invokes it")
+        out.put("peft_conf.alora_invocation_string", out.get("alora_invocation_string"))
+    out.put("peft_conf.peft_type", "LORA")
+    out.put("peft_conf.peft_kwargs", kwargs)
+
+
+def _put_quantisation(out: Translation, method: str) -> None:
+    gptq, nf4 = out.items("auto_gptq"), out.items("bnb_qlora") or out.items("bitsandbytes")
+    if gptq and nf4:
+        out.wrong("auto_gptq", "does not go with bnb_qlora")
+    if (gptq or nf4) and method != "lora":
+        out.wrong("auto_gptq" if gptq else "bnb_qlora", "needs peft_method: lora")
+    if gptq:
+        if gptq[0] != "triton_v2":
+            out.wrong("auto_gptq", 'has one kernel, ["triton_v2"]')
+        if str(out.get("torch_dtype", "")).removeprefix("torch.") != "float16" or not out.truth("fp16", False):
+            out.wrong("auto_gptq", "needs torch_dtype: float16 and fp16: true")
+        model = str(out.get("model_name_or_path"))
+        if model_config(model) is not None and quantised_by(model) != "gptq":
+            out.wrong("auto_gptq", f"needs a GPTQ checkpoint, and {model} is none")
+        out.note(
+            "auto_gptq", "the checkpoint's own GPTQ settings are used, by gptqmodel: pip install 'finetuning[gptq]'"
+        )
+    if nf4:
+        if nf4[0] not in ("nf4", "fp4"):
+            out.wrong("bnb_qlora", "must be nf4 or fp4")
+        dtype = str(out.get("torch_dtype", "bfloat16")).removeprefix("torch.")
+        out.values["quant_conf"] = {
+            "quantization_type": "bits-and-bytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": nf4[0],
+            "bnb_4bit_compute_dtype": dtype,
+        }
+        if len(nf4) > 1:
+            out.note("bnb_qlora", "its second value, no_peft_model, changes nothing")
+
+
+def _put_kernels(out: Translation) -> None:
+    fused = out.items("fused_lora")
+    if fused:
+        if fused[0] not in ("auto_gptq", "bitsandbytes") or len(fused) < 2 or not _true(fused[1]):
+            out.wrong("fused_lora", 'must be ["auto_gptq", true] or ["bitsandbytes", true]')
+        elif not (out.has("auto_gptq") or out.has("bnb_qlora") or out.has("bitsandbytes")):
+            out.wrong("fused_lora", "needs a quantised base: auto_gptq or bnb_qlora")
+        out.note("fused_lora", "LoRA is computed without fused kernels: the same numbers, less speed")
+    fast = out.items("fast_kernels")
+    if fast:
+        if len(fast) != 3:
+            out.wrong("fast_kernels", "needs three switches: loss, rms, rope")
+            return
+        names = ("cross_entropy", "rms_norm", "rope")
+        switches = {name: _true(value) for name, value in zip(names, fast, strict=True)}
+        out.put("training_args.use_liger_kernel", True)
+        out.put("training_args.liger_kernel_config", switches | {"fused_linear_cross_entropy": False, "swiglu": False})
+        out.note("fast_kernels", "Liger's kernels are used: pip install 'finetuning[liger]'")
+
+
+def _true(value: Any) -> bool:
+    return str(value).lower() == "true"
+
+
+_KNOWN = ("file_logger", "mlflow", "aim", "clearml", "hf_resource_scanner", "none")
+_CARRIED = (
+    "clearml_project",
+    "clearml_task",
+    "scanner_output_filename",
+    "run_uri_export_path",
+)
+
+
+def put_trackers(out: Translation) -> None:
+    """`tracking`, from `trackers` and the keys of each."""
+    trackers = out.items("trackers") or ["file_logger"]
+    known = list(dict.fromkeys([*_KNOWN, *NAMES]))
+    for tracker in trackers:
+        if tracker not in known:
+            out.wrong("trackers", f"there is no tracker {tracker!r}; they are {', '.join(_KNOWN[:-1])}")
+    others = [tracker for tracker in trackers if tracker in NAMES and tracker not in ("mlflow", "file_logger")]
+    out.put("tracking.trackers", others or None)
+    if "mlflow" in trackers and not out.has("mlflow_tracking_uri"):
+        out.wrong("trackers", "mlflow needs mlflow_tracking_uri")
+    if "mlflow" in trackers:
+        out.put("tracking.mlflow_server_uri", out.get("mlflow_tracking_uri"))
+    if "mlflow" in trackers or others:
+        own = [out.get(f"{name}_experiment") for name in ("mlflow", "aim") if name in trackers]
+        experiment = next((name for name in own if name), None)
+        if len({name or out.get("experiment", keys.EXPERIMENT) for name in own}) > 1:
+            out.note("aim_experiment", f"all trackers are told one name: {experiment}")
+        out.put("tracking.experiment_name", experiment or out.get("experiment", keys.EXPERIMENT))
+        out.put("tracking.run_name", out.get("run_name"))
+    for key in _CARRIED:
+        out.put(f"tracking.{key}", out.get(key))
+    _put_aim(out)
+    if "aim" in trackers and not any(out.has(key) for key in ("aim_repo", "aim_url", "aim_remote_server_ip")):
+        out.wrong("trackers", "aim needs aim_repo, or aim_remote_server_ip and aim_remote_server_port")
+    if out.get("training_logs_filename", "training_logs.jsonl") != "training_logs.jsonl":
+        out.note("training_logs_filename", "the file is called training_logs.jsonl")
+    _put_metadata(out)
+
+
+def _put_aim(out: Translation) -> None:
+    """The server with its port counts first, then the address, then the folder."""
+    if out.has("aim_remote_server_ip") and (out.has("aim_remote_server_port") or not _aim_repo(out)):
+        out.put("tracking.aim_remote_server_ip", out.get("aim_remote_server_ip"))
+        out.put("tracking.aim_remote_server_port", out.number("aim_remote_server_port", 53800))
+    else:
+        out.put("tracking.aim_repo", _aim_repo(out))
+
+
+def _aim_repo(out: Translation) -> str | None:
+    return out.get("aim_url", out.get("aim_repo"))
+
+
+def _put_metadata(out: Translation) -> None:
+    """Names and values for every tracker: a JSON object, or one written as text."""
+    metadata = out.get("exp_metadata")
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError:
+            metadata = [metadata]
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        out.wrong("exp_metadata", "must be a JSON object")
+        return
+    plain = (str, int, float, bool)
+    told = {str(key): value if isinstance(value, plain) else json.dumps(value) for key, value in metadata.items()}
+    out.put("tracking.exp_metadata", told or None)
 
 
 def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Translation:

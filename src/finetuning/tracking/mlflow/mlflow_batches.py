@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetuning.tracking.mlflow.queue_file import Order
-from finetuning.tracking.parameters import LONGEST_KEY
+from finetuning.tracking.settings import LONGEST_KEY
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

@@ -37,7 +37,7 @@ from finetuning.tracking.mlflow.queue_file import (
     set_aside,
 )
 from finetuning.tracking.settings import TrackingPlan
-from finetuning.tracking.sinks import FigureNames, LogEvent, Sink, totals
+from finetuning.tracking.tracker import FigureNames, LogEvent, Sink, totals
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 logger = logging.getLogger(__name__)

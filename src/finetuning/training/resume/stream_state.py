@@ -12,7 +12,7 @@ from finetuning.data.streaming.dataset import RowStream
 from finetuning.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from finetuning.data.pipeline import PreparedData
+    from finetuning.data.prepared import PreparedData
 
 STREAM_NAME = "stream.json"
 
