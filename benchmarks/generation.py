@@ -23,10 +23,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, most_padding_on, plan_batches
+from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, padding_side, plan_batches
 from finetuning.inference.generate import EncodedPrompt, generate_batches
 from finetuning.inference.generation_params import GenerationParameters, build_parameters
-from finetuning.inference.load import Generator
+from finetuning.inference.load import LoadedGenerator
 
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -40,7 +40,7 @@ OF_1B = {"prompts": 16, "new_tokens": 24, "longest": 64, "dtype": "bfloat16", "r
 """Few and short enough that one at a time ends within minutes on two cores."""
 
 
-def make_generator(size: str, dtype: torch.dtype, device: str) -> Generator:
+def make_generator(size: str, dtype: torch.dtype, device: str) -> LoadedGenerator:
     """A Llama of random weights with a tokenizer whose words are numbers."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -50,7 +50,7 @@ def make_generator(size: str, dtype: torch.dtype, device: str) -> Generator:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="1", padding_side="left")
     model.generation_config = GenerationConfig()
-    return Generator(model.to(dtype).eval(), tokenizer, pad_token_id=0)
+    return LoadedGenerator(model.to(dtype).eval(), tokenizer, pad_token_id=0)
 
 
 def make_prompts(count: int, longest: int) -> list[EncodedPrompt]:
@@ -61,7 +61,7 @@ def make_prompts(count: int, longest: int) -> list[EncodedPrompt]:
 
 
 def ours(
-    generator: Generator,
+    generator: LoadedGenerator,
     prompts: list[EncodedPrompt],
     parameters: GenerationParameters,
     most_rows: int | None,
@@ -74,7 +74,7 @@ def ours(
         parameters.max_new_tokens,
         most_rows=most_rows,
         budget=budget,
-        most_padding=most_padding_on(generator.device.type, parameters.max_new_tokens),
+        most_padding=padding_side(generator.device.type, parameters.max_new_tokens),
     )
 
     def answer() -> list[str]:
@@ -87,7 +87,7 @@ def ours(
 
 
 def continuous(
-    generator: Generator, prompts: list[EncodedPrompt], parameters: GenerationParameters
+    generator: LoadedGenerator, prompts: list[EncodedPrompt], parameters: GenerationParameters
 ) -> Callable[[], list[str]]:
     """The same by transformers' continuous batching."""
 
@@ -115,7 +115,7 @@ def median_seconds(function: Callable[[], list[str]], repeats: int) -> tuple[flo
     return statistics.median(times), result
 
 
-def seconds_of_reading(generator: Generator, prompts: list[EncodedPrompt], repeats: int) -> float:
+def seconds_of_reading(generator: LoadedGenerator, prompts: list[EncodedPrompt], repeats: int) -> float:
     """The time of reading all prompts, one by one: an answer of a single token each."""
     wanted = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
     parameters = build_parameters(wanted, generator.tokenizer, generator.model, generator.pad_token_id)

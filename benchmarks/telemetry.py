@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from finetuning.telemetry import names
-from finetuning.telemetry.config import JobIdentity, Measured, TrainingConfig
+from finetuning.telemetry.config import JobIdentity, MeasuredConfig, TrainingConfig
 from finetuning.telemetry.session import open_telemetry
 from finetuning.telemetry.telemetry import Telemetry
 
@@ -56,7 +56,7 @@ def measure(preset: str | None, options: argparse.Namespace, folder: Path) -> tu
             global_batch_size=8, log_every_n_train_iterations=options.every, flops_per_token=6e9, peak_tflops=989.4
         )
     )
-    telemetry.watch(lambda: Measured(tokens=4096.0, loss=1.0))
+    telemetry.watch(lambda: MeasuredConfig(tokens=4096.0, loss=1.0))
     telemetry.on_train_start()
     seconds = []
     for _ in range(options.steps):

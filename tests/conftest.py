@@ -410,12 +410,12 @@ def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.dump import dump_yaml
     from finetuning.config.yaml.reader import read_document
-    from finetuning.distributed import Topology
+    from finetuning.distributed import ProcessTopology
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
-    from finetuning.training.reporter import Observer
-    from finetuning.training.run import Job, run
+    from finetuning.training.reporter import RunReporter
+    from finetuning.training.run import TrainingJob, run
 
-    class KeepsTrainer(Observer):
+    class KeepsTrainer(RunReporter):
         trainer: Any = None
 
         def watch(self, trainer: Any) -> None:
@@ -426,8 +426,10 @@ def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
         method = method or METHODS["sft" if "sft_args" in values else "dpo"]
         experiment = validate(read_document(write_config(values)), method.experiment).experiment
         tracking = resolve_tracking(TrackingOptions(None, None, None), experiment.tracking, {})
-        observer = KeepsTrainer(experiment, method.name, Topology(), tracking)
-        job = Job(experiment, method, Topology(), observer, workers=1, resolved_config=dump_yaml(experiment))
+        observer = KeepsTrainer(experiment, method.name, ProcessTopology(), tracking)
+        job = TrainingJob(
+            experiment, method, ProcessTopology(), observer, workers=1, resolved_config=dump_yaml(experiment)
+        )
         return Trained(run(job), observer.trainer, job.output_dir)
 
     threads = torch.get_num_threads()

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import pytest
 
-from finetuning.distributed import Topology, read_topology
+from finetuning.distributed import ProcessTopology, read_topology
 from finetuning.errors import ConfigError
 
 
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, Topology()),
-        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, Topology(3, 1, 8)),
-        ({"RANK": "", "WORLD_SIZE": ""}, Topology()),
-        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, Topology()),
-        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, Topology(2, 0, 4)),
+        ({}, ProcessTopology()),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, ProcessTopology(3, 1, 8)),
+        ({"RANK": "", "WORLD_SIZE": ""}, ProcessTopology()),
+        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, ProcessTopology()),
+        (
+            {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},
+            ProcessTopology(2, 0, 4),
+        ),
         (
             {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"},
-            Topology(1, 1, 2),
+            ProcessTopology(1, 1, 2),
         ),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, Topology(1, 0, 2)),
-        ({"ACCELERATE_USE_FSDP": "true"}, Topology(sharded_by="fsdp")),
-        ({"ACCELERATE_USE_DEEPSPEED": "1"}, Topology(sharded_by="deepspeed")),
-        ({"ACCELERATE_USE_FSDP": "false"}, Topology()),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, ProcessTopology(1, 0, 2)),
+        ({"ACCELERATE_USE_FSDP": "true"}, ProcessTopology(sharded_by="fsdp")),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, ProcessTopology(sharded_by="deepspeed")),
+        ({"ACCELERATE_USE_FSDP": "false"}, ProcessTopology()),
     ],
 )
-def test_topology_of(environ: dict[str, str], expected: Topology) -> None:
+def test_topology_of(environ: dict[str, str], expected: ProcessTopology) -> None:
     topology = read_topology(environ)
     assert topology == expected
     assert topology.is_main == (expected.rank == 0)

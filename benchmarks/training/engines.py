@@ -55,9 +55,9 @@ def model_of(bench: Bench) -> Any:
 
 
 def lay_end_to_end(model: Any) -> None:
-    from finetuning.model.varlen_attention import enable_segments
+    from finetuning.model.varlen_attention import enable_varlen
 
-    reason = enable_segments(model, getattr(model, "peft_config", {}).get("default"))
+    reason = enable_varlen(model, getattr(model, "peft_config", {}).get("default"))
     if reason:
         raise SystemExit(reason)
 
@@ -130,7 +130,7 @@ def with_trainer(bench: Bench, name: str, autocast: bool = False) -> tuple[int, 
 def _our_trainer(bench: Bench, model: Any, arguments: Any, data: Any, flat: bool) -> Any:
     from transformers import AutoTokenizer
 
-    from finetuning.algorithms.algorithm import Layout
+    from finetuning.algorithms.algorithm import BatchLayout
     from finetuning.algorithms.sft import build_trainer
 
     tokenizer = AutoTokenizer.from_pretrained(bench.folder / "model")
@@ -140,7 +140,7 @@ def _our_trainer(bench: Bench, model: Any, arguments: Any, data: Any, flat: bool
             arguments=arguments,
             data=SimpleNamespace(train=data, validation=None),
             tokenizer=SimpleNamespace(tokenizer=tokenizer, pad_shown_as=None),
-            layout=Layout(not flat, "benchmark"),
+            layout=BatchLayout(not flat, "benchmark"),
             callbacks=[bench.watch()],
             end_of_turn=None,
             experiment=SimpleNamespace(

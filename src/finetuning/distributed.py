@@ -18,7 +18,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Topology:
+class ProcessTopology:
     """This process's global rank, its rank on this machine, and the number of processes of the job.
 
     `sharded_by` is what the launcher says will split the model over the processes.
@@ -39,7 +39,7 @@ class Topology:
         return self.world_size > 1
 
 
-def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
+def read_topology(environ: Mapping[str, str] = os.environ) -> ProcessTopology:
     """The topology that the launcher wrote into the environment; one process when it wrote none.
 
     A SLURM allocation counts only inside a job step (`srun`), which sets SLURM_STEP_ID: the batch script itself
@@ -59,7 +59,7 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
                 except ValueError:
                     raise ConfigError(f"environment variable {name}={environ[name]!r} is not a whole number") from None
                 break
-    topology = Topology(**values, sharded_by=_sharding(environ))
+    topology = ProcessTopology(**values, sharded_by=_sharding(environ))
     if not 0 <= topology.rank < max(topology.world_size, 1):
         raise ConfigError(
             f"the launcher's environment says rank {topology.rank} of {topology.world_size} processes;"

@@ -24,7 +24,7 @@ EXIT_INTERNAL = 203
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where something stands in what the user wrote: file, 1-based line and column, dotted key."""
 
     file: str | None = None
@@ -42,7 +42,7 @@ class Problem:
     """One thing that is wrong: where, what, and what to do about it."""
 
     message: str
-    place: Place = Place()
+    place: Location = Location()
     hint: str | None = None
 
     def __str__(self) -> str:
@@ -58,9 +58,9 @@ class FinetuningError(Exception):
 
     exit_code = EXIT_USER
 
-    def __init__(self, message: str | Sequence[Problem], *, place: Place | None = None, hint: str | None = None):
+    def __init__(self, message: str | Sequence[Problem], *, place: Location | None = None, hint: str | None = None):
         if isinstance(message, str):
-            self.problems: tuple[Problem, ...] = (Problem(message, place or Place(), hint),)
+            self.problems: tuple[Problem, ...] = (Problem(message, place or Location(), hint),)
         else:
             self.problems = tuple(message)
         super().__init__("\n".join(str(problem) for problem in self.problems))

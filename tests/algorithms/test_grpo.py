@@ -14,7 +14,7 @@ import torch
 from finetuning.algorithms import METHODS
 from finetuning.data.formats import FORMATS
 from finetuning.data.samples import Prompt, Row
-from finetuning.errors import ConfigError, DataError, GuardStopped, Place, Problem
+from finetuning.errors import ConfigError, DataError, GuardStopped, Location, Problem
 
 GRPO = METHODS["grpo"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}}
@@ -234,7 +234,7 @@ def test_pairs_are_told_where_they_belong(train: Any, grpo_values: Any, sft_valu
 
 
 def test_a_row_keeps_its_other_columns() -> None:
-    place = Place(file="a.jsonl", line=1)
+    place = Location(file="a.jsonl", line=1)
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [], "id": 7, "correct_answers": ["b"]}
     found = FORMATS["prompt"].parse(Row(row, place))
     assert isinstance(found, Prompt)

@@ -14,8 +14,8 @@ from finetuning.algorithms import METHODS
 from finetuning.algorithms.kto import first_loss
 from finetuning.data.formats import FORMATS
 from finetuning.data.processors.unpaired import with_neighbours
-from finetuning.data.samples import Rated, Row
-from finetuning.errors import ConfigError, DataError, GuardStopped, Place, Problem
+from finetuning.data.samples import Row, UnpairedPreference
+from finetuning.errors import ConfigError, DataError, GuardStopped, Location, Problem
 
 KTO = METHODS["kto"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 8, "target_modules": "all-linear"}}
@@ -106,9 +106,9 @@ def test_each_prompt_meets_the_answer_of_its_neighbour() -> None:
 
 
 def test_a_preference_is_two_rated_answers(dpo_rows: Any) -> None:
-    place = Place(file="a.jsonl", line=7)
+    place = Location(file="a.jsonl", line=7)
     good, bad = FORMATS["unpaired"].parse(Row(dpo_rows(1)[0], place))
-    assert isinstance(good, Rated)
+    assert isinstance(good, UnpairedPreference)
     assert (good.label, bad.label) == (True, False)
     assert good.completion[0]["content"] == "Number 0 is red."
     assert good.prompt == bad.prompt
@@ -131,7 +131,7 @@ def test_a_wrong_row_is_named(change: dict[str, Any], message: str) -> None:
         "completion_messages": [{"role": "assistant", "content": "b"}],
         "label": True,
     }
-    found = FORMATS["unpaired"].parse(Row({**row, **change}, Place(file="a.jsonl", line=1)))
+    found = FORMATS["unpaired"].parse(Row({**row, **change}, Location(file="a.jsonl", line=1)))
     assert isinstance(found, Problem)
     assert re.search(message, str(found))
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from finetuning.atomic_io import manifest_fault
-from finetuning.callbacks.checkpoint_upload import CheckpointCopies, make_copies
+from finetuning.callbacks.checkpoint_upload import CheckpointUploader, make_uploader
 from finetuning.cli.main import main
 from finetuning.errors import ConfigError
 
@@ -111,7 +111,7 @@ def test_what_was_killed_after_publishing_is_copied_by_the_next_start(
 
 
 def test_a_store_that_hangs_is_not_waited_for(tmp_path: Path, caplog: Any) -> None:
-    class Hangs(CheckpointCopies):
+    class Hangs(CheckpointUploader):
         def _copy(self, folder: Path, address: str) -> None:
             time.sleep(30)
 
@@ -130,6 +130,6 @@ def test_a_store_that_hangs_is_not_waited_for(tmp_path: Path, caplog: Any) -> No
 
 def test_an_address_of_no_known_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"run_conf.copy_checkpoints_to: .*gopher"):
-        make_copies("gopher://x", is_main=True)
-    assert make_copies(None, is_main=True) is None
-    assert make_copies("gopher://x", is_main=False) is None
+        make_uploader("gopher://x", is_main=True)
+    assert make_uploader(None, is_main=True) is None
+    assert make_uploader("gopher://x", is_main=False) is None

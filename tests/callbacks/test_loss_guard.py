@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.callbacks.loss_guard import exploded_streak, guard_callback
-from finetuning.config.sections.controller import Guard
+from finetuning.callbacks.loss_guard import find_loss_spike, guard_callback
+from finetuning.config.sections.controller import LossGuardConfig
 from finetuning.errors import EXIT_GUARD, GuardStopped
 
 
-def first_stop(losses: list[float], guard: Guard) -> int | None:
+def first_stop(losses: list[float], guard: LossGuardConfig) -> int | None:
     """The index of the loss at which a run with these losses is stopped."""
     for end in range(1, len(losses) + 1):
-        if len(exploded_streak(list(enumerate(losses[:end])), guard.explode_factor)) >= guard.patience:
+        if len(find_loss_spike(list(enumerate(losses[:end])), guard.explode_factor)) >= guard.patience:
             return end - 1
     return None
 
@@ -45,7 +45,7 @@ def falling(count: int, start: float = 2.0) -> list[float]:
     ],
 )
 def test_what_counts_as_exploded(losses: list[float], stopped_at: int | None) -> None:
-    assert first_stop(losses, Guard()) == stopped_at
+    assert first_stop(losses, LossGuardConfig()) == stopped_at
 
 
 def test_noise_is_no_explosion() -> None:
@@ -53,20 +53,20 @@ def test_noise_is_no_explosion() -> None:
     generator = random.Random(1)
     for _ in range(20):
         losses = [generator.lognormvariate(-0.7, 1.0) for _ in range(400)]
-        assert first_stop(losses, Guard()) is None
+        assert first_stop(losses, LossGuardConfig()) is None
 
 
 def test_factor_and_patience_are_the_users() -> None:
     losses = [*falling(30), 2.7, 2.8, 2.9, 3.0, 3.1]
-    assert first_stop(losses, Guard()) is None
-    assert first_stop(losses, Guard(explode_factor=1.5, patience=3)) == 32
-    assert first_stop(losses, Guard(explode_factor=1.5)) == 34
+    assert first_stop(losses, LossGuardConfig()) is None
+    assert first_stop(losses, LossGuardConfig(explode_factor=1.5, patience=3)) == 32
+    assert first_stop(losses, LossGuardConfig(explode_factor=1.5)) == 34
 
 
 def test_the_run_stops_and_its_last_good_checkpoint_stays_the_newest(scripted_run: Callable) -> None:
     losses = [2.0, 1.9, 1.8, 1.7, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0]
     run = scripted_run(
-        losses, [guard_callback(Guard(patience=3))], save_strategy="steps", save_steps=1, save_total_limit=2
+        losses, [guard_callback(LossGuardConfig(patience=3))], save_strategy="steps", save_steps=1, save_total_limit=2
     )
     assert isinstance(run.error, GuardStopped)
     assert run.error.exit_code == EXIT_GUARD
@@ -81,7 +81,7 @@ def test_the_run_stops_and_its_last_good_checkpoint_stays_the_newest(scripted_ru
 def test_a_checkpoint_between_two_logs_is_told_as_doubtful(scripted_run: Callable) -> None:
     losses = [2.0, 2.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]
     run = scripted_run(
-        losses, [guard_callback(Guard(patience=3))], logging_steps=2, save_strategy="steps", save_steps=1
+        losses, [guard_callback(LossGuardConfig(patience=3))], logging_steps=2, save_strategy="steps", save_steps=1
     )
     assert isinstance(run.error, GuardStopped)
     assert "checkpoint-4 is good, checkpoint-5 may not be" in str(run.error)
@@ -89,7 +89,7 @@ def test_a_checkpoint_between_two_logs_is_told_as_doubtful(scripted_run: Callabl
 
 def test_saving_goes_on_after_an_outlier(scripted_run: Callable) -> None:
     losses = [2.0, 1.9, 9.0, 1.8, 1.7]
-    run = scripted_run(losses, [guard_callback(Guard())], save_strategy="steps", save_steps=1)
+    run = scripted_run(losses, [guard_callback(LossGuardConfig())], save_strategy="steps", save_steps=1)
     assert run.error is None
     assert run.checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-5"]
 
@@ -97,4 +97,4 @@ def test_saving_goes_on_after_an_outlier(scripted_run: Callable) -> None:
 def test_a_resumed_run_remembers_what_is_ordinary() -> None:
     """The rule is a function of the trainer's log, which a checkpoint holds."""
     before = list(enumerate(falling(30)))
-    assert len(exploded_streak([*before, (30, 9.0)], 3.0)) == 1
+    assert len(find_loss_spike([*before, (30, 9.0)], 3.0)) == 1

@@ -132,7 +132,7 @@ def test_a_run_finds_what_was_prepared(
     monkeypatch.setenv("FINETUNING_CACHE", str(tmp_path / "cache"))
     assert prepare.main(["sft", str(write_config(sft_values()))]) == 0
     assert "prepared now" in capsys.readouterr().out
-    monkeypatch.setattr("finetuning.data.preprocessor.Reading.read", None)
+    monkeypatch.setattr("finetuning.data.preprocessor.Preprocessor.read", None)
     run = train(sft_values())
     capsys.readouterr()
     report = json.loads((run.output_dir / "data_report.json").read_text())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.cli.errors import run
-from finetuning.errors import ConfigError, GuardStopped, Interrupted, Place, Problem
+from finetuning.cli.errors import run_command
+from finetuning.errors import ConfigError, GuardStopped, Interrupted, Location, Problem
 
 
 class OutOfMemoryError(RuntimeError):
@@ -24,13 +24,15 @@ def raising(error: BaseException) -> Callable[[list[str]], int]:
 
 
 def test_the_result_is_the_exit_code_and_none_is_success() -> None:
-    assert run(lambda arguments: None, []) == 0
-    assert run(lambda arguments: 3, []) == 3
+    assert run_command(lambda arguments: None, []) == 0
+    assert run_command(lambda arguments: 3, []) == 3
 
 
 def test_each_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    error = ConfigError([Problem("unknown key 'a'", Place("x.yaml", 3, 5, "a")), Problem("two\nlines", hint="Do it.")])
-    assert run(raising(error), []) == 1
+    error = ConfigError(
+        [Problem("unknown key 'a'", Location("x.yaml", 3, 5, "a")), Problem("two\nlines", hint="Do it.")]
+    )
+    assert run_command(raising(error), []) == 1
     assert capsys.readouterr().err == "error: x.yaml:3:5: a: unknown key 'a'\nerror: two lines. Do it.\n"
 
 
@@ -51,7 +53,7 @@ def test_each_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(raising(error), []) == code
+    assert run_command(raising(error), []) == code
     told = capsys.readouterr().err
     assert told.startswith(text)
     assert "Traceback" not in told
@@ -61,7 +63,7 @@ def test_the_traceback_of_a_defect_is_kept(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", os.fspath(tmp_path))
-    run(raising(ZeroDivisionError("by zero")), [])
+    run_command(raising(ZeroDivisionError("by zero")), [])
     path = re.search(r"the traceback is in (\S+);", capsys.readouterr().err).group(1)
     assert "ZeroDivisionError: by zero" in Path(path).read_text()
 
@@ -75,9 +77,9 @@ def test_debug_shows_the_traceback_and_is_taken_out(
         seen.append(arguments)
         raise ConfigError("wrong")
 
-    assert run(main, ["sft", "--debug", "x.yaml"]) == 1
+    assert run_command(main, ["sft", "--debug", "x.yaml"]) == 1
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("FINETUNING_DEBUG", "1")
-    run(main, ["sft"])
+    run_command(main, ["sft"])
     assert "Traceback" in capsys.readouterr().err
     assert seen == [["sft", "x.yaml"], ["sft"]]

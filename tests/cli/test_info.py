@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from finetuning.cli.info import PACKAGES, attention_of, doctor_main, is_there
-from finetuning.model.hardware import Device, Machine, look_at_machine
+from finetuning.model.hardware import Device, Hardware, detect_hardware
 
 HERE = not torch.cuda.is_available()
 
@@ -49,7 +49,7 @@ def test_only_torch_is_imported() -> None:
 
 
 def test_the_cpu_is_described_by_what_it_computes() -> None:
-    machine = look_at_machine(Path("."))
+    machine = detect_hardware(Path("."))
     cpu = machine.devices[-1]
     assert cpu.kind == "cpu"
     assert cpu.can("bf16").ok
@@ -60,7 +60,7 @@ def test_the_cpu_is_described_by_what_it_computes() -> None:
 def test_flash_attention_wants_a_device_and_its_package() -> None:
     def found(kind: str, *installed: str) -> Any:
         device = Device("a", kind, None, None, ())
-        return attention_of(Machine("3", "2", "b", 1, None, None, 0, (device,)), installed)["flash_attention_2"]
+        return attention_of(Hardware("3", "2", "b", 1, None, None, 0, (device,)), installed)["flash_attention_2"]
 
     assert found("cpu", "flash_attention_2") == "needs a CUDA or ROCm device"
     assert found("cuda") == "pip install 'finetuning[flash-attention]'"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.cli.info import targets_main
 from finetuning.config.sections.model import NewPeft
-from finetuning.model.peft.adapters import build
+from finetuning.model.peft.adapters import build_adapter
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_what_is_trained_is_what_the_adapter_has(
     shown = told({"peft_type": peft_type, "peft_kwargs": kwargs})
     model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
     assert shown["parameters"] == sum(weight.numel() for weight in model.parameters())
-    built = build(model, NewPeft(peft_type=peft_type, peft_kwargs=kwargs))
+    built = build_adapter(model, NewPeft(peft_type=peft_type, peft_kwargs=kwargs))
     assert shown["trained"] == built.trainable == sum(group["trained"] for group in shown["groups"])
 
 

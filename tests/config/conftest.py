@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetuning.config.sections.experiment import EXPERIMENTS
-from finetuning.config.validation.validate import Validated, validate
+from finetuning.config.validation.validate import ValidatedConfig, validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
 
@@ -35,17 +35,17 @@ def sft_text() -> str:
 
 
 @pytest.fixture
-def check() -> Callable[..., Validated[Any]]:
+def check() -> Callable[..., ValidatedConfig[Any]]:
     """Validates the text of a config, called `config.yaml`, for a method."""
 
-    def run(text: str, method: str = "sft") -> Validated[Any]:
+    def run(text: str, method: str = "sft") -> ValidatedConfig[Any]:
         return validate(parse_document(text, "config.yaml"), EXPERIMENTS[method])
 
     return run
 
 
 @pytest.fixture
-def messages(check: Callable[..., Validated[Any]]) -> Callable[..., list[str]]:
+def messages(check: Callable[..., ValidatedConfig[Any]]) -> Callable[..., list[str]]:
     """The problems of a config that is wrong, as lines."""
 
     def run(text: str, method: str = "sft") -> list[str]:

@@ -211,11 +211,11 @@ def test_validation_data_that_nothing_looks_at(check: Callable, changed: Callabl
 def test_remote_code_is_said_aloud_and_wants_a_commit(sft_values: Any) -> None:
     from finetuning.config.sections.experiment import SFTExperiment
     from finetuning.config.validation.validate import validate
-    from finetuning.config.yaml.document import Document
+    from finetuning.config.yaml.document import ConfigDocument
 
     def warnings(**args: object) -> str:
         values = sft_values({"run_conf.model_args": {"trust_remote_code": True, **args}})
-        return " ".join(map(str, validate(Document(values), SFTExperiment).warnings))
+        return " ".join(map(str, validate(ConfigDocument(values), SFTExperiment).warnings))
 
     assert "runs with your rights, and no commit pins it. Set run_conf.model_args.revision" in warnings()
     assert "runs with your rights." in warnings(revision="0" * 40)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.config.yaml.reader import parse_document, read_document, read_scalar
 from finetuning.errors import ConfigError
 
@@ -146,4 +146,4 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n", "\ufeff"])
 def test_an_empty_file_is_an_empty_document(text: str) -> None:
-    assert parse_document(text, "config.yaml") == Document({}, {}, "config.yaml")
+    assert parse_document(text, "config.yaml") == ConfigDocument({}, {}, "config.yaml")

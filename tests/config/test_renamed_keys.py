@@ -7,7 +7,14 @@ import pytest
 from finetuning.config.installed import Installed
 from finetuning.config.sections.experiment import DPOExperiment, Experiment, SFTExperiment
 from finetuning.config.sections.model import ModelArgs
-from finetuning.config.validation.renamed_keys import MODEL_ARGS, OLD_VALUES, TRAINING_ARGS, Dropped, Renamed, translate
+from finetuning.config.validation.renamed_keys import (
+    MODEL_ARGS,
+    OLD_VALUES,
+    TRAINING_ARGS,
+    RemovedKey,
+    RenamedKey,
+    apply_renames,
+)
 from finetuning.config.validation.section_tree import sections_of
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
@@ -27,12 +34,12 @@ def test_the_table_agrees_with_the_installed_libraries() -> None:
     """Old names are unknown today (but for those that another section owns); new ones are known."""
     installed = Installed()
     known = known_today(installed)
-    owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, Dropped) and change.though_known}
+    owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, RemovedKey) and change.though_known}
     assert not (TRAINING_ARGS.keys() - owned) & known
-    assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, Renamed)} <= known
+    assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, RenamedKey)} <= known
     arguments = {*installed.from_pretrained_arguments(), *ModelArgs.model_fields}
     assert not MODEL_ARGS.keys() & arguments
-    assert {change.to[0] for change in MODEL_ARGS.values() if isinstance(change, Renamed)} <= arguments
+    assert {change.to[0] for change in MODEL_ARGS.values() if isinstance(change, RenamedKey)} <= arguments
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_the_table_agrees_with_the_installed_libraries() -> None:
 )
 def test_old_training_args(old: str, today: dict[str, object], check: Callable, changed: Changed) -> None:
     text = changed(training_args=f"{old}\nseed: 1\n")
-    translated = translate(parse_document(text, "config.yaml"))
+    translated = apply_renames(parse_document(text, "config.yaml"))
     assert translated.document.values["training_args"] == {**today, "seed": 1}
     validated = check(text)
     name = old.partition(":")[0]

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from finetuning.data.samples import Conversation
-from finetuning.errors import Place
+from finetuning.errors import Location
 
 TOOLS = [
     {
@@ -79,7 +79,7 @@ _WORD = re.compile(r"\b([UAS])(?:one|two|three|four|city)\b")
 
 
 def conversation(name: str) -> Conversation:
-    return Conversation(CONVERSATIONS[name], Place("x.jsonl", 1), TOOLS if name.startswith("tools") else None)
+    return Conversation(CONVERSATIONS[name], Location("x.jsonl", 1), TOOLS if name.startswith("tools") else None)
 
 
 def speakers(text: str) -> set[str]:

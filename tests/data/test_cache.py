@@ -63,7 +63,7 @@ def entries(folder: Path) -> list[Path]:
 def test_a_second_run_reads_what_the_first_wrote(prepare: Any, tmp_path: Path, monkeypatch: Any) -> None:
     first = prepare()
     assert "nothing like it was prepared before" in first.origin
-    monkeypatch.setattr("finetuning.data.preprocessor.Reading.read", None)
+    monkeypatch.setattr("finetuning.data.preprocessor.Preprocessor.read", None)
     second = prepare()
     assert "as prepared before: same data, template, tokenizer and rules" in second.origin
     assert second.train.to_list() == first.train.to_list()

@@ -17,8 +17,8 @@ from finetuning.data.chat.template import get_template
 from finetuning.data.formats import FORMATS
 from finetuning.data.pipeline import prepare_dpo, prepare_kto, prepare_prompts, prepare_sft
 from finetuning.data.samples import Row
-from finetuning.data.transforms import make_recipe
-from finetuning.errors import Place
+from finetuning.data.transforms import make_transforms
+from finetuning.errors import Location
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "data-formats.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -111,13 +111,13 @@ def errors() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("row", "message"), errors())
 def test_what_is_said_of_a_bad_row(row: str, message: str) -> None:
-    problem = FORMATS["messages"].parse(Row(json.loads(row), Place("train.jsonl", 6)))
+    problem = FORMATS["messages"].parse(Row(json.loads(row), Location("train.jsonl", 6)))
     assert str(problem) == message
 
 
 def test_every_format_and_handler_is_on_the_page() -> None:
     page = PAGE.read_text("utf-8")
     source = config(Path("a")).training_data.datasets[0]
-    assert make_recipe(source, "d").steps == ()
+    assert make_transforms(source, "d").steps == ()
     missing = [name for name in FORMATS if f"`{name}`" not in page]
     assert not missing

@@ -7,7 +7,7 @@ import pytest
 
 from finetuning.data.formats import FORMATS, KINDS, Options
 from finetuning.data.samples import Conversation, Preference, Row
-from finetuning.errors import Place, Problem
+from finetuning.errors import Location, Problem
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -19,7 +19,7 @@ def said(*parts: str) -> dict[str, Any]:
 
 
 def parse(values: dict[str, Any], name: str = "messages") -> Any:
-    return FORMATS[name].parse(Row(values, Place("train.jsonl", 6)))
+    return FORMATS[name].parse(Row(values, Location("train.jsonl", 6)))
 
 
 def test_a_conversation_is_kept_whole() -> None:
@@ -32,7 +32,7 @@ def test_a_conversation_is_kept_whole() -> None:
     assert parsed.tools == tools
     assert parsed.template_kwargs == {"documents": [{"title": "t"}]}
     assert parsed.meta == {"id": 7, "tags": ["a"]}
-    assert parsed.place == Place("train.jsonl", 6)
+    assert parsed.place == Location("train.jsonl", 6)
 
 
 def test_tools_can_be_a_json_string() -> None:
@@ -111,7 +111,7 @@ def test_sft_rows_in_dpo_are_recognised() -> None:
 
 
 def turns(values: dict[str, Any], name: str = "messages", **options: Any) -> Any:
-    parsed = FORMATS[name].parse(Row(values, Place("train.jsonl", 6)), Options(**options))
+    parsed = FORMATS[name].parse(Row(values, Location("train.jsonl", 6)), Options(**options))
     return parsed.turns if isinstance(parsed, Conversation) else str(parsed)
 
 
@@ -198,7 +198,7 @@ def test_the_choice_of_turns(train_on: str, chosen: Any) -> None:
 )
 def test_a_message_may_say_itself_whether_it_is_trained(flags: Any, train_on: str, chosen: Any) -> None:
     messages = [{**one, **flag} for one, flag in zip([USER, ANSWER, USER, ANSWER], flags, strict=True)]
-    parsed = FORMATS["messages"].parse(Row({"messages": messages}, Place("a")), Options(chats=train_on))
+    parsed = FORMATS["messages"].parse(Row({"messages": messages}, Location("a")), Options(chats=train_on))
     assert parsed.turns == chosen
     assert parsed.messages == [USER, ANSWER, USER, ANSWER], "templates do not see the flags"
 
@@ -270,7 +270,7 @@ def test_rated_answers_and_pairs_make_rated_rows() -> None:
         parse({"prompt": "a", "completion": " b", "label": "yes"}, "completion_label")
     )
     pair = next(one for one in KINDS["unpaired"] if one.name == "chosen_rejected")
-    found = pair.parse(Row({"chosen": [USER, ANSWER], "rejected": [USER, CALL]}, Place("a")))
+    found = pair.parse(Row({"chosen": [USER, ANSWER], "rejected": [USER, CALL]}, Location("a")))
     assert [(one.label, one.completion) for one in found] == [(True, [ANSWER]), (False, [CALL])]
 
 

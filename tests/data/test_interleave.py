@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetuning.data.mixing import weighted_mix
-from finetuning.data.streaming.interleave import mixed, one_after_another, shuffled
+from finetuning.data.streaming.interleave import chain_datasets, interleave, shuffle_buffer
 from finetuning.errors import DataError
 
 SIZES = (7, 3, 40)
@@ -28,7 +28,7 @@ def sources(*sizes: int) -> list:
 def test_a_mix_has_the_order_of_prepared_rows(weights: tuple[float, ...], stopping: str) -> None:
     for seed in (0, 5, 19851243):
         wanted = weighted_mix(SIZES, weights, seed, stopping).tolist()
-        found = list(mixed(sources(*SIZES), weights, seed, stopping))
+        found = list(interleave(sources(*SIZES), weights, seed, stopping))
         assert [row for _, row in found] == wanted
         borders = np.cumsum(SIZES)
         assert [number for number, _ in found] == [int(np.searchsorted(borders, row, "right")) for row in wanted]
@@ -36,18 +36,18 @@ def test_a_mix_has_the_order_of_prepared_rows(weights: tuple[float, ...], stoppi
 
 def test_a_mix_of_more_than_a_block_of_draws_has_it_too() -> None:
     sizes, weights = (2500, 10), (0.9, 0.1)
-    found = [row for _, row in mixed(sources(*sizes), weights, 3, "all_exhausted")]
+    found = [row for _, row in interleave(sources(*sizes), weights, 3, "all_exhausted")]
     assert found == weighted_mix(sizes, weights, 3).tolist()
     assert len(found) > 2000
 
 
 def test_datasets_come_one_after_another() -> None:
-    assert list(one_after_another(sources(2, 1))) == [(0, 0), (0, 1), (1, 2)]
+    assert list(chain_datasets(sources(2, 1))) == [(0, 0), (0, 1), (1, 2)]
 
 
 def test_a_dataset_without_rows_is_an_error() -> None:
     with pytest.raises(DataError, match="no rows"):
-        list(mixed(sources(2, 0), (1.0, 1.0), 0, "all_exhausted"))
+        list(interleave(sources(2, 0), (1.0, 1.0), 0, "all_exhausted"))
 
 
 def test_shuffling_gives_each_row_once_and_holds_no_more_than_its_buffer() -> None:
@@ -60,18 +60,18 @@ def test_shuffling_gives_each_row_once_and_holds_no_more_than_its_buffer() -> No
             yield row
 
     given = []
-    for row in shuffled(rows(), 20, (1, 0)):
+    for row in shuffle_buffer(rows(), 20, (1, 0)):
         given.append(row)
         assert taken - len(given) <= 20
         assert row <= len(given) + 20, "no row comes before it was read"
     assert Counter(given) == Counter(range(500))
     assert given != sorted(given)
-    assert given == list(shuffled(iter(range(500)), 20, (1, 0)))
-    assert given != list(shuffled(iter(range(500)), 20, (1, 1)))
-    assert list(shuffled(iter(range(9)), 1, (1, 0))) == list(range(9))
-    assert sorted(shuffled(iter(range(9)), 100, (1, 0))) == list(range(9))
+    assert given == list(shuffle_buffer(iter(range(500)), 20, (1, 0)))
+    assert given != list(shuffle_buffer(iter(range(500)), 20, (1, 1)))
+    assert list(shuffle_buffer(iter(range(9)), 1, (1, 0))) == list(range(9))
+    assert sorted(shuffle_buffer(iter(range(9)), 100, (1, 0))) == list(range(9))
 
 
 def test_rows_move_about_as_far_as_the_buffer_is_long() -> None:
-    order = np.array(list(shuffled(iter(range(20_000)), 50, (3, 0))))
+    order = np.array(list(shuffle_buffer(iter(range(20_000)), 50, (3, 0))))
     assert 25 < np.abs(np.arange(20_000) - order).mean() < 75

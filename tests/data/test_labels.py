@@ -6,20 +6,20 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
-from finetuning.data.chat.markers import Refused
-from finetuning.data.tokenization.labels import CUT_AT_BORDER, Labeller, Tokens
+from finetuning.data.chat.markers import MaskError
+from finetuning.data.tokenization.labels import CUT_AT_BORDER, LabelBuilder, TokenizedText
 
 from .conftest import byte_level, sentencepiece, wrap
 
 
-def encode(tokenizer: Any, text: str, *spans: str) -> Tokens | Refused:
+def encode(tokenizer: Any, text: str, *spans: str) -> TokenizedText | MaskError:
     """The tokens of a text whose spans are given by what they say."""
     places = [(text.index(one), text.index(one) + len(one)) for one in spans]
-    return Labeller(tokenizer).encode([text], [places])[0]
+    return LabelBuilder(tokenizer).encode([text], [places])[0]
 
 
-def trained(tokenizer: Any, tokens: Tokens | Refused) -> list[str]:
-    assert isinstance(tokens, Tokens), tokens
+def trained(tokenizer: Any, tokens: TokenizedText | MaskError) -> list[str]:
+    assert isinstance(tokens, TokenizedText), tokens
     labels = tokens.labels(-100).tolist()
     assert [one for one in labels if one != -100] == [
         one for first, last in tokens.runs for one in tokens.ids[first:last].tolist()
@@ -43,7 +43,7 @@ def test_a_token_over_the_beginning_is_cut_as_it_is_served(make_tokenizer: Calla
     served = tokenizer(header, add_special_tokens=False)["input_ids"]
     assert whole[: len(served)] != served
     tokens = encode(tokenizer, header + answer, answer)
-    assert isinstance(tokens, Tokens)
+    assert isinstance(tokens, TokenizedText)
     assert tokens.note == CUT_AT_BORDER
     assert tokens.ids.tolist()[: len(served)] == served
     assert trained(tokenizer, tokens) == [answer]
@@ -62,7 +62,7 @@ def test_sentencepiece_prefixes_do_not_hide_a_border(scheme: str) -> None:
     tokenizer = wrap(sentencepiece(special, scheme=scheme), special)
     for answer in ("Hello there</s>", " Hello</s>", "\nHello</s>"):
         tokens = encode(tokenizer, f"<|bot|>{answer}", answer)
-        assert isinstance(tokens, Tokens), (answer, tokens)
+        assert isinstance(tokens, TokenizedText), (answer, tokens)
         assert tokens.runs[0][0] == 1
         assert tokens.runs[0][1] == len(tokens.ids)
 
@@ -79,7 +79,7 @@ def test_a_text_that_cannot_be_cut_is_refused() -> None:
     backend = byte_level()
     backend.normalizer = normalizers.Replace("ab", "x")
     tokenizer = wrap(backend)
-    assert isinstance(encode(tokenizer, "ab</s>", "b</s>"), Refused)
+    assert isinstance(encode(tokenizer, "ab</s>", "b</s>"), MaskError)
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -89,12 +89,12 @@ def test_the_first_token_is_there_once(kind: str, add_bos: bool, make_tokenizer:
     bos = tokenizer.bos_token_id
     for text, expected in (("<s><|bot|>Hi</s>", 1), ("<|bot|>Hi</s>", int(add_bos))):
         tokens = encode(tokenizer, text, "Hi</s>")
-        assert isinstance(tokens, Tokens)
+        assert isinstance(tokens, TokenizedText)
         assert tokens.ids.tolist().count(bos) == expected
         assert tokens.ids[0] == bos or not expected
         assert trained(tokenizer, tokens) == ["Hi</s>"]
-        everything = Labeller(tokenizer).encode([text], [None])[0]
-        assert isinstance(everything, Tokens)
+        everything = LabelBuilder(tokenizer).encode([text], [None])[0]
+        assert isinstance(everything, TokenizedText)
         assert everything.ids.tolist() == tokens.ids.tolist()
         assert everything.labels(-100).tolist() == tokens.ids.tolist()
 

@@ -13,13 +13,13 @@ import trl
 from tokenizers import decoders
 
 from finetuning.config.sections.data import ChatTemplateName
-from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.markers import Marked, Refused
-from finetuning.data.chat.template import Renderer, get_template
+from finetuning.data.chat.loss_mask import AssistantMaskBuilder
+from finetuning.data.chat.markers import MaskedText, MaskError
+from finetuning.data.chat.template import TemplateRenderer, get_template
 from finetuning.data.opaque import Plain, PlainTemplate, Question
 from finetuning.data.samples import Conversation
-from finetuning.data.tokenization.labels import Labeller
-from finetuning.errors import InternalError, Place
+from finetuning.data.tokenization.labels import LabelBuilder
+from finetuning.errors import InternalError, Location
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
@@ -59,24 +59,24 @@ def conversations(count: int) -> list[Conversation]:
     made = []
     for _ in range(count):
         roles = draw.choice(ROLES)
-        made.append(Conversation([{"role": role, "content": draw.choice(WORDS)} for role in roles], Place("x", 1)))
+        made.append(Conversation([{"role": role, "content": draw.choice(WORDS)} for role in roles], Location("x", 1)))
     return made
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_was_learned_of_a_shape_changes_nothing(name: str, make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES[name])
-    labeller = Labeller(tokenizer)
-    learned = Masker(Renderer(tokenizer), labeller.split)
+    labeller = LabelBuilder(tokenizer)
+    learned = AssistantMaskBuilder(TemplateRenderer(tokenizer), labeller.split)
     rows = conversations(60)
     for one, found in zip(rows, learned.find(rows), strict=True):
-        (alone,) = Masker(Renderer(tokenizer), labeller.split).find([one])
-        if isinstance(alone, Refused):
+        (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), labeller.split).find([one])
+        if isinstance(alone, MaskError):
             assert found == alone
         else:
-            assert isinstance(found, Marked)
+            assert isinstance(found, MaskedText)
             assert (found.text, found.spans, found.notes) == (alone.text, alone.spans, alone.notes)
-    texts = zip(learned.texts(rows), Renderer(tokenizer).texts(rows), strict=True)
+    texts = zip(learned.texts(rows), TemplateRenderer(tokenizer).texts(rows), strict=True)
     assert all(str(left) == str(right) for left, right in texts)
 
 
@@ -184,7 +184,7 @@ def test_a_template_that_looks_at_a_content_is_not(expression: str) -> None:
 
 def test_a_plain_template_that_is_found_out_stops_everything(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES["chat-ml"])
-    masker = Masker(Renderer(tokenizer), Labeller(tokenizer).split)
+    masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
     rows = conversations(8)
     masker.find(rows)
     tokenizer.chat_template = SOURCES["chat-ml"].replace("message['content']", "message['content'] + ' '")
@@ -199,10 +199,14 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
     name: str, add_bos: bool, kind: str, make_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer = make_tokenizer(kind, SOURCES[name], add_bos=add_bos)
-    quick, slow = Labeller(tokenizer), Labeller(tokenizer)
+    quick, slow = LabelBuilder(tokenizer), LabelBuilder(tokenizer)
     assert quick._spelling is not None
     slow.__dict__["_spelling"] = None
-    found = [one for one in Masker(Renderer(tokenizer), quick.split).find(conversations(60)) if isinstance(one, Marked)]
+    found = [
+        one
+        for one in AssistantMaskBuilder(TemplateRenderer(tokenizer), quick.split).find(conversations(60))
+        if isinstance(one, MaskedText)
+    ]
     texts, spans, heads = [one.text for one in found], [one.spans for one in found], [one.heads for one in found]
     assert any(heads)
     by_bytes = quick._by_bytes(texts, spans, heads)
@@ -217,7 +221,7 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
 
 def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", special=("<|im_end|>", "é", "a b"))
-    spelling = Labeller(tokenizer)._spelling
+    spelling = LabelBuilder(tokenizer)._spelling
     text = "<|im_end|>é a b\x00\x7f\xad Ā 你好 🙂 \n\t"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert spelling.spells(ids, text.encode())
@@ -227,7 +231,7 @@ def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Calla
 
 def test_every_piece_of_a_sentencepiece_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("sentencepiece", special=("<|im_end|>", "a b"))
-    spelling = Labeller(tokenizer)._spelling
+    spelling = LabelBuilder(tokenizer)._spelling
     text = "<|im_end|>é a b\x7f\xad Ā 你好 🙂 \n\t"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert spelling.spells(ids, text.encode())
@@ -239,4 +243,4 @@ def test_other_tokenizers_are_not_spelled(make_tokenizer: Callable[..., Any]) ->
     for decoder in (decoders.Metaspace(), decoders.WordPiece(), decoders.Sequence([decoders.Fuse()])):
         tokenizer = make_tokenizer("sentencepiece")
         tokenizer.backend_tokenizer.decoder = decoder
-        assert Labeller(tokenizer)._spelling is None
+        assert LabelBuilder(tokenizer)._spelling is None

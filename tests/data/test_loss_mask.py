@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.markers import Marked, Refused
-from finetuning.data.chat.template import Renderer
+from finetuning.data.chat.loss_mask import AssistantMaskBuilder
+from finetuning.data.chat.markers import MaskedText, MaskError
+from finetuning.data.chat.template import TemplateRenderer
 from finetuning.data.samples import Conversation
-from finetuning.data.tokenization.labels import Labeller
-from finetuning.errors import DataError, Place
+from finetuning.data.tokenization.labels import LabelBuilder
+from finetuning.errors import DataError, Location
 
 from .conversations import assistant, user
 
@@ -22,19 +22,19 @@ TALK = [user("Hi"), assistant("Hello"), user("Again"), assistant("Bye")]
 
 
 @pytest.fixture
-def find(make_tokenizer: Callable[..., Any]) -> Callable[..., Marked | Refused]:
+def find(make_tokenizer: Callable[..., Any]) -> Callable[..., MaskedText | MaskError]:
     """A function: template, messages -> what the masker says."""
 
-    def call(template: str, messages: list[dict[str, Any]], **kwargs: Any) -> Marked | Refused:
+    def call(template: str, messages: list[dict[str, Any]], **kwargs: Any) -> MaskedText | MaskError:
         tokenizer = make_tokenizer("byte-level", template)
-        masker = Masker(Renderer(tokenizer), Labeller(tokenizer).split)
-        return masker.find([Conversation(messages, Place("x", 1), template_kwargs=kwargs)])[0]
+        masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
+        return masker.find([Conversation(messages, Location("x", 1), template_kwargs=kwargs)])[0]
 
     return call
 
 
-def spans(found: Marked | Refused) -> list[str]:
-    assert isinstance(found, Marked), found
+def spans(found: MaskedText | MaskError) -> list[str]:
+    assert isinstance(found, MaskedText), found
     return [found.text[start:end] for start, end in found.spans]
 
 
@@ -54,17 +54,17 @@ def test_markers_and_private_characters_in_the_text_do_not_move_a_span(find: Cal
 
 def test_templates_that_read_the_content_are_found_out(find: Callable[..., Any]) -> None:
     counting = CHATML.replace("{{ m.content }}", "{{ m.content }} ({{ m.content | length }})")
-    assert isinstance(find(counting, TALK), Refused)
+    assert isinstance(find(counting, TALK), MaskError)
     reading = CHATML.replace("{{ m.content }}", "{{ m.content if m.content[0] == 'H' else 'B' + m.content[1:] }}")
     assert spans(find(reading, TALK[:2])) == ["Hello<|im_end|>"]
     asking = CHATML.replace("{{ m.content }}", "{{ 'yes' if m.content == 'Hello' else m.content }}")
-    assert isinstance(find(asking, TALK), Refused)
+    assert isinstance(find(asking, TALK), MaskError)
 
 
 def test_a_template_that_rewrites_history_is_refused_when_nothing_can_be_shown(find: Callable[..., Any]) -> None:
     rewriting = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:2] }}")
     found = find(rewriting, TALK)
-    assert isinstance(found, Refused)
+    assert isinstance(found, MaskError)
     assert found.turn == 1
 
 
@@ -113,9 +113,9 @@ def test_template_arguments_reach_the_template(find: Callable[..., Any]) -> None
 
 def test_a_template_that_is_no_jinja_is_refused_at_once(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="the chat template is no valid Jinja: line 1"):
-        Renderer(make_tokenizer("byte-level", "{% for m in %}"))
+        TemplateRenderer(make_tokenizer("byte-level", "{% for m in %}"))
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
-        Renderer(make_tokenizer("byte-level"))
+        TemplateRenderer(make_tokenizer("byte-level"))
 
 
 def test_the_message_of_the_template_is_passed_on(find: Callable[..., Any]) -> None:

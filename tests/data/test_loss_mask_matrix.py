@@ -13,10 +13,10 @@ import pytest
 import trl
 
 from finetuning.config.sections.data import ChatTemplateName
-from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.markers import Marked, Refused
-from finetuning.data.chat.template import Renderer, get_template
-from finetuning.data.tokenization.labels import Labeller, Tokens
+from finetuning.data.chat.loss_mask import AssistantMaskBuilder
+from finetuning.data.chat.markers import MaskedText, MaskError
+from finetuning.data.chat.template import TemplateRenderer, get_template
+from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
 from .conversations import CONVERSATIONS, conversation, speakers, words
 
@@ -35,12 +35,12 @@ def source_of(name: str) -> str:
 
 def prove(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
     tokenizer = make_tokenizer(kind, source_of(name))
-    labeller = Labeller(tokenizer)
-    masker = Masker(Renderer(tokenizer), labeller.split, STOPS)
+    labeller = LabelBuilder(tokenizer)
+    masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), labeller.split, STOPS)
     results = {}
     for one in CONVERSATIONS:
         found = masker.find([conversation(one)])[0]
-        tokens = labeller.encode([found.text], [found.spans])[0] if isinstance(found, Marked) else found
+        tokens = labeller.encode([found.text], [found.spans])[0] if isinstance(found, MaskedText) else found
         results[one] = (tokenizer, found, tokens)
     return results
 
@@ -52,16 +52,16 @@ def test_each_conversation_is_proven_or_refused_for_a_stated_reason(
 ) -> None:
     refused = {}
     for one, (tokenizer, found, tokens) in prove(name, kind, make_tokenizer).items():
-        if isinstance(tokens, Refused):
+        if isinstance(tokens, MaskError):
             refused[one] = str(tokens)
             continue
-        assert isinstance(found, Marked)
-        assert isinstance(tokens, Tokens)
+        assert isinstance(found, MaskedText)
+        assert isinstance(tokens, TokenizedText)
         check_by_words(one, tokenizer, found, tokens)
     assert refused == REFUSED.get(name, {})
 
 
-def check_by_words(one: str, tokenizer: Any, found: Marked, tokens: Tokens) -> None:
+def check_by_words(one: str, tokenizer: Any, found: MaskedText, tokens: TokenizedText) -> None:
     """What is trained, by the tokenizer's own decoding, are the assistant's words, all of them, and nobody else's."""
     mask = np.zeros(len(tokens.ids), dtype=bool)
     for first, last in tokens.runs:
@@ -92,9 +92,9 @@ def more_marked(name: str, make_tokenizer: Callable[..., Any]) -> set[str]:
     """What lies between the template's marks and in none of our spans, white space left out."""
     more: set[str] = set()
     for one, (tokenizer, found, _) in prove(name, "byte-level", make_tokenizer).items():
-        if isinstance(found, Marked):
+        if isinstance(found, MaskedText):
             row = conversation(one)
-            theirs = char_mask(found.text, Renderer(tokenizer).marked_spans(row.messages, row.tools, {}))
+            theirs = char_mask(found.text, TemplateRenderer(tokenizer).marked_spans(row.messages, row.tools, {}))
             ours = char_mask(found.text, found.spans)
             # DiffusionGemma stops at a token that its marks leave out, and writes a header that no prompt gives.
             assert pieces(found.text, ours & ~theirs) <= {"<|tool_response>", "<|turn>model"}, one

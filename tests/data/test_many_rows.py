@@ -18,14 +18,14 @@ import pytest
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.arrow import Spool, taken
+from finetuning.data.arrow import ArrowSpool, take_rows
 from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_kto, prepare_sft
-from finetuning.data.preprocessor import Repeats, in_batches
+from finetuning.data.preprocessor import DuplicateCounter, in_batches
 from finetuning.data.sources import Line
-from finetuning.data.statistics import PartLedger, Totals
-from finetuning.data.worker_pool import Workers
-from finetuning.errors import DataError, InternalError, Place, Problem, StorageError
+from finetuning.data.statistics import RowCounts, SplitStatistics
+from finetuning.data.worker_pool import WorkerPool
+from finetuning.errors import DataError, InternalError, Location, Problem, StorageError
 
 from .conversations import assistant, user
 
@@ -93,16 +93,16 @@ def test_a_bad_row_that_another_process_finds_stops_the_run(prepare: Any, path: 
 def test_processes_answer_in_order_and_tell_what_went_wrong() -> None:
     def work(number: int) -> int:
         if number == 50:
-            raise DataError([Problem("fifty", Place(file="a", line=5))])
+            raise DataError([Problem("fifty", Location(file="a", line=5))])
         if number == 60:
             os.kill(os.getpid(), signal.SIGKILL)
         return number * number
 
-    with Workers(work, 3) as workers:
+    with WorkerPool(work, 3) as workers:
         assert list(workers.map(range(40))) == [number * number for number in range(40)]
-    with pytest.raises(DataError, match="a:5: fifty"), Workers(work, 3) as workers:
+    with pytest.raises(DataError, match="a:5: fifty"), WorkerPool(work, 3) as workers:
         list(workers.map([1, 50, 2]))
-    with pytest.raises(InternalError, match="was killed"), Workers(work, 2) as workers:
+    with pytest.raises(InternalError, match="was killed"), WorkerPool(work, 2) as workers:
         list(workers.map([60, *range(9)]))
 
 
@@ -172,7 +172,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tokenizer: Any) -> N
 
 
 def test_texts_that_came_before_are_counted_by_where_they_came() -> None:
-    repeats, training, validation = Repeats(), PartLedger(Totals("training")), PartLedger(Totals("validation"))
+    repeats, training, validation = (
+        DuplicateCounter(),
+        SplitStatistics(RowCounts("training")),
+        SplitStatistics(RowCounts("validation")),
+    )
     repeats.add(np.array([1, 2, 1]))
     repeats.add(np.array([1, 3]))
     repeats.note(training)
@@ -192,7 +196,7 @@ def test_batches_are_small_where_rows_are_long() -> None:
 def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    spool = Spool(tmp_path)
+    spool = ArrowSpool(tmp_path)
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
     try:
@@ -206,11 +210,11 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
 def test_rows_are_taken_in_any_order() -> None:
     import pyarrow as pa
 
-    spool = Spool()
+    spool = ArrowSpool()
     for first in range(0, 90, 30):
         spool.add(pa.table({"a": [[number] * (number % 4) for number in range(first, first + 30)]}))
     rows = np.random.default_rng(0).permutation(90).repeat(2)[:120]
-    assert taken(spool.table(), rows)["a"].to_pylist() == [[row] * (row % 4) for row in rows.tolist()]
+    assert take_rows(spool.table(), rows)["a"].to_pylist() == [[row] * (row % 4) for row in rows.tolist()]
 
 
 def test_kto_rows_are_in_the_order_of_a_shuffle(tmp_path: Path, tokenizer: Any, write_lines: Any) -> None:

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.data.statistics import TOO_LONG, Ledger, PartLedger, Totals, raise_bad_rows
-from finetuning.errors import DataError, Place, Problem
+from finetuning.data.statistics import TOO_LONG, DatasetStatistics, RowCounts, SplitStatistics, raise_bad_rows
+from finetuning.errors import DataError, Location, Problem
 
 
-def place(line: int) -> Place:
-    return Place("train.jsonl", line)
+def place(line: int) -> Location:
+    return Location("train.jsonl", line)
 
 
 def test_lines_say_what_became_of_the_rows() -> None:
-    part = PartLedger(Totals("training", limit=8))
+    part = SplitStatistics(RowCounts("training", limit=8))
     for _ in range(17):
         part.keep(tokens=4, trained=2)
     part.truncate(place(18), tokens=8, trained=3, tokens_cut=5, answer_cut=True)
@@ -30,11 +30,11 @@ def test_lines_say_what_became_of_the_rows() -> None:
 
 
 def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
-    part = PartLedger(Totals("training", limit=8))
+    part = SplitStatistics(RowCounts("training", limit=8))
     part.keep(4, 2)
     part.truncate(place(2), tokens=8, trained=3, tokens_cut=5, answer_cut=False)
     part.drop(place(3), "bad row", "ä")
-    Ledger((part,)).write(tmp_path)
+    DatasetStatistics((part,)).write(tmp_path)
     (report,) = json.loads((tmp_path / "data_report.json").read_text("utf-8"))
     assert report["rows"] == 3
     assert report["dropped"] == {"bad row": 1}
@@ -45,7 +45,7 @@ def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
 
 
 def test_too_many_faults_stop_the_run_and_filtered_rows_do_not() -> None:
-    part = PartLedger(Totals("training", limit=8))
+    part = SplitStatistics(RowCounts("training", limit=8))
     for line in range(1, 20):
         part.keep(4, 2)
         part.drop(place(100 + line), TOO_LONG, is_fault=False, tokens=9)
@@ -62,7 +62,7 @@ def test_too_many_faults_stop_the_run_and_filtered_rows_do_not() -> None:
 
 
 def test_all_rows_gone_says_how_long_the_shortest_is() -> None:
-    part = PartLedger(Totals("training", limit=8))
+    part = SplitStatistics(RowCounts("training", limit=8))
     for tokens in (70, 61, 64, 80, 90):
         part.drop(place(1), TOO_LONG, is_fault=False, tokens=tokens)
     with pytest.raises(DataError, match=r"train\.jsonl: all 5 rows dropped: shortest is 61 tokens, max_seq_length 8"):

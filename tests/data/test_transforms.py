@@ -14,10 +14,10 @@ from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.config.sections.training import SFTArgs
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.pipeline import prepare_sft
-from finetuning.data.samples import Row, Skipped
-from finetuning.data.text_template import CannotFormat, Formatter
-from finetuning.data.transforms import make_recipe
-from finetuning.errors import ConfigError, DataError, Place, Problem
+from finetuning.data.samples import Row, SkippedRow
+from finetuning.data.text_template import TextTemplate, TextTemplateError
+from finetuning.data.transforms import make_transforms
+from finetuning.errors import ConfigError, DataError, Location, Problem
 from finetuning.importers.fms.data_config import read_data_config
 
 CHATML = (
@@ -27,10 +27,10 @@ CHATML = (
 
 
 def handled(values: dict[str, Any], *handlers: dict[str, Any], **source: Any) -> Any:
-    recipe = make_recipe(
+    recipe = make_transforms(
         DatasetSource.model_validate({"path": "a", "handlers": list(handlers), **source}), "data_conf.x.datasets[0]"
     )
-    row = recipe(Row(values, Place("a.jsonl", 3)), {"eos_token": "</s>"})
+    row = recipe(Row(values, Location("a.jsonl", 3)), {"eos_token": "</s>"})
     return row.values if isinstance(row, Row) else row
 
 
@@ -85,7 +85,7 @@ def test_columns_are_renamed_before_handlers_run() -> None:
 
 def test_a_row_that_is_too_large_is_skipped() -> None:
     skipped = handled(ROW, step("skip_samples_with_large_columns", column_name="b", max_allowed_length=2))
-    assert skipped == Skipped(Place("a.jsonl", 3), "b is longer than 2")
+    assert skipped == SkippedRow(Location("a.jsonl", 3), "b is longer than 2")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ FIELDS = {"Tweet text": "@you hi", "a.b-c_1": 2, "Größe": "XL", " padded ": "y
     ],
 )
 def test_fields_are_columns_first_and_jinja_then(template: str, text: str) -> None:
-    assert Formatter(template)(FIELDS, {"eos_token": "</s>"}) == text
+    assert TextTemplate(template)(FIELDS, {"eos_token": "</s>"}) == text
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_fields_are_columns_first_and_jinja_then(template: str, text: str) -> No
     ],
 )
 def test_fields_that_are_not_there_say_so(template: str, message: str) -> None:
-    with pytest.raises(CannotFormat) as caught:
-        Formatter(template)(FIELDS, {})
+    with pytest.raises(TextTemplateError) as caught:
+        TextTemplate(template)(FIELDS, {})
     assert message in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from finetuning.config.sections.model import NewPeft
 from finetuning.errors import GuardStopped, StorageError
 from finetuning.export.verify import verify_saved
 from finetuning.model.peft.adapter_files import saved_tensors
-from finetuning.model.peft.adapters import Adapted, build
+from finetuning.model.peft.adapters import AdaptedModel, build_adapter
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21]])
@@ -25,9 +25,9 @@ def saved(tiny_llama_dir: Path, tiny_tokenizer, tmp_path: Path) -> Path:
     return save_model(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), tiny_tokenizer, tmp_path / "saved")
 
 
-def lora(folder: Path, peft_type: str = "LORA", **kwargs) -> Adapted:
+def lora(folder: Path, peft_type: str = "LORA", **kwargs) -> AdaptedModel:
     base = AutoModelForCausalLM.from_pretrained(folder)
-    return build(base, NewPeft(peft_type=peft_type, peft_kwargs={"target_modules": ["q_proj"], **kwargs}))
+    return build_adapter(base, NewPeft(peft_type=peft_type, peft_kwargs={"target_modules": ["q_proj"], **kwargs}))
 
 
 def train(model) -> None:

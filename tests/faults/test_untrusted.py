@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from finetuning.config.sections.experiment import SFTExperiment
 from finetuning.config.sections.model import RunConfig
 from finetuning.config.validation.validate import validate
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.errors import ConfigError, ModelError
 from finetuning.model.load import load_model
 
@@ -43,7 +43,7 @@ def test_a_pickle_that_was_asked_for_runs_nothing(tiny_llama_dir: Path, tmp_path
 def test_the_restricted_reader_cannot_be_switched_off(sft_values: Any) -> None:
     values = sft_values({"run_conf.model_args": {"use_safetensors": False, "weights_only": False}})
     with pytest.raises(ConfigError, match=r"weights_only"):
-        validate(Document(values), SFTExperiment)
+        validate(ConfigDocument(values), SFTExperiment)
 
 
 def test_names_in_rows_lead_to_no_file(sft_values: Any, write_config: Any, write_jsonl: Any, run_cli: Any) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
-from finetuning.importers.other_engines import ENGINES, tell_engine
+from finetuning.importers.other_engines import ENGINES, detect_engine
 from finetuning.importers.translation import Translation, written
 
 AXOLOTL = """
@@ -81,7 +81,7 @@ DPO = "model_name_or_path: /m\ndataset_name: a/b\nbeta: 0.2\noutput_dir: out\n"
 
 def imported(text: str) -> tuple[str, Translation]:
     document = parse_document(text, "theirs.yaml")
-    engine = tell_engine(document)
+    engine = detect_engine(document)
     return engine, ENGINES[engine](document, 2)
 
 
@@ -181,7 +181,7 @@ def test_a_whole_config_is_carried_over_or_told(file: Path) -> None:
     lost = []
     document = parse_document(text, "theirs.yaml")
     for key, value in document.values.items():
-        rest = Document({name: one for name, one in document.values.items() if name != key}, document.file)
+        rest = ConfigDocument({name: one for name, one in document.values.items() if name != key}, document.file)
         if value is not None and key not in SILENT | DEFAULTS:
             other = ENGINES[engine](rest, 2)
             lost += [key] if (other.values, other.notes) == (translation.values, translation.notes) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.inference.batching import most_padding_on, plan_batches
+from finetuning.inference.batching import padding_side, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -37,5 +37,5 @@ def test_short_prompts_share_a_batch_when_the_budget_has_room() -> None:
 
 
 def test_padding_is_weighed_by_the_steps_of_an_answer() -> None:
-    assert most_padding_on("cpu", 24) == 24 * most_padding_on("cpu", 1)
-    assert most_padding_on("cpu", 10_000) == most_padding_on("cpu", 128) < most_padding_on("cuda", 128)
+    assert padding_side("cpu", 24) == 24 * padding_side("cpu", 1)
+    assert padding_side("cpu", 10_000) == padding_side("cpu", 128) < padding_side("cuda", 128)

@@ -13,10 +13,10 @@ from finetuning.config.sections.generation import GenerationModel
 from finetuning.config.sections.model import NoQuantization
 from finetuning.errors import DataError, ModelError
 from finetuning.inference.batching import plan_batches
-from finetuning.inference.generate import Answer, encode_prompts, generate_batches
+from finetuning.inference.generate import Generation, encode_prompts, generate_batches
 from finetuning.inference.generation_params import build_parameters
-from finetuning.inference.load import Generator, load_generator
-from finetuning.inference.prompts import Prompt, text_prompts
+from finetuning.inference.load import LoadedGenerator, load_generator
+from finetuning.inference.prompts import GenerationPrompt, text_prompts
 
 TEXTS = [
     "The",
@@ -29,24 +29,24 @@ TEXTS = [
 ]
 
 
-def generator_of(folder: Path) -> Generator:
+def generator_of(folder: Path) -> LoadedGenerator:
     return load_generator(GenerationModel(model=str(folder)), NoQuantization())
 
 
 def answers_of(
-    generator: Generator, prompts: list[Prompt], batches: list[list[int]], seed: int = 0, **user: Any
-) -> dict[int, list[Answer]]:
+    generator: LoadedGenerator, prompts: list[GenerationPrompt], batches: list[list[int]], seed: int = 0, **user: Any
+) -> dict[int, list[Generation]]:
     parameters = build_parameters(
         {"max_new_tokens": 24} | user, generator.tokenizer, generator.model, generator.pad_token_id
     )
     encoded = encode_prompts(prompts, generator.tokenizer, parameters.max_prompt_tokens)
-    answers: dict[int, list[Answer]] = {}
+    answers: dict[int, list[Generation]] = {}
     for given in generate_batches(generator, encoded, batches, parameters, seed):
         answers |= given
     return answers
 
 
-def stopping_ids(generator: Generator) -> list[int]:
+def stopping_ids(generator: LoadedGenerator) -> list[int]:
     """Tokens at which a random model stops here and there: every ninth of the vocabulary."""
     return [generator.tokenizer.eos_token_id, *range(20, len(generator.tokenizer), 9)]
 
@@ -84,7 +84,7 @@ def test_the_beginning_token_is_there_once(tiny_llama_dir: Path, chatml_llama_di
     assert encode_prompts(text_prompts([""]), llama, 100)[0].ids == (bos,)
     messages = ({"role": "user", "content": "The fox"},)
     assert chatml.bos_token is None
-    (chat,) = encode_prompts([Prompt(id=0, messages=messages)], chatml, 100)
+    (chat,) = encode_prompts([GenerationPrompt(id=0, messages=messages)], chatml, 100)
     assert chat.text == "<|im_start|>user\nThe fox<|im_end|>\n<|im_start|>assistant\n"
     assert chatml.decode(chat.ids) == chat.text
 
@@ -92,7 +92,7 @@ def test_the_beginning_token_is_there_once(tiny_llama_dir: Path, chatml_llama_di
 def test_messages_through_a_template_that_writes_the_beginning_token(tiny_llama_dir: Path) -> None:
     tokenizer = generator_of(tiny_llama_dir).tokenizer
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
-    (chat,) = encode_prompts([Prompt(id=0, messages=({"role": "user", "content": "fox"},))], tokenizer, 100)
+    (chat,) = encode_prompts([GenerationPrompt(id=0, messages=({"role": "user", "content": "fox"},))], tokenizer, 100)
     assert chat.text == "<s>[user] fox"
     assert chat.ids.count(tokenizer.bos_token_id) == 1
 
@@ -100,15 +100,15 @@ def test_messages_through_a_template_that_writes_the_beginning_token(tiny_llama_
 def test_a_long_prompt_loses_its_beginning(chatml_llama_dir: Path) -> None:
     tokenizer = generator_of(chatml_llama_dir).tokenizer
     messages = ({"role": "user", "content": "fox " * 50},)
-    (whole,) = encode_prompts([Prompt(id=0, messages=messages)], tokenizer, 1000)
-    (cut,) = encode_prompts([Prompt(id=0, messages=messages)], tokenizer, 20)
+    (whole,) = encode_prompts([GenerationPrompt(id=0, messages=messages)], tokenizer, 1000)
+    (cut,) = encode_prompts([GenerationPrompt(id=0, messages=messages)], tokenizer, 20)
     assert (whole.truncated, cut.truncated) == (False, True)
     assert cut.ids == whole.ids[-20:]
     assert tokenizer.decode(cut.ids).endswith("<|im_start|>assistant\n")
 
 
 def test_prompts_that_cannot_be_are_refused(tiny_llama_dir: Path, chatml_llama_dir: Path) -> None:
-    chat = Prompt(id=0, messages=({"role": "user", "content": "fox"},))
+    chat = GenerationPrompt(id=0, messages=({"role": "user", "content": "fox"},))
     with pytest.raises(ModelError, match="no chat template"):
         encode_prompts([chat], generator_of(tiny_llama_dir).tokenizer, 100)
     tokenizer = generator_of(chatml_llama_dir).tokenizer

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from finetuning.inference.kv_cache import ROOM, RoomyLayer, roomy_cache
+from finetuning.inference.kv_cache import ROOM, PreallocatedLayer, preallocated_cache
 
 
 def states(tokens: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +19,7 @@ def states(tokens: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_keys_and_values_are_those_of_a_layer_that_copies() -> None:
     torch.manual_seed(0)
-    ours, theirs = RoomyLayer(), DynamicLayer()
+    ours, theirs = PreallocatedLayer(), DynamicLayer()
     for step, tokens in enumerate([5, *[1] * (2 * ROOM), 3]):
         given = states(tokens)
         for left, right in zip(ours.update(*given), theirs.update(*given), strict=True):
@@ -39,7 +39,7 @@ def test_keys_and_values_are_those_of_a_layer_that_copies() -> None:
 )
 def test_what_is_done_to_a_layer_from_outside_is_kept(change: Any) -> None:
     torch.manual_seed(0)
-    ours, theirs = RoomyLayer(), DynamicLayer()
+    ours, theirs = PreallocatedLayer(), DynamicLayer()
     for layer_states in (states(5), states(1)):
         ours.update(*layer_states)
         theirs.update(*layer_states)
@@ -56,13 +56,15 @@ def test_it_is_used_for_a_plain_model_and_an_adapter_on_it(tiny_llama_dir: Path)
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     plain = GenerationConfig(max_new_tokens=4)
-    cache = roomy_cache(model, plain)
+    cache = preallocated_cache(model, plain)
     assert cache is not None and len(cache.layers) == model.config.num_hidden_layers
     for left_alone in ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
-        assert roomy_cache(model, GenerationConfig(max_new_tokens=4, **left_alone)) is None
-    assert roomy_cache(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")), plain) is not None
+        assert preallocated_cache(model, GenerationConfig(max_new_tokens=4, **left_alone)) is None
+    assert preallocated_cache(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")), plain) is not None
     virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    assert roomy_cache(get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), virtual), plain) is None
+    assert (
+        preallocated_cache(get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), virtual), plain) is None
+    )
 
 
 def test_it_is_not_used_where_attention_slides() -> None:
@@ -70,6 +72,6 @@ def test_it_is_not_used_where_attention_slides() -> None:
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=8, **sizes)
-    assert roomy_cache(MistralForCausalLM(config), GenerationConfig()) is None
+    assert preallocated_cache(MistralForCausalLM(config), GenerationConfig()) is None
     config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=None, **sizes)
-    assert roomy_cache(MistralForCausalLM(config), GenerationConfig()) is not None
+    assert preallocated_cache(MistralForCausalLM(config), GenerationConfig()) is not None

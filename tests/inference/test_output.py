@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetuning.errors import ConfigError, StorageError
-from finetuning.inference.output import FORMATS, Spool, check_output, write_records, write_whole
+from finetuning.inference.output import FORMATS, RecordSpool, check_output, write_atomically, write_records
 
 RECORDS: list[dict[str, Any]] = [
     {"id": 1, "answer": "two\nlines \n", "params": {"eos": [1, 2], "top_p": None}},
@@ -56,7 +56,7 @@ def test_a_file_that_fails_while_it_is_written_is_not_there(tmp_path: Path) -> N
     path = tmp_path / "out.json"
     path.write_text("before")
     with pytest.raises(TypeError):
-        write_whole(path, lambda stream: stream.write(1))  # type: ignore[arg-type]
+        write_atomically(path, lambda stream: stream.write(1))  # type: ignore[arg-type]
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -76,27 +76,27 @@ def test_an_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_a_spool_of_the_same_job_is_gone_on_with(tmp_path: Path) -> None:
     output = tmp_path / "out.yaml"
-    first = Spool(output, "job")
+    first = RecordSpool(output, "job")
     first.add({2: [{"id": 2}], 0: [{"id": 0}]})
     first.close(remove=False)
     # A kill in the middle of a line.
     with open(first.path, "a", encoding="utf-8") as stream:
         stream.write('{"prompt": 1, "rec')
-    second = Spool(output, "job")
+    second = RecordSpool(output, "job")
     assert second.missing([0, 1, 2]) == [1]
     second.add({1: [{"id": 1}, {"id": 1}]})
     assert [record["id"] for record in second.in_order()] == [0, 1, 1, 2]
     second.close(remove=False)
-    third = Spool(output, "job")
+    third = RecordSpool(output, "job")
     assert third.missing(range(3)) == []
     third.close(remove=True)
     assert not third.path.exists()
 
 
 def test_a_spool_of_another_job_is_not(tmp_path: Path) -> None:
-    first = Spool(tmp_path / "out.yaml", "job")
+    first = RecordSpool(tmp_path / "out.yaml", "job")
     first.add({0: [{"id": 0}]})
     first.close(remove=False)
-    second = Spool(tmp_path / "out.yaml", "other job")
+    second = RecordSpool(tmp_path / "out.yaml", "other job")
     assert second.missing([0]) == [0]
     second.close(remove=True)

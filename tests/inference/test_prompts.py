@@ -11,7 +11,7 @@ import pytest
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.generation import EvalData, OpenInput
 from finetuning.errors import ConfigError, DataError
-from finetuning.inference.prompts import Prompt, read_lines, read_prompts
+from finetuning.inference.prompts import GenerationPrompt, read_lines, read_prompts
 
 WriteJsonl = Callable[[Path, list[dict[str, Any]]], Path]
 USER = {"role": "user", "content": "two plus two?"}
@@ -22,7 +22,7 @@ def eval_data(path: Path) -> EvalData:
     return EvalData(type="eval-data", data=DatasetSource(path=str(path)))
 
 
-def read(write_jsonl: WriteJsonl, tmp_path: Path, *rows: dict[str, Any]) -> list[Prompt]:
+def read(write_jsonl: WriteJsonl, tmp_path: Path, *rows: dict[str, Any]) -> list[GenerationPrompt]:
     return read_prompts(eval_data(write_jsonl(tmp_path / "sums.jsonl", list(rows))))
 
 
@@ -75,7 +75,7 @@ def test_a_wrong_row_is_named_by_file_and_line(
     assert str(error.value).startswith(f"{tmp_path / 'sums.jsonl'}:2: ")
 
 
-def read_data(**settings: Any) -> list[Prompt]:
+def read_data(**settings: Any) -> list[GenerationPrompt]:
     return read_prompts(EvalData(type="eval-data", data=DatasetSource(**settings)))
 
 

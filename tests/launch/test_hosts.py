@@ -7,9 +7,9 @@ import pytest
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from finetuning.errors import ConfigError, InternalError
-from finetuning.launch.hosts import find_machines, find_route
+from finetuning.launch.hosts import find_route, resolve_hosts
 from finetuning.launch.processes import PRESETS, Launch, preset_file
-from finetuning.launch.restarts import met, run_again
+from finetuning.launch.restarts import rendezvous_ok, run_with_restarts
 
 KUBEFLOW = {
     "PET_NNODES": "2",
@@ -21,7 +21,7 @@ KUBEFLOW = {
 
 
 def test_kubeflow_says_it() -> None:
-    machines = find_machines(environ=KUBEFLOW)
+    machines = resolve_hosts(environ=KUBEFLOW)
     assert (machines.nnodes, machines.node_rank, machines.nproc) == (2, 1, "8")
     assert machines.flags() == [
         *("--machine_rank", "1", "--main_process_ip", "job-master-0", "--main_process_port", "23456"),
@@ -30,12 +30,12 @@ def test_kubeflow_says_it() -> None:
 
 
 def test_the_first_machine_holds_the_meeting_point() -> None:
-    first = find_machines(2, 0, "127.0.0.1:1234", environ={})
+    first = resolve_hosts(2, 0, "127.0.0.1:1234", environ={})
     assert first.flags(5)[-1] == "is_host=1,join_timeout=5"
     told = {"PET_RDZV_ENDPOINT": "127.0.0.1:1234", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     assert first.environment({}) == told
     assert "GLOO_SOCKET_IFNAME" not in first.environment({"GLOO_SOCKET_IFNAME": "eth7"}), "what the user set stays"
-    assert find_machines(environ={}).environment({}) == {}
+    assert resolve_hosts(environ={}).environment({}) == {}
     assert find_route("no-such-host.invalid", 1) is None
 
 
@@ -52,7 +52,7 @@ def test_the_first_machine_holds_the_meeting_point() -> None:
 )
 def test_only_what_nobody_can_mend_is_started_again(codes: list[int], restarts: int, expected: int, told: int) -> None:
     left, messages = iter(codes), []
-    assert run_again(lambda: next(left), restarts, messages.append) == expected
+    assert run_with_restarts(lambda: next(left), restarts, messages.append) == expected
     assert len(messages) == told
 
 
@@ -61,7 +61,7 @@ def test_machines_that_are_not_there_are_waited_for_and_then_named() -> None:
         raise RendezvousConnectionError("nobody listens")
 
     with pytest.raises(InternalError, match=r"did not meet within 0 s.*nobody listens"):
-        met(nobody, 0)
+        rendezvous_ok(nobody, 0)
 
 
 @pytest.mark.parametrize("config", ["run_conf: {resume_from_checkpoint: false}", "method: sft"])
@@ -75,13 +75,13 @@ def test_restarts_need_checkpoints_to_go_on_from(run_cli: Any, tmp_path: Path, c
 
 def test_slurm_says_it_inside_of_a_step_only() -> None:
     slurm = {"SLURM_NNODES": "4", "SLURM_NODEID": "3"}
-    assert find_machines(environ=slurm).nnodes == 1
-    machines = find_machines(address="first:1234", environ=slurm | {"SLURM_STEP_ID": "0"})
+    assert resolve_hosts(environ=slurm).nnodes == 1
+    machines = resolve_hosts(address="first:1234", environ=slurm | {"SLURM_STEP_ID": "0"})
     assert (machines.nnodes, machines.node_rank, machines.address, machines.port) == (4, 3, "first", 1234)
 
 
 def test_the_command_line_wins() -> None:
-    assert find_machines(1, 0, environ=KUBEFLOW).flags() == []
+    assert resolve_hosts(1, 0, environ=KUBEFLOW).flags() == []
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_the_command_line_wins() -> None:
 )
 def test_what_cannot_be(given: tuple[int, int, str | None], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        find_machines(*given, environ={})
+        resolve_hosts(*given, environ={})
 
 
 def test_words_for_numbers() -> None:
     with pytest.raises(ConfigError, match="not a whole number"):
-        find_machines(environ={"PET_NNODES": "two"})
+        resolve_hosts(environ={"PET_NNODES": "two"})
 
 
 @pytest.mark.parametrize("name", PRESETS)

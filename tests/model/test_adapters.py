@@ -16,7 +16,7 @@ from finetuning.errors import ModelError
 from finetuning.model import fingerprint
 from finetuning.model.load import load_model
 from finetuning.model.peft.adapter_files import digests
-from finetuning.model.peft.adapters import NEEDS_TASK_IDS, build
+from finetuning.model.peft.adapters import NEEDS_TASK_IDS, build_adapter
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
@@ -55,7 +55,7 @@ def test_the_matrix_is_all_of_peft():
 @pytest.mark.parametrize("peft_type", sorted(MINIMAL))
 def test_every_type_trains_saves_and_loads_again(peft_type: str, model, tiny_llama_dir: Path, tmp_path: Path):
     torch.manual_seed(0)
-    adapted = build(model, conf(peft_type, **MINIMAL[peft_type]), total_steps=10)
+    adapted = build_adapter(model, conf(peft_type, **MINIMAL[peft_type]), total_steps=10)
     assert 0 < adapted.trainable < adapted.total and adapted.peft_config.peft_type.value == peft_type
     assert f"{peft_type} adapter: {adapted.trainable:,} of {adapted.total:,}" in str(adapted)
     assert digests(adapted.model) == adapted.initial
@@ -70,11 +70,11 @@ def test_every_type_trains_saves_and_loads_again(peft_type: str, model, tiny_lla
 
 def test_xlora_mixes_trained_adapters(model, tiny_llama_dir: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    first = build(model, conf("LORA", r=4, **QV))
+    first = build_adapter(model, conf("LORA", r=4, **QV))
     train(first.model)
     save_model(first.model, tokenizer, tmp_path / "lora")
     base = load_model(RunConfig(model=str(tiny_llama_dir)))
-    adapted = build(base, conf("XLORA", adapters={"0": str(tmp_path / "lora")}))
+    adapted = build_adapter(base, conf("XLORA", adapters={"0": str(tmp_path / "lora")}))
     train(adapted.model)
     save_model(adapted.model, tokenizer, tmp_path / "xlora")
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, use_cache=False)
@@ -85,7 +85,7 @@ def test_xlora_mixes_trained_adapters(model, tiny_llama_dir: Path, tmp_path: Pat
 @pytest.mark.parametrize("peft_type", NEEDS_TASK_IDS)
 def test_types_that_want_task_ids_are_refused(peft_type: str, model):
     with pytest.raises(ModelError, match=f"{peft_type} wants a task id with each row"):
-        build(model, conf(peft_type))
+        build_adapter(model, conf(peft_type))
 
 
 @pytest.mark.parametrize(
@@ -105,20 +105,20 @@ def test_types_that_want_task_ids_are_refused(peft_type: str, model):
     ids=lambda extra: "-".join(map(str, extra)),
 )
 def test_variants_of_lora_attach_and_train(extra: dict, model):
-    adapted = build(model, conf("LORA", r=4, **QV, **extra))
+    adapted = build_adapter(model, conf("LORA", r=4, **QV, **extra))
     assert all(torch.tensor(train(adapted.model)).isfinite())
     assert digests(adapted.model) != adapted.initial
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["all-linear"], ["lm_head", "all-linear"]])
 def test_all_linear_is_all_but_the_output_layer(targets, model):
-    adapted = build(model, conf("LORA", r=2, target_modules=targets))
+    adapted = build_adapter(model, conf("LORA", r=2, target_modules=targets))
     names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in adapted.initial if ".lora_A" in name}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_all_weights_are_trained_without_an_adapter(model):
-    adapted = build(model, NoPeft(peft_type="NO_PEFT"))
+    adapted = build_adapter(model, NoPeft(peft_type="NO_PEFT"))
     assert adapted.trainable == adapted.total == sum(p.numel() for p in model.parameters())
     assert adapted.peft_config is None and "all weights" in str(adapted)
 
@@ -140,12 +140,12 @@ def test_all_weights_are_trained_without_an_adapter(model):
 )
 def test_wrong_arguments_are_one_message(peft_type: str, kwargs: dict, message: str, model):
     with pytest.raises(ModelError, match=message):
-        build(model, conf(peft_type, **kwargs))
+        build_adapter(model, conf(peft_type, **kwargs))
 
 
 @pytest.fixture
 def adapter(model, tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    adapted = build(model, conf("LORA", r=4, **QV))
+    adapted = build_adapter(model, conf("LORA", r=4, **QV))
     train(adapted.model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     base = fingerprint.fingerprint(tiny_llama_dir)
@@ -158,7 +158,7 @@ def pretrained(path: Path | str) -> PretrainedPeft:
 
 def test_an_adapter_goes_on_being_trained(adapter: Path, tiny_llama_dir: Path):
     base = load_model(RunConfig(model=str(tiny_llama_dir)))
-    adapted = build(base, pretrained(adapter))
+    adapted = build_adapter(base, pretrained(adapter))
     saved = load_file(adapter / "adapter_model.safetensors")
     assert set(adapted.initial) == set(saved) and adapted.trainable == sum(t.numel() for t in saved.values())
     train(adapted.model)
@@ -168,9 +168,9 @@ def test_an_adapter_goes_on_being_trained(adapter: Path, tiny_llama_dir: Path):
 def test_an_adapter_of_another_base_is_refused(adapter: Path, chatml_llama_dir: Path, tmp_path: Path):
     other = load_model(RunConfig(model=str(chatml_llama_dir)))
     with pytest.raises(ModelError, match="trained on another base model"):
-        build(other, pretrained(adapter))
+        build_adapter(other, pretrained(adapter))
     (adapter / fingerprint.FILE_NAME).unlink()
-    assert build(other, pretrained(adapter)).trainable > 0
+    assert build_adapter(other, pretrained(adapter)).trainable > 0
 
 
 @pytest.mark.parametrize("change", ["fewer", "more"])
@@ -185,14 +185,14 @@ def test_an_adapter_of_other_depth_is_refused(change: str, adapter: Path, tiny_l
         message = "has no place in this model for .*layers.2"
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
-        build(load_model(RunConfig(model=str(tiny_llama_dir))), pretrained(adapter))
+        build_adapter(load_model(RunConfig(model=str(tiny_llama_dir))), pretrained(adapter))
 
 
 def test_what_is_no_adapter_is_refused(tiny_llama_dir: Path, adapter: Path, model, tmp_path: Path):
     with pytest.raises(ModelError, match=r"peft_conf\.name_or_path: .*holds no adapter"):
-        build(model, pretrained(tiny_llama_dir))
+        build_adapter(model, pretrained(tiny_llama_dir))
     with pytest.raises(ModelError, match="there is no folder"):
-        build(model, pretrained(tmp_path / "nothing"))
+        build_adapter(model, pretrained(tmp_path / "nothing"))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled adapter"):
-        build(model, pretrained(adapter))
+        build_adapter(model, pretrained(adapter))

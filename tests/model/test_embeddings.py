@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, PretrainedPeft, RunConfig
 from finetuning.errors import ModelError
-from finetuning.model.embeddings import grow
+from finetuning.model.embeddings import resize_embeddings
 from finetuning.model.load import load_model
-from finetuning.model.peft.adapters import build
+from finetuning.model.peft.adapters import build_adapter
 from finetuning.model.save import save_grown_base, save_model
 from finetuning.model.tokenizer import load_tokenizer
 
@@ -25,7 +25,7 @@ MANY = tuple(f"<|new{number}|>" for number in range(10))
 def prepare(folder: Path, tokens: tuple[str, ...]):
     loaded = load_tokenizer(str(folder), template_source="x", special_tokens=tokens)
     model = load_model(RunConfig(model=str(folder)))
-    return model, loaded, grow(model, loaded.tokenizer, loaded.new_tokens)
+    return model, loaded, resize_embeddings(model, loaded.tokenizer, loaded.new_tokens)
 
 
 def step(model, ids: list[int]) -> None:
@@ -76,7 +76,7 @@ def test_rows_to_spare_become_the_mean_without_growth(tiny_llama_dir: Path):
 def test_growth_can_be_rounded_up(tiny_llama_dir: Path):
     loaded = load_tokenizer(str(tiny_llama_dir), template_source="x", special_tokens=MANY)
     model = load_model(RunConfig(model=str(tiny_llama_dir)))
-    vocabulary = grow(model, loaded.tokenizer, loaded.new_tokens, pad_to_multiple_of=64)
+    vocabulary = resize_embeddings(model, loaded.tokenizer, loaded.new_tokens, pad_to_multiple_of=64)
     assert vocabulary.rows == 512 and vocabulary.new_ids == tuple(range(500, 510))
     assert torch.equal(model.lm_head.weight[511], model.lm_head.weight[505])
 
@@ -89,7 +89,7 @@ def test_an_adapter_trains_the_new_rows_and_loads_again(
     folder = request.getfixturevalue(fixture)
     model, loaded, vocabulary = prepare(folder, tokens)
     base = save_grown_base(model, loaded.tokenizer, tmp_path / "base") if vocabulary.has_grown else folder
-    adapted = build(model, LORA, vocabulary=vocabulary)
+    adapted = build_adapter(model, LORA, vocabulary=vocabulary)
     ids = list(vocabulary.new_ids)
     before = logits(adapted.model, ids)
     begin = adapted.model.get_input_embeddings().weight[ids].clone()
@@ -117,7 +117,7 @@ def test_an_adapter_trains_the_new_rows_and_loads_again(
 
 def test_all_weights_train_the_new_rows(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, MANY)
-    adapted = build(model, NoPeft(peft_type="NO_PEFT"), vocabulary=vocabulary)
+    adapted = build_adapter(model, NoPeft(peft_type="NO_PEFT"), vocabulary=vocabulary)
     ids = list(vocabulary.new_ids)
     begin = model.model.embed_tokens.weight[ids].clone(), model.lm_head.weight[ids].clone()
     step(adapted.model, ids)
@@ -128,38 +128,38 @@ def test_all_weights_train_the_new_rows(tiny_llama_dir: Path):
 def test_other_adapter_types_save_whole_embeddings_or_refuse(tiny_llama_dir: Path, chatml_llama_dir: Path):
     ia3 = NewPeft(peft_type="IA3", peft_kwargs={"target_modules": ["k_proj"], "feedforward_modules": []})
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
-    adapted = build(model, ia3, vocabulary=vocabulary)
+    adapted = build_adapter(model, ia3, vocabulary=vocabulary)
     assert set(adapted.peft_config.modules_to_save) == {"embed_tokens", "lm_head"}
     begin = adapted.model.get_input_embeddings().weight[500].clone()
     step(adapted.model, [500, 501])
     assert not torch.equal(begin, adapted.model.get_input_embeddings().weight[500])
     tied, _, vocabulary = prepare(chatml_llama_dir, FEW)
     with pytest.raises(ModelError, match=r"IA3 cannot train the rows of 2 new tokens.*tied.*LORA"):
-        build(tied, ia3, vocabulary=vocabulary)
+        build_adapter(tied, ia3, vocabulary=vocabulary)
     prompt = NewPeft(peft_type="PROMPT_TUNING", peft_kwargs={"num_virtual_tokens": 2})
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     with pytest.raises(ModelError, match="PROMPT_TUNING cannot train the rows"):
-        build(model, prompt, vocabulary=vocabulary)
+        build_adapter(model, prompt, vocabulary=vocabulary)
 
 
 def test_what_the_user_lists_is_kept(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     own = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": ["q_proj"], "trainable_token_indices": [7]})
-    config = build(model, own, vocabulary=vocabulary).peft_config
+    config = build_adapter(model, own, vocabulary=vocabulary).peft_config
     assert config.trainable_token_indices == {"embed_tokens": [7, 500, 501], "lm_head": [500, 501]}
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     whole = NewPeft(
         peft_type="LORA", peft_kwargs={"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     )
-    assert build(model, whole, vocabulary=vocabulary).peft_config.trainable_token_indices is None
+    assert build_adapter(model, whole, vocabulary=vocabulary).peft_config.trainable_token_indices is None
 
 
 def test_an_old_adapter_does_not_train_new_tokens(tiny_llama_dir: Path, tmp_path: Path):
     model, loaded, vocabulary = prepare(tiny_llama_dir, ())
-    save_model(build(model, LORA).model, loaded.tokenizer, tmp_path / "adapter")
+    save_model(build_adapter(model, LORA).model, loaded.tokenizer, tmp_path / "adapter")
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     with pytest.raises(ModelError, match="2 tokens are new"):
-        build(
+        build_adapter(
             model,
             PretrainedPeft(peft_type="PRETRAINED_PEFT", name_or_path=str(tmp_path / "adapter")),
             vocabulary=vocabulary,
@@ -171,4 +171,4 @@ def test_a_quantised_base_does_not_grow(tiny_llama_dir: Path):
     quantised = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True)
     model = load_model(RunConfig(model=str(tiny_llama_dir)), quantised)
     with pytest.raises(ModelError, match=r"quant_conf: 6 tokens have no row.*quantised model cannot grow"):
-        grow(model, loaded.tokenizer, loaded.new_tokens)
+        resize_embeddings(model, loaded.tokenizer, loaded.new_tokens)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning.config.sections.model import BitsAndBytes, RunConfig
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError, ModelError
 from finetuning.model.load import check_attention, load_model
 
@@ -177,7 +177,7 @@ def test_attention_that_is_not_installed_has_an_install_line():
 
 def test_device_maps_that_fight_the_launcher_are_refused(tiny_llama_dir: Path):
     with pytest.raises(ConfigError, match="2 processes"):
-        load_model(run_config(tiny_llama_dir, device_map="auto"), topology=Topology(0, 0, 2))
+        load_model(run_config(tiny_llama_dir, device_map="auto"), topology=ProcessTopology(0, 0, 2))
     with pytest.raises(ConfigError, match="fsdp exclude each other"):
         load_model(run_config(tiny_llama_dir, device_map={"": 0}), sharded_by="fsdp")
     assert load_model(run_config(tiny_llama_dir, device_map={"": "cpu"})).device.type == "cpu"

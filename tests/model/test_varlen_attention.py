@@ -34,10 +34,10 @@ from finetuning.model.varlen_attention import (
     NAME,
     attention_of,
     enable_kernel,
-    enable_segments,
+    enable_varlen,
     flat_inputs,
-    segment_attention,
-    use_segments,
+    use_varlen,
+    varlen_attention,
 )
 
 SIZES: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_proven_models_keep_rows_apart(name: str) -> None:
         mask = torch.zeros_like(padded_ids)
         for index, row in enumerate(rows()):
             padded_ids[index, : len(row)], mask[index, : len(row)] = row, 1
-        assert enable_segments(model) is None
+        assert enable_varlen(model) is None
         assert model.config._attn_implementation == NAME
         together = model(use_cache=False, **flat_inputs(rows())).logits[0]
         padded = model(padded_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
@@ -115,7 +115,7 @@ def test_proven_models_keep_rows_apart(name: str) -> None:
 def test_gradients_are_those_of_the_rows_alone() -> None:
     alone, together = make(PROVEN["llama"]).train(), make(PROVEN["llama"]).train()
     torch.cat([alone(row[None], use_cache=False).logits[0] for row in rows()]).square().sum().backward()
-    assert enable_segments(together) is None
+    assert enable_varlen(together) is None
     assert together.training
     together(use_cache=False, **flat_inputs(rows())).logits.square().sum().backward()
     for one, other in zip(alone.parameters(), together.parameters(), strict=True):
@@ -127,7 +127,7 @@ def test_refused_models_are_left_as_they_were(name: str) -> None:
     config, reason = REFUSED[name]
     model = make(config)
     before = model.config._attn_implementation
-    refusal = enable_segments(model)
+    refusal = enable_varlen(model)
     assert refusal is not None
     assert re.search(reason, refusal)
     assert model.config._attn_implementation == before
@@ -136,7 +136,7 @@ def test_refused_models_are_left_as_they_were(name: str) -> None:
 def test_capped_scores_are_refused_under_sdpa() -> None:
     model = make(PROVEN["llama"])
     model.config.attn_logit_softcapping = 50.0
-    assert "caps its attention scores" in str(enable_segments(model))
+    assert "caps its attention scores" in str(enable_varlen(model))
 
 
 def test_eager_attention_and_prompt_adapters_are_refused() -> None:
@@ -144,16 +144,16 @@ def test_eager_attention_and_prompt_adapters_are_refused() -> None:
 
     model = make(PROVEN["llama"])
     adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    assert "PROMPT_TUNING" in str(enable_segments(adapted, adapted.active_peft_config))
+    assert "PROMPT_TUNING" in str(enable_varlen(adapted, adapted.active_peft_config))
     eager = make(PROVEN["llama"])
     eager.set_attn_implementation("eager")
-    assert "attention eager" in str(enable_segments(eager))
+    assert "attention eager" in str(enable_varlen(eager))
 
 
 def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> None:
     model = make(PROVEN["llama"]).train()
     model.model.layers[1].mlp.double()
-    assert "the model could not be asked on cpu: " in str(enable_segments(model))
+    assert "the model could not be asked on cpu: " in str(enable_varlen(model))
     assert model.config._attn_implementation == "sdpa"
     assert model.training
 
@@ -161,13 +161,13 @@ def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> Non
 def test_flash_attention_is_refused_where_the_weights_lie_on_the_cpu() -> None:
     model = make(PROVEN["llama"])
     model.config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 computes on GPUs alone" in str(enable_segments(model))
+    assert "flash_attention_2 computes on GPUs alone" in str(enable_varlen(model))
 
 
 def test_what_one_process_has_proven_another_uses_without_its_weights() -> None:
     proven, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
-    assert enable_segments(proven) is None
-    use_segments(empty)
+    assert enable_varlen(proven) is None
+    use_varlen(empty)
     assert empty.config._attn_implementation == proven.config._attn_implementation == NAME
 
 
@@ -176,7 +176,7 @@ def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:
 
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(make(PROVEN["llama"]), config)
-    assert enable_segments(adapted, adapted.active_peft_config) is None
+    assert enable_varlen(adapted, adapted.active_peft_config) is None
     assert leak(adapted) == 0.0
 
 
@@ -191,7 +191,7 @@ class _BrokenBackward(torch.autograd.Function):
 
 
 def _without_gradient(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    output, _ = segment_attention(*args, **kwargs)
+    output, _ = varlen_attention(*args, **kwargs)
     return _BrokenBackward.apply(output), None
 
 
@@ -201,7 +201,7 @@ def _without_borders(*args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> tu
 
 def registered(name: str, attention: Any) -> str:
     """An implementation as transformers knows a package's, under a name of its own."""
-    use_segments(make(PROVEN["llama"]))
+    use_varlen(make(PROVEN["llama"]))
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[NAME])
     return name
@@ -209,12 +209,12 @@ def registered(name: str, attention: Any) -> str:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_another_implementation_is_taken_where_its_logits_are_those_of_sdpa(autocast: torch.dtype | None) -> None:
-    name = registered("kernel_for_tests", segment_attention)
+    name = registered("kernel_for_tests", varlen_attention)
     model, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
     assert enable_kernel(model, name, autocast=autocast) is None
     assert model.config._attn_implementation == name
     assert all(weight.grad is None for weight in model.parameters())
-    use_segments(empty, name=name)
+    use_varlen(empty, name=name)
     assert empty.config._attn_implementation == name
 
 
@@ -234,11 +234,11 @@ def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attent
     assert reason in str(enable_kernel(model, name))
     assert model.config._attn_implementation == "sdpa"
     assert model.training
-    assert enable_segments(model) is None
+    assert enable_varlen(model) is None
 
 
 def test_no_implementation_is_tried_on_what_cannot_lie_end_to_end() -> None:
-    name = registered("kernel_for_tests", segment_attention)
+    name = registered("kernel_for_tests", varlen_attention)
     assert enable_kernel(make(REFUSED["gemma2 asks for eager"][0]), name) == "the model computes by eager"
     capped = make(PROVEN["llama"])
     capped.config.attn_logit_softcapping = 50.0
@@ -249,5 +249,5 @@ def test_a_run_tells_which_attention_computes() -> None:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]), attn_implementation="eager")
     assert attention_of(model, "as configured") == "attention: eager  (as configured)"
     model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]))
-    use_segments(model)
+    use_varlen(model)
     assert attention_of(model, "the default") == "attention: sdpa, each row by itself  (the default)"

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from finetuning.plan.attention import Circumstances, choose_attention
+from finetuning.plan.attention import AttentionContext, choose_attention
 
 BOTH = ("flash_attention_2", "flash_attention_3")
 ALL = (*BOTH, "flash_attention_4")
-A100 = Circumstances("cuda", (8, 0), BOTH[:1], "bfloat16", "end to end")
+A100 = AttentionContext("cuda", (8, 0), BOTH[:1], "bfloat16", "end to end")
 H100 = replace(A100, capability=(9, 0), installed=ALL)
 ROCM = replace(A100, capability=None)
-CPU = Circumstances()
+CPU = AttentionContext()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ CPU = Circumstances()
         (ROCM, {"installed": BOTH[1:]}, "sdpa", "not known to train on this GPU; run_conf"),
     ],
 )
-def test_what_is_chosen_and_why(here: Circumstances, changed: dict[str, Any], ranked: str, reason: str) -> None:
+def test_what_is_chosen_and_why(here: AttentionContext, changed: dict[str, Any], ranked: str, reason: str) -> None:
     choice = choose_attention(replace(here, **changed))
     assert choice.ranked == tuple(ranked.split())
     assert reason in choice.reason

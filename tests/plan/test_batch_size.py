@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.config.sections.training import BatchsizeConfig, TrainingArgs
+from finetuning.config.sections.training import BatchSizeConfig, TrainingArgs
 from finetuning.errors import ConfigError
 from finetuning.plan.batch_size import plan_batches
 from finetuning.plan.plan import plan_steps
 
 
-def _config(total: int, maximum: int, evaluation: int | None = None) -> BatchsizeConfig:
-    return BatchsizeConfig(
+def _config(total: int, maximum: int, evaluation: int | None = None) -> BatchSizeConfig:
+    return BatchSizeConfig(
         total_train_batch_size=total, max_per_device_train_batch_size=maximum, per_device_eval_batch_size=evaluation
     )
 

@@ -12,11 +12,11 @@ from finetuning.config.pretrained_config import FLASH
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.plan import features as t
-from finetuning.plan.compatibility import REFUSALS, Refusal, check_packages, matrix, needs
-from finetuning.plan.features import TRAITS, Setting
+from finetuning.plan.compatibility import REFUSALS, Incompatibility, check_packages, matrix, required_packages
+from finetuning.plan.features import TRAITS, RunContext
 from finetuning.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,10 @@ UNDER_LORA = ({"8 bit", "FSDP"}, {"quantised anew", "GPTQ"})
 """Pairs that without an adapter are refused for another reason."""
 METHODS = {t.REFERENCE.name: "dpo", t.SCORES.name: "reward"}
 """The methods that a trait asks for; all others are asked for of sft."""
-TOPOLOGIES = {"FSDP": Topology(world_size=2, sharded_by="fsdp"), "several processes": Topology(world_size=2)}
+TOPOLOGIES = {
+    "FSDP": ProcessTopology(world_size=2, sharded_by="fsdp"),
+    "several processes": ProcessTopology(world_size=2),
+}
 
 
 @pytest.fixture
@@ -93,22 +96,22 @@ def gptq_config_dir(tmp_path: Path) -> Path:
 def plan(sft_values: Any, dpo_values: Any, write_config: Any, gptq_config_dir: Path) -> Any:
     """A function that plans an experiment which asks for the named traits, on a model that is not there."""
 
-    def make(*names: str) -> Setting:
+    def make(*names: str) -> RunContext:
         changes = {"run_conf.model": str(gptq_config_dir) if "GPTQ" in names else "/not/there"}
         for name in ("LoRA" if set(names) in UNDER_LORA else "", *names):
             changes |= ASKED.get(name, {})
         method = next((METHODS[name] for name in names if name in METHODS), "sft")
         document = read_document(write_config((sft_values if method == "sft" else dpo_values)(changes)))
         experiment = validate(document, EXPERIMENTS[method]).experiment
-        topology = next((TOPOLOGIES[name] for name in names if name in TOPOLOGIES), Topology())
+        topology = next((TOPOLOGIES[name] for name in names if name in TOPOLOGIES), ProcessTopology())
         make_plan(experiment, topology)
-        return Setting(experiment, topology, 2)
+        return RunContext(experiment, topology, 2)
 
     return make
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda row: f"{row.one.name} with {row.other.name}")
-def test_what_does_not_go_together_is_refused(plan: Any, refusal: Refusal) -> None:
+def test_what_does_not_go_together_is_refused(plan: Any, refusal: Incompatibility) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(refusal.one.name, refusal.other.name)
     keys = {refusal.one.key, refusal.other.key}
@@ -117,14 +120,14 @@ def test_what_does_not_go_together_is_refused(plan: Any, refusal: Refusal) -> No
 
 
 @pytest.mark.parametrize("trait", [trait for trait in TRAITS if trait.name in ASKED], ids=lambda trait: trait.name)
-def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, trait: t.Trait) -> None:
+def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, trait: t.Feature) -> None:
     needs = dict.fromkeys(("8 bit", "4 bit", "torchao", "quantised anew", "LoRA+"), "LoRA").get(trait.name, "")
     for names, expected in (((needs, trait.name), True), ((), trait is t.ALL_WEIGHTS or trait is t.NOT_LORA)):
         changes: dict[str, Any] = {}
         for name in names:
             changes |= ASKED.get(name, {})
         experiment = validate(read_document(write_config(sft_values(changes))), EXPERIMENTS["sft"]).experiment
-        setting = Setting(experiment, Topology(), 1)
+        setting = RunContext(experiment, ProcessTopology(), 1)
         assert trait.has(setting) is expected
         assert not [row for row in REFUSALS if row.applies(setting)]
 
@@ -155,9 +158,9 @@ def test_attention_that_is_missing_is_named_before_the_weights(plan: Any, name: 
 
 def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: Any, gptq_config_dir: Path) -> None:
     document = read_document(write_config(sft_values(ASKED["LoRA"] | {"run_conf.model": str(gptq_config_dir)})))
-    setting = Setting(validate(document, EXPERIMENTS["sft"]).experiment, Topology(), 1)
+    setting = RunContext(validate(document, EXPERIMENTS["sft"]).experiment, ProcessTopology(), 1)
     assert t.GPTQ.has(setting)
-    assert {need.module for need in needs(setting)} == {"gptqmodel", "optimum"}
+    assert {need.module for need in required_packages(setting)} == {"gptqmodel", "optimum"}
     if find_spec("gptqmodel") is None:
         with pytest.raises(
             MissingPackageError, match=r"run_conf.model: needs the package gptqmodel.*finetuning\[gptq\]"

@@ -11,7 +11,7 @@ import torch
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, DataError, ModelError
 from finetuning.plan.lora_init import REFUSED
 from finetuning.plan.plan import make_plan
@@ -106,7 +106,7 @@ def test_eva_is_for_supervised_training(dpo_values: Any, write_config: Any) -> N
 
 
 def planned(method: str, config: Path) -> None:
-    make_plan(validate(read_document(config), EXPERIMENTS[method]).experiment, Topology())
+    make_plan(validate(read_document(config), EXPERIMENTS[method]).experiment, ProcessTopology())
 
 
 def alora(text: str) -> dict[str, Any]:

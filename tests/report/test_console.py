@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from finetuning.report.console import is_live, open_console
-from finetuning.report.progress import LineProgress, LiveProgress, progress_sink
-from finetuning.report.summary import Closing, Line, Made, NextCommand, tell_end, tell_start
-from finetuning.tracking.tracker import LogEvent, Sink, StepMetrics
+from finetuning.report.progress import LineProgress, LiveProgress, progress_tracker
+from finetuning.report.summary import NextCommand, OutputFile, RunSummary, SummaryLine, print_end, print_start
+from finetuning.tracking.tracker import LogEvent, StepMetrics, Tracker
 
 METRICS = StepMetrics(
     step=20,
@@ -42,7 +42,7 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
-def tell_all(sink: Sink) -> None:
+def tell_all(sink: Tracker) -> None:
     sink.begin(StepMetrics(0, 100))
     sink.step(StepMetrics(1, 100))
     sink.log(LogEvent("training", METRICS, {"loss": 1.23456}))
@@ -55,7 +55,7 @@ def tell_all(sink: Sink) -> None:
 
 def test_a_log_file_gets_one_whole_line_at_each_log() -> None:
     console, stream = log_file()
-    sink = progress_sink(console)
+    sink = progress_tracker(console)
     assert type(sink) is LineProgress
     tell_all(sink)
     assert stream.getvalue().splitlines() == [
@@ -82,7 +82,7 @@ def test_a_resumed_run_says_where_it_goes_on() -> None:
 @pytest.mark.parametrize("width", [80, 40])
 def test_a_terminal_gets_a_bar_that_fits_and_goes_away(width: int) -> None:
     console, stream = terminal(width)
-    sink = progress_sink(console)
+    sink = progress_tracker(console)
     assert type(sink) is LiveProgress
     tell_all(sink)
     text = plain(stream.getvalue())
@@ -108,9 +108,9 @@ def test_an_interrupted_run_gives_the_cursor_back() -> None:
 def test_other_ranks_write_nothing() -> None:
     stream = io.StringIO()
     console = open_console(is_main=False, file=stream)
-    tell_all(progress_sink(console))
-    tell_start(console, "title", [Line("model", "m")])
-    tell_end(console, Closing("done", True))
+    tell_all(progress_tracker(console))
+    print_start(console, "title", [SummaryLine("model", "m")])
+    print_end(console, RunSummary("done", True))
     assert stream.getvalue() == ""
 
 
@@ -120,14 +120,16 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 START = [
-    Line("model", "models/[tiny]"),
-    Line("batch", "16 = 1 process x 8 rows x 2", "the largest per-device size within the maximum of 8 that divides 16"),
+    SummaryLine("model", "models/[tiny]"),
+    SummaryLine(
+        "batch", "16 = 1 process x 8 rows x 2", "the largest per-device size within the maximum of 8 that divides 16"
+    ),
 ]
 
 
 def test_the_start_summary_in_a_log_file() -> None:
     console, stream = log_file()
-    tell_start(console, "Fine-tuning", START)
+    print_start(console, "Fine-tuning", START)
     assert stream.getvalue() == (
         "Fine-tuning\n"
         "  model  models/[tiny]\n"
@@ -138,7 +140,7 @@ def test_the_start_summary_in_a_log_file() -> None:
 
 def test_the_start_summary_in_a_terminal_is_as_wide_as_it() -> None:
     console, stream = terminal()
-    tell_start(console, "Fine-tuning", START)
+    print_start(console, "Fine-tuning", START)
     lines = plain(stream.getvalue()).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[1].split() == ["model", "models/[tiny]"]
@@ -150,12 +152,12 @@ def test_the_start_summary_in_a_terminal_is_as_wide_as_it() -> None:
 def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
     console, stream = make()
     command = f"merge_adapter models/tiny {LONG_PATH} merged"
-    tell_end(
+    print_end(
         console,
-        Closing(
+        RunSummary(
             headline="Done: the tuned model is saved",
             good=True,
-            made=[Made("tuned model", LONG_PATH)],
+            made=[OutputFile("tuned model", LONG_PATH)],
             final_loss=0.65912,
             training_s=185,
             first_step_s=0.7,
@@ -182,14 +184,14 @@ def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
 
 def test_long_facts_of_the_closing_block_are_broken_between_words() -> None:
     value = "485.0 MiB at most, resident set of the process, libraries included; the plan had at least 671.2 KiB"
-    closing = Closing(headline="Done", good=True, facts=[("memory", value)], warnings=[f"{value} {value}"])
+    closing = RunSummary(headline="Done", good=True, facts=[("memory", value)], warnings=[f"{value} {value}"])
     console, stream = terminal()
-    tell_end(console, closing)
+    print_end(console, closing)
     _, _, *lines = plain(stream.getvalue()).splitlines()
     assert all(len(line) <= 80 for line in lines)
     words = f"memory {value} warning: {value} {value}".split()
     assert " ".join(lines).split() == words
     assert lines[1].startswith("          ")
     console, stream = log_file()
-    tell_end(console, closing)
+    print_end(console, closing)
     assert f"  memory  {value}\n" in stream.getvalue()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning.report.charts import Curve, line_chart
-from finetuning.report.html import picture, write_extracts_if_possible
+from finetuning.report.charts import Series, line_chart
+from finetuning.report.html import picture, write_extracts_or_warn
 
 
 def test_a_picture_is_an_svg_of_its_own() -> None:
-    curves = [Curve("training <1>", [(1, 2.0), (2, 1.0)]), Curve("validation", [(2, 1.5)], colour=1, dashed=True)]
+    curves = [Series("training <1>", [(1, 2.0), (2, 1.0)]), Series("validation", [(2, 1.5)], colour=1, dashed=True)]
     chart = line_chart("Loss & more", curves)
     assert chart is not None
     root = xml.fromstring(picture(chart))
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_card_says_what_was_made_of_what(folder: Path) -> None:
-    written = write_extracts_if_possible(folder)
+    written = write_extracts_or_warn(folder)
     names = ["plots/loss.svg", "model_card.md", "checkpoint-final/README.md"]
     assert [str(path.relative_to(folder)) for path in written] == names
     card = (folder / "model_card.md").read_text()
@@ -74,5 +74,5 @@ def test_the_card_says_what_was_made_of_what(folder: Path) -> None:
 
 def test_a_card_that_cannot_be_made_is_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "plots").write_text("in the way")
-    assert write_extracts_if_possible(folder) == []
+    assert write_extracts_or_warn(folder) == []
     assert len(caplog.records) == 1

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from finetuning.report.charts import Curve, line_chart, nice_ticks, number, tick_labels
-from finetuning.report.html import render, write_report_if_possible
+from finetuning.report.charts import Series, line_chart, nice_ticks, number, tick_labels
+from finetuning.report.html import render, write_report_or_warn
 from finetuning.report.run_folder import read_run, read_series, thinned
 from finetuning.tracking.local_files import MetricsLog
 from finetuning.tracking.tracker import LogEvent, StepMetrics
@@ -93,7 +93,7 @@ def test_the_page_is_whole_and_needs_nothing(make_run: Callable) -> None:
             {"step": 21, "kind": "validation", "eval_odd": 4},
         ]
     )
-    page = write_report_if_possible(folder)
+    page = write_report_or_warn(folder)
     assert page == folder / "report.html"
     text = page.read_text()
     found = Page(text)
@@ -128,7 +128,7 @@ def test_a_poor_record_still_makes_a_page(spoil: Callable[[Path], Any], make_run
 
 
 def test_a_fault_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert write_report_if_possible(tmp_path) is None
+    assert write_report_or_warn(tmp_path) is None
     assert "no report could be made" in caplog.text
 
 
@@ -196,13 +196,13 @@ def test_ticks_hold_the_values_and_can_be_told_apart(low: float, high: float) ->
 
 
 def test_every_curve_stays_inside_its_chart() -> None:
-    chart = line_chart("x", [Curve("a", [(0, -5.0), (7, 80.0)]), Curve("b", [(3, 1.0)])])
+    chart = line_chart("x", [Series("a", [(0, -5.0), (7, 80.0)]), Series("b", [(3, 1.0)])])
     assert chart is not None
     for points in re.findall('points="([^"]*)"', str(chart.svg)):
         for point in points.split():
             x, y = (float(part) for part in point.split(","))
             assert 0 <= x <= 400 and 0 <= y <= 210
-    assert line_chart("x", [Curve("a", [])]) is None
+    assert line_chart("x", [Series("a", [])]) is None
 
 
 def test_numbers_are_short() -> None:

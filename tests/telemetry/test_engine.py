@@ -263,9 +263,9 @@ def with_phases(plain: PlainTrainer, observer: Any, trainer_class: Any = None, *
     import transformers
 
     from finetuning.telemetry.hf_callback import TrainerPhases
-    from finetuning.trainer.hooks import PhasesMixin
+    from finetuning.trainer.hooks import TrainerHooksMixin
 
-    class Trainer(PhasesMixin, trainer_class or transformers.Trainer):
+    class Trainer(TrainerHooksMixin, trainer_class or transformers.Trainer):
         """transformers' Trainer with phases."""
 
     arguments = plain.arguments(**more.pop("arguments", {}))

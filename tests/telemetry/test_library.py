@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from finetuning.telemetry import names
-from finetuning.telemetry.config import JobIdentity, Measured, TrainingConfig
+from finetuning.telemetry.config import JobIdentity, MeasuredConfig, TrainingConfig
 from finetuning.telemetry.error_guard import MOST_FAULTS, Clock
 from finetuning.telemetry.metrics import stragglers
 from finetuning.telemetry.names import export_all, export_all_but, export_only
@@ -156,7 +156,7 @@ def test_throughput_can_be_worked_out_again_from_the_file(
 ) -> None:
     observer = telemetry(world_size=2, clock=ticks.clock())
     done = {"steps": 0}
-    observer.watch(lambda: Measured(100.0 * done["steps"], 6e9 * done["steps"], 0.5 + done["steps"]))
+    observer.watch(lambda: MeasuredConfig(100.0 * done["steps"], 6e9 * done["steps"], 0.5 + done["steps"]))
     with observer.application():
         observer.set_training_config(
             TrainingConfig(global_batch_size=8, log_every_n_train_iterations=2, peak_tflops=1.0)
@@ -447,7 +447,7 @@ def test_what_fails_inside_is_marked_and_training_goes_on(
 ) -> None:
     observer = telemetry(export_all_but())
 
-    def broken() -> Measured:
+    def broken() -> MeasuredConfig:
         raise RuntimeError("no measure")
 
     observer.watch(broken)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from finetuning.config.sections.training import Tracking
+from finetuning.config.sections.training import TrackingConfig
 from finetuning.tracking.mlflow.tracker import start_mlflow
 from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tracking", type=json.loads, default={}, help="keys of `tracking`")
     options = parser.parse_args()
     logging.basicConfig(format="%(levelname)s %(message)s")
-    section = Tracking(**options.tracking)
+    section = TrackingConfig(**options.tracking)
     environ = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     plan = resolve_tracking(TrackingOptions(options.uri, "faults", options.artifacts), section, environ)
     tracker = start_mlflow(plan, options.output, job="sft", resumed=options.resumed, tags={"version.test": "1"})

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from finetuning.cli.main import main
-from finetuning.config.sections.training import Tracking
+from finetuning.config.sections.training import TrackingConfig
 from finetuning.errors import EXIT_USER
-from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundSink, TrackedRun, read_identities
+from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundTracker, TrackedRun, read_identities
 from finetuning.tracking.hf_integrations import guarded_callback
-from finetuning.tracking.tracker import FigureNames, LogEvent, Sink, Sinks, StepMetrics
+from finetuning.tracking.tracker import LogEvent, MetricNames, StepMetrics, Tracker, TrackerGroup
 
 OWN = {"team": "search", "attempt": 3}
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_tracked_is_told_before_anything_is_loaded(
 
 
 def tracked(output: Path, *names: str) -> TrackedRun:
-    return TrackedRun(output, "tests", "mine", {"a.b": "c"}, Tracking(), read_identities(output, names))
+    return TrackedRun(output, "tests", "mine", {"a.b": "c"}, TrackingConfig(), read_identities(output, names))
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
@@ -150,7 +150,7 @@ def test_a_resumed_job_goes_on_with_the_run(name: str, tmp_path: Path, monkeypat
         assert scalars(tmp_path / "tensorboard", "eval/loss") == [(1, 2.0), (2, 2.0)]
 
 
-class Stubborn(Sink):
+class Stubborn(Tracker):
     """A tracker that does not answer, or fails in the middle."""
 
     name = "stubborn"
@@ -169,7 +169,7 @@ class Stubborn(Sink):
         self.steps.append(event.metrics.step)
 
 
-def told(sinks: Sinks, steps: range) -> float:
+def told(sinks: TrackerGroup, steps: range) -> float:
     """Processor and waiting time of the slowest call."""
     slowest = 0.0
     for step in steps:
@@ -181,7 +181,7 @@ def told(sinks: Sinks, steps: range) -> float:
 
 def test_a_tracker_that_does_not_answer_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
     tracker = Stubborn()
-    sinks = Sinks([BackgroundSink(tracker, close_wait_s=0.1)])
+    sinks = TrackerGroup([BackgroundTracker(tracker, close_wait_s=0.1)])
     sinks.tell("begin", StepMetrics(0, 100))
     told(sinks, range(100))
     assert tracker.steps == []
@@ -193,7 +193,7 @@ def test_a_tracker_that_does_not_answer_holds_up_nothing(caplog: pytest.LogCaptu
 
 def test_what_a_slow_tracker_is_told_arrives_in_order() -> None:
     tracker = Stubborn()
-    sinks = Sinks([BackgroundSink(tracker)])
+    sinks = TrackerGroup([BackgroundTracker(tracker)])
     sinks.tell("begin", StepMetrics(0, 100))
     told(sinks, range(100))
     tracker.answer.set()
@@ -206,7 +206,7 @@ def test_a_tracker_that_fails_in_the_middle_is_told_once(caplog: pytest.LogCaptu
     tracker = Stubborn()
     tracker.fails_at = 3
     tracker.answer.set()
-    sinks = Sinks([BackgroundSink(tracker)])
+    sinks = TrackerGroup([BackgroundTracker(tracker)])
     sinks.tell("begin", StepMetrics(0, 9))
     told(sinks, range(9))
     sinks.close()
@@ -234,7 +234,7 @@ def test_a_callback_of_transformers_that_fails_is_left_alone(scripted_run: Any) 
 
 
 def test_what_is_known_once_is_told_once() -> None:
-    names = FigureNames()
+    names = MetricNames()
     curves = {"tokens_per_second": 5.0, "first_step_s": 2.0}
     assert names.of(curves) == {"telemetry/tokens_per_second": 5.0, "totals/first_step_s": 2.0}
     assert names.of(curves) == {"telemetry/tokens_per_second": 5.0}

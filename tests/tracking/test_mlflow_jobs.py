@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.sections.training import Tracking
+from finetuning.config.sections.training import TrackingConfig
 from finetuning.errors import ConfigError
 from finetuning.tracking.mlflow.sync import sync_run
 from finetuning.tracking.mlflow.tracker import start_mlflow
@@ -20,7 +20,7 @@ Eventually = Callable[[Callable[[], bool]], None]
 PARENT = "mlflow.parentRunId"
 
 
-def plan(uri: str, section: Tracking | None = None, **environ: str) -> TrackingPlan:
+def plan(uri: str, section: TrackingConfig | None = None, **environ: str) -> TrackingPlan:
     return resolve_tracking(TrackingOptions(uri, "jobs"), section, environ)
 
 
@@ -31,7 +31,7 @@ def jobs_below(server: Any, parent_id: str) -> list[Any]:
 
 
 def test_data_and_tags_arrive(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
-    section = Tracking(exp_metadata={"team": "mine", "attempt": 3})
+    section = TrackingConfig(exp_metadata={"team": "mine", "attempt": 3})
     asked = plan(mlflow_server.uri, section, MLFLOW_TAGS='{"team": "theirs", "cost": {"centre": 7}}')
     tracker = start_mlflow(asked, tmp_path, job="sft", resumed=False)
     rows = {
@@ -82,7 +82,7 @@ def test_each_job_of_a_session_is_a_child_of_one_run(
 def test_a_run_stands_below_the_one_that_is_named(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     server = client(mlflow_server.uri)
     parent = server.create_run(server.get_experiment_by_name("Default").experiment_id).info.run_id
-    asked = plan(mlflow_server.uri, Tracking(parent_run_id=parent))
+    asked = plan(mlflow_server.uri, TrackingConfig(parent_run_id=parent))
     tracker = start_mlflow(asked, tmp_path, job="sft", resumed=False)
     end = tracker.finish("FINISHED", wait_s=60)
     assert server.get_run(end.run_id).data.tags[PARENT] == parent
@@ -133,7 +133,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TAGS: expected a JSON object"):
         plan("http://m", MLFLOW_TAGS="team=search")
     with pytest.raises(ConfigError, match="holds mlflow, which needs an address"):
-        resolve_tracking(TrackingOptions(), Tracking(trackers=["mlflow"]), {})
+        resolve_tracking(TrackingOptions(), TrackingConfig(trackers=["mlflow"]), {})
     assert not resolve_tracking(
-        TrackingOptions(), Tracking(trackers=["mlflow"]), {"DISABLE_MLFLOW_INTEGRATION": "true"}
+        TrackingOptions(), TrackingConfig(trackers=["mlflow"]), {"DISABLE_MLFLOW_INTEGRATION": "true"}
     ).enabled

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config.sections.training import Tracking
+from finetuning.config.sections.training import TrackingConfig
 from finetuning.errors import ConfigError
-from finetuning.tracking.settings import Setting, TrackingOptions, resolve_tracking
+from finetuning.tracking.settings import ResolvedValue, TrackingOptions, resolve_tracking
 
 NOTHING = TrackingOptions()
 
 
 def test_nothing_is_tracked_without_an_address() -> None:
-    section = Tracking(experiment_name="mine", mlflow_server_uri="")
+    section = TrackingConfig(experiment_name="mine", mlflow_server_uri="")
     plan = resolve_tracking(TrackingOptions(experiment_name="cli"), section, {"MLFLOW_TRACKING_URI": ""})
     assert not plan.enabled
     assert "no address" in str(plan)
@@ -29,27 +29,27 @@ def test_command_line_wins_over_file_wins_over_environment() -> None:
         "MLFLOW_FLATTEN_PARAMS": "FALSE",
     }
     by_environment = resolve_tracking(NOTHING, None, environ)
-    assert by_environment.uri == Setting("http://environment:1", "environment: MLFLOW_TRACKING_URI")
+    assert by_environment.uri == ResolvedValue("http://environment:1", "environment: MLFLOW_TRACKING_URI")
     assert by_environment.run_id.value == "abc"
     assert (by_environment.log_artifacts.value, by_environment.flatten_params.value) == (True, False)
 
-    section = Tracking(mlflow_server_uri="http://file:2", experiment_name="file", hf_mlflow_log_artifacts=False)
+    section = TrackingConfig(mlflow_server_uri="http://file:2", experiment_name="file", hf_mlflow_log_artifacts=False)
     by_file = resolve_tracking(NOTHING, section, environ)
-    assert by_file.uri == Setting("http://file:2", "file: tracking.mlflow_server_uri")
+    assert by_file.uri == ResolvedValue("http://file:2", "file: tracking.mlflow_server_uri")
     assert by_file.experiment.value == "file"
-    assert by_file.log_artifacts == Setting(False, "file: tracking.hf_mlflow_log_artifacts")
+    assert by_file.log_artifacts == ResolvedValue(False, "file: tracking.hf_mlflow_log_artifacts")
 
     options = TrackingOptions("http://cli:3", "cli", "True")
     by_cli = resolve_tracking(options, section, environ)
-    assert by_cli.uri == Setting("http://cli:3", "command line: --mlflow-server-uri")
-    assert by_cli.experiment == Setting("cli", "command line: --experiment-name")
-    assert by_cli.log_artifacts == Setting(True, "command line: --hf-mlflow-log-artifacts")
+    assert by_cli.uri == ResolvedValue("http://cli:3", "command line: --mlflow-server-uri")
+    assert by_cli.experiment == ResolvedValue("cli", "command line: --experiment-name")
+    assert by_cli.log_artifacts == ResolvedValue(True, "command line: --hf-mlflow-log-artifacts")
 
 
 def test_an_experiment_on_the_command_line_goes_to_the_files_address_and_a_uri_alone_keeps_the_files_experiment() -> (
     None
 ):
-    section = Tracking(mlflow_server_uri="http://file:2", experiment_name="file")
+    section = TrackingConfig(mlflow_server_uri="http://file:2", experiment_name="file")
     named = resolve_tracking(TrackingOptions(experiment_name="cli"), section, {})
     assert (named.uri.value, named.experiment.value) == ("http://file:2", "cli")
     addressed = resolve_tracking(TrackingOptions(mlflow_server_uri="http://cli:3"), section, {})
@@ -57,7 +57,7 @@ def test_an_experiment_on_the_command_line_goes_to_the_files_address_and_a_uri_a
 
 
 def test_a_key_that_the_file_leaves_out_does_not_hide_the_environment() -> None:
-    section = Tracking(mlflow_server_uri="http://file:2")
+    section = TrackingConfig(mlflow_server_uri="http://file:2")
     assert resolve_tracking(NOTHING, section, {"HF_MLFLOW_LOG_ARTIFACTS": "1"}).log_artifacts.value is True
 
 
@@ -100,7 +100,7 @@ def test_local_stores_become_absolute_addresses(tmp_path: Path, monkeypatch: pyt
 def test_an_address_with_a_password_is_refused_and_not_shown(address: str) -> None:
     for options, section, environ in (
         (TrackingOptions(address), None, {}),
-        (NOTHING, Tracking(mlflow_server_uri=address), {}),
+        (NOTHING, TrackingConfig(mlflow_server_uri=address), {}),
         (NOTHING, None, {"MLFLOW_TRACKING_URI": address}),
     ):
         with pytest.raises(ConfigError) as raised:

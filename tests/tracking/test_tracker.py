@@ -14,10 +14,18 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from finetuning.tracking.local_files import LossLog
-from finetuning.tracking.tracker import LogEvent, Sink, Sinks, StepMetrics, Teller, make_callback, numbers
+from finetuning.tracking.tracker import (
+    LogEvent,
+    StepMetrics,
+    Tracker,
+    TrackerCallback,
+    TrackerGroup,
+    make_callback,
+    numbers,
+)
 
 
-class Recorder(Sink):
+class Recorder(Tracker):
     name = "recorder"
 
     def __init__(self) -> None:
@@ -45,7 +53,7 @@ class Recorder(Sink):
         return [what for name, what in self.told if name == kind]
 
 
-class Broken(Sink):
+class Broken(Tracker):
     name = "broken"
 
     def __init__(self) -> None:
@@ -69,7 +77,7 @@ class Slope(torch.nn.Module):
         return {"loss": ((guess - labels) ** 2).mean(), "logits": guess}
 
 
-def train(output: Path, sinks: Sinks, steps: int = 6, **more: Any) -> None:
+def train(output: Path, sinks: TrackerGroup, steps: int = 6, **more: Any) -> None:
     rows = [{"x": float(number), "labels": 2.0 * number} for number in range(8)]
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -92,7 +100,7 @@ def train(output: Path, sinks: Sinks, steps: int = 6, **more: Any) -> None:
 
 def test_a_real_trainer_tells_the_sinks_everything(tmp_path: Path) -> None:
     recorder = Recorder()
-    sinks = Sinks([recorder])
+    sinks = TrackerGroup([recorder])
     train(tmp_path, sinks)
     sinks.close()
     assert [name for name, _ in recorder.told] == [
@@ -115,7 +123,7 @@ def test_a_real_trainer_tells_the_sinks_everything(tmp_path: Path) -> None:
 
 def test_a_sink_that_fails_is_switched_off_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken, recorder = Broken(), Recorder()
-    sinks = Sinks([broken, recorder])
+    sinks = TrackerGroup([broken, recorder])
     with caplog.at_level(logging.WARNING):
         train(tmp_path, sinks)
         sinks.close()
@@ -131,7 +139,7 @@ def test_a_sink_that_fails_is_switched_off_with_one_warning(tmp_path: Path, capl
 
 def test_other_ranks_tell_nothing() -> None:
     recorder = Recorder()
-    teller = Teller(Sinks([recorder]), lambda: 0, lambda: 0.0)
+    teller = TrackerCallback(TrackerGroup([recorder]), lambda: 0, lambda: 0.0)
     state = SimpleNamespace(global_step=1, max_steps=2, epoch=0.5, is_world_process_zero=False)
     teller.began(state)
     teller.stepped(state)
@@ -141,7 +149,7 @@ def test_other_ranks_tell_nothing() -> None:
 
 def test_the_pace_leaves_out_the_first_step_evaluation_and_saving() -> None:
     recorder, now, tokens = Recorder(), [0.0], [0]
-    teller = Teller(Sinks([recorder]), lambda: tokens[0], lambda: now[0])
+    teller = TrackerCallback(TrackerGroup([recorder]), lambda: tokens[0], lambda: now[0])
     state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True)
     teller.began(state)
     for step in range(1, 31):
@@ -162,7 +170,7 @@ def test_the_pace_leaves_out_the_first_step_evaluation_and_saving() -> None:
 
 def test_a_resumed_job_counts_from_where_it_begins() -> None:
     recorder, now = Recorder(), [0.0]
-    teller = Teller(Sinks([recorder]), lambda: None, lambda: now[0])
+    teller = TrackerCallback(TrackerGroup([recorder]), lambda: None, lambda: now[0])
     state = SimpleNamespace(global_step=500, max_steps=600, epoch=0.0, is_world_process_zero=True)
     teller.began(state)
     for state.global_step in range(501, 511):
@@ -182,7 +190,7 @@ def test_only_numbers_are_told() -> None:
 
 def test_the_loss_log_has_one_line_a_loss_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
-    train(tmp_path / "out", Sinks([LossLog(folder)]))
+    train(tmp_path / "out", TrackerGroup([LossLog(folder)]))
     path = folder / "training_logs.jsonl"
     lines = path.read_text().splitlines()
     found = [json.loads(line) for line in lines]

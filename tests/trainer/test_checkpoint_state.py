@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.trainer.checkpoint_state import retire_checkpoints
+from finetuning.trainer.checkpoint_state import rotate_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -30,5 +30,5 @@ def test_the_oldest_go_first(
     for step in steps:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").touch()
-    retire_checkpoints(tmp_path / f"checkpoint-{newest}", most, tmp_path / f"checkpoint-{best}" if best else None)
+    rotate_checkpoints(tmp_path / f"checkpoint-{newest}", most, tmp_path / f"checkpoint-{best}" if best else None)
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in kept} | {"checkpoint-final"}

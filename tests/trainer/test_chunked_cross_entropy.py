@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from finetuning.trainer.chunked_cross_entropy import AT_ONCE, SLICED_FROM, SlicedLoss
+from finetuning.trainer.chunked_cross_entropy import AT_ONCE, SLICED_FROM, ChunkedCrossEntropyMixin
 
 ROWS = 7
 VOCABULARY = 320
@@ -79,7 +79,7 @@ HEADS = {
 def both(model: Any, autocast: bool = False) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     """Loss and gradients from all logits at once, and sliced."""
     inputs, targets = batch()
-    slices = SlicedLoss(model, ROWS, None)
+    slices = ChunkedCrossEntropyMixin(model, ROWS, None)
     totals, grads = [], []
     for sliced in (False, True):
         # The dropout before an adapter on the head draws other numbers for other shapes.
@@ -131,7 +131,7 @@ def test_dropout_on_the_head_is_drawn_alike_in_both_passes(tiny_llama_dir: Path)
         return sum(cross_entropy(inner.lm_head(states), labels, reduction="sum") for states, labels in parts)
 
     found = []
-    for compute in (by_hand, lambda: SlicedLoss(model, ROWS, None).total(model, inputs, targets)[1]):
+    for compute in (by_hand, lambda: ChunkedCrossEntropyMixin(model, ROWS, None).total(model, inputs, targets)[1]):
         torch.manual_seed(3)
         found.append(gradients(model, compute()))
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
@@ -141,7 +141,7 @@ def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     inputs, targets = batch()
     widest = WidestLogits(model)
-    outputs, total = SlicedLoss(model, ROWS, None).total(model, inputs, targets)
+    outputs, total = ChunkedCrossEntropyMixin(model, ROWS, None).total(model, inputs, targets)
     total.backward()
     assert widest.labels == ROWS
     assert outputs.logits is None
@@ -152,12 +152,12 @@ def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:
 def test_few_labels_are_computed_at_once(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     vocabulary = model.config.vocab_size
-    auto = SlicedLoss(model, "auto", None)
+    auto = ChunkedCrossEntropyMixin(model, "auto", None)
     assert auto.rows(SLICED_FROM // vocabulary) is None
     assert auto.rows(SLICED_FROM // vocabulary + 1) == AT_ONCE // vocabulary
-    assert SlicedLoss(model, 24, None).rows(24) is None
-    assert SlicedLoss(model, 24, None).rows(25) == 24
-    assert SlicedLoss(model, "all", None).rows(1 << 40) is None
+    assert ChunkedCrossEntropyMixin(model, 24, None).rows(24) is None
+    assert ChunkedCrossEntropyMixin(model, 24, None).rows(25) == 24
+    assert ChunkedCrossEntropyMixin(model, "all", None).rows(1 << 40) is None
 
 
 def test_a_model_that_scales_its_logits_keeps_them_whole(caplog: pytest.LogCaptureFixture) -> None:
@@ -166,7 +166,7 @@ def test_a_model_that_scales_its_logits_keeps_them_whole(caplog: pytest.LogCaptu
     )
     model = GraniteForCausalLM(GraniteConfig(vocab_size=VOCABULARY, logits_scaling=8.0, **sizes))
     inputs, targets = batch()
-    slices = SlicedLoss(model, ROWS, None)
+    slices = ChunkedCrossEntropyMixin(model, ROWS, None)
     with caplog.at_level("WARNING"):
         assert [slices.total(model, inputs, targets) for _ in range(2)] == [None, None]
     assert [record.getMessage() for record in caplog.records] == [

@@ -13,7 +13,7 @@ import torch
 from finetuning.algorithms import METHODS
 from finetuning.data.collators import FlatteningCollator, PaddingCollator
 from finetuning.errors import ConfigError, InternalError
-from finetuning.trainer.oom_retry import divided, num_rows
+from finetuning.trainer.oom_retry import num_rows, split_batch
 from finetuning.training.memory_check import longest_rows
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
@@ -130,8 +130,8 @@ def test_a_batch_that_cannot_be_divided_is_not_found_out(train: Any, dpo_values:
 def test_pieces_hold_the_batch(collate: Callable[..., Any], pieces: int) -> None:
     rows = [{"input_ids": list(range(10 * n, 10 * n + n)), "labels": list(range(n))} for n in (3, 1, 4, 2, 5)]
     batch = collate(rows)
-    parts = [part for part, _ in divided(batch, pieces)]
-    assert sum(share for _, share in divided(batch, pieces)) == pytest.approx(1)
+    parts = [part for part, _ in split_batch(batch, pieces)]
+    assert sum(share for _, share in split_batch(batch, pieces)) == pytest.approx(1)
     assert len(parts) == min(pieces, 5)
     assert sum(num_rows(part) for part in parts) == 5
     for name in ("input_ids", "shift_labels"):

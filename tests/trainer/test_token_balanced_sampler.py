@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from finetuning.trainer.ddp import TokenSampler, shares
+from finetuning.trainer.ddp import TokenBalancedSampler, balanced_shares
 
 PROCESSES = 4
 LENGTHS = np.random.default_rng(0).lognormal(5.5, 0.9, 200).astype(int).clip(8, 4096).tolist()
@@ -23,7 +23,7 @@ def by_step(kind: type[BatchRebalanceSampler], accumulation: int) -> list[list[l
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_steps_are_those_of_transformers_in_parts_of_more_even_sizes(accumulation: int) -> None:
-    theirs, ours = by_step(BatchRebalanceSampler, accumulation), by_step(TokenSampler, accumulation)
+    theirs, ours = by_step(BatchRebalanceSampler, accumulation), by_step(TokenBalancedSampler, accumulation)
     assert len(ours) == 7
     for step, other in zip(ours, theirs, strict=True):
         assert sorted(chain(*step)) == sorted(chain(*other))
@@ -33,12 +33,12 @@ def test_the_steps_are_those_of_transformers_in_parts_of_more_even_sizes(accumul
 
 
 def test_each_step_is_in_parts_of_nearly_one_size() -> None:
-    for step in by_step(TokenSampler, 1)[:-1]:
+    for step in by_step(TokenBalancedSampler, 1)[:-1]:
         sizes = [sum(LENGTHS[row] for row in part) for part in step]
         assert max(sizes) <= 4 / 3 * max(np.mean(sizes), max(LENGTHS[row] for row in chain(*step)))
 
 
 def test_shares_hold_each_row_once() -> None:
-    assert shares([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
-    assert sorted(chain(*shares([3] * 7, 7))) == list(range(7))
-    assert shares([2], 3) == [[0], [], []]
+    assert balanced_shares([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
+    assert sorted(chain(*balanced_shares([3] * 7, 7))) == list(range(7))
+    assert balanced_shares([2], 3) == [[0], [], []]

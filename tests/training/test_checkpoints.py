@@ -15,7 +15,7 @@ from finetuning.algorithms import METHODS
 from finetuning.atomic_io import manifest_fault
 from finetuning.errors import DataError, GuardStopped, StorageError
 from finetuning.training import output_dir
-from finetuning.training.output_dir import check_room, claimed
+from finetuning.training.output_dir import check_free_space, lock_output_dir
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
 EACH_STEP = {"training_args.save_strategy": "steps", "training_args.save_steps": 1}
@@ -142,11 +142,14 @@ def test_a_run_that_never_began_leaves_nothing(train: Any, sft_values: Any, tmp_
 
 def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-7.partial").mkdir()
-    with claimed(tmp_path):
+    with lock_output_dir(tmp_path):
         assert not (tmp_path / ".checkpoint-7.partial").exists()
-        with pytest.raises(StorageError, match=r"another run \(process \d+ on .*\) is working in"), claimed(tmp_path):
+        with (
+            pytest.raises(StorageError, match=r"another run \(process \d+ on .*\) is working in"),
+            lock_output_dir(tmp_path),
+        ):
             pass
-    with claimed(tmp_path):
+    with lock_output_dir(tmp_path):
         pass
 
 
@@ -155,12 +158,12 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(
 ) -> None:
     from finetuning.config.sections.experiment import SFTExperiment
     from finetuning.config.validation.validate import validate
-    from finetuning.config.yaml.document import Document
+    from finetuning.config.yaml.document import ConfigDocument
 
     values = sft_values({"training_args.save_strategy": "steps"})
-    experiment = validate(Document(values), SFTExperiment).experiment
-    check_room(tmp_path, experiment)
+    experiment = validate(ConfigDocument(values), SFTExperiment).experiment
+    check_free_space(tmp_path, experiment)
     usage = output_dir.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(StorageError, match=r"1000 B left; a checkpoint and the tuned model need about .* MiB"):
-        check_room(tmp_path, experiment)
+        check_free_space(tmp_path, experiment)

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.model.hardware import Device
 from finetuning.model.varlen_attention import NAME
 from finetuning.plan.compatibility import NEEDS_GPU
 from finetuning.plan.plan import make_plan
-from finetuning.training.attention_setup import Attention, lay_end_to_end
+from finetuning.training.attention_setup import AttentionSetup, enable_padding_free
 from finetuning.training.preflight import check_device
 
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "sgd")
@@ -32,8 +32,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU
 
 def test_attention_that_cannot_compute_here_is_left_for_the_next_with_its_reason(chatml_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
-    tried = Attention(("flash_attention_3", "flash_attention_2"), "installed")
-    refusal, attention = lay_end_to_end(SimpleNamespace(model=model, peft_config=None), tried, Topology())
+    tried = AttentionSetup(("flash_attention_3", "flash_attention_2"), "installed")
+    refusal, attention = enable_padding_free(SimpleNamespace(model=model, peft_config=None), tried, ProcessTopology())
     assert refusal is None
     assert model.config._attn_implementation == NAME
     for name in tried.to_try:
@@ -127,7 +127,7 @@ def test_the_package_of_the_kernels_is_named(asking: Any) -> None:
     if find_spec("liger_kernel") is not None:
         pytest.skip("liger_kernel is installed")
     with pytest.raises(MissingPackageError, match=r"use_liger_kernel: needs the package liger_kernel.*finetuning\[lig"):
-        make_plan(asking("use_liger_kernel"), Topology())
+        make_plan(asking("use_liger_kernel"), ProcessTopology())
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from finetuning.training.final_model import Artifact
+from finetuning.training.final_model import FinalModel
 from finetuning.training.reporter import next_commands
 
 
@@ -38,7 +38,7 @@ def test_an_adapter_is_merged_into_a_base_that_takes_it(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantisation} if quantisation else {}))
     adapter = made(tmp_path / "a", {"peft_type": "LORA"})
-    commands = [one.command for one in next_commands(Artifact("adapter", adapter, str(tmp_path), 1, (), "stops"))]
+    commands = [one.command for one in next_commands(FinalModel("adapter", adapter, str(tmp_path), 1, (), "stops"))]
     assert suggested.format(base=tmp_path, a=adapter) in commands
 
 
@@ -54,5 +54,5 @@ def test_an_adapter_is_merged_into_a_base_that_takes_it(
 def test_nothing_is_suggested_that_would_be_refused(
     tmp_path: Path, config: dict[str, Any], suggested: list[str]
 ) -> None:
-    commands = next_commands(Artifact("adapter", made(tmp_path / "a", config), "base", 1, (), "stops"))
+    commands = next_commands(FinalModel("adapter", made(tmp_path / "a", config), "base", 1, (), "stops"))
     assert [one.command.split()[0] for one in commands] == suggested

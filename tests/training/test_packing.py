@@ -14,7 +14,7 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.data.collators import FlatteningCollator
 from finetuning.errors import ConfigError
-from finetuning.model.varlen_attention import enable_segments
+from finetuning.model.varlen_attention import enable_varlen
 
 PACKED = {"sft_args.packing": True, "sft_args.max_seq_length": 128}
 GOLDEN = [6.21706, 5.69835, 5.09148]
@@ -45,7 +45,7 @@ def test_a_row_in_a_pack_has_the_loss_of_the_row_alone(sft_values: Any, train: A
     trainer = train(sft_values(PACKED)).trainer
     model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir, dtype=torch.float32).eval()
     alone = AutoModelForCausalLM.from_pretrained(chatml_llama_dir, dtype=torch.float32).eval()
-    assert enable_segments(model) is None
+    assert enable_varlen(model) is None
     rows = 0
     for pack in trainer.train_dataset:
         parts = unpacked(pack)

@@ -12,18 +12,22 @@ from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError
-from finetuning.model.hardware import Ability, Device
-from finetuning.training.preflight import check_precision, computing
+from finetuning.model.hardware import Capability, Device
+from finetuning.training.preflight import check_precision, compute_precision
 
 OLD_GPU = Device(
     "an old GPU",
     "cuda",
     None,
     None,
-    (Ability("bf16", False, "only emulated"), Ability("fp16", True), Ability("tf32", False, "needs 8.0, this is 7.5")),
+    (
+        Capability("bf16", False, "only emulated"),
+        Capability("fp16", True),
+        Capability("tf32", False, "needs 8.0, this is 7.5"),
+    ),
 )
-OLD_CPU = Device("a CPU", "cpu", None, None, (Ability("bf16", True, "emulated, slower than float32"),))
-NEW_GPU = Device("a GPU", "cuda", None, None, tuple(Ability(name, True) for name in ("bf16", "fp16", "tf32")))
+OLD_CPU = Device("a CPU", "cpu", None, None, (Capability("bf16", True, "emulated, slower than float32"),))
+NEW_GPU = Device("a GPU", "cuda", None, None, tuple(Capability(name, True) for name in ("bf16", "fp16", "tf32")))
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ HINT = "a GPU has bfloat16 in hardware, which training_args.bf16 uses"
 def test_a_run_tells_what_it_computes_in(
     asking: Any, args: dict[str, Any], weights: torch.dtype, device: Device, told: tuple[str, str]
 ) -> None:
-    assert computing(asking(**args), SimpleNamespace(dtype=weights), device) == told
+    assert compute_precision(asking(**args), SimpleNamespace(dtype=weights), device) == told
 
 
 @pytest.mark.parametrize(

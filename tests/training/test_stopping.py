@@ -12,7 +12,7 @@ import pytest
 
 from finetuning.distributed import read_end_time
 from finetuning.errors import Interrupted
-from finetuning.training.process_sync import FOLDER, silent
+from finetuning.training.process_sync import FOLDER, find_hung_rank
 from finetuning.training.signals import SCHEDULER_MARGIN_S, seconds
 
 
@@ -57,16 +57,16 @@ def beat(folder: Path, rank: int, phase: str, step: int, age: float, *, frozen: 
 
 
 def test_who_hangs_is_the_one_that_is_furthest_behind(tmp_path: Path) -> None:
-    assert silent(tmp_path, 2, 5) is None
+    assert find_hung_rank(tmp_path, 2, 5) is None
     beat(tmp_path, 0, "model_backward", 7, age=40)
     beat(tmp_path, 1, "model_forward", 7, age=41)
-    assert silent(tmp_path, 2, 60) is None
-    assert silent(tmp_path, 2, 5).startswith("rank 1 hangs: model_forward of step 7 for 41 s")
+    assert find_hung_rank(tmp_path, 2, 60) is None
+    assert find_hung_rank(tmp_path, 2, 5).startswith("rank 1 hangs: model_forward of step 7 for 41 s")
     beat(tmp_path, 2, "after model_backward", 6, age=40)
-    assert silent(tmp_path, 3, 5).startswith("rank 2 hangs: after model_backward of step 6")
+    assert find_hung_rank(tmp_path, 3, 5).startswith("rank 2 hangs: after model_backward of step 6")
     beat(tmp_path, 0, "model_backward", 7, age=40, frozen=True)
-    assert silent(tmp_path, 3, 5).startswith(
+    assert find_hung_rank(tmp_path, 3, 5).startswith(
         "rank 0 hangs: model_backward of step 7 for 40 s, and its process does not"
     )
     beat(tmp_path, 0, "data_loading", 8, age=1)
-    assert silent(tmp_path, 3, 5) is None
+    assert find_hung_rank(tmp_path, 3, 5) is None

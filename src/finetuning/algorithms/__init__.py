@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from finetuning.algorithms import dpo, grpo, kto, orpo_cpo, reward, sft
-from finetuning.algorithms.algorithm import Method
+from finetuning.algorithms.algorithm import Algorithm
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Algorithm] = {
     "sft": sft.METHOD,
     "dpo": dpo.METHOD,
     "kto": kto.METHOD,

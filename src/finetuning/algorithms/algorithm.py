@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import NoPeft
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     import transformers
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How the rows of a batch lie: padded to one length, or end to end, and why."""
 
     padded: bool
@@ -44,14 +44,14 @@ class TrainingParts:
     """Set when the trainer itself shall wrap the model in a new adapter; None when `model` is ready."""
     load_reference: Callable[[], Any] | None
     """Loads a frozen copy of the model as it was before training."""
-    layout: Layout
+    layout: BatchLayout
     callbacks: Sequence[transformers.TrainerCallback]
     end_of_turn: str | None = None
     """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
 
 
 @dataclass(frozen=True)
-class Method:
+class Algorithm:
     """One algorithm: its name, its config, how its rows are prepared, and its trainer."""
 
     name: str
@@ -72,7 +72,7 @@ class Method:
 
 
 @contextmanager
-def refusals(name: str) -> Iterator[None]:
+def reraise_as_config_error(name: str) -> Iterator[None]:
     """Turns what a trainer says about a combination that it does not take into an error for people.
 
     Raises:
@@ -81,10 +81,10 @@ def refusals(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"the {name} trainer refuses this: {error}", place=Place(key="training_args")) from error
+        raise ConfigError(f"the {name} trainer refuses this: {error}", place=Location(key="training_args")) from error
 
 
-def reference_of(parts: TrainingParts) -> Any:
+def load_reference_model(parts: TrainingParts) -> Any:
     """A frozen copy of the model as it is before training; None where the model without its adapter is one, or its
     log-probabilities are computed before training begins."""
     is_needed = isinstance(parts.experiment.peft_conf, NoPeft) and not getattr(
@@ -93,7 +93,7 @@ def reference_of(parts: TrainingParts) -> Any:
     return parts.load_reference() if is_needed and parts.load_reference else None
 
 
-def trainer_inputs(parts: TrainingParts) -> dict[str, Any]:
+def trainer_kwargs(parts: TrainingParts) -> dict[str, Any]:
     """The arguments that every trainer takes."""
     return {
         "model": parts.model,

@@ -6,9 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts, reference_of, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import (
+    Algorithm,
+    TrainingParts,
+    load_reference_model,
+    reraise_as_config_error,
+    trainer_kwargs,
+)
 from finetuning.config.sections.experiment import DPOExperiment
-from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss, WholeReference
+from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, InitialLossMixin
 
 if TYPE_CHECKING:
     import transformers
@@ -76,7 +82,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
     from finetuning.trainer.mixin import TrainerMixin
 
-    class DPOTrainer(TrainerMixin, FirstLossCheck, WholeReference, trl.DPOTrainer):
+    class DPOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, trl.DPOTrainer):
         """TRL's DPOTrainer with the mixin, ready rows and the check of the first loss."""
 
         divides_batches = set(parts.arguments.loss_type) <= _MEANS_OVER_PAIRS
@@ -84,19 +90,19 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-        def known_first_loss(self, inputs: Any) -> KnownLoss | None:
+        def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
             args = self.args
             if args.use_weighting or args.f_divergence_type != "reverse_kl" or self.aux_loss_enabled:
                 return None
             value = first_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
             name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"
-            return None if value is None else KnownLoss(value, name)
+            return None if value is None else ExpectedLoss(value, name)
 
-    with refusals("DPO"):
-        return DPOTrainer(ref_model=reference_of(parts), peft_config=parts.peft_config, **trainer_inputs(parts))
+    with reraise_as_config_error("DPO"):
+        return DPOTrainer(ref_model=load_reference_model(parts), peft_config=parts.peft_config, **trainer_kwargs(parts))
 
 
-METHOD = Method(
+METHOD = Algorithm(
     name="dpo",
     title="direct preference optimisation and its family",
     experiment=DPOExperiment,

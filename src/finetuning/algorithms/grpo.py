@@ -6,10 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts, reference_of, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import (
+    Algorithm,
+    TrainingParts,
+    load_reference_model,
+    reraise_as_config_error,
+    trainer_kwargs,
+)
 from finetuning.config.sections.experiment import GRPOExperiment
-from finetuning.errors import ConfigError, Place
-from finetuning.trainer.initial_loss import KnownLoss, WholeReference, check_first_loss, drops_values
+from finetuning.errors import ConfigError, Location
+from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, check_initial_loss, drops_values
 from finetuning.trainer.reward_functions import build_rewards, needed_columns
 
 if TYPE_CHECKING:
@@ -36,13 +42,13 @@ def prepare(
     return prepare_prompts(experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer, workers)
 
 
-class ReadyPrompt(list):  # type: ignore[type-arg]
+class TokenizedPrompt(list):  # type: ignore[type-arg]
     """A prompt's messages, which know their token ids."""
 
     ids: list[int]
 
     @classmethod
-    def of(cls, messages: list[dict[str, Any]], ids: list[int]) -> ReadyPrompt:
+    def of(cls, messages: list[dict[str, Any]], ids: list[int]) -> TokenizedPrompt:
         made = cls(messages)
         made.ids = ids
         return made
@@ -57,23 +63,23 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     Raises:
         ConfigError: TRL refuses the combination of model and options, or the prompts do not fill one batch.
     """
-    from finetuning.model.stop_tokens import align
+    from finetuning.model.stop_tokens import align_stop_tokens
 
     args, rewards = parts.arguments, parts.experiment.grpo_args
     _check_enough_prompts(len(parts.data.train), args.generation_batch_size // args.num_generations)
     base = parts.model.get_base_model() if hasattr(parts.model, "get_base_model") else parts.model
-    base.generation_config = align(
+    base.generation_config = align_stop_tokens(
         parts.tokenizer.tokenizer, base.generation_config, parts.end_of_turn
     ).generation_config
     args.reward_weights = [conf.weight for conf in rewards.rewards]
-    reference = reference_of(parts) if args.beta else None
+    reference = load_reference_model(parts) if args.beta else None
     beta, syncs = args.beta, args.sync_ref_model
     if reference is not None:
         # TRL would read the model again by its name; it is given ours below.
         args.beta, args.sync_ref_model = 0.0, False
-    with refusals("GRPO"):
+    with reraise_as_config_error("GRPO"):
         trainer = _trainer_class(_columns(parts.data))(
-            reward_funcs=list(build_rewards(rewards)), peft_config=parts.peft_config, **trainer_inputs(parts)
+            reward_funcs=list(build_rewards(rewards)), peft_config=parts.peft_config, **trainer_kwargs(parts)
         )
     if reference is not None:
         trainer.take_reference(reference, beta, syncs=syncs)
@@ -87,7 +93,7 @@ def _trainer_class(columns: list[str]) -> type:
 
     from finetuning.trainer.mixin import TrainerMixin
 
-    class GRPOTrainer(TrainerMixin, WholeReference, trl.GRPOTrainer):
+    class GRPOTrainer(TrainerMixin, CompleteReferenceMixin, trl.GRPOTrainer):
         """TRL's GRPOTrainer with the mixin, ready prompts, our reference and the check of the first divergence."""
 
         _divergence_checked = False
@@ -109,7 +115,7 @@ def _trainer_class(columns: list[str]) -> type:
         def _count_tokens(self, inputs: Any) -> int:
             return 0  # The completions are not there yet.
 
-        def _tokenize_prompts(self, prompts: list[ReadyPrompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        def _tokenize_prompts(self, prompts: list[TokenizedPrompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
             return [prompt.ids for prompt in prompts], None, {}
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,9 +128,9 @@ def _trainer_class(columns: list[str]) -> type:
             loss = super()._compute_loss(model, inputs)
             if self.beta and self.state.global_step == 0 and self.model.training and not self._divergence_checked:
                 self._divergence_checked = True
-                known = KnownLoss(0.0, "the divergence from the reference")
+                known = ExpectedLoss(0.0, "the divergence from the reference")
                 found = self._metrics["train"]["kl"][-1]
-                check_first_loss(found, known, drops=drops_values(self.model))
+                check_initial_loss(found, known, drops=drops_values(self.model))
             return loss
 
     return GRPOTrainer
@@ -145,7 +151,7 @@ def _told_row(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     """A prepared row as TRL reads one: its prompt, which needs no tokenising, and the columns that rewards look at."""
     told = json.loads(row["row"])
     return {
-        "prompt": ReadyPrompt.of(told["prompt"], row["prompt_ids"]),
+        "prompt": TokenizedPrompt.of(told["prompt"], row["prompt_ids"]),
         **{name: told["columns"].get(name) for name in columns},
     }
 
@@ -163,12 +169,12 @@ def _check_enough_prompts(prompts: int, wanted: int) -> None:
     if prompts < wanted:
         raise ConfigError(
             f"a batch takes {wanted} prompts, and there are {prompts}",
-            place=Place(key="batchsize_conf.total_train_batch_size"),
+            place=Location(key="batchsize_conf.total_train_batch_size"),
             hint="It counts completions: lower it, or raise training_args.num_generations.",
         )
 
 
-METHOD = Method(
+METHOD = Algorithm(
     name="grpo",
     title="group relative policy optimisation",
     experiment=GRPOExperiment,

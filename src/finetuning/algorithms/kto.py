@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts, reference_of, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import (
+    Algorithm,
+    TrainingParts,
+    load_reference_model,
+    reraise_as_config_error,
+    trainer_kwargs,
+)
 from finetuning.config.sections.experiment import KTOExperiment
-from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss, WholeReference
+from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, InitialLossMixin
 
 if TYPE_CHECKING:
     import transformers
@@ -52,25 +58,25 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     from finetuning.data.processors.unpaired import with_neighbours
     from finetuning.trainer.mixin import TrainerMixin
 
-    class KTOTrainer(TrainerMixin, FirstLossCheck, WholeReference, trl.KTOTrainer):
+    class KTOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, trl.KTOTrainer):
         """TRL's KTOTrainer with the mixin, ready rows and the check of the first loss."""
 
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
             return with_neighbours(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
-        def known_first_loss(self, inputs: Any) -> KnownLoss | None:
+        def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
             if self.aux_loss_enabled:
                 return None
             good = int(inputs["label"].sum())
             weights = (self.desirable_weight, self.undesirable_weight)
             value = first_loss(good, len(inputs["label"]) - good, *weights)
-            return KnownLoss(value, f"{self.loss_type} with weights {weights[0]:g} and {weights[1]:g}")
+            return ExpectedLoss(value, f"{self.loss_type} with weights {weights[0]:g} and {weights[1]:g}")
 
-    with refusals("KTO"):
-        return KTOTrainer(ref_model=reference_of(parts), peft_config=parts.peft_config, **trainer_inputs(parts))
+    with reraise_as_config_error("KTO"):
+        return KTOTrainer(ref_model=load_reference_model(parts), peft_config=parts.peft_config, **trainer_kwargs(parts))
 
 
-METHOD = Method(
+METHOD = Algorithm(
     name="kto",
     title="optimisation on rated answers",
     experiment=KTOExperiment,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Algorithm, TrainingParts, reraise_as_config_error, trainer_kwargs
 from finetuning.config.sections.experiment import CPOExperiment, ORPOExperiment
 
 if TYPE_CHECKING:
@@ -73,15 +73,15 @@ class PairCollator:
         return batch
 
 
-def method(experiment: type[ORPOExperiment | CPOExperiment], title: str, trainer: str) -> Method:
+def make_algorithm(experiment: type[ORPOExperiment | CPOExperiment], title: str, trainer: str) -> Algorithm:
     """The algorithm that trains by `trainer`, given as `module:class` of TRL's experimental part."""
     module, _, name = trainer.partition(":")
 
     def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         found = getattr(importlib.import_module(module), name)
-        return build(experiment.method_name.upper(), parts, found)
+        return build_pair_trainer(experiment.method_name.upper(), parts, found)
 
-    return Method(
+    return Algorithm(
         name=experiment.method_name,
         title=title,
         experiment=experiment,
@@ -92,7 +92,7 @@ def method(experiment: type[ORPOExperiment | CPOExperiment], title: str, trainer
     )
 
 
-def build(name: str, parts: TrainingParts, trainer_class: type) -> transformers.Trainer:
+def build_pair_trainer(name: str, parts: TrainingParts, trainer_class: type) -> transformers.Trainer:
     """An experimental trainer on rows that are tokenised already.
 
     Raises:
@@ -112,13 +112,15 @@ def build(name: str, parts: TrainingParts, trainer_class: type) -> transformers.
         def _count_tokens(self, inputs: Any) -> Any:
             return inputs["chosen_attention_mask"].sum() + inputs["rejected_attention_mask"].sum()
 
-    given = trainer_inputs(parts)
-    given |= {key: ready(given[key]) for key in ("train_dataset", "eval_dataset") if given[key] is not None}
-    with refusals(name):
+    given = trainer_kwargs(parts)
+    given |= {
+        key: as_tokenized_dataset(given[key]) for key in ("train_dataset", "eval_dataset") if given[key] is not None
+    }
+    with reraise_as_config_error(name):
         return PairTrainer(data_collator=PairCollator(parts.tokenizer.tokenizer.pad_token_id), **given)
 
 
-def ready(dataset: datasets.Dataset) -> datasets.Dataset:
+def as_tokenized_dataset(dataset: datasets.Dataset) -> datasets.Dataset:
     """The rows as a dataset that its trainer cannot tokenise again: it maps to itself."""
     import datasets
 
@@ -131,10 +133,12 @@ def ready(dataset: datasets.Dataset) -> datasets.Dataset:
     return ReadyRows(dataset.data, info=dataset.info)
 
 
-ORPO = method(ORPOExperiment, "odds ratio preference optimisation (experimental)", "trl.experimental.orpo:ORPOTrainer")
+ORPO = make_algorithm(
+    ORPOExperiment, "odds ratio preference optimisation (experimental)", "trl.experimental.orpo:ORPOTrainer"
+)
 
 
-CPO = method(
+CPO = make_algorithm(
     CPOExperiment,
     "contrastive preference optimisation, SimPO among it (experimental)",
     "trl.experimental.cpo:CPOTrainer",

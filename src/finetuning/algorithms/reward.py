@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts, refusals, trainer_inputs
+from finetuning.algorithms.algorithm import Algorithm, TrainingParts, reraise_as_config_error, trainer_kwargs
 from finetuning.config.sections.experiment import RewardExperiment
-from finetuning.trainer.initial_loss import FirstLossCheck, KnownLoss
+from finetuning.trainer.initial_loss import ExpectedLoss, InitialLossMixin
 
 if TYPE_CHECKING:
     import transformers
@@ -53,7 +53,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
                 [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in examples]
             )
 
-    class RewardTrainer(TrainerMixin, FirstLossCheck, trl.RewardTrainer):
+    class RewardTrainer(TrainerMixin, InitialLossMixin, trl.RewardTrainer):
         """TRL's RewardTrainer with the mixin, ready rows and the check of the first loss."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,10 +62,10 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         def _set_signature_columns_if_needed(self) -> None:
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
-        def known_first_loss(self, inputs: Any) -> KnownLoss | None:
+        def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
             if not starts_at_zero:
                 return None
-            return KnownLoss(
+            return ExpectedLoss(
                 math.log(2),
                 "the loss of a new head",
                 because="every score is 0",
@@ -77,8 +77,8 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     collator = PairCollator(
         pad_token_id=parts.tokenizer.tokenizer.pad_token_id, pad_to_multiple_of=parts.arguments.pad_to_multiple_of
     )
-    with refusals("reward"):
-        return RewardTrainer(data_collator=collator, **trainer_inputs(parts))
+    with reraise_as_config_error("reward"):
+        return RewardTrainer(data_collator=collator, **trainer_kwargs(parts))
 
 
 def _scores_nothing(model: Any) -> bool:
@@ -89,7 +89,7 @@ def _scores_nothing(model: Any) -> bool:
     return bool(weights) and not any(hasattr(weight, "ds_shape") or bool(weight.any()) for weight in weights)
 
 
-METHOD = Method(
+METHOD = Algorithm(
     name="reward",
     title="a reward model of preferences",
     experiment=RewardExperiment,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
+from finetuning.algorithms.algorithm import Algorithm, TrainingParts
 from finetuning.config.sections.experiment import SFTExperiment
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     """
     from finetuning.data.collators import FlatteningCollator, PaddingCollator
     from finetuning.trainer.hooks import as_dataset
-    from finetuning.trainer.peft_methods import begin_from_rows
+    from finetuning.trainer.peft_methods import init_eva
 
     tokenizer = parts.tokenizer
     collate = (
@@ -50,7 +50,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
         if parts.layout.padded
         else FlatteningCollator()
     )
-    begin_from_rows(parts.model, parts.data.train, collate, parts.arguments.per_device_train_batch_size)
+    init_eva(parts.model, parts.data.train, collate, parts.arguments.per_device_train_batch_size)
     trainer = _trainer_class(parts)(
         model=parts.model,
         args=parts.arguments,
@@ -69,8 +69,8 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 def _trainer_class(parts: TrainingParts) -> type:
     import transformers
 
-    from finetuning.trainer.chunked_cross_entropy import SlicedLoss
-    from finetuning.trainer.ddp import BatchRebalanceSampler, TokenSampler
+    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropyMixin
+    from finetuning.trainer.ddp import BatchRebalanceSampler, TokenBalancedSampler
     from finetuning.trainer.mixin import TrainerMixin
 
     offloads = _offloading(parts)
@@ -84,13 +84,13 @@ def _trainer_class(parts: TrainingParts) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._slices = SlicedLoss(self.model, at_once, _forbids_slices(self))
+            self._slices = ChunkedCrossEntropyMixin(self.model, at_once, _forbids_slices(self))
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             sampler = super()._get_train_sampler(*args, **kwargs)
             if isinstance(sampler, BatchRebalanceSampler) and not parts.layout.padded:
                 seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-                return TokenSampler.in_place_of(sampler, seed)
+                return TokenBalancedSampler.in_place_of(sampler, seed)
             return sampler
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -182,7 +182,7 @@ def _selects_logits(parts: TrainingParts) -> bool:
     )
 
 
-METHOD = Method(
+METHOD = Algorithm(
     name="sft",
     title="supervised fine-tuning",
     experiment=SFTExperiment,

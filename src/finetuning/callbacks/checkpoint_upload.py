@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetuning.atomic_io import MANIFEST, staging_path, write_manifest
 from finetuning.config.redaction import without_user_info
-from finetuning.errors import ConfigError, MissingPackageError, Place
+from finetuning.errors import ConfigError, Location, MissingPackageError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ INTERRUPTED_S = 10.0
 """How long a run that was told to end, whose time is short, waits for all of them."""
 
 
-class CheckpointCopies(TrainerCallback):
+class CheckpointUploader(TrainerCallback):
     """Copies each published checkpoint to `address/checkpoint-N`, its manifest last: a copy without one is not whole.
 
     One thread copies, from hard links that the removal of old checkpoints does not touch. When it falls behind by two,
@@ -117,7 +117,7 @@ class CheckpointCopies(TrainerCallback):
         logger.warning("%s", told)
 
 
-def make_copies(address: str | None, is_main: bool) -> CheckpointCopies | None:
+def make_uploader(address: str | None, is_main: bool) -> CheckpointUploader | None:
     """The copier of the main process; None where nothing is to be copied.
 
     Raises:
@@ -131,16 +131,16 @@ def make_copies(address: str | None, is_main: bool) -> CheckpointCopies | None:
     try:
         fsspec.get_filesystem_class(fsspec.core.split_protocol(address)[0] or "file")
     except ValueError as error:
-        raise ConfigError(str(error), place=Place(key=_KEY)) from error
+        raise ConfigError(str(error), place=Location(key=_KEY)) from error
     except ImportError as error:
         raise MissingPackageError(
-            f"{address} needs a package: {error}", place=Place(key=_KEY), hint="pip install 'finetuning[s3]'"
+            f"{address} needs a package: {error}", place=Location(key=_KEY), hint="pip install 'finetuning[s3]'"
         ) from error
-    return CheckpointCopies(address)
+    return CheckpointUploader(address)
 
 
 @contextmanager
-def waited_for(copies: CheckpointCopies | None, is_interrupted: Callable[[], bool]) -> Iterator[None]:
+def wait_for_uploads(copies: CheckpointUploader | None, is_interrupted: Callable[[], bool]) -> Iterator[None]:
     """Waits at the end of the block for what it has had copied: shortly, where the run was told to end."""
     try:
         yield

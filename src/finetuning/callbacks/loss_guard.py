@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.sections.controller import Guard
+from finetuning.config.sections.controller import LossGuardConfig
 from finetuning.errors import GuardStopped
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ MARGIN = 1.0
 
 
 @dataclass(frozen=True)
-class Streak:
+class LossSpike:
     """The losses at the end of a run that are all exploded, oldest first, and what they were measured by."""
 
     losses: tuple[float, ...] = ()
@@ -35,7 +35,7 @@ class Streak:
         return len(self.losses)
 
 
-def exploded_streak(losses: Sequence[tuple[int, float]], factor: float) -> Streak:
+def find_loss_spike(losses: Sequence[tuple[int, float]], factor: float) -> LossSpike:
     """The exploded losses that the run ends with; empty when the last one is ordinary.
 
     A loss has exploded when it is above each of the last 50 losses before the streak, above their median m by
@@ -67,10 +67,10 @@ def exploded_streak(losses: Sequence[tuple[int, float]], factor: float) -> Strea
             ordinary += [one for _, one in streak] + [loss]
             streak = []
         last = step
-    return Streak(tuple(one for _, one in streak), tuple(step for step, _ in streak), median, limit, before)
+    return LossSpike(tuple(one for _, one in streak), tuple(step for step, _ in streak), median, limit, before)
 
 
-def guard_callback(guard: Guard) -> TrainerCallback:
+def guard_callback(guard: LossGuardConfig) -> TrainerCallback:
     """The callback that raises GuardStopped when the loss has exploded.
 
     The logged loss is the mean of all processes, so that they stop alike. While a streak lasts no checkpoint is saved:
@@ -82,12 +82,12 @@ def guard_callback(guard: Guard) -> TrainerCallback:
         """See `guard_callback`."""
 
         def __init__(self) -> None:
-            self._streak = Streak()
+            self._streak = LossSpike()
 
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             recent = state.log_history[-6 * WINDOW :]
             losses = [(entry.get("step", 0), float(entry["loss"])) for entry in recent if "loss" in entry]
-            self._streak = exploded_streak(losses, guard.explode_factor)
+            self._streak = find_loss_spike(losses, guard.explode_factor)
             self._hold_back(state, control)
             if len(self._streak) >= guard.patience:
                 raise GuardStopped(_message(self._streak, Path(args.output_dir), guard), hint=_hint(guard))
@@ -110,7 +110,7 @@ def guard_callback(guard: Guard) -> TrainerCallback:
     return GuardCallback()
 
 
-def _message(streak: Streak, output_dir: Path, guard: Guard) -> str:
+def _message(streak: LossSpike, output_dir: Path, guard: LossGuardConfig) -> str:
     values = ", ".join(f"{loss:.4g} at step {step}" for step, loss in zip(streak.steps, streak.losses, strict=True))
     return (
         f"step {streak.steps[-1]}: the loss has exploded: {values}, where the median was {streak.median:.4g} and"
@@ -118,7 +118,7 @@ def _message(streak: Streak, output_dir: Path, guard: Guard) -> str:
     )
 
 
-def _last_good(streak: Streak, output_dir: Path) -> str:
+def _last_good(streak: LossSpike, output_dir: Path) -> str:
     """Which checkpoint to go on from. One between the last ordinary loss and the first exploded one may be bad."""
     names = [path.name.rpartition("-")[2] for path in output_dir.glob("checkpoint-*")]
     numbers = sorted(int(name) for name in names if name.isdecimal())
@@ -130,7 +130,7 @@ def _last_good(streak: Streak, output_dir: Path) -> str:
     return text + (f", {', '.join(doubtful)} may not be." if doubtful else ".")
 
 
-def _hint(guard: Guard) -> str:
+def _hint(guard: LossGuardConfig) -> str:
     return (
         "Lower the learning rate, warm up longer or look at the rows of these steps; guard.explode_factor"
         f" ({guard.explode_factor:g}), guard.patience ({guard.patience}) and guard.enabled say when a run is stopped."

@@ -20,7 +20,7 @@ SCANNED_STEP = 5
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-class StepScan:
+class ResourceScan:
     """What is measured of one step. Times are nanoseconds since 1970, `relative` ones since the step began; those of
     forward and backward pass are of the last micro-batch."""
 
@@ -104,11 +104,11 @@ def scanner_callback(path: Path) -> TrainerCallback:
     class Scanner(TrainerCallback):
         """See `scanner_callback`."""
 
-        scan: StepScan | None = None
+        scan: ResourceScan | None = None
 
         def on_step_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
             if state.is_world_process_zero and state.global_step == SCANNED_STEP - 1:
-                self.scan = StepScan(more["model"], args.device)
+                self.scan = ResourceScan(more["model"], args.device)
 
         def on_pre_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
             if self.scan:

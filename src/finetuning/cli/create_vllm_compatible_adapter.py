@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.errors import run
+from finetuning.cli.errors import run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
-    return run(_convert, argv)
+    return run_command(_convert, argv)
 
 
 def _convert(argv: list[str]) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run
-from finetuning.errors import ConfigError, Place
+from finetuning.cli.errors import run_command
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from finetuning.config.sections.data import DataConfig
@@ -23,7 +23,7 @@ _LOOKED_AT = 4
 
 def preview_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_preview, argv)
+    return run_command(_preview, argv)
 
 
 def _preview_parser() -> argparse.ArgumentParser:
@@ -46,11 +46,11 @@ def _preview_parser() -> argparse.ArgumentParser:
 def _preview(argv: Sequence[str]) -> int:
     options = _preview_parser().parse_intermixed_args(argv)
     from finetuning.algorithms import METHODS
-    from finetuning.cli.errors import located
+    from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
-    from finetuning.data.chat.template import Renderer
+    from finetuning.data.chat.template import TemplateRenderer
     from finetuning.data.preprocessor import MOST_SHOWN
     from finetuning.data.preview import to_text
     from finetuning.training.setup import load_tokenizer, prepare
@@ -59,12 +59,12 @@ def _preview(argv: Sequence[str]) -> int:
         raise ConfigError(f"--rows {options.rows}: must be between 1 and {MOST_SHOWN}")
     method = METHODS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
-    with located(document):
+    with locate_errors(document):
         experiment = _of_first_rows(validate(document, method.experiment).experiment, options.rows * _LOOKED_AT)
         tokenizer = load_tokenizer(experiment)
         data = prepare(experiment, method, tokenizer, 1)
     rows = _first(data.preview, options.rows)
-    special = Renderer(tokenizer.tokenizer).special_tokens
+    special = TemplateRenderer(tokenizer.tokenizer).special_tokens
     if options.html is None:
         colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         print(to_text(rows, colour=colour, special_tokens=special))
@@ -115,7 +115,7 @@ _GIB = 2**30
 
 def prepare_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_prepare, argv)
+    return run_command(_prepare, argv)
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
@@ -153,7 +153,7 @@ def _prepare(argv: Sequence[str]) -> int:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
     from finetuning.algorithms import METHODS
     from finetuning.atomic_io import refuse_occupied
-    from finetuning.cli.errors import located
+    from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
@@ -163,12 +163,12 @@ def _prepare(argv: Sequence[str]) -> int:
         refuse_occupied(options.output)
     method = METHODS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
-    with located(document):
+    with locate_errors(document):
         experiment = validate(document, method.experiment).experiment
         if experiment.data_conf.streaming:
             raise ConfigError(
                 "rows are made as training goes, and there is nothing to prepare",
-                place=Place(key="data_conf.streaming"),
+                place=Location(key="data_conf.streaming"),
                 hint="Say data_conf.streaming=false to prepare them all.",
             )
         data = prepare(experiment, method, load_tokenizer(experiment), 1)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetuning.config.yaml.document import Document, dotted
+from finetuning.config.yaml.document import ConfigDocument, dotted
 from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
@@ -58,7 +58,7 @@ class Failure:
         }
 
 
-def forget(environ: Mapping[str, str] = os.environ) -> None:
+def reset_error_file(environ: Mapping[str, str] = os.environ) -> None:
     """Removes what an earlier run left in $FINETUNING_ERROR_FILE, unless a launcher has started this process."""
     if environ.get(ERROR_FILE) and not environ.get("RANK"):
         try:
@@ -67,7 +67,7 @@ def forget(environ: Mapping[str, str] = os.environ) -> None:
             _warn(ERROR_FILE, error)
 
 
-def report(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
+def report_failure(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
     """Tells the failure where the environment asks for it; a file that cannot be written is a warning.
 
     Of the processes of a job the first one speaks for all that fail alike, and each other for itself.
@@ -90,24 +90,24 @@ def report(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
             _warn(ERROR_FILE, error)
 
 
-def told_so_far(environ: Mapping[str, str] = os.environ) -> tuple[int, bool]:
+def reported_errors(environ: Mapping[str, str] = os.environ) -> tuple[int, bool]:
     """Bytes of the termination log, and whether there is an error file: these change when a process speaks."""
     log, error = environ.get(TERMINATION_LOG), environ.get(ERROR_FILE)
     size = Path(log).stat().st_size if log and Path(log).is_file() else 0
     return size, bool(error) and Path(error).exists()
 
 
-def speak_for_processes(exit_code: int, before: tuple[int, bool], environ: Mapping[str, str] = os.environ) -> None:
+def report_for_processes(exit_code: int, before: tuple[int, bool], environ: Mapping[str, str] = os.environ) -> None:
     """Reports a job whose process was killed before it could say anything, where reports are asked for.
 
     Args:
-        before: what `told_so_far` gave before the processes were started.
+        before: what `reported_errors` gave before the processes were started.
     """
     is_asked = environ.get(TERMINATION_LOG) or environ.get(ERROR_FILE)
-    if is_asked and exit_code == EXIT_INTERNAL and told_so_far(environ) == before:
+    if is_asked and exit_code == EXIT_INTERNAL and reported_errors(environ) == before:
         message = "a process of the job was killed, or ended without a word; often the memory did not suffice"
         print(f"error: {message}", file=sys.stderr)
-        report(Failure("InternalError", exit_code, (Problem(message),)), environ)
+        report_failure(Failure("InternalError", exit_code, (Problem(message),)), environ)
 
 
 def _contains(path: Path, message: str) -> bool:
@@ -133,14 +133,14 @@ _OUT_OF_MEMORY_NAMES = frozenset({"OutOfMemoryError", "MemoryError"})
 _LOST_NAMES = frozenset({"DistNetworkError", "DistStoreError", "DistBackendError"})
 
 
-def run(main_function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """The exit code of `main_function(arguments)`; its errors are told on stderr, one line per problem.
 
     `--debug` is taken out of the arguments; it, or FINETUNING_DEBUG=1, shows the traceback of an error. Of an error
     that is no FinetuningError the traceback is always kept in a file, whose path is told. TERMINATION_LOG_FILE and
     FINETUNING_ERROR_FILE name files that get the errors, too.
     """
-    forget()
+    reset_error_file()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != DEBUG_OPTION]
@@ -148,14 +148,14 @@ def run(main_function: Callable[[list[str]], int | None], argv: Sequence[str] | 
         return main_function(arguments) or EXIT_OK
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        report(Failure("Interrupted", EXIT_SIGINT, (Problem("interrupted"),)))
+        report_failure(Failure("Interrupted", EXIT_SIGINT, (Problem("interrupted"),)))
         return EXIT_SIGINT
     except FinetuningError as error:
         if debug:
             traceback.print_exc()
         for problem in error.problems:
             _tell(str(problem))
-        report(Failure(type(error).__name__, error.exit_code, error.problems))
+        report_failure(Failure(type(error).__name__, error.exit_code, error.problems))
         return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe went away; the null device keeps the interpreter from failing once more at exit.
@@ -188,7 +188,7 @@ def _tell_unforeseen(error: Exception, debug: bool) -> int:
 
 def _tell_failure(name: str, exit_code: int, message: str) -> int:
     _tell(message)
-    report(Failure(name, exit_code, (Problem(message),)))
+    report_failure(Failure(name, exit_code, (Problem(message),)))
     return exit_code
 
 
@@ -234,7 +234,7 @@ def _tell_traceback_file(error: BaseException) -> None:
 
 
 @contextmanager
-def located(document: Document) -> Iterator[None]:
+def locate_errors(document: ConfigDocument) -> Iterator[None]:
     """Errors of the block that name a key of the config say its line, too, or what stands for the key."""
     try:
         yield
@@ -243,7 +243,7 @@ def located(document: Document) -> Iterator[None]:
         raise
 
 
-def _located(problem: Problem, document: Document) -> Problem:
+def _located(problem: Problem, document: ConfigDocument) -> Problem:
     """The problem with the place that its key was given at; as it is, when it says its file itself."""
     if problem.place.key is None or problem.place.file is not None:
         return replace(problem, hint=_said(problem.hint, document))
@@ -252,7 +252,7 @@ def _located(problem: Problem, document: Document) -> Problem:
     return replace(problem, place=document.place_of(path), hint=_said(problem.hint, document))
 
 
-def _said(hint: str | None, document: Document) -> str | None:
+def _said(hint: str | None, document: ConfigDocument) -> str | None:
     """The hint with the flag in place of each key that a flag stands for."""
     for path, mark in document.marks.items():
         if hint and mark.stands_for is not None and len(path) > 1:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning import __version__
-from finetuning.cli.errors import run
-from finetuning.errors import ConfigError, Place
+from finetuning.cli.errors import run_command
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
-    from finetuning.config.yaml.document import Document
-    from finetuning.inference.runner import Job, Progress, Watch
+    from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.inference.runner import GenerationJob, GenerationProgress, ProgressCallback
 
 SCORES = ("exact", "contains", "regex")
 """The scorings by name; a test holds them equal to the table in `inference/scoring.py`."""
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
-    return run(_generate, argv)
+    return run_command(_generate, argv)
 
 
 def _count(text: str) -> int:
@@ -100,7 +100,7 @@ def _check_form(options: argparse.Namespace) -> None:
 
 
 def _from_config(options: argparse.Namespace) -> int:
-    from finetuning.cli.errors import located
+    from finetuning.cli.errors import locate_errors
     from finetuning.config.sections.generation import GenerationConfig
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
@@ -117,7 +117,7 @@ def _from_config(options: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     config = validated.experiment
     check_output(output)
-    with located(validated.document):
+    with locate_errors(validated.document):
         check_parameters(config.hf_gen_params)
         prompts = read_prompts(config.prompt_conf)
         if options.score:
@@ -132,16 +132,16 @@ def _from_config(options: argparse.Namespace) -> int:
 
 
 def _from_flags(options: argparse.Namespace) -> int:
-    from finetuning.cli.errors import located
+    from finetuning.cli.errors import locate_errors
     from finetuning.config.sections.model import NoQuantization
     from finetuning.inference.load import model_conf_of
     from finetuning.inference.prompts import read_lines, text_prompts
 
     output = Path(options.out_file or "inference_result.json")
     texts = [options.text] if options.text is not None else read_lines(options.text_file, "--text_file")
-    prompts = text_prompts(texts, Place(key="--text" if options.text is not None else "--text_file"))
+    prompts = text_prompts(texts, Location(key="--text" if options.text is not None else "--text_file"))
     attention = "flash_attention_2" if options.use_flash_attn else None
-    with located(_flags(options)):
+    with locate_errors(_flags(options)):
         model_conf = model_conf_of(options.model, options.base_model_name_or_path, attention)
         parameters = {"max_new_tokens": options.max_new_tokens or 20}
         job = _job(options, prompts, model_conf, NoQuantization(), parameters)
@@ -151,37 +151,37 @@ def _from_flags(options: argparse.Namespace) -> int:
     return 0
 
 
-def _flags(options: argparse.Namespace) -> Document:
+def _flags(options: argparse.Namespace) -> ConfigDocument:
     """The flags as a config without values: which flag, or file that it names, stands for which key."""
-    from finetuning.config.yaml.document import Document, KeyPath, Mark
+    from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan
     from finetuning.inference.load import ADAPTER_CONFIG
 
-    model = Place(key="--model")
+    model = Location(key="--model")
     named = Path(options.model).expanduser() / ADAPTER_CONFIG
     base = (
-        Place(key="--base_model_name_or_path")
+        Location(key="--base_model_name_or_path")
         if options.base_model_name_or_path is not None
-        else Place(file=str(named), key="base_model_name_or_path")
+        else Location(file=str(named), key="base_model_name_or_path")
         if named.is_file()
         else model
     )
-    places: dict[KeyPath, Place] = {
+    places: dict[KeyPath, Location] = {
         ("model_conf",): model,
         ("model_conf", "model"): base,
         ("model_conf", "adapter"): model,
-        ("model_conf", "model_args", "attn_implementation"): Place(key="--use_flash_attn"),
-        ("hf_gen_params",): Place(key="--max_new_tokens"),
-        ("hf_gen_params", "max_new_tokens"): Place(key="--max_new_tokens"),
-        ("OUT",): Place(key="--out_file"),
+        ("model_conf", "model_args", "attn_implementation"): Location(key="--use_flash_attn"),
+        ("hf_gen_params",): Location(key="--max_new_tokens"),
+        ("hf_gen_params", "max_new_tokens"): Location(key="--max_new_tokens"),
+        ("OUT",): Location(key="--out_file"),
     }
-    return Document({}, {path: Mark(stands_for=place) for path, place in places.items()})
+    return ConfigDocument({}, {path: SourceSpan(stands_for=place) for path, place in places.items()})
 
 
-def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> Job:
+def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> GenerationJob:
     from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
-    from finetuning.inference.runner import Job
+    from finetuning.inference.runner import GenerationJob
 
-    return Job(
+    return GenerationJob(
         prompts=prompts,
         model_conf=model_conf,
         quant_conf=quant_conf,
@@ -192,19 +192,19 @@ def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf:
     )
 
 
-def _run(job: Job, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
+def _run(job: GenerationJob, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
     """The job's records; told on the terminal while they are made."""
     from finetuning.cli.status import quiet_libraries
 
     quiet_libraries(bars=sys.stderr.isatty())
-    from finetuning.inference.runner import Watch, run_job
+    from finetuning.inference.runner import ProgressCallback, generate_records
 
     if len(job.prompts) == 1 and sys.stdout.isatty():
-        records = run_job(job, output, Watch(on_text=_show_text), make_record)
+        records = generate_records(job, output, ProgressCallback(on_text=_show_text), make_record)
         print()
     else:
         with _progress() as watch:
-            records = run_job(job, output, watch, make_record)
+            records = generate_records(job, output, watch, make_record)
     print(f"{len(records)} answer{'s'[: len(records) != 1]} in {output}", file=sys.stderr)
     return records
 
@@ -214,12 +214,12 @@ def _show_text(text: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Watch]:
+def _progress() -> Iterator[ProgressCallback]:
     """Who is told of progress: a bar on a terminal, else a line each time another tenth is done."""
-    from finetuning.inference.runner import Watch
+    from finetuning.inference.runner import ProgressCallback
 
     if not sys.stderr.isatty():
-        yield Watch(on_progress=_Lines())
+        yield ProgressCallback(on_progress=_Lines())
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -229,10 +229,10 @@ def _progress() -> Iterator[Watch]:
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("generate", total=None, speed="")
 
-        def show(progress: Progress) -> None:
+        def show(progress: GenerationProgress) -> None:
             bar.update(task, total=progress.prompts_total, completed=progress.prompts_done, speed=_speed(progress))
 
-        yield Watch(on_progress=show)
+        yield ProgressCallback(on_progress=show)
 
 
 class _Lines:
@@ -241,7 +241,7 @@ class _Lines:
     def __init__(self) -> None:
         self._tenths = 0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: GenerationProgress) -> None:
         tenths = progress.prompts_done * 10 // max(progress.prompts_total, 1)
         if tenths > self._tenths:
             self._tenths = tenths
@@ -249,17 +249,19 @@ class _Lines:
             print(f"{done}  {_speed(progress)}".rstrip(), file=sys.stderr, flush=True)
 
 
-def _speed(progress: Progress) -> str:
+def _speed(progress: GenerationProgress) -> str:
     return f"{progress.tokens / progress.seconds:,.0f} tokens/s" if progress.seconds else ""
 
 
 def _score(records: list[dict[str, Any]], name: Any, output: Path) -> None:
-    from finetuning.inference.output import write_whole
+    from finetuning.inference.output import write_atomically
     from finetuning.inference.scoring import score
 
     scores = score(records, name)
     path = output.with_name(f"{output.name}.scores.json")
-    write_whole(path, lambda stream: stream.write(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n"))
+    write_atomically(
+        path, lambda stream: stream.write(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    )
     print(scores.table())
 
 

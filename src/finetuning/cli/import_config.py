@@ -12,11 +12,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.cli.errors import TERMINATION_LOG, run, speak_for_processes, told_so_far
+from finetuning.cli.errors import TERMINATION_LOG, report_for_processes, reported_errors, run_command
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
 if TYPE_CHECKING:
-    from finetuning.config.yaml.document import Document
+    from finetuning.config.yaml.document import ConfigDocument
     from finetuning.importers.translation import Readers, Translation
 
 ENGINES = ("fms-hf-tuning", "axolotl", "llama-factory", "trl")
@@ -24,7 +24,7 @@ ENGINES = ("fms-hf-tuning", "axolotl", "llama-factory", "trl")
 
 def import_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_import, argv)
+    return run_command(_import, argv)
 
 
 def _import(argv: Sequence[str]) -> int:
@@ -56,14 +56,14 @@ def _import(argv: Sequence[str]) -> int:
     return 0
 
 
-def _engine(document: Document) -> str:
-    from finetuning.importers.other_engines import tell_engine
+def _engine(document: ConfigDocument) -> str:
+    from finetuning.importers.other_engines import detect_engine
 
     of_jobs = {"training_data_path", "data_config_path"}
-    return "fms-hf-tuning" if of_jobs & set(document.values) else tell_engine(document)
+    return "fms-hf-tuning" if of_jobs & set(document.values) else detect_engine(document)
 
 
-def _translate(engine: str, document: Document, processes: int) -> Translation:
+def _translate(engine: str, document: ConfigDocument, processes: int) -> Translation:
     if engine == "fms-hf-tuning":
         from finetuning.importers.fms.job import to_experiment
 
@@ -81,7 +81,7 @@ def job_main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
     if TERMINATION_LOG not in os.environ and _KUBERNETES_LOG.exists():
         os.environ[TERMINATION_LOG] = str(_KUBERNETES_LOG)
-    return run(_job, argv)
+    return run_command(_job, argv)
 
 
 def _job(argv: Sequence[str]) -> int:
@@ -108,12 +108,12 @@ def _job(argv: Sequence[str]) -> int:
         config = Path(folder) / "experiment.yaml"
         config.write_text(written(translation, "fms-hf-tuning", "sft"), encoding="utf-8")
         command = ["sft", str(config), "--logging-level", _level(job), *["--dry-run"] * options.dry_run]
-        before = told_so_far()
+        before = reported_errors()
         code = start(planned.launch, command, planned.environment)
     if code != EXIT_OK:
         if code == EXIT_USER:
             print(f"note: {config.name} is what `finetuning import` prints of this job", file=sys.stderr)
-        speak_for_processes(code, before)
+        report_for_processes(code, before)
         return code
     if not options.dry_run and translation.truth("lora_post_process_for_vllm", False):
         _post_process(translation.values)
@@ -133,7 +133,7 @@ def make_readers() -> Readers:
     return Readers(read_data_config, training_fields)
 
 
-def _level(job: Document) -> str:
+def _level(job: ConfigDocument) -> str:
     """LOG_LEVEL, or the job's log_level; `passive` and nothing are INFO."""
     level = os.environ.get("LOG_LEVEL") or job.values.get("log_level") or "passive"
     return _LEVELS.get(str(level).lower(), "INFO")

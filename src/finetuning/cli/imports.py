@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from finetuning.config.pretrained_config import model_config
+from finetuning.config.pretrained_config import read_pretrained_config
 from finetuning.config.sections.experiment import Experiment, SFTExperiment
 from finetuning.config.sections.model import NewPeft, NoPeft, NoQuantization
 
@@ -39,7 +39,7 @@ def _is_quantised(experiment: Experiment) -> bool:
     """True unless the weights are known to be plain numbers, by the config and the model's own."""
     if not isinstance(experiment.quant_conf, NoQuantization):
         return True
-    config = model_config(experiment.run_conf.model)
+    config = read_pretrained_config(experiment.run_conf.model)
     return config is None or "quantization_config" in config
 
 

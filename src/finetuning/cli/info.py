@@ -15,15 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.cli.errors import run
+from finetuning.cli.errors import run_command
 from finetuning.config.pretrained_config import FLASH
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
 if TYPE_CHECKING:
     from finetuning.config.sections.experiment import Experiment
-    from finetuning.config.yaml.document import Document
-    from finetuning.model.hardware import Device, Machine
-    from finetuning.model.module_summary import Inventory
+    from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.model.hardware import Device, Hardware
+    from finetuning.model.module_summary import ModuleSummary
 
 _REINSTALL = "pip install --force-reinstall finetuning"
 
@@ -78,7 +78,7 @@ PACKAGES = (
 
 def doctor_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code: 1 when something is missing that every run needs."""
-    return run(_examine, argv)
+    return run_command(_examine, argv)
 
 
 def _examine(argv: Sequence[str]) -> int:
@@ -91,9 +91,9 @@ def _examine(argv: Sequence[str]) -> int:
     if not is_there("torch"):
         print("torch is missing: " + _REINSTALL)
         return EXIT_USER
-    from finetuning.model.hardware import look_at_machine
+    from finetuning.model.hardware import detect_hardware
 
-    machine = look_at_machine(Path(options.output_dir))
+    machine = detect_hardware(Path(options.output_dir))
     packages = {package.module: found_version(package) for package in PACKAGES}
     attention = attention_of(machine, [name for name, package in FLASH.items() if package.is_installed])
     if options.json:
@@ -123,7 +123,7 @@ def found_version(package: Package) -> str | None:
         return "unknown"
 
 
-def attention_of(machine: Machine, installed: Sequence[str]) -> dict[str, str | None]:
+def attention_of(machine: Hardware, installed: Sequence[str]) -> dict[str, str | None]:
     """Each attention implementation with what is in its way; None where nothing is."""
     has_gpu = any(device.kind == "cuda" for device in machine.devices)
     found: dict[str, str | None] = {"eager": None, "sdpa": None}
@@ -138,7 +138,7 @@ def _missing(packages: Mapping[str, str | None]) -> dict[str, str]:
     return {package.module: package.install for package in PACKAGES if packages[package.module] is None}
 
 
-def _machine_lines(machine: Machine) -> list[str]:
+def _machine_lines(machine: Hardware) -> list[str]:
     lines = [
         f"python     {machine.python}",
         f"torch      {machine.torch}, built for {machine.build}",
@@ -169,7 +169,7 @@ def _attention_lines(attention: Mapping[str, str | None]) -> list[str]:
     ]
 
 
-def _package_lines(packages: Mapping[str, str | None], machine: Machine) -> list[str]:
+def _package_lines(packages: Mapping[str, str | None], machine: Hardware) -> list[str]:
     lines = ["packages"]
     has_gpu = len(machine.devices) > 1
     for package in PACKAGES:
@@ -190,7 +190,7 @@ def _gib(count: int) -> str:
 
 def targets_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_show, argv)
+    return run_command(_show, argv)
 
 
 def _show(argv: Sequence[str]) -> int:
@@ -211,11 +211,11 @@ def _show(argv: Sequence[str]) -> int:
     from finetuning.algorithms import METHODS
     from finetuning.cli.status import quiet_libraries
     from finetuning.model.load import LANGUAGE, SCORE
-    from finetuning.model.module_summary import take_inventory
+    from finetuning.model.module_summary import summarize_modules
 
     quiet_libraries()
     head = SCORE if METHODS[experiment.method_name].gives_scores else LANGUAGE
-    inventory = take_inventory(experiment.run_conf, experiment.peft_conf, head=head)
+    inventory = summarize_modules(experiment.run_conf, experiment.peft_conf, head=head)
     if options.json:
         print(json.dumps(asdict(inventory), indent=2))
     else:
@@ -224,7 +224,7 @@ def _show(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_experiment(document: Document) -> Experiment:
+def read_experiment(document: ConfigDocument) -> Experiment:
     """The experiment of the method that the file names, or of the first one whose YAML it is.
 
     Raises:
@@ -244,7 +244,7 @@ def read_experiment(document: Document) -> Experiment:
     raise first or ConfigError("there is no method")
 
 
-def lines_of(inventory: Inventory) -> list[str]:
+def lines_of(inventory: ModuleSummary) -> list[str]:
     """The inventory as a table for people."""
     header = ("module", "class", "count", "shape", "parameters", "size", "all-linear", "trained by peft_conf")
     rows = [header]
@@ -282,7 +282,7 @@ def _human(count: int) -> str:
 
 def schema_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_print_schema, argv)
+    return run_command(_print_schema, argv)
 
 
 def _print_schema(argv: Sequence[str]) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import forget, run, speak_for_processes, told_so_far
+from finetuning.cli.errors import report_for_processes, reported_errors, reset_error_file, run_command
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetuning.launch.hosts import Machines
+    from finetuning.launch.hosts import Hosts
     from finetuning.launch.processes import Launch
 
 _PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
     # Not our options but the command's, which stand behind it, may hold --debug.
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run(lambda _: _launch(arguments), arguments)
+    return run_command(lambda _: _launch(arguments), arguments)
 
 
 def _launch(argv: Sequence[str]) -> int:
     from finetuning.cli.main import METHODS
     from finetuning.config.validation.suggestions import did_you_mean
-    from finetuning.launch.hosts import find_machines
+    from finetuning.launch.hosts import resolve_hosts
     from finetuning.launch.processes import start
-    from finetuning.launch.restarts import run_again
+    from finetuning.launch.restarts import run_with_restarts
 
     options = build_parser().parse_args(argv)
     if not options.command or options.command[0] not in METHODS:
@@ -74,7 +74,7 @@ def _launch(argv: Sequence[str]) -> int:
             f"finetuning launch: {given} is no method; they are {', '.join(METHODS)}",
             hint=did_you_mean(given, METHODS),
         )
-    machines = find_machines(options.nnodes, options.node_rank, options.main_address)
+    machines = resolve_hosts(options.nnodes, options.node_rank, options.main_address)
     launch = _make_launch(options, machines)
     if options.dry_run:
         print("accelerate launch " + " ".join(launch.arguments(options.command)))
@@ -82,14 +82,14 @@ def _launch(argv: Sequence[str]) -> int:
     if options.max_restarts:
         _require_resuming(options.command)
     environment = machines.environment()
-    before = told_so_far()
-    code = run_again(lambda: start(launch, options.command, environment), options.max_restarts, _tell_restart)
-    speak_for_processes(code, before)
+    before = reported_errors()
+    code = run_with_restarts(lambda: start(launch, options.command, environment), options.max_restarts, _tell_restart)
+    report_for_processes(code, before)
     return code
 
 
 def _tell_restart(text: str) -> None:
-    forget()
+    reset_error_file()
     print(f"warning: {text}", file=sys.stderr)
 
 
@@ -111,7 +111,7 @@ def _require_resuming(command: Sequence[str]) -> None:
         )
 
 
-def _make_launch(options: argparse.Namespace, machines: Machines) -> Launch:
+def _make_launch(options: argparse.Namespace, machines: Hosts) -> Launch:
     from finetuning.launch.hosts import MEET_WITHIN_S
     from finetuning.launch.processes import Launch, preset_file, require_deepspeed
 

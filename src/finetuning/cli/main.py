@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from finetuning import __version__
-from finetuning.cli.errors import run
+from finetuning.cli.errors import run_command
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")
 """The subcommands that train. A test compares them with the table in `algorithms`, which `--help` does not import."""
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in SUBCOMMANDS:
         module, _, function = SUBCOMMANDS[arguments[0]].partition(":")
         return getattr(importlib.import_module(module), function)(arguments[1:])
-    return run(_train, arguments)
+    return run_command(_train, arguments)
 
 
 def _train(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.errors import run
+from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
-    return run(_merge, argv)
+    return run_command(_merge, argv)
 
 
 def _merge(argv: list[str]) -> int:

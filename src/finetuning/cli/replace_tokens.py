@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.errors import run
+from finetuning.cli.errors import run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
-    return run(_replace, argv)
+    return run_command(_replace, argv)
 
 
 def _replace(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run
+from finetuning.cli.errors import run_command
 from finetuning.errors import EXIT_OK, EXIT_USER
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _WIDE = 100
 
 def runs_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_runs, argv)
+    return run_command(_runs, argv)
 
 
 def _runs(argv: Sequence[str]) -> int:
@@ -110,7 +110,7 @@ def _started(state: RunState) -> str:
 
 def report_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_report, argv)
+    return run_command(_report, argv)
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -134,7 +134,7 @@ def _report(argv: Sequence[str]) -> int:
 
 def sync_main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
-    return run(_sync, argv)
+    return run_command(_sync, argv)
 
 
 def _sync(argv: Sequence[str]) -> int:

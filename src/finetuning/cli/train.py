@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from finetuning.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from finetuning.algorithms import Method
+    from finetuning.algorithms import Algorithm
     from finetuning.config.sections.experiment import Experiment
-    from finetuning.distributed import Topology
+    from finetuning.distributed import ProcessTopology
     from finetuning.tracking.settings import TrackingPlan
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -21,7 +21,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def train(options: argparse.Namespace) -> int:
     """Runs what the command line asks for; returns the exit code."""
     from finetuning.algorithms import METHODS
-    from finetuning.cli.errors import located
+    from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import read_controllers, validate
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
@@ -45,13 +45,13 @@ def train(options: argparse.Namespace) -> int:
         os.environ,
     )
     place = document.place_of(("batchsize_conf", "total_train_batch_size"))
-    with located(validated.document):
+    with locate_errors(validated.document):
         plan = make_plan(experiment, topology, place=place)
     warnings = [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]
     if topology.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    with located(validated.document):
+    with locate_errors(validated.document):
         if not options.dry_run:
             return _run(experiment, method, options, topology, tracking)
         if topology.is_main:
@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> int:
         return 0
 
 
-def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> None:
+def _show_plan(experiment: Experiment, topology: ProcessTopology, tracking: str) -> None:
     from finetuning.data.prepared import count_training_rows
     from finetuning.plan.plan import Decision, make_plan
 
@@ -78,21 +78,25 @@ def _show_plan(experiment: Experiment, topology: Topology, tracking: str) -> Non
 
 
 def _run(
-    experiment: Experiment, method: Method, options: argparse.Namespace, topology: Topology, tracking: TrackingPlan
+    experiment: Experiment,
+    method: Algorithm,
+    options: argparse.Namespace,
+    topology: ProcessTopology,
+    tracking: TrackingPlan,
 ) -> int:
     from finetuning.cli.imports import leave_out_unused
     from finetuning.config.yaml.dump import dump_yaml
     from finetuning.report.console import configure_logging
-    from finetuning.training.final_model import check_delivery, deliver
-    from finetuning.training.reporter import Observer
-    from finetuning.training.run import Job, run
+    from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
+    from finetuning.training.reporter import RunReporter
+    from finetuning.training.run import TrainingJob, run
 
-    check_delivery(experiment)
+    check_save_model_dir(experiment)
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
     leave_out_unused(experiment)
-    observer = Observer(experiment, method.name, topology, tracking)
+    observer = RunReporter(experiment, method.name, topology, tracking)
     result = run(
-        Job(
+        TrainingJob(
             experiment=experiment,
             method=method,
             topology=topology,
@@ -102,6 +106,6 @@ def _run(
         )
     )
     if topology.is_main:
-        deliver(experiment)
+        copy_to_save_model_dir(experiment)
     observer.closing(result.status, result.steps, result.final_loss, result.training_s)
     return 0

@@ -57,7 +57,7 @@ def without_secret_values(line: str) -> str:
     return without_user_info(line)
 
 
-def show(value: Any, path: Iterable[Any] = ()) -> str | None:
+def redact(value: Any, path: Iterable[Any] = ()) -> str | None:
     """A value in a few characters, for a message; None where it must not be shown or is too large to help."""
     if is_secret_path(path):
         return None

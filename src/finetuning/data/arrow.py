@@ -22,7 +22,7 @@ _ROWS = 1 << 14
 _BYTES = 1 << 23
 
 
-class Spool:
+class ArrowSpool:
     """Tables of one schema, laid end to end on disk.
 
     The file has no name, so that nothing of it is left when the process ends, however it ends.
@@ -68,12 +68,12 @@ class Spool:
             ) from error
 
 
-def taken(table: pa.Table, rows: np.ndarray, folder: Path | None = None) -> pa.Table:
+def take_rows(table: pa.Table, rows: np.ndarray, folder: Path | None = None) -> pa.Table:
     """These rows of a table, in this order, on disk."""
     batches = [batch for batch in table.to_batches() if batch.num_rows]
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     slab = max(1, min(_ROWS, _BYTES * table.num_rows // max(table.nbytes, 1)))
-    spool = Spool(folder)
+    spool = ArrowSpool(folder)
     for first in range(0, len(rows), slab):
         spool.add(_gathered(batches, starts, rows[first : first + slab]))
     return spool.table()

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from finetuning.atomic_io import manifest_fault, staged, write_manifest
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
-from finetuning.data.statistics import Ledger, PartLedger, fate_of, totals_of, values_of
-from finetuning.errors import DataError, Place, StorageError
+from finetuning.data.statistics import DatasetStatistics, SplitStatistics, counts_of, outcome_of, values_of
+from finetuning.errors import DataError, Location, StorageError
 
 if TYPE_CHECKING:
     import datasets
@@ -37,7 +37,7 @@ FORM = 2
 
 
 @dataclass(frozen=True)
-class Inputs:
+class CacheKey:
     """All that prepared rows depend on; each value is text that tells one from another."""
 
     data: dict[str, str]
@@ -48,7 +48,7 @@ class Inputs:
     """Settings of the method and of `data_conf`, by key."""
     versions: dict[str, str]
 
-    def changes_since(self, former: Inputs) -> list[str]:
+    def changes_since(self, former: CacheKey) -> list[str]:
         """What differs from former inputs, a phrase each."""
         changes = []
         if self.data != former.data:
@@ -65,23 +65,23 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Stored:
+class CacheEntry:
     """What a folder of prepared rows holds."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    ledger: Ledger
+    ledger: DatasetStatistics
     preview: list[PreviewRow]
-    inputs: Inputs
+    inputs: CacheKey
 
 
 def write(
     target: Path,
     train: datasets.Dataset,
     validation: datasets.Dataset | None,
-    ledger: Ledger,
+    ledger: DatasetStatistics,
     preview: list[PreviewRow],
-    inputs: Inputs,
+    inputs: CacheKey,
     *,
     shards: int = 1,
 ) -> None:
@@ -110,7 +110,7 @@ def write(
         write_manifest(folder)
 
 
-def read(folder: Path) -> Stored | str:
+def read(folder: Path) -> CacheEntry | str:
     """What the folder holds, or why it cannot be used."""
     fault = manifest_fault(folder)
     if fault:
@@ -124,23 +124,24 @@ def read(folder: Path) -> Stored | str:
     train, validation = (_read_tables(folder, name) for name in ("train", "validation"))
     if train is None:
         return "there are no training rows in it"
-    return Stored(
+    return CacheEntry(
         train,
         validation,
-        Ledger(
+        DatasetStatistics(
             tuple(
-                PartLedger(totals_of(one["totals"]), [fate_of(fate) for fate in one["fates"]]) for one in meta["ledger"]
+                SplitStatistics(counts_of(one["totals"]), [outcome_of(fate) for fate in one["fates"]])
+                for one in meta["ledger"]
             )
         ),
         [_preview(row) for row in meta["preview"]],
-        Inputs(**meta["inputs"]),
+        CacheKey(**meta["inputs"]),
     )
 
 
-def inputs_of(folder: Path) -> Inputs | None:
+def cache_key_of(folder: Path) -> CacheKey | None:
     """What the rows of a folder depend on; None where it cannot be told."""
     try:
-        return Inputs(**json.loads((folder / META).read_text(encoding="utf-8"))["inputs"])
+        return CacheKey(**json.loads((folder / META).read_text(encoding="utf-8"))["inputs"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -164,17 +165,17 @@ def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:
 
 def _preview(values: dict[str, Any]) -> PreviewRow:
     segments = tuple((text, trained) for text, trained in values["segments"])
-    return PreviewRow(**{**values, "place": Place(**values["place"]), "segments": segments})
+    return PreviewRow(**{**values, "place": Location(**values["place"]), "segments": segments})
 
 
 VARIABLE = "FINETUNING_CACHE"
 
 
 @dataclass(frozen=True)
-class Found:
+class CacheResult:
     """Prepared rows, and whether they were there already, in a sentence."""
 
-    stored: Stored
+    stored: CacheEntry
     why: str
 
 
@@ -188,7 +189,7 @@ def cache_folder(setting: str) -> Path | None:
     return Path(chosen).expanduser()
 
 
-def find_or_make(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> Found:
+def load_or_prepare(folder: Path, inputs: CacheKey, make: Callable[[Path], None]) -> CacheResult:
     """The entry for these inputs, made by `make` where there is none; one process at a time makes it.
 
     Raises:
@@ -200,9 +201,9 @@ def find_or_make(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> 
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock"):
             stored = read(entry) if entry.is_dir() else "no entry"
-            if isinstance(stored, Stored):
+            if isinstance(stored, CacheEntry):
                 os.utime(entry / META)
-                return Found(stored, f"as prepared before: same data, template, tokenizer and rules ({entry})")
+                return CacheResult(stored, f"as prepared before: same data, template, tokenizer and rules ({entry})")
             why = _why_anew(folder, inputs) if stored == "no entry" else f"the entry could not be used: {stored}"
             shutil.rmtree(entry, ignore_errors=True)
             make(entry)
@@ -210,43 +211,43 @@ def find_or_make(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> 
     except OSError as error:
         raise StorageError(
             f"the cache of prepared rows, {folder}, cannot be written: {error}",
-            place=Place(key="data_conf.cache"),
+            place=Location(key="data_conf.cache"),
             hint=f"Set data_conf.cache: off, or {VARIABLE} to a folder that can be.",
         ) from error
     if isinstance(stored, str):
         raise StorageError(f"{entry}, just written, cannot be read: {stored}")
-    return Found(stored, f"prepared now, kept in {entry}: {why}")
+    return CacheResult(stored, f"prepared now, kept in {entry}: {why}")
 
 
-def digest_of(inputs: Inputs) -> str:
+def digest_of(inputs: CacheKey) -> str:
     """The name of the entry of these inputs."""
     # The order of files is part of what is prepared, the order of settings is not.
     values = asdict(inputs) | {"data": list(inputs.data.items()), "form": FORM}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_prepared(folder: Path, inputs: Inputs) -> Found:
+def read_prepared(folder: Path, inputs: CacheKey) -> CacheResult:
     """What `finetuning prepare --output` wrote, for rows that are made in the same way; the data is not compared.
 
     Raises:
         DataError: it is not there, not whole, or was made in another way.
     """
     stored = prepared_in(folder)
-    former = Inputs({}, stored.inputs.template, stored.inputs.tokenizer, _own(stored.inputs), {})
-    changes = Inputs({}, inputs.template, inputs.tokenizer, _own(inputs), {}).changes_since(former)
+    former = CacheKey({}, stored.inputs.template, stored.inputs.tokenizer, _own(stored.inputs), {})
+    changes = CacheKey({}, inputs.template, inputs.tokenizer, _own(inputs), {}).changes_since(former)
     if changes:
-        place = Place(key="data_conf.prepared")
+        place = Location(key="data_conf.prepared")
         raise DataError(f"{folder} was prepared in another way: {'; '.join(changes)}", place=place)
-    return Found(stored, f"as prepared ahead of time in {folder}")
+    return CacheResult(stored, f"as prepared ahead of time in {folder}")
 
 
-def prepared_in(folder: Path) -> Stored:
+def prepared_in(folder: Path) -> CacheEntry:
     """What a folder of prepared rows holds.
 
     Raises:
         DataError: it is not there, or not whole.
     """
-    key = Place(key="data_conf.prepared")
+    key = Location(key="data_conf.prepared")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder", place=key)
     stored = read(folder)
@@ -255,7 +256,7 @@ def prepared_in(folder: Path) -> Stored:
     return stored
 
 
-def _own(inputs: Inputs) -> dict[str, str]:
+def _own(inputs: CacheKey) -> dict[str, str]:
     return {key: value for key, value in inputs.rules.items() if not key.startswith("data_conf.")}
 
 
@@ -288,10 +289,10 @@ def _last_used(entry: Path) -> float:
     return (entry / META).stat().st_mtime
 
 
-def _why_anew(folder: Path, inputs: Inputs) -> str:
+def _why_anew(folder: Path, inputs: CacheKey) -> str:
     """What changed against the entry that is most alike."""
     entries = sorted((one for one in folder.iterdir() if (one / META).is_file()), key=_last_used, reverse=True)
-    former = [known for one in entries[:200] if (known := inputs_of(one)) is not None]
+    former = [known for one in entries[:200] if (known := cache_key_of(one)) is not None]
     method = [one for one in former if one.rules.get("method") == inputs.rules.get("method")]
     if not method:
         return "nothing like it was prepared before"

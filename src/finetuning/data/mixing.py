@@ -20,7 +20,7 @@ from finetuning.config.sections.data import (
     ValidationData,
     WeightedMix,
 )
-from finetuning.errors import DataError, Place
+from finetuning.errors import DataError, Location
 
 _BLOCK = 1000
 _MOST_REPEATED = 1000
@@ -85,7 +85,7 @@ def _check_length(sizes: np.ndarray, probabilities: Sequence[float]) -> None:
         )
 
 
-def drawn_datasets(probabilities: Sequence[float], seed: int) -> Iterator[np.ndarray]:
+def sampled_datasets(probabilities: Sequence[float], seed: int) -> Iterator[np.ndarray]:
     """Numbers of datasets as they are drawn, without end, in blocks."""
     generator = np.random.default_rng(seed)
     while True:
@@ -96,7 +96,7 @@ def _draw_until_exhausted(
     sizes: np.ndarray, probabilities: Sequence[float], seed: int, until_first: bool
 ) -> np.ndarray:
     """Drawn datasets, up to the draw that takes the last row of all of them, or of the first one."""
-    draws = drawn_datasets(probabilities, seed)
+    draws = sampled_datasets(probabilities, seed)
     counts = np.zeros(len(sizes), dtype=np.int64)
     blocks: list[np.ndarray] = []
     while not (counts >= sizes).any() if until_first else (counts < sizes).any():
@@ -133,7 +133,7 @@ def used_datasets(data: Concatenation | WeightedMix, key: str) -> list[tuple[str
     ]
     if not used:
         raise DataError(
-            "all sampling weights are 0, so there is nothing to train on", place=Place(key=f"{key}.datasets")
+            "all sampling weights are 0, so there is nothing to train on", place=Location(key=f"{key}.datasets")
         )
     return used
 
@@ -164,7 +164,7 @@ def arrange(
     rows = np.concatenate(held_out)
     if not len(rows) or not len(train):
         missing = "train on" if len(rows) else "validate on: no dataset has a validation_ratio"
-        raise DataError(f"nothing is left to {missing}", place=Place(key="data_conf.validation_data"))
+        raise DataError(f"nothing is left to {missing}", place=Location(key="data_conf.validation_data"))
     return train, rows
 
 
@@ -197,11 +197,11 @@ def _mixed(training: TrainingData, sources: Sequence[DatasetSource], parts: Sequ
     try:
         return rows[weighted_mix(sizes, weights, training.seed, training.stopping)]
     except ValueError as error:
-        raise DataError(str(error), place=Place(key="data_conf.training_data.datasets")) from None
+        raise DataError(str(error), place=Location(key="data_conf.training_data.datasets")) from None
 
 
 def _split(count: int, ratio: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         return split(count, ratio, seed)
     except ValueError as error:
-        raise DataError(str(error), place=Place(key=key)) from None
+        raise DataError(str(error), place=Location(key=key)) from None

@@ -13,9 +13,9 @@ from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
 from finetuning.data.samples import Row
 from finetuning.data.sources import Line, find_shards
-from finetuning.data.text_template import Formatter
-from finetuning.data.transforms import Recipe, make_recipe
-from finetuning.errors import ConfigError, DataError, Place, Problem
+from finetuning.data.text_template import TextTemplate
+from finetuning.data.transforms import TransformChain, make_transforms
+from finetuning.errors import ConfigError, DataError, Location, Problem
 
 _LOOKED_AT = 32
 _TEXT_KEYS = ("response_template", "instruction_template", "data_formatter_template", "dataset_text_field")
@@ -58,7 +58,7 @@ def open_dataset(
         DataError: a file is missing or no row is in it; also while rows are read.
         ConfigError: the dataset's settings contradict each other.
     """
-    recipe = make_recipe(source, key)
+    recipe = make_transforms(source, key)
     special_tokens = options.special_tokens
 
     def handled(one: Row | Problem | Line) -> Any:
@@ -79,7 +79,7 @@ def open_dataset(
     return OpenDataset(row_format, is_stated, chain(head, rows), parse)
 
 
-def title_of(source: DatasetSource) -> str:
+def source_title(source: DatasetSource) -> str:
     """What a dataset is called in reports."""
     paths = [source.path] if isinstance(source.path, str) else source.path
     name = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
@@ -92,12 +92,12 @@ def unparsed_rows(source: DatasetSource, key: str, *, streaming: bool = False) -
     return islice(chain.from_iterable(shard.unparsed() for shard in shards), source.max_rows)
 
 
-def _own_options(source: DatasetSource, recipe: Recipe, options: Options) -> Options:
+def _own_options(source: DatasetSource, recipe: TransformChain, options: Options) -> Options:
     return replace(
         options,
         chats=recipe.chats or options.chats,
         text_field=source.dataset_text_field or recipe.text_field or "text",
-        formatter=Formatter(unescape(source.data_formatter_template)) if source.data_formatter_template else None,
+        formatter=TextTemplate(unescape(source.data_formatter_template)) if source.data_formatter_template else None,
         response_template=unescape(source.response_template) if source.response_template else None,
         instruction_template=unescape(source.instruction_template) if source.instruction_template else None,
         add_eos=source.add_eos_token and recipe.add_eos,
@@ -115,32 +115,34 @@ def _check_columns(source: DatasetSource, head: Sequence[Row | Problem | Line], 
     if found and not any(old in values for old in source.columns for values in found):
         raise ConfigError(
             f"none of {', '.join(source.columns)} is a column of the first rows; they have {', '.join(found[0])}",
-            place=Place(key=f"{key}.columns"),
+            place=Location(key=f"{key}.columns"),
         )
 
 
-def _choose(source: DatasetSource, recipe: Recipe, kind: str, head: Sequence[Row], key: str) -> tuple[RowFormat, bool]:
+def _choose(
+    source: DatasetSource, recipe: TransformChain, kind: str, head: Sequence[Row], key: str
+) -> tuple[RowFormat, bool]:
     formats = {one.name: one for one in KINDS[kind]}
     used = [name for name in _TEXT_KEYS if getattr(source, name)]
     if used and "text" not in formats:
-        raise ConfigError("is for supervised fine-tuning", place=Place(key=f"{key}.{used[0]}"))
+        raise ConfigError("is for supervised fine-tuning", place=Location(key=f"{key}.{used[0]}"))
     stated = source.format.value if source.format else recipe.format
     if source.response_template and stated in (None, "text"):
         stated = "response_template"
     elif (used or recipe.text_field) and stated is None:
         stated = "text"
     if stated == "response_template" and not source.response_template:
-        raise ConfigError("needs response_template beside it", place=Place(key=f"{key}.format"))
+        raise ConfigError("needs response_template beside it", place=Location(key=f"{key}.format"))
     if stated is not None:
         if stated not in formats:
             raise ConfigError(
                 f'"{stated}" is not what this method takes; it takes {", ".join(formats)}',
-                place=Place(key=f"{key}.format"),
+                place=Location(key=f"{key}.format"),
             )
         if used and head and FORMATS["tokens"].is_of(head[0]):
             raise DataError(
                 f"{used[0]} does not go with rows that hold token ids already",
-                place=Place(file=head[0].place.file, key=f"{key}.{used[0]}"),
+                place=Location(file=head[0].place.file, key=f"{key}.{used[0]}"),
             )
         return formats[stated], True
     for row in head:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.arrow import Spool, as_dataset
+from finetuning.data.arrow import ArrowSpool, as_dataset
 
 if TYPE_CHECKING:
     import datasets
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackingResult:
     """Rows by pack: `rows[borders[i]:borders[i + 1]]` are the rows of pack i, int64, in their own order."""
 
     rows: np.ndarray
@@ -30,7 +30,7 @@ class Packing:
         return len(self.borders) - 1
 
 
-def pack(lengths: np.ndarray, capacity: int) -> Packing:
+def pack(lengths: np.ndarray, capacity: int) -> PackingResult:
     """Packs of at most `capacity` tokens, as few as best-fit decreasing needs; no row is cut.
 
     Rows of one length are placed together: the longest first, each into the fullest pack that still has room. The
@@ -49,7 +49,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) == 0:
-        return Packing(lengths, np.zeros(1, dtype=np.int64), 1.0)
+        return PackingResult(lengths, np.zeros(1, dtype=np.int64), 1.0)
     if lengths.min() < 1 or lengths.max() > capacity:
         raise ValueError(f"rows have {lengths.min()} to {lengths.max()} tokens; a pack holds 1 to {capacity}")
     by_length = np.argsort(-lengths, kind="stable")
@@ -62,7 +62,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
         pack_of_row[by_length[start:end]] = packs.place(int(sorted_lengths[start]), end - start)
     rows = np.argsort(pack_of_row, kind="stable")
     borders = np.append(0, np.cumsum(np.bincount(pack_of_row, minlength=packs.count)))
-    return Packing(rows, borders, float(lengths.sum() / (packs.count * capacity)))
+    return PackingResult(rows, borders, float(lengths.sum() / (packs.count * capacity)))
 
 
 class _Packs:
@@ -124,7 +124,7 @@ _TOKENS = 1 << 19
 
 
 @dataclass(frozen=True)
-class Lying:
+class PaddingStats:
     """How rows lie in the packs of a run, and what share of computed tokens is real in each way to lay them."""
 
     rows: int
@@ -152,12 +152,12 @@ def row_lengths(dataset: datasets.Dataset, column: str = "input_ids") -> np.ndar
     return pc.list_value_length(table[column]).to_numpy().astype(np.int64)
 
 
-def lying(dataset: datasets.Dataset, capacity: int, batch: int) -> Lying:
+def padding_stats(dataset: datasets.Dataset, capacity: int, batch: int) -> PaddingStats:
     """How the rows of a dataset lie, and the shares that are real in batches of this many rows."""
     lengths = row_lengths(dataset)
     packed = "lengths" in dataset.column_names
     filled = float(lengths.sum() / (len(dataset) * capacity)) if packed else None
-    return Lying(len(lengths), len(dataset) if packed else None, filled, _padded_share(lengths, batch))
+    return PaddingStats(len(lengths), len(dataset) if packed else None, filled, _padded_share(lengths, batch))
 
 
 def _padded_share(lengths: np.ndarray, batch: int) -> float:
@@ -189,7 +189,7 @@ def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:
     packing = pack(lengths, capacity)
     source = dataset.with_format("arrow")
     columns = ("input_ids", "labels")
-    spool = Spool()
+    spool = ArrowSpool()
     slab = max(1, _TOKENS // capacity)
     for first in range(0, len(packing), slab):
         borders = packing.borders[first : first + slab + 1]

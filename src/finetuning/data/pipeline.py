@@ -10,19 +10,19 @@ import numpy as np
 
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.arrow import as_dataset, taken
-from finetuning.data.chat.loss_mask import Masker
-from finetuning.data.chat.template import Renderer, chosen_template
+from finetuning.data.arrow import as_dataset, take_rows
+from finetuning.data.chat.loss_mask import AssistantMaskBuilder
+from finetuning.data.chat.template import TemplateRenderer, chosen_template
 from finetuning.data.open_dataset import options_for
 from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
-from finetuning.data.preprocessor import Reading
-from finetuning.data.processors.base import DPOMaker, SFTMaker
-from finetuning.data.processors.prompt import PromptMaker
-from finetuning.data.processors.sft import SupervisedMaker
-from finetuning.data.processors.unpaired import UnpairedMaker, WholePairMaker
+from finetuning.data.preprocessor import Preprocessor
+from finetuning.data.processors.base import ChatProcessor, PreferenceProcessor
+from finetuning.data.processors.prompt import PromptProcessor
+from finetuning.data.processors.sft import SFTProcessor
+from finetuning.data.processors.unpaired import UnpairedProcessor, WholePairProcessor
 from finetuning.data.streaming.prepare import stream_rows
-from finetuning.data.tokenization.labels import Labeller
+from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def prepare_sft(
     options = options_for(sft_args, tokenizer.special_tokens_map)
     truncate = sft_args.length_handling == "truncate"
 
-    def make_chats() -> SFTMaker:
+    def make_chats() -> ChatProcessor:
         renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-        return SFTMaker(renderer, masker, labeller, sft_args.max_seq_length, truncate, options.chats != "all")
+        return ChatProcessor(renderer, masker, labeller, sft_args.max_seq_length, truncate, options.chats != "all")
 
-    make = SupervisedMaker(make_chats, labeller, tokenizer.eos_token, len(tokenizer), sft_args.max_seq_length, truncate)
+    make = SFTProcessor(make_chats, labeller, tokenizer.eos_token, len(tokenizer), sft_args.max_seq_length, truncate)
     rules = {
         "method": "sft",
         "sft_args.max_seq_length": sft_args.max_seq_length,
@@ -66,7 +66,7 @@ def prepare_sft(
         "stop tokens": list(stop_tokens),
     }
     divide = make.divide if sft_args.length_handling == "split" else None
-    reading = Reading("sft", options, make, labeller, sft_args.max_seq_length, num_workers, divide)
+    reading = Preprocessor("sft", options, make, labeller, sft_args.max_seq_length, num_workers, divide)
     if data_conf.streaming:
         capacity = sft_args.max_seq_length if sft_args.packing else None
         return stream_rows(data_conf, reading, tokenizer, rules, seed, capacity)
@@ -94,10 +94,10 @@ def prepare_dpo(
     """
     labeller = _labeller(tokenizer)
     renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-    reading = Reading(
+    reading = Preprocessor(
         "preference",
         options_for(None, tokenizer.special_tokens_map),
-        DPOMaker(renderer, masker, labeller, max_length),
+        PreferenceProcessor(renderer, masker, labeller, max_length),
         labeller,
         max_length,
         num_workers,
@@ -120,10 +120,12 @@ def prepare_reward(
     """
     labeller = _labeller(tokenizer)
     renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-    make = WholePairMaker(DPOMaker(renderer, masker, labeller, None), max_length)
+    make = WholePairProcessor(PreferenceProcessor(renderer, masker, labeller, None), max_length)
     return prepare_rows(
         data_conf,
-        Reading("preference", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers),
+        Preprocessor(
+            "preference", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers
+        ),
         tokenizer,
         _rules("reward", max_length, stop_tokens),
     )
@@ -148,10 +150,10 @@ def prepare_kto(
     """
     labeller = _labeller(tokenizer)
     renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-    reading = Reading(
+    reading = Preprocessor(
         "unpaired",
         options_for(None, tokenizer.special_tokens_map),
-        UnpairedMaker(renderer, masker, labeller, max_length),
+        UnpairedProcessor(renderer, masker, labeller, max_length),
         labeller,
         max_length,
         num_workers,
@@ -168,7 +170,7 @@ def prepare_kto(
 def _shuffled(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
     """The rows in the order of `Dataset.shuffle`."""
     order = np.random.default_rng(seed).permutation(len(dataset))
-    return as_dataset(taken(dataset.with_format("arrow")[:], order))
+    return as_dataset(take_rows(dataset.with_format("arrow")[:], order))
 
 
 def prepare_prompts(
@@ -186,8 +188,8 @@ def prepare_prompts(
         DataError: as `prepare_dpo`.
     """
     labeller = _labeller(tokenizer)
-    make = PromptMaker(Renderer(tokenizer), labeller, max_length, needed)
-    reading = Reading(
+    make = PromptProcessor(TemplateRenderer(tokenizer), labeller, max_length, needed)
+    reading = Preprocessor(
         "prompt", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers
     )
     return prepare_rows(data_conf, reading, tokenizer, _rules("grpo", max_length, ()) | {"columns": dict(needed)})
@@ -197,17 +199,17 @@ def _rules(method: str, max_length: int | None, stop_tokens: Sequence[str]) -> d
     return {"method": method, "max_length": max_length, "stop tokens": list(stop_tokens)}
 
 
-def _labeller(tokenizer: PreTrainedTokenizerFast) -> Labeller:
+def _labeller(tokenizer: PreTrainedTokenizerFast) -> LabelBuilder:
     if not tokenizer.is_fast:
         raise DataError("the tokenizer is a slow one, without character offsets: a loss mask could not be proven")
-    return Labeller(tokenizer)
+    return LabelBuilder(tokenizer)
 
 
 def _proof(
-    data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, labeller: Labeller, stop_tokens: Sequence[str]
-) -> tuple[Renderer, Masker]:
+    data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, labeller: LabelBuilder, stop_tokens: Sequence[str]
+) -> tuple[TemplateRenderer, AssistantMaskBuilder]:
     """What renders chats by the tokenizer's template, and shows which of the text is the assistant's."""
-    renderer = Renderer(tokenizer)
+    renderer = TemplateRenderer(tokenizer)
     template = chosen_template(data_conf)
     ends = (template.end_of_turn,) if template and template.end_of_turn else ()
-    return renderer, Masker(renderer, labeller.split, (*stop_tokens, *ends))
+    return renderer, AssistantMaskBuilder(renderer, labeller.split, (*stop_tokens, *ends))

@@ -17,21 +17,21 @@ import numpy as np
 from finetuning import __version__
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, WeightedMix
 from finetuning.data import mixing
-from finetuning.data.cache import Inputs, Stored, cache_folder, find_or_make, prepared_in, read_prepared, write
+from finetuning.data.cache import CacheEntry, CacheKey, cache_folder, load_or_prepare, prepared_in, read_prepared, write
 from finetuning.data.mixing import arrange, used_datasets
-from finetuning.data.open_dataset import open_dataset, options_for, title_of, unparsed_rows
-from finetuning.data.preprocessor import Part, Reading, left_out, to_dataset
+from finetuning.data.open_dataset import open_dataset, options_for, source_title, unparsed_rows
+from finetuning.data.preprocessor import PreparedSplit, Preprocessor, dropped_split_statistics, to_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.sources import find_shards
-from finetuning.data.statistics import Ledger, PartLedger, raise_bad_rows
-from finetuning.errors import DataError, Place, Problem
+from finetuning.data.statistics import DatasetStatistics, SplitStatistics, raise_bad_rows
+from finetuning.errors import DataError, Location, Problem
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerFast
 
     from finetuning.data.streaming.dataset import RowStream
-    from finetuning.data.streaming.stream_statistics import StreamLedger
+    from finetuning.data.streaming.stream_statistics import StreamStatistics
 
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _NOT_OF_ROWS = {
@@ -43,7 +43,7 @@ RULES = "1"
 
 
 @dataclass(frozen=True)
-class Fingerprint:
+class DataFingerprint:
     """SHA-256 of each thing that the prepared rows depend on, in hexadecimal."""
 
     data: str
@@ -51,7 +51,7 @@ class Fingerprint:
     tokenizer: str
     rules: str
 
-    def with_rule(self, rule: str) -> Fingerprint:
+    def with_rule(self, rule: str) -> DataFingerprint:
         """The fingerprint of rows that went through one more step."""
         return replace(self, rules=_sha256(f"{self.rules} {rule}"))
 
@@ -69,12 +69,12 @@ class PreparedData:
 
     train: datasets.Dataset | RowStream
     validation: datasets.Dataset | None
-    ledger: Ledger | StreamLedger
+    ledger: DatasetStatistics | StreamStatistics
     preview: list[PreviewRow]
-    fingerprint: Fingerprint
+    fingerprint: DataFingerprint
     origin: str
     """Whether the rows were made now or before, where they lie, and why."""
-    stored: Stored | None
+    stored: CacheEntry | None
     """The rows as they are kept, before they are packed or shuffled; those of a stream are not."""
 
     @property
@@ -84,10 +84,10 @@ class PreparedData:
 
 
 def prepare_rows(
-    data_conf: DataConfig, reading: Reading, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
+    data_conf: DataConfig, reading: Preprocessor, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
 ) -> PreparedData:
     """The rows, from the folder that the config names, from the cache, or made now."""
-    inputs = inputs_for(data_conf, tokenizer, rules)
+    inputs = cache_key_for(data_conf, tokenizer, rules)
     if data_conf.prepared:
         found = read_prepared(Path(data_conf.prepared).expanduser(), inputs)
         return _prepared(found.stored, found.why)
@@ -103,18 +103,18 @@ def prepare_rows(
         made = _make(data_conf, reading, sources, other, inputs, entry.parent)
         write(entry, made.train, made.validation, made.ledger, made.preview, inputs)
 
-    found = find_or_make(folder, inputs, make)
+    found = load_or_prepare(folder, inputs, make)
     return _prepared(found.stored, found.why)
 
 
-def _prepared(stored: Stored, origin: str) -> PreparedData:
+def _prepared(stored: CacheEntry, origin: str) -> PreparedData:
     fingerprint = fingerprint_of(stored.inputs)
     return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, stored)
 
 
-def inputs_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]) -> Inputs:
+def cache_key_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]) -> CacheKey:
     """What rows depend on besides the data."""
-    return Inputs(
+    return CacheKey(
         data={},
         template=_sha256(json.dumps(tokenizer.chat_template)),
         tokenizer=_sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])),
@@ -123,8 +123,8 @@ def inputs_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules:
     )
 
 
-def fingerprint_of(inputs: Inputs) -> Fingerprint:
-    return Fingerprint(
+def fingerprint_of(inputs: CacheKey) -> DataFingerprint:
+    return DataFingerprint(
         # The bytes count, not the name of the file that they lie in.
         data=_sha256(json.dumps(list(inputs.data.values()))),
         template=inputs.template,
@@ -135,12 +135,12 @@ def fingerprint_of(inputs: Inputs) -> Fingerprint:
 
 def _make(
     data_conf: DataConfig,
-    reading: Reading,
+    reading: Preprocessor,
     sources: Sequence[tuple[str, DatasetSource]],
     other: Sequence[tuple[str, DatasetSource]],
-    inputs: Inputs,
+    inputs: CacheKey,
     folder: Path | None,
-) -> Stored:
+) -> CacheEntry:
     """The rows, on the disk of `folder`, by default on that of temporary files."""
     part, ledger = reading.read(sources, "training", folder)
     parts, ledgers = [part], [ledger]
@@ -150,14 +150,14 @@ def _make(
         ledgers.append(ledger)
     if data_conf.on_bad_row == "error":
         raise_bad_rows(reading.problems)
-    Ledger(tuple(ledgers)).check(data_conf.max_lost_fraction)
+    DatasetStatistics(tuple(ledgers)).check(data_conf.max_lost_fraction)
     if data_conf.max_lost_fraction < 1:
         for read, part, ledger in zip((sources, other), parts, ledgers, strict=False):
             _check_each_is_left(read, part, ledger)
     train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
     if held_out is not None:
-        ledgers.append(left_out(parts[0], held_out, train, data_conf.validation_data.type))
-    return Stored(
+        ledgers.append(dropped_split_statistics(parts[0], held_out, train, data_conf.validation_data.type))
+    return CacheEntry(
         train=to_dataset(parts[0], train, "training", folder),
         validation=(
             to_dataset(parts[0], held_out, "validation", folder)
@@ -166,13 +166,15 @@ def _make(
             if other
             else None
         ),
-        ledger=Ledger(tuple(ledgers)),
+        ledger=DatasetStatistics(tuple(ledgers)),
         preview=[row for rows in reading.preview for row in rows],
         inputs=inputs,
     )
 
 
-def _check_each_is_left(sources: Sequence[tuple[str, DatasetSource]], part: Part, ledger: PartLedger) -> None:
+def _check_each_is_left(
+    sources: Sequence[tuple[str, DatasetSource]], part: PreparedSplit, ledger: SplitStatistics
+) -> None:
     """Nothing, when every dataset has a row left: one without would vanish from a mix, and its weight with it.
 
     Raises:
@@ -186,7 +188,7 @@ def _check_each_is_left(sources: Sequence[tuple[str, DatasetSource]], part: Part
         files = {shard.name for shard in find_shards(source, key)}
         first = next((fate for fate in ledger.fates if fate.place.file in files), None)
         why = f"; first at {first.problem()}" if first else ""
-        problems.append(Problem(f"no row of {title_of(source)} is left{why}", Place(key=key)))
+        problems.append(Problem(f"no row of {source_title(source)} is left{why}", Location(key=key)))
     if problems:
         raise DataError(problems)
 
@@ -235,14 +237,14 @@ def _sha256(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Count:
+class RowCount:
     """A number of rows, None where nobody knows it, and what it says."""
 
     rows: int | None
     why: str
 
 
-def count_training_rows(data_conf: DataConfig, *, rated: bool = False) -> Count:
+def count_training_rows(data_conf: DataConfig, *, rated: bool = False) -> RowCount:
     """Training rows after mixing and splitting, with none lost: what filters take is known only when they run. Of
     prepared rows those that are left.
 
@@ -254,7 +256,7 @@ def count_training_rows(data_conf: DataConfig, *, rated: bool = False) -> Count:
     """
     if data_conf.prepared:
         stored = prepared_in(Path(data_conf.prepared).expanduser())
-        return Count(len(stored.train), f"as prepared in {data_conf.prepared}, before any are packed")
+        return RowCount(len(stored.train), f"as prepared in {data_conf.prepared}, before any are packed")
     lengths, problems = [], list[Problem]()
     for key, source in used_datasets(data_conf.training_data, "data_conf.training_data"):
         try:
@@ -267,9 +269,9 @@ def count_training_rows(data_conf: DataConfig, *, rated: bool = False) -> Count:
     if problems:
         raise DataError(problems)
     if data_conf.streaming:
-        return Count(None, "data_conf.streaming: they are read as training goes")
+        return RowCount(None, "data_conf.streaming: they are read as training goes")
     rows = len(arrange(data_conf.training_data, data_conf.validation_data, lengths)[0])
-    return Count(rows, "before any is filtered or dropped")
+    return RowCount(rows, "before any is filtered or dropped")
 
 
 def _rated_rows(source: DatasetSource, key: str) -> int:

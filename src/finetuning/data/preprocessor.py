@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetuning.config.sections.data import DatasetSource
-from finetuning.data.arrow import Spool, as_dataset, taken
+from finetuning.data.arrow import ArrowSpool, as_dataset, take_rows
 from finetuning.data.formats import Options
-from finetuning.data.open_dataset import OpenDataset, open_dataset, title_of
+from finetuning.data.open_dataset import OpenDataset, open_dataset, source_title
 from finetuning.data.preview import PreviewRow, preview_of
-from finetuning.data.processors.base import Example, Lost, Maker
-from finetuning.data.samples import Row, Skipped
+from finetuning.data.processors.base import DroppedSample, Processor, TokenizedSample
+from finetuning.data.samples import Row, SkippedRow
 from finetuning.data.sources import Line
-from finetuning.data.statistics import PartLedger, Totals
-from finetuning.data.tokenization.labels import Labeller
-from finetuning.data.worker_pool import Workers, usable_workers
-from finetuning.errors import DataError, Place, Problem
+from finetuning.data.statistics import RowCounts, SplitStatistics
+from finetuning.data.tokenization.labels import LabelBuilder
+from finetuning.data.worker_pool import WorkerPool, usable_workers
+from finetuning.errors import DataError, Location, Problem
 
 if TYPE_CHECKING:
     import datasets
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 SAME_AS_BEFORE = "the same as a row before"
 _ROWS = 1024
 _BYTES = 4 << 20
-_NOT_MADE = (Problem, Skipped)
+_NOT_MADE = (Problem, SkippedRow)
 
 
 @dataclass
 class Batch:
     """What became of the rows of a batch."""
 
-    ledger: PartLedger
+    ledger: SplitStatistics
     alive: np.ndarray
     """Of each row, whether it is trained on."""
     columns: dict[str, Column]
@@ -50,7 +50,7 @@ class Batch:
     sizes: np.ndarray
     """Tokens and trained tokens of each of them, int64, (rows, 2)."""
     problems: list[Problem] = field(default_factory=list)
-    shown: list[tuple[Example, Place]] = field(default_factory=list)
+    shown: list[tuple[TokenizedSample, Location]] = field(default_factory=list)
     """The first rows, as many as were asked for."""
 
     def table(self) -> pa.Table:
@@ -104,7 +104,7 @@ def _bytes_of(row: Any) -> int:
     return sum(len(one) for one in row.values.values() if isinstance(one, str)) if isinstance(row, Row) else 0
 
 
-def typed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
+def parse_rows(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
     """What the rows of a file are to a method; a row can be several."""
     found = []
     for row in rows:
@@ -113,18 +113,18 @@ def typed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
     return found
 
 
-def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) -> Batch:
+def make_batch(rows: Sequence[Any], make: Processor, ledger: SplitStatistics, want: int) -> Batch:
     """What becomes of typed rows, told in a ledger of their own; `want` counts the rows to show."""
     made = iter(make([one for one in rows if not isinstance(one, _NOT_MADE)]))
     alive = np.zeros(len(rows), dtype=bool)
-    kept: list[Example] = []
+    kept: list[TokenizedSample] = []
     batch = Batch(ledger, alive, {}, np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64))
     for index, row in enumerate(rows):
         if isinstance(row, Problem):
-            example: Example | Lost = Lost("bad row", row.message, is_bad=True)
+            example: TokenizedSample | DroppedSample = DroppedSample("bad row", row.message, is_bad=True)
         else:
-            example = Lost(row.reason, is_fault=False) if isinstance(row, Skipped) else next(made)
-        if isinstance(example, Lost):
+            example = DroppedSample(row.reason, is_fault=False) if isinstance(row, SkippedRow) else next(made)
+        if isinstance(example, DroppedSample):
             if example.is_bad:
                 batch.problems.append(row if isinstance(row, Problem) else Problem(_why(example), row.place))
             ledger.drop(row.place, example.reason, example.detail, is_fault=example.is_fault, tokens=example.tokens)
@@ -146,11 +146,11 @@ def make_batch(rows: Sequence[Any], make: Maker, ledger: PartLedger, want: int) 
     return batch
 
 
-def _why(lost: Lost) -> str:
+def _why(lost: DroppedSample) -> str:
     return f"{lost.reason}: {lost.detail}" if lost.detail else lost.reason
 
 
-class Repeats:
+class DuplicateCounter:
     """Which texts came before, told by their hashes of 64 bits."""
 
     def __init__(self) -> None:
@@ -160,12 +160,12 @@ class Repeats:
     def add(self, hashes: np.ndarray) -> None:
         self._own.append(hashes)
 
-    def note_former(self, hashes: np.ndarray, ledger: PartLedger) -> None:
+    def note_former(self, hashes: np.ndarray, ledger: SplitStatistics) -> None:
         """Counts texts that came in another part before; nothing of them is kept."""
         for part, former in self._former.items():
             ledger.note(f"the same as a {part} row", int(np.isin(hashes, former).sum()))
 
-    def note(self, ledger: PartLedger) -> None:
+    def note(self, ledger: SplitStatistics) -> None:
         """Counts the texts of a part, which ends here, that came before."""
         own = np.concatenate(self._own) if self._own else np.empty(0, dtype=np.int64)
         self._own = []
@@ -185,7 +185,7 @@ MOST_SHOWN = 100
 
 
 @dataclass(frozen=True)
-class Part:
+class PreparedSplit:
     """The rows of one part of the data: those that are trained on, and the number of rows in each file."""
 
     examples: pa.Table
@@ -202,14 +202,14 @@ class Part:
 
 
 @dataclass
-class Reading:
+class Preprocessor:
     """What is common to all parts: how rows are read and made, and what has gone wrong so far."""
 
     kind: str
     """The kind of rows that the method takes: a key of `KINDS`."""
     options: Options
-    make: Maker
-    labeller: Labeller
+    make: Processor
+    labeller: LabelBuilder
     limit: int | None
     workers: int = 1
     """Processes that may share the work."""
@@ -217,21 +217,21 @@ class Reading:
     """Makes several of rows that are too long to be one."""
     problems: list[Problem] = field(default_factory=list)
     preview: list[list[PreviewRow]] = field(default_factory=list)
-    repeats: Repeats = field(default_factory=Repeats)
+    repeats: DuplicateCounter = field(default_factory=DuplicateCounter)
 
     def read(
         self, sources: Sequence[tuple[str, DatasetSource]], name: str, folder: Path | None = None
-    ) -> tuple[Part, PartLedger]:
+    ) -> tuple[PreparedSplit, SplitStatistics]:
         """The rows of datasets, each with its key in the config; they are kept on the disk of `folder`."""
-        ledger = PartLedger(Totals(name, self.limit))
-        spool = Spool(folder)
+        ledger = SplitStatistics(RowCounts(name, self.limit))
+        spool = ArrowSpool(folder)
         alive: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
         hashes: list[np.ndarray] = []
         lengths = []
         for key, source in sources:
             opened = open_dataset(source, key, self.kind, self.options)
-            ledger.totals.formats[title_of(source)] = str(opened)
+            ledger.totals.formats[source_title(source)] = str(opened)
             rows = 0
             with closing(self._batches(opened, name)) as batches:
                 for batch in batches:
@@ -243,9 +243,9 @@ class Reading:
             lengths.append(rows)
         self.repeats.note(ledger)
         texts = np.concatenate(hashes)
-        return Part(spool.table(), np.concatenate(alive), lengths, np.concatenate(sizes), texts), ledger
+        return PreparedSplit(spool.table(), np.concatenate(alive), lengths, np.concatenate(sizes), texts), ledger
 
-    def _add(self, batch: Batch, ledger: PartLedger, spool: Spool) -> None:
+    def _add(self, batch: Batch, ledger: SplitStatistics, spool: ArrowSpool) -> None:
         ledger.add(batch.ledger)
         self.problems += batch.problems
         self.show(batch)
@@ -276,9 +276,11 @@ class Reading:
 
         def make(task: tuple[list[Any], int]) -> Batch:
             rows, want = task
-            return make_batch(self.typed(rows, opened.parse), self.make, PartLedger(Totals(name, self.limit)), want)
+            return make_batch(
+                self.typed(rows, opened.parse), self.make, SplitStatistics(RowCounts(name, self.limit)), want
+            )
 
-        with Workers(make, count) as workers:
+        with WorkerPool(make, count) as workers:
             tasks = ((rows, self.want) for rows in chain(head[1:], unparsed))
             yield from workers.map(tasks)
 
@@ -296,31 +298,31 @@ class Reading:
 
     def typed(self, rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
         """What the rows of a file are to the method, as many as are made of them."""
-        found = typed(rows, parse)
+        found = parse_rows(rows, parse)
         return self.divide(found) if self.divide else found
 
     def _make(self, rows: Sequence[Any], name: str) -> Batch:
-        return make_batch(rows, self.make, PartLedger(Totals(name, self.limit)), self.want)
+        return make_batch(rows, self.make, SplitStatistics(RowCounts(name, self.limit)), self.want)
 
 
-def left_out(part: Part, order: np.ndarray, train: np.ndarray, how: str) -> PartLedger:
+def dropped_split_statistics(part: PreparedSplit, order: np.ndarray, train: np.ndarray, how: str) -> SplitStatistics:
     """The ledger of rows that were read for training and validate: what became of those dropped, that of training
     says. Those whose text is trained on as well are counted: `train` are the rows that stay."""
     kept = part.trained_on(order)
     tokens, trained = part.sizes[kept].sum(axis=0).tolist()
     formats = {"out of the rows above": how}
-    ledger = PartLedger(
-        Totals("validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats)
+    ledger = SplitStatistics(
+        RowCounts("validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats)
     )
     again = np.isin(part.hashes[kept], part.hashes[part.trained_on(train)])
     ledger.note("the same as a training row", int(again.sum()))
     return ledger
 
 
-def to_dataset(part: Part, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:
+def to_dataset(part: PreparedSplit, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:
     """The rows of a part in an order, without those that were dropped."""
     rows = part.trained_on(order)
     if not len(rows):
         raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
     in_order = len(rows) == part.examples.num_rows and np.array_equal(rows, np.arange(len(rows)))
-    return as_dataset(part.examples if in_order else taken(part.examples, rows, folder))
+    return as_dataset(part.examples if in_order else take_rows(part.examples, rows, folder))

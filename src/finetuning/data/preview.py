@@ -14,9 +14,9 @@ from itertools import pairwise
 import numpy as np
 
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.processors.base import Example
-from finetuning.data.tokenization.labels import Labeller
-from finetuning.errors import Place
+from finetuning.data.processors.base import TokenizedSample
+from finetuning.data.tokenization.labels import LabelBuilder
+from finetuning.errors import Location
 
 _OPEN, _CLOSE = "⟦", "⟧"
 _GREEN, _DIM, _RESET, _REVERSE, _FORWARD = "\x1b[32m", "\x1b[2m", "\x1b[0m", "\x1b[7m", "\x1b[27m"
@@ -27,7 +27,7 @@ _CUT = "✂"
 class PreviewRow:
     """One row in segments of text, each trained or not; `title` says which part of the row it is."""
 
-    place: Place
+    place: Location
     title: str
     segments: tuple[tuple[str, bool], ...]
     tokens: int
@@ -35,7 +35,7 @@ class PreviewRow:
     tokens_cut: int = 0
 
 
-def preview_of(example: Example, place: Place, labeller: Labeller) -> list[PreviewRow]:
+def preview_of(example: TokenizedSample, place: Location, labeller: LabelBuilder) -> list[PreviewRow]:
     """The example as the model sees it, decoded from its ids: one row for SFT, chosen and rejected for DPO, the
     answer for KTO, and the prompt alone where the model is to answer."""
     columns = example.columns
@@ -57,7 +57,7 @@ def preview_of(example: Example, place: Place, labeller: Labeller) -> list[Previ
 
 
 def _row(
-    place: Place, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, labeller: Labeller
+    place: Location, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, labeller: LabelBuilder
 ) -> PreviewRow:
     borders = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
     segments = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetuning.errors import Place
+from finetuning.errors import Location
 
 Message = dict[str, Any]
 """One chat message, whole: `role`, `content`, and whatever else the row gave it (`tool_calls`, `name`, …)."""
@@ -16,7 +16,7 @@ class Row:
     """One row as it stands in its file."""
 
     values: dict[str, Any]
-    place: Place
+    place: Location
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Conversation:
     """A chat to train on."""
 
     messages: list[Message]
-    place: Place
+    place: Location
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Text:
     is trained where the text's end is."""
 
     text: str
-    place: Place
+    place: Location
     spans: tuple[tuple[int, int], ...] | None = None
     add_eos: bool = True
     notes: frozenset[str] = frozenset()
@@ -52,15 +52,15 @@ class TokenIds:
 
     input_ids: list[int]
     labels: list[int]
-    place: Place
+    place: Location
     notes: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
-class Skipped:
+class SkippedRow:
     """A row that was left out as asked for, and why."""
 
-    place: Place
+    place: Location
     reason: str
 
 
@@ -71,7 +71,7 @@ class Preference:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-    place: Place
+    place: Location
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -79,13 +79,13 @@ class Preference:
 
 
 @dataclass(slots=True)
-class Rated:
+class UnpairedPreference:
     """A prompt with one continuation, which is desirable or not."""
 
     prompt: list[Message]
     completion: list[Message]
     label: bool
-    place: Place
+    place: Location
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Prompt:
 
     messages: list[Message]
     columns: dict[str, Any]
-    place: Place
+    place: Location
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 

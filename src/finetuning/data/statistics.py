@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import DataError, Place, Problem
+from finetuning.errors import DataError, Location, Problem
 
 KEPT, TRUNCATED, DROPPED = "kept", "truncated", "dropped"
 TOO_LONG = "longer than the limit"
@@ -21,13 +21,13 @@ _FILTERED_WARNING = 0.05
 
 
 @dataclass(frozen=True)
-class Fate:
+class RowOutcome:
     """What became of one input row.
 
     `is_fault` tells a row that is lost to a fault from one that was filtered by length, as asked for.
     """
 
-    place: Place
+    place: Location
     what: str
     reason: str = ""
     detail: str = ""
@@ -41,7 +41,7 @@ class Fate:
 
 
 @dataclass
-class Totals:
+class RowCounts:
     """The fates of a part's rows, counted: of single rows it holds no more than an example of each kind of loss."""
 
     part: str
@@ -59,9 +59,9 @@ class Totals:
     dropped: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
-    firsts: dict[str, Fate] = field(default_factory=dict)
+    firsts: dict[str, RowOutcome] = field(default_factory=dict)
     """The first row that was dropped for each reason."""
-    first_faults: list[Fate] = field(default_factory=list)
+    first_faults: list[RowOutcome] = field(default_factory=list)
 
     def keep(self, tokens: int, trained: int) -> None:
         """Counts a row that is trained on."""
@@ -70,7 +70,7 @@ class Totals:
         self.tokens += tokens
         self.trained_tokens += trained
 
-    def count(self, fate: Fate) -> None:
+    def count(self, fate: RowOutcome) -> None:
         """Counts what was lost of a row; that it is a row, and whether it is kept, is counted by whoever adds it."""
         if fate.what == TRUNCATED:
             self.truncated += 1
@@ -86,7 +86,7 @@ class Totals:
             self.filtered += 1
             self.shortest_dropped = _least(self.shortest_dropped, fate.tokens)
 
-    def add(self, other: Totals) -> None:
+    def add(self, other: RowCounts) -> None:
         """Counts what other rows of the same part came to."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -149,7 +149,7 @@ class Totals:
         """
         if self.rows and not self.kept and self.firsts:
             first = next(iter(self.firsts.values()))
-            raise DataError(self._nothing_left(first), place=Place(file=first.place.file))
+            raise DataError(self._nothing_left(first), place=Location(file=first.place.file))
         if self.rows and self.faults > max_lost_fraction * self.rows:
             share = self.faults / self.rows
             head = Problem(
@@ -158,7 +158,7 @@ class Totals:
             )
             raise DataError([head, *(fate.problem() for fate in self.first_faults)])
 
-    def _nothing_left(self, first: Fate) -> str:
+    def _nothing_left(self, first: RowOutcome) -> str:
         if set(self.dropped) == {TOO_LONG}:
             return (
                 f"all {self.rows} rows dropped: shortest is {self.shortest_dropped} tokens, max_seq_length {self.limit}"
@@ -176,43 +176,43 @@ def _least(*numbers: int | None) -> int | None:
     return min((one for one in numbers if one is not None), default=None)
 
 
-def totals_of(values: dict[str, Any]) -> Totals:
+def counts_of(values: dict[str, Any]) -> RowCounts:
     """Totals that `asdict` has made JSON of."""
-    return Totals(
+    return RowCounts(
         **{
             **values,
             "dropped": Counter(values["dropped"]),
             "noticed": Counter(values["noticed"]),
-            "firsts": {reason: fate_of(one) for reason, one in values["firsts"].items()},
-            "first_faults": [fate_of(one) for one in values["first_faults"]],
+            "firsts": {reason: outcome_of(one) for reason, one in values["firsts"].items()},
+            "first_faults": [outcome_of(one) for one in values["first_faults"]],
         }
     )
 
 
-def values_of(totals: Totals) -> dict[str, Any]:
+def values_of(totals: RowCounts) -> dict[str, Any]:
     """The totals as JSON types."""
     return asdict(totals) | {"dropped": dict(totals.dropped), "noticed": dict(totals.noticed)}
 
 
-def fate_of(values: dict[str, Any]) -> Fate:
-    return Fate(**{**values, "place": Place(**values["place"])})
+def outcome_of(values: dict[str, Any]) -> RowOutcome:
+    return RowOutcome(**{**values, "place": Location(**values["place"])})
 
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-__all__ = ["TOO_LONG", "Fate", "Ledger", "PartLedger", "raise_bad_rows"]
+__all__ = ["TOO_LONG", "DatasetStatistics", "RowOutcome", "SplitStatistics", "raise_bad_rows"]
 
 REJECTS_NAME = "rejects.jsonl"
 
 
 @dataclass
-class PartLedger:
+class SplitStatistics:
     """What became of the rows of one part of the data: their number, and the fate of each that was cut or dropped."""
 
-    totals: Totals
-    fates: list[Fate] = field(default_factory=list)
+    totals: RowCounts
+    fates: list[RowOutcome] = field(default_factory=list)
 
     @property
     def part(self) -> str:
@@ -223,20 +223,22 @@ class PartLedger:
         """Counts a row that is trained on as it is; tokens are counted in `tokens` and `trained`."""
         self.totals.keep(tokens, trained)
 
-    def truncate(self, place: Place, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
+    def truncate(self, place: Location, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
         """Counts a row that is trained on without its end."""
         self.totals.keep(tokens, trained)
         detail = f"{tokens_cut} tokens cut off" + (", part of the answer among them" if answer_cut else "")
         self._meet(
-            Fate(place, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut)
+            RowOutcome(
+                place, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut
+            )
         )
 
-    def drop(self, place: Place, reason: str, detail: str = "", *, is_fault: bool = True, tokens: int = 0) -> None:
+    def drop(self, place: Location, reason: str, detail: str = "", *, is_fault: bool = True, tokens: int = 0) -> None:
         """Counts a row that is not trained on."""
         self.totals.rows += 1
-        self._meet(Fate(place, DROPPED, reason, detail, is_fault=is_fault, tokens=tokens))
+        self._meet(RowOutcome(place, DROPPED, reason, detail, is_fault=is_fault, tokens=tokens))
 
-    def _meet(self, fate: Fate) -> None:
+    def _meet(self, fate: RowOutcome) -> None:
         self.fates.append(fate)
         self.totals.count(fate)
 
@@ -245,7 +247,7 @@ class PartLedger:
         if count:
             self.totals.noticed[what] += count
 
-    def add(self, other: PartLedger) -> None:
+    def add(self, other: SplitStatistics) -> None:
         """Takes up the fates of further rows."""
         self.totals.add(other.totals)
         self.fates += other.fates
@@ -267,10 +269,10 @@ def raise_bad_rows(problems: Sequence[Problem]) -> None:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class DatasetStatistics:
     """The ledgers of all parts of the data."""
 
-    parts: tuple[PartLedger, ...]
+    parts: tuple[SplitStatistics, ...]
 
     def lines(self) -> list[str]:
         """The ledgers for people, line by line."""
@@ -302,7 +304,7 @@ def write_report(folder: Path, report: list[dict[str, Any]]) -> None:
     _write_whole(folder / "data_report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def reject_lines(part: PartLedger) -> Iterator[str]:
+def reject_lines(part: SplitStatistics) -> Iterator[str]:
     """The lines of `rejects.jsonl` on the rows of a part that were cut or dropped."""
     for fate in part.fates:
         values = {

@@ -16,12 +16,12 @@ from finetuning.data.samples import json_type
 _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 
 
-class CannotFormat(ValueError):
+class TextTemplateError(ValueError):
     """A row has not what the template asks for; the message says what."""
 
 
 @dataclass(frozen=True)
-class Formatter:
+class TextTemplate:
     """Fills in a template: what stands in braces is a column as it is written there, or without its outer spaces, or
     else a Jinja expression over the columns, in a sandbox; the row as a whole is `element`."""
 
@@ -50,14 +50,14 @@ class Formatter:
             return self._compiled[source].render({**special_tokens, **values, "element": values})
         except (jinja2.TemplateSyntaxError, jinja2.UndefinedError) as error:
             found = ", ".join(values) or "none"
-            raise CannotFormat(
+            raise TextTemplateError(
                 f"the template asks for {source}, which is no column and no Jinja that can be worked out"
                 f" ({error.message}); columns are: {found}"
             ) from None
         except SecurityError as error:
-            raise CannotFormat(f"the template asks for what it may not: {error}") from None
+            raise TextTemplateError(f"the template asks for what it may not: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-            raise CannotFormat(f"the template fails on this row: {error}") from None
+            raise TextTemplateError(f"the template fails on this row: {error}") from None
 
     @cached_property
     def _environment(self) -> jinja2.Environment:
@@ -73,4 +73,4 @@ def _to_text(key: str, value: Any) -> str:
         return value
     if isinstance(value, int | float):
         return str(value)
-    raise CannotFormat(f"{key}: expected text, got {json_type(value)}")
+    raise TextTemplateError(f"{key}: expected text, got {json_type(value)}")

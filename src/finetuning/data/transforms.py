@@ -9,9 +9,9 @@ from typing import Any
 
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import SPELLINGS
-from finetuning.data.samples import Row, Skipped
-from finetuning.data.text_template import CannotFormat, Formatter
-from finetuning.errors import ConfigError, Place, Problem
+from finetuning.data.samples import Row, SkippedRow
+from finetuning.data.text_template import TextTemplate, TextTemplateError
+from finetuning.errors import ConfigError, Location, Problem
 
 Values = dict[str, Any]
 Arguments = Mapping[str, Any]
@@ -20,12 +20,12 @@ _OF_TOKENISERS = ("truncation", "max_length", "max_seq_length")
 """Accepted and left to `sft_args.max_seq_length` and `length_handling`."""
 
 
-class CannotHandle(ValueError):
-    """A step cannot be done on a row; turned into a Problem by `Recipe`, never seen by users."""
+class TransformError(ValueError):
+    """A step cannot be done on a row; turned into a Problem by `TransformChain`, never seen by users."""
 
 
-class Skip(Exception):
-    """A step leaves the row out; turned into a `Skipped` by `Recipe`."""
+class SkipRow(Exception):
+    """A step leaves the row out; turned into a `SkippedRow` by `TransformChain`."""
 
 
 Step = Callable[[Values, Mapping[str, str]], Values]
@@ -33,7 +33,7 @@ Step = Callable[[Values, Mapping[str, str]], Values]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TransformChain:
     """What a dataset's handlers come to."""
 
     steps: tuple[Step, ...] = ()
@@ -42,7 +42,7 @@ class Recipe:
     add_eos: bool = True
     chats: str | None = None
 
-    def __call__(self, row: Row, special_tokens: Mapping[str, str]) -> Row | Problem | Skipped:
+    def __call__(self, row: Row, special_tokens: Mapping[str, str]) -> Row | Problem | SkippedRow:
         """The row after all steps."""
         if not self.steps:
             return row
@@ -50,46 +50,46 @@ class Recipe:
         try:
             for step in self.steps:
                 values = step(values, special_tokens)
-        except (CannotHandle, CannotFormat) as error:
+        except (TransformError, TextTemplateError) as error:
             return Problem(str(error), row.place)
-        except Skip as skip:
-            return Skipped(row.place, str(skip))
+        except SkipRow as skip:
+            return SkippedRow(row.place, str(skip))
         return Row(values, row.place)
 
 
-def make_recipe(source: DatasetSource, key: str) -> Recipe:
+def make_transforms(source: DatasetSource, key: str) -> TransformChain:
     """The recipe of a dataset's `columns` and `handlers`; `key` names the dataset in the config.
 
     Raises:
         ConfigError: a handler or an argument is not known, is missing, or comes after rows were tokenised.
     """
-    recipe = Recipe()
+    recipe = TransformChain()
     if source.columns:
-        recipe = Recipe((_renaming(source.columns, must_exist=False),))
+        recipe = TransformChain((_renaming(source.columns, must_exist=False),))
     for index, handler in enumerate(source.handlers):
         try:
             recipe = _add(recipe, handler)
-        except CannotHandle as error:
-            raise ConfigError(str(error), place=Place(key=f"{key}.handlers[{index}]")) from None
+        except TransformError as error:
+            raise ConfigError(str(error), place=Location(key=f"{key}.handlers[{index}]")) from None
     return recipe
 
 
-def _add(recipe: Recipe, handler: Handler) -> Recipe:
+def _add(recipe: TransformChain, handler: Handler) -> TransformChain:
     if handler.name not in _HANDLERS:
-        raise CannotHandle(f'no handler "{handler.name}"; known are {", ".join(_HANDLERS)}')
+        raise TransformError(f'no handler "{handler.name}"; known are {", ".join(_HANDLERS)}')
     known, needed, make = _HANDLERS[handler.name]
     given = {name: value for name, value in handler.arguments.items() if name != "fn_kwargs"}
     inner = handler.arguments.get("fn_kwargs") or {}
     if not isinstance(inner, dict):
-        raise CannotHandle("fn_kwargs must be keys and values")
+        raise TransformError("fn_kwargs must be keys and values")
     arguments = {name: value for name, value in {**given, **inner}.items() if name in known}
     unknown = sorted({*given, *inner} - {*known, *_OF_MAPS})
     missing = [name for name in needed if arguments.get(name) is None]
     if unknown or missing:
         wrong = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
-        raise CannotHandle(f"{handler.name} {wrong}; its arguments are {', '.join(known)}")
+        raise TransformError(f"{handler.name} {wrong}; its arguments are {', '.join(known)}")
     if recipe.format and handler.name not in _AFTER_TOKENISING:
-        raise CannotHandle(f"{handler.name} comes after a handler that tokenises the rows")
+        raise TransformError(f"{handler.name} comes after a handler that tokenises the rows")
     made = make(recipe, arguments)
     removed = given.get("remove_columns")
     # What is removed of the rows that a tokeniser gives would not be read any more.
@@ -109,7 +109,7 @@ def _replacing(step: Step, removed: str | Sequence[str]) -> Step:
     return run
 
 
-def _with(recipe: Recipe, step: Step, **changes: Any) -> Recipe:
+def _with(recipe: TransformChain, step: Step, **changes: Any) -> TransformChain:
     return replace(recipe, steps=(*recipe.steps, step), **changes)
 
 
@@ -117,18 +117,18 @@ def _renaming(mapping: Mapping[str, str], *, must_exist: bool = True) -> Step:
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         for old, new in mapping.items():
             if must_exist and old not in values:
-                raise CannotHandle(f"no column {old} to rename; columns are: {', '.join(values)}")
+                raise TransformError(f"no column {old} to rename; columns are: {', '.join(values)}")
             if old in values and new in values and new not in mapping:
-                raise CannotHandle(f"{old} cannot be renamed to {new}: there is a column of that name")
+                raise TransformError(f"{old} cannot be renamed to {new}: there is a column of that name")
         return {mapping.get(name, name): value for name, value in values.items()}
 
     return run
 
 
-def _rename(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _rename(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     mapping = arguments["column_mapping"]
     if not isinstance(mapping, dict):
-        raise CannotHandle("column_mapping must be keys and values: old names and new ones")
+        raise TransformError("column_mapping must be keys and values: old names and new ones")
     return _with(recipe, _renaming(mapping))
 
 
@@ -137,7 +137,7 @@ def _names(arguments: Arguments) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _select(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _select(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     names = _names(arguments)
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
@@ -146,7 +146,7 @@ def _select(recipe: Recipe, arguments: Arguments) -> Recipe:
     return _with(recipe, run)
 
 
-def _remove(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _remove(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     names = _names(arguments)
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
@@ -157,43 +157,43 @@ def _remove(recipe: Recipe, arguments: Arguments) -> Recipe:
     return _with(recipe, run)
 
 
-def _duplicate(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _duplicate(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     old, new = arguments["existing_column_name"], arguments["new_column_name"]
     if recipe.format:
         if (old, new) != ("input_ids", "labels"):
-            raise CannotHandle("after rows were tokenised, only input_ids can be duplicated, to labels")
+            raise TransformError("after rows were tokenised, only input_ids can be duplicated, to labels")
         return replace(recipe, chats="all")
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         if new in values:
-            raise CannotHandle(f"{old} cannot be duplicated to {new}: there is a column of that name")
+            raise TransformError(f"{old} cannot be duplicated to {new}: there is a column of that name")
         return {**values, new: _column(values, old)}
 
     return _with(recipe, run)
 
 
-def _skip_large(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _skip_large(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     name, most = arguments["column_name"], arguments["max_allowed_length"]
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
-        raise CannotHandle("max_allowed_length must be a whole number")
+        raise TransformError("max_allowed_length must be a whole number")
     if recipe.format:
-        raise CannotHandle(
+        raise TransformError(
             "rows of too many tokens are left out by sft_args.max_seq_length and length_handling: filter"
         )
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         value = _column(values, name)
         if not isinstance(value, str | list | dict):
-            raise CannotHandle(f"{name} has no length")
+            raise TransformError(f"{name} has no length")
         if len(value) > most:
-            raise Skip(f"{name} is longer than {most}")
+            raise SkipRow(f"{name} is longer than {most}")
         return values
 
     return _with(recipe, run)
 
 
-def _jinja(recipe: Recipe, arguments: Arguments) -> Recipe:
-    formatter, column = Formatter(arguments["template"]), arguments["formatted_text_column_name"]
+def _jinja(recipe: TransformChain, arguments: Arguments) -> TransformChain:
+    formatter, column = TextTemplate(arguments["template"]), arguments["formatted_text_column_name"]
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         return {**values, column: formatter(values, special_tokens)}
@@ -201,27 +201,27 @@ def _jinja(recipe: Recipe, arguments: Arguments) -> Recipe:
     return _with(recipe, run, text_field=column)
 
 
-def _input_masking(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _input_masking(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     renames = {arguments["input_column_name"]: "input", arguments["output_column_name"]: "output"}
     keep = _keeping(renames)
     return _with(recipe, keep, format="input_output", add_eos=arguments.get("add_eos_token", True))
 
 
-def _chat(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _chat(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     name = arguments.get("conversation_column_name") or arguments.get("conversation_column")
     steps = (*recipe.steps, _keeping({name: "messages"})) if name and name not in SPELLINGS else recipe.steps
     return replace(recipe, steps=steps, format="messages", text_field=None)
 
 
-def _chat_text(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _chat_text(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     return replace(_chat(recipe, arguments), chats="all")
 
 
-def _chat_masked(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _chat_masked(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     return replace(_chat(recipe, {"conversation_column": "messages", **arguments}), chats="assistant")
 
 
-def _tokenize(recipe: Recipe, arguments: Arguments) -> Recipe:
+def _tokenize(recipe: TransformChain, arguments: Arguments) -> TransformChain:
     if recipe.format == "messages":
         return recipe
     return replace(recipe, format="text", text_field=arguments["text_column_name"])
@@ -240,12 +240,12 @@ def _keeping(renames: Mapping[str, str]) -> Step:
 
 def _column(values: Values, name: str) -> Any:
     if name not in values:
-        raise CannotHandle(f"no column {name}; columns are: {', '.join(values) or 'none'}")
+        raise TransformError(f"no column {name}; columns are: {', '.join(values) or 'none'}")
     return values[name]
 
 
 _AFTER_TOKENISING = ("tokenize", "duplicate_columns", "skip_samples_with_large_columns")
-_HANDLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Recipe, Arguments], Recipe]]] = {
+_HANDLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[TransformChain, Arguments], TransformChain]]] = {
     "rename_columns": (("column_mapping",), ("column_mapping",), _rename),
     "select_columns": (("column_names",), ("column_names",), _select),
     "remove_columns": (("column_names",), ("column_names",), _remove),

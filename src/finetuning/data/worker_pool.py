@@ -35,7 +35,7 @@ class _Failed:
     problems: tuple[Problem, ...]
 
 
-class Workers:
+class WorkerPool:
     """Clones of this process that do one thing each to the batches that they are given."""
 
     def __init__(self, work: Callable[[Any], Any], count: int):
@@ -52,7 +52,7 @@ class Workers:
                 theirs.close()
                 self._processes[ours] = process
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(

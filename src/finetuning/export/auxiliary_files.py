@@ -43,7 +43,7 @@ def tokenizer_folder(given: Path | None, adapters: Iterable[Path], base: Path) -
     return next((folder for folder in candidates if any((folder / name).is_file() for name in _TOKENIZER_MARKS)), None)
 
 
-def write_companions(
+def write_auxiliary_files(
     out: Path,
     base: BaseModel,
     adapters: Iterable[Path],
@@ -68,7 +68,7 @@ def write_companions(
             break
     if tokenizer is not None:
         copy_tokenizer(tokenizer, out)
-        largest = largest_id(tokenizer)
+        largest = max_token_id(tokenizer)
         if num_rows is not None and largest is not None and largest >= num_rows:
             raise ModelError(
                 f"the tokenizer in {tokenizer} has ids up to {largest}, and the model only {num_rows} embedding rows.",
@@ -95,7 +95,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         shutil.copytree(source / _TEMPLATE_FOLDER, out / _TEMPLATE_FOLDER, dirs_exist_ok=True)
 
 
-def largest_id(tokenizer: Path) -> int | None:
+def max_token_id(tokenizer: Path) -> int | None:
     """The largest token id of a tokenizer.json; None where there is none to look at."""
     file = tokenizer / "tokenizer.json"
     if not file.is_file():

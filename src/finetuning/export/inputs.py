@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ModelError
-from finetuning.model.resolve import Kind, locate
+from finetuning.model.resolve import Kind, resolve_model
 from finetuning.model.safetensors_io import TensorEntry, read_header, read_model_headers
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -66,7 +66,7 @@ def folder_of(name: str, kind: Kind) -> Path:
     Raises:
         ModelError: nothing is there.
     """
-    location = locate(name, kind)
+    location = resolve_model(name, kind)
     if location.folder is not None:
         return location.folder
     from huggingface_hub import snapshot_download

@@ -23,7 +23,7 @@ _LEFT_OUT = (".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass(frozen=True)
-class Renamed:
+class RenamedTokens:
     """What was renamed, and what was not taken along."""
 
     ids: Mapping[str, int]
@@ -31,7 +31,7 @@ class Renamed:
     left_out: tuple[str, ...]
 
 
-def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_template: bool = False) -> Renamed:
+def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_template: bool = False) -> RenamedTokens:
     """Copies the tokenizer in `source` to `out` with tokens renamed, old name to new, all at once.
 
     The JSON files are changed as JSON, in vocabulary, added and special tokens, post-processor and config. Chat
@@ -65,7 +65,7 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
             else:
                 shutil.copyfile(file, target)
         _check_encoding(staging / TOKENIZER, renames, ids)
-    return Renamed({new: ids[old] for old, new in renames.items()}, tuple(left_out))
+    return RenamedTokens({new: ids[old] for old, new in renames.items()}, tuple(left_out))
 
 
 def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:

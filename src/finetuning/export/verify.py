@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from finetuning.errors import FinetuningError, GuardStopped, ModelError, Place, Problem
+from finetuning.errors import FinetuningError, GuardStopped, Location, ModelError, Problem
 from finetuning.model.peft.adapter_files import WEIGHTS, digest
 from finetuning.model.safetensors_io import TensorEntry, read_header, read_model_headers
 
@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedModel:
     """A saved model or adapter that holds what it should."""
 
     folder: Path
@@ -43,7 +43,7 @@ def verify_saved(
     expected: Mapping[str, Sequence[int]] | None = None,
     initial: Mapping[str, str] | None = None,
     sample_texts: Mapping[str, Sequence[int]] | None = None,
-) -> Verified:
+) -> VerifiedModel:
     """What a saved model or adapter holds, when all of it is as it should be. Memory: one tensor's slice at a time.
 
     `expected` are the shapes of the tensors by name. A model is also loaded by plain transformers, without memory.
@@ -82,11 +82,11 @@ def verify_saved(
     if faults:
         raise _stopped(folder, faults)
     num_bytes = sum(entry.num_bytes for entry in entries.values())
-    return Verified(folder, "adapter" if is_adapter else "model", len(entries), num_bytes, tuple(checks))
+    return VerifiedModel(folder, "adapter" if is_adapter else "model", len(entries), num_bytes, tuple(checks))
 
 
 def _stopped(folder: Path, faults: Sequence[str]) -> FinetuningError:
-    place = Place(file=str(folder))
+    place = Location(file=str(folder))
     return GuardStopped([Problem(f"what was saved is not sound: {fault}", place) for fault in faults])
 
 
@@ -97,13 +97,13 @@ def _loading_faults(folder: Path) -> list[str] | None:
     say) are told apart from wrong ones, which a comparison of names cannot do. Quantised weights cannot be loaded
     so, and code of the model's own is not run.
     """
-    from finetuning.model.load import head_of
+    from finetuning.model.load import task_head_of
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" in raw or "auto_map" in raw:
             return None
-        _, found = head_of(raw.get("architectures") or ()).loader.from_pretrained(
+        _, found = task_head_of(raw.get("architectures") or ()).loader.from_pretrained(
             folder,
             device_map={"": "meta"},
             output_loading_info=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.errors import ConfigError
 from finetuning.importers.translation import Translation
 
@@ -86,7 +86,7 @@ _AXOLOTL_FORMATS = {
 }
 
 
-def tell_engine(document: Document) -> str:
+def detect_engine(document: ConfigDocument) -> str:
     """The engine whose config has these keys.
 
     Raises:
@@ -105,7 +105,7 @@ def tell_engine(document: Document) -> str:
     )
 
 
-def from_axolotl(document: Document, processes: int) -> Translation:
+def from_axolotl(document: ConfigDocument, processes: int) -> Translation:
     """An axolotl config: SFT, or DPO, KTO and their like by `rl`."""
     out = Translation(document)
     method = _method(out, "rl", str(out.get("rl", "sft")), {"sft": "sft", "dpo": "dpo", "ipo": "dpo", "kto": "kto"})
@@ -175,7 +175,7 @@ def _axolotl_dataset(out: Translation, one: Any) -> dict[str, Any]:
     return source
 
 
-def from_llama_factory(document: Document, processes: int) -> Translation:
+def from_llama_factory(document: ConfigDocument, processes: int) -> Translation:
     """A LLaMA-Factory config. Its datasets are names of its own list: the paths are left to fill in."""
     out = Translation(document)
     stages = {"sft": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
@@ -223,7 +223,7 @@ def _listed(out: Translation, name: str) -> str:
     return name
 
 
-def from_trl(document: Document, processes: int) -> Translation:
+def from_trl(document: ConfigDocument, processes: int) -> Translation:
     """The YAML of `trl sft`, `trl dpo` and their like; which of them, the keys tell, and else SFT is taken."""
     out = Translation(document)
     told = "dpo" if out.has("beta") or out.get("loss_type", "nll") not in ("nll", "dft") else "sft"
@@ -381,7 +381,7 @@ def _rest(out: Translation, used: set[str]) -> Translation:
     return out.finished()
 
 
-ENGINES: dict[str, Callable[[Document, int], Translation]] = {
+ENGINES: dict[str, Callable[[ConfigDocument, int], Translation]] = {
     "axolotl": from_axolotl,
     "llama-factory": from_llama_factory,
     "trl": from_trl,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
@@ -27,7 +27,7 @@ class Readers:
 class Translation:
     """The values of our YAML as they are gathered, what could not be carried over, and what is wrong."""
 
-    source: Document
+    source: ConfigDocument
     values: Values = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)

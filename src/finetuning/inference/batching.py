@@ -58,7 +58,7 @@ def plan_batches(
     return batches
 
 
-def most_padding_on(device_type: str, answer_tokens: int) -> int:
+def padding_side(device_type: str, answer_tokens: int) -> int:
     """The padding that is cheaper than another batch on a kind of device."""
     worth = PADDING_WORTH_A_STEP.get(device_type, PADDING_WORTH_A_STEP_ELSEWHERE)
     return worth * min(answer_tokens, STEPS_TO_EXPECT)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuning.data.chat.template import CannotRender, Renderer
-from finetuning.data.tokenization.labels import Labeller
+from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
+from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, InternalError, ModelError, Problem
 from finetuning.inference.generation_params import GenerationParameters
-from finetuning.inference.load import Generator
-from finetuning.inference.prompts import MOST_PROBLEMS_SHOWN, Prompt
+from finetuning.inference.load import LoadedGenerator
+from finetuning.inference.prompts import MOST_PROBLEMS_SHOWN, GenerationPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generation:
     """What the model wrote."""
 
     text: str
@@ -40,7 +40,7 @@ class Answer:
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[EncodedPrompt]:
     """The token ids of each prompt, by the same functions that encode training rows.
 
@@ -54,7 +54,7 @@ def encode_prompts(
     texts = _texts(prompts, tokenizer)
     problems, encoded = [], []
     for prompt, text, tokens in zip(
-        prompts, texts, Labeller(tokenizer).encode(texts, [None] * len(texts)), strict=True
+        prompts, texts, LabelBuilder(tokenizer).encode(texts, [None] * len(texts)), strict=True
     ):
         ids = tokens.ids.tolist()
         if not ids:
@@ -64,14 +64,14 @@ def encode_prompts(
     return encoded
 
 
-def _texts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     has_messages = any(prompt.text is None for prompt in prompts)
     if has_messages and not tokenizer.chat_template:
         raise ModelError(
             "the tokenizer has no chat template, and the prompts are messages",
             hint="Name a tokenizer that has one as model_conf.tokenizer, or give rows with `prompt`.",
         )
-    renderer = Renderer(tokenizer) if has_messages else None
+    renderer = TemplateRenderer(tokenizer) if has_messages else None
     texts: list[str] = []
     problems = []
     for prompt in prompts:
@@ -80,7 +80,7 @@ def _texts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> lis
             continue
         try:
             texts.append(renderer.text(prompt.messages, prompt=True, tools=prompt.tools, kwargs=prompt.template_kwargs))
-        except CannotRender as error:
+        except TemplateRenderError as error:
             problems.append(Problem(f"the chat template refuses these messages: {error}", prompt.place))
     _raise(problems)
     return texts
@@ -92,13 +92,13 @@ def _raise(problems: Sequence[Problem]) -> None:
 
 
 def generate_batches(
-    generator: Generator,
+    generator: LoadedGenerator,
     prompts: Sequence[EncodedPrompt],
     batches: Sequence[Sequence[int]],
     parameters: GenerationParameters,
     seed: int,
     on_text: Callable[[str], None] | None = None,
-) -> Iterator[dict[int, list[Answer]]]:
+) -> Iterator[dict[int, list[Generation]]]:
     """For each batch of indexes, the answers of its prompts by index.
 
     Each batch is seeded by its first prompt, so that a batch alone gives what it gives among others. A batch that
@@ -130,15 +130,15 @@ def generate_batches(
 
 
 def _generate_batch(
-    generator: Generator,
+    generator: LoadedGenerator,
     prompts: Sequence[EncodedPrompt],
     batch: Sequence[int],
     parameters: GenerationParameters,
     on_text: Callable[[str], None] | None,
-) -> dict[int, list[Answer]]:
+) -> dict[int, list[Generation]]:
     import torch
 
-    from finetuning.inference.kv_cache import roomy_cache
+    from finetuning.inference.kv_cache import preallocated_cache
 
     width = max(len(prompts[index].ids) for index in batch)
     input_ids = torch.full((len(batch), width), generator.pad_token_id)
@@ -151,7 +151,7 @@ def _generate_batch(
     extra: dict[str, Any] = {"tokenizer": tokenizer} if parameters.config.stop_strings else {}
     if on_text is not None:
         extra["streamer"] = _streamer(tokenizer, on_text)
-    cache = roomy_cache(generator.model, parameters.config)
+    cache = preallocated_cache(generator.model, parameters.config)
     if cache is not None:
         extra["past_key_values"] = cache
     with torch.inference_mode():
@@ -163,18 +163,20 @@ def _generate_batch(
         )
     written = output[:, width:].tolist()
     count = parameters.answers_per_prompt
-    answers: dict[int, list[Answer]] = {}
+    answers: dict[int, list[Generation]] = {}
     for row, index in enumerate(batch):
         rows = written[row * count : (row + 1) * count]
         answers[index] = [_answer(prompts[index], ids, generator, parameters.stop_ids) for ids in rows]
     return answers
 
 
-def _answer(prompt: EncodedPrompt, written: list[int], generator: Generator, stop_ids: frozenset[int]) -> Answer:
+def _answer(
+    prompt: EncodedPrompt, written: list[int], generator: LoadedGenerator, stop_ids: frozenset[int]
+) -> Generation:
     ids = _without_padding(written, stop_ids, generator.pad_token_id)
     decode = generator.tokenizer.decode
     raw = decode([*prompt.ids, *ids], skip_special_tokens=False)
-    return Answer(text=decode(ids, skip_special_tokens=True), raw=raw, tokens=len(ids))
+    return Generation(text=decode(ids, skip_special_tokens=True), raw=raw, tokens=len(ids))
 
 
 def _without_padding(ids: list[int], stop_ids: frozenset[int], pad_token_id: int) -> list[int]:

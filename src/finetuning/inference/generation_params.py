@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def build_parameters(
         config = GenerationConfig(**values)
         config.validate()
     except (ValueError, TypeError) as error:
-        raise ConfigError(str(error).strip().splitlines()[0], place=Place(key="hf_gen_params")) from None
+        raise ConfigError(str(error).strip().splitlines()[0], place=Location(key="hf_gen_params")) from None
     inherited = {key: getattr(own, key, None) for key in _TOLD}
     told = {key: value for key, value in inherited.items() if value is not None}
     return GenerationParameters(
@@ -126,5 +126,5 @@ def _ids(*values: int | list[int] | None) -> list[int]:
     return list(found)
 
 
-def _place(key: str) -> Place:
-    return Place(key=f"hf_gen_params.{key}")
+def _place(key: str) -> Location:
+    return Location(key=f"hf_gen_params.{key}")

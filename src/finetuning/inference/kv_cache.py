@@ -13,7 +13,7 @@ ROOM = 128
 """Tokens that a layer has room for when it grows."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values, written into place; a `DynamicLayer` copies all of them for each token.
 
     `keys` and `values` are views of the first tokens of tensors that are longer: [row, head, token, feature].
@@ -51,7 +51,7 @@ def _roomy(old: torch.Tensor, new: torch.Tensor, kept: int, needed: int) -> torc
     return buffer
 
 
-def roomy_cache(model: Any, config: GenerationConfig) -> Cache | None:
+def preallocated_cache(model: Any, config: GenerationConfig) -> Cache | None:
     """A cache with room for a model whose layers all attend to everything; None where transformers chooses better.
 
     Sliding windows, states of other kinds, virtual tokens, beams and a cache that the user asked for are left to it.
@@ -68,4 +68,4 @@ def roomy_cache(model: Any, config: GenerationConfig) -> Cache | None:
     layers = DynamicCache(config=base.config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return None
-    return Cache(layers=[RoomyLayer() for _ in layers])
+    return Cache(layers=[PreallocatedLayer() for _ in layers])

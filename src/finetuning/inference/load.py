@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.generation import GenerationModel
 from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantised, RunConfig
-from finetuning.errors import ConfigError, ModelError, Place
+from finetuning.errors import ConfigError, Location, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ _WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "force_downl
 
 
 @dataclass(frozen=True)
-class Generator:
+class LoadedGenerator:
     """A model in evaluation mode with its tokenizer; answers are computed on `device`."""
 
     model: Any
@@ -50,24 +50,24 @@ def model_conf_of(model: str, base: str | None, attn_implementation: str | None 
     if not config.is_file():
         if base is not None:
             raise ConfigError(
-                f"{model} is no adapter, so there is no base to name", place=Place(key="model_conf.model")
+                f"{model} is no adapter, so there is no base to name", place=Location(key="model_conf.model")
             )
         return GenerationModel(model=model, model_args=args)
     if base is None:
         try:
             base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{config} cannot be read: {error}", place=Place(key="model_conf.adapter")) from None
+            raise ModelError(f"{config} cannot be read: {error}", place=Location(key="model_conf.adapter")) from None
         if not base:
             raise ModelError(
                 f"{config} does not name its base model",
-                place=Place(key="model_conf.adapter"),
+                place=Location(key="model_conf.adapter"),
                 hint="Give --base_model_name_or_path.",
             )
     return GenerationModel(model=base, model_args=args, adapter=model)
 
 
-def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised) -> Generator:
+def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised) -> LoadedGenerator:
     """The model, with its adapter if one is named, and the tokenizer that belongs to it.
 
     The tokenizer keeps its own chat template and end-of-sequence token, whatever they were in training: what is saved
@@ -76,18 +76,18 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised
     Raises:
         ModelError: something is missing or broken, or the adapter was trained on another model.
     """
-    from finetuning.model.resolve import is_local, locate
+    from finetuning.model.resolve import is_local, resolve_model
 
     if is_local(conf.model):
         # Before the tokenizer, which is looked for in the same place, is said to be missing.
-        locate(conf.model, "model", key="model_conf.model", **_where(conf))
+        resolve_model(conf.model, "model", key="model_conf.model", **_where(conf))
     from finetuning.model.load import load_model
 
     tokenizer, pad_token_id = _load_tokenizer(conf)
     model = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
     if conf.adapter is not None:
         model = _with_adapter(model, conf.adapter, tokenizer)
-    return Generator(model.eval(), tokenizer, pad_token_id)
+    return LoadedGenerator(model.eval(), tokenizer, pad_token_id)
 
 
 def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int]:
@@ -134,18 +134,18 @@ def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) 
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    from finetuning.model.embeddings import grow
+    from finetuning.model.embeddings import resize_embeddings
     from finetuning.model.peft.adapter_files import check_same_base, check_same_tensors
-    from finetuning.model.resolve import locate
+    from finetuning.model.resolve import resolve_model
 
-    place = Place(key="model_conf.adapter")
-    location = locate(adapter, "adapter", key=place.key)
+    place = Location(key="model_conf.adapter")
+    location = resolve_model(adapter, "adapter", key=place.key)
     if location.folder is not None:
         if not (location.folder / _ADAPTER_WEIGHTS).is_file():
             raise ModelError(f"{location.folder} holds no {_ADAPTER_WEIGHTS}", place=place)
         check_same_base(model, location.folder, place)
     # An adapter that trained new tokens brings their rows, and the base has to have room for them.
-    grow(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     try:
         wrapped = PeftModel.from_pretrained(model, location.name, is_trainable=False, **location.hub_arguments)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

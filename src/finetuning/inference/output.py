@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from finetuning.errors import ConfigError, Place, StorageError
+from finetuning.errors import ConfigError, Location, StorageError
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
@@ -65,7 +65,7 @@ def check_output(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(
             f"{path}: the ending says in which format to write; it must be one of {', '.join(FORMATS)}",
-            place=Place(key="OUT"),
+            place=Location(key="OUT"),
         )
     if path.is_dir():
         raise StorageError(f"{path} is a folder; the output must be a file")
@@ -79,10 +79,10 @@ def check_output(path: Path) -> None:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes the records in the format of the file's ending; the file appears whole or not at all."""
-    write_whole(path, lambda stream: FORMATS[path.suffix.lower()](records, stream))
+    write_atomically(path, lambda stream: FORMATS[path.suffix.lower()](records, stream))
 
 
-def write_whole(path: Path, write: Callable[[TextIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[TextIO], None]) -> None:
     """Writes a text file beside `path`, flushes it to disk and gives it its name."""
     staging = path.with_name(f".{path.name}.partial")
     try:
@@ -96,7 +96,7 @@ def write_whole(path: Path, write: Callable[[TextIO], None]) -> None:
         raise
 
 
-class Spool:
+class RecordSpool:
     """Records of prompts that are done, one JSON line each, kept until the output is complete.
 
     A spool of the same job, left by a run that was stopped, is gone on with: its records need not be made again.

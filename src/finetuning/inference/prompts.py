@@ -20,19 +20,19 @@ from finetuning.data.formats.row_format import (
 )
 from finetuning.data.samples import Message, Row
 from finetuning.data.sources import Shard, find_shards, json_type
-from finetuning.data.transforms import Recipe, make_recipe
-from finetuning.errors import ConfigError, DataError, Place, Problem
+from finetuning.data.transforms import TransformChain, make_transforms
+from finetuning.errors import ConfigError, DataError, Location, Problem
 
 MOST_PROBLEMS_SHOWN = 10
 OPEN_INPUT = "open-input"
 _KEY = "prompt_conf.data"
-_NOWHERE = Place()
+_NOWHERE = Location()
 _READ = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
 """What of a dataset counts for prompts; the rest says how rows become training data."""
 
 
 @dataclass(frozen=True)
-class Prompt:
+class GenerationPrompt:
     """Text to continue, or messages to answer; exactly one of the two is set."""
 
     id: str | int
@@ -45,10 +45,10 @@ class Prompt:
     data_collection: str | None = None
     carried: dict[str, Any] = field(default_factory=dict)
     """Columns that go into the output as they are."""
-    place: Place = field(default_factory=Place)
+    place: Location = field(default_factory=Location)
 
 
-def read_prompts(conf: OpenInput | EvalData) -> list[Prompt]:
+def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
     """The prompts of `prompt_conf`, in order.
 
     Raises:
@@ -56,24 +56,24 @@ def read_prompts(conf: OpenInput | EvalData) -> list[Prompt]:
         DataError: a file is missing or empty, or rows are wrong; names up to ten of them.
     """
     if isinstance(conf, OpenInput):
-        return text_prompts([conf.input] * conf.num_samples, Place(key="prompt_conf.input"))
+        return text_prompts([conf.input] * conf.num_samples, Location(key="prompt_conf.input"))
     foreign = sorted(conf.data.model_fields_set - set(_READ))
     if foreign:
         raise ConfigError(
             f"is for training data; of a dataset of prompts are read: {', '.join(_READ)}",
-            place=Place(key=f"{_KEY}.{foreign[0]}"),
+            place=Location(key=f"{_KEY}.{foreign[0]}"),
         )
-    recipe = make_recipe(conf.data, _KEY)
+    recipe = make_transforms(conf.data, _KEY)
     rows = ((shard, row) for shard in find_shards(conf.data, _KEY) for row in shard.rows())
     return _checked(
         _eval_prompt(shard, row, number, recipe) for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
     )
 
 
-def text_prompts(texts: Sequence[str], place: Place = _NOWHERE) -> list[Prompt]:
+def text_prompts(texts: Sequence[str], place: Location = _NOWHERE) -> list[GenerationPrompt]:
     """Each text as a prompt to continue; `place` is where they were given."""
     return [
-        Prompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, place=place)
+        GenerationPrompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, place=place)
         for index, text in enumerate(texts)
     ]
 
@@ -88,15 +88,15 @@ def read_lines(path: str, key: str) -> list[str]:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}", place=Place(key=key)) from None
+        raise ConfigError(f"{path} cannot be read: {reason}", place=Location(key=key)) from None
     lines = [line for line in lines if line]
     if not lines:
-        raise ConfigError(f"{path} holds no prompt", place=Place(key=key))
+        raise ConfigError(f"{path} holds no prompt", place=Location(key=key))
     return lines
 
 
-def _checked(found: Iterator[Prompt | Problem]) -> list[Prompt]:
-    prompts: list[Prompt] = []
+def _checked(found: Iterator[GenerationPrompt | Problem]) -> list[GenerationPrompt]:
+    prompts: list[GenerationPrompt] = []
     problems: list[Problem] = []
     for item in found:
         if isinstance(item, Problem):
@@ -111,7 +111,7 @@ def _checked(found: Iterator[Prompt | Problem]) -> list[Prompt]:
     return prompts
 
 
-def _eval_prompt(shard: Shard, found: Row | Problem, number: int, recipe: Recipe) -> Prompt | Problem:
+def _eval_prompt(shard: Shard, found: Row | Problem, number: int, recipe: TransformChain) -> GenerationPrompt | Problem:
     row = found if isinstance(found, Problem) else recipe(found, {})
     if not isinstance(row, Row):
         return row
@@ -120,7 +120,7 @@ def _eval_prompt(shard: Shard, found: Row | Problem, number: int, recipe: Recipe
         meta = meta_fields(row)
         identity = meta.pop("id", None)
         dataset = meta.pop("dataset", None)
-        return Prompt(
+        return GenerationPrompt(
             id=number if identity is None else identity,
             text=text,
             messages=messages,

@@ -15,22 +15,22 @@ from typing import Any
 from finetuning.config.sections.generation import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantised
 from finetuning.errors import Interrupted
-from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, most_padding_on, plan_batches
-from finetuning.inference.generate import Answer, EncodedPrompt, encode_prompts, generate_batches
+from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, padding_side, plan_batches
+from finetuning.inference.generate import EncodedPrompt, Generation, encode_prompts, generate_batches
 from finetuning.inference.generation_params import build_parameters, check_parameters
 from finetuning.inference.load import load_generator
-from finetuning.inference.output import Spool, check_output, write_records
-from finetuning.inference.prompts import Prompt
+from finetuning.inference.output import RecordSpool, check_output, write_records
+from finetuning.inference.prompts import GenerationPrompt
 
 Record = dict[str, Any]
-RecordMaker = Callable[[Prompt, EncodedPrompt, Answer, Mapping[str, Any]], Record]
+RecordMaker = Callable[[GenerationPrompt, EncodedPrompt, Generation, Mapping[str, Any]], Record]
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """What is generated, by which model, how."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[GenerationPrompt]
     model_conf: GenerationModel
     quant_conf: NoQuantization | Quantised
     gen_params: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Progress:
+class GenerationProgress:
     """How far a job is."""
 
     prompts_done: int
@@ -78,14 +78,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Watch:
+class ProgressCallback:
     """Who is told what while a job runs."""
 
-    on_progress: Callable[[Progress], None] = lambda progress: None
+    on_progress: Callable[[GenerationProgress], None] = lambda progress: None
     on_text: Callable[[str], None] | None = None
 
 
-def answer_record(prompt: Prompt, encoded: EncodedPrompt, answer: Answer, gen_params: Mapping[str, Any]) -> Record:
+def answer_record(
+    prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, Any]
+) -> Record:
     """One member of the output list, as Silogen's inference tools write it."""
     return {
         "dataset": prompt.dataset,
@@ -103,13 +105,15 @@ def answer_record(prompt: Prompt, encoded: EncodedPrompt, answer: Answer, gen_pa
 
 
 def input_output_record(
-    prompt: Prompt, encoded: EncodedPrompt, answer: Answer, gen_params: Mapping[str, Any]
+    prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, Any]
 ) -> Record:
     """One member of fms-hf-tuning's result; its output begins with the prompt and holds special tokens."""
     return {"input": encoded.text, "output": answer.raw}
 
 
-def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = answer_record) -> list[Record]:
+def generate_records(
+    job: GenerationJob, output: Path, watch: ProgressCallback, make_record: RecordMaker = answer_record
+) -> list[Record]:
     """The records of all prompts in the prompts' order, written to `output`.
 
     When the run is interrupted the records so far are written, in the same order, and the next run of the same job
@@ -130,13 +134,13 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
         parameters.max_new_tokens,
         budget=job.batch_tokens,
         most_rows=job.batch_size,
-        most_padding=most_padding_on(generator.device.type, parameters.max_new_tokens),
+        most_padding=padding_side(generator.device.type, parameters.max_new_tokens),
     )
-    spool = Spool(output, job.fingerprint())
+    spool = RecordSpool(output, job.fingerprint())
     # A batch is made again whole, so that its answers are drawn from the same random numbers.
     batches = [batch for batch in batches if spool.missing(batch)]
     tokens, started = 0, time.monotonic()
-    watch.on_progress(Progress(len(spool.records), len(prompts), 0, 0.0))
+    watch.on_progress(GenerationProgress(len(spool.records), len(prompts), 0, 0.0))
     with _kept(spool, output, len(prompts)), _terminable():
         for answers in generate_batches(generator, prompts, batches, parameters, job.seed, watch.on_text):
             spool.add(
@@ -146,7 +150,7 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
                 }
             )
             tokens += sum(answer.tokens for given in answers.values() for answer in given)
-            watch.on_progress(Progress(len(spool.records), len(prompts), tokens, time.monotonic() - started))
+            watch.on_progress(GenerationProgress(len(spool.records), len(prompts), tokens, time.monotonic() - started))
     records = spool.in_order()
     write_records(output, records)
     spool.close(remove=True)
@@ -154,7 +158,7 @@ def run_job(job: Job, output: Path, watch: Watch, make_record: RecordMaker = ans
 
 
 @contextmanager
-def _kept(spool: Spool, output: Path, total: int) -> Iterator[None]:
+def _kept(spool: RecordSpool, output: Path, total: int) -> Iterator[None]:
     """Keeps the records so far when the block does not come to its end.
 
     Raises:

@@ -31,7 +31,7 @@ SCORES: dict[str, Callable[[str, str], bool]] = {"exact": is_exact, "contains": 
 
 
 @dataclass(frozen=True)
-class Tally:
+class ScoreCounts:
     """Answers that were scored, and those of them that are right."""
 
     correct: int
@@ -48,8 +48,8 @@ class Scores:
     """The result of a scoring; `rows` holds dataset, id and whether the answer is right, in order."""
 
     name: str
-    overall: Tally
-    by_dataset: dict[str, Tally]
+    overall: ScoreCounts
+    by_dataset: dict[str, ScoreCounts]
     unscored: int
     rows: tuple[dict[str, Any], ...]
 
@@ -113,6 +113,6 @@ def score(records: Sequence[Mapping[str, Any]], name: ScoreName) -> Scores:
         count[0] += right
         count[1] += 1
         rows.append({"dataset": record["dataset"], "id": record["id"], "right": right})
-    by_dataset = {dataset: Tally(*count) for dataset, count in counts.items()}
-    overall = Tally(sum(row["right"] for row in rows), len(rows))
+    by_dataset = {dataset: ScoreCounts(*count) for dataset, count in counts.items()}
+    overall = ScoreCounts(sum(row["right"] for row in rows), len(rows))
     return Scores(name, overall, by_dataset, len(records) - len(rows), tuple(rows))

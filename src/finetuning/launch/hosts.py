@@ -65,7 +65,7 @@ MEET_WITHIN_S = 600
 
 
 @dataclass(frozen=True)
-class Machines:
+class Hosts:
     """How many machines there are, which this is, and where the first one listens."""
 
     nnodes: int = 1
@@ -104,19 +104,19 @@ class Machines:
         return {name: value for name, value in told.items() if not environ.get(name)}
 
 
-def find_machines(
+def resolve_hosts(
     nnodes: int | None = None,
     node_rank: int | None = None,
     address: str | None = None,
     environ: Mapping[str, str] = os.environ,
-) -> Machines:
+) -> Hosts:
     """The machines, each value as given or else as the environment has it; `address` is host or host:port.
 
     Raises:
         ConfigError: a value is no number or out of its range, or several machines have no address to meet at.
     """
     host, _, given_port = (address or "").partition(":")
-    machines = Machines(
+    machines = Hosts(
         nnodes=_number("nnodes", nnodes, environ, 1),
         node_rank=_number("node_rank", node_rank, environ, 0),
         address=host or _text("address", environ),

@@ -17,7 +17,7 @@ from typing import Any
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_USER, ConfigError, MissingPackageError
-from finetuning.launch.restarts import met
+from finetuning.launch.restarts import rendezvous_ok
 
 PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _MODULE = "finetuning.cli.main"
@@ -146,7 +146,7 @@ def start(launch: Launch, command: Sequence[str], environment: Mapping[str, str]
     try:
         if launch.meet_within_s is None:
             return _start_all(launch, command)
-        return met(lambda: _start_all(launch, command), launch.meet_within_s)
+        return rendezvous_ok(lambda: _start_all(launch, command), launch.meet_within_s)
     except SignalException as error:
         return 128 + int(error.sigval)
 
@@ -158,15 +158,15 @@ def _start_all(launch: Launch, command: Sequence[str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args(launch.arguments(command)))
     except ChildFailedError as error:
-        return told_code(error.get_first_failure()[1].exitcode)
+        return exit_code_of(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:
-        return told_code(error.returncode)
+        return exit_code_of(error.returncode)
     except ValueError as error:
         raise ConfigError(f"accelerate refuses this launch: {error}") from error
     return 0
 
 
-def told_code(code: int) -> int:
+def exit_code_of(code: int) -> int:
     """The exit code that a process's stands for: one of those that are documented, or 203."""
     code = 128 - code if code < 0 else code
     return code if code in _TOLD else EXIT_INTERNAL
@@ -182,7 +182,7 @@ def _start_one(command: Sequence[str], environment: Mapping[str, str]) -> int:
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on), signal.SIGINT: signal.getsignal(signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else pass_on)
     try:
-        return told_code(process.wait())
+        return exit_code_of(process.wait())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ _CONNECTING_S = 65.0
 """Longer than torch tries to reach the meeting point; an attempt that lasted longer has met."""
 
 
-def run_again(attempt: Callable[[], int], restarts: int, tell: Callable[[str], None]) -> int:
+def run_with_restarts(attempt: Callable[[], int], restarts: int, tell: Callable[[str], None]) -> int:
     """The exit code of the last of some attempts.
 
     An attempt is repeated, so often as `restarts` says, when one of its processes was killed or failed for a reason
@@ -29,7 +29,7 @@ def run_again(attempt: Callable[[], int], restarts: int, tell: Callable[[str], N
     return attempt()
 
 
-def met(attempt: Callable[[], int], within_s: float) -> int:
+def rendezvous_ok(attempt: Callable[[], int], within_s: float) -> int:
     """The exit code of an attempt in which the machines of a job have met, whose meeting point may come up later than
     they, or be away for a while.
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.errors import ModelError, Place
-from finetuning.model.quantization import is_quantised
+from finetuning.errors import Location, ModelError
+from finetuning.model.quantization import is_quantized
 from finetuning.model.safetensors_io import ADDED_TOKENS, UNTRAINED_TOKENS
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class EmbeddingInfo:
     """What became of the embeddings."""
 
     new_ids: tuple[int, ...]
@@ -70,13 +70,13 @@ def untrained_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[s
     return [token for token in tokens if token in known]
 
 
-def grow(
+def resize_embeddings(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: Sequence[str] = (),
     *,
     pad_to_multiple_of: int | None = None,
-) -> Vocabulary:
+) -> EmbeddingInfo:
     """Rows for every token of the tokenizer; those of `new_tokens` start as the mean row of the tokens in use.
 
     The embeddings grow only when the tokenizer has more tokens than they have rows. New tokens that fit into rows
@@ -95,10 +95,10 @@ def grow(
     needed = max(len(tokenizer), max(vocabulary.values()) + 1)
     rows = rows_before
     if needed > rows_before:
-        if is_quantised(model):
+        if is_quantized(model):
             raise ModelError(
                 f"{needed - rows_before} tokens have no row in the embeddings, and a quantised model cannot grow",
-                place=Place(key="quant_conf"),
+                place=Location(key="quant_conf"),
                 hint="Choose a chat template whose tokens the tokenizer already has, or let the base grow once without"
                 " quantisation and train the new base model that this saves.",
             )
@@ -111,7 +111,7 @@ def grow(
         averaged = [row for row in in_use if row < rows_before]
         for weight in _distinct_weights(model):
             _set_to_mean(weight, fresh, averaged)
-    return Vocabulary(ids, rows_before, rows, tied)
+    return EmbeddingInfo(ids, rows_before, rows, tied)
 
 
 def _distinct_weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:

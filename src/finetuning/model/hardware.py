@@ -12,7 +12,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Ability:
+class Capability:
     """Whether something can be done here, and how that is known or what is in the way."""
 
     name: str
@@ -32,17 +32,17 @@ class Device:
     """`cpu`, or the kind of accelerator as torch names it."""
     memory: int | None
     free: int | None
-    abilities: tuple[Ability, ...]
+    abilities: tuple[Capability, ...]
     capability: tuple[int, int] | None = None
     """Compute capability of NVIDIA's GPUs; None for all else."""
 
-    def can(self, name: str) -> Ability:
+    def can(self, name: str) -> Capability:
         """The ability of this name."""
         return next(ability for ability in self.abilities if ability.name == name)
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """The devices, torch's build, and the room there is. Sizes in bytes."""
 
     python: str
@@ -56,14 +56,14 @@ class Machine:
     devices: tuple[Device, ...]
 
 
-def look_at_machine(folder: Path) -> Machine:
+def detect_hardware(folder: Path) -> Hardware:
     """This machine, with the disk that `folder` is on; the accelerators first, the CPU last."""
     memory, free = _system_memory()
     accelerators = [_accelerator(index) for index in range(torch.cuda.device_count())] if _has_cuda_api() else []
     if torch.backends.mps.is_available():
         accelerators.append(_describe("Apple GPU", torch.device("mps"), None, None))
     cpu = _describe(platform.processor() or platform.machine(), torch.device("cpu"), memory, free)
-    return Machine(
+    return Hardware(
         python=platform.python_version(),
         torch=torch.__version__,
         build=_build(),
@@ -112,32 +112,32 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if right else "a product comes out wrong"
 
 
-def _bf16(device: torch.device) -> Ability:
+def _bf16(device: torch.device) -> Capability:
     if trouble := _multiplies(torch.bfloat16, device):
-        return Ability("bf16", False, trouble)
+        return Capability("bf16", False, trouble)
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Ability("bf16", False, "only emulated")
+        return Capability("bf16", False, "only emulated")
     if device.type == "cpu":
         found = torch.cpu.get_capabilities()
         fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-        return Ability("bf16", True, "in hardware" if fast else "emulated, slower than float32")
-    return Ability("bf16", True)
+        return Capability("bf16", True, "in hardware" if fast else "emulated, slower than float32")
+    return Capability("bf16", True)
 
 
-def _fp16(device: torch.device) -> Ability:
+def _fp16(device: torch.device) -> Capability:
     if device.type == "cpu":
-        return Ability("fp16", False, "loss scaling needs an accelerator")
+        return Capability("fp16", False, "loss scaling needs an accelerator")
     trouble = _multiplies(torch.float16, device)
-    return Ability("fp16", trouble is None, trouble or "")
+    return Capability("fp16", trouble is None, trouble or "")
 
 
-def _tf32(device: torch.device) -> Ability:
+def _tf32(device: torch.device) -> Capability:
     if device.type != "cuda" or torch.version.hip:
-        return Ability("tf32", False, "a number type of NVIDIA's GPUs")
+        return Capability("tf32", False, "a number type of NVIDIA's GPUs")
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return Ability("tf32", False, f"needs compute capability 8.0, this is {major}.{minor}")
-    return Ability("tf32", True)
+        return Capability("tf32", False, f"needs compute capability 8.0, this is {major}.{minor}")
+    return Capability("tf32", True)
 
 
 def _build() -> str:

@@ -19,16 +19,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from finetuning.config.pretrained_config import FLASH
 from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantised, RunConfig
-from finetuning.distributed import Topology
-from finetuning.errors import ConfigError, MissingPackageError, ModelError, Place
-from finetuning.model.quantization import Sharding, choose_trainable_kernel, to_quantisation_config
-from finetuning.model.resolve import Location, locate
+from finetuning.distributed import ProcessTopology
+from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError
+from finetuning.model.quantization import Sharding, choose_trainable_kernel, to_quantization_config
+from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import INDEX, SINGLE, read_model_headers
-from finetuning.model.stop_tokens import repair_sampling
+from finetuning.model.stop_tokens import fix_sampling_config
 
 
 @dataclass(frozen=True)
-class Head:
+class TaskHead:
     """A kind of model: the class that loads it, and which weights another kind's checkpoint lacks or has too many."""
 
     auto_class: str
@@ -69,8 +69,8 @@ class Head:
         return bool(made)
 
 
-LANGUAGE = Head("AutoModelForCausalLM")
-SCORE = Head(
+LANGUAGE = TaskHead("AutoModelForCausalLM")
+SCORE = TaskHead(
     "AutoModelForSequenceClassification",
     fields={"num_labels": 1},
     new=r"(score|classifier)\.(weight|bias)",
@@ -78,7 +78,7 @@ SCORE = Head(
 )
 
 
-def head_of(architectures: Sequence[str]) -> Head:
+def task_head_of(architectures: Sequence[str]) -> TaskHead:
     """The head of a saved model, by the architectures that its config names."""
     return SCORE if any(name.endswith("ForSequenceClassification") for name in architectures) else LANGUAGE
 
@@ -87,7 +87,7 @@ logger = logging.getLogger(__name__)
 
 _KEY = "run_conf.model"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# `locate` takes these; the rest of ModelArgs goes to `from_pretrained`.
+# `resolve_model` takes these; the rest of ModelArgs goes to `from_pretrained`.
 _WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
 # Arguments of `from_pretrained` that are neither ours nor a field of a model's config.
 _PASSED_ON = ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision")
@@ -111,10 +111,10 @@ def load_model(
     run_conf: RunConfig,
     quant_conf: NoQuantization | Quantised | None = None,
     *,
-    topology: Topology | None = None,
+    topology: ProcessTopology | None = None,
     sharded_by: Sharding | None = None,
     default_dtype: Dtype = "auto",
-    head: Head = LANGUAGE,
+    head: TaskHead = LANGUAGE,
     key: str = _KEY,
 ) -> PreTrainedModel:
     """The model that `run_conf` names, on this process's device, in evaluation mode.
@@ -133,28 +133,28 @@ def load_model(
     check_attention(args.attn_implementation, key)
     where = {name: getattr(args, name) for name in _WHERE if name != "token"}
     token = args.token.get_secret_value() if args.token else None
-    location = locate(run_conf.model, "model", key=key, token=token, **where)
+    location = resolve_model(run_conf.model, "model", key=key, token=token, **where)
     arguments: dict[str, Any] = {
         "dtype": default_dtype if args.dtype == "auto" else args.dtype,
-        "device_map": _device_map(args, topology or Topology(), sharded_by, key),
+        "device_map": _device_map(args, topology or ProcessTopology(), sharded_by, key),
         "use_safetensors": _safetensors_only(location, args, key),
         "trust_remote_code": args.trust_remote_code,
     }
     arguments |= {name: value for name in _PASSED_ON if (value := getattr(args, name)) is not None}
     if isinstance(quant_conf, Quantised):
-        arguments["quantization_config"] = to_quantisation_config(quant_conf, sharded_by=sharded_by)
+        arguments["quantization_config"] = to_quantization_config(quant_conf, sharded_by=sharded_by)
     config, extras = load_config(location, args, key)
     config.update(dict(head.fields))
     choose_trainable_kernel(config)
     model = _read(location, head, key, {"config": config, **arguments, **extras})
     if model.can_generate():
         # Every checkpoint saves these settings, and transformers refuses to save contradictory ones.
-        for change in repair_sampling(model.generation_config):
+        for change in fix_sampling_config(model.generation_config):
             logger.info("%s: %s", location, change)
     return model
 
 
-def _read(location: Location, head: Head, key: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+def _read(location: ModelLocation, head: TaskHead, key: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """The model as `from_pretrained` reads it, with a head.
 
     Raises:
@@ -166,7 +166,7 @@ def _read(location: Location, head: Head, key: str, arguments: Mapping[str, Any]
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         _raise_unless_memory(error, location, key)
-    _check_found(found, location, Place(key=key), head)
+    _check_found(found, location, Location(key=key), head)
     if head.begin(model, sorted(found["missing_keys"])):
         logger.info("%s has no head that gives scores: a new one starts at zero", location)
     return model
@@ -184,7 +184,7 @@ def check_attention(implementation: str | None, key: str = _KEY) -> None:
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    place = Place(key=f"{_args(key)}.attn_implementation")
+    place = Location(key=f"{_args(key)}.attn_implementation")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if "/" in implementation:
         if find_spec("kernels") is None:
@@ -218,11 +218,11 @@ def _args(key: str) -> str:
     return f"{key.rpartition('.')[0]}.model_args"
 
 
-def _device_map(args: ModelArgs, topology: Topology, sharded_by: Sharding | None, key: str) -> Any:
+def _device_map(args: ModelArgs, topology: ProcessTopology, sharded_by: Sharding | None, key: str) -> Any:
     import torch
 
     if args.device_map is not None:
-        place = Place(key=f"{_args(key)}.device_map")
+        place = Location(key=f"{_args(key)}.device_map")
         if sharded_by is not None:
             raise ConfigError(f"a device_map and {sharded_by} exclude each other; remove device_map", place=place)
         if topology.is_distributed and isinstance(args.device_map, str) and not _is_device(args.device_map):
@@ -241,7 +241,7 @@ def _is_device(name: str) -> bool:
     return name == "cpu" or name.startswith(("cuda", "xpu", "mps"))
 
 
-def _safetensors_only(location: Location, args: ModelArgs, key: str) -> bool | None:
+def _safetensors_only(location: ModelLocation, args: ModelArgs, key: str) -> bool | None:
     """Whether only safetensors are read. Pickled weights can carry code, so they are read only when asked for.
 
     Raises:
@@ -261,15 +261,15 @@ def _safetensors_only(location: Location, args: ModelArgs, key: str) -> bool | N
     if pickles:
         raise ModelError(
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened",
-            place=Place(key=key),
+            place=Location(key=key),
             hint=f"Convert them to safetensors, or set {_args(key)}.use_safetensors: false if you trust them.",
         )
     if any(folder.glob("*.safetensors")):
         return True
-    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=Place(key=key))
+    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=Location(key=key))
 
 
-def load_config(location: Location, args: ModelArgs, key: str = _KEY) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def load_config(location: ModelLocation, args: ModelArgs, key: str = _KEY) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The model's config with the user's fields set in it, and the arguments that are left for `from_pretrained`."""
     extras = dict(args.model_extra or {})
     loader = {name: extras.pop(name) for name in _LOADER_ARGUMENTS if name in extras}
@@ -293,13 +293,13 @@ def load_config(location: Location, args: ModelArgs, key: str = _KEY) -> tuple[P
         near = get_close_matches(unknown[0], known, 1)
         raise ModelError(
             f"neither from_pretrained nor a {config.model_type} config knows {unknown[0]!r}",
-            place=Place(key=f"{_args(key)}.{unknown[0]}"),
+            place=Location(key=f"{_args(key)}.{unknown[0]}"),
             hint=f"Did you mean {near[0]}?" if near else None,
         )
     return config, loader
 
 
-def _raise_unless_memory(error: Exception, location: Location, key: str) -> None:
+def _raise_unless_memory(error: Exception, location: ModelLocation, key: str) -> None:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
@@ -312,10 +312,10 @@ def _raise_unless_memory(error: Exception, location: Location, key: str) -> None
     elif "trust_remote_code" in text:
         text = "it comes with code of its own"
         hint = f"Set {_args(key)}.trust_remote_code: true to run it, and pin revision to a commit."
-    raise ModelError(f"{location} cannot be loaded: {text}", place=Place(key=key), hint=hint) from error
+    raise ModelError(f"{location} cannot be loaded: {text}", place=Location(key=key), hint=hint) from error
 
 
-def _check_found(found: Mapping[str, Any], location: Location, place: Place, head: Head) -> None:
+def _check_found(found: Mapping[str, Any], location: ModelLocation, place: Location, head: TaskHead) -> None:
     missing = head.missing(sorted(found["missing_keys"]))
     mismatched = sorted(str(item) for item in found["mismatched_keys"])
     wrong = missing or mismatched

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuning.config.sections.model import NewPeft, RunConfig
-from finetuning.errors import ModelError, Place
-from finetuning.model.load import LANGUAGE, Head, load_config
-from finetuning.model.resolve import Location, locate
+from finetuning.errors import Location, ModelError
+from finetuning.model.load import LANGUAGE, TaskHead, load_config
+from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import INDEX, SINGLE, read_model_headers
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _NO_WEIGHTS_NEEDED = {"init_lora_weights": True, "init_weights": True}
 
 
 @dataclass(frozen=True)
-class Group:
+class ModuleGroup:
     """The modules whose names end alike."""
 
     name: str
@@ -47,18 +47,18 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Inventory:
+class ModuleSummary:
     """The groups in the model's order, and the whole."""
 
     model: str
     architecture: str
     parameters: int
-    groups: tuple[Group, ...]
+    groups: tuple[ModuleGroup, ...]
     trained: int | None
     """Weights that the adapter trains, wherever they lie; None without a new adapter."""
 
 
-def take_inventory(run_conf: RunConfig, peft_conf: Any, *, head: Head = LANGUAGE) -> Inventory:
+def summarize_modules(run_conf: RunConfig, peft_conf: Any, *, head: TaskHead = LANGUAGE) -> ModuleSummary:
     """The modules of the model that `run_conf` names, and what a new adapter of `peft_conf` would train of them.
 
     Raises:
@@ -67,7 +67,7 @@ def take_inventory(run_conf: RunConfig, peft_conf: Any, *, head: Head = LANGUAGE
     args = run_conf.model_args
     token = args.token.get_secret_value() if args.token else None
     where = {name: getattr(args, name) for name in _WHERE}
-    location = locate(run_conf.model, "model", key="run_conf.model", token=token, **where)
+    location = resolve_model(run_conf.model, "model", key="run_conf.model", token=token, **where)
     model = _empty_model(location, args, head)
     modules = {name: module for name, module in model.named_modules() if name}
     sizes = _sizes(location)
@@ -83,7 +83,7 @@ def take_inventory(run_conf: RunConfig, peft_conf: Any, *, head: Head = LANGUAGE
         if weights or next(module.parameters(recurse=False), None) is not None or name in (trained or {}):
             members.setdefault((name.rpartition(".")[2], type(module).__name__), []).append(name)
     groups = tuple(
-        Group(
+        ModuleGroup(
             name=suffix,
             kind=kind,
             count=len(names),
@@ -96,7 +96,7 @@ def take_inventory(run_conf: RunConfig, peft_conf: Any, *, head: Head = LANGUAGE
         )
         for (suffix, kind), names in members.items()
     )
-    return Inventory(
+    return ModuleSummary(
         model=str(location),
         architecture=type(model).__name__,
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -105,7 +105,7 @@ def take_inventory(run_conf: RunConfig, peft_conf: Any, *, head: Head = LANGUAGE
     )
 
 
-def _empty_model(location: Location, args: Any, head: Head) -> PreTrainedModel:
+def _empty_model(location: ModelLocation, args: Any, head: TaskHead) -> PreTrainedModel:
     """The model without numbers in its weights."""
     config, _ = load_config(location, args)
     config.update(dict(head.fields))
@@ -114,10 +114,10 @@ def _empty_model(location: Location, args: Any, head: Head) -> PreTrainedModel:
             return head.loader.from_config(config, trust_remote_code=args.trust_remote_code)
     except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         text = str(error).strip().splitlines()[0]
-        raise ModelError(f"{location} cannot be laid out: {text}", place=Place(key="run_conf.model")) from error
+        raise ModelError(f"{location} cannot be laid out: {text}", place=Location(key="run_conf.model")) from error
 
 
-def _taken(location: Location, args: Any, head: Head, conf: NewPeft) -> dict[str, int]:
+def _taken(location: ModelLocation, args: Any, head: TaskHead, conf: NewPeft) -> dict[str, int]:
     """The modules that an adapter takes, with the number of weights that it trains in each."""
     from peft import get_peft_model
 
@@ -133,7 +133,7 @@ def _taken(location: Location, args: Any, head: Head, conf: NewPeft) -> dict[str
     except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
         text = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"what {conf.peft_type} trains cannot be told without the weights: {text}", place=Place(key="peft_conf")
+            f"what {conf.peft_type} trains cannot be told without the weights: {text}", place=Location(key="peft_conf")
         ) from error
     taken: dict[str, int] = {}
     known = set(names)
@@ -164,7 +164,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _sizes(location: Location) -> dict[str, int]:
+def _sizes(location: ModelLocation) -> dict[str, int]:
     """Bytes of each tensor in the checkpoint's files; empty where they are not at hand."""
     folder = location.folder
     if folder is None or not any((folder / name).is_file() for name in (INDEX, SINGLE)):

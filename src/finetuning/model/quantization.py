@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetuning.config.sections.model import BitsAndBytes, Quantised, TorchAO
-from finetuning.errors import ConfigError, MissingPackageError, Place
+from finetuning.errors import ConfigError, Location, MissingPackageError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
@@ -16,7 +16,7 @@ Sharding = Literal["fsdp", "deepspeed"]
 _OUTPUT_LAYERS = ("lm_head", "score")
 
 
-def to_quantisation_config(
+def to_quantization_config(
     conf: Quantised, *, sharded_by: Sharding | None = None
 ) -> BitsAndBytesConfig | TorchAoConfig:
     """What transformers quantises by.
@@ -41,7 +41,7 @@ def to_torchao_config(conf: TorchAO) -> TorchAoConfig:
     if find_spec("torchao") is None:
         raise MissingPackageError(
             "torchao is not installed",
-            place=Place(key="quant_conf.quantization_type"),
+            place=Location(key="quant_conf.quantization_type"),
             hint="Install it with: pip install 'finetuning[torchao]'",
         )
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -70,12 +70,12 @@ def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = 
         which = "both" if conf.load_in_4bit else "neither"
         raise ConfigError(
             f"{which} of load_in_4bit and load_in_8bit is true; quantisation by bits-and-bytes needs one",
-            place=Place(key="quant_conf"),
+            place=Location(key="quant_conf"),
         )
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(
             "bitsandbytes is not installed",
-            place=Place(key="quant_conf.quantization_type"),
+            place=Location(key="quant_conf.quantization_type"),
             hint="Install it with: pip install bitsandbytes",
         )
     fields = conf.model_dump(exclude={"quantization_type"}, exclude_none=True)
@@ -97,7 +97,7 @@ def choose_trainable_kernel(config: PreTrainedConfig) -> None:
         config.quantization_config = settings | {"backend": "auto_trainable"}
 
 
-def prepare_quantised(
+def prepare_quantized_model(
     model: PreTrainedModel,
     *,
     sharded_by: Sharding | None = None,
@@ -135,13 +135,13 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
             module.linear_mode = "train"
 
 
-def is_quantised(model: PreTrainedModel) -> bool:
+def is_quantized(model: PreTrainedModel) -> bool:
     """True when the base weights are not plain numbers that can be trained or grown."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def is_known(model: PreTrainedModel) -> bool:
-    """True where `prepare_quantised` is right; other ways to quantise, fp8 say, train as they were loaded."""
+    """True where `prepare_quantized_model` is right; other ways to quantise, fp8 say, train as they were loaded."""
     return getattr(model, "quantization_method", None) in ("bitsandbytes", "torchao", "gptq")
 
 

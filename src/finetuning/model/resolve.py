@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetuning.errors import ModelError, Place
+from finetuning.errors import Location, ModelError
 
 Kind = Literal["model", "tokenizer", "adapter"]
 
@@ -26,7 +26,7 @@ _ADAPTER_GOES = {
 
 
 @dataclass(frozen=True)
-class Location:
+class ModelLocation:
     """A folder or a hub id, and the arguments with which every loader is to be called for it."""
 
     name: str
@@ -41,7 +41,7 @@ class Location:
         return self.name if self.folder or revision in (None, "main") else f"{self.name} at {revision}"
 
 
-def locate(
+def resolve_model(
     name: str,
     kind: Kind,
     *,
@@ -52,7 +52,7 @@ def locate(
     local_files_only: bool | None = None,
     force_download: bool | None = None,
     token: str | None = None,
-) -> Location:
+) -> ModelLocation:
     """The folder or hub repository that `name` stands for, looked at before anything heavy is loaded.
 
     A folder wins over a hub id of the same name. The hub is asked once, with a time limit; when it is out of reach
@@ -61,14 +61,14 @@ def locate(
     Raises:
         ModelError: nothing is there, or the hub does not answer and the cache does not have it.
     """
-    place = Place(key=key)
+    place = Location(key=key)
     path = Path(name).expanduser()
     inside = path / subfolder if subfolder else path
     # A folder has no revisions: the argument is dropped, not refused, so that a file works for both.
     arguments: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
     if path.is_dir():
         _check_folder(inside, kind, place)
-        return Location(str(path), inside, arguments | {"local_files_only": True})
+        return ModelLocation(str(path), inside, arguments | {"local_files_only": True})
     if path.exists():
         raise ModelError(f"{path} is a file; a {kind} is a folder, or an id on the hub", place=place)
     if _looks_like_path(name):
@@ -81,7 +81,7 @@ def locate(
     wanted = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
     arguments |= {key: value for key, value in wanted.items() if value is not None}
     offline = _reach_hub(name, kind, place, arguments, bool(local_files_only))
-    return Location(name, None, arguments | {"local_files_only": True} if offline else arguments)
+    return ModelLocation(name, None, arguments | {"local_files_only": True} if offline else arguments)
 
 
 def is_local(name: str) -> bool:
@@ -93,7 +93,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~", ".")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
 
-def _check_folder(folder: Path, kind: Kind, place: Place) -> None:
+def _check_folder(folder: Path, kind: Kind, place: Location) -> None:
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", place=place)
     found = any((folder / name).is_file() for name in _NEEDED[kind])
@@ -108,7 +108,7 @@ def _check_folder(folder: Path, kind: Kind, place: Place) -> None:
         raise ModelError(f"{folder} holds no {kind}: {names} is missing", place=place)
 
 
-def _reach_hub(name: str, kind: Kind, place: Place, arguments: Mapping[str, Any], local_files_only: bool) -> bool:
+def _reach_hub(name: str, kind: Kind, place: Location, arguments: Mapping[str, Any], local_files_only: bool) -> bool:
     """True when the files must come from the cache because the hub may not be, or cannot be, asked."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError

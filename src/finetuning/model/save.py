@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from finetuning.atomic_io import staged
 from finetuning.errors import StorageError
 from finetuning.model import fingerprint
-from finetuning.model.embeddings import Vocabulary
+from finetuning.model.embeddings import EmbeddingInfo
 from finetuning.model.fingerprint import Fingerprint
 from finetuning.model.safetensors_io import UNTRAINED_TOKENS, read_model_headers
-from finetuning.model.stop_tokens import StopTokens, repair_sampling, save_tokenizer
+from finetuning.model.stop_tokens import StopTokens, fix_sampling_config, save_tokenizer
 
 
 def save_model(
@@ -29,7 +29,7 @@ def save_model(
     stop_tokens: StopTokens | None = None,
     base_fingerprint: Fingerprint | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: EmbeddingInfo | None = None,
     untrained: Sequence[str] = (),
 ) -> Path:
     """`folder`, holding the model or, of a PEFT model, its adapter.
@@ -79,7 +79,7 @@ def write_model(
     own = model.generation_config
     written = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(own)
     if written is not None:
-        repair_sampling(written)
+        fix_sampling_config(written)
     model.generation_config = written
     try:
         model.save_pretrained(folder, **arguments)
@@ -107,7 +107,7 @@ def save_grown_base(
     return saved
 
 
-def holds_grown_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_grown_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """True when a folder holds this very grown model: the same vocabulary, the same embeddings.
 
     A run that was cut short leaves one behind, which its successor goes on with.

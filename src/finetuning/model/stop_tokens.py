@@ -38,7 +38,7 @@ class StopTokens:
         return self.report
 
 
-def align(
+def align_stop_tokens(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
 ) -> StopTokens:
     """What has to be saved for the model to stop where it was trained to; neither argument is changed.
@@ -68,7 +68,7 @@ def align(
     if pad is not None and generation.pad_token_id != pad:
         changes.append(f"generation_config.pad_token_id is {pad}, it was {generation.pad_token_id}")
         generation.pad_token_id = pad
-    changes += repair_sampling(generation)
+    changes += fix_sampling_config(generation)
     adds_bos, adds_eos = _additions(tokenizer)
     if adds_eos:
         changes.append("the saved tokenizer no longer puts an end token after each text")
@@ -113,7 +113,7 @@ def _additions(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     return begins, ends
 
 
-def repair_sampling(generation: GenerationConfig) -> list[str]:
+def fix_sampling_config(generation: GenerationConfig) -> list[str]:
     """Turns sampling on, and says so, where its settings are there but it is off: transformers would not save that."""
     given = [name for name, idle in _SAMPLING.items() if getattr(generation, name, None) not in (None, idle)]
     if generation.do_sample or not given:

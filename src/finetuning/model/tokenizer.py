@@ -9,8 +9,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.config.sections.data import MissingPadTokenStrategy
-from finetuning.errors import ModelError, Place
-from finetuning.model.resolve import locate
+from finetuning.errors import Location, ModelError
+from finetuning.model.resolve import resolve_model
 
 _TEMPLATE_KEY = "data_conf.chat_template_name"
 
@@ -60,7 +60,7 @@ def load_tokenizer(
     Raises:
         ModelError: no fast tokenizer is there; its own template is to be kept and it has none; nothing can pad.
     """
-    location = locate(
+    location = resolve_model(
         path,
         "tokenizer",
         key=key,
@@ -71,13 +71,13 @@ def load_tokenizer(
         force_download=force_download,
         token=token,
     )
-    tokenizer = _read(location.name, trust_remote_code, location.hub_arguments, Place(key=key))
+    tokenizer = _read(location.name, trust_remote_code, location.hub_arguments, Location(key=key))
     warnings = []
     if template_source is None:
         if needs_template and not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {location} has no chat template to keep",
-                place=Place(key=_TEMPLATE_KEY),
+                place=Location(key=_TEMPLATE_KEY),
                 hint="Set data_conf.chat_template_name to a template by name, such as chat-ml.",
             )
     else:
@@ -93,7 +93,7 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, new_tokens, pad_is, pad_shown_as, tuple(warnings + pad_warning))
 
 
-def _read(name: str, trust_remote_code: bool, hub_arguments: Any, place: Place) -> PreTrainedTokenizerBase:
+def _read(name: str, trust_remote_code: bool, hub_arguments: Any, place: Location) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
@@ -142,13 +142,13 @@ def _choose_padding(
     if converts and tokens["eos"] is None:
         raise ModelError(
             f"unk-convert-to-eos needs an end-of-sequence token, which the tokenizer of {where} does not have",
-            place=Place(key="data_conf.missing_pad_token_strategy"),
+            place=Location(key="data_conf.missing_pad_token_strategy"),
         )
     chosen = next((name for name in (asked, "eos", "unk", "bos") if tokens[name] is not None), None)
     if chosen is None:
         raise ModelError(
             f"the tokenizer of {where} has no padding, beginning, end or unknown token: nothing can pad",
-            place=Place(key="data_conf.missing_pad_token_strategy"),
+            place=Location(key="data_conf.missing_pad_token_strategy"),
             hint="Set pad_token in its tokenizer_config.json.",
         )
     tokenizer.pad_token = tokens[chosen]

@@ -26,7 +26,7 @@ _TOKENWISE = {
 }  # fmt: skip
 
 
-def segment_attention(
+def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -89,7 +89,7 @@ def _segment_mask(
     return sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
 
 
-def enable_segments(model: PreTrainedModel, adapter: Any = None) -> str | None:
+def enable_varlen(model: PreTrainedModel, adapter: Any = None) -> str | None:
     """Makes a model compute rows end to end, proven by its own logits; says why not where that cannot be shown.
 
     The proof: rows, alone and end to end, give the same logits. It is made on the model itself, whatever its
@@ -107,7 +107,7 @@ def enable_segments(model: PreTrainedModel, adapter: Any = None) -> str | None:
     reason = _refusal(base, before, adapter)
     if reason:
         return reason
-    use_segments(model, adapter)
+    use_varlen(model, adapter)
     try:
         difference, tolerance = _isolation_error(model)
     except torch.OutOfMemoryError:
@@ -166,13 +166,13 @@ def enable_kernel(
     return reason
 
 
-def use_segments(model: PreTrainedModel, adapter: Any = None, name: str = NAME) -> None:
-    """Makes a model compute rows end to end, as another process has proven it to be able to (`enable_segments`, or
+def use_varlen(model: PreTrainedModel, adapter: Any = None, name: str = NAME) -> None:
+    """Makes a model compute rows end to end, as another process has proven it to be able to (`enable_varlen`, or
     `enable_kernel` by the implementation of this name)."""
     base = model.get_base_model() if adapter is not None else model
     if base.config._attn_implementation == "sdpa":
         if name == NAME:
-            AttentionInterface.register(NAME, segment_attention)
+            AttentionInterface.register(NAME, varlen_attention)
             AttentionMaskInterface.register(NAME, _segment_mask)
         base.set_attn_implementation(name)
 

@@ -17,7 +17,7 @@ _AMPERE, _HOPPER = (8, 0), 9
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class AttentionContext:
     """What the choice hangs on: what the machine can do, what is installed, and how the rows lie."""
 
     device: str = "cpu"
@@ -44,7 +44,7 @@ class AttentionChoice:
     reason: str
 
 
-def choose_attention(here: Circumstances) -> AttentionChoice:
+def choose_attention(here: AttentionContext) -> AttentionChoice:
     """FlashAttention for rows that lie end to end, on what can compute it; else `sdpa`.
 
     Padded rows are left to `sdpa`, which has flash kernels of its own: only rows end to end gain by one kernel over
@@ -59,7 +59,7 @@ def choose_attention(here: Circumstances) -> AttentionChoice:
     )
 
 
-def _obstacle(here: Circumstances, able: tuple[str, ...]) -> str | None:
+def _obstacle(here: AttentionContext, able: tuple[str, ...]) -> str | None:
     """Why no FlashAttention is chosen."""
     if not here.installed:
         return "no package of another is installed"
@@ -79,7 +79,7 @@ def _obstacle(here: Circumstances, able: tuple[str, ...]) -> str | None:
     return None
 
 
-def _computes(name: str, here: Circumstances) -> bool:
+def _computes(name: str, here: AttentionContext) -> bool:
     """Whether an implementation is installed and known to train this on such a device."""
     if name not in here.installed or name not in FLASH:
         return False
@@ -88,5 +88,5 @@ def _computes(name: str, here: Circumstances) -> bool:
     return here.capability is None or here.capability >= _AMPERE
 
 
-def _told(here: Circumstances) -> str:
+def _told(here: AttentionContext) -> str:
     return f" of compute capability {here.capability[0]}.{here.capability[1]}" if here.capability else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetuning.config.sections.training import BatchsizeConfig
-from finetuning.errors import ConfigError, Place, Problem
+from finetuning.config.sections.training import BatchSizeConfig
+from finetuning.errors import ConfigError, Location, Problem
 
 AUTO_ROWS = 16
 """Most rows that `auto` plans with."""
@@ -26,7 +26,7 @@ class BatchPlan:
     warning: str | None = None
 
 
-def plan_batches(config: BatchsizeConfig, world_size: int, place: Place | None = None) -> BatchPlan:
+def plan_batches(config: BatchSizeConfig, world_size: int, place: Location | None = None) -> BatchPlan:
     """The largest per-device batch within the maximum that reaches the total batch size exactly.
 
     Raises:
@@ -46,7 +46,7 @@ def plan_batches(config: BatchsizeConfig, world_size: int, place: Place | None =
                 Problem(
                     f"{total} rows cannot be divided among {world_size} processes;"
                     f" the nearest total{'s that can are' if below else ' that can is'} {nearest}",
-                    place or Place(key=_KEY),
+                    place or Location(key=_KEY),
                 )
             ]
         )

@@ -14,29 +14,29 @@ from pathlib import Path
 from finetuning.config.pretrained_config import FLASH
 from finetuning.config.sections import tracking as trackers
 from finetuning.config.sections.model import BitsAndBytes, TorchAO
-from finetuning.errors import ConfigError, MissingPackageError, Place, Problem
+from finetuning.errors import ConfigError, Location, MissingPackageError, Problem
 from finetuning.plan import features as t
-from finetuning.plan.features import TRAITS, Setting, Trait
+from finetuning.plan.features import TRAITS, Feature, RunContext
 from finetuning.plan.lora_init import table
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Incompatibility:
     """Two traits that exclude each other: why, and what to do. The key of the first is the one to change."""
 
-    one: Trait
-    other: Trait
+    one: Feature
+    other: Feature
     why: str
     instead: str
 
-    def applies(self, setting: Setting) -> bool:
+    def applies(self, setting: RunContext) -> bool:
         return self.one.has(setting) and self.other.has(setting)
 
-    def problem(self, setting: Setting) -> Problem:
+    def problem(self, setting: RunContext) -> Problem:
         """What the user reads."""
         adapter = f" ({setting.adapter})" if "adapter" in (self.one.axis, self.other.axis) and setting.adapter else ""
         message = f"{self.one.name} does not go with {self.other.name}{adapter}: {self.why}"
-        return Problem(message, Place(key=self.one.key), self.instead)
+        return Problem(message, Location(key=self.one.key), self.instead)
 
 
 _APART = "only adapters that treat each token alone let rows lie end to end"
@@ -47,29 +47,41 @@ _UNPLACED = (
 _READS = "the adapter computes with the numbers of the weights, which quantised ones do not hold as such"
 _UNSLICED = "Set sft_args.logits_at_once: auto."
 REFUSALS = (
-    Refusal(t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
-    Refusal(t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
-    Refusal(t.TORCHAO, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
-    Refusal(t.GPTQ, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
-    Refusal(t.QUANTISED_ANEW, t.GPTQ, "the checkpoint is quantised as it is", "Remove quant_conf."),
-    Refusal(t.GPTQ, t.NOT_OVER_GPTQ, "PEFT has layers over those of GPTQ for few adapters", "Choose LORA."),
-    Refusal(t.FROM_WEIGHTS, t.GPTQ, "packed layers do not hold their weights as numbers", "Remove init_lora_weights."),
-    Refusal(t.DORA, t.GPTQ, "PEFT's layer over those of GPTQ has no DoRA", "Remove use_dora."),
-    Refusal(
+    Incompatibility(
+        t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
+    ),
+    Incompatibility(
+        t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
+    ),
+    Incompatibility(
+        t.TORCHAO, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
+    ),
+    Incompatibility(t.GPTQ, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
+    Incompatibility(t.QUANTISED_ANEW, t.GPTQ, "the checkpoint is quantised as it is", "Remove quant_conf."),
+    Incompatibility(t.GPTQ, t.NOT_OVER_GPTQ, "PEFT has layers over those of GPTQ for few adapters", "Choose LORA."),
+    Incompatibility(
+        t.FROM_WEIGHTS, t.GPTQ, "packed layers do not hold their weights as numbers", "Remove init_lora_weights."
+    ),
+    Incompatibility(t.DORA, t.GPTQ, "PEFT's layer over those of GPTQ has no DoRA", "Remove use_dora."),
+    Incompatibility(
         t.GPTQ,
         t.FSDP,
         "its weights are packed integers, which accelerate cannot hand out to the processes",
         "Run by torchrun without sharding, or take the unquantised model with quant_conf: 4 bit, nf4.",
     ),
-    Refusal(t.TORCHAO, t.NOT_OVER_TORCHAO, "PEFT has layers over torchao's weights for few adapters", "Choose LORA."),
+    Incompatibility(
+        t.TORCHAO, t.NOT_OVER_TORCHAO, "PEFT has layers over torchao's weights for few adapters", "Choose LORA."
+    ),
     *(
-        Refusal(t.TORCHAO, sharding, "its weights are no plain tensors, which sharding cuts", "Choose 4 bit, nf4.")
+        Incompatibility(
+            t.TORCHAO, sharding, "its weights are no plain tensors, which sharding cuts", "Choose 4 bit, nf4."
+        )
         for sharding in (t.FSDP, t.DEEPSPEED)
     ),
-    Refusal(t.EIGHT_BIT, t.NO_EIGHT_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
-    Refusal(t.FOUR_BIT, t.NO_FOUR_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
+    Incompatibility(t.EIGHT_BIT, t.NO_EIGHT_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
+    Incompatibility(t.FOUR_BIT, t.NO_FOUR_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
     *(
-        Refusal(
+        Incompatibility(
             beginning,
             t.REFERENCE,
             "the reference is the model without its adapter, which this beginning makes another than the one that is"
@@ -78,27 +90,29 @@ REFUSALS = (
         )
         for beginning in (t.PISSA, t.OLORA, t.RANDOM_START)
     ),
-    Refusal(
+    Incompatibility(
         t.ALORA, t.SCORES, "PEFT looks for the text that switches it on in language models only", "Choose a plain LORA."
     ),
     *(
-        Refusal(t.PISSA, weights, "it takes the weights apart, which needs them as numbers", "Remove one of them.")
+        Incompatibility(
+            t.PISSA, weights, "it takes the weights apart, which needs them as numbers", "Remove one of them."
+        )
         for weights in (t.EIGHT_BIT, t.FOUR_BIT, t.TORCHAO)
     ),
-    Refusal(
+    Incompatibility(
         t.EIGHT_BIT,
         t.FSDP,
         "FSDP shards floating point numbers only",
         "Set load_in_4bit: true and load_in_8bit: false, which is stored as floats.",
     ),
     *(
-        Refusal(rows, adapter, _APART, _PADDED)
+        Incompatibility(rows, adapter, _APART, _PADDED)
         for rows in (t.PACKING, t.PADDING_FREE)
         for adapter in (t.ALORA, t.VIRTUAL, t.UNPROVEN)
     ),
-    *(Refusal(rows, t.DEEPSPEED, _UNPLACED, _PADDED) for rows in (t.PACKING, t.PADDING_FREE)),
+    *(Incompatibility(rows, t.DEEPSPEED, _UNPLACED, _PADDED) for rows in (t.PACKING, t.PADDING_FREE)),
     *(
-        Refusal(
+        Incompatibility(
             t.SLICED,
             sharding,
             "processes with other numbers of labels would gather the head other numbers of times",
@@ -106,15 +120,15 @@ REFUSALS = (
         )
         for sharding in (t.FSDP, t.DEEPSPEED)
     ),
-    Refusal(t.SLICED, t.VIRTUAL, "virtual tokens shift the positions that labels stand at", _UNSLICED),
-    Refusal(
+    Incompatibility(t.SLICED, t.VIRTUAL, "virtual tokens shift the positions that labels stand at", _UNSLICED),
+    Incompatibility(
         t.CHECKPOINTING,
         t.PREFIX,
         "prefixes are keys and values of a cache, which recomputed layers do not see",
         "Set gradient_checkpointing: false, or choose PROMPT_TUNING.",
     ),
     *(
-        Refusal(
+        Incompatibility(
             t.ADALORA,
             sharding,
             "it moves rank between layers by gradients that no process holds whole",
@@ -122,20 +136,20 @@ REFUSALS = (
         )
         for sharding in (t.FSDP, t.DEEPSPEED)
     ),
-    Refusal(
+    Incompatibility(
         t.BEST_AT_END,
         t.ADALORA,
         "its ranks have other shapes at the end than in an earlier checkpoint",
         "Set load_best_model_at_end: false, or choose LORA.",
     ),
-    Refusal(
+    Incompatibility(
         t.EIGHT_BIT_OPTIMIZER,
         t.FSDP,
         "bitsandbytes' optimizers do not know sharded tensors and write past them",
         "Set optim: adamw_torch_fused; FSDP shards its states.",
     ),
     *(
-        Refusal(
+        Incompatibility(
             t.LOW_RANK,
             adapter,
             "it projects the gradients of whole weight matrices, which an adapter leaves frozen",
@@ -143,29 +157,31 @@ REFUSALS = (
         )
         for adapter in (t.LORA, t.ALORA, t.ADALORA, t.VIRTUAL, t.UNPROVEN)
     ),
-    Refusal(
+    Incompatibility(
         t.LAYERWISE,
         t.ACCUMULATION,
         "each layer is updated as soon as its gradient is there",
         "Raise max_per_device_train_batch_size, or take the optimizer without _layerwise.",
     ),
-    Refusal(t.LAYERWISE, t.SEVERAL, "gradients are not averaged between processes", "Take it without _layerwise."),
-    Refusal(
+    Incompatibility(
+        t.LAYERWISE, t.SEVERAL, "gradients are not averaged between processes", "Take it without _layerwise."
+    ),
+    Incompatibility(
         t.LORAPLUS,
         t.NOT_LORA,
         "it gives the B matrices of LoRA a learning rate of their own",
         "Choose peft_type: LORA, or remove overrides.loraplus_lr_ratio.",
     ),
-    Refusal(
+    Incompatibility(
         t.LORAPLUS, t.LOW_RANK, "both make the groups of parameters", "Set optim: adamw_torch_fused, or remove LoRA+."
     ),
-    Refusal(
+    Incompatibility(
         t.LORAPLUS,
         t.DEEPSPEED,
         "DeepSpeed may build the optimizer itself, with one learning rate",
         "Run without DeepSpeed, or remove overrides.loraplus_lr_ratio.",
     ),
-    Refusal(
+    Incompatibility(
         t.FP16,
         t.FLOAT16_MASTERS,
         "loss scaling needs the trained weights in float32 and casts as it computes",
@@ -182,7 +198,7 @@ NEEDS_GPU = {
 """Fields of `training_args` that a CPU cannot honour: why, and what to do."""
 
 
-def check_support(setting: Setting) -> None:
+def check_support(setting: RunContext) -> None:
     """Nothing when all that the setting asks for goes together.
 
     Raises:
@@ -193,7 +209,7 @@ def check_support(setting: Setting) -> None:
         raise ConfigError([refusal.problem(setting) for refusal in problems.values()])
 
 
-def refusal_of(one: Trait, other: Trait) -> Refusal | None:
+def incompatibility_of(one: Feature, other: Feature) -> Incompatibility | None:
     """Why two traits exclude each other; None when they do not."""
     return next(
         (refusal for refusal in REFUSALS if {one.name, other.name} == {refusal.one.name, refusal.other.name}), None
@@ -233,11 +249,11 @@ def matrix() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _unlisted() -> list[Trait]:
+def _unlisted() -> list[Feature]:
     return [trait for refusal in REFUSALS for trait in (refusal.one, refusal.other) if trait not in TRAITS]
 
 
-def _named(trait: Trait) -> str:
+def _named(trait: Feature) -> str:
     return f"{trait.name} (`{trait.key}`)" if trait.key else trait.name
 
 
@@ -246,7 +262,7 @@ if __name__ == "__main__":
 
 
 @dataclass(frozen=True)
-class Need:
+class DependencyRequirement:
     """A package by the name that it is imported by, its install line, and the key that asks for it."""
 
     module: str
@@ -269,49 +285,49 @@ _ATTENTION = "run_conf.model_args.attn_implementation"
 _OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 
 
-def needs(setting: Setting) -> Iterator[Need]:
+def required_packages(setting: RunContext) -> Iterator[DependencyRequirement]:
     """What the setting asks for beyond the packages that every run has."""
     optimizer = setting.args.optim
     for name, (module, install) in _OPTIMIZERS.items():
         if optimizer.startswith(name):
-            yield Need(module, install, "training_args.optim")
+            yield DependencyRequirement(module, install, "training_args.optim")
     if optimizer.startswith(_OF_BITSANDBYTES):
-        yield Need("bitsandbytes", "pip install bitsandbytes", "training_args.optim")
+        yield DependencyRequirement("bitsandbytes", "pip install bitsandbytes", "training_args.optim")
     if isinstance(setting.experiment.quant_conf, BitsAndBytes):
-        yield Need("bitsandbytes", "pip install bitsandbytes", "quant_conf.quantization_type")
+        yield DependencyRequirement("bitsandbytes", "pip install bitsandbytes", "quant_conf.quantization_type")
     if isinstance(setting.experiment.quant_conf, TorchAO):
-        yield Need("torchao", "pip install 'finetuning[torchao]'", "quant_conf.quantization_type")
+        yield DependencyRequirement("torchao", "pip install 'finetuning[torchao]'", "quant_conf.quantization_type")
     if (setting.args.model_extra or {}).get("use_liger_kernel"):
-        yield Need("liger_kernel", "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
+        yield DependencyRequirement("liger_kernel", "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
     if setting.quantised_by == "gptq":
         for module in ("gptqmodel", "optimum"):
-            yield Need(module, "pip install 'finetuning[gptq]'", "run_conf.model")
+            yield DependencyRequirement(module, "pip install 'finetuning[gptq]'", "run_conf.model")
     if setting.args.deepspeed:
-        yield Need("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
-    for name in trackers.wanted_trackers(setting.experiment):
+        yield DependencyRequirement("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
+    for name in trackers.requested_trackers(setting.experiment):
         package = (trackers.PACKAGES | trackers.FOREIGN).get(name)
         if package is not None:
-            yield Need(package.module, package.install, trackers.asking_key(setting.experiment, name))
+            yield DependencyRequirement(package.module, package.install, trackers.tracker_key(setting.experiment, name))
 
 
-def check_packages(setting: Setting) -> None:
+def check_packages(setting: RunContext) -> None:
     """Nothing when all that the setting needs is installed.
 
     Raises:
         MissingPackageError: every package that is not, with its install line.
     """
-    missing = [need for need in needs(setting) if find_spec(need.module) is None]
+    missing = [need for need in required_packages(setting) if find_spec(need.module) is None]
     attention = FLASH.get(setting.experiment.run_conf.model_args.attn_implementation or "")
     if attention is not None and not attention.is_installed:
-        missing.append(Need(attention.distribution, f"{attention.install}; or use sdpa", _ATTENTION))
+        missing.append(DependencyRequirement(attention.distribution, f"{attention.install}; or use sdpa", _ATTENTION))
     if missing:
         raise MissingPackageError(
             [
-                Problem(f"needs the package {need.module}, which is not installed", Place(key=need.key), _line(need))
+                Problem(f"needs the package {need.module}, which is not installed", Location(key=need.key), _line(need))
                 for need in missing
             ]
         )
 
 
-def _line(need: Need) -> str:
+def _line(need: DependencyRequirement) -> str:
     return f"Install it with: {need.install}"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetuning.errors import ConfigError, Place, Problem
-from finetuning.plan.features import Setting
+from finetuning.errors import ConfigError, Location, Problem
+from finetuning.plan.features import RunContext
 
 _ARGUMENTS = "peft_conf.peft_kwargs"
 _INIT = f"{_ARGUMENTS}.init_lora_weights"
 
 
 @dataclass(frozen=True)
-class Beginning:
+class UnsupportedInit:
     """A value of `init_lora_weights` that is refused, by how it starts: why, and what to take instead."""
 
     name: str
@@ -23,22 +23,22 @@ class Beginning:
 
 _TAKEN_OUT = "is taken out of the base, and whoever loads the adapter cannot take it out again"
 REFUSED = (
-    Beginning(
+    UnsupportedInit(
         "pissa_niter_",
         f"what a search from random numbers finds {_TAKEN_OUT}: another search finds something else",
         "Set init_lora_weights: pissa, whose search is exact.",
     ),
-    Beginning(
+    UnsupportedInit(
         "corda",
         f"what the rows tell {_TAKEN_OUT} without them",
         "Set init_lora_weights: eva, which reads the rows and leaves the base as it is.",
     ),
-    Beginning(
+    UnsupportedInit(
         "lora_ga",
         f"what the gradients of the rows tell {_TAKEN_OUT} without them",
         "Set init_lora_weights: eva, which reads the rows and leaves the base as it is.",
     ),
-    Beginning(
+    UnsupportedInit(
         "loftq",
         "it replaces the base by a rounded one, which the adapter would have to be shipped with",
         "Set quant_conf: {quantization_type: bits-and-bytes, load_in_4bit: true, bnb_4bit_quant_type: nf4}.",
@@ -48,7 +48,7 @@ REFUSED = (
 READS_ROWS = "eva"
 
 
-def beginning_of(setting: Setting) -> str:
+def unsupported_init_of(setting: RunContext) -> str:
     """How the setting's new LoRA begins, in lower case; empty without one, or where it begins as usual."""
     if setting.adapter != "LORA":
         return ""
@@ -56,7 +56,7 @@ def beginning_of(setting: Setting) -> str:
     return asked.lower() if isinstance(asked, str) else ""
 
 
-def check_beginning(setting: Setting) -> None:
+def check_lora_init(setting: RunContext) -> None:
     """Nothing when the adapter can begin as asked, and load again afterwards.
 
     Raises:
@@ -67,19 +67,19 @@ def check_beginning(setting: Setting) -> None:
         raise ConfigError(problems)
 
 
-def _problems(setting: Setting) -> Iterator[Problem]:
-    begins = beginning_of(setting)
+def _problems(setting: RunContext) -> Iterator[Problem]:
+    begins = unsupported_init_of(setting)
     for refused in REFUSED:
         if begins.startswith(refused.name):
-            yield Problem(f"{begins} cannot be the beginning: {refused.why}", Place(key=_INIT), refused.instead)
+            yield Problem(f"{begins} cannot be the beginning: {refused.why}", Location(key=_INIT), refused.instead)
     if begins == READS_ROWS and (setting.experiment.method_name != "sft" or setting.sharded_by):
         where = f"under {setting.sharded_by}" if setting.sharded_by else f"for {setting.experiment.method_name}"
         message = f"{begins} reads the rows of supervised training in one process before it begins; not {where}"
-        yield Problem(message, Place(key=_INIT), "Remove it, or set init_lora_weights: orthogonal.")
+        yield Problem(message, Location(key=_INIT), "Remove it, or set init_lora_weights: orthogonal.")
     arguments = setting.experiment.peft_conf.peft_kwargs if setting.adapter == "LORA" else {}
     if arguments.get("use_qalora") and setting.quantised_by != "gptq":
         message = "QALoRA is for the layers of a GPTQ checkpoint; on any other PEFT trains a plain LoRA, silently"
-        yield Problem(message, Place(key=f"{_ARGUMENTS}.use_qalora"), "Remove it, or name a GPTQ checkpoint.")
+        yield Problem(message, Location(key=f"{_ARGUMENTS}.use_qalora"), "Remove it, or name a GPTQ checkpoint.")
 
 
 def table() -> list[str]:

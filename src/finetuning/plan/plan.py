@@ -10,12 +10,12 @@ from typing import Any
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.training import GRPOTrainingArgs, TrainingArgs
-from finetuning.distributed import Topology
-from finetuning.errors import Place
+from finetuning.distributed import ProcessTopology
+from finetuning.errors import Location
 from finetuning.plan.batch_size import BatchPlan, plan_batches
 from finetuning.plan.compatibility import check_packages, check_support
-from finetuning.plan.features import Setting
-from finetuning.plan.lora_init import check_beginning
+from finetuning.plan.features import RunContext
+from finetuning.plan.lora_init import check_lora_init
 from finetuning.plan.memory_estimate import MemoryEstimate, estimate_memory
 
 
@@ -112,7 +112,9 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(experiment: Experiment, topology: Topology, rows: int | None = None, place: Place | None = None) -> Plan:
+def make_plan(
+    experiment: Experiment, topology: ProcessTopology, rows: int | None = None, place: Location | None = None
+) -> Plan:
     """The plan of an experiment on this many processes; without steps while the number of rows is unknown.
 
     Raises:
@@ -121,9 +123,9 @@ def make_plan(experiment: Experiment, topology: Topology, rows: int | None = Non
         MissingPackageError: an optional package that the experiment needs is not installed.
     """
     batch = plan_batches(experiment.batchsize_conf, topology.world_size, place)
-    setting = Setting(experiment, topology, batch.accumulation)
+    setting = RunContext(experiment, topology, batch.accumulation)
     check_support(setting)
-    check_beginning(setting)
+    check_lora_init(setting)
     check_packages(setting)
     learning_rate, reason = _learning_rate(experiment)
     return Plan(

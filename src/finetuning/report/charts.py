@@ -19,7 +19,7 @@ _MOST_SPANS = 400
 
 
 @dataclass(frozen=True)
-class Curve:
+class Series:
     """One line of a chart. `colour` counts from 0; `dashed` tells a second kind of line apart without colour."""
 
     name: str
@@ -38,7 +38,7 @@ class Chart:
     """Name, colour and dashes of each curve; empty where there is one that needs no name."""
 
 
-def line_chart(title: str, curves: Sequence[Curve], *, from_zero: bool = False) -> Chart | None:
+def line_chart(title: str, curves: Sequence[Series], *, from_zero: bool = False) -> Chart | None:
     """The chart of these curves over steps, the first on top; None without a point.
 
     Args:
@@ -177,7 +177,7 @@ def _grid(scale: _Scale, ticks: Sequence[float]) -> Markup:
     return Markup("").join(parts)
 
 
-def _curve(curve: Curve, scale: _Scale) -> Markup:
+def _curve(curve: Series, scale: _Scale) -> Markup:
     points = [(scale.x(x), scale.y(y)) for x, y in thinned(curve.points)]
     style = f"c{curve.colour % _COLOURS}" + (" dashed" if curve.dashed else "")
     dots = Markup("")
@@ -189,7 +189,7 @@ def _curve(curve: Curve, scale: _Scale) -> Markup:
     return Markup('<polyline class="{}" points="{}"/>').format(style, path) + dots
 
 
-def _in_words(title: str, curves: Sequence[Curve]) -> str:
+def _in_words(title: str, curves: Sequence[Series]) -> str:
     told = []
     for curve in curves:
         (first, began), (last, ended) = curve.points[0], curve.points[-1]

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from finetuning.report import run_metrics as figures
 from finetuning.report.charts import HEIGHT, WIDTH, Chart, timeline
 from finetuning.report.console import shortened
-from finetuning.report.run_folder import Run, parse_time, read_run
+from finetuning.report.run_folder import RunData, parse_time, read_run
 from finetuning.report.run_metrics import key_figures, main_charts
 
 FILE_NAME = "report.html"
@@ -48,7 +48,7 @@ def write_report(folder: Path, compared: Sequence[Path] = (), output: Path | Non
     return path
 
 
-def write_report_if_possible(folder: Path) -> Path | None:
+def write_report_or_warn(folder: Path) -> Path | None:
     """`write_report` at the end of a run, where a fault is one warning."""
     try:
         return write_report(folder)
@@ -57,7 +57,7 @@ def write_report_if_possible(folder: Path) -> Path | None:
         return None
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RunData]) -> str:
     """The page of the first run, with the others beside it."""
     run = runs[0]
     environment = jinja2.Environment(
@@ -92,7 +92,7 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def title_of(run: Run) -> str:
+def title_of(run: RunData) -> str:
     """What was trained with what."""
     model = Path(str((run.record.get("model") or {}).get("name") or "")).name
     return " · ".join(part for part in (str(run.record.get("method") or ""), model) if part) or run.name
@@ -114,7 +114,7 @@ def _decisions(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(label, str(value), str(reason or "")) for label, value, reason in rows if value is not None]
 
 
-def _proofs(run: Run) -> list[tuple[str, str]]:
+def _proofs(run: RunData) -> list[tuple[str, str]]:
     """What was made of the run, and what was shown of it."""
     artifact = run.record.get("artifact") or {}
     proofs = [(str(artifact.get("kind")), str(artifact.get("folder")))] if artifact else []
@@ -140,7 +140,7 @@ def _versions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, version) for name, version in versions if version]
 
 
-def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """The keys of the configs that are not the same in all runs, with the value of each."""
     from finetuning.config.yaml.reader import parse_document
 
@@ -176,7 +176,7 @@ _COLOURS = ("#1f5fbf", "#b8500a", "#14804a", "#8a3fa0", "#9c1c5a", "#5b6470")
 _UNFIT = re.compile(r"[^a-z0-9]+")
 
 
-def write_extracts_if_possible(folder: Path) -> list[Path]:
+def write_extracts_or_warn(folder: Path) -> list[Path]:
     """`model_card.md` and the folder `plots` of a run; a fault is one warning, and gives what was written before it.
 
     The card is also the README of the tuned model.
@@ -223,7 +223,7 @@ def picture(chart: Chart) -> str:
     ).format(-_ROOM, WIDTH, HEIGHT + _ROOM, 2 * WIDTH, style, -_ROOM, chart.title, WIDTH - 12, names, Markup(inside))
 
 
-def model_card(run: Run) -> str:
+def model_card(run: RunData) -> str:
     """The tuned model in Markdown, with the front matter that the model hub reads."""
     record = run.record
     artifact = record.get("artifact") or {}

@@ -12,17 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.report.console import UNKNOWN, duration, is_live, loss, rate, small
-from finetuning.tracking.tracker import LogEvent, Sink, StepMetrics
+from finetuning.tracking.tracker import LogEvent, StepMetrics, Tracker
 
 _REDRAW_S = 0.2
 
 
-def progress_sink(console: Console) -> Sink:
+def progress_tracker(console: Console) -> Tracker:
     """The progress that fits this console."""
     return LiveProgress(console) if is_live(console) else LineProgress(console)
 
 
-class LineProgress(Sink):
+class LineProgress(Tracker):
     """For log files and containers: one line at each log, each a whole statement."""
 
     name = "progress"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 from finetuning.tracking.local_files import LOSS_LOG_NAME, METRICS_LOG_NAME
 
 Series = dict[str, list[tuple[int, float]]]
@@ -125,7 +125,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class PreviewRow:
+class ReportPreviewRow:
     """A row as it was trained on: its heading, and its text in pieces, each trained or not."""
 
     head: str
@@ -133,14 +133,14 @@ class PreviewRow:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """One run, as its output directory tells it."""
 
     folder: Path
     record: Mapping[str, Any]
     series: Series
     config: str
-    rows: tuple[PreviewRow, ...]
+    rows: tuple[ReportPreviewRow, ...]
     jobs: tuple[tuple[Span, ...], ...]
     """The spans of each job that telemetry has recorded, the oldest first."""
     certificates: Mapping[str, Any]
@@ -169,7 +169,7 @@ class Run:
         return points[-1][1] if points else None
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunData:
     """The run in an output directory.
 
     Raises:
@@ -177,8 +177,8 @@ def read_run(folder: Path) -> Run:
     """
     record = _read_json(folder / RECORD_NAME)
     if not isinstance(record, dict):
-        raise ConfigError(f"holds no {RECORD_NAME}: this is no output directory of a run", place=Place(str(folder)))
-    return Run(
+        raise ConfigError(f"holds no {RECORD_NAME}: this is no output directory of a run", place=Location(str(folder)))
+    return RunData(
         folder=folder,
         record=record,
         series=read_series(folder),
@@ -212,11 +212,12 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _preview(text: str) -> tuple[PreviewRow, ...]:
+def _preview(text: str) -> tuple[ReportPreviewRow, ...]:
     """The rows of `first_rows.txt`, whose trained text stands in ⟦ ⟧."""
     parts = _HEAD.split(text)[1:]
     return tuple(
-        PreviewRow(head, tuple(_pieces(body.strip("\n")))) for head, body in zip(parts[::2], parts[1::2], strict=True)
+        ReportPreviewRow(head, tuple(_pieces(body.strip("\n"))))
+        for head, body in zip(parts[::2], parts[1::2], strict=True)
     )
 
 

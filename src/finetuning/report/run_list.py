@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 from finetuning.tracking.local_files import METRICS_LOG_NAME as METRICS_NAME
 
 RECORD_NAME = "run.json"
@@ -45,7 +45,7 @@ def list_runs(folder: Path) -> list[RunState]:
         ConfigError: there is no such directory.
     """
     if not folder.is_dir():
-        raise ConfigError("no such directory", place=Place(str(folder)))
+        raise ConfigError("no such directory", place=Location(str(folder)))
     found = [state for path in _records(folder) if (state := read_state(path.parent)) is not None]
     return sorted(found, key=lambda state: (state.started or "", state.folder), reverse=True)
 

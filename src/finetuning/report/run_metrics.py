@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetuning.report.charts import Chart, Curve, line_chart
+from finetuning.report.charts import Chart, Series, line_chart
 from finetuning.report.console import UNKNOWN, duration, loss, rate
-from finetuning.report.run_folder import Run
+from finetuning.report.run_folder import RunData
 
 _GIB = 2.0**30
 _SKIPPED = ("total_flos", "train_loss", "tokens_seen", "num_tokens", "first_step_s", "goodput", "step")
@@ -15,7 +15,7 @@ _SKIPPED_ENDS = ("_runtime", "_per_second", "_num_tokens")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ChartSpec:
     """A chart that every report shows where its numbers are there: series by name, each with what to call it."""
 
     title: str
@@ -25,11 +25,11 @@ class Wanted:
 
 
 MAIN = (
-    Wanted("Loss", (("loss", "training"), ("eval_loss", "validation")), from_zero=False),
-    Wanted("Learning rate", (("learning_rate", "learning rate"),)),
-    Wanted("Gradient norm", (("grad_norm", "gradient norm"),)),
-    Wanted("Tokens per second", (("tokens_per_s", "tokens per second"),)),
-    Wanted(
+    ChartSpec("Loss", (("loss", "training"), ("eval_loss", "validation")), from_zero=False),
+    ChartSpec("Learning rate", (("learning_rate", "learning rate"),)),
+    ChartSpec("Gradient norm", (("grad_norm", "gradient norm"),)),
+    ChartSpec("Tokens per second", (("tokens_per_s", "tokens per second"),)),
+    ChartSpec(
         "Peak memory, GiB",
         (
             ("peak_memory_allocated_bytes", "device"),
@@ -38,18 +38,18 @@ MAIN = (
         ),
         _GIB,
     ),
-    Wanted("Seconds per step", (("step_time_s", "seconds per step"),)),
-    Wanted("Share of time waiting for data", (("data_wait_share", "waiting for data"),)),
-    Wanted("Model FLOPs utilisation", (("mfu", "MFU"),)),
+    ChartSpec("Seconds per step", (("step_time_s", "seconds per step"),)),
+    ChartSpec("Share of time waiting for data", (("data_wait_share", "waiting for data"),)),
+    ChartSpec("Model FLOPs utilisation", (("mfu", "MFU"),)),
 )
 
 
-def main_charts(runs: Sequence[Run]) -> list[Chart]:
+def main_charts(runs: Sequence[RunData]) -> list[Chart]:
     """The charts of all runs together: one colour a run, or, for one run alone, a series."""
     return [chart for wanted in MAIN if (chart := _chart(wanted, runs))]
 
 
-def other_charts(runs: Sequence[Run]) -> list[Chart]:
+def other_charts(runs: Sequence[RunData]) -> list[Chart]:
     """A chart for every other number that was logged, training and validation in one."""
     shown = {name for wanted in MAIN for name, _ in wanted.series}
     names = dict.fromkeys(
@@ -59,12 +59,12 @@ def other_charts(runs: Sequence[Run]) -> list[Chart]:
         if name not in shown and not _is_skipped(name)
     )
     wanted = [
-        Wanted(_title(name), ((name, "training"), (f"eval_{name}", "validation")), from_zero=False) for name in names
+        ChartSpec(_title(name), ((name, "training"), (f"eval_{name}", "validation")), from_zero=False) for name in names
     ]
     return [chart for one in wanted if (chart := _chart(one, runs))]
 
 
-def key_figures(run: Run) -> list[tuple[str, str]]:
+def key_figures(run: RunData) -> list[tuple[str, str]]:
     """The few numbers that come first: each with its name."""
     record = run.record
     steps = max((points[-1][0] for points in run.series.values() if points), default=0)
@@ -82,13 +82,13 @@ def key_figures(run: Run) -> list[tuple[str, str]]:
     return [(name, value) for name, value in figures if value != UNKNOWN]
 
 
-def session_of(run: Run) -> dict | None:
+def session_of(run: RunData) -> dict | None:
     """Telemetry's account of all jobs of the session; None where it is not recorded."""
     session = (run.record.get("telemetry") or {}).get("session")
     return session if isinstance(session, dict) else None
 
 
-def time_shares(run: Run) -> list[tuple[str, float, str]]:
+def time_shares(run: RunData) -> list[tuple[str, float, str]]:
     """Where the time of the session went: name, share of it, and how long; the largest first."""
     session = session_of(run) or {}
     total = session.get("total_sec") or 0.0
@@ -99,7 +99,7 @@ def time_shares(run: Run) -> list[tuple[str, float, str]]:
     return [(name.replace("_", " "), value / total, duration(value)) for name, value in ordered if value / total > 1e-3]
 
 
-def _chart(wanted: Wanted, runs: Sequence[Run]) -> Chart | None:
+def _chart(wanted: ChartSpec, runs: Sequence[RunData]) -> Chart | None:
     several = len(runs) > 1
     curves = []
     for index, run in enumerate(runs):
@@ -107,7 +107,7 @@ def _chart(wanted: Wanted, runs: Sequence[Run]) -> Chart | None:
         for kind, (name, label) in enumerate(there):
             points = [(step, value / wanted.divisor) for step, value in run.series[name]]
             text = label if not several else run.name if len(there) == 1 else f"{run.name}, {label}"
-            curves.append(Curve(text, points, index if several else kind, kind > 0))
+            curves.append(Series(text, points, index if several else kind, kind > 0))
     if all(len(curve.points) < 2 for curve in curves) and wanted.title != "Loss":
         return None
     return line_chart(wanted.title, curves, from_zero=wanted.from_zero)
@@ -124,7 +124,7 @@ def _is_skipped(name: str) -> bool:
     return name in _SKIPPED or plain in _SKIPPED or name.endswith(_SKIPPED_ENDS) or name.startswith(telemetry)
 
 
-def _typical(run: Run, name: str) -> float | None:
+def _typical(run: RunData, name: str) -> float | None:
     """The middle value, which the slow beginning does not pull down."""
     values = sorted(value for _, value in run.series.get(name, ()))
     return values[len(values) // 2] if values else None

@@ -16,7 +16,7 @@ _INDENT = "  "
 
 
 @dataclass(frozen=True)
-class Line:
+class SummaryLine:
     """One line of the start summary: what, how much or which, and why. No reason: the user chose it."""
 
     label: str
@@ -25,7 +25,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Made:
+class OutputFile:
     """Something that the run has made, and where it is."""
 
     what: str
@@ -41,12 +41,12 @@ class NextCommand:
 
 
 @dataclass(frozen=True)
-class Closing:
+class RunSummary:
     """What the closing block tells. `headline` says how the run ended; losses and times may be unknown."""
 
     headline: str
     good: bool
-    made: Sequence[Made] = ()
+    made: Sequence[OutputFile] = ()
     final_loss: float | None = None
     validation_loss: float | None = None
     training_s: float | None = None
@@ -57,7 +57,7 @@ class Closing:
     commands: Sequence[NextCommand] = ()
 
 
-def tell_start(console: Console, title: str, lines: Sequence[Line]) -> None:
+def print_start(console: Console, title: str, lines: Sequence[SummaryLine]) -> None:
     """Writes what will happen: in a terminal as a table as wide as it, in a log file one line each.
 
     Of a very long value the beginning is shown; the run's record holds all of it.
@@ -82,12 +82,12 @@ def tell_start(console: Console, title: str, lines: Sequence[Line]) -> None:
     _plain(console, "")
 
 
-def tell_warning(console: Console, text: str) -> None:
+def print_warning(console: Console, text: str) -> None:
     """Writes one warning: in a terminal broken between words, in a log file on one line."""
     console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=not is_live(console))
 
 
-def tell_end(console: Console, closing: Closing) -> None:
+def print_end(console: Console, closing: RunSummary) -> None:
     """Writes the closing block. Paths and commands stand whole on lines of their own, so that they can be copied."""
     _plain(console, "")
     _heading(console, closing.headline, "green" if closing.good else "red")
@@ -117,7 +117,7 @@ def _fact(console: Console, label: str, value: str, style: str = "", gap: int = 
     console.print(table, soft_wrap=False)
 
 
-def _figures(closing: Closing) -> list[tuple[str, str]]:
+def _figures(closing: RunSummary) -> list[tuple[str, str]]:
     figures = [
         (label, loss(value))
         for label, value in (("final loss", closing.final_loss), ("validation loss", closing.validation_loss))

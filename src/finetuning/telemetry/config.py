@@ -110,7 +110,7 @@ def metadata(values: Mapping[str, str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredConfig:
     """What this process has done since the job began, as far as it is known; memory in bytes by attribute name."""
 
     tokens: float | None = None

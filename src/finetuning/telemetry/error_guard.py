@@ -22,7 +22,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-class Faults:
+class TelemetryErrors:
     """The faults of one telemetry. `messages` holds them, in order, without repeats."""
 
     def __init__(self) -> None:

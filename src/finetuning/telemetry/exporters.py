@@ -24,8 +24,8 @@ from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExp
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
-from finetuning.errors import MissingPackageError, Place
-from finetuning.telemetry.error_guard import Faults
+from finetuning.errors import Location, MissingPackageError
+from finetuning.telemetry.error_guard import TelemetryErrors
 
 # Made once: json.dumps makes one for each line.
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
@@ -38,7 +38,7 @@ class JsonLines:
         OSError: it cannot be opened, or its first line cannot be written.
     """
 
-    def __init__(self, path: Path, faults: Faults, resource: Mapping[str, Any], time_ns: int):
+    def __init__(self, path: Path, faults: TelemetryErrors, resource: Mapping[str, Any], time_ns: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._faults = faults
@@ -148,7 +148,7 @@ _QUEUE = 8192
 class _Told(SpanExporter, LogRecordExporter):
     """An exporter whose failures become one fault; after three in a row it is asked no more."""
 
-    def __init__(self, exporter: Any, success: Any, failure: Any, what: str, faults: Faults):
+    def __init__(self, exporter: Any, success: Any, failure: Any, what: str, faults: TelemetryErrors):
         self._exporter = exporter
         self._success = success
         self._failure = failure
@@ -185,14 +185,14 @@ class OtlpLink:
         MissingPackageError: the exporter's package is not installed.
     """
 
-    def __init__(self, endpoint: str, headers: Mapping[str, str], timeout_s: float, faults: Faults):
+    def __init__(self, endpoint: str, headers: Mapping[str, str], timeout_s: float, faults: TelemetryErrors):
         try:
             from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
             raise MissingPackageError(
                 f"telemetry.otlp needs {error.name}",
-                place=Place(key="telemetry.otlp"),
+                place=Location(key="telemetry.otlp"),
                 hint="Install it with: pip install 'finetuning[otlp]'",
             ) from error
         # The exporter warns at each of its tries; the fault is told once instead.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.telemetry import names
-from finetuning.telemetry.error_guard import Faults
+from finetuning.telemetry.error_guard import TelemetryErrors
 from finetuning.telemetry.metrics import read_progress
 from finetuning.telemetry.session import FOLDER
 
@@ -174,7 +174,7 @@ def session_goodput(output_dir: Path, session_tag: str | None = None) -> Goodput
     return goodput_of([job for job in jobs if job.session_tag == tag])
 
 
-def measured_goodput(faults: Faults, output_dir: Path, session_tag: str) -> Goodput | None:
+def measured_goodput(faults: TelemetryErrors, output_dir: Path, session_tag: str) -> Goodput | None:
     """`session_goodput`, with a fault noted where the files cannot be read."""
     try:
         return session_goodput(output_dir, session_tag)

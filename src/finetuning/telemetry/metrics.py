@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetuning.telemetry.config import Measured, Strategy, TrainingConfig
+from finetuning.telemetry.config import MeasuredConfig, Strategy, TrainingConfig
 from finetuning.telemetry.names import DATA_LOADING, MODEL_BACKWARD, MODEL_FORWARD, OPTIMIZER_UPDATE, ZERO_GRAD
 
 PROGRESS = struct.Struct("<4q4d")
@@ -32,7 +32,7 @@ TIMED = {
 """The parts of an iteration, and the words that they have in attributes."""
 
 
-class Spread:
+class RunningStats:
     """Count, total, smallest and largest of what was added."""
 
     __slots__ = ("count", "largest", "smallest", "total")
@@ -51,7 +51,7 @@ class Spread:
         if value > self.largest:
             self.largest = value
 
-    def take(self, other: Spread) -> None:
+    def take(self, other: RunningStats) -> None:
         """Adds all that was added to another."""
         self.count += other.count
         self.total += other.total
@@ -74,8 +74,8 @@ class IterationMeter:
     """Times of iterations and of their parts, of the whole job and since the last update. All in seconds."""
 
     def __init__(self) -> None:
-        self.job = Spread()
-        self.window = Spread()
+        self.job = RunningStats()
+        self.window = RunningStats()
         self.parts: dict[str, float] = dict.fromkeys(TIMED, 0.0)
         self.window_parts: dict[str, float] = dict.fromkeys(TIMED, 0.0)
         self.first: float | None = None
@@ -106,13 +106,13 @@ class IterationMeter:
     def part_total(self, name: str) -> float:
         return self.parts[name] + self.window_parts[name]
 
-    def close_window(self) -> tuple[Spread, dict[str, float]]:
+    def close_window(self) -> tuple[RunningStats, dict[str, float]]:
         """What has been since the last call; it goes into the job's totals."""
         window, parts = self.window, self.window_parts
         self.job.take(window)
         for name, seconds in parts.items():
             self.parts[name] += seconds
-        self.window, self.window_parts = Spread(), dict.fromkeys(TIMED, 0.0)
+        self.window, self.window_parts = RunningStats(), dict.fromkeys(TIMED, 0.0)
         return window, parts
 
 
@@ -181,14 +181,14 @@ FIGURES = {
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a training loop stands: steps are counted over all jobs, from 0; `updated` is that of the last update."""
 
     start: int = 0
     step: int = 0
     updated: int = 0
     samples_start: int | None = None
-    last_work: Measured = field(default_factory=Measured)
+    last_work: MeasuredConfig = field(default_factory=MeasuredConfig)
 
     @property
     def done(self) -> int:
@@ -200,10 +200,10 @@ class Progress:
 class Window:
     """Times since the last update, and what was done in them."""
 
-    times: Spread
+    times: RunningStats
     parts: dict[str, float]
-    work: Measured
-    before: Measured
+    work: MeasuredConfig
+    before: MeasuredConfig
 
     @property
     def tokens(self) -> float | None:
@@ -233,7 +233,11 @@ def sample_of(window: Window) -> list[float]:
 
 
 def training_attributes(
-    progress: Progress, meter: IterationMeter, window: Window, config: TrainingConfig, rows: Sequence[Sequence[float]]
+    progress: TrainingProgress,
+    meter: IterationMeter,
+    window: Window,
+    config: TrainingConfig,
+    rows: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
     """Attributes of one `training_metrics_update`; `meter` is that of the job, the window's times included."""
     count, total = meter.count, meter.total
@@ -266,7 +270,7 @@ def training_attributes(
     return {key: value for key, value in told.items() if value is not None}
 
 
-def _samples(progress: Progress, count: int, config: TrainingConfig) -> dict[str, Any]:
+def _samples(progress: TrainingProgress, count: int, config: TrainingConfig) -> dict[str, Any]:
     batch = config.global_batch_size
     if not batch:
         return {"train_samples_start": progress.samples_start}
@@ -279,7 +283,11 @@ def _samples(progress: Progress, count: int, config: TrainingConfig) -> dict[str
 
 
 def _work(
-    progress: Progress, meter: IterationMeter, window: Window, config: TrainingConfig, rows: Sequence[Sequence[float]]
+    progress: TrainingProgress,
+    meter: IterationMeter,
+    window: Window,
+    config: TrainingConfig,
+    rows: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
     """Tokens and FLOPs: of this device, and, with every process's sample, of all."""
     world = max(len(rows), 1)
@@ -341,7 +349,7 @@ def _ratio(value: float | None, by: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Preserved:
+class PreservedProgress:
     """What a checkpoint holds, read when saving it began: steps and samples of all jobs, seconds of this one."""
 
     step: int
@@ -357,11 +365,11 @@ class CheckpointMeter:
     def __init__(self) -> None:
         self.attempts = 0
         self.successes = 0
-        self.times = Spread()
-        self.preserved: dict[int, Preserved] = {}
+        self.times = RunningStats()
+        self.preserved: dict[int, PreservedProgress] = {}
         self._first_success: float | None = None
 
-    def began(self, preserved: Preserved, strategy: Strategy) -> dict[str, Any]:
+    def began(self, preserved: PreservedProgress, strategy: Strategy) -> dict[str, Any]:
         """Attributes of the save's span."""
         self.attempts += 1
         # A save that never came to an end leaves its entry behind; a job has few of them.

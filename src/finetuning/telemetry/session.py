@@ -19,13 +19,13 @@ from opentelemetry.sdk._logs import LogRecordProcessor
 from opentelemetry.sdk.trace import SpanProcessor
 
 from finetuning.config.sections import tracking as config
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.telemetry.config import JobIdentity
-from finetuning.telemetry.error_guard import Clock, Faults
+from finetuning.telemetry.error_guard import Clock, TelemetryErrors
 from finetuning.telemetry.exporters import EventLines, JsonLines, OtlpLink, SpanLines
 from finetuning.telemetry.metrics import ProgressFile
 from finetuning.telemetry.names import SpanFilter, export_all_but, preset_filter
-from finetuning.telemetry.spans import Recorder
+from finetuning.telemetry.spans import SpanRecorder
 from finetuning.telemetry.telemetry import Telemetry
 
 FOLDER = "telemetry"
@@ -130,7 +130,7 @@ def _shape(model: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Job:
+class TelemetryJob:
     """What all processes of a job have in common; the main one decides it and tells the others."""
 
     job_id: str
@@ -143,7 +143,9 @@ def is_switched_off(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
-def begin_job(section: config.Telemetry, output_dir: Path, *, goes_on: bool, checkpoint: Path | None) -> Job:
+def begin_job(
+    section: config.TelemetryConfig, output_dir: Path, *, goes_on: bool, checkpoint: Path | None
+) -> TelemetryJob:
     """The job that the main process begins. Its session's tag is kept in the output directory, if that can be."""
     job_id = new_job_id()
     try:
@@ -151,16 +153,18 @@ def begin_job(section: config.Telemetry, output_dir: Path, *, goes_on: bool, che
     except OSError:
         # The files of this job lie in the same folder: that they cannot be written is told there.
         tag = section.session_tag or f"session-{job_id}"
-    return Job(job_id, tag, os.environ.get("TRACEPARENT"))
+    return TelemetryJob(job_id, tag, os.environ.get("TRACEPARENT"))
 
 
-def writes(section: config.Telemetry, topology: Topology) -> bool:
+def writes_telemetry(section: config.TelemetryConfig, topology: ProcessTopology) -> bool:
     """Whether this process is one of those that write."""
     local = topology.local_rank == 0
     return section.ranks == "all" or topology.rank == 0 or (section.ranks == "local_zero" and local)
 
 
-def start_telemetry(section: config.Telemetry, job: Job, output_dir: Path, topology: Topology) -> Telemetry:
+def start_telemetry(
+    section: config.TelemetryConfig, job: TelemetryJob, output_dir: Path, topology: ProcessTopology
+) -> Telemetry:
     """Telemetry of this process as the config has it. Where nothing can be written it counts all the same.
 
     Raises:
@@ -178,9 +182,9 @@ def start_telemetry(section: config.Telemetry, job: Job, output_dir: Path, topol
         section.custom_metadata,
     )
     exports = preset_filter(section.spans, section.include_spans, section.exclude_spans)
-    if not writes(section, topology):
+    if not writes_telemetry(section, topology):
         return open_telemetry(identity, None, exports)
-    faults = Faults()
+    faults = TelemetryErrors()
     link = None
     if section.otlp is not None:
         headers = {name: value.get_secret_value() for name, value in section.otlp.headers.items()}
@@ -196,12 +200,12 @@ def open_telemetry(
     exports: SpanFilter | None = None,
     *,
     link: OtlpLink | None = None,
-    faults: Faults | None = None,
+    faults: TelemetryErrors | None = None,
     traceparent: str | None = None,
     clock: Clock | None = None,
 ) -> Telemetry:
     """Telemetry that writes `rank<R>.jsonl` in a folder, and to a link where there is one."""
-    faults, clock = faults or Faults(), clock or Clock()
+    faults, clock = faults or TelemetryErrors(), clock or Clock()
     processors: list[tuple[SpanProcessor, LogRecordProcessor]] = []
     progress = None
     if folder is not None:
@@ -215,7 +219,7 @@ def open_telemetry(
     if link is not None:
         processors.append((link.spans, link.events))
         close_links = link.close
-    recorder = Recorder(identity.resource(), processors, exports or export_all_but(), clock, traceparent)
+    recorder = SpanRecorder(identity.resource(), processors, exports or export_all_but(), clock, traceparent)
     return Telemetry(recorder, identity, faults, progress, close_links)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from opentelemetry.context import Context
 
 from finetuning.telemetry import names
-from finetuning.telemetry.error_guard import Faults, guarded
-from finetuning.telemetry.spans import OpenSpan, Recorder
+from finetuning.telemetry.error_guard import TelemetryErrors, guarded
+from finetuning.telemetry.spans import OpenSpan, SpanRecorder
 
 
-class Blocks:
+class SpanContexts:
     """Opens and closes spans by name. At most one of a standard name is open: a second one ends the first, marked."""
 
-    def __init__(self, recorder: Recorder, faults: Faults):
+    def __init__(self, recorder: SpanRecorder, faults: TelemetryErrors):
         self.recorder = recorder
         self.faults = faults
         self.began: dict[str, int] = {}

@@ -64,7 +64,7 @@ class OpenSpan:
         return trace.get_current_span(self.context).get_span_context()
 
 
-class Recorder:
+class SpanRecorder:
     """Opens and closes spans and tells events, to the processors that it is given.
 
     A span's parent is the one that is open in the same context (thread, task), or else the outermost one. A span that

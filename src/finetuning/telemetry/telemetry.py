@@ -8,9 +8,16 @@ from typing import Any
 
 from finetuning.telemetry import names
 from finetuning.telemetry.config import JobIdentity, TrainingConfig
-from finetuning.telemetry.error_guard import Faults, guarded
-from finetuning.telemetry.metrics import FIGURES, CheckpointMeter, Preserved, ProgressFile, Spread, folder_bytes
-from finetuning.telemetry.spans import OpenSpan, Recorder
+from finetuning.telemetry.error_guard import TelemetryErrors, guarded
+from finetuning.telemetry.metrics import (
+    FIGURES,
+    CheckpointMeter,
+    PreservedProgress,
+    ProgressFile,
+    RunningStats,
+    folder_bytes,
+)
+from finetuning.telemetry.spans import OpenSpan, SpanRecorder
 from finetuning.telemetry.training_loop import TrainingCallbacks
 
 
@@ -23,16 +30,16 @@ class Telemetry(TrainingCallbacks):
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: SpanRecorder,
         identity: JobIdentity,
-        faults: Faults | None = None,
+        faults: TelemetryErrors | None = None,
         progress_file: ProgressFile | None = None,
         close_links: Callable[[], None] = lambda: None,
     ):
-        super().__init__(recorder, identity, faults or Faults(), progress_file)
+        super().__init__(recorder, identity, faults or TelemetryErrors(), progress_file)
         self.checkpoints = CheckpointMeter()
         self._close_links = close_links
-        self._evaluations = {names.VALIDATION_LOOP: Spread(), names.TESTING_LOOP: Spread()}
+        self._evaluations = {names.VALIDATION_LOOP: RunningStats(), names.TESTING_LOOP: RunningStats()}
 
     # The job
 
@@ -121,7 +128,7 @@ class Telemetry(TrainingCallbacks):
         """Saving begins; under the async strategy, the part of it that blocks training."""
         step = self.progress.step if global_step is None else global_step
         flops, batch = self._measured().flops, self.config.global_batch_size
-        preserved = Preserved(
+        preserved = PreservedProgress(
             step,
             self.meter.total,
             self._evaluations[names.VALIDATION_LOOP].total,

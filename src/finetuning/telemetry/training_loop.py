@@ -7,41 +7,43 @@ from dataclasses import replace
 from typing import Any
 
 from finetuning.telemetry import names
-from finetuning.telemetry.config import JobIdentity, Measured, TrainingConfig
-from finetuning.telemetry.error_guard import Faults, guarded
+from finetuning.telemetry.config import JobIdentity, MeasuredConfig, TrainingConfig
+from finetuning.telemetry.error_guard import TelemetryErrors, guarded
 from finetuning.telemetry.metrics import (
     FIGURES,
     IterationMeter,
-    Progress,
     ProgressFile,
-    Spread,
+    RunningStats,
+    TrainingProgress,
     Window,
     sample_of,
     training_attributes,
 )
-from finetuning.telemetry.span_contexts import Blocks
-from finetuning.telemetry.spans import OpenSpan, Recorder
+from finetuning.telemetry.span_contexts import SpanContexts
+from finetuning.telemetry.spans import OpenSpan, SpanRecorder
 
 
-class TrainingCallbacks(Blocks):
+class TrainingCallbacks(SpanContexts):
     """Told of a training loop and its steps."""
 
-    def __init__(self, recorder: Recorder, identity: JobIdentity, faults: Faults, progress_file: ProgressFile | None):
+    def __init__(
+        self, recorder: SpanRecorder, identity: JobIdentity, faults: TelemetryErrors, progress_file: ProgressFile | None
+    ):
         super().__init__(recorder, faults)
         self.identity = identity
         self.config = TrainingConfig()
         self.meter = IterationMeter()
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.latest: dict[str, Any] = {}
         self.latest_loss: float | None = None
         self._progress_file = progress_file
-        self._measure: Callable[[], Measured] | None = None
+        self._measure: Callable[[], MeasuredConfig] | None = None
         self._tokens: float | None = None
         self._evaluated_at = {names.VALIDATION_LOOP: 0, names.TESTING_LOOP: 0}
         self._training_started: float | None = None
         self._saved = (-1, 0.0)
 
-    def watch(self, measure: Callable[[], Measured]) -> None:
+    def watch(self, measure: Callable[[], MeasuredConfig]) -> None:
         """Asks this, at each update, for what the process has done so far, instead of counting what it is told."""
         self._measure = measure
 
@@ -51,7 +53,7 @@ class TrainingCallbacks(Blocks):
     ) -> OpenSpan:
         """The training loop begins, at this step. A loop that never ended ends now, with an error."""
         config, self.meter = self.config, IterationMeter()
-        self.progress = Progress(
+        self.progress = TrainingProgress(
             train_iterations_start, train_iterations_start, train_iterations_start, train_samples_start
         )
         self._saved = (-1, 0.0)
@@ -135,11 +137,11 @@ class TrainingCallbacks(Blocks):
         self.latest = told
         return {metric: told[name] for name, metric in FIGURES.items() if name in told}
 
-    def _window(self, times: Spread, parts: dict[str, float]) -> Window:
+    def _window(self, times: RunningStats, parts: dict[str, float]) -> Window:
         return Window(times, parts, self._measured(), self.progress.last_work)
 
-    def _measured(self) -> Measured:
-        work = self._measure() if self._measure else Measured(tokens=self._tokens)
+    def _measured(self) -> MeasuredConfig:
+        work = self._measure() if self._measure else MeasuredConfig(tokens=self._tokens)
         config, samples = self.config, None
         if config.global_batch_size:
             samples = self.progress.done * config.global_batch_size / self.identity.world_size

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import PACKAGES, wanted_trackers
-from finetuning.config.sections.training import Tracking
-from finetuning.tracking.tracker import FigureNames, LogEvent, Sink, StepMetrics, totals
+from finetuning.config.sections.tracking import PACKAGES, requested_trackers
+from finetuning.config.sections.training import TrackingConfig
+from finetuning.tracking.tracker import LogEvent, MetricNames, StepMetrics, Tracker, totals
 
 CLOSE_WAIT_S = 60.0
 _MOST_WAITING = 10_000
 
 
-class BackgroundSink(Sink):
+class BackgroundTracker(Tracker):
     """Passes what it is told to another sink, in order, and waits for it only when it is closed.
 
     What goes wrong there is raised by the next call, here, where the guard of the sinks sees it.
     """
 
-    def __init__(self, sink: Sink, close_wait_s: float = CLOSE_WAIT_S):
+    def __init__(self, sink: Tracker, close_wait_s: float = CLOSE_WAIT_S):
         self.name = sink.name
         self._sink = sink
         self._close_wait_s = close_wait_s
@@ -102,7 +102,7 @@ class TrackedRun:
     project: str
     name: str
     parameters: Mapping[str, Any]
-    section: Tracking
+    section: TrackingConfig
     before: Mapping[str, Identity]
     """What an earlier job of this run has left, by tracker; empty for a fresh start."""
 
@@ -185,7 +185,7 @@ KINDS: dict[str, Kind] = {
 """The trackers that are told by a class of accelerate's."""
 
 
-class AccelerateTracker(Sink):
+class AccelerateTracker(Tracker):
     """One run in one tracker, opened when training begins: a run that fails before leaves nothing there."""
 
     def __init__(self, name: str, run: TrackedRun):
@@ -193,7 +193,7 @@ class AccelerateTracker(Sink):
         self._kind = KINDS[name]
         self._run = run
         self._tracker: Any = None
-        self._figures = FigureNames()
+        self._figures = MetricNames()
 
     def begin(self, metrics: StepMetrics) -> None:
         if self._tracker is not None:
@@ -239,7 +239,7 @@ class AccelerateTracker(Sink):
             self._tracker.log(dict(values), step=step)
 
 
-def write_identity(output_dir: Path, section: Tracking, name: str, identity: Identity) -> None:
+def write_identity(output_dir: Path, section: TrackingConfig, name: str, identity: Identity) -> None:
     """`NAME_tracker.json`: where a tracker's run is. In `output_dir`, and in the folder that the config names."""
     folders = [output_dir, *([Path(section.run_uri_export_path)] if section.run_uri_export_path else [])]
     for folder in folders:
@@ -260,12 +260,14 @@ def read_identities(output_dir: Path, names: Sequence[str]) -> dict[str, Identit
     return found
 
 
-def tracker_sinks(experiment: Experiment, method: str, parameters: Mapping[str, str], *, resumed: bool) -> list[Sink]:
+def make_trackers(
+    experiment: Experiment, method: str, parameters: Mapping[str, str], *, resumed: bool
+) -> list[Tracker]:
     """A sink for each tracker that the experiment asks for and that accelerate has a class for."""
-    names = [name for name in wanted_trackers(experiment) if name in PACKAGES]
+    names = [name for name in requested_trackers(experiment) if name in PACKAGES]
     if not names:
         return []
-    section = experiment.tracking or Tracking()
+    section = experiment.tracking or TrackingConfig()
     output_dir = Path(experiment.training_args.output_dir)
     metadata = {f"exp_metadata.{key}": value for key, value in section.exp_metadata.items()}
     run = TrackedRun(
@@ -276,7 +278,7 @@ def tracker_sinks(experiment: Experiment, method: str, parameters: Mapping[str, 
         section=section,
         before=read_identities(output_dir, names) if resumed else {},
     )
-    return [BackgroundSink(AccelerateTracker(name, run)) for name in names]
+    return [BackgroundTracker(AccelerateTracker(name, run)) for name in names]
 
 
 def _grouped(name: str) -> str:

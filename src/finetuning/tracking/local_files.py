@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from finetuning.tracking.tracker import LogEvent, Sink
+from finetuning.tracking.tracker import LogEvent, Tracker
 
 
 class LineFile:
@@ -53,7 +53,7 @@ LOSS_LOG_NAME = "training_logs.jsonl"
 _NAMES = {"loss": "training_loss", "eval_loss": "validation_loss"}
 
 
-class LossLog(Sink):
+class LossLog(Tracker):
     """One JSON object a line, keys sorted, appended and flushed at each log:
 
     `{"data": {"epoch": 1.0, "step": 3, "timestamp": "2026-01-01T12:00:00.123456", "value": 2.31},`
@@ -93,7 +93,7 @@ class LossLog(Sink):
 METRICS_LOG_NAME = "metrics.jsonl"
 
 
-class MetricsLog(Sink):
+class MetricsLog(Tracker):
     """One JSON object a line, appended and flushed:
 
     `{"step": 10, "kind": "training", "time": 1767225600.0, "loss": 2.31, "learning_rate": 5e-05, …}`

@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from finetuning.config.redaction import is_secret_key, without_secrets, without_user_info
-from finetuning.config.sections.training import Tracking
-from finetuning.errors import ConfigError, Place
+from finetuning.config.sections.training import TrackingConfig
+from finetuning.errors import ConfigError, Location
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -29,7 +29,7 @@ _DEFAULT = "default"
 
 
 @dataclass(frozen=True)
-class Setting:
+class ResolvedValue:
     """A value and where it came from, such as `command line: --experiment-name`."""
 
     value: Any
@@ -56,14 +56,14 @@ class TrackingPlan:
     `experiment` where it goes to MLflow's own default experiment.
     """
 
-    uri: Setting
-    experiment: Setting
-    run_id: Setting
-    run_name: Setting
-    log_artifacts: Setting
-    flatten_params: Setting
-    parent_run_id: Setting = Setting(None, "default")
-    system_metrics: Setting = Setting(False, "default")
+    uri: ResolvedValue
+    experiment: ResolvedValue
+    run_id: ResolvedValue
+    run_name: ResolvedValue
+    log_artifacts: ResolvedValue
+    flatten_params: ResolvedValue
+    parent_run_id: ResolvedValue = ResolvedValue(None, "default")
+    system_metrics: ResolvedValue = ResolvedValue(False, "default")
     child_runs: bool = False
     """Whether each job is a run of its own, below one that stands for all of them."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class TrackingPlan:
         return f"{self.uri.value}, experiment {self.experiment.value or 'Default'} ({self.uri.origin})"
 
 
-def resolve_tracking(cli: TrackingOptions, section: Tracking | None, environ: Mapping[str, str]) -> TrackingPlan:
+def resolve_tracking(cli: TrackingOptions, section: TrackingConfig | None, environ: Mapping[str, str]) -> TrackingPlan:
     """The tracking of this run: command line over file over environment, for each value apart.
 
     An experiment named on the command line goes to the address of the file or of the environment. Empty values count
@@ -95,7 +95,7 @@ def resolve_tracking(cli: TrackingOptions, section: Tracking | None, environ: Ma
     """
     file = {name: getattr(section, name) for name in section.model_fields_set} if section else {}
 
-    def first(option: str, key: str, variable: str, default: Any = None) -> Setting:
+    def first(option: str, key: str, variable: str, default: Any = None) -> ResolvedValue:
         return _first(
             (getattr(cli, key, None), f"{_COMMAND_LINE}: {option}"),
             (file.get(key), f"file: tracking.{key}"),
@@ -105,19 +105,22 @@ def resolve_tracking(cli: TrackingOptions, section: Tracking | None, environ: Ma
 
     uri = _checked_uri(first("--mlflow-server-uri", "mlflow_server_uri", "MLFLOW_TRACKING_URI"))
     if uri.value is None:
-        uri = Setting(None, "no address on the command line, in the file or in the environment")
+        uri = ResolvedValue(None, "no address on the command line, in the file or in the environment")
     disabled = environ.get("DISABLE_MLFLOW_INTEGRATION")
-    if disabled and _flag(Setting(disabled, "environment: DISABLE_MLFLOW_INTEGRATION")).value:
-        uri = Setting(None, "switched off by DISABLE_MLFLOW_INTEGRATION")
+    if disabled and _flag(ResolvedValue(disabled, "environment: DISABLE_MLFLOW_INTEGRATION")).value:
+        uri = ResolvedValue(None, "switched off by DISABLE_MLFLOW_INTEGRATION")
     elif uri.value is None and "mlflow" in file.get("trackers", ()):
         raise ConfigError(
             "holds mlflow, which needs an address",
-            place=Place(key="tracking.trackers"),
+            place=Location(key="tracking.trackers"),
             hint="Set tracking.mlflow_server_uri, --mlflow-server-uri or MLFLOW_TRACKING_URI.",
         )
     run_id, parent = first("", "run_id", "MLFLOW_RUN_ID"), first("", "parent_run_id", "MLFLOW_PARENT_RUN_ID")
-    if run_id.value and _flag(Setting(environ.get("MLFLOW_NESTED_RUN", ""), "environment: MLFLOW_NESTED_RUN")).value:
-        run_id, parent = Setting(None, _DEFAULT), run_id
+    if (
+        run_id.value
+        and _flag(ResolvedValue(environ.get("MLFLOW_NESTED_RUN", ""), "environment: MLFLOW_NESTED_RUN")).value
+    ):
+        run_id, parent = ResolvedValue(None, _DEFAULT), run_id
     return TrackingPlan(
         uri=uri,
         experiment=first("--experiment-name", "experiment_name", "MLFLOW_EXPERIMENT_NAME"),
@@ -134,20 +137,20 @@ def resolve_tracking(cli: TrackingOptions, section: Tracking | None, environ: Ma
     )
 
 
-def _first(*candidates: tuple[Any, str], default: Any) -> Setting:
+def _first(*candidates: tuple[Any, str], default: Any) -> ResolvedValue:
     for value, origin in candidates:
         if value is not None and value != "":
-            return Setting(value, origin)
-    return Setting(default, _DEFAULT)
+            return ResolvedValue(value, origin)
+    return ResolvedValue(default, _DEFAULT)
 
 
-def _flag(setting: Setting) -> Setting:
+def _flag(setting: ResolvedValue) -> ResolvedValue:
     if isinstance(setting.value, bool):
         return setting
     text = str(setting.value).strip().lower()
     if text not in _TRUE | _FALSE:
         raise ConfigError(f"{setting.origin}: expected true or false, got {setting.value!r}")
-    return Setting(text in _TRUE, setting.origin)
+    return ResolvedValue(text in _TRUE, setting.origin)
 
 
 def _tags(text: str) -> dict[str, str]:
@@ -161,7 +164,7 @@ def _tags(text: str) -> dict[str, str]:
     return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in tags.items()}
 
 
-def _checked_uri(setting: Setting) -> Setting:
+def _checked_uri(setting: ResolvedValue) -> ResolvedValue:
     """The setting with an absolute address in place of a relative path."""
     if setting.value is None:
         return setting
@@ -169,23 +172,23 @@ def _checked_uri(setting: Setting) -> Setting:
     if _BARE_HOST.match(text):
         raise _error(setting, f'"{text}" has no scheme', f'Write "http://{text}" or "https://{text}".')
     if "://" not in text and not text.startswith(("file:", "sqlite:", "databricks", "uc:")):
-        return Setting(Path(text).expanduser().absolute().as_uri(), setting.origin)
+        return ResolvedValue(Path(text).expanduser().absolute().as_uri(), setting.origin)
     parts = _split(setting, text)
     scheme = parts.scheme.split("+")[0].lower()
     if text.startswith("databricks"):
-        return Setting(text, setting.origin)
+        return ResolvedValue(text, setting.origin)
     if scheme not in _SCHEMES:
         raise _error(setting, f'MLflow has no store of the kind "{scheme}"', f"It has: {', '.join(sorted(_SCHEMES))}.")
     if scheme == "file":
-        return Setting(_absolute_file(setting, parts.netloc, text), setting.origin)
+        return ResolvedValue(_absolute_file(setting, parts.netloc, text), setting.origin)
     if scheme == "sqlite":
-        return Setting(_absolute_sqlite(setting, text), setting.origin)
+        return ResolvedValue(_absolute_sqlite(setting, text), setting.origin)
     if scheme in ("http", "https") and not parts.hostname:
         raise _error(setting, "the address names no host", 'It looks like "http://host:5000".')
-    return Setting(text, setting.origin)
+    return ResolvedValue(text, setting.origin)
 
 
-def _split(setting: Setting, text: str) -> Any:
+def _split(setting: ResolvedValue, text: str) -> Any:
     """The address in parts, refused when it holds a password. No message shows the address, which may hold one."""
     try:
         parts = urlsplit(text)
@@ -205,14 +208,14 @@ def _split(setting: Setting, text: str) -> Any:
     return parts
 
 
-def _absolute_file(setting: Setting, host: str, text: str) -> str:
+def _absolute_file(setting: ResolvedValue, host: str, text: str) -> str:
     if host not in ("", "localhost"):
         hint = f'An absolute path has three slashes: "file:///{host}/…".'
         raise _error(setting, f'"{text}" names the host "{host}"', hint)
     return Path(unquote(urlsplit(text).path)).expanduser().absolute().as_uri()
 
 
-def _absolute_sqlite(setting: Setting, text: str) -> str:
+def _absolute_sqlite(setting: ResolvedValue, text: str) -> str:
     path, _, query = text.partition("?")
     if not path.startswith("sqlite:///") or path == "sqlite:///":
         raise _error(setting, f'"{text}" names no file', 'It looks like "sqlite:///mlflow.db".')
@@ -220,9 +223,9 @@ def _absolute_sqlite(setting: Setting, text: str) -> str:
     return f"sqlite:///{absolute}" + (f"?{query}" if query else "")
 
 
-def _error(setting: Setting, message: str, hint: str) -> ConfigError:
+def _error(setting: ResolvedValue, message: str, hint: str) -> ConfigError:
     if setting.origin.startswith("file: "):
-        return ConfigError(message, place=Place(key=setting.origin.removeprefix("file: ")), hint=hint)
+        return ConfigError(message, place=Location(key=setting.origin.removeprefix("file: ")), hint=hint)
     return ConfigError(f"{setting.origin}: {message}", hint=hint)
 
 

@@ -58,7 +58,7 @@ class LogEvent:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-class Sink:
+class Tracker:
     """A place that is told what happens. Every method may be left as it is; one that raises is switched off."""
 
     name = "sink"
@@ -129,7 +129,7 @@ class Pace:
         return max(max_steps - step, 0) * (ended - began) / (last - first)
 
 
-class FigureNames:
+class MetricNames:
     """Names of telemetry's figures in a tracker: `telemetry/…` for curves, `totals/…` for what is known once.
 
     Of the places that time was lost to only the sum is told, and those that a person can do something about. What is
@@ -173,13 +173,13 @@ def numbers(logs: Mapping[str, object]) -> dict[str, float]:
 logger = logging.getLogger(__name__)
 
 
-class Sinks:
+class TrackerGroup:
     """Sinks behind one guard: one that raises is told in one warning, closed and not called again.
 
     `failures` says why, by the sink's name; it belongs into the run's record.
     """
 
-    def __init__(self, sinks: Sequence[Sink]):
+    def __init__(self, sinks: Sequence[Tracker]):
         self._sinks = list(sinks)
         self.failures: dict[str, str] = {}
 
@@ -193,7 +193,7 @@ class Sinks:
         self.tell("close")
         self._sinks.clear()
 
-    def _guarded(self, sink: Sink, method: str, arguments: tuple[Any, ...]) -> None:
+    def _guarded(self, sink: Tracker, method: str, arguments: tuple[Any, ...]) -> None:
         try:
             getattr(sink, method)(*arguments)
         except Exception as error:  # noqa: BLE001  whatever a sink does, training goes on
@@ -206,10 +206,10 @@ class Sinks:
                 self._guarded(sink, "close", ())
 
 
-class Teller:
+class TrackerCallback:
     """Turns what a trainer's state says into what sinks are told, on the main process."""
 
-    def __init__(self, sinks: Sinks, count_tokens: Callable[[], int | None], clock: Callable[[], float]):
+    def __init__(self, sinks: TrackerGroup, count_tokens: Callable[[], int | None], clock: Callable[[], float]):
         self._sinks = sinks
         self._count_tokens = count_tokens
         self._clock = clock
@@ -277,7 +277,10 @@ class Teller:
 
 
 def make_callback(
-    sinks: Sinks, *, count_tokens: Callable[[], int | None] = lambda: None, clock: Callable[[], float] = time.monotonic
+    sinks: TrackerGroup,
+    *,
+    count_tokens: Callable[[], int | None] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainerCallback:
     """A transformers callback that tells the sinks, on the main process, what the trainer does.
 
@@ -286,7 +289,7 @@ def make_callback(
     """
     from transformers import TrainerCallback
 
-    teller = Teller(sinks, count_tokens, clock)
+    teller = TrackerCallback(sinks, count_tokens, clock)
 
     class TrackingCallback(TrainerCallback):
         """See `make_callback`."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from finetuning.atomic_io import staging_path
 
 
-def retire_checkpoints(newest: Path, most: int | None, best: Path | None) -> None:
+def rotate_checkpoints(newest: Path, most: int | None, best: Path | None) -> None:
     """Removes the checkpoints beside `newest` that are more than `most` with it; the best one stays, too.
 
     Those of a later step go first: this run has passed them over. Each loses its name before its files, so that what is
@@ -47,12 +47,12 @@ def _step(checkpoint: Path) -> int:
 Settings = list[dict[str, Any]]
 
 
-def settings_of(optimizer: Any) -> Settings:
+def optimizer_settings(optimizer: Any) -> Settings:
     """The settings of each group of weights: learning rate, decay, betas and the like."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
-def apply_settings(optimizer: Any, scheduler: Any, settings: Settings) -> None:
+def restore_optimizer_settings(optimizer: Any, scheduler: Any, settings: Settings) -> None:
     """Puts the settings back over those that a checkpoint brought, and the learning rate where the schedule has it at
     this step."""
     factors = [

@@ -18,7 +18,7 @@ AT_ONCE = 1 << 27
 """Logits that `auto` keeps at a time: 512 MiB in float32."""
 
 
-class SlicedLoss:
+class ChunkedCrossEntropyMixin:
     """Computes logits slice by slice, in the backward pass again, for the trainer of one model.
 
     The head is called as the module that it is, so that a bias, an adapter on it, tied or quantised weights and

@@ -18,7 +18,7 @@ _CHUNK_BYTES = 64 * 2**20
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
-class SharingMixin:
+class DDPMixin:
     """Stands left of a transformers Trainer, and sets how DistributedDataParallel shares what it shares."""
 
     computes_alone = False
@@ -90,7 +90,7 @@ def _chunks(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield chunk
 
 
-def shares(lengths: Sequence[int], number: int) -> list[list[int]]:
+def balanced_shares(lengths: Sequence[int], number: int) -> list[list[int]]:
     """Positions of rows in so many shares of about as many tokens each, none of them empty while rows last.
 
     The longest row first, each to the share that holds least. Source: Graham, "Bounds on Multiprocessing Timing
@@ -109,11 +109,11 @@ def shares(lengths: Sequence[int], number: int) -> list[list[int]]:
     return found
 
 
-class TokenSampler(BatchRebalanceSampler):
+class TokenBalancedSampler(BatchRebalanceSampler):
     """transformers' sampler for rows without padding: it counts what it shares out as padded, this one the tokens."""
 
     @classmethod
-    def in_place_of(cls, other: BatchRebalanceSampler, seed: int) -> TokenSampler:
+    def in_place_of(cls, other: BatchRebalanceSampler, seed: int) -> TokenBalancedSampler:
         """Steps of as many rows, drawn by this seed as accelerate draws them where nothing is shared out."""
         return cls(
             other.lengths,
@@ -128,7 +128,7 @@ class TokenSampler(BatchRebalanceSampler):
 
     def _assign(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[list[int]]]:
         """Rows by process and by batch of the step; the largest shares are computed at one time."""
-        found = shares(lengths, self.dp_size * self.grad_accum)
+        found = balanced_shares(lengths, self.dp_size * self.grad_accum)
         found.sort(key=lambda share: -sum(lengths[row] for row in share))
         return [
             [[indices[row] for row in found[batch * self.dp_size + process]] for batch in range(self.grad_accum)]

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from finetuning.data.streaming.dataset import RowStream
 
 
-class Phases:
+class TrainerHooks:
     """Told of each part by its name. This one listens to nothing; whoever measures puts another into a trainer."""
 
     def begin(self, name: str) -> None:
@@ -28,7 +28,7 @@ class Phases:
         """The part ended with an exception, which goes on."""
 
 
-class PhasesMixin:
+class TrainerHooksMixin:
     """Stands left of everything else of a transformers Trainer, and tells `phases` what the Trainer does:
 
     `data_loader_initialization`, `optimizer_initialization`, `checkpoint_load`, `data_loading` (which begins a step),
@@ -38,7 +38,7 @@ class PhasesMixin:
     Forward and backward are those of the host: on a GPU, the time that launching takes.
     """
 
-    phases: Phases = Phases()
+    phases: TrainerHooks = TrainerHooks()
     _is_stepping = False
     _is_backward = False
     _loop = "validation"
@@ -159,7 +159,7 @@ def _squared_lengths(inputs: Any) -> torch.Tensor | float:
     return float(rows * length * length)
 
 
-class StreamedRows(IterableDataset):
+class IterableRows(IterableDataset):
     """The rows of a stream; of several processes each goes through all, and accelerate gives it its share.
 
     That share is its slice of each batch of all processes, the one that it gets of rows which are all at hand, so that
@@ -181,4 +181,4 @@ class StreamedRows(IterableDataset):
 
 def as_dataset(rows: Any, longest: int) -> Any:
     """The rows as the Trainer takes them: as they are, where they are all at hand."""
-    return StreamedRows(rows, longest) if isinstance(rows, RowStream) else rows
+    return IterableRows(rows, longest) if isinstance(rows, RowStream) else rows

@@ -14,7 +14,7 @@ _TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class KnownLoss:
+class ExpectedLoss:
     """The loss that a run must start at, and why."""
 
     value: float
@@ -26,12 +26,12 @@ class KnownLoss:
     needs_no_dropout: bool = True
 
 
-class FirstLossCheck:
+class InitialLossMixin:
     """Stands left of a trainer and right of `TrainerMixin`: stops the run when its first loss is not the known one."""
 
     _first_loss_checked = False
 
-    def known_first_loss(self, inputs: Any) -> KnownLoss | None:
+    def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
         """What the loss of this first batch must be; None where that is not known."""
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class FirstLossCheck:
             known = self.known_first_loss(inputs)
             if known is not None:
                 found = float((loss[0] if isinstance(loss, tuple) else loss).detach())
-                check_first_loss(found, known, drops=drops_values(self.model))
+                check_initial_loss(found, known, drops=drops_values(self.model))
         return loss
 
 
@@ -51,7 +51,7 @@ def drops_values(model: Any) -> bool:
     return any(getattr(module, "p", 0) > 0 for module in model.modules() if "Dropout" in type(module).__name__)
 
 
-def check_first_loss(loss: float, known: KnownLoss, *, drops: bool) -> None:
+def check_initial_loss(loss: float, known: ExpectedLoss, *, drops: bool) -> None:
     """Nothing, when the loss is the known one.
 
     Raises:
@@ -75,7 +75,7 @@ def check_first_loss(loss: float, known: KnownLoss, *, drops: bool) -> None:
 _TRAINED, _FROZEN = "default", "ref"
 
 
-class WholeReference:
+class CompleteReferenceMixin:
     """Stands next to the trainer, on its left: the copy holds all that the adapter holds.
 
     TRL copies what lies in layers of the adapter's name, and passes over tensors that bear the name themselves: the

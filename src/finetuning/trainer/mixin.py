@@ -17,17 +17,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from finetuning.atomic_io import is_full, publish, staging_path, write_manifest
 from finetuning.errors import GuardStopped
 from finetuning.trainer.checkpoint_state import (
-    apply_settings,
+    optimizer_settings,
     read_encoders,
-    retire_checkpoints,
-    settings_of,
+    restore_optimizer_settings,
+    rotate_checkpoints,
     write_encoders,
 )
-from finetuning.trainer.hooks import PhasesMixin
-from finetuning.trainer.oom_retry import MemoryMixin
+from finetuning.trainer.hooks import TrainerHooksMixin
+from finetuning.trainer.oom_retry import OOMRetryMixin
 from finetuning.trainer.peft_methods import (
-    AllocateRank,
     LoraPlusMixin,
+    RankAllocationCallback,
     is_adalora,
     ranks_kept_whole,
     read_importance,
@@ -37,7 +37,7 @@ from finetuning.trainer.peft_methods import (
 logger = logging.getLogger(__name__)
 
 
-class SafeguardMixin:
+class CheckpointSafetyMixin:
     """Stands left of a transformers Trainer: counts tokens, stops at values that are not finite, publishes whole
     checkpoints.
 
@@ -61,7 +61,7 @@ class SafeguardMixin:
         """Whether the optimizer's settings win over those of a checkpoint."""
         super().__init__(*args, **kwargs)
         if is_adalora(self.model):
-            self.add_callback(AllocateRank(self.model))
+            self.add_callback(RankAllocationCallback(self.model))
 
     @property
     def tokens_seen(self) -> int:
@@ -220,7 +220,7 @@ class SafeguardMixin:
         shutil.rmtree(staged.parent, ignore_errors=True)
         self._checkpoint_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
         best = self.state.best_model_checkpoint
-        retire_checkpoints(target, self.args.save_total_limit, Path(best) if best else None)
+        rotate_checkpoints(target, self.args.save_total_limit, Path(best) if best else None)
 
     def _lacks_room(self) -> str | None:
         """Why a checkpoint as large as the last one would not fit."""
@@ -298,11 +298,11 @@ def _share(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-class TrainerMixin(PhasesMixin, SafeguardMixin, LoraPlusMixin, MemoryMixin):
+class TrainerMixin(TrainerHooksMixin, CheckpointSafetyMixin, LoraPlusMixin, OOMRetryMixin):
     """All, in the order in which they belong: what is measured holds what is safeguarded, and that what is retried."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        settings = settings_of(self.optimizer)
+        settings = optimizer_settings(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.applies_settings:
-            apply_settings(self.optimizer, self.lr_scheduler, settings)
+            restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)

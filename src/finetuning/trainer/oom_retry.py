@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from finetuning.errors import InternalError
-from finetuning.trainer.ddp import SharingMixin, average_gradients
+from finetuning.trainer.ddp import DDPMixin, average_gradients
 
 Part = tuple[dict[str, Any], float]
 """A smaller batch, and its share of the rows."""
@@ -28,7 +28,7 @@ def num_rows(inputs: Mapping[str, Any]) -> int:
     return len(inputs["input_ids"]) // (2 if "completion_mask" in inputs else 1)
 
 
-def divided(inputs: Mapping[str, Any], pieces: int) -> Iterator[Part]:
+def split_batch(inputs: Mapping[str, Any], pieces: int) -> Iterator[Part]:
     """A batch in at most so many pieces of about as many rows each; the batch itself for one piece.
 
     Knows the batches of `data/collate.py`, padded or end to end, and those of preferences, whose chosen rows stand
@@ -77,7 +77,7 @@ _HINT = (
 )
 
 
-class MemoryMixin(SharingMixin):
+class OOMRetryMixin(DDPMixin):
     """Stands left of a transformers Trainer, and right of everything that counts its steps.
 
     When memory runs out in a step, the batches are divided by two from there on: half the rows at a time, twice as
@@ -131,7 +131,7 @@ class MemoryMixin(SharingMixin):
         if self.pieces == 1:
             return super().training_step(model, batch, items)
         batches, losses = self.current_gradient_accumulation_steps, []
-        parts = list(divided(batch, self.pieces))
+        parts = list(split_batch(batch, self.pieces))
         try:
             for index, (part, share) in enumerate(parts):
                 # Where a loss is a mean over rows, the Trainer divides it by this number.

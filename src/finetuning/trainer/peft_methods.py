@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from finetuning.data.collators import UNTRAINED
-from finetuning.errors import ModelError, Place
+from finetuning.errors import Location, ModelError
 
 _INIT = "eva"
 _MOST_PASSES = 20
 
 
-def begin_from_rows(model: Any, rows: Iterable[dict[str, Any]], collate: Any, rows_at_once: int) -> None:
+def init_eva(model: Any, rows: Iterable[dict[str, Any]], collate: Any, rows_at_once: int) -> None:
     """Sets the A matrices of a LoRA that asks for it; nothing for other models.
 
     Rows are read in their order until the directions stay what they are (`eva_config.tau`), so that a run that goes on
@@ -55,7 +55,7 @@ def begin_from_rows(model: Any, rows: Iterable[dict[str, Any]], collate: Any, ro
         )
     except (ValueError, RuntimeError) as error:
         text = f"EVA finds no beginning in these rows: {str(error).partition(chr(10))[0]}"
-        raise ModelError(text, place=Place(key="peft_conf.peft_kwargs.init_lora_weights")) from error
+        raise ModelError(text, place=Location(key="peft_conf.peft_kwargs.init_lora_weights")) from error
     finally:
         model.train(was_training)
 
@@ -101,7 +101,7 @@ _KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _PATTERN = "rank_pattern"
 
 
-class AllocateRank(TrainerCallback):
+class RankAllocationCallback(TrainerCallback):
     """Lets PEFT weigh and mask the ranks, while the gradients of the step are still there."""
 
     def __init__(self, model: Any) -> None:

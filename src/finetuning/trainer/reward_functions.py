@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from finetuning.config.sections.training import ExactMatch, Function, GRPOArgs, JsonValid, Length, RegexMatch
-from finetuning.errors import ConfigError, FinetuningError, Place
+from finetuning.errors import ConfigError, FinetuningError, Location
 
 Completion = list[dict[str, Any]]
 """One completion as chat messages: a single message of the assistant."""
@@ -29,7 +29,7 @@ class NamedReward:
     """A reward that checks what its function returns, and names itself where that is wrong."""
 
     name: str
-    place: Place
+    place: Location
     function: Callable[..., Any]
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -106,7 +106,7 @@ def build_rewards(args: GRPOArgs) -> list[NamedReward]:
     """
     made = []
     for index, conf in enumerate(args.rewards):
-        place = Place(key=f"grpo_args.rewards[{index}]")
+        place = Location(key=f"grpo_args.rewards[{index}]")
         if isinstance(conf, Function):
             made.append(NamedReward(conf.path, place, load_function(conf.path, place), dict(conf.arguments)))
         else:
@@ -130,7 +130,7 @@ def needed_columns(args: GRPOArgs) -> dict[str, str]:
     return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatch)}
 
 
-def load_function(path: str, place: Place) -> Callable[..., Any]:
+def load_function(path: str, place: Location) -> Callable[..., Any]:
     """The function that `package.module:function` or `file.py:function` names.
 
     Raises:

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 from finetuning.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def build_arguments(experiment: Experiment, plan: Plan, arguments_class: str) ->
     try:
         built = getattr(importlib.import_module(module), name)(**fields)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(str(error), place=Place(key="training_args")) from error
+        raise ConfigError(str(error), place=Location(key="training_args")) from error
     if experiment.data_conf.streaming:
         # One process that reads for all could not cut batches apart whose rows lie end to end.
         built.accelerator_config.dispatch_batches = False

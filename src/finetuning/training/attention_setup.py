@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method
+from finetuning.algorithms.algorithm import Algorithm
 from finetuning.config.pretrained_config import FLASH
 from finetuning.config.sections.experiment import Experiment
-from finetuning.distributed import Topology
-from finetuning.plan.attention import REMAINS, AttentionChoice, Circumstances, RowLayout, choose_attention
+from finetuning.distributed import ProcessTopology
+from finetuning.plan.attention import REMAINS, AttentionChoice, AttentionContext, RowLayout, choose_attention
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionSetup:
     """Implementations to try in the place of the one that the model was loaded with, the best first; and why that one
     computes which does."""
 
@@ -27,28 +27,30 @@ class Attention:
     """The type that the run computes in by autocast; None without."""
 
 
-def attention_for(
-    experiment: Experiment, method: Method, model: Any, arguments: TrainingArguments, topology: Topology
-) -> Attention:
+def setup_attention(
+    experiment: Experiment, method: Algorithm, model: Any, arguments: TrainingArguments, topology: ProcessTopology
+) -> AttentionSetup:
     """What is to be tried on a model that was loaded: nothing where the config names an implementation."""
     import torch
 
     if experiment.run_conf.model_args.attn_implementation:
-        return Attention((), "as configured")
+        return AttentionSetup((), "as configured")
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     choice = _choice(experiment, method, model, arguments, topology, autocast or model.dtype)
-    return Attention(tuple(name for name in choice.ranked if name != REMAINS), choice.reason, autocast)
+    return AttentionSetup(tuple(name for name in choice.ranked if name != REMAINS), choice.reason, autocast)
 
 
-def lay_end_to_end(adapted: Any, attention: Attention, topology: Topology) -> tuple[str | None, Attention]:
+def enable_padding_free(
+    adapted: Any, attention: AttentionSetup, topology: ProcessTopology
+) -> tuple[str | None, AttentionSetup]:
     """None where the model computes rows end to end from now on, otherwise the reason why it does not; and the
     attention that it does it by.
 
     Under FSDP the main process alone is sure to hold the weights: with `cpu_ram_efficient_loading` the others get
     theirs when the model is shared out, which is later.
     """
-    from finetuning.model.varlen_attention import NAME, enable_kernel, enable_segments, use_segments
-    from finetuning.training.process_sync import told_by_main
+    from finetuning.model.varlen_attention import NAME, enable_kernel, enable_varlen, use_varlen
+    from finetuning.training.process_sync import broadcast_from_main
 
     model, peft_config = adapted.model, adapted.peft_config
 
@@ -59,32 +61,32 @@ def lay_end_to_end(adapted: Any, attention: Attention, topology: Topology) -> tu
             if why_not is None:
                 return None, name, tuple(tried)
             tried.append(f"{name} was not taken: {why_not}")
-        return enable_segments(model, peft_config), NAME, tuple(tried)
+        return enable_varlen(model, peft_config), NAME, tuple(tried)
 
-    reason, name, tried = told_by_main(find_out, topology.world_size)
+    reason, name, tried = broadcast_from_main(find_out, topology.world_size)
     if reason is None:
-        use_segments(model, peft_config, name)
+        use_varlen(model, peft_config, name)
     chosen = attention.reason if name != NAME or not tried else "the default"
     return reason, replace(attention, reason="; ".join([chosen, *tried]))
 
 
 def _choice(
     experiment: Experiment,
-    method: Method,
+    method: Algorithm,
     model: Any,
     arguments: TrainingArguments,
-    topology: Topology,
+    topology: ProcessTopology,
     dtype: torch.dtype,
 ) -> AttentionChoice:
     from finetuning.model.hardware import training_device
 
     installed = tuple(name for name, package in FLASH.items() if package.is_installed)
     if not installed:
-        return choose_attention(Circumstances())
+        return choose_attention(AttentionContext())
     device = training_device(arguments.use_cpu)
     config = model.config.get_text_config()
     return choose_attention(
-        Circumstances(
+        AttentionContext(
             device=device.kind,
             capability=device.capability,
             installed=installed,
@@ -98,7 +100,7 @@ def _choice(
     )
 
 
-def _row_layout(experiment: Experiment, method: Method) -> RowLayout:
+def _row_layout(experiment: Experiment, method: Algorithm) -> RowLayout:
     """How the rows are to lie, where the model allows it."""
     if not method.lays_end_to_end or experiment.sft_args.batching == "padded":
         return "padded"

@@ -16,16 +16,16 @@ from safetensors import SafetensorError
 
 from finetuning.atomic_io import is_full, staged, staging_path
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import GuardStopped, Place, StorageError
+from finetuning.errors import GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
 from finetuning.model.save import is_adapted, save_model
-from finetuning.model.stop_tokens import align
+from finetuning.model.stop_tokens import align_stop_tokens
 from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from finetuning.model.embeddings import Vocabulary
+    from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
 
 _REFERENCE_ADAPTER = "ref"
@@ -33,7 +33,7 @@ _SAMPLE = "The quick brown fox, 12 × 7 = 84: déjà vu."
 
 
 @dataclass(frozen=True)
-class Artifact:
+class FinalModel:
     """What a run made, where it lies, and what was checked about it."""
 
     kind: str
@@ -58,8 +58,8 @@ def publish_final(
     end_of_turn: str | None,
     base_fingerprint: Fingerprint | None,
     initial: Mapping[str, str],
-    vocabulary: Vocabulary,
-) -> Artifact | None:
+    vocabulary: EmbeddingInfo,
+) -> FinalModel | None:
     """The tuned model or adapter in `folder`, where it appears once it is opened again and found sound; None on all
     processes but the main one.
 
@@ -79,7 +79,7 @@ def publish_final(
         model.delete_adapter(_REFERENCE_ADAPTER)
     base = model.get_base_model() if adapted else model
     writes = base.can_generate()
-    stop_tokens = align(tokenizer, base.generation_config, end_of_turn) if writes else None
+    stop_tokens = align_stop_tokens(tokenizer, base.generation_config, end_of_turn) if writes else None
     with _room_for(folder), staged(folder) as candidate:
         save_model(
             model,
@@ -96,7 +96,7 @@ def publish_final(
                 initial=initial if adapted and state_dict is None else None,
                 sample_texts={_SAMPLE: tokenizer.encode(_SAMPLE, add_special_tokens=False)},
             )
-    return Artifact(
+    return FinalModel(
         kind=verified.kind,
         folder=str(folder),
         base=base.name_or_path if adapted else None,
@@ -119,7 +119,7 @@ def _named(folder: Path) -> Iterator[None]:
     try:
         yield
     except GuardStopped as error:
-        place = Place(file=str(folder))
+        place = Location(file=str(folder))
         problems = [replace(problem, place=place, hint="It was not published.") for problem in error.problems]
         raise GuardStopped(problems) from error
 
@@ -149,7 +149,7 @@ COMPLETE = ".complete"
 _KEY = "save_model_dir"
 
 
-def check_delivery(experiment: Experiment) -> None:
+def check_save_model_dir(experiment: Experiment) -> None:
     """Nothing, when `save_model_dir` can be written.
 
     Raises:
@@ -161,10 +161,10 @@ def check_delivery(experiment: Experiment) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StorageError(f"{experiment.save_model_dir} cannot be written", place=Place(key=_KEY))
+        raise StorageError(f"{experiment.save_model_dir} cannot be written", place=Location(key=_KEY))
 
 
-def deliver(experiment: Experiment) -> Path | None:
+def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
     """Copies the tuned model to `save_model_dir`, if any, and marks `output_dir` with an empty file `.complete`.
 
     A new folder appears whole. In one that is there, each file replaces its namesake at once, weights before the
@@ -183,7 +183,7 @@ def deliver(experiment: Experiment) -> Path | None:
     except OSError as error:
         raise StorageError(
             f"the tuned model could not be copied to {target}: {error.strerror or error}",
-            place=Place(key=_KEY),
+            place=Location(key=_KEY),
             hint=f"It is in {final}.",
         ) from error
     return target

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 from finetuning.plan.memory_estimate import MemoryEstimate
 from finetuning.plan.plan import human_bytes
 
@@ -40,7 +40,7 @@ def check_memory_at_start(trainer: Any, experiment: Experiment) -> None:
     if experiment.batchsize_conf.max_per_device_train_batch_size == "auto" and not trainer.divides_batches:
         raise ConfigError(
             "is auto, but the rows of a batch depend on one another in this loss, so that it cannot be halved",
-            place=Place(key="batchsize_conf.max_per_device_train_batch_size"),
+            place=Location(key="batchsize_conf.max_per_device_train_batch_size"),
             hint="Give a number.",
         )
     wanted = experiment.run_conf.memory_check
@@ -64,7 +64,7 @@ def longest_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
     return [dataset[int(index)] for index in total.argsort(kind="stable")[::-1][:count]]
 
 
-def divisions_of_all(trainer: Any) -> list[str]:
+def gather_oom_retries(trainer: Any) -> list[str]:
     """What was divided, when and why; of a job of several processes, on which. All of them call this."""
     if trainer.args.world_size == 1:
         return list(trainer.divisions)
@@ -77,7 +77,7 @@ def divisions_of_all(trainer: Any) -> list[str]:
     ]
 
 
-def measured(estimate: MemoryEstimate | None, device: torch.device) -> dict[str, Any]:
+def measure_memory(estimate: MemoryEstimate | None, device: torch.device) -> dict[str, Any]:
     """Bytes that this process took at most, what they were measured by, and what the plan had estimated."""
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -88,7 +88,7 @@ def measured(estimate: MemoryEstimate | None, device: torch.device) -> dict[str,
     }
 
 
-def told(values: dict[str, Any]) -> str:
+def memory_summary(values: dict[str, Any]) -> str:
     """The measurement in one line, beside the estimate."""
     text = f"{human_bytes(values['peak_bytes'])} at most, {values['measured_by']}"
     if values["estimated_bytes"]:

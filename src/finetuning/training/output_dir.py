@@ -22,7 +22,7 @@ from finetuning.atomic_io import remove_leftovers
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
 from finetuning.config.yaml.reader import read_document
-from finetuning.errors import ConfigError, FinetuningError, Interrupted, Place, StorageError
+from finetuning.errors import ConfigError, FinetuningError, Interrupted, Location, StorageError
 from finetuning.plan.memory_estimate import estimate_memory
 from finetuning.plan.plan import human_bytes
 from finetuning.training.resume.find import checkpoints_of
@@ -112,7 +112,7 @@ def check_output_dir(experiment: Experiment) -> bool:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StorageError(f"{output_dir} cannot be written (user id {os.getuid()})", place=Place(key=_KEY))
+        raise StorageError(f"{output_dir} cannot be written (user id {os.getuid()})", place=Location(key=_KEY))
     final = output_dir / run_conf.final_checkpoint_name
     has_final = final.is_dir() and any(final.iterdir())
     if run_conf.resume_from_checkpoint is False or str(run_conf.resume_from_checkpoint).lower() == "false":
@@ -120,7 +120,7 @@ def check_output_dir(experiment: Experiment) -> bool:
         if held:
             raise StorageError(
                 f"{output_dir} holds an earlier run ({', '.join(held)})",
-                place=Place(key=_KEY),
+                place=Location(key=_KEY),
                 hint="Set run_conf.resume_from_checkpoint: auto to go on with it, choose another output_dir, or remove"
                 " it.",
             )
@@ -134,12 +134,12 @@ def check_output_dir(experiment: Experiment) -> bool:
     why = f"another config: {'; '.join(changed)}" if changed else "a run that is not recorded as complete"
     raise StorageError(
         f"{final} is there already, made by {why}",
-        place=Place(key="run_conf.final_checkpoint_name"),
+        place=Location(key="run_conf.final_checkpoint_name"),
         hint="Choose another final_checkpoint_name to train on from the last checkpoint, or another output_dir.",
     )
 
 
-def check_room(output_dir: Path, experiment: Experiment) -> None:
+def check_free_space(output_dir: Path, experiment: Experiment) -> None:
     """Nothing, when the disk has room for a checkpoint and the tuned model, as far as their size is known.
 
     Raises:
@@ -154,12 +154,12 @@ def check_room(output_dir: Path, experiment: Experiment) -> None:
         raise StorageError(
             f"{output_dir} is on a disk with {human_bytes(free)} left;"
             f" {'a checkpoint and ' * saves}the tuned model need about {human_bytes(needed)}",
-            place=Place(key=_KEY),
+            place=Location(key=_KEY),
         )
 
 
 @contextmanager
-def claimed(output_dir: Path) -> Iterator[Path]:
+def lock_output_dir(output_dir: Path) -> Iterator[Path]:
     """The directory, made if need be, locked against a second run, and cleared of what a killed run left half made.
 
     A directory that was made here is removed again when the run fails before there is a checkpoint.
@@ -172,14 +172,14 @@ def claimed(output_dir: Path) -> Iterator[Path]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     except OSError as error:
-        raise StorageError(f"{output_dir} cannot be written: {error.strerror}", place=Place(key=_KEY)) from error
+        raise StorageError(f"{output_dir} cannot be written: {error.strerror}", place=Location(key=_KEY)) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
             raise StorageError(
-                f"another run ({lock.read().strip() or 'unknown'}) is working in {output_dir}", place=Place(key=_KEY)
+                f"another run ({lock.read().strip() or 'unknown'}) is working in {output_dir}", place=Location(key=_KEY)
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")

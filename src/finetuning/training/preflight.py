@@ -13,7 +13,7 @@ import numpy as np
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import NewPeft
-from finetuning.errors import ConfigError, DataError, Place, Problem
+from finetuning.errors import ConfigError, DataError, Location, Problem
 from finetuning.model.hardware import Device, training_device
 from finetuning.plan.compatibility import NEEDS_GPU
 
@@ -51,7 +51,7 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
             [
                 Problem(
                     f"is true, but needs a GPU: {NEEDS_GPU[key][0]}",
-                    Place(key=f"training_args.{key}"),
+                    Location(key=f"training_args.{key}"),
                     NEEDS_GPU[key][1],
                 )
                 for key in asked
@@ -69,7 +69,7 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
     if implementation == "flex_attention" and device.kind == "cpu":
         raise ConfigError(
             "flex_attention has no backward pass on a CPU",
-            place=Place(key="run_conf.model_args.attn_implementation"),
+            place=Location(key="run_conf.model_args.attn_implementation"),
             hint="Use sdpa here.",
         )
 
@@ -95,7 +95,7 @@ def check_precision(experiment: Experiment, device: Device | None = None) -> Non
     problems = [
         Problem(
             f"is true, but {device.name} does not compute in {asked[key]}: {ability.note}",
-            Place(key=f"training_args.{key}"),
+            Location(key=f"training_args.{key}"),
             _INSTEAD[asked[key]],
         )
         for key, ability in found.items()
@@ -105,7 +105,7 @@ def check_precision(experiment: Experiment, device: Device | None = None) -> Non
         raise ConfigError(problems)
 
 
-def computing(experiment: Experiment, model: Any, device: Device | None = None) -> tuple[str, str]:
+def compute_precision(experiment: Experiment, model: Any, device: Device | None = None) -> tuple[str, str]:
     """What the run computes in; and what its device has that is faster, nothing where nothing is known to be."""
     args = experiment.training_args
     weights = str(model.dtype).removeprefix("torch.")
@@ -140,7 +140,7 @@ def check_positions(model: Any, experiment: Experiment, data: PreparedData) -> t
         has = "of a stream may have" if is_stream else "has"
         raise ConfigError(
             f"a row {has} {longest} tokens, and the model has learned {learned} positions",
-            place=Place(key=key),
+            place=Location(key=key),
             hint=f"Set it to {learned} or less.",
         )
     made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -186,12 +186,12 @@ def with_invocation(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) 
     if not isinstance(conf, NewPeft) or conf.alora_invocation_string is None:
         return experiment
     if conf.peft_type.upper() != "LORA":
-        raise ConfigError(f"is for LORA, not for {conf.peft_type}", place=Place(key=_KEY))
+        raise ConfigError(f"is for LORA, not for {conf.peft_type}", place=Location(key=_KEY))
     if _IDS in conf.peft_kwargs:
-        raise ConfigError(f"excludes peft_kwargs.{_IDS}", place=Place(key=_KEY), hint="Remove one of them.")
+        raise ConfigError(f"excludes peft_kwargs.{_IDS}", place=Location(key=_KEY), hint="Remove one of them.")
     ids = tokenizer.encode(conf.alora_invocation_string, add_special_tokens=False)
     if not ids:
-        raise ConfigError("has no token", place=Place(key=_KEY))
+        raise ConfigError("has no token", place=Location(key=_KEY))
     conf = conf.model_copy(update={"peft_kwargs": {**conf.peft_kwargs, _IDS: ids}})
     return experiment.model_copy(update={"peft_conf": conf})
 
@@ -206,13 +206,13 @@ def check_invoked(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, da
     ids = conf.peft_kwargs.get(_IDS) if isinstance(conf, NewPeft) else None
     for rows in filter(None, (data.train, data.validation)) if ids else ():
         column = "input_ids" if "input_ids" in rows.column_names else "prompt_ids"
-        missing = sum(not holds(row, ids) for row in _lists(rows, column))
+        missing = sum(not has_invocation(row, ids) for row in _lists(rows, column))
         if missing:
             where = "the rows" if column == "input_ids" else "the prompts"
             raise DataError(
                 f"{missing:,} of {len(rows):,} rows never switch the adapter on: {where} do not hold"
                 f" {tokenizer.decode(ids)!r} as the tokens {ids}",
-                place=Place(key=_KEY),
+                place=Location(key=_KEY),
                 hint="Take a text that begins and ends where tokens do, such as the chat template's start of an"
                 " assistant's turn.",
             )
@@ -222,7 +222,7 @@ def _lists(rows: datasets.Dataset, column: str) -> list[list[int]]:
     return rows[column][:]
 
 
-def holds(row: list[int], ids: list[int]) -> bool:
+def has_invocation(row: list[int], ids: list[int]) -> bool:
     """Whether the ids stand in the row, one after another."""
     if len(row) < len(ids):
         return False

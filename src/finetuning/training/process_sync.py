@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetuning.errors import Place, StorageError
-from finetuning.trainer.hooks import Phases
+from finetuning.errors import Location, StorageError
+from finetuning.trainer.hooks import TrainerHooks
 from finetuning.training.resume.find import ResumePoint
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ _LENGTH = 160
 _ORDER = ("data_loading", "model_forward", "model_backward")
 
 
-class Heartbeat(Phases):
+class Heartbeat(TrainerHooks):
     """Writes the part that this process is in, its step and the time into `heartbeat/rank-N.json`, and tells `inner`,
     too."""
 
-    def __init__(self, output_dir: Path, trainer: Any, inner: Phases):
+    def __init__(self, output_dir: Path, trainer: Any, inner: TrainerHooks):
         self._file = output_dir / FOLDER / f"rank-{trainer.args.process_index}.json"
         self._trainer = trainer
         self._inner = inner
@@ -68,7 +68,7 @@ def _overwrite(file: Path, text: str) -> None:
         os.close(descriptor)
 
 
-def silent(output_dir: Path, world_size: int, after_s: float) -> str | None:
+def find_hung_rank(output_dir: Path, world_size: int, after_s: float) -> str | None:
     """Which process hangs, in which part of which step and since when; None while all move.
 
     When one hangs, the others wait for it: it is one that does not run at all, if there is such a one, or else the one
@@ -101,7 +101,7 @@ def silent(output_dir: Path, world_size: int, after_s: float) -> str | None:
 
 
 @contextmanager
-def watched(trainer: Any, output_dir: Path, after_s: float) -> Iterator[None]:
+def watch_heartbeats(trainer: Any, output_dir: Path, after_s: float) -> Iterator[None]:
     """Lets every process of a job write its heartbeat inside the block, and touch it while it runs at all; the main one
     names who hangs. Nothing for a job of one process."""
     if trainer.args.world_size == 1:
@@ -116,7 +116,7 @@ def watched(trainer: Any, output_dir: Path, after_s: float) -> Iterator[None]:
         while not ended.wait(min(after_s / 4, 10)):
             with suppress(OSError):
                 os.utime(own)
-            found = silent(output_dir, trainer.args.world_size, after_s) if rank == 0 else None
+            found = find_hung_rank(output_dir, trainer.args.world_size, after_s) if rank == 0 else None
             who = found.partition(" for ")[0] if found else None
             if found and who != told:
                 logger.warning("%s", found)
@@ -135,7 +135,7 @@ _PATIENCE_S = 10.0
 """How long a file that another machine has made may take to appear on a network's filesystem."""
 
 
-def agreed(output_dir: Path, resume: ResumePoint, world_size: int) -> ResumePoint:
+def sync_resume_point(output_dir: Path, resume: ResumePoint, world_size: int) -> ResumePoint:
     """The main process's checkpoint, once every process has been seen to share its output directory.
 
     Collective: every process of the job comes here, after its process group was made.
@@ -161,13 +161,13 @@ def agreed(output_dir: Path, resume: ResumePoint, world_size: int) -> ResumePoin
         raise StorageError(
             f"{output_dir} is not one folder for all machines: {', '.join(sorted(set(strangers)))} cannot see what"
             f" {main_host} writes there",
-            place=Place(key="training_args.output_dir"),
+            place=Location(key="training_args.output_dir"),
             hint="Name a folder on a filesystem that all of them mount; checkpoints are written and read by all.",
         )
     return resume
 
 
-def told_by_main(find_out: Callable[[], _Answer], world_size: int) -> _Answer:
+def broadcast_from_main(find_out: Callable[[], _Answer], world_size: int) -> _Answer:
     """What the main process finds out, on every process; `find_out` is called on no other.
 
     Collective: every process of the job comes here, after its process group was made.
@@ -182,7 +182,7 @@ def told_by_main(find_out: Callable[[], _Answer], world_size: int) -> _Answer:
     return told[0]
 
 
-def part(world_size: int) -> None:
+def destroy_process_group(world_size: int) -> None:
     """Ends the process group. Left to the interpreter's exit, its threads may outlive what they belong to, which aborts
     a process whose work is done (torch's documentation of `destroy_process_group` asks for it)."""
     if world_size == 1:

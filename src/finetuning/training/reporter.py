@@ -12,34 +12,42 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config.pretrained_config import quantised_by
+from finetuning.config.pretrained_config import quantization_method
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.validate import read_controllers
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.console import open_console
-from finetuning.report.summary import Closing, Line, Made, NextCommand, tell_end, tell_start, tell_warning
+from finetuning.report.summary import (
+    NextCommand,
+    OutputFile,
+    RunSummary,
+    SummaryLine,
+    print_end,
+    print_start,
+    print_warning,
+)
 from finetuning.training.output_dir import RECORD_NAME
-from finetuning.training.telemetry import Measuring
-from finetuning.training.trackers import Tracked
+from finetuning.training.telemetry import TelemetrySession
+from finetuning.training.trackers import TrackerSet
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetuning.callbacks.controller.callback import Controllers
+    from finetuning.callbacks.controller.callback import ControllerSet
     from finetuning.data.prepared import PreparedData
     from finetuning.tracking.settings import TrackingPlan
-    from finetuning.training.final_model import Artifact
+    from finetuning.training.final_model import FinalModel
     from finetuning.training.resume.find import ResumePoint
 
 
-class Steering:
+class ControllerCallbacks:
     """The trainer controller and the guard of one run, the same on every process."""
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
-        self._controllers: Controllers | None = None
+        self._controllers: ControllerSet | None = None
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call.
@@ -88,25 +96,25 @@ PREVIEW_NAME = "first_rows.txt"
 _SHOWN_ROWS = 10
 
 
-class Observer:
+class RunReporter:
     """Told of each step of a run as it is taken. Only the main process says or writes anything."""
 
-    def __init__(self, experiment: Experiment, method: str, topology: Topology, tracking: TrackingPlan):
+    def __init__(self, experiment: Experiment, method: str, topology: ProcessTopology, tracking: TrackingPlan):
         self._experiment = experiment
         self._method = method
         self._is_main = topology.is_main
-        self._tracked = Tracked(experiment, method, tracking, is_main=topology.is_main)
+        self._tracked = TrackerSet(experiment, method, tracking, is_main=topology.is_main)
         self._output_dir = Path(experiment.training_args.output_dir)
         self._console = open_console(is_main=topology.is_main)
-        self._lines = [Line("model", experiment.run_conf.model), Line("output", str(self._output_dir))]
+        self._lines = [SummaryLine("model", experiment.run_conf.model), SummaryLine("output", str(self._output_dir))]
         self._warnings: list[str] = []
         self._found: list[tuple[str, str]] = []
         self._sinks: Any = None
         self._trainer: Any = None
-        self._artifact: Artifact | None = None
+        self._artifact: FinalModel | None = None
         self._started = time.monotonic()
-        self._measuring = Measuring(experiment, method, topology)
-        self._steering = Steering(experiment)
+        self._measuring = TelemetrySession(experiment, method, topology)
+        self._steering = ControllerCallbacks(experiment)
         self._report: Path | None = None
 
     def resuming(self, resume: ResumePoint) -> None:
@@ -114,15 +122,15 @@ class Observer:
         self._measuring.begin(resume)
         self._warn(*resume.notes)
         if resume.checkpoint:
-            self._lines.append(Line("resumed from", str(resume.checkpoint)))
+            self._lines.append(SummaryLine("resumed from", str(resume.checkpoint)))
         self._tracked.begin(resumed=resume.checkpoint is not None)
         self._tracked.tags(self._measuring.tags())
-        self._lines.append(Line("tracking", str(self._tracked)))
+        self._lines.append(SummaryLine("tracking", str(self._tracked)))
         self._stage("Reading rows, rendering them, proving their masks")
 
     def told(self, label: str, value: str, reason: str = "", *, warnings: Sequence[str] = ()) -> None:
         """One fact about the run."""
-        self._lines.append(Line(label, value, reason))
+        self._lines.append(SummaryLine(label, value, reason))
         self._warn(*warnings)
 
     def found(self, label: str, value: str) -> None:
@@ -131,11 +139,11 @@ class Observer:
 
     def prepared(self, data: PreparedData) -> None:
         """The rows are ready: their fates and the first of them are written into the output directory."""
-        self._lines.append(Line("prepared rows", data.origin))
+        self._lines.append(SummaryLine("prepared rows", data.origin))
         for line in data.ledger.lines():
             label, _, value = line.partition(": ")
             is_part = value and not line.startswith(" ")
-            self._lines.append(Line(f"{label} rows", value) if is_part else Line("", line.strip()))
+            self._lines.append(SummaryLine(f"{label} rows", value) if is_part else SummaryLine("", line.strip()))
         if self._is_main:
             from finetuning.data.preview import to_text
 
@@ -151,20 +159,20 @@ class Observer:
         """The plan stands, and the processes of the job find each other."""
         self._measuring.connect(arguments)
         self._measuring.planned(plan)
-        self._lines += [Line(decision.name, decision.value, decision.reason) for decision in plan.decisions]
+        self._lines += [SummaryLine(decision.name, decision.value, decision.reason) for decision in plan.decisions]
         self._stage("Loading the model")
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call."""
-        from finetuning.report.progress import progress_sink
+        from finetuning.report.progress import progress_tracker
         from finetuning.tracking.local_files import LossLog, MetricsLog
-        from finetuning.tracking.tracker import Sinks, make_callback
+        from finetuning.tracking.tracker import TrackerGroup, make_callback
 
-        sinks = [progress_sink(self._console)]
+        sinks = [progress_tracker(self._console)]
         if self._is_main:
             sinks += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
             sinks += self._tracked.sinks()
-        self._sinks = Sinks(sinks)
+        self._sinks = TrackerGroup(sinks)
         # Measuring comes first, so that what the sinks do at the end of a step is no part of the step.
         measuring = self._measuring.callbacks(self._tell_figures)
         telling = make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())
@@ -182,11 +190,11 @@ class Observer:
         self._trainer = trainer
         self._measuring.watch(trainer)
         trainer.remove_callback(PrinterCallback)
-        tell_start(self._console, f"finetuning {self._method}", self._lines)
+        print_start(self._console, f"finetuning {self._method}", self._lines)
         for warning in self._warnings:
-            tell_warning(self._console, warning)
+            print_warning(self._console, warning)
 
-    def published(self, artifact: Artifact) -> None:
+    def published(self, artifact: FinalModel) -> None:
         """The tuned model is saved and checked."""
         self._artifact = artifact
         self._steering.published(self._trainer, Path(artifact.folder))
@@ -210,10 +218,10 @@ class Observer:
         """The run has ended, one way or the other; called once, after the record was written."""
         extracts: list[Path] = []
         if self._is_main and self._trainer is not None:
-            from finetuning.report.html import write_extracts_if_possible, write_report_if_possible
+            from finetuning.report.html import write_extracts_or_warn, write_report_or_warn
 
-            self._report = write_report_if_possible(self._output_dir)
-            extracts = write_extracts_if_possible(self._output_dir)
+            self._report = write_report_or_warn(self._output_dir)
+            extracts = write_extracts_or_warn(self._output_dir)
         self._tracked.close(status, [*filter(None, [self._output_dir / RECORD_NAME, self._report]), *extracts])
 
     @property
@@ -227,15 +235,15 @@ class Observer:
             self._console.print(f"{self._output_dir}: {status}. Nothing was done.", markup=False)
             return
         artifact = self._artifact
-        tell_end(
+        print_end(
             self._console,
-            Closing(
+            RunSummary(
                 headline=f"Completed after {steps:,} steps",
                 good=True,
                 made=[
-                    Made(artifact.kind, Path(artifact.folder)),
-                    *([Made("report", self._report)] if self._report else []),
-                    Made("record", self._output_dir / RECORD_NAME),
+                    OutputFile(artifact.kind, Path(artifact.folder)),
+                    *([OutputFile("report", self._report)] if self._report else []),
+                    OutputFile("record", self._output_dir / RECORD_NAME),
                 ],
                 final_loss=final_loss,
                 training_s=training_s,
@@ -259,17 +267,17 @@ class Observer:
 def _mergeable(folder: str) -> str | None:
     """The type of an adapter that can become part of its base model's weights; None for any other."""
     from finetuning.export.inputs import read_adapter
-    from finetuning.export.merge.with_peft import refuse_unmergeable
+    from finetuning.export.merge.with_peft import check_mergeable
 
     try:
         adapter = read_adapter(folder)
-        refuse_unmergeable(adapter)
+        check_mergeable(adapter)
     except FinetuningError:
         return None
     return adapter.peft_type
 
 
-def next_commands(artifact: Artifact) -> list[NextCommand]:
+def next_commands(artifact: FinalModel) -> list[NextCommand]:
     """What can be done with what a run made."""
     if artifact.stop_tokens is None:
         return []
@@ -281,7 +289,7 @@ def next_commands(artifact: Artifact) -> list[NextCommand]:
             return [try_it]
         merged = shlex.quote(f"{artifact.folder}-merged")
         base, what = shlex.quote(artifact.base or "BASE"), "one model of both"
-        if quantised_by(artifact.base or "") == "gptq":
+        if quantization_method(artifact.base or "") == "gptq":
             # Its packed weights take no merging, and another base has another fingerprint.
             base, what = "--force UNQUANTISED_BASE", "one model of it and the base before GPTQ"
         serve = NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")

@@ -11,15 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Method, TrainingParts
+from finetuning.algorithms.algorithm import Algorithm, TrainingParts
 from finetuning.config.sections.experiment import Experiment
-from finetuning.distributed import Topology, read_end_time
+from finetuning.distributed import ProcessTopology, read_end_time
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
-from finetuning.training.output_dir import CONFIG_NAME, RunRecord, check_output_dir, check_room, claimed, read_record
+from finetuning.training.output_dir import (
+    CONFIG_NAME,
+    RunRecord,
+    check_free_space,
+    check_output_dir,
+    lock_output_dir,
+    read_record,
+)
 from finetuning.training.preflight import check_positions
-from finetuning.training.process_sync import part
-from finetuning.training.resume.config_changes import Terms, agree
+from finetuning.training.process_sync import destroy_process_group
+from finetuning.training.resume.config_changes import ResumeTerms, compare_with_checkpoint
 from finetuning.training.resume.find import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
@@ -27,19 +34,19 @@ if TYPE_CHECKING:
 
     from finetuning.data.prepared import PreparedData
     from finetuning.model.tokenizer import LoadedTokenizer
-    from finetuning.training.final_model import Artifact
-    from finetuning.training.reporter import Observer
-    from finetuning.training.setup import PreparedModel
+    from finetuning.training.final_model import FinalModel
+    from finetuning.training.reporter import RunReporter
+    from finetuning.training.setup import LoadedModel
     from finetuning.training.signals import StopOnSignal
 
 
-def what_went_in(
-    experiment: Experiment, plan: Plan, data: PreparedData, prepared: PreparedModel, resume: ResumePoint
+def run_inputs(
+    experiment: Experiment, plan: Plan, data: PreparedData, prepared: LoadedModel, resume: ResumePoint
 ) -> dict[str, Any]:
     """What the record says before the first step."""
     return {
         "plan": plan.as_dict(),
-        "data": data_values(data),
+        "data": data_record(data),
         "model": {
             "name": experiment.run_conf.model,
             "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
@@ -50,36 +57,38 @@ def what_went_in(
     }
 
 
-def data_values(data: PreparedData) -> dict[str, Any]:
+def data_record(data: PreparedData) -> dict[str, Any]:
     """The rows for the record, as far as they are known by now."""
     return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "ledger": data.ledger.report()}
 
 
-def tell_model(job: Job, plan: Plan, data: PreparedData, prepared: PreparedModel, terms: Terms) -> None:
+def log_model_summary(
+    job: TrainingJob, plan: Plan, data: PreparedData, prepared: LoadedModel, terms: ResumeTerms
+) -> None:
     """Says what is trained, in which numbers, how rows lie in a batch, and what a resumed run does otherwise."""
-    from finetuning.training.preflight import computing
+    from finetuning.training.preflight import compute_precision
 
     for note in terms.notes:
         job.observer.told("resumed with", note)
     if beyond := check_positions(prepared.model, job.experiment, data):
         job.observer.told("longest row", "beyond what the model was made for", warnings=beyond)
-    job.observer.told("precision", *computing(job.experiment, prepared.model))
+    job.observer.told("precision", *compute_precision(job.experiment, prepared.model))
     for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
         label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         job.observer.told(label, value)
     if job.method.lays_end_to_end and data.rows is not None:
-        from finetuning.data.packing import lying
+        from finetuning.data.packing import padding_stats
 
         longest = job.experiment.sft_args.max_seq_length
-        job.observer.told("tokens", str(lying(data.train, longest, plan.batch.per_device)))
+        job.observer.told("tokens", str(padding_stats(data.train, longest, plan.batch.per_device)))
 
 
-def tell_memory(trainer: Trainer, plan: Plan, observer: Observer) -> dict[str, Any]:
+def log_memory(trainer: Trainer, plan: Plan, observer: RunReporter) -> dict[str, Any]:
     """What the run took of memory, beside its estimate, and what had to be divided on the way."""
-    from finetuning.training.memory_check import divisions_of_all, measured, told
+    from finetuning.training.memory_check import gather_oom_retries, measure_memory, memory_summary
 
-    values = measured(plan.memory, trainer.args.device) | {"divisions": divisions_of_all(trainer)}
-    observer.found("memory", told(values))
+    values = measure_memory(plan.memory, trainer.args.device) | {"divisions": gather_oom_retries(trainer)}
+    observer.found("memory", memory_summary(values))
     for division in values["divisions"]:
         observer.found("memory", division)
     return values
@@ -89,13 +98,13 @@ ALREADY_COMPLETE = "already complete"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What runs, where, and who is told: fixed from the first step of the road to the last."""
 
     experiment: Experiment
-    method: Method
-    topology: Topology
-    observer: Observer
+    method: Algorithm
+    topology: ProcessTopology
+    observer: RunReporter
     workers: int
     resolved_config: str
     """The experiment as YAML, defaults included."""
@@ -110,14 +119,14 @@ class RunResult:
     """How a run ended, and what it made; nothing when it was complete before, and on processes but the main one."""
 
     status: str
-    artifact: Artifact | None = None
+    artifact: FinalModel | None = None
     steps: int = 0
     final_loss: float | None = None
     training_s: float | None = None
     """Seconds of the training loop."""
 
 
-def run(job: Job) -> RunResult:
+def run(job: TrainingJob) -> RunResult:
     """Trains and publishes the tuned model. The output directory is claimed, and its record is true, throughout.
 
     Raises:
@@ -129,33 +138,33 @@ def run(job: Job) -> RunResult:
         _close_record(job)
         return RunResult(ALREADY_COMPLETE)
     if not job.topology.is_main:
-        return _recorded(job)
-    with claimed(job.output_dir):
-        check_room(job.output_dir, job.experiment)
+        return _run_with_record(job)
+    with lock_output_dir(job.output_dir):
+        check_free_space(job.output_dir, job.experiment)
         (job.output_dir / CONFIG_NAME).write_text(job.resolved_config, encoding="utf-8")
-        return _recorded(job)
+        return _run_with_record(job)
 
 
-def _close_record(job: Job) -> None:
+def _close_record(job: TrainingJob) -> None:
     """Says of a run that has published its tuned model, and was killed before it could say so, that it is complete."""
     if not job.topology.is_main or (read_record(job.output_dir) or {}).get("status") == "completed":
         return
-    from finetuning.callbacks.checkpoint_upload import make_copies, waited_for
+    from finetuning.callbacks.checkpoint_upload import make_uploader, wait_for_uploads
 
     final = job.output_dir / job.experiment.run_conf.final_checkpoint_name
-    with claimed(job.output_dir):
-        copies = make_copies(job.experiment.run_conf.copy_checkpoints_to, is_main=True)
-        with waited_for(copies, lambda: False):
+    with lock_output_dir(job.output_dir):
+        copies = make_uploader(job.experiment.run_conf.copy_checkpoints_to, is_main=True)
+        with wait_for_uploads(copies, lambda: False):
             if copies:
                 copies.add_last(final)
         RunRecord(job.output_dir, job.method.name, writes=True).finish("completed", error=None, found=str(final))
 
 
-def _recorded(job: Job) -> RunResult:
+def _run_with_record(job: TrainingJob) -> RunResult:
     """The road, with its end written into the record however it ends."""
     record = RunRecord(job.output_dir, job.method.name, writes=job.topology.is_main)
     try:
-        result = _road(job, record)
+        result = _run_pipeline(job, record)
     except BaseException as error:
         status = (
             "interrupted"
@@ -171,7 +180,7 @@ def _recorded(job: Job) -> RunResult:
     measured = job.observer.measured(None)
     record.finish(result.status, error=None, trackers_that_failed=job.observer.failures, **measured)
     job.observer.close(result.status)
-    part(job.topology.world_size)
+    destroy_process_group(job.topology.world_size)
     return result
 
 
@@ -184,10 +193,10 @@ class _Start:
     plan: Plan
     arguments: TrainingArguments
     resume: ResumePoint
-    terms: Terms
+    terms: ResumeTerms
 
 
-def _start(job: Job) -> _Start:
+def _start(job: TrainingJob) -> _Start:
     from finetuning.training.arguments import build_arguments
     from finetuning.training.preflight import check_device
     from finetuning.training.setup import load_tokenizer, prepare
@@ -206,14 +215,14 @@ def _start(job: Job) -> _Start:
     plan = make_plan(experiment, job.topology, rows=data.rows)
     arguments = build_arguments(experiment, plan, job.method.arguments)
     observer.planned(plan, arguments)
-    return _Start(tokenizer, data, plan, arguments, *_settled(job, plan, data, resume))
+    return _Start(tokenizer, data, plan, arguments, *_sync_resume_point(job, plan, data, resume))
 
 
-def _road(job: Job, record: RunRecord) -> RunResult:
+def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     with _infrequent_gc():
-        from finetuning.callbacks.checkpoint_upload import make_copies, waited_for
+        from finetuning.callbacks.checkpoint_upload import make_uploader, wait_for_uploads
         from finetuning.training.memory_check import check_memory_at_start
-        from finetuning.training.resume.stream_state import follow_stream
+        from finetuning.training.resume.stream_state import attach_stream_state
         from finetuning.training.setup import end_of_turn, load_model
         from finetuning.training.signals import StopOnSignal
 
@@ -227,21 +236,21 @@ def _road(job: Job, record: RunRecord) -> RunResult:
         prepared = load_model(
             experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
         )
-    tell_model(job, plan, data, prepared, terms)
-    record.update(**what_went_in(experiment, plan, data, prepared, resume))
+    log_model_summary(job, plan, data, prepared, terms)
+    record.update(**run_inputs(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_end_time())
-    copies = make_copies(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
+    copies = make_uploader(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
     trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [copies])])
     terms.bind(trainer)
-    follow_stream(trainer, data, plan.batch.total, job.output_dir, resume.checkpoint)
+    attach_stream_state(trainer, data, plan.batch.total, job.output_dir, resume.checkpoint)
     check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(trained=True)
-    with waited_for(copies, lambda: bool(stop.received)):
+    with wait_for_uploads(copies, lambda: bool(stop.received)):
         seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
-        record.update(memory=tell_memory(trainer, plan, observer), data=data_values(data))
+        record.update(memory=log_memory(trainer, plan, observer), data=data_record(data))
         artifact = _publish(job, trainer, tokenizer, prepared, ending, initial)
         if artifact is not None:
             record.update(artifact=artifact.as_dict())
@@ -270,20 +279,22 @@ def _infrequent_gc() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _settled(job: Job, plan: Plan, data: PreparedData, resume: ResumePoint) -> tuple[ResumePoint, Terms]:
+def _sync_resume_point(
+    job: TrainingJob, plan: Plan, data: PreparedData, resume: ResumePoint
+) -> tuple[ResumePoint, ResumeTerms]:
     """Where all processes of the job go on from, and on what terms."""
-    from finetuning.training.process_sync import agreed
+    from finetuning.training.process_sync import sync_resume_point
 
-    resume = agreed(job.output_dir, resume, job.topology.world_size)
-    return resume, agree(job.experiment, plan, data.fingerprint, resume.checkpoint)
+    resume = sync_resume_point(job.output_dir, resume, job.topology.world_size)
+    return resume, compare_with_checkpoint(job.experiment, plan, data.fingerprint, resume.checkpoint)
 
 
 def _build_trainer(
-    job: Job,
+    job: TrainingJob,
     arguments: TrainingArguments,
     data: PreparedData,
     tokenizer: LoadedTokenizer,
-    prepared: PreparedModel,
+    prepared: LoadedModel,
     ending: str | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
@@ -311,9 +322,9 @@ def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after
     Raises:
         Interrupted: a signal came before the last step; a checkpoint of that step was saved.
     """
-    from finetuning.training.process_sync import watched
+    from finetuning.training.process_sync import watch_heartbeats
 
-    with stop.watching(), watched(trainer, Path(trainer.args.output_dir), hung_after_s):
+    with stop.watching(), watch_heartbeats(trainer, Path(trainer.args.output_dir), hung_after_s):
         output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
     step = trainer.state.global_step
     if stop.received and step < trainer.state.max_steps:
@@ -328,13 +339,13 @@ def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after
 
 
 def _publish(
-    job: Job,
+    job: TrainingJob,
     trainer: Trainer,
     tokenizer: LoadedTokenizer,
-    prepared: PreparedModel,
+    prepared: LoadedModel,
     ending: str | None,
     initial: dict[str, str],
-) -> Artifact | None:
+) -> FinalModel | None:
     from finetuning.training.final_model import publish_final
 
     with job.observer.stage("model_publication"):

@@ -8,24 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Layout, Method
+from finetuning.algorithms.algorithm import Algorithm, BatchLayout
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
-from finetuning.distributed import Topology
-from finetuning.errors import ConfigError, Place
+from finetuning.distributed import ProcessTopology
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from finetuning.data.prepared import PreparedData
-    from finetuning.model.embeddings import Vocabulary
+    from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.tokenizer import LoadedTokenizer
-    from finetuning.training.attention_setup import Attention
+    from finetuning.training.attention_setup import AttentionSetup
 
 
 @dataclass(frozen=True)
-class PreparedModel:
+class LoadedModel:
     """The model to train: quantised, grown and adapted as the experiment says."""
 
     model: Any
@@ -34,9 +34,9 @@ class PreparedModel:
     initial: dict[str, str]
     """Digests of the adapter's tensors before training."""
     fingerprint: Fingerprint | None
-    vocabulary: Vocabulary
+    vocabulary: EmbeddingInfo
     load_reference: Callable[[], Any]
-    layout: Layout
+    layout: BatchLayout
     notes: tuple[str, ...]
 
 
@@ -86,7 +86,7 @@ def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str
     return tuple(one for one in known if one is not None)
 
 
-def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
+def prepare(experiment: Experiment, method: Algorithm, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
     """The rows as the method trains on them."""
     from finetuning.training.preflight import check_invoked
 
@@ -97,26 +97,26 @@ def prepare(experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, 
 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
     """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
-    from finetuning.data.chat.end_of_turn import EndingFinder
-    from finetuning.data.chat.template import Renderer, chosen_template
+    from finetuning.data.chat.end_of_turn import EndOfTurnFinder
+    from finetuning.data.chat.template import TemplateRenderer, chosen_template
 
     template = chosen_template(experiment.data_conf)
     if template is not None and template.name is not None:
         return template.end_of_turn
     if not tokenizer.tokenizer.chat_template:
         return None
-    return EndingFinder(Renderer(tokenizer.tokenizer)).marker.strip() or None
+    return EndOfTurnFinder(TemplateRenderer(tokenizer.tokenizer)).marker.strip() or None
 
 
 def load_model(
     experiment: Experiment,
-    method: Method,
+    method: Algorithm,
     tokenizer: LoadedTokenizer,
     arguments: TrainingArguments,
-    topology: Topology,
+    topology: ProcessTopology,
     output_dir: Path,
     total_steps: int,
-) -> PreparedModel:
+) -> LoadedModel:
     """The model to train, and how to load it once more as a reference.
 
     A vocabulary that grows under an adapter makes a new base model, which is saved first: the adapter goes with it.
@@ -124,7 +124,7 @@ def load_model(
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import digests
     from finetuning.model.varlen_attention import attention_of
-    from finetuning.training.attention_setup import attention_for
+    from finetuning.training.attention_setup import setup_attention
     from finetuning.training.preflight import with_invocation
 
     peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
@@ -133,7 +133,7 @@ def load_model(
     model, vocabulary = load_bare()
     notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
     base = _fingerprint(model)
-    attention = attention_for(experiment, method, model, arguments, topology)
+    attention = setup_attention(experiment, method, model, arguments, topology)
     if not isinstance(peft_conf, NoPeft):
         model = _quantised(model, arguments, topology)
 
@@ -143,10 +143,10 @@ def load_model(
     if method.wraps_model and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
         _refuse_hidden_rows(config, vocabulary, method)
-        layout = Layout(True, f"{method.name} pads its rows")
+        layout = BatchLayout(True, f"{method.name} pads its rows")
         notes.append(attention_of(model, attention.reason))
-        return PreparedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
-    adapted = adapters.build(
+        return LoadedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
+    adapted = adapters.build_adapter(
         model,
         peft_conf,
         vocabulary=vocabulary,
@@ -156,15 +156,19 @@ def load_model(
     initial = digests(adapted.model) if adapted.peft_config is not None else {}
     layout, attention = _layout(experiment, method, adapted, topology, attention)
     notes += [str(adapted), *adapted.notes, attention_of(adapted.model, attention.reason)]
-    return PreparedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
+    return LoadedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
 
 
 def _load_bare(
-    experiment: Experiment, method: Method, tokenizer: LoadedTokenizer, topology: Topology, default_dtype: Dtype
-) -> tuple[Any, Vocabulary]:
+    experiment: Experiment,
+    method: Algorithm,
+    tokenizer: LoadedTokenizer,
+    topology: ProcessTopology,
+    default_dtype: Dtype,
+) -> tuple[Any, EmbeddingInfo]:
     """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
     from finetuning.model import load
-    from finetuning.model.embeddings import grow, untrained_tokens
+    from finetuning.model.embeddings import resize_embeddings, untrained_tokens
     from finetuning.model.load import LANGUAGE, SCORE
 
     new_tokens = [*tokenizer.new_tokens]
@@ -179,10 +183,10 @@ def _load_bare(
         default_dtype=default_dtype,
         head=SCORE if method.gives_scores else LANGUAGE,
     )
-    return model, grow(model, tokenizer.tokenizer, new_tokens)
+    return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens)
 
 
-def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
+def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Algorithm) -> None:
     """Nothing, when the rows of new tokens reach the loss: TRL multiplies by the output weights past the adapter's
     wrapper of single rows, which would stay as they are.
 
@@ -193,7 +197,7 @@ def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Method) -> None:
         raise ConfigError(
             f"the chat template brings {len(vocabulary.new_ids)} new tokens, whose output rows an adapter does not"
             f" train under {method.name}",
-            place=Place(key="data_conf.chat_template_name"),
+            place=Location(key="data_conf.chat_template_name"),
             hint="Teach them to the model by sft first, or add the embeddings to peft_conf.peft_kwargs:"
             f" modules_to_save: [{', '.join(config.trainable_token_indices)}].",
         )
@@ -203,9 +207,9 @@ def _keep_vocabulary(
     experiment: Experiment,
     model: Any,
     tokenizer: LoadedTokenizer,
-    vocabulary: Vocabulary,
+    vocabulary: EmbeddingInfo,
     output_dir: Path,
-    topology: Topology,
+    topology: ProcessTopology,
 ) -> list[str]:
     """Notes on the vocabulary; a base model that has grown is saved for the adapter to go with."""
     from finetuning.model import save
@@ -216,7 +220,7 @@ def _keep_vocabulary(
     if not vocabulary.has_grown or experiment.peft_conf.peft_type == "NO_PEFT":
         return notes
     folder = output_dir / _new_base_name(experiment)
-    if topology.is_main and not save.holds_grown_base(folder, model, tokenizer.tokenizer):
+    if topology.is_main and not save.has_grown_base(folder, model, tokenizer.tokenizer):
         save.save_grown_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
     model.config.name_or_path = model.name_or_path = str(folder)
     return [*notes, f"the grown base model is {folder}; the adapter goes with it"]
@@ -229,13 +233,13 @@ def _fingerprint(model: Any) -> Fingerprint | None:
     return fingerprint.fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
 
 
-def _quantised(model: Any, arguments: TrainingArguments, topology: Topology) -> Any:
-    from finetuning.model.quantization import is_known, prepare_quantised
+def _quantised(model: Any, arguments: TrainingArguments, topology: ProcessTopology) -> Any:
+    from finetuning.model.quantization import is_known, prepare_quantized_model
 
     # By what the model says, not the config: a checkpoint may come quantised.
     if not is_known(model):
         return model
-    return prepare_quantised(
+    return prepare_quantized_model(
         model,
         sharded_by=topology.sharded_by,
         gradient_checkpointing=arguments.gradient_checkpointing,
@@ -249,26 +253,28 @@ def _new_base_name(experiment: Experiment) -> str:
 
 
 def _layout(
-    experiment: Experiment, method: Method, adapted: Any, topology: Topology, attention: Attention
-) -> tuple[Layout, Attention]:
+    experiment: Experiment, method: Algorithm, adapted: Any, topology: ProcessTopology, attention: AttentionSetup
+) -> tuple[BatchLayout, AttentionSetup]:
     """How rows lie in a batch: end to end where that is proven for this very model; and the attention over them."""
-    from finetuning.training.attention_setup import lay_end_to_end
+    from finetuning.training.attention_setup import enable_padding_free
 
     if not method.lays_end_to_end:
-        return Layout(True, f"{method.name} pads its rows"), attention
+        return BatchLayout(True, f"{method.name} pads its rows"), attention
     wanted, packing = experiment.sft_args.batching, experiment.sft_args.packing
     if wanted == "padded":
-        return Layout(True, "as configured"), attention
+        return BatchLayout(True, "as configured"), attention
     if topology.sharded_by == "deepspeed" or experiment.training_args.deepspeed:
         reason: str | None = "the proof cannot be made before DeepSpeed has placed the model"
     else:
-        reason, attention = lay_end_to_end(adapted, attention, topology)
+        reason, attention = enable_padding_free(adapted, attention, topology)
     if reason is None:
-        return Layout(False, "each row attends to itself alone, proven on this model's logits"), attention
+        return BatchLayout(False, "each row attends to itself alone, proven on this model's logits"), attention
     if packing:
         raise ConfigError(
-            f"rows cannot be packed: {reason}", place=Place(key="sft_args.packing"), hint="Set sft_args.packing: false."
+            f"rows cannot be packed: {reason}",
+            place=Location(key="sft_args.packing"),
+            hint="Set sft_args.packing: false.",
         )
     if wanted == "padding-free":
-        raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Place(key="sft_args.batching"))
-    return Layout(True, reason), attention
+        raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Location(key="sft_args.batching"))
+    return BatchLayout(True, reason), attention

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning import __version__
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
-from finetuning.distributed import Topology
+from finetuning.distributed import ProcessTopology
 from finetuning.plan.plan import Plan
 from finetuning.training.output_dir import installed_versions
 from finetuning.training.resume.find import ResumePoint
@@ -20,30 +20,30 @@ from finetuning.training.resume.find import ResumePoint
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetuning.telemetry.config import Measured, TrainingConfig
+    from finetuning.telemetry.config import MeasuredConfig, TrainingConfig
     from finetuning.telemetry.flops import FlopsCount
-    from finetuning.telemetry.session import Job
+    from finetuning.telemetry.session import TelemetryJob
     from finetuning.telemetry.telemetry import Telemetry
 
 Tell = Callable[[Mapping[str, float], int], None]
 _COUNTED_METHODS = ("sft",)
 
 
-class Measuring:
+class TelemetrySession:
     """Starts telemetry, tells it the stages of the road, and ends it. Switched off, it does nothing and imports
     nothing.
 
     The main process begins the job; the others join it once they are connected, and share its trace.
     """
 
-    def __init__(self, experiment: Experiment, method: str, topology: Topology):
+    def __init__(self, experiment: Experiment, method: str, topology: ProcessTopology):
         self._experiment = experiment
         self._section = experiment.telemetry
         self._method = method
         self._topology = topology
         self._output_dir = Path(experiment.training_args.output_dir)
         self._started = time.monotonic()
-        self._job: Job | None = None
+        self._job: TelemetryJob | None = None
         self._telemetry: Telemetry | None = None
         self._device: Any = None
         self._trainer: Any = None
@@ -66,12 +66,12 @@ class Measuring:
             return {}
         return {"finetuning.session_tag": self._job.session_tag, "finetuning.job_id": self._job.job_id}
 
-    def _start(self, job: Job) -> None:
-        from finetuning.telemetry.error_guard import Faults
+    def _start(self, job: TelemetryJob) -> None:
+        from finetuning.telemetry.error_guard import TelemetryErrors
         from finetuning.telemetry.session import start_telemetry
 
         self._job = job
-        self._telemetry = Faults().attempt(
+        self._telemetry = TelemetryErrors().attempt(
             "starting", lambda: start_telemetry(self._section, job, self._output_dir, self._topology)
         )
         if self._telemetry is None:
@@ -100,7 +100,7 @@ class Measuring:
         if job is not None and self._telemetry is None:
             self._start(job)
 
-    def _shared_job(self) -> Job | None:
+    def _shared_job(self) -> TelemetryJob | None:
         """The job as the other processes shall know it: with the main one's application as the root of theirs."""
         if self._telemetry is None or self._job is None:
             return None
@@ -182,8 +182,8 @@ class Measuring:
 
         return count_flops(trainer.model)
 
-    def _measured(self, flops: FlopsCount | None) -> Measured:
-        from finetuning.telemetry.config import Measured
+    def _measured(self, flops: FlopsCount | None) -> MeasuredConfig:
+        from finetuning.telemetry.config import MeasuredConfig
         from finetuning.telemetry.flops import peak_memory
 
         trainer = self._trainer
@@ -192,7 +192,7 @@ class Measuring:
         if flops is not None:
             scored, squares = trainer.work_done()
             done = flops.of(tokens, scored if getattr(trainer, "selects_logits", False) else tokens, squares)
-        return Measured(tokens, done, trainer.step_loss, peak_memory(trainer.args.device))
+        return MeasuredConfig(tokens, done, trainer.step_loss, peak_memory(trainer.args.device))
 
     def _gather(self, sample: list[float]) -> Sequence[Sequence[float]]:
         import torch
@@ -213,7 +213,7 @@ class Measuring:
             return None
         return telemetry.faults.attempt("summing up", lambda: self._told(telemetry, self._job, tell))
 
-    def _told(self, telemetry: Telemetry, job: Job, tell: Tell) -> dict[str, Any]:
+    def _told(self, telemetry: Telemetry, job: TelemetryJob, tell: Tell) -> dict[str, Any]:
         """What belongs into the record of a job whose telemetry has ended."""
         from finetuning.telemetry.goodput import measured_goodput
 

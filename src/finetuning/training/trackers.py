@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import BUILT_IN, PACKAGES, wanted_trackers
-from finetuning.config.sections.training import Tracking
+from finetuning.config.sections.tracking import BUILT_IN, PACKAGES, requested_trackers
+from finetuning.config.sections.training import TrackingConfig
 from finetuning.config.yaml.dump import dump_values
 from finetuning.training.output_dir import CONFIG_NAME
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from finetuning.data.prepared import PreparedData
     from finetuning.tracking.mlflow.tracker import MlflowTracker, TrackingEnd
     from finetuning.tracking.settings import TrackingPlan
-    from finetuning.tracking.tracker import Sink
+    from finetuning.tracking.tracker import Tracker
 
 _STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 _LONGEST_DIGEST = 36
 _DESCRIPTION, _README = "mlflow.note.content", "README.md"
 
 
-class Tracked:
+class TrackerSet:
     """The trackers of one run, on the main process; on the others it does nothing."""
 
     def __init__(self, experiment: Experiment, method: str, plan: TrackingPlan, *, is_main: bool):
@@ -35,8 +35,8 @@ class Tracked:
         self._plan = plan
         self._is_main = is_main
         self._output_dir = Path(experiment.training_args.output_dir)
-        self._section = experiment.tracking or Tracking()
-        self._names = wanted_trackers(experiment)
+        self._section = experiment.tracking or TrackingConfig()
+        self._names = requested_trackers(experiment)
         self._mlflow: MlflowTracker | None = None
         self._is_resumed = False
         self.failures: dict[str, str] = {}
@@ -75,16 +75,16 @@ class Tracked:
                 self._mlflow.log_file(path)
             self._mlflow.log_datasets(datasets_of(self._experiment, data))
 
-    def sinks(self) -> list[Sink]:
+    def sinks(self) -> list[Tracker]:
         """Those who are told of each log."""
         if not self._is_main:
             return []
-        from finetuning.tracking.accelerate_trackers import tracker_sinks
+        from finetuning.tracking.accelerate_trackers import make_trackers
         from finetuning.tracking.settings import parameters
 
         flat = parameters(dump_values(self._experiment))
         mlflow = [self._mlflow] if self._mlflow else []
-        return [*mlflow, *tracker_sinks(self._experiment, self._method, flat, resumed=self._is_resumed)]
+        return [*mlflow, *make_trackers(self._experiment, self._method, flat, resumed=self._is_resumed)]
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call besides."""

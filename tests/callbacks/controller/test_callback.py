@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning.callbacks.controller.callback import Controllers, controller_callback, make_controllers
+from finetuning.callbacks.controller.callback import ControllerSet, controller_callback, make_controllers
 from finetuning.callbacks.controller.metrics import METRICS, Event, Metric
 from finetuning.callbacks.controller.operations import OPERATIONS, Operation
 from finetuning.config.sections.controller import METRIC_CLASSES, OPERATION_CLASSES, TrainerController
@@ -24,11 +24,11 @@ from finetuning.errors import ConfigError
 READY_MADE = Path(__file__).resolve().parents[3] / "configs" / "controllers"
 
 
-def controllers(text: str) -> Controllers:
+def controllers(text: str) -> ControllerSet:
     return make_controllers(TrainerController.model_validate(yaml.safe_load(text)))
 
 
-def steps_taken(made: Controllers) -> list[int]:
+def steps_taken(made: ControllerSet) -> list[int]:
     return [action.step for action in made.taken]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetuning.callbacks.controller.callback import PatienceCounter
-from finetuning.callbacks.controller.expressions import _FUNCTIONS, Rule, Unavailable
+from finetuning.callbacks.controller.expressions import _FUNCTIONS, Expression, MetricUnavailable
 from finetuning.config.sections.controller import Controller, ControllerMetric, Patience, TrainerController
 from finetuning.config.validation.controller_rules import FUNCTIONS, check_controllers
 from finetuning.errors import ConfigError
@@ -57,7 +57,7 @@ def findings(rule: str) -> list[str]:
 )
 def test_rules_that_can_be_decided(rule: str, verdict: bool) -> None:
     assert not [found for found in findings(rule) if "nested" in found or "not allowed" in found]
-    assert Rule(rule, "c").verdict(VALUES) is verdict
+    assert Expression(rule, "c").verdict(VALUES) is verdict
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_rules_that_can_be_decided(rule: str, verdict: bool) -> None:
     ],
 )
 def test_what_is_not_there_yet_is_not_available(rule: str, metric: str) -> None:
-    with pytest.raises(Unavailable, match=metric):
-        Rule(rule, "c").verdict(VALUES)
+    with pytest.raises(MetricUnavailable, match=metric):
+        Expression(rule, "c").verdict(VALUES)
 
 
 HOSTILE = [
@@ -119,8 +119,8 @@ def test_hostile_rules_are_refused(rule: str) -> None:
     except ValueError:
         refused = True
     if not refused:
-        with pytest.raises((ConfigError, Unavailable)):
-            Rule(rule, "c").verdict(VALUES)
+        with pytest.raises((ConfigError, MetricUnavailable)):
+            Expression(rule, "c").verdict(VALUES)
     assert VALUES["loss"] == {"loss": 1.5, "epoch": 0.5, "learning_rate": 1e-4}
     assert VALUES["history"]["training_loss"]["loss"] == [3.0, 2.0, 1.5]
 
@@ -134,7 +134,7 @@ def test_hostile_rules_are_refused(rule: str) -> None:
 )
 def test_a_rule_that_gives_no_truth_value_is_an_error(rule: str) -> None:
     with pytest.raises(ConfigError, match=r'controller "c": Rule failed'):
-        Rule(rule, "c").verdict(VALUES)
+        Expression(rule, "c").verdict(VALUES)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.importers.fms.environment import JSON_PATH, JSON_TEXT, JobLaunch, plan_launch, read_job
-from finetuning.launch.processes import told_code
+from finetuning.launch.processes import exit_code_of
 
 
 def encoded(content: bytes) -> str:
@@ -108,4 +108,4 @@ def test_deepspeed_that_is_not_installed_is_said_with_its_line(tmp_path: Path) -
     ("code", "told"), [(0, 0), (1, 1), (3, 3), (203, 203), (-15, 143), (-2, 130), (-9, 203), (7, 203)]
 )
 def test_exit_codes(code: int, told: int) -> None:
-    assert told_code(code) == told
+    assert exit_code_of(code) == told

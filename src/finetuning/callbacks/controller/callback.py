@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from finetuning.callbacks.controller.expressions import Rule, Unavailable
+from finetuning.callbacks.controller.expressions import Expression, MetricUnavailable
 from finetuning.callbacks.controller.metrics import METRICS, Event, Metric
 from finetuning.callbacks.controller.operations import OPERATIONS, HFControls, Operation
 from finetuning.config.sections.controller import (
@@ -55,12 +55,12 @@ class PatienceCounter:
 
 
 @dataclass(frozen=True)
-class BuiltController:
+class LoadedController:
     """One controller, ready to be looked at."""
 
     name: str
     triggers: frozenset[str]
-    rule: Rule
+    rule: Expression
     actions: tuple[tuple[str, Operation, str], ...]
     """Each action: its full name, its operation, and its own name."""
     log_level: int
@@ -72,14 +72,14 @@ class BuiltController:
 
 
 @dataclass(frozen=True)
-class Built:
+class LoadedComponent:
     """All of a trainer controller."""
 
     metrics: tuple[Metric, ...]
-    controllers: tuple[BuiltController, ...]
+    controllers: tuple[LoadedController, ...]
 
 
-def build(section: TrainerController) -> Built:
+def build_controllers(section: TrainerController) -> LoadedComponent:
     """What the section describes, classes of the user's own imported.
 
     Raises:
@@ -88,10 +88,10 @@ def build(section: TrainerController) -> Built:
     metrics = tuple(_make(one, METRICS, Metric) for one in section.controller_metrics)
     operations: dict[str, Operation] = {HF_CONTROLS: HFControls(HF_CONTROLS)}
     operations |= {one.name: _make(one, OPERATIONS, Operation) for one in section.operations}
-    return Built(metrics, tuple(_controller(one, operations) for one in section.controllers))
+    return LoadedComponent(metrics, tuple(_controller(one, operations) for one in section.controllers))
 
 
-def _controller(controller: Controller, operations: Mapping[str, Operation]) -> BuiltController:
+def _controller(controller: Controller, operations: Mapping[str, Operation]) -> LoadedController:
     actions = []
     for full in controller.operations:
         name, _, action = full.partition(".")
@@ -99,10 +99,10 @@ def _controller(controller: Controller, operations: Mapping[str, Operation]) -> 
             raise ConfigError(f'Invalid operation "{full}" for controller "{controller.name}"')
         operations[name].action(action)
         actions.append((full, operations[name], action))
-    return BuiltController(
+    return LoadedController(
         name=controller.name,
         triggers=frozenset(controller.triggers),
-        rule=Rule(controller.rule, controller.name),
+        rule=Expression(controller.rule, controller.name),
         actions=tuple(actions),
         log_level=getattr(logging, controller.config.trigger_log_level.upper()),
         counter=PatienceCounter(controller.patience),
@@ -147,13 +147,13 @@ class Action:
         return f'step {self.step}: rule "{self.controller}" did {self.action} at {self.event}'
 
 
-class Controllers:
+class ControllerSet:
     """Looks at rules as events come, and does what they say. All processes of a run act alike.
 
     A rule that steers training holds when it holds on any process. `taken` is what was done, by this process.
     """
 
-    def __init__(self, built: Built):
+    def __init__(self, built: LoadedComponent):
         self._metrics = built.metrics
         self._controllers = built.controllers
         self._triggers = frozenset[str]().union(*(one.triggers for one in built.controllers))
@@ -180,21 +180,21 @@ class Controllers:
             if controller.counter.acts(bool(holds)):
                 self._act(controller, event)
 
-    def _holds(self, controller: BuiltController) -> bool:
+    def _holds(self, controller: LoadedController) -> bool:
         try:
             return controller.rule.verdict(self._values)
-        except Unavailable as missing:
+        except MetricUnavailable as missing:
             self._tell_once(controller, str(missing))
             return False
 
-    def _tell_once(self, controller: BuiltController, metric: str) -> None:
+    def _tell_once(self, controller: LoadedController, metric: str) -> None:
         if (controller.name, metric) not in self._told:
             self._told.add((controller.name, metric))
             logger.warning(
                 'Ignoring the rule of controller "%s" because the metric "%s" is not available', controller.name, metric
             )
 
-    def _act(self, controller: BuiltController, event: Event) -> None:
+    def _act(self, controller: LoadedController, event: Event) -> None:
         metrics = {**self._values, "control_name": controller.name}
         for full, operation, action in controller.actions:
             logger.log(
@@ -208,7 +208,7 @@ class Controllers:
             self.taken.append(Action(event.state.global_step, controller.name, full, event.name))
 
 
-def _agreed(looked_at: list[BuiltController], held: list[bool], event: Event) -> list[bool]:
+def _agreed(looked_at: list[LoadedController], held: list[bool], event: Event) -> list[bool]:
     """What holds on any process, for those that steer training; the others' logs are each process's own."""
     steering = [index for index, one in enumerate(looked_at) if one.steers]
     if not steering:
@@ -220,19 +220,19 @@ def _agreed(looked_at: list[BuiltController], held: list[bool], event: Event) ->
     return [bool(flags[steering.index(index)]) if index in steering else one for index, one in enumerate(held)]
 
 
-def make_controllers(section: TrainerController) -> Controllers:
+def make_controllers(section: TrainerController) -> ControllerSet:
     """The controllers of a section.
 
     Raises:
         ConfigError: one cannot be made.
     """
     try:
-        return Controllers(build(section))
+        return ControllerSet(build_controllers(section))
     except ConfigError as error:
         raise ConfigError(f"trainer_controller: {error}") from error
 
 
-def controller_callback(controllers: Controllers) -> TrainerCallback:
+def controller_callback(controllers: ControllerSet) -> TrainerCallback:
     """The callback that tells the controllers all of a trainer's events."""
     from transformers import TrainerCallback
 

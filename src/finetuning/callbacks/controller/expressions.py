@@ -25,11 +25,11 @@ _METHODS: dict[type, frozenset[str]] = {
 _COMPARES_WITH_NONE = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.Not)
 
 
-class Unavailable(Exception):
+class MetricUnavailable(Exception):
     """A rule looked at something that is not there yet; the message names it."""
 
 
-class Rule:
+class Expression:
     """One controller's rule.
 
     Raises:
@@ -55,7 +55,7 @@ class Rule:
         evaluator = _Evaluator(metrics)
         try:
             result = evaluator.eval(self._text, self._tree)
-        except Unavailable:
+        except MetricUnavailable:
             raise
         except (simpleeval.InvalidExpression, ArithmeticError, ValueError, RecursionError) as error:
             raise self._failed(error) from error
@@ -94,24 +94,24 @@ class _Evaluator(simpleeval.EvalWithCompoundTypes):
     def _eval_subscript(self, node: ast.Subscript) -> Any:
         container = self._eval(node.value)
         if container is None:
-            raise Unavailable(_metric_of(node))
+            raise MetricUnavailable(_metric_of(node))
         try:
             return container[self._eval(node.slice)]
         except LookupError:
-            raise Unavailable(_metric_of(node)) from None
+            raise MetricUnavailable(_metric_of(node)) from None
 
     def _eval_attribute(self, node: ast.Attribute) -> Any:
         value, name = self._eval(node.value), node.attr
         if name.startswith("_"):
             raise simpleeval.FeatureNotAvailable(f'"{name}" is not allowed')
         if value is None:
-            raise Unavailable(_metric_of(node))
+            raise MetricUnavailable(_metric_of(node))
         if name in _METHODS.get(type(value), ()):
             return getattr(value, name)
         if not isinstance(value, dict):
             raise simpleeval.FeatureNotAvailable(f'"{name}" of a value that is no dictionary is not allowed')
         if name not in value:
-            raise Unavailable(_metric_of(node))
+            raise MetricUnavailable(_metric_of(node))
         return value[name]
 
 
@@ -128,7 +128,7 @@ def _known_only(kind: type, function: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(*values: Any) -> Any:
         if any(value is None for value in values):
-            raise Unavailable("value")
+            raise MetricUnavailable("value")
         return function(*values)
 
     return checked
@@ -158,7 +158,7 @@ def _sum(values: Any) -> Any:
 
 def _number(value: Any) -> Any:
     if value is None:
-        raise Unavailable("value")
+        raise MetricUnavailable("value")
     if not isinstance(value, int | float):
         raise TypeError("a sum is of numbers")
     return value

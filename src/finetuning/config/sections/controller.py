@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, create_model
 
-from finetuning.config.sections.section import Section
+from finetuning.config.sections.section import ConfigSection
 
 TriggerName = Literal[
     "on_init_end",
@@ -60,7 +60,7 @@ def _lower(value: Any) -> Any:
 LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)]
 
 
-class Component(Section):
+class Component(ConfigSection):
     """A metric or an operation: its name in rules, and what makes it."""
 
     name: NonEmpty
@@ -91,7 +91,7 @@ ControllerOperation = _component(
 )
 
 
-class Patience(Section):
+class Patience(ConfigSection):
     """How often a rule must hold before it acts."""
 
     patience_threshold: int = Field(default=1, ge=0)
@@ -100,14 +100,14 @@ class Patience(Section):
     """Whether a rule that does not hold sets the count back to 0."""
 
 
-class ControllerConfig(Section):
+class ControllerConfig(ConfigSection):
     """How a controller speaks."""
 
     trigger_log_level: LogLevel = "debug"
     """Level of the log line that is written when the controller acts."""
 
 
-class Controller(Section):
+class Controller(ConfigSection):
     """One rule: when it is looked at, what it says, and what is done when it holds."""
 
     name: NonEmpty
@@ -124,7 +124,7 @@ class Controller(Section):
     """How often the rule must hold before it acts; by default once."""
 
 
-class TrainerController(Section):
+class TrainerController(ConfigSection):
     """Rules that are looked at while a run trains, and what is done when one holds."""
 
     controller_metrics: list[ControllerMetric] = Field(default_factory=list)
@@ -135,7 +135,7 @@ class TrainerController(Section):
     """The rules."""
 
 
-class Guard(Section):
+class LossGuardConfig(ConfigSection):
     """What stops a run that has gone wrong. A loss or gradient that is not finite always stops it."""
 
     enabled: bool = True

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetuning.config.sections.section import Section
+from finetuning.config.sections.section import ConfigSection
 
 
 class ChatTemplateName(StrEnum):
@@ -50,7 +50,7 @@ class FormatName(StrEnum):
     PROMPT = "prompt"
 
 
-class Handler(Section):
+class Handler(ConfigSection):
     """One step that rows go through before their format is read."""
 
     name: str = Field(min_length=1)
@@ -64,7 +64,7 @@ class Handler(Section):
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-class DatasetSource(Section):
+class DatasetSource(ConfigSection):
     """One dataset."""
 
     path: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
@@ -111,7 +111,7 @@ class WeightedDatasetSource(DatasetSource):
     """How often rows are drawn from this dataset, relative to the others. 0 skips the dataset."""
 
 
-class _DataInput(Section):
+class _DataInput(ConfigSection):
     data_type: str | None = None
     """Read for compatibility and ignored: the method says which rows it needs."""
 
@@ -164,7 +164,7 @@ TrainingData = Annotated[Concatenation | WeightedMix, Field(discriminator="type"
 ValidationData = Annotated[Concatenation | AutoSplit | FromDatasets | NoData, Field(discriminator="type")]
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """What is trained on, and the chat template and padding that it meets on its way."""
 
     training_data: TrainingData

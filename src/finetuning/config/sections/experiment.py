@@ -6,13 +6,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from finetuning.config.sections.controller import Guard, TrainerController
+from finetuning.config.sections.controller import LossGuardConfig, TrainerController
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
-from finetuning.config.sections.section import Section
-from finetuning.config.sections.tracking import Telemetry
+from finetuning.config.sections.section import ConfigSection
+from finetuning.config.sections.tracking import TelemetryConfig
 from finetuning.config.sections.training import (
-    BatchsizeConfig,
+    BatchSizeConfig,
     CPOTrainingArgs,
     DPOTrainingArgs,
     GRPOArgs,
@@ -23,12 +23,12 @@ from finetuning.config.sections.training import (
     RewardTrainingArgs,
     SFTArgs,
     SFTTrainingArgs,
-    Tracking,
+    TrackingConfig,
     TrainingArgs,
 )
 
 
-class Experiment(Section):
+class Experiment(ConfigSection):
     """What every method's YAML holds."""
 
     method_name: ClassVar[str] = ""
@@ -43,7 +43,7 @@ class Experiment(Section):
     """Arguments of the trainer."""
     overrides: Overrides = Overrides()
     """Changes to the training arguments that depend on the batch size."""
-    batchsize_conf: BatchsizeConfig
+    batchsize_conf: BatchSizeConfig
     """The batch that the optimizer sees, and the most that one device holds."""
     peft_conf: PeftConfig
     """What is trained of the model: all of it, or an adapter."""
@@ -51,13 +51,13 @@ class Experiment(Section):
     """The model, and how the run begins and ends."""
     quant_conf: QuantConfig = NoQuantization()
     """Quantisation of the base model."""
-    telemetry: Telemetry = Telemetry()
+    telemetry: TelemetryConfig = TelemetryConfig()
     """What a run tells about its own speed."""
-    tracking: Tracking | None = None
+    tracking: TrackingConfig | None = None
     """MLflow."""
     trainer_controller: Annotated[str, Field(min_length=1)] | TrainerController | None = None
     """Rules that steer the run while it trains, or the YAML file that holds them."""
-    guard: Guard = Guard()
+    guard: LossGuardConfig = LossGuardConfig()
     """What stops a run whose loss has exploded."""
     logging_dir: str | None = Field(default=None, min_length=1)
     """Where the losses are written as they come, in `training_logs.jsonl`; by default `output_dir`."""

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.model import ModelArgs, NoQuantization, QuantConfig
-from finetuning.config.sections.section import Section
+from finetuning.config.sections.section import ConfigSection
 
 
-class OpenInput(Section):
+class OpenInput(ConfigSection):
     """One prompt, continued as text."""
 
     type: Literal["open-input"]
@@ -21,7 +21,7 @@ class OpenInput(Section):
     """How many continuations to generate."""
 
 
-class EvalData(Section):
+class EvalData(ConfigSection):
     """Prompts from rows."""
 
     type: Literal["eval-data"]
@@ -30,7 +30,7 @@ class EvalData(Section):
     `correct_answers`."""
 
 
-class GenerationModel(Section):
+class GenerationModel(ConfigSection):
     """The model that generates."""
 
     model: str = Field(min_length=1)
@@ -43,7 +43,7 @@ class GenerationModel(Section):
     """Path or hub id of the tokenizer; by default the adapter's or the model's."""
 
 
-class GenerationConfig(Section):
+class GenerationConfig(ConfigSection):
     """What is generated, by which model, how."""
 
     prompt_conf: Annotated[OpenInput | EvalData, Field(discriminator="type")]

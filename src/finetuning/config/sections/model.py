@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, SecretStr, Tag
 
-from finetuning.config.sections.section import PathName, Section
+from finetuning.config.sections.section import ConfigSection, PathName
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
-class ModelArgs(Section):
+class ModelArgs(ConfigSection):
     """Arguments of `AutoModelForCausalLM.from_pretrained`.
 
     A key that is not listed here passes through when `from_pretrained` or the model's own config knows it.
@@ -65,7 +65,7 @@ class ModelArgs(Section):
     """Run code that comes with the model. It runs with your rights: pin `revision` to a commit."""
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """The model, and how the run begins and ends."""
 
     model: str = Field(default="/local_resources/basemodel", min_length=1)
@@ -97,13 +97,13 @@ class RunConfig(Section):
     that fsspec knows. A copy that fails is a warning, and training never waits for one; the end of the run does."""
 
 
-class NoPeft(Section):
+class NoPeft(ConfigSection):
     """Train all weights."""
 
     peft_type: Literal["NO_PEFT"]
 
 
-class PretrainedPeft(Section):
+class PretrainedPeft(ConfigSection):
     """Go on training an adapter."""
 
     peft_type: Literal["PRETRAINED_PEFT"]
@@ -111,7 +111,7 @@ class PretrainedPeft(Section):
     """Path or hub id of the adapter."""
 
 
-class NewPeft(Section):
+class NewPeft(ConfigSection):
     """Train a new adapter of any type that PEFT has for causal language models."""
 
     peft_type: str = Field(json_schema_extra={"not": {"enum": ["NO_PEFT", "PRETRAINED_PEFT"]}})
@@ -154,13 +154,13 @@ ScorePeftConfig = Annotated[
 ]
 
 
-class NoQuantization(Section):
+class NoQuantization(ConfigSection):
     """Weights as they are."""
 
     quantization_type: Literal["no-quantization"] = "no-quantization"
 
 
-class BitsAndBytes(Section):
+class BitsAndBytes(ConfigSection):
     """8 or 4 bit weights by bitsandbytes; the fields are those of `transformers.BitsAndBytesConfig`."""
 
     quantization_type: Literal["bits-and-bytes"]
@@ -186,7 +186,7 @@ class BitsAndBytes(Section):
     """Data type that 4 bit weights are stored in; matters for FSDP only."""
 
 
-class TorchAO(Section):
+class TorchAO(ConfigSection):
     """8 bit weights by torchao, on any device; LoRA is trained over them."""
 
     quantization_type: Literal["torchao"]

@@ -17,7 +17,7 @@ PathName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$"), 
 """The name of one file or folder: it cannot leave the directory that it is put in."""
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """What the user wrote, typed: frozen, and without room for a key that it does not know."""
 
     model_config = ConfigDict(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, StringConstraints
 
-from finetuning.config.sections.section import Section
+from finetuning.config.sections.section import ConfigSection
 
 SpanName = Literal[
     "application",
@@ -39,7 +39,7 @@ SpanName = Literal[
 """The spans that the engine itself records."""
 
 
-class Otlp(Section):
+class OtlpConfig(ConfigSection):
     """A collector that speaks OTLP over HTTP."""
 
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@]+$")]
@@ -50,7 +50,7 @@ class Otlp(Section):
     """Seconds that one request may take, and that the end of a run waits for what is on its way."""
 
 
-class Telemetry(Section):
+class TelemetryConfig(ConfigSection):
     """What a run tells about its own speed. It goes into files of the output directory, and nowhere else unless `otlp`
     names a place."""
 
@@ -84,7 +84,7 @@ class Telemetry(Section):
     where that is known to be right: supervised fine-tuning of all weights or of a LoRA."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one device, for the model FLOPs utilisation (MFU). By default looked up, for known GPUs."""
-    otlp: Otlp | None = None
+    otlp: OtlpConfig | None = None
     """Sends everything to a collector, too. Needs the extra `otlp`."""
 
 
@@ -135,19 +135,19 @@ BUILT_IN = frozenset({"mlflow", "file_logger", "hf_resource_scanner"})
 NAMES: tuple[str, ...] = get_args(TrackerName)
 
 
-def reported_to(report_to: str | Iterable[str]) -> list[str]:
+def report_to_trackers(report_to: str | Iterable[str]) -> list[str]:
     """The names in `training_args.report_to`, without `none` and `mlflow`, which has an address of its own."""
     wanted = [report_to] if isinstance(report_to, str) else list(report_to)
     return [name for name in wanted if name not in ("none", "mlflow")]
 
 
-def wanted_trackers(run: Any) -> list[str]:
+def requested_trackers(run: Any) -> list[str]:
     """The trackers of an experiment: those of `tracking.trackers`, then those of `training_args.report_to`."""
     named = run.tracking.trackers if run.tracking else []
-    return list(dict.fromkeys([*named, *reported_to(run.training_args.report_to)]))
+    return list(dict.fromkeys([*named, *report_to_trackers(run.training_args.report_to)]))
 
 
-def asking_key(run: Any, name: str) -> str:
+def tracker_key(run: Any, name: str) -> str:
     """The key of the config that asks for a tracker."""
     named = run.tracking is not None and name in run.tracking.trackers
     return "tracking.trackers" if named else "training_args.report_to"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from finetuning.config.sections.section import PathName, Section
+from finetuning.config.sections.section import ConfigSection, PathName
 from finetuning.config.sections.tracking import TrackerName
 
 
@@ -27,7 +27,7 @@ StepsOrShare = Annotated[float, Field(gt=0), AfterValidator(_whole_from_one)]
 Strategy = Literal["no", "steps", "epoch"]
 
 
-class TrainingArgs(Section):
+class TrainingArgs(ConfigSection):
     """Arguments of the trainer.
 
     The fields listed here are ours to keep. Every other field of the installed trainer's config passes through,
@@ -122,7 +122,7 @@ class DPOTrainingArgs(TrainingArgs):
     """Most tokens of prompt and completion together."""
 
 
-class BatchsizeConfig(Section):
+class BatchSizeConfig(ConfigSection):
     """The batch that the optimizer sees, and the most that one device holds."""
 
     total_train_batch_size: int = Field(gt=0)
@@ -134,7 +134,7 @@ class BatchsizeConfig(Section):
     """Rows a device in evaluation; by default the per-device training batch size."""
 
 
-class Overrides(Section):
+class Overrides(ConfigSection):
     """Changes to the training arguments that depend on the batch size."""
 
     lr_multiplier: float = Field(default=1.0, gt=0)
@@ -145,7 +145,7 @@ class Overrides(Section):
     """LoRA+: the learning rate of LoRA's B matrices over that of all else; 16 is usual. By default they learn alike."""
 
 
-class SFTArgs(Section):
+class SFTArgs(ConfigSection):
     """Supervised fine-tuning."""
 
     max_seq_length: int = Field(default=2048, gt=1)
@@ -174,7 +174,7 @@ class SFTArgs(Section):
     """Name of the folder, inside `output_dir`, of a base model whose vocabulary has grown."""
 
 
-class Tracking(Section):
+class TrackingConfig(ConfigSection):
     """MLflow, which an address switches on, and other trackers, by their names."""
 
     mlflow_server_uri: str | None = None
@@ -290,7 +290,7 @@ def _pattern(value: str) -> str:
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
-class _Reward(Section):
+class _Reward(ConfigSection):
     weight: float = 1.0
     """Factor on this reward in the sum of all."""
 
@@ -344,7 +344,7 @@ class Function(_Reward):
 Reward = Annotated[ExactMatch | RegexMatch | JsonValid | Length | Function, Field(discriminator="type")]
 
 
-class GRPOArgs(Section):
+class GRPOArgs(ConfigSection):
     """What completions are rewarded for."""
 
     rewards: Annotated[list[Reward], Field(min_length=1)]

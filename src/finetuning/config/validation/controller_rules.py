@@ -14,7 +14,7 @@ from finetuning.config.sections.controller import (
     TrainerController,
 )
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import Finding, KeyPath
+from finetuning.config.yaml.document import KeyPath, ValidationIssue
 
 FUNCTIONS = (
     *(
@@ -60,7 +60,7 @@ _NO_VERDICT = (ast.BinOp, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, 
 _ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
-def check_controllers(section: TrainerController, path: KeyPath = ()) -> Iterator[Finding]:
+def check_controllers(section: TrainerController, path: KeyPath = ()) -> Iterator[ValidationIssue]:
     """What is wrong between the parts of a trainer controller, and in its rules. `path` is the section's own."""
     yield from _check_components(section.controller_metrics, METRIC_CLASSES, (*path, "controller_metrics"), "metric")
     yield from _check_components(section.operations, OPERATION_CLASSES, (*path, "operations"), "operation")
@@ -73,40 +73,44 @@ def check_controllers(section: TrainerController, path: KeyPath = ()) -> Iterato
     for index, controller in enumerate(section.controllers):
         here = (*path, "controllers", index)
         for message, hint in _faults_of_rule(controller.rule, metrics):
-            yield Finding((*here, "rule"), f'rule of controller "{controller.name}" is invalid: {message}', hint)
+            yield ValidationIssue(
+                (*here, "rule"), f'rule of controller "{controller.name}" is invalid: {message}', hint
+            )
         for number, name in enumerate(controller.operations):
             yield from _check_operation(name, classes, controller.name, (*here, "operations", number))
 
 
-def _check_components(components: list[Any], known: Mapping[str, Any], path: KeyPath, what: str) -> Iterator[Finding]:
+def _check_components(
+    components: list[Any], known: Mapping[str, Any], path: KeyPath, what: str
+) -> Iterator[ValidationIssue]:
     seen: set[str] = set()
     for index, component in enumerate(components):
         if component.name in seen:
-            yield Finding((*path, index, "name"), f'"{component.name}" is the name of another {what}, too')
+            yield ValidationIssue((*path, index, "name"), f'"{component.name}" is the name of another {what}, too')
         seen.add(component.name)
         if component.class_name not in known and "." not in component.class_name:
-            yield Finding(
+            yield ValidationIssue(
                 (*path, index, "class"),
                 f'unknown {what} class "{component.class_name}"; one of: {", ".join(known)}, or an import path.',
                 did_you_mean(component.class_name, known),
             )
         if what == "metric" and not component.name.isidentifier():
-            yield Finding((*path, index, "name"), f'"{component.name}" cannot be used in a rule: it is no name')
+            yield ValidationIssue((*path, index, "name"), f'"{component.name}" cannot be used in a rule: it is no name')
 
 
-def _check_metric_arguments(metric: Component, path: KeyPath) -> Iterator[Finding]:
+def _check_metric_arguments(metric: Component, path: KeyPath) -> Iterator[ValidationIssue]:
     known = METRIC_CLASSES.get(metric.class_name)
     for key, value in metric.arguments.items() if known is not None else ():
         where = (*path, "arguments", key)
         if key not in known:
-            yield Finding(where, f'unknown argument of "{metric.class_name}".', did_you_mean(key, known))
+            yield ValidationIssue(where, f'unknown argument of "{metric.class_name}".', did_you_mean(key, known))
         elif key == "window_size" and (isinstance(value, bool) or not isinstance(value, int) or value == 0):
-            yield Finding(where, f"must be a whole number; below 0 it keeps everything (got {value})")
+            yield ValidationIssue(where, f"must be a whole number; below 0 it keeps everything (got {value})")
         elif key == "source_event" and value not in ("on_evaluate", "on_predict"):
-            yield Finding(where, f"must be on_evaluate or on_predict (got {value})")
+            yield ValidationIssue(where, f"must be on_evaluate or on_predict (got {value})")
 
 
-def _check_log_format(operation: Component, path: KeyPath) -> Iterator[Finding]:
+def _check_log_format(operation: Component, path: KeyPath) -> Iterator[ValidationIssue]:
     if operation.class_name != "LogControl":
         return
     levels = ("debug", "info", "warning", "error", "critical")
@@ -114,25 +118,27 @@ def _check_log_format(operation: Component, path: KeyPath) -> Iterator[Finding]:
     text = operation.arguments.get("log_format")
     for key in operation.arguments.keys() - {"log_level", "log_format"}:
         hint = did_you_mean(key, ("log_level", "log_format"))
-        yield Finding((*path, key), 'unknown argument of "LogControl".', hint)
+        yield ValidationIssue((*path, key), 'unknown argument of "LogControl".', hint)
     if str(level).lower() not in levels:
-        yield Finding((*path, "log_level"), f"must be one of {', '.join(levels)} (got {level})")
+        yield ValidationIssue((*path, "log_level"), f"must be one of {', '.join(levels)} (got {level})")
     if not isinstance(text, str):
-        yield Finding((*path, "log_format"), f"must be text (got {text})")
+        yield ValidationIssue((*path, "log_format"), f"must be text (got {text})")
     elif "__" in text:
-        yield Finding((*path, "log_format"), '"__" is not allowed')
+        yield ValidationIssue((*path, "log_format"), '"__" is not allowed')
 
 
-def _check_operation(name: str, classes: Mapping[str, str], controller: str, path: KeyPath) -> Iterator[Finding]:
+def _check_operation(
+    name: str, classes: Mapping[str, str], controller: str, path: KeyPath
+) -> Iterator[ValidationIssue]:
     operation, _, action = name.partition(".")
     actions = OPERATION_CLASSES.get(classes.get(operation, ""))
     known = {f"{one}.{each}" for one, kind in classes.items() for each in OPERATION_CLASSES.get(kind, ())}
     if operation not in classes or (actions is not None and action not in actions):
-        yield Finding(
+        yield ValidationIssue(
             path, f'invalid operation "{name}" for controller "{controller}".', did_you_mean(name, sorted(known))
         )
     elif actions is None and not action.startswith("should_"):
-        yield Finding(path, f'"{name}" names no action: those begin with should_')
+        yield ValidationIssue(path, f'"{name}" names no action: those begin with should_')
 
 
 def _faults_of_rule(rule: str, metrics: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:

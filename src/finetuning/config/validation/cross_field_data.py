@@ -12,8 +12,8 @@ from typing import Any
 
 from finetuning.config.sections.data import DatasetSource, FromDatasets
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import reported_to, wanted_trackers
-from finetuning.config.yaml.document import Finding
+from finetuning.config.sections.tracking import report_to_trackers, requested_trackers
+from finetuning.config.yaml.document import ValidationIssue
 
 _SHARE = "a share of a dataset is known when all of it was read, which a stream never has"
 _LOADER = {
@@ -23,43 +23,43 @@ _LOADER = {
 }
 
 
-def streams_have_an_end(run: Any) -> Iterator[Finding]:
+def streams_have_an_end(run: Any) -> Iterator[ValidationIssue]:
     """A stream whose steps nobody counted, or that is to be told by epochs."""
     args = run.training_args
     if not run.data_conf.streaming:
         return
     if args.max_steps <= 0:
-        yield Finding(
+        yield ValidationIssue(
             ("training_args", "max_steps"),
             "must be set: data_conf.streaming reads rows as training goes, so that nobody has counted an epoch.",
             "Set max_steps, or leave streaming out to train for num_train_epochs.",
         )
     for name in ("logging_strategy", "eval_strategy", "save_strategy"):
         if getattr(args, name) == "epoch":
-            yield Finding(
+            yield ValidationIssue(
                 ("training_args", name),
                 "is epoch, but data_conf.streaming has no epochs that could be counted.",
                 f"Set {name}: steps.",
             )
 
 
-def streams_are_for_sft(run: Any) -> Iterator[Finding]:
+def streams_are_for_sft(run: Any) -> Iterator[ValidationIssue]:
     """A stream for a method whose trainer wants all rows at hand."""
     method = type(run).method_name
     if run.data_conf.streaming and method not in ("", "sft"):
-        yield Finding(
+        yield ValidationIssue(
             ("data_conf", "streaming"),
             f"is for sft: the trainer of {method} takes rows that are all at hand.",
             "Leave it out: prepared rows lie on the disk, and are read as they are needed; max_rows caps a dataset.",
         )
 
 
-def streams_take_rows_as_they_come(run: Any) -> Iterator[Finding]:
+def streams_take_rows_as_they_come(run: Any) -> Iterator[ValidationIssue]:
     """Choices that need all rows of a stream before the first is used; and settings of a stream where there is none."""
     conf = run.data_conf
     if not conf.streaming:
         if conf.shuffle_buffer != type(conf).model_fields["shuffle_buffer"].default:
-            yield Finding(
+            yield ValidationIssue(
                 ("data_conf", "shuffle_buffer"),
                 "is ignored: it is for streams, and prepared rows are shuffled all together.",
                 "Leave it out, or set data_conf.streaming: true.",
@@ -67,42 +67,44 @@ def streams_take_rows_as_they_come(run: Any) -> Iterator[Finding]:
             )
         return
     if conf.prepared:
-        yield Finding(
+        yield ValidationIssue(
             ("data_conf", "streaming"),
             "is true, but data_conf.prepared names rows that are made already.",
             "Leave streaming out: they are read from the disk as they are needed.",
         )
     kind = conf.validation_data.type
     if kind in ("AUTO_SPLIT", "FROM_DATASETS"):
-        yield Finding(
+        yield ValidationIssue(
             ("data_conf", "validation_data", "type"),
             f"is {kind}, but data_conf.streaming is true: {_SHARE}.",
             "Put validation rows into a file of their own, and set type: CONCATENATION.",
         )
     for index, source in enumerate(conf.training_data.datasets):
         if source.train_ratio is not None:
-            yield Finding(
+            yield ValidationIssue(
                 ("data_conf", "training_data", "datasets", index, "train_ratio"),
                 f"is set, but data_conf.streaming is true: {_SHARE}.",
                 "Set max_rows.",
             )
 
 
-def streams_are_read_in_order(run: Any) -> Iterator[Finding]:
+def streams_are_read_in_order(run: Any) -> Iterator[ValidationIssue]:
     """Settings of the trainer's loading of rows that a stream does not follow."""
     if not run.data_conf.streaming:
         return
     given = run.training_args.model_extra or {}
     strategy = given.get("train_sampling_strategy", "random")
     if strategy != "random":
-        yield Finding(
+        yield ValidationIssue(
             ("training_args", "train_sampling_strategy"),
             f"is {strategy}, but data_conf.streaming is true: rows come as data_conf.shuffle_buffer draws them.",
             "Leave it out; padding costs nothing where sft_args.batching is auto.",
         )
     for name, reason in _LOADER.items():
         if given.get(name):
-            yield Finding(("training_args", name), f"does not go with data_conf.streaming: {reason}.", "Leave it out.")
+            yield ValidationIssue(
+                ("training_args", name), f"does not go with data_conf.streaming: {reason}.", "Leave it out."
+            )
     accelerator = given.get("accelerator_config")
     named = [
         name
@@ -110,26 +112,26 @@ def streams_are_read_in_order(run: Any) -> Iterator[Finding]:
         if isinstance(accelerator, dict) and accelerator.get(name)
     ]
     for name in named:
-        yield Finding(
+        yield ValidationIssue(
             ("training_args", "accelerator_config", name),
             "does not go with data_conf.streaming: each process takes its own share of the rows.",
             "Leave it out.",
         )
 
 
-def adapters_see_no_row_ahead(run: Any) -> Iterator[Finding]:
+def adapters_see_no_row_ahead(run: Any) -> Iterator[ValidationIssue]:
     """Adapters that are begun, or checked, with all rows before the first step."""
     kwargs = getattr(run.peft_conf, "peft_kwargs", {})
     if not run.data_conf.streaming:
         return
     if kwargs.get("init_lora_weights") == "eva":
-        yield Finding(
+        yield ValidationIssue(
             ("peft_conf", "peft_kwargs", "init_lora_weights"),
             "is eva, which looks at rows before training, but data_conf.streaming is true.",
             "Leave it out, or leave streaming out.",
         )
     if kwargs.get("alora_invocation_tokens") or getattr(run.peft_conf, "alora_invocation_string", None):
-        yield Finding(
+        yield ValidationIssue(
             ("peft_conf", "peft_type"),
             "switches the adapter on by an invocation, which every row is shown to hold before training, but"
             " data_conf.streaming is true.",
@@ -150,17 +152,17 @@ STREAM_RULES = (
 _TOLERANCE = 1e-9
 
 
-def one_choice_of_what_is_trained(run: Any) -> Iterator[Finding]:
+def one_choice_of_what_is_trained(run: Any) -> Iterator[ValidationIssue]:
     """Completions only, and everything."""
     if run.sft_args.train_on == "all" and run.sft_args.train_on_completions_only:
-        yield Finding(
+        yield ValidationIssue(
             ("sft_args", "train_on"),
             "is all, but sft_args.train_on_completions_only is true.",
             "Leave one of them out.",
         )
 
 
-def shares_are_asked_for(run: Any) -> Iterator[Finding]:
+def shares_are_asked_for(run: Any) -> Iterator[ValidationIssue]:
     """Shares of datasets that nobody takes, or that are not there."""
     validation = run.data_conf.validation_data
     sources = run.data_conf.training_data.datasets
@@ -168,38 +170,40 @@ def shares_are_asked_for(run: Any) -> Iterator[Finding]:
     for index, source in enumerate(sources):
         path = ("data_conf", "training_data", "datasets", index, "validation_ratio")
         if source.validation_ratio and not takes_shares:
-            yield Finding(
+            yield ValidationIssue(
                 path,
                 f"is set, but data_conf.validation_data.type is {validation.type}.",
                 "Set validation_data.type: FROM_DATASETS.",
             )
         elif source.validation_ratio + (source.train_ratio or 0) > 1 + _TOLERANCE:
-            yield Finding(
+            yield ValidationIssue(
                 path, f"is {source.validation_ratio:g}, and train_ratio {source.train_ratio:g}: more than all."
             )
     if takes_shares and not any(source.validation_ratio for source in sources):
-        yield Finding(
+        yield ValidationIssue(
             ("data_conf", "validation_data", "type"), "is FROM_DATASETS, but no dataset has a validation_ratio."
         )
 
 
-def texts_are_made_in_one_way(run: Any) -> Iterator[Finding]:
+def texts_are_made_in_one_way(run: Any) -> Iterator[ValidationIssue]:
     """Settings of a dataset that contradict each other."""
     for path, source in _all_sources(run.data_conf):
         if source.instruction_template and not source.response_template:
-            yield Finding((*path, "instruction_template"), "needs response_template beside it.")
+            yield ValidationIssue((*path, "instruction_template"), "needs response_template beside it.")
         if source.data_formatter_template and source.dataset_text_field:
-            yield Finding((*path, "data_formatter_template"), "is set, and so is dataset_text_field; set one of them.")
+            yield ValidationIssue(
+                (*path, "data_formatter_template"), "is set, and so is dataset_text_field; set one of them."
+            )
         if source.format == "response_template" and not source.response_template:
-            yield Finding((*path, "format"), "is response_template, but the dataset has no response_template.")
+            yield ValidationIssue((*path, "format"), "is response_template, but the dataset has no response_template.")
 
 
-def one_chat_template(run: Any) -> Iterator[Finding]:
+def one_chat_template(run: Any) -> Iterator[ValidationIssue]:
     """A chat template of one's own and a named one."""
     conf = run.data_conf
     named = conf.chat_template_name if "chat_template_name" in conf.model_fields_set else "keep-original"
     if conf.chat_template and named != "keep-original":
-        yield Finding(("data_conf", "chat_template"), "is set, and so is chat_template_name; set one of them.")
+        yield ValidationIssue(("data_conf", "chat_template"), "is set, and so is chat_template_name; set one of them.")
 
 
 def _all_sources(data_conf: Any) -> Iterator[tuple[tuple[str | int, ...], DatasetSource]]:
@@ -211,27 +215,29 @@ def _all_sources(data_conf: Any) -> Iterator[tuple[tuple[str | int, ...], Datase
 _USER_INFO = re.compile(r"^[\w+.-]+://[^/?#]*@")
 
 
-def tracking_address_holds_no_password(run: Experiment) -> Iterator[Finding]:
+def tracking_address_holds_no_password(run: Experiment) -> Iterator[ValidationIssue]:
     """A user or password in the tracking address, which ends up in logs."""
     uri = run.tracking.mlflow_server_uri if run.tracking else None
     if has_user_info(uri):
-        yield Finding(
+        yield ValidationIssue(
             ("tracking", "mlflow_server_uri"),
             "holds a user name or password.",
             "Take it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
         )
 
 
-def trackers_have_a_place(run: Experiment) -> Iterator[Finding]:
+def trackers_have_a_place(run: Experiment) -> Iterator[ValidationIssue]:
     """Aim without a repository or with two, and `all`, which would tell whatever happens to be installed."""
-    if "all" in reported_to(run.training_args.report_to):
-        yield Finding(("training_args", "report_to"), "must name its trackers; all is none.", "Write [tensorboard].")
-    if "aim" not in wanted_trackers(run):
+    if "all" in report_to_trackers(run.training_args.report_to):
+        yield ValidationIssue(
+            ("training_args", "report_to"), "must name its trackers; all is none.", "Write [tensorboard]."
+        )
+    if "aim" not in requested_trackers(run):
         return
     tracking = run.tracking
     places = [tracking.aim_repo, tracking.aim_remote_server_ip] if tracking else []
     if len([place for place in places if place]) != 1:
-        yield Finding(
+        yield ValidationIssue(
             ("tracking", "trackers") if tracking and "aim" in tracking.trackers else ("training_args", "report_to"),
             "holds aim, which needs either tracking.aim_repo or tracking.aim_remote_server_ip.",
         )

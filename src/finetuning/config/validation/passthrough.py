@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from finetuning.config.installed import Fields, Installed
-from finetuning.config.redaction import show
+from finetuning.config.redaction import redact
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.validation.error_messages import Elsewhere, findings_of, unknown_key
+from finetuning.config.validation.error_messages import Elsewhere, unknown_key, validation_issues
 from finetuning.config.validation.section_tree import sections_at
 from finetuning.config.validation.suggestions import did_you_mean, nearest, unknown_value
-from finetuning.config.yaml.document import Document, Finding, KeyPath
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue
 
 _BATCH_FIELDS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 OWNED_ELSEWHERE = {
@@ -35,42 +35,46 @@ _PEFT_NOT_SETTINGS = ("auto_mapping", "peft_version", "inference_mode")
 
 
 @dataclass(frozen=True)
-class Checked:
+class PassthroughResult:
     """What was found in the pass-through sections, and the document with their values as the library wants them."""
 
-    document: Document
-    findings: list[Finding]
-    warnings: list[Finding]
+    document: ConfigDocument
+    findings: list[ValidationIssue]
+    warnings: list[ValidationIssue]
 
 
 @dataclass(frozen=True)
-class Meant:
+class Suggestion:
     """What a value at a path means to the library."""
 
     path: KeyPath
     value: Any
 
 
-Found = Iterator[Finding | Meant]
+Found = Iterator[ValidationIssue | Suggestion]
 
 
-def check_passthrough(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Checked:
+def check_passthrough(
+    document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere
+) -> PassthroughResult:
     """The pass-through keys of a document checked: unknown names, wrong types, keys that another section owns.
 
     A value that is right but written otherwise, such as `yes` for a boolean, is replaced by what it means.
     """
-    found: list[Finding | Meant] = []
+    found: list[ValidationIssue | Suggestion] = []
     for check in (_training_args, _peft_conf, _model_args, _generation):
         found.extend(check(document, root, installed, elsewhere))
     for item in found:
-        if isinstance(item, Meant):
+        if isinstance(item, Suggestion):
             document = document.with_value(item.path, item.value)
-    findings = [item for item in found if isinstance(item, Finding)]
+    findings = [item for item in found if isinstance(item, ValidationIssue)]
     warnings = [item for item in findings if item.kind == "warning"]
-    return Checked(document, [item for item in findings if item.kind != "warning"], warnings)
+    return PassthroughResult(document, [item for item in findings if item.kind != "warning"], warnings)
 
 
-def _training_args(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _training_args(
+    document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere
+) -> Found:
     path: KeyPath = ("training_args",)
     section = document.get(path)
     if not isinstance(section, dict) or not issubclass(root, Experiment):
@@ -81,7 +85,7 @@ def _training_args(document: Document, root: type[BaseModel], installed: Install
         extras.remove(key)
         owner = OWNED_ELSEWHERE[key]
         verb = "is worked out from" if key in _BATCH_FIELDS else "is decided by"
-        yield Finding((*path, key), f"{verb} {owner}.", "Remove it here.")
+        yield ValidationIssue((*path, key), f"{verb} {owner}.", "Remove it here.")
     yield from _names_that_the_library_lists(document, root, installed)
     if not extras:
         return
@@ -93,7 +97,7 @@ def _training_args(document: Document, root: type[BaseModel], installed: Install
     yield from _check_keys(document, path, extras, known, usable, elsewhere)
 
 
-def _names_that_the_library_lists(document: Document, root: type[Experiment], installed: Installed) -> Found:
+def _names_that_the_library_lists(document: ConfigDocument, root: type[Experiment], installed: Installed) -> Found:
     """Own fields whose allowed names are the library's: schedules, optimizers, trackers, DPO losses."""
     listed: tuple[tuple[str, Callable[[], list[str] | None]], ...] = (
         ("lr_scheduler_type", lambda: installed.choices("transformers.trainer_utils:SchedulerType")),
@@ -109,10 +113,10 @@ def _names_that_the_library_lists(document: Document, root: type[Experiment], in
         for item in unusual if allowed else ():
             if item not in allowed:
                 hint = did_you_mean(item, allowed)
-                yield Finding(("training_args", key), unknown_value(key, show(item), allowed, hint), hint)
+                yield ValidationIssue(("training_args", key), unknown_value(key, redact(item), allowed, hint), hint)
 
 
-def _peft_conf(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _peft_conf(document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
     peft_type = document.get(("peft_conf", "peft_type"))
     if not isinstance(peft_type, str) or peft_type in _WITHOUT_KWARGS:
         return
@@ -123,8 +127,8 @@ def _peft_conf(document: Document, root: type[BaseModel], installed: Installed, 
     if peft_type not in types:
         close = nearest(peft_type, allowed)
         hint = f"Did you mean {close}?" if close else None
-        message = unknown_value("peft_type", show(peft_type), allowed, hint)
-        yield Finding(("peft_conf", "peft_type"), message, hint)
+        message = unknown_value("peft_type", redact(peft_type), allowed, hint)
+        yield ValidationIssue(("peft_conf", "peft_type"), message, hint)
         return
     path = ("peft_conf", "peft_kwargs")
     kwargs = document.get(path)
@@ -134,7 +138,7 @@ def _peft_conf(document: Document, root: type[BaseModel], installed: Installed, 
     extras = []
     for key in kwargs:
         if key in _PEFT_SET_ELSEWHERE:
-            yield Finding((*path, key), f"is decided by {_PEFT_SET_ELSEWHERE[key]}.", "Remove it here.")
+            yield ValidationIssue((*path, key), f"is decided by {_PEFT_SET_ELSEWHERE[key]}.", "Remove it here.")
         else:
             extras.append(key)
     # Alphas are scales: PEFT annotates them as whole numbers and takes any.
@@ -143,7 +147,7 @@ def _peft_conf(document: Document, root: type[BaseModel], installed: Installed, 
     yield from _check_keys(document, path, extras, fields, usable, elsewhere)
 
 
-def _model_args(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _model_args(document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
     for parent in ("run_conf", "model_conf"):
         path: KeyPath = (parent, "model_args")
         section = document.get(path)
@@ -176,10 +180,10 @@ def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str],
             yield found
         else:
             message = "is no argument of from_pretrained; whether the model's config knows it cannot be seen from here."
-            yield Finding((*path, key), message, "It is passed on unchecked.", kind="warning")
+            yield ValidationIssue((*path, key), message, "It is passed on unchecked.", kind="warning")
 
 
-def _generation(document: Document, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _generation(document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
     path: KeyPath = ("hf_gen_params",)
     section = document.get(path)
     if not isinstance(section, dict) or not section or "hf_gen_params" not in root.model_fields:
@@ -190,7 +194,7 @@ def _generation(document: Document, root: type[BaseModel], installed: Installed,
 
 
 def _check_keys(
-    document: Document,
+    document: ConfigDocument,
     path: KeyPath,
     keys: list[Any],
     known: Mapping[str, Any],
@@ -206,24 +210,24 @@ def _check_keys(
             continue
         value = document.get((*path, key))
         if isinstance(value, bool) and known[key] in (int, float):
-            yield from findings_of([{"type": "number_wanted", "loc": (key,)}], {key: value})
+            yield from validation_issues([{"type": "number_wanted", "loc": (key,)}], {key: value})
             continue
         try:
             meant = _adapter(known[key]).validate_python(value)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_input=False)
-            for found in findings_of([{**item, "loc": (key, *item["loc"])} for item in errors], {key: value}):
-                yield Finding((*path, *found.path), found.message, found.hint, found.kind)
+            for found in validation_issues([{**item, "loc": (key, *item["loc"])} for item in errors], {key: value}):
+                yield ValidationIssue((*path, *found.path), found.message, found.hint, found.kind)
             continue
         if meant != value or type(meant) is not type(value):
-            yield Meant((*path, key), meant)
+            yield Suggestion((*path, key), meant)
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
-def keys_of_libraries(document: Document, root: type[BaseModel], installed: Installed) -> dict[str, list[str]]:
+def library_keys(document: ConfigDocument, root: type[BaseModel], installed: Installed) -> dict[str, list[str]]:
     """The keys that libraries know, with the pass-through section that each belongs under."""
     found: dict[str, list[str]] = {}
     if not issubclass(root, Experiment):

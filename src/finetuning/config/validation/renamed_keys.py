@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.config.yaml.document import Document, Finding, KeyPath, dotted, to_problems
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, dotted, to_problems
 from finetuning.errors import Problem
 
 Convert = Callable[[Any], Any]
@@ -15,7 +15,7 @@ _GONE = "has no equivalent any more and is ignored"
 
 
 @dataclass(frozen=True)
-class Renamed:
+class RenamedKey:
     """A key that is called otherwise today; its value is converted, None from the conversion drops it."""
 
     to: tuple[str, ...]
@@ -25,7 +25,7 @@ class Renamed:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class RemovedKey:
     """A key that changes nothing any more."""
 
     why: str = ""
@@ -34,13 +34,13 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedKey:
     """A key that would change the outcome and cannot be honoured."""
 
     instead: str
 
 
-Change = Renamed | Dropped | Refused
+Change = RenamedKey | RemovedKey | RejectedKey
 
 
 def _if_true(value: Any) -> Convert:
@@ -57,66 +57,66 @@ def _share(value: Any) -> Any:
 
 
 TRAINING_ARGS: dict[str, Change] = {
-    "evaluation_strategy": Renamed(("eval_strategy",)),
-    "warmup_ratio": Renamed(("warmup_steps",), _share, unset=0),
-    "group_by_length": Renamed(("train_sampling_strategy",), _if_true("group_by_length")),
-    "no_cuda": Renamed(("use_cpu",)),
-    "adafactor": Renamed(("optim",), _if_true("adafactor")),
-    "include_inputs_for_metrics": Renamed(("include_for_metrics",), _if_true(["inputs"])),
-    "xpu_backend": Renamed(("ddp_backend",)),
-    "push_to_hub_token": Renamed(("hub_token",)),
-    "push_to_hub_model_id": Renamed(("hub_model_id",)),
-    "dispatch_batches": Renamed(("accelerator_config", "dispatch_batches")),
-    "split_batches": Renamed(("accelerator_config", "split_batches")),
-    "fsdp_min_num_params": Renamed(("fsdp_config", "min_num_params"), lambda value: value or None),
-    "fsdp_transformer_layer_cls_to_wrap": Renamed(("fsdp_config", "transformer_layer_cls_to_wrap")),
-    "overwrite_output_dir": Dropped("nothing that was published is overwritten"),
-    "save_safetensors": Dropped("weights are always saved as safetensors"),
-    "logging_dir": Dropped("TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR"),
-    "include_tokens_per_second": Dropped("tokens per second are always shown"),
-    "max_prompt_length": Dropped("max_length limits prompt and answer together"),
-    "max_completion_length": Dropped("max_length limits prompt and answer together"),
-    "max_target_length": Dropped("max_length limits prompt and answer together"),
-    "label_pad_token_id": Dropped("padding is never trained on"),
-    "padding_value": Dropped("data_conf.missing_pad_token_strategy decides how rows are padded"),
-    "is_encoder_decoder": Dropped("models are causal language models"),
-    "generate_during_eval": Dropped(),
-    "use_num_logits_to_keep": Dropped(),
-    "use_logits_to_keep": Dropped(),
-    "base_model_attribute_name": Dropped(),
-    "model_adapter_name": Dropped(),
-    "ref_adapter_name": Dropped(),
-    "force_use_ref_model": Dropped("the reference is always the model before training"),
-    "resume_from_checkpoint": Dropped("run_conf.resume_from_checkpoint decides", though_known=True),
-    "do_train": Dropped(though_known=True),
-    "do_eval": Dropped("eval_strategy decides", though_known=True),
-    "do_predict": Dropped(though_known=True),
-    "half_precision_backend": Dropped(),
-    "fp16_backend": Dropped(),
-    "fp16_opt_level": Dropped(),
-    "past_index": Dropped(),
-    "use_mps_device": Dropped("the device is found without it"),
-    "use_ipex": Dropped(),
-    "jit_mode_eval": Dropped(),
-    "tpu_num_cores": Dropped(),
-    "tpu_metrics_debug": Dropped(),
-    "mp_parameters": Dropped(),
-    "ray_scope": Dropped(),
-    "torchdynamo": Dropped("torch_compile_backend names a compiler"),
-    "use_legacy_prediction_loop": Dropped(),
-    "push_to_hub_organization": Dropped("hub_model_id names the organisation"),
-    "per_gpu_train_batch_size": Refused("Use batchsize_conf instead."),
-    "per_gpu_eval_batch_size": Refused("Use batchsize_conf.per_device_eval_batch_size instead."),
-    "rpo_alpha": Refused("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
-    "reference_free": Refused("Every loss of the installed release has a reference."),
+    "evaluation_strategy": RenamedKey(("eval_strategy",)),
+    "warmup_ratio": RenamedKey(("warmup_steps",), _share, unset=0),
+    "group_by_length": RenamedKey(("train_sampling_strategy",), _if_true("group_by_length")),
+    "no_cuda": RenamedKey(("use_cpu",)),
+    "adafactor": RenamedKey(("optim",), _if_true("adafactor")),
+    "include_inputs_for_metrics": RenamedKey(("include_for_metrics",), _if_true(["inputs"])),
+    "xpu_backend": RenamedKey(("ddp_backend",)),
+    "push_to_hub_token": RenamedKey(("hub_token",)),
+    "push_to_hub_model_id": RenamedKey(("hub_model_id",)),
+    "dispatch_batches": RenamedKey(("accelerator_config", "dispatch_batches")),
+    "split_batches": RenamedKey(("accelerator_config", "split_batches")),
+    "fsdp_min_num_params": RenamedKey(("fsdp_config", "min_num_params"), lambda value: value or None),
+    "fsdp_transformer_layer_cls_to_wrap": RenamedKey(("fsdp_config", "transformer_layer_cls_to_wrap")),
+    "overwrite_output_dir": RemovedKey("nothing that was published is overwritten"),
+    "save_safetensors": RemovedKey("weights are always saved as safetensors"),
+    "logging_dir": RemovedKey("TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR"),
+    "include_tokens_per_second": RemovedKey("tokens per second are always shown"),
+    "max_prompt_length": RemovedKey("max_length limits prompt and answer together"),
+    "max_completion_length": RemovedKey("max_length limits prompt and answer together"),
+    "max_target_length": RemovedKey("max_length limits prompt and answer together"),
+    "label_pad_token_id": RemovedKey("padding is never trained on"),
+    "padding_value": RemovedKey("data_conf.missing_pad_token_strategy decides how rows are padded"),
+    "is_encoder_decoder": RemovedKey("models are causal language models"),
+    "generate_during_eval": RemovedKey(),
+    "use_num_logits_to_keep": RemovedKey(),
+    "use_logits_to_keep": RemovedKey(),
+    "base_model_attribute_name": RemovedKey(),
+    "model_adapter_name": RemovedKey(),
+    "ref_adapter_name": RemovedKey(),
+    "force_use_ref_model": RemovedKey("the reference is always the model before training"),
+    "resume_from_checkpoint": RemovedKey("run_conf.resume_from_checkpoint decides", though_known=True),
+    "do_train": RemovedKey(though_known=True),
+    "do_eval": RemovedKey("eval_strategy decides", though_known=True),
+    "do_predict": RemovedKey(though_known=True),
+    "half_precision_backend": RemovedKey(),
+    "fp16_backend": RemovedKey(),
+    "fp16_opt_level": RemovedKey(),
+    "past_index": RemovedKey(),
+    "use_mps_device": RemovedKey("the device is found without it"),
+    "use_ipex": RemovedKey(),
+    "jit_mode_eval": RemovedKey(),
+    "tpu_num_cores": RemovedKey(),
+    "tpu_metrics_debug": RemovedKey(),
+    "mp_parameters": RemovedKey(),
+    "ray_scope": RemovedKey(),
+    "torchdynamo": RemovedKey("torch_compile_backend names a compiler"),
+    "use_legacy_prediction_loop": RemovedKey(),
+    "push_to_hub_organization": RemovedKey("hub_model_id names the organisation"),
+    "per_gpu_train_batch_size": RejectedKey("Use batchsize_conf instead."),
+    "per_gpu_eval_batch_size": RejectedKey("Use batchsize_conf.per_device_eval_batch_size instead."),
+    "rpo_alpha": RejectedKey("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
+    "reference_free": RejectedKey("Every loss of the installed release has a reference."),
 }
 MODEL_ARGS: dict[str, Change] = {
-    "torch_dtype": Renamed(("dtype",)),
-    "use_auth_token": Renamed(("token",)),
-    "use_flash_attention_2": Renamed(("attn_implementation",), _if_true("flash_attention_2")),
-    "from_tf": Dropped(),
-    "from_flax": Dropped(),
-    "mirror": Dropped(),
+    "torch_dtype": RenamedKey(("dtype",)),
+    "use_auth_token": RenamedKey(("token",)),
+    "use_flash_attention_2": RenamedKey(("attn_implementation",), _if_true("flash_attention_2")),
+    "from_tf": RemovedKey(),
+    "from_flax": RemovedKey(),
+    "mirror": RemovedKey(),
 }
 TABLES: dict[KeyPath, dict[str, Change]] = {
     ("training_args",): TRAINING_ARGS,
@@ -131,30 +131,30 @@ OLD_VALUES: dict[KeyPath, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Translated:
+class RenamedResult:
     """A document in today's names, what was changed, and what could not be."""
 
-    document: Document
+    document: ConfigDocument
     warnings: list[Problem]
-    findings: list[Finding]
+    findings: list[ValidationIssue]
 
 
-def translate(document: Document, known: Callable[[], Container[str]] = frozenset) -> Translated:
+def apply_renames(document: ConfigDocument, known: Callable[[], Container[str]] = frozenset) -> RenamedResult:
     """The document with old names replaced by today's; a warning for each that names today's key.
 
     Args:
         known: works out the names that this method's trainer still knows; what is old to one is today's to another.
     """
     written = document
-    findings: list[Finding] = []
+    findings: list[ValidationIssue] = []
     for section, table in TABLES.items():
         values = document.get(section)
         for key in [key for key in values if key in table] if isinstance(values, dict) else []:
-            is_dropped = isinstance(table[key], Dropped) and table[key].though_known
+            is_dropped = isinstance(table[key], RemovedKey) and table[key].though_known
             if section == ("training_args",) and not is_dropped and key in known():
                 continue
             for found in _change(document, section, key, table[key]):
-                if isinstance(found, Document):
+                if isinstance(found, ConfigDocument):
                     document = found
                 else:
                     findings.append(found)
@@ -162,26 +162,34 @@ def translate(document: Document, known: Callable[[], Container[str]] = frozense
         value = document.get(path)
         if isinstance(value, str) and value in names:
             hint = f'Write "{path[-1]}: {names[value]}".'
-            findings.append(Finding(path, f'"{value}" is gone; "{names[value]}" is used.', hint, kind="warning"))
+            findings.append(
+                ValidationIssue(path, f'"{value}" is gone; "{names[value]}" is used.', hint, kind="warning")
+            )
             document = document.with_value(path, names[value])
     warnings = [finding for finding in findings if finding.kind == "warning"]
-    return Translated(document, to_problems(warnings, written), [item for item in findings if item.kind != "warning"])
+    return RenamedResult(
+        document, to_problems(warnings, written), [item for item in findings if item.kind != "warning"]
+    )
 
 
-def _change(document: Document, section: KeyPath, key: str, change: Change) -> Iterator[Finding | Document]:
+def _change(
+    document: ConfigDocument, section: KeyPath, key: str, change: Change
+) -> Iterator[ValidationIssue | ConfigDocument]:
     old = (*section, key)
-    if isinstance(change, Refused):
-        yield Finding(old, "is no setting any more.", change.instead)
+    if isinstance(change, RejectedKey):
+        yield ValidationIssue(old, "is no setting any more.", change.instead)
         yield document.without(old)
-    elif isinstance(change, Dropped):
+    elif isinstance(change, RemovedKey):
         why = f": {change.why}" if change.why else ""
-        yield Finding(old, f"{_GONE}{why}.", "Remove it.", kind="warning")
+        yield ValidationIssue(old, f"{_GONE}{why}.", "Remove it.", kind="warning")
         yield document.without(old)
     else:
         yield from _rename(document, section, old, change)
 
 
-def _rename(document: Document, section: KeyPath, old: KeyPath, change: Renamed) -> Iterator[Finding | Document]:
+def _rename(
+    document: ConfigDocument, section: KeyPath, old: KeyPath, change: RenamedKey
+) -> Iterator[ValidationIssue | ConfigDocument]:
     today = ".".join(change.to)
     new = (*section, *change.to)
     given = document.get(old)
@@ -189,16 +197,18 @@ def _rename(document: Document, section: KeyPath, old: KeyPath, change: Renamed)
     mark = document.mark_of(old)
     outer, without = document.get(new[:-1]), document.without(old)
     if change.to == ("warmup_steps",) and isinstance(given, int | float) and given >= 1:
-        yield Finding(old, f"must be a share of the steps, below 1 (got {given})", f'Today it is called "{today}".')
+        yield ValidationIssue(
+            old, f"must be a share of the steps, below 1 (got {given})", f'Today it is called "{today}".'
+        )
         yield without
     elif document.get(new) not in (None, change.unset):
-        yield Finding(old, f'is today\'s "{today}", which is given too and wins.', "Remove it.", kind="warning")
+        yield ValidationIssue(old, f'is today\'s "{today}", which is given too and wins.', "Remove it.", kind="warning")
         yield without
     elif outer is not None and not isinstance(outer, dict):
-        yield Finding(old, f'is today\'s "{today}", but "{dotted(new[:-1])}" is no section.')
+        yield ValidationIssue(old, f'is today\'s "{today}", but "{dotted(new[:-1])}" is no section.')
         yield without
     else:
-        yield Finding(old, f'is called "{today}" today.', f"Write {_example(change, value)}.", kind="warning")
+        yield ValidationIssue(old, f'is called "{today}" today.', f"Write {_example(change, value)}.", kind="warning")
         if value is not None:
             if outer is None:
                 without = without.with_value(new[:-1], {})
@@ -208,7 +218,7 @@ def _rename(document: Document, section: KeyPath, old: KeyPath, change: Renamed)
         yield without
 
 
-def _example(change: Renamed, value: Any) -> str:
+def _example(change: RenamedKey, value: Any) -> str:
     name = ".".join(change.to)
     plain = isinstance(value, str | int | float) and name not in ("hub_token", "token")
     shown = str(value).lower() if isinstance(value, bool) else str(value)

@@ -70,7 +70,7 @@ def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]
     if close is not None:
         return f'Did you mean "{close}"?'
     if name in elsewhere:
-        return belongs(elsewhere[name])
+        return belongs_to(elsewhere[name])
     if name.lower() in _ELSEWHERE_CALLED:
         full = _ELSEWHERE_CALLED[name.lower()]
         section, _, key = full.rpartition(".")
@@ -81,11 +81,11 @@ def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]
     hint = did_you_mean(name, siblings)
     if hint is None:
         found = nearest(name, elsewhere, cutoff=0.85)
-        hint = None if found is None else f'Did you mean "{found}"? It {belongs(elsewhere[found])[3:]}'
+        hint = None if found is None else f'Did you mean "{found}"? It {belongs_to(elsewhere[found])[3:]}'
     return hint
 
 
-def belongs(sections: Sequence[str]) -> str:
+def belongs_to(sections: Sequence[str]) -> str:
     """`It belongs under …`.
 
     >>> belongs(["sft_args"])

@@ -13,19 +13,19 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from finetuning.config.installed import Installed
-from finetuning.config.redaction import show
+from finetuning.config.redaction import redact
 from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
 from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.cross_field import check_rules
-from finetuning.config.validation.error_messages import Elsewhere, findings_of
-from finetuning.config.validation.passthrough import check_passthrough, keys_of_libraries
-from finetuning.config.validation.renamed_keys import translate
+from finetuning.config.validation.error_messages import Elsewhere, validation_issues
+from finetuning.config.validation.passthrough import check_passthrough, library_keys
+from finetuning.config.validation.renamed_keys import apply_renames
 from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import Document, Finding, KeyPath, to_problems
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, to_problems
 from finetuning.config.yaml.reader import read_document
-from finetuning.errors import ConfigError, Place, Problem
+from finetuning.errors import ConfigError, Location, Problem
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -34,22 +34,22 @@ SHARED_BY_METHODS = "trl.trainer.sft_config:SFTConfig"
 
 
 @dataclass(frozen=True)
-class Validated(Generic[Config]):
+class ValidatedConfig(Generic[Config]):
     """A config that is right, what is worth knowing about it, and the document in today's names behind it."""
 
     experiment: Config
     warnings: list[Problem]
-    document: Document
+    document: ConfigDocument
 
 
 def validate(
-    document: Document,
+    document: ConfigDocument,
     config: type[Config],
     *,
     passthrough: bool = True,
     methods: Mapping[str, type[Experiment]] = EXPERIMENTS,
     installed: Installed | None = None,
-) -> Validated[Config]:
+) -> ValidatedConfig[Config]:
     """The document as a config of the given class, checked in itself, against the installed libraries and the rules.
 
     Args:
@@ -62,15 +62,15 @@ def validate(
     """
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
-        raise ConfigError(f"is empty; required: {required}", place=Place(document.file))
+        raise ConfigError(f"is empty; required: {required}", place=Location(document.file))
     installed = installed or Installed()
-    translated = translate(document, functools.partial(_trainer_fields, config, installed))
+    translated = apply_renames(document, functools.partial(_trainer_fields, config, installed))
     document = _without_empty_sections(translated.document, config)
     findings, warnings = list(translated.findings), []
 
     @functools.cache
     def elsewhere() -> dict[str, list[str]]:
-        known = keys_of_libraries(document, config, installed) if passthrough else {}
+        known = library_keys(document, config, installed) if passthrough else {}
         return {**known, **key_index(config)}
 
     if passthrough:
@@ -85,17 +85,17 @@ def validate(
     findings = _checked_method(findings, document, config, methods, installed)
     if findings:
         raise ConfigError(to_problems(findings, document))
-    return Validated(experiment, [*translated.warnings, *to_problems(warnings, document)], document)
+    return ValidatedConfig(experiment, [*translated.warnings, *to_problems(warnings, document)], document)
 
 
 def _check_sections(
     values: Any, config: type[Config], elsewhere: Elsewhere
-) -> tuple[Config, list[Finding], Mapping[str, Any]]:
+) -> tuple[Config, list[ValidationIssue], Mapping[str, Any]]:
     """The config, or one of its right sections only; what is wrong; the right sections by name."""
     try:
         experiment = config.model_validate(values)
     except ValidationError as error:
-        findings = findings_of(error.errors(include_url=False, include_input=False), values, config, elsewhere)
+        findings = validation_issues(error.errors(include_url=False, include_input=False), values, config, elsewhere)
     else:
         return experiment, [], {name: getattr(experiment, name) for name in config.model_fields}
     right: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def _check_sections(
     return config.model_construct(**right), findings, right
 
 
-def _without_empty_sections(document: Document, root: type[BaseModel]) -> Document:
+def _without_empty_sections(document: ConfigDocument, root: type[BaseModel]) -> ConfigDocument:
     """The document with `section:`, whose every line is commented out, read as a section of defaults."""
     empty = [
         (path, field)
@@ -126,12 +126,12 @@ def _without_empty_sections(document: Document, root: type[BaseModel]) -> Docume
     return document
 
 
-def _booleans_for_numbers(document: Document, root: type[BaseModel]) -> Iterator[Finding]:
+def _booleans_for_numbers(document: ConfigDocument, root: type[BaseModel]) -> Iterator[ValidationIssue]:
     """Python's booleans are whole numbers: `max_steps: true` would mean one step."""
     for path, field, value in _written_fields(document.values, root):
         kinds = members(field.annotation)
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
-            yield Finding(path, f"expected a number (got {show(value, path)})", kind="type")
+            yield ValidationIssue(path, f"expected a number (got {redact(value, path)})", kind="type")
 
 
 def _trainer_fields(config: type[BaseModel], installed: Installed) -> Mapping[str, Any]:
@@ -156,12 +156,12 @@ def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> I
 
 
 def _checked_method(
-    findings: list[Finding],
-    document: Document,
+    findings: list[ValidationIssue],
+    document: ConfigDocument,
     config: type[BaseModel],
     methods: Mapping[str, type[Experiment]],
     installed: Installed,
-) -> list[Finding]:
+) -> list[ValidationIssue]:
     """The findings, or one alone where the file is plainly meant for another method's command."""
     if not issubclass(config, Experiment):
         return findings
@@ -170,19 +170,19 @@ def _checked_method(
         return findings
     if isinstance(named, str):
         if named in methods:
-            return [Finding(("method",), _other_method(named, "method is", named, document))]
+            return [ValidationIssue(("method",), _other_method(named, "method is", named, document))]
         allowed = ", ".join(methods)
         hint = did_you_mean(named, methods)
-        return [*findings, Finding(("method",), f'unknown method "{named}"; one of: {allowed}.', hint)]
+        return [*findings, ValidationIssue(("method",), f'unknown method "{named}"; one of: {allowed}.', hint)]
     unknown = [finding.path for finding in findings if finding.kind == "unknown key"]
     for name, other in methods.items():
         telling = _keys_of_method(unknown, other, installed) if other is not config else []
         if telling and not _keys_only_here(document, config, other):
-            return [Finding(telling[0], _other_method(name, "has", str(telling[0][-1]), document))]
+            return [ValidationIssue(telling[0], _other_method(name, "has", str(telling[0][-1]), document))]
     return findings
 
 
-def _other_method(method: str, verb: str, what: str, document: Document) -> str:
+def _other_method(method: str, verb: str, what: str, document: ConfigDocument) -> str:
     # The names are read letter by letter.
     article = "an" if method[0] in "aefhilmnorsx" else "a"
     return f"this looks like {article} {method} config ({verb} {what}); run: finetuning {method} {document.file or '…'}"
@@ -204,7 +204,7 @@ def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installe
     return found
 
 
-def _keys_only_here(document: Document, config: type[Experiment], other: type[Experiment]) -> bool:
+def _keys_only_here(document: ConfigDocument, config: type[Experiment], other: type[Experiment]) -> bool:
     """Whether the document has a section that this method knows and the other does not."""
     return any(name in config.model_fields and name not in other.model_fields for name in document.values)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from finetuning.errors import Place, Problem
+from finetuning.errors import Location, Problem
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indexes from the top of the file down to a value."""
@@ -26,42 +26,42 @@ def dotted(path: KeyPath) -> str:
 
 
 @dataclass(frozen=True)
-class Mark:
+class SourceSpan:
     """Where a key or a list item begins: 1-based line and column in the file, or what else it came from."""
 
     line: int | None = None
     column: int | None = None
     override: str | None = None
-    stands_for: Place | None = None
+    stands_for: Location | None = None
     """What gave the value where no config did: a flag, or another file."""
 
 
 @dataclass(frozen=True)
-class Document:
+class ConfigDocument:
     """The values of a YAML file: mappings, lists, text, numbers, booleans and null, and where each was written."""
 
     values: dict[str, Any]
-    marks: Mapping[KeyPath, Mark] = field(default_factory=dict)
+    marks: Mapping[KeyPath, SourceSpan] = field(default_factory=dict)
     file: str | None = None
 
-    def mark_of(self, path: KeyPath) -> Mark | None:
+    def mark_of(self, path: KeyPath) -> SourceSpan | None:
         """The mark of a path or, where nothing was written there, of the nearest section round it."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.marks:
                 return self.marks[path[:end]]
         return None
 
-    def place_of(self, path: KeyPath) -> Place:
+    def place_of(self, path: KeyPath) -> Location:
         """Where a key is written; the section round it when it is not there."""
         mark = self.mark_of(path)
         key = dotted(path) or None
         if mark is None:
-            return Place(file=self.file, key=key)
+            return Location(file=self.file, key=key)
         if mark.stands_for is not None:
             return mark.stands_for
         if mark.override is not None:
-            return Place(file=f'{COMMAND_LINE} "{mark.override}"', key=key)
-        return Place(file=self.file, line=mark.line, column=mark.column, key=key)
+            return Location(file=f'{COMMAND_LINE} "{mark.override}"', key=key)
+        return Location(file=self.file, line=mark.line, column=mark.column, key=key)
 
     def origin_of(self, path: KeyPath) -> str | None:
         """`file:line` or `command line` for a value that was written, None for one that was not."""
@@ -80,16 +80,16 @@ class Document:
         found = _find(self.values, path)
         return default if found is _ABSENT else found
 
-    def with_value(self, path: KeyPath, value: Any) -> Document:
+    def with_value(self, path: KeyPath, value: Any) -> ConfigDocument:
         """A copy with another value at a path whose surrounding sections exist; marks stay as they are."""
         return replace(self, values=_replaced(self.values, path, value))
 
-    def without(self, path: KeyPath) -> Document:
+    def without(self, path: KeyPath) -> ConfigDocument:
         """A copy without a key; its mark stays, so that a message can still say where it was."""
         section = {key: value for key, value in self.get(path[:-1]).items() if key != path[-1]}
         return replace(self, values=_replaced(self.values, path[:-1], section))
 
-    def with_marks(self, marks: Mapping[KeyPath, Mark]) -> Document:
+    def with_marks(self, marks: Mapping[KeyPath, SourceSpan]) -> ConfigDocument:
         """A copy with more marks."""
         return replace(self, marks={**self.marks, **marks})
 
@@ -123,11 +123,11 @@ def _replaced(values: Any, path: KeyPath, value: Any) -> Any:
 
 Kind = Literal["unknown key", "missing", "type", "value", "warning"]
 
-MOST_FINDINGS = 50
+MAX_ISSUES = 50
 
 
 @dataclass(frozen=True)
-class Finding:
+class ValidationIssue:
     """One thing that is wrong at a path of the document, and what to do about it."""
 
     path: KeyPath
@@ -138,7 +138,7 @@ class Finding:
     """For an unknown key: the key of the same section that was probably meant."""
 
 
-def to_problems(findings: Sequence[Finding], document: Document) -> list[Problem]:
+def to_problems(findings: Sequence[ValidationIssue], document: ConfigDocument) -> list[Problem]:
     """The findings as problems with their places, in the file's order, each once; a count stands for very many."""
     problems = {}
     for finding in findings:
@@ -148,7 +148,7 @@ def to_problems(findings: Sequence[Finding], document: Document) -> list[Problem
         problem = Problem(message, document.place_of(finding.path), finding.hint)
         problems.setdefault(str(problem), problem)
     ordered = sorted(problems.values(), key=lambda problem: (problem.place.line or 0, problem.place.column or 0))
-    if len(ordered) <= MOST_FINDINGS:
+    if len(ordered) <= MAX_ISSUES:
         return ordered
-    rest = len(ordered) - MOST_FINDINGS
-    return [*ordered[:MOST_FINDINGS], Problem(f"and {rest} more problems", document.place_of(()))]
+    rest = len(ordered) - MAX_ISSUES
+    return [*ordered[:MAX_ISSUES], Problem(f"and {rest} more problems", document.place_of(()))]

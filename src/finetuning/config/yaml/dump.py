@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, SecretStr
 
 from finetuning.config.redaction import without_secrets
-from finetuning.config.yaml.document import Document, KeyPath, dotted
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, dotted
 from finetuning.config.yaml.reader import read_scalar
 
 ENVIRONMENT_DEFAULTS: dict[KeyPath, str] = {("training_args", "output_dir"): "CHECKPOINTS_PATH"}
@@ -44,7 +44,7 @@ def dump_yaml(config: BaseModel) -> str:
     return yaml.dump(dump_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def provenance(config: BaseModel, document: Document, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def provenance(config: BaseModel, document: ConfigDocument, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """For each dotted key of the config: `file:line`, `command line`, `environment variable NAME` or `default`."""
     origins = {}
     for path in _leaves(dump_values(config)):

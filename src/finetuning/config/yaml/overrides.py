@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetuning.config.redaction import is_secret_path, without_user_info
-from finetuning.config.yaml.document import COMMAND_LINE, Document, KeyPath, Mark, dotted
+from finetuning.config.yaml.document import COMMAND_LINE, ConfigDocument, KeyPath, SourceSpan, dotted
 from finetuning.config.yaml.reader import parse_value
-from finetuning.errors import ConfigError, Place, Problem
+from finetuning.errors import ConfigError, Location, Problem
 
 
-def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
+def apply_overrides(document: ConfigDocument, overrides: Sequence[str]) -> ConfigDocument:
     """The document with each `key.path=value` in its place, in order; values are read as YAML.
 
     Numbers in the path count a list's items from 0; the number after the last item appends one.
@@ -34,7 +34,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
     return document
 
 
-def _apply(document: Document, text: str) -> Document:
+def _apply(document: ConfigDocument, text: str) -> ConfigDocument:
     name, equals, value_text = text.partition("=")
     parts = name.strip().split(".")
     shown = _shown(text, parts)
@@ -48,11 +48,11 @@ def _apply(document: Document, text: str) -> Document:
         raise _error(f"the value is not YAML{why}", shown) from None
     values, path = _set(document.values, parts, value, (), shown)
     marks = {known: mark for known, mark in document.marks.items() if known[: len(path)] != path}
-    mark = Mark(override=shown)
+    mark = SourceSpan(override=shown)
     for end in range(1, len(path) + 1):
         if path[:end] not in marks:
             marks[path[:end]] = mark
-    return Document(values, marks, document.file)
+    return ConfigDocument(values, marks, document.file)
 
 
 def _set(values: Any, parts: list[str], value: Any, done: KeyPath, shown: str) -> tuple[Any, KeyPath]:
@@ -88,7 +88,7 @@ def _shown(text: str, parts: list[str]) -> str:
 
 
 def _error(message: str, shown: str) -> ConfigError:
-    return ConfigError(message, place=Place(file=f'{COMMAND_LINE} "{shown}"'))
+    return ConfigError(message, place=Location(file=f'{COMMAND_LINE} "{shown}"'))
 
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}

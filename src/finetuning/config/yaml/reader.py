@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from finetuning.config.redaction import without_secret_values
-from finetuning.config.yaml.document import Document, KeyPath, Mark
-from finetuning.errors import ConfigError, Place
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan
+from finetuning.errors import ConfigError, Location
 
 MOST_NODES = 10_000
 MOST_LEVELS = 32
@@ -108,7 +108,7 @@ class _Composer:
 
     def _error(self, message: str, event: yaml.Event) -> ConfigError:
         mark = event.start_mark
-        return ConfigError(message, place=Place(self.file, mark.line + 1, mark.column + 1))
+        return ConfigError(message, place=Location(self.file, mark.line + 1, mark.column + 1))
 
 
 def compose(text: str, file: str | None) -> Node | None:
@@ -127,7 +127,7 @@ def compose(text: str, file: str | None) -> Node | None:
             if documents > 1:
                 line = event.start_mark.line + 1
                 raise ConfigError(
-                    f"one document expected, the second starts at line {line}", place=Place(file, line, 1)
+                    f"one document expected, the second starts at line {line}", place=Location(file, line, 1)
                 )
         composer.take(event)
     root = composer.root
@@ -193,7 +193,7 @@ _FORBIDDEN_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-
 _TAG = "tag:yaml.org,2002:"
 
 
-def read_document(path: str | Path) -> Document:
+def read_document(path: str | Path) -> ConfigDocument:
     """The values of a YAML file with the place of each; without values when the file is empty.
 
     Raises:
@@ -204,19 +204,19 @@ def read_document(path: str | Path) -> Document:
         with open(path, "rb") as stream:
             content = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError("no such file", place=Place(file)) from None
+        raise ConfigError("no such file", place=Location(file)) from None
     except IsADirectoryError:
-        raise ConfigError("is a directory, not a YAML file", place=Place(file)) from None
+        raise ConfigError("is a directory, not a YAML file", place=Location(file)) from None
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror or error}", place=Place(file)) from None
+        raise ConfigError(f"cannot be read: {error.strerror or error}", place=Location(file)) from None
     except ValueError:
-        raise ConfigError("is not the name of a file", place=Place(repr(file))) from None
+        raise ConfigError("is not the name of a file", place=Location(repr(file))) from None
     if len(content) > MOST_BYTES:
-        raise ConfigError(f"is larger than {MOST_BYTES:,} bytes: this is no config", place=Place(file))
+        raise ConfigError(f"is larger than {MOST_BYTES:,} bytes: this is no config", place=Location(file))
     return parse_document(_decode(content, file), file)
 
 
-def parse_document(text: str, file: str | None = None) -> Document:
+def parse_document(text: str, file: str | None = None) -> ConfigDocument:
     """The values of a YAML text with the place of each.
 
     Raises:
@@ -224,13 +224,13 @@ def parse_document(text: str, file: str | None = None) -> Document:
     """
     root = _parse(text, file)
     if root is None:
-        return Document({}, file=file)
+        return ConfigDocument({}, file=file)
     if root.kind != "mapping":
         found = "a list" if root.kind == "list" else "a single value"
-        raise ConfigError(f"expected sections (keys and values), found {found}", place=Place(file, root.line))
+        raise ConfigError(f"expected sections (keys and values), found {found}", place=Location(file, root.line))
     builder = _Builder(file)
     values = builder.value(root, ())
-    return Document(values, builder.marks, file)
+    return ConfigDocument(values, builder.marks, file)
 
 
 def parse_value(text: str, source: str) -> Any:
@@ -249,13 +249,13 @@ def _parse(text: str, file: str | None) -> Node | None:
     if forbidden:
         line, column = _line_and_column(text, forbidden.start())
         name = f"U+{ord(forbidden.group()):04X}"
-        raise ConfigError(f"the character {name} is not allowed in YAML", place=Place(file, line, column))
+        raise ConfigError(f"the character {name} is not allowed in YAML", place=Location(file, line, column))
     try:
         return compose(text, file)
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, text, file) from None
     except (yaml.YAMLError, UnicodeError) as error:
-        raise ConfigError(f"is not YAML: {error}", place=Place(file)) from None
+        raise ConfigError(f"is not YAML: {error}", place=Location(file)) from None
 
 
 def _decode(content: bytes, file: str) -> str:
@@ -266,7 +266,7 @@ def _decode(content: bytes, file: str) -> str:
         column = error.start - content.rfind(b"\n", 0, error.start)
         raise ConfigError(
             f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8.",
-            place=Place(file, line, column),
+            place=Location(file, line, column),
             hint="Save the file as UTF-8.",
         ) from None
 
@@ -279,7 +279,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
     """The parser's complaint with the line that it is about, and a caret below the column."""
     mark = error.problem_mark or error.context_mark
     if mark is None:
-        return ConfigError(f"is not YAML: {error.problem or error.context}", place=Place(file))
+        return ConfigError(f"is not YAML: {error.problem or error.context}", place=Location(file))
     lines = text.splitlines() or [""]
     row, column = mark.line, mark.column
     if row >= len(lines):
@@ -293,7 +293,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
         message = f"{message}, {error.context} that begins at line {error.context_mark.line + 1}"
     shown = without_secret_values(line.expandtabs(1))[:160]
     caret = " " * min(column, len(shown)) + "^"
-    return ConfigError(f"{message}\n    {shown}\n    {caret}", place=Place(file, row + 1, column + 1))
+    return ConfigError(f"{message}\n    {shown}\n    {caret}", place=Location(file, row + 1, column + 1))
 
 
 class _Builder:
@@ -301,7 +301,7 @@ class _Builder:
 
     def __init__(self, file: str | None):
         self.file = file
-        self.marks: dict[KeyPath, Mark] = {}
+        self.marks: dict[KeyPath, SourceSpan] = {}
 
     def value(self, node: Node, path: KeyPath) -> Any:
         if node.kind == "scalar":
@@ -309,12 +309,12 @@ class _Builder:
         if node.kind == "list":
             values = []
             for index, item in enumerate(node.items):
-                self.marks[(*path, index)] = Mark(item.line, item.column)
+                self.marks[(*path, index)] = SourceSpan(item.line, item.column)
                 values.append(self.value(item, (*path, index)))
             return values
         result = {}
         for key, (key_node, item) in self._entries(node).items():
-            self.marks[(*path, key)] = Mark(key_node.line, key_node.column)
+            self.marks[(*path, key)] = SourceSpan(key_node.line, key_node.column)
             result[key] = self.value(item, (*path, key))
         return result
 
@@ -364,4 +364,4 @@ class _Builder:
         return self._error(f'"{key}" is written twice, at line {first.line} and at line {second.line}', second)
 
     def _error(self, message: str, node: Node) -> ConfigError:
-        return ConfigError(message, place=Place(self.file, node.line, node.column))
+        return ConfigError(message, place=Location(self.file, node.line, node.column))

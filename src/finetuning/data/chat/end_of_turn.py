@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetuning.data.chat.markers import SIGNS, NotShown
-from finetuning.data.chat.template import CannotRender, Renderer
+from finetuning.data.chat.markers import SIGNS, MaskNotFound
+from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
 
 _TALK = [
     {"role": "user", "content": "first"},
@@ -19,7 +19,7 @@ _TALK = [
 
 
 @dataclass(frozen=True)
-class Ending:
+class EndOfTurn:
     """The text from some point to the end of a turn, its end-of-turn marker included."""
 
     text: str
@@ -37,10 +37,10 @@ class _Probe:
     """Why there is no marker, where there is none."""
 
 
-class EndingFinder:
+class EndOfTurnFinder:
     """Knows the end-of-turn marker of one template."""
 
-    def __init__(self, renderer: Renderer, stop_tokens: Iterable[str] = ()):
+    def __init__(self, renderer: TemplateRenderer, stop_tokens: Iterable[str] = ()):
         self._renderer = renderer
         eos = renderer.tokenizer.eos_token
         self._stops = {token for token in (*stop_tokens, eos) if token}
@@ -70,31 +70,31 @@ class EndingFinder:
         """
         marker = self._probe.marker
         if not marker:
-            raise NotShown(self._probe.problem, turn)
+            raise MaskNotFound(self._probe.problem, turn)
         kept = content[len(content.rstrip()) :] + marker
         for text in (kept, marker):
             if rest.startswith(text):
                 return len(text)
         shown = rest[: len(marker) + 12]
-        raise NotShown(f"it is followed by {shown!r}, where an answer must end with {marker!r}", turn)
+        raise MaskNotFound(f"it is followed by {shown!r}, where an answer must end with {marker!r}", turn)
 
-    def of_tail(self, tail: str, turn: int) -> Ending:
+    def of_tail(self, tail: str, turn: int) -> EndOfTurn:
         """The ending in `tail`, what the template writes from some point on when the turn is the last message."""
         probe = self._probe
         if not probe.marker:
-            raise NotShown(probe.problem, turn)
+            raise MaskNotFound(probe.problem, turn)
         if tail.endswith(probe.marker + probe.suffix):
-            return Ending(tail[: len(tail) - len(probe.suffix)])
+            return EndOfTurn(tail[: len(tail) - len(probe.suffix)])
         text = tail.rstrip()
         if not text.endswith(tuple(self._stops)):
-            raise NotShown(f"it ends with {text[-30:]!r}, not with {probe.marker!r}", turn)
-        return Ending(text)
+            raise MaskNotFound(f"it ends with {text[-30:]!r}, not with {probe.marker!r}", turn)
+        return EndOfTurn(text)
 
     @cached_property
     def _probe(self) -> _Probe:
         try:
             marker, suffix = self._find_marker()
-        except (CannotRender, NotShown) as error:
+        except (TemplateRenderError, MaskNotFound) as error:
             return _Probe("", "", self._find_prompt(), f"a plain question and answer shows no end of a turn: {error}")
         return _Probe(marker, suffix, self._find_prompt())
 
@@ -102,7 +102,7 @@ class EndingFinder:
         last = self._tail(_TALK[:2], 1)
         try:
             middle = self._tail(_TALK, 1)
-        except CannotRender:
+        except TemplateRenderError:
             middle = last
         marker = last.rstrip()
         if not middle.startswith(marker):
@@ -118,7 +118,7 @@ class EndingFinder:
     def _tail(self, messages: list[dict[str, str]], turn: int) -> str:
         marked = SIGNS.unmark(self._renderer.text(SIGNS.mark(messages)))
         if SIGNS.closing(turn) not in marked.positions:
-            raise NotShown("the template leaves out the answer")
+            raise MaskNotFound("the template leaves out the answer")
         return marked.after(SIGNS.closing(turn))
 
     def _units(self, text: str) -> list[str]:
@@ -137,7 +137,7 @@ class EndingFinder:
         try:
             plain = SIGNS.unmark(self._renderer.text(SIGNS.mark(_TALK[:1])))
             prompt = SIGNS.unmark(self._renderer.text(SIGNS.mark(_TALK[:1]), prompt=True))
-        except CannotRender:
+        except TemplateRenderError:
             return ""
         sign = SIGNS.closing(0)
         if sign not in plain.positions or sign not in prompt.positions:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 
-from finetuning.data.chat.markers import BEGINS_DIFFERENTLY, HOLDS_MORE, Marked, Span
-from finetuning.data.chat.template import CannotRender, Renderer
+from finetuning.data.chat.markers import BEGINS_DIFFERENTLY, HOLDS_MORE, MaskedText, Span
+from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
 from finetuning.data.opaque import Plain, PlainTemplate
 from finetuning.data.samples import Conversation
 from finetuning.errors import InternalError
@@ -27,7 +27,7 @@ _SHOWN_BY_ONE = {HOLDS_MORE, BEGINS_DIFFERENTLY}
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Layout:
     pieces: tuple[str, ...]
     spans: tuple[tuple[int, int, int], ...]
     """Of each span: its message, how far before its content it begins, how far after it ends."""
@@ -57,12 +57,12 @@ def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
     return tuple(roles)
 
 
-class Shapes:
+class LayoutCache:
     """The shapes that one template has shown so far."""
 
-    def __init__(self, renderer: Renderer):
+    def __init__(self, renderer: TemplateRenderer):
         self._renderer = renderer
-        self._known: dict[Key, _Shape] = {}
+        self._known: dict[Key, _Layout] = {}
         self._plain: dict[tuple[str, ...], Plain | None] = {}
         self._shown: set[tuple[str, ...]] = set()
 
@@ -71,13 +71,13 @@ class Shapes:
         roles = _roles_of(conversation)
         return None if roles is None else (roles, tuple(turns), self._plain_of(roles, conversation) is not None)
 
-    def fill(self, keys: Sequence[Key | None], conversations: Sequence[Conversation]) -> list[Marked | None]:
+    def fill(self, keys: Sequence[Key | None], conversations: Sequence[Conversation]) -> list[MaskedText | None]:
         """The text and spans of each conversation whose shape is known and holds for it.
 
         Raises:
             InternalError: a plain template wrote a row in another way than its shape.
         """
-        filled: list[Marked | None] = []
+        filled: list[MaskedText | None] = []
         checked = False
         unsure = []
         for index, (key, conversation) in enumerate(zip(keys, conversations, strict=True)):
@@ -108,7 +108,7 @@ class Shapes:
                     new.add(key)
         return found
 
-    def learn(self, key: Key | None, conversation: Conversation, found: Marked, ends: Sequence[int | None]) -> None:
+    def learn(self, key: Key | None, conversation: Conversation, found: MaskedText, ends: Sequence[int | None]) -> None:
         """Keeps the shape of a conversation that was proven; `ends` are where its contents end in the text.
 
         A prompt that ends with <think> is followed by words that begin with it, or do not: the shape is that of words
@@ -132,9 +132,9 @@ class Shapes:
             unsaid = tuple((turn, text) for (turn, _, _), text in zip(spans, found.unsaid, strict=True) if text)
             is_plain = plain is not None and plain.pieces == pieces
             if is_plain or not found.notes:
-                self._known[key] = _Shape(pieces, spans, heads, is_plain, unsaid, found.notes)
+                self._known[key] = _Layout(pieces, spans, heads, is_plain, unsaid, found.notes)
 
-    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
         """The text of each conversation, or what the template says against it; by shape where the template is plain."""
         roles = map(_roles_of, conversations)
         plain = [one and self._plain_of(one, row) for one, row in zip(roles, conversations, strict=True)]
@@ -188,7 +188,7 @@ def _join(pieces: Sequence[str], conversation: Conversation) -> str:
     return "".join([pieces[0], *chain.from_iterable(zip(contents, pieces[1:], strict=True))])
 
 
-def _fill(shape: _Shape, conversation: Conversation) -> Marked | None:
+def _fill(shape: _Layout, conversation: Conversation) -> MaskedText | None:
     """The text and spans of a conversation of a shape; None where a turn begins as its prompt ends."""
     pieces = shape.pieces
     parts = [*pieces, *pieces[1:]]
@@ -198,7 +198,7 @@ def _fill(shape: _Shape, conversation: Conversation) -> Marked | None:
         return None
     ends = [0, *accumulate(map(len, contents))]
     spans = tuple([(ends[turn] + start, ends[turn + 1] + end) for turn, start, end in shape.borders])
-    return Marked("".join(parts), spans, "shape", shape.notes, shape.heads)
+    return MaskedText("".join(parts), spans, "shape", shape.notes, shape.heads)
 
 
 def _between(text: str, places: Sequence[Span]) -> tuple[str, ...]:

@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetuning.data.chat.end_of_turn import Ending, EndingFinder
-from finetuning.data.chat.layout_cache import Key, Shapes
+from finetuning.data.chat.end_of_turn import EndOfTurn, EndOfTurnFinder
+from finetuning.data.chat.layout_cache import Key, LayoutCache
 from finetuning.data.chat.markers import (
     BEGINS_DIFFERENTLY,
     HOLDS_MORE,
     NO_SIGNS,
     NOT_TAKEN,
-    Marked,
-    NotShown,
-    Refused,
-    Signs,
+    Markers,
+    MaskedText,
+    MaskError,
+    MaskNotFound,
     Span,
-    Unmarked,
+    StrippedText,
     holds_all,
 )
-from finetuning.data.chat.template import CannotRender, Renderer
+from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
 from finetuning.data.samples import Conversation, Message
 
 
@@ -38,9 +38,9 @@ class _View:
     """One attempt at a conversation: its text with the marks that this attempt makes."""
 
     conversation: Conversation
-    signs: Signs
+    signs: Markers
     marked: Sequence[Message]
-    whole: Unmarked
+    whole: StrippedText
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,26 @@ class _Attempted:
 
     conversation: Conversation
     text: str
-    signs: Signs
+    signs: Markers
     marked: Conversation
-    rendered: str | CannotRender
+    rendered: str | TemplateRenderError
 
 
-class Masker:
+class AssistantMaskBuilder:
     """Finds the trained spans of conversations. Keeps what it learned about a template from one row to the next."""
 
-    def __init__(self, renderer: Renderer, split_tokens: Callable[[str], list[str]], stop_tokens: Iterable[str] = ()):
+    def __init__(
+        self, renderer: TemplateRenderer, split_tokens: Callable[[str], list[str]], stop_tokens: Iterable[str] = ()
+    ):
         """`split_tokens` cuts a text into the texts of its tokens; `stop_tokens` are what the model may stop at,
         besides the tokenizer's end-of-sequence token."""
         self._renderer = renderer
         self._split_tokens = split_tokens
-        self._endings = EndingFinder(renderer, stop_tokens)
-        self._shapes = Shapes(renderer)
+        self._endings = EndOfTurnFinder(renderer, stop_tokens)
+        self._shapes = LayoutCache(renderer)
         self._tails: dict[Any, str] = {}
 
-    def find(self, conversations: Sequence[Conversation]) -> list[Marked | Refused]:
+    def find(self, conversations: Sequence[Conversation]) -> list[MaskedText | MaskError]:
         """The rendered texts with the spans of all assistant turns; a conversation without one has none."""
         turns = [
             [index for index, message in enumerate(one.messages) if message["role"] == "assistant"]
@@ -76,10 +78,10 @@ class Masker:
 
     def find_turns(
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
-    ) -> list[Marked | Refused]:
+    ) -> list[MaskedText | MaskError]:
         """The rendered texts with the spans of the given turns of each."""
         keys = [self._shapes.key_of(one, wanted) for one, wanted in zip(conversations, turns, strict=True)]
-        found: list[Marked | Refused | None] = [None] * len(keys)
+        found: list[MaskedText | MaskError | None] = [None] * len(keys)
         new = self._shapes.unknown(keys)
         self._find_into(found, new, conversations, turns, keys)
         filled = self._shapes.fill(keys, conversations)
@@ -88,13 +90,13 @@ class Masker:
         self._find_into(found, left, conversations, turns, keys)
         return found
 
-    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
         """The rendered texts, or what the template says against a conversation."""
         return self._shapes.texts(conversations)
 
     def _find_into(
         self,
-        found: list[Marked | Refused | None],
+        found: list[MaskedText | MaskError | None],
         which: Sequence[int],
         conversations: Sequence[Conversation],
         turns: Sequence[Sequence[int]],
@@ -108,11 +110,11 @@ class Masker:
 
     def _find_all(
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
-    ) -> list[tuple[Marked | Refused, list[int | None] | None]]:
+    ) -> list[tuple[MaskedText | MaskError, list[int | None] | None]]:
         """What is found, and where each content ends in the text, where marks showed it."""
         texts = self._renderer.texts(conversations)
         signs = [
-            Signs.absent_from(text, len(one.messages)) or NO_SIGNS if isinstance(text, str) else NO_SIGNS
+            Markers.absent_from(text, len(one.messages)) or NO_SIGNS if isinstance(text, str) else NO_SIGNS
             for one, text in zip(conversations, texts, strict=True)
         ]
         marked = [
@@ -120,18 +122,18 @@ class Masker:
         ]
         rendered = self._renderer.texts(marked)
         return [
-            (Refused(f"{NOT_TAKEN}: {text}"), None)
-            if isinstance(text, CannotRender)
+            (MaskError(f"{NOT_TAKEN}: {text}"), None)
+            if isinstance(text, TemplateRenderError)
             else self._find(_Attempted(*one), wanted)
             for one, text, wanted in zip(
                 zip(conversations, texts, signs, marked, rendered, strict=True), texts, turns, strict=True
             )
         ]
 
-    def _find(self, tried: _Attempted, turns: Sequence[int]) -> tuple[Marked | Refused, list[int | None] | None]:
+    def _find(self, tried: _Attempted, turns: Sequence[int]) -> tuple[MaskedText | MaskError, list[int | None] | None]:
         if not turns:
-            return Marked(tried.text, (), "no turn"), None
-        failure: Refused | None = None
+            return MaskedText(tried.text, (), "no turn"), None
+        failure: MaskError | None = None
         for name, view in self._attempts(tried):
             if view.whole.text != tried.text:
                 continue
@@ -139,13 +141,13 @@ class Masker:
                 spans, notes, unsaid = self._all_spans(view, turns)
                 shown = view.whole.positions if name == "marks" else None
                 ends = shown and [shown.get(view.signs.closing(one)) for one in range(len(view.marked))]
-                return Marked(tried.text, spans, name, notes, unsaid=unsaid), ends
-            except NotShown as error:
-                failure = failure or Refused(str(error), error.turn)
+                return MaskedText(tried.text, spans, name, notes, unsaid=unsaid), ends
+            except MaskNotFound as error:
+                failure = failure or MaskError(str(error), error.turn)
         if self._renderer.has_marks:
             return self._by_template(tried.conversation, tried.text, turns, failure), None
         fault = "the chat template writes this conversation differently when it is rendered again"
-        return failure or Refused(fault), None
+        return failure or MaskError(fault), None
 
     def _attempts(self, tried: _Attempted) -> Iterator[tuple[str, _View]]:
         conversation, signs = tried.conversation, tried.signs
@@ -156,7 +158,7 @@ class Masker:
             (rendered,) = self._renderer.texts([replace(conversation, messages=marked)])
             if isinstance(rendered, str):
                 yield "end marks", _View(conversation, signs, marked, signs.unmark(rendered))
-        yield "prefix", _View(conversation, NO_SIGNS, conversation.messages, Unmarked(tried.text, {}))
+        yield "prefix", _View(conversation, NO_SIGNS, conversation.messages, StrippedText(tried.text, {}))
 
     def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         return self._renderer.text(
@@ -172,7 +174,7 @@ class Masker:
             start, rest = self._start(view, turn, notes)
             end = self._end(view, turn, start)
             if start < (spans[-1][1] if spans else 0) or end <= start:
-                raise NotShown("its text overlaps the turn before it", turn)
+                raise MaskNotFound("its text overlaps the turn before it", turn)
             self._check_inside(view, turn, (start, end), notes)
             spans.append((start, end))
             unsaid.append(rest)
@@ -190,7 +192,7 @@ class Masker:
             return limit, tail[len(before) :]
         shared = self._shared_tokens(tail, before)
         if shared <= len(tail) - len(self._endings.generation_prompt):
-            raise NotShown("the text before it is not what the template prompts the model with", turn)
+            raise MaskNotFound("the text before it is not what the template prompts the model with", turn)
         notes.add(BEGINS_DIFFERENTLY)
         return position + shared, ""
 
@@ -204,10 +206,10 @@ class Masker:
             return (view.whole.positions[anchor] if anchor else 0), self._tails[key]
         try:
             prompt_view = view.signs.unmark(self._render(view.conversation, view.marked[:turn], prompt=True))
-        except CannotRender as error:
-            raise NotShown(f"the template does not take the conversation up to it: {error}", turn) from None
+        except TemplateRenderError as error:
+            raise MaskNotFound(f"the template does not take the conversation up to it: {error}", turn) from None
         if anchor and anchor not in prompt_view.positions:
-            raise NotShown("the template writes the message before it differently in the prompt", turn)
+            raise MaskNotFound("the template writes the message before it differently in the prompt", turn)
         tail = prompt_view.after(anchor) if anchor else prompt_view.text
         if key is not None:
             self._tails[key] = tail
@@ -224,7 +226,7 @@ class Masker:
         if text.startswith(prompt, position) if prompt else limit == position:
             return position, prompt
         if limit is None or not prompt.startswith(text[position:limit]):
-            raise NotShown("the conversation begins with it, and its header cannot be told apart", 0)
+            raise MaskNotFound("the conversation begins with it, and its header cannot be told apart", 0)
         return position, prompt
 
     @staticmethod
@@ -277,15 +279,17 @@ class Masker:
         anchor = max(own, key=positions.__getitem__) if own else self._anchor(view, turn)
         try:
             until = view.signs.unmark(self._render(view.conversation, view.marked[: turn + 1]))
-        except CannotRender as error:
-            raise NotShown(f"the template does not take the conversation up to its end: {error}", turn) from None
+        except TemplateRenderError as error:
+            raise MaskNotFound(f"the template does not take the conversation up to its end: {error}", turn) from None
         if anchor and anchor not in until.positions:
-            raise NotShown("the template writes it differently when it is the last message", turn)
+            raise MaskNotFound("the template writes it differently when it is the last message", turn)
         position = positions[anchor] if anchor else 0
-        ending: Ending = self._endings.of_tail(until.after(anchor) if anchor else until.text, turn)
+        ending: EndOfTurn = self._endings.of_tail(until.after(anchor) if anchor else until.text, turn)
         if not view.whole.text.startswith(ending.text, position):
             shown = view.whole.text[position : position + len(ending.text)]
-            raise NotShown(f"it ends with {ending.text[-40:]!r} as the last message, with {shown[-40:]!r} here", turn)
+            raise MaskNotFound(
+                f"it ends with {ending.text[-40:]!r} as the last message, with {shown[-40:]!r} here", turn
+            )
         return position + len(ending.text)
 
     @staticmethod
@@ -295,33 +299,33 @@ class Masker:
         positions = view.whole.positions
         own = {view.signs.opening(turn), view.signs.closing(turn), view.signs.calling(turn)}
         if any(start < position < end for sign, position in positions.items() if sign not in own):
-            raise NotShown("the text of another message lies inside it", turn)
+            raise MaskNotFound("the text of another message lies inside it", turn)
         # A generation prompt can hold the first words of an answer, such as an opening <think>.
         text = view.whole.text[min(start, positions.get(view.signs.opening(turn), start)) : end]
         if not holds_all(view.conversation.messages[turn], text, turn):
             notes.add("the template leaves out a part of a turn")
 
     def _by_template(
-        self, conversation: Conversation, text: str, turns: Sequence[int], failure: Refused | None
-    ) -> Marked | Refused:
+        self, conversation: Conversation, text: str, turns: Sequence[int], failure: MaskError | None
+    ) -> MaskedText | MaskError:
         """The spans between the template's own marks, when there is one a turn and each ends as a turn must.
 
         What a mark shares with the generation prompt is given to the model, so it is left out.
         """
         marks = self._renderer.marked_spans(conversation.messages, conversation.tools, conversation.template_kwargs)
         if len(marks) != len(turns):
-            return failure or Refused(f"the template marks {len(marks)} turns of {len(turns)}")
+            return failure or MaskError(f"the template marks {len(marks)} turns of {len(turns)}")
         spans = []
         notes = set()
         for turn, (first, last) in zip(turns, marks, strict=True):
             end = first + len(text[first:last].rstrip())
             start = first + self._shared_tokens(self._endings.generation_prompt, text[first:end])
             if start >= end or not self._endings.is_end(text[start:end]):
-                return failure or Refused("the template's own marks leave out the end of a turn", turn)
+                return failure or MaskError("the template's own marks leave out the end of a turn", turn)
             try:
                 if not holds_all(conversation.messages[turn], text[start:end], turn):
                     notes.add("the template leaves out a part of a turn")
-            except NotShown as error:
-                return Refused(str(error), turn)
+            except MaskNotFound as error:
+                return MaskError(str(error), turn)
             spans.append((start, end))
-        return Marked(text, tuple(spans), "template", frozenset(notes))
+        return MaskedText(text, tuple(spans), "template", frozenset(notes))

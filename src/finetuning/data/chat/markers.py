@@ -19,7 +19,7 @@ _KINDS = 3
 
 
 @dataclass(frozen=True)
-class Unmarked:
+class StrippedText:
     """A text without its signs, and the position of each sign in it; signs that came up twice are left out."""
 
     text: str
@@ -30,13 +30,13 @@ class Unmarked:
 
 
 @dataclass(frozen=True)
-class Signs:
+class Markers:
     """One set of signs; with `first` None there are none, and every text stays as it is."""
 
     first: int | None
 
     @staticmethod
-    def absent_from(text: str, count: int) -> Signs | None:
+    def absent_from(text: str, count: int) -> Markers | None:
         """Signs for so many messages, none of which is in the text; None when there are no such."""
         for signs in _ALL:
             if count <= _PLANE_SIZE // _KINDS and (text.isascii() or not signs._any.search(text)):
@@ -61,10 +61,10 @@ class Signs:
             return list(messages)
         return [self._mark_one(message, index, openings) for index, message in enumerate(messages)]
 
-    def unmark(self, marked: str) -> Unmarked:
+    def unmark(self, marked: str) -> StrippedText:
         """The text without signs, and where they stood."""
         if self.first is None:
-            return Unmarked(marked, {})
+            return StrippedText(marked, {})
         positions: dict[str, int] = {}
         repeated = set()
         for removed, match in enumerate(self._any.finditer(marked)):
@@ -74,7 +74,7 @@ class Signs:
             positions[sign] = match.start() - removed
         for sign in repeated:
             del positions[sign]
-        return Unmarked(self._any.sub("", marked), positions)
+        return StrippedText(self._any.sub("", marked), positions)
 
     def _sign(self, index: int, kind: int) -> str:
         return "" if self.first is None else chr(self.first + _KINDS * index + kind)
@@ -100,10 +100,10 @@ class Signs:
         return marked
 
 
-_ALL = tuple(Signs(first) for first in _PLANES)
+_ALL = tuple(Markers(first) for first in _PLANES)
 SIGNS = _ALL[0]
 """Signs for texts that are known to hold none."""
-NO_SIGNS = Signs(None)
+NO_SIGNS = Markers(None)
 
 
 Span = tuple[int, int]
@@ -113,7 +113,7 @@ NOT_TAKEN = "the chat template does not take this conversation"
 
 
 @dataclass(slots=True)
-class Marked:
+class MaskedText:
     """A rendered conversation, the character spans to train on, in order, and how they were proven."""
 
     text: str
@@ -127,7 +127,7 @@ class Marked:
 
 
 @dataclass(frozen=True)
-class Refused:
+class MaskError:
     """Why no mask could be shown for a conversation; `turn` is the index of the message, where one is to blame."""
 
     reason: str
@@ -137,7 +137,7 @@ class Refused:
         return self.reason if self.turn is None else f"messages[{self.turn}]: {self.reason}"
 
 
-class NotShown(Exception):
+class MaskNotFound(Exception):
     """A span could not be shown to be right; caught in `masking`, never seen by users."""
 
     def __init__(self, reason: str, turn: int | None = None):
@@ -153,11 +153,11 @@ def holds_all(message: Message, text: str, turn: int) -> bool:
     """
     names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
     if any(name not in text for name in names):
-        raise NotShown("the template leaves out its tool calls", turn)
+        raise MaskNotFound("the template leaves out its tool calls", turn)
     content = (message.get("content") or "").strip()
     if not content or content in text:
         return True
     answer = content.rpartition("</think>")[2].strip()
     if answer and answer not in text and not names:
-        raise NotShown("the template leaves out its content", turn)
+        raise MaskNotFound("the template leaves out its content", turn)
     return False

@@ -16,7 +16,7 @@ import jinja2
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.data.samples import Conversation, Message
-from finetuning.errors import DataError, Place
+from finetuning.errors import DataError, Location
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
 
 
-class CannotRender(ValueError):
+class TemplateRenderError(ValueError):
     """The chat template refuses a conversation; the message is the template's own."""
 
 
-class Renderer:
+class TemplateRenderer:
     """Renders conversations exactly as the tokenizer's `apply_chat_template` does when the model is served."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -51,7 +51,7 @@ class Renderer:
             self.text([{"role": "user", "content": "a"}])
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
-        except CannotRender:
+        except TemplateRenderError:
             return
 
     def text(
@@ -74,11 +74,11 @@ class Renderer:
         except jinja2.TemplateSyntaxError:
             raise
         except _TEMPLATE_FAULTS as error:
-            raise CannotRender(
+            raise TemplateRenderError(
                 f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
             ) from None
 
-    def texts(self, conversations: Sequence[Conversation]) -> list[str | CannotRender]:
+    def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
         """The text of each conversation, or what the template says against it; plain ones are rendered together."""
         plain = [index for index, one in enumerate(conversations) if not one.tools and not one.template_kwargs]
         together: dict[int, str] = {}
@@ -95,10 +95,10 @@ class Renderer:
             for index, one in enumerate(conversations)
         ]
 
-    def _text_or_fault(self, one: Conversation) -> str | CannotRender:
+    def _text_or_fault(self, one: Conversation) -> str | TemplateRenderError:
         try:
             return self.text(one.messages, tools=one.tools, kwargs=one.template_kwargs)
-        except CannotRender as fault:
+        except TemplateRenderError as fault:
             return fault
 
     def marked_spans(
@@ -177,6 +177,6 @@ def chosen_template(data_conf: DataConfig) -> ChatTemplate | None:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise DataError(
-                f"{data_conf.chat_template} cannot be read: {reason}", place=Place(key="data_conf.chat_template")
+                f"{data_conf.chat_template} cannot be read: {reason}", place=Location(key="data_conf.chat_template")
             ) from None
     return ChatTemplate(None, source, tuple(data_conf.special_tokens), None)

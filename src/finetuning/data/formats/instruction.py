@@ -12,8 +12,8 @@ from finetuning.data.formats.row_format import (
     FieldError,
     Options,
     RowFormat,
-    besides_messages,
     messages_field,
+    other_fields,
     problem_of,
     require_columns,
     text_field,
@@ -37,7 +37,7 @@ def parse_alpaca(row: Row, options: Options = PLAIN) -> Conversation | Problem:
         prompt.append({"role": "user", "content": question})
         messages = [*prompt, {"role": "assistant", "content": text_field(row, "output")}]
         messages, turns = choose_turns(messages, "output", options.completions, prompt=len(prompt))
-        return Conversation(messages, turns=turns, **besides_messages(row))
+        return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
@@ -87,7 +87,7 @@ def _chat(row: Row, options: Options) -> Conversation:
     if not any(message["role"] == "assistant" for message in completion):
         raise FieldError("completion", "holds no message of the assistant")
     messages, turns = choose_turns([*prompt, *completion], "prompt + completion", options.completions, len(prompt))
-    return Conversation(messages, turns=turns, **besides_messages(row))
+    return Conversation(messages, turns=turns, **other_fields(row))
 
 
 PROMPT_COMPLETION = RowFormat("prompt_completion", PROMPT_COMPLETION_COLUMNS, parse_prompt_completion)

@@ -14,9 +14,9 @@ from finetuning.data.formats.row_format import (
     Options,
     RowFormat,
     TrainOn,
-    besides_messages,
     is_plain,
     messages_field,
+    other_fields,
     problem_of,
     require_columns,
     text_field,
@@ -102,7 +102,7 @@ _ROLES = {
 }
 
 
-def fits(values: Mapping[str, Any]) -> bool:
+def has_messages(values: Mapping[str, Any]) -> bool:
     """Whether a column has one of the names, and a list in it, or the JSON text of one."""
     return spelling(values) is not None
 
@@ -126,7 +126,7 @@ def parse_messages(row: Row, options: Options = PLAIN) -> Conversation | Problem
         if isinstance(row.values.get("system"), str) and found[0]["role"] != "system" and row.values["system"].strip():
             found = [{"role": "system", "content": text_field(row, "system")}, *found]
         messages, turns = choose_turns(found, column, options.chats)
-        return Conversation(messages, turns=turns, **besides_messages(row))
+        return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
@@ -164,4 +164,4 @@ def _calls(content: Any, key: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": call} for call in calls]
 
 
-MESSAGES = RowFormat("messages", MESSAGES_COLUMNS, parse_messages, fits)
+MESSAGES = RowFormat("messages", MESSAGES_COLUMNS, parse_messages, has_messages)

@@ -11,9 +11,9 @@ from finetuning.data.formats.row_format import (
     FieldError,
     Options,
     RowFormat,
-    besides_messages,
     check_answer,
     messages_field,
+    other_fields,
     problem_of,
     require_columns,
     text_field,
@@ -34,7 +34,7 @@ def parse_preference(row: Row, options: Options = PLAIN) -> Preference | Problem
         prompt, chosen, rejected = (messages_field(row, column) for column in PREFERENCE_COLUMNS)
         for column, messages in (("chosen_messages", chosen), ("rejected_messages", rejected)):
             check_answer(row, column, messages)
-        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **besides_messages(row))
+        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
@@ -55,7 +55,7 @@ def parse_chosen_rejected(row: Row, options: Options = PLAIN) -> Preference | Pr
             prompt, chosen, rejected, is_text = *_texts(row), True
         for column, messages in (("chosen", chosen), ("rejected", rejected)):
             check_answer(row, column, messages)
-        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, is_text=is_text, **besides_messages(row))
+        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, is_text=is_text, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 

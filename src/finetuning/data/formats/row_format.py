@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetuning.data.samples import Message, Row, json_type
-from finetuning.data.text_template import Formatter
-from finetuning.errors import Place, Problem
+from finetuning.data.text_template import TextTemplate
+from finetuning.errors import Location, Problem
 
 TrainOn = Literal["all", "assistant", "last", "completions"]
 
@@ -26,7 +26,7 @@ class Options:
     completions: TrainOn = "completions"
     """What is trained of rows whose prompt stands apart."""
     text_field: str = "text"
-    formatter: Formatter | None = None
+    formatter: TextTemplate | None = None
     """Makes the text of a row, where no column holds it."""
     response_template: str | None = None
     instruction_template: str | None = None
@@ -83,7 +83,7 @@ _KNOWN_SHAPES = {
 
 
 def problem_of(row: Row, error: FieldError) -> Problem:
-    return Problem(str(error), Place(file=row.place.file, line=row.place.line, key=error.key or None))
+    return Problem(str(error), Location(file=row.place.file, line=row.place.line, key=error.key or None))
 
 
 def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> None:
@@ -220,7 +220,7 @@ def meta_fields(row: Row) -> dict[str, Any]:
     return {key: row.values[key] for key in _META if key in row.values}
 
 
-def besides_messages(row: Row) -> dict[str, Any]:
+def other_fields(row: Row) -> dict[str, Any]:
     """What a row of messages may bring besides them, by the fields of its type: where it stands, tools, arguments of
     the chat template, and what it says of itself."""
     return {

@@ -23,7 +23,7 @@ from finetuning.data.formats.row_format import (
     tools_field,
 )
 from finetuning.data.samples import Prompt, Row, Text, TokenIds, json_type
-from finetuning.data.text_template import CannotFormat
+from finetuning.data.text_template import TextTemplateError
 from finetuning.errors import Problem
 
 TEXT_COLUMNS = ("text",)
@@ -44,7 +44,7 @@ def text_of(row: Row, options: Options) -> str:
         return text_field(row, options.text_field)
     try:
         return options.formatter(row.values, options.special_tokens)
-    except CannotFormat as error:
+    except TextTemplateError as error:
         raise FieldError("", str(error)) from None
 
 

@@ -17,39 +17,41 @@ from finetuning.data.formats.row_format import (
     FieldError,
     Options,
     RowFormat,
-    besides_messages,
     check_answer,
     label_field,
     messages_field,
+    other_fields,
     problem_of,
     require_columns,
     text_field,
 )
-from finetuning.data.samples import Preference, Rated, Row
+from finetuning.data.samples import Preference, Row, UnpairedPreference
 from finetuning.errors import Problem
 
 UNPAIRED_COLUMNS = ("prompt_messages", "completion_messages", "label")
 
 
-def parse_unpaired(row: Row, options: Options = PLAIN) -> Rated | list[Rated] | Problem:
+def parse_unpaired(row: Row, options: Options = PLAIN) -> UnpairedPreference | list[UnpairedPreference] | Problem:
     """The row's rated answer, the two of a preference, or what is wrong with the row."""
     if "completion_messages" not in row.values and PREFERENCE.is_of(row):
-        return both_answers(parse_preference(row))
+        return as_unpaired(parse_preference(row))
     try:
         require_columns(row, UNPAIRED_COLUMNS, "unpaired")
         prompt, completion = (messages_field(row, column) for column in UNPAIRED_COLUMNS[:2])
         check_answer(row, "completion_messages", completion)
-        return Rated(prompt=prompt, completion=completion, label=label_field(row), **besides_messages(row))
+        return UnpairedPreference(prompt=prompt, completion=completion, label=label_field(row), **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
 
-def both_answers(found: Preference | Problem) -> list[Rated] | Problem:
+def as_unpaired(found: Preference | Problem) -> list[UnpairedPreference] | Problem:
     """A preference as a desirable and an undesirable answer to one prompt."""
     if isinstance(found, Problem):
         return found
     return [
-        Rated(found.prompt, answer, label, found.place, found.tools, found.template_kwargs, found.meta, found.is_text)
+        UnpairedPreference(
+            found.prompt, answer, label, found.place, found.tools, found.template_kwargs, found.meta, found.is_text
+        )
         for answer, label in ((found.chosen, True), (found.rejected, False))
     ]
 
@@ -60,7 +62,7 @@ UNPAIRED = RowFormat("unpaired", UNPAIRED_COLUMNS, parse_unpaired)
 COMPLETION_LABEL_COLUMNS = ("prompt", "completion", "label")
 
 
-def parse_completion_label(row: Row, options: Options = PLAIN) -> Rated | Problem:
+def parse_completion_label(row: Row, options: Options = PLAIN) -> UnpairedPreference | Problem:
     """The row's rated answer, or what is wrong with it."""
     try:
         require_columns(row, COMPLETION_LABEL_COLUMNS, "completion_label")
@@ -71,14 +73,16 @@ def parse_completion_label(row: Row, options: Options = PLAIN) -> Rated | Proble
             prompt, completion = chat_field(row, "prompt"), chat_field(row, "completion")
             check_answer(row, "completion", completion)
         label = label_field(row)
-        return Rated(prompt=prompt, completion=completion, label=label, is_text=is_text, **besides_messages(row))
+        return UnpairedPreference(
+            prompt=prompt, completion=completion, label=label, is_text=is_text, **other_fields(row)
+        )
     except FieldError as error:
         return problem_of(row, error)
 
 
-def parse_pair(row: Row, options: Options = PLAIN) -> list[Rated] | Problem:
+def parse_pair(row: Row, options: Options = PLAIN) -> list[UnpairedPreference] | Problem:
     """The two answers of one of TRL's preferences, rated."""
-    return both_answers(parse_chosen_rejected(row, options))
+    return as_unpaired(parse_chosen_rejected(row, options))
 
 
 COMPLETION_LABEL = RowFormat("completion_label", COMPLETION_LABEL_COLUMNS, parse_completion_label)

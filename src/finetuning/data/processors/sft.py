@@ -9,31 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.data.chat.markers import Refused
+from finetuning.data.chat.markers import MaskError
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.processors.base import Example, Lost, SFTMaker, fit
+from finetuning.data.processors.base import ChatProcessor, DroppedSample, TokenizedSample, truncate
 from finetuning.data.samples import Conversation, Text, TokenIds
 from finetuning.data.statistics import TOO_LONG
-from finetuning.data.tokenization.labels import Labeller, Tokens
+from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
 PIECE = "a piece of a text that is longer than a row may be"
 NO_WORDS = "a completion without words"
 
 
 @dataclass
-class SupervisedMaker:
+class SFTProcessor:
     """Chats, texts and ready tokens to `input_ids` and `labels`; -100 labels what is not trained."""
 
-    make_chats: Callable[[], SFTMaker]
+    make_chats: Callable[[], ChatProcessor]
     """Called when the first chat comes by: texts and tokens need no chat template."""
-    labeller: Labeller
+    labeller: LabelBuilder
     eos: str | None
     vocabulary: int
     max_length: int
     truncate: bool
 
-    def __call__(self, rows: Sequence[Any]) -> list[Example | Lost]:
-        made: list[Example | Lost | None] = [None] * len(rows)
+    def __call__(self, rows: Sequence[Any]) -> list[TokenizedSample | DroppedSample]:
+        made: list[TokenizedSample | DroppedSample | None] = [None] * len(rows)
         for kind, make in ((Conversation, self._chats), (Text, self._texts), (TokenIds, self._ready)):
             places = [index for index, row in enumerate(rows) if isinstance(row, kind)]
             if places:
@@ -41,27 +41,27 @@ class SupervisedMaker:
                     made[index] = one
         return [one for one in made if one is not None]
 
-    def _chats(self, rows: Sequence[Conversation]) -> list[Example | Lost]:
+    def _chats(self, rows: Sequence[Conversation]) -> list[TokenizedSample | DroppedSample]:
         return self._chat_maker(rows)
 
     @cached_property
-    def _chat_maker(self) -> SFTMaker:
+    def _chat_maker(self) -> ChatProcessor:
         return self.make_chats()
 
-    def _texts(self, rows: Sequence[Text]) -> list[Example | Lost]:
+    def _texts(self, rows: Sequence[Text]) -> list[TokenizedSample | DroppedSample]:
         ended = [self._with_eos(row) for row in rows]
         usable = [row for row in ended if isinstance(row, Text)]
         tokenised = iter(self.labeller.encode([row.text for row in usable], [row.spans for row in usable]))
-        return [row if isinstance(row, Lost) else self._finish(row, next(tokenised)) for row in ended]
+        return [row if isinstance(row, DroppedSample) else self._finish(row, next(tokenised)) for row in ended]
 
-    def _with_eos(self, row: Text) -> Text | Lost:
+    def _with_eos(self, row: Text) -> Text | DroppedSample:
         """The row with the end-of-sequence token at its end, once, and in the span that reaches up to there."""
         if row.fault or not row.text.strip():
-            return Lost("nothing to train on", row.fault or "the text is empty")
+            return DroppedSample("nothing to train on", row.fault or "the text is empty")
         if not row.add_eos:
             return row
         if not self.eos:
-            return Lost(
+            return DroppedSample(
                 "no end of the text",
                 "the tokenizer has no end-of-sequence token; set add_eos_token: false",
                 is_bad=True,
@@ -72,9 +72,9 @@ class SupervisedMaker:
             spans = (*spans[:-1], (spans[-1][0], len(text)))
         return replace(row, text=text, spans=spans)
 
-    def _finish(self, row: Text, tokens: Tokens | Refused) -> Example | Lost:
-        fitted = fit(tokens, self.max_length, self.truncate)
-        if isinstance(fitted, Lost):
+    def _finish(self, row: Text, tokens: TokenizedText | MaskError) -> TokenizedSample | DroppedSample:
+        fitted = truncate(tokens, self.max_length, self.truncate)
+        if isinstance(fitted, DroppedSample):
             return fitted
         notes = set(row.notes | fitted.notes)
         words = "".join(row.text[start:end] for start, end in row.spans) if row.spans else row.text
@@ -94,7 +94,7 @@ class SupervisedMaker:
         divided = []
         for index, row in enumerate(rows):
             tokens = tokenised.get(index)
-            is_long = isinstance(tokens, Tokens) and len(tokens.ids) > self.max_length
+            is_long = isinstance(tokens, TokenizedText) and len(tokens.ids) > self.max_length
             divided += self._pieces(tokens.ids.tolist(), row) if is_long else (row,)
         return divided
 
@@ -102,30 +102,34 @@ class SupervisedMaker:
         pieces = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
         return [TokenIds(piece, piece, row.place, row.notes | {PIECE}) for piece in pieces]
 
-    def _ready(self, rows: Sequence[TokenIds]) -> list[Example | Lost]:
+    def _ready(self, rows: Sequence[TokenIds]) -> list[TokenizedSample | DroppedSample]:
         return [self._check_ids(row) for row in rows]
 
-    def _check_ids(self, row: TokenIds) -> Example | Lost:
+    def _check_ids(self, row: TokenIds) -> TokenizedSample | DroppedSample:
         ids = np.array(row.input_ids, dtype=np.int64)
         labels = np.array(row.labels, dtype=np.int32)
         size = len(ids)
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             worst = int(ids.max() if ids.max() >= self.vocabulary else ids.min())
-            return Lost(
+            return DroppedSample(
                 "bad row",
                 f"token {worst} is none of the tokenizer's {self.vocabulary}: prepared for another one?",
                 True,
             )
         if not (labels != UNTRAINED).any():
-            return Lost("nothing to train on", "every label is -100")
+            return DroppedSample("nothing to train on", "every label is -100")
         if size > self.max_length and not self.truncate:
-            return Lost(TOO_LONG, f"{size} tokens, the limit is {self.max_length}", is_fault=False, tokens=size)
+            return DroppedSample(
+                TOO_LONG, f"{size} tokens, the limit is {self.max_length}", is_fault=False, tokens=size
+            )
         last = int(np.flatnonzero(labels != UNTRAINED)[-1])
         ids, labels = ids[: self.max_length].astype(np.int32), labels[: self.max_length]
         trained = int(np.count_nonzero(labels != UNTRAINED))
         if not trained:
-            return Lost("nothing left to train on", f"the labels begin after {self.max_length} tokens", tokens=size)
-        return Example(
+            return DroppedSample(
+                "nothing left to train on", f"the labels begin after {self.max_length} tokens", tokens=size
+            )
+        return TokenizedSample(
             columns={"input_ids": ids, "labels": labels},
             tokens=len(ids),
             trained=trained,

@@ -8,40 +8,42 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetuning.data.chat.loss_mask import Marked, Refused
-from finetuning.data.processors.base import DPOMaker, Example, Lost, unproven
-from finetuning.data.samples import Preference, Rated
+from finetuning.data.chat.markers import MaskedText, MaskError
+from finetuning.data.processors.base import DroppedSample, PreferenceProcessor, TokenizedSample, unverified_mask
+from finetuning.data.samples import Preference, UnpairedPreference
 from finetuning.data.statistics import TOO_LONG
-from finetuning.data.tokenization.labels import Tokens
+from finetuning.data.tokenization.labels import TokenizedText
 
 if TYPE_CHECKING:
     import datasets
 
 
 @dataclass
-class UnpairedMaker(DPOMaker):
+class UnpairedProcessor(PreferenceProcessor):
     """Rated answers to `prompt_ids`, `completion_ids` and `label`, with the borders and proofs of a preference's."""
 
-    def __call__(self, rows: Sequence[Rated]) -> list[Example | Lost]:
+    def __call__(self, rows: Sequence[UnpairedPreference]) -> list[TokenizedSample | DroppedSample]:
         marked = [self._mark(row, row.completion) for row in rows]
-        shown = [one for one in marked if isinstance(one, Marked)]
+        shown = [one for one in marked if isinstance(one, MaskedText)]
         tokenised = iter(self.labeller.encode([one.text for one in shown], [one.spans for one in shown]))
         return [
-            self._rate(row, one, next(tokenised)) if isinstance(one, Marked) else unproven(one)
+            self._rate(row, one, next(tokenised)) if isinstance(one, MaskedText) else unverified_mask(one)
             for row, one in zip(rows, marked, strict=True)
         ]
 
-    def _rate(self, row: Rated, marked: Marked, tokens: Tokens | Refused) -> Example | Lost:
-        if isinstance(tokens, Refused):
-            return unproven(tokens)
+    def _rate(
+        self, row: UnpairedPreference, marked: MaskedText, tokens: TokenizedText | MaskError
+    ) -> TokenizedSample | DroppedSample:
+        if isinstance(tokens, MaskError):
+            return unverified_mask(tokens)
         prompt, completion = self._cut(tokens)
         size = len(prompt) + len(completion)
         room = size if self.max_length is None else self.max_length - len(prompt)
         if room <= 0:
-            return Lost("nothing left to train on", f"the prompt alone is {len(prompt)} tokens", tokens=size)
+            return DroppedSample("nothing left to train on", f"the prompt alone is {len(prompt)} tokens", tokens=size)
         cut = max(len(completion) - room, 0)
         notes = marked.notes | self.notices([*row.prompt, *row.completion]) | ({tokens.note} if tokens.note else set())
-        return Example(
+        return TokenizedSample(
             columns={"prompt_ids": prompt, "completion_ids": completion[:room], "label": row.label},
             tokens=min(size, len(prompt) + room),
             trained=len(completion) - cut,
@@ -53,25 +55,25 @@ class UnpairedMaker(DPOMaker):
 
 
 @dataclass
-class WholePairMaker:
-    """Preferences as `DPOMaker` makes them, but a pair that is too long is left out and not cut: a reward is read at
+class WholePairProcessor:
+    """Processes preferences like `PreferenceProcessor`, but drops pairs that are too long: a reward is read at
     the end of a whole answer."""
 
-    make: DPOMaker
+    make: PreferenceProcessor
     max_length: int | None
 
-    def __call__(self, rows: Sequence[Preference]) -> list[Example | Lost]:
+    def __call__(self, rows: Sequence[Preference]) -> list[TokenizedSample | DroppedSample]:
         return [self._unless_too_long(one) for one in self.make(rows)]
 
-    def _unless_too_long(self, one: Example | Lost) -> Example | Lost:
-        if isinstance(one, Lost) or self.max_length is None:
+    def _unless_too_long(self, one: TokenizedSample | DroppedSample) -> TokenizedSample | DroppedSample:
+        if isinstance(one, DroppedSample) or self.max_length is None:
             return one
         ids = one.columns
         size = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
         if size <= self.max_length:
             return one
         detail = f"{size} tokens, the limit is {self.max_length}"
-        return Lost(TOO_LONG, detail, is_fault=False, tokens=size)
+        return DroppedSample(TOO_LONG, detail, is_fault=False, tokens=size)
 
 
 def with_neighbours(dataset: datasets.Dataset, batch_size: int) -> datasets.Dataset:

@@ -28,14 +28,14 @@ from finetuning.data.samples import Row
 from finetuning.data.sources.hub import HubShard
 from finetuning.data.sources.json_reader import Line, read_json
 from finetuning.data.sources.tables import read_arrow, read_csv, read_parquet
-from finetuning.errors import DataError, MissingPackageError, Place, Problem
+from finetuning.errors import DataError, Location, MissingPackageError, Problem
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _CHUNK = 1 << 20
 
 
-def kind_of(path: str) -> str:
+def file_format(path: str) -> str:
     """The ending of a file's name that says what it holds, in lower case, without that of its compression.
 
     >>> kind_of("a.JSONL.gz"), kind_of("a.parquet"), kind_of("a")
@@ -46,7 +46,7 @@ def kind_of(path: str) -> str:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def open_file(path: str) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed on the way.
 
     Raises:
@@ -59,12 +59,12 @@ def opened(path: str) -> Iterator[BinaryIO]:
         try:
             yield stream  # type: ignore[misc]
         except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"the compressed file is damaged: {error}", place=Place(file=path)) from None
+            raise DataError(f"the compressed file is damaged: {error}", place=Location(file=path)) from None
         except OSError as error:
             # What bz2 raises for damaged data is a bare OSError without a number.
             if error.errno is not None:
                 raise
-            raise DataError(f"the compressed file is damaged: {error}", place=Place(file=path)) from None
+            raise DataError(f"the compressed file is damaged: {error}", place=Location(file=path)) from None
 
 
 def _zstd_opener(path: str) -> type:
@@ -72,7 +72,7 @@ def _zstd_opener(path: str) -> type:
         import zstandard
     except ImportError:
         raise MissingPackageError(
-            "reading .zst files needs the package zstandard", place=Place(file=path), hint="pip install zstandard"
+            "reading .zst files needs the package zstandard", place=Location(file=path), hint="pip install zstandard"
         ) from None
     return zstandard.open
 
@@ -100,7 +100,7 @@ def read_text(path: str, stream: BinaryIO, unit: str) -> Iterator[Row | Problem]
         try:
             line = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            place = Place(file=path, line=number)
+            place = Location(file=path, line=number)
             yield Problem(f"invalid UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})", place)
             continue
         if unit == "line" or (unit == "paragraph" and not line.strip()):
@@ -115,7 +115,7 @@ def read_text(path: str, stream: BinaryIO, unit: str) -> Iterator[Row | Problem]
 def _row(path: str, lines: list[str], first: int) -> Iterator[Row]:
     text = "".join(lines)
     if text:
-        yield Row({COLUMN: text.rstrip("\r\n")}, Place(file=path, line=first))
+        yield Row({COLUMN: text.rstrip("\r\n")}, Location(file=path, line=first))
 
 
 _ENCODINGS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
@@ -155,7 +155,7 @@ def check_source(path: str, key: str) -> None:
     Raises:
         DataError: it is missing, a folder, unreadable or empty; says the key that names it and the working directory.
     """
-    place = Place(key=key)
+    place = Location(key=key)
     if os.path.isdir(path):
         raise DataError(f"{path} is a directory; expected a file (working directory {os.getcwd()})", place=place)
     if not os.path.exists(path):
@@ -163,7 +163,7 @@ def check_source(path: str, key: str) -> None:
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: no permission to read it", place=place)
     if os.path.getsize(path) == 0:
-        raise DataError("0 rows: the file is empty", place=Place(file=path))
+        raise DataError("0 rows: the file is empty", place=Location(file=path))
 
 
 def read_rows(path: str, *, text_unit: str = "line") -> Iterator[Row | Problem]:
@@ -184,17 +184,17 @@ def _counted(path: str, rows: Iterator[Row | Problem | Line]) -> Iterator[Row | 
         count += 1
         yield row
     if count == 0:
-        raise DataError("0 rows", place=Place(file=path))
+        raise DataError("0 rows", place=Location(file=path))
 
 
 def _read(path: str, text_unit: str) -> Iterator[Row | Problem | Line]:
-    kind = kind_of(path)
+    kind = file_format(path)
     if kind in _COLUMNAR:
         if path.lower().endswith(COMPRESSED):
-            raise DataError(f"{kind} files cannot be read compressed; decompress it", place=Place(file=path))
+            raise DataError(f"{kind} files cannot be read compressed; decompress it", place=Location(file=path))
         yield from _COLUMNAR[kind](path)
         return
-    with opened(path) as stream:
+    with open_file(path) as stream:
         _check_encoding(path, stream)
         if kind in _SEPARATORS:
             yield from read_csv(path, stream, _SEPARATORS[kind])
@@ -208,7 +208,7 @@ def _check_encoding(path: str, stream: BinaryIO) -> None:
     head = stream.read(4)
     for mark, name in _ENCODINGS:
         if head.startswith(mark):
-            raise DataError(f"the file is {name}; expected UTF-8", place=Place(file=path))
+            raise DataError(f"the file is {name}; expected UTF-8", place=Location(file=path))
     stream.seek(0)
 
 
@@ -259,8 +259,8 @@ def _find(path: str, source: DatasetSource, key: str, streaming: bool) -> list[S
     elif not os.path.exists(path) and glob.has_magic(path):
         files = sorted(one for one in glob.glob(path, recursive=True) if os.path.isfile(one))
         if not files:
-            raise DataError(f"{path}: no file matches (working directory {os.getcwd()})", place=Place(key=key))
-    elif not os.path.exists(path) and _HUB_ID.fullmatch(path) and kind_of(path) not in (*TABLES, *TEXTS):
+            raise DataError(f"{path}: no file matches (working directory {os.getcwd()})", place=Location(key=key))
+    elif not os.path.exists(path) and _HUB_ID.fullmatch(path) and file_format(path) not in (*TABLES, *TEXTS):
         return [HubShard(path, source.split or "train", source.subset, source.revision, streaming)]
     else:
         files = [path]
@@ -271,7 +271,7 @@ def _find(path: str, source: DatasetSource, key: str, streaming: bool) -> list[S
 
 def _files_below(folder: Path, split: str | None, key: str) -> list[str]:
     """The data files of a folder, of one split where there are several; texts only where there is no table."""
-    place = Place(key=key)
+    place = Location(key=key)
     found = [
         path
         for path in sorted(folder.rglob("*"))
@@ -279,8 +279,8 @@ def _files_below(folder: Path, split: str | None, key: str) -> list[str]:
         and path.name not in _NO_DATA
         and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     ]
-    files = [path for path in found if kind_of(path.name) in TABLES]
-    files = files or [path for path in found if kind_of(path.name) in TEXTS]
+    files = [path for path in found if file_format(path.name) in TABLES]
+    files = files or [path for path in found if file_format(path.name) in TEXTS]
     if not files:
         raise DataError(f"{folder}: no data file in this folder; known are {', '.join((*TABLES, *TEXTS))}", place=place)
     splits = {path: _split_of(path.relative_to(folder)) for path in files}

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetuning.data.samples import Row
 from finetuning.data.sources.tables import without_nulls
-from finetuning.errors import DataError, Place
+from finetuning.errors import DataError, Location
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class HubShard:
         dataset = self._load()
         with self._faults():
             for number, values in enumerate(dataset, start=1):
-                yield Row(without_nulls(values), Place(file=self.name, line=number))
+                yield Row(without_nulls(values), Location(file=self.name, line=number))
 
     def unparsed(self) -> Iterator[Row]:
         """The rows: those of a hub dataset have nothing to parse."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from finetuning.data.samples import Row, json_type
-from finetuning.errors import DataError, Place, Problem
+from finetuning.errors import DataError, Location, Problem
 
 _READ_AHEAD = 1 << 20
 _LONGEST_WORD = 32
@@ -73,7 +73,7 @@ class _Window:
         return position - newline if newline >= 0 else self._column + position + 1
 
     def fault(self, message: str, position: int) -> DataError:
-        return DataError(message, place=Place(file=self._path, line=self.line_of(position)))
+        return DataError(message, place=Location(file=self._path, line=self.line_of(position)))
 
     def next(self, position: int) -> tuple[str, int]:
         """The first character from a position on that is not white space, and where it is; empty at the end."""
@@ -146,7 +146,7 @@ class Line(NamedTuple):
 
     def row(self) -> Row | Problem:
         """The row of the line, or what is wrong with it."""
-        place = Place(file=self.file, line=self.number)
+        place = Location(file=self.file, line=self.number)
         text = _to_text(self.data, place, self.offset)
         return text if isinstance(text, Problem) else _parse_line(text, place)
 
@@ -163,7 +163,7 @@ def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
     stream.seek(start)
     if first == b"[":
         for value, text, line in read_array(path, stream, start):
-            yield _to_row(value, text, Place(file=path, line=line))
+            yield _to_row(value, text, Location(file=path, line=line))
         return
     line = _first_line(stream) if first == b"{" else b""
     stream.seek(start)
@@ -211,7 +211,7 @@ def _read_lines(path: str, stream: Any, offset: int) -> Iterator[Line]:
         offset += len(line)
 
 
-def _parse_line(text: str, place: Place) -> Row | Problem:
+def _parse_line(text: str, place: Location) -> Row | Problem:
     try:
         values, end = _DECODER.raw_decode(text)
         if not (end == len(text) or text[end:].isspace()):
@@ -223,7 +223,7 @@ def _parse_line(text: str, place: Place) -> Row | Problem:
     return _to_row(values, text, place)
 
 
-def _parse_strictly(text: str, place: Place) -> Row | Problem:
+def _parse_strictly(text: str, place: Location) -> Row | Problem:
     """The same for a line that is no plain object at its beginning: with white space before it, or wrong."""
     try:
         values = json.loads(text.rstrip())
@@ -236,7 +236,7 @@ def _parse_strictly(text: str, place: Place) -> Row | Problem:
 
 def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
     """The row of a file that holds one object and nothing else; None for any other file."""
-    text = _to_text(data, Place(file=path, line=1), offset)
+    text = _to_text(data, Location(file=path, line=1), offset)
     if isinstance(text, Problem):
         raise DataError([text])
     position = len(text) - len(text.lstrip())
@@ -246,21 +246,21 @@ def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
         return None
     if text[end:].strip():
         return None
-    return _to_row(values, text, Place(file=path, line=1 + text.count("\n", 0, position)))
+    return _to_row(values, text, Location(file=path, line=1 + text.count("\n", 0, position)))
 
 
-def _to_text(line: bytes, place: Place, offset: int) -> str | Problem:
+def _to_text(line: bytes, place: Location, offset: int) -> str | Problem:
     if b"\0" in line:
         return Problem(f"NUL byte at byte {offset + line.index(0)}; the file is damaged or not text", place)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         line_number = (place.line or 1) + line.count(b"\n", 0, error.start)
-        where = Place(file=place.file, line=line_number)
+        where = Location(file=place.file, line=line_number)
         return Problem(f"invalid UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x})", where)
 
 
-def _to_row(values: Any, text: str, place: Place) -> Row | Problem:
+def _to_row(values: Any, text: str, place: Location) -> Row | Problem:
     if not isinstance(values, dict):
         return Problem(f"expected an object, got {json_type(values)}", place)
     # Only an escape can bring these past the UTF-8 decoder; no tokenizer takes half a pair.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetuning.data.samples import Row
-from finetuning.errors import DataError, Place, Problem
+from finetuning.errors import DataError, Location, Problem
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,7 @@ def read_parquet(path: str) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             yield from _rows(path, file.iter_batches(batch_size=_BATCH))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"no Parquet file, or a damaged one: {error}", place=Place(file=path)) from None
+        raise DataError(f"no Parquet file, or a damaged one: {error}", place=Location(file=path)) from None
 
 
 def read_arrow(path: str) -> Iterator[Row]:
@@ -42,7 +42,7 @@ def read_arrow(path: str) -> Iterator[Row]:
             else:
                 yield from _rows(path, pa.ipc.open_stream(source))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"no Arrow file, or a damaged one: {error}", place=Place(file=path)) from None
+        raise DataError(f"no Arrow file, or a damaged one: {error}", place=Location(file=path)) from None
 
 
 def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
@@ -51,7 +51,7 @@ def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
         for start in range(0, batch.num_rows, _BATCH):
             for values in batch.slice(start, _BATCH).to_pylist():
                 number += 1
-                yield Row(without_nulls(values), Place(file=path, line=number))
+                yield Row(without_nulls(values), Location(file=path, line=number))
 
 
 def without_nulls(values: Any) -> Any:
@@ -75,10 +75,10 @@ def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row 
         header = next(reader, [])
         repeated = sorted({name for name in header if header.count(name) > 1})
         if repeated:
-            raise DataError(f"the header names {', '.join(repeated)} twice", place=Place(file=path, line=1))
+            raise DataError(f"the header names {', '.join(repeated)} twice", place=Location(file=path, line=1))
         line = reader.line_num + 1
         for fields in reader:
-            place = Place(file=path, line=line)
+            place = Location(file=path, line=line)
             line = reader.line_num + 1
             if not fields:
                 continue
@@ -87,7 +87,7 @@ def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row 
             else:
                 yield Problem(f"{len(fields)} fields, where the header has {len(header)}", place)
     except csv.Error as error:
-        raise DataError(f"no valid CSV: {error}", place=Place(file=path, line=reader.line_num)) from None
+        raise DataError(f"no valid CSV: {error}", place=Location(file=path, line=reader.line_num)) from None
 
 
 def _decoded(path: str, stream: BinaryIO) -> Iterator[str]:
@@ -96,4 +96,4 @@ def _decoded(path: str, stream: BinaryIO) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             message = f"invalid UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x})"
-            raise DataError(message, place=Place(file=path, line=number)) from None
+            raise DataError(message, place=Location(file=path, line=number)) from None

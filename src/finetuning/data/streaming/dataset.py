@@ -14,13 +14,13 @@ import numpy as np
 from finetuning.config.sections.data import Concatenation, DataConfig
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.mixing import used_datasets
-from finetuning.data.open_dataset import open_dataset, title_of
+from finetuning.data.open_dataset import open_dataset, source_title
 from finetuning.data.packing import pack_rows
-from finetuning.data.preprocessor import Batch, Reading, in_batches, make_batch
-from finetuning.data.statistics import PartLedger, Totals, raise_bad_rows, totals_of, values_of
-from finetuning.data.streaming.interleave import mixed, one_after_another, shuffled
-from finetuning.data.streaming.stream_statistics import StreamLedger
-from finetuning.errors import DataError, Place
+from finetuning.data.preprocessor import Batch, Preprocessor, in_batches, make_batch
+from finetuning.data.statistics import RowCounts, SplitStatistics, counts_of, raise_bad_rows, values_of
+from finetuning.data.streaming.interleave import chain_datasets, interleave, shuffle_buffer
+from finetuning.data.streaming.stream_statistics import StreamStatistics
+from finetuning.errors import DataError, Location
 
 ENOUGH = 1000
 """Rows after which the share that is lost says something."""
@@ -68,7 +68,12 @@ class RowStream:
     """
 
     def __init__(
-        self, data_conf: DataConfig, reading: Reading, seed: int, capacity: int | None, validation: PartLedger | None
+        self,
+        data_conf: DataConfig,
+        reading: Preprocessor,
+        seed: int,
+        capacity: int | None,
+        validation: SplitStatistics | None,
     ):
         """`capacity` is that of packs; None leaves rows as they are. `reading` has read the validation rows already."""
         self._conf = data_conf
@@ -81,7 +86,7 @@ class RowStream:
         for number in range(len(self._datasets)):
             # A dataset that cannot be read is better known now than when its turn comes.
             self._open(number)
-        self.ledger = StreamLedger(Totals(_PART, reading.limit), () if validation is None else (validation,))
+        self.ledger = StreamStatistics(RowCounts(_PART, reading.limit), () if validation is None else (validation,))
         self.reach = 0
         """How many rows the trainer may have taken ahead of those that it has trained on."""
         self._blocks = self._from(Position())
@@ -120,7 +125,7 @@ class RowStream:
     def go_on(self, state: dict[str, Any], placeholders: int) -> None:
         """Goes on where `state` was taken, after `placeholders` rows without a label for a trainer to pass over."""
         position = Position(**state["position"])
-        self.ledger.restore(totals_of(state["totals"]), position.passes, state["rejects"])
+        self.ledger.restore(counts_of(state["totals"]), position.passes, state["rejects"])
         self._left_out, self._placeholders = state["left_out"], placeholders
         self._given = state["given"] + self._left_out
         self._marks.clear()
@@ -147,7 +152,7 @@ class RowStream:
             self.ledger.totals.check(self._conf.max_lost_fraction)
         if block.ends_pass:
             if not self.ledger.totals.kept:
-                raise DataError("no training row is left", place=Place(key="data_conf.training_data"))
+                raise DataError("no training row is left", place=Location(key="data_conf.training_data"))
             self.ledger.passes = block.position.passes + 1
 
     def _from(self, position: Position) -> Iterator[_Block]:
@@ -166,23 +171,23 @@ class RowStream:
         data = self._conf.training_data
         sources = [lambda number=number: self._open(number) for number in range(len(self._datasets))]
         if isinstance(data, Concatenation):
-            rows = one_after_another(sources)
+            rows = chain_datasets(sources)
         else:
             weights = [source.sampling_weight for _, source in self._datasets]
-            rows = mixed(sources, weights, data.seed + passes, data.stopping)
-        return shuffled(rows, self._conf.shuffle_buffer, (self._seed, passes))
+            rows = interleave(sources, weights, data.seed + passes, data.stopping)
+        return shuffle_buffer(rows, self._conf.shuffle_buffer, (self._seed, passes))
 
     def _open(self, number: int) -> Iterator[Any]:
         key, source = self._datasets[number]
         opened = open_dataset(source, key, self._reading.kind, self._reading.options, streaming=True)
         self._parsers[number] = opened.parse
-        self._formats[title_of(source)] = str(opened)
+        self._formats[source_title(source)] = str(opened)
         return opened.unparsed
 
     def _make(self, batch: list[tuple[int, Any]], position: Position) -> _Block:
         reading = self._reading
         parsed = reading.typed(batch, lambda numbered: self._parsers[numbered[0]](numbered[1]))
-        ledger = PartLedger(Totals(_PART, reading.limit, formats=dict(self._formats)))
+        ledger = SplitStatistics(RowCounts(_PART, reading.limit, formats=dict(self._formats)))
         made = make_batch(parsed, reading.make, ledger, reading.want)
         reading.show(made)
         reading.repeats.note_former(made.hashes, ledger)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from finetuning.data.mixing import drawn_datasets, shares
+from finetuning.data.mixing import sampled_datasets, shares
 from finetuning.errors import DataError
 
 Row = TypeVar("Row")
@@ -16,14 +16,16 @@ Open = Callable[[], Iterator[Any]]
 _END = object()
 
 
-def one_after_another(sources: Sequence[Open]) -> Iterator[tuple[int, Any]]:
+def chain_datasets(sources: Sequence[Open]) -> Iterator[tuple[int, Any]]:
     """All rows of all datasets, each with the number of its dataset."""
     for number, source in enumerate(sources):
         for row in source():
             yield number, row
 
 
-def mixed(sources: Sequence[Open], weights: Sequence[float], seed: int, stopping: str) -> Iterator[tuple[int, Any]]:
+def interleave(
+    sources: Sequence[Open], weights: Sequence[float], seed: int, stopping: str
+) -> Iterator[tuple[int, Any]]:
     """The rows of `mixing.weighted_mix`, in its order; all weights are above 0.
 
     Raises:
@@ -35,7 +37,7 @@ def mixed(sources: Sequence[Open], weights: Sequence[float], seed: int, stopping
     if takes_turns:
         rounds: Iterator[Sequence[int]] = (range(len(streams)) for _ in count())
     else:
-        blocks = drawn_datasets(shares(weights), seed)
+        blocks = sampled_datasets(shares(weights), seed)
         rounds = ((int(number),) for block in blocks for number in block)
     for numbers in rounds:
         for number in numbers:
@@ -65,7 +67,7 @@ class _Repeated:
         return row
 
 
-def shuffled(rows: Iterator[Row], size: int, seed: Sequence[int]) -> Iterator[Row]:
+def shuffle_buffer(rows: Iterator[Row], size: int, seed: Sequence[int]) -> Iterator[Row]:
     """The rows, each drawn out of the next `size` that are still to come; in their order for a size of 1.
 
     The same rows, size and seed give the same order. No more than `size` rows are held.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource
 from finetuning.data import mixing
-from finetuning.data.prepared import PreparedData, checked_sources, fingerprint_of, inputs_for
-from finetuning.data.preprocessor import Reading, to_dataset
+from finetuning.data.prepared import PreparedData, cache_key_for, checked_sources, fingerprint_of
+from finetuning.data.preprocessor import Preprocessor, to_dataset
 from finetuning.data.sources import FileShard, Shard, find_shards
 from finetuning.data.statistics import raise_bad_rows
 from finetuning.data.streaming.dataset import RowStream
@@ -24,7 +24,7 @@ _EDGE = 1 << 20
 
 def stream_rows(
     data_conf: DataConfig,
-    reading: Reading,
+    reading: Preprocessor,
     tokenizer: PreTrainedTokenizerFast,
     rules: dict[str, Any],
     seed: int,
@@ -48,7 +48,7 @@ def stream_rows(
     reading.problems.clear()
     reading.preview.clear()
     stream = RowStream(data_conf, reading, seed, capacity, ledger)
-    inputs = replace(inputs_for(data_conf, tokenizer, rules), data=_sketches(sources))
+    inputs = replace(cache_key_for(data_conf, tokenizer, rules), data=_sketches(sources))
     held = data_conf.shuffle_buffer
     order = "in the order of their files" if held == 1 else f"each drawn out of the next {held:,}"
     return PreparedData(

@@ -7,20 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.data.statistics import REJECTS_NAME, Ledger, PartLedger, Totals, reject_lines, write_report
+from finetuning.data.statistics import (
+    REJECTS_NAME,
+    DatasetStatistics,
+    RowCounts,
+    SplitStatistics,
+    reject_lines,
+    write_report,
+)
 
 
-class StreamLedger:
+class StreamStatistics:
     """What has become of the rows so far. Rows that were cut or dropped go into the file of rejects, and are not held.
 
     Where that is, `write` says before the first row is given; a process that never calls it writes no rejects.
     """
 
-    def __init__(self, totals: Totals, others: Sequence[PartLedger]):
+    def __init__(self, totals: RowCounts, others: Sequence[SplitStatistics]):
         self.totals = totals
         self.passes = 0
         """Passes over the data that have ended; rows are counted in the first."""
-        self._others = Ledger(tuple(others))
+        self._others = DatasetStatistics(tuple(others))
         self._head = "".join(line for part in others for line in reject_lines(part)).encode()
         self._waiting = b""
         self._folder: Path | None = None
@@ -29,7 +36,7 @@ class StreamLedger:
         self.rejects = len(self._head)
         """Bytes of the file of rejects."""
 
-    def fold(self, block: PartLedger) -> None:
+    def fold(self, block: SplitStatistics) -> None:
         """Counts the fates of further rows."""
         self.totals.add(block.totals)
         self._waiting = "".join(reject_lines(block)).encode()
@@ -37,7 +44,7 @@ class StreamLedger:
         if self._path is not None:
             self._append(self._path)
 
-    def restore(self, totals: Totals, passes: int, rejects: int) -> None:
+    def restore(self, totals: RowCounts, passes: int, rejects: int) -> None:
         """Goes on from former totals, and from a file of rejects of so many bytes."""
         self.totals, self.passes = totals, passes
         self.rejects = self._kept = rejects

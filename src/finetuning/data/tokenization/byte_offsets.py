@@ -29,7 +29,7 @@ _SPACE = "▁"
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-class Spelling:
+class TokenBytes:
     """Bytes by token.
 
     A text whose bytes are those of its tokens, one after another, is cut between tokens at exactly the sums of their
@@ -47,7 +47,7 @@ class Spelling:
         return b"".join(self._tokens[ids].tolist()) == text
 
 
-def spelling_of(backend: Tokenizer) -> Spelling | None:
+def token_bytes_of(backend: Tokenizer) -> TokenBytes | None:
     """The bytes of each token; None where the tokenizer does not decode token by token, byte by byte."""
     bytes_of = _reading(backend)
     if bytes_of is None:
@@ -58,7 +58,7 @@ def spelling_of(backend: Tokenizer) -> Spelling | None:
         tokens[index] = bytes_of(token) or _NO_TEXT
     for index, token in backend.get_added_tokens_decoder().items():
         tokens[index] = _NO_TEXT if _SPACE in token.content else token.content.encode() or _NO_TEXT
-    return Spelling(tokens)
+    return TokenBytes(tokens)
 
 
 def _reading(backend: Tokenizer) -> Callable[[str], bytes] | None:
@@ -111,7 +111,7 @@ _LAST_INSIDE = -65
 
 
 @dataclass(frozen=True)
-class Flat:
+class TokenLayout:
     """Texts by their tokens; those that the tokens do not spell byte for byte have no spans here."""
 
     ids: np.ndarray
@@ -132,12 +132,12 @@ class Flat:
     """Of each span, whether it is not empty and tokens begin and end where it does."""
 
 
-def lay_out(
+def layout_tokens(
     texts: Sequence[str],
     rows: Iterable[Sequence[Sequence[int]]],
     spans: Iterable[Sequence[Span] | None],
-    spelling: Spelling,
-) -> Flat:
+    spelling: TokenBytes,
+) -> TokenLayout:
     """Texts with the ids of their tokens, which come in groups, and their spans; None for spans stands for all of a
     text, and counts as none here."""
     ids, firsts = _end_to_end(rows)
@@ -157,7 +157,7 @@ def lay_out(
     labels = _labels(ids, places)
     inside = (places - firsts[owners]).reshape(-1, 2)
     places = places.reshape(-1, 2)
-    return Flat(ids, labels, firsts, is_whole, kept, places, inside, is_met & (places[:, 0] < places[:, 1]))
+    return TokenLayout(ids, labels, firsts, is_whole, kept, places, inside, is_met & (places[:, 0] < places[:, 1]))
 
 
 def _end_to_end(groups: Iterable[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.chat.markers import Refused, Span
-from finetuning.data.tokenization.byte_offsets import Flat, Spelling, lay_out, spelling_of
+from finetuning.data.chat.markers import MaskError, Span
+from finetuning.data.tokenization.byte_offsets import TokenBytes, TokenLayout, layout_tokens, token_bytes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ in the processor's cache, which is some percent faster than 1,024 at once."""
 
 
 @dataclass(slots=True)
-class Tokens:
+class TokenizedText:
     """Token ids, int32, and the runs [first, last) of them that are trained."""
 
     ids: np.ndarray
@@ -52,7 +52,7 @@ class Tokens:
         return labels
 
 
-class Labeller:
+class LabelBuilder:
     """Tokenises batches of rendered texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -66,7 +66,7 @@ class Labeller:
         texts: Sequence[str],
         spans: Sequence[Sequence[Span] | None],
         heads: Sequence[Sequence[str]] | None = None,
-    ) -> list[Tokens | Refused]:
+    ) -> list[TokenizedText | MaskError]:
         """The tokens of each text; None for spans trains on all of them. `heads` are those of `Marked`.
 
         The beginning-of-sequence token is there once: as the text has it, else in front where the tokenizer adds one.
@@ -80,13 +80,15 @@ class Labeller:
         ):
             results[index] = result
         for index, result in enumerate(results):
-            if isinstance(result, Refused):
+            if isinstance(result, MaskError):
                 results[index] = self._in_pieces(texts[index], spans[index] or ())
             else:
                 results[index] = self._with_bos(texts[index], result, spans[index] is None)
         return results
 
-    def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Tokens | Refused]:
+    def _by_offsets(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]
+    ) -> list[TokenizedText | MaskError]:
         if not texts:
             return []
         encodings = self._encode(texts)
@@ -96,23 +98,23 @@ class Labeller:
 
     def _by_bytes(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], heads: Sequence[Sequence[str]]
-    ) -> list[Tokens | None]:
+    ) -> list[TokenizedText | None]:
         """The tokens of each text that they spell byte for byte, with a border at each border of its spans."""
-        flat = lay_out(texts, self._ids(texts), spans, self._spelling)
+        flat = layout_tokens(texts, self._ids(texts), spans, self._spelling)
         runs, shown = list(map(tuple, flat.inside.tolist())), self._served(flat, heads)
-        results: list[Tokens | None] = []
+        results: list[TokenizedText | None] = []
         used = 0
         for index, (first, end) in enumerate(pairwise(flat.firsts.tolist())):
             ids = flat.ids[first:end]
             if spans[index] is None or not flat.is_whole[index]:
-                results.append(Tokens(ids, ((0, end - first),), None, ids) if flat.is_whole[index] else None)
+                results.append(TokenizedText(ids, ((0, end - first),), None, ids) if flat.is_whole[index] else None)
                 continue
             until = used + len(flat.spans[index])
             own = tuple(runs[used:until])
             fits = all(shown[used:until]) or (
                 flat.is_exact[used:until].all() and self._all_served(texts[index], ids.tolist(), flat.spans[index], own)
             )
-            results.append(Tokens(ids, own, None, flat.labels[first:end]) if fits else None)
+            results.append(TokenizedText(ids, own, None, flat.labels[first:end]) if fits else None)
             used = until
         return results
 
@@ -121,7 +123,7 @@ class Labeller:
             group = texts[first : first + _AT_ONCE]
             yield [one.ids for one in self._backend.encode_batch_fast(group, add_special_tokens=False)]
 
-    def _served(self, flat: Flat, heads: Sequence[Sequence[str]]) -> list[bool]:
+    def _served(self, flat: TokenLayout, heads: Sequence[Sequence[str]]) -> list[bool]:
         """Of each span, whether it is exact and the tokens before it are those of its head; False where that has to be
         looked up in the text."""
         named = list(
@@ -173,9 +175,9 @@ class Labeller:
         return batch.encodings
 
     @cached_property
-    def _spelling(self) -> Spelling | None:
+    def _spelling(self) -> TokenBytes | None:
         self._encode(["a"])
-        return spelling_of(self._backend)
+        return token_bytes_of(self._backend)
 
     @cached_property
     def _added_bos(self) -> int | None:
@@ -184,35 +186,35 @@ class Labeller:
         ids = self._tokenizer("a", verbose=False)["input_ids"]
         return bos if bos is not None and ids[:1] == [bos] else None
 
-    def _with_bos(self, text: str, tokens: Tokens, trained: bool) -> Tokens:
+    def _with_bos(self, text: str, tokens: TokenizedText, trained: bool) -> TokenizedText:
         if self._added_bos is None or text.startswith(self._tokenizer.bos_token):
             return tokens
         ids = np.concatenate([np.array([self._added_bos], dtype=np.int32), tokens.ids])
         runs = ((0, len(ids)),) if trained else tuple((first + 1, last + 1) for first, last in tokens.runs)
-        return Tokens(ids, runs, tokens.note)
+        return TokenizedText(ids, runs, tokens.note)
 
-    def _align(self, text: str, encoding: Any, spans: Sequence[Span] | None) -> Tokens | Refused:
+    def _align(self, text: str, encoding: Any, spans: Sequence[Span] | None) -> TokenizedText | MaskError:
         """The runs of tokens that cover the spans exactly, by the tokenizer's own offsets."""
         ids = np.array(encoding.ids, dtype=np.int32)
         if spans is None:
-            return Tokens(ids, ((0, len(ids)),))
+            return TokenizedText(ids, ((0, len(ids)),))
         runs = []
         for start, end in spans:
             first = _token_from(encoding, start, end)
             if first is None:
-                return Refused("a turn has no token")
+                return MaskError("a turn has no token")
             begins, _ = encoding.token_to_chars(first)
             # The white space in front of a word belongs to its token; some tokenizers leave it out of the offsets.
             if begins != start and (begins < start or text[start:begins].strip()):
-                return Refused("a token reaches over the beginning of a turn")
+                return MaskError("a token reaches over the beginning of a turn")
             if text[start - 1 : start].isspace() and not self._is_served(text[:start], encoding.ids[:first]):
-                return Refused("the prompt alone has other tokens")
+                return MaskError("the prompt alone has other tokens")
             last = _token_from(encoding, end, len(text))
             last = len(ids) if last is None else last
             if last <= first or encoding.token_to_chars(last - 1)[1] > end or _begins(encoding, last, end) < end:
-                return Refused("a token reaches over the end of a turn")
+                return MaskError("a token reaches over the end of a turn")
             runs.append((first, last))
-        return Tokens(ids, tuple(runs))
+        return TokenizedText(ids, tuple(runs))
 
     def _is_served(self, prompt: str, ids: list[int]) -> bool:
         """Whether the tokens before a turn are those of the prompt alone, which the served model is given.
@@ -238,12 +240,12 @@ class Labeller:
         return re.compile("|".join(re.escape(name) for name in names)) if names else None
 
     def _prove(
-        self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], results: list[Tokens | Refused]
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None], results: list[TokenizedText | MaskError]
     ) -> None:
         """Decodes each run and refuses the rows whose run is not its span."""
         runs, wanted, owners = [], [], []
         for index, result in enumerate(results):
-            if isinstance(result, Tokens) and spans[index] is not None:
+            if isinstance(result, TokenizedText) and spans[index] is not None:
                 ids = result.ids.tolist()
                 for (first, last), (start, end) in zip(result.runs, spans[index], strict=True):
                     runs.append(ids[first:last])
@@ -252,7 +254,7 @@ class Labeller:
         decoded = self._backend.decode_batch(runs, skip_special_tokens=False)
         for run, text, shown, owner in zip(runs, wanted, decoded, owners, strict=True):
             if shown != text and not self._is_same(run, text, shown):
-                results[owner] = Refused(f"the trained tokens spell {shown[:60]!r}, the turn is {text[:60]!r}")
+                results[owner] = MaskError(f"the trained tokens spell {shown[:60]!r}, the turn is {text[:60]!r}")
 
     def _is_same(self, run: list[int], text: str, shown: str) -> bool:
         """Whether a run stands for a text by the tokenizer's own rules.
@@ -275,7 +277,7 @@ class Labeller:
         ids = self._encode(["a a"])[0].ids
         return bool(ids) and self.decode(ids[-1:]) == "a" and self.decode(ids) == "a a"
 
-    def _in_pieces(self, text: str, spans: Sequence[Span]) -> Tokens | Refused:
+    def _in_pieces(self, text: str, spans: Sequence[Span]) -> TokenizedText | MaskError:
         """The tokens of a text that is cut at the borders of its spans, if they still spell the text."""
         borders = [0, *(position for span in spans for position in span), len(text)]
         pieces = [text[start:end] for start, end in pairwise(borders)]
@@ -287,11 +289,11 @@ class Labeller:
                 runs.append((len(ids), len(ids) + len(piece)))
                 shown = self.decode(piece)
                 if shown != pieces[index] and not self._is_same(piece, pieces[index], shown):
-                    return Refused(f"the trained tokens spell {shown[:60]!r}, the turn is {pieces[index][:60]!r}")
+                    return MaskError(f"the trained tokens spell {shown[:60]!r}, the turn is {pieces[index][:60]!r}")
             ids.extend(piece)
         if self.decode(ids) != self.decode(self._encode([text])[0].ids):
-            return Refused("a token reaches over the beginning of a turn, and the text cannot be cut there")
-        return self._with_bos(text, Tokens(np.array(ids, dtype=np.int32), tuple(runs), CUT_AT_BORDER), False)
+            return MaskError("a token reaches over the beginning of a turn, and the text cannot be cut there")
+        return self._with_bos(text, TokenizedText(np.array(ids, dtype=np.int32), tuple(runs), CUT_AT_BORDER), False)
 
 
 def _begins(encoding: Any, token: int, default: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from finetuning.errors import ModelError
-from finetuning.export.merge.deltas import Edit, LowRank, Replace, SetRows, ShiftBias
+from finetuning.export.merge.deltas import BiasUpdate, Edit, LowRankUpdate, ReplaceRows, ReplaceWeight
 from finetuning.export.safetensors_writer import read_into
 from finetuning.model.safetensors_io import TensorEntry
 
@@ -53,18 +53,18 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def apply_edits(name: str, weight: torch.Tensor, edits: Sequence[Edit]) -> torch.Tensor:
+def apply_deltas(name: str, weight: torch.Tensor, edits: Sequence[Edit]) -> torch.Tensor:
     """The tensor after its edits; `weight` is changed in place where its shape allows.
 
     Raises:
         ModelError: the result is not finite.
     """
     for edit in edits:
-        if isinstance(edit, Replace):
+        if isinstance(edit, ReplaceWeight):
             weight = load(edit.value).to(weight.dtype)
-        elif isinstance(edit, SetRows):
+        elif isinstance(edit, ReplaceRows):
             weight.index_copy_(0, torch.tensor(edit.rows), load(edit.value).to(weight.dtype))
-        elif isinstance(edit, ShiftBias):
+        elif isinstance(edit, BiasUpdate):
             weight = (weight + _raised(edit.value) * edit.scaling).to(weight.dtype)
         elif edit.magnitude is not None:
             _add_dora(weight, edit)
@@ -74,7 +74,7 @@ def apply_edits(name: str, weight: torch.Tensor, edits: Sequence[Edit]) -> torch
     return weight
 
 
-def _add_lora(weight_OI: torch.Tensor, edit: LowRank) -> None:
+def _add_lora(weight_OI: torch.Tensor, edit: LowRankUpdate) -> None:
     a_rI, b_Or = _raised(edit.a), _raised(edit.b)
     if edit.transposed:
         delta_IO = torch.mm(b_Or, a_rI).mul_(edit.scaling).t()
@@ -90,7 +90,7 @@ def _add_lora(weight_OI: torch.Tensor, edit: LowRank) -> None:
         weight_OI[rows].add_(scratch.to(weight_OI.dtype))
 
 
-def _add_dora(weight: torch.Tensor, edit: LowRank) -> None:
+def _add_dora(weight: torch.Tensor, edit: LowRankUpdate) -> None:
     """DoRA: each output's row of weight plus delta is brought to the trained length."""
     delta = torch.mm(_raised(edit.b), _raised(edit.a)).mul_(edit.scaling)
     magnitude = _raised(edit.magnitude)

@@ -17,14 +17,14 @@ from finetuning.model.safetensors_io import TensorEntry
 
 
 @dataclass(frozen=True)
-class Replace:
+class ReplaceWeight:
     """The tensor becomes that of the adapter: modules_to_save, trained biases, saved embeddings."""
 
     value: TensorEntry
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankUpdate:
     """LoRA: `scaling * B_Or @ A_rI` is added; transposed where the base stores its weight as (I, O) or (V, H)."""
 
     a: TensorEntry
@@ -37,7 +37,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class ShiftBias:
+class BiasUpdate:
     """`scaling * value` is added: the bias of LoRA's B."""
 
     value: TensorEntry
@@ -45,14 +45,14 @@ class ShiftBias:
 
 
 @dataclass(frozen=True)
-class SetRows:
+class ReplaceRows:
     """The rows of some tokens become those of the adapter."""
 
     value: TensorEntry
     rows: tuple[int, ...]
 
 
-Edit = Replace | LowRank | ShiftBias | SetRows
+Edit = ReplaceWeight | LowRankUpdate | BiasUpdate | ReplaceRows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def why_not_streamed(adapter: Adapter) -> NeedsPeft | None:
     return None
 
 
-def read_edits(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | NeedsPeft:
+def read_deltas(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | NeedsPeft:
     """The edits of each tensor, by the tensor's name in the model (without PEFT's prefix), in the order of doing.
 
     Raises:
@@ -128,17 +128,17 @@ def read_edits(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | Nee
             parts.setdefault(match["module"], {})["magnitude"] = entry
         elif match := _TOKENS.match(name):
             rows = _token_rows(adapter.config, match["module"], entry)
-            edits.setdefault(f"{match['module']}.weight", []).append(SetRows(entry, rows))
+            edits.setdefault(f"{match['module']}.weight", []).append(ReplaceRows(entry, rows))
         elif "lora_" in name or "trainable_tokens" in name:
             return NeedsPeft(f"its tensor {key} is of a kind that streaming does not know")
         elif not _is_repeated(name, entry, adapter.entries):
-            edits.setdefault(plain_name(name), []).insert(0, Replace(entry))
+            edits.setdefault(plain_name(name), []).insert(0, ReplaceWeight(entry))
     if any(
         len(part.shape) != 2 for pair in parts.values() for kind, part in pair.items() if kind in ("lora_A", "lora_B")
     ):
         return NeedsPeft("it adapts convolutions")
     _add_low_rank(adapter, model_type, parts, edits)
-    mixed = [name for name, todo in edits.items() if {SetRows, LowRank} <= {type(edit) for edit in todo}]
+    mixed = [name for name, todo in edits.items() if {ReplaceRows, LowRankUpdate} <= {type(edit) for edit in todo}]
     return NeedsPeft(f"{mixed[0]} has both LoRA and trained tokens") if mixed else edits
 
 
@@ -175,10 +175,10 @@ def _add_low_rank(
             )
         is_embedding = "embedding" in pair
         transposed = is_embedding or bool(adapter.config.get("fan_in_fan_out")) or model_type in _CONV1D_MODELS
-        edit = LowRank(a, b, scaling, transposed, pair.get("magnitude"), is_embedding)
+        edit = LowRankUpdate(a, b, scaling, transposed, pair.get("magnitude"), is_embedding)
         edits.setdefault(f"{module}.weight", []).append(edit)
         if "bias" in pair:
-            edits.setdefault(f"{module}.bias", []).append(ShiftBias(pair["bias"], scaling))
+            edits.setdefault(f"{module}.bias", []).append(BiasUpdate(pair["bias"], scaling))
 
 
 def scaling_of(config: Mapping[str, Any], module: str) -> tuple[int, float]:

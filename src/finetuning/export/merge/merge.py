@@ -9,17 +9,17 @@ from typing import Any
 
 from finetuning.atomic_io import refuse_occupied, staged
 from finetuning.errors import ModelError
-from finetuning.export.auxiliary_files import tokenizer_folder, write_companions
+from finetuning.export.auxiliary_files import tokenizer_folder, write_auxiliary_files
 from finetuning.export.inputs import Adapter, BaseModel, folder_of, read_adapter, read_base
 from finetuning.export.merge.deltas import NeedsPeft
 from finetuning.export.merge.merge_plan import MergePlan, plan_merge
 from finetuning.export.merge.shard_stream import Progress, write_merged
-from finetuning.export.merge.verification import Certificate, certify, require_memory
+from finetuning.export.merge.verification import MergeVerification, require_memory, verify_merge
 from finetuning.export.merge.with_peft import (
     DeviceMap,
     check_device_map,
+    check_mergeable,
     merge_with_peft,
-    refuse_unmergeable,
 )
 from finetuning.export.safetensors_writer import require_room
 from finetuning.model import fingerprint
@@ -35,7 +35,7 @@ class MergeResult:
     out: Path
     num_bytes: int
     streamed: bool
-    certificate: Certificate | None
+    certificate: MergeVerification | None
 
 
 def merge_adapters(
@@ -66,7 +66,7 @@ def merge_adapters(
     plan = plan_merge(base, adapters, force=force)
     if isinstance(plan, NeedsPeft):
         for adapter in adapters:
-            refuse_unmergeable(adapter)
+            check_mergeable(adapter)
     if verify or isinstance(plan, NeedsPeft):
         check_device_map(device_map)
     for note in (*plan.notes, *_other_name(base, adapters[0])):
@@ -80,7 +80,7 @@ def merge_adapters(
         num_rows = _write_model(base, adapters, plan, folder, given, device_map, progress)
         if verify:
             tell("verifying: the merged model against base and adapter")
-            certificate = certify(
+            certificate = verify_merge(
                 base, adapters, folder, device_map=device_map, base_fingerprint=known_base, num_rows=num_rows
             )
             _tell_what_is_lost(certificate, tell)
@@ -106,11 +106,11 @@ def _write_model(
         changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
     else:
         num_rows = merge_with_peft(base, adapters, folder, tokenizer, device_map)
-    write_companions(folder, base, folders, tokenizer, changes, num_rows)
+    write_auxiliary_files(folder, base, folders, tokenizer, changes, num_rows)
     return num_rows
 
 
-def _tell_what_is_lost(certificate: Certificate, tell: Callable[[str], None]) -> None:
+def _tell_what_is_lost(certificate: MergeVerification, tell: Callable[[str], None]) -> None:
     if certificate.lost_share > _MOST_LOST:
         tell(
             f"warning: rounding to {certificate.dtype} loses {certificate.lost_share:.0%} of what the adapter changes;"

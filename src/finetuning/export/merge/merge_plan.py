@@ -9,7 +9,15 @@ from typing import Any
 
 from finetuning.errors import ModelError, Problem
 from finetuning.export.inputs import Adapter, BaseModel
-from finetuning.export.merge.deltas import Edit, LowRank, NeedsPeft, Replace, SetRows, ShiftBias, read_edits
+from finetuning.export.merge.deltas import (
+    BiasUpdate,
+    Edit,
+    LowRankUpdate,
+    NeedsPeft,
+    ReplaceRows,
+    ReplaceWeight,
+    read_deltas,
+)
 from finetuning.export.safetensors_writer import same_bytes
 
 _HEADS = ("lm_head", "embed_out")
@@ -48,7 +56,7 @@ def plan_merge(base: BaseModel, adapters: Sequence[Adapter], *, force: bool = Fa
     shapes = {name: entry.shape for name, entry in base.entries.items()}
     notes: list[str] = []
     for adapter in adapters:
-        found = read_edits(adapter, str(base.config.get("model_type", "")))
+        found = read_deltas(adapter, str(base.config.get("model_type", "")))
         if isinstance(found, NeedsPeft):
             return found
         names = _names_in_files(base, found)
@@ -62,7 +70,7 @@ def plan_merge(base: BaseModel, adapters: Sequence[Adapter], *, force: bool = Fa
             shape = shapes.get(target) or shapes[_embedding_name(base)]
             for edit in todo:
                 fitted = _fit(edit, name, shape, adapter)
-                shape = fitted.value.shape if isinstance(fitted, Replace) else shape
+                shape = fitted.value.shape if isinstance(fitted, ReplaceWeight) else shape
                 edits[target] = (*edits.get(target, ()), fitted)
             shapes[target] = shape
     changed_shapes = {n: s for n, s in shapes.items() if n not in base.entries or s != base.entries[n].shape}
@@ -131,20 +139,20 @@ def _fit(edit: Edit, name: str, shape: tuple[int, ...], adapter: Adapter) -> Edi
         ModelError: the shapes do not fit.
     """
     wrong = None
-    if isinstance(edit, LowRank):
+    if isinstance(edit, LowRankUpdate):
         delta = (edit.b.shape[0], edit.a.shape[1])
         if edit.is_embedding or delta[0] != delta[1]:
             transposed = edit.is_embedding or (delta != shape and delta[::-1] == shape)
             edit = replace(edit, transposed=transposed)
         if (delta[::-1] if edit.transposed else delta) != shape:
             wrong = delta
-    elif isinstance(edit, Replace):
+    elif isinstance(edit, ReplaceWeight):
         # More rows than the base has is a grown vocabulary.
         if edit.value.shape != shape and not (
             is_vocabulary(name) and edit.value.shape[1:] == shape[1:] and edit.value.shape[0] > shape[0]
         ):
             wrong = edit.value.shape
-    elif isinstance(edit, ShiftBias):
+    elif isinstance(edit, BiasUpdate):
         wrong = edit.value.shape if edit.value.shape != shape else None
     elif edit.value.shape[1:] != shape[1:] or max(edit.rows) >= shape[0]:
         wrong = edit.value.shape
@@ -169,7 +177,7 @@ def _check_coverage(
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
         return []
-    adapted = {names[name] for name, todo in found.items() if any(isinstance(edit, LowRank) for edit in todo)}
+    adapted = {names[name] for name, todo in found.items() if any(isinstance(edit, LowRankUpdate) for edit in todo)}
     kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in adapted}
     left_out = sorted(n for n in base.entries if n not in adapted and re.sub(r"\.\d+\.", ".*.", n) in kinds)
     if not left_out:
@@ -217,15 +225,15 @@ def _stay_tied(embedding: Sequence[Edit], head: Sequence[Edit], *, grown: bool) 
     if not embedding and not head:
         return True
     if not head:
-        return grown or all(isinstance(edit, SetRows) for edit in embedding)
+        return grown or all(isinstance(edit, ReplaceRows) for edit in embedding)
     return len(embedding) == len(head) and all(map(_is_same, embedding, head))
 
 
 def _is_same(one: Edit, other: Edit) -> bool:
     """True when both put the same values into the same rows."""
-    if isinstance(one, Replace) and isinstance(other, Replace):
+    if isinstance(one, ReplaceWeight) and isinstance(other, ReplaceWeight):
         return same_bytes(one.value, other.value)
-    if isinstance(one, SetRows) and isinstance(other, SetRows):
+    if isinstance(one, ReplaceRows) and isinstance(other, ReplaceRows):
         return one.rows == other.rows and same_bytes(one.value, other.value)
     return False
 

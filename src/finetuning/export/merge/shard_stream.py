@@ -20,7 +20,7 @@ import torch
 
 from finetuning.atomic_io import flush
 from finetuning.export.inputs import BaseModel
-from finetuning.export.merge.apply import DTYPES, apply_edits, load, raw_bytes
+from finetuning.export.merge.apply import DTYPES, apply_deltas, load, raw_bytes
 from finetuning.export.merge.deltas import Edit
 from finetuning.export.merge.merge_plan import MergePlan
 from finetuning.export.safetensors_writer import OutputTensor, copied, read_metadata, write_tensor_file
@@ -93,7 +93,7 @@ class _Ahead:
 
 
 def _compute(name: str, entry: TensorEntry, edits: tuple[Edit, ...], memory: torch.Tensor) -> memoryview:
-    return raw_bytes(apply_edits(name, load(entry, memory), edits))
+    return raw_bytes(apply_deltas(name, load(entry, memory), edits))
 
 
 def _output(name: str, entry: TensorEntry, plan: MergePlan, ahead: _Ahead) -> OutputTensor:

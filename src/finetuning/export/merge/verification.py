@@ -109,7 +109,7 @@ _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11,
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """How far one set of logits is from a reference. Logits in nats; `relative` is of the reference's spread."""
 
     max_logit_difference: float
@@ -119,7 +119,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class MergeVerification:
     """What was compared, what came out, and what was allowed."""
 
     passed: bool
@@ -127,8 +127,8 @@ class Certificate:
     num_prompts: int
     num_positions: int
     """Tokens whose logits were compared; of a model that scores, the prompts' scores."""
-    merged_against_adapter: Difference
-    base_against_adapter: Difference
+    merged_against_adapter: LogitDifference
+    base_against_adapter: LogitDifference
     """What the adapter changes: the measure of the difference above."""
     logit_spread: float
     tolerance: float
@@ -149,7 +149,7 @@ class Certificate:
         )
 
 
-def certify(
+def verify_merge(
     base: BaseModel,
     adapters: Sequence[Adapter],
     merged: Path,
@@ -157,7 +157,7 @@ def certify(
     device_map: DeviceMap = None,
     base_fingerprint: str = "not recorded at training",
     num_rows: int | None = None,
-) -> Certificate:
+) -> MergeVerification:
     """The certificate of the model in `merged`, also written there as merge_certificate.json.
 
     `num_rows`: rows of the merged input embeddings, which an adapter may have grown.
@@ -202,14 +202,14 @@ def certify(
     return certificate
 
 
-def compare(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], spread: float) -> Difference:
+def compare(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], spread: float) -> LogitDifference:
     """The difference of logits_TV from reference logits_TV, over all positions of all prompts."""
     import torch
 
     squares = [(mine - ref).square() for mine, ref in zip(found, reference, strict=True)]
     kl = [_kl(mine, ref) for mine, ref in zip(found, reference, strict=True)]
     same = [mine.argmax(-1) == ref.argmax(-1) for mine, ref in zip(found, reference, strict=True)]
-    return Difference(
+    return LogitDifference(
         max_logit_difference=max(square.max().item() for square in squares) ** 0.5,
         rms_relative=torch.cat([s.flatten() for s in squares]).mean().item() ** 0.5 / max(spread, 1e-12),
         mean_kl=max(torch.cat(kl).mean().item(), 0.0),
@@ -247,14 +247,14 @@ def require_memory(base: BaseModel) -> None:
 
 
 def _judge(
-    found: Difference,
-    effect: Difference,
+    found: LogitDifference,
+    effect: LogitDifference,
     dtype: str,
     layers: int,
     spread: float,
     reference: Sequence[torch.Tensor],
     base_fingerprint: str,
-) -> Certificate:
+) -> MergeVerification:
     tolerance = tolerance_of(dtype, layers)
     largest = max((logits - logits.mean(-1, keepdim=True)).abs().max().item() for logits in reference)
     allowed = {
@@ -268,7 +268,7 @@ def _judge(
         for name, limit in allowed.items()
         if not values[name] <= limit
     ]
-    return Certificate(
+    return MergeVerification(
         passed=not problems,
         dtype=dtype,
         num_prompts=len(reference),

@@ -15,7 +15,7 @@ from finetuning.export.merge.merge_plan import is_vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from finetuning.model.load import Head
+    from finetuning.model.load import TaskHead
 
 DeviceMap = str | dict[str, Any] | None
 _MADE_ANEW = {
@@ -44,7 +44,7 @@ def check_device_map(device_map: DeviceMap) -> None:
             ) from error
 
 
-def refuse_unmergeable(adapter: Adapter) -> None:
+def check_mergeable(adapter: Adapter) -> None:
     """Nothing, or a ModelError when adapters of this type cannot become part of a model's weights."""
     if adapter.peft_type in _MADE_ANEW:
         raise _unmergeable(adapter, _MADE_ANEW[adapter.peft_type])
@@ -62,13 +62,13 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
 
 
-def head_for(base: BaseModel, adapters: Sequence[Adapter]) -> Head:
+def head_for(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:
     """The head of the merged model: an adapter for a reward model brings its own."""
-    from finetuning.model.load import SCORE, head_of
+    from finetuning.model.load import SCORE, task_head_of
 
     if any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
         return SCORE
-    return head_of(base.config.get("architectures") or ())
+    return task_head_of(base.config.get("architectures") or ())
 
 
 def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
@@ -169,7 +169,7 @@ def merge_with_peft(
 ) -> int:
     """Writes the merged weights and config; returns the rows of the input embeddings."""
     for adapter in adapters:
-        refuse_unmergeable(adapter)
+        check_mergeable(adapter)
     model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
     if not model.can_generate() and tokenizer is not None and model.config.pad_token_id is None:
         from transformers import AutoTokenizer

@@ -18,7 +18,7 @@ from typing import Any
 from finetuning.atomic_io import refuse_occupied, staged
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ModelError, StorageError
-from finetuning.export.auxiliary_files import largest_id
+from finetuning.export.auxiliary_files import max_token_id
 from finetuning.export.inputs import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -308,7 +308,7 @@ def why_layers_are_needed(config_file: str, folder: Path) -> str | None:
         saved = [
             e.shape[0] for n, e in read_header(folder / ADAPTER_WEIGHTS).items() if n.endswith("embed_tokens.weight")
         ]
-        largest = largest_id(folder)
+        largest = max_token_id(folder)
         if rows and (any(count > rows for count in saved) or (largest is not None and largest >= rows)):
             return f"the vocabulary grew beyond the base's {rows} rows; {_MERGE}"
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.reader import read_document
-from finetuning.data.sources.files import kind_of
+from finetuning.data.sources.files import file_format
 from finetuning.errors import ConfigError, Problem
 
 _PROCESSOR = {
@@ -173,7 +173,7 @@ def _check_builder(reader: _Reader, builder: Any, paths: Sequence[str], path: Se
         return
     every = {ending for endings in _BUILDERS.values() for ending in endings}
     for one in paths:
-        ending = kind_of(one)
+        ending = file_format(one)
         told = ending in _BUILDERS[builder] or (builder == "json" and ending not in every)
         if not told and not os.path.isdir(one):
             wanted = " or ".join(_BUILDERS[builder])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.config.yaml.reader import parse_document, read_document
 from finetuning.errors import ConfigError
 from finetuning.importers.translation import Translation
@@ -31,7 +31,7 @@ class JobLaunch:
     notes: tuple[str, ...] = ()
 
 
-def read_job(environ: Mapping[str, str] = os.environ) -> Document:
+def read_job(environ: Mapping[str, str] = os.environ) -> ConfigDocument:
     """The job's JSON: the encoded text wins over the path; an empty variable is none.
 
     Raises:
@@ -57,7 +57,7 @@ def _decode(value: str) -> str:
         raise ConfigError(f"{JSON_TEXT} is no base64 of UTF-8 text") from None
 
 
-def plan_launch(job: Document, gpus: int, environ: Mapping[str, str] = os.environ) -> JobLaunch:
+def plan_launch(job: ConfigDocument, gpus: int, environ: Mapping[str, str] = os.environ) -> JobLaunch:
     """The processes that a job asks for.
 
     As many as there are GPUs, unless SET_NUM_PROCESSES_TO_NUM_GPUS is false; then, and without GPUs, num_processes of

@@ -10,9 +10,9 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from finetuning.config.pretrained_config import model_config, quantised_by
+from finetuning.config.pretrained_config import quantization_method, read_pretrained_config
 from finetuning.config.sections.tracking import NAMES
-from finetuning.config.yaml.document import Document
+from finetuning.config.yaml.document import ConfigDocument
 from finetuning.importers.fms import keys
 from finetuning.importers.fms.data_section import handlers_limit, put_data
 from finetuning.importers.translation import Readers, Translation
@@ -80,7 +80,7 @@ def _put_quantisation(out: Translation, method: str) -> None:
         if str(out.get("torch_dtype", "")).removeprefix("torch.") != "float16" or not out.truth("fp16", False):
             out.wrong("auto_gptq", "needs torch_dtype: float16 and fp16: true")
         model = str(out.get("model_name_or_path"))
-        if model_config(model) is not None and quantised_by(model) != "gptq":
+        if read_pretrained_config(model) is not None and quantization_method(model) != "gptq":
             out.wrong("auto_gptq", f"needs a GPTQ checkpoint, and {model} is none")
         out.note(
             "auto_gptq", "the checkpoint's own GPTQ settings are used, by gptqmodel: pip install 'finetuning[gptq]'"
@@ -193,7 +193,7 @@ def _put_metadata(out: Translation) -> None:
     out.put("tracking.exp_metadata", told or None)
 
 
-def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Translation:
+def to_experiment(job: ConfigDocument, readers: Readers, *, processes: int = 1) -> Translation:
     """The values of our YAML, of the method sft, and notes on what could not be carried over.
 
     Args:
@@ -203,7 +203,7 @@ def to_experiment(job: Document, readers: Readers, *, processes: int = 1) -> Tra
         ConfigError: every unknown key, with the nearest known one, and everything that is refused.
     """
     out = Translation(job)
-    out.refuse_unknown(keys.KNOWN | set(readers.training_fields()))
+    out.refuse_unknown(keys.SUPPORTED | set(readers.training_fields()))
     _refuse(out)
     out.put("method", "sft")
     put_data(out, readers)

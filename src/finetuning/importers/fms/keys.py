@@ -111,7 +111,7 @@ BESIDE: dict[str, str] = {
     "num_eval_dataset_shards": "do_dataprocessing_only",
 }
 """Keys that say how something refused is done, and what that is."""
-KNOWN = (
+SUPPORTED = (
     TRAINING
     | LORA
     | set(PROMPT_DEFAULTS)

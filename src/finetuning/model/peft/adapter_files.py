@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetuning.errors import ModelError, Place
+from finetuning.errors import Location, ModelError
 from finetuning.model import fingerprint
 from finetuning.model.safetensors_io import read_header
 
@@ -38,7 +38,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_same_tensors(model: Any, folder: Path, place: Place | None = None) -> None:
+def check_same_tensors(model: Any, folder: Path, place: Location | None = None) -> None:
     """Nothing when the adapter's file and the adapter on the model hold the same tensors.
 
     Raises:
@@ -59,7 +59,7 @@ def check_same_tensors(model: Any, folder: Path, place: Place | None = None) -> 
             )
 
 
-def check_same_base(model: Any, folder: Path, place: Place | None = None) -> None:
+def check_same_base(model: Any, folder: Path, place: Location | None = None) -> None:
     """Nothing when the adapter was trained on this model, or does not say on which.
 
     Raises:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
-from finetuning.errors import ModelError, Place
-from finetuning.model.embeddings import Vocabulary
+from finetuning.errors import Location, ModelError
+from finetuning.model.embeddings import EmbeddingInfo
 from finetuning.model.peft.adapter_files import check_same_base, check_same_tensors, digests
 from finetuning.model.peft.target_modules import resolve_targets
-from finetuning.model.quantization import is_quantised
-from finetuning.model.resolve import locate
+from finetuning.model.quantization import is_quantized
+from finetuning.model.resolve import resolve_model
 
 if TYPE_CHECKING:
     import peft
@@ -26,7 +26,7 @@ NEEDS_TASK_IDS = ("MULTITASK_PROMPT_TUNING", "POLY")
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModel:
     """The model that is trained, and how much of it is."""
 
     model: Any
@@ -47,14 +47,14 @@ class Adapted:
         return f"{what}: {self.trainable:,} of {self.total:,} weights are trained ({share:.3g} %)"
 
 
-def build(
+def build_adapter(
     model: PreTrainedModel,
     conf: NoPeft | PretrainedPeft | NewPeft,
     *,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: EmbeddingInfo | None = None,
     total_steps: int | None = None,
     autocast_adapter_dtype: bool = True,
-) -> Adapted:
+) -> AdaptedModel:
     """The model to train, with its adapter on.
 
     `total_steps` is filled in for the types that plan over the whole run (ADALORA). `autocast_adapter_dtype` keeps
@@ -64,10 +64,10 @@ def build(
         ModelError: the adapter does not fit the model, or its type, arguments or target modules do not exist.
     """
     if isinstance(conf, NoPeft):
-        if is_quantised(model):
+        if is_quantized(model):
             raise ModelError(
                 "quantised weights cannot be trained themselves",
-                place=Place(key="peft_conf.peft_type"),
+                place=Location(key="peft_conf.peft_type"),
                 hint="Choose an adapter, such as LORA, or remove quant_conf.",
             )
         return _adapted(model, None, {}, ())
@@ -91,13 +91,13 @@ def make_peft_config(
     model: PreTrainedModel,
     conf: NewPeft,
     *,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: EmbeddingInfo | None = None,
     total_steps: int | None = None,
 ) -> peft.PeftConfig:
     """The PEFT config of a new adapter, checked against the model, with the rows of new tokens made trainable.
 
     Raises:
-        ModelError: as `build`.
+        ModelError: as `build_adapter`.
     """
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -108,13 +108,13 @@ def make_peft_config(
         near = get_close_matches(name, known, 1)
         raise ModelError(
             f"PEFT has no adapter type {conf.peft_type!r}",
-            place=Place(key="peft_conf.peft_type"),
+            place=Location(key="peft_conf.peft_type"),
             hint=f"Did you mean {near[0]}?" if near else "See `python -c 'import peft; print(list(peft.PeftType))'`.",
         )
     if name in NEEDS_TASK_IDS:
         raise ModelError(
             f"{name} wants a task id with each row, which training rows here do not carry",
-            place=Place(key="peft_conf.peft_type"),
+            place=Location(key="peft_conf.peft_type"),
             hint="LORA or PROMPT_TUNING learn one task without it.",
         )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
@@ -125,7 +125,7 @@ def make_peft_config(
             near = get_close_matches(key, known_fields, 1)
             raise ModelError(
                 f"{name} has no argument {key!r}",
-                place=Place(key=f"{_KWARGS}.{key}"),
+                place=Location(key=f"{_KWARGS}.{key}"),
                 hint=f"Did you mean {near[0]}?" if near else None,
             )
     kwargs = resolve_targets(model, kwargs, place=_KWARGS, is_prompt=_is_prompt(config_class))
@@ -142,7 +142,7 @@ def make_peft_config(
 
 
 def _train_new_tokens(
-    model: PreTrainedModel, name: str, config_class: type, kwargs: dict[str, Any], vocabulary: Vocabulary
+    model: PreTrainedModel, name: str, config_class: type, kwargs: dict[str, Any], vocabulary: EmbeddingInfo
 ) -> dict[str, Any]:
     """The arguments with the least added that trains the new tokens' rows, input and output."""
     input_name, output_name = _embedding_names(model)
@@ -164,7 +164,7 @@ def _train_new_tokens(
     tied = ", whose input and output embeddings are tied" if vocabulary.is_tied else ""
     raise ModelError(
         f"{name} cannot train the rows of {len(ids)} new tokens of this model{tied}",
-        place=Place(key="peft_conf.peft_type"),
+        place=Location(key="peft_conf.peft_type"),
         hint="Use LORA or NO_PEFT, or a chat template whose tokens the tokenizer already has.",
     )
 
@@ -178,13 +178,13 @@ def _embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
 
 
 def _continue(
-    model: PreTrainedModel, conf: PretrainedPeft, vocabulary: Vocabulary | None, autocast_adapter_dtype: bool
-) -> Adapted:
+    model: PreTrainedModel, conf: PretrainedPeft, vocabulary: EmbeddingInfo | None, autocast_adapter_dtype: bool
+) -> AdaptedModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    place = Place(key="peft_conf.name_or_path")
-    location = locate(conf.name_or_path, "adapter", key=place.key)
+    place = Location(key="peft_conf.name_or_path")
+    location = resolve_model(conf.name_or_path, "adapter", key=place.key)
     if vocabulary is not None and vocabulary.new_ids:
         raise ModelError(
             f"{len(vocabulary.new_ids)} tokens are new to the tokenizer; the adapter {location} cannot train them",
@@ -227,7 +227,7 @@ def _show_bias(wrapped: Any) -> None:
         head.register_parameter("bias", None)
 
 
-def _refuse_pickle(folder: Path, place: Place) -> None:
+def _refuse_pickle(folder: Path, place: Location) -> None:
     if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"{folder} holds a pickled adapter (adapter_model.bin), which can run code when it is opened",
@@ -244,17 +244,19 @@ def _is_prompt(config_class: type) -> bool:
 
 def _friendly(error: Exception, name: str) -> ModelError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ModelError(f"{name} refuses this: {' '.join(line.strip() for line in lines[:3])}", place=Place(key=_KWARGS))
+    return ModelError(
+        f"{name} refuses this: {' '.join(line.strip() for line in lines[:3])}", place=Location(key=_KWARGS)
+    )
 
 
-def _notes(config: peft.PeftConfig, vocabulary: Vocabulary | None) -> tuple[str, ...]:
+def _notes(config: peft.PeftConfig, vocabulary: EmbeddingInfo | None) -> tuple[str, ...]:
     notes = []
     if vocabulary is not None and vocabulary.new_ids:
         notes.append(f"the rows of {len(vocabulary.new_ids)} new tokens are trained and saved with the adapter")
     return tuple(notes)
 
 
-def _adapted(model: Any, config: Any, initial: dict[str, str], notes: tuple[str, ...]) -> Adapted:
+def _adapted(model: Any, config: Any, initial: dict[str, str], notes: tuple[str, ...]) -> AdaptedModel:
     def count(parameter: Any) -> int:
         # 4 bit weights hold two numbers a byte, ZeRO-3 shards hold none.
         if hasattr(parameter, "ds_numel"):
@@ -264,4 +266,4 @@ def _adapted(model: Any, config: Any, initial: dict[str, str], notes: tuple[str,
 
     parameters = list(model.parameters())
     trainable = sum(count(parameter) for parameter in parameters if parameter.requires_grad)
-    return Adapted(model, config, trainable, sum(map(count, parameters)), initial, notes)
+    return AdaptedModel(model, config, trainable, sum(map(count, parameters)), initial, notes)

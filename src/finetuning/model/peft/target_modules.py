@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from finetuning.errors import ModelError, Place
+from finetuning.errors import Location, ModelError
 from finetuning.model.quantization import is_packed, linear_layers
 
 ALL_LINEAR = "all-linear"
@@ -39,14 +39,14 @@ def resolve_targets(
     for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
         wanted = resolved.get(key)
         if isinstance(wanted, str) and wanted != ALL_LINEAR and key == "target_modules":
-            _check_pattern(wanted, names, Place(key=f"{place}.{key}"))
+            _check_pattern(wanted, names, Location(key=f"{place}.{key}"))
         elif isinstance(wanted, (list, tuple)):
             for name in wanted:
-                _check_name(str(name), names, Place(key=f"{place}.{key}"))
+                _check_name(str(name), names, Location(key=f"{place}.{key}"))
     return resolved
 
 
-def _check_pattern(pattern: str, names: list[str], place: Place) -> None:
+def _check_pattern(pattern: str, names: list[str], place: Location) -> None:
     try:
         found = any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
@@ -59,7 +59,7 @@ def _check_pattern(pattern: str, names: list[str], place: Place) -> None:
         )
 
 
-def _check_name(wanted: str, names: list[str], place: Place) -> None:
+def _check_name(wanted: str, names: list[str], place: Location) -> None:
     if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
         raise ModelError(f"the model has no module {wanted!r}", place=place, hint=_nearest(wanted, names))
 

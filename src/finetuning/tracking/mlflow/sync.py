@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import ConfigError, Place
+from finetuning.errors import ConfigError, Location
 from finetuning.tracking.mlflow.mlflow_process import start_worker
 from finetuning.tracking.mlflow.queue_file import Delivery, delivery_path, latest_run, read_orders, spools, whole_bytes
 
@@ -43,7 +43,7 @@ def sync_run(folder: Path, *, patience_s: float = 30.0) -> list[SyncResult]:
     """
     found = spools(folder) if folder.is_dir() else []
     if not found:
-        raise ConfigError("no run with an MLflow spool here; nothing to send", place=Place(file=str(folder)))
+        raise ConfigError("no run with an MLflow spool here; nothing to send", place=Location(file=str(folder)))
     return [_sync(spool, patience_s) for spool in found]
 
 

@@ -37,7 +37,7 @@ from finetuning.tracking.mlflow.queue_file import (
     set_aside,
 )
 from finetuning.tracking.settings import TrackingPlan
-from finetuning.tracking.tracker import FigureNames, LogEvent, Sink, totals
+from finetuning.tracking.tracker import LogEvent, MetricNames, Tracker, totals
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class TrackingEnd:
     reason: str | None = None
 
 
-class MlflowTracker(Sink):
+class MlflowTracker(Tracker):
     """One MLflow run, for the main process of a job.
 
     `finish` ends it. Closed as a sink, or never finished because the process died, it is left to the worker.
@@ -74,7 +74,7 @@ class MlflowTracker(Sink):
         self._plan = plan
         self._writer = writer
         self._process = process
-        self._figures = FigureNames()
+        self._figures = MetricNames()
         self._next_look = time.monotonic() + _FIRST_LOOK_S
         self._told = False
         self._finished = False

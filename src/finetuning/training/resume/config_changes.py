@@ -16,12 +16,12 @@ from pydantic import BaseModel
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.section_tree import members, sections_of
 from finetuning.config.yaml.dump import dump_values
-from finetuning.errors import CheckpointError, Place, Problem
+from finetuning.errors import CheckpointError, Location, Problem
 from finetuning.plan.plan import Plan
 from finetuning.training.output_dir import installed_versions
 
 if TYPE_CHECKING:
-    from finetuning.data.prepared import Fingerprint
+    from finetuning.data.prepared import DataFingerprint
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -158,7 +158,7 @@ _DURATION = ("training_args.max_steps", "training_args.num_train_epochs")
 
 
 @dataclass(frozen=True)
-class Difference:
+class ConfigDifference:
     """One thing that is not what it was when the checkpoint was made."""
 
     key: str
@@ -178,13 +178,13 @@ class Difference:
         back = "Put it back" if self.is_known else "Go on with the version that saved the checkpoint"
         return Problem(
             f"{checkpoint} was made otherwise: {self}, {changes}",
-            Place(key=self.key),
+            Location(key=self.key),
             f"{back}, or name it in run_conf.allow_changed: [{self.key}].",
         )
 
 
 @dataclass(frozen=True)
-class Terms:
+class ResumeTerms:
     """What a run's checkpoints are made under, and what of it a resumed run does otherwise than the checkpoint's."""
 
     contract: dict[str, Any]
@@ -194,11 +194,13 @@ class Terms:
 
     def bind(self, trainer: Any) -> None:
         """Has the trainer write the contract into its checkpoints, and apply what has changed."""
-        trainer.companions[CONTRACT_NAME] = contract_text(self.contract)
+        trainer.companions[CONTRACT_NAME] = run_config_text(self.contract)
         trainer.applies_settings = self.applies
 
 
-def agree(experiment: Experiment, plan: Plan, data: Fingerprint, checkpoint: Path | None) -> Terms:
+def compare_with_checkpoint(
+    experiment: Experiment, plan: Plan, data: DataFingerprint, checkpoint: Path | None
+) -> ResumeTerms:
     """The terms of a run that goes on from a checkpoint, or starts afresh.
 
     Raises:
@@ -207,13 +209,13 @@ def agree(experiment: Experiment, plan: Plan, data: Fingerprint, checkpoint: Pat
     from finetuning.model.fingerprint import can_fingerprint, fingerprint
 
     folder = Path(experiment.run_conf.model)
-    contract = make_contract(experiment, plan, data, fingerprint(folder) if can_fingerprint(folder) else None)
+    contract = make_run_config(experiment, plan, data, fingerprint(folder) if can_fingerprint(folder) else None)
     if checkpoint is None:
-        return Terms(contract)
+        return ResumeTerms(contract)
     return compare(checkpoint, contract, experiment)
 
 
-def make_contract(experiment: Experiment, plan: Plan, data: Fingerprint, base: object) -> dict[str, Any]:
+def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, base: object) -> dict[str, Any]:
     """Plain values by dotted key: the config, and fingerprints of what it names.
 
     Args:
@@ -236,23 +238,23 @@ def make_contract(experiment: Experiment, plan: Plan, data: Fingerprint, base: o
     return values | {f"versions.{name}": version for name, version in installed_versions().items()}
 
 
-def contract_text(contract: Mapping[str, Any]) -> str:
+def run_config_text(contract: Mapping[str, Any]) -> str:
     """The contract as it stands in a checkpoint."""
     return json.dumps(contract, indent=1, sort_keys=True, default=str) + "\n"
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment) -> list[Difference]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment) -> list[ConfigDifference]:
     """What differs, by key, each with its effect on the curve.
 
     A field that the contract's version of the engine did not know differs where it is not at its default: the default
     of a new field does what was done without it.
     """
-    before, now = item_by_item(before, json.loads(contract_text(now)))
-    defaults = json.loads(contract_text(dict(defaults_unknown_to(before, experiment))))
+    before, now = item_by_item(before, json.loads(run_config_text(now)))
+    defaults = json.loads(run_config_text(dict(defaults_unknown_to(before, experiment))))
     before |= {key: value for key, value in defaults.items() if key in now}
     constant = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
     return [
-        Difference(
+        ConfigDifference(
             key, before.get(key), now.get(key), _effect(key, constant), key in now or is_known(type(experiment), key)
         )
         for key in sorted({*before, *now})
@@ -260,7 +262,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: E
     ]
 
 
-def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> Terms:
+def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> ResumeTerms:
     """What may differ between a checkpoint's contract and this run's, and does.
 
     What `run_conf.allow_changed` names may change though it changes the curve; `versions` allows all below it.
@@ -271,12 +273,12 @@ def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> Te
     try:
         before = json.loads((checkpoint / CONTRACT_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return Terms(now, (f"{checkpoint.name} does not say what it was made under: nothing was compared",))
+        return ResumeTerms(now, (f"{checkpoint.name} does not say what it was made under: nothing was compared",))
     found = differences(before, now, experiment)
     problems = [
         Problem(
             f"{checkpoint.name} does not fit: {difference}",
-            Place(key=difference.key),
+            Location(key=difference.key),
             "A checkpoint cannot be carried over such a change: start afresh in another output_dir.",
         )
         for difference in found
@@ -299,7 +301,7 @@ def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> Te
         for difference in found
         if difference.effect == "safe" and not difference.is_known
     ]
-    return Terms(now, tuple(notes), applies=bool(changed))
+    return ResumeTerms(now, tuple(notes), applies=bool(changed))
 
 
 _SAID = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.atomic_io import MANIFEST, manifest_fault
-from finetuning.errors import CheckpointError, Place
+from finetuning.errors import CheckpointError, Location
 
 _KEY = "run_conf.resume_from_checkpoint"
 _STATE, _OPTIMIZER = "trainer_state.json", ("optimizer.pt", "optimizer.bin")
@@ -42,7 +42,7 @@ def find_resume_point(output_dir: Path, wanted: bool | str) -> ResumePoint:
     if isinstance(wanted, str) and wanted.lower() not in ("auto", "true"):
         fault = _fault(Path(wanted))
         if fault:
-            raise CheckpointError(f"cannot resume from {wanted}: {fault}", place=Place(key=_KEY))
+            raise CheckpointError(f"cannot resume from {wanted}: {fault}", place=Location(key=_KEY))
         return ResumePoint(Path(wanted))
     notes = []
     for checkpoint in checkpoints_of(output_dir):
@@ -55,7 +55,7 @@ def find_resume_point(output_dir: Path, wanted: bool | str) -> ResumePoint:
         found = f" ({'; '.join(notes)})" if notes else ""
         raise CheckpointError(
             f"no whole checkpoint in {output_dir}{found}",
-            place=Place(key=_KEY),
+            place=Location(key=_KEY),
             hint="auto starts afresh when none is.",
         )
     return ResumePoint(None, tuple(notes))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STREAM_NAME = "stream.json"
 
 
-class FollowStream(TrainerCallback):
+class StreamStateCallback(TrainerCallback):
     """Has each checkpoint say where the stream stood, and the report what became of its rows by then."""
 
     def __init__(self, trainer: Any, stream: RowStream, rows_a_step: int, output_dir: Path):
@@ -65,7 +65,7 @@ class FollowStream(TrainerCallback):
             self._stream.ledger.write(self._output_dir)
 
 
-def follow_stream(
+def attach_stream_state(
     trainer: Any, data: PreparedData, rows_a_step: int, output_dir: Path, checkpoint: Path | None
 ) -> None:
     """Puts the stream where a checkpoint left it, and has the trainer's own say where it stands; nothing for rows that
@@ -74,7 +74,7 @@ def follow_stream(
         return
     # One step, and one batch that the loader fetches ahead of it.
     data.train.reach = 2 * rows_a_step
-    follow = FollowStream(trainer, data.train, rows_a_step, output_dir)
+    follow = StreamStateCallback(trainer, data.train, rows_a_step, output_dir)
     if checkpoint is not None:
         follow.go_on(checkpoint)
     trainer.add_callback(follow)
