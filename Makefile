@@ -10,7 +10,7 @@ PIP_OPTIONS ?= $(if $(CI),--quiet)
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test coverage check lint typecheck spelling docs-site metrics lint-containers audit format \
+.PHONY: help venv quickstart test coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -54,6 +54,10 @@ docs-site: venv ## build the documentation site; warnings are errors
 	$(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt -r docs/requirements.txt
 	$(PYTHON) -m mkdocs build --strict
 
+docs-serve: venv ## show the documentation site and rebuild it on changes
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt -r docs/requirements.txt
+	$(PYTHON) -m mkdocs serve --strict
+
 metrics: venv ## measure the code base against its bounds
 	$(PYTHON) scripts/metrics.py
 
@@ -79,6 +83,7 @@ schema: venv ## generate docs/schema from the config models
 docs: schema ## generate every generated page
 	$(PYTHON) -m finetuning.config.schema.reference docs/reference/config.md
 	$(PYTHON) -m finetuning.plan.compatibility docs/reference/support.md
+	$(PYTHON) scripts/command_reference.py docs/reference/commands.md
 
 golden: venv ## regenerate the golden losses, after an intended change of numerics
 	PYTHONPATH=tests $(PYTHON) tests/golden/golden_runs.py

@@ -83,4 +83,4 @@ def test_the_schema_refuses_what_is_wrong(check: Callable, sft_text: str) -> Non
 
 def test_the_reference_is_fresh() -> None:
     written = (ROOT / "docs" / "reference" / "config.md").read_text(encoding="utf-8")
-    assert written == reference(), "run: python -m finetuning.config.schema.reference docs/reference/config.md"
+    assert written == reference(), "run: make docs"

@@ -197,7 +197,7 @@ def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
 def test_memory_in_the_header_follows_from_the_recipe(path: Path) -> None:
     header = header_of(path)
     written = re.match(
-        r"([\d.]+) GB = ([\d.]+) weights \+ ([\d.]+) what is trained \+ ([\d.]+) activations", header["Memory"]
+        r"([\d.]+) GB = ([\d.]+) weights \+ ([\d.]+) trained parameters \+ ([\d.]+) activations", header["Memory"]
     )
     computed = memory_gb(experiment_of(path))
     assert [float(number) for number in written.groups()] == pytest.approx([sum(computed), *computed], abs=0.051)
