@@ -22,8 +22,8 @@ Every key of the YAML with its type, its default and what it does. Keys marked *
 that all algorithms share are described once, under `finetuning sft`; the other algorithms list what is different.
 
 An unlisted key is an error, with three exceptions that pass through to a library and are checked against its installed
-version: `training_args` accepts every field of the trainer's config, `model_args` every argument of `from_pretrained` and
-every key of the model's config, and `peft_kwargs` the arguments of the chosen adapter type.
+version: `training_args` accepts every field of the trainer's config, `model_args` every argument of `from_pretrained`
+and every key of the model's config, and `peft_kwargs` the arguments of the chosen adapter type.
 
 Any key can be set on the command line by its dotted path, for example `training_args.learning_rate=1e-4`.
 """
