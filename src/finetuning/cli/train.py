@@ -84,7 +84,6 @@ def _run(
     topology: ProcessTopology,
     tracking: TrackingPlan,
 ) -> int:
-    from finetuning.cli.imports import leave_out_unused
     from finetuning.config.yaml.dump import dump_yaml
     from finetuning.report.console import configure_logging
     from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
@@ -93,7 +92,6 @@ def _run(
 
     check_save_model_dir(experiment)
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
-    leave_out_unused(experiment)
     observer = RunReporter(experiment, method.name, topology, tracking)
     result = run(
         TrainingJob(
