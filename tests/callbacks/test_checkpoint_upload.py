@@ -76,8 +76,8 @@ def test_each_checkpoint_of_a_run_reaches_the_store_whole(train: Any, sft_values
         for name, entry in entries.items():
             assert store.info(f"runs/colours/{folder}/{name}")["size"] == entry["bytes"]
     record = json.loads((run.output_dir / "run.json").read_text())
-    assert record["copied"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-final"]
-    assert record["not_copied"] == []
+    assert record["uploaded_checkpoints"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-final"]
+    assert record["upload_errors"] == []
     kept = run.output_dir / "checkpoint-3" / "model.safetensors"
     assert store.cat("runs/colours/checkpoint-3/model.safetensors") == kept.read_bytes()
     assert not list(run.output_dir.glob(".*copying*"))
@@ -91,7 +91,7 @@ def test_a_store_that_fails_costs_a_warning(
     assert main(["sft", str(config)]) == 0
     assert "checkpoint-1 is not copied to" in caplog.text
     out = tmp_path / "out"
-    assert "checkpoint-final is not copied to" in json.loads((out / "run.json").read_text())["not_copied"][-1]
+    assert "checkpoint-final is not copied to" in json.loads((out / "run.json").read_text())["upload_errors"][-1]
     assert f"nothing to {tmp_path}/a-file; checkpoint-final is not copied" in capsys.readouterr().out
     assert not list(out.glob(".*copying*"))
 

@@ -79,7 +79,7 @@ def test_one_process_that_runs_out_of_memory_goes_on_in_smaller_pieces(
     small, told, codes = run(changes, ["", SMALL.replace("MOST", "1").replace("PASS", where)])
     assert codes == [0, 0], told
     assert logged_losses(small) == pytest.approx(logged_losses(enough), abs=2e-5)
-    [division] = json.loads((small / "run.json").read_text())["memory"]["divisions"]
+    [division] = json.loads((small / "run.json").read_text())["memory"]["oom_retries"]
     assert division.startswith("process 1, step 2: out of memory with 2 rows at a time; from here on 1")
 
 

@@ -25,12 +25,12 @@ RECORD: dict[str, Any] = {
     "engine": "finetuning 1",
     "model": {"name": "/models/tiny", "fingerprint": "llama 1", "layout": "padded"},
     "plan": {"batch": {"total": 8, "per_device": 2, "reason": "divides"}, "learning_rate": 0.1, "steps": {"total": 9}},
-    "data": {"ledger": [{"part": "training", "rows": 12, "kept": 10, "truncated": 1, "dropped": {"empty": 2}}]},
+    "data": {"statistics": [{"part": "training", "rows": 12, "kept": 10, "truncated": 1, "dropped": {"empty": 2}}]},
     "jobs": [{"started": "2026-01-01T10:00:00Z", "ended": "2026-01-01T11:05:00Z", "command": ["/x/finetuning", "sft"]}],
     "artifact": {"kind": "adapter", "folder": "out/final", "checks": ["all values finite"], "stop_tokens": "eos"},
     "warnings": [HOSTILE],
 }
-for _part in RECORD["data"]["ledger"]:
+for _part in RECORD["data"]["statistics"]:
     _part |= {"tokens": 1000, "trained_tokens": 400, "noticed": {}}
 
 
@@ -71,7 +71,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps({**RECORD, **record}))
         (folder / "config.resolved.yaml").write_text(f"training_args:\n  learning_rate: {len(name)}\n")
-        (folder / "first_rows.txt").write_text(
+        (folder / "preview.txt").write_text(
             f"--- rows.jsonl:1 (row): 9 tokens, 3 trained\nQ {HOSTILE}\nA ⟦yes⟧ end ⟦no⟧\n"
         )
         if metrics:
@@ -113,7 +113,7 @@ def test_the_page_is_whole_and_needs_nothing(make_run: Callable) -> None:
     [
         lambda folder: None,
         lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "lo'),
-        lambda folder: (folder / "first_rows.txt").unlink(),
+        lambda folder: (folder / "preview.txt").unlink(),
         lambda folder: (folder / "config.resolved.yaml").unlink(),
         lambda folder: (folder / "run.json").write_text('{"status": "failed", "error": "it broke"}'),
         lambda folder: (folder / "telemetry").mkdir(),

@@ -75,7 +75,7 @@ def test_a_run_tells_all_its_trackers(run_cli: Any, sft_values: Any, write_confi
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     record = json.loads((out / "run.json").read_text())
-    assert record["trackers_that_failed"] == {}
+    assert record["tracker_errors"] == {}
     logged = [json.loads(line)["data"] for line in (out / "training_logs.jsonl").read_text().splitlines()]
     losses = [(line["step"], pytest.approx(line["value"], rel=1e-6)) for line in logged]
     assert len(losses) == 6

@@ -83,7 +83,7 @@ def test_the_curve_is_that_of_enough_memory(
     assert small.losses == pytest.approx(enough.losses, abs=2e-5)
     assert small.trainer.pieces >= 2
     record = json.loads((small.output_dir / "run.json").read_text())["memory"]
-    assert record["divisions"][0].startswith("step 2: out of memory with")
+    assert record["oom_retries"][0].startswith("step 2: out of memory with")
     assert record["peak_bytes"] > record["estimated_bytes"] > 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from finetuning.atomic_io import MANIFEST, write_manifest
 from finetuning.errors import CheckpointError
-from finetuning.training.resume.config_changes import CONTRACT_NAME
+from finetuning.training.resume.config_changes import RUN_CONFIG_NAME
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
 SAVED = {
@@ -39,12 +39,12 @@ def resume(train: Any, sft_values: Any) -> Any:
 
 def test_each_checkpoint_holds_its_contract_under_its_manifest(train: Any, sft_values: Any) -> None:
     checkpoint = train(sft_values(SAVED)).output_dir / "checkpoint-3"
-    contract = json.loads((checkpoint / CONTRACT_NAME).read_text())
+    contract = json.loads((checkpoint / RUN_CONFIG_NAME).read_text())
     assert contract["training_args.learning_rate"] == 0.01
     assert contract["plan.world_size"] == 1
     assert len(contract["data"]) == 64
     assert contract["versions.torch"]
-    assert CONTRACT_NAME in json.loads((checkpoint / "manifest.json").read_text())
+    assert RUN_CONFIG_NAME in json.loads((checkpoint / "manifest.json").read_text())
 
 
 CURVE = {
@@ -78,7 +78,7 @@ def test_what_changes_the_curve_needs_leave_and_what_does_not_fit_has_none(train
 
 
 def _before(done: Any, key: str) -> Any:
-    return json.loads((done.output_dir / "checkpoint-3" / CONTRACT_NAME).read_text()).get(key, "not set")
+    return json.loads((done.output_dir / "checkpoint-3" / RUN_CONFIG_NAME).read_text()).get(key, "not set")
 
 
 def test_what_leaves_the_curve_may_change(resume: Any, tmp_path: Path, write_jsonl: Any, sft_rows: Any) -> None:
@@ -122,9 +122,9 @@ def resume_across(train: Any, sft_values: Any) -> Any:
         values = {**SAVED, "training_args.max_steps": 3}
         checkpoint = train(sft_values(values)).output_dir / "checkpoint-3"
         (checkpoint.parent / "checkpoint-final").rename(checkpoint.parent / "elsewhere")
-        contract = json.loads((checkpoint / CONTRACT_NAME).read_text())
+        contract = json.loads((checkpoint / RUN_CONFIG_NAME).read_text())
         edit(contract)
-        (checkpoint / CONTRACT_NAME).write_text(json.dumps(contract))
+        (checkpoint / RUN_CONFIG_NAME).write_text(json.dumps(contract))
         (checkpoint / MANIFEST).unlink()
         write_manifest(checkpoint)
         return train(
@@ -221,3 +221,15 @@ def test_versions_are_compared_one_by_one(resume_across: Any) -> None:
     with pytest.raises(CheckpointError, match=r"versions.torch was 2.0, is") as refused:
         resume_across(age)
     assert [problem.place.key for problem in refused.value.problems] == ["versions.torch"]
+
+
+def test_a_checkpoint_with_the_old_file_name_of_its_run_config_is_compared(train: Any, sft_values: Any) -> None:
+    values = {**SAVED, "training_args.max_steps": 3}
+    checkpoint = train(sft_values(values)).output_dir / "checkpoint-3"
+    (checkpoint.parent / "checkpoint-final").rename(checkpoint.parent / "elsewhere")
+    (checkpoint / RUN_CONFIG_NAME).rename(checkpoint / "contract.json")
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    changed = {**values, "training_args.weight_decay": 0.5, "run_conf.resume_from_checkpoint": "auto"}
+    with pytest.raises(CheckpointError, match=r"training_args.weight_decay was .*, is 0\.5"):
+        train(sft_values(copy.deepcopy(changed)))

@@ -76,9 +76,9 @@ def test_the_report_the_plan_and_the_record_say_what_is_known(
     assert sorted(rejected) == list(range(1, 1500, 100))
     record = json.loads((done.output_dir / "run.json").read_text())
     assert record["data"]["rows"] is None
-    assert record["data"]["ledger"] == [report]
+    assert record["data"]["statistics"] == [report]
     assert record["plan"]["steps"]["total"] == 26
-    assert (done.output_dir / "first_rows.txt").read_text().count("--- ") == 10
+    assert (done.output_dir / "preview.txt").read_text().count("--- ") == 10
     shown = " ".join(capsys.readouterr().out.split())
     assert "optimizer steps 26 (max_steps; rows are read as training goes, and not counted before)" in shown
     assert "prepared rows made as training goes, each drawn out of the next 200" in shown

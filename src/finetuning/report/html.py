@@ -82,10 +82,10 @@ def render(runs: Sequence[RunData]) -> str:
         timelines=[drawn for job in run.jobs[-_MOST_JOBS:] if (drawn := timeline(job))],
         shares=figures.time_shares(run),
         session=figures.session_of(run),
-        ledger=(record.get("data") or {}).get("ledger") or [],
+        ledger=(record.get("data") or {}).get("statistics") or [],
         decisions=_decisions(record),
         warnings=record.get("warnings") or [],
-        controlled=record.get("controlled") or [],
+        controlled=record.get("controller_actions") or [],
         proofs=_proofs(run),
         versions=_versions(record),
         differences=_differences(runs) if len(runs) > 1 else [],
@@ -100,7 +100,7 @@ def title_of(run: RunData) -> str:
 
 def _decisions(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was decided, and why: as the start summary told it, or what the plan alone says."""
-    told = record.get("told")
+    told = record.get("summary")
     if told:
         return [(str(label), shortened(str(value), 400), str(reason)) for label, value, reason in told]
     plan = record.get("plan") or {}
@@ -258,7 +258,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = record.get("data") or {}
     told = [
         (f"{part['part']} rows", f"{part['kept']:,} of {part['rows']:,} kept, {part['tokens']:,} tokens")
-        for part in data.get("ledger") or []
+        for part in data.get("statistics") or []
     ]
     return [*told, ("fingerprint", str(data.get("fingerprint") or ""))]
 

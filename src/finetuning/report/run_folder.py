@@ -107,8 +107,22 @@ def _number(folder: Path) -> int:
 
 
 RECORD_NAME = "run.json"
-_CONFIG_NAME = "config.resolved.yaml"
-_PREVIEW_NAME = "first_rows.txt"
+CONFIG_NAME = "config.resolved.yaml"
+PREVIEW_NAME = "preview.txt"
+_OLD_PREVIEW_NAME = "first_rows.txt"  # old name
+# Keys that earlier versions wrote into `run.json`, and their current names.
+_RENAMED_KEYS = {
+    "told": "summary",  # old name
+    "controlled": "controller_actions",
+    "trackers_that_failed": "tracker_errors",
+    "trained": "completed_training",
+    "copied": "uploaded_checkpoints",
+    "not_copied": "upload_errors",
+}
+_RENAMED_NESTED_KEYS = {
+    "data": {"ledger": "statistics"},  # old name
+    "memory": {"divisions": "oom_retries"},
+}
 _MOST_BYTES = 2_000_000
 _HEAD = re.compile(r"^--- (?P<head>.*: \d+ tokens, \d+ trained.*)$", re.MULTILINE)
 _MARK = re.compile("([⟦⟧])")
@@ -175,18 +189,37 @@ def read_run(folder: Path) -> RunData:
     Raises:
         ConfigError: there is none.
     """
-    record = _read_json(folder / RECORD_NAME)
-    if not isinstance(record, dict):
+    record = read_run_record(folder)
+    if record is None:
         raise ConfigError(f"holds no {RECORD_NAME}: this is no output directory of a run", place=Location(str(folder)))
     return RunData(
         folder=folder,
         record=record,
         series=read_series(folder),
-        config=_read_text(folder / _CONFIG_NAME),
-        rows=_preview(_read_text(folder / _PREVIEW_NAME)),
+        config=_read_text(folder / CONFIG_NAME),
+        rows=_preview(_read_text(folder / PREVIEW_NAME) or _read_text(folder / _OLD_PREVIEW_NAME)),
         jobs=_spans(folder),
         certificates=_certificates(folder),
     )
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of `run.json` in an output directory, or None when it is missing or not readable.
+
+    Keys that older versions wrote are returned under their current names.
+    """
+    record = _read_json(folder / RECORD_NAME)
+    if not isinstance(record, dict):
+        return None
+    record = _rename_keys(record, _RENAMED_KEYS)
+    for section, renamed in _RENAMED_NESTED_KEYS.items():
+        if isinstance(record.get(section), dict):
+            record[section] = _rename_keys(record[section], renamed)
+    return record
+
+
+def _rename_keys(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    return {renamed.get(key, key): value for key, value in values.items()}
 
 
 def parse_time(text: Any) -> datetime | None:
@@ -213,7 +246,7 @@ def _read_text(path: Path) -> str:
 
 
 def _preview(text: str) -> tuple[ReportPreviewRow, ...]:
-    """The rows of `first_rows.txt`, whose trained text stands in ⟦ ⟧."""
+    """The rows of `preview.txt`, whose trained text stands in ⟦ ⟧."""
     parts = _HEAD.split(text)[1:]
     return tuple(
         ReportPreviewRow(head, tuple(_pieces(body.strip("\n"))))

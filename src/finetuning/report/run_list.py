@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ConfigError, Location
+from finetuning.report.run_folder import RECORD_NAME, read_run_record
 from finetuning.tracking.local_files import METRICS_LOG_NAME as METRICS_NAME
 
-RECORD_NAME = "run.json"
 _LOCK_NAME = ".finetuning.lock"
 _TAIL_BYTES = 64 * 1024
 _NOT_ENTERED = ("checkpoint-", "telemetry", "mlruns", "artifacts", ".")
@@ -52,11 +52,8 @@ def list_runs(folder: Path) -> list[RunState]:
 
 def read_state(folder: Path) -> RunState | None:
     """How one run does; None where its record cannot be read, or is not one of a run."""
-    try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(record, dict) or "status" not in record:
+    record = read_run_record(folder)
+    if record is None or "status" not in record:
         return None
     jobs = record.get("jobs") or [{}]
     last = _last_values(folder / METRICS_NAME)

@@ -25,10 +25,9 @@ from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError, Interrupted, Location, StorageError
 from finetuning.plan.memory_estimate import estimate_memory
 from finetuning.plan.plan import human_bytes
+from finetuning.report.run_folder import CONFIG_NAME, RECORD_NAME, read_run_record
 from finetuning.training.resume.find import checkpoints_of
 
-RECORD_NAME = "run.json"
-CONFIG_NAME = "config.resolved.yaml"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "mlflow")
 
 
@@ -41,7 +40,7 @@ class RunRecord:
     def __init__(self, output_dir: Path, method: str, writes: bool):
         self._path = output_dir / RECORD_NAME
         self._writes = writes
-        self.values: dict[str, Any] = read_record(output_dir) or {"jobs": []}
+        self.values: dict[str, Any] = read_run_record(output_dir) or {"jobs": []}
         self.values |= {"engine": f"finetuning {__version__}", "method": method, "status": "running"}
         self._job: dict[str, Any] = {
             "started": _now(),
@@ -69,15 +68,6 @@ class RunRecord:
         temporary = self._path.with_name(f".{RECORD_NAME}.partial")
         temporary.write_text(json.dumps(self.values, indent=2, default=str) + "\n", encoding="utf-8")
         temporary.replace(self._path)
-
-
-def read_record(output_dir: Path) -> dict[str, Any] | None:
-    """The record of an output directory; None when there is none that can be read."""
-    try:
-        record = json.loads((output_dir / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def installed_versions() -> dict[str, str]:
@@ -195,7 +185,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[Path]:
 
 
 def _has_trained(output_dir: Path) -> bool:
-    return (read_record(output_dir) or {}).get("trained", False)
+    return (read_run_record(output_dir) or {}).get("completed_training", False)
 
 
 def _changed(experiment: Experiment, resolved: Path) -> list[str]:

@@ -19,6 +19,7 @@ from finetuning.distributed import ProcessTopology
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.console import open_console
+from finetuning.report.run_folder import PREVIEW_NAME, RECORD_NAME
 from finetuning.report.summary import (
     NextCommand,
     OutputFile,
@@ -28,7 +29,6 @@ from finetuning.report.summary import (
     print_start,
     print_warning,
 )
-from finetuning.training.output_dir import RECORD_NAME
 from finetuning.training.telemetry import TelemetrySession
 from finetuning.training.trackers import TrackerSet
 
@@ -92,7 +92,6 @@ class ControllerCallbacks:
 
 logger = logging.getLogger("finetuning")
 
-PREVIEW_NAME = "first_rows.txt"
 _SHOWN_ROWS = 10
 
 
@@ -207,9 +206,9 @@ class RunReporter:
             # Before the record is written, so that it says which of them failed at their ends.
             self._sinks.close()
         told = {
-            "told": [[line.label, line.value, line.reason] for line in self._lines],
+            "summary": [[line.label, line.value, line.reason] for line in self._lines],
             "warnings": self._warnings,
-            "controlled": self._steering.taken(),
+            "controller_actions": self._steering.taken(),
             "trackers": self._tracked.places() if self._is_main else {},
         }
         return told if measured is None else {"telemetry": measured, **told}

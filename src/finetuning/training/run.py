@@ -16,13 +16,12 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.distributed import ProcessTopology, read_end_time
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
+from finetuning.report.run_folder import CONFIG_NAME, read_run_record
 from finetuning.training.output_dir import (
-    CONFIG_NAME,
     RunRecord,
     check_free_space,
     check_output_dir,
     lock_output_dir,
-    read_record,
 )
 from finetuning.training.preflight import check_positions
 from finetuning.training.process_sync import destroy_process_group
@@ -59,7 +58,7 @@ def run_inputs(
 
 def data_record(data: PreparedData) -> dict[str, Any]:
     """The rows for the record, as far as they are known by now."""
-    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "ledger": data.ledger.report()}
+    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "statistics": data.ledger.report()}
 
 
 def log_model_summary(
@@ -87,9 +86,9 @@ def log_memory(trainer: Trainer, plan: Plan, observer: RunReporter) -> dict[str,
     """What the run took of memory, beside its estimate, and what had to be divided on the way."""
     from finetuning.training.memory_check import gather_oom_retries, measure_memory, memory_summary
 
-    values = measure_memory(plan.memory, trainer.args.device) | {"divisions": gather_oom_retries(trainer)}
+    values = measure_memory(plan.memory, trainer.args.device) | {"oom_retries": gather_oom_retries(trainer)}
     observer.found("memory", memory_summary(values))
-    for division in values["divisions"]:
+    for division in values["oom_retries"]:
         observer.found("memory", division)
     return values
 
@@ -147,7 +146,7 @@ def run(job: TrainingJob) -> RunResult:
 
 def _close_record(job: TrainingJob) -> None:
     """Says of a run that has published its tuned model, and was killed before it could say so, that it is complete."""
-    if not job.topology.is_main or (read_record(job.output_dir) or {}).get("status") == "completed":
+    if not job.topology.is_main or (read_run_record(job.output_dir) or {}).get("status") == "completed":
         return
     from finetuning.callbacks.checkpoint_upload import make_uploader, wait_for_uploads
 
@@ -178,7 +177,7 @@ def _run_with_record(job: TrainingJob) -> RunResult:
         job.observer.close(status)
         raise
     measured = job.observer.measured(None)
-    record.finish(result.status, error=None, trackers_that_failed=job.observer.failures, **measured)
+    record.finish(result.status, error=None, tracker_errors=job.observer.failures, **measured)
     job.observer.close(result.status)
     destroy_process_group(job.topology.world_size)
     return result
@@ -247,7 +246,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
-    record.update(trained=True)
+    record.update(completed_training=True)
     with wait_for_uploads(copies, lambda: bool(stop.received)):
         seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
         record.update(memory=log_memory(trainer, plan, observer), data=data_record(data))
@@ -259,7 +258,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
                 copies.add_last(Path(artifact.folder))
     if copies:
         observer.found("copied", copies.told())
-        record.update(copied=copies.copied, not_copied=copies.failures)
+        record.update(uploaded_checkpoints=copies.copied, upload_errors=copies.failures)
     return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
 
 

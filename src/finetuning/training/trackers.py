@@ -11,7 +11,7 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.tracking import BUILT_IN, PACKAGES, requested_trackers
 from finetuning.config.sections.training import TrackingConfig
 from finetuning.config.yaml.dump import dump_values
-from finetuning.training.output_dir import CONFIG_NAME
+from finetuning.report.run_folder import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +96,8 @@ def is_known(root: type[BaseModel], key: str) -> bool:
     return True
 
 
-CONTRACT_NAME = "contract.json"
+RUN_CONFIG_NAME = "run_config.json"
+_OLD_RUN_CONFIG_NAME = "contract.json"  # old name
 Effect = Literal["safe", "curve", "impossible"]
 
 IMPOSSIBLE = ("method", "model.parameters", "model.trained", "peft_conf.peft_type", "peft_conf.peft_kwargs.r")
@@ -194,7 +196,7 @@ class ResumeTerms:
 
     def bind(self, trainer: Any) -> None:
         """Has the trainer write the contract into its checkpoints, and apply what has changed."""
-        trainer.companions[CONTRACT_NAME] = run_config_text(self.contract)
+        trainer.companions[RUN_CONFIG_NAME] = run_config_text(self.contract)
         trainer.applies_settings = self.applies
 
 
@@ -238,6 +240,14 @@ def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, b
     return values | {f"versions.{name}": version for name, version in installed_versions().items()}
 
 
+def read_run_config(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the run config that a checkpoint was saved with, under its current or its old file name; None without."""
+    for name in (RUN_CONFIG_NAME, _OLD_RUN_CONFIG_NAME):
+        with suppress(FileNotFoundError):
+            return json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    return None
+
+
 def run_config_text(contract: Mapping[str, Any]) -> str:
     """The contract as it stands in a checkpoint."""
     return json.dumps(contract, indent=1, sort_keys=True, default=str) + "\n"
@@ -270,9 +280,8 @@ def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> Re
     Raises:
         CheckpointError: something differs that makes the checkpoint unfit, or changes the curve without leave.
     """
-    try:
-        before = json.loads((checkpoint / CONTRACT_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    before = read_run_config(checkpoint)
+    if before is None:
         return ResumeTerms(now, (f"{checkpoint.name} does not say what it was made under: nothing was compared",))
     found = differences(before, now, experiment)
     problems = [
