@@ -16,10 +16,9 @@ from finetuning.config.sections.data import ChatTemplateName
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
 from finetuning.data.chat.markers import MaskedText, MaskError
 from finetuning.data.chat.template import TemplateRenderer, get_template
-from finetuning.data.opaque import Plain, PlainTemplate, Question
 from finetuning.data.samples import Conversation
 from finetuning.data.tokenization.labels import LabelBuilder
-from finetuning.errors import InternalError, Location
+from finetuning.errors import Location
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
@@ -80,116 +79,63 @@ def test_what_was_learned_of_a_shape_changes_nothing(name: str, make_tokenizer: 
     assert all(str(left) == str(right) for left, right in texts)
 
 
-def test_shapes_are_used() -> None:
-    plain = [name for name, source in SOURCES.items() if _pieces(source)]
-    assert {"llama3", "gemma3", "phi3", "chat-ml", "mistral-with-system", "poro", "simplified-llama31"} <= set(plain)
-    asking = {name for name, source in SOURCES.items() if (one := _around(source)) and one.questions}
-    assert {"qwen3", "qwen3_6", "deepseekv3", "glm4moe", "gemma4"} <= asking
-
-
-def _around(source: str) -> Plain | None:
-    template = PlainTemplate.of(source)
-    return template.around(("user", "assistant"), {"bos_token": "<s>", "eos_token": "</s>"}) if template else None
-
-
-def _pieces(source: str) -> tuple[str, ...] | None:
-    plain = _around(source)
-    return plain.pieces if plain and not plain.questions else None
-
-
-def written(expression: str) -> str:
-    return "{% for m in messages %}{{ m.role }}: " + expression + "\n{% endfor %}"
-
-
-def test_a_template_that_only_writes_contents_is_plain() -> None:
-    assert _pieces(written("{{ m.content }}")) == ("user: ", "\nassistant: ", "\n")
-    assert _pieces(written("{{ ('<' + m['content'] | trim) ~ '>' }}")) == ("user: <", ">\nassistant: <", ">\n")
-    assert _pieces(written("{% if m.content is string and m.content %}{{ m.content.strip() }}{% endif %}"))
-    assert _pieces(written("{{ m.content }}{{ '!' if m.content is sequence and m.content | trim | length > 0 }}")) == (
-        "user: ", "!\nassistant: ", "!\n",
-    )  # fmt: skip
-    assert _pieces(
-        written("{% macro f(x) %}[{{ x }}{% endmacro %}{% set y %}{{ f(m.content) }}]{% endset %}{{ y | trim }}")
-    )
-
-
-@pytest.mark.parametrize(
-    ("expression", "kind", "text"),
-    [
-        ("{{ m.content if m.content == 'a' else m.content }}", "is", "a"),
-        ("{{ m.content }}{{ '!' if m.content in ['a'] }}", "is", "a"),
-        ("{{ m.content }}{{ '!' if messages | selectattr('content', 'equalto', 'a') | list }}", "is", "a"),
-        ("{{ m.content }}{{ '!' if 'x' in m.content }}", "holds", "x"),
-        ("{{ m.content | trim }}{{ '!' if 'x' in m.content | trim }}", "holds", "x"),
-        ("{{ m.content.split('x')[-1].lstrip() }}", "holds", "x"),
-        ("{{ m.content.replace('x', 'y') }}", "holds", "x"),
-        ("{{ m.content }}{{ '!' if m.content.startswith('x') }}", "begins", "x"),
-        ("{{ m.content }}{{ '!' if m.content.endswith('x') }}", "ends", "x"),
-        ("{{ m.content }}{{ '!' if add_generation_prompt and 'x' in messages[0].content }}", "holds", "x"),
-    ],
-)
-def test_what_a_template_asks_of_a_content_is_known(expression: str, kind: str, text: str) -> None:
-    plain = _around(written(expression))
-    assert plain is not None
-    assert plain.pieces == ("user: ", "\nassistant: ", "\n")
-    assert Question(0, kind, text) in plain.questions
-    assert plain.holds_for(["b", "c"])
-    assert not plain.holds_for([text, "c"])
+def test_layouts_are_used(make_tokenizer: Callable[..., Any]) -> None:
+    for name in ("chat-ml", "llama3", "gemma3", "phi3", "mistral-with-system", "poro", "simplified-llama31", "qwen3"):
+        tokenizer = make_tokenizer("byte-level", SOURCES[name])
+        masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
+        rows = [
+            Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], Location("x", 1))
+            for text in ("Hello", "yes", "42")
+        ]
+        assert [one.method for one in masker.find(rows)] == ["marks", "shape", "shape"], name
 
 
 @pytest.mark.parametrize(
     "expression",
     [
-        "{{ m.content }}{% if m.content in 'yes or no' %}!{% endif %}",
-        "{{ m.content }}{{ m.content | length }}",
-        "{{ m.content | upper }}",
-        "{{ m.content | tojson }}",
-        "{{ m.content[:5] }}",
-        "{{ m.content.strip('x') }}",
-        "{{ '%s' % m.content }}",
-        "{{ '{}'.format(m.content) }}",
-        "{{ m.content }}{{ m.content }}",
-        "{{ m.content }}{% if 'abc'.startswith(m.content) %}!{% endif %}",
-        "{% set x = 'a' ~ m.content %}{{ m.content }}{% if 'b' in x %}!{% endif %}",
-        "{% set x %}{{ m.content }}{% endset %}{{ x }}{{ '!' if 'b' in x }}",
-        "{% macro f(x) %}{{ x }}{% endmacro %}{% set y = f(m.content) %}{{ y }}{{ '!' if 'b' in y }}",
-        "{% for c in m.content %}{{ c }}{% endfor %}",
-        "{{ m.content }}{{ '!' if messages | map(attribute='content') | join('') == 'a' }}",
-        "{{ m.content }}{{ '!' if [m.content] | select('upper') | list }}",
-        "{{ m.content }}{{ {'a': '!'}.get(m.content, '') }}",
-        "{{ m }}{{ m.content }}",
-        "{{ m.role }}",
-        "{{ m.content }}{{ '!' if (m.content | length) > 3 }}",
-        "{{ m.content }}{{ (m.content | length) * 2 }}",
-        "{{ m.content }}{{ '!' if m.content < 'b' }}",
-        "{{ m.content }}{{ '!' if m.content.startswith(('a', 'b')) }}",
-        "{{ m.content }}{{ '!' if messages[0].content == m.content }}",
-        "{{ m.content }}{{ '!' if messages[0].content in m.content }}",
-        "{{ m.content }}{{ '!' if ('a' ~ m.content).startswith('a') }}",
-        "{{ m.content }}{{ '!' if 'x'.join([m.content]) == 'a' }}",
-        "{{ m.content }}{{ '!' if 'a'.replace(m.content, '') }}",
-        "{{ m.content }}{{ '%s' | format(m.content) }}",
-        "{{ m.content }}{{ dict(a=m.content) }}",
-        "{{ m.content }}{{ [m.content] | string }}",
-        "{{ m.content }}{{ '!' if m.content is upper }}",
-        "{{ m.content }}{{ '!' if [m.content] | map('upper') | list == ['A'] }}",
-        "{{ m.content }}{{ '!' if m.content is test_of_nobody }}",
-        "{{ m.content }}{% set n = namespace(x=m.content) %}{{ '!' if n.x[0] == 'a' }}",
-        "{% filter upper %}{{ m.content }}{% endfilter %}",
+        "{{ m.content }}{{ '!' if 'x' in m.content }}",
+        "{{ m.content }}{{ '!' if m.content | length > 3 }}",
+        "{{ m.content }}{{ '!' if 'abc'.startswith(m.content) }}",
+        "{{ '!' if m.content == 'a' }}{{ m.content }}",
+        "{{ m.content.split('x')[-1].lstrip() }}",
+        "{{ m.content }}{{ '!' if messages[0].content == 'x' }}",
+        "{{ m.content | upper if 'y' in m.content else m.content }}",
     ],
 )
-def test_a_template_that_looks_at_a_content_is_not(expression: str) -> None:
-    assert _pieces(written(expression)) is None
+def test_a_template_that_looks_at_a_content_is_rendered_for_each_row(
+    expression: str, make_tokenizer: Callable[..., Any]
+) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + expression + "<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer("byte-level", source, special=("<|im_start|>", "<|im_end|>"))
+    split = LabelBuilder(tokenizer).split
+    contents = ("b", "x", "a", "axb", "long text", "y", "c d", "xx")
+    rows = [
+        Conversation([{"role": "user", "content": one}, {"role": "assistant", "content": other}], Location("x", 1))
+        for one in contents
+        for other in contents
+    ]
+    found = AssistantMaskBuilder(TemplateRenderer(tokenizer), split).find(rows)
+    assert any(isinstance(marked, MaskedText) for marked in found)
+    for row, text, marked in zip(rows, TemplateRenderer(tokenizer).texts(rows), found, strict=True):
+        if isinstance(marked, MaskedText):
+            assert marked.text == text
+            (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), split).find([row])
+            assert isinstance(alone, MaskError) or marked.spans == alone.spans
 
 
-def test_a_plain_template_that_is_found_out_stops_everything(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_template_that_changes_is_followed(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES["chat-ml"])
     masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
     rows = conversations(8)
     masker.find(rows)
     tokenizer.chat_template = SOURCES["chat-ml"].replace("message['content']", "message['content'] + ' '")
-    with pytest.raises(InternalError, match="x:1: the chat template writes this row in another way"):
-        masker.find(rows)
+    texts = [one.text if isinstance(one, MaskedText) else None for one in masker.find(rows)]
+    rendered = TemplateRenderer(tokenizer).texts(rows)
+    assert all(text in (None, real) for text, real in zip(texts, rendered, strict=True))
+    assert any(texts)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])

@@ -1,10 +1,9 @@
-"""Conversations of one shape: the same roles in the same order, and nothing but a role and words in each message.
+"""Cache of the layouts that a chat template gives conversations with the same roles and plain contents.
 
-What a template writes around the words is learned from the first conversation of a shape that was proven in full.
-Where the words answer no to all that the template asks of them (see `opaque`), the text and the spans of all others
-follow, and one row of each batch is rendered as a check. Where it looks further, a row is rendered once, as it is: when
-it is the pieces of its shape with its own words between them, character for character, its spans lie where they lay in
-the row that was proven; when it is not, it goes the long way.
+Every conversation is rendered by the template itself. Its mask spans are found in full for the first conversation of
+each role sequence (see `masking`). A later one whose rendered text is, character for character, the fixed pieces of
+that layout with its own contents between them has its spans at the same distances from its contents. Any other text,
+such as that of a template that looks at a content and writes something else, is masked in full.
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 
 from finetuning.data.chat.markers import BEGINS_DIFFERENTLY, HOLDS_MORE, MaskedText, Span
-from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
-from finetuning.data.opaque import Plain, PlainTemplate
+from finetuning.data.chat.template import TemplateRenderer
 from finetuning.data.samples import Conversation
-from finetuning.errors import InternalError
 
-Key = tuple[tuple[str, ...], tuple[int, ...], bool]
-"""The roles, the turns that are wanted, and whether the template writes all such conversations alike."""
+Key = tuple[tuple[str, ...], tuple[int, ...]]
+"""The roles of a conversation and the turns to train on."""
 _MOST_SHAPES = 4096
 _SHOWN_BY_ONE = {HOLDS_MORE, BEGINS_DIFFERENTLY}
 
@@ -32,7 +29,6 @@ class _Layout:
     spans: tuple[tuple[int, int, int], ...]
     """Of each span: its message, how far before its content it begins, how far after it ends."""
     heads: tuple[str, ...]
-    is_plain: bool
     unsaid: tuple[tuple[int, str], ...]
     """Of some messages, what they do not begin with."""
     notes: frozenset[str]
@@ -58,63 +54,51 @@ def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
 
 
 class LayoutCache:
-    """The shapes that one template has shown so far."""
+    """The layouts of one chat template, by roles and trained turns."""
 
     def __init__(self, renderer: TemplateRenderer):
         self._renderer = renderer
         self._known: dict[Key, _Layout] = {}
-        self._plain: dict[tuple[str, ...], Plain | None] = {}
-        self._shown: set[tuple[str, ...]] = set()
 
     def key_of(self, conversation: Conversation, turns: Sequence[int]) -> Key | None:
-        """The shape of a conversation whose given turns are wanted; None where it has none."""
+        """Return the key of a conversation's layout; None if its messages hold more than a role and a content."""
         roles = _roles_of(conversation)
-        return None if roles is None else (roles, tuple(turns), self._plain_of(roles, conversation) is not None)
+        return None if roles is None else (roles, tuple(turns))
 
     def fill(self, keys: Sequence[Key | None], conversations: Sequence[Conversation]) -> list[MaskedText | None]:
-        """The text and spans of each conversation whose shape is known and holds for it.
-
-        Raises:
-            InternalError: a plain template wrote a row in another way than its shape.
-        """
-        filled: list[MaskedText | None] = []
-        checked = False
-        unsure = []
-        for index, (key, conversation) in enumerate(zip(keys, conversations, strict=True)):
-            shape = self._known.get(key) if key is not None else None
-            one = _fill(shape, conversation) if shape is not None else None
-            filled.append(one)
-            if one is None:
-                continue
-            if not shape.is_plain:
-                unsure.append(index)
-            elif not checked:
-                checked = True
-                self._check(one.text, conversation)
-        texts = self._renderer.texts([conversations[index] for index in unsure])
-        for index, text in zip(unsure, texts, strict=True):
+        """Return the text and spans of each conversation whose rendered text follows the layout of its key."""
+        filled = [
+            _fill(self._known[key], conversation) if key in self._known else None
+            for key, conversation in zip(keys, conversations, strict=True)
+        ]
+        expected = [index for index, marked in enumerate(filled) if marked is not None]
+        texts = self._renderer.texts([conversations[index] for index in expected])
+        for index, text in zip(expected, texts, strict=True):
             if filled[index].text != text:
                 filled[index] = None
         return filled
 
     def unknown(self, keys: Sequence[Key | None]) -> list[int]:
-        """The first of each shape that is not known yet, and all that have none."""
+        """Return the indices of the first conversation of each unknown key, and of all without a key."""
         new: set[Key] = set()
-        found = []
+        indices = []
         for index, key in enumerate(keys):
             if key is None or (key not in self._known and key not in new):
-                found.append(index)
+                indices.append(index)
                 if key is not None:
                     new.add(key)
-        return found
+        return indices
 
     def learn(self, key: Key | None, conversation: Conversation, found: MaskedText, ends: Sequence[int | None]) -> None:
-        """Keeps the shape of a conversation that was proven; `ends` are where its contents end in the text.
+        """Keep the layout of a conversation that was masked in full; the latest of a key replaces the one before.
 
-        A prompt that ends with <think> is followed by words that begin with it, or do not: the shape is that of words
-        that do not. What a template leaves out of a turn shows nothing of others.
+        `ends` are the positions in the text at which the contents end. The layout of a turn whose prompt holds more
+        than the turn begins with, such as <think>, is that of contents that do not begin with the rest of the prompt.
+        A turn of which the template leaves out a part says nothing about others.
         """
-        if key is None or not found.notes <= _SHOWN_BY_ONE or key in self._known or len(self._known) >= _MOST_SHAPES:
+        if key is None or not found.notes <= _SHOWN_BY_ONE:
+            return
+        if key not in self._known and len(self._known) >= _MOST_SHAPES:
             return
         places = []
         position = 0
@@ -128,64 +112,12 @@ class LayoutCache:
         spans = _relative(found.spans, key[1], places, len(found.text))
         if spans is not None:
             heads = tuple(pieces[turn][: len(pieces[turn]) - before] for turn, before, _ in spans)
-            plain = self._plain_of(key[0], conversation)
             unsaid = tuple((turn, text) for (turn, _, _), text in zip(spans, found.unsaid, strict=True) if text)
-            is_plain = plain is not None and plain.pieces == pieces
-            if is_plain or not found.notes:
-                self._known[key] = _Layout(pieces, spans, heads, is_plain, unsaid, found.notes)
-
-    def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
-        """The text of each conversation, or what the template says against it; by shape where the template is plain."""
-        roles = map(_roles_of, conversations)
-        plain = [one and self._plain_of(one, row) for one, row in zip(roles, conversations, strict=True)]
-        left = [index for index, one in enumerate(plain) if one is None]
-        rendered = iter(self._renderer.texts([conversations[index] for index in left]))
-        texts = [
-            next(rendered) if one is None else _join(one.pieces, conversation)
-            for one, conversation in zip(plain, conversations, strict=True)
-        ]
-        for text, one, conversation in zip(texts, plain, conversations, strict=True):
-            if one is not None:
-                self._check(text, conversation)
-                break
-        return texts
-
-    @cached_property
-    def _template(self) -> PlainTemplate | None:
-        return PlainTemplate.of(self._renderer.tokenizer.get_chat_template(None, None))
-
-    def _plain_of(self, roles: tuple[str, ...], conversation: Conversation) -> Plain | None:
-        """What the template writes around the words of all conversations of these roles that answer its questions as
-        this one does; None where it is not known to write them alike."""
-        if roles not in self._plain:
-            if self._template is None or len(self._plain) >= _MOST_SHAPES:
-                return None
-            self._plain[roles] = self._template.around(roles, self._renderer.tokenizer.special_tokens_map)
-        plain = self._plain[roles]
-        if plain is None or (plain.questions and not plain.holds_for(_contents(conversation))):
-            return None
-        if roles not in self._shown:
-            if self._renderer.texts([conversation]) != [_join(plain.pieces, conversation)]:
-                self._plain[roles] = None
-                return None
-            self._shown.add(roles)
-        return plain
-
-    def _check(self, text: str, conversation: Conversation) -> None:
-        if self._renderer.texts([conversation]) != [text]:
-            raise InternalError(
-                f"{conversation.place}: the chat template writes this row in another way than rows of the same roles,"
-                " though it was shown to look at no content"
-            )
+            self._known[key] = _Layout(pieces, spans, heads, unsaid, found.notes)
 
 
 def _contents(conversation: Conversation) -> list[str]:
     return [message["content"] for message in conversation.messages]
-
-
-def _join(pieces: Sequence[str], conversation: Conversation) -> str:
-    contents = _contents(conversation)
-    return "".join([pieces[0], *chain.from_iterable(zip(contents, pieces[1:], strict=True))])
 
 
 def _fill(shape: _Layout, conversation: Conversation) -> MaskedText | None:

@@ -92,7 +92,7 @@ class AssistantMaskBuilder:
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
         """The rendered texts, or what the template says against a conversation."""
-        return self._shapes.texts(conversations)
+        return self._renderer.texts(conversations)
 
     def _find_into(
         self,
