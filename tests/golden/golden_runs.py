@@ -200,6 +200,16 @@ def run_case(case: str, inputs: Path) -> dict[str, Any]:
     return {"log": log, "weights": digest(output / "final-model")}
 
 
+def differences(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return a line for each value of a case that is not the expected one."""
+    lines = [] if len(actual["log"]) == len(expected["log"]) else ["the number of log entries"]
+    for here, golden in zip(actual["log"], expected["log"], strict=False):
+        for name in sorted(here.keys() | golden.keys()):
+            if here.get(name) != golden.get(name):
+                lines.append(f"step {golden.get('step')}, {name}: {here.get(name)}, expected {golden.get(name)}")
+    return lines + ["the saved weights"] * (actual["weights"] != expected["weights"])
+
+
 def made_with() -> dict[str, str]:
     """Return what the values depend on besides this repository."""
     libc = " ".join(platform.libc_ver())

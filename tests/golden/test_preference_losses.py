@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden.golden_runs import PREFERENCE_CASES, run_case
+from golden.golden_runs import PREFERENCE_CASES, differences, run_case
 
 
 @pytest.mark.parametrize("case", PREFERENCE_CASES)
 def test_losses_and_weights_are_bit_identical(case: str, golden_inputs: Path, golden_values: dict[str, Any]) -> None:
-    assert run_case(case, golden_inputs) == golden_values[case]
+    assert differences(run_case(case, golden_inputs), golden_values[case]) == []
