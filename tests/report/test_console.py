@@ -42,22 +42,22 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
-def tell_all(sink: Tracker) -> None:
-    sink.begin(StepMetrics(0, 100))
-    sink.step(StepMetrics(1, 100))
-    sink.log(LogEvent("training", METRICS, {"loss": 1.23456}))
-    sink.log(LogEvent("validation", METRICS, {"eval_loss": 1.5, "eval_other_loss": 2.5, "eval_runtime": 3.0}))
-    sink.saved(20, LONG_PATH)
-    sink.log(LogEvent("summary", METRICS, {"train_loss": 1.0}))
-    sink.end(METRICS)
-    sink.close()
+def send_all_events(tracker: Tracker) -> None:
+    tracker.on_train_begin(StepMetrics(0, 100))
+    tracker.on_step_end(StepMetrics(1, 100))
+    tracker.log(LogEvent("training", METRICS, {"loss": 1.23456}))
+    tracker.log(LogEvent("validation", METRICS, {"eval_loss": 1.5, "eval_other_loss": 2.5, "eval_runtime": 3.0}))
+    tracker.on_save(20, LONG_PATH)
+    tracker.log(LogEvent("summary", METRICS, {"train_loss": 1.0}))
+    tracker.on_train_end(METRICS)
+    tracker.close()
 
 
 def test_a_log_file_gets_one_whole_line_at_each_log() -> None:
     console, stream = log_file()
-    sink = progress_tracker(console)
-    assert type(sink) is LineProgress
-    tell_all(sink)
+    tracker = progress_tracker(console)
+    assert type(tracker) is LineProgress
+    send_all_events(tracker)
     assert stream.getvalue().splitlines() == [
         "training starts: 100 steps",
         "step  20/100  epoch 0.40  loss 1.2346  lr 5e-05  grad 0.812  12,346 tokens/s  3m 05s left",
@@ -75,16 +75,16 @@ def test_values_that_are_not_known_yet_are_a_dash() -> None:
 
 def test_a_resumed_run_says_where_it_goes_on() -> None:
     console, stream = log_file()
-    LineProgress(console).begin(StepMetrics(50, 100))
+    LineProgress(console).on_train_begin(StepMetrics(50, 100))
     assert stream.getvalue() == "training starts: step 51 of 100, resumed after step 50\n"
 
 
 @pytest.mark.parametrize("width", [80, 40])
 def test_a_terminal_gets_a_bar_that_fits_and_goes_away(width: int) -> None:
     console, stream = terminal(width)
-    sink = progress_tracker(console)
-    assert type(sink) is LiveProgress
-    tell_all(sink)
+    tracker = progress_tracker(console)
+    assert type(tracker) is LiveProgress
+    send_all_events(tracker)
     text = plain(stream.getvalue())
     assert "━" in text
     assert "3m 05s left" in text
@@ -98,17 +98,17 @@ def test_a_terminal_gets_a_bar_that_fits_and_goes_away(width: int) -> None:
 
 def test_an_interrupted_run_gives_the_cursor_back() -> None:
     console, stream = terminal()
-    sink = LiveProgress(console)
-    sink.begin(StepMetrics(0, 100))
-    sink.close()
-    sink.close()
+    tracker = LiveProgress(console)
+    tracker.on_train_begin(StepMetrics(0, 100))
+    tracker.close()
+    tracker.close()
     assert "\x1b[?25h" in stream.getvalue()
 
 
 def test_other_ranks_write_nothing() -> None:
     stream = io.StringIO()
     console = open_console(is_main=False, file=stream)
-    tell_all(progress_tracker(console))
+    send_all_events(progress_tracker(console))
     print_start(console, "title", [SummaryLine("model", "m")])
     print_end(console, RunSummary("done", True))
     assert stream.getvalue() == ""

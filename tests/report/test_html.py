@@ -15,8 +15,7 @@ import pytest
 from finetuning.report.charts import Series, line_chart, nice_ticks, number, tick_labels
 from finetuning.report.html import render, write_report_or_warn
 from finetuning.report.run_folder import read_run, read_series, thinned
-from finetuning.tracking.local_files import MetricsLog
-from finetuning.tracking.tracker import LogEvent, StepMetrics
+from finetuning.tracking.tracker import LogEvent, MetricsLog, StepMetrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 RECORD: dict[str, Any] = {
@@ -162,7 +161,7 @@ def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
         log = MetricsLog(tmp_path)
         for step, loss in losses.items():
             log.log(LogEvent("training", StepMetrics(step, 5, tokens_per_s=100.0), {"loss": loss}))
-        log.figures({"mfu": 0.5}, max(losses))
+        log.log_telemetry({"mfu": 0.5}, max(losses))
         log.close()
         with (tmp_path / "metrics.jsonl").open("a") as stream:
             stream.write('{"torn')

@@ -345,7 +345,9 @@ def test_headers_never_reach_a_file(run: Any, tmp_path: Path) -> None:
     assert resolved["telemetry"]["otlp"]["endpoint"] == "http://127.0.0.1:9"
 
 
-@pytest.mark.parametrize("broken", ["flops.count_flops", "tags.perf_tag", "job.start_telemetry", "device.peak_memory"])
+@pytest.mark.parametrize(
+    "broken", ["flops.count_flops", "session.perf_tag", "session.start_telemetry", "flops.peak_memory"]
+)
 def test_whatever_fails_inside_the_model_is_trained(run: Any, tmp_path: Path, monkeypatch: Any, broken: str) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("broken inside")
@@ -357,5 +359,5 @@ def test_whatever_fails_inside_the_model_is_trained(run: Any, tmp_path: Path, mo
     assert trained.losses == whole.losses
     assert trained.result.status == "completed"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    if broken != "job.start_telemetry":
+    if broken != "session.start_telemetry":
         assert "broken inside" in record["telemetry"]["faults"][0]

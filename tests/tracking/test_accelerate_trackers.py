@@ -1,11 +1,10 @@
-"""Trackers besides MLflow: what they hold after a real run, and that none of them can hold up or end one."""
+"""Trackers other than MLflow: what they contain after a real run, and that none can block or end a run."""
 
 from __future__ import annotations
 
 import json
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,22 @@ import pytest
 from finetuning.cli.main import main
 from finetuning.config.sections.training import TrackingConfig
 from finetuning.errors import EXIT_USER
-from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundTracker, TrackedRun, read_identities
-from finetuning.tracking.hf_integrations import guarded_callback
-from finetuning.tracking.tracker import LogEvent, MetricNames, StepMetrics, Tracker, TrackerGroup
+from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundTracker, TrackerRun
+from finetuning.tracking.hf_integrations import GuardedCallback
+from finetuning.tracking.tracker import (
+    LogEvent,
+    StepMetrics,
+    TelemetryNames,
+    Tracker,
+    TrackerGroup,
+    read_identities,
+)
 
-OWN = {"team": "search", "attempt": 3}
+METADATA = {"team": "search", "attempt": 3}
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """A curve as TensorBoard itself reads it."""
+    """A series as TensorBoard itself reads it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
@@ -59,20 +65,24 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_run_tells_all_its_trackers(run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+def test_a_run_logs_to_all_its_trackers(run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
     names = ["tensorboard", "hf_resource_scanner", "file_logger"]
     config = write_config(
         sft_values(
             {
                 "training_args.max_steps": 6,
                 "training_args.report_to": ["wandb"],
-                "tracking": {"trackers": names, "exp_metadata": OWN, "run_uri_export_path": str(tmp_path / "uris")},
+                "tracking": {
+                    "trackers": names,
+                    "exp_metadata": METADATA,
+                    "run_uri_export_path": str(tmp_path / "uris"),
+                },
             }
         )
     )
     environ = {"WANDB_MODE": "offline", "WANDB_DIR": None, "TENSORBOARD_LOGGING_DIR": None}
-    done = run_cli(["sft", config], env=environ)
-    assert done.returncode == 0, done.stderr
+    result = run_cli(["sft", config], env=environ)
+    assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     record = json.loads((out / "run.json").read_text())
     assert record["tracker_errors"] == {}
@@ -90,8 +100,8 @@ def test_a_run_tells_all_its_trackers(run_cli: Any, sft_values: Any, write_confi
     assert [
         (row["train/global_step"], row["train/loss"]) for row in wandb_history(run) if "train/loss" in row
     ] == losses
-    [told] = [each.config for each in wandb_records(run) if each.WhichOneof("record_type") == "config"]
-    assert ("exp_metadata.team", '"search"') in [(item.key, item.value_json) for item in told.update]
+    [config] = [item.config for item in wandb_records(run) if item.WhichOneof("record_type") == "config"]
+    assert ("exp_metadata.team", '"search"') in [(item.key, item.value_json) for item in config.update]
 
     assert json.loads((tmp_path / "uris" / "wandb_tracker.json").read_text()) == identities["wandb"]
     _check_scan(json.loads((out / "scanner_output.json").read_text()))
@@ -119,25 +129,25 @@ def _check_scan(scan: dict[str, Any]) -> None:
         (["tracking.trackers=[wanbd]"], "wandb"),
     ],
 )
-def test_what_cannot_be_tracked_is_told_before_anything_is_loaded(
+def test_an_unusable_tracker_is_reported_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], sft_values: Any, write_config: Any, changes: list[str], expected: str
 ) -> None:
     assert main(["sft", str(write_config(sft_values())), *changes, "--dry-run"]) == EXIT_USER
     assert expected in capsys.readouterr().err
 
 
-def tracked(output: Path, *names: str) -> TrackedRun:
-    return TrackedRun(output, "tests", "mine", {"a.b": "c"}, TrackingConfig(), read_identities(output, names))
+def tracker_run(output: Path, *names: str) -> TrackerRun:
+    return TrackerRun(output, "tests", "mine", {"a.b": "c"}, TrackingConfig(), read_identities(output, names))
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_resumed_job_goes_on_with_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_job_continues_the_tracker_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     identities = []
     for step in (1, 2):
-        tracker = AccelerateTracker(name, tracked(tmp_path, name))
-        tracker.begin(StepMetrics(step, 2))
-        tracker.begin(StepMetrics(step, 2))
+        tracker = AccelerateTracker(name, tracker_run(tmp_path, name))
+        tracker.on_train_begin(StepMetrics(step, 2))
+        tracker.on_train_begin(StepMetrics(step, 2))
         tracker.log(LogEvent("training", StepMetrics(step, 2), {"loss": 1.0 / step}))
         tracker.log(LogEvent("validation", StepMetrics(step, 2), {"eval_loss": 2.0}))
         tracker.close()
@@ -151,7 +161,7 @@ def test_a_resumed_job_goes_on_with_the_run(name: str, tmp_path: Path, monkeypat
 
 
 class Stubborn(Tracker):
-    """A tracker that does not answer, or fails in the middle."""
+    """A tracker that blocks until `answer` is set, or fails at one step."""
 
     name = "stubborn"
 
@@ -160,7 +170,7 @@ class Stubborn(Tracker):
         self.steps: list[int] = []
         self.fails_at: int | None = None
 
-    def begin(self, metrics: StepMetrics) -> None:
+    def on_train_begin(self, metrics: StepMetrics) -> None:
         self.answer.wait()
 
     def log(self, event: LogEvent) -> None:
@@ -169,77 +179,73 @@ class Stubborn(Tracker):
         self.steps.append(event.metrics.step)
 
 
-def told(sinks: TrackerGroup, steps: range) -> float:
-    """Processor and waiting time of the slowest call."""
-    slowest = 0.0
+def log_steps(trackers: TrackerGroup, steps: range) -> None:
     for step in steps:
-        began = time.perf_counter()
-        sinks.tell("log", LogEvent("training", StepMetrics(step, len(steps)), {"loss": 1.0}))
-        slowest = max(slowest, time.perf_counter() - began)
-    return slowest
+        trackers.call("log", LogEvent("training", StepMetrics(step, len(steps)), {"loss": 1.0}))
 
 
-def test_a_tracker_that_does_not_answer_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_blocks_does_not_block_training(caplog: pytest.LogCaptureFixture) -> None:
     tracker = Stubborn()
-    sinks = TrackerGroup([BackgroundTracker(tracker, close_wait_s=0.1)])
-    sinks.tell("begin", StepMetrics(0, 100))
-    told(sinks, range(100))
+    trackers = TrackerGroup([BackgroundTracker(tracker, close_timeout_s=0.1)])
+    trackers.call("on_train_begin", StepMetrics(0, 100))
+    log_steps(trackers, range(100))
     assert tracker.steps == []
-    sinks.close()
-    assert "did not answer" in sinks.failures["stubborn"]
+    trackers.close()
+    assert "no response" in trackers.failures["stubborn"]
     assert "stubborn failed" in caplog.text
     tracker.answer.set()
 
 
-def test_what_a_slow_tracker_is_told_arrives_in_order() -> None:
+def test_a_slow_tracker_receives_everything_in_order() -> None:
     tracker = Stubborn()
-    sinks = TrackerGroup([BackgroundTracker(tracker)])
-    sinks.tell("begin", StepMetrics(0, 100))
-    told(sinks, range(100))
+    trackers = TrackerGroup([BackgroundTracker(tracker)])
+    trackers.call("on_train_begin", StepMetrics(0, 100))
+    log_steps(trackers, range(100))
     tracker.answer.set()
-    sinks.close()
+    trackers.close()
     assert tracker.steps == list(range(100))
-    assert sinks.failures == {}
+    assert trackers.failures == {}
 
 
-def test_a_tracker_that_fails_in_the_middle_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_during_training_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     tracker = Stubborn()
     tracker.fails_at = 3
     tracker.answer.set()
-    sinks = TrackerGroup([BackgroundTracker(tracker)])
-    sinks.tell("begin", StepMetrics(0, 9))
-    told(sinks, range(9))
-    sinks.close()
+    trackers = TrackerGroup([BackgroundTracker(tracker)])
+    trackers.call("on_train_begin", StepMetrics(0, 9))
+    log_steps(trackers, range(9))
+    trackers.close()
     assert tracker.steps == [0, 1, 2]
-    assert sinks.failures == {"stubborn": "ConnectionError: the server is gone"}
+    assert trackers.failures == {"stubborn": "ConnectionError: the server is gone"}
     assert caplog.text.count("the server is gone") == 1
 
 
-def test_a_callback_of_transformers_that_fails_is_left_alone(scripted_run: Any) -> None:
+def test_a_failing_transformers_callback_is_disabled(scripted_run: Any) -> None:
     from transformers import TrainerCallback
 
     class Failing(TrainerCallback):
         logged = 0
 
-        def on_log(self, *arguments: Any, **more: Any) -> None:
+        def on_log(self, *arguments: Any, **kwargs: Any) -> None:
             self.logged += 1
             raise ConnectionError("the server is gone")
 
-    failing, failures = Failing(), {}
-    run = scripted_run([1.0, 2.0, 3.0], [guarded_callback("neptune", failing, failures)])
+    failing = Failing()
+    failures: dict[str, str] = {}
+    run = scripted_run([1.0, 2.0, 3.0], [GuardedCallback("neptune", failing, failures)])
     assert run.error is None
     assert run.state.global_step == 3
     assert failing.logged == 1
     assert failures == {"neptune": "ConnectionError: the server is gone"}
 
 
-def test_what_is_known_once_is_told_once() -> None:
-    names = MetricNames()
-    curves = {"tokens_per_second": 5.0, "first_step_s": 2.0}
-    assert names.of(curves) == {"telemetry/tokens_per_second": 5.0, "totals/first_step_s": 2.0}
-    assert names.of(curves) == {"telemetry/tokens_per_second": 5.0}
-    lost = {"goodput": 0.5, "badput_lost_work_s": 0.0, "badput_checkpoint_save_s": 1.0, "badput_other_s": 2.0}
-    assert names.of(lost) == {
+def test_a_run_total_is_reported_once() -> None:
+    names = TelemetryNames()
+    series = {"tokens_per_second": 5.0, "first_step_s": 2.0}
+    assert names.rename(series) == {"telemetry/tokens_per_second": 5.0, "totals/first_step_s": 2.0}
+    assert names.rename(series) == {"telemetry/tokens_per_second": 5.0}
+    badput = {"goodput": 0.5, "badput_lost_work_s": 0.0, "badput_checkpoint_save_s": 1.0, "badput_other_s": 2.0}
+    assert names.rename(badput) == {
         "totals/goodput": 0.5,
         "totals/badput_checkpoint_save_s": 1.0,
         "totals/badput_s": 3.0,

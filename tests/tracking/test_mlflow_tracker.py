@@ -163,7 +163,7 @@ def test_checkpoints_are_copied_only_where_it_is_asked_for(mlflow_server: Any, t
     server = client(mlflow_server.uri)
     for asked, expected in (("FALSE", set()), ("TRUE", {"checkpoint-1"})):
         tracker = start(mlflow_server.uri, tmp_path / asked, HF_MLFLOW_LOG_ARTIFACTS=asked)
-        tracker.saved(1, checkpoint)
+        tracker.on_save(1, checkpoint)
         end = tracker.finish("FINISHED", wait_s=60)
         assert {item.path for item in server.list_artifacts(end.run_id)} == expected
 

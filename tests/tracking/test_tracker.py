@@ -1,4 +1,4 @@
-"""What sinks are told, by a real transformers Trainer and by a clock that a test turns."""
+"""The events that trackers receive, from a real transformers Trainer and with a clock that the test advances."""
 
 from __future__ import annotations
 
@@ -13,44 +13,39 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from finetuning.tracking.local_files import LossLog
-from finetuning.tracking.tracker import (
-    LogEvent,
-    StepMetrics,
-    Tracker,
-    TrackerCallback,
-    TrackerGroup,
-    make_callback,
-    numbers,
-)
+from finetuning.tracking.callback import TrackerCallback, numeric_values
+from finetuning.tracking.tracker import LogEvent, LossLog, StepMetrics, Tracker, TrackerGroup
+
+ARGUMENTS: Any = SimpleNamespace(output_dir="out")
+CONTROL: Any = None
 
 
 class Recorder(Tracker):
     name = "recorder"
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, Any]] = []
+        self.calls: list[tuple[str, Any]] = []
 
-    def begin(self, metrics: StepMetrics) -> None:
-        self.told.append(("begin", metrics))
+    def on_train_begin(self, metrics: StepMetrics) -> None:
+        self.calls.append(("begin", metrics))
 
-    def step(self, metrics: StepMetrics) -> None:
-        self.told.append(("step", metrics))
+    def on_step_end(self, metrics: StepMetrics) -> None:
+        self.calls.append(("step", metrics))
 
     def log(self, event: LogEvent) -> None:
-        self.told.append((event.kind, event))
+        self.calls.append((event.kind, event))
 
-    def saved(self, step: int, folder: Path) -> None:
-        self.told.append(("saved", folder))
+    def on_save(self, step: int, folder: Path) -> None:
+        self.calls.append(("save", folder))
 
-    def end(self, metrics: StepMetrics) -> None:
-        self.told.append(("end", metrics))
+    def on_train_end(self, metrics: StepMetrics) -> None:
+        self.calls.append(("end", metrics))
 
     def close(self) -> None:
-        self.told.append(("close", None))
+        self.calls.append(("close", None))
 
     def of(self, kind: str) -> list[Any]:
-        return [what for name, what in self.told if name == kind]
+        return [argument for name, argument in self.calls if name == kind]
 
 
 class Broken(Tracker):
@@ -77,7 +72,7 @@ class Slope(torch.nn.Module):
         return {"loss": ((guess - labels) ** 2).mean(), "logits": guess}
 
 
-def train(output: Path, sinks: TrackerGroup, steps: int = 6, **more: Any) -> None:
+def train(output: Path, trackers: TrackerGroup, steps: int = 6, **kwargs: Any) -> None:
     rows = [{"x": float(number), "labels": 2.0 * number} for number in range(8)]
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -93,19 +88,19 @@ def train(output: Path, sinks: TrackerGroup, steps: int = 6, **more: Any) -> Non
         use_cpu=True,
     )
     tokens = iter(range(0, 10_000, 100))
-    callback = make_callback(sinks, count_tokens=lambda: next(tokens))
+    callback = TrackerCallback(trackers, count_tokens=lambda: next(tokens))
     trainer = Trainer(Slope(), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
-    trainer.train(**more)
+    trainer.train(**kwargs)
 
 
-def test_a_real_trainer_tells_the_sinks_everything(tmp_path: Path) -> None:
+def test_trackers_receive_all_events_of_a_trainer(tmp_path: Path) -> None:
     recorder = Recorder()
-    sinks = TrackerGroup([recorder])
-    train(tmp_path, sinks)
-    sinks.close()
-    assert [name for name, _ in recorder.told] == [
-        *("begin", "step", "step", "training", "step", "step", "training", "validation", "saved"),
-        *("step", "step", "training", "validation", "saved", "summary", "end", "close"),
+    trackers = TrackerGroup([recorder])
+    train(tmp_path, trackers)
+    trackers.close()
+    assert [name for name, _ in recorder.calls] == [
+        *("begin", "step", "step", "training", "step", "step", "training", "validation", "save"),
+        *("step", "step", "training", "validation", "save", "summary", "end", "close"),
     ]
     first, second, third = recorder.of("training")
     assert (first.metrics.step, first.metrics.max_steps) == (2, 6)
@@ -117,50 +112,50 @@ def test_a_real_trainer_tells_the_sinks_everything(tmp_path: Path) -> None:
     assert second.metrics.seconds_left > 0
     assert third.metrics.seconds_left == 0
     assert recorder.of("validation")[0].values["eval_loss"] > 0
-    assert recorder.of("saved") == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"]
+    assert recorder.of("save") == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"]
     assert recorder.of("end")[0].first_step_s > 0
 
 
-def test_a_sink_that_fails_is_switched_off_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_tracker_is_disabled_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken, recorder = Broken(), Recorder()
-    sinks = TrackerGroup([broken, recorder])
+    trackers = TrackerGroup([broken, recorder])
     with caplog.at_level(logging.WARNING):
-        train(tmp_path, sinks)
-        sinks.close()
-        sinks.close()
+        train(tmp_path, trackers)
+        trackers.close()
+        trackers.close()
     assert broken.calls == 1
-    assert sinks.failures == {"broken": "RuntimeError: out of order"}
-    assert [record.getMessage() for record in caplog.records if "switched off" in record.getMessage()] == [
-        "broken failed and is switched off: RuntimeError: out of order"
+    assert trackers.failures == {"broken": "RuntimeError: out of order"}
+    assert [record.getMessage() for record in caplog.records if "is disabled" in record.getMessage()] == [
+        "broken failed and is disabled: RuntimeError: out of order"
     ]
     assert len(recorder.of("training")) == 3
     assert len(recorder.of("close")) == 1
 
 
-def test_other_ranks_tell_nothing() -> None:
+def test_other_ranks_log_nothing() -> None:
     recorder = Recorder()
-    teller = TrackerCallback(TrackerGroup([recorder]), lambda: 0, lambda: 0.0)
-    state = SimpleNamespace(global_step=1, max_steps=2, epoch=0.5, is_world_process_zero=False)
-    teller.began(state)
-    teller.stepped(state)
-    teller.logged(state, {"loss": 1.0})
-    assert recorder.told == []
+    callback = TrackerCallback(TrackerGroup([recorder]), clock=lambda: 0.0)
+    state: Any = SimpleNamespace(global_step=1, max_steps=2, epoch=0.5, is_world_process_zero=False)
+    callback.on_train_begin(ARGUMENTS, state, CONTROL)
+    callback.on_step_end(ARGUMENTS, state, CONTROL)
+    callback.on_log(ARGUMENTS, state, CONTROL, logs={"loss": 1.0})
+    assert recorder.calls == []
 
 
-def test_the_pace_leaves_out_the_first_step_evaluation_and_saving() -> None:
+def test_throughput_excludes_the_first_step_evaluation_and_saving() -> None:
     recorder, now, tokens = Recorder(), [0.0], [0]
-    teller = TrackerCallback(TrackerGroup([recorder]), lambda: tokens[0], lambda: now[0])
-    state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True)
-    teller.began(state)
+    callback = TrackerCallback(TrackerGroup([recorder]), count_tokens=lambda: tokens[0], clock=lambda: now[0])
+    state: Any = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True)
+    callback.on_train_begin(ARGUMENTS, state, CONTROL)
     for step in range(1, 31):
         now[0] += 60.0 if step == 1 else 2.0
         tokens[0] += 1_000
         state.global_step = step
-        teller.stepped(state)
+        callback.on_step_end(ARGUMENTS, state, CONTROL)
         if step % 10 == 0:
-            teller.logged(state, {"loss": 1.0, "epoch": 0.1})
+            callback.on_log(ARGUMENTS, state, CONTROL, logs={"loss": 1.0, "epoch": 0.1})
             now[0] += 300.0
-            teller.paused()
+            callback.on_evaluate(ARGUMENTS, state, CONTROL)
     logs = [event.metrics for event in recorder.of("training")]
     assert [metrics.tokens_per_s for metrics in logs] == pytest.approx([500.0] * 3)
     assert [metrics.seconds_left for metrics in logs] == pytest.approx([180.0, 160.0, 140.0])
@@ -168,44 +163,44 @@ def test_the_pace_leaves_out_the_first_step_evaluation_and_saving() -> None:
     assert logs[-1].elapsed_s == 60 + 29 * 2 + 2 * 300
 
 
-def test_a_resumed_job_counts_from_where_it_begins() -> None:
+def test_a_resumed_job_measures_only_its_own_steps() -> None:
     recorder, now = Recorder(), [0.0]
-    teller = TrackerCallback(TrackerGroup([recorder]), lambda: None, lambda: now[0])
-    state = SimpleNamespace(global_step=500, max_steps=600, epoch=0.0, is_world_process_zero=True)
-    teller.began(state)
+    callback = TrackerCallback(TrackerGroup([recorder]), clock=lambda: now[0])
+    state: Any = SimpleNamespace(global_step=500, max_steps=600, epoch=0.0, is_world_process_zero=True)
+    callback.on_train_begin(ARGUMENTS, state, CONTROL)
     for state.global_step in range(501, 511):
         now[0] += 3.0
-        teller.stepped(state)
-    teller.logged(state, {"loss": 1.0})
+        callback.on_step_end(ARGUMENTS, state, CONTROL)
+    callback.on_log(ARGUMENTS, state, CONTROL, logs={"loss": 1.0})
     [event] = recorder.of("training")
     assert event.metrics.seconds_left == pytest.approx(270.0)
     assert event.metrics.tokens_per_s is None
     assert event.metrics.tokens_seen is None
 
 
-def test_only_numbers_are_told() -> None:
+def test_only_numbers_are_logged() -> None:
     logs = {"a": 1, "b": torch.tensor(2.5), "c": torch.ones(3), "d": "text", "e": math.nan, "f": None, "g": True}
-    assert str(numbers(logs)) == "{'a': 1.0, 'b': 2.5, 'e': nan}"
+    assert str(numeric_values(logs)) == "{'a': 1.0, 'b': 2.5, 'e': nan}"
 
 
-def test_the_loss_log_has_one_line_a_loss_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_the_loss_log_has_one_line_per_loss_and_continues_after_a_kill(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     train(tmp_path / "out", TrackerGroup([LossLog(folder)]))
     path = folder / "training_logs.jsonl"
     lines = path.read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert [(line["name"], line["data"]["step"], line["data"]["epoch"]) for line in found] == [
+    entries = [json.loads(line) for line in lines]
+    assert [(line["name"], line["data"]["step"], line["data"]["epoch"]) for line in entries] == [
         ("training_loss", 2, 0.5),
         ("training_loss", 4, 1.0),
         ("validation_loss", 4, 1.0),
         ("training_loss", 6, 1.5),
         ("validation_loss", 6, 1.5),
     ]
-    assert lines[0] == json.dumps(found[0], sort_keys=True)
-    assert set(found[0]) == {"data", "name"}
-    assert set(found[0]["data"]) == {"epoch", "step", "timestamp", "value"}
-    assert found[0]["data"]["timestamp"].count("T") == 1
-    assert isinstance(found[0]["data"]["value"], float)
+    assert lines[0] == json.dumps(entries[0], sort_keys=True)
+    assert set(entries[0]) == {"data", "name"}
+    assert set(entries[0]["data"]) == {"epoch", "step", "timestamp", "value"}
+    assert entries[0]["data"]["timestamp"].count("T") == 1
+    assert isinstance(entries[0]["data"]["value"], float)
 
     with path.open("a") as stream:
         stream.write('{"data": {"epo')
@@ -218,9 +213,9 @@ def test_the_loss_log_has_one_line_a_loss_and_goes_on_after_a_kill(tmp_path: Pat
     log.close()
 
 
-def test_the_loss_log_makes_no_file_before_the_first_loss(tmp_path: Path) -> None:
+def test_the_loss_log_creates_its_file_with_the_first_loss(tmp_path: Path) -> None:
     log = LossLog(tmp_path / "logs")
-    log.begin(StepMetrics(0, 9))
+    log.on_train_begin(StepMetrics(0, 9))
     log.log(LogEvent("summary", StepMetrics(9, 9), {"train_loss": 1.0, "epoch": 1.0}))
     log.close()
     assert not (tmp_path / "logs").exists()

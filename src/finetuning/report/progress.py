@@ -30,7 +30,7 @@ class LineProgress(Tracker):
     def __init__(self, console: Console):
         self._console = console
 
-    def begin(self, metrics: StepMetrics) -> None:
+    def on_train_begin(self, metrics: StepMetrics) -> None:
         self._tell(f"training starts: {_start(metrics)}")
 
     def log(self, event: LogEvent) -> None:
@@ -39,10 +39,10 @@ class LineProgress(Tracker):
         elif event.kind == "validation" and (text := _validation(event)):
             self._tell(text)
 
-    def saved(self, step: int, folder: Path) -> None:
+    def on_save(self, step: int, folder: Path) -> None:
         self._tell(f"checkpoint saved: {folder}")
 
-    def end(self, metrics: StepMetrics) -> None:
+    def on_train_end(self, metrics: StepMetrics) -> None:
         self._tell(_end(metrics))
 
     def _tell(self, text: str) -> None:
@@ -60,13 +60,13 @@ class LiveProgress(LineProgress):
         self._live: Live | None = None
         self._drawn_at = 0.0
 
-    def begin(self, metrics: StepMetrics) -> None:
-        super().begin(metrics)
+    def on_train_begin(self, metrics: StepMetrics) -> None:
+        super().on_train_begin(metrics)
         self.close()
         self._live = Live(self._picture(metrics), console=self._console, auto_refresh=False, transient=True)
         self._live.start(refresh=True)
 
-    def step(self, metrics: StepMetrics) -> None:
+    def on_step_end(self, metrics: StepMetrics) -> None:
         if time.monotonic() - self._drawn_at >= _REDRAW_S:
             self._draw(metrics)
 
@@ -76,9 +76,9 @@ class LiveProgress(LineProgress):
         else:
             super().log(event)
 
-    def end(self, metrics: StepMetrics) -> None:
+    def on_train_end(self, metrics: StepMetrics) -> None:
         self.close()
-        super().end(metrics)
+        super().on_train_end(metrics)
 
     def close(self) -> None:
         if self._live is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ConfigError, Location
-from finetuning.tracking.local_files import LOSS_LOG_NAME, METRICS_LOG_NAME
+from finetuning.tracking.tracker import LOSS_LOG_NAME, METRICS_LOG_NAME
 
 Series = dict[str, list[tuple[int, float]]]
 """For each name, (step, value) with rising steps."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from finetuning.errors import ConfigError, Location
 from finetuning.report.run_folder import RECORD_NAME, read_run_record
-from finetuning.tracking.local_files import METRICS_LOG_NAME as METRICS_NAME
+from finetuning.tracking.tracker import METRICS_LOG_NAME as METRICS_NAME
 
 _LOCK_NAME = ".finetuning.lock"
 _TAIL_BYTES = 64 * 1024

@@ -1,76 +1,78 @@
-"""Callbacks of transformers for trackers that have no class of accelerate's, behind a guard."""
+"""Callbacks of transformers for trackers that accelerate has no class for, isolated from the training loop."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 logger = logging.getLogger(__name__)
 
 
-def guarded_callback(name: str, callback: Any, failures: dict[str, str]) -> TrainerCallback:
-    """A callback that passes every event on to another one, until that one fails: then it is told and left alone."""
-    from transformers import TrainerCallback
+class GuardedCallback(TrainerCallback):
+    """Forwards a trainer's events to another callback until that one raises; then it is disabled with a warning.
 
-    class Guarded(TrainerCallback):
-        """See `guarded_callback`."""
+    Args:
+        name: what to call the callback in messages.
+        callback: receives the events.
+        failures: is given the error under `name`; a callback whose name is in it is not called.
+    """
 
-        def _pass(self, event: str, *arguments: Any, **more: Any) -> None:
-            if name in failures:
-                return
-            try:
-                getattr(callback, event)(*arguments, **more)
-            except Exception as error:  # noqa: BLE001  whatever a tracker does, training goes on
-                failures[name] = f"{type(error).__name__}: {error}"
-                logger.warning("%s failed and is switched off: %s", name, failures[name])
+    def __init__(self, name: str, callback: TrainerCallback, failures: dict[str, str]):
+        self._name = name
+        self._callback = callback
+        self._failures = failures
 
-        def on_train_begin(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_train_begin", *arguments, **more)
+    def _forward(self, event: str, *arguments: object, **kwargs: object) -> None:
+        if self._name in self._failures:
+            return
+        try:
+            getattr(self._callback, event)(*arguments, **kwargs)
+        except Exception as error:  # noqa: BLE001  a tracker may raise anything, and training must continue
+            self._failures[self._name] = f"{type(error).__name__}: {error}"
+            logger.warning("%s failed and is disabled: %s", self._name, self._failures[self._name])
 
-        def on_step_begin(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_step_begin", *arguments, **more)
+    def on_train_begin(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_train_begin", *arguments, **kwargs)
 
-        def on_pre_optimizer_step(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_pre_optimizer_step", *arguments, **more)
+    def on_step_begin(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_step_begin", *arguments, **kwargs)
 
-        def on_optimizer_step(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_optimizer_step", *arguments, **more)
+    def on_pre_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_pre_optimizer_step", *arguments, **kwargs)
 
-        def on_step_end(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_step_end", *arguments, **more)
+    def on_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_optimizer_step", *arguments, **kwargs)
 
-        def on_log(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_log", *arguments, **more)
+    def on_step_end(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_step_end", *arguments, **kwargs)
 
-        def on_evaluate(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_evaluate", *arguments, **more)
+    def on_log(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_log", *arguments, **kwargs)
 
-        def on_predict(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_predict", *arguments, **more)
+    def on_evaluate(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_evaluate", *arguments, **kwargs)
 
-        def on_save(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_save", *arguments, **more)
+    def on_predict(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_predict", *arguments, **kwargs)
 
-        def on_train_end(self, *arguments: Any, **more: Any) -> None:
-            self._pass("on_train_end", *arguments, **more)
+    def on_save(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_save", *arguments, **kwargs)
 
-    return Guarded()
+    def on_train_end(self, *arguments: object, **kwargs: object) -> None:
+        self._forward("on_train_end", *arguments, **kwargs)
 
 
 def integration_callbacks(names: Sequence[str], failures: dict[str, str]) -> list[TrainerCallback]:
-    """transformers' own callbacks by the names of `report_to`; one that cannot be made is a failure."""
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    made = []
+    """Return transformers' callbacks for these names of `report_to`. One that cannot be created is a failure."""
+    callbacks: list[TrainerCallback] = []
     for name in names:
-        [kind] = get_reporting_integration_callbacks([name])
+        [callback_class] = get_reporting_integration_callbacks([name])
         try:
-            made.append(guarded_callback(name, kind(), failures))
-        except Exception as error:  # noqa: BLE001  as above
+            callbacks.append(GuardedCallback(name, callback_class(), failures))
+        except Exception as error:  # noqa: BLE001  a tracker may raise anything, and training must continue
             failures[name] = f"{type(error).__name__}: {error}"
             logger.warning("%s cannot be used: %s", name, failures[name])
-    return made
+    return callbacks

@@ -1,36 +1,44 @@
-"""The trainer's events, passed on to sinks. No sink can stop or fail the run.
+"""The tracker interface, the group that shields training from failing trackers, and the two trackers of local files.
 
-What the training loop tells, and the places that it is told to."""
+A tracker is a destination for a run's metrics: MLflow, the trackers of accelerate, the progress display, or a file in
+the output directory. Adding one means subclassing `Tracker`.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, Literal
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainerState
-    from transformers import TrainerControl as Control
-    from transformers import TrainingArguments as Args
+from finetuning.config.sections.training import TrackingConfig
 
-_WINDOWS_KEPT = 10
-_KNOWN_ONCE = ("first_step_s", "goodput")
-_LOSS_OF_TIME = "badput_"
-_WORTH_TELLING = ("badput_lost_work_s", "badput_checkpoint_save_s")
-_OF_THE_WHOLE = ("train_runtime", "train_loss")
+logger = logging.getLogger(__name__)
+
+LOSS_LOG_NAME = "training_logs.jsonl"
+METRICS_LOG_NAME = "metrics.jsonl"
+RunIdentity = dict[str, str | None]
+"""What identifies a run in a tracker: its id, name or address, by the keys of `NAME_tracker.json`."""
+
+_RUN_TOTALS = ("first_step_s", "goodput")
+_BADPUT_PREFIX = "badput_"
+_REPORTED_BADPUT = ("badput_lost_work_s", "badput_checkpoint_save_s")
+_RUN_SUMMARY = ("train_runtime", "train_loss")
+_LOSS_NAMES = {"loss": "training_loss", "eval_loss": "validation_loss"}
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Where training stands at a log: counts, the last values, and the pace.
+    """Progress and throughput at one optimizer step. None marks a value that is not known (yet).
 
-    `tokens_seen` counts real tokens, padding left out, over all processes, since this job began. Times are seconds;
-    `elapsed_s` is all time since the loop began, `first_step_s` the part of it until the first step was done, which no
-    rate includes. Nor do the rates include evaluation and saving. None where a value is not known (yet).
+    `tokens_seen` counts tokens without padding, summed over all processes, since this job started. Times are seconds.
+    `elapsed_s` is the wall time since the training loop began; `first_step_s` is its part up to the end of the first
+    step. `tokens_per_s` and `seconds_left` exclude the first step, evaluation and checkpoint saving.
     """
 
     step: int
@@ -46,278 +54,228 @@ class StepMetrics:
     seconds_left: float | None = None
 
 
-Kind = Literal["training", "validation", "summary"]
+EventKind = Literal["training", "validation", "summary"]
 
 
 @dataclass(frozen=True)
 class LogEvent:
-    """One log of the trainer: what it is about, every number in it by the trainer's names, and the step's metrics."""
+    """One call of `Trainer.log`: every number in it under the trainer's name, and the metrics of the step."""
 
-    kind: Kind
+    kind: EventKind
     metrics: StepMetrics
     values: Mapping[str, float] = field(default_factory=dict)
 
 
 class Tracker:
-    """A place that is told what happens. Every method may be left as it is; one that raises is switched off."""
+    """A destination for metrics. Override what is needed; a tracker that raises is disabled (see `TrackerGroup`)."""
 
-    name = "sink"
+    name = "tracker"
 
-    def begin(self, metrics: StepMetrics) -> None:
-        """The training loop begins; `metrics.step` is above 0 when it was resumed."""
+    def on_train_begin(self, metrics: StepMetrics) -> None:
+        """Called when the training loop begins; `metrics.step` is above 0 in a resumed run."""
 
-    def step(self, metrics: StepMetrics) -> None:
-        """An optimizer step was taken; only counts and times are filled in."""
+    def on_step_end(self, metrics: StepMetrics) -> None:
+        """Called after each optimizer step. Only counts and times are set in `metrics`."""
 
     def log(self, event: LogEvent) -> None:
-        """The trainer has logged."""
+        """Called at each log of the trainer."""
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        """Telemetry's figures at an optimizer step: how fast the run goes, what it waits for and what it holds."""
+    def log_telemetry(self, values: Mapping[str, float], step: int) -> None:
+        """Called with telemetry's metrics at an optimizer step: throughput, data wait, memory, goodput."""
 
-    def saved(self, step: int, folder: Path) -> None:
-        """A checkpoint was published."""
+    def on_save(self, step: int, folder: Path) -> None:
+        """Called after a checkpoint was saved to `folder`."""
 
-    def end(self, metrics: StepMetrics) -> None:
-        """The training loop has ended by itself."""
+    def on_train_end(self, metrics: StepMetrics) -> None:
+        """Called when the training loop has ended without an error."""
 
     def close(self) -> None:
-        """Nothing more comes; called once, after a failure, too."""
-
-
-class Pace:
-    """How fast training goes, from readings of a clock and of the token count.
-
-    The first step (compilation, allocation, warm caches) is kept apart, and pauses (evaluation, saving) are taken out.
-    """
-
-    def __init__(self, now: float):
-        self._began = now
-        self._paused = 0.0
-        self._marks: deque[tuple[int, float, int | None]] = deque(maxlen=_WINDOWS_KEPT + 1)
-        self.first_step_s: float | None = None
-
-    def first_step(self, step: int, now: float, tokens: int | None) -> None:
-        """The first step is done: from here on the pace is measured."""
-        self.first_step_s = now - self._began
-        self._marks.append((step, now - self._paused, tokens))
-
-    def paused(self, seconds: float) -> None:
-        """So many seconds went into something else."""
-        self._paused += seconds
-
-    def elapsed(self, now: float) -> float:
-        """Seconds since the training loop began."""
-        return now - self._began
-
-    def window(self, step: int, now: float, tokens: int | None) -> float | None:
-        """Tokens per second since the last window, which ends here; None before there is one."""
-        busy = now - self._paused
-        if not self._marks or step <= self._marks[-1][0]:
-            return None
-        _, since, tokens_then = self._marks[-1]
-        self._marks.append((step, busy, tokens))
-        if tokens is None or tokens_then is None or busy <= since:
-            return None
-        return (tokens - tokens_then) / (busy - since)
-
-    def seconds_left(self, step: int, max_steps: int) -> float | None:
-        """Seconds that the steps to come take at the pace of the last ten windows."""
-        if len(self._marks) < 2:
-            return None
-        (first, began, _), (last, ended, _) = self._marks[0], self._marks[-1]
-        return max(max_steps - step, 0) * (ended - began) / (last - first)
-
-
-class MetricNames:
-    """Names of telemetry's figures in a tracker: `telemetry/…` for curves, `totals/…` for what is known once.
-
-    Of the places that time was lost to only the sum is told, and those that a person can do something about. What is
-    known once is given once, and again only when it has changed.
-    """
-
-    def __init__(self) -> None:
-        self._given: dict[str, float] = {}
-
-    def of(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The figures to tell, by their names in the tracker."""
-        lost = {name: value for name, value in values.items() if name.startswith(_LOSS_OF_TIME)}
-        told = {f"telemetry/{name}": value for name, value in values.items() if name not in {*lost, *_KNOWN_ONCE}}
-        once = {name: values[name] for name in _KNOWN_ONCE if name in values}
-        once |= {name: value for name, value in lost.items() if name in _WORTH_TELLING and value}
-        if lost:
-            once["badput_s"] = sum(lost.values())
-        told |= {f"totals/{name}": value for name, value in once.items() if self._given.get(name) != value}
-        self._given |= once
-        return told
-
-
-def totals(values: Mapping[str, float]) -> dict[str, float]:
-    """Of the trainer's summary what says something of the whole run, by its name in a tracker."""
-    return {f"totals/{name}": value for name, value in values.items() if name in _OF_THE_WHOLE}
-
-
-def numbers(logs: Mapping[str, object]) -> dict[str, float]:
-    """The numbers among what a trainer has logged, one-element tensors included, by their names."""
-    found: dict[str, float] = {}
-    for key, value in logs.items():
-        try:
-            number = value.item() if hasattr(value, "item") else value
-        except (ValueError, RuntimeError):  # more than one element
-            continue
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            found[key] = float(number)
-    return found
-
-
-logger = logging.getLogger(__name__)
+        """Release resources. Called exactly once, also after a failure; nothing is called afterwards."""
 
 
 class TrackerGroup:
-    """Sinks behind one guard: one that raises is told in one warning, closed and not called again.
+    """Calls several trackers. One that raises is closed and not called again; training continues.
 
-    `failures` says why, by the sink's name; it belongs into the run's record.
+    `failures` maps the name of each disabled tracker to the error. It goes into the run record.
     """
 
-    def __init__(self, sinks: Sequence[Tracker]):
-        self._sinks = list(sinks)
+    def __init__(self, trackers: Sequence[Tracker]):
+        self._trackers = list(trackers)
         self.failures: dict[str, str] = {}
 
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Calls this method of every sink that still works."""
-        for sink in list(self._sinks):
-            self._guarded(sink, method, arguments)
+    def call(self, method: str, *arguments: object) -> None:
+        """Call a method of every tracker that is still enabled."""
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # noqa: BLE001  a tracker may raise anything, and training must continue
+                self._disable(tracker, error, close=method != "close")
 
     def close(self) -> None:
-        """Closes every sink; a second call does nothing."""
-        self.tell("close")
-        self._sinks.clear()
+        """Close every tracker. A second call does nothing."""
+        self.call("close")
+        self._trackers.clear()
 
-    def _guarded(self, sink: Tracker, method: str, arguments: tuple[Any, ...]) -> None:
-        try:
-            getattr(sink, method)(*arguments)
-        except Exception as error:  # noqa: BLE001  whatever a sink does, training goes on
-            if sink not in self._sinks:
-                return
-            self._sinks.remove(sink)
-            self.failures[sink.name] = f"{type(error).__name__}: {error}"
-            logger.warning("%s failed and is switched off: %s", sink.name, self.failures[sink.name])
-            if method != "close":
-                self._guarded(sink, "close", ())
+    def _disable(self, tracker: Tracker, error: Exception, *, close: bool) -> None:
+        self._trackers.remove(tracker)
+        self.failures[tracker.name] = f"{type(error).__name__}: {error}"
+        logger.warning("%s failed and is disabled: %s", tracker.name, self.failures[tracker.name])
+        if close:
+            try:
+                tracker.close()
+            except Exception as second:  # noqa: BLE001  the first error is the one to report
+                logger.debug("closing %s failed as well: %s", tracker.name, second)
 
 
-class TrackerCallback:
-    """Turns what a trainer's state says into what sinks are told, on the main process."""
+class TelemetryNames:
+    """Gives telemetry's metrics their names in a tracker: `telemetry/NAME` for series, `totals/NAME` for run totals.
 
-    def __init__(self, sinks: TrackerGroup, count_tokens: Callable[[], int | None], clock: Callable[[], float]):
-        self._sinks = sinks
-        self._count_tokens = count_tokens
-        self._clock = clock
-        self._pace = Pace(clock())
-        self._last = StepMetrics(step=0, max_steps=0)
-        self._mark = clock()
-
-    def began(self, state: TrainerState) -> None:
-        self._pace = Pace(self._clock())
-        self._tell(state, "begin", self._metrics(state))
-
-    def stepped(self, state: TrainerState) -> None:
-        self._mark = self._clock()
-        if self._pace.first_step_s is None:
-            self._pace.first_step(state.global_step, self._mark, self._count_tokens())
-        self._tell(state, "step", self._metrics(state))
-
-    def logged(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        values = numbers(logs)
-        kind = _kind(values)
-        metrics = self._metrics(state)
-        if kind == "training":
-            tokens = self._count_tokens()
-            rate = self._pace.window(state.global_step, self._clock(), tokens)
-            metrics = replace(
-                metrics,
-                loss=values.get("loss"),
-                learning_rate=values.get("learning_rate"),
-                grad_norm=values.get("grad_norm"),
-                tokens_seen=tokens,
-                tokens_per_s=self._last.tokens_per_s if rate is None else rate,
-                seconds_left=self._pace.seconds_left(state.global_step, state.max_steps),
-            )
-            self._last = metrics
-        self._tell(state, "log", LogEvent(kind, metrics, values))
-
-    def paused(self) -> None:
-        """What has passed since the step ended, or since the last pause, went into evaluating or saving."""
-        now = self._clock()
-        self._pace.paused(now - self._mark)
-        self._mark = now
-
-    def saved(self, state: TrainerState, folder: Path) -> None:
-        self.paused()
-        if folder.is_dir():
-            self._tell(state, "saved", state.global_step, folder)
-
-    def ended(self, state: TrainerState) -> None:
-        self._tell(state, "end", self._metrics(state))
-
-    def _tell(self, state: TrainerState, method: str, *arguments: Any) -> None:
-        if state.is_world_process_zero:
-            self._sinks.tell(method, *arguments)
-
-    def _metrics(self, state: TrainerState) -> StepMetrics:
-        return replace(
-            self._last,
-            step=state.global_step,
-            max_steps=state.max_steps,
-            epoch=state.epoch,
-            elapsed_s=self._pace.elapsed(self._clock()),
-            first_step_s=self._pace.first_step_s,
-            seconds_left=self._pace.seconds_left(state.global_step, state.max_steps),
-        )
-
-
-def make_callback(
-    sinks: TrackerGroup,
-    *,
-    count_tokens: Callable[[], int | None] = lambda: None,
-    clock: Callable[[], float] = time.monotonic,
-) -> TrainerCallback:
-    """A transformers callback that tells the sinks, on the main process, what the trainer does.
-
-    `count_tokens` gives the real tokens (padding left out) that all processes have trained on since this job began. It
-    is asked on every process, after the first step and at each training log: it may gather, and synchronise a device.
+    Of the badput categories, only the sum and those that a user can act on are reported. A total is reported again
+    only when it has changed.
     """
-    from transformers import TrainerCallback
 
-    teller = TrackerCallback(sinks, count_tokens, clock)
+    def __init__(self) -> None:
+        self._reported: dict[str, float] = {}
 
-    class TrackingCallback(TrainerCallback):
-        """See `make_callback`."""
-
-        def on_train_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-            teller.began(state)
-
-        def on_step_end(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-            teller.stepped(state)
-
-        def on_log(
-            self, args: Args, state: TrainerState, control: Control, logs: dict[str, Any] | None = None, **more: Any
-        ) -> None:
-            teller.logged(state, logs or {})
-
-        def on_evaluate(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-            teller.paused()
-
-        def on_save(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-            teller.saved(state, Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
-
-        def on_train_end(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-            teller.ended(state)
-
-    return TrackingCallback()
+    def rename(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics to report, by their names in the tracker."""
+        badput = {name: value for name, value in values.items() if name.startswith(_BADPUT_PREFIX)}
+        series = {name: value for name, value in values.items() if name not in {*badput, *_RUN_TOTALS}}
+        totals = {name: values[name] for name in _RUN_TOTALS if name in values}
+        totals |= {name: value for name, value in badput.items() if name in _REPORTED_BADPUT and value}
+        if badput:
+            totals["badput_s"] = sum(badput.values())
+        changed = {name: value for name, value in totals.items() if self._reported.get(name) != value}
+        self._reported |= totals
+        return {
+            **{f"telemetry/{name}": value for name, value in series.items()},
+            **{f"totals/{name}": value for name, value in changed.items()},
+        }
 
 
-def _kind(values: dict[str, float]) -> Kind:
-    if "train_runtime" in values or "train_loss" in values:
-        return "summary"
-    return "training" if "loss" in values else "validation"
+def summary_totals(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values of the trainer's final summary that describe the whole run, as `totals/NAME`."""
+    return {f"totals/{name}": value for name, value in values.items() if name in _RUN_SUMMARY}
+
+
+def write_identity(output_dir: Path, section: TrackingConfig, name: str, identity: RunIdentity) -> None:
+    """Write `NAME_tracker.json` into `output_dir` and into `tracking.run_uri_export_path`, if that is set."""
+    folders = [output_dir, *([Path(section.run_uri_export_path)] if section.run_uri_export_path else [])]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}_tracker.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def read_identities(output_dir: Path, names: Sequence[str]) -> dict[str, RunIdentity]:
+    """Read what earlier jobs of this output directory recorded about their runs, by tracker."""
+    identities: dict[str, RunIdentity] = {}
+    for name in names:
+        try:
+            value = json.loads((output_dir / f"{name}_tracker.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, dict):
+            identities[name] = value
+    return identities
+
+
+class LineFile:
+    """An append-only text file, flushed after each line and created with the first one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stream: IO[str] | None = None
+
+    def write(self, line: str) -> None:
+        """Append one line, passed without its newline."""
+        if self._stream is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_partial = _ends_in_partial_line(self.path)
+            self._stream = self.path.open("a", encoding="utf-8")
+            line = "\n" + line if is_partial else line
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file, if it was opened."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _ends_in_partial_line(path: Path) -> bool:
+    """Return whether the last line has no newline, as after a writer that was killed."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, 2)
+        return stream.read(1) != b"\n"
+
+
+class LossLog(Tracker):
+    """Writes losses to `training_logs.jsonl` in the format of fms-hf-tuning, one JSON object per line:
+
+    `{"data": {"epoch": 1.0, "step": 3, "timestamp": "2026-01-01T12:00:00.123456", "value": 2.31},`
+    ` "name": "training_loss"}`, or `validation_loss`.
+
+    The file is created with the first loss; a resumed run appends to it. A loss that is not finite is null, so that
+    strict JSON parsers can read the file. Timestamps are local time without a zone.
+
+    Source: fms-hf-tuning, `tuning/trackers/filelogging_tracker.py`.
+    """
+
+    name = LOSS_LOG_NAME
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOSS_LOG_NAME
+        self._lines = LineFile(self.path)
+
+    def log(self, event: LogEvent) -> None:
+        epoch = event.values.get("epoch")
+        for key, name in _LOSS_NAMES.items():
+            if epoch is None or key not in event.values:
+                continue
+            value = event.values[key]
+            data = {
+                "epoch": round(epoch, 2),
+                "step": event.metrics.step,
+                "timestamp": datetime.now().isoformat(),
+                "value": value if math.isfinite(value) else None,
+            }
+            self._lines.write(json.dumps({"data": data, "name": name}, sort_keys=True))
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class MetricsLog(Tracker):
+    """Writes every logged number to `metrics.jsonl`, one JSON object per line:
+
+    `{"step": 10, "kind": "training", "time": 1767225600.0, "loss": 2.31, "learning_rate": 5e-05, …}`
+
+    `kind` is training, validation, summary or figures (telemetry's metrics); `time` is seconds since 1970. Numbers have
+    the trainer's names, and a training log also has `tokens_per_s` and `tokens_seen`. A number that is not finite is
+    null. A resumed run appends: where a step has several lines, the last one is valid.
+    """
+
+    name = METRICS_LOG_NAME
+
+    def __init__(self, folder: Path):
+        self._lines = LineFile(folder / METRICS_LOG_NAME)
+
+    def log(self, event: LogEvent) -> None:
+        metrics = event.metrics
+        derived = {"epoch": metrics.epoch}
+        if event.kind == "training":
+            derived = {"tokens_per_s": metrics.tokens_per_s, "tokens_seen": metrics.tokens_seen, **derived}
+        numbers = {key: float(value) for key, value in derived.items() if value is not None}
+        self._write(metrics.step, event.kind, {**numbers, **event.values})
+
+    def log_telemetry(self, values: Mapping[str, float], step: int) -> None:
+        self._write(step, "figures", values)
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        numbers = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **numbers}))

@@ -108,7 +108,7 @@ class RunReporter:
         self._lines = [SummaryLine("model", experiment.run_conf.model), SummaryLine("output", str(self._output_dir))]
         self._warnings: list[str] = []
         self._found: list[tuple[str, str]] = []
-        self._sinks: Any = None
+        self._trackers: Any = None
         self._trainer: Any = None
         self._artifact: FinalModel | None = None
         self._started = time.monotonic()
@@ -164,23 +164,23 @@ class RunReporter:
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call."""
         from finetuning.report.progress import progress_tracker
-        from finetuning.tracking.local_files import LossLog, MetricsLog
-        from finetuning.tracking.tracker import TrackerGroup, make_callback
+        from finetuning.tracking.callback import TrackerCallback
+        from finetuning.tracking.tracker import LossLog, MetricsLog, TrackerGroup
 
-        sinks = [progress_tracker(self._console)]
+        trackers = [progress_tracker(self._console)]
         if self._is_main:
-            sinks += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
-            sinks += self._tracked.sinks()
-        self._sinks = TrackerGroup(sinks)
-        # Measuring comes first, so that what the sinks do at the end of a step is no part of the step.
+            trackers += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
+            trackers += self._tracked.trackers()
+        self._trackers = TrackerGroup(trackers)
+        # Measuring comes first, so that what the trackers do at the end of a step is no part of the step.
         measuring = self._measuring.callbacks(self._tell_figures)
-        telling = make_callback(self._sinks, count_tokens=lambda: self._trainer.all_tokens_seen())
+        telling = TrackerCallback(self._trackers, count_tokens=lambda: self._trainer.all_tokens_seen())
         # What steers comes last: what it stops has been told.
         return [*measuring, telling, *self._tracked.callbacks(), *self._steering.callbacks()]
 
     def _tell_figures(self, figures: Mapping[str, float], step: int) -> None:
-        if self._sinks:
-            self._sinks.tell("figures", figures, step)
+        if self._trackers:
+            self._trackers.call("log_telemetry", figures, step)
 
     def watch(self, trainer: Trainer) -> None:
         """The trainer is ready: the start summary is shown."""
@@ -202,9 +202,9 @@ class RunReporter:
     def measured(self, error: BaseException | None) -> dict[str, Any]:
         """Telemetry ends. Gives what belongs into the record: its figures, and what was told at the start."""
         measured = self._measuring.end(error, self._tell_figures)
-        if self._sinks:
+        if self._trackers:
             # Before the record is written, so that it says which of them failed at their ends.
-            self._sinks.close()
+            self._trackers.close()
         told = {
             "summary": [[line.label, line.value, line.reason] for line in self._lines],
             "warnings": self._warnings,
@@ -226,7 +226,7 @@ class RunReporter:
     @property
     def failures(self) -> dict[str, str]:
         """The places that could not be told and were switched off, and why."""
-        return (dict(self._sinks.failures) if self._sinks else {}) | self._tracked.failures
+        return (dict(self._trackers.failures) if self._trackers else {}) | self._tracked.failures
 
     def closing(self, status: str, steps: int, final_loss: float | None, training_s: float | None) -> None:
         """What was made, where, and the next commands to type."""

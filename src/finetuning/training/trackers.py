@@ -75,26 +75,28 @@ class TrackerSet:
                 self._mlflow.log_file(path)
             self._mlflow.log_datasets(datasets_of(self._experiment, data))
 
-    def sinks(self) -> list[Tracker]:
-        """Those who are told of each log."""
+    def trackers(self) -> list[Tracker]:
+        """Return the trackers that receive every log."""
         if not self._is_main:
             return []
-        from finetuning.tracking.accelerate_trackers import make_trackers
-        from finetuning.tracking.settings import parameters
+        trackers: list[Tracker] = [self._mlflow] if self._mlflow else []
+        if any(name in PACKAGES for name in self._names):
+            from finetuning.tracking.accelerate_trackers import make_trackers
+            from finetuning.tracking.settings import parameters
 
-        flat = parameters(dump_values(self._experiment))
-        mlflow = [self._mlflow] if self._mlflow else []
-        return [*mlflow, *make_trackers(self._experiment, self._method, flat, resumed=self._is_resumed)]
+            values = parameters(dump_values(self._experiment))
+            trackers += make_trackers(self._experiment, self._method, values, resumed=self._is_resumed)
+        return trackers
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call besides."""
         found: list[TrainerCallback] = []
         if "hf_resource_scanner" in self._names:
             from finetuning.callbacks.resource_scanner import scanner_callback
-            from finetuning.tracking.hf_integrations import guarded_callback
+            from finetuning.tracking.hf_integrations import GuardedCallback
 
             path = self._output_dir / self._section.scanner_output_filename
-            found.append(guarded_callback("hf_resource_scanner", scanner_callback(path), self.failures))
+            found.append(GuardedCallback("hf_resource_scanner", scanner_callback(path), self.failures))
         foreign = [name for name in self._names if name not in PACKAGES and name not in BUILT_IN]
         if foreign:
             from finetuning.tracking.hf_integrations import integration_callbacks
@@ -123,7 +125,7 @@ class TrackerSet:
 
     def places(self) -> dict[str, dict[str, Any]]:
         """Where each tracker's run is, by the tracker's name."""
-        from finetuning.tracking.accelerate_trackers import read_identities
+        from finetuning.tracking.tracker import read_identities
 
         names = [*self._names, *(["mlflow"] if self._mlflow else [])]
         return read_identities(self._output_dir, list(dict.fromkeys(names)))
@@ -138,7 +140,7 @@ class TrackerSet:
         return [(name, where) for name, where in shown if where]
 
     def _export(self, end: TrackingEnd) -> None:
-        from finetuning.tracking.accelerate_trackers import write_identity
+        from finetuning.tracking.tracker import write_identity
 
         identity = {"run_id": end.run_id, "run_name": end.run_name, "run_uri": end.url}
         write_identity(self._output_dir, self._section, "mlflow", identity)

@@ -37,7 +37,7 @@ from finetuning.tracking.mlflow.queue_file import (
     set_aside,
 )
 from finetuning.tracking.settings import TrackingPlan
-from finetuning.tracking.tracker import LogEvent, MetricNames, Tracker, totals
+from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class MlflowTracker(Tracker):
         self._plan = plan
         self._writer = writer
         self._process = process
-        self._figures = MetricNames()
+        self._telemetry_names = TelemetryNames()
         self._next_look = time.monotonic() + _FIRST_LOOK_S
         self._told = False
         self._finished = False
@@ -92,13 +92,13 @@ class MlflowTracker(Tracker):
             known = {"tokens_per_second": metrics.tokens_per_s, "tokens_seen": metrics.tokens_seen}
             values |= {key: float(value) for key, value in known.items() if value is not None}
         if event.kind == "summary":
-            values = totals(values)
+            values = summary_totals(values)
         self.log_metrics(values, event.metrics.step)
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.log_metrics(self._figures.of(values), step)
+    def log_telemetry(self, values: Mapping[str, float], step: int) -> None:
+        self.log_metrics(self._telemetry_names.rename(values), step)
 
-    def saved(self, step: int, folder: Path) -> None:
+    def on_save(self, step: int, folder: Path) -> None:
         self.log_model_files(folder, folder.name)
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
