@@ -32,7 +32,8 @@ quickstart: venv ## tune, merge and try a tiny model on the CPU
 test: venv ## run the tests
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS)
 
-# Traces every process that the tests start, so it takes longer than `make test`. Fails below fail_under of pyproject.toml.
+# Traces every process that the tests start: 1.5 to 1.6 times the CPU time, measured on seven test files.
+# Not part of .ci/run.
 coverage: venv ## run the tests and report the coverage
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS) --cov --cov-report=term:skip-covered --cov-report=xml
 
