@@ -11,7 +11,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
-	schema docs golden constraints dist clean distclean
+	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -80,6 +80,9 @@ schema: venv ## generate docs/schema from the config models
 	set -e; for method in sft dpo kto reward grpo orpo cpo; do \
 	    $(VENV)/bin/finetuning schema $$method > docs/schema/$$method.json.new; \
 	    mv docs/schema/$$method.json.new docs/schema/$$method.json; done
+
+library-fields: venv ## write the table of library fields from the installed libraries
+	$(PYTHON) -m finetuning.config.validation.introspection src/finetuning/config/validation/library_fields.json
 
 docs: schema ## generate every generated page
 	$(PYTHON) -m finetuning.config.schema.reference docs/reference/config.md

@@ -11,13 +11,13 @@ import torch
 
 from finetuning.algorithms import METHODS
 from finetuning.algorithms.dpo import first_loss
-from finetuning.config.installed import Installed
+from finetuning.config.validation.library_fields import table_fields
 from finetuning.errors import GuardStopped
 
 DPO = METHODS["dpo"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
-LOSSES = tuple(Installed().dpo_losses() or ())
-"""Those of the installed TRL, as the config knows them."""
+LOSSES = tuple(table_fields().choices("dpo_loss_type"))
+"""The losses that the config accepts."""
 TWO_STEPS = {"training_args.max_steps": 2}
 
 
@@ -161,4 +161,4 @@ def test_first_losses_that_are_known() -> None:
     assert first_loss(["sppo_hard"], [1.0], 0.5, 0.0) == pytest.approx(2.0)
     assert first_loss(["sigmoid", "sft"], [1.0, 1.0], 0.1, 0.0) is None
     assert first_loss(["a loss of tomorrow"], [1.0], 0.1, 0.0) is None
-    assert "loss_type" in Installed().class_fields(DPO.experiment.trainer_config)
+    assert "loss_type" in table_fields().trainer_fields(DPO.experiment.trainer_config)

@@ -7,10 +7,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning.config.installed import Installed
 from finetuning.config.redaction import is_secret_key
 from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
 from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.validation.library_fields import table_fields
 from finetuning.config.validation.section_tree import walk
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.dump import dump_yaml, provenance
@@ -140,9 +140,9 @@ def test_of_the_keys_of_the_yaml_only_the_token_of_the_hub_looks_like_a_secret(m
 
 
 def test_of_the_keys_of_libraries_only_tokens_of_the_hub_look_like_secrets() -> None:
-    installed = Installed()
-    configs = [installed.class_fields(experiment.trainer_config) or {} for experiment in EXPERIMENTS.values()]
-    adapters = [installed.peft_fields(name) or {} for name in installed.peft_types() or ()]
-    names = {name for fields in (*configs, *adapters, installed.generation_fields() or {}) for name in fields}
+    libraries = table_fields()
+    configs = [libraries.trainer_fields(experiment.trainer_config) or {} for experiment in EXPERIMENTS.values()]
+    adapters = [libraries.peft_fields(name) or {} for name in libraries.choices("peft_type")]
+    names = {name for fields in (*configs, *adapters, libraries.generation_fields()) for name in fields}
     assert "lora_alpha" in names
     assert {name for name in names if is_secret_key(name)} <= {"hub_token", "push_to_hub_token"}

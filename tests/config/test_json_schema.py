@@ -7,12 +7,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from finetuning.config.installed import Installed
 from finetuning.config.schema.json_schema import field_docstrings, json_schema, schema_text
 from finetuning.config.schema.reference import reference
 from finetuning.config.sections.experiment import EXPERIMENTS, SFTExperiment
 from finetuning.config.sections.generation import GenerationConfig
 from finetuning.config.sections.training import DPOTrainingArgs
+from finetuning.config.validation.library_fields import LibraryFields, table_fields
 from finetuning.config.validation.section_tree import sections_of, walk
 from finetuning.config.yaml.dump import dump_values
 
@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [*EXPERIMENTS.values(), GenerationConfig]
 
 
-def errors(config: type, values: dict[str, Any], installed: Installed | None = None) -> list[str]:
-    validator = jsonschema.Draft202012Validator(json_schema(config, installed))
+def errors(config: type, values: dict[str, Any], libraries: LibraryFields | None = None) -> list[str]:
+    validator = jsonschema.Draft202012Validator(json_schema(config, libraries))
     return [error.message for error in validator.iter_errors(values)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_schemas_are_schemas(config: type) -> None:
-    for installed in (None, Installed()):
-        schema = json_schema(config, installed)
+    for libraries in (None, table_fields()):
+        schema = json_schema(config, libraries)
         jsonschema.Draft202012Validator.check_schema(schema)
         assert schema["$schema"].endswith("2020-12/schema")
         assert "$id" not in schema
@@ -66,7 +66,7 @@ def test_the_schema_takes_what_is_right(peft_conf: str, check: Callable, changed
     experiment = check(changed(peft_conf=peft_conf, training_args="{dataloader_num_workers: 2}")).experiment
     values = dump_values(experiment)
     assert errors(SFTExperiment, values) == []
-    assert errors(SFTExperiment, values, Installed()) == []
+    assert errors(SFTExperiment, values, table_fields()) == []
 
 
 def test_the_schema_refuses_what_is_wrong(check: Callable, sft_text: str) -> None:
@@ -76,9 +76,9 @@ def test_the_schema_refuses_what_is_wrong(check: Callable, sft_text: str) -> Non
     assert errors(SFTExperiment, {**values, "peft_conf": {"peft_type": "NO_PEFT", "r": 8}})
     unknown = {**values, "training_args": {"dataloader_num_worker": 1}}
     assert not errors(SFTExperiment, unknown)
-    assert errors(SFTExperiment, unknown, Installed())
+    assert errors(SFTExperiment, unknown, table_fields())
     wrong = {**values, "training_args": {"dataloader_num_workers": "two"}}
-    assert errors(SFTExperiment, wrong, Installed())
+    assert errors(SFTExperiment, wrong, table_fields())
 
 
 def test_the_reference_is_fresh() -> None:

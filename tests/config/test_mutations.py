@@ -8,7 +8,6 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetuning.config.installed import Installed
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.dump import dump_yaml, provenance
@@ -48,13 +47,12 @@ ODD = st.one_of(
     st.dictionaries(st.text(max_size=5) | st.integers(), st.integers() | st.none(), max_size=2),
 )
 WORDS = [*(word.strip("{}[],:") for word in TEXT.split()), "0", "7", "", "x"]
-INSTALLED = Installed()
 BOUNDED = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def outcome(document: Any, method: str, secret: str = "hf_secret") -> None:
     try:
-        validated = validate(document, EXPERIMENTS[method], installed=INSTALLED)
+        validated = validate(document, EXPERIMENTS[method])
     except ConfigError as error:
         lines = [str(problem) for problem in error.problems]
         assert lines and all(line.strip() for line in lines)

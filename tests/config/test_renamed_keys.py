@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.config.installed import Installed
 from finetuning.config.sections.experiment import DPOExperiment, Experiment, SFTExperiment
 from finetuning.config.sections.model import ModelArgs
+from finetuning.config.validation.library_fields import LibraryFields, table_fields
 from finetuning.config.validation.renamed_keys import (
     MODEL_ARGS,
     OLD_VALUES,
@@ -22,22 +22,22 @@ from finetuning.config.yaml.reader import parse_document
 Changed = Callable[..., str]
 
 
-def known_today(installed: Installed) -> set[str]:
+def known_today(libraries: LibraryFields) -> set[str]:
     names: set[str] = set()
     for experiment in (SFTExperiment, DPOExperiment):
-        names |= installed.class_fields(experiment.trainer_config).keys()
+        names |= libraries.trainer_fields(experiment.trainer_config).keys()
         names |= sections_of(experiment.model_fields["training_args"].annotation)[0].model_fields.keys()
     return names
 
 
 def test_the_table_agrees_with_the_installed_libraries() -> None:
     """Old names are unknown today (but for those that another section owns); new ones are known."""
-    installed = Installed()
-    known = known_today(installed)
+    libraries = table_fields()
+    known = known_today(libraries)
     owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, RemovedKey) and change.though_known}
     assert not (TRAINING_ARGS.keys() - owned) & known
     assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, RenamedKey)} <= known
-    arguments = {*installed.from_pretrained_arguments(), *ModelArgs.model_fields}
+    arguments = {*libraries.from_pretrained_arguments(), *ModelArgs.model_fields}
     assert not MODEL_ARGS.keys() & arguments
     assert {change.to[0] for change in MODEL_ARGS.values() if isinstance(change, RenamedKey)} <= arguments
 
@@ -113,7 +113,7 @@ def test_values_that_are_gone(check: Callable, changed: Changed) -> None:
     assert str(validated.warnings[0]).endswith(
         'training_args.optim: "adamw_hf" is gone; "adamw_torch" is used. Write "optim: adamw_torch".'
     )
-    allowed = Installed().choices("transformers.training_args:OptimizerNames")
+    allowed = table_fields().choices("optim")
     assert not OLD_VALUES["training_args", "optim"].keys() & set(allowed)
     assert set(OLD_VALUES["training_args", "optim"].values()) <= set(allowed)
 

@@ -122,13 +122,13 @@ def _job(argv: Sequence[str]) -> int:
 
 def make_readers() -> Readers:
     """What a translation may ask of the rooms that it does not know."""
-    from finetuning.config.installed import Installed
     from finetuning.config.sections.experiment import SFTExperiment
+    from finetuning.config.validation.library_fields import installed_fields
     from finetuning.importers.fms.data_config import read_data_config
     from finetuning.importers.translation import Readers
 
     def training_fields() -> Collection[str]:
-        return Installed().class_fields(SFTExperiment.trainer_config) or frozenset()
+        return installed_fields().trainer_fields(SFTExperiment.trainer_config) or frozenset()
 
     return Readers(read_data_config, training_fields)
 

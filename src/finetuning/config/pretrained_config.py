@@ -5,6 +5,9 @@ The attention implementations that a package of their own computes."""
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,17 +16,41 @@ from typing import Any
 
 def read_pretrained_config(model: str) -> dict[str, Any] | None:
     """The `config.json` of a model in a local folder; None where it lies elsewhere, or cannot be read."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
+    return _read(Path(model))
+
+
+def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+    """Return a model's `config.json`, from its folder or else from the hub's cache; None where neither has it."""
+    if Path(model, "config.json").is_file():
+        return read_pretrained_config(model)
+    snapshot = _cached_snapshot(model, environ)
+    return None if snapshot is None else _read(snapshot)
 
 
 def quantization_method(model: str) -> str | None:
     """How a model in a local folder is quantised, such as `gptq`; None where it is not, or lies elsewhere."""
     quantisation = (read_pretrained_config(model) or {}).get("quantization_config")
     return quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _cached_snapshot(model: str, environ: Mapping[str, str]) -> Path | None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return None
+    home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser())
+    cache = Path(environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+    folder = cache / f"models--{model.replace('/', '--')}"
+    try:
+        return folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)

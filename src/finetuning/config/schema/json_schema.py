@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from finetuning.config.installed import Fields, Installed
 from finetuning.config.sections.experiment import Experiment
+from finetuning.config.validation.library_fields import LibraryFields
 from finetuning.config.validation.passthrough import OWNED_ELSEWHERE
 from finetuning.config.validation.section_tree import sections_of, walk
 
@@ -53,12 +53,12 @@ def _own_docstrings(section: type[BaseModel]) -> dict[str, str]:
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def json_schema(config: type[BaseModel], installed: Installed | None = None) -> dict[str, Any]:
+def json_schema(config: type[BaseModel], libraries: LibraryFields | None = None) -> dict[str, Any]:
     """The JSON Schema of a config, each key described.
 
     Args:
-        installed: the installed libraries; their trainer's fields are then listed under `training_args`, and any
-            other key there is an error. Without it that section stays open, and the schema is the same everywhere.
+        libraries: their trainer's fields are then listed under `training_args`, and any other key there is an error.
+            Without it that section stays open, and the schema is the same everywhere.
     """
     schema = config.model_json_schema(mode="validation")
     definitions = schema.get("$defs", {})
@@ -70,16 +70,16 @@ def json_schema(config: type[BaseModel], installed: Installed | None = None) -> 
         definition.pop("title", None)
         if "description" in definition:
             definition["description"] = one_line(definition["description"])
-    if installed is not None and issubclass(config, Experiment):
-        _list_installed(config, definitions, installed)
+    if libraries is not None and issubclass(config, Experiment):
+        _list_trainer_fields(config, definitions, libraries)
     method = getattr(config, "method_name", "") or config.__name__
     schema["title"] = f"finetuning {method}" if issubclass(config, Experiment) else "generate"
     return {"$schema": DIALECT, **{key: schema[key] for key in sorted(schema, key=_order)}}
 
 
-def schema_text(config: type[BaseModel], installed: Installed | None = None) -> str:
+def schema_text(config: type[BaseModel], libraries: LibraryFields | None = None) -> str:
     """The JSON Schema as text, ending in a line break."""
-    return json.dumps(json_schema(config, installed), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(json_schema(config, libraries), indent=2, ensure_ascii=False) + "\n"
 
 
 def _order(key: str) -> int:
@@ -99,9 +99,9 @@ def _describe(schema: dict[str, Any], section: type[BaseModel]) -> None:
             described["description"] = docstrings[name]
 
 
-def _list_installed(config: type[Experiment], definitions: dict[str, Any], installed: Installed) -> None:
-    """Name the installed trainer's fields under `training_args`, and close the section."""
-    fields: Fields | None = installed.class_fields(config.trainer_config)
+def _list_trainer_fields(config: type[Experiment], definitions: dict[str, Any], libraries: LibraryFields) -> None:
+    """Name the trainer's fields under `training_args`, and close the section."""
+    fields = libraries.trainer_fields(config.trainer_config)
     section = sections_of(config.model_fields["training_args"].annotation)[0]
     definition = definitions.get(section.__name__)
     if fields is None or definition is None:

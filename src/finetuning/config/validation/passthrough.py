@@ -1,17 +1,17 @@
-"""The keys that pass through to a library: checked against what its installed release accepts."""
+"""The keys that pass through to a library: checked against what it accepts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from finetuning.config.installed import Fields, Installed
 from finetuning.config.redaction import redact
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.error_messages import Elsewhere, unknown_key, validation_issues
+from finetuning.config.validation.library_fields import Fields, LibraryFields
 from finetuning.config.validation.section_tree import sections_at
 from finetuning.config.validation.suggestions import did_you_mean, nearest, unknown_value
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue
@@ -55,7 +55,7 @@ Found = Iterator[ValidationIssue | Suggestion]
 
 
 def check_passthrough(
-    document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
 ) -> PassthroughResult:
     """The pass-through keys of a document checked: unknown names, wrong types, keys that another section owns.
 
@@ -63,7 +63,7 @@ def check_passthrough(
     """
     found: list[ValidationIssue | Suggestion] = []
     for check in (_training_args, _peft_conf, _model_args, _generation):
-        found.extend(check(document, root, installed, elsewhere))
+        found.extend(check(document, root, libraries, elsewhere))
     for item in found:
         if isinstance(item, Suggestion):
             document = document.with_value(item.path, item.value)
@@ -73,7 +73,7 @@ def check_passthrough(
 
 
 def _training_args(
-    document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
 ) -> Found:
     path: KeyPath = ("training_args",)
     section = document.get(path)
@@ -86,10 +86,10 @@ def _training_args(
         owner = OWNED_ELSEWHERE[key]
         verb = "is worked out from" if key in _BATCH_FIELDS else "is decided by"
         yield ValidationIssue((*path, key), f"{verb} {owner}.", "Remove it here.")
-    yield from _names_that_the_library_lists(document, root, installed)
+    yield from _names_that_the_library_lists(document, root, libraries)
     if not extras:
         return
-    fields = installed.class_fields(root.trainer_config)
+    fields = libraries.trainer_fields(root.trainer_config)
     if fields is None:
         return
     known = {**{name: kind for name, kind in fields.items() if name not in own}, **_WIDER}
@@ -97,32 +97,29 @@ def _training_args(
     yield from _check_keys(document, path, extras, known, usable, elsewhere)
 
 
-def _names_that_the_library_lists(document: ConfigDocument, root: type[Experiment], installed: Installed) -> Found:
+def _names_that_the_library_lists(document: ConfigDocument, root: type[Experiment], libraries: LibraryFields) -> Found:
     """Own fields whose allowed names are the library's: schedules, optimizers, trackers, DPO losses."""
-    listed: tuple[tuple[str, Callable[[], list[str] | None]], ...] = (
-        ("lr_scheduler_type", lambda: installed.choices("transformers.trainer_utils:SchedulerType")),
-        ("optim", lambda: installed.choices("transformers.training_args:OptimizerNames")),
-        ("report_to", installed.trackers),
-        ("loss_type", installed.dpo_losses if root.method_name == "dpo" else lambda: None),
-    )
-    for key, names in listed:
+    listed = {key: key for key in ("lr_scheduler_type", "optim", "report_to")}
+    if root.method_name == "dpo":
+        listed["loss_type"] = "dpo_loss_type"
+    for key, name in listed.items():
         value = document.get(("training_args", key))
         given = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         unusual = [item for item in given if isinstance(item, str) and item not in ("none", "linear", "adamw_torch")]
-        allowed = names() if unusual else None
-        for item in unusual if allowed else ():
+        allowed = libraries.choices(name)
+        for item in unusual:
             if item not in allowed:
                 hint = did_you_mean(item, allowed)
                 yield ValidationIssue(("training_args", key), unknown_value(key, redact(item), allowed, hint), hint)
 
 
-def _peft_conf(document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _peft_conf(
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+) -> Found:
     peft_type = document.get(("peft_conf", "peft_type"))
     if not isinstance(peft_type, str) or peft_type in _WITHOUT_KWARGS:
         return
-    types = installed.peft_types()
-    if types is None:
-        return
+    types = libraries.choices("peft_type")
     allowed = [*_WITHOUT_KWARGS, *types]
     if peft_type not in types:
         close = nearest(peft_type, allowed)
@@ -132,7 +129,7 @@ def _peft_conf(document: ConfigDocument, root: type[BaseModel], installed: Insta
         return
     path = ("peft_conf", "peft_kwargs")
     kwargs = document.get(path)
-    fields = installed.peft_fields(peft_type) if isinstance(kwargs, dict) and kwargs else None
+    fields = libraries.peft_fields(peft_type) if isinstance(kwargs, dict) and kwargs else None
     if fields is None:
         return
     extras = []
@@ -147,7 +144,9 @@ def _peft_conf(document: ConfigDocument, root: type[BaseModel], installed: Insta
     yield from _check_keys(document, path, extras, fields, usable, elsewhere)
 
 
-def _model_args(document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _model_args(
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+) -> Found:
     for parent in ("run_conf", "model_conf"):
         path: KeyPath = (parent, "model_args")
         section = document.get(path)
@@ -158,13 +157,10 @@ def _model_args(document: ConfigDocument, root: type[BaseModel], installed: Inst
         extras = [key for key in section if key not in own]
         if not extras:
             continue
-        arguments = installed.from_pretrained_arguments()
-        if arguments is None:
-            continue
-        known: Fields = {name: Any for name in arguments if name not in own}
+        known: Fields = {name: Any for name in libraries.from_pretrained_arguments() if name not in own}
         unknown = [key for key in extras if key not in known]
         model = document.get((parent, "model"), "")
-        fields = installed.model_fields(model) if unknown and isinstance(model, str) and model else None
+        fields = libraries.model_fields(model) if unknown and isinstance(model, str) and model else None
         if fields is None:
             yield from _not_knowing_the_model(path, unknown, [*own, *known], elsewhere)
             continue
@@ -183,14 +179,15 @@ def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str],
             yield ValidationIssue((*path, key), message, "It is passed on unchecked.", kind="warning")
 
 
-def _generation(document: ConfigDocument, root: type[BaseModel], installed: Installed, elsewhere: Elsewhere) -> Found:
+def _generation(
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+) -> Found:
     path: KeyPath = ("hf_gen_params",)
     section = document.get(path)
     if not isinstance(section, dict) or not section or "hf_gen_params" not in root.model_fields:
         return
-    fields = installed.generation_fields()
-    if fields is not None:
-        yield from _check_keys(document, path, list(section), fields, list(fields), elsewhere)
+    fields = libraries.generation_fields()
+    yield from _check_keys(document, path, list(section), fields, list(fields), elsewhere)
 
 
 def _check_keys(
@@ -227,7 +224,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
-def library_keys(document: ConfigDocument, root: type[BaseModel], installed: Installed) -> dict[str, list[str]]:
+def library_keys(document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields) -> dict[str, list[str]]:
     """The keys that libraries know, with the pass-through section that each belongs under."""
     found: dict[str, list[str]] = {}
     if not issubclass(root, Experiment):
@@ -235,8 +232,8 @@ def library_keys(document: ConfigDocument, root: type[BaseModel], installed: Ins
     peft_type = document.get(("peft_conf", "peft_type"))
     is_new = isinstance(peft_type, str) and peft_type.isupper() and peft_type not in _WITHOUT_KWARGS
     for section, fields in (
-        ("training_args", installed.class_fields(root.trainer_config)),
-        ("peft_conf.peft_kwargs", installed.peft_fields(peft_type if is_new else "LORA")),
+        ("training_args", libraries.trainer_fields(root.trainer_config)),
+        ("peft_conf.peft_kwargs", libraries.peft_fields(peft_type if is_new else "LORA")),
     ):
         for name in fields or ():
             if name not in OWNED_ELSEWHERE and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from finetuning.config.installed import Installed
 from finetuning.config.redaction import redact
 from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
 from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.cross_field import check_rules
 from finetuning.config.validation.error_messages import Elsewhere, validation_issues
+from finetuning.config.validation.library_fields import SHARED_BY_METHODS, LibraryFields, installed_fields, table_fields
 from finetuning.config.validation.passthrough import check_passthrough, library_keys
 from finetuning.config.validation.renamed_keys import apply_renames
 from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
@@ -28,9 +28,6 @@ from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, Location, Problem
 
 Config = TypeVar("Config", bound=BaseModel)
-
-SHARED_BY_METHODS = "trl.trainer.sft_config:SFTConfig"
-"""Fields such as `max_length`, which TRL's trainers share, do not tell which method a config is for."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,14 @@ def validate(
     *,
     passthrough: bool = True,
     methods: Mapping[str, type[Experiment]] = EXPERIMENTS,
-    installed: Installed | None = None,
+    libraries: LibraryFields | None = None,
 ) -> ValidatedConfig[Config]:
-    """The document as a config of the given class, checked in itself, against the installed libraries and the rules.
+    """The document as a config of the given class, checked in itself, against the libraries and the rules.
 
     Args:
-        passthrough: whether keys that pass through to a library are checked against its installed release.
+        passthrough: whether keys that pass through to a library are checked.
         methods: the configs of all methods, so that one given to the wrong command is recognised.
-        installed: the installed libraries, given to share what was read of their source between several configs.
+        libraries: what the libraries accept; the table in the package by default.
 
     Raises:
         ConfigError: everything that is wrong, in the file's order.
@@ -63,18 +60,23 @@ def validate(
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
         raise ConfigError(f"is empty; required: {required}", place=Location(document.file))
-    installed = installed or Installed()
-    translated = apply_renames(document, functools.partial(_trainer_fields, config, installed))
+    known = libraries or table_fields()
+    translated = apply_renames(document, functools.partial(_trainer_fields, config, known))
     document = _without_empty_sections(translated.document, config)
     findings, warnings = list(translated.findings), []
 
     @functools.cache
     def elsewhere() -> dict[str, list[str]]:
-        known = library_keys(document, config, installed) if passthrough else {}
-        return {**known, **key_index(config)}
+        passed_on = library_keys(document, config, known) if passthrough else {}
+        return {**passed_on, **key_index(config)}
 
     if passthrough:
-        checked = check_passthrough(document, config, installed, elsewhere)
+        checked = check_passthrough(document, config, known, elsewhere)
+        if checked.findings and not known.is_current():
+            # The table is of other versions, so that what it refuses may be right for the installed ones.
+            known = installed_fields()
+            elsewhere.cache_clear()
+            checked = check_passthrough(document, config, known, elsewhere)
         document, warnings = checked.document, list(checked.warnings)
         findings.extend(checked.findings)
     experiment, errors, right = _check_sections(document.values, config, elsewhere)
@@ -82,7 +84,7 @@ def validate(
     findings.extend(_booleans_for_numbers(document, config))
     for finding in check_rules(experiment, right):
         (warnings if finding.kind == "warning" else findings).append(finding)
-    findings = _checked_method(findings, document, config, methods, installed)
+    findings = _checked_method(findings, document, config, methods, known)
     if findings:
         raise ConfigError(to_problems(findings, document))
     return ValidatedConfig(experiment, [*translated.warnings, *to_problems(warnings, document)], document)
@@ -134,12 +136,12 @@ def _booleans_for_numbers(document: ConfigDocument, root: type[BaseModel]) -> It
             yield ValidationIssue(path, f"expected a number (got {redact(value, path)})", kind="type")
 
 
-def _trainer_fields(config: type[BaseModel], installed: Installed) -> Mapping[str, Any]:
-    """The fields of `training_args`, ours and the installed trainer's."""
+def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mapping[str, Any]:
+    """The fields of `training_args`, ours and the trainer's."""
     if not issubclass(config, Experiment):
         return {}
     own = sections_of(config.model_fields["training_args"].annotation)[0].model_fields
-    return {**own, **(installed.class_fields(config.trainer_config) or {})}
+    return {**own, **(libraries.trainer_fields(config.trainer_config) or {})}
 
 
 def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo, Any]]:
@@ -160,7 +162,7 @@ def _checked_method(
     document: ConfigDocument,
     config: type[BaseModel],
     methods: Mapping[str, type[Experiment]],
-    installed: Installed,
+    libraries: LibraryFields,
 ) -> list[ValidationIssue]:
     """The findings, or one alone where the file is plainly meant for another method's command."""
     if not issubclass(config, Experiment):
@@ -176,7 +178,7 @@ def _checked_method(
         return [*findings, ValidationIssue(("method",), f'unknown method "{named}"; one of: {allowed}.', hint)]
     unknown = [finding.path for finding in findings if finding.kind == "unknown key"]
     for name, other in methods.items():
-        telling = _keys_of_method(unknown, other, installed) if other is not config else []
+        telling = _keys_of_method(unknown, other, libraries) if other is not config else []
         if telling and not _keys_only_here(document, config, other):
             return [ValidationIssue(telling[0], _other_method(name, "has", str(telling[0][-1]), document))]
     return findings
@@ -188,7 +190,7 @@ def _other_method(method: str, verb: str, what: str, document: ConfigDocument) -
     return f"this looks like {article} {method} config ({verb} {what}); run: finetuning {method} {document.file or '…'}"
 
 
-def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installed: Installed) -> list[KeyPath]:
+def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], libraries: LibraryFields) -> list[KeyPath]:
     """Those of the unknown keys that another method knows at that very place."""
     found = []
     fields: Mapping[str, Any] | None = None
@@ -197,8 +199,8 @@ def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], installe
             found.append(path)
         elif len(path) == 2 and path[0] == "training_args":
             if fields is None:
-                shared = installed.class_fields(SHARED_BY_METHODS) or {}
-                fields = {name: kind for name, kind in _trainer_fields(method, installed).items() if name not in shared}
+                shared = libraries.trainer_fields(SHARED_BY_METHODS) or {}
+                fields = {name: kind for name, kind in _trainer_fields(method, libraries).items() if name not in shared}
             if path[1] in fields:
                 found.append(path)
     return found
