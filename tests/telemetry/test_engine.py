@@ -181,14 +181,14 @@ def test_the_record_and_the_sinks_get_the_figures(run: Any, tmp_path: Path) -> N
     assert record["session"]["goodput"] > 0
     assert record["session"]["kept_steps"] == 3
     assert record["tokens_per_second_per_device"] > 0
-    spool = [json.loads(line) for line in (tmp_path / "out" / "mlflow_spool.jsonl").read_text().splitlines()]
-    told = {(name, order["step"]) for order in spool if order["do"] == "metrics" for name in order["values"]}
+    spool = [json.loads(line) for line in (tmp_path / "out" / "mlflow_queue.jsonl").read_text().splitlines()]
+    told = {(name, order["step"]) for order in spool if order["kind"] == "metrics" for name in order["values"]}
     assert {("telemetry/tokens_per_second_per_device", step) for step in (1, 2, 3)} <= told
     assert ("totals/goodput", 3) in told
     assert [name for name, _ in sorted(told) if name == "totals/first_step_s"] == ["totals/first_step_s"]
-    tags = {name: value for order in spool if order["do"] == "tags" for name, value in order["values"].items()}
+    tags = {name: value for order in spool if order["kind"] == "tags" for name, value in order["values"].items()}
     assert tags["finetuning.session_tag"] == record["session_tag"]
-    [data] = [order["values"] for order in spool if order["do"] == "datasets"]
+    [data] = [order["values"] for order in spool if order["kind"] == "datasets"]
     assert [(one["context"], one["name"]) for one in data] == [("training", "sft.jsonl")]
     assert json.loads(data[0]["profile"])["num_rows"] == 24
 

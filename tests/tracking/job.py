@@ -36,11 +36,11 @@ def main() -> None:
     plan = resolve_tracking(TrackingOptions(options.uri, "faults", options.artifacts), section, environ)
     tracker = start_mlflow(plan, options.output, job="sft", resumed=options.resumed, tags={"version.test": "1"})
     assert tracker is not None
-    tracker.log_parameters({"training_args.learning_rate": "5e-05"})
+    tracker.queue.append("params", values={"training_args.learning_rate": "5e-05"})
     calls = []
     for step in range(options.first_step, options.first_step + options.steps):
         began = time.perf_counter()
-        tracker.log_metrics({"loss": 1.0 / (step + 1), "learning_rate": 5e-5}, step)
+        tracker.queue.append_metrics({"loss": 1.0 / (step + 1), "learning_rate": 5e-5}, step)
         calls.append(time.perf_counter() - began)
         if step == options.pause_at:
             (options.output / "paused").touch()
@@ -50,18 +50,18 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.001)
     if options.model:
-        tracker.log_model_files(options.model, options.model.name)
+        tracker.log_model_files(options.model)
     began = time.perf_counter()
     end = tracker.finish(options.status)
     report = {
         "slowest_call_s": max(calls),
         "median_call_s": sorted(calls)[len(calls) // 2],
         "finish_s": time.perf_counter() - began,
-        "delivered": end.delivered,
+        "delivered": end.error is None,
         "run_id": end.run_id,
         "run_name": end.run_name,
         "url": end.url,
-        "reason": end.reason,
+        "reason": end.error,
         "imported_mlflow": "mlflow" in sys.modules,
     }
     sys.stdout.write(json.dumps(report) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.tracking.mlflow.queue_file import read_orders
+from finetuning.tracking.mlflow.queue import read_records
 from finetuning.tracking.mlflow.sync import sync_run
 
 CALL_S = 0.5
@@ -32,11 +32,11 @@ def assert_unharmed(report: dict[str, Any], output: Path, steps: int) -> None:
     assert report["finish_s"] < FINISH_S
     assert report["delivered"] is False
     assert report["stderr"].count("WARNING") == 1, report["stderr"]
-    assert str(output / "mlflow_spool.jsonl") in report["stderr"]
+    assert str(output / "mlflow_queue.jsonl") in report["stderr"]
     assert f"finetuning sync {output}" in report["stderr"]
-    orders = list(read_orders(output / "mlflow_spool.jsonl", 0))
-    assert [order.fields["step"] for order in orders if order.kind == "metrics"] == list(range(steps))
-    assert orders[-1].kind == "end"
+    records = list(read_records(output / "mlflow_queue.jsonl"))
+    assert [record.fields["step"] for record in records if record.kind == "metrics"] == list(range(steps))
+    assert records[-1].kind == "end"
 
 
 def assert_arrived_once(server: Any, run_id: str | None, steps: int, status: str = "FINISHED") -> None:
@@ -55,7 +55,7 @@ def test_a_server_that_never_was_there(
     report = run_job(f"http://127.0.0.1:{port}", tmp_path, "--steps", 300)
     assert_unharmed(report, tmp_path, 300)
     [result] = sync_run(tmp_path, patience_s=1)
-    assert not result.delivered
+    assert result.error
     assert result.waiting == result.waiting_before == 303
 
 
@@ -91,14 +91,14 @@ def test_a_server_killed_or_frozen_in_mid_run_is_caught_up_with_once(
         server.stop()
         server.start_again()
     [result] = sync_run(tmp_path / "out")
-    assert result.delivered, result
+    assert result.error is None, result
     assert result.waiting_before > 0
-    assert_arrived_once(store, result.run_id, 40)
+    assert_arrived_once(store, result.state.run_id, 40)
     [again] = sync_run(tmp_path / "out")
-    assert again.delivered
+    assert again.error is None
     assert again.waiting_before == 0
-    assert_arrived_once(store, result.run_id, 40)
-    assert len(store.search_runs([store.get_run(result.run_id).info.experiment_id])) == 1
+    assert_arrived_once(store, result.state.run_id, 40)
+    assert len(store.search_runs([store.get_run(result.state.run_id).info.experiment_id])) == 1
 
 
 @pytest.mark.slow
@@ -141,8 +141,8 @@ def test_a_killed_training_process_leaves_a_run_that_is_marked_and_can_be_gone_o
     eventually(marked)
     run_job(mlflow_server.uri, tmp_path, "--resumed", "--first-step", 20, "--steps", 20)
     [result] = sync_run_when_free(tmp_path)
-    assert result.delivered, result
-    assert_arrived_once(store, result.run_id, 40)
+    assert result.error is None, result
+    assert_arrived_once(store, result.state.run_id, 40)
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_what_an_unreachable_server_missed_is_delivered_by_the_resumed_job(
     server.start_again()
     run_job(server.uri, output, "--resumed", "--first-step", 20, "--steps", 20)
     [result] = sync_run(output)
-    assert result.delivered
-    assert_arrived_once(client(server.uri), result.run_id, 40)
+    assert result.error is None
+    assert_arrived_once(client(server.uri), result.state.run_id, 40)
 
 
 def test_a_file_store_gets_everything_once_after_a_kill(
@@ -166,15 +166,15 @@ def test_a_file_store_gets_everything_once_after_a_kill(
     uri = f"file://{tmp_path}/runs"
     run_job(uri, tmp_path / "out", "--steps", 20, "--die-at", 19)
     [result] = sync_run_when_free(tmp_path / "out")
-    assert result.delivered, result
-    assert_arrived_once(client(uri), result.run_id, 20, "KILLED")
+    assert result.error is None, result
+    assert_arrived_once(client(uri), result.state.run_id, 20, "KILLED")
 
 
 def sync_run_when_free(folder: Path) -> list[Any]:
-    """The sync's results, once the orphaned worker of a killed job has ended."""
+    """The sync's results, once the orphaned uploader of a killed job has ended."""
     while True:
         results = sync_run(folder)
-        if all(result.error != "the run is sending it right now" for result in results):
+        if all(result.error != "the run is uploading it right now" for result in results):
             return results
 
 
@@ -191,13 +191,13 @@ def test_model_files_that_did_not_arrive_are_sent_by_sync(
     assert report["finish_s"] < FINISH_S
     server.start_again()
     [result] = sync_run(tmp_path / "out")
-    assert result.delivered, result
+    assert result.error is None, result
     store = client(server.uri)
-    copied = store.list_artifacts(result.run_id, "checkpoint-final")
+    copied = store.list_artifacts(result.state.run_id, "checkpoint-final")
     assert [(item.path, item.file_size) for item in copied] == [("checkpoint-final/model.safetensors", 7000)]
 
 
-def test_a_folder_without_a_spool_has_nothing_to_send(tmp_path: Path) -> None:
+def test_a_folder_without_a_queue_has_nothing_to_send(tmp_path: Path) -> None:
     from finetuning.errors import ConfigError
 
     for folder in (tmp_path, tmp_path / "missing"):

@@ -6,59 +6,59 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.tracking.mlflow.queue_file import (
-    Delivery,
-    SpoolWriter,
-    delivery_path,
+from finetuning.tracking.mlflow.queue import (
+    Queue,
+    UploadState,
     latest_run,
-    plain_metrics,
-    read_orders,
-    set_aside,
-    spools,
-    whole_bytes,
+    list_queues,
+    read_records,
+    rotate,
+    state_path,
 )
 from finetuning.tracking.settings import LONGEST_VALUE, parameters, version_tags
 
 
 def write(path: Path, *kinds: str) -> None:
-    writer = SpoolWriter(path)
+    queue = Queue(path)
     for kind in kinds:
-        writer.append(kind, of=path.name)
-    writer.close()
+        queue.append(kind, of=path.name)
 
 
-def test_orders_come_back_in_order_from_any_position(tmp_path: Path) -> None:
-    path = tmp_path / "mlflow_spool.jsonl"
+def kinds(path: Path, start: int = 0) -> list[str]:
+    return [record.kind for record in read_records(path, start)]
+
+
+def test_records_are_read_in_order_from_any_offset(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow_queue.jsonl"
     write(path, "run", "metrics", "end")
-    orders = list(read_orders(path, 0))
-    assert [order.kind for order in orders] == ["run", "metrics", "end"]
-    assert [order.kind for order in read_orders(path, orders[0].end)] == ["metrics", "end"]
-    assert [order.kind for order in read_orders(path, 0, orders[1].end)] == ["run", "metrics"]
-    assert orders[-1].end == path.stat().st_size == whole_bytes(path)
+    records = list(read_records(path))
+    assert [record.kind for record in records] == ["run", "metrics", "end"]
+    assert kinds(path, records[0].end) == ["metrics", "end"]
+    assert records[-1].end == path.stat().st_size
 
 
-def test_a_torn_line_is_never_read_and_does_not_spoil_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "mlflow_spool.jsonl"
+def test_an_incomplete_line_is_skipped_and_the_next_record_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow_queue.jsonl"
     write(path, "run", "metrics")
-    whole = path.stat().st_size
     with path.open("ab") as stream:
-        stream.write(b'{"do": "metr')
-    assert [order.kind for order in read_orders(path, 0)] == ["run", "metrics"]
-    assert whole_bytes(path) == whole
+        stream.write(b'{"kind": "metr' + b"x" * 100_000)
+    assert kinds(path) == ["run", "metrics"]
     write(path, "end")
-    assert [order.kind for order in read_orders(path, 0)] == ["run", "metrics", "unreadable", "end"]
+    assert kinds(path) == ["run", "metrics", "end"]
 
 
-def test_a_full_disk_is_an_error_at_once() -> None:
-    writer = SpoolWriter(Path("/dev/full"))
-    with pytest.raises(OSError, match="No space left"):
-        writer.append("metrics")
+def test_a_full_disk_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    queue = Queue(Path("/dev/full"))
+    for _ in range(3):
+        queue.append("metrics")
+    assert queue.error == "No space left on device"
+    assert caplog.text.count("No space left") == 1
 
 
 def test_the_newest_run_and_whether_it_has_ended(tmp_path: Path) -> None:
-    path = tmp_path / "mlflow_spool.jsonl"
+    path = tmp_path / "mlflow_queue.jsonl"
     assert latest_run(path) == (None, False)
-    write(path, "run", "end")
+    write(path, "run", "end", "metrics")
     assert latest_run(path)[1]
     write(path, "run", "metrics")
     run, ended = latest_run(path)
@@ -66,31 +66,64 @@ def test_the_newest_run_and_whether_it_has_ended(tmp_path: Path) -> None:
     assert not ended
 
 
-def test_setting_aside_keeps_every_spool_with_its_delivery(tmp_path: Path) -> None:
+def test_rotation_keeps_every_queue_with_its_state(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow_queue.jsonl"
     for number in range(12):
-        path = tmp_path / "mlflow_spool.jsonl"
         write(path, "run")
-        Delivery(run_id=str(number)).write(delivery_path(path))
-        set_aside(tmp_path)
-    write(tmp_path / "mlflow_spool.jsonl", "run")
-    found = spools(tmp_path)
-    assert [Delivery.read(delivery_path(path)).run_id for path in found] == [*map(str, range(12)), None]
+        UploadState(run_id=str(number)).write(path)
+        rotate(tmp_path)
+    write(path, "run")
+    states = [UploadState.read(queue) for queue in list_queues(tmp_path)]
+    assert [state.run_id for state in states] == [*map(str, range(12)), None]
 
 
-def test_a_delivery_file_of_another_shape_counts_as_none(tmp_path: Path) -> None:
-    path = tmp_path / "mlflow_run.json"
+def test_a_state_file_of_another_shape_counts_as_none(tmp_path: Path) -> None:
+    queue = tmp_path / "mlflow_queue.jsonl"
     for text in ("", "[1]", "{", '{"run_id": "a", "unknown": 1}'):
-        path.write_text(text)
-        assert Delivery.read(path).records_sent == 0
-    assert Delivery.read(path).run_id == "a"
+        state_path(queue).write_text(text)
+        assert UploadState.read(queue).offset == 0
+    assert UploadState.read(queue).run_id == "a"
 
 
-def test_numbers_that_json_lacks_are_words() -> None:
-    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1, "e": "text"}
-    plain = plain_metrics(values)
-    assert plain == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 1.0}
-    assert all(isinstance(float(value), float) for value in plain.values())
-    json.dumps(plain, allow_nan=False)
+def test_the_queue_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    orders = [
+        {"do": "run", "key": "k", "umbrella": {"key": "p", "name": "night", "jobs": 1}},
+        {"do": "artifact", "path": "/sent", "to": ""},
+        {"do": "artifact", "path": "/waiting", "to": "model"},
+        {"do": "end", "status": "FINISHED"},
+    ]
+    lines = [json.dumps(order) + "\n" for order in orders]
+    for suffix in ("", ".1"):
+        (tmp_path / f"mlflow_spool{suffix}.jsonl").write_text("".join(lines))
+        saved = {
+            "run_id": "r",
+            "records_sent": len("".join(lines[:3])),
+            "files_sent": len("".join(lines[:2])),
+            "files_left": [{"path": "/failed", "to": ""}],
+            "alive_at": 1.0,
+        }
+        (tmp_path / f"mlflow_run{suffix}.json").write_text(json.dumps(saved))
+    queues = list_queues(tmp_path)
+    assert [queue.name for queue in queues] == ["mlflow_queue.1.jsonl", "mlflow_queue.jsonl"]
+    for queue in queues:
+        run, ended = latest_run(queue)
+        assert ended
+        assert run is not None
+        assert run.fields["parent"]["name"] == "night"
+        state = UploadState.read(queue)
+        assert state.run_id == "r"
+        assert [file["path"] for file in state.pending_files] == ["/failed", "/waiting"]
+        assert kinds(queue, state.offset) == ["end"]
+
+
+def test_numbers_that_json_lacks_are_words(tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "mlflow_queue.jsonl")
+    queue.append_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1, "e": "text", "f": None}, 7)
+    line = queue.path.read_text()
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert record["values"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 1.0}
+    assert record["step"] == 7
+    assert all(isinstance(float(value), float) for value in record["values"].values())
 
 
 def test_parameters_are_flat_short_and_without_secrets() -> None:

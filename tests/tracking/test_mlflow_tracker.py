@@ -6,15 +6,13 @@ import json
 import math
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetuning.tracking.mlflow.queue_file import Delivery, delivery_path
-from finetuning.tracking.mlflow.tracker import MlflowTracker, readable_name, start_mlflow
+from finetuning.tracking.mlflow.tracker import MlflowTracker, start_mlflow
 from finetuning.tracking.settings import TrackingOptions, parameters, resolve_tracking
 from finetuning.tracking.tracker import LogEvent, StepMetrics
 
@@ -41,19 +39,21 @@ def test_a_whole_run_arrives(mlflow_server: Any, tmp_path: Path, client: Client)
         (model / name).write_text(name)
     tracker = start(mlflow_server.uri, tmp_path / "out", HF_MLFLOW_LOG_ARTIFACTS="1")
     values = {f"section.key_{number}": "v" * number for number in range(250)}
-    tracker.log_parameters(parameters({**values, "run_conf": {"model": "m", "hub_token": "hf_x"}, "long": "y" * 9000}))
+    tracker.queue.append(
+        "params", values=parameters({**values, "run_conf": {"model": "m", "hub_token": "hf_x"}, "long": "y" * 9000})
+    )
     tracker.log_file(config, "config")
     for step in (10, 20, 30):
         metrics = StepMetrics(step, 30, tokens_seen=step * 100, tokens_per_s=float(step))
         tracker.log(LogEvent("training", metrics, {"loss": 1 / step, "rewards/(odd) name": math.nan, "inf": math.inf}))
     tracker.log(LogEvent("validation", StepMetrics(30, 30), {"eval_loss": 0.25}))
-    tracker.log_model_files(model, model.name)
+    tracker.log_model_files(model)
     end = tracker.finish("FINISHED", wait_s=60)
 
-    assert end.delivered, end
-    assert end.url == f"{mlflow_server.uri}/#/experiments/{_delivery(tracker).experiment_id}/runs/{end.run_id}"
+    assert end.error is None
     server = client(mlflow_server.uri)
     run = server.get_run(end.run_id)
+    assert end.url == f"{mlflow_server.uri}/#/experiments/{run.info.experiment_id}/runs/{end.run_id}"
     assert server.get_experiment(run.info.experiment_id).name == "tests"
     assert run.info.status == "FINISHED"
     assert run.info.end_time >= run.info.start_time
@@ -74,23 +74,19 @@ def test_a_whole_run_arrives(mlflow_server: Any, tmp_path: Path, client: Client)
     assert copied == {"checkpoint-final/model.safetensors", "checkpoint-final/inside"}
 
 
-def _delivery(tracker: MlflowTracker) -> Delivery:
-    return Delivery.read(delivery_path(tracker.spool))
-
-
 def test_a_resumed_job_goes_on_with_its_run_and_a_fresh_one_does_not(
     mlflow_server: Any, tmp_path: Path, client: Client
 ) -> None:
     first = start(mlflow_server.uri, tmp_path)
-    first.log_parameters({"lr": "0.1", "same": "1"})
-    first.log_metrics({"loss": 2.0}, 1)
+    first.queue.append("params", values={"lr": "0.1", "same": "1"})
+    first.queue.append_metrics({"loss": 2.0}, 1)
     begun = first.finish("FAILED", wait_s=60)
     server = client(mlflow_server.uri)
     assert server.get_run(begun.run_id).info.status == "FAILED"
 
     again = start(mlflow_server.uri, tmp_path, resumed=True)
-    again.log_parameters({"lr": "0.2", "same": "1", "new": "x"})
-    again.log_metrics({"loss": 1.0}, 2)
+    again.queue.append("params", values={"lr": "0.2", "same": "1", "new": "x"})
+    again.queue.append_metrics({"loss": 1.0}, 2)
     resumed = again.finish("FINISHED", wait_s=60)
     assert (resumed.run_id, resumed.run_name) == (begun.run_id, begun.run_name)
     run = server.get_run(begun.run_id)
@@ -111,9 +107,9 @@ def test_a_resumed_job_goes_on_with_its_run_and_a_fresh_one_does_not(
 def test_closing_the_sink_does_not_end_the_run(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     tracker = start(mlflow_server.uri, tmp_path)
     tracker.close()
-    tracker.log_metrics({"loss": 2.0}, 1)
+    tracker.queue.append_metrics({"loss": 2.0}, 1)
     end = tracker.finish("FINISHED", wait_s=60)
-    tracker.log_metrics({"loss": 1.0}, 2)
+    tracker.queue.append_metrics({"loss": 1.0}, 2)
     assert tracker.finish("FAILED") == end
     server = client(mlflow_server.uri)
     assert server.get_run(end.run_id).info.status == "FINISHED"
@@ -133,26 +129,22 @@ def test_a_deleted_run_costs_nothing_but_the_tracking(mlflow_server: Any, tmp_pa
     run_id = server.create_run("0").info.run_id
     server.delete_run(run_id)
     tracker = start(mlflow_server.uri, tmp_path, MLFLOW_RUN_ID=run_id)
-    tracker.log_metrics({"loss": 1.0}, 1)
-    # Wait for MLflow's answer first: finish() returns when its time is up, which a loaded machine reaches earlier.
-    deadline = time.monotonic() + 120
-    while "deleted" not in (_delivery(tracker).error or "") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    end = tracker.finish("FINISHED", wait_s=0.5)
-    assert not end.delivered
-    assert "deleted" in (end.reason or "")
+    tracker.queue.append_metrics({"loss": 1.0}, 1)
+    end = tracker.finish("FINISHED", wait_s=5)
+    assert end.error is not None
+    assert "deleted" in end.error
 
 
 def test_what_mlflow_refuses_is_noted_and_the_rest_arrives(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     tracker = start(mlflow_server.uri, tmp_path)
-    tracker.log_metrics({"../outside": 1.0, "loss": 2.0}, 1)
+    tracker.queue.append_metrics({"../outside": 1.0, "loss": 2.0}, 1)
     tracker.log_file(tmp_path / "never-there.yaml", "config")
-    tracker.log_metrics({"loss": 3.0}, 2)
+    tracker.queue.append_metrics({"loss": 3.0}, 2)
     end = tracker.finish("FINISHED", wait_s=60)
-    assert end.delivered
-    delivery = _delivery(tracker)
-    assert [item["name"] for item in delivery.refused] == ["../outside"]
-    assert delivery.files_gone == [str(tmp_path / "never-there.yaml")]
+    assert end.error is None
+    assert len(end.rejected) == 2
+    assert end.rejected[0].startswith("metrics ../outside: ")
+    assert end.rejected[1] == f"{tmp_path}/never-there.yaml: deleted before it was uploaded"
     assert history(client(mlflow_server.uri), end.run_id, "loss") == [(1, 2.0), (2, 3.0)]
 
 
@@ -179,10 +171,10 @@ def test_local_stores_work(kind: str, tmp_path: Path, client: Client, migrated_d
     note.write_text("here")
     before = dict(os.environ)
     tracker = start(uri, tmp_path / "out")
-    tracker.log_metrics({"loss": 2.0}, 1)
+    tracker.queue.append_metrics({"loss": 2.0}, 1)
     tracker.log_file(note, "notes")
     end = tracker.finish("FINISHED", wait_s=60)
-    assert end.delivered, end
+    assert end.error is None
     assert dict(os.environ) == before
     store = client(resolve_tracking(TrackingOptions(uri), None, {}).uri.value)
     assert store.get_run(end.run_id).info.status == "FINISHED"
@@ -206,18 +198,13 @@ def test_a_directory_that_cannot_be_written_leaves_the_run_untracked(
     (tmp_path / "file").write_text("")
     plan = resolve_tracking(TrackingOptions("http://127.0.0.1:9"), None, {})
     assert start_mlflow(plan, tmp_path / "file", job="sft", resumed=False) is None
-    assert "goes on untracked" in caplog.text
+    assert "continues untracked" in caplog.text
 
 
-def test_the_worker_is_gone_after_the_run(mlflow_server: Any, tmp_path: Path) -> None:
+def test_the_uploader_process_is_gone_after_the_run(mlflow_server: Any, tmp_path: Path) -> None:
     start(mlflow_server.uri, tmp_path).finish("FINISHED", wait_s=60)
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed
-
-
-def test_names_are_readable_and_stay() -> None:
-    assert readable_name("0123" * 8) == readable_name("0123" * 8)
-    assert len({readable_name(f"{number:04x}" * 8) for number in range(0, 65536, 997)}) > 60
 
 
 def test_run_file_is_json_with_the_run_id(mlflow_server: Any, tmp_path: Path) -> None:

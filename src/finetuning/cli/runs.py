@@ -142,7 +142,7 @@ def _sync(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="finetuning sync",
-        description="Send what a run kept beside itself while MLflow was away. What was sent is not sent again.",
+        description="Upload what was queued while MLflow was unreachable. Nothing is uploaded twice.",
     )
     parser.add_argument("run", type=Path, help="the run's output directory")
     parser.add_argument(
@@ -151,11 +151,11 @@ def _sync(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     results = sync_run(options.run, patience_s=options.patience)
     for result in results:
-        sent = result.waiting_before - result.waiting
-        state = "all is delivered" if result.delivered else f"{result.waiting} still wait: {result.error}"
-        print(f"{result.spool}: {sent} sent to {result.uri}; {state}")
-        if result.url:
-            print(f"  {result.url}")
-        for problem in result.problems:
-            print(f"  refused for good: {problem}")
-    return EXIT_OK if all(result.delivered for result in results) else EXIT_USER
+        uploaded = result.waiting_before - result.waiting
+        status = f"{result.waiting} not uploaded: {result.error}" if result.error else "nothing left"
+        print(f"{result.queue}: {uploaded} uploaded, {status}")
+        if result.state.url:
+            print(f"  {result.state.url}")
+        for message in result.state.rejected:
+            print(f"  rejected: {message}")
+    return EXIT_OK if all(result.error is None for result in results) else EXIT_USER

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from finetuning.data.prepared import PreparedData
-    from finetuning.tracking.mlflow.tracker import MlflowTracker, TrackingEnd
+    from finetuning.tracking.mlflow.queue import UploadState
+    from finetuning.tracking.mlflow.tracker import MlflowTracker
     from finetuning.tracking.settings import TrackingPlan
     from finetuning.tracking.tracker import Tracker
 
@@ -60,20 +61,20 @@ class TrackerSet:
         )
         if self._mlflow:
             flatten = bool(self._plan.flatten_params.value)
-            self._mlflow.log_parameters(parameters(dump_values(self._experiment), flatten=flatten))
+            self._mlflow.queue.append("params", values=parameters(dump_values(self._experiment), flatten=flatten))
             self._mlflow.log_file(self._output_dir / CONFIG_NAME)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """What names the job among others."""
         if self._mlflow and values:
-            self._mlflow.log_tags(values)
+            self._mlflow.queue.append("tags", values=values)
 
     def rows(self, data: PreparedData, files: Sequence[Path]) -> None:
         """What is trained on, and files about it."""
         if self._mlflow:
             for path in files:
                 self._mlflow.log_file(path)
-            self._mlflow.log_datasets(datasets_of(self._experiment, data))
+            self._mlflow.queue.append("datasets", values=datasets_of(self._experiment, data))
 
     def trackers(self) -> list[Tracker]:
         """Return the trackers that receive every log."""
@@ -107,7 +108,7 @@ class TrackerSet:
     def published(self, folder: Path) -> None:
         """The tuned model is saved."""
         if self._mlflow:
-            self._mlflow.log_model_files(folder, folder.name)
+            self._mlflow.log_model_files(folder)
 
     def close(self, status: str, files: Sequence[Path]) -> None:
         """The run has ended; nothing is told after it."""
@@ -117,7 +118,8 @@ class TrackerSet:
 
         for path in files:
             if path.name == CARD_NAME:
-                self._mlflow.log_tags({_DESCRIPTION: _without_front(path.read_text(encoding="utf-8"))})
+                description = _without_front(path.read_text(encoding="utf-8"))
+                self._mlflow.queue.append("tags", values={_DESCRIPTION: description})
             if path.name != _README:
                 self._mlflow.log_file(path, PLOTS_NAME if path.parent.name == PLOTS_NAME else "")
         end = self._mlflow.finish(_STATUS.get(status, "FAILED"))
@@ -139,7 +141,7 @@ class TrackerSet:
         )
         return [(name, where) for name, where in shown if where]
 
-    def _export(self, end: TrackingEnd) -> None:
+    def _export(self, end: UploadState) -> None:
         from finetuning.tracking.tracker import write_identity
 
         identity = {"run_id": end.run_id, "run_name": end.run_name, "run_uri": end.url}

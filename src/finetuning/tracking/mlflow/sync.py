@@ -1,100 +1,151 @@
-"""Delivering what a run could not: the spools that it has left behind."""
+"""The process that uploads a queue, during a run or for `finetuning sync`.
+
+A process, not a thread: MLflow's import and local stores would hold the training process's interpreter lock for seconds
+(measured: a call of 0.6 s, steps up to 2.5 times as long), and a killed run has to be marked KILLED by someone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fcntl
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from finetuning.errors import ConfigError, Location
-from finetuning.tracking.mlflow.mlflow_process import start_worker
-from finetuning.tracking.mlflow.queue_file import Delivery, delivery_path, latest_run, read_orders, spools, whole_bytes
+from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, read_records
+
+Process = subprocess.Popen[bytes]
+_EXIT_UPLOADED, _EXIT_NOT_UPLOADED, _EXIT_BUSY = 0, 1, 3
+_ORPHAN_S, _POLL_S, _LONGEST_PAUSE_S = 10.0, 0.1, 5.0
 
 
-@dataclass(frozen=True)
-class SyncResult:
-    """One spool: how many orders were waiting, how many still are, and what became of the run.
+class SyncResult(NamedTuple):
+    """What became of one queue: the records and files that were and are waiting, and why they are."""
 
-    `problems` are things that MLflow refuses or that are gone; they will not arrive at any time.
-    """
-
-    spool: Path
-    uri: str
+    queue: Path
     waiting_before: int
     waiting: int
-    run_id: str | None
-    url: str | None
+    state: UploadState
     error: str | None
-    problems: tuple[str, ...]
-
-    @property
-    def delivered(self) -> bool:
-        return self.waiting == 0 and self.error is None
 
 
 def sync_run(folder: Path, *, patience_s: float = 30.0) -> list[SyncResult]:
-    """Delivers every spool in a run's folder, the oldest first; gives up after `patience_s` without a sign of MLflow.
+    """Upload what is left in the queues of a run's folder; give up after `patience_s` without an answer."""
+    queues = list_queues(folder) if folder.is_dir() else []
+    if not queues:
+        raise ConfigError("no run with an MLflow queue here; nothing to send", place=Location(file=str(folder)))
+    results = []
+    for queue in queues:
+        (run, ended), before, code = latest_run(queue), _waiting(queue), _EXIT_UPLOADED
+        if run and (before or not ended):
+            process = start_uploader(queue, run.fields["uri"], run.fields["uploads"], patience_s=patience_s)
+            try:
+                code = process.wait()
+            finally:
+                process.kill()
+        state = UploadState.read(queue)
+        error = {_EXIT_UPLOADED: None, _EXIT_BUSY: "the run is uploading it right now"}.get(code, state.error or "?")
+        results.append(SyncResult(queue, before, _waiting(queue), state, error))
+    return results
 
-    What has been delivered is not sent again, so that it may be called at any time and as often as one likes. The
-    address is the run's own.
 
-    Raises:
-        ConfigError: the folder holds no spool.
-    """
-    found = spools(folder) if folder.is_dir() else []
-    if not found:
-        raise ConfigError("no run with an MLflow spool here; nothing to send", place=Location(file=str(folder)))
-    return [_sync(spool, patience_s) for spool in found]
+def _waiting(queue: Path) -> int:
+    state = UploadState.read(queue)
+    return len(list(read_records(queue, state.offset))) + len(state.pending_files)
 
 
-def _sync(spool: Path, patience_s: float) -> SyncResult:
-    from finetuning.tracking.mlflow.worker import EXIT_BUSY, EXIT_DELIVERED
+def start_uploader(queue: Path, uri: str, uploads: bool, parent: int = 0, patience_s: float = math.inf) -> Process:
+    """Start the process in a session of its own, so that Ctrl-C reaches the training process alone."""
+    store = urlsplit(uri)  # MLflow puts the files of a SQLite store below the working directory
+    folder = Path(store.path.removeprefix("/")).parent if store.scheme == "sqlite" else queue.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60" if uploads else "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    forced = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": uri, "PYTHONSAFEPATH": "1"}
+    environ = {**defaults, "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, **forced}
+    command = [sys.executable, "-m", __name__, str(queue.absolute()), str(parent), str(patience_s)]
+    null = subprocess.DEVNULL
+    return Process(command, stdin=null, stdout=null, stderr=null, cwd=folder, env=environ, start_new_session=True)
 
-    run, ended = latest_run(spool)
-    before = _waiting(spool)
-    uri = str((run or {}).get("uri", ""))
-    code = EXIT_DELIVERED
-    if run and (before or not ended):
-        arguments = ("--once", "--patience", str(patience_s))
-        process = start_worker(spool, uri, *arguments, uploads=bool(run.get("uploads")))
+
+def main(queue: Path, parent: int, patience_s: float) -> int:
+    """Upload the queue of the training process `parent`, or what is there if that is 0; return the exit code."""
+    os.nice(10)
+    with queue.open("rb+") as stream:
+        while not _lock(stream.fileno()):
+            if os.getppid() != parent:
+                return _EXIT_NOT_UPLOADED if parent else _EXIT_BUSY
+            time.sleep(_POLL_S)
         try:
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    delivery = Delivery.read(delivery_path(spool))
-    error = delivery.error or f"the worker ended with code {code}"
-    if code == EXIT_BUSY:
-        error = "the run is sending it right now"
-    return SyncResult(
-        spool=spool,
-        uri=uri,
-        waiting_before=before,
-        waiting=_waiting(spool),
-        run_id=delivery.run_id,
-        url=delivery.url,
-        error=None if code == EXIT_DELIVERED else error,
-        problems=_problems(delivery),
-    )
+            return _upload(queue, os.fstat(stream.fileno()).st_ino, parent, patience_s)
+        except Exception as error:  # noqa: BLE001  MLflow cannot be imported, or cannot open the store
+            state = UploadState.read(queue)
+            state.error = f"{type(error).__name__}: {error}"[:500]
+            state.write(queue)
+    return _EXIT_NOT_UPLOADED
 
 
-def _problems(delivery: Delivery) -> tuple[str, ...]:
-    def refusal(item: dict[str, Any]) -> str:
-        return f"{item['what']} {item['name']}: {item['reason']}"
+def _lock(descriptor: int) -> bool:
+    """Return False if another process uploads this queue; a file system without locks counts as free."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
 
-    gone = (f"{path}: gone before it could be copied" for path in delivery.files_gone)
-    return (*(refusal(item) for item in delivery.refused), *gone)
+
+def _upload(queue: Path, inode: int, parent: int, patience_s: float) -> int:
+    """Follow the queue until the run's `end` record is uploaded, with exponential backoff while MLflow fails.
+
+    If the parent dies first, upload for at most ten seconds and mark the run KILLED. Without a parent, give up when
+    every attempt has failed for `patience_s`.
+    """
+    from finetuning.tracking.mlflow.uploader import Uploader
+
+    uploader, stop_metrics = Uploader(queue), threading.Event()
+    if parent and uploader.run.fields.get("system_metrics"):
+        threading.Thread(target=_measure_system, args=(queue, stop_metrics), daemon=True).start()
+    pause_s, failing_since, deadline = 0.0, math.inf, math.inf
+    while queue.exists() and queue.stat().st_ino == inode:  # until another job has rotated it
+        if parent and os.getppid() != parent:
+            parent, deadline = 0, time.monotonic() + _ORPHAN_S
+        if uploader.ended or not parent:
+            stop_metrics.set()
+        try:
+            pause_s = 0.0 if uploader.upload_next() else _POLL_S
+            failing_since = math.inf
+            if pause_s and not (uploader.ended or parent):
+                uploader.close_run("KILLED")
+            if pause_s and (uploader.ended or not parent):
+                return _EXIT_UPLOADED
+        except Exception as error:  # noqa: BLE001  a tracker may fail in any way
+            uploader.note_error(error)
+            failing_since = min(failing_since, time.monotonic())
+            pause_s = min(max(2 * pause_s, 0.5), _LONGEST_PAUSE_S)
+        time.sleep(pause_s)
+        if time.monotonic() > min(deadline, failing_since + patience_s):
+            break
+    return _EXIT_NOT_UPLOADED
 
 
-def _waiting(spool: Path) -> int:
-    """Orders that have not arrived, files left over included."""
-    delivery = Delivery.read(delivery_path(spool))
-    count = len(delivery.files_left)
-    size = whole_bytes(spool)
-    position = min(delivery.records_sent, delivery.files_sent)
-    while position < size and (batch := list(read_orders(spool, position))):
-        position = batch[-1].end
-        for order in batch:
-            sent = delivery.files_sent if order.kind == "artifact" else delivery.records_sent
-            count += order.end > sent
-    return count
+def _measure_system(path: Path, stop: threading.Event) -> None:
+    """Append the metrics of MLflow's monitors to the queue; steps count intervals since the run was first opened."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor, queue, began_ms = SystemMetricsMonitor(run_id=""), Queue(path), next(read_records(path)).fields["time"]
+    prefix = f"system/{monitor.node_id}/" if monitor.node_id else "system/"
+    while not stop.wait(monitor.sampling_interval):
+        monitor.collect_metrics()
+        values = {prefix + name: value for name, value in monitor.aggregate_metrics().items()}
+        for source in monitor.monitors:
+            source.clear_metrics()
+        queue.append_metrics(values, int((time.time() - began_ms / 1000) / monitor.sampling_interval))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))

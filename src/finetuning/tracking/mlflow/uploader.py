@@ -1,302 +1,171 @@
-"""Sending the orders of a spool to MLflow, each once, in order."""
+"""Uploads the records of a queue to MLflow."""
 
 from __future__ import annotations
 
-import os
-import threading
-import time
+import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+
 from finetuning.config.redaction import without_user_info
-from finetuning.tracking.mlflow.mlflow_batches import METRICS_A_BATCH, batches, below, chunks, fit, metrics_of
-from finetuning.tracking.mlflow.queue_file import (
-    SPOOL_NAME,
-    Delivery,
-    Order,
-    delivery_path,
-    latest_run,
-    read_orders,
-    whole_bytes,
-)
+from finetuning.tracking.mlflow.queue import QUEUE_NAME, QueuedRecord, UploadState, latest_run, read_records
+from finetuning.tracking.settings import LONGEST_KEY
 
-KEY_TAG = "finetuning.key"
-CHANGED_TAG = "finetuning.changed_on_resume"
-_MOST_REFUSALS_KEPT = 100
-_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-"""What makes MLflow's pages show an experiment as one of training, and not of prompts and traces."""
-_FILE_ATTEMPTS = 3
-# Pickles of the trainer's arguments hold the hub token in clear.
-_NEVER_COPIED = {"training_args.bin"}
+_KEY_TAG, _CHANGED_TAG = "finetuning.key", "finetuning.changed_on_resume"
+# MLflow takes 1 MB per request: many metrics, but few texts of 6000 characters.
+_BATCH_SIZES = {"metrics": 1000, "params": 20, "tags": 20}
+# MLflow shows such an experiment as one of model training, not of prompts and traces.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
-class RunUnusable(Exception):
-    """The MLflow run cannot be written to: it, or its experiment, was deleted."""
+class Uploader:
+    """Uploads one queue, in order; files when no record is waiting, so that a checkpoint does not delay metrics.
 
-
-class Courier:
-    """Delivers one spool. Records and files are two lanes, so that a large upload never holds back the metrics.
-
-    What MLflow refuses for what it is (HTTP 400) is noted and passed over; every other fault is raised to the caller,
-    who tries again: the position moves on only after MLflow has said yes. A repeated order does no harm: the run is
-    found again by its key, metrics carry their own time and a database drops the same one twice, the rest overwrites.
+    The offset advances after MLflow has accepted a record: one may be sent twice, which is harmless (a run is looked up
+    by its key, metrics carry time and step, the rest overwrites), but is never lost. What MLflow rejects as invalid
+    (HTTP 400) is noted and skipped; every other error is raised, and the caller tries again.
     """
 
-    def __init__(self, spool: Path):
-        from mlflow.tracking import MlflowClient
+    def __init__(self, queue: Path):
+        self.queue = queue
+        run, self.ended = latest_run(queue)
+        self.run = run or QueuedRecord("run", {}, 0)
+        self.client = MlflowClient(tracking_uri=self.run.fields.get("uri", ""))
+        self.state = UploadState.read(queue)
+        self._is_newest = queue.name == QUEUE_NAME  # an older job does not end the parent run
 
-        run, self.ended = latest_run(spool)
-        self.run: Mapping[str, Any] = run or {}
-        self.spool = spool
-        self.uri = str(self.run.get("uri", ""))
-        self.client = MlflowClient(tracking_uri=self.uri)
-        self.path = delivery_path(spool)
-        self.delivery = Delivery.read(self.path)
-        self._attempts = 0
-        self._umbrella_id: str | None = None
-        self._lock = threading.Lock()
+    def upload_next(self) -> bool:
+        """Upload the next record, the next metrics or the next file; return False if there is none."""
+        records = read_records(self.queue, self.state.offset)
+        _, group = next(groupby(records, lambda record: record.kind == "metrics" or record.end), (0, ()))
+        batch = list(islice(group, 100))
+        is_next_job = bool(batch) and batch[0].kind == "run" and batch[0].end > self.run.end
+        if batch and not is_next_job:  # which has an uploader of its own
+            self._upload(batch)
+            self.state.offset = batch[-1].end
+        elif self.state.pending_files:
+            self._upload_file(self.state.pending_files.pop(0))
+        else:
+            return False
+        self.state.error = None
+        self.state.write(self.queue)
+        return True
 
-    def deliver_records(self, limit: int | None = None) -> bool:
-        """True when records were waiting and have all arrived; `limit` is the byte of the spool to stop at."""
-        moved = False
-        for batch in batches(read_orders(self.spool, self.delivery.records_sent, limit)):
-            self._send(batch)
-            self._arrived(records_sent=batch[-1].end)
-            # Measured values of the machine may come after the end.
-            self.ended = batch[-1].kind == "end" or (self.ended and batch[-1].kind != "run")
-            moved = True
-        return moved
+    def note_error(self, error: Exception) -> None:
+        """Save why the last attempt failed."""
+        self.state.error = without_user_info(" ".join(str(error).split()) or type(error).__name__)[:500]
+        self.state.write(self.queue)
 
-    def deliver_files(self, limit: int | None = None) -> bool:
-        """True when something was done. A file that three times did not arrive, while MLflow answers, is left over."""
-        reached = self.delivery.records_sent if limit is None else min(limit, self.delivery.records_sent)
-        passed = self.delivery.files_sent
-        for order in read_orders(self.spool, passed, reached):
-            if order.kind == "artifact":
-                self._copy_or_leave(order.fields)
-                self._arrived(files_sent=order.end)
-                return True
-            passed = order.end
-        if passed > self.delivery.files_sent:
-            self._save(files_sent=passed)
-        return False
+    def close_run(self, status: str, at_ms: int | None = None) -> None:
+        """Set the final status of the run, and of its parent run."""
+        parent_id = self._parent_run(self.run.fields, {}) if self._is_newest else None
+        for run_id in filter(None, (self.state.run_id, parent_id)):
+            self.client.set_terminated(run_id, status, at_ms)
 
-    def retry_files_left(self) -> None:
-        """Takes up the files that an earlier worker has left over."""
-        left, self.delivery.files_left = self.delivery.files_left, []
-        for fields in left:
-            self._copy_or_leave(fields)
-        self._arrived()
-
-    def is_drained(self, limit: int | None = None) -> bool:
-        size = whole_bytes(self.spool) if limit is None else limit
-        return min(self.delivery.records_sent, self.delivery.files_sent) >= size
-
-    def close_run(self, status: str) -> None:
-        """Gives the run its last status, without an order in the spool: for a training process that vanished."""
-        if self.delivery.run_id is not None:
-            self._terminate(status)
-
-    def ping(self) -> None:
-        """Notes that MLflow answers; raises when it does not."""
-        self.client.get_run(str(self.delivery.run_id))
-        self._arrived()
-
-    def note_error(self, error: BaseException) -> None:
-        """Keeps why the last attempt failed."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        self._save(error=without_user_info(text)[:500])
-
-    def _arrived(self, **positions: int) -> None:
-        self._save(error=None, alive_at=time.time(), **positions)
-
-    def _save(self, **changes: Any) -> None:
-        with self._lock:
-            vars(self.delivery).update(changes)
-            self.delivery.write(self.path)
-
-    def _send(self, batch: Sequence[Order]) -> None:
-        order = batch[0]
-        if order.kind == "run":
-            self._open_run(order.fields)
-        elif order.kind == "params":
-            self._send_params(order.fields["values"])
-        elif order.kind == "metrics":
-            self._send_metrics(batch)
-        elif order.kind == "tags":
-            self._send_tags(order.fields["values"])
-        elif order.kind == "end":
-            self._terminate(order.fields["status"], order.fields["time"])
-        elif order.kind == "datasets":
-            self._send_datasets(order.fields["values"])
-        elif order.kind != "artifact":
-            self._refuse("order", order.kind, "not known")
+    def _upload(self, batch: Sequence[QueuedRecord]) -> None:
+        kind, fields = batch[0].kind, batch[0].fields
+        if kind == "run":
+            self._open_run(fields)
+        elif kind == "params":
+            self._log_params({_allowed(key): value for key, value in fields["values"].items()})
+        elif kind == "metrics":
+            metrics = [(record.fields, *item) for record in batch for item in record.fields["values"].items()]
+            self._log(kind, [Metric(_allowed(k), float(v), of["time"], of.get("step", 0)) for of, k, v in metrics])
+        elif kind == "tags":
+            self._log(kind, [RunTag(_allowed(key), value) for key, value in fields["values"].items()])
+        elif kind == "datasets":
+            for values in fields["values"]:
+                tags = [InputTag(MLFLOW_DATASET_CONTEXT, values.pop("context"))]
+                inputs = [DatasetInput(Dataset(**values), tags)]
+                self._accepted(f"dataset {values['name']}", self.client.log_inputs, datasets=inputs)
+        elif kind == "artifact":
+            self.state.pending_files.append(fields)
+        elif kind == "end":
+            self.close_run(fields["status"], fields["time"])
+            self.ended = self.ended or batch[0].end > self.run.end
 
     def _open_run(self, fields: Mapping[str, Any]) -> None:
-        run_id = self.delivery.run_id or fields.get("run_id")
-        parent_id = fields.get("parent_run_id")
-        tags = {str(key): str(value) for key, value in fields.get("tags", {}).items()}
-        if umbrella := fields.get("umbrella"):
-            parent_id = self._run_by_key(umbrella["key"], umbrella["name"], fields, below(tags, parent_id))
-            if self._is_newest():
-                self._running(parent_id)
-        if run_id is None:
-            run_id = self._run_by_key(fields["key"], fields.get("run_name"), fields, below(tags, parent_id))
-        run = self._running(run_id)
-        self._umbrella_id = parent_id if umbrella else None
-        address = self.uri.rstrip("/") if self.uri.startswith("http") else None
-        self._save(
-            run_id=run_id,
-            run_name=run.info.run_name,
-            experiment_id=run.info.experiment_id,
-            url=address and f"{address}/#/experiments/{run.info.experiment_id}/runs/{run_id}",
-        )
+        state, name, parent_id = self.state, fields["run_name"], fields["parent_run_id"]
+        tags = {**fields["tags"], **({MLFLOW_PARENT_RUN_ID: parent_id} if parent_id else {})}
+        if parent_id := self._parent_run(fields, tags):
+            parent = self._set_running(parent_id) if self._is_newest else self.client.get_run(parent_id)
+            name = name or f"{parent.info.run_name} job {fields['parent']['jobs']}"
+            tags[MLFLOW_PARENT_RUN_ID] = parent_id
+        run_id = state.run_id or fields["run_id"] or self._run_by_key(fields["key"], name, fields, tags)
+        info, uri = self._set_running(run_id).info, fields["uri"].rstrip("/")
+        state.run_id, state.run_name = run_id, info.run_name
+        state.url = f"{uri}/#/experiments/{info.experiment_id}/runs/{run_id}" if uri.startswith("http") else None
+
+    def _parent_run(self, fields: Mapping[str, Any], tags: Mapping[str, str]) -> str | None:
+        """Return the id of the run that groups the jobs of a session; None if jobs are not child runs."""
+        parent = fields.get("parent")
+        return self._run_by_key(parent["key"], parent["name"], fields, tags) if parent else None
 
     def _run_by_key(self, key: str, name: str | None, fields: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """The id of the run that was made for this key, now or before."""
-        experiment_id = self._experiment(fields.get("experiment") or "Default")
-        known = self.client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        if known:
-            return known[0].info.run_id
-        return self.client.create_run(experiment_id, fields["time"], {KEY_TAG: key, **tags}, name).info.run_id
+        """Return the id of the run with this key; create it if there is none."""
+        label, create = fields["experiment"] or "Default", self.client.create_experiment
+        experiment = self.client.get_experiment_by_name(label)
+        experiment_id = experiment.experiment_id if experiment else create(label, None, _EXPERIMENT_TAGS)
+        runs = self.client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+        run = runs[0] if runs else self.client.create_run(experiment_id, fields["time"], {_KEY_TAG: key, **tags}, name)
+        return run.info.run_id
 
-    def _running(self, run_id: str) -> Any:
-        run = self._usable_run(run_id)
-        if run.info.status != "RUNNING":
-            self.client.update_run(run_id, status="RUNNING")
-        return run
+    def _set_running(self, run_id: str) -> Run:
+        """Return the run, marked as running; raise if it was deleted."""
+        self.client.update_run(run_id, status="RUNNING")
+        return self.client.get_run(run_id)
 
-    def _terminate(self, status: str, at_ms: int | None = None) -> None:
-        for run_id in (self.delivery.run_id, self._umbrella()):
-            if run_id is not None:
-                self.client.set_terminated(run_id, status, at_ms)
-
-    def _umbrella(self) -> str | None:
-        """The id of the run that stands for all jobs; looked for where another process has opened this job's run."""
-        umbrella = self.run.get("umbrella")
-        if not umbrella or not self._is_newest():
-            return None
-        if self._umbrella_id is None:
-            self._umbrella_id = self._run_by_key(umbrella["key"], umbrella["name"], self.run, {})
-        return self._umbrella_id
-
-    def _is_newest(self) -> bool:
-        """False for the spool of a job that another has followed: the run above them is then that one's to tell of."""
-        return self.spool.name == SPOOL_NAME
-
-    def _usable_run(self, run_id: str) -> Any:
-        run = self.client.get_run(run_id)
-        if run.info.lifecycle_stage != "active":
-            raise RunUnusable(f"the MLflow run {run_id} was deleted")
-        return run
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return self.client.create_experiment(name, tags=_TRAINING)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = self.client.get_experiment_by_name(name)
-        if found.lifecycle_stage != "active":
-            raise RunUnusable(f'the MLflow experiment "{name}" was deleted')
-        return found.experiment_id
-
-    def _send_params(self, values: Mapping[str, str]) -> None:
-        """MLflow never changes a parameter: what a resumed run has changed becomes a tag, which names old and new."""
-        from mlflow.entities import Param
-
-        run_id = str(self.delivery.run_id)
-        known = self.client.get_run(run_id).data.params
-        values = {fit(key): value for key, value in values.items()}
+    def _log_params(self, values: Mapping[str, str]) -> None:
+        """Log the new parameters. MLflow cannot change one, so a tag lists what a resumed job has changed."""
+        known = self.client.get_run(str(self.state.run_id)).data.params
+        self._log("params", [Param(key, value) for key, value in values.items() if key not in known])
         changed = [f"{key}: {known[key]} -> {value}" for key, value in values.items() if known.get(key, value) != value]
-        for chunk in chunks({key: value for key, value in values.items() if key not in known}):
-            params = [Param(key, value) for key, value in chunk]
-            if not self._accepted("params", "", self.client.log_batch, run_id, params=params, synchronous=True):
-                for key, value in chunk:
-                    self._accepted("param", key, self.client.log_param, run_id, key, value, synchronous=True)
         if changed:
-            self._send_tags({CHANGED_TAG: "\n".join(changed)[:5000]})
+            self._log("tags", [RunTag(_CHANGED_TAG, "\n".join(changed)[:5000])])
 
-    def _send_metrics(self, batch: Sequence[Order]) -> None:
-        run_id = str(self.delivery.run_id)
-        waiting = iter([metric for order in batch for metric in metrics_of(order.fields)])
-        while chunk := list(islice(waiting, METRICS_A_BATCH)):
-            if self._accepted("metrics", "", self.client.log_batch, run_id, chunk, synchronous=True):
-                continue
-            for metric in chunk:
-                one = (run_id, metric.key, metric.value, metric.timestamp, metric.step)
-                self._accepted("metric", metric.key, self.client.log_metric, *one, synchronous=True)
+    def _log(self, kind: str, items: Sequence[Any]) -> None:
+        """Log metrics, params or tags in batches; one by one if MLflow rejects a batch."""
+        for start in range(0, len(items), _BATCH_SIZES[kind]):
+            batch = items[start : start + _BATCH_SIZES[kind]]
+            if not self._accepted(None, self.client.log_batch, **{kind: batch}):
+                for item in batch:
+                    self._accepted(f"{kind} {item.key}", self.client.log_batch, **{kind: [item]})
 
-    def _send_datasets(self, values: Sequence[Mapping[str, str]]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-        run_id = str(self.delivery.run_id)
-        for value in values:
-            fields = {key: item for key, item in value.items() if key != "context"}
-            one = DatasetInput(Dataset(**fields), [InputTag(MLFLOW_DATASET_CONTEXT, value["context"])])
-            self._accepted("dataset", value["name"], self.client.log_inputs, run_id, [one])
-
-    def _send_tags(self, values: Mapping[str, str]) -> None:
-        run_id = str(self.delivery.run_id)
-        for key, value in values.items():
-            self._accepted("tag", key, self.client.set_tag, run_id, fit(key), value, synchronous=True)
-
-    def _accepted(self, what: str, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
-        """False when MLflow refuses this for what it is. A refusal of one thing is noted; of a batch it is not."""
-        from mlflow.exceptions import MlflowException
-
+    def _accepted(self, name: str | None, log: Callable[..., Any], **items: Any) -> bool:
+        """Return False if MLflow rejects the items as invalid; note the rejection if they have a name."""
         try:
-            call(*arguments, **options)
+            log(str(self.state.run_id), **items)
         except MlflowException as error:
             if error.get_http_status_code() != 400:
                 raise
-            self._usable_run(str(self.delivery.run_id))
-            if name:
-                self._refuse(what, name, str(error))
+            self._set_running(str(self.state.run_id))  # raises if the run was deleted: it may be restored
+            if name is not None:
+                self.state.rejected.append(f"{name}: {without_user_info(str(error))[:300]}")
             return False
         return True
 
-    def _refuse(self, what: str, name: str, reason: str) -> None:
-        refused = self.delivery.refused
-        if len(refused) < _MOST_REFUSALS_KEPT:
-            self._save(refused=[*refused, {"what": what, "name": name, "reason": without_user_info(reason)[:300]}])
+    def _upload_file(self, file: dict[str, Any]) -> None:
+        """Upload a file, or make the files of a folder pending. A file that fails goes to the end of the line."""
+        path, folder = Path(file["path"]), file["to"]
+        if path.is_dir():
+            for inner in sorted(path.rglob("*")):
+                if inner.is_file() and inner.name != "training_args.bin":  # which holds the hub token in clear
+                    target = Path(folder, inner.relative_to(path).parent).as_posix()
+                    self.state.pending_files.append({"path": str(inner), "to": target})
+        elif path.exists():
+            self.state.pending_files.append(file)
+            self.client.log_artifact(str(self.state.run_id), str(path), folder or None)
+            self.state.pending_files.pop()
+        else:
+            self.state.rejected.append(f"{path}: deleted before it was uploaded")
 
-    def _copy_or_leave(self, fields: Mapping[str, Any]) -> None:
-        try:
-            self._copy(Path(fields["path"]), fields.get("to") or None)
-        except FileNotFoundError:
-            self._save(files_gone=[*self.delivery.files_gone, fields["path"]])
-        except Exception as error:
-            self.ping()  # raises where nothing arrives, which is no fault of this file
-            self.note_error(error)
-            self._attempts += 1
-            if self._attempts < _FILE_ATTEMPTS:
-                raise
-            self._save(files_left=[*self.delivery.files_left, dict(fields)])
-        self._attempts = 0
 
-    def _copy(self, source: Path, target: str | None) -> None:
-        """One file, or the files of a folder below `target`.
-
-        Raises:
-            FileNotFoundError: it is gone; checkpoints are rotated away while they wait.
-        """
-        run_id = str(self.delivery.run_id)
-        if not source.is_dir():
-            if not source.exists():
-                raise FileNotFoundError(source)
-            self.client.log_artifact(run_id, str(source), target)
-            return
-        for folder, _, names in os.walk(source):
-            inside = Path(folder).relative_to(source).as_posix()
-            place = "/".join(part for part in (target, inside) if part and part != ".") or None
-            for name in sorted(set(names) - _NEVER_COPIED):
-                self.client.log_artifact(run_id, os.path.join(folder, name), place)
-                self._arrived()
+def _allowed(name: str) -> str:
+    """Return the name with `_` for each character that MLflow does not allow in names."""
+    return re.sub(r"[^0-9A-Za-z_\-. :/]", "_", name)[:LONGEST_KEY]
