@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,15 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import finetuning
 from finetuning.tracking.callback import TrackerCallback, numeric_values
+from finetuning.tracking.mlflow.queue import Queue
+from finetuning.tracking.mlflow.tracker import MlflowTracker
 from finetuning.tracking.tracker import LogEvent, LossLog, StepMetrics, Tracker, TrackerGroup
 
 ARGUMENTS: Any = SimpleNamespace(output_dir="out")
 CONTROL: Any = None
+PACKAGE = Path(finetuning.__file__).parent
 
 
 class Recorder(Tracker):
@@ -130,6 +135,22 @@ def test_a_failing_tracker_is_disabled_with_one_warning(tmp_path: Path, caplog: 
     ]
     assert len(recorder.of("training")) == 3
     assert len(recorder.of("close")) == 1
+
+
+def test_a_logged_loss_reaches_the_mlflow_queue_in_four_calls(tmp_path: Path) -> None:
+    class RecordingQueue(Queue):
+        callers: list[str]
+
+        def append(self, kind: str, **values: Any) -> None:
+            frames = traceback.extract_stack()
+            self.callers = [frame.name for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+
+    nothing: Any = None
+    queue = RecordingQueue(tmp_path / "mlflow_queue.jsonl")
+    callback = TrackerCallback(TrackerGroup([MlflowTracker(nothing, queue, nothing)]))
+    state: Any = SimpleNamespace(global_step=1, max_steps=2, epoch=0.5, is_world_process_zero=True)
+    callback.on_log(ARGUMENTS, state, CONTROL, {"loss": 1.0})
+    assert queue.callers == ["on_log", "call", "log", "append_metrics"]  # and append, which writes
 
 
 def test_other_ranks_log_nothing() -> None:
