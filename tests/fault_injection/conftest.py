@@ -23,7 +23,7 @@ SECONDS = 120
 class Process:
     """A run that a nursery has started."""
 
-    nursery: Nursery
+    fork_server: ForkServer
     pid: int
     output: Path
 
@@ -46,7 +46,7 @@ class Process:
 
     def wait(self) -> int:
         """Its exit code, once it has ended; negative for a signal."""
-        return self.nursery.wait(self.pid)
+        return self.fork_server.wait(self.pid)
 
     def kill(self) -> int:
         self.send(signal.SIGKILL)
@@ -63,15 +63,15 @@ class Process:
         return True
 
 
-class Nursery:
-    """Starts runs in processes of their own, which share the imports of `nursery.py`."""
+class ForkServer:
+    """Starts runs in processes of their own, which share the imports of `fork_server.py`."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._running: dict[int, Process] = {}
         self._count = 0
         self._parent = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("nursery.py"))],
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -83,8 +83,8 @@ class Nursery:
         """`finetuning` with these arguments; `before` is code that the new process runs first."""
         self._count += 1
         output = self._folder / f"{self._count}.txt"
-        order = {"args": [str(arg) for arg in args], "environ": dict(environ or {}), "before": before}
-        process = Process(self, self._ask(order | {"output": str(output)}), output)
+        request = {"args": [str(arg) for arg in args], "environ": dict(environ or {}), "before": before}
+        process = Process(self, self._ask(request | {"output": str(output)}), output)
         self._running[process.pid] = process
         return process
 
@@ -114,24 +114,24 @@ class Nursery:
         self._parent.stdin.close()
         self._parent.wait()
 
-    def _ask(self, order: dict[str, Any]) -> int:
-        self._parent.stdin.write(json.dumps(order) + "\n")
+    def _ask(self, request: dict[str, Any]) -> int:
+        self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
         return int(self._parent.stdout.readline())
 
 
 @pytest.fixture(scope="session")
-def shared_nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+def shared_fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    fork_server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture
-def nursery(shared_nursery: Nursery) -> Iterator[Nursery]:
+def fork_server(shared_fork_server: ForkServer) -> Iterator[ForkServer]:
     """Starts runs as processes that are gone when the test is."""
-    yield shared_nursery
-    shared_nursery.clear()
+    yield shared_fork_server
+    shared_fork_server.clear()
 
 
 @pytest.fixture(scope="session")

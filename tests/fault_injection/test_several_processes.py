@@ -49,7 +49,7 @@ METHODS["sft"] = replace(method, build_trainer=build)
 
 
 @pytest.fixture
-def run(nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> Callable[..., Any]:
+def run(fork_server: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> Callable[..., Any]:
     """A function that runs a job to its end, one process for each code that it is to run first: its directory, what
     the main process told, and the exit codes."""
 
@@ -57,9 +57,9 @@ def run(nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> Cal
         out = out or tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         config = write_config(sft_values({**changes, "training_args.output_dir": str(out)}), f"{out.name}.yaml")
         if len(befores) == 1:
-            processes = [nursery.start(["sft", config], before=befores[0])]
+            processes = [fork_server.start(["sft", config], before=befores[0])]
         else:
-            processes = nursery.start_all(["sft", config], befores)
+            processes = fork_server.start_all(["sft", config], befores)
         codes = [process.wait() for process in processes]
         told = "".join(process.told for process in processes)
         assert "find_unused_parameters" not in told, "nothing is looked for that cannot be"
@@ -104,12 +104,12 @@ def test_a_job_goes_on_with_another_number_of_processes(run: Any, logged_losses:
 
 
 def test_a_process_that_is_gone_ends_the_job_and_the_next_start_goes_on(
-    nursery: Any, run: Any, sft_values: Any, write_config: Any, tmp_path: Path
+    fork_server: Any, run: Any, sft_values: Any, write_config: Any, tmp_path: Path
 ) -> None:
     changes = {**SAVED, "peft_conf": LORA, "run_conf.resume_from_checkpoint": "auto"}
     out = tmp_path / "out"
     config = write_config(sft_values({**changes, "training_args.max_steps": 100_000}))
-    main, other = nursery.start_all(["sft", config], ["", ""])
+    main, other = fork_server.start_all(["sft", config], ["", ""])
     assert main.wait_for((out / "checkpoint-6").exists), main.told
     assert other.kill() == -signal.SIGKILL
     assert main.wait() == 203, main.told
@@ -148,10 +148,10 @@ def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, logged_losses: Any
 
 
 def test_a_process_that_hangs_is_named_with_what_it_does(
-    nursery: Any, sft_values: Any, write_config: Any, tmp_path: Path
+    fork_server: Any, sft_values: Any, write_config: Any, tmp_path: Path
 ) -> None:
     changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 1}
-    main, other = nursery.start_all(["sft", write_config(sft_values(changes))], ["", ""])
+    main, other = fork_server.start_all(["sft", write_config(sft_values(changes))], ["", ""])
     assert main.wait_for(lambda: '"step": 3' in _log(tmp_path)), main.told
     other.send(signal.SIGSTOP)
     assert other.wait_for(lambda: other.state == "T")

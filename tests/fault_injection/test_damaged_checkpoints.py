@@ -21,11 +21,11 @@ LONG = {**SAVED, "training_args.max_steps": 100_000}
 
 
 @pytest.fixture
-def start(nursery: Any, sft_values: Any, write_config: Any) -> Callable[..., Any]:
+def start(fork_server: Any, sft_values: Any, write_config: Any) -> Callable[..., Any]:
     """A function that starts a run."""
 
     def begin(changes: Any, before: str = "") -> Any:
-        return nursery.start(["sft", write_config(sft_values(changes))], before=before)
+        return fork_server.start(["sft", write_config(sft_values(changes))], before=before)
 
     return begin
 

@@ -42,7 +42,7 @@ def newest(names: set[str]) -> str | None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_fifty_times(
-    nursery: Any,
+    fork_server: Any,
     sft_values: Any,
     write_config: Any,
     read_tensors: Any,
@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_fifty_times(
         "training_args.save_total_limit": 2,
     }
     config = write_config(sft_values(changes), "whole.yaml")
-    assert (uncut := nursery.start(["sft", config])).wait() == 0, uncut.told
+    assert (uncut := fork_server.start(["sft", config])).wait() == 0, uncut.told
     expected, tensors = losses_by_step(tmp_path / "out"), read_tensors(tmp_path / "out" / "checkpoint-final")
     assert set(expected) == set(range(1, STEPS + 1))
 
@@ -68,9 +68,9 @@ def test_a_run_that_is_killed_fifty_times(
         lives += 1
         out = tmp_path / f"life-{lives}"
         config = write_config(sft_values(changes | {"training_args.output_dir": str(out)}), f"{lives}.yaml")
-        while sum(seen.values()) < KILLS and (moment := cut(nursery, config, out, dice)):
+        while sum(seen.values()) < KILLS and (moment := cut(fork_server, config, out, dice)):
             seen[moment] += 1
-        last = nursery.start(["sft", config])
+        last = fork_server.start(["sft", config])
         assert last.wait() == 0, last.told
         assert json.loads((out / "run.json").read_text())["status"] == "completed"
         assert not list(out.glob(".*.partial"))
@@ -85,12 +85,12 @@ def test_a_run_that_is_killed_fifty_times(
     assert seen["in a save"] >= KILLS / 4, seen
 
 
-def cut(nursery: Any, config: Path, out: Path, dice: random.Random) -> str | None:
+def cut(fork_server: Any, config: Path, out: Path, dice: random.Random) -> str | None:
     """Starts a run, kills it at some moment, and says in what; None when it had ended before."""
     pattern, longest, _ = MOMENTS[dice.choices(list(MOMENTS), [weight for *_, weight in MOMENTS.values()])[0]]
     before, delay = whole(out), dice.uniform(0, longest)
     stale = {path.name for path in out.glob(".*.partial")} if out.exists() else set()
-    process = nursery.start(["sft", config])
+    process = fork_server.start(["sft", config])
     if pattern:
         process.wait_for(lambda: appeared(out, pattern, before | stale), pause=0.0005)
     time.sleep(delay)
