@@ -13,7 +13,7 @@ import torch
 from finetuning.algorithms import METHODS
 from finetuning.algorithms.kto import first_loss
 from finetuning.data.formats import FORMATS
-from finetuning.data.processors.unpaired import with_neighbours
+from finetuning.data.processors.preference import with_kl_completions
 from finetuning.data.samples import Row, UnpairedPreference
 from finetuning.errors import ConfigError, DataError, GuardStopped, Location, Problem
 
@@ -100,9 +100,9 @@ def test_validation_and_precomputed_references(train: Any, kto_values: Any) -> N
 
 def test_each_prompt_meets_the_answer_of_its_neighbour() -> None:
     rows = datasets.Dataset.from_dict({"completion_ids": [[1], [2, 2], [3], [4], [5]], "label": [True] * 5})
-    assert with_neighbours(rows, 2)["KL_completion_ids"][:] == [[2, 2], [1], [4], [3], [4]]
-    assert with_neighbours(rows, 5)["KL_completion_ids"][:] == [[5], [1], [2, 2], [3], [4]]
-    assert with_neighbours(rows, 2)["completion_ids"][:] == rows["completion_ids"][:]
+    assert with_kl_completions(rows, 2)["KL_completion_ids"][:] == [[2, 2], [1], [4], [3], [4]]
+    assert with_kl_completions(rows, 5)["KL_completion_ids"][:] == [[5], [1], [2, 2], [3], [4]]
+    assert with_kl_completions(rows, 2)["completion_ids"][:] == rows["completion_ids"][:]
 
 
 def test_a_preference_is_two_rated_answers(dpo_rows: Any) -> None:

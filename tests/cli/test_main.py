@@ -67,7 +67,7 @@ def test_dry_run_gives_each_decision_its_reason(say: Any, sft_values: Any, write
     assert code == 0
     assert "514 = 1 x 2 x 257  (processes x per-device rows x accumulation)" in out
     assert "sqrt scaling by 514 rows" in out
-    assert "24  (before any is filtered or dropped)" in out
+    assert "24  (before filtering and dropping)" in out
     assert "Nothing was trained" in out
     assert not err
     assert not (tmp_path / "out").exists()
@@ -97,11 +97,11 @@ def test_a_dry_run_counts_prepared_rows_and_says_what_of_a_stream_is_not_known(
     write_jsonl(tmp_path / "r.jsonl", rows)
     code, out, err = say("sft", config, "--dry-run", "data_conf.streaming=true")
     assert (code, err) == (0, "")
-    assert "training rows     unknown  (data_conf.streaming: they are read as training goes)" in out
+    assert "training rows     unknown  (data_conf.streaming: rows are read during training)" in out
     assert "optimizer steps   3  (max_steps; rows are read as training goes, and not counted before)" in out
     code, out, err = say("prepare", "sft", config, "data_conf.streaming=true")
     assert code == 1
-    assert "data_conf.streaming: rows are made as training goes, and there is nothing to prepare" in err.replace(
+    assert "data_conf.streaming: rows are streamed during training, and there is nothing to prepare" in err.replace(
         "\n", " "
     )
     assert say("preview", "sft", config, "data_conf.streaming=true", "--rows", "2")[0] == 0

@@ -17,7 +17,7 @@ import pytest
 from finetuning.atomic_io import MANIFEST, write_manifest
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data import cache as store
+from finetuning.data import cache
 from finetuning.data.cache import cache_folder, prune
 from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_sft
@@ -62,14 +62,14 @@ def entries(folder: Path) -> list[Path]:
 
 def test_a_second_run_reads_what_the_first_wrote(prepare: Any, tmp_path: Path, monkeypatch: Any) -> None:
     first = prepare()
-    assert "nothing like it was prepared before" in first.origin
+    assert "no similar entry in the cache" in first.origin
     monkeypatch.setattr("finetuning.data.preprocessor.Preprocessor.read", None)
     second = prepare()
-    assert "as prepared before: same data, template, tokenizer and rules" in second.origin
+    assert "read from the cache: same data, template, tokenizer and rules" in second.origin
     assert second.train.to_list() == first.train.to_list()
     assert second.validation.to_list() == first.validation.to_list()
     assert second.train.features == first.train.features
-    assert second.ledger == first.ledger
+    assert second.statistics == first.statistics
     assert second.preview == first.preview
     assert second.fingerprint == first.fingerprint
     assert len(entries(tmp_path)) == 1
@@ -89,21 +89,21 @@ def test_a_change_is_named(prepare: Any, tmp_path: Path, tokenizer: Any, make_to
     assert "data_conf.max_lost_fraction (0.05 before, 0.5 now)" in prepare(conf={"max_lost_fraction": 0.5}).origin
     with open(tmp_path / "a.jsonl", "a") as stream:
         stream.write(json.dumps(chat(99)) + "\n")
-    assert f"changed since the nearest entry: the data ({tmp_path}/a.jsonl)" in prepare().origin
+    assert f"changed since the most similar entry: the data ({tmp_path}/a.jsonl)" in prepare().origin
     assert "the chat template" not in prepare().origin
     tokenizer.chat_template += " "
-    assert prepare().origin.endswith("changed since the nearest entry: the chat template")
+    assert prepare().origin.endswith("changed since the most similar entry: the chat template")
     other = make_tokenizer("byte-level", tokenizer.chat_template, (), add_bos=True)
-    assert prepare(other).origin.endswith("changed since the nearest entry: the tokenizer")
+    assert prepare(other).origin.endswith("changed since the most similar entry: the tokenizer")
     monkeypatch.setattr("finetuning.data.prepared.RULES", "x")
     assert 'rules ("1" before, "x" now)' in prepare().origin
 
 
 def test_settings_that_touch_no_row_change_nothing(prepare: Any) -> None:
     prepare()
-    assert "as prepared before" in prepare(conf={"padding_side": "left"}, batching="padded").origin
+    assert "read from the cache" in prepare(conf={"padding_side": "left"}, batching="padded").origin
     packed = prepare(packing=True)
-    assert "as prepared before" in packed.origin
+    assert "read from the cache" in packed.origin
     assert "lengths" in packed.train.column_names
     assert packed.fingerprint != prepare().fingerprint
 
@@ -121,41 +121,38 @@ def test_a_damaged_entry_is_made_anew(harm: str, prepare: Any, tmp_path: Path) -
     again = prepare()
     assert "the entry could not be used" in again.origin
     assert again.train.to_list() == rows
-    assert "as prepared before" in prepare().origin
+    assert "read from the cache" in prepare().origin
 
 
-def in_a_former_form(entry: Path) -> None:
-    """Leaves an entry as it was written before the ledger's counts were one thing of their own."""
-    meta = json.loads((entry / store.META).read_text())
+def rewrite_in_an_old_form(entry: Path) -> None:
+    """Rewrite an entry in a layout that is no longer read."""
+    meta = json.loads((entry / cache.META).read_text())
     del meta["form"]
-    meta["ledger"] = [
-        {**{key: one["totals"][key] for key in ("part", "limit", "rows", "kept")}, "counts": {}, "fates": one["fates"]}
-        for one in meta["ledger"]
-    ]
-    (entry / store.META).write_text(json.dumps(meta))
+    meta["statistics"] = [{"rows": split["counts"]["rows"]} for split in meta["statistics"]]
+    (entry / cache.META).write_text(json.dumps(meta))
     (entry / MANIFEST).unlink()
     write_manifest(entry)
 
 
 @pytest.mark.parametrize("name", ["its own", "another"])
-def test_an_entry_of_a_former_form_is_made_anew(name: str, prepare: Any, tmp_path: Path) -> None:
+def test_an_entry_in_an_old_form_is_prepared_again(name: str, prepare: Any, tmp_path: Path) -> None:
     first = prepare()
     (entry,) = entries(tmp_path)
-    in_a_former_form(entry)
+    rewrite_in_an_old_form(entry)
     if name == "another":
         entry.rename(entry.with_name("former"))
     again = prepare()
-    assert "another version of the engine" in again.origin
+    assert "another version of finetuning" in again.origin
     assert again.train.to_list() == first.train.to_list()
-    assert again.ledger == first.ledger
-    assert "as prepared before" in prepare().origin
+    assert again.statistics == first.statistics
+    assert "read from the cache" in prepare().origin
 
 
-def test_rows_prepared_ahead_of_time_in_a_former_form_are_refused(prepare: Any, tmp_path: Path) -> None:
+def test_rows_prepared_ahead_of_time_rewrite_in_an_old_form_are_refused(prepare: Any, tmp_path: Path) -> None:
     prepare()
     (entry,) = entries(tmp_path)
-    in_a_former_form(entry)
-    with pytest.raises(DataError, match=r"written by another version of the engine.*finetuning prepare --output"):
+    rewrite_in_an_old_form(entry)
+    with pytest.raises(DataError, match=r"written by another version of finetuning.*finetuning prepare --output"):
         prepare(conf={"prepared": str(entry)})
 
 
@@ -173,19 +170,19 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data import made
+from finetuning.data import prepared
 from finetuning.data.pipeline import prepare_sft
 folder = Path(sys.argv[1])
 if sys.argv[2] == "dies":
-    write = made.write
+    write = prepared.write_entry
     def stop(target, *rest):
-        from finetuning.data import store
+        from finetuning.data import cache
         def hang(path):
             print("half", flush=True)
             time.sleep(600)
-        store.write_manifest = hang
+        cache.write_manifest = hang
         write(target, *rest)
-    made.write = stop
+    prepared.write_entry = stop
 conf = DataConfig.model_validate({
     "training_data": {"type": "CONCATENATION", "datasets": [{"path": str(folder / "a.jsonl")}]},
     "validation_data": {"type": "NONE"}, "chat_template_name": "chat-ml", "cache": str(folder / "cache")})
@@ -248,10 +245,10 @@ def test_pruning_takes_the_longest_unused_and_what_was_left_half_made(prepare: A
         prepare(max_seq_length=length)
     order = sorted(
         entries(tmp_path),
-        key=lambda one: int(json.loads((one / store.META).read_text())["inputs"]["rules"]["sft_args.max_seq_length"]),
+        key=lambda one: int(json.loads((one / cache.META).read_text())["inputs"]["rules"]["sft_args.max_seq_length"]),
     )
     for age, entry in enumerate(order):
-        os.utime(entry / store.META, (time.time() - 1000 + age,) * 2)
+        os.utime(entry / cache.META, (time.time() - 1000 + age,) * 2)
     prepare(max_seq_length=32)
     (folder / f".{order[0].name}.partial").mkdir()
     size = sum(file.stat().st_size for file in order[0].iterdir())
@@ -262,20 +259,20 @@ def test_pruning_takes_the_longest_unused_and_what_was_left_half_made(prepare: A
 
 def test_shards_are_read_in_order(prepare: Any, tmp_path: Path) -> None:
     made = prepare()
-    store.write(tmp_path / "out", made.train, None, made.ledger, made.preview, made.stored.inputs, shards=5)
+    cache.write_entry(tmp_path / "out", made.train, None, made.statistics, made.preview, made.entry.key, shards=5)
     assert len(list((tmp_path / "out").glob("train-*-of-00005.arrow"))) == 5
-    stored = store.read(tmp_path / "out")
+    stored = cache.read_entry(tmp_path / "out")
     assert stored.train.to_list() == made.train.to_list()
     assert stored.validation is None
 
 
 def test_rows_prepared_ahead_of_time_need_no_data(prepare: Any, tmp_path: Path, make_tokenizer: Any) -> None:
     made = prepare()
-    store.write(tmp_path / "out", made.train, made.validation, made.ledger, made.preview, made.stored.inputs)
+    cache.write_entry(tmp_path / "out", made.train, made.validation, made.statistics, made.preview, made.entry.key)
     (tmp_path / "a.jsonl").unlink()
     conf = {"prepared": str(tmp_path / "out")}
     later = prepare(conf=conf)
-    assert later.origin == f"as prepared ahead of time in {tmp_path}/out"
+    assert later.origin == f"prepared ahead of time in {tmp_path}/out"
     assert later.train.to_list() == made.train.to_list()
     with pytest.raises(DataError, match=r"data_conf.prepared: .*in another way: sft_args.max_seq_length \(64 before"):
         prepare(conf=conf, max_seq_length=32)

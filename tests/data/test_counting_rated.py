@@ -16,4 +16,4 @@ def test_a_preference_counts_as_two_rated_answers(tmp_path: Path, write_jsonl: A
         validation_data=NoData(type="NONE"),
     )
     assert count_training_rows(data).rows == 7
-    assert count_training_rows(data, rated=True).rows == 14
+    assert count_training_rows(data, unpaired=True).rows == 14

@@ -14,9 +14,8 @@ from tokenizers import decoders
 
 from finetuning.config.sections.data import ChatTemplateName
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
-from finetuning.data.chat.markers import MaskedText, MaskError
 from finetuning.data.chat.template import TemplateRenderer, get_template
-from finetuning.data.samples import Conversation
+from finetuning.data.samples import Conversation, MaskedText, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import Location
 
@@ -65,16 +64,16 @@ def conversations(count: int) -> list[Conversation]:
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_was_learned_of_a_shape_changes_nothing(name: str, make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES[name])
-    labeller = LabelBuilder(tokenizer)
-    learned = AssistantMaskBuilder(TemplateRenderer(tokenizer), labeller.split)
+    label_builder = LabelBuilder(tokenizer)
+    learned = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split)
     rows = conversations(60)
     for one, found in zip(rows, learned.find(rows), strict=True):
-        (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), labeller.split).find([one])
+        (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split).find([one])
         if isinstance(alone, MaskError):
             assert found == alone
         else:
             assert isinstance(found, MaskedText)
-            assert (found.text, found.spans, found.notes) == (alone.text, alone.spans, alone.notes)
+            assert (found.text, found.spans, found.warnings) == (alone.text, alone.spans, alone.warnings)
     texts = zip(learned.texts(rows), TemplateRenderer(tokenizer).texts(rows), strict=True)
     assert all(str(left) == str(right) for left, right in texts)
 
@@ -82,12 +81,12 @@ def test_what_was_learned_of_a_shape_changes_nothing(name: str, make_tokenizer: 
 def test_layouts_are_used(make_tokenizer: Callable[..., Any]) -> None:
     for name in ("chat-ml", "llama3", "gemma3", "phi3", "mistral-with-system", "poro", "simplified-llama31", "qwen3"):
         tokenizer = make_tokenizer("byte-level", SOURCES[name])
-        masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
+        mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
         rows = [
             Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], Location("x", 1))
             for text in ("Hello", "yes", "42")
         ]
-        assert [one.method for one in masker.find(rows)] == ["marks", "shape", "shape"], name
+        assert [one.method for one in mask_builder.find(rows)] == ["marks", "shape", "shape"], name
 
 
 @pytest.mark.parametrize(
@@ -128,11 +127,11 @@ def test_a_template_that_looks_at_a_content_is_rendered_for_each_row(
 
 def test_a_template_that_changes_is_followed(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES["chat-ml"])
-    masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
+    mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
     rows = conversations(8)
-    masker.find(rows)
+    mask_builder.find(rows)
     tokenizer.chat_template = SOURCES["chat-ml"].replace("message['content']", "message['content'] + ' '")
-    texts = [one.text if isinstance(one, MaskedText) else None for one in masker.find(rows)]
+    texts = [one.text if isinstance(one, MaskedText) else None for one in mask_builder.find(rows)]
     rendered = TemplateRenderer(tokenizer).texts(rows)
     assert all(text in (None, real) for text, real in zip(texts, rendered, strict=True))
     assert any(texts)
@@ -159,10 +158,10 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
     assert any(one is not None for one in by_bytes) == (kind == "byte-level" or name not in SPACED)
     for left, right in zip(quick.encode(texts, spans, heads), slow.encode(texts, spans), strict=True):
         assert np.array_equal(left.ids, right.ids)
-        assert (left.runs, left.note) == (right.runs, right.note)
+        assert (left.runs, left.warning) == (right.runs, right.warning)
     for left, right in zip(quick.encode(texts, [None] * len(texts)), slow.encode(texts, spans), strict=True):
         assert left.runs == ((0, len(left.ids)),)
-        assert right.note or np.array_equal(left.ids, right.ids)
+        assert right.warning or np.array_equal(left.ids, right.ids)
 
 
 def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
-from finetuning.data.chat.markers import MaskedText, MaskError
 from finetuning.data.chat.template import TemplateRenderer
-from finetuning.data.samples import Conversation
+from finetuning.data.samples import Conversation, MaskedText, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, Location
 
@@ -23,12 +22,12 @@ TALK = [user("Hi"), assistant("Hello"), user("Again"), assistant("Bye")]
 
 @pytest.fixture
 def find(make_tokenizer: Callable[..., Any]) -> Callable[..., MaskedText | MaskError]:
-    """A function: template, messages -> what the masker says."""
+    """A function: template, messages -> what the mask_builder says."""
 
     def call(template: str, messages: list[dict[str, Any]], **kwargs: Any) -> MaskedText | MaskError:
         tokenizer = make_tokenizer("byte-level", template)
-        masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
-        return masker.find([Conversation(messages, Location("x", 1), template_kwargs=kwargs)])[0]
+        mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
+        return mask_builder.find([Conversation(messages, Location("x", 1), template_kwargs=kwargs)])[0]
 
     return call
 

@@ -14,8 +14,8 @@ import trl
 
 from finetuning.config.sections.data import ChatTemplateName
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
-from finetuning.data.chat.markers import MaskedText, MaskError
 from finetuning.data.chat.template import TemplateRenderer, get_template
+from finetuning.data.samples import MaskedText, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
 from .conversations import CONVERSATIONS, conversation, speakers, words
@@ -35,12 +35,12 @@ def source_of(name: str) -> str:
 
 def prove(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
     tokenizer = make_tokenizer(kind, source_of(name))
-    labeller = LabelBuilder(tokenizer)
-    masker = AssistantMaskBuilder(TemplateRenderer(tokenizer), labeller.split, STOPS)
+    label_builder = LabelBuilder(tokenizer)
+    mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split, STOPS)
     results = {}
     for one in CONVERSATIONS:
-        found = masker.find([conversation(one)])[0]
-        tokens = labeller.encode([found.text], [found.spans])[0] if isinstance(found, MaskedText) else found
+        found = mask_builder.find([conversation(one)])[0]
+        tokens = label_builder.encode([found.text], [found.spans])[0] if isinstance(found, MaskedText) else found
         results[one] = (tokenizer, found, tokens)
     return results
 

@@ -74,14 +74,14 @@ def test_how_many_processes_share_the_work_changes_nothing(prepare: Any, monkeyp
     alone, shared = prepare(1), prepare(3)
     assert shared.train.to_list() == alone.train.to_list()
     assert shared.validation.to_list() == alone.validation.to_list()
-    assert shared.ledger == alone.ledger
+    assert shared.statistics == alone.statistics
     assert shared.preview == alone.preview
-    part = alone.ledger.parts[0]
-    assert [(fate.place.line, fate.reason) for fate in part.fates] == [
+    part = alone.statistics.splits[0]
+    assert [(fate.place.line, fate.reason) for fate in part.outcomes] == [
         (BAD + 1, "bad row"),
         (LONG + 1, "longer than the limit"),
     ]
-    assert part.totals.noticed["the same as a row before"] == 1
+    assert part.counts.warnings["the same as an earlier row"] == 1
 
 
 def test_a_bad_row_that_another_process_finds_stops_the_run(prepare: Any, path: Path) -> None:
@@ -144,7 +144,7 @@ def peaks(name):
         "validation_data": {"type": "AUTO_SPLIT", "ratio": 0.5}, "chat_template_name": "chat-ml",
         "cache": str(folder / "cache")})
     data = prepare_sft(conf, SFTArgs(max_seq_length=4096, packing=True), tokenizer)
-    assert data.stored.train.num_rows + data.stored.validation.num_rows == int(name)
+    assert data.entry.train.num_rows + data.entry.validation.num_rows == int(name)
     with open("/proc/self/status") as stream:
         held = next(int(line.split()[1]) for line in stream if line.startswith("RssAnon"))
     return {"arrow, most": pool.max_memory(), "held": held * 1024}
@@ -179,11 +179,11 @@ def test_texts_that_came_before_are_counted_by_where_they_came() -> None:
     )
     repeats.add(np.array([1, 2, 1]))
     repeats.add(np.array([1, 3]))
-    repeats.note(training)
+    repeats.finish_split(training)
     repeats.add(np.array([3, 4, 4, 3, 5]))
-    repeats.note(validation)
-    assert training.totals.noticed == {"the same as a row before": 2}
-    assert validation.totals.noticed == {"the same as a training row": 2, "the same as a row before": 1}
+    repeats.finish_split(validation)
+    assert training.counts.warnings == {"the same as an earlier row": 2}
+    assert validation.counts.warnings == {"the same as a training row": 2, "the same as an earlier row": 1}
 
 
 def test_batches_are_small_where_rows_are_long() -> None:
@@ -200,7 +200,7 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
     try:
-        with pytest.raises(StorageError, match=re.escape(f"prepared rows cannot be kept in {tmp_path}: ")):
+        with pytest.raises(StorageError, match=re.escape(f"cannot write prepared rows to {tmp_path}: ")):
             spool.add(pa.table({"a": list(range(100_000))}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
@@ -225,5 +225,5 @@ def test_kto_rows_are_in_the_order_of_a_shuffle(tmp_path: Path, tokenizer: Any, 
         "cache": str(tmp_path / "cache"),
     }
     data = prepare_kto(DataConfig.model_validate(values), 100, 7, tokenizer)
-    assert data.train.to_list() == data.stored.train.shuffle(seed=7).to_list()
-    assert data.train.to_list() != data.stored.train.to_list()
+    assert data.train.to_list() == data.entry.train.shuffle(seed=7).to_list()
+    assert data.train.to_list() != data.entry.train.to_list()

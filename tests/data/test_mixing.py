@@ -51,7 +51,7 @@ def test_weight_zero_skips_a_dataset() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1e-6, 1.0], r"would be about 3,000,003 rows long, made of 5: .* has 1e-06 of the draws; raise its"),
+        ([1e-6, 1.0], r"would be about 3,000,003 rows long, from 5 rows: .* has a share of 1e-06; raise its"),
         ([1e-300, 1.0], "rows long"),
         ([5e-324, 1e100], "about inf rows long"),
     ],
@@ -61,7 +61,7 @@ def test_weights_that_would_repeat_rows_without_measure_are_refused(weights: lis
         weighted_mix([3, 2], weights, 0)
     mix = {"type": "PRECOMPUTE_WEIGHTED_MIX"}
     if max(weights) <= 1:
-        with pytest.raises(DataError, match=r"^data_conf\.training_data\.datasets: by these weights"):
+        with pytest.raises(DataError, match=r"^data_conf\.training_data\.datasets: the mix would be about"):
             arranged([3, 2], [{"sampling_weight": weight} for weight in weights], {"type": "NONE"}, **mix)
         assert len(weighted_mix([3, 2], weights, 0, "first_exhausted")) == 2
     assert len(weighted_mix([3, 2], [1e308, 1e308], 0)) >= 5
@@ -76,7 +76,7 @@ def test_split_is_that_of_datasets(count: int, ratio: float) -> None:
 
 
 def test_a_split_with_an_empty_side_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 rows cannot be split with ratio 0\.2"):
+    with pytest.raises(ValueError, match=r"cannot split 1 rows with ratio 0\.2"):
         split(1, 0.2, 0)
 
 
@@ -148,9 +148,9 @@ def test_weights_go_with_the_datasets_that_are_trained_on() -> None:
 
 
 def test_a_split_that_leaves_nothing_names_its_key() -> None:
-    with pytest.raises(DataError, match=r"datasets\[0\]\.validation_ratio: 1 rows cannot be split"):
+    with pytest.raises(DataError, match=r"datasets\[0\]\.validation_ratio: cannot split 1 rows"):
         arranged([1], [{"validation_ratio": 0.5}], {"type": "FROM_DATASETS"})
-    with pytest.raises(DataError, match="nothing is left to validate on: no dataset has a validation_ratio"):
+    with pytest.raises(DataError, match="no row is left to validate on: no dataset has a validation_ratio"):
         arranged([1], [{}], {"type": "FROM_DATASETS"})
-    with pytest.raises(DataError, match="nothing is left to train on"):
+    with pytest.raises(DataError, match="no row is left to train on"):
         arranged([1], [{"validation_ratio": 1.0}], {"type": "FROM_DATASETS"})

@@ -59,10 +59,10 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
     data = sft(conf, tokenizer)
     assert trained(data, tokenizer)[:3] == ["one<|im_end|>", "Some text.</s>", "That.<|im_end|>"]
     assert data.train[3]["labels"] == [-100, 4]
-    assert list(data.ledger.report()[0]["formats"].values()) == [
+    assert list(data.statistics.report()[0]["formats"].values()) == [
         f"{name}, told from the rows" for name in ("messages", "text", "alpaca", "tokens")
     ]
-    assert f"  {chats}: messages, told from the rows" in data.ledger.lines()
+    assert f"  {chats}: messages, told from the rows" in data.statistics.lines()
     assert count_training_rows(conf).rows == 4
 
 
@@ -85,7 +85,7 @@ def test_rows_that_validate_and_are_trained_on_are_counted(
     train = set(texts(data.train))
     leaked = sum(text in train for text in texts(data.validation))
     assert leaked
-    assert data.ledger.report()[1]["noticed"] == {"the same as a training row": leaked}
+    assert data.statistics.report()[1]["warnings"] == {"the same as a training row": leaked}
 
 
 @pytest.mark.parametrize("kind", ["CONCATENATION", "PRECOMPUTE_WEIGHTED_MIX"])
@@ -97,7 +97,7 @@ def test_a_dataset_of_which_nothing_is_left_is_named(
     training = {"type": kind, "datasets": [{"path": many}, {"path": lost}]}
     values = {"training_data": training, "validation_data": {"type": "NONE"}, "chat_template_name": "chat-ml"}
     with pytest.raises(
-        DataError, match=r"datasets\[1\]: no row of .*b\.jsonl is left; first at .*b\.jsonl:1: longer than"
+        DataError, match=r"datasets\[1\]: every row of .*b\.jsonl was dropped; first at .*b\.jsonl:1: longer than"
     ):
         sft(DataConfig.model_validate(values), tokenizer, max_seq_length=64)
     values |= {"max_lost_fraction": 1.0}

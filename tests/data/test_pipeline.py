@@ -60,7 +60,7 @@ def test_sft_rows_train_on_answers_only(write_lines: Callable[..., str], tokeniz
     assert data.train.column_names == ["input_ids", "labels"]
     assert texts(data, tokenizer, trained=True) == [f"It is {index}.<|im_end|>" for index in range(5)]
     assert data.validation is None
-    assert data.ledger.report()[0]["kept"] == 5
+    assert data.statistics.report()[0]["kept"] == 5
 
 
 def test_without_completions_only_every_token_is_trained(write_lines: Callable[..., str], tokenizer: Any) -> None:
@@ -92,11 +92,11 @@ def test_longer_rows_are_filtered_or_cut_and_counted(write_lines: Callable[..., 
     path = write_lines("a.jsonl", chat(1), long, chat(2))
     data = sft(config(path), tokenizer, max_seq_length=40)
     assert len(data.train) == 2
-    assert data.ledger.report()[0]["filtered_by_length"] == 1
-    assert any("warning: 33.3% of the rows" in line for line in data.ledger.lines())
+    assert data.statistics.report()[0]["filtered_by_length"] == 1
+    assert any("warning: 33.3% of the rows" in line for line in data.statistics.lines())
     data = sft(config(path), tokenizer, max_seq_length=40, length_handling="truncate")
     assert [len(row["input_ids"]) <= 40 for row in data.train] == [True] * 3
-    report = data.ledger.report()[0]
+    report = data.statistics.report()[0]
     assert report["answers_cut"] == 1
     assert report["tokens_cut"] > 0
 
@@ -104,9 +104,9 @@ def test_longer_rows_are_filtered_or_cut_and_counted(write_lines: Callable[..., 
 def test_a_row_whose_answer_is_cut_off_whole_is_a_fault(write_lines: Callable[..., str], tokenizer: Any) -> None:
     long = {"messages": [user("word " * 50), assistant("Hi")]}
     path = write_lines("a.jsonl", *(chat(index) for index in range(30)), long)
-    report = sft(config(path), tokenizer, max_seq_length=40, length_handling="truncate").ledger.report()[0]
+    report = sft(config(path), tokenizer, max_seq_length=40, length_handling="truncate").statistics.report()[0]
     assert report["dropped"] == {"nothing left to train on": 1}
-    assert report["lost_to_faults"] == 1
+    assert report["invalid_rows"] == 1
 
 
 def test_when_no_row_is_left_the_shortest_is_named(write_lines: Callable[..., str], tokenizer: Any) -> None:
@@ -129,25 +129,25 @@ def test_bad_rows_stop_the_run_all_at_once(write_lines: Callable[..., str], toke
 def test_skipped_bad_rows_are_counted_and_limited(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", *(chat(index) for index in range(30)), b"{")
     data = sft(config(path, on_bad_row="skip"), tokenizer)
-    assert data.ledger.report()[0]["dropped"] == {"bad row": 1}
+    assert data.statistics.report()[0]["dropped"] == {"bad row": 1}
     path = write_lines("a.jsonl", *(chat(index) for index in range(10)), b"{")
-    with pytest.raises(DataError, match=r"1 of 11 training rows \(9.1%\) would be lost to faults"):
+    with pytest.raises(DataError, match=r"1 of 11 training rows \(9.1%\) are invalid"):
         sft(config(path, on_bad_row="skip"), tokenizer)
 
 
 def test_rows_without_an_answer_are_counted(write_lines: Callable[..., str], tokenizer: Any) -> None:
     rows = [chat(index) for index in range(30)]
     path = write_lines("a.jsonl", *rows, {"messages": [user("Hi")]}, rows[0], {"messages": [user("a"), assistant("")]})
-    report = sft(config(path), tokenizer).ledger.report()[0]
+    report = sft(config(path), tokenizer).statistics.report()[0]
     assert report["dropped"] == {"nothing to train on": 1}
-    assert report["noticed"] == {"the same as a row before": 1, "an assistant's turn without words": 1}
+    assert report["warnings"] == {"the same as an earlier row": 1, "an assistant turn without text": 1}
 
 
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([user("Hi")], "no message of the assistant"),
-        ([user("Hi"), {**assistant("one"), "train": False}], "none of the assistant's messages is to be trained"),
+        ([user("Hi")], "no assistant message"),
+        ([user("Hi"), {**assistant("one"), "train": False}], "no assistant message is selected for training"),
     ],
 )
 def test_a_row_that_trains_nothing_is_told_why(
@@ -179,23 +179,23 @@ def test_validation_by_split_and_by_file(write_lines: Callable[..., str], tokeni
     assert (len(data.train), len(data.validation or ())) == (8, 2)
     seen = [row["input_ids"] for part in (data.train, data.validation) for row in part]
     assert len({tuple(row) for row in seen}) == 10
-    training, validation = data.ledger.report()
+    training, validation = data.statistics.report()
     assert training["rows"] == 10
     assert {**validation, "formats": {}} == {
         **training,
-        "part": "validation",
+        "split": "validation",
         "formats": {},
         "rows": 2,
         "kept": 2,
         "tokens": sum(len(row["input_ids"]) for row in data.validation),
         "trained_tokens": sum(label != -100 for row in data.validation for label in row["labels"]),
     }
-    assert "  out of the rows above: AUTO_SPLIT" in data.ledger.lines()
+    assert "  split off the rows above: AUTO_SPLIT" in data.statistics.lines()
     other = write_lines("b.jsonl", chat(3), chat(99))
     validation = {"type": "CONCATENATION", "datasets": [{"path": other}]}
     data = sft(config(path, validation=validation), tokenizer)
     assert len(data.validation or ()) == 2
-    assert data.ledger.report()[1]["noticed"] == {"the same as a training row": 1}
+    assert data.statistics.report()[1]["warnings"] == {"the same as a training row": 1}
 
 
 def test_dpo_counts_and_cuts(write_lines: Callable[..., str], tokenizer: Any) -> None:
@@ -204,7 +204,7 @@ def test_dpo_counts_and_cuts(write_lines: Callable[..., str], tokenizer: Any) ->
     full = {**preference(3), "prompt_messages": [user("word " * 99)]}
     path = write_lines("p.jsonl", *(preference(index) for index in range(50)), same, long, full)
     data = prepare_dpo(config(path), 64, tokenizer, 1)
-    report = data.ledger.report()[0]
+    report = data.statistics.report()[0]
     assert report["dropped"] == {"the chosen and the rejected answer are the same": 1, "nothing left to train on": 1}
     assert report["truncated"] == 1
     assert max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in data.train) == 64
@@ -228,7 +228,7 @@ def test_the_preview_shows_what_is_trained(write_lines: Callable[..., str], toke
     text = to_text(data.preview)
     assert "<|im_start|>assistant\n⟦It is 0.<|im_end|>⟧\n" in text
     assert f"{path}:1 (row)" in text
-    assert "\x1b[32mIt is 0." in to_text(data.preview, colour=True)
+    assert "\x1b[32mIt is 0." in to_text(data.preview, color=True)
 
 
 def test_the_fingerprint_tells_what_changed(

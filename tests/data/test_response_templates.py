@@ -13,7 +13,7 @@ import pytest
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.training import SFTArgs
 from finetuning.data.pipeline import PreparedData, prepare_sft
-from finetuning.data.processors.sft import PIECE
+from finetuning.data.processors.sft import SPLIT_TEXT
 from finetuning.errors import ConfigError, DataError
 
 EOS = "</s>"
@@ -72,7 +72,7 @@ def test_the_input_is_masked_and_the_output_ends(write_lines: Callable[..., str]
     data = sft(write_lines("train.jsonl", *STATES), tokenizer)
     assert shown(data, tokenizer)[0][0] == f"{STATES[0]['input']} {STATES[0]['output']}{EOS}"
     assert trained(data, tokenizer) == [f"USA : Location{EOS}"] * 2
-    assert list(data.ledger.report()[0]["formats"].values()) == ["input_output, told from the rows"]
+    assert list(data.statistics.report()[0]["formats"].values()) == ["input_output, told from the rows"]
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_the_response_template_that_the_text_has_not_is_counted(
     rows = [{"text": f"Q: {number} A: yes"} for number in range(30)]
     path = write_lines("b.jsonl", *rows, {"text": "Q: without"}, {"text": "Q: x A: y A: z"})
     data = sft(path, tokenizer, response_template="A:")
-    report = data.ledger.report()[0]
+    report = data.statistics.report()[0]
     assert report["dropped"] == {"nothing to train on": 1}
-    assert report["noticed"] == {"the response template is in the text more than once: the last counts": 1}
+    assert report["warnings"] == {"the response template is in the text more than once: the last counts": 1}
     assert trained(data, tokenizer)[-1] == f"z{EOS}"
 
 
@@ -199,9 +199,9 @@ def test_a_long_text_is_split_and_no_token_of_it_lost(
         assert rows == [ids[first : first + 32] for ids in whole for first in range(0, len(ids), 32)]
         assert all(row["labels"] == row["input_ids"] for row in data.train)
     assert sum(map(len, rows)) == sum(map(len, whole))
-    (part,) = data.ledger.report()
+    (part,) = data.statistics.report()
     assert part["tokens"] == part["trained_tokens"] == sum(map(len, whole))
-    assert part["noticed"][PIECE] == sum(-(-len(ids) // 32) for ids in whole if len(ids) > 32)
+    assert part["warnings"][SPLIT_TEXT] == sum(-(-len(ids) // 32) for ids in whole if len(ids) > 32)
     streamed = sft(path, tokenizer, args=args, data={"streaming": True, "shuffle_buffer": 1}).train
     assert sorted(row["input_ids"].tolist() for row in islice(streamed, len(rows))) == sorted(rows)
 
@@ -210,7 +210,7 @@ def test_what_is_no_whole_text_is_not_split(write_lines: Callable[..., str], tok
     rows = [{"input": "word " * 30, "output": f"{index}"} for index in range(4)] + [{"input": "a", "output": "b"}]
     report = sft(
         write_lines("a.jsonl", *rows), tokenizer, args={"length_handling": "split", "max_seq_length": 32}
-    ).ledger.report()
+    ).statistics.report()
     assert (report[0]["kept"], report[0]["filtered_by_length"]) == (1, 4)
 
 
@@ -236,7 +236,7 @@ def test_ready_tokens_are_taken_as_they_are(write_lines: Callable[..., str], tok
     row = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
     data = sft(write_lines("a.jsonl", row), tokenizer)
     assert data.train[:] == {"input_ids": [row["input_ids"]], "labels": [row["labels"]]}
-    with pytest.raises(DataError, match="token 99999 is none of the tokenizer's"):
+    with pytest.raises(DataError, match="token id 99999 is outside the tokenizer's"):
         sft(write_lines("b.jsonl", {"input_ids": [99999], "labels": [99999]}), tokenizer)
     with pytest.raises(DataError, match="response_template does not go with rows that hold token ids already"):
         sft(write_lines("a.jsonl", row), tokenizer, response_template="A:")

@@ -85,9 +85,9 @@ def test_a_pass_is_what_preparation_makes_of_the_same_rows(
     rows = ids(prepared.train)
     found = stream(streamed, **args)
     assert taken(found, len(rows)) == rows
-    report, known = found.ledger.report()[0], prepared.ledger.report()[0]
+    report, known = found.statistics.report()[0], prepared.statistics.report()[0]
     if weights is None:
-        assert {**known, "passes": 0} == report
+        assert {**known, "epochs": 0} == report
     assert report["formats"] == known["formats"]
 
 
@@ -101,24 +101,36 @@ def test_shuffling_goes_by_the_seed_and_each_pass_has_its_own_order(conf: Any, s
     assert sorted(one) == sorted(two) == sorted(taken(stream(conf(300)), 300))
 
 
+def with_old_names(state: dict[str, Any]) -> dict[str, Any]:
+    """A stream state with the names that earlier versions wrote."""
+    names = {"split": "part", "warnings": "noticed", "first_dropped": "firsts"}
+    names |= {"invalid": "faults", "first_invalid": "first_faults"}
+    position = {"passes": state["position"]["epoch"], "rows": state["position"]["rows"]}
+    counts = {names.get(key, key): value for key, value in state["counts"].items()}
+    return {"given": state["num_yielded"], "left_out": state["num_skipped"], "rejects": state["rejects_bytes"]} | {
+        "position": position,
+        "totals": counts,
+    }
+
+
 @pytest.mark.parametrize(
     ("packing", "given"), [(False, 0), (False, 1024), (False, 1030), (False, 2300), (True, 7), (True, 230)]
 )
 def test_a_stream_goes_on_where_it_was(conf: Any, stream: Make, packing: bool, given: int) -> None:
     data = conf(1500, 600, weights=(0.6, 0.4), shuffle_buffer=100)
     whole, goes_on = stream(data, packing=packing), stream(data, packing=packing)
-    whole.reach = 5000
+    whole.lookahead = 5000
     rows = iter(whole)
     before = ids(islice(rows, given))
     # What is fetched ahead is no part of the state.
     ahead = ids(islice(rows, 30))
-    state = json.loads(json.dumps(whole.state(given)))
-    goes_on.go_on(state, placeholders=3)
+    state = json.loads(json.dumps(whole.state_dict(given)))
+    goes_on.load_state_dict(with_old_names(state) if given == 1030 else state, 3)
     again = iter(goes_on)
     assert [list(row["labels"]) for row in islice(again, 3)] == [[-100]] * 3
     assert ids(islice(again, 30)) == ahead
     assert ids(islice(again, 300)) == ids(islice(rows, 300))
-    assert goes_on.ledger.report() == whole.ledger.report()
+    assert goes_on.statistics.report() == whole.statistics.report()
     assert len(before) == given
 
 
@@ -165,11 +177,11 @@ def test_too_many_lost_rows_stop_the_stream_once_enough_were_seen(conf: Any, str
     rows = good[:2000] + [bad(number) for number in range(400)] + good[2000:]
     data = conf(1, rows=rows, on_bad_row="skip")
     given = iter(stream(data))
-    with pytest.raises(DataError, match=r"400 of 3072 training rows \(13.0%\) would be lost to faults"):
+    with pytest.raises(DataError, match=r"400 of 3072 training rows \(13.0%\) are invalid"):
         for _ in given:
             pass
     few = conf(1, rows=[*sft_rows(20), bad(1), bad(2)], on_bad_row="skip")
-    with pytest.raises(DataError, match=r"2 of 22 training rows \(9.1%\) would be lost"):
+    with pytest.raises(DataError, match=r"2 of 22 training rows \(9.1%\) are invalid"):
         taken(stream(few), 50)
 
 
@@ -228,21 +240,21 @@ def test_rejects_are_written_as_rows_go_by_and_once_where_a_stream_goes_on(
         return [json.loads(line)["line"] for line in (out / "rejects.jsonl").read_text().splitlines()]
 
     whole = stream(data)
-    whole.reach = 5000
-    whole.ledger.write(out)
+    whole.lookahead = 5000
+    whole.statistics.write(out)
     given = iter(whole)
     list(islice(given, 1100))
-    state = whole.state(1100)
+    state = whole.state_dict(1100)
     list(islice(given, 500))
     assert read() == list(range(1, 2049, 100))
     goes_on = stream(data)
-    goes_on.go_on(state, 0)
-    goes_on.ledger.write(out)
+    goes_on.load_state_dict(state, 0)
+    goes_on.statistics.write(out)
     list(islice(iter(goes_on), 1300))
-    goes_on.ledger.write(out)
+    goes_on.statistics.write(out)
     assert read() == list(range(1, 2500, 100))
     (report,) = json.loads((out / "data_report.json").read_text())
-    assert (report["rows"], report["kept"], report["filtered_by_length"], report["passes"]) == (2500, 2475, 25, 0)
+    assert (report["rows"], report["kept"], report["filtered_by_length"], report["epochs"]) == (2500, 2475, 25, 0)
 
 
 def test_validation_rows_are_prepared_and_those_that_leak_are_counted(
@@ -259,9 +271,9 @@ def test_validation_rows_are_prepared_and_those_that_leak_are_counted(
     conf(30)
     made = prepare_sft(data, SFTArgs(max_seq_length=256), chatml_tokenizer)
     assert made.validation is not None and len(made.validation) == 7
-    training, validation = made.ledger.report()
-    assert training["noticed"] == {"the same as a validation row": 3}
-    assert (validation["part"], validation["rows"]) == ("validation", 7)
+    training, validation = made.statistics.report()
+    assert training["warnings"] == {"the same as a validation row": 3}
+    assert (validation["split"], validation["rows"]) == ("validation", 7)
     assert made.rows is None
     assert len(made.preview) == 30
 

@@ -393,9 +393,9 @@ def test_skipped_rows_are_in_the_ledger(write_lines: Callable[..., str], tokeniz
         "handlers": [step("skip_samples_with_large_columns", column_name="text", max_allowed_length=9)],
     }
     section = {"training_data": {"type": "CONCATENATION", "datasets": [source]}, "validation_data": {"type": "NONE"}}
-    report = prepare(section, tokenizer).ledger.report()[0]
+    report = prepare(section, tokenizer).statistics.report()[0]
     assert (report["rows"], report["kept"], report["dropped"]) == (4, 3, {"text is longer than 9": 1})
-    assert (report["lost_to_faults"], report["filtered_by_length"]) == (0, 0)
+    assert (report["invalid_rows"], report["filtered_by_length"]) == (0, 0)
     with pytest.raises(DataError, match=r"a.jsonl:1: no column text; columns are: other"):
         section["training_data"]["datasets"] = [{**source, "columns": {"text": "other"}}]
         prepare(section, tokenizer)

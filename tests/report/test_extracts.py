@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
         "jobs": [{"packages": {"torch": "2.1", "bitsandbytes": "not installed"}}],
         "plan": {"steps": {"total": 3}, "batch": {"total": 8}, "learning_rate": 0.1},
         "model": {"name": "models/tiny", "notes": ["LORA adapter: 5 of 9 weights are trained"]},
-        "data": {"statistics": [{"part": "training", "kept": 5, "rows": 6, "tokens": 700}], "fingerprint": "abc"},
+        "data": {"statistics": [{"split": "training", "kept": 5, "rows": 6, "tokens": 700}], "fingerprint": "abc"},
         "artifact": {
             "kind": "adapter",
             "folder": str(final),

@@ -24,13 +24,13 @@ RECORD: dict[str, Any] = {
     "engine": "finetuning 1",
     "model": {"name": "/models/tiny", "fingerprint": "llama 1", "layout": "padded"},
     "plan": {"batch": {"total": 8, "per_device": 2, "reason": "divides"}, "learning_rate": 0.1, "steps": {"total": 9}},
-    "data": {"statistics": [{"part": "training", "rows": 12, "kept": 10, "truncated": 1, "dropped": {"empty": 2}}]},
+    "data": {"statistics": [{"split": "training", "rows": 12, "kept": 10, "truncated": 1, "dropped": {"empty": 2}}]},
     "jobs": [{"started": "2026-01-01T10:00:00Z", "ended": "2026-01-01T11:05:00Z", "command": ["/x/finetuning", "sft"]}],
     "artifact": {"kind": "adapter", "folder": "out/final", "checks": ["all values finite"], "stop_tokens": "eos"},
     "warnings": [HOSTILE],
 }
 for _part in RECORD["data"]["statistics"]:
-    _part |= {"tokens": 1000, "trained_tokens": 400, "noticed": {}}
+    _part |= {"tokens": 1000, "trained_tokens": 400, "warnings": {}}
 
 
 class Page(html.parser.HTMLParser):

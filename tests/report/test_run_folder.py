@@ -28,7 +28,7 @@ RECORD = {
     "completed_training": True,
     "uploaded_checkpoints": ["checkpoint-1"],
     "upload_errors": ["checkpoint-2: refused"],
-    "data": {"rows": 3, "statistics": [{"part": "training"}]},
+    "data": {"rows": 3, "statistics": [{"split": "training"}]},
     "memory": {"peak_bytes": 1, "oom_retries": ["step 2: out of memory"]},
 }
 PREVIEW = "--- training row 1: 3 tokens, 2 trained\n<user>⟦Hello⟧\n"

@@ -71,7 +71,7 @@ def test_the_report_the_plan_and_the_record_say_what_is_known(
 ) -> None:
     done = train(values_of(sft_values, rows, {}))
     (report,) = json.loads((done.output_dir / "data_report.json").read_text())
-    assert (report["rows"], report["kept"], report["filtered_by_length"], report["passes"]) == (1500, 1485, 15, 1)
+    assert (report["rows"], report["kept"], report["filtered_by_length"], report["epochs"]) == (1500, 1485, 15, 1)
     rejected = [json.loads(line)["line"] for line in (done.output_dir / "rejects.jsonl").read_text().splitlines()]
     assert sorted(rejected) == list(range(1, 1500, 100))
     record = json.loads((done.output_dir / "run.json").read_text())
@@ -81,7 +81,7 @@ def test_the_report_the_plan_and_the_record_say_what_is_known(
     assert (done.output_dir / "preview.txt").read_text().count("--- ") == 10
     shown = " ".join(capsys.readouterr().out.split())
     assert "optimizer steps 26 (max_steps; rows are read as training goes, and not counted before)" in shown
-    assert "prepared rows made as training goes, each drawn out of the next 200" in shown
+    assert "prepared rows streamed during training, with a shuffle buffer of 200 rows" in shown
     assert "end to end, no padding" in shown
 
 

@@ -55,14 +55,14 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
     """
     import trl
 
-    from finetuning.data.processors.unpaired import with_neighbours
+    from finetuning.data.processors.preference import with_kl_completions
     from finetuning.trainer.mixin import TrainerMixin
 
     class KTOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, trl.KTOTrainer):
         """TRL's KTOTrainer with the mixin, ready rows and the check of the first loss."""
 
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-            return with_neighbours(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
+            return with_kl_completions(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
         def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
             if self.aux_loss_enabled:

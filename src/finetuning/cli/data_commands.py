@@ -51,12 +51,12 @@ def _preview(argv: Sequence[str]) -> int:
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
     from finetuning.data.chat.template import TemplateRenderer
-    from finetuning.data.preprocessor import MOST_SHOWN
+    from finetuning.data.preprocessor import MAX_PREVIEW_ROWS
     from finetuning.data.preview import to_text
     from finetuning.training.setup import load_tokenizer, prepare
 
-    if not 1 <= options.rows <= MOST_SHOWN:
-        raise ConfigError(f"--rows {options.rows}: must be between 1 and {MOST_SHOWN}")
+    if not 1 <= options.rows <= MAX_PREVIEW_ROWS:
+        raise ConfigError(f"--rows {options.rows}: must be between 1 and {MAX_PREVIEW_ROWS}")
     method = METHODS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
     with locate_errors(document):
@@ -67,14 +67,14 @@ def _preview(argv: Sequence[str]) -> int:
     special = TemplateRenderer(tokenizer.tokenizer).special_tokens
     if options.html is None:
         colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-        print(to_text(rows, colour=colour, special_tokens=special))
-        for line in data.ledger.lines():
+        print(to_text(rows, color=colour, special_tokens=special))
+        for line in data.statistics.lines():
             print(line)
         return 0
     from finetuning.data.preview import to_html
 
     facts = [("config", options.config), ("tokenizer", str(tokenizer))]
-    facts.append(("the rows that were looked at", "\n".join(line.strip() for line in data.ledger.lines())))
+    facts.append(("the rows that were looked at", "\n".join(line.strip() for line in data.statistics.lines())))
     options.html.write_text(to_html(rows, f"finetuning {options.method}: first rows", facts, special), encoding="utf-8")
     print(f"{options.html}: {len(rows)} rows")
     return 0
@@ -172,14 +172,20 @@ def _prepare(argv: Sequence[str]) -> int:
                 hint="Say data_conf.streaming=false to prepare them all.",
             )
         data = prepare(experiment, method, load_tokenizer(experiment), 1)
-    for line in [data.origin, *data.ledger.lines()]:
+    for line in [data.origin, *data.statistics.lines()]:
         print(line)
     if options.output is not None:
-        from finetuning.data.cache import write
+        from finetuning.data.cache import write_entry
 
-        made = data.stored
-        write(
-            options.output, made.train, made.validation, made.ledger, made.preview, made.inputs, shards=options.shards
+        entry = data.entry
+        write_entry(
+            options.output,
+            entry.train,
+            entry.validation,
+            entry.statistics,
+            entry.preview,
+            entry.key,
+            shards=options.shards,
         )
         print(f"{options.output}: a run with data_conf.prepared={options.output} trains on these rows without the data")
     return 0

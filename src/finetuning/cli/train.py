@@ -63,11 +63,11 @@ def _show_plan(experiment: Experiment, topology: ProcessTopology, tracking: str)
     from finetuning.data.prepared import count_training_rows
     from finetuning.plan.plan import Decision, make_plan
 
-    count = count_training_rows(experiment.data_conf, rated=experiment.method_name == "kto")
+    count = count_training_rows(experiment.data_conf, unpaired=experiment.method_name == "kto")
     plan = make_plan(experiment, topology, rows=count.rows)
     decisions = [
         *plan.decisions,
-        Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.why),
+        Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.reason),
         Decision("tracking", tracking, "command line over file over environment"),
         Decision("output", experiment.training_args.output_dir, "training_args.output_dir"),
     ]

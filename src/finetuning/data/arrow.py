@@ -1,6 +1,4 @@
-"""Rows on disk as they come: an Arrow file without a name, mapped into memory when all rows are in it.
-
-Arrow tables to datasets."""
+"""Arrow tables on disk: written batch by batch to an unnamed file and memory-mapped, so that rows need no memory."""
 
 from __future__ import annotations
 
@@ -18,27 +16,27 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-_ROWS = 1 << 14
-_BYTES = 1 << 23
+_MAX_ROWS = 1 << 14
+_MAX_BYTES = 1 << 23
 
 
 class ArrowSpool:
-    """Tables of one schema, laid end to end on disk.
+    """Appends tables of one schema to an unnamed temporary file.
 
-    The file has no name, so that nothing of it is left when the process ends, however it ends.
+    An unnamed file leaves nothing behind when the process ends, however it ends.
     """
 
     def __init__(self, folder: Path | None = None):
-        """Opens a file in the folder, by default in that for temporary files."""
+        """Open a file in `folder`, by default in the folder for temporary files."""
         self._folder = str(folder) if folder is not None and folder.is_dir() else tempfile.gettempdir()
         self._file: Any = self._guarded(lambda: tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
         self._writer: Any = None
 
     def add(self, table: pa.Table) -> None:
-        """Writes the rows.
+        """Append the rows of a table.
 
         Raises:
-            StorageError: there is no room for them.
+            StorageError: the disk is full.
         """
         import pyarrow as pa
 
@@ -47,7 +45,7 @@ class ArrowSpool:
         self._guarded(lambda: self._writer.write_table(table))
 
     def table(self) -> pa.Table:
-        """All rows, mapped into memory; none can be added any more."""
+        """All rows, memory-mapped. No rows can be added afterwards."""
         import pyarrow as pa
 
         if self._writer is None:
@@ -63,24 +61,24 @@ class ArrowSpool:
             return step()
         except OSError as error:
             raise StorageError(
-                f"prepared rows cannot be kept in {self._folder}: {error}",
-                hint="Set data_conf.cache, or TMPDIR, to a folder with room.",
+                f"cannot write prepared rows to {self._folder}: {error}",
+                hint="Set data_conf.cache, or TMPDIR, to a folder with free space.",
             ) from error
 
 
 def take_rows(table: pa.Table, rows: np.ndarray, folder: Path | None = None) -> pa.Table:
-    """These rows of a table, in this order, on disk."""
+    """The given rows of a table, in the given order, on disk."""
     batches = [batch for batch in table.to_batches() if batch.num_rows]
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-    slab = max(1, min(_ROWS, _BYTES * table.num_rows // max(table.nbytes, 1)))
+    group = max(1, min(_MAX_ROWS, _MAX_BYTES * table.num_rows // max(table.nbytes, 1)))
     spool = ArrowSpool(folder)
-    for first in range(0, len(rows), slab):
-        spool.add(_gathered(batches, starts, rows[first : first + slab]))
+    for first in range(0, len(rows), group):
+        spool.add(_gather(batches, starts, rows[first : first + group]))
     return spool.table()
 
 
-def _gathered(batches: Sequence[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:
-    """These rows of batches. Arrow would lay all batches end to end in memory to take rows out of them."""
+def _gather(batches: Sequence[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:
+    """The given rows of batches. `Table.take` would concatenate all batches in memory first."""
     import pyarrow as pa
 
     order = np.argsort(rows, kind="stable")
@@ -91,13 +89,13 @@ def _gathered(batches: Sequence[pa.RecordBatch], starts: np.ndarray, rows: np.nd
         for batch, start, begin, end in zip(batches, starts, borders, borders[1:], strict=False)
         if end > begin
     ]
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(back))
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(inverse))
 
 
 def as_dataset(table: pa.Table) -> datasets.Dataset:
-    """The table, in memory or mapped into it, as a dataset with the features of its columns."""
+    """Wrap a table as a dataset, with features derived from its column types."""
     import datasets
     import pyarrow as pa
     from datasets.fingerprint import generate_random_fingerprint
@@ -112,5 +110,15 @@ def as_dataset(table: pa.Table) -> datasets.Dataset:
     info = datasets.DatasetInfo(features=features)
     if isinstance(table, Table):
         return datasets.Dataset(table, info=info)
-    # By default the fingerprint of a table without a file of its own is a digest of a copy of all that it holds.
+    # By default, datasets computes the fingerprint of such a table from a copy of all of its content.
     return datasets.Dataset(InMemoryTable(table), info=info, fingerprint=generate_random_fingerprint())
+
+
+def row_lengths(dataset: datasets.Dataset, column: str = "input_ids") -> np.ndarray:
+    """Tokens of each row, int64; in packed datasets, of each row inside the packs."""
+    import pyarrow.compute as pc
+
+    table = dataset.with_format("arrow")[:]
+    if "lengths" in dataset.column_names:
+        return pc.list_flatten(table["lengths"]).to_numpy().astype(np.int64)
+    return pc.list_value_length(table[column]).to_numpy().astype(np.int64)

@@ -1,12 +1,10 @@
-"""Rows that were prepared before, found again by all that they depend on.
+"""The cache of prepared rows, and the folders that `finetuning prepare --output` writes.
 
-One folder an entry, named by the digest of its inputs, under $FINETUNING_CACHE or ~/.cache/finetuning. Processes of one
-machine that want the same entry queue at a lock: the first prepares, the others read what it wrote. An entry takes its
-name when it is whole, so that a preparation that was killed leaves nothing that is taken for one.
-
-Prepared rows as a folder: Arrow files that are mapped into memory, their ledger, their first rows, what they are of.
-
-The folder appears whole or not at all, and is read only where its files are those that its manifest names."""
+One folder per entry, named by a digest of everything that the rows depend on, under $FINETUNING_CACHE or
+~/.cache/finetuning. A folder holds memory-mapped Arrow files, the row statistics, a preview and its cache key. It
+appears atomically and is read only if its files match its manifest. Processes of one machine that need the same entry
+wait at a lock: the first prepares, the others read.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.atomic_io import manifest_fault, staged, write_manifest
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
-from finetuning.data.statistics import DatasetStatistics, SplitStatistics, counts_of, outcome_of, values_of
+from finetuning.data.statistics import DatasetStatistics, SplitStatistics
 from finetuning.errors import DataError, Location, StorageError
 
 if TYPE_CHECKING:
@@ -33,12 +31,14 @@ if TYPE_CHECKING:
 
 META = "prepared.json"
 FORM = 2
-"""Changes whenever what a folder holds is written in another way."""
+"""Version of the folder's layout. A folder of another version is not read."""
+VARIABLE = "FINETUNING_CACHE"
+_MAX_COMPARED = 200
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that prepared rows depend on; each value is text that tells one from another."""
+    """Everything that prepared rows depend on, as digests and texts."""
 
     data: dict[str, str]
     """SHA-256 of each file or dataset, in order, by name."""
@@ -48,47 +48,47 @@ class CacheKey:
     """Settings of the method and of `data_conf`, by key."""
     versions: dict[str, str]
 
-    def changes_since(self, former: CacheKey) -> list[str]:
-        """What differs from former inputs, a phrase each."""
+    def changes_since(self, earlier: CacheKey) -> list[str]:
+        """What differs from an earlier key, one phrase per difference."""
         changes = []
-        if self.data != former.data:
-            changed = [name for name, digest in self.data.items() if former.data.get(name) != digest]
-            gone = [name for name in former.data if name not in self.data]
-            changes.append(f"the data ({', '.join((changed + gone)[:3]) or 'its order'})")
-        changes += ["the chat template"] * (self.template != former.template)
-        changes += ["the tokenizer"] * (self.tokenizer != former.tokenizer)
-        for ours, theirs in ((self.rules, former.rules), (self.versions, former.versions)):
-            for key in dict.fromkeys([*ours, *theirs]):
-                if ours.get(key) != theirs.get(key):
-                    changes.append(f"{key} ({theirs.get(key, 'unset')} before, {ours.get(key, 'unset')} now)")
+        if self.data != earlier.data:
+            changed = [name for name, digest in self.data.items() if earlier.data.get(name) != digest]
+            removed = [name for name in earlier.data if name not in self.data]
+            changes.append(f"the data ({', '.join((changed + removed)[:3]) or 'its order'})")
+        changes += ["the chat template"] * (self.template != earlier.template)
+        changes += ["the tokenizer"] * (self.tokenizer != earlier.tokenizer)
+        for new, old in ((self.rules, earlier.rules), (self.versions, earlier.versions)):
+            for key in dict.fromkeys([*new, *old]):
+                if new.get(key) != old.get(key):
+                    changes.append(f"{key} ({old.get(key, 'unset')} before, {new.get(key, 'unset')} now)")
         return changes
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What a folder of prepared rows holds."""
+    """The contents of a folder of prepared rows."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    ledger: DatasetStatistics
+    statistics: DatasetStatistics
     preview: list[PreviewRow]
-    inputs: CacheKey
+    key: CacheKey
 
 
-def write(
+def write_entry(
     target: Path,
     train: datasets.Dataset,
     validation: datasets.Dataset | None,
-    ledger: DatasetStatistics,
+    statistics: DatasetStatistics,
     preview: list[PreviewRow],
-    inputs: CacheKey,
+    key: CacheKey,
     *,
     shards: int = 1,
 ) -> None:
-    """Writes a folder of prepared rows.
+    """Write a folder of prepared rows.
 
     Raises:
-        StorageError: `target` is there and not empty.
+        StorageError: `target` exists and is not empty.
     """
     with staged(target) as folder:
         for name, dataset in (("train", train), ("validation", validation)):
@@ -99,19 +99,16 @@ def write(
         meta = {
             "form": FORM,
             "rows": len(train),
-            "inputs": asdict(inputs),
-            "ledger": [
-                {"totals": values_of(part.totals), "fates": [asdict(fate) for fate in part.fates]}
-                for part in ledger.parts
-            ],
+            "inputs": asdict(key),
+            "statistics": [split.state_dict() for split in statistics.splits],
             "preview": [asdict(row) for row in preview],
         }
         (folder / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
         write_manifest(folder)
 
 
-def read(folder: Path) -> CacheEntry | str:
-    """What the folder holds, or why it cannot be used."""
+def read_entry(folder: Path) -> CacheEntry | str:
+    """The contents of a folder, or why it cannot be used."""
     fault = manifest_fault(folder)
     if fault:
         return fault
@@ -120,7 +117,7 @@ def read(folder: Path) -> CacheEntry | str:
     except (OSError, ValueError):
         return f"{META} is missing or damaged"
     if meta.get("form") != FORM:
-        return "it was written by another version of the engine"
+        return "it was written by another version of finetuning"
     train, validation = (_read_tables(folder, name) for name in ("train", "validation"))
     if train is None:
         return "there are no training rows in it"
@@ -128,10 +125,7 @@ def read(folder: Path) -> CacheEntry | str:
         train,
         validation,
         DatasetStatistics(
-            tuple(
-                SplitStatistics(counts_of(one["totals"]), [outcome_of(fate) for fate in one["fates"]])
-                for one in meta["ledger"]
-            )
+            tuple(map(SplitStatistics.from_state_dict, meta.get("statistics") or meta["ledger"]))  # old name
         ),
         [_preview(row) for row in meta["preview"]],
         CacheKey(**meta["inputs"]),
@@ -139,7 +133,7 @@ def read(folder: Path) -> CacheEntry | str:
 
 
 def cache_key_of(folder: Path) -> CacheKey | None:
-    """What the rows of a folder depend on; None where it cannot be told."""
+    """The cache key of a folder; None if it cannot be read."""
     try:
         return CacheKey(**json.loads((folder / META).read_text(encoding="utf-8"))["inputs"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -157,7 +151,7 @@ def _write_table(path: Path, dataset: datasets.Dataset) -> None:
 def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:
     from datasets.table import MemoryMappedTable, concat_tables
 
-    tables: list[pa.Table] = [MemoryMappedTable.from_file(str(one)) for one in sorted(folder.glob(f"{name}-*.arrow"))]
+    tables: list[pa.Table] = [MemoryMappedTable.from_file(str(path)) for path in sorted(folder.glob(f"{name}-*.arrow"))]
     if not tables:
         return None
     return as_dataset(tables[0] if len(tables) == 1 else concat_tables(tables))
@@ -168,19 +162,16 @@ def _preview(values: dict[str, Any]) -> PreviewRow:
     return PreviewRow(**{**values, "place": Location(**values["place"]), "segments": segments})
 
 
-VARIABLE = "FINETUNING_CACHE"
-
-
 @dataclass(frozen=True)
 class CacheResult:
-    """Prepared rows, and whether they were there already, in a sentence."""
+    """An entry, and whether it was read or prepared now, with the reason."""
 
-    stored: CacheEntry
-    why: str
+    entry: CacheEntry
+    origin: str
 
 
 def cache_folder(setting: str) -> Path | None:
-    """Where entries lie: as `data_conf.cache` says, by default as the environment says; None without a cache."""
+    """The folder of the cache by `data_conf.cache`, or by the environment if that is `auto`; None if it is off."""
     chosen = setting if setting != "auto" else os.environ.get(VARIABLE) or "auto"
     if chosen == "off":
         return None
@@ -189,96 +180,98 @@ def cache_folder(setting: str) -> Path | None:
     return Path(chosen).expanduser()
 
 
-def load_or_prepare(folder: Path, inputs: CacheKey, make: Callable[[Path], None]) -> CacheResult:
-    """The entry for these inputs, made by `make` where there is none; one process at a time makes it.
+def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]) -> CacheResult:
+    """Read the entry for this key, or let `prepare` write it; one process at a time prepares it.
 
     Raises:
         StorageError: the cache cannot be written.
     """
-    name = digest_of(inputs)
-    entry = folder / name
+    name = digest_of(key)
+    path = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock"):
-            stored = read(entry) if entry.is_dir() else "no entry"
-            if isinstance(stored, CacheEntry):
-                os.utime(entry / META)
-                return CacheResult(stored, f"as prepared before: same data, template, tokenizer and rules ({entry})")
-            why = _why_anew(folder, inputs) if stored == "no entry" else f"the entry could not be used: {stored}"
-            shutil.rmtree(entry, ignore_errors=True)
-            make(entry)
-            stored = read(entry)
+            entry = read_entry(path) if path.is_dir() else "no entry"
+            if isinstance(entry, CacheEntry):
+                os.utime(path / META)
+                return CacheResult(entry, f"read from the cache: same data, template, tokenizer and rules ({path})")
+            reason = _why_prepared(folder, key) if entry == "no entry" else f"the entry could not be used: {entry}"
+            shutil.rmtree(path, ignore_errors=True)
+            prepare(path)
+            entry = read_entry(path)
     except OSError as error:
         raise StorageError(
-            f"the cache of prepared rows, {folder}, cannot be written: {error}",
+            f"cannot write the cache of prepared rows {folder}: {error}",
             place=Location(key="data_conf.cache"),
-            hint=f"Set data_conf.cache: off, or {VARIABLE} to a folder that can be.",
+            hint=f"Set data_conf.cache: off, or set {VARIABLE} to a writable folder.",
         ) from error
-    if isinstance(stored, str):
-        raise StorageError(f"{entry}, just written, cannot be read: {stored}")
-    return CacheResult(stored, f"prepared now, kept in {entry}: {why}")
+    if isinstance(entry, str):
+        raise StorageError(f"{path} was just written and cannot be read: {entry}")
+    return CacheResult(entry, f"prepared now and cached in {path}: {reason}")
 
 
-def digest_of(inputs: CacheKey) -> str:
-    """The name of the entry of these inputs."""
+def digest_of(key: CacheKey) -> str:
+    """The folder name of the entry for this key."""
     # The order of files is part of what is prepared, the order of settings is not.
-    values = asdict(inputs) | {"data": list(inputs.data.items()), "form": FORM}
+    values = asdict(key) | {"data": list(key.data.items()), "form": FORM}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_prepared(folder: Path, inputs: CacheKey) -> CacheResult:
-    """What `finetuning prepare --output` wrote, for rows that are made in the same way; the data is not compared.
+def read_prepared(folder: Path, key: CacheKey) -> CacheResult:
+    """Read what `finetuning prepare --output` wrote, if it was prepared with the same settings.
+
+    The data itself is not compared: it may not be on this machine.
 
     Raises:
-        DataError: it is not there, not whole, or was made in another way.
+        DataError: the folder is missing or incomplete, or was prepared with other settings.
     """
-    stored = prepared_in(folder)
-    former = CacheKey({}, stored.inputs.template, stored.inputs.tokenizer, _own(stored.inputs), {})
-    changes = CacheKey({}, inputs.template, inputs.tokenizer, _own(inputs), {}).changes_since(former)
+    entry = read_prepared_folder(folder)
+    earlier = CacheKey({}, entry.key.template, entry.key.tokenizer, _method_rules(entry.key), {})
+    changes = CacheKey({}, key.template, key.tokenizer, _method_rules(key), {}).changes_since(earlier)
     if changes:
         place = Location(key="data_conf.prepared")
-        raise DataError(f"{folder} was prepared in another way: {'; '.join(changes)}", place=place)
-    return CacheResult(stored, f"as prepared ahead of time in {folder}")
+        raise DataError(f"{folder} was prepared with other settings: {'; '.join(changes)}", place=place)
+    return CacheResult(entry, f"prepared ahead of time in {folder}")
 
 
-def prepared_in(folder: Path) -> CacheEntry:
-    """What a folder of prepared rows holds.
+def read_prepared_folder(folder: Path) -> CacheEntry:
+    """The contents of the folder that `data_conf.prepared` names.
 
     Raises:
-        DataError: it is not there, or not whole.
+        DataError: it is missing or incomplete.
     """
-    key = Location(key="data_conf.prepared")
+    place = Location(key="data_conf.prepared")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder", place=key)
-    stored = read(folder)
-    if isinstance(stored, str):
-        raise DataError(f"{folder}: {stored}", place=key, hint="Prepare it again: finetuning prepare --output.")
-    return stored
+        raise DataError(f"{folder}: no such folder", place=place)
+    entry = read_entry(folder)
+    if isinstance(entry, str):
+        raise DataError(f"{folder}: {entry}", place=place, hint="Prepare it again: finetuning prepare --output.")
+    return entry
 
 
-def _own(inputs: CacheKey) -> dict[str, str]:
-    return {key: value for key, value in inputs.rules.items() if not key.startswith("data_conf.")}
+def _method_rules(key: CacheKey) -> dict[str, str]:
+    return {name: value for name, value in key.rules.items() if not name.startswith("data_conf.")}
 
 
-def prune(folder: Path, most_bytes: int) -> list[tuple[Path, int]]:
-    """Removes what was left half made, and the entries longest unused until the rest holds no more than `most_bytes`.
+def prune(folder: Path, max_bytes: int) -> list[tuple[Path, int]]:
+    """Remove incomplete entries, then the least recently used ones until at most `max_bytes` are left.
 
-    An entry that is being made stays. Returns what was removed, with its bytes.
+    An entry that is being prepared is kept. Returns the removed entries with their sizes in bytes.
     """
     if not folder.is_dir():
         return []
     for lock in folder.glob("*.lock"):
-        with _locked(lock, wait=False) as mine:
-            if mine:
+        with _locked(lock, wait=False) as acquired:
+            if acquired:
                 shutil.rmtree(folder / f".{lock.stem}.partial", ignore_errors=True)
-    entries = sorted((one for one in folder.iterdir() if (one / META).is_file()), key=_last_used)
-    sizes = {one: sum(file.stat().st_size for file in one.iterdir()) for one in entries}
+    entries = sorted((path for path in folder.iterdir() if (path / META).is_file()), key=_last_used)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
     total, removed = sum(sizes.values()), []
     for entry in entries:
-        if total <= most_bytes:
+        if total <= max_bytes:
             break
-        with _locked(folder / f"{entry.name}.lock", wait=False) as mine:
-            if mine:
+        with _locked(folder / f"{entry.name}.lock", wait=False) as acquired:
+            if acquired:
                 shutil.rmtree(entry, ignore_errors=True)
                 total -= sizes[entry]
                 removed.append((entry, sizes[entry]))
@@ -289,23 +282,22 @@ def _last_used(entry: Path) -> float:
     return (entry / META).stat().st_mtime
 
 
-def _why_anew(folder: Path, inputs: CacheKey) -> str:
-    """What changed against the entry that is most alike."""
-    entries = sorted((one for one in folder.iterdir() if (one / META).is_file()), key=_last_used, reverse=True)
-    former = [known for one in entries[:200] if (known := cache_key_of(one)) is not None]
-    method = [one for one in former if one.rules.get("method") == inputs.rules.get("method")]
-    if not method:
-        return "nothing like it was prepared before"
-    nearest = min((inputs.changes_since(one) for one in method), key=len)
-    if not nearest:
-        return "the same rows are there as another version of the engine writes them"
-    return f"changed since the nearest entry: {'; '.join(nearest[:6])}"
+def _why_prepared(folder: Path, key: CacheKey) -> str:
+    """What changed since the most similar entry."""
+    entries = sorted((path for path in folder.iterdir() if (path / META).is_file()), key=_last_used, reverse=True)
+    keys = [other for path in entries[:_MAX_COMPARED] if (other := cache_key_of(path)) is not None]
+    same_method = [other for other in keys if other.rules.get("method") == key.rules.get("method")]
+    if not same_method:
+        return "no similar entry in the cache"
+    changes = min((key.changes_since(other) for other in same_method), key=len)
+    if not changes:
+        return "the entry was written by another version of finetuning"
+    return f"changed since the most similar entry: {'; '.join(changes[:6])}"
 
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock that the operating system lets go when the process ends; False where it is taken and not waited
-    for."""
+    """Hold a lock that the operating system releases when the process ends; False if it is taken and `wait` is off."""
     with open(path, "a", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Rows of token ids to one batch."""
+"""Collators: rows of token ids to one batch, padded or padding-free."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNTRAINED = -100
-"""The label of a token that no loss is computed on."""
+"""The label of a token without loss; the default `ignore_index` of PyTorch's cross entropy."""
 
 Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads rows to the longest of the batch.
+    """Pads rows to the longest row of the batch.
 
     Returns `input_ids`, `attention_mask`, `labels` and `shift_labels`: int64 tensors of shape (rows, longest row).
-    `shift_labels[t]` is the label that the logits at t are held against, which is `labels[t + 1]`. Padding is masked
-    from attention and labelled -100 whatever token stands for it, so a padding token that is also a real token (the
-    end-of-sequence token, say) is trained wherever it is real.
+    `shift_labels[t]` is the target of the logits at t, which is `labels[t + 1]`. Padding is masked by position, not by
+    token id: a padding token that is also a real token, such as the end-of-sequence token, is trained where it is real.
     """
 
     pad_token_id: int
     side: str = "right"
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, shown_as: int | None = None) -> PaddingCollator:
-        """The collator for a tokenizer; `shown_as` replaces its padding token in what the model is shown."""
-        return cls(tokenizer.pad_token_id if shown_as is None else shown_as, tokenizer.padding_side)
+    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None = None) -> PaddingCollator:
+        """The collator for a tokenizer; `pad_token_id` replaces the tokenizer's own."""
+        return cls(tokenizer.pad_token_id if pad_token_id is None else pad_token_id, tokenizer.padding_side)
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         import torch
@@ -45,12 +44,12 @@ class PaddingCollator:
         attention_mask = np.zeros(shape, dtype=np.int64)
         for index, row in enumerate(rows):
             size = len(row["input_ids"])
-            place = slice(shape[1] - size, shape[1]) if self.side == "left" else slice(0, size)
-            input_ids[index, place] = row["input_ids"]
-            labels[index, place] = row["labels"]
-            attention_mask[index, place] = 1
-            # The first token of a row is no target: nothing, or on the left only padding, stands before it.
-            labels[index, place.start] = UNTRAINED
+            span = slice(shape[1] - size, shape[1]) if self.side == "left" else slice(0, size)
+            input_ids[index, span] = row["input_ids"]
+            labels[index, span] = row["labels"]
+            attention_mask[index, span] = 1
+            # The first token of a row is not a target: nothing, or only padding, precedes it.
+            labels[index, span.start] = UNTRAINED
         shift_labels = np.full(shape, UNTRAINED, dtype=np.int64)
         shift_labels[:, :-1] = labels[:, 1:]
         return {
@@ -63,12 +62,12 @@ class PaddingCollator:
 
 @dataclass(frozen=True)
 class FlatteningCollator:
-    """Lays rows end to end, without padding.
+    """Concatenates rows without padding.
 
     Returns `input_ids`, `position_ids`, `labels` and `shift_labels`: int64 tensors of shape (1, tokens); and the
-    borders of the rows as attention kernels for variable lengths take them: `cu_seq_lens_q`, `cu_seq_lens_k` (int32,
-    rows + 1) and `max_length_q`, `max_length_k`. The first token of a row is no target: nothing of its own row
-    stands before it. A row may bring the `lengths` of the shorter rows that it was packed from.
+    row boundaries in the form that varlen attention kernels take: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, rows + 1)
+    and `max_length_q`, `max_length_k`. The first token of a row is not a target. A packed row brings the `lengths` of
+    the rows that it consists of.
     """
 
     def __call__(self, rows: Rows) -> dict[str, Any]:

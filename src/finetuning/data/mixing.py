@@ -1,9 +1,8 @@
-"""Which rows, in which order: pure functions of lengths, weights and a seed.
+"""The order of training rows: mixing datasets, and splitting off validation rows.
 
-The draws are those of `datasets.interleave_datasets` and `Dataset.train_test_split`, so that a seed picks the rows
-that it always picked, on any number of processes.
-
-Which rows are trained on and which validate, in which order, by what the config says of its datasets."""
+The draws equal those of `datasets.interleave_datasets` and `Dataset.train_test_split`, so that a seed selects the same
+rows as with those functions, on any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +22,27 @@ from finetuning.config.sections.data import (
 from finetuning.errors import DataError, Location
 
 _BLOCK = 1000
-_MOST_REPEATED = 1000
-"""How many times as long as its datasets a mix may become: beyond, a weight was not meant."""
+_MAX_REPEATS = 1000
+"""Longest mix, in multiples of its datasets' rows. A longer one is most likely a mistyped weight."""
 
 
 def concatenate(lengths: Sequence[int]) -> np.ndarray:
-    """Indices, int64, of all rows of all datasets laid end to end."""
+    """Indices of all rows of all datasets, int64, (rows,)."""
     return np.arange(sum(lengths), dtype=np.int64)
 
 
 def weighted_mix(
     lengths: Sequence[int], weights: Sequence[float], seed: int, stopping: str = "all_exhausted"
 ) -> np.ndarray:
-    """Indices, int64, into the datasets laid end to end.
+    """Indices of the rows of a mix into the concatenated datasets, int64.
 
-    When all weights are 1.0 the datasets take turns, and shorter ones start again until the longest is through.
-    Otherwise a dataset is drawn by weight for each place until each has given all its rows. So every row of a dataset
-    with weight appears at least once; under `first_exhausted` none appears twice, and the mix ends where a dataset has
-    no other row to give. A weight of 0 skips its dataset. The weights of the others are divided by their sum.
+    If all weights are 1.0, the datasets take turns, and shorter ones start again until the longest ends. Otherwise the
+    dataset of each row is drawn by weight, until every dataset has given all of its rows. Every row of a dataset with a
+    weight appears at least once; with `first_exhausted` no row appears twice, and the mix ends where a dataset has no
+    row left. A weight of 0 leaves its dataset out. Weights are normalized by their sum.
 
     Raises:
-        ValueError: no weight is above 0, a dataset that has one is empty, or rows would be repeated without measure.
+        ValueError: every weight is 0, a dataset with a weight is empty, or the mix would repeat rows excessively.
     """
     used = [index for index, weight in enumerate(weights) if weight > 0]
     if not used:
@@ -62,31 +61,31 @@ def weighted_mix(
     draws = _draw_until_exhausted(sizes, probabilities, seed, until_first)
     indices = np.empty(len(draws), dtype=np.int64)
     for source, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        places = np.flatnonzero(draws == source)
-        indices[places] = np.arange(len(places)) % size + start
+        positions = np.flatnonzero(draws == source)
+        indices[positions] = np.arange(len(positions)) % size + start
     return indices
 
 
 def shares(weights: Sequence[float]) -> list[float]:
-    """Probabilities, by weight; 0 for a weight that is nothing beside the others."""
+    """The probability of each dataset."""
     total = sum(weights)
-    if total == float("inf"):
+    if total == float("inf"):  # The sum of very large weights overflows.
         return shares([weight / max(weights) for weight in weights])
     return [weight / total for weight in weights]
 
 
 def _check_length(sizes: np.ndarray, probabilities: Sequence[float]) -> None:
     expected = max(size / share if share else np.inf for size, share in zip(sizes, probabilities, strict=True))
-    if expected > _MOST_REPEATED * sizes.sum():
+    if expected > _MAX_REPEATS * sizes.sum():
         raise ValueError(
-            f"by these weights the mix would be about {expected:,.0f} rows long, made of {sizes.sum():,}: it ends when"
-            f" the last row of every dataset was drawn, and one of them has {min(probabilities):.1g} of the draws;"
-            " raise its sampling_weight, leave it out, or set stopping: first_exhausted"
+            f"the mix would be about {expected:,.0f} rows long, from {sizes.sum():,} rows: it ends when every dataset"
+            f" is exhausted, and one of them has a share of {min(probabilities):.1g};"
+            " raise its sampling_weight, remove it, or set stopping: first_exhausted"
         )
 
 
 def sampled_datasets(probabilities: Sequence[float], seed: int) -> Iterator[np.ndarray]:
-    """Numbers of datasets as they are drawn, without end, in blocks."""
+    """Draw dataset numbers forever, in blocks."""
     generator = np.random.default_rng(seed)
     while True:
         yield generator.choice(len(probabilities), size=_BLOCK, p=probabilities)
@@ -95,7 +94,7 @@ def sampled_datasets(probabilities: Sequence[float], seed: int) -> Iterator[np.n
 def _draw_until_exhausted(
     sizes: np.ndarray, probabilities: Sequence[float], seed: int, until_first: bool
 ) -> np.ndarray:
-    """Drawn datasets, up to the draw that takes the last row of all of them, or of the first one."""
+    """Draw dataset numbers until all datasets are exhausted, or the first of them."""
     draws = sampled_datasets(probabilities, seed)
     counts = np.zeros(len(sizes), dtype=np.int64)
     blocks: list[np.ndarray] = []
@@ -108,20 +107,20 @@ def _draw_until_exhausted(
 
 
 def split(count: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, int64, of the training rows and of the validation rows among `count` rows, disjoint and shuffled.
+    """Shuffled, disjoint positions of the training and of the validation rows among `count` rows, int64.
 
     Raises:
-        ValueError: one side would be empty.
+        ValueError: one split would be empty.
     """
     validation = int(np.ceil(ratio * count))
     if not 0 < validation < count:
-        raise ValueError(f"{count} rows cannot be split with ratio {ratio:g}: one side would be empty")
+        raise ValueError(f"cannot split {count} rows with ratio {ratio:g}: one split would be empty")
     order = np.random.default_rng(seed).permutation(count)
     return order[validation:], order[:validation]
 
 
 def used_datasets(data: Concatenation | WeightedMix, key: str) -> list[tuple[str, DatasetSource]]:
-    """The datasets that are read, each with its key in the config: all but those of weight 0.
+    """The datasets that are read, each with its key in the config: all except those of weight 0.
 
     Raises:
         DataError: every weight is 0.
@@ -133,7 +132,7 @@ def used_datasets(data: Concatenation | WeightedMix, key: str) -> list[tuple[str
     ]
     if not used:
         raise DataError(
-            "all sampling weights are 0, so there is nothing to train on", place=Location(key=f"{key}.datasets")
+            "all sampling weights are 0: there is nothing to train on", place=Location(key=f"{key}.datasets")
         )
     return used
 
@@ -141,21 +140,21 @@ def used_datasets(data: Concatenation | WeightedMix, key: str) -> list[tuple[str
 def arrange(
     training: TrainingData, validation: ValidationData, lengths: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Indices, int64, of the training rows and of the validation rows that come out of the training data.
+    """Indices of the training rows, and of the validation rows that are split off them, int64.
 
-    `lengths` counts the rows of the datasets that `used_datasets` names; indices count through all of them.
+    `lengths` are the row counts of the datasets of `used_datasets`; the indices are into their concatenation.
 
     Raises:
-        DataError: a split would leave one side empty.
+        DataError: a split would be empty.
     """
     used = used_datasets(training, "data_conf.training_data")
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    parts, held_out = [], []
+    train_rows, held_out = [], []
     for (key, source), length, start in zip(used, lengths, starts, strict=False):
-        kept, out = _share(source, validation, length, key)
-        parts.append(kept + start)
+        kept, out = _split_dataset(source, validation, length, key)
+        train_rows.append(kept + start)
         held_out.append(out + start)
-    train = _mixed(training, [source for _, source in used], parts)
+    train = _mix(training, [source for _, source in used], train_rows)
     if isinstance(validation, AutoSplit):
         positions = _split(len(train), validation.ratio, validation.seed, "data_conf.validation_data.ratio")
         return train[positions[0]], train[positions[1]]
@@ -164,36 +163,38 @@ def arrange(
     rows = np.concatenate(held_out)
     if not len(rows) or not len(train):
         missing = "train on" if len(rows) else "validate on: no dataset has a validation_ratio"
-        raise DataError(f"nothing is left to {missing}", place=Location(key="data_conf.validation_data"))
+        raise DataError(f"no row is left to {missing}", place=Location(key="data_conf.validation_data"))
     return train, rows
 
 
-def _share(source: DatasetSource, validation: ValidationData, length: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of a dataset's training rows and of its validation rows; in their order where none are left out."""
-    everything, nothing = np.arange(length, dtype=np.int64), np.arange(0, dtype=np.int64)
+def _split_dataset(
+    source: DatasetSource, validation: ValidationData, length: int, key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the validation rows of one dataset; in file order if all are used."""
+    every_row, no_row = np.arange(length, dtype=np.int64), np.arange(0, dtype=np.int64)
     ratio = source.validation_ratio if isinstance(validation, FromDatasets) else 0.0
     if ratio == 1:
-        return nothing, everything
+        return no_row, every_row
     if ratio == 0 and source.train_ratio in (None, 1.0):
-        return everything, nothing
+        return every_row, no_row
     seed = getattr(validation, "seed", 0)
     if ratio:
         train, held_out = _split(length, ratio, seed, f"{key}.validation_ratio")
     else:
-        train, held_out = np.random.default_rng(seed).permutation(length), nothing
-    most = len(train) if source.train_ratio is None else min(int(source.train_ratio * length), len(train))
-    return train[:most], held_out
+        train, held_out = np.random.default_rng(seed).permutation(length), no_row
+    num_train = len(train) if source.train_ratio is None else min(int(source.train_ratio * length), len(train))
+    return train[:num_train], held_out
 
 
-def _mixed(training: TrainingData, sources: Sequence[DatasetSource], parts: Sequence[np.ndarray]) -> np.ndarray:
-    filled = [index for index, part in enumerate(parts) if len(part)]
-    if not filled:
+def _mix(training: TrainingData, sources: Sequence[DatasetSource], rows_of: Sequence[np.ndarray]) -> np.ndarray:
+    used = [index for index, rows in enumerate(rows_of) if len(rows)]
+    if not used:
         return np.arange(0, dtype=np.int64)
-    rows = np.concatenate([parts[index] for index in filled])
-    sizes = [len(parts[index]) for index in filled]
+    rows = np.concatenate([rows_of[index] for index in used])
+    sizes = [len(rows_of[index]) for index in used]
     if isinstance(training, Concatenation):
         return rows
-    weights = [sources[index].sampling_weight for index in filled]
+    weights = [sources[index].sampling_weight for index in used]
     try:
         return rows[weighted_mix(sizes, weights, training.seed, training.stopping)]
     except ValueError as error:

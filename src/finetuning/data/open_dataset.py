@@ -58,19 +58,19 @@ def open_dataset(
         DataError: a file is missing or no row is in it; also while rows are read.
         ConfigError: the dataset's settings contradict each other.
     """
-    recipe = make_transforms(source, key)
+    transforms = make_transforms(source, key) if source.columns or source.handlers else TransformChain()
     special_tokens = options.special_tokens
 
     def handled(one: Row | Problem | Line) -> Any:
         row = one.row() if isinstance(one, Line) else one
-        return recipe(row, special_tokens) if isinstance(row, Row) else row
+        return transforms(row, special_tokens) if isinstance(row, Row) else row
 
     rows = unparsed_rows(source, key, streaming=streaming)
     head = list(islice(rows, _LOOKED_AT))
     _check_columns(source, head, key)
     shown = [row for row in map(handled, head) if isinstance(row, Row)]
-    row_format, is_stated = _choose(source, recipe, kind, shown, key)
-    own = _own_options(source, recipe, options)
+    row_format, is_stated = _choose(source, transforms, kind, shown, key)
+    own = _own_options(source, transforms, options)
 
     def parse(one: Row | Problem | Line) -> Any:
         row = handled(one)
@@ -92,15 +92,15 @@ def unparsed_rows(source: DatasetSource, key: str, *, streaming: bool = False) -
     return islice(chain.from_iterable(shard.unparsed() for shard in shards), source.max_rows)
 
 
-def _own_options(source: DatasetSource, recipe: TransformChain, options: Options) -> Options:
+def _own_options(source: DatasetSource, transforms: TransformChain, options: Options) -> Options:
     return replace(
         options,
-        chats=recipe.chats or options.chats,
-        text_field=source.dataset_text_field or recipe.text_field or "text",
+        chats=transforms.chats or options.chats,
+        text_field=source.dataset_text_field or transforms.text_field or "text",
         formatter=TextTemplate(unescape(source.data_formatter_template)) if source.data_formatter_template else None,
         response_template=unescape(source.response_template) if source.response_template else None,
         instruction_template=unescape(source.instruction_template) if source.instruction_template else None,
-        add_eos=source.add_eos_token and recipe.add_eos,
+        add_eos=source.add_eos_token and transforms.add_eos,
     )
 
 
@@ -120,16 +120,16 @@ def _check_columns(source: DatasetSource, head: Sequence[Row | Problem | Line], 
 
 
 def _choose(
-    source: DatasetSource, recipe: TransformChain, kind: str, head: Sequence[Row], key: str
+    source: DatasetSource, transforms: TransformChain, kind: str, head: Sequence[Row], key: str
 ) -> tuple[RowFormat, bool]:
     formats = {one.name: one for one in KINDS[kind]}
     used = [name for name in _TEXT_KEYS if getattr(source, name)]
     if used and "text" not in formats:
         raise ConfigError("is for supervised fine-tuning", place=Location(key=f"{key}.{used[0]}"))
-    stated = source.format.value if source.format else recipe.format
+    stated = source.format.value if source.format else transforms.format
     if source.response_template and stated in (None, "text"):
         stated = "response_template"
-    elif (used or recipe.text_field) and stated is None:
+    elif (used or transforms.text_field) and stated is None:
         stated = "text"
     if stated == "response_template" and not source.response_template:
         raise ConfigError("needs response_template beside it", place=Location(key=f"{key}.format"))

@@ -1,4 +1,4 @@
-"""Files to datasets that a trainer takes as they are, with the ledger of what became of each row."""
+"""Data preparation for each kind of method: files to tokenized datasets that a trainer takes as they are."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from finetuning.data.open_dataset import options_for
 from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
 from finetuning.data.preprocessor import Preprocessor
-from finetuning.data.processors.base import ChatProcessor, PreferenceProcessor
+from finetuning.data.processors.base import Processor
+from finetuning.data.processors.preference import PreferenceProcessor, UnpairedProcessor, WholePairProcessor
 from finetuning.data.processors.prompt import PromptProcessor
-from finetuning.data.processors.sft import SFTProcessor
-from finetuning.data.processors.unpaired import UnpairedProcessor, WholePairProcessor
+from finetuning.data.processors.sft import ChatProcessor, SFTProcessor
 from finetuning.data.streaming.prepare import stream_rows
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError
@@ -39,25 +39,29 @@ def prepare_sft(
     stop_tokens: Sequence[str] = (),
     seed: int = 0,
 ) -> PreparedData:
-    """`input_ids` and `labels` of the training and validation rows.
+    """Prepare `input_ids` and `labels` of the training and validation rows.
 
-    `tokenizer` has its chat template and special tokens already. `stop_tokens` are what the model may stop at besides
-    the end-of-sequence token (its `generation_config`), which some templates end a tool call with. Of many rows,
-    `num_workers` processes make a share each; how many they are does not change the rows. `seed` is that of the order
-    of a stream.
+    Args:
+        tokenizer: has its chat template and special tokens already.
+        num_workers: processes that share the work where there are many rows; the result does not depend on it.
+        stop_tokens: what the model stops at besides the end-of-sequence token (from its `generation_config`); some
+            templates end a tool call with one of them.
+        seed: of the order of a stream.
 
     Raises:
-        DataError: a file, a row or the template is wrong, or too few rows are left.
+        DataError: a file, a row or the template is invalid, or too few rows are left.
     """
-    labeller = _labeller(tokenizer)
+    label_builder = _make_label_builder(tokenizer)
     options = options_for(sft_args, tokenizer.special_tokens_map)
-    truncate = sft_args.length_handling == "truncate"
+    max_length, truncate = sft_args.max_seq_length, sft_args.length_handling == "truncate"
 
-    def make_chats() -> ChatProcessor:
-        renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-        return ChatProcessor(renderer, masker, labeller, sft_args.max_seq_length, truncate, options.chats != "all")
+    def make_chat_processor() -> ChatProcessor:
+        renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
+        return ChatProcessor(renderer, mask_builder, label_builder, max_length, truncate, options.chats != "all")
 
-    make = SFTProcessor(make_chats, labeller, tokenizer.eos_token, len(tokenizer), sft_args.max_seq_length, truncate)
+    processor = SFTProcessor(
+        make_chat_processor, label_builder, tokenizer.eos_token, len(tokenizer), max_length, truncate
+    )
     rules = {
         "method": "sft",
         "sft_args.max_seq_length": sft_args.max_seq_length,
@@ -65,15 +69,14 @@ def prepare_sft(
         "sft_args.train_on": [options.chats, options.completions],
         "stop tokens": list(stop_tokens),
     }
-    divide = make.divide if sft_args.length_handling == "split" else None
-    reading = Preprocessor("sft", options, make, labeller, sft_args.max_seq_length, num_workers, divide)
+    split_rows = processor.split_rows if sft_args.length_handling == "split" else None
+    preprocessor = Preprocessor("sft", options, processor, label_builder, max_length, num_workers, split_rows)
     if data_conf.streaming:
-        capacity = sft_args.max_seq_length if sft_args.packing else None
-        return stream_rows(data_conf, reading, tokenizer, rules, seed, capacity)
-    prepared = prepare_rows(data_conf, reading, tokenizer, rules)
+        return stream_rows(data_conf, preprocessor, tokenizer, rules, seed, max_length if sft_args.packing else None)
+    prepared = prepare_rows(data_conf, preprocessor, tokenizer, rules)
     if not sft_args.packing:
         return prepared
-    packed = pack_dataset(prepared.train, sft_args.max_seq_length)
+    packed = pack_dataset(prepared.train, max_length)
     return replace(prepared, train=packed, fingerprint=prepared.fingerprint.with_rule("packed"))
 
 
@@ -85,24 +88,19 @@ def prepare_dpo(
     *,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids` of the training and validation rows, as TRL's collator takes them.
+    """Prepare `prompt_ids`, `chosen_ids` and `rejected_ids` of the training and validation rows, for TRL's collator.
 
-    Answers are cut where prompt and answer are longer than `max_length`. The arguments are those of `prepare_sft`.
+    Answers are truncated where prompt and answer are longer than `max_length`. The arguments are those of
+    `prepare_sft`.
 
     Raises:
-        DataError: a file, a row or the template is wrong, or too few rows are left.
+        DataError: a file, a row or the template is invalid, or too few rows are left.
     """
-    labeller = _labeller(tokenizer)
-    renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-    reading = Preprocessor(
-        "preference",
-        options_for(None, tokenizer.special_tokens_map),
-        PreferenceProcessor(renderer, masker, labeller, max_length),
-        labeller,
-        max_length,
-        num_workers,
-    )
-    return prepare_rows(data_conf, reading, tokenizer, _rules("dpo", max_length, stop_tokens))
+    label_builder = _make_label_builder(tokenizer)
+    renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
+    processor = PreferenceProcessor(renderer, mask_builder, label_builder, max_length)
+    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers)
+    return prepare_rows(data_conf, preprocessor, tokenizer, _rules("dpo", max_length, stop_tokens))
 
 
 def prepare_reward(
@@ -113,22 +111,16 @@ def prepare_reward(
     *,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """The columns of `prepare_dpo`, but pairs longer than `max_length` are left out, not cut.
+    """Prepare the columns of `prepare_dpo`; pairs longer than `max_length` are dropped, not truncated.
 
     Raises:
         DataError: as `prepare_dpo`.
     """
-    labeller = _labeller(tokenizer)
-    renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-    make = WholePairProcessor(PreferenceProcessor(renderer, masker, labeller, None), max_length)
-    return prepare_rows(
-        data_conf,
-        Preprocessor(
-            "preference", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers
-        ),
-        tokenizer,
-        _rules("reward", max_length, stop_tokens),
-    )
+    label_builder = _make_label_builder(tokenizer)
+    renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
+    processor = WholePairProcessor(PreferenceProcessor(renderer, mask_builder, label_builder, None), max_length)
+    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers)
+    return prepare_rows(data_conf, preprocessor, tokenizer, _rules("reward", max_length, stop_tokens))
 
 
 def prepare_kto(
@@ -140,76 +132,81 @@ def prepare_kto(
     *,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """`prompt_ids`, `completion_ids` and `label`, shuffled by the seed.
+    """Prepare `prompt_ids`, `completion_ids` and `label`, shuffled by the seed.
 
-    KTO holds each prompt against the answer of a neighbour, which must not be another answer to the same prompt, as it
-    would be where a preference became two rows.
+    KTO compares each prompt with the completion of another row of the batch. Without the shuffle that would often be
+    the other answer to the same prompt, where a preference became two rows.
 
     Raises:
         DataError: as `prepare_dpo`.
     """
-    labeller = _labeller(tokenizer)
-    renderer, masker = _proof(data_conf, tokenizer, labeller, stop_tokens)
-    reading = Preprocessor(
-        "unpaired",
-        options_for(None, tokenizer.special_tokens_map),
-        UnpairedProcessor(renderer, masker, labeller, max_length),
-        labeller,
-        max_length,
-        num_workers,
-    )
-    prepared = prepare_rows(data_conf, reading, tokenizer, _rules("kto", max_length, stop_tokens))
+    label_builder = _make_label_builder(tokenizer)
+    renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
+    processor = UnpairedProcessor(renderer, mask_builder, label_builder, max_length)
+    preprocessor = _preprocessor("unpaired", processor, tokenizer, label_builder, max_length, num_workers)
+    prepared = prepare_rows(data_conf, preprocessor, tokenizer, _rules("kto", max_length, stop_tokens))
     return replace(
         prepared,
-        train=_shuffled(prepared.train, seed),
-        validation=None if prepared.validation is None else _shuffled(prepared.validation, seed),
+        train=_shuffle(prepared.train, seed),
+        validation=None if prepared.validation is None else _shuffle(prepared.validation, seed),
         fingerprint=prepared.fingerprint.with_rule(f"shuffled by {seed}"),
     )
-
-
-def _shuffled(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
-    """The rows in the order of `Dataset.shuffle`."""
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return as_dataset(take_rows(dataset.with_format("arrow")[:], order))
 
 
 def prepare_prompts(
     data_conf: DataConfig,
     max_length: int | None,
-    needed: Mapping[str, str],
+    required_columns: Mapping[str, str],
     tokenizer: PreTrainedTokenizerFast,
     num_workers: int = 1,
 ) -> PreparedData:
-    """`prompt_ids` and `row` of the prompts; those longer than `max_length` are left out.
+    """Prepare `prompt_ids` and `row` of the prompts; those longer than `max_length` are dropped.
 
-    `needed` names columns that every row must have, each with what needs it.
+    `required_columns` maps columns that every row must have to what needs them.
 
     Raises:
         DataError: as `prepare_dpo`.
     """
-    labeller = _labeller(tokenizer)
-    make = PromptProcessor(TemplateRenderer(tokenizer), labeller, max_length, needed)
-    reading = Preprocessor(
-        "prompt", options_for(None, tokenizer.special_tokens_map), make, labeller, max_length, num_workers
-    )
-    return prepare_rows(data_conf, reading, tokenizer, _rules("grpo", max_length, ()) | {"columns": dict(needed)})
+    label_builder = _make_label_builder(tokenizer)
+    processor = PromptProcessor(TemplateRenderer(tokenizer), label_builder, max_length, required_columns)
+    preprocessor = _preprocessor("prompt", processor, tokenizer, label_builder, max_length, num_workers)
+    rules = _rules("grpo", max_length, ()) | {"columns": dict(required_columns)}
+    return prepare_rows(data_conf, preprocessor, tokenizer, rules)
+
+
+def _shuffle(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
+    # The order of `Dataset.shuffle`, without its table of indices: the rows are written in their new order.
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return as_dataset(take_rows(dataset.with_format("arrow")[:], order))
 
 
 def _rules(method: str, max_length: int | None, stop_tokens: Sequence[str]) -> dict[str, Any]:
+    """The settings that the rows depend on, besides those in `data_conf`; they are part of the cache key."""
     return {"method": method, "max_length": max_length, "stop tokens": list(stop_tokens)}
 
 
-def _labeller(tokenizer: PreTrainedTokenizerFast) -> LabelBuilder:
+def _preprocessor(
+    kind: str,
+    processor: Processor,
+    tokenizer: PreTrainedTokenizerFast,
+    label_builder: LabelBuilder,
+    max_length: int | None,
+    num_workers: int,
+) -> Preprocessor:
+    options = options_for(None, tokenizer.special_tokens_map)
+    return Preprocessor(kind, options, processor, label_builder, max_length, num_workers)
+
+
+def _make_label_builder(tokenizer: PreTrainedTokenizerFast) -> LabelBuilder:
     if not tokenizer.is_fast:
-        raise DataError("the tokenizer is a slow one, without character offsets: a loss mask could not be proven")
+        raise DataError("the tokenizer is a slow one, without character offsets: the loss mask cannot be verified")
     return LabelBuilder(tokenizer)
 
 
-def _proof(
-    data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, labeller: LabelBuilder, stop_tokens: Sequence[str]
+def _make_mask_builder(
+    data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, label_builder: LabelBuilder, stop_tokens: Sequence[str]
 ) -> tuple[TemplateRenderer, AssistantMaskBuilder]:
-    """What renders chats by the tokenizer's template, and shows which of the text is the assistant's."""
     renderer = TemplateRenderer(tokenizer)
     template = chosen_template(data_conf)
     ends = (template.end_of_turn,) if template and template.end_of_turn else ()
-    return renderer, AssistantMaskBuilder(renderer, labeller.split, (*stop_tokens, *ends))
+    return renderer, AssistantMaskBuilder(renderer, label_builder.split, (*stop_tokens, *ends))

@@ -1,6 +1,4 @@
-"""Prepared rows from where they are: a folder made ahead of time, the cache, or the data itself.
-
-How many rows a run would train on, before any is tokenised."""
+"""Prepared data: from a folder that was prepared ahead of time, from the cache, or from the input files."""
 
 from __future__ import annotations
 
@@ -16,11 +14,18 @@ import numpy as np
 
 from finetuning import __version__
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, WeightedMix
-from finetuning.data import mixing
-from finetuning.data.cache import CacheEntry, CacheKey, cache_folder, load_or_prepare, prepared_in, read_prepared, write
-from finetuning.data.mixing import arrange, used_datasets
+from finetuning.data.cache import (
+    CacheEntry,
+    CacheKey,
+    cache_folder,
+    load_or_prepare,
+    read_prepared,
+    read_prepared_folder,
+    write_entry,
+)
+from finetuning.data.mixing import arrange, concatenate, used_datasets
 from finetuning.data.open_dataset import open_dataset, options_for, source_title, unparsed_rows
-from finetuning.data.preprocessor import PreparedSplit, Preprocessor, dropped_split_statistics, to_dataset
+from finetuning.data.preprocessor import PreparedSplit, Preprocessor, held_out_statistics, to_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.sources import find_shards
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics, raise_bad_rows
@@ -33,18 +38,18 @@ if TYPE_CHECKING:
     from finetuning.data.streaming.dataset import RowStream
     from finetuning.data.streaming.stream_statistics import StreamStatistics
 
-_PACKAGES = ("transformers", "tokenizers", "jinja2")
-_NOT_OF_ROWS = {
+_PACKAGES_IN_KEY = ("transformers", "tokenizers", "jinja2")
+_NOT_IN_KEY = {
     "cache", "prepared", "streaming", "shuffle_buffer", "padding_side", "missing_pad_token_strategy",
     "chat_template_name",
 }  # fmt: skip
 RULES = "1"
-"""Changes whenever the same rows would be rendered, masked, cut or mixed in another way."""
+"""Version of the rules by which rows are rendered, masked, truncated and mixed; part of the cache key."""
 
 
 @dataclass(frozen=True)
 class DataFingerprint:
-    """SHA-256 of each thing that the prepared rows depend on, in hexadecimal."""
+    """SHA-256 digests of what the prepared rows depend on, in hexadecimal."""
 
     data: str
     template: str
@@ -52,152 +57,158 @@ class DataFingerprint:
     rules: str
 
     def with_rule(self, rule: str) -> DataFingerprint:
-        """The fingerprint of rows that went through one more step."""
+        """The fingerprint after one more processing step."""
         return replace(self, rules=_sha256(f"{self.rules} {rule}"))
 
     @property
     def digest(self) -> str:
-        """One SHA-256 over all of them."""
+        """One SHA-256 over all parts."""
         return _sha256(f"{self.data} {self.template} {self.tokenizer} {self.rules}")
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows. SFT: `input_ids` and `labels`, with `lengths` where rows are packed; preferences: `prompt_ids`,
-    `chosen_ids`, `rejected_ids`; KTO: `prompt_ids`, `completion_ids`, `label`; GRPO: `prompt_ids` and `row`, what
-    rewards are told as JSON."""
+    """Tokenized rows with their statistics.
+
+    Columns: `input_ids` and `labels` for SFT, with `lengths` if rows are packed; `prompt_ids`, `chosen_ids` and
+    `rejected_ids` for preferences; `prompt_ids`, `completion_ids` and `label` for KTO; `prompt_ids` and `row` (JSON for
+    the reward functions) for GRPO.
+    """
 
     train: datasets.Dataset | RowStream
     validation: datasets.Dataset | None
-    ledger: DatasetStatistics | StreamStatistics
+    statistics: DatasetStatistics | StreamStatistics
     preview: list[PreviewRow]
     fingerprint: DataFingerprint
     origin: str
-    """Whether the rows were made now or before, where they lie, and why."""
-    stored: CacheEntry | None
-    """The rows as they are kept, before they are packed or shuffled; those of a stream are not."""
+    """Whether the rows were prepared now or read, from where, and why."""
+    entry: CacheEntry | None
+    """The rows as they are cached, before packing or shuffling; None for a stream."""
 
     @property
     def rows(self) -> int | None:
-        """How many rows are trained on, packs counting as one; None for a stream."""
+        """Number of training rows, a pack counting as one; None for a stream."""
         return len(self.train) if isinstance(self.train, Sized) else None
 
 
 def prepare_rows(
-    data_conf: DataConfig, reading: Preprocessor, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
+    data_conf: DataConfig, preprocessor: Preprocessor, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
 ) -> PreparedData:
-    """The rows, from the folder that the config names, from the cache, or made now."""
-    inputs = cache_key_for(data_conf, tokenizer, rules)
+    """Read the rows from the folder that the config names or from the cache, or prepare them now.
+
+    `rules` are the settings of the method that the rows depend on.
+    """
+    cache_key = cache_key_for(data_conf, tokenizer, rules)
     if data_conf.prepared:
-        found = read_prepared(Path(data_conf.prepared).expanduser(), inputs)
-        return _prepared(found.stored, found.why)
+        result = read_prepared(Path(data_conf.prepared).expanduser(), cache_key)
+        return _from_entry(result.entry, result.origin)
     training, validation = data_conf.training_data, data_conf.validation_data
     sources = checked_sources(training, "data_conf.training_data")
-    other = checked_sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
+    validation_sources = (
+        checked_sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
+    )
     folder = cache_folder(data_conf.cache)
-    inputs = replace(inputs, data=_digests([*sources, *other]))
+    cache_key = replace(cache_key, data=_digests([*sources, *validation_sources]))
     if folder is None:
-        return _prepared(_make(data_conf, reading, sources, other, inputs, None), "prepared now; the cache is off")
+        entry = _prepare(data_conf, preprocessor, sources, validation_sources, cache_key, None)
+        return _from_entry(entry, "prepared now; the cache is off")
 
-    def make(entry: Path) -> None:
-        made = _make(data_conf, reading, sources, other, inputs, entry.parent)
-        write(entry, made.train, made.validation, made.ledger, made.preview, inputs)
+    def prepare(target: Path) -> None:
+        entry = _prepare(data_conf, preprocessor, sources, validation_sources, cache_key, target.parent)
+        write_entry(target, entry.train, entry.validation, entry.statistics, entry.preview, cache_key)
 
-    found = load_or_prepare(folder, inputs, make)
-    return _prepared(found.stored, found.why)
+    result = load_or_prepare(folder, cache_key, prepare)
+    return _from_entry(result.entry, result.origin)
 
 
-def _prepared(stored: CacheEntry, origin: str) -> PreparedData:
-    fingerprint = fingerprint_of(stored.inputs)
-    return PreparedData(stored.train, stored.validation, stored.ledger, stored.preview, fingerprint, origin, stored)
+def _from_entry(entry: CacheEntry, origin: str) -> PreparedData:
+    return PreparedData(
+        entry.train, entry.validation, entry.statistics, entry.preview, fingerprint_of(entry.key), origin, entry
+    )
 
 
 def cache_key_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]) -> CacheKey:
-    """What rows depend on besides the data."""
+    """The cache key without the data's digests."""
     return CacheKey(
         data={},
         template=_sha256(json.dumps(tokenizer.chat_template)),
         tokenizer=_sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])),
         rules={key: json.dumps(value) for key, value in {"rules": RULES, **rules, **_settings(data_conf)}.items()},
-        versions={"finetuning": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+        versions={"finetuning": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES_IN_KEY}},
     )
 
 
-def fingerprint_of(inputs: CacheKey) -> DataFingerprint:
+def fingerprint_of(key: CacheKey) -> DataFingerprint:
+    """The fingerprint of rows with this cache key."""
     return DataFingerprint(
-        # The bytes count, not the name of the file that they lie in.
-        data=_sha256(json.dumps(list(inputs.data.values()))),
-        template=inputs.template,
-        tokenizer=inputs.tokenizer,
-        rules=_sha256(json.dumps(inputs.rules, sort_keys=True)),
+        # Only the content of files counts, not their names.
+        data=_sha256(json.dumps(list(key.data.values()))),
+        template=key.template,
+        tokenizer=key.tokenizer,
+        rules=_sha256(json.dumps(key.rules, sort_keys=True)),
     )
 
 
-def _make(
+def _prepare(
     data_conf: DataConfig,
-    reading: Preprocessor,
+    preprocessor: Preprocessor,
     sources: Sequence[tuple[str, DatasetSource]],
-    other: Sequence[tuple[str, DatasetSource]],
-    inputs: CacheKey,
+    validation_sources: Sequence[tuple[str, DatasetSource]],
+    cache_key: CacheKey,
     folder: Path | None,
 ) -> CacheEntry:
-    """The rows, on the disk of `folder`, by default on that of temporary files."""
-    part, ledger = reading.read(sources, "training", folder)
-    parts, ledgers = [part], [ledger]
-    if other:
-        part, ledger = reading.read(other, "validation", folder)
-        parts.append(part)
-        ledgers.append(ledger)
+    """Prepare the rows. Temporary files go into `folder`, by default into the system's."""
+    split, statistics = preprocessor.read(sources, "training", folder)
+    splits, split_statistics = [split], [statistics]
+    if validation_sources:
+        split, statistics = preprocessor.read(validation_sources, "validation", folder)
+        splits.append(split)
+        split_statistics.append(statistics)
     if data_conf.on_bad_row == "error":
-        raise_bad_rows(reading.problems)
-    DatasetStatistics(tuple(ledgers)).check(data_conf.max_lost_fraction)
+        raise_bad_rows(preprocessor.problems)
+    DatasetStatistics(tuple(split_statistics)).check(data_conf.max_lost_fraction)
     if data_conf.max_lost_fraction < 1:
-        for read, part, ledger in zip((sources, other), parts, ledgers, strict=False):
-            _check_each_is_left(read, part, ledger)
-    train, held_out = arrange(data_conf.training_data, data_conf.validation_data, parts[0].lengths)
+        for read, split, statistics in zip((sources, validation_sources), splits, split_statistics, strict=False):
+            _check_no_dataset_is_empty(read, split, statistics)
+    train_order, held_out = arrange(data_conf.training_data, data_conf.validation_data, splits[0].lengths)
+    validation = None
     if held_out is not None:
-        ledgers.append(dropped_split_statistics(parts[0], held_out, train, data_conf.validation_data.type))
+        method = data_conf.validation_data.type
+        split_statistics.append(held_out_statistics(splits[0], held_out, train_order, method))
+        validation = to_dataset(splits[0], held_out, "validation", folder)
+    elif validation_sources:
+        validation = to_dataset(splits[1], concatenate(splits[1].lengths), "validation", folder)
     return CacheEntry(
-        train=to_dataset(parts[0], train, "training", folder),
-        validation=(
-            to_dataset(parts[0], held_out, "validation", folder)
-            if held_out is not None
-            else to_dataset(parts[1], mixing.concatenate(parts[1].lengths), "validation", folder)
-            if other
-            else None
-        ),
-        ledger=DatasetStatistics(tuple(ledgers)),
-        preview=[row for rows in reading.preview for row in rows],
-        inputs=inputs,
+        train=to_dataset(splits[0], train_order, "training", folder),
+        validation=validation,
+        statistics=DatasetStatistics(tuple(split_statistics)),
+        preview=[row for rows in preprocessor.preview for row in rows],
+        key=cache_key,
     )
 
 
-def _check_each_is_left(
-    sources: Sequence[tuple[str, DatasetSource]], part: PreparedSplit, ledger: SplitStatistics
+def _check_no_dataset_is_empty(
+    sources: Sequence[tuple[str, DatasetSource]], split: PreparedSplit, statistics: SplitStatistics
 ) -> None:
-    """Nothing, when every dataset has a row left: one without would vanish from a mix, and its weight with it.
-
-    Raises:
-        DataError: with every dataset that has none, and what became of its first row.
-    """
+    """Raise DataError if every row of a dataset was dropped: it would vanish from a mix, along with its weight."""
     problems = []
-    kept = np.add.reduceat(part.alive, np.cumsum([0, *part.lengths[:-1]]))
+    kept = np.add.reduceat(split.kept_mask, np.cumsum([0, *split.lengths[:-1]]))
     for (key, source), rows in zip(sources, kept, strict=True):
         if rows:
             continue
         files = {shard.name for shard in find_shards(source, key)}
-        first = next((fate for fate in ledger.fates if fate.place.file in files), None)
-        why = f"; first at {first.problem()}" if first else ""
-        problems.append(Problem(f"no row of {source_title(source)} is left{why}", Location(key=key)))
+        first = next((row for row in statistics.outcomes if row.place.file in files), None)
+        example = f"; first at {first.problem()}" if first else ""
+        problems.append(Problem(f"every row of {source_title(source)} was dropped{example}", Location(key=key)))
     if problems:
         raise DataError(problems)
 
 
 def _settings(data_conf: DataConfig) -> dict[str, Any]:
-    """The settings of the data that rows depend on; padding does not touch them, and templates count by their text."""
+    """The settings of `data_conf` that rows depend on. Not the padding; and the template is a part of its own."""
     values = data_conf.model_dump(
         mode="json",
-        exclude=_NOT_OF_ROWS,
+        exclude=_NOT_IN_KEY,
     )
     return {f"data_conf.{key}": value for key, value in values.items()}
 
@@ -216,15 +227,15 @@ def _digests(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str]:
 
 
 def checked_sources(data: Concatenation | WeightedMix, key: str) -> list[tuple[str, DatasetSource]]:
-    """The datasets to read, all of their files checked; those of weight 0 are left out.
+    """The datasets to read, without those of weight 0, after checking all of their files.
 
     Raises:
-        DataError: with every file that is wrong.
+        DataError: names every file that is missing or invalid.
     """
     used, problems = used_datasets(data, key), []
-    for place, source in used:
+    for dataset_key, source in used:
         try:
-            find_shards(source, place)
+            find_shards(source, dataset_key)
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -238,43 +249,44 @@ def _sha256(text: str) -> str:
 
 @dataclass(frozen=True)
 class RowCount:
-    """A number of rows, None where nobody knows it, and what it says."""
+    """A number of rows, None if it is unknown, and what it counts."""
 
     rows: int | None
-    why: str
+    reason: str
 
 
-def count_training_rows(data_conf: DataConfig, *, rated: bool = False) -> RowCount:
-    """Training rows after mixing and splitting, with none lost: what filters take is known only when they run. Of
-    prepared rows those that are left.
+def count_training_rows(data_conf: DataConfig, *, unpaired: bool = False) -> RowCount:
+    """Count the training rows after mixing and splitting, without tokenizing them.
+
+    Rows that are dropped later are included, except in data that was prepared ahead of time.
 
     Args:
-        rated: whether rows are rated answers, of which a preference makes two.
+        unpaired: rows are unpaired preferences, so that a row with a chosen and a rejected answer counts twice.
 
     Raises:
-        DataError: a file is missing or empty; every such file is named.
+        DataError: names every file that is missing or empty.
     """
     if data_conf.prepared:
-        stored = prepared_in(Path(data_conf.prepared).expanduser())
-        return RowCount(len(stored.train), f"as prepared in {data_conf.prepared}, before any are packed")
+        entry = read_prepared_folder(Path(data_conf.prepared).expanduser())
+        return RowCount(len(entry.train), f"in {data_conf.prepared}, before packing")
     lengths, problems = [], list[Problem]()
     for key, source in used_datasets(data_conf.training_data, "data_conf.training_data"):
         try:
             if data_conf.streaming:
                 find_shards(source, key, streaming=True)
             else:
-                lengths.append(_rated_rows(source, key) if rated else sum(1 for _ in unparsed_rows(source, key)))
+                lengths.append(_unpaired_rows(source, key) if unpaired else sum(1 for _ in unparsed_rows(source, key)))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
     if data_conf.streaming:
-        return RowCount(None, "data_conf.streaming: they are read as training goes")
+        return RowCount(None, "data_conf.streaming: rows are read during training")
     rows = len(arrange(data_conf.training_data, data_conf.validation_data, lengths)[0])
-    return RowCount(rows, "before any is filtered or dropped")
+    return RowCount(rows, "before filtering and dropping")
 
 
-def _rated_rows(source: DatasetSource, key: str) -> int:
-    """Rows, the two of a preference both counted; a row that cannot be read counts as one."""
+def _unpaired_rows(source: DatasetSource, key: str) -> int:
+    """Count rows, paired preferences twice, and rows that cannot be read once."""
     rows = open_dataset(source, key, "unpaired", options_for(None, {})).rows
     return sum(len(row) if isinstance(row, list) else 1 for row in rows)

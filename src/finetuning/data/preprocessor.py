@@ -1,6 +1,7 @@
-"""Files to the examples that they hold, and examples to a dataset.
+"""Preprocessing: input rows to tokenized samples, batch by batch, in this process or in a pool of worker processes.
 
-A batch of rows to what became of it, in few and flat values that pass between processes at little cost."""
+A batch travels between processes as a few flat arrays, which is cheap to serialize.
+"""
 
 from __future__ import annotations
 
@@ -31,30 +32,33 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-SAME_AS_BEFORE = "the same as a row before"
-_ROWS = 1024
-_BYTES = 4 << 20
-_NOT_MADE = (Problem, SkippedRow)
+DUPLICATE_ROW = "the same as an earlier row"
+MAX_PREVIEW_ROWS = 100
+"""Rows of each run that a preview can show."""
+_MAX_ROWS = 1024
+_MAX_BYTES = 4 << 20
+_MIN_BATCHES_FOR_WORKERS = 8
+_NOT_TOKENIZED = (Problem, SkippedRow)
 
 
 @dataclass
 class Batch:
-    """What became of the rows of a batch."""
+    """The outcome of a batch of rows."""
 
-    ledger: SplitStatistics
-    alive: np.ndarray
-    """Of each row, whether it is trained on."""
+    statistics: SplitStatistics
+    kept_mask: np.ndarray
+    """Whether each row is trained on, bool, (rows,)."""
     columns: dict[str, Column]
     hashes: np.ndarray
-    """Of the text of each row that is trained on, int64, as Python has them: alike in this process and its clones."""
+    """Python's hash of the text of each kept row, int64. Only comparable within this process and its forks."""
     sizes: np.ndarray
-    """Tokens and trained tokens of each of them, int64, (rows, 2)."""
+    """Tokens and trained tokens of each kept row, int64, (rows, 2)."""
     problems: list[Problem] = field(default_factory=list)
-    shown: list[tuple[TokenizedSample, Location]] = field(default_factory=list)
-    """The first rows, as many as were asked for."""
+    preview_samples: list[tuple[TokenizedSample, Location]] = field(default_factory=list)
+    """The first kept rows, as many as were requested."""
 
     def table(self) -> pa.Table:
-        """The rows that are trained on."""
+        """The kept rows."""
         import pyarrow as pa
 
         return pa.table({name: column.to_arrow() for name, column in self.columns.items()})
@@ -62,14 +66,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Column:
-    """The values of all rows, and where they are lists, laid end to end, the length of each."""
+    """The values of all rows; lists are concatenated, with the length of each in `sizes`."""
 
     values: np.ndarray | list[Any]
     sizes: np.ndarray | None
 
     @classmethod
     def of(cls, rows: list[Any]) -> Column:
-        """A column of int32 arrays, of truth values or of texts."""
+        """A column of int32 arrays, of bools or of strings."""
         if isinstance(rows[0], np.ndarray):
             return cls(np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
         return cls(rows, None)
@@ -83,246 +87,261 @@ class Column:
 
 
 def in_batches(rows: Iterable[Any], row_of: Callable[[Any], Any] | None = None) -> Iterator[list[Any]]:
-    """The rows in lists of no more than 1024, and of few megabytes where rows are long; `row_of` takes a row out of
-    what stands for it."""
+    """Split rows into lists of at most 1024, or fewer where rows are long.
+
+    `row_of` extracts the row from an item that wraps it.
+    """
     batch: list[Any] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += _bytes_of(row_of(row) if row_of else row)
-        if len(batch) == _ROWS or size > _BYTES:
+        size += _num_bytes(row_of(row) if row_of else row)
+        if len(batch) == _MAX_ROWS or size > _MAX_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _bytes_of(row: Any) -> int:
-    """The size of a line; of a row that is parsed already, that of its texts."""
+def _num_bytes(row: Any) -> int:
+    """The size of an unparsed line, or of the strings of a parsed row."""
     if isinstance(row, Line):
         return len(row.data)
-    return sum(len(one) for one in row.values.values() if isinstance(one, str)) if isinstance(row, Row) else 0
+    return sum(len(value) for value in row.values.values() if isinstance(value, str)) if isinstance(row, Row) else 0
 
 
 def parse_rows(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
-    """What the rows of a file are to a method; a row can be several."""
-    found = []
+    """Parse the rows of a file. One row may become several."""
+    parsed = []
     for row in rows:
-        one = parse(row)
-        found += one if isinstance(one, list) else (one,)
-    return found
+        result = parse(row)
+        parsed += result if isinstance(result, list) else (result,)
+    return parsed
 
 
-def make_batch(rows: Sequence[Any], make: Processor, ledger: SplitStatistics, want: int) -> Batch:
-    """What becomes of typed rows, told in a ledger of their own; `want` counts the rows to show."""
-    made = iter(make([one for one in rows if not isinstance(one, _NOT_MADE)]))
-    alive = np.zeros(len(rows), dtype=bool)
+def make_batch(rows: Sequence[Any], processor: Processor, statistics: SplitStatistics, num_preview_rows: int) -> Batch:
+    """Tokenize parsed rows and count their outcomes in `statistics`, which holds nothing else yet."""
+    processed = iter(processor([row for row in rows if not isinstance(row, _NOT_TOKENIZED)]))
+    kept_mask = np.zeros(len(rows), dtype=bool)
     kept: list[TokenizedSample] = []
-    batch = Batch(ledger, alive, {}, np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64))
+    batch = Batch(statistics, kept_mask, {}, np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64))
     for index, row in enumerate(rows):
         if isinstance(row, Problem):
-            example: TokenizedSample | DroppedSample = DroppedSample("bad row", row.message, is_bad=True)
+            sample: TokenizedSample | DroppedSample = DroppedSample("bad row", row.message, is_bad=True)
         else:
-            example = DroppedSample(row.reason, is_fault=False) if isinstance(row, SkippedRow) else next(made)
-        if isinstance(example, DroppedSample):
-            if example.is_bad:
-                batch.problems.append(row if isinstance(row, Problem) else Problem(_why(example), row.place))
-            ledger.drop(row.place, example.reason, example.detail, is_fault=example.is_fault, tokens=example.tokens)
+            sample = DroppedSample(row.reason, is_invalid=False) if isinstance(row, SkippedRow) else next(processed)
+        if isinstance(sample, DroppedSample):
+            if sample.is_bad:
+                batch.problems.append(row if isinstance(row, Problem) else Problem(_message(sample), row.place))
+            statistics.drop(row.place, sample.reason, sample.detail, is_invalid=sample.is_invalid, tokens=sample.tokens)
             continue
-        alive[index] = True
-        kept.append(example)
-        if example.tokens_cut:
-            ledger.truncate(row.place, example.tokens, example.trained, example.tokens_cut, example.answer_cut)
+        kept_mask[index] = True
+        kept.append(sample)
+        if sample.tokens_cut:
+            statistics.truncate(row.place, sample.tokens, sample.trained, sample.tokens_cut, sample.answer_cut)
         else:
-            ledger.keep(example.tokens, example.trained)
-        for note in example.notes:
-            ledger.note(note)
-        if len(kept) <= want:
-            batch.shown.append((example, row.place))
+            statistics.keep(sample.tokens, sample.trained)
+        for warning in sample.warnings:
+            statistics.warn(warning)
+        if len(kept) <= num_preview_rows:
+            batch.preview_samples.append((sample, row.place))
     if kept:
-        batch.sizes = np.array([(one.tokens, one.trained) for one in kept], dtype=np.int64)
-        batch.columns = {name: Column.of([one.columns[name] for one in kept]) for name in kept[0].columns}
-        batch.hashes = np.array([hash(one.text) for one in kept], dtype=np.int64)
+        batch.sizes = np.array([(sample.tokens, sample.trained) for sample in kept], dtype=np.int64)
+        batch.columns = {name: Column.of([sample.columns[name] for sample in kept]) for name in kept[0].columns}
+        batch.hashes = np.array([hash(sample.text) for sample in kept], dtype=np.int64)
     return batch
 
 
-def _why(lost: DroppedSample) -> str:
-    return f"{lost.reason}: {lost.detail}" if lost.detail else lost.reason
+def _message(sample: DroppedSample) -> str:
+    return f"{sample.reason}: {sample.detail}" if sample.detail else sample.reason
 
 
 class DuplicateCounter:
-    """Which texts came before, told by their hashes of 64 bits."""
+    """Counts texts that occurred before, in the same split or in an earlier one, by 64-bit hashes."""
 
     def __init__(self) -> None:
-        self._former: dict[str, np.ndarray] = {}
-        self._own: list[np.ndarray] = []
+        self._earlier_splits: dict[str, np.ndarray] = {}
+        self._hashes: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> None:
-        self._own.append(hashes)
+        """Add hashes of the current split."""
+        self._hashes.append(hashes)
 
-    def note_former(self, hashes: np.ndarray, ledger: SplitStatistics) -> None:
-        """Counts texts that came in another part before; nothing of them is kept."""
-        for part, former in self._former.items():
-            ledger.note(f"the same as a {part} row", int(np.isin(hashes, former).sum()))
+    def count_earlier(self, hashes: np.ndarray, statistics: SplitStatistics) -> None:
+        """Count the texts that occurred in another split, without remembering them."""
+        for split, earlier in self._earlier_splits.items():
+            statistics.warn(f"the same as a {split} row", int(np.isin(hashes, earlier).sum()))
 
-    def note(self, ledger: SplitStatistics) -> None:
-        """Counts the texts of a part, which ends here, that came before."""
-        own = np.concatenate(self._own) if self._own else np.empty(0, dtype=np.int64)
-        self._own = []
-        for part, former in self._former.items():
-            again = np.isin(own, former)
-            ledger.note(f"the same as a {part} row", int(again.sum()))
-            own = own[~again]
-        once = np.unique(own)
-        ledger.note(SAME_AS_BEFORE, len(own) - len(once))
-        self._former[ledger.part] = once
-
-
-_FEW = 8
-"""Batches that are made before other processes are asked to help."""
-MOST_SHOWN = 100
-"""Rows of each run that a preview can show."""
+    def finish_split(self, statistics: SplitStatistics) -> None:
+        """Count the duplicates of the current split, which ends here."""
+        hashes = np.concatenate(self._hashes) if self._hashes else np.empty(0, dtype=np.int64)
+        self._hashes = []
+        for split, earlier in self._earlier_splits.items():
+            is_duplicate = np.isin(hashes, earlier)
+            statistics.warn(f"the same as a {split} row", int(is_duplicate.sum()))
+            hashes = hashes[~is_duplicate]
+        unique = np.unique(hashes)
+        statistics.warn(DUPLICATE_ROW, len(hashes) - len(unique))
+        self._earlier_splits[statistics.split] = unique
 
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """The rows of one part of the data: those that are trained on, and the number of rows in each file."""
+    """The tokenized rows of one split, and which input rows they come from."""
 
-    examples: pa.Table
-    alive: np.ndarray
+    samples: pa.Table
+    """The kept rows, in the order in which they were read."""
+    kept_mask: np.ndarray
+    """Whether each input row is kept, bool."""
     lengths: list[int]
+    """Number of input rows of each dataset."""
     sizes: np.ndarray
-    """Tokens and trained tokens of each row that is trained on, int64, (rows, 2)."""
+    """Tokens and trained tokens of each kept row, int64, (rows, 2)."""
     hashes: np.ndarray
-    """Of the text of each row that is trained on, int64."""
+    """Hash of the text of each kept row, int64."""
 
-    def trained_on(self, order: np.ndarray) -> np.ndarray:
-        """Indices into what is held of rows that are trained on, of those in `order` that are."""
-        return (np.cumsum(self.alive) - 1)[order[self.alive[order]]]
+    def kept_indices(self, order: np.ndarray) -> np.ndarray:
+        """Map indices of input rows to indices into `samples`, leaving out dropped rows."""
+        return (np.cumsum(self.kept_mask) - 1)[order[self.kept_mask[order]]]
 
 
 @dataclass
 class Preprocessor:
-    """What is common to all parts: how rows are read and made, and what has gone wrong so far."""
+    """Reads and tokenizes the rows of all splits of a run, and collects problems, previews and duplicates."""
 
     kind: str
-    """The kind of rows that the method takes: a key of `KINDS`."""
+    """The kind of rows that the method trains on: a key of `KINDS`."""
     options: Options
-    make: Processor
-    labeller: LabelBuilder
+    processor: Processor
+    label_builder: LabelBuilder
     limit: int | None
-    workers: int = 1
-    """Processes that may share the work."""
-    divide: Callable[[list[Any]], list[Any]] | None = None
-    """Makes several of rows that are too long to be one."""
+    """Longest row in tokens."""
+    num_workers: int = 1
+    """Processes to use where there are many rows."""
+    split_rows: Callable[[Sequence[Any]], list[Any]] | None = None
+    """Replaces rows that are too long by several shorter ones."""
     problems: list[Problem] = field(default_factory=list)
     preview: list[list[PreviewRow]] = field(default_factory=list)
-    repeats: DuplicateCounter = field(default_factory=DuplicateCounter)
+    duplicates: DuplicateCounter = field(default_factory=DuplicateCounter)
 
     def read(
-        self, sources: Sequence[tuple[str, DatasetSource]], name: str, folder: Path | None = None
+        self, sources: Sequence[tuple[str, DatasetSource]], split: str, folder: Path | None = None
     ) -> tuple[PreparedSplit, SplitStatistics]:
-        """The rows of datasets, each with its key in the config; they are kept on the disk of `folder`."""
-        ledger = SplitStatistics(RowCounts(name, self.limit))
+        """Read and tokenize datasets, each given with its key in the config. Temporary files go into `folder`."""
+        statistics = SplitStatistics(RowCounts(split, self.limit))
         spool = ArrowSpool(folder)
-        alive: list[np.ndarray] = []
+        kept_masks: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
         hashes: list[np.ndarray] = []
         lengths = []
         for key, source in sources:
             opened = open_dataset(source, key, self.kind, self.options)
-            ledger.totals.formats[source_title(source)] = str(opened)
+            statistics.counts.formats[source_title(source)] = str(opened)
             rows = 0
-            with closing(self._batches(opened, name)) as batches:
+            with closing(self._batches(opened, split)) as batches:
                 for batch in batches:
-                    rows += len(batch.alive)
-                    alive.append(batch.alive)
+                    rows += len(batch.kept_mask)
+                    kept_masks.append(batch.kept_mask)
                     sizes.append(batch.sizes)
                     hashes.append(batch.hashes)
-                    self._add(batch, ledger, spool)
+                    self._add(batch, statistics, spool)
             lengths.append(rows)
-        self.repeats.note(ledger)
-        texts = np.concatenate(hashes)
-        return PreparedSplit(spool.table(), np.concatenate(alive), lengths, np.concatenate(sizes), texts), ledger
+        self.duplicates.finish_split(statistics)
+        prepared = PreparedSplit(
+            spool.table(), np.concatenate(kept_masks), lengths, np.concatenate(sizes), np.concatenate(hashes)
+        )
+        return prepared, statistics
 
-    def _add(self, batch: Batch, ledger: SplitStatistics, spool: ArrowSpool) -> None:
-        ledger.add(batch.ledger)
+    def _add(self, batch: Batch, statistics: SplitStatistics, spool: ArrowSpool) -> None:
+        statistics.add(batch.statistics)
         self.problems += batch.problems
-        self.show(batch)
+        self.add_preview(batch)
         if batch.columns:
-            self.repeats.add(batch.hashes)
+            self.duplicates.add(batch.hashes)
             spool.add(batch.table())
 
     @property
-    def want(self) -> int:
-        """How many more rows a preview can show."""
-        return MOST_SHOWN - len(self.preview)
+    def num_preview_rows(self) -> int:
+        """How many more rows the preview takes."""
+        return MAX_PREVIEW_ROWS - len(self.preview)
 
-    def show(self, batch: Batch) -> None:
-        """Takes the first rows of a batch up into the preview, until that is full."""
-        for example, place in batch.shown[: self.want]:
-            self.preview.append(preview_of(example, place, self.labeller))
+    def add_preview(self, batch: Batch) -> None:
+        """Add the first rows of a batch to the preview, until it is full."""
+        for sample, place in batch.preview_samples[: self.num_preview_rows]:
+            self.preview.append(preview_of(sample, place, self.label_builder))
 
-    def _batches(self, opened: OpenDataset, name: str) -> Iterator[Batch]:
-        """The batches of a dataset, in order. Where there are many, clones of this process make them, with what the
-        first of them taught about the template."""
+    def _batches(self, opened: OpenDataset, split: str) -> Iterator[Batch]:
+        """The batches of a dataset, in order.
+
+        Where there are many, forked worker processes make them. The first batch is made before the fork, so that the
+        workers inherit what it taught about the chat template.
+        """
         unparsed = in_batches(opened.unparsed)
-        count = usable_workers(self.workers)
-        head = list(islice(unparsed, _FEW)) if count > 1 else []
-        if len(head) < _FEW:
-            yield from self._one_ahead(opened, chain(head, unparsed), name)
+        head = list(islice(unparsed, _MIN_BATCHES_FOR_WORKERS)) if self.num_workers > 1 else []
+        num_workers = usable_workers(self.num_workers) if len(head) == _MIN_BATCHES_FOR_WORKERS else 1
+        if num_workers == 1:
+            yield from self._one_ahead(opened, chain(head, unparsed), split)
             return
-        yield self._make(self.typed(head[0], opened.parse), name)
+        yield self._make(self.parse(head[0], opened.parse), split)
 
         def make(task: tuple[list[Any], int]) -> Batch:
-            rows, want = task
-            return make_batch(
-                self.typed(rows, opened.parse), self.make, SplitStatistics(RowCounts(name, self.limit)), want
-            )
+            rows, num_preview_rows = task
+            parsed = self.parse(rows, opened.parse)
+            return make_batch(parsed, self.processor, SplitStatistics(RowCounts(split, self.limit)), num_preview_rows)
 
-        with WorkerPool(make, count) as workers:
-            tasks = ((rows, self.want) for rows in chain(head[1:], unparsed))
+        with WorkerPool(make, num_workers) as workers:
+            tasks = ((rows, self.num_preview_rows) for rows in chain(head[1:], unparsed))
             yield from workers.map(tasks)
 
-    def _one_ahead(self, opened: OpenDataset, unparsed: Iterator[list[Any]], name: str) -> Iterator[Batch]:
-        """The batches, made by a thread that mostly waits for the tokenizer's own, while the next is parsed."""
-        waiting: Future[Batch] | None = None
+    def _one_ahead(self, opened: OpenDataset, unparsed: Iterator[list[Any]], split: str) -> Iterator[Batch]:
+        """The batches, made in a thread while the next one is parsed: the tokenizer releases the GIL."""
+        pending: Future[Batch] | None = None
         with ThreadPoolExecutor(1, "prepare") as thread:
             for rows in unparsed:
-                made = thread.submit(self._make, self.typed(rows, opened.parse), name)
-                if waiting:
-                    yield waiting.result()
-                waiting = made
-            if waiting:
-                yield waiting.result()
+                submitted = thread.submit(self._make, self.parse(rows, opened.parse), split)
+                if pending:
+                    yield pending.result()
+                pending = submitted
+            if pending:
+                yield pending.result()
 
-    def typed(self, rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
-        """What the rows of a file are to the method, as many as are made of them."""
-        found = parse_rows(rows, parse)
-        return self.divide(found) if self.divide else found
+    def parse(self, rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
+        """Parse the rows of a file, and split those that are too long where that is configured."""
+        parsed = parse_rows(rows, parse)
+        return self.split_rows(parsed) if self.split_rows else parsed
 
-    def _make(self, rows: Sequence[Any], name: str) -> Batch:
-        return make_batch(rows, self.make, SplitStatistics(RowCounts(name, self.limit)), self.want)
+    def _make(self, rows: Sequence[Any], split: str) -> Batch:
+        statistics = SplitStatistics(RowCounts(split, self.limit))
+        return make_batch(rows, self.processor, statistics, self.num_preview_rows)
 
 
-def dropped_split_statistics(part: PreparedSplit, order: np.ndarray, train: np.ndarray, how: str) -> SplitStatistics:
-    """The ledger of rows that were read for training and validate: what became of those dropped, that of training
-    says. Those whose text is trained on as well are counted: `train` are the rows that stay."""
-    kept = part.trained_on(order)
-    tokens, trained = part.sizes[kept].sum(axis=0).tolist()
-    formats = {"out of the rows above": how}
-    ledger = SplitStatistics(
+def held_out_statistics(
+    prepared: PreparedSplit, order: np.ndarray, train_order: np.ndarray, method: str
+) -> SplitStatistics:
+    """Statistics of the validation rows that were split off the training rows by `method`.
+
+    Dropped rows are part of the training statistics already. `order` and `train_order` are indices of input rows;
+    validation rows whose text is also trained on are counted.
+    """
+    kept = prepared.kept_indices(order)
+    tokens, trained = prepared.sizes[kept].sum(axis=0).tolist()
+    formats = {"split off the rows above": method}
+    statistics = SplitStatistics(
         RowCounts("validation", rows=len(order), kept=len(kept), tokens=tokens, trained_tokens=trained, formats=formats)
     )
-    again = np.isin(part.hashes[kept], part.hashes[part.trained_on(train)])
-    ledger.note("the same as a training row", int(again.sum()))
-    return ledger
+    is_duplicate = np.isin(prepared.hashes[kept], prepared.hashes[prepared.kept_indices(train_order)])
+    statistics.warn("the same as a training row", int(is_duplicate.sum()))
+    return statistics
 
 
-def to_dataset(part: PreparedSplit, order: np.ndarray, name: str, folder: Path | None = None) -> datasets.Dataset:
-    """The rows of a part in an order, without those that were dropped."""
-    rows = part.trained_on(order)
+def to_dataset(prepared: PreparedSplit, order: np.ndarray, split: str, folder: Path | None = None) -> datasets.Dataset:
+    """The kept rows of a split in the given order of input rows.
+
+    Raises:
+        DataError: every one of these rows was dropped.
+    """
+    rows = prepared.kept_indices(order)
     if not len(rows):
-        raise DataError(f"no {name} row is left: all rows that were to be used for it were dropped")
-    in_order = len(rows) == part.examples.num_rows and np.array_equal(rows, np.arange(len(rows)))
-    return as_dataset(part.examples if in_order else take_rows(part.examples, rows, folder))
+        raise DataError(f"no {split} row is left: all rows selected for it were dropped")
+    in_order = len(rows) == prepared.samples.num_rows and np.array_equal(rows, np.arange(len(rows)))
+    return as_dataset(prepared.samples if in_order else take_rows(prepared.samples, rows, folder))

@@ -1,6 +1,4 @@
-"""The first rows as a person can read them: what the model is shown, and what of it is trained.
-
-The first rows as one HTML page that needs nothing else: to be scrolled, searched, and passed on."""
+"""A preview of the first rows as the model sees them, with the trained tokens marked: as text and as an HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ _CUT = "✂"
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row in segments of text, each trained or not; `title` says which part of the row it is."""
+    """One row as segments of text, each trained or not. `title` names the part of a row that has several."""
 
     place: Location
     title: str
@@ -35,13 +33,15 @@ class PreviewRow:
     tokens_cut: int = 0
 
 
-def preview_of(example: TokenizedSample, place: Location, labeller: LabelBuilder) -> list[PreviewRow]:
-    """The example as the model sees it, decoded from its ids: one row for SFT, chosen and rejected for DPO, the
-    answer for KTO, and the prompt alone where the model is to answer."""
-    columns = example.columns
+def preview_of(sample: TokenizedSample, place: Location, label_builder: LabelBuilder) -> list[PreviewRow]:
+    """Decode a sample from its token ids.
+
+    Gives one row for SFT, KTO and GRPO, and two for preferences: chosen and rejected.
+    """
+    columns = sample.columns
     if "labels" in columns:
         mask = columns["labels"] != UNTRAINED
-        return [_row(place, "row", columns["input_ids"], mask, example.tokens_cut, labeller)]
+        return [_row(place, "row", columns["input_ids"], mask, sample.tokens_cut, label_builder)]
     prompt = columns["prompt_ids"]
     if "completion_ids" in columns:
         answers = {"desirable" if columns["label"] else "undesirable": columns["completion_ids"]}
@@ -52,43 +52,43 @@ def preview_of(example: TokenizedSample, place: Location, labeller: LabelBuilder
     rows = []
     for name, answer in answers.items():
         mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
-        rows.append(_row(place, name, np.concatenate([prompt, answer]), mask, example.tokens_cut, labeller))
+        rows.append(_row(place, name, np.concatenate([prompt, answer]), mask, sample.tokens_cut, label_builder))
     return rows
 
 
 def _row(
-    place: Location, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, labeller: LabelBuilder
+    place: Location, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, label_builder: LabelBuilder
 ) -> PreviewRow:
-    borders = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
+    boundaries = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
     segments = tuple(
-        (labeller.decode(ids[start:end]), bool(mask[start])) for start, end in pairwise(borders) if end > start
+        (label_builder.decode(ids[start:end]), bool(mask[start])) for start, end in pairwise(boundaries) if end > start
     )
     return PreviewRow(place, title, segments, len(ids), int(mask.sum()), tokens_cut)
 
 
-def to_text(rows: Sequence[PreviewRow], *, colour: bool = False, special_tokens: Sequence[str] = ()) -> str:
-    """The rows as text; trained text stands in ⟦ ⟧, or in green where colour is asked for, special tokens reversed."""
-    opening, closing = (_RESET + _GREEN, _RESET + _DIM) if colour else (_OPEN, _CLOSE)
-    special = pattern_of(special_tokens) if colour else None
+def to_text(rows: Sequence[PreviewRow], *, color: bool = False, special_tokens: Sequence[str] = ()) -> str:
+    """The rows as text: trained text in ⟦ ⟧, or in green with special tokens in reverse video if `color` is set."""
+    opening, closing = (_RESET + _GREEN, _RESET + _DIM) if color else (_OPEN, _CLOSE)
+    special = pattern_of(special_tokens) if color else None
     parts = []
     for row in rows:
         body = ""
         for text, trained in row.segments:
-            shown = special.sub(rf"{_REVERSE}\g<0>{_FORWARD}", text) if special else text
-            body += f"{opening}{shown}{closing}" if trained else shown
+            styled = special.sub(rf"{_REVERSE}\g<0>{_FORWARD}", text) if special else text
+            body += f"{opening}{styled}{closing}" if trained else styled
         cut = f"{_CUT} {row.tokens_cut} tokens cut off here" if row.tokens_cut else ""
-        parts.append(f"--- {head_of(row)}\n{_DIM + body + _RESET if colour else body}{cut}\n")
+        parts.append(f"--- {head_of(row)}\n{_DIM + body + _RESET if color else body}{cut}\n")
     return "\n".join(parts)
 
 
 def head_of(row: PreviewRow) -> str:
-    """Which row it is, with its counts."""
+    """The heading of a row: its location and its counts."""
     cut = f", {row.tokens_cut} tokens cut off" if row.tokens_cut else ""
     return f"{row.place} ({row.title}): {row.tokens} tokens, {row.trained} trained{cut}"
 
 
 def pattern_of(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """What finds special tokens in a text, the longest first; None where there are none."""
+    """A pattern that matches special tokens, longest first; None if there are none."""
     names = sorted(filter(None, special_tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -96,7 +96,7 @@ def pattern_of(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
 def to_html(
     rows: Sequence[PreviewRow], title: str, facts: Sequence[tuple[str, str]], special_tokens: Sequence[str]
 ) -> str:
-    """The page; `facts` stand above the rows, a name and a value each."""
+    """A self-contained HTML page; `facts` are (name, value) pairs shown above the rows."""
     page = resources.files("finetuning.data").joinpath("preview.html").read_text("utf-8")
     listed = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts)
     values = {

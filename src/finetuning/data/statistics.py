@@ -1,37 +1,50 @@
-"""What becomes of input rows, each told and all counted.
+"""Row statistics: what happened to each input row, and the counts per split.
 
-The fate of each input row: kept, cut, or dropped for a reason; nothing is lost without a line here."""
+Every input row is kept, truncated or dropped with a reason. The counts go to the console and to `data_report.json`,
+the truncated and dropped rows to `rejects.jsonl`. A limit on invalid rows stops the run.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from finetuning.data.arrow import row_lengths
 from finetuning.errors import DataError, Location, Problem
 
+if TYPE_CHECKING:
+    import datasets
+
+REPORT_NAME = "data_report.json"
+REJECTS_NAME = "rejects.jsonl"
 KEPT, TRUNCATED, DROPPED = "kept", "truncated", "dropped"
 TOO_LONG = "longer than the limit"
-SHOWN = 10
+MAX_SHOWN = 10
 _FILTERED_WARNING = 0.05
+# Names in cache entries and stream states that earlier versions wrote.
+_OLD_COUNTS = {"part": "split", "noticed": "warnings", "firsts": "first_dropped"}  # old name
+_OLD_OUTCOME = {"what": "outcome", "is_fault": "is_invalid"}
 
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """What became of one input row.
+    """What happened to one input row that was truncated or dropped.
 
-    `is_fault` tells a row that is lost to a fault from one that was filtered by length, as asked for.
+    `is_invalid` separates a row that could not be used from one that was filtered by length, as configured.
     """
 
     place: Location
-    what: str
+    outcome: str
     reason: str = ""
     detail: str = ""
-    is_fault: bool = False
+    is_invalid: bool = False
     tokens: int = 0
     tokens_cut: int = 0
     answer_cut: bool = False
@@ -42,9 +55,9 @@ class RowOutcome:
 
 @dataclass
 class RowCounts:
-    """The fates of a part's rows, counted: of single rows it holds no more than an example of each kind of loss."""
+    """Counts over the rows of one split. Holds single rows only as examples: the first of each kind of loss."""
 
-    part: str
+    split: str
     limit: int | None = None
     rows: int = 0
     kept: int = 0
@@ -53,80 +66,80 @@ class RowCounts:
     truncated: int = 0
     tokens_cut: int = 0
     answers_cut: int = 0
-    faults: int = 0
+    invalid: int = 0
     filtered: int = 0
     shortest_dropped: int | None = None
     dropped: Counter[str] = field(default_factory=Counter)
-    noticed: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
-    firsts: dict[str, RowOutcome] = field(default_factory=dict)
+    first_dropped: dict[str, RowOutcome] = field(default_factory=dict)
     """The first row that was dropped for each reason."""
-    first_faults: list[RowOutcome] = field(default_factory=list)
+    first_invalid: list[RowOutcome] = field(default_factory=list)
 
     def keep(self, tokens: int, trained: int) -> None:
-        """Counts a row that is trained on."""
+        """Count a row that is trained on."""
         self.rows += 1
         self.kept += 1
         self.tokens += tokens
         self.trained_tokens += trained
 
-    def count(self, fate: RowOutcome) -> None:
-        """Counts what was lost of a row; that it is a row, and whether it is kept, is counted by whoever adds it."""
-        if fate.what == TRUNCATED:
+    def count(self, row: RowOutcome) -> None:
+        """Count what was lost of a row. The caller counts the row itself, and whether it is kept."""
+        if row.outcome == TRUNCATED:
             self.truncated += 1
-            self.tokens_cut += fate.tokens_cut
-            self.answers_cut += fate.answer_cut
+            self.tokens_cut += row.tokens_cut
+            self.answers_cut += row.answer_cut
             return
-        self.dropped[fate.reason] += 1
-        self.firsts.setdefault(fate.reason, fate)
-        if fate.is_fault:
-            self.faults += 1
-            self.first_faults = [*self.first_faults, fate][:SHOWN]
-        if fate.reason == TOO_LONG:
+        self.dropped[row.reason] += 1
+        self.first_dropped.setdefault(row.reason, row)
+        if row.is_invalid:
+            self.invalid += 1
+            self.first_invalid = [*self.first_invalid, row][:MAX_SHOWN]
+        if row.reason == TOO_LONG:
             self.filtered += 1
-            self.shortest_dropped = _least(self.shortest_dropped, fate.tokens)
+            self.shortest_dropped = _minimum(self.shortest_dropped, row.tokens)
 
     def add(self, other: RowCounts) -> None:
-        """Counts what other rows of the same part came to."""
+        """Add the counts of further rows of the same split."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.shortest_dropped = _least(self.shortest_dropped, other.shortest_dropped)
+        self.shortest_dropped = _minimum(self.shortest_dropped, other.shortest_dropped)
         self.dropped.update(other.dropped)
-        self.noticed.update(other.noticed)
+        self.warnings.update(other.warnings)
         self.formats |= other.formats
-        for reason, fate in other.firsts.items():
-            self.firsts.setdefault(reason, fate)
-        self.first_faults = [*self.first_faults, *other.first_faults][:SHOWN]
+        for reason, row in other.first_dropped.items():
+            self.first_dropped.setdefault(reason, row)
+        self.first_invalid = [*self.first_invalid, *other.first_invalid][:MAX_SHOWN]
 
     def lines(self) -> list[str]:
-        """The totals for people, a line for each thing to know."""
+        """The counts as text for the console, one line per fact."""
         lines = [
-            f"{self.part}: {counted(self.kept, 'row')} of {self.rows} kept, {counted(self.tokens, 'token')},"
+            f"{self.split}: {counted(self.kept, 'row')} of {self.rows} kept, {counted(self.tokens, 'token')},"
             f" {self.trained_tokens} trained"
         ]
-        lines += [f"  {name}: {how}" for name, how in self.formats.items()]
+        lines += [f"  {name}: {source_format}" for name, source_format in self.formats.items()]
         if self.truncated:
             lines.append(
                 f"  truncated: {counted(self.truncated, 'row')}, {counted(self.tokens_cut, 'token')} cut off;"
                 f" {counted(self.answers_cut, 'answer')} cut"
             )
         for reason, count in self.dropped.most_common():
-            example = self.firsts[reason]
+            example = self.first_dropped[reason]
             detail = f": {example.detail}" if example.detail else ""
             lines.append(f"  dropped: {counted(count, 'row')}, {reason}; first {example.place}{detail}")
-        lines += [f"  noticed: {counted(count, 'row')}, {what}" for what, count in sorted(self.noticed.items())]
+        lines += [f"  note: {counted(count, 'row')}: {warning}" for warning, count in sorted(self.warnings.items())]
         share = self.filtered / self.rows if self.rows else 0.0
         if share > _FILTERED_WARNING:
             lines.append(
-                f"  warning: {share:.1%} of the rows are longer than {self.limit} tokens and left out;"
-                " a larger limit or length_handling: truncate keeps them, length_handling: split all of texts"
+                f"  warning: {share:.1%} of the rows are longer than {self.limit} tokens and were dropped;"
+                " raise the limit, or set length_handling: truncate, or length_handling: split for plain text"
             )
         return lines
 
     def report(self) -> dict[str, Any]:
-        """The totals for machines; JSON types only."""
+        """The counts as JSON types, for `data_report.json`."""
         return {
-            "part": self.part,
+            "split": self.split,
             "formats": self.formats,
             "rows": self.rows,
             "kept": self.kept,
@@ -136,197 +149,233 @@ class RowCounts:
             "tokens_cut": self.tokens_cut,
             "answers_cut": self.answers_cut,
             "dropped": dict(self.dropped),
-            "lost_to_faults": self.faults,
+            "invalid_rows": self.invalid,
             "filtered_by_length": self.filtered,
-            "noticed": dict(self.noticed),
+            "warnings": dict(self.warnings),
         }
 
     def check(self, max_lost_fraction: float) -> None:
-        """Nothing, when enough rows are left.
-
-        Raises:
-            DataError: no row is left, or more than `max_lost_fraction` of them were lost to faults.
-        """
-        if self.rows and not self.kept and self.firsts:
-            first = next(iter(self.firsts.values()))
+        """Raise DataError if no row is left, or if more than `max_lost_fraction` of the rows are invalid."""
+        if self.rows and not self.kept and self.first_dropped:
+            first = next(iter(self.first_dropped.values()))
             raise DataError(self._nothing_left(first), place=Location(file=first.place.file))
-        if self.rows and self.faults > max_lost_fraction * self.rows:
-            share = self.faults / self.rows
+        if self.rows and self.invalid > max_lost_fraction * self.rows:
+            share = self.invalid / self.rows
             head = Problem(
-                f"{self.faults} of {self.rows} {self.part} rows ({share:.1%}) would be lost to faults,"
+                f"{self.invalid} of {self.rows} {self.split} rows ({share:.1%}) are invalid,"
                 f" more than data_conf.max_lost_fraction {max_lost_fraction:g}"
             )
-            raise DataError([head, *(fate.problem() for fate in self.first_faults)])
+            raise DataError([head, *(row.problem() for row in self.first_invalid)])
 
     def _nothing_left(self, first: RowOutcome) -> str:
         if set(self.dropped) == {TOO_LONG}:
             return (
                 f"all {self.rows} rows dropped: shortest is {self.shortest_dropped} tokens, max_seq_length {self.limit}"
             )
-        parts = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.most_common())
-        return f"all {self.rows} rows dropped: {parts}; first at {first.place}: {first.detail or first.reason}"
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.most_common())
+        return f"all {self.rows} rows dropped: {reasons}; first at {first.place}: {first.detail or first.reason}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts as JSON types, for `from_state_dict`."""
+        return asdict(self) | {"dropped": dict(self.dropped), "warnings": dict(self.warnings)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> RowCounts:
+        """The counts that `state_dict` describes; the names of earlier versions are understood."""
+        values = {_OLD_COUNTS.get(key, key): value for key, value in state.items()}
+        values["invalid"] = values.pop("faults", values.get("invalid", 0))
+        values["first_invalid"] = values.pop("first_faults", values.get("first_invalid", []))
+        return cls(
+            **values
+            | {
+                "dropped": Counter(values["dropped"]),
+                "warnings": Counter(values["warnings"]),
+                "first_dropped": {reason: outcome_of(row) for reason, row in values["first_dropped"].items()},
+                "first_invalid": [outcome_of(row) for row in values["first_invalid"]],
+            }
+        )
 
 
 _SUMS = (
-    "rows", "kept", "tokens", "trained_tokens", "truncated", "tokens_cut", "answers_cut", "faults", "filtered",
+    "rows", "kept", "tokens", "trained_tokens", "truncated", "tokens_cut", "answers_cut", "invalid", "filtered",
 )  # fmt: skip
 
 
-def _least(*numbers: int | None) -> int | None:
-    return min((one for one in numbers if one is not None), default=None)
+def _minimum(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
-def counts_of(values: dict[str, Any]) -> RowCounts:
-    """Totals that `asdict` has made JSON of."""
-    return RowCounts(
-        **{
-            **values,
-            "dropped": Counter(values["dropped"]),
-            "noticed": Counter(values["noticed"]),
-            "firsts": {reason: outcome_of(one) for reason, one in values["firsts"].items()},
-            "first_faults": [outcome_of(one) for one in values["first_faults"]],
-        }
-    )
-
-
-def values_of(totals: RowCounts) -> dict[str, Any]:
-    """The totals as JSON types."""
-    return asdict(totals) | {"dropped": dict(totals.dropped), "noticed": dict(totals.noticed)}
-
-
-def outcome_of(values: dict[str, Any]) -> RowOutcome:
-    return RowOutcome(**{**values, "place": Location(**values["place"])})
+def outcome_of(values: Mapping[str, Any]) -> RowOutcome:
+    """The outcome that `asdict` turned into JSON types; the names of earlier versions are understood."""
+    renamed = {_OLD_OUTCOME.get(key, key): value for key, value in values.items()}
+    return RowOutcome(**{**renamed, "place": Location(**renamed["place"])})
 
 
 def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "row"), counted(3, "row")
+    ('1 row', '3 rows')
+    """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-__all__ = ["TOO_LONG", "DatasetStatistics", "RowOutcome", "SplitStatistics", "raise_bad_rows"]
-
-REJECTS_NAME = "rejects.jsonl"
 
 
 @dataclass
 class SplitStatistics:
-    """What became of the rows of one part of the data: their number, and the fate of each that was cut or dropped."""
+    """The counts of one split, and the outcome of each of its rows that was truncated or dropped."""
 
-    totals: RowCounts
-    fates: list[RowOutcome] = field(default_factory=list)
+    counts: RowCounts
+    outcomes: list[RowOutcome] = field(default_factory=list)
 
     @property
-    def part(self) -> str:
+    def split(self) -> str:
         """`training` or `validation`."""
-        return self.totals.part
+        return self.counts.split
 
     def keep(self, tokens: int, trained: int) -> None:
-        """Counts a row that is trained on as it is; tokens are counted in `tokens` and `trained`."""
-        self.totals.keep(tokens, trained)
+        """Count a row that is trained on unchanged, with its tokens and its trained tokens."""
+        self.counts.keep(tokens, trained)
 
     def truncate(self, place: Location, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
-        """Counts a row that is trained on without its end."""
-        self.totals.keep(tokens, trained)
-        detail = f"{tokens_cut} tokens cut off" + (", part of the answer among them" if answer_cut else "")
-        self._meet(
+        """Count a row that is trained on without its end."""
+        self.counts.keep(tokens, trained)
+        detail = f"{tokens_cut} tokens cut off" + (", including part of the answer" if answer_cut else "")
+        self._record(
             RowOutcome(
                 place, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut
             )
         )
 
-    def drop(self, place: Location, reason: str, detail: str = "", *, is_fault: bool = True, tokens: int = 0) -> None:
-        """Counts a row that is not trained on."""
-        self.totals.rows += 1
-        self._meet(RowOutcome(place, DROPPED, reason, detail, is_fault=is_fault, tokens=tokens))
+    def drop(self, place: Location, reason: str, detail: str = "", *, is_invalid: bool = True, tokens: int = 0) -> None:
+        """Count a row that is not trained on."""
+        self.counts.rows += 1
+        self._record(RowOutcome(place, DROPPED, reason, detail, is_invalid=is_invalid, tokens=tokens))
 
-    def _meet(self, fate: RowOutcome) -> None:
-        self.fates.append(fate)
-        self.totals.count(fate)
+    def _record(self, row: RowOutcome) -> None:
+        self.outcomes.append(row)
+        self.counts.count(row)
 
-    def note(self, what: str, count: int = 1) -> None:
-        """Counts something worth knowing that costs no row."""
+    def warn(self, warning: str, count: int = 1) -> None:
+        """Count rows with a property worth knowing that does not cost them their place."""
         if count:
-            self.totals.noticed[what] += count
+            self.counts.warnings[warning] += count
 
     def add(self, other: SplitStatistics) -> None:
-        """Takes up the fates of further rows."""
-        self.totals.add(other.totals)
-        self.fates += other.fates
+        """Add the statistics of further rows of the same split."""
+        self.counts.add(other.counts)
+        self.outcomes += other.outcomes
 
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics as JSON types, for `from_state_dict`."""
+        return {"counts": self.counts.state_dict(), "outcomes": [asdict(row) for row in self.outcomes]}
 
-def raise_bad_rows(problems: Sequence[Problem]) -> None:
-    """Nothing without problems.
-
-    Raises:
-        DataError: the first ten, and how many there are.
-    """
-    if not problems:
-        return
-    shown = list(problems[:SHOWN])
-    rest = len(problems) - len(shown)
-    more = f"{counted(len(problems), 'bad row')}" + (f", the first {SHOWN} shown" if rest else "")
-    shown.append(Problem(f"{more}. Set data_conf.on_bad_row: skip to leave bad rows out, counted."))
-    raise DataError(shown)
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> SplitStatistics:
+        """The statistics that `state_dict` describes; the names of earlier versions are understood."""
+        counts, outcomes = state.get("counts") or state["totals"], state.get("outcomes", state.get("fates"))  # old name
+        return cls(RowCounts.from_state_dict(counts), [outcome_of(row) for row in outcomes or ()])
 
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """The ledgers of all parts of the data."""
+    """The statistics of all splits."""
 
-    parts: tuple[SplitStatistics, ...]
+    splits: tuple[SplitStatistics, ...]
 
     def lines(self) -> list[str]:
-        """The ledgers for people, line by line."""
-        return [line for part in self.parts for line in part.totals.lines()]
+        """The statistics as text for the console."""
+        return [line for split in self.splits for line in split.counts.lines()]
 
     def report(self) -> list[dict[str, Any]]:
-        """The ledgers for machines; JSON types only."""
-        return [part.totals.report() for part in self.parts]
+        """The statistics as JSON types."""
+        return [split.counts.report() for split in self.splits]
 
     def check(self, max_lost_fraction: float) -> None:
-        """Nothing, when enough rows of each part are left.
-
-        Raises:
-            DataError: a part has no row left, or lost more than `max_lost_fraction` of its rows to faults.
-        """
-        for part in self.parts:
-            part.totals.check(max_lost_fraction)
+        """Raise DataError if a split has no row left, or if more than `max_lost_fraction` of its rows are invalid."""
+        for split in self.splits:
+            split.counts.check(max_lost_fraction)
 
     def write(self, directory: str | Path) -> None:
-        """`data_report.json` with all counts, and `rejects.jsonl` with each row that was cut or dropped."""
+        """Write `data_report.json` with all counts and `rejects.jsonl` with each truncated or dropped row."""
         write_report(Path(directory), self.report())
-        _write_whole(
-            Path(directory) / REJECTS_NAME, "".join(line for part in self.parts for line in reject_lines(part))
+        _write_atomically(
+            Path(directory) / REJECTS_NAME, "".join(line for split in self.splits for line in reject_lines(split))
         )
 
 
+def raise_bad_rows(problems: Sequence[Problem]) -> None:
+    """Raise DataError with the first problems and their number, if there are any."""
+    if not problems:
+        return
+    shown = list(problems[:MAX_SHOWN])
+    rest = len(problems) - len(shown)
+    summary = f"{counted(len(problems), 'bad row')}" + (f", the first {MAX_SHOWN} shown" if rest else "")
+    shown.append(Problem(f"{summary}. Set data_conf.on_bad_row: skip to drop and count bad rows."))
+    raise DataError(shown)
+
+
 def write_report(folder: Path, report: list[dict[str, Any]]) -> None:
-    """`data_report.json`, whole."""
-    _write_whole(folder / "data_report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    """Write `data_report.json` atomically."""
+    _write_atomically(folder / REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def reject_lines(part: SplitStatistics) -> Iterator[str]:
-    """The lines of `rejects.jsonl` on the rows of a part that were cut or dropped."""
-    for fate in part.fates:
+def reject_lines(split: SplitStatistics) -> Iterator[str]:
+    """The lines of `rejects.jsonl` for the rows of a split that were truncated or dropped."""
+    for row in split.outcomes:
         values = {
-            "file": fate.place.file,
-            "line": fate.place.line,
-            "key": fate.place.key,
-            "part": part.part,
-            "fate": fate.what,
-            "reason": fate.reason,
-            "detail": fate.detail,
-            "tokens": fate.tokens,
-            "tokens_cut": fate.tokens_cut,
-            "fault": fate.is_fault,
+            "file": row.place.file,
+            "line": row.place.line,
+            "key": row.place.key,
+            "split": split.split,
+            "outcome": row.outcome,
+            "reason": row.reason,
+            "detail": row.detail,
+            "tokens": row.tokens,
+            "tokens_cut": row.tokens_cut,
+            "invalid": row.is_invalid,
         }
-        told = {key: one for key, one in values.items() if one not in (None, "", 0)}
-        yield json.dumps(told, ensure_ascii=False) + "\n"
+        known = {key: value for key, value in values.items() if value not in (None, "", 0)}
+        yield json.dumps(known, ensure_ascii=False) + "\n"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.partial")
     with open(staging, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(staging, path)
+
+
+@dataclass(frozen=True)
+class PaddingStats:
+    """How full the batches of a run are: padded, padding-free and packed."""
+
+    rows: int
+    packs: int | None
+    """Number of packs; None where rows are not packed."""
+    filled: float | None
+    """Share of the packs' capacity that is used."""
+    padded: float
+    """Share of tokens that are not padding in random batches that are padded to their longest row."""
+
+    def __str__(self) -> str:
+        if self.packs is None:
+            return f"padding-free; padding would be {1 - self.padded:.0%} of a padded batch"
+        packs = f"{self.rows:,} rows in {self.packs:,} packs, {self.filled:.1%} full"
+        return f"{packs}; padding would be {1 - self.padded:.0%} of a padded batch"
+
+
+def padding_stats(dataset: datasets.Dataset, capacity: int, batch_size: int) -> PaddingStats:
+    """Statistics for batches of `batch_size` rows; `capacity` is that of packs."""
+    lengths = row_lengths(dataset)
+    packed = "lengths" in dataset.column_names
+    filled = float(lengths.sum() / (len(dataset) * capacity)) if packed else None
+    return PaddingStats(len(lengths), len(dataset) if packed else None, filled, _padded_share(lengths, batch_size))
+
+
+def _padded_share(lengths: np.ndarray, batch_size: int) -> float:
+    order = np.random.default_rng(0).permutation(len(lengths))
+    starts = np.arange(0, len(lengths), batch_size)
+    longest = np.maximum.reduceat(lengths[order], starts)
+    sizes = np.diff(np.append(starts, len(lengths)))
+    return float(lengths.sum() / (longest * sizes).sum())

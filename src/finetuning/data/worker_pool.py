@@ -1,4 +1,4 @@
-"""Processes that share the work on batches, each with its own copy of what was learned before they were started."""
+"""A pool of forked worker processes. Each has its own copy of what the parent had computed before the fork."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from finetuning.errors import FinetuningError, InternalError, Problem
 
 _THREADS = "TOKENIZERS_PARALLELISM"
 _AHEAD = 2
-"""Batches in work or waiting for their turn, for each process."""
+"""Batches in flight per process."""
 
 
-def usable_workers(wanted: int) -> int:
-    """How many processes can share work here: no more than there are cores, and one where a process cannot be cloned
-    safely."""
+def usable_workers(requested: int) -> int:
+    """How many worker processes to use: at most one per core, and 1 where forking is not safe."""
     if not sys.platform.startswith("linux") or multiprocessing.current_process().daemon:
         return 1
-    return max(1, min(wanted, len(os.sched_getaffinity(0))))
+    return max(1, min(requested, len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,21 @@ class _Failed:
 
 
 class WorkerPool:
-    """Clones of this process that do one thing each to the batches that they are given."""
+    """Forked copies of this process, each applying `work` to batches."""
 
     def __init__(self, work: Callable[[Any], Any], count: int):
-        """`work` and all that it holds are copied as they are now; what it takes and gives is pickled."""
+        """`work` is inherited through the fork with everything that it refers to; batches and results are pickled."""
         context = multiprocessing.get_context("fork")
         self._processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
         with _single_threaded_tokenizers():
             for _ in range(count):
-                ours, theirs = context.Pipe()
+                parent_end, child_end = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(work, theirs, [*self._processes, ours]), name="prepare", daemon=True
+                    target=_serve, args=(work, child_end, [*self._processes, parent_end]), name="prepare", daemon=True
                 )
                 process.start()
-                theirs.close()
-                self._processes[ours] = process
+                child_end.close()
+                self._processes[parent_end] = process
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -66,33 +65,33 @@ class WorkerPool:
             process.join()
 
     def map(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """What became of each batch, in order.
+        """The result of each batch, in order.
 
         Raises:
-            FinetuningError: what `work` raised; InternalError where a process died.
+            FinetuningError: raised by `work`, or InternalError if a process died.
         """
-        waiting = iter(batches)
+        pending = iter(batches)
         idle, busy, done = list(self._processes), dict[Connection, int](), dict[int, Any]()
-        sent = given = 0
-        is_more = True
-        while is_more or busy or done:
-            while is_more and idle and sent - given < _AHEAD * len(self._processes):
-                batch = next(waiting, None)
-                is_more = batch is not None
-                if is_more:
+        sent = yielded = 0
+        has_more = True
+        while has_more or busy or done:
+            while has_more and idle and sent - yielded < _AHEAD * len(self._processes):
+                batch = next(pending, None)
+                has_more = batch is not None
+                if has_more:
                     pipe = idle.pop()
                     self._exchange(pipe, pipe.send, batch)
                     busy[pipe] = sent
                     sent += 1
-            if given in done:
-                yield done.pop(given)
-                given += 1
+            if yielded in done:
+                yield done.pop(yielded)
+                yielded += 1
                 continue
             for pipe in wait(list(busy)):
-                answer = self._exchange(pipe, pipe.recv)
-                if isinstance(answer, _Failed):
-                    raise answer.kind(answer.problems)
-                done[busy.pop(pipe)] = answer
+                result = self._exchange(pipe, pipe.recv)
+                if isinstance(result, _Failed):
+                    raise result.kind(result.problems)
+                done[busy.pop(pipe)] = result
                 idle.append(pipe)
 
     def _exchange(self, pipe: Any, step: Callable[..., Any], *values: Any) -> Any:
@@ -102,27 +101,29 @@ class WorkerPool:
             process = self._processes[pipe]
             process.join()
             code = process.exitcode
-            why = "was killed, for want of memory perhaps" if code == -signal.SIGKILL else f"ended with {code}"
-            raise InternalError(f"a process that prepares rows {why}") from None
+            reason = "was killed, possibly out of memory" if code == -signal.SIGKILL else f"exited with code {code}"
+            raise InternalError(f"a data worker process {reason}") from None
 
 
 def _serve(work: Callable[[Any], Any], pipe: Connection, others: Sequence[Connection]) -> None:
-    """Answers until the other end of the pipe is closed, which happens also when the first process is killed."""
-    for one in others:
-        one.close()
+    """Serve batches until the other end of the pipe is closed, which also happens when the parent is killed."""
+    # Inherited ends of the other pipes would keep them open after the parent has gone.
+    for connection in others:
+        connection.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Collecting touches every inherited object, which would copy its memory page.
     gc.freeze()
     gc.disable()
     try:
         while True:
             batch = pipe.recv()
             try:
-                answer = work(batch)
+                result = work(batch)
             except FinetuningError as error:
-                answer = _Failed(type(error), error.problems)
-            pipe.send(answer)
-            del batch, answer
+                result = _Failed(type(error), error.problems)
+            pipe.send(result)
+            del batch, result
             gc.collect()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
@@ -130,7 +131,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection, others: Sequence[Connec
 
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
-    """Tells the tokenizers of clones that they have no threads, which a clone does not inherit."""
+    """Switch off the tokenizers' thread pool in forked processes, which do not inherit its threads."""
     before = os.environ.get(_THREADS)
     os.environ[_THREADS] = "false"
     try:

@@ -257,7 +257,7 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = record.get("data") or {}
     told = [
-        (f"{part['part']} rows", f"{part['kept']:,} of {part['rows']:,} kept, {part['tokens']:,} tokens")
+        (f"{part['split']} rows", f"{part['kept']:,} of {part['rows']:,} kept, {part['tokens']:,} tokens")
         for part in data.get("statistics") or []
     ]
     return [*told, ("fingerprint", str(data.get("fingerprint") or ""))]

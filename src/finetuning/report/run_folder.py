@@ -123,6 +123,7 @@ _RENAMED_NESTED_KEYS = {
     "data": {"ledger": "statistics"},  # old name
     "memory": {"divisions": "oom_retries"},
 }
+_RENAMED_STATISTICS_KEYS = {"part": "split", "lost_to_faults": "invalid_rows", "noticed": "warnings"}
 _MOST_BYTES = 2_000_000
 _HEAD = re.compile(r"^--- (?P<head>.*: \d+ tokens, \d+ trained.*)$", re.MULTILINE)
 _MARK = re.compile("([⟦⟧])")
@@ -215,6 +216,10 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
     for section, renamed in _RENAMED_NESTED_KEYS.items():
         if isinstance(record.get(section), dict):
             record[section] = _rename_keys(record[section], renamed)
+    data = record.get("data")
+    if isinstance(data, dict) and isinstance(data.get("statistics"), list):
+        splits = [_rename_keys(split, _RENAMED_STATISTICS_KEYS) for split in data["statistics"]]
+        record["data"] = {**data, "statistics": splits}
     return record
 
 

@@ -153,7 +153,7 @@ def _longest(dataset: datasets.Dataset) -> int | None:
     """Most tokens of a row: of a prompt with its longer answer; None for rows without tokens of their own."""
     import numpy as np
 
-    from finetuning.data.packing import row_lengths
+    from finetuning.data.arrow import row_lengths
 
     if "input_ids" in dataset.column_names:
         return int(row_lengths(dataset).max())

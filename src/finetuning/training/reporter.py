@@ -139,14 +139,14 @@ class RunReporter:
     def prepared(self, data: PreparedData) -> None:
         """The rows are ready: their fates and the first of them are written into the output directory."""
         self._lines.append(SummaryLine("prepared rows", data.origin))
-        for line in data.ledger.lines():
+        for line in data.statistics.lines():
             label, _, value = line.partition(": ")
             is_part = value and not line.startswith(" ")
             self._lines.append(SummaryLine(f"{label} rows", value) if is_part else SummaryLine("", line.strip()))
         if self._is_main:
             from finetuning.data.preview import to_text
 
-            data.ledger.write(self._output_dir)
+            data.statistics.write(self._output_dir)
             (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview[:_SHOWN_ROWS]), encoding="utf-8")
             self._tracked.rows(data, [self._output_dir / name for name in (PREVIEW_NAME, "data_report.json")])
 

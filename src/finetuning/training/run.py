@@ -58,7 +58,7 @@ def run_inputs(
 
 def data_record(data: PreparedData) -> dict[str, Any]:
     """The rows for the record, as far as they are known by now."""
-    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "statistics": data.ledger.report()}
+    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "statistics": data.statistics.report()}
 
 
 def log_model_summary(
@@ -76,7 +76,7 @@ def log_model_summary(
         label, _, value = note.partition(": ") if ": " in note else ("", "", note)
         job.observer.told(label, value)
     if job.method.lays_end_to_end and data.rows is not None:
-        from finetuning.data.packing import padding_stats
+        from finetuning.data.statistics import padding_stats
 
         longest = job.experiment.sft_args.max_seq_length
         job.observer.told("tokens", str(padding_stats(data.train, longest, plan.batch.per_device)))

@@ -155,8 +155,8 @@ def datasets_of(experiment: Experiment, data: PreparedData) -> list[dict[str, st
     sources["validation"] = [source.path for source in getattr(config.validation_data, "datasets", [])]
     columns = {"training": data.train, "validation": data.validation}
     told = []
-    for part in data.ledger.report():
-        context = part["part"]
+    for part in data.statistics.report():
+        context = part["split"]
         paths = sources.get(context) or sources["training"]
         rows = columns.get(context)
         profile = {"num_rows": part["kept"], "num_rows_read": part["rows"], "num_tokens": part["tokens"]}

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetuning.data.chat.markers import SIGNS, MaskNotFound
-from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
+from finetuning.data.chat.template import SIGNS, TemplateRenderer, TemplateRenderError
+from finetuning.data.samples import MaskNotFound
 
 _TALK = [
     {"role": "user", "content": "first"},

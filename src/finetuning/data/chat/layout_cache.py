@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from finetuning.data.chat.markers import BEGINS_DIFFERENTLY, HOLDS_MORE, MaskedText, Span
 from finetuning.data.chat.template import TemplateRenderer
-from finetuning.data.samples import Conversation
+from finetuning.data.samples import BEGINS_DIFFERENTLY, HOLDS_MORE, Conversation, MaskedText, Span
 
 Key = tuple[tuple[str, ...], tuple[int, ...]]
 """The roles of a conversation and the turns to train on."""
@@ -31,7 +30,7 @@ class _Layout:
     heads: tuple[str, ...]
     unsaid: tuple[tuple[int, str], ...]
     """Of some messages, what they do not begin with."""
-    notes: frozenset[str]
+    warnings: frozenset[str]
 
     @cached_property
     def borders(self) -> tuple[tuple[int, int, int], ...]:
@@ -96,7 +95,7 @@ class LayoutCache:
         than the turn begins with, such as <think>, is that of contents that do not begin with the rest of the prompt.
         A turn of which the template leaves out a part says nothing about others.
         """
-        if key is None or not found.notes <= _SHOWN_BY_ONE:
+        if key is None or not found.warnings <= _SHOWN_BY_ONE:
             return
         if key not in self._known and len(self._known) >= _MOST_SHAPES:
             return
@@ -113,7 +112,7 @@ class LayoutCache:
         if spans is not None:
             heads = tuple(pieces[turn][: len(pieces[turn]) - before] for turn, before, _ in spans)
             unsaid = tuple((turn, text) for (turn, _, _), text in zip(spans, found.unsaid, strict=True) if text)
-            self._known[key] = _Layout(pieces, spans, heads, unsaid, found.notes)
+            self._known[key] = _Layout(pieces, spans, heads, unsaid, found.warnings)
 
 
 def _contents(conversation: Conversation) -> list[str]:
@@ -130,7 +129,7 @@ def _fill(shape: _Layout, conversation: Conversation) -> MaskedText | None:
         return None
     ends = [0, *accumulate(map(len, contents))]
     spans = tuple([(ends[turn] + start, ends[turn + 1] + end) for turn, start, end in shape.borders])
-    return MaskedText("".join(parts), spans, "shape", shape.notes, shape.heads)
+    return MaskedText("".join(parts), spans, "shape", shape.warnings, shape.heads)
 
 
 def _between(text: str, places: Sequence[Span]) -> tuple[str, ...]:

@@ -16,21 +16,18 @@ from typing import Any
 
 from finetuning.data.chat.end_of_turn import EndOfTurn, EndOfTurnFinder
 from finetuning.data.chat.layout_cache import Key, LayoutCache
-from finetuning.data.chat.markers import (
+from finetuning.data.chat.template import NO_SIGNS, Markers, StrippedText, TemplateRenderer, TemplateRenderError
+from finetuning.data.samples import (
     BEGINS_DIFFERENTLY,
     HOLDS_MORE,
-    NO_SIGNS,
-    NOT_TAKEN,
-    Markers,
+    RENDER_ERROR,
+    Conversation,
     MaskedText,
     MaskError,
     MaskNotFound,
+    Message,
     Span,
-    StrippedText,
-    holds_all,
 )
-from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
-from finetuning.data.samples import Conversation, Message
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ class AssistantMaskBuilder:
         ]
         rendered = self._renderer.texts(marked)
         return [
-            (MaskError(f"{NOT_TAKEN}: {text}"), None)
+            (MaskError(f"{RENDER_ERROR}: {text}"), None)
             if isinstance(text, TemplateRenderError)
             else self._find(_Attempted(*one), wanted)
             for one, text, wanted in zip(
@@ -138,10 +135,10 @@ class AssistantMaskBuilder:
             if view.whole.text != tried.text:
                 continue
             try:
-                spans, notes, unsaid = self._all_spans(view, turns)
+                spans, warnings, unsaid = self._all_spans(view, turns)
                 shown = view.whole.positions if name == "marks" else None
                 ends = shown and [shown.get(view.signs.closing(one)) for one in range(len(view.marked))]
-                return MaskedText(tried.text, spans, name, notes, unsaid=unsaid), ends
+                return MaskedText(tried.text, spans, name, warnings, unsaid=unsaid), ends
             except MaskNotFound as error:
                 failure = failure or MaskError(str(error), error.turn)
         if self._renderer.has_marks:
@@ -169,18 +166,18 @@ class AssistantMaskBuilder:
         """The span of each turn, notes on them, and what each turn does not say of its prompt."""
         spans: list[Span] = []
         unsaid: list[str] = []
-        notes: set[str] = set()
+        warnings: set[str] = set()
         for turn in turns:
-            start, rest = self._start(view, turn, notes)
+            start, rest = self._start(view, turn, warnings)
             end = self._end(view, turn, start)
             if start < (spans[-1][1] if spans else 0) or end <= start:
                 raise MaskNotFound("its text overlaps the turn before it", turn)
-            self._check_inside(view, turn, (start, end), notes)
+            self._check_inside(view, turn, (start, end), warnings)
             spans.append((start, end))
             unsaid.append(rest)
-        return tuple(spans), frozenset(notes), tuple(unsaid)
+        return tuple(spans), frozenset(warnings), tuple(unsaid)
 
-    def _start(self, view: _View, turn: int, notes: set[str]) -> tuple[int, str]:
+    def _start(self, view: _View, turn: int, warnings: set[str]) -> tuple[int, str]:
         """The position at which the model begins to write the turn, and what of its prompt the turn does not say."""
         position, tail = self._prompt_tail(view, turn)
         limit = view.whole.positions.get(view.signs.opening(turn))
@@ -188,12 +185,12 @@ class AssistantMaskBuilder:
             return position + len(tail), ""
         before = view.whole.text[position:limit]
         if limit is not None and tail.startswith(before):
-            notes.add(HOLDS_MORE)
+            warnings.add(HOLDS_MORE)
             return limit, tail[len(before) :]
         shared = self._shared_tokens(tail, before)
         if shared <= len(tail) - len(self._endings.generation_prompt):
             raise MaskNotFound("the text before it is not what the template prompts the model with", turn)
-        notes.add(BEGINS_DIFFERENTLY)
+        warnings.add(BEGINS_DIFFERENTLY)
         return position + shared, ""
 
     def _prompt_tail(self, view: _View, turn: int) -> tuple[int, str]:
@@ -293,7 +290,7 @@ class AssistantMaskBuilder:
         return position + len(ending.text)
 
     @staticmethod
-    def _check_inside(view: _View, turn: int, span: Span, notes: set[str]) -> None:
+    def _check_inside(view: _View, turn: int, span: Span, warnings: set[str]) -> None:
         """Nothing of another message lies in the span, and what the message says does."""
         start, end = span
         positions = view.whole.positions
@@ -303,7 +300,7 @@ class AssistantMaskBuilder:
         # A generation prompt can hold the first words of an answer, such as an opening <think>.
         text = view.whole.text[min(start, positions.get(view.signs.opening(turn), start)) : end]
         if not holds_all(view.conversation.messages[turn], text, turn):
-            notes.add("the template leaves out a part of a turn")
+            warnings.add("the template leaves out a part of a turn")
 
     def _by_template(
         self, conversation: Conversation, text: str, turns: Sequence[int], failure: MaskError | None
@@ -316,7 +313,7 @@ class AssistantMaskBuilder:
         if len(marks) != len(turns):
             return failure or MaskError(f"the template marks {len(marks)} turns of {len(turns)}")
         spans = []
-        notes = set()
+        warnings = set()
         for turn, (first, last) in zip(turns, marks, strict=True):
             end = first + len(text[first:last].rstrip())
             start = first + self._shared_tokens(self._endings.generation_prompt, text[first:end])
@@ -324,8 +321,26 @@ class AssistantMaskBuilder:
                 return failure or MaskError("the template's own marks leave out the end of a turn", turn)
             try:
                 if not holds_all(conversation.messages[turn], text[start:end], turn):
-                    notes.add("the template leaves out a part of a turn")
+                    warnings.add("the template leaves out a part of a turn")
             except MaskNotFound as error:
                 return MaskError(str(error), turn)
             spans.append((start, end))
-        return MaskedText(text, tuple(spans), "template", frozenset(notes))
+        return MaskedText(text, tuple(spans), "template", frozenset(warnings))
+
+
+def holds_all(message: Message, text: str, turn: int) -> bool:
+    """Whether a turn's text holds all that the message says; False when it leaves out what came before an answer.
+
+    Raises:
+        NotShown: the answer itself is not there, or a tool call.
+    """
+    names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    if any(name not in text for name in names):
+        raise MaskNotFound("the template leaves out its tool calls", turn)
+    content = (message.get("content") or "").strip()
+    if not content or content in text:
+        return True
+    answer = content.rpartition("</think>")[2].strip()
+    if answer and answer not in text and not names:
+        raise MaskNotFound("the template leaves out its content", turn)
+    return False

@@ -1,4 +1,4 @@
-"""The shapes that rows come in: one file each, and one line here."""
+"""The table of row formats."""
 
 from __future__ import annotations
 
@@ -26,20 +26,9 @@ FORMATS: dict[str, RowFormat] = {
     "prompt": PROMPT,
 }
 KINDS: dict[str, tuple[RowFormat, ...]] = {
-    "sft": tuple(
-        FORMATS[name]
-        for name in (
-            "messages",
-            "tokens",
-            "prompt_completion",
-            "alpaca",
-            "input_output",
-            "text",
-            "response_template",
-        )
-    ),
+    "sft": (MESSAGES, TOKENS, PROMPT_COMPLETION, ALPACA, INPUT_OUTPUT, TEXT, RESPONSE_TEMPLATE),
     "preference": (PREFERENCE, CHOSEN_REJECTED),
     "unpaired": (UNPAIRED, COMPLETION_LABEL, CHOSEN_REJECTED_PAIR),
     "prompt": (PROMPT,),
 }
-"""What each kind of training takes, in the order in which the formats are tried; the first is named where none fits."""
+"""The formats of each kind of method, in the order in which they are tried; messages name the first if none fits."""

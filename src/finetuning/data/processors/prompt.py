@@ -1,4 +1,4 @@
-"""Prompts to the token ids that the model continues, with what rewards are told about them."""
+"""Prompts for GRPO to `prompt_ids`, with the columns that reward functions read."""
 
 from __future__ import annotations
 
@@ -8,61 +8,67 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from finetuning.data.chat.markers import MaskError
 from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
-from finetuning.data.processors.base import DroppedSample, RowWarnings, TokenizedSample, unverified_mask
-from finetuning.data.samples import Prompt
-from finetuning.data.statistics import TOO_LONG
-from finetuning.data.tokenization.labels import LabelBuilder
+from finetuning.data.processors.base import (
+    DroppedSample,
+    MessageWarnings,
+    TokenizedSample,
+    too_long,
+    unverified_mask,
+)
+from finetuning.data.samples import RENDER_ERROR, MaskError, Prompt
+from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
 
 @dataclass
 class PromptProcessor:
-    """Prompts to `prompt_ids` and `row`, the prompt's messages and the row's columns as JSON text.
+    """Prompts to `prompt_ids` and `row`, the prompt's messages and the row's columns as JSON.
 
-    Other columns may hold anything, and differ from row to row, which no table of typed columns could.
+    The columns are JSON because they may hold anything and differ from row to row, which a typed table cannot.
     """
 
     renderer: TemplateRenderer
-    labeller: LabelBuilder
+    label_builder: LabelBuilder
     max_length: int | None
-    needed: Mapping[str, str]
-    """Columns that a row must have, each with what needs it."""
-    notices: RowWarnings = field(init=False)
+    required_columns: Mapping[str, str]
+    """Columns that every row must have, each with what needs it."""
+    warnings: MessageWarnings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.notices = RowWarnings(self.renderer.special_tokens)
+        self.warnings = MessageWarnings(self.renderer.special_tokens)
 
     def __call__(self, rows: Sequence[Prompt]) -> list[TokenizedSample | DroppedSample]:
         rendered = [self._render(row) for row in rows]
-        texts = [one for one in rendered if isinstance(one, str)]
-        tokenised = iter(self.labeller.encode(texts, [None] * len(texts)))
+        texts = [text for text in rendered if isinstance(text, str)]
+        tokenized = iter(self.label_builder.encode(texts, [None] * len(texts)))
         return [
-            one if isinstance(one, DroppedSample) else self._finish(row, one, next(tokenised).ids)
-            for row, one in zip(rows, rendered, strict=True)
+            result if isinstance(result, DroppedSample) else self._finish(row, result, next(tokenized))
+            for row, result in zip(rows, rendered, strict=True)
         ]
 
     def _render(self, row: Prompt) -> str | DroppedSample:
-        for column, reason in self.needed.items():
+        for column, reason in self.required_columns.items():
             if row.columns.get(column) is None:
-                found = ", ".join(row.columns) or "none beside the prompt"
+                columns = ", ".join(row.columns) or "none besides the prompt"
                 return DroppedSample(
-                    "bad row", f"no {column}, which {reason} needs; its columns are: {found}", is_bad=True
+                    "bad row", f"no {column}, which {reason} needs; its columns: {columns}", is_bad=True
                 )
         try:
             return self.renderer.text(row.messages, prompt=True, tools=row.tools, kwargs=row.template_kwargs)
         except TemplateRenderError as error:
-            return unverified_mask(MaskError(f"the chat template does not take this conversation: {error}"))
+            return unverified_mask(MaskError(f"{RENDER_ERROR}: {error}"))
 
-    def _finish(self, row: Prompt, text: str, ids: np.ndarray) -> TokenizedSample | DroppedSample:
+    def _finish(self, row: Prompt, text: str, tokens: TokenizedText | MaskError) -> TokenizedSample | DroppedSample:
+        if isinstance(tokens, MaskError):
+            return unverified_mask(tokens)
+        ids: np.ndarray = tokens.ids
         if self.max_length is not None and len(ids) > self.max_length:
-            detail = f"{len(ids)} tokens, the limit is {self.max_length}"
-            return DroppedSample(TOO_LONG, detail, is_fault=False, tokens=len(ids))
-        told = {"prompt": row.messages, "columns": row.columns}
+            return too_long(len(ids), self.max_length)
+        values = {"prompt": row.messages, "columns": row.columns}
         return TokenizedSample(
-            columns={"prompt_ids": ids, "row": json.dumps(told, ensure_ascii=False)},
+            columns={"prompt_ids": ids, "row": json.dumps(values, ensure_ascii=False)},
             tokens=len(ids),
             trained=0,
             text=text,
-            notes=frozenset(self.notices(row.messages)),
+            warnings=frozenset(self.warnings(row.messages)),
         )

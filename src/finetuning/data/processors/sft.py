@@ -1,68 +1,145 @@
-"""What supervised fine-tuning trains on, whatever its rows are: chats, texts and ready tokens, side by side."""
+"""Rows of supervised fine-tuning to `input_ids` and `labels`: chats, plain texts and tokenized rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from finetuning.data.chat.markers import MaskError
+from finetuning.data.chat.loss_mask import AssistantMaskBuilder
+from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.processors.base import ChatProcessor, DroppedSample, TokenizedSample, truncate
-from finetuning.data.samples import Conversation, Text, TokenIds
-from finetuning.data.statistics import TOO_LONG
+from finetuning.data.processors.base import (
+    NO_ANSWER,
+    DroppedSample,
+    MessageWarnings,
+    TokenizedSample,
+    too_long,
+    truncate,
+    unverified_mask,
+)
+from finetuning.data.samples import RENDER_ERROR, Conversation, MaskedText, MaskError, Text, TokenIds
 from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
-PIECE = "a piece of a text that is longer than a row may be"
-NO_WORDS = "a completion without words"
+NO_TURN_SELECTED = "no assistant message is selected for training"
+SPLIT_TEXT = "part of a text that was split at max_seq_length"
+EMPTY_COMPLETION = "a completion without text"
+
+
+@dataclass
+class ChatProcessor:
+    """Conversations to `input_ids` and `labels`; the labels are -100 where no loss is taken."""
+
+    renderer: TemplateRenderer
+    mask_builder: AssistantMaskBuilder
+    label_builder: LabelBuilder
+    max_length: int
+    truncate: bool
+    completions_only: bool
+    warnings: MessageWarnings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.warnings = MessageWarnings(self.renderer.special_tokens)
+
+    def __call__(self, rows: Sequence[Conversation]) -> list[TokenizedSample | DroppedSample]:
+        turns = [self._turns(row) for row in rows]
+        rendered = self._render(rows, turns)
+        masked = [
+            (result, row_turns)
+            for result, row_turns in zip(rendered, turns, strict=True)
+            if isinstance(result, MaskedText)
+        ]
+        spans = [None if row_turns is None else result.spans for result, row_turns in masked]
+        heads = [result.heads for result, _ in masked]
+        tokenized = iter(self.label_builder.encode([result.text for result, _ in masked], spans, heads))
+        warnings = self.warnings.of_batch([row.messages for row in rows])
+        return [
+            result if isinstance(result, DroppedSample) else self._finish(row, result, next(tokenized), row_warnings)
+            for row, result, row_warnings in zip(rows, rendered, warnings, strict=True)
+        ]
+
+    def _turns(self, row: Conversation) -> Sequence[int] | None:
+        """Indices of the messages to train on; None to train on the whole text."""
+        if row.turns == "all" or (row.turns is None and not self.completions_only):
+            return None
+        if row.turns is not None:
+            return row.turns
+        return [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+
+    def _render(
+        self, rows: Sequence[Conversation], turns: Sequence[Sequence[int] | None]
+    ) -> list[MaskedText | DroppedSample]:
+        with_turns = [(row, selected) for row, selected in zip(rows, turns, strict=True) if selected is not None]
+        masked = iter(self.mask_builder.find_turns(*map(list, zip(*with_turns, strict=True))) if with_turns else ())
+        whole = [row for row, selected in zip(rows, turns, strict=True) if selected is None]
+        texts = iter(self.mask_builder.texts(whole))
+        results = [_whole_text(next(texts)) if selected is None else next(masked) for selected in turns]
+        return [unverified_mask(result) if isinstance(result, MaskError) else result for result in results]
+
+    def _finish(
+        self, row: Conversation, masked: MaskedText, tokens: TokenizedText | MaskError, warnings: Collection[str]
+    ) -> TokenizedSample | DroppedSample:
+        if isinstance(tokens, MaskError):
+            return unverified_mask(tokens)
+        sample = truncate(tokens, self.max_length, self.truncate, masked.text, masked.warnings.union(warnings))
+        if isinstance(sample, DroppedSample) and sample.detail == NO_ANSWER:
+            has_answer = any(message["role"] == "assistant" for message in row.messages)
+            return replace(sample, detail=NO_TURN_SELECTED) if has_answer else sample
+        if isinstance(sample, TokenizedSample) and sample.answer_cut and row.messages[-1]["role"] != "assistant":
+            return replace(sample, answer_cut=False)
+        return sample
+
+
+def _whole_text(text: str | TemplateRenderError) -> MaskedText | MaskError:
+    return MaskedText(text, (), "everything") if isinstance(text, str) else MaskError(f"{RENDER_ERROR}: {text}")
 
 
 @dataclass
 class SFTProcessor:
-    """Chats, texts and ready tokens to `input_ids` and `labels`; -100 labels what is not trained."""
+    """Chats, texts and token ids to `input_ids` and `labels`; the labels are -100 where no loss is taken."""
 
-    make_chats: Callable[[], ChatProcessor]
-    """Called when the first chat comes by: texts and tokens need no chat template."""
-    labeller: LabelBuilder
+    make_chat_processor: Callable[[], ChatProcessor]
+    """Called at the first chat: texts and token ids need no chat template."""
+    label_builder: LabelBuilder
     eos: str | None
-    vocabulary: int
+    vocab_size: int
     max_length: int
     truncate: bool
 
-    def __call__(self, rows: Sequence[Any]) -> list[TokenizedSample | DroppedSample]:
-        made: list[TokenizedSample | DroppedSample | None] = [None] * len(rows)
-        for kind, make in ((Conversation, self._chats), (Text, self._texts), (TokenIds, self._ready)):
-            places = [index for index, row in enumerate(rows) if isinstance(row, kind)]
-            if places:
-                for index, one in zip(places, make([rows[index] for index in places]), strict=True):
-                    made[index] = one
-        return [one for one in made if one is not None]
-
-    def _chats(self, rows: Sequence[Conversation]) -> list[TokenizedSample | DroppedSample]:
-        return self._chat_maker(rows)
+    def __call__(self, rows: Sequence[Conversation | Text | TokenIds]) -> list[TokenizedSample | DroppedSample]:
+        # A batch may mix kinds of rows. Each kind is processed as a whole, and put back into the order of the rows.
+        results: dict[int, TokenizedSample | DroppedSample] = {}
+        chats = {index: row for index, row in enumerate(rows) if isinstance(row, Conversation)}
+        texts = {index: row for index, row in enumerate(rows) if isinstance(row, Text)}
+        token_ids = {index: row for index, row in enumerate(rows) if isinstance(row, TokenIds)}
+        if chats:
+            results |= zip(chats, self._chat_processor(list(chats.values())), strict=True)
+        if texts:
+            results |= zip(texts, self._texts(list(texts.values())), strict=True)
+        results |= {index: self._check_ids(row) for index, row in token_ids.items()}
+        return [results[index] for index in range(len(rows))]
 
     @cached_property
-    def _chat_maker(self) -> ChatProcessor:
-        return self.make_chats()
+    def _chat_processor(self) -> ChatProcessor:
+        return self.make_chat_processor()
 
     def _texts(self, rows: Sequence[Text]) -> list[TokenizedSample | DroppedSample]:
-        ended = [self._with_eos(row) for row in rows]
-        usable = [row for row in ended if isinstance(row, Text)]
-        tokenised = iter(self.labeller.encode([row.text for row in usable], [row.spans for row in usable]))
-        return [row if isinstance(row, DroppedSample) else self._finish(row, next(tokenised)) for row in ended]
+        with_eos = [self._with_eos(row) for row in rows]
+        usable = [row for row in with_eos if isinstance(row, Text)]
+        tokenized = iter(self.label_builder.encode([row.text for row in usable], [row.spans for row in usable]))
+        return [row if isinstance(row, DroppedSample) else self._finish(row, next(tokenized)) for row in with_eos]
 
     def _with_eos(self, row: Text) -> Text | DroppedSample:
-        """The row with the end-of-sequence token at its end, once, and in the span that reaches up to there."""
+        """Append the end-of-sequence token once, and include it in the span that reaches to the end of the text."""
         if row.fault or not row.text.strip():
             return DroppedSample("nothing to train on", row.fault or "the text is empty")
         if not row.add_eos:
             return row
         if not self.eos:
             return DroppedSample(
-                "no end of the text",
+                "no end-of-sequence token",
                 "the tokenizer has no end-of-sequence token; set add_eos_token: false",
                 is_bad=True,
             )
@@ -73,55 +150,54 @@ class SFTProcessor:
         return replace(row, text=text, spans=spans)
 
     def _finish(self, row: Text, tokens: TokenizedText | MaskError) -> TokenizedSample | DroppedSample:
-        fitted = truncate(tokens, self.max_length, self.truncate)
-        if isinstance(fitted, DroppedSample):
-            return fitted
-        notes = set(row.notes | fitted.notes)
-        words = "".join(row.text[start:end] for start, end in row.spans) if row.spans else row.text
-        if not words.removesuffix(self.eos or "").strip():
-            notes.add(NO_WORDS)
-        return replace(fitted, text=row.text, notes=frozenset(notes))
+        sample = truncate(tokens, self.max_length, self.truncate)
+        if isinstance(sample, DroppedSample):
+            return sample
+        warnings = set(row.warnings | sample.warnings)
+        trained_text = "".join(row.text[start:end] for start, end in row.spans) if row.spans else row.text
+        if not trained_text.removesuffix(self.eos or "").strip():
+            warnings.add(EMPTY_COMPLETION)
+        return replace(sample, text=row.text, warnings=frozenset(warnings))
 
-    def divide(self, rows: list[Any]) -> list[Any]:
-        """The rows, each text that is trained whole and too long as its tokens, in rows of `max_length` of them."""
+    def split_rows(self, rows: Sequence[object]) -> list[object]:
+        """Replace each text that is trained whole and is too long by rows of at most `max_length` tokens."""
         texts = {}
         for index, row in enumerate(rows):
+            # A token is at least one byte long: a text that is short in bytes need not be tokenized to know.
             if isinstance(row, Text) and row.spans is None and len(row.text.encode()) + 2 > self.max_length:
-                ended = self._with_eos(row)
-                if isinstance(ended, Text):
-                    texts[index] = ended.text
-        tokenised = dict(zip(texts, self.labeller.encode(list(texts.values()), [None] * len(texts)), strict=True))
-        divided = []
+                with_eos = self._with_eos(row)
+                if isinstance(with_eos, Text):
+                    texts[index] = with_eos.text
+        tokenized = dict(zip(texts, self.label_builder.encode(list(texts.values()), [None] * len(texts)), strict=True))
+        result: list[object] = []
         for index, row in enumerate(rows):
-            tokens = tokenised.get(index)
-            is_long = isinstance(tokens, TokenizedText) and len(tokens.ids) > self.max_length
-            divided += self._pieces(tokens.ids.tolist(), row) if is_long else (row,)
-        return divided
+            tokens = tokenized.get(index)
+            if isinstance(row, Text) and isinstance(tokens, TokenizedText) and len(tokens.ids) > self.max_length:
+                result += self._chunks(tokens.ids.tolist(), row)
+            else:
+                result.append(row)
+        return result
 
-    def _pieces(self, ids: list[int], row: Text) -> list[TokenIds]:
-        pieces = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
-        return [TokenIds(piece, piece, row.place, row.notes | {PIECE}) for piece in pieces]
-
-    def _ready(self, rows: Sequence[TokenIds]) -> list[TokenizedSample | DroppedSample]:
-        return [self._check_ids(row) for row in rows]
+    def _chunks(self, ids: list[int], row: Text) -> list[TokenIds]:
+        chunks = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
+        return [TokenIds(chunk, chunk, row.place, row.warnings | {SPLIT_TEXT}) for chunk in chunks]
 
     def _check_ids(self, row: TokenIds) -> TokenizedSample | DroppedSample:
         ids = np.array(row.input_ids, dtype=np.int64)
         labels = np.array(row.labels, dtype=np.int32)
         size = len(ids)
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
-            worst = int(ids.max() if ids.max() >= self.vocabulary else ids.min())
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            worst = int(ids.max() if ids.max() >= self.vocab_size else ids.min())
             return DroppedSample(
                 "bad row",
-                f"token {worst} is none of the tokenizer's {self.vocabulary}: prepared for another one?",
-                True,
+                f"token id {worst} is outside the tokenizer's vocabulary of {self.vocab_size}: tokenized with another"
+                " tokenizer?",
+                is_bad=True,
             )
         if not (labels != UNTRAINED).any():
             return DroppedSample("nothing to train on", "every label is -100")
         if size > self.max_length and not self.truncate:
-            return DroppedSample(
-                TOO_LONG, f"{size} tokens, the limit is {self.max_length}", is_fault=False, tokens=size
-            )
+            return too_long(size, self.max_length)
         last = int(np.flatnonzero(labels != UNTRAINED)[-1])
         ids, labels = ids[: self.max_length].astype(np.int32), labels[: self.max_length]
         trained = int(np.count_nonzero(labels != UNTRAINED))
@@ -136,5 +212,5 @@ class SFTProcessor:
             text=" ".join(map(str, row.input_ids)),
             tokens_cut=max(size - self.max_length, 0),
             answer_cut=last >= self.max_length,
-            notes=row.notes,
+            warnings=row.warnings,
         )

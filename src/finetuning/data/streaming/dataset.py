@@ -1,4 +1,4 @@
-"""Rows that are read, rendered, masked and packed while they are trained on: a corpus that does not fit."""
+"""Streaming: rows are read, tokenized and packed during training, for a corpus that does not fit on the disk."""
 
 from __future__ import annotations
 
@@ -17,83 +17,89 @@ from finetuning.data.mixing import used_datasets
 from finetuning.data.open_dataset import open_dataset, source_title
 from finetuning.data.packing import pack_rows
 from finetuning.data.preprocessor import Batch, Preprocessor, in_batches, make_batch
-from finetuning.data.statistics import RowCounts, SplitStatistics, counts_of, raise_bad_rows, values_of
+from finetuning.data.statistics import RowCounts, SplitStatistics, raise_bad_rows
 from finetuning.data.streaming.interleave import chain_datasets, interleave, shuffle_buffer
 from finetuning.data.streaming.stream_statistics import StreamStatistics
 from finetuning.errors import DataError, Location
 
-ENOUGH = 1000
-"""Rows after which the share that is lost says something."""
-_PART = "training"
+MIN_ROWS_TO_CHECK = 1000
+"""Rows after which the share of invalid rows is checked."""
+_SPLIT = "training"
 _PLACEHOLDER = {"input_ids": [0], "labels": [UNTRAINED]}
+# Names in checkpoints that earlier versions wrote.
+_OLD_STATE = {"given": "num_yielded", "left_out": "num_skipped", "rejects": "rejects_bytes", "totals": "counts"} | {
+    "passes": "epoch"
+}
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a block of rows begins: in which pass over the data, counted from 0, and after how many of its rows."""
+    """The start of a block of rows: the epoch, counted from 0, and the rows of it that come before."""
 
-    passes: int = 0
+    epoch: int = 0
     rows: int = 0
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows that were made together; at the end of a pass one without any."""
+    """Rows that were tokenized together. A block without rows marks the end of an epoch."""
 
     position: Position
-    ends_pass: bool
+    ends_epoch: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
-    made: Batch | None = None
+    batch: Batch | None = None
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """How things stood before a block was begun."""
+class _BlockState:
+    """The state before a block, from which the stream can be resumed."""
 
-    given: int
-    """Rows given before, those of all passes."""
+    num_yielded: int
+    """Rows yielded before, over all epochs."""
     position: Position
-    totals: dict[str, Any]
-    rejects: int
-    """Bytes of the file of rejects."""
+    counts: dict[str, Any]
+    rejects_bytes: int
+    """Size of `rejects.jsonl`."""
 
 
 class RowStream:
-    """Rows of token ids without end, pass after pass over the data, each pass in another order.
+    """An infinite stream of tokenized rows, epoch after epoch, each in another order.
 
-    What is read goes through a shuffle buffer before it is made into rows, so that the order depends on the seed and
-    the data alone, and a stream that goes on in the middle reads what it has passed without making it again. One block
-    is made, by a thread of its own, while the one before is trained on; no more than the buffer and two blocks are ever
-    held. Every process that iterates it gets the same rows.
+    Rows pass through the shuffle buffer before they are tokenized. So the order depends only on the seed and the data,
+    and a resumed stream reads the rows that it skips without tokenizing them. A thread tokenizes the next block while
+    the current one is trained on; at most the buffer and two blocks are in memory. Every process gets the same rows.
     """
 
     def __init__(
         self,
         data_conf: DataConfig,
-        reading: Preprocessor,
+        preprocessor: Preprocessor,
         seed: int,
         capacity: int | None,
         validation: SplitStatistics | None,
     ):
-        """`capacity` is that of packs; None leaves rows as they are. `reading` has read the validation rows already."""
+        """`capacity` is that of packs; None does not pack. `preprocessor` has read the validation rows already."""
         self._conf = data_conf
-        self._reading = reading
+        self._preprocessor = preprocessor
         self._seed = seed
         self._capacity = capacity
         self._datasets = used_datasets(data_conf.training_data, "data_conf.training_data")
         self._parsers: dict[int, Any] = {}
         self._formats: dict[str, str] = {}
         for number in range(len(self._datasets)):
-            # A dataset that cannot be read is better known now than when its turn comes.
+            # Report a dataset that cannot be read now, not when its first row is due.
             self._open(number)
-        self.ledger = StreamStatistics(RowCounts(_PART, reading.limit), () if validation is None else (validation,))
-        self.reach = 0
-        """How many rows the trainer may have taken ahead of those that it has trained on."""
-        self._blocks = self._from(Position())
-        self._marks: deque[_Mark] = deque()
-        self._given = self._placeholders = self._left_out = 0
+        self.statistics = StreamStatistics(
+            RowCounts(_SPLIT, preprocessor.limit), () if validation is None else (validation,)
+        )
+        self.lookahead = 0
+        """How many rows the trainer may have fetched before training on them."""
+        self._blocks = self._blocks_from(Position())
+        self._block_states: deque[_BlockState] = deque()
+        self._num_yielded = self._num_placeholders = self._num_skipped = 0
+        # The first block is made at once, so that errors in the data come before the model is loaded.
         self._first: _Block | None = next(self._blocks)
-        self._begin(self._first)
+        self._start_block(self._first)
 
     @property
     def column_names(self) -> list[str]:
@@ -101,105 +107,114 @@ class RowStream:
         return ["input_ids", "labels", *(["lengths"] if self._capacity is not None else [])]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.ledger.begin()
-        for _ in range(self._placeholders):
+        self.statistics.open_rejects()
+        for _ in range(self._num_placeholders):
             yield _PLACEHOLDER
         with ThreadPoolExecutor(1, "stream") as thread:
-            waiting: Future[_Block] | None = None
+            pending: Future[_Block] | None = None
             while True:
                 block, self._first = self._first, None
                 if block is None:
-                    block = waiting.result() if waiting else next(self._blocks)
-                    self._begin(block)
-                waiting = thread.submit(next, self._blocks)
-                left_out, self._left_out = self._left_out, 0
-                for row in block.rows[left_out:]:
-                    self._given += 1
+                    block = pending.result() if pending else next(self._blocks)
+                    self._start_block(block)
+                pending = thread.submit(next, self._blocks)
+                num_skipped, self._num_skipped = self._num_skipped, 0
+                for row in block.rows[num_skipped:]:
+                    self._num_yielded += 1
                     yield row
 
-    def state(self, given: int) -> dict[str, Any]:
-        """What `go_on` needs to give the row after the first `given` ones next; JSON types only."""
-        mark = next(mark for mark in reversed(self._marks) if mark.given <= given)
-        return {**asdict(mark), "left_out": given - mark.given}
+    def state_dict(self, num_yielded: int) -> dict[str, Any]:
+        """The state from which `load_state_dict` continues after the first `num_yielded` rows; JSON types only."""
+        state = next(state for state in reversed(self._block_states) if state.num_yielded <= num_yielded)
+        return {**asdict(state), "num_skipped": num_yielded - state.num_yielded}
 
-    def go_on(self, state: dict[str, Any], placeholders: int) -> None:
-        """Goes on where `state` was taken, after `placeholders` rows without a label for a trainer to pass over."""
-        position = Position(**state["position"])
-        self.ledger.restore(counts_of(state["totals"]), position.passes, state["rejects"])
-        self._left_out, self._placeholders = state["left_out"], placeholders
-        self._given = state["given"] + self._left_out
-        self._marks.clear()
-        self._blocks = self._from(position)
+    def load_state_dict(self, state: dict[str, Any], num_placeholders: int) -> int:
+        """Continue from a state, after `num_placeholders` rows without labels for the trainer to skip.
+
+        Returns the number of rows that were yielded before.
+        """
+        state = {_OLD_STATE.get(key, key): value for key, value in state.items()}
+        position = Position(**{_OLD_STATE.get(key, key): value for key, value in state["position"].items()})
+        counts = RowCounts.from_state_dict(state["counts"])
+        self.statistics.restore(counts, position.epoch, state["rejects_bytes"])
+        self._num_skipped, self._num_placeholders = state["num_skipped"], num_placeholders
+        self._num_yielded = state["num_yielded"] + self._num_skipped
+        self._block_states.clear()
+        self._blocks = self._blocks_from(position)
         self._first = next(self._blocks)
-        self._begin(self._first, given=state["given"])
+        self._start_block(self._first, num_yielded=state["num_yielded"])
+        return self._num_yielded
 
-    def _begin(self, block: _Block, given: int | None = None) -> None:
-        """Counts a block in, before the first of its rows is given.
+    def _start_block(self, block: _Block, num_yielded: int | None = None) -> None:
+        """Count a block before its first row is yielded.
 
         Raises:
-            DataError: it holds bad rows, or too many rows have been lost by now.
+            DataError: the block has bad rows, or too many rows have been invalid so far.
         """
-        given = self._given if given is None else given
-        self._marks.append(_Mark(given, block.position, values_of(self.ledger.totals), self.ledger.rejects))
-        while len(self._marks) > 1 and self._marks[1].given <= self._given - self.reach:
-            self._marks.popleft()
-        is_first_pass = block.position.passes == 0
-        if block.made is not None and is_first_pass:
+        num_yielded = self._num_yielded if num_yielded is None else num_yielded
+        statistics = self.statistics
+        self._block_states.append(
+            _BlockState(num_yielded, block.position, statistics.counts.state_dict(), statistics.rejects_bytes)
+        )
+        while len(self._block_states) > 1 and self._block_states[1].num_yielded <= self._num_yielded - self.lookahead:
+            self._block_states.popleft()
+        is_first_epoch = block.position.epoch == 0
+        if block.batch is not None and is_first_epoch:
             if self._conf.on_bad_row == "error":
-                raise_bad_rows(block.made.problems)
-            self.ledger.fold(block.made.ledger)
-        if is_first_pass and (block.ends_pass or self.ledger.totals.rows >= ENOUGH):
-            self.ledger.totals.check(self._conf.max_lost_fraction)
-        if block.ends_pass:
-            if not self.ledger.totals.kept:
+                raise_bad_rows(block.batch.problems)
+            statistics.add(block.batch.statistics)
+        if is_first_epoch and (block.ends_epoch or statistics.counts.rows >= MIN_ROWS_TO_CHECK):
+            statistics.counts.check(self._conf.max_lost_fraction)
+        if block.ends_epoch:
+            if not statistics.counts.kept:
                 raise DataError("no training row is left", place=Location(key="data_conf.training_data"))
-            self.ledger.passes = block.position.passes + 1
+            statistics.epochs = block.position.epoch + 1
 
-    def _from(self, position: Position) -> Iterator[_Block]:
-        """The blocks from a position on; those before it are read, in their order, and not made."""
+    def _blocks_from(self, position: Position) -> Iterator[_Block]:
+        """The blocks from a position on. Earlier rows are read, which keeps their order, but not tokenized."""
         while True:
-            rows = self._unparsed(position.passes)
+            rows = self._unparsed(position.epoch)
             deque(islice(rows, position.rows), maxlen=0)
             for batch in in_batches(rows, row_of=lambda numbered: numbered[1]):
-                yield self._make(batch, position)
+                yield self._make_block(batch, position)
                 position = replace(position, rows=position.rows + len(batch))
-            yield _Block(position, ends_pass=True)
-            position = Position(position.passes + 1)
+            yield _Block(position, ends_epoch=True)
+            position = Position(position.epoch + 1)
 
-    def _unparsed(self, passes: int) -> Iterator[tuple[int, Any]]:
-        """The rows of a pass as they stand in their files, each with the number of its dataset, in drawn order."""
+    def _unparsed(self, epoch: int) -> Iterator[tuple[int, Any]]:
+        """The unparsed rows of an epoch in their training order, each with the number of its dataset."""
         data = self._conf.training_data
         sources = [lambda number=number: self._open(number) for number in range(len(self._datasets))]
         if isinstance(data, Concatenation):
             rows = chain_datasets(sources)
         else:
             weights = [source.sampling_weight for _, source in self._datasets]
-            rows = interleave(sources, weights, data.seed + passes, data.stopping)
-        return shuffle_buffer(rows, self._conf.shuffle_buffer, (self._seed, passes))
+            rows = interleave(sources, weights, data.seed + epoch, data.stopping)
+        return shuffle_buffer(rows, self._conf.shuffle_buffer, (self._seed, epoch))
 
     def _open(self, number: int) -> Iterator[Any]:
         key, source = self._datasets[number]
-        opened = open_dataset(source, key, self._reading.kind, self._reading.options, streaming=True)
+        opened = open_dataset(source, key, self._preprocessor.kind, self._preprocessor.options, streaming=True)
         self._parsers[number] = opened.parse
         self._formats[source_title(source)] = str(opened)
         return opened.unparsed
 
-    def _make(self, batch: list[tuple[int, Any]], position: Position) -> _Block:
-        reading = self._reading
-        parsed = reading.typed(batch, lambda numbered: self._parsers[numbered[0]](numbered[1]))
-        ledger = SplitStatistics(RowCounts(_PART, reading.limit, formats=dict(self._formats)))
-        made = make_batch(parsed, reading.make, ledger, reading.want)
-        reading.show(made)
-        reading.repeats.note_former(made.hashes, ledger)
-        rows = _rows_of(made)
+    def _make_block(self, numbered_rows: list[tuple[int, Any]], position: Position) -> _Block:
+        preprocessor = self._preprocessor
+        parsed = preprocessor.parse(numbered_rows, lambda numbered: self._parsers[numbered[0]](numbered[1]))
+        statistics = SplitStatistics(RowCounts(_SPLIT, preprocessor.limit, formats=dict(self._formats)))
+        batch = make_batch(parsed, preprocessor.processor, statistics, preprocessor.num_preview_rows)
+        preprocessor.add_preview(batch)
+        preprocessor.duplicates.count_earlier(batch.hashes, statistics)
+        rows = _rows_of(batch)
         if self._capacity is not None:
-            generator = np.random.default_rng((self._seed, position.passes, position.rows))
+            generator = np.random.default_rng((self._seed, position.epoch, position.rows))
             packs = pack_rows(rows, self._capacity)
             rows = [packs[index] for index in generator.permutation(len(packs))]
-        return _Block(position, ends_pass=False, rows=rows, made=made)
+        return _Block(position, ends_epoch=False, rows=rows, batch=batch)
 
 
 def _rows_of(batch: Batch) -> list[dict[str, Any]]:
-    """The rows of a batch one by one, as views of its columns."""
-    columns = {name: np.split(one.values, np.cumsum(one.sizes)[:-1]) for name, one in batch.columns.items()}
+    """The rows of a batch, as views of its columns."""
+    columns = {name: np.split(column.values, np.cumsum(column.sizes)[:-1]) for name, column in batch.columns.items()}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""A stream of training rows beside validation rows that are all at hand."""
+"""Prepared data whose training rows are a stream; the validation rows are prepared ahead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource
-from finetuning.data import mixing
+from finetuning.data.mixing import concatenate
 from finetuning.data.prepared import PreparedData, cache_key_for, checked_sources, fingerprint_of
 from finetuning.data.preprocessor import Preprocessor, to_dataset
 from finetuning.data.sources import FileShard, Shard, find_shards
@@ -19,56 +19,57 @@ from finetuning.data.streaming.dataset import RowStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_EDGE = 1 << 20
+_DIGEST_BYTES = 1 << 20
 
 
 def stream_rows(
     data_conf: DataConfig,
-    reading: Preprocessor,
+    preprocessor: Preprocessor,
     tokenizer: PreTrainedTokenizerFast,
     rules: dict[str, Any],
     seed: int,
     capacity: int | None,
 ) -> PreparedData:
-    """The rows, those of training as a stream whose first block is made: a template that cannot be proven, or a file
-    that cannot be read, is known before a model is loaded.
+    """Prepare the validation rows and the stream of training rows, including its first block.
+
+    So a template that cannot be verified and a file that cannot be read are errors before the model is loaded.
 
     Raises:
         DataError: a file is missing, the first rows are bad, or too few of them are left.
     """
-    validation, ledger = None, None
+    validation, statistics = None, None
     sources = checked_sources(data_conf.training_data, "data_conf.training_data")
     if isinstance(data_conf.validation_data, Concatenation):
-        other = checked_sources(data_conf.validation_data, "data_conf.validation_data")
-        part, ledger = reading.read(other, "validation")
+        validation_sources = checked_sources(data_conf.validation_data, "data_conf.validation_data")
+        split, statistics = preprocessor.read(validation_sources, "validation")
         if data_conf.on_bad_row == "error":
-            raise_bad_rows(reading.problems)
-        ledger.totals.check(data_conf.max_lost_fraction)
-        validation = to_dataset(part, mixing.concatenate(part.lengths), "validation")
-    reading.problems.clear()
-    reading.preview.clear()
-    stream = RowStream(data_conf, reading, seed, capacity, ledger)
-    inputs = replace(cache_key_for(data_conf, tokenizer, rules), data=_sketches(sources))
-    held = data_conf.shuffle_buffer
-    order = "in the order of their files" if held == 1 else f"each drawn out of the next {held:,}"
+            raise_bad_rows(preprocessor.problems)
+        statistics.counts.check(data_conf.max_lost_fraction)
+        validation = to_dataset(split, concatenate(split.lengths), "validation")
+    preprocessor.problems.clear()
+    preprocessor.preview.clear()
+    stream = RowStream(data_conf, preprocessor, seed, capacity, statistics)
+    cache_key = replace(cache_key_for(data_conf, tokenizer, rules), data=_file_digests(sources))
+    buffer = data_conf.shuffle_buffer
+    order = "in file order" if buffer == 1 else f"with a shuffle buffer of {buffer:,} rows"
     return PreparedData(
         train=stream,
         validation=validation,
-        ledger=stream.ledger,
-        preview=[row for rows in reading.preview for row in rows],
-        fingerprint=fingerprint_of(inputs),
-        origin=f"made as training goes, {order}; what follows is of the first rows",
-        stored=None,
+        statistics=stream.statistics,
+        preview=[row for rows in preprocessor.preview for row in rows],
+        fingerprint=fingerprint_of(cache_key),
+        origin=f"streamed during training, {order}; the counts below are of the first rows",
+        entry=None,
     )
 
 
-def _sketches(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str]:
-    """A digest for each file: of its size, its beginning and its end, as a corpus is too large to read it twice."""
+def _file_digests(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str]:
+    """A digest of each file's size, first and last megabyte: a corpus is too large to read it twice."""
     shards = [shard for key, source in sources for shard in find_shards(source, key, streaming=True)]
-    return {f"{number} {shard.name}": _sketch(shard) for number, shard in enumerate(shards)}
+    return {f"{number} {shard.name}": _file_digest(shard) for number, shard in enumerate(shards)}
 
 
-def _sketch(shard: Shard) -> str:
+def _file_digest(shard: Shard) -> str:
     digest = hashlib.sha256()
     if not isinstance(shard, FileShard):
         shard.feed(digest)
@@ -76,7 +77,7 @@ def _sketch(shard: Shard) -> str:
     size = os.path.getsize(shard.path)
     digest.update(str(size).encode())
     with open(shard.path, "rb") as stream:
-        digest.update(stream.read(_EDGE))
-        stream.seek(max(size - _EDGE, 0))
-        digest.update(stream.read(_EDGE))
+        digest.update(stream.read(_DIGEST_BYTES))
+        stream.seek(max(size - _DIGEST_BYTES, 0))
+        digest.update(stream.read(_DIGEST_BYTES))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The ledger of a stream: counted as rows go by, and written on the way."""
+"""Row statistics of a stream: counted as rows are read, and written during training."""
 
 from __future__ import annotations
 
@@ -18,66 +18,70 @@ from finetuning.data.statistics import (
 
 
 class StreamStatistics:
-    """What has become of the rows so far. Rows that were cut or dropped go into the file of rejects, and are not held.
+    """The counts so far. Truncated and dropped rows are appended to `rejects.jsonl` and not kept in memory.
 
-    Where that is, `write` says before the first row is given; a process that never calls it writes no rejects.
+    `write` sets the folder, before the first row is yielded. A process that never calls it writes no rejects.
     """
 
-    def __init__(self, totals: RowCounts, others: Sequence[SplitStatistics]):
-        self.totals = totals
-        self.passes = 0
-        """Passes over the data that have ended; rows are counted in the first."""
-        self._others = DatasetStatistics(tuple(others))
-        self._head = "".join(line for part in others for line in reject_lines(part)).encode()
-        self._waiting = b""
+    def __init__(self, counts: RowCounts, other_splits: Sequence[SplitStatistics]):
+        self.counts = counts
+        self.epochs = 0
+        """Epochs that have ended. Rows are counted in the first."""
+        self._other_splits = DatasetStatistics(tuple(other_splits))
+        self._header = "".join(line for split in other_splits for line in reject_lines(split)).encode()
+        self._pending = b""
         self._folder: Path | None = None
         self._path: Path | None = None
-        self._kept: int | None = None
-        self.rejects = len(self._head)
-        """Bytes of the file of rejects."""
+        self._resumed_bytes: int | None = None
+        self.rejects_bytes = len(self._header)
+        """Size of `rejects.jsonl`."""
 
-    def fold(self, block: SplitStatistics) -> None:
-        """Counts the fates of further rows."""
-        self.totals.add(block.totals)
-        self._waiting = "".join(reject_lines(block)).encode()
-        self.rejects += len(self._waiting)
+    def add(self, block: SplitStatistics) -> None:
+        """Add the statistics of further rows."""
+        self.counts.add(block.counts)
+        self._pending = "".join(reject_lines(block)).encode()
+        self.rejects_bytes += len(self._pending)
         if self._path is not None:
             self._append(self._path)
 
-    def restore(self, totals: RowCounts, passes: int, rejects: int) -> None:
-        """Goes on from former totals, and from a file of rejects of so many bytes."""
-        self.totals, self.passes = totals, passes
-        self.rejects = self._kept = rejects
-        self._waiting = b""
+    def restore(self, counts: RowCounts, epochs: int, rejects_bytes: int) -> None:
+        """Continue from earlier counts, and from the first `rejects_bytes` bytes of `rejects.jsonl`."""
+        self.counts, self.epochs = counts, epochs
+        self.rejects_bytes = self._resumed_bytes = rejects_bytes
+        self._pending = b""
 
     def lines(self) -> list[str]:
-        """The ledger for people, line by line."""
-        again = [f"  all rows were read: this is pass {self.passes + 1} over them"] if self.passes else []
-        return [*self.totals.lines(), *again, *self._others.lines()]
+        """The statistics as text for the console."""
+        epoch = [f"  all rows were read; this is epoch {self.epochs + 1}"] if self.epochs else []
+        return [*self.counts.lines(), *epoch, *self._other_splits.lines()]
 
     def report(self) -> list[dict[str, Any]]:
-        """The ledger for machines; JSON types only."""
-        return [self.totals.report() | {"passes": self.passes}, *self._others.report()]
+        """The statistics as JSON types."""
+        return [self.counts.report() | {"epochs": self.epochs}, *self._other_splits.report()]
 
     def write(self, directory: str | Path) -> None:
-        """`data_report.json` with all counts so far; and rejects will go into `rejects.jsonl` beside it."""
+        """Write `data_report.json` with the counts so far, and from now on `rejects.jsonl` in this folder."""
         self._folder = Path(directory)
         write_report(self._folder, self.report())
 
-    def begin(self) -> None:
-        """Rows begin to be given: the file of rejects is started, or cut to what was known where the stream goes on."""
+    def open_rejects(self) -> None:
+        """Start `rejects.jsonl`, or truncate it to the rows before the checkpoint that the stream resumes from."""
         if self._folder is None or self._path is not None:
             return
         self._path = self._folder / REJECTS_NAME
-        if self._kept is not None and self._path.is_file() and self._path.stat().st_size >= self._kept:
-            os.truncate(self._path, self._kept)
+        if (
+            self._resumed_bytes is not None
+            and self._path.is_file()
+            and self._path.stat().st_size >= self._resumed_bytes
+        ):
+            os.truncate(self._path, self._resumed_bytes)
         else:
-            self._path.write_bytes(self._head)
-            self.rejects = len(self._head) + len(self._waiting)
+            self._path.write_bytes(self._header)
+            self.rejects_bytes = len(self._header) + len(self._pending)
         self._append(self._path)
 
     def _append(self, path: Path) -> None:
-        if self._waiting:
+        if self._pending:
             with open(path, "ab") as stream:
-                stream.write(self._waiting)
-        self._waiting = b""
+                stream.write(self._pending)
+        self._pending = b""

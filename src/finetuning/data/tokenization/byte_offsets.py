@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetuning.data.chat.markers import Span
 from finetuning.data.collators import UNTRAINED
+from finetuning.data.samples import Span
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

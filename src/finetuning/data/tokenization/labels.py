@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.chat.markers import MaskError, Span
+from finetuning.data.samples import MaskError, Span
 from finetuning.data.tokenization.byte_offsets import TokenBytes, TokenLayout, layout_tokens, token_bytes_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class TokenizedText:
 
     ids: np.ndarray
     runs: tuple[Span, ...]
-    note: str | None = None
+    warning: str | None = None
     ready: np.ndarray | None = None
     """The labels, where they were made for all texts of a batch at once."""
 
@@ -191,7 +191,7 @@ class LabelBuilder:
             return tokens
         ids = np.concatenate([np.array([self._added_bos], dtype=np.int32), tokens.ids])
         runs = ((0, len(ids)),) if trained else tuple((first + 1, last + 1) for first, last in tokens.runs)
-        return TokenizedText(ids, runs, tokens.note)
+        return TokenizedText(ids, runs, tokens.warning)
 
     def _align(self, text: str, encoding: Any, spans: Sequence[Span] | None) -> TokenizedText | MaskError:
         """The runs of tokens that cover the spans exactly, by the tokenizer's own offsets."""

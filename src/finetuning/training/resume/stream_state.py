@@ -25,7 +25,7 @@ class StreamStateCallback(TrainerCallback):
         self._stream = stream
         self._rows_a_step = rows_a_step
         self._output_dir = output_dir
-        self._given = self._step = 0
+        self._num_yielded = self._step = 0
 
     def go_on(self, checkpoint: Path) -> None:
         """Sets the stream to where it stood at the checkpoint's last step.
@@ -42,15 +42,16 @@ class StreamStateCallback(TrainerCallback):
                 hint="Start afresh in another output_dir; only a run with data_conf.streaming can be resumed with it.",
             ) from None
         # The Trainer passes over as many rows as its steps have had, counted by the batch of now.
-        self._stream.go_on(state, placeholders=step * self._rows_a_step)
-        self._given, self._step = state["given"] + state["left_out"], step
+        self._num_yielded, self._step = self._stream.load_state_dict(state, step * self._rows_a_step), step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """What a checkpoint of this step would need."""
-        given = self._given + (state.global_step - self._step) * self._rows_a_step
-        self._trainer.companions[STREAM_NAME] = json.dumps(self._stream.state(given), ensure_ascii=False) + "\n"
+        num_yielded = self._num_yielded + (state.global_step - self._step) * self._rows_a_step
+        self._trainer.companions[STREAM_NAME] = (
+            json.dumps(self._stream.state_dict(num_yielded), ensure_ascii=False) + "\n"
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._write(state)
@@ -62,7 +63,7 @@ class StreamStateCallback(TrainerCallback):
 
     def _write(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            self._stream.ledger.write(self._output_dir)
+            self._stream.statistics.write(self._output_dir)
 
 
 def attach_stream_state(
@@ -73,7 +74,7 @@ def attach_stream_state(
     if not isinstance(data.train, RowStream):
         return
     # One step, and one batch that the loader fetches ahead of it.
-    data.train.reach = 2 * rows_a_step
+    data.train.lookahead = 2 * rows_a_step
     follow = StreamStateCallback(trainer, data.train, rows_a_step, output_dir)
     if checkpoint is not None:
         follow.go_on(checkpoint)
