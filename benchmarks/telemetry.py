@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from finetuning.telemetry import names
-from finetuning.telemetry.config import JobIdentity, MeasuredConfig, TrainingConfig
+from finetuning.telemetry.config import JobIdentity, ProcessTotals, TrainingConfig
 from finetuning.telemetry.session import open_telemetry
 from finetuning.telemetry.telemetry import Telemetry
 
@@ -34,15 +34,15 @@ SETTINGS = {
 def step(telemetry: Telemetry, micro_batches: int) -> None:
     """One step, as a trainer tells it."""
     telemetry.on_training_single_iteration_start()
-    telemetry.part_began(names.DATA_LOADING)
-    telemetry.part_ended(names.DATA_LOADING)
+    telemetry.begin_phase(names.DATA_LOADING)
+    telemetry.end_phase(names.DATA_LOADING)
     for _ in range(micro_batches):
         for part in (names.MODEL_FORWARD, names.MODEL_BACKWARD):
-            telemetry.part_began(part)
-            telemetry.part_ended(part)
+            telemetry.begin_phase(part)
+            telemetry.end_phase(part)
     for part in (names.OPTIMIZER_UPDATE, names.ZERO_GRAD):
-        telemetry.part_began(part)
-        telemetry.part_ended(part)
+        telemetry.begin_phase(part)
+        telemetry.end_phase(part)
     telemetry.on_training_single_iteration_end()
 
 
@@ -56,7 +56,7 @@ def measure(preset: str | None, options: argparse.Namespace, folder: Path) -> tu
             global_batch_size=8, log_every_n_train_iterations=options.every, flops_per_token=6e9, peak_tflops=989.4
         )
     )
-    telemetry.watch(lambda: MeasuredConfig(tokens=4096.0, loss=1.0))
+    telemetry.measure_with(lambda: ProcessTotals(tokens=4096.0, loss=1.0))
     telemetry.on_train_start()
     seconds = []
     for _ in range(options.steps):

@@ -1,4 +1,4 @@
-"""What telemetry wrote, read back."""
+"""Reads the files that telemetry has written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from finetuning.telemetry.config import JobIdentity
-from finetuning.telemetry.error_guard import Clock
-from finetuning.telemetry.names import export_all
 from finetuning.telemetry.session import open_telemetry
+from finetuning.telemetry.spans import Clock, export_all
 from finetuning.telemetry.telemetry import Telemetry
 
 
@@ -21,21 +20,21 @@ from finetuning.telemetry.telemetry import Telemetry
 class Recorded:
     """One file's records: every line must be JSON."""
 
-    records: list[dict[str, Any]]
+    lines: list[dict[str, Any]]
 
     @property
     def resource(self) -> dict[str, Any]:
-        return self.records[0]["attributes"]
+        return self.lines[0]["attributes"]
 
     def spans(self, name: str | None = None) -> list[dict[str, Any]]:
-        return [r for r in self.records if r["type"] == "span" and name in (None, r["name"])]
+        return [r for r in self.lines if r["type"] == "span" and name in (None, r["name"])]
 
     def span(self, name: str) -> dict[str, Any]:
         [span] = self.spans(name)
         return span
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        return [r for r in self.records if r["type"] == "event" and name in (None, r["name"])]
+        return [r for r in self.lines if r["type"] == "event" and name in (None, r["name"])]
 
     def event(self, name: str) -> dict[str, Any]:
         [event] = self.events(name)
@@ -45,11 +44,11 @@ class Recorded:
         return [event["attributes"] for event in self.events(name)]
 
     def parent(self, span: dict[str, Any]) -> str | None:
-        names = {other["span_id"]: other["name"] for other in self.spans()}
+        names = {item["span_id"]: item["name"] for item in self.spans()}
         return names[span["parent_id"]] if span["parent_id"] else None
 
     def started(self) -> list[str]:
-        """Names of the spans that began, whether they ended or not."""
+        """The names of all spans that were started."""
         return [event["attributes"]["span_name"] for event in self.events("span_start")]
 
 
@@ -59,7 +58,7 @@ def read(path: Path) -> Recorded:
 
 @pytest.fixture
 def recorded() -> Callable[..., Recorded]:
-    """A function that reads the newest job's file of an output directory, or the one of a rank."""
+    """A function that reads a rank's file of the newest job of an output directory."""
 
     def read_newest(output_dir: Path, rank: int = 0, job: int = -1) -> Recorded:
         return read(sorted(output_dir.glob(f"telemetry/*/rank{rank}.jsonl"))[job])
@@ -68,7 +67,7 @@ def recorded() -> Callable[..., Recorded]:
 
 
 class Ticks:
-    """A clock that only goes on when it is told to."""
+    """A clock that advances only in `sleep`."""
 
     def __init__(self) -> None:
         self.now_ns = 1_000_000_000
@@ -87,10 +86,12 @@ def ticks() -> Ticks:
 
 @pytest.fixture
 def telemetry(tmp_path: Path) -> Callable[..., Telemetry]:
-    """A function that opens telemetry that writes every span into `tmp_path / "telemetry" / "job"`."""
+    """A function that opens telemetry that exports every span to `tmp_path / "telemetry" / "job"`."""
 
-    def make(exports: Any = None, *, clock: Clock | None = None, world_size: int = 1, **more: Any) -> Telemetry:
+    def make(span_filter: Any = None, *, clock: Clock | None = None, world_size: int = 1, **kwargs: Any) -> Telemetry:
         identity = JobIdentity("test", "job", "session", world_size=world_size)
-        return open_telemetry(identity, tmp_path / "telemetry" / "job", exports or export_all(), clock=clock, **more)
+        return open_telemetry(
+            identity, tmp_path / "telemetry" / "job", span_filter or export_all(), clock=clock, **kwargs
+        )
 
     return make

@@ -1,4 +1,4 @@
-"""A collector that takes OTLP over HTTP on the loopback and writes what it was sent, as JSON lines, into a file.
+"""An OTLP-over-HTTP collector on the loopback interface that writes each request to a file, as JSON lines.
 
 python receiver.py FILE     prints its port, and serves until it is killed
 """
@@ -25,7 +25,7 @@ MESSAGES = {
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Parses each request by the protocol's own messages; anything else is refused."""
+    """Parses each request with the protocol's messages and rejects anything else."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -35,9 +35,9 @@ class Receiver(BaseHTTPRequestHandler):
             self.send_error(400)
             return
         request, response = MESSAGES[self.path]
-        told = {"path": self.path, "key": self.headers.get("x-key"), **MessageToDict(request.FromString(body))}
+        received = {"path": self.path, "key": self.headers.get("x-key"), **MessageToDict(request.FromString(body))}
         with Path(sys.argv[1]).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(told) + "\n")
+            stream.write(json.dumps(received) + "\n")
         answer = response().SerializeToString()
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
@@ -46,7 +46,7 @@ class Receiver(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def log_message(self, *args: object) -> None:
-        """Nothing on the terminal."""
+        """Do not log requests."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FLOPs against a count of what torch really multiplies, and the table of peaks."""
+"""FLOPs compared with torch's own count, and the table of peak FLOPs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetuning.telemetry.flops import count_flops, peak_memory, peak_tflops
+from finetuning.telemetry.flops import count_flops, peak_tflops
+from finetuning.telemetry.metrics import peak_memory
 
 
 def multiplied(model: Any, rows: int, length: int) -> int:
@@ -27,18 +28,18 @@ def load(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama_dir", "chatml_llama_dir"])
-def test_the_count_of_full_training_is_what_torch_multiplies(fixture: str, request: pytest.FixtureRequest) -> None:
+def test_the_count_of_full_training_matches_torch(fixture: str, request: pytest.FixtureRequest) -> None:
     model = load(request.getfixturevalue(fixture))
     rows, length = 2, 64
     counted = count_flops(model)
     # Eager attention computes both halves of its square; half of it is thrown away.
     attention = 2 * rows * length**2
-    assert counted.of(rows * length, rows * length, attention) == pytest.approx(
+    assert counted.total(rows * length, rows * length, attention) == pytest.approx(
         multiplied(model, rows, length), rel=0.02
     )
 
 
-def test_the_count_of_a_lora_is_what_torch_multiplies(tiny_llama_dir: Path) -> None:
+def test_the_count_of_lora_matches_torch(tiny_llama_dir: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(load(tiny_llama_dir), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -46,9 +47,9 @@ def test_the_count_of_a_lora_is_what_torch_multiplies(tiny_llama_dir: Path) -> N
     counted = count_flops(model)
     attention = 2 * rows * length**2
     real = multiplied(model, rows, length)
-    assert counted.of(rows * length, rows * length, attention) == pytest.approx(real, rel=0.06)
+    assert counted.total(rows * length, rows * length, attention) == pytest.approx(real, rel=0.06)
     full = count_flops(load(tiny_llama_dir))
-    assert counted.a_scored_token == pytest.approx(full.a_scored_token * 2 / 3)
+    assert counted.per_scored_token == pytest.approx(full.per_scored_token * 2 / 3)
 
 
 def test_no_count_where_it_would_be_a_guess(tiny_llama_dir: Path) -> None:
@@ -72,16 +73,16 @@ def test_no_count_where_it_would_be_a_guess(tiny_llama_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "padding-free"])
-def test_the_work_of_a_run_is_counted(train: Any, sft_values: Any, layout: str) -> None:
-    """Squared lengths are those of the rows, however they lie in the batches."""
+def test_the_flops_of_a_run_are_counted(train: Any, sft_values: Any, layout: str) -> None:
+    """Squared lengths are those of the rows, whatever the batch layout."""
     values = sft_values({"telemetry": {"peak_tflops": 1.0}, "sft_args.batching": layout, "training_args.max_steps": 6})
     trainer = train(values).trainer
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
-    wanted = [sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
+    scored_per_row = [sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
     scored, squares = trainer.work_done()
     # Six steps of four rows are one epoch of 24.
     assert squares == sum(length**2 for length in lengths)
-    assert scored == sum(wanted)
+    assert scored == sum(scored_per_row)
     assert trainer.tokens_seen == sum(lengths)
 
 
@@ -100,9 +101,9 @@ def test_the_work_of_a_run_is_counted(train: Any, sft_values: Any, layout: str) 
         ("cpu", None),
     ],
 )
-def test_peaks_are_known_or_none(name: str, peak: float | None) -> None:
+def test_the_peak_of_an_unknown_device_is_none(name: str, peak: float | None) -> None:
     assert peak_tflops(name) == peak
 
 
-def test_host_memory_is_this_process(tmp_path: Path) -> None:
+def test_host_memory_is_that_of_this_process(tmp_path: Path) -> None:
     assert 10_000_000 < peak_memory(torch.device("cpu"))["peak_host_memory_bytes"] < 1 << 40

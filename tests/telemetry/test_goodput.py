@@ -1,4 +1,4 @@
-"""Goodput of jobs whose times are known."""
+"""Goodput of jobs with given times."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ def write_job(
     progress: tuple[float, ...],
     session: str = "s",
 ) -> None:
-    """A job's two files. Spans are (name, start, end) in seconds after the beginning; no end for one never ended.
-    `progress` is: first step, last step, seconds heard of it, saved step, iterations, data, first step, saved."""
+    """Write the two files of a job.
+
+    Spans are (name, start, end) in seconds since the job began; the end is None for one that never ended. `progress`
+    is: first step, last step, seconds of the last record, saved step; then seconds of iterations, of data loading, of
+    the first step, and of iterations up to the saved step.
+    """
     folder = output_dir / "telemetry" / name
     folder.mkdir(parents=True)
     began = began_s * SECOND
     lines: list[dict[str, Any]] = [{"type": "resource", "time_ns": began, "attributes": {"session_tag": session}}]
     for index, (span, start, end) in enumerate(spans):
-        told = {"type": "event", "span_id": str(index), "attributes": {"span_name": span}}
-        lines.append(told | {"name": "span_start", "time_ns": began + start * SECOND})
+        event = {"type": "event", "span_id": str(index), "attributes": {"span_name": span}}
+        lines.append(event | {"name": "span_start", "time_ns": began + start * SECOND})
         if end is not None:
-            lines.append(told | {"name": "span_stop", "time_ns": began + end * SECOND})
+            lines.append(event | {"name": "span_stop", "time_ns": began + end * SECOND})
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     (folder / "rank0.jsonl").write_text(text + '{"type":"event","name":"torn')
     start, step, heard, saved, *seconds = progress
@@ -41,7 +45,7 @@ def write_job(
     (folder / "rank0.progress").write_bytes(PROGRESS.pack(*times, *seconds))
 
 
-def test_every_second_has_one_place(tmp_path: Path) -> None:
+def test_every_second_is_in_one_category(tmp_path: Path) -> None:
     # Killed after 100 s: 20 s to start, 17 steps of 4 s, the first 6 s longer; 10 of them saved, which took 4 s.
     write_job(
         tmp_path,
@@ -50,7 +54,7 @@ def test_every_second_has_one_place(tmp_path: Path) -> None:
         spans=[("application", 0, None), ("training_loop", 20, None), ("checkpoint_save_sync", 66, 70)],
         progress=(0, 17, 100, 10, 74.0, 7.4, 10.0, 46.0),
     )
-    # Goes on half a minute later from step 10: 30 s to start, of which 5 s load the checkpoint.
+    # Resumes half a minute later from step 10: 30 s to start, of which 5 s load the checkpoint.
     write_job(
         tmp_path,
         "2",
@@ -87,7 +91,7 @@ def test_every_second_has_one_place(tmp_path: Path) -> None:
     assert goodput.goodput == pytest.approx(goodput.productive_s / 190)
 
 
-def test_nothing_recorded_is_no_goodput(tmp_path: Path) -> None:
+def test_there_is_no_goodput_without_records(tmp_path: Path) -> None:
     assert session_goodput(tmp_path) is None
     (tmp_path / "telemetry" / "1").mkdir(parents=True)
     (tmp_path / "telemetry" / "1" / "rank0.jsonl").write_text("")

@@ -1,4 +1,4 @@
-"""OTLP to a real collector, in a process of its own, that parses it by the protocol's own messages."""
+"""OTLP to a collector in a separate process, which parses it with the protocol's messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attributes(values: list[dict[str, Any]]) -> dict[str, Any]:
     return {item["key"]: next(iter(item["value"].values())) for item in values}
 
 
-def test_a_run_arrives_whole_at_a_collector(
+def test_a_collector_receives_all_spans_and_events(
     train: Any, sft_values: Any, recorded: Any, collector: tuple[str, Path], tmp_path: Path
 ) -> None:
     address, file = collector
@@ -49,22 +49,24 @@ def test_a_run_arrives_whole_at_a_collector(
                 resource = attributes(group["resource"]["attributes"])
                 assert (resource["service.name"], resource["rank"], resource["world_size"]) == ("mine", "0", "1")
                 into += [record for scope in group[scopes] for record in scope[records]]
-    told = recorded(tmp_path / "out")
+    output = recorded(tmp_path / "out")
 
     def hexed(text: str) -> str:
         return base64.b64decode(text).hex()
 
     sent = {(span["name"], hexed(span["spanId"]), hexed(span.get("parentSpanId", "")) or None) for span in spans}
-    assert sent == {(span["name"], span["span_id"], span["parent_id"]) for span in told.spans()}
+    assert sent == {(span["name"], span["span_id"], span["parent_id"]) for span in output.spans()}
     named = sorted((event["eventName"], int(event["timeUnixNano"]), hexed(event["spanId"])) for event in events)
-    assert named == sorted((event["name"], event["time_ns"], event["span_id"]) for event in told.events())
+    assert named == sorted((event["name"], event["time_ns"], event["span_id"]) for event in output.events())
     update = next(
         attributes(event["attributes"]) for event in events if event["eventName"] == "training_metrics_update"
     )
     assert int(update["num_iterations"]) == 3
 
 
-def test_a_missing_exporter_says_what_to_install(train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_exporter_names_the_package_to_install(
+    train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(MissingPackageError, match=r"finetuning\[otlp\]"):
         train(sft_values({"telemetry": {"otlp": {"endpoint": "http://127.0.0.1:9"}}}))

@@ -1,4 +1,4 @@
-"""Telemetry of whole processes: killed, interrupted, resumed, several at once, and kept off the network."""
+"""Telemetry of whole processes: killed, interrupted, resumed, distributed, and without network access."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TRAINED = {"training_args.save_strategy": "steps", "telemetry": {"log_every_n_tr
 
 @pytest.fixture
 def begin(write_config: Any) -> Iterator[Any]:
-    """A function that starts a run as a process of its own, and gives it back."""
+    """A function that starts a run in a process and returns the process."""
     running = []
 
-    def start(values: Any, *more: str) -> subprocess.Popen[str]:
+    def start(values: Any, *options: str) -> subprocess.Popen[str]:
         script = Path(sys.executable).with_name("finetuning")
-        command = [str(script), values["method"], str(write_config(values)), *more]
+        command = [str(script), values["method"], str(write_config(values)), *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         running.append(process)
         return process
@@ -38,10 +38,10 @@ def begin(write_config: Any) -> Iterator[Any]:
         process.communicate()
 
 
-def step_reached(process: subprocess.Popen[str], output_dir: Path, step: int) -> None:
-    """Waits until a run has done so many steps."""
-    ends = time.monotonic() + 120
-    while time.monotonic() < ends:
+def wait_for_step(process: subprocess.Popen[str], output_dir: Path, step: int) -> None:
+    """Wait until a run has done this many steps."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         done = [read_progress(path) for path in output_dir.glob("telemetry/*/rank0.progress")]
         if any(progress and progress["step"] >= step for progress in done):
             return
@@ -50,7 +50,7 @@ def step_reached(process: subprocess.Popen[str], output_dir: Path, step: int) ->
     raise AssertionError("the step was never reached")
 
 
-def test_a_killed_run_leaves_its_events_and_a_resumed_one_goes_on_with_the_session(
+def test_a_killed_run_keeps_its_events_and_a_resumed_run_its_session(
     begin: Any, sft_values: Any, recorded: Any, tmp_path: Path
 ) -> None:
     output_dir = tmp_path / "out"
@@ -58,7 +58,7 @@ def test_a_killed_run_leaves_its_events_and_a_resumed_one_goes_on_with_the_sessi
     values = sft_values(changes) | {"method": "sft"}
     values["run_conf"]["resume_from_checkpoint"] = "auto"
     process = begin(values)
-    step_reached(process, output_dir, 57)
+    wait_for_step(process, output_dir, 57)
     process.kill()
     process.wait()
     [file] = output_dir.glob("telemetry/*/rank0.jsonl")
@@ -78,8 +78,8 @@ def test_a_killed_run_leaves_its_events_and_a_resumed_one_goes_on_with_the_sessi
     assert file.read_bytes() == before
     assert resumed.resource["session_tag"] == killed.resource["session_tag"]
     assert resumed.resource["job_id"] != killed.resource["job_id"]
-    assert resumed.records[1]["trace_id"] != killed.records[1]["trace_id"]
-    configs = [told.event("update_training_telemetry_config") for told in (killed, resumed)]
+    assert resumed.lines[1]["trace_id"] != killed.lines[1]["trace_id"]
+    configs = [job.event("update_training_telemetry_config") for job in (killed, resumed)]
     assert configs[0]["perf_tag"] == configs[1]["perf_tag"]
     assert resumed.span("training_loop")["attributes"]["train_iterations_start"] == saved
     assert [update["interval"] for update in resumed.updates()] == [10] * ((200 - saved) // 10)
@@ -97,15 +97,15 @@ def test_an_interrupted_run_closes_its_spans(
     begin: Any, sft_values: Any, recorded: Any, tmp_path: Path, number: int, code: int
 ) -> None:
     process = begin(sft_values(TRAINED | {"training_args.max_steps": 100_000}) | {"method": "sft"})
-    step_reached(process, tmp_path / "out", 5)
+    wait_for_step(process, tmp_path / "out", 5)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
-    told = recorded(tmp_path / "out")
-    assert told.span("training_loop")["status"] == "OK"
-    assert told.span("application")["status"] == "ERROR"
-    assert told.event("error")["exception_type"] == "Interrupted"
-    assert told.updates("save_checkpoint_success")
+    records = recorded(tmp_path / "out")
+    assert records.span("training_loop")["status"] == "OK"
+    assert records.span("application")["status"] == "ERROR"
+    assert records.event("error")["exception_type"] == "Interrupted"
+    assert records.updates("save_checkpoint_success")
 
 
 BLOCKED = """
@@ -118,7 +118,7 @@ class Refused(socket.socket):
         return super().connect(address)
     connect_ex = connect
 socket.socket = Refused
-def lookup(host, *more, **options):
+def lookup(host, *args, **kwargs):
     open({marks!r}, "a").write(f"lookup {{host}}\\n")
     raise OSError("the network is blocked")
 socket.getaddrinfo = lookup
@@ -144,7 +144,7 @@ def test_nothing_is_sent_anywhere_and_no_secret_is_written(
     assert not list(tmp_path.glob("onelogger*"))
 
 
-def test_switched_off_its_packages_are_not_loaded(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+def test_disabled_telemetry_loads_no_package(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
     code = """
 import sys
 from finetuning.cli.main import main
@@ -175,25 +175,27 @@ def test_two_processes_share_a_trace(
     assert last["rank_iteration_time_min_sec"] <= last["rank_iteration_time_median_sec"]
     assert last["tokens_per_second"] > last["tokens_per_second_per_device"]
     if ranks == "all":
-        other = recorded(tmp_path / "out", rank=1)
-        assert (other.resource["rank"], other.resource["job_id"]) == (1, main.resource["job_id"])
-        assert other.resource["session_tag"] == main.resource["session_tag"]
-        root, joined = main.span("application"), other.span("application")
+        second = recorded(tmp_path / "out", rank=1)
+        assert (second.resource["rank"], second.resource["job_id"]) == (1, main.resource["job_id"])
+        assert second.resource["session_tag"] == main.resource["session_tag"]
+        root, joined = main.span("application"), second.span("application")
         assert (joined["trace_id"], joined["parent_id"]) == (root["trace_id"], root["span_id"])
-        assert other.updates()[-1]["train_tokens"] == last["train_tokens"]
+        assert second.updates()[-1]["train_tokens"] == last["train_tokens"]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["telemetry"]["session"]["jobs"] == 1
 
 
-def test_a_dead_collector_delays_nothing(sft_values: Any, write_config: Any, run_cli: Any, tmp_path: Path) -> None:
-    """The port is closed on the first, and on the second run nobody ever answers."""
+def test_an_unreachable_collector_does_not_delay_training(
+    sft_values: Any, write_config: Any, run_cli: Any, tmp_path: Path
+) -> None:
+    """The port of the first run is closed; that of the second accepts connections but never responds."""
     import socket
 
     losses = []
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(50)
-        for number, port in enumerate((9, silent.getsockname()[1])):
+    with socket.socket() as unresponsive:
+        unresponsive.bind(("127.0.0.1", 0))
+        unresponsive.listen(50)
+        for number, port in enumerate((9, unresponsive.getsockname()[1])):
             output_dir = tmp_path / f"out{number}"
             otlp = {"endpoint": f"http://127.0.0.1:{port}", "timeout_s": 1.0}
             values = sft_values({"telemetry": {"otlp": otlp}, "training_args.output_dir": str(output_dir)})

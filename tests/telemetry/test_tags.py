@@ -1,4 +1,4 @@
-"""The five scenarios of One Logger's documentation: which tags change, and which stay."""
+"""The five scenarios of One Logger's documentation: which tags change and which do not."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_scenario_2_other_resources_change_both(tags: Any) -> None:
     assert first[1] != second[1]
 
 
-def test_scenario_3_the_same_again_is_another_session_of_the_same_speed(tags: Any, tmp_path: Path) -> None:
+def test_scenario_3_the_same_config_is_a_new_session_of_equal_speed(tags: Any, tmp_path: Path) -> None:
     first = tags("a")
     second = tags("b", {"training_args.seed": 7, "training_args.learning_rate": 0.001})
     assert first[0] != second[0]
@@ -88,16 +88,16 @@ def test_scenario_5_a_faster_resumed_run_keeps_the_session_alone(
     assert second == (first["session_tag"], "without the needless loop")
 
 
-def test_jobs_of_one_second_are_known_in_their_order() -> None:
+def test_job_ids_of_one_second_sort_in_order() -> None:
     jobs = [new_job_id() for _ in range(50)]
     assert jobs == sorted(set(jobs))
 
 
-def test_tags_of_ones_own(tags: Any) -> None:
+def test_the_user_may_set_both_tags(tags: Any) -> None:
     assert tags("a", {"telemetry": {"session_tag": "s", "perf_tag": "p"}}) == ("s", "p")
 
 
-def test_the_default_tag_is_that_of_what_moves_the_speed(tmp_path: Path) -> None:
+def test_the_default_perf_tag_depends_on_what_determines_the_speed(tmp_path: Path) -> None:
     base = ({"training_args": {"output_dir": "a", "bf16": True}}, "model", {"torch": "2"}, "H100", 8)
 
     def tag(**changes: Any) -> str:
@@ -105,19 +105,19 @@ def test_the_default_tag_is_that_of_what_moves_the_speed(tmp_path: Path) -> None
         return perf_tag(*({**dict(zip(names, base, strict=True)), **changes}[name] for name in names))
 
     assert tag(config={"training_args": {"output_dir": "b", "bf16": True, "seed": 3}}) == tag()
-    others = [
+    changed = [
         tag(config={"training_args": {"output_dir": "a", "bf16": False}}),
         tag(model="other"),
         tag(versions={"torch": "3"}),
         tag(device="A100"),
         tag(world_size=4),
     ]
-    assert len({tag(), *others}) == 6
+    assert len({tag(), *changed}) == 6
 
 
-def test_a_model_is_known_by_its_shape_and_not_by_its_place(tmp_path: Path) -> None:
+def test_the_perf_tag_depends_on_the_shape_of_the_model_not_its_path(tmp_path: Path) -> None:
     for name, layers in (("a", 2), ("b", 2), ("c", 3)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"num_hidden_layers": layers, "_name_or_path": name}))
-    one, two, three = (perf_tag({}, str(tmp_path / name), {}, "cpu", 1) for name in "abc")
-    assert one == two != three
+    first, second, third = (perf_tag({}, str(tmp_path / name), {}, "cpu", 1) for name in "abc")
+    assert first == second != third

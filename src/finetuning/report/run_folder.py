@@ -284,8 +284,8 @@ def _spans(folder: Path) -> tuple[tuple[Span, ...], ...]:
             tuple(
                 Span(
                     span.name,
-                    (span.start_ns - job.began_ns) / 1e9,
-                    (span.end_ns - job.began_ns) / 1e9,
+                    (span.start_ns - job.start_ns) / 1e9,
+                    (span.end_ns - job.start_ns) / 1e9,
                     _depth(span.span_id, parents),
                 )
                 for span in sorted(job.spans, key=lambda span: span.start_ns)

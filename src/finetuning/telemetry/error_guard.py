@@ -1,29 +1,24 @@
-"""What goes wrong in telemetry itself: told once, marked in the record, never raised.
-
-Time that never runs backwards, and ids that draw on no seeded generator."""
+"""Errors in telemetry itself: reported once, marked in the recorded data, and never raised into training."""
 
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
-
-from opentelemetry.sdk.trace.id_generator import IdGenerator
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from finetuning.errors import FinetuningError
 
 logger = logging.getLogger(__name__)
 
-MOST_FAULTS = 20
+MAX_ERRORS = 20
+"""After this many errors, telemetry stops recording."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 class TelemetryErrors:
-    """The faults of one telemetry. `messages` holds them, in order, without repeats."""
+    """Collects the errors of one telemetry. `messages` holds each distinct one, in order."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -31,77 +26,64 @@ class TelemetryErrors:
         self._listener: Callable[[str], None] | None = None
 
     @property
-    def too_many(self) -> bool:
-        """Whether telemetry had better give up."""
-        return self.count >= MOST_FAULTS
+    def limit_reached(self) -> bool:
+        """Whether telemetry should stop recording."""
+        return self.count >= MAX_ERRORS
 
-    def listen(self, listener: Callable[[str], None] | None) -> None:
-        """Calls this with each new message, so that it is marked in what is recorded."""
+    def set_listener(self, listener: Callable[[str], None] | None) -> None:
+        """Call `listener` with each new message, to mark it in the recorded data."""
         self._listener = listener
 
-    def note(self, where: str, error: BaseException | str) -> None:
-        """One fault. The first one is told to the user, the others are kept."""
-        message = f"{where}: {error}" if isinstance(error, str) else f"{where}: {type(error).__name__}: {error}"
+    def record(self, action: str, error: BaseException | str) -> None:
+        """Record that `action` failed. Only the first error is logged as a warning."""
+        message = f"{action}: {error}" if isinstance(error, str) else f"{action}: {type(error).__name__}: {error}"
         self.count += 1
         if message in self.messages:
             return
         self.messages.append(message)
         if len(self.messages) == 1:
-            logger.warning("telemetry is incomplete, training goes on: %s", message)
+            logger.warning("telemetry is incomplete, training continues: %s", message)
+        # The listener writes an event, and an error in that must not call it again.
         listener, self._listener = self._listener, None
         if listener is None:
             return
         try:
             listener(message)
         except Exception as second:  # noqa: BLE001  the mark is worth less than the training
-            self.messages.append(f"{where}: {type(second).__name__}: {second}")
+            self.messages.append(f"{action}: {type(second).__name__}: {second}")
         self._listener = listener
 
-    def attempt(self, where: str, call: Callable[[], _R]) -> _R | None:
-        """What the call gives; None, and a fault, where it raises. Errors that the user must mend go on."""
+    def attempt(self, action: str, function: Callable[[], _R]) -> _R | None:
+        """Return the function's result, or None if it raises. Errors that the user must fix are raised."""
         try:
-            return call()
+            return function()
         except FinetuningError:
             raise
-        except Exception as error:  # noqa: BLE001  whatever telemetry does, training goes on
-            self.note(where, error)
+        except Exception as error:  # noqa: BLE001  telemetry must not stop training
+            self.record(action, error)
             return None
 
 
-def guarded(method: Callable[_P, _R]) -> Callable[_P, _R | None]:
-    """The method of an object with `faults`, with None for its outcome where it would raise."""
+class HasErrors(Protocol):
+    """An object whose methods can be `guarded`."""
+
+    errors: TelemetryErrors
+
+
+_Owner = TypeVar("_Owner", bound=HasErrors)
+
+
+def guarded(method: Callable[Concatenate[_Owner, _P], _R]) -> Callable[Concatenate[_Owner, _P], _R | None]:
+    """Make a method return None instead of raising. The error is recorded in the `errors` of its object."""
 
     @wraps(method)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> Any:
-        owner: Any = args[0]
-        if owner.faults.too_many:
+    def call(self: _Owner, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        if self.errors.limit_reached:
             return None
         try:
-            return method(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  whatever telemetry does, training goes on
-            owner.faults.note(method.__name__, error)
+            return method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001  telemetry must not stop training
+            self.errors.record(method.__name__, error)
             return None
 
     return call
-
-
-class Clock:
-    """Nanoseconds since 1970, read once from the wall clock and from then on counted by the monotonic one."""
-
-    def __init__(self, wall_ns: Callable[[], int] = time.time_ns, counter_ns: Callable[[], int] = time.perf_counter_ns):
-        self._counter_ns = counter_ns
-        self._offset = wall_ns() - counter_ns()
-
-    def now_ns(self) -> int:
-        return self._offset + self._counter_ns()
-
-
-class SystemIds(IdGenerator):
-    """Ids from the operating system. The SDK's own draw from `random`: after `set_seed` every run would get the same
-    ones, and training would get other random numbers than without telemetry."""
-
-    def generate_span_id(self) -> int:
-        return int.from_bytes(os.urandom(8), "big") or 1
-
-    def generate_trace_id(self) -> int:
-        return int.from_bytes(os.urandom(16), "big") or 1

@@ -1,10 +1,11 @@
-"""Goodput: how much of the time of all jobs of a session went into steps that are part of the model.
+"""Goodput: the share of the time of a session's jobs that went into steps that are part of the final model.
 
-Every second of a job has one place: a step that was kept, fetching rows for it, what the first step took longer than
-the others (compilation, allocation), a step that was done again or lost, saving or loading a checkpoint, evaluation,
-starting up, publishing the model, or the rest. The time between two jobs is told apart.
+Each second of a job is in exactly one category: productive steps; waiting for data; the excess time of the first step
+(compilation, allocation); steps that were lost or repeated; saving and loading checkpoints; evaluation; initialization;
+publication of the model; or other. The time between jobs is separate.
 
-The files that telemetry has written, read again: of jobs that ended well, and of those that were killed."""
+The source is the files that telemetry has written, also those of jobs that were killed.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +21,25 @@ from finetuning.telemetry.error_guard import TelemetryErrors
 from finetuning.telemetry.metrics import read_progress
 from finetuning.telemetry.session import FOLDER
 
+BADPUT: tuple[str, ...] = (
+    "data_wait",
+    "first_step",
+    "lost_work",
+    "checkpoint_save",
+    "checkpoint_load",
+    "evaluation",
+    "initialization",
+    "publication",
+    "other",
+)
+
 
 @dataclass(frozen=True)
 class RecordedSpan:
-    """A span, pieced together from its events. Times are nanoseconds since 1970; one that never ended has the time
-    that the job was last heard of, and `ended` is false."""
+    """A span, reconstructed from its events. Times are nanoseconds since 1970.
+
+    A span that never ended has the time of the job's last record as its end, and `ended` is false.
+    """
 
     name: str
     span_id: str
@@ -40,14 +55,14 @@ class RecordedSpan:
 
 @dataclass(frozen=True)
 class RecordedJob:
-    """What one process of one job has recorded. `progress` is None where no training loop had begun."""
+    """What one process of one job has recorded. `progress` is None if no training loop had begun."""
 
     path: Path
     resource: Mapping[str, Any]
     spans: tuple[RecordedSpan, ...]
-    began_ns: int
-    last_heard_ns: int
-    progress: Mapping[str, Any] | None = None
+    start_ns: int
+    last_record_ns: int
+    progress: Mapping[str, float] | None = None
     errors: tuple[str, ...] = field(default=())
 
     @property
@@ -55,16 +70,15 @@ class RecordedJob:
         return str(self.resource.get("session_tag", ""))
 
     def total_s(self, *span_names: str) -> float:
-        """Seconds in the spans of these names."""
+        """Return the seconds in the spans of these names."""
         return sum(span.seconds for span in self.spans if span.name in span_names)
 
 
-def read_lines(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
-    """The records of a file, in order; with `needed`, only those whose line holds one of these texts. A torn last line
-    is left out."""
+def _read_records(path: Path, *patterns: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file, of lines that contain one of these texts. An incomplete last line is skipped."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
-            if needed and not any(text in line for text in needed):
+            if not any(pattern in line for pattern in patterns):
                 continue
             try:
                 record = json.loads(line)
@@ -75,64 +89,52 @@ def read_lines(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
 
 
 def job_files(output_dir: Path, rank: int = 0) -> list[Path]:
-    """The files of one rank of all jobs of an output directory, the oldest job first."""
+    """Return the files of one rank of all jobs of an output directory, oldest job first."""
     return sorted((output_dir / FOLDER).glob(f"*/rank{rank}.jsonl"))
 
 
 def read_job(path: Path) -> RecordedJob | None:
-    """One job as its file tells it; None where the file has no first line."""
+    """Read a job's file; None if it has no first line."""
     resource: Mapping[str, Any] | None = None
-    began: dict[str, dict[str, Any]] = {}
-    ended: dict[str, int] = {}
-    errors, times = [], []
-    # Updates are the most of a long file, and nothing here needs them.
-    wanted = ('"type":"resource"', '"name":"span_st', '"name":"error"')
-    for record in read_lines(path, *wanted):
+    starts: dict[str, dict[str, Any]] = {}
+    ends: dict[str, int] = {}
+    errors: list[str] = []
+    times: list[int] = []
+    # Most of a long file is updates, which are not needed: do not parse them.
+    patterns = ('"type":"resource"', '"name":"span_st', '"name":"error"')
+    for record in _read_records(path, *patterns):
         attributes = record.get("attributes") or {}
         times.append(record.get("time_ns") or 0)
         if record.get("type") == "resource":
             resource = attributes
         elif record.get("name") == names.SPAN_START:
-            began[record["span_id"]] = record
+            starts[record["span_id"]] = record
         elif record.get("name") == names.SPAN_STOP:
-            ended[record["span_id"]] = record["time_ns"]
+            ends[record["span_id"]] = record["time_ns"]
         elif record.get("name") == names.ERROR:
             errors.append(str(attributes.get("error_message", "")))
     if resource is None:
         return None
     progress = read_progress(path.with_suffix(".progress"))
-    last = max([*times, progress["time_ns"] if progress else 0])
+    last = max([*times, int(progress["time_ns"]) if progress else 0])
     spans = tuple(
         RecordedSpan(
             record["attributes"].get("span_name", ""),
             span_id,
             record["attributes"].get("parent_span_id", ""),
             record["time_ns"],
-            ended.get(span_id, last),
-            span_id in ended,
+            ends.get(span_id, last),
+            span_id in ends,
         )
-        for span_id, record in began.items()
+        for span_id, record in starts.items()
     )
     first = min((span.start_ns for span in spans), default=times[0])
     return RecordedJob(path, resource, spans, min(first, times[0]), last, progress, tuple(errors))
 
 
-BADPUT = (
-    "data_wait",
-    "first_step",
-    "lost_work",
-    "checkpoint_save",
-    "checkpoint_load",
-    "evaluation",
-    "initialization",
-    "publication",
-    "other",
-)
-
-
 @dataclass(frozen=True)
 class Goodput:
-    """All jobs of one session. Times are seconds."""
+    """The goodput of all jobs of one session. Times are seconds."""
 
     session_tag: str
     jobs: int
@@ -143,15 +145,15 @@ class Goodput:
     lost_steps: int
     kept_steps: int
     disruptions: int
-    """Jobs that ended before the training was done."""
+    """Jobs that ended before training was complete."""
 
     @property
     def goodput(self) -> float:
-        """The share of productive time, 0 to 1."""
+        """The share of productive time, from 0 to 1."""
         return self.productive_s / self.total_s if self.total_s > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a record of the run."""
+        """Return plain values for the run record."""
         return {
             "goodput": self.goodput,
             "jobs": self.jobs,
@@ -166,47 +168,47 @@ class Goodput:
 
 
 def session_goodput(output_dir: Path, session_tag: str | None = None) -> Goodput | None:
-    """The goodput of a session of an output directory, by default of its last job's; None where nothing is recorded."""
+    """Compute the goodput of a session, by default the last job's; None if nothing is recorded."""
     jobs = [job for path in job_files(output_dir) if (job := read_job(path))]
     if not jobs:
         return None
     tag = session_tag or jobs[-1].session_tag
-    return goodput_of([job for job in jobs if job.session_tag == tag])
+    return compute_goodput([job for job in jobs if job.session_tag == tag])
 
 
-def measured_goodput(faults: TelemetryErrors, output_dir: Path, session_tag: str) -> Goodput | None:
-    """`session_goodput`, with a fault noted where the files cannot be read."""
+def try_session_goodput(errors: TelemetryErrors, output_dir: Path, session_tag: str) -> Goodput | None:
+    """Return `session_goodput`, or None with an error recorded if the files cannot be read."""
     try:
         return session_goodput(output_dir, session_tag)
-    except Exception as error:  # noqa: BLE001  files of other jobs, in whatever state they are
-        faults.note("reading what earlier jobs recorded", error)
+    except Exception as error:  # noqa: BLE001  files of other jobs may be corrupt in any way
+        errors.record("reading the files of earlier jobs", error)
         return None
 
 
-def goodput_of(jobs: Sequence[RecordedJob]) -> Goodput | None:
-    """The goodput of these jobs, in the order that they ran in."""
+def compute_goodput(jobs: Sequence[RecordedJob]) -> Goodput | None:
+    """Compute the goodput of jobs, in the order in which they ran."""
     if not jobs:
         return None
     badput = dict.fromkeys(BADPUT, 0.0)
     productive = total = 0.0
     kept_steps = lost_steps = disruptions = 0
     for index, job in enumerate(jobs):
-        kept = _kept(job, jobs[index + 1 :])
+        kept = _kept_work(job, jobs[index + 1 :])
         productive += kept.productive_s
         kept_steps += kept.steps
         lost_steps += kept.lost_steps
         disruptions += not _is_done(job)
-        total += (job.last_heard_ns - job.began_ns) / 1e9
+        total += (job.last_record_ns - job.start_ns) / 1e9
         for name, seconds in _badput(job, kept).items():
             badput[name] += seconds
-    between = sum(max(after.began_ns - before.last_heard_ns, 0) / 1e9 for before, after in pairwise(jobs))
+    between_s = sum(max(after.start_ns - before.last_record_ns, 0) / 1e9 for before, after in pairwise(jobs))
     return Goodput(
         jobs[0].session_tag,
         len(jobs),
         total,
         productive,
         badput,
-        between,
+        between_s,
         lost_steps,
         kept_steps,
         disruptions,
@@ -214,8 +216,8 @@ def goodput_of(jobs: Sequence[RecordedJob]) -> Goodput | None:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What of a job's steps is part of the model: their number, and seconds of computing, waiting and warming up."""
+class _KeptWork:
+    """The steps of a job that are part of the final model, and the seconds that they and the lost ones took."""
 
     steps: int = 0
     lost_steps: int = 0
@@ -225,13 +227,14 @@ class _Kept:
     lost_s: float = 0.0
 
 
-def _kept(job: RecordedJob, later: Sequence[RecordedJob]) -> _Kept:
+def _kept_work(job: RecordedJob, later: Sequence[RecordedJob]) -> _KeptWork:
     progress = job.progress
     if progress is None:
-        return _Kept()
+        return _KeptWork()
     start, step, total = int(progress["start"]), int(progress["step"]), float(progress["iterations_s"])
     done = step - start
-    next_start = next((int(other.progress["start"]) for other in later if other.progress), None)
+    # A later job resumed from the last checkpoint that it had: steps after it were lost.
+    next_start = next((int(item.progress["start"]) for item in later if item.progress), None)
     if next_start is not None:
         steps = min(max(next_start - start, 0), done)
     elif _is_done(job):
@@ -239,7 +242,8 @@ def _kept(job: RecordedJob, later: Sequence[RecordedJob]) -> _Kept:
     else:
         steps = max(int(progress["saved"]) - start, 0)
     if done <= 0:
-        return _Kept()
+        return _KeptWork()
+    # Seconds are known up to the end and up to the last checkpoint; otherwise assume equally long steps.
     if steps == done:
         seconds = total
     elif steps == int(progress["saved"]) - start:
@@ -248,37 +252,38 @@ def _kept(job: RecordedJob, later: Sequence[RecordedJob]) -> _Kept:
         seconds = total * steps / done
     share = seconds / total if total > 0 else 0.0
     first = float(progress["first_s"])
-    usual = (total - first) / (done - 1) if done > 1 else first
-    first_excess = min(max(first - usual, 0.0), seconds)
+    typical = (total - first) / (done - 1) if done > 1 else first
+    first_excess = min(max(first - typical, 0.0), seconds)
     data = min(float(progress["data_s"]) * share, seconds - first_excess)
-    return _Kept(steps, done - steps, seconds - data - first_excess, data, first_excess, total - seconds)
+    return _KeptWork(steps, done - steps, seconds - data - first_excess, data, first_excess, total - seconds)
 
 
 def _is_done(job: RecordedJob) -> bool:
-    """Whether the training loop ended by itself, and the application after it."""
+    """Return whether the training loop and then the application ended without an error."""
     loops = [span for span in job.spans if span.name == names.TRAINING_LOOP]
     applications = [span for span in job.spans if span.name == names.APPLICATION]
     return bool(loops and applications) and all(span.ended for span in (*loops, *applications)) and not job.errors
 
 
-def _badput(job: RecordedJob, kept: _Kept) -> dict[str, float]:
+def _badput(job: RecordedJob, kept: _KeptWork) -> dict[str, float]:
+    """Return the seconds of each category of `BADPUT`."""
     loops = [span for span in job.spans if span.name == names.TRAINING_LOOP]
-    loop_begins = loops[0].start_ns if loops else job.last_heard_ns
-    before = (loop_begins - job.began_ns) / 1e9
+    loop_start_ns = loops[0].start_ns if loops else job.last_record_ns
+    before_loop = (loop_start_ns - job.start_ns) / 1e9
     loading = job.total_s(names.CHECKPOINT_LOAD)
     loading_before = sum(
-        span.seconds for span in job.spans if span.name == names.CHECKPOINT_LOAD and span.start_ns < loop_begins
+        span.seconds for span in job.spans if span.name == names.CHECKPOINT_LOAD and span.start_ns < loop_start_ns
     )
-    told = {
+    badput = {
         "data_wait": kept.data_s,
         "first_step": kept.first_s,
         "lost_work": kept.lost_s,
         "checkpoint_save": job.total_s(names.CHECKPOINT_SAVE_SYNC, names.CHECKPOINT_SAVE_ASYNC),
         "checkpoint_load": loading,
         "evaluation": job.total_s(names.VALIDATION_LOOP, names.TESTING_LOOP),
-        "initialization": max(before - loading_before, 0.0),
+        "initialization": max(before_loop - loading_before, 0.0),
         "publication": job.total_s(names.MODEL_PUBLICATION),
     }
-    elapsed = (job.last_heard_ns - job.began_ns) / 1e9
-    told["other"] = max(elapsed - kept.productive_s - sum(told.values()), 0.0)
-    return told
+    elapsed = (job.last_record_ns - job.start_ns) / 1e9
+    badput["other"] = max(elapsed - kept.productive_s - sum(badput.values()), 0.0)
+    return badput

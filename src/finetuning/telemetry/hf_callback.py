@@ -1,31 +1,38 @@
-"""Telemetry of a transformers Trainer by a callback.
-
-A trainer's phases, turned into spans."""
+"""Telemetry of a transformers Trainer: a callback, and the finer phases that our trainers report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from transformers import TrainerCallback, TrainerState
-from transformers import TrainerControl as Control
-from transformers import TrainingArguments as Args
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.telemetry import names
 from finetuning.telemetry.error_guard import guarded
+from finetuning.telemetry.metrics import SAMPLE_FIELDS
 from finetuning.telemetry.telemetry import Telemetry
 
 Gather = Callable[[list[float]], Sequence[Sequence[float]]]
-"""Gives the samples of all processes, in the order of their ranks; every process calls it at the same steps."""
+"""Returns the samples of all processes, in the order of ranks. Every process calls it at the same steps."""
+
+_CHECKPOINT_SAVE = "checkpoint_save"
+_NO_ROWS = "no_rows"
+_EVALUATION_LOOPS = {
+    names.VALIDATION_SINGLE_ITERATION: names.VALIDATION_LOOP,
+    names.TESTING_SINGLE_ITERATION: names.TESTING_LOOP,
+}
+_LOOPS = frozenset(_EVALUATION_LOOPS.values())
 
 
 class TelemetryCallback(TrainerCallback):
-    """Records the training loop, its steps, evaluations and saves.
+    """Records the training loop, its steps, evaluations and checkpoints.
 
-    Without phases it knows of evaluations and saves only when they are over, and dates their spans back to the end of
-    what came before; data loading is then what lies between them and the step. `gather` is used every N steps, on
-    every process; `tell` is given the figures that people follow, and the step.
+    Args:
+        gather: gathers samples over the processes every N steps; None for a single process.
+        log_metrics: called with the metrics for trackers, and the step.
+        with_phases: whether the trainer reports its phases to `TrainerPhases`. Otherwise evaluations and saves are
+            known only when they are over: their spans begin where the last step or pause ended, and all time between
+            that and the next step counts as data loading.
     """
 
     def __init__(
@@ -33,112 +40,128 @@ class TelemetryCallback(TrainerCallback):
         telemetry: Telemetry,
         *,
         gather: Gather | None = None,
-        tell: Callable[[Mapping[str, float], int], None] | None = None,
+        log_metrics: Callable[[Mapping[str, float], int], None] | None = None,
         with_phases: bool = False,
     ):
-        self.faults = telemetry.faults
+        self.errors = telemetry.errors
         self._telemetry = telemetry
         self._gather = gather
-        self._tell = tell
+        self._log_metrics = log_metrics
         self._with_phases = with_phases
-        self._free_since = 0
+        self._idle_since_ns = 0
 
     @guarded
-    def on_train_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._telemetry.on_train_start(state.global_step, train_iterations_target=state.max_steps)
-        self._free()
+        self._mark_idle()
 
     @guarded
-    def on_step_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not self._with_phases:
-            self._telemetry.on_training_single_iteration_start(self._free_since)
+            self._telemetry.on_training_single_iteration_start(self._idle_since_ns)
 
     @guarded
-    def on_pre_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-        self._telemetry.part_began(names.OPTIMIZER_UPDATE)
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._telemetry.begin_phase(names.OPTIMIZER_UPDATE)
 
     @guarded
-    def on_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-        self._telemetry.part_ended(names.OPTIMIZER_UPDATE)
-        self._telemetry.part_began(names.ZERO_GRAD)
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._telemetry.end_phase(names.OPTIMIZER_UPDATE)
+        self._telemetry.begin_phase(names.ZERO_GRAD)
 
-    def on_step_end(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-        self._telemetry.part_ended(names.ZERO_GRAD)
+    # Not guarded, like on_train_end: a process whose telemetry has failed must still take part in the gathering.
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._telemetry.end_phase(names.ZERO_GRAD)
         self._telemetry.on_training_single_iteration_end(update=False)
         if state.global_step % self._telemetry.config.log_every_n_train_iterations == 0:
             self._update(state.global_step)
-        self._free()
+        self._mark_idle()
 
     @guarded
     def on_log(
-        self, args: Args, state: TrainerState, control: Control, logs: dict[str, Any] | None = None, **more: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **kwargs: object,
     ) -> None:
-        if logs and isinstance(logs.get("loss"), float):
-            self._telemetry.latest_loss = logs["loss"]
+        loss = (logs or {}).get("loss")
+        if isinstance(loss, float):
+            self._telemetry.latest_loss = loss
 
     @guarded
-    def on_evaluate(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not self._with_phases:
-            self._telemetry.validated_since(self._free_since)
-            self._free()
+            self._telemetry.record_validation(self._idle_since_ns)
+            self._mark_idle()
 
     @guarded
-    def on_save(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if not self._with_phases:
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            self._telemetry.saved_since(self._free_since, state.global_step, folder)
-            self._free()
+            self._telemetry.record_checkpoint(self._idle_since_ns, state.global_step, folder)
+            self._mark_idle()
 
-    def on_train_end(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
-        self._telemetry.drop_iteration()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._telemetry.discard_iteration()
         if state.global_step % self._telemetry.config.log_every_n_train_iterations:
             self._update(state.global_step)
         self._telemetry.on_train_end()
 
     def _update(self, step: int) -> None:
-        rows: Sequence[Sequence[float]] = ()
+        samples: Sequence[Sequence[float]] = ()
         if self._gather is not None:
-            # Every process gathers, whatever became of its own telemetry, or the others would wait for ever.
-            rows = self._gather(self._telemetry.sample() or [-1.0] * 6)
-        figures = self._telemetry.update_training_metrics(rows)
-        if figures and self._tell is not None:
-            self._tell(figures, step)
+            # Every process gathers, even if its own telemetry has failed; otherwise the others would wait forever.
+            samples = self._gather(self._telemetry.sample() or [-1.0] * len(SAMPLE_FIELDS))
+        metrics = self._telemetry.update_training_metrics(samples)
+        if metrics and self._log_metrics is not None:
+            self._log_metrics(metrics, step)
 
-    def _free(self) -> None:
-        self._free_since = self._telemetry.recorder.clock.now_ns()
-
-
-_CHECKPOINT_SAVE = "checkpoint_save"
-_NO_ROWS = "no_rows"
-_EVALUATIONS = {
-    names.VALIDATION_SINGLE_ITERATION: names.VALIDATION_LOOP,
-    names.TESTING_SINGLE_ITERATION: names.TESTING_LOOP,
-}
-_LOOPS = frozenset(_EVALUATIONS.values())
+    def _mark_idle(self) -> None:
+        self._idle_since_ns = self._telemetry.recorder.clock.now_ns()
 
 
 class TrainerPhases:
-    """What a trainer with phases tells, turned into spans.
+    """Records the phases that a trainer reports, as spans. No method raises: a phase is in the middle of a step, and on
+    one process of several.
 
-    `folder_of` gives the folder of the checkpoint that is being saved, `step` the trainer's step. Nothing here raises:
-    a phase stands in the middle of a step, and on one process of several.
+    Args:
+        step: returns the trainer's step.
+        checkpoint_folder: returns the folder of the checkpoint of a step; None on a process that does not save.
     """
 
-    def __init__(self, telemetry: Telemetry, step: Callable[[], int], folder_of: Callable[[int], Path | None]):
-        self.faults = telemetry.faults
+    def __init__(self, telemetry: Telemetry, step: Callable[[], int], checkpoint_folder: Callable[[int], Path | None]):
+        self.errors = telemetry.errors
         self._telemetry = telemetry
         self._step = step
-        self._folder_of = folder_of
+        self._checkpoint_folder = checkpoint_folder
 
     @guarded
     def begin(self, name: str) -> None:
+        """Begin a phase: the name of a span, or `checkpoint_save`."""
         telemetry = self._telemetry
         if name == names.DATA_LOADING:
+            # The trainer fetches the rows of all micro-batches first: an iteration begins with that.
             telemetry.on_training_single_iteration_start()
-        if name in names.INSIDE_A_STEP:
-            telemetry.part_began(name)
-        elif name in _EVALUATIONS:
-            telemetry.on_validation_single_iteration_start(_EVALUATIONS[name])
+        if name in names.ITERATION_PHASES:
+            telemetry.begin_phase(name)
+        elif name in _EVALUATION_LOOPS:
+            telemetry.on_validation_single_iteration_start(_EVALUATION_LOOPS[name])
         elif name in _LOOPS:
             telemetry.on_validation_start(name)
         elif name == _CHECKPOINT_SAVE:
@@ -148,34 +171,39 @@ class TrainerPhases:
 
     @guarded
     def end(self, name: str) -> None:
+        """End a phase. The name `no_rows` discards the iteration that has begun."""
         telemetry = self._telemetry
-        if name in names.INSIDE_A_STEP:
-            telemetry.part_ended(name)
-        elif name in _EVALUATIONS:
-            telemetry.on_validation_single_iteration_end(_EVALUATIONS[name])
+        if name in names.ITERATION_PHASES:
+            telemetry.end_phase(name)
+        elif name in _EVALUATION_LOOPS:
+            telemetry.on_validation_single_iteration_end(_EVALUATION_LOOPS[name])
         elif name in _LOOPS:
             telemetry.on_validation_end(name)
         elif name == _CHECKPOINT_SAVE:
-            folder = self._folder_of(self._step())
-            # A full disk leaves no checkpoint, and the run goes on. A rank that does not save has no folder to look at.
-            if folder is not None and not folder.is_dir():
-                telemetry.on_save_checkpoint_end(OSError(f"{folder.name} was not saved"))
-                return
-            telemetry.on_save_checkpoint_success(self._step(), folder)
-            telemetry.on_save_checkpoint_end()
+            self._end_checkpoint()
         elif name == _NO_ROWS:
-            telemetry.drop_iteration()
+            telemetry.discard_iteration()
         else:
             telemetry.end(name)
 
     @guarded
     def fail(self, name: str, error: BaseException) -> None:
+        """End a phase with an error."""
         telemetry = self._telemetry
-        if name in names.INSIDE_A_STEP:
-            telemetry.part_ended(name, error)
+        if name in names.ITERATION_PHASES:
+            telemetry.end_phase(name, error)
         elif name in _LOOPS:
             telemetry.on_validation_end(name, error)
         elif name == _CHECKPOINT_SAVE:
             telemetry.on_save_checkpoint_end(error)
         else:
             telemetry.end(name, error)
+
+    def _end_checkpoint(self) -> None:
+        folder = self._checkpoint_folder(self._step())
+        # On a full disk the trainer skips the checkpoint and goes on.
+        if folder is not None and not folder.is_dir():
+            self._telemetry.on_save_checkpoint_end(OSError(f"{folder.name} was not saved"))
+            return
+        self._telemetry.on_save_checkpoint_success(self._step(), folder)
+        self._telemetry.on_save_checkpoint_end()

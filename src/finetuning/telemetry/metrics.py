@@ -1,170 +1,46 @@
-"""From counts and times to the attributes of `training_metrics_update`.
+"""Measures iterations and checkpoints, and turns the measurements into attributes of One Logger's events.
 
-Counting what happens in a loop: cheap at each step, formed into attributes now and then.
-
-Checkpoints as telemetry sees them: attempts, successes, what they cost, and what they preserve."""
+Measuring happens at each step and is cheap; attributes are made at each update (every N steps).
+"""
 
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import struct
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetuning.telemetry.config import MeasuredConfig, Strategy, TrainingConfig
+from finetuning.telemetry.config import ProcessTotals, ResolvedTrainingConfig, Strategy
 from finetuning.telemetry.names import DATA_LOADING, MODEL_BACKWARD, MODEL_FORWARD, OPTIMIZER_UPDATE, ZERO_GRAD
 
-PROGRESS = struct.Struct("<4q4d")
-"""Step of the start, finished step, a time in ns since 1970, checkpointed step; seconds of iterations, of data loading,
-of the first iteration, and of iterations up to the checkpoint."""
+if TYPE_CHECKING:
+    import torch
 
-TIMED = {
+PROGRESS = struct.Struct("<4q4d")
+"""Content of a progress file: first step, last step, time in ns since 1970, step of the last checkpoint; then seconds
+in iterations, in data loading, in the first iteration, and in iterations up to the last checkpoint."""
+_PROGRESS_FIELDS = ("start", "step", "time_ns", "saved", "iterations_s", "data_s", "first_s", "saved_s")
+
+PHASE_NAMES = {
     DATA_LOADING: "dataloader",
     MODEL_FORWARD: "forward",
     MODEL_BACKWARD: "backward",
     OPTIMIZER_UPDATE: "optimizer",
     ZERO_GRAD: "zero_grad",
 }
-"""The parts of an iteration, and the words that they have in attributes."""
+"""The phases of an iteration, and their names in attributes."""
 
+SAMPLE_FIELDS = ("iteration", "dataloader", "forward", "tokens", "window_tokens", "flops")
+"""What processes exchange at an update: mean seconds of the window's iterations, of data loading and of forward passes;
+tokens of the job and of the window; FLOPs of the job. -1 for what is not known."""
 
-class RunningStats:
-    """Count, total, smallest and largest of what was added."""
-
-    __slots__ = ("count", "largest", "smallest", "total")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = 0.0
-        self.smallest = float("inf")
-        self.largest = 0.0
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.total += value
-        if value < self.smallest:
-            self.smallest = value
-        if value > self.largest:
-            self.largest = value
-
-    def take(self, other: RunningStats) -> None:
-        """Adds all that was added to another."""
-        self.count += other.count
-        self.total += other.total
-        self.smallest = min(self.smallest, other.smallest)
-        self.largest = max(self.largest, other.largest)
-
-    def attributes(self, what: str) -> dict[str, float]:
-        """`avg_…`, `min_…`, `max_…` and `total_…`; none before anything was added."""
-        if not self.count:
-            return {}
-        return {
-            f"avg_{what}": self.total / self.count,
-            f"min_{what}": self.smallest,
-            f"max_{what}": self.largest,
-            f"total_{what}": self.total,
-        }
-
-
-class IterationMeter:
-    """Times of iterations and of their parts, of the whole job and since the last update. All in seconds."""
-
-    def __init__(self) -> None:
-        self.job = RunningStats()
-        self.window = RunningStats()
-        self.parts: dict[str, float] = dict.fromkeys(TIMED, 0.0)
-        self.window_parts: dict[str, float] = dict.fromkeys(TIMED, 0.0)
-        self.first: float | None = None
-        self.first_finished_at: float | None = None
-        self.last_finished_at: float | None = None
-
-    def finished(self, seconds: float, at_ns: int) -> None:
-        """One iteration is done."""
-        self.window.add(seconds)
-        if self.first is None:
-            self.first = seconds
-            self.first_finished_at = at_ns / 1e9
-        self.last_finished_at = at_ns / 1e9
-
-    def part(self, name: str, seconds: float) -> None:
-        """So much of the present iteration went into this part."""
-        if name in self.window_parts:
-            self.window_parts[name] += seconds
-
-    @property
-    def total(self) -> float:
-        return self.job.total + self.window.total
-
-    @property
-    def count(self) -> int:
-        return self.job.count + self.window.count
-
-    def part_total(self, name: str) -> float:
-        return self.parts[name] + self.window_parts[name]
-
-    def close_window(self) -> tuple[RunningStats, dict[str, float]]:
-        """What has been since the last call; it goes into the job's totals."""
-        window, parts = self.window, self.window_parts
-        self.job.take(window)
-        for name, seconds in parts.items():
-            self.parts[name] += seconds
-        self.window, self.window_parts = RunningStats(), dict.fromkeys(TIMED, 0.0)
-        return window, parts
-
-
-class ProgressFile:
-    """A few numbers on disk, written over at each step: what a killed job had done.
-
-    It takes at most about one part in a hundred of the time, however slow the disk.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._next = 0.0
-
-    def write(self, *values: float, force: bool = False) -> None:
-        """The values of `PROGRESS`.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        began = time.perf_counter()
-        if began < self._next and not force:
-            return
-        os.pwrite(self._descriptor, PROGRESS.pack(*values), 0)
-        ended = time.perf_counter()
-        self._next = ended + 100 * (ended - began)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def read_progress(path: Path) -> Mapping[str, Any] | None:
-    """What a job had done at its last step; None where nothing was written."""
-    names = ("start", "step", "time_ns", "saved", "iterations_s", "data_s", "first_s", "saved_s")
-    try:
-        return dict(zip(names, PROGRESS.unpack(path.read_bytes()[: PROGRESS.size]), strict=True))
-    except (OSError, struct.error):
-        return None
-
-
-def folder_bytes(folder: Path) -> int | None:
-    """Bytes of the files in a folder; None where there is none."""
-    if not folder.is_dir():
-        return None
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-SAMPLE = ("iteration", "dataloader", "forward", "tokens", "window_tokens", "flops")
-"""What processes tell each other at an update: mean seconds of the window's iterations, their data loading and their
-forward passes; tokens of the job and of the window; FLOPs of the job."""
-
-FIGURES = {
+TRACKED_METRICS = {
     "tokens_per_second_per_device": "tokens_per_second_per_device",
     "tokens_per_second": "tokens_per_second",
     "train_throughput_per_gpu": "tflops_per_device",
@@ -177,100 +53,229 @@ FIGURES = {
     "peak_host_memory_bytes": "peak_host_memory_bytes",
     "straggler_ratio": "straggler_ratio",
 }
-"""Attributes that people follow while a run goes on, by their names as metrics."""
+"""Attributes that also go to trackers, and their names there."""
+
+
+class RunningStats:
+    """Count, total, minimum and maximum of the values added so far."""
+
+    __slots__ = ("count", "maximum", "minimum", "total")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = 0.0
+        self.minimum = float("inf")
+        self.maximum = 0.0
+
+    def add(self, value: float) -> None:
+        """Add one value, which must not be negative."""
+        self.count += 1
+        self.total += value
+        if value < self.minimum:
+            self.minimum = value
+        if value > self.maximum:
+            self.maximum = value
+
+    def merge(self, stats: RunningStats) -> None:
+        """Add all values of another object."""
+        self.count += stats.count
+        self.total += stats.total
+        self.minimum = min(self.minimum, stats.minimum)
+        self.maximum = max(self.maximum, stats.maximum)
+
+    def attributes(self, name: str) -> dict[str, float]:
+        """Return `avg_NAME`, `min_NAME`, `max_NAME` and `total_NAME`; nothing before a value was added."""
+        if not self.count:
+            return {}
+        return {
+            f"avg_{name}": self.total / self.count,
+            f"min_{name}": self.minimum,
+            f"max_{name}": self.maximum,
+            f"total_{name}": self.total,
+        }
+
+
+class IterationMeter:
+    """Seconds of iterations and of their phases: of the job up to the last update, and of the window since then."""
+
+    def __init__(self) -> None:
+        self.job = RunningStats()
+        self.window = RunningStats()
+        self.phases: dict[str, float] = dict.fromkeys(PHASE_NAMES, 0.0)
+        self.window_phases: dict[str, float] = dict.fromkeys(PHASE_NAMES, 0.0)
+        self.first: float | None = None
+        self.first_finished_at: float | None = None
+        self.last_finished_at: float | None = None
+
+    def add_iteration(self, seconds: float, finished_ns: int) -> None:
+        """Add an iteration that ended at a time in ns since 1970."""
+        self.window.add(seconds)
+        if self.first is None:
+            self.first = seconds
+            self.first_finished_at = finished_ns / 1e9
+        self.last_finished_at = finished_ns / 1e9
+
+    def add_phase(self, name: str, seconds: float) -> None:
+        """Add time to a phase of the current iteration. Names that are not phases are ignored."""
+        if name in self.window_phases:
+            self.window_phases[name] += seconds
+
+    @property
+    def total(self) -> float:
+        """Seconds of all iterations."""
+        return self.job.total + self.window.total
+
+    @property
+    def count(self) -> int:
+        """The number of iterations."""
+        return self.job.count + self.window.count
+
+    def phase_total(self, name: str) -> float:
+        """Return the seconds that all iterations spent in a phase."""
+        return self.phases[name] + self.window_phases[name]
+
+    def close_window(self) -> tuple[RunningStats, dict[str, float]]:
+        """Return the times of iterations and phases since the last call, and add them to the job's."""
+        window, phases = self.window, self.window_phases
+        self.job.merge(window)
+        for name, seconds in phases.items():
+            self.phases[name] += seconds
+        self.window, self.window_phases = RunningStats(), dict.fromkeys(PHASE_NAMES, 0.0)
+        return window, phases
+
+
+class ProgressFile:
+    """The values of `PROGRESS` on disk, overwritten after steps: what a killed job had done.
+
+    Writing takes at most about 1 % of the time, however slow the disk is.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._next_write = 0.0
+
+    def write(self, *values: float, force: bool = False) -> None:
+        """Write the values of `PROGRESS`, unless the last write was too recent and `force` is not set.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        started = time.perf_counter()
+        if started < self._next_write and not force:
+            return
+        os.pwrite(self._descriptor, PROGRESS.pack(*values), 0)
+        ended = time.perf_counter()
+        self._next_write = ended + 100 * (ended - started)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def read_progress(path: Path) -> dict[str, float] | None:
+    """Read a progress file; None if there is none or it is not complete."""
+    try:
+        return dict(zip(_PROGRESS_FIELDS, PROGRESS.unpack(path.read_bytes()[: PROGRESS.size]), strict=True))
+    except (OSError, struct.error):
+        return None
 
 
 @dataclass
 class TrainingProgress:
-    """Where a training loop stands: steps are counted over all jobs, from 0; `updated` is that of the last update."""
+    """Progress of a training loop. Steps count from 0 over all jobs; `updated` is the step of the last update."""
 
     start: int = 0
     step: int = 0
     updated: int = 0
     samples_start: int | None = None
-    last_work: MeasuredConfig = field(default_factory=MeasuredConfig)
+    last_totals: ProcessTotals = field(default_factory=ProcessTotals)
 
     @property
-    def done(self) -> int:
+    def steps_done(self) -> int:
         """Steps done in this job."""
         return self.step - self.start
 
 
 @dataclass(frozen=True)
 class Window:
-    """Times since the last update, and what was done in them."""
+    """Times since the last update, and the totals of the process now and then."""
 
     times: RunningStats
-    parts: dict[str, float]
-    work: MeasuredConfig
-    before: MeasuredConfig
+    phases: dict[str, float]
+    totals: ProcessTotals
+    previous: ProcessTotals
 
     @property
     def tokens(self) -> float | None:
-        return difference(self.work.tokens, self.before.tokens)
+        """Tokens of this process in the window."""
+        return _difference(self.totals.tokens, self.previous.tokens)
 
     @property
     def flops(self) -> float | None:
-        return difference(self.work.flops, self.before.flops)
-
-
-def difference(now: float | None, before: float | None) -> float | None:
-    return None if now is None else now - (before or 0)
+        """FLOPs of this process in the window."""
+        return _difference(self.totals.flops, self.previous.flops)
 
 
 def sample_of(window: Window) -> list[float]:
-    """This process's `SAMPLE`; -1 for what it does not know."""
+    """Return the values of `SAMPLE_FIELDS` for this process."""
     count = max(window.times.count, 1)
-    known = (
+    values = (
         window.times.total / count,
-        window.parts[DATA_LOADING] / count,
-        window.parts[MODEL_FORWARD] / count,
-        window.work.tokens,
+        window.phases[DATA_LOADING] / count,
+        window.phases[MODEL_FORWARD] / count,
+        window.totals.tokens,
         window.tokens,
-        window.work.flops,
+        window.totals.flops,
     )
-    return [-1.0 if value is None else float(value) for value in known]
+    return [-1.0 if value is None else float(value) for value in values]
 
 
 def training_attributes(
     progress: TrainingProgress,
     meter: IterationMeter,
     window: Window,
-    config: TrainingConfig,
-    rows: Sequence[Sequence[float]],
+    config: ResolvedTrainingConfig,
+    samples: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """Attributes of one `training_metrics_update`; `meter` is that of the job, the window's times included."""
+    """Return the attributes of a `training_metrics_update` event.
+
+    Args:
+        meter: the times of the job, with the window's already added.
+        samples: the `SAMPLE_FIELDS` of every process, in the order of ranks; empty to use this process alone.
+    """
     count, total = meter.count, meter.total
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "train_iterations_start": progress.start,
         "current_iteration": progress.step - 1,
         "num_iterations": count,
         "interval": progress.step - progress.updated,
         **meter.job.attributes("iteration_time_sec"),
         "window_avg_iteration_time_sec": _ratio(window.times.total, window.times.count),
-        "window_min_iteration_time_sec": window.times.smallest if window.times.count else None,
-        "window_max_iteration_time_sec": window.times.largest if window.times.count else None,
+        "window_min_iteration_time_sec": window.times.minimum if window.times.count else None,
+        "window_max_iteration_time_sec": window.times.maximum if window.times.count else None,
         "first_iteration_time_sec": meter.first,
+        # The first iteration includes compilation and allocation.
         "steady_avg_iteration_time_sec": _ratio(total - (meter.first or 0.0), count - 1),
         "first_logged_train_iterations_finish_timestamp_sec": meter.first_finished_at,
         "last_logged_train_iterations_finish_timestamp_sec": meter.last_finished_at,
-        "latest_loss": window.work.loss,
-        "data_wait_share": _ratio(window.parts[DATA_LOADING], window.times.total),
-        "avg_data_wait_share": _ratio(meter.part_total(DATA_LOADING), total),
-        **window.work.memory,
+        "latest_loss": window.totals.loss,
+        "data_wait_share": _ratio(window.phases[DATA_LOADING], window.times.total),
+        "avg_data_wait_share": _ratio(meter.phase_total(DATA_LOADING), total),
+        **window.totals.memory,
     }
-    for name, word in TIMED.items():
-        told[f"avg_{word}_time_sec"] = _ratio(meter.part_total(name), count)
-        told[f"total_{word}_time_sec"] = meter.part_total(name)
-        told[f"window_avg_{word}_time_sec"] = _ratio(window.parts[name], window.times.count)
-    told |= _samples(progress, count, config)
-    told |= _work(progress, meter, window, config, rows)
-    if len(rows) > 1:
-        told |= stragglers(rows)
-    return {key: value for key, value in told.items() if value is not None}
+    for name, label in PHASE_NAMES.items():
+        attributes[f"avg_{label}_time_sec"] = _ratio(meter.phase_total(name), count)
+        attributes[f"total_{label}_time_sec"] = meter.phase_total(name)
+        attributes[f"window_avg_{label}_time_sec"] = _ratio(window.phases[name], window.times.count)
+    attributes |= _sample_counts(progress, count, config)
+    attributes |= _throughput(progress, meter, window, config, samples)
+    if len(samples) > 1:
+        attributes |= straggler_metrics(samples)
+    return {key: value for key, value in attributes.items() if value is not None}
 
 
-def _samples(progress: TrainingProgress, count: int, config: TrainingConfig) -> dict[str, Any]:
+def _sample_counts(progress: TrainingProgress, count: int, config: ResolvedTrainingConfig) -> dict[str, Any]:
     batch = config.global_batch_size
     if not batch:
         return {"train_samples_start": progress.samples_start}
@@ -282,65 +287,69 @@ def _samples(progress: TrainingProgress, count: int, config: TrainingConfig) -> 
     }
 
 
-def _work(
+def _throughput(
     progress: TrainingProgress,
     meter: IterationMeter,
     window: Window,
-    config: TrainingConfig,
-    rows: Sequence[Sequence[float]],
+    config: ResolvedTrainingConfig,
+    samples: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """Tokens and FLOPs: of this device, and, with every process's sample, of all."""
-    world = max(len(rows), 1)
-    total, busy = meter.total, window.times.total
-    tokens = _sum(rows, "tokens") if rows else window.work.tokens
-    window_tokens = _sum(rows, "window_tokens") if rows else window.tokens
-    flops = _sum(rows, "flops") if rows else window.work.flops
-    told = {
+    """Return tokens, FLOPs and their rates: per device, and over all processes where their samples are known."""
+    world_size = max(len(samples), 1)
+    total, window_s = meter.total, window.times.total
+    tokens = _sum(samples, "tokens") if samples else window.totals.tokens
+    window_tokens = _sum(samples, "window_tokens") if samples else window.tokens
+    flops = _sum(samples, "flops") if samples else window.totals.flops
+    attributes = {
         "train_tokens": tokens,
-        "tokens_per_second": _ratio(window_tokens, busy),
-        "tokens_per_second_per_device": _ratio(window.tokens, busy),
+        "tokens_per_second": _ratio(window_tokens, window_s),
+        "tokens_per_second_per_device": _ratio(window.tokens, window_s),
         "avg_tokens_per_second": _ratio(tokens, total),
-        "avg_tokens_per_second_per_device": _ratio(window.work.tokens, total),
+        "avg_tokens_per_second_per_device": _ratio(window.totals.tokens, total),
     }
     if flops is None or not config.is_log_throughput_enabled or not meter.count:
-        return told
-    each = flops / meter.count
-    told |= {
+        return attributes
+    per_iteration = flops / meter.count
+    attributes |= {
         "total_flops": flops,
-        "completed_floating_point_operations_overall": flops + progress.start * each,
-        "train_throughput_per_gpu": _ratio(flops, total * 1e12 * world),
-        "train_throughput_per_gpu_max": _ratio(each, meter.job.smallest * 1e12 * world),
-        "train_throughput_per_gpu_min": _ratio(each, meter.job.largest * 1e12 * world),
+        "completed_floating_point_operations_overall": flops + progress.start * per_iteration,
+        "train_throughput_per_gpu": _ratio(flops, total * 1e12 * world_size),
+        "train_throughput_per_gpu_max": _ratio(per_iteration, meter.job.minimum * 1e12 * world_size),
+        "train_throughput_per_gpu_min": _ratio(per_iteration, meter.job.maximum * 1e12 * world_size),
         "avg_tflops": _ratio(flops, total * 1e12),
     }
     if config.peak_tflops:
         peak = config.peak_tflops * 1e12
-        told["mfu"] = _ratio(window.flops, busy * peak)
-        told["avg_mfu"] = _ratio(window.work.flops, total * peak)
-    return told
+        attributes["mfu"] = _ratio(window.flops, window_s * peak)
+        attributes["avg_mfu"] = _ratio(window.totals.flops, total * peak)
+    return attributes
 
 
-def stragglers(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Least, median and most of each time over the processes, and which process has the most.
+def straggler_metrics(samples: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Return minimum, median and maximum of each time over the processes, and the rank that has the maximum.
 
-    A slow process shows in its data loading and forward pass: in the backward pass all wait for it. The
-    `straggler_ratio` is the most of both together, by the median.
+    A slow process shows in its data loading and forward pass only: the gradient all-reduce makes all processes wait
+    for it in the backward pass. `straggler_ratio` is the maximum of both together divided by their median.
     """
-    told: dict[str, Any] = {}
-    for index, name in enumerate(SAMPLE[:3]):
-        values = [row[index] for row in rows]
-        told[f"rank_{name}_time_min_sec"] = min(values)
-        told[f"rank_{name}_time_median_sec"] = statistics.median(values)
-        told[f"rank_{name}_time_max_sec"] = max(values)
-        told[f"rank_{name}_time_slowest"] = values.index(max(values))
-    own = [row[1] + row[2] for row in rows]
-    told["slowest_rank"] = own.index(max(own))
-    told["straggler_ratio"] = _ratio(max(own), statistics.median(own))
-    return told
+    attributes: dict[str, Any] = {}
+    for index, name in enumerate(SAMPLE_FIELDS[:3]):
+        values = [sample[index] for sample in samples]
+        attributes[f"rank_{name}_time_min_sec"] = min(values)
+        attributes[f"rank_{name}_time_median_sec"] = statistics.median(values)
+        attributes[f"rank_{name}_time_max_sec"] = max(values)
+        attributes[f"rank_{name}_time_slowest"] = values.index(max(values))
+    not_waiting = [sample[1] + sample[2] for sample in samples]
+    attributes["slowest_rank"] = not_waiting.index(max(not_waiting))
+    attributes["straggler_ratio"] = _ratio(max(not_waiting), statistics.median(not_waiting))
+    return attributes
 
 
-def _sum(rows: Sequence[Sequence[float]], name: str) -> float | None:
-    values = [row[SAMPLE.index(name)] for row in rows]
+def _difference(now: float | None, before: float | None) -> float | None:
+    return None if now is None else now - (before or 0)
+
+
+def _sum(samples: Sequence[Sequence[float]], name: str) -> float | None:
+    values = [sample[SAMPLE_FIELDS.index(name)] for sample in samples]
     return None if min(values) < 0 else sum(values)
 
 
@@ -349,8 +358,8 @@ def _ratio(value: float | None, by: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class PreservedProgress:
-    """What a checkpoint holds, read when saving it began: steps and samples of all jobs, seconds of this one."""
+class CheckpointProgress:
+    """What a checkpoint contains, measured when saving began: steps and samples of all jobs, seconds of this one."""
 
     step: int
     train_s: float
@@ -360,59 +369,96 @@ class PreservedProgress:
 
 
 class CheckpointMeter:
-    """Counts and times of all saves of a job."""
+    """Counts and times the checkpoints of a job."""
 
     def __init__(self) -> None:
         self.attempts = 0
         self.successes = 0
         self.times = RunningStats()
-        self.preserved: dict[int, PreservedProgress] = {}
-        self._first_success: float | None = None
+        self.progress: dict[int, CheckpointProgress] = {}
+        self._first_success_s: float | None = None
 
-    def began(self, preserved: PreservedProgress, strategy: Strategy) -> dict[str, Any]:
-        """Attributes of the save's span."""
+    def start_save(self, progress: CheckpointProgress, strategy: Strategy) -> dict[str, Any]:
+        """Return the attributes of the save's span."""
         self.attempts += 1
-        # A save that never came to an end leaves its entry behind; a job has few of them.
-        self.preserved[preserved.step] = preserved
+        # The entry of a save that fails is never removed; a job has few of them.
+        self.progress[progress.step] = progress
         return {
             "checkpoint_strategy": strategy,
-            "current_iteration": preserved.step,
+            "current_iteration": progress.step,
             "save_checkpoint_attempt_count": self.attempts,
         }
 
-    def succeeded(
-        self, step: int, strategy: Strategy, at_ns: int, started_s: float | None, size: int | None, folder: str | None
+    def finish_save(
+        self,
+        step: int,
+        strategy: Strategy,
+        finished_ns: int,
+        training_started_s: float | None,
+        size: int | None,
+        folder: str | None,
     ) -> dict[str, Any]:
-        """Attributes of `save_checkpoint_success`."""
+        """Return the attributes of the `save_checkpoint_success` event; `size` is in bytes."""
         self.successes += 1
-        self._first_success = self._first_success or at_ns / 1e9
-        told: dict[str, Any] = {
+        self._first_success_s = self._first_success_s or finished_ns / 1e9
+        attributes: dict[str, Any] = {
             "checkpoint_strategy": strategy,
             "current_iteration": step,
-            "first_successful_save_checkpoint_timestamp_sec": self._first_success,
-            "latest_successful_save_checkpoint_timestamp_sec": at_ns / 1e9,
+            "first_successful_save_checkpoint_timestamp_sec": self._first_success_s,
+            "latest_successful_save_checkpoint_timestamp_sec": finished_ns / 1e9,
             "save_checkpoint_success_count": self.successes,
-            "training_start_timestamp_sec": started_s,
+            "training_start_timestamp_sec": training_started_s,
             "checkpoint_size": size,
             "checkpoint_directory": folder,
         }
-        preserved = self.preserved.pop(step, None)
-        if preserved is not None:
-            told |= {
-                "productive_train_iterations": preserved.step,
-                "productive_train_samples": preserved.samples,
-                "productive_train_iterations_sec": preserved.train_s,
-                "productive_validation_iterations_sec": preserved.validation_s,
-                "productive_train_tflops": preserved.tflops,
+        progress = self.progress.pop(step, None)
+        if progress is not None:
+            attributes |= {
+                "productive_train_iterations": progress.step,
+                "productive_train_samples": progress.samples,
+                "productive_train_iterations_sec": progress.train_s,
+                "productive_validation_iterations_sec": progress.validation_s,
+                "productive_train_tflops": progress.tflops,
             }
-        return told
+        return attributes
 
-    def took(self, seconds: float) -> dict[str, Any]:
-        """Attributes of `sync_checkpoint_metrics_update`, after the loop was blocked for so long."""
+    def add_blocking_time(self, seconds: float) -> dict[str, Any]:
+        """Add the time that a save blocked training. Return the attributes of `sync_checkpoint_metrics_update`."""
         self.times.add(seconds)
         return {
             "save_checkpoint_sync_time_total_sec": self.times.total,
             "save_checkpoint_sync_time_avg_sec": self.times.total / self.times.count,
-            "save_checkpoint_sync_time_min_sec": self.times.smallest,
-            "save_checkpoint_sync_time_max_sec": self.times.largest,
+            "save_checkpoint_sync_time_min_sec": self.times.minimum,
+            "save_checkpoint_sync_time_max_sec": self.times.maximum,
         }
+
+
+def folder_size(folder: Path) -> int | None:
+    """Return the bytes of all files below a folder; None if it does not exist."""
+    if not folder.is_dir():
+        return None
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def device_name(device: torch.device) -> str:
+    """Return the hardware name of a CUDA device; the device type of any other."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the peak memory in bytes since the job began, by attribute name.
+
+    It includes this process's host memory, and on CUDA the device's allocated, reserved and total memory.
+    """
+    import torch
+
+    # getrusage reports kilobytes, but bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        memory["peak_memory_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        memory["peak_memory_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        memory["memory_total_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return memory

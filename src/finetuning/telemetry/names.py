@@ -1,12 +1,11 @@
-"""Names on the wire: the spans and events of One Logger's training telemetry, and the few that we add.
+"""Names of spans and events: those of One Logger's training telemetry, and a few of ours.
 
-Source: the span and event names of nv-one-logger-training-telemetry 2.3.1. Ours: `data_preparation`,
-`model_publication`, `custom` names of users; `testing_single_iteration` is in lower case as all others are.
+Source: nv-one-logger-training-telemetry 2.3.1. Ours are `data_preparation` and `model_publication`. One Logger writes
+`TESTING_SINGLE_ITERATION` in upper case; here it is lower case like the other names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import get_args
 
 from finetuning.config.sections.tracking import SpanName
@@ -35,9 +34,10 @@ TESTING_SINGLE_ITERATION = "testing_single_iteration"
 MODEL_PUBLICATION = "model_publication"
 
 STANDARD_SPANS = frozenset(get_args(SpanName))
-INSIDE_A_STEP = frozenset({DATA_LOADING, MODEL_FORWARD, MODEL_BACKWARD, OPTIMIZER_UPDATE, ZERO_GRAD})
-STEPS = frozenset({TRAINING_SINGLE_ITERATION, VALIDATION_SINGLE_ITERATION, TESTING_SINGLE_ITERATION})
-SHORT_SPANS = INSIDE_A_STEP | STEPS
+ITERATION_PHASES = frozenset({DATA_LOADING, MODEL_FORWARD, MODEL_BACKWARD, OPTIMIZER_UPDATE, ZERO_GRAD})
+ITERATIONS = frozenset({TRAINING_SINGLE_ITERATION, VALIDATION_SINGLE_ITERATION, TESTING_SINGLE_ITERATION})
+SHORT_SPANS = ITERATION_PHASES | ITERATIONS
+"""Spans that occur at least once per step. They are not exported by default."""
 
 SPAN_START = "span_start"
 SPAN_STOP = "span_stop"
@@ -50,32 +50,3 @@ VALIDATION_METRICS_UPDATE = "validation_metrics_update"
 TESTING_METRICS_UPDATE = "testing_metrics_update"
 SAVE_CHECKPOINT_SUCCESS = "save_checkpoint_success"
 SYNC_CHECKPOINT_METRICS_UPDATE = "sync_checkpoint_metrics_update"
-
-SpanFilter = Callable[[str], bool]
-"""Whether the span of this name is written."""
-
-
-def export_all() -> SpanFilter:
-    """Every span."""
-    return lambda name: True
-
-
-def export_only(names: Iterable[str]) -> SpanFilter:
-    """The spans of these names, and the application's, which holds the others."""
-    wanted = frozenset(names) | {APPLICATION}
-    return lambda name: name in wanted
-
-
-def export_all_but(names: Iterable[str] = SHORT_SPANS) -> SpanFilter:
-    """All spans but those of these names; by default but the short ones."""
-    unwanted = frozenset(names) - {APPLICATION}
-    return lambda name: name not in unwanted
-
-
-def preset_filter(preset: str, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> SpanFilter:
-    """The filter that `telemetry.spans`, `include_spans` and `exclude_spans` ask for."""
-    include = frozenset(include)
-    if preset == "none":
-        return export_only(include - frozenset(exclude))
-    left_out = {"default": SHORT_SPANS, "per_step": INSIDE_A_STEP, "all": frozenset()}[preset]
-    return export_all_but((left_out - include) | frozenset(exclude))

@@ -1,6 +1,7 @@
-"""Telemetry of one process, from the config.
+"""Opens the telemetry of one process, by hand or from the engine's config, and computes its tags.
 
-`session_tag` and `perf_tag`: which jobs make one model, and which are as fast as each other ought to be."""
+`session_tag` identifies the jobs that train one model; `perf_tag` identifies jobs that should be equally fast.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +19,20 @@ from typing import Any
 from opentelemetry.sdk._logs import LogRecordProcessor
 from opentelemetry.sdk.trace import SpanProcessor
 
-from finetuning.config.sections import tracking as config
+from finetuning.config.sections.tracking import TelemetryConfig
 from finetuning.distributed import ProcessTopology
 from finetuning.telemetry.config import JobIdentity
-from finetuning.telemetry.error_guard import Clock, TelemetryErrors
-from finetuning.telemetry.exporters import EventLines, JsonLines, OtlpLink, SpanLines
+from finetuning.telemetry.error_guard import TelemetryErrors
+from finetuning.telemetry.exporters import JsonlEventProcessor, JsonlSpanProcessor, JsonlWriter, OtlpExport
 from finetuning.telemetry.metrics import ProgressFile
-from finetuning.telemetry.names import SpanFilter, export_all_but, preset_filter
-from finetuning.telemetry.spans import SpanRecorder
+from finetuning.telemetry.spans import Clock, SpanFilter, SpanRecorder, export_all_but, preset_filter
 from finetuning.telemetry.telemetry import Telemetry
 
 FOLDER = "telemetry"
 SESSION_NAME = "session.json"
 
-# What may differ between two runs that are as fast as each other.
-_INCIDENTAL = {
+# Config keys that do not change the speed of a run.
+_SPEED_NEUTRAL_KEYS = {
     "output_dir",
     "logging_dir",
     "seed",
@@ -66,33 +66,36 @@ _INCIDENTAL = {
 
 
 def new_job_id() -> str:
-    """A name that no other job has, and that sorts by time."""
+    """Return a unique id that sorts by time."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}{nanoseconds:09}-{secrets.token_hex(4)}"
 
 
-def session_tag(output_dir: Path, wanted: str | None, *, goes_on: bool, checkpoint: Path | None = None) -> str:
-    """The tag of this job's session, kept in the output directory.
+def session_tag(output_dir: Path, requested: str | None, *, resumed: bool, checkpoint: Path | None = None) -> str:
+    """Return the tag of this job's session, and store it in the output directory.
 
-    A job that goes on keeps the tag of the checkpoint's directory, or of its own; any other gets a new one.
+    A resumed job keeps the tag of its checkpoint's output directory, or of its own. Any other job gets a new one.
+
+    Args:
+        requested: the tag that the user has set; it wins.
 
     Raises:
-        OSError: it cannot be kept.
+        OSError: the tag cannot be stored.
     """
-    own = output_dir / FOLDER / SESSION_NAME
-    tag = wanted
-    if tag is None and goes_on:
+    path = output_dir / FOLDER / SESSION_NAME
+    tag = requested
+    if tag is None and resumed:
         origins = [checkpoint.parent / FOLDER / SESSION_NAME] if checkpoint else []
-        tag = next((kept for path in [*origins, own] if (kept := _read(path))), None)
+        tag = next((stored for origin in [*origins, path] if (stored := _read_session_tag(origin))), None)
     tag = tag or f"session-{new_job_id()}"
-    own.parent.mkdir(parents=True, exist_ok=True)
-    staging = own.with_name(f".{SESSION_NAME}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{SESSION_NAME}.partial")
     staging.write_text(json.dumps({"session_tag": tag}) + "\n", encoding="utf-8")
-    os.replace(staging, own)
+    os.replace(staging, path)
     return tag
 
 
-def _read(path: Path) -> str | None:
+def _read_session_tag(path: Path) -> str | None:
     try:
         tag = json.loads(path.read_text(encoding="utf-8"))["session_tag"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -101,27 +104,27 @@ def _read(path: Path) -> str | None:
 
 
 def perf_tag(config: Mapping[str, Any], model: str, versions: Mapping[str, str], device: str, world_size: int) -> str:
-    """A digest of what moves the speed: the config but for paths, seeds and rates, the model's shape, the packages,
-    the device, and the number of processes."""
-    told = {
-        "config": _without_incidentals(config),
-        "model": _shape(model),
+    """Return a digest of what determines the speed: the config without paths, seeds and learning rates, the model's
+    shape, the package versions, the device, and the number of processes."""
+    inputs = {
+        "config": _without_neutral_keys(config),
+        "model": _model_shape(model),
         "versions": dict(versions),
         "device": device,
         "world_size": world_size,
     }
-    text = json.dumps(told, sort_keys=True, default=str)
+    text = json.dumps(inputs, sort_keys=True, default=str)
     return f"perf-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _without_incidentals(value: Any) -> Any:
+def _without_neutral_keys(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_incidentals(item) for key, item in value.items() if key not in _INCIDENTAL}
-    return [_without_incidentals(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _without_neutral_keys(item) for key, item in value.items() if key not in _SPEED_NEUTRAL_KEYS}
+    return [_without_neutral_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _shape(model: str) -> Any:
-    """What a model on disk is like, wherever it lies; a name from the hub as it is."""
+def _model_shape(model: str) -> str | dict[str, Any]:
+    """Return the config of a model on disk, independent of its path; the name of a model on the hub."""
     try:
         shape = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -131,44 +134,42 @@ def _shape(model: str) -> Any:
 
 @dataclass(frozen=True)
 class TelemetryJob:
-    """What all processes of a job have in common; the main one decides it and tells the others."""
+    """What all processes of a job share. The main process creates it and broadcasts it."""
 
     job_id: str
     session_tag: str
     traceparent: str | None = None
 
 
-def is_switched_off(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether OTEL_SDK_DISABLED switches OpenTelemetry off."""
+def is_disabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the environment variable OTEL_SDK_DISABLED disables OpenTelemetry."""
     return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
-def begin_job(
-    section: config.TelemetryConfig, output_dir: Path, *, goes_on: bool, checkpoint: Path | None
-) -> TelemetryJob:
-    """The job that the main process begins. Its session's tag is kept in the output directory, if that can be."""
+def begin_job(section: TelemetryConfig, output_dir: Path, *, resumed: bool, checkpoint: Path | None) -> TelemetryJob:
+    """Create the job on the main process. The session's tag is stored in the output directory if possible."""
     job_id = new_job_id()
     try:
-        tag = session_tag(output_dir, section.session_tag, goes_on=goes_on, checkpoint=checkpoint)
+        tag = session_tag(output_dir, section.session_tag, resumed=resumed, checkpoint=checkpoint)
     except OSError:
-        # The files of this job lie in the same folder: that they cannot be written is told there.
+        # Opening this job's file in the same folder fails as well, and reports it.
         tag = section.session_tag or f"session-{job_id}"
     return TelemetryJob(job_id, tag, os.environ.get("TRACEPARENT"))
 
 
-def writes_telemetry(section: config.TelemetryConfig, topology: ProcessTopology) -> bool:
-    """Whether this process is one of those that write."""
-    local = topology.local_rank == 0
-    return section.ranks == "all" or topology.rank == 0 or (section.ranks == "local_zero" and local)
+def writes_telemetry(section: TelemetryConfig, topology: ProcessTopology) -> bool:
+    """Return whether `telemetry.ranks` includes this process."""
+    is_local_zero = topology.local_rank == 0
+    return section.ranks == "all" or topology.rank == 0 or (section.ranks == "local_zero" and is_local_zero)
 
 
 def start_telemetry(
-    section: config.TelemetryConfig, job: TelemetryJob, output_dir: Path, topology: ProcessTopology
+    section: TelemetryConfig, job: TelemetryJob, output_dir: Path, topology: ProcessTopology
 ) -> Telemetry:
-    """Telemetry of this process as the config has it. Where nothing can be written it counts all the same.
+    """Open the telemetry of this process as the config describes it. If nothing can be written it still measures.
 
     Raises:
-        MissingPackageError: OTLP is asked for, and its package is not installed.
+        MissingPackageError: OTLP is configured, and its package is not installed.
     """
     identity = JobIdentity(
         section.application_name,
@@ -181,47 +182,55 @@ def start_telemetry(
         section.is_baseline_run,
         section.custom_metadata,
     )
-    exports = preset_filter(section.spans, section.include_spans, section.exclude_spans)
+    span_filter = preset_filter(section.spans, section.include_spans, section.exclude_spans)
     if not writes_telemetry(section, topology):
-        return open_telemetry(identity, None, exports)
-    faults = TelemetryErrors()
-    link = None
+        return open_telemetry(identity, None, span_filter)
+    errors = TelemetryErrors()
+    otlp = None
     if section.otlp is not None:
         headers = {name: value.get_secret_value() for name, value in section.otlp.headers.items()}
-        link = OtlpLink(section.otlp.endpoint, headers, section.otlp.timeout_s, faults)
+        otlp = OtlpExport(section.otlp.endpoint, headers, section.otlp.timeout_s, errors)
     return open_telemetry(
-        identity, output_dir / FOLDER / job.job_id, exports, link=link, faults=faults, traceparent=job.traceparent
+        identity,
+        output_dir / FOLDER / job.job_id,
+        span_filter,
+        otlp=otlp,
+        errors=errors,
+        traceparent=job.traceparent,
     )
 
 
 def open_telemetry(
     identity: JobIdentity,
     folder: Path | None,
-    exports: SpanFilter | None = None,
+    span_filter: SpanFilter | None = None,
     *,
-    link: OtlpLink | None = None,
-    faults: TelemetryErrors | None = None,
+    otlp: OtlpExport | None = None,
+    errors: TelemetryErrors | None = None,
     traceparent: str | None = None,
     clock: Clock | None = None,
 ) -> Telemetry:
-    """Telemetry that writes `rank<R>.jsonl` in a folder, and to a link where there is one."""
-    faults, clock = faults or TelemetryErrors(), clock or Clock()
+    """Return telemetry that writes `rank<R>.jsonl` into a folder, and to an OTLP collector if there is one.
+
+    Args:
+        folder: None to write no file.
+        span_filter: which spans are exported; by default all except those of each step.
+        traceparent: the W3C trace context of the span that started this process.
+    """
+    errors, clock = errors or TelemetryErrors(), clock or Clock()
     processors: list[tuple[SpanProcessor, LogRecordProcessor]] = []
+    resource = identity.resource_attributes()
     progress = None
     if folder is not None:
         try:
-            lines = JsonLines(folder / f"rank{identity.rank}.jsonl", faults, identity.resource(), clock.now_ns())
-            processors.append((SpanLines(lines), EventLines(lines)))
+            writer = JsonlWriter(folder / f"rank{identity.rank}.jsonl", errors, resource, clock.now_ns())
+            processors.append((JsonlSpanProcessor(writer), JsonlEventProcessor(writer)))
             progress = ProgressFile(folder / f"rank{identity.rank}.progress")
         except OSError as error:
-            faults.note(f"opening {folder}", error)
-    close_links = _nothing
-    if link is not None:
-        processors.append((link.spans, link.events))
-        close_links = link.close
-    recorder = SpanRecorder(identity.resource(), processors, exports or export_all_but(), clock, traceparent)
-    return Telemetry(recorder, identity, faults, progress, close_links)
-
-
-def _nothing() -> Any:
-    """There is no link to close."""
+            errors.record(f"opening {folder}", error)
+    if otlp is not None:
+        processors.append((otlp.spans, otlp.events))
+    recorder = SpanRecorder(resource, processors, span_filter or export_all_but(), clock, traceparent)
+    if otlp is None:
+        return Telemetry(recorder, identity, errors, progress)
+    return Telemetry(recorder, identity, errors, progress, otlp.close)

@@ -1,10 +1,16 @@
-"""Spans and events on the OpenTelemetry SDK, with providers of its own: MLflow's tracing lives beside it untouched."""
+"""Spans and events on the OpenTelemetry SDK.
+
+The tracer and logger providers are private: the global ones, which MLflow's tracing uses, are not touched.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,97 +20,159 @@ from opentelemetry.context import Context
 from opentelemetry.sdk._logs import LoggerProvider, LogRecordProcessor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from finetuning.config.redaction import without_user_info
 from finetuning.telemetry import names
-from finetuning.telemetry.error_guard import Clock, SystemIds
+from finetuning.telemetry.config import Attributes
+from finetuning.telemetry.error_guard import TelemetryErrors, guarded
+from finetuning.telemetry.metrics import IterationMeter
 
 _SCOPE = "finetuning.telemetry"
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
-_LONGEST_TRACEBACK = 16_000
+_MAX_TRACEBACK = 16_000
+
+SpanFilter = Callable[[str], bool]
+"""Returns whether spans of this name are exported."""
+
+
+def export_all() -> SpanFilter:
+    """Return a filter that exports every span."""
+    return lambda name: True
+
+
+def export_only(span_names: Iterable[str]) -> SpanFilter:
+    """Return a filter that exports the spans of these names, and the application span, which is their root."""
+    included = frozenset(span_names) | {names.APPLICATION}
+    return lambda name: name in included
+
+
+def export_all_but(span_names: Iterable[str] = names.SHORT_SPANS) -> SpanFilter:
+    """Return a filter that exports all spans except those of these names."""
+    excluded = frozenset(span_names) - {names.APPLICATION}
+    return lambda name: name not in excluded
+
+
+def preset_filter(preset: str, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> SpanFilter:
+    """Return the filter for `telemetry.spans`, `include_spans` and `exclude_spans`."""
+    include = frozenset(include)
+    if preset == "none":
+        return export_only(include - frozenset(exclude))
+    preset_excludes = {"default": names.SHORT_SPANS, "per_step": names.ITERATION_PHASES, "all": frozenset[str]()}
+    return export_all_but((preset_excludes[preset] - include) | frozenset(exclude))
+
+
+class Clock:
+    """Nanoseconds since 1970: the wall clock, read once, advanced by the monotonic counter."""
+
+    def __init__(self, wall_ns: Callable[[], int] = time.time_ns, counter_ns: Callable[[], int] = time.perf_counter_ns):
+        self._counter_ns = counter_ns
+        self._offset = wall_ns() - counter_ns()
+
+    def now_ns(self) -> int:
+        return self._offset + self._counter_ns()
+
+
+class SystemIdGenerator(IdGenerator):
+    """Draws ids from the operating system.
+
+    The SDK's generator draws from `random`: after `set_seed` every run would get the same ids, and training would get
+    different random numbers than without telemetry.
+    """
+
+    def generate_span_id(self) -> int:
+        return int.from_bytes(os.urandom(8), "big") or 1
+
+    def generate_trace_id(self) -> int:
+        return int.from_bytes(os.urandom(16), "big") or 1
 
 
 class OpenSpan:
-    """A span that has begun. `is_written` is false where the filter leaves it out; it is then timed all the same."""
+    """A span that has started. One that the filter excludes is timed but not exported."""
 
-    __slots__ = ("_otel", "context", "ended", "name", "parent", "start_ns")
+    __slots__ = ("_otel_span", "context", "ended", "name", "parent", "start_ns")
 
-    def __init__(self, name: str, start_ns: int, parent: OpenSpan | None, otel: Any, context: Context):
+    def __init__(
+        self, name: str, start_ns: int, parent: OpenSpan | None, otel_span: trace.Span | None, context: Context
+    ):
         self.name = name
         self.start_ns = start_ns
         self.parent = parent
         self.ended = False
         self.context = context
-        self._otel = otel
+        self._otel_span = otel_span
 
     @property
-    def is_written(self) -> bool:
-        return self._otel is not None
+    def is_exported(self) -> bool:
+        """Whether the span is exported when it ends."""
+        return self._otel_span is not None
 
     def set_attribute(self, key: str, value: Any) -> None:
-        """Adds to the span; it is written when the span ends."""
-        if self._otel is not None and value is not None:
-            self._otel.set_attribute(key, value)
+        """Set an attribute, which is exported when the span ends. None is ignored."""
+        if self._otel_span is not None and value is not None:
+            self._otel_span.set_attribute(key, value)
 
-    def set_attributes(self, values: Mapping[str, Any]) -> None:
+    def set_attributes(self, values: Attributes) -> None:
+        """Set several attributes."""
         for key, value in values.items():
             self.set_attribute(key, value)
 
     def finish(self, status: Status, end_ns: int) -> None:
-        """Ends the SDK's span; for the recorder."""
+        """End the SDK's span. Only the recorder calls this."""
         self.ended = True
-        if self._otel is not None:
-            self._otel.set_status(status)
-            self._otel.end(end_ns)
+        if self._otel_span is not None:
+            self._otel_span.set_status(status)
+            self._otel_span.end(end_ns)
 
     @property
-    def ids(self) -> SpanContext:
-        """The ids of this span, or of the one above it that is written."""
+    def span_context(self) -> SpanContext:
+        """Trace and span id of this span, or of its nearest exported ancestor."""
         return trace.get_current_span(self.context).get_span_context()
 
 
 class SpanRecorder:
-    """Opens and closes spans and tells events, to the processors that it is given.
+    """Starts and ends spans and emits events, for a list of processors.
 
-    A span's parent is the one that is open in the same context (thread, task), or else the outermost one. A span that
-    the filter leaves out costs two attribute writes; its children hang on the span above it.
+    The parent of a span is the open one of the same context (thread, task), or else the outermost one. A span that the
+    filter excludes is not created in the SDK; its children have its nearest exported ancestor as their parent.
     """
 
     def __init__(
         self,
-        resource: Mapping[str, Any],
+        resource: Attributes,
         processors: Sequence[tuple[SpanProcessor, LogRecordProcessor]],
-        exports: names.SpanFilter,
+        span_filter: SpanFilter,
         clock: Clock,
         traceparent: str | None = None,
     ):
-        described = Resource(dict(resource))
+        otel_resource = Resource(dict(resource))
         self.clock = clock
-        self._exports = exports
-        # Other tools' environment variables must not cut what is told here.
+        self._span_filter = span_filter
+        # OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT and the like are for other tools in this process.
         limits = SpanLimits(max_attributes=SpanLimits.UNSET, max_span_attributes=SpanLimits.UNSET)
-        self._tracers = TracerProvider(
-            resource=described, id_generator=SystemIds(), shutdown_on_exit=False, span_limits=limits
+        self._tracer_provider = TracerProvider(
+            resource=otel_resource, id_generator=SystemIdGenerator(), shutdown_on_exit=False, span_limits=limits
         )
-        self._loggers = LoggerProvider(resource=described, shutdown_on_exit=False)
-        for spans, events in processors:
-            self._tracers.add_span_processor(spans)
-            self._loggers.add_log_record_processor(events)
-        self._is_heard = bool(processors)
-        self._tracer = self._tracers.get_tracer(_SCOPE)
-        self._logger = self._loggers.get_logger(_SCOPE)
-        self._root_context = _context_of(traceparent)
+        self._logger_provider = LoggerProvider(resource=otel_resource, shutdown_on_exit=False)
+        for span_processor, event_processor in processors:
+            self._tracer_provider.add_span_processor(span_processor)
+            self._logger_provider.add_log_record_processor(event_processor)
+        self._has_processors = bool(processors)
+        self._tracer = self._tracer_provider.get_tracer(_SCOPE)
+        self._logger = self._logger_provider.get_logger(_SCOPE)
+        self._root_context = _parse_traceparent(traceparent)
         self._current: ContextVar[OpenSpan | None] = ContextVar("current_span", default=None)
         self._open: list[OpenSpan] = []
-        self._told_error: int | None = None
+        self._last_error_id: int | None = None
 
     def exports(self, name: str) -> bool:
-        """Whether spans of this name are written."""
-        return self._is_heard and self._exports(name)
+        """Return whether spans of this name are exported."""
+        return self._has_processors and self._span_filter(name)
 
     @property
     def current(self) -> OpenSpan | None:
+        """The innermost open span of this context, or else the outermost open span."""
         span = self._current.get()
         if span is not None and not span.ended:
             return span
@@ -112,41 +180,43 @@ class SpanRecorder:
 
     @property
     def open_spans(self) -> list[OpenSpan]:
-        """The spans that have not ended, the outermost first."""
+        """The spans that have not ended, outermost first."""
         return list(self._open)
 
     def start(
-        self, name: str, attributes: Mapping[str, Any] | None = None, *, parent: OpenSpan | None = None, at_ns: int = 0
+        self, name: str, attributes: Attributes | None = None, *, parent: OpenSpan | None = None, at_ns: int = 0
     ) -> OpenSpan:
-        """A new span, told at once by its `span_start` event."""
+        """Start a span, now or at a time in ns since 1970, and emit its `span_start` event."""
         start_ns = at_ns or self.clock.now_ns()
-        above = parent or self.current
-        context = above.context if above else self._root_context
-        otel = None
-        if self.exports(name):
-            above_id = trace.get_current_span(context).get_span_context().span_id
-            otel = self._tracer.start_span(
-                name, context, SpanKind.INTERNAL, _plain(attributes), start_time=start_ns, record_exception=False
-            )
-            context = trace.set_span_in_context(otel, context)
-        span = OpenSpan(name, start_ns, above, otel, context)
+        parent = parent or self.current
+        context = parent.context if parent else self._root_context
+        if not self.exports(name):
+            return self._open_span(OpenSpan(name, start_ns, parent, None, context))
+        parent_id = trace.get_current_span(context).get_span_context().span_id
+        otel_span = self._tracer.start_span(
+            name, context, SpanKind.INTERNAL, _without_none(attributes), start_time=start_ns, record_exception=False
+        )
+        context = trace.set_span_in_context(otel_span, context)
+        span = self._open_span(OpenSpan(name, start_ns, parent, otel_span, context))
+        event = {"span_name": name, "parent_span_id": f"{parent_id:016x}" if parent_id else ""}
+        self.event(names.SPAN_START, event, span, at_ns=start_ns)
+        return span
+
+    def _open_span(self, span: OpenSpan) -> OpenSpan:
         self._open.append(span)
         self._current.set(span)
-        if otel is not None:
-            parent_id = f"{above_id:016x}" if above_id else ""
-            self.event(names.SPAN_START, {"span_name": name, "parent_span_id": parent_id}, span, at_ns=start_ns)
         return span
 
     def end(self, span: OpenSpan, *, error: BaseException | str | None = None, at_ns: int = 0) -> None:
-        """Ends the span and, first, those that were left open inside it. An exception is told once, where it arose."""
+        """End a span, and first those inside it that are still open. An exception is recorded as an event once."""
         if span.ended:
             return
-        for inner in [other for other in reversed(self._open) if other is not span and _is_inside(other, span)]:
+        for inner in [item for item in reversed(self._open) if item is not span and _is_inside(item, span)]:
             self.end(inner, error=error or "left open", at_ns=at_ns)
         if isinstance(error, BaseException):
             self.error(error, span)
         end_ns = max(at_ns or self.clock.now_ns(), span.start_ns)
-        if span.is_written:
+        if span.is_exported:
             span.set_attribute("duration_msec", round((end_ns - span.start_ns) / 1e6, 3))
             self.event(names.SPAN_STOP, {"span_name": span.name}, span, at_ns=end_ns)
         span.finish(_status(error), end_ns)
@@ -157,46 +227,121 @@ class SpanRecorder:
     def event(
         self,
         name: str,
-        attributes: Mapping[str, Any] | None = None,
+        attributes: Attributes | None = None,
         span: OpenSpan | None = None,
         *,
         at_ns: int = 0,
         severity: SeverityNumber = SeverityNumber.INFO,
     ) -> None:
-        """One event of a span, by default of the current one. Values of None are left out."""
-        if not self._is_heard:
+        """Emit an event of a span, by default of the current one. Attributes that are None are left out."""
+        if not self._has_processors:
             return
-        above = span or self.current
+        span = span or self.current
         now = at_ns or self.clock.now_ns()
-        told = {"timestamp_msec": now // 1_000_000, **(_plain(attributes) or {})}
         self._logger.emit(
             timestamp=now,
             observed_timestamp=now,
-            context=above.context if above else self._root_context,
+            context=span.context if span else self._root_context,
             severity_number=severity,
-            attributes=told,
+            attributes={"timestamp_msec": now // 1_000_000, **(_without_none(attributes) or {})},
             event_name=name,
         )
 
     def error(self, error: BaseException, span: OpenSpan | None = None) -> None:
-        """The `error` event of an exception; a second call with the same one tells nothing."""
-        if self._told_error == id(error):
+        """Emit the `error` event of an exception, unless it was the last one emitted."""
+        if self._last_error_id == id(error):
             return
-        self._told_error = id(error)
-        text = without_user_info(str(error))
+        self._last_error_id = id(error)
+        message = without_user_info(str(error))
         lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         attributes = {
-            "error_message": text or type(error).__name__,
+            "error_message": message or type(error).__name__,
             "exception_type": type(error).__name__,
-            "exception_message": text,
-            "exception_traceback": without_user_info(lines[-_LONGEST_TRACEBACK:]),
+            "exception_message": message,
+            "exception_traceback": without_user_info(lines[-_MAX_TRACEBACK:]),
         }
         self.event(names.ERROR, attributes, span, severity=SeverityNumber.ERROR)
 
     def shut_down(self) -> None:
-        """Ends the processors."""
-        self._tracers.shutdown()
-        self._loggers.shutdown()
+        """Shut the processors down."""
+        self._tracer_provider.shutdown()
+        self._logger_provider.shutdown()
+
+
+class StandardSpans:
+    """Starts and ends spans by One Logger's names. At most one span of a name is open at a time.
+
+    The times of an iteration's phases are measured whether or not their spans are exported.
+    """
+
+    def __init__(self, recorder: SpanRecorder, errors: TelemetryErrors):
+        self.recorder = recorder
+        self.errors = errors
+        self.meter = IterationMeter()
+        self._started_ns: dict[str, int] = {}
+        self._active: dict[str, OpenSpan] = {}
+        self._exported = {name: recorder.exports(name) for name in names.STANDARD_SPANS}
+
+    def active(self, name: str) -> OpenSpan | None:
+        """Return the open span of a standard name."""
+        span = self._active.get(name)
+        return span if span is not None and not span.ended else None
+
+    @guarded
+    def begin(self, name: str, attributes: Attributes | None = None, *, at_ns: int = 0) -> OpenSpan:
+        """Start the span of a standard name. One that is still open ends with an error."""
+        stale = self.active(name)
+        if stale is not None:
+            self.recorder.end(stale, error="started again before it had ended")
+        span = self._active[name] = self.recorder.start(name, attributes, at_ns=at_ns)
+        return span
+
+    @guarded
+    def end(self, name: str, error: BaseException | str | None = None, *, at_ns: int = 0) -> None:
+        """End the span of a standard name, if it is open."""
+        span = self._active.pop(name, None)
+        if span is not None:
+            self.recorder.end(span, error=error, at_ns=at_ns)
+
+    @guarded
+    def begin_phase(self, name: str) -> None:
+        """Begin a phase of an iteration, such as `data_loading` or `model_forward`."""
+        now = self._started_ns[name] = self.recorder.clock.now_ns()
+        if self._exported[name]:
+            self.begin(name, at_ns=now)
+
+    @guarded
+    def end_phase(self, name: str, error: BaseException | None = None) -> None:
+        """End a phase and add its time to the iteration."""
+        started = self._started_ns.pop(name, None)
+        if started is not None:
+            now = self.recorder.clock.now_ns()
+            self.meter.add_phase(name, (now - started) / 1e9)
+            if self._exported[name]:
+                self.end(name, error, at_ns=now)
+        if error is not None:
+            self.recorder.error(error)
+
+    @guarded
+    def event(self, name: str, attributes: Attributes | None = None, span: OpenSpan | None = None) -> None:
+        """Emit an event of your own."""
+        self.recorder.event(name, attributes, span)
+
+    @contextmanager
+    def standard_span(self, name: str, attributes: Attributes | None = None) -> Iterator[OpenSpan]:
+        """Record the block as the span of a standard name."""
+        span = self.begin(name, attributes) or unrecorded_span(name)
+        try:
+            yield span
+        except BaseException as error:
+            self.end(name, error)
+            raise
+        self.end(name)
+
+
+def unrecorded_span(name: str) -> OpenSpan:
+    """Return a span that is not recorded, for code that sets attributes when telemetry has failed."""
+    return OpenSpan(name, 0, None, None, Context())
 
 
 def _status(error: BaseException | str | None) -> Status:
@@ -206,21 +351,21 @@ def _status(error: BaseException | str | None) -> Status:
     return Status(StatusCode.ERROR, without_user_info(text))
 
 
-def _is_inside(span: OpenSpan, other: OpenSpan) -> bool:
-    above = span.parent
-    while above is not None and above is not other:
-        above = above.parent
-    return above is other
+def _is_inside(span: OpenSpan, ancestor: OpenSpan) -> bool:
+    parent = span.parent
+    while parent is not None and parent is not ancestor:
+        parent = parent.parent
+    return parent is ancestor
 
 
-def _plain(attributes: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _without_none(attributes: Attributes | None) -> Mapping[str, Any] | None:
     return {key: value for key, value in attributes.items() if value is not None} if attributes else None
 
 
-def _context_of(traceparent: str | None) -> Context:
-    """The context that a W3C `traceparent` names; an empty one without."""
+def _parse_traceparent(traceparent: str | None) -> Context:
+    """Return the context that a W3C `traceparent` names; an empty one without it."""
     match = _TRACEPARENT.match(traceparent or "")
     if match is None:
         return Context()
-    above = SpanContext(int(match[1], 16), int(match[2], 16), is_remote=True, trace_flags=TraceFlags(1))
-    return trace.set_span_in_context(trace.NonRecordingSpan(above), Context())
+    parent = SpanContext(int(match[1], 16), int(match[2], 16), is_remote=True, trace_flags=TraceFlags(1))
+    return trace.set_span_in_context(trace.NonRecordingSpan(parent), Context())

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from transformers import TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from finetuning.training.resume.find import ResumePoint
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetuning.telemetry.config import MeasuredConfig, TrainingConfig
+    from finetuning.telemetry.config import ProcessTotals, TrainingConfig
     from finetuning.telemetry.flops import FlopsCount
     from finetuning.telemetry.session import TelemetryJob
     from finetuning.telemetry.telemetry import Telemetry
@@ -52,13 +52,13 @@ class TelemetrySession:
         """The job begins; on the main process."""
         if not self._section.enabled or not self._topology.is_main:
             return
-        from finetuning.telemetry.session import begin_job, is_switched_off
+        from finetuning.telemetry.session import begin_job, is_disabled
 
-        if is_switched_off():
+        if is_disabled():
             return
         wanted = str(self._experiment.run_conf.resume_from_checkpoint).lower()
-        goes_on = resume.checkpoint is not None or wanted == "auto"
-        self._start(begin_job(self._section, self._output_dir, goes_on=goes_on, checkpoint=resume.checkpoint))
+        resumed = resume.checkpoint is not None or wanted == "auto"
+        self._start(begin_job(self._section, self._output_dir, resumed=resumed, checkpoint=resume.checkpoint))
 
     def tags(self) -> dict[str, str]:
         """The names of the session and of this job, which trackers keep, too; nothing without telemetry."""
@@ -85,7 +85,7 @@ class TelemetrySession:
         if self._telemetry is None:
             yield
             return
-        with self._telemetry.block(name):
+        with self._telemetry.standard_span(name):
             yield
 
     def connect(self, arguments: TrainingArguments) -> None:
@@ -105,28 +105,29 @@ class TelemetrySession:
         if self._telemetry is None or self._job is None:
             return None
         span = self._telemetry.active("application")
-        if span is None or not span.is_written:
+        if span is None or not span.is_exported:
             return self._job
-        return replace(self._job, traceparent=f"00-{span.ids.trace_id:032x}-{span.ids.span_id:016x}-01")
+        return replace(
+            self._job, traceparent=f"00-{span.span_context.trace_id:032x}-{span.span_context.span_id:016x}-01"
+        )
 
     def planned(self, plan: Plan) -> None:
         """What the metrics need to know of the training."""
         telemetry = self._telemetry
         if telemetry is None:
             return
-        config = telemetry.faults.attempt("describing the training", lambda: self._config(plan))
+        config = telemetry.errors.attempt("describing the training", lambda: self._config(plan))
         if config is not None:
             telemetry.set_training_config(config)
 
     def _config(self, plan: Plan) -> TrainingConfig:
         from finetuning.telemetry.config import TrainingConfig
-        from finetuning.telemetry.flops import device_name, peak_tflops
+        from finetuning.telemetry.metrics import device_name
         from finetuning.telemetry.session import perf_tag
 
         experiment, section = self._experiment, self._section
         versions = installed_versions() | {"finetuning": __version__}
         name = device_name(self._device) if self._device is not None else "unknown"
-        args = experiment.training_args
         steps = plan.steps.total if plan.steps else None
         return TrainingConfig(
             perf_tag=section.perf_tag
@@ -136,12 +137,20 @@ class TelemetrySession:
             log_every_n_train_iterations=section.log_every_n_train_iterations,
             seq_length=experiment.sft_args.max_seq_length if hasattr(experiment, "sft_args") else None,
             flops_per_token=section.flops_per_token,
-            # The table holds what 16 bit arithmetic reaches.
-            peak_tflops=section.peak_tflops or (peak_tflops(name) if args.bf16 or args.fp16 else None),
+            peak_tflops=section.peak_tflops or self._peak_tflops(name),
             train_iterations_target=steps,
             train_samples_target=steps * plan.batch.total if steps else None,
             custom_metadata=section.custom_metadata,
         )
+
+    def _peak_tflops(self, device: str) -> float | None:
+        """Return the device's peak TFLOP/s, which is known for 16-bit training only."""
+        args = self._experiment.training_args
+        if not (args.bf16 or args.fp16):
+            return None
+        from finetuning.telemetry.flops import peak_tflops
+
+        return peak_tflops(device)
 
     def callbacks(self, tell: Tell) -> list[TrainerCallback]:
         """What the trainer is to call; `tell` is given the figures that people follow."""
@@ -153,7 +162,7 @@ class TelemetrySession:
             TelemetryCallback(
                 self._telemetry,
                 gather=self._gather if self._topology.is_distributed else None,
-                tell=tell if self._topology.is_main else None,
+                log_metrics=tell if self._topology.is_main else None,
                 with_phases=True,
             )
         ]
@@ -166,10 +175,10 @@ class TelemetrySession:
 
         self._trainer = trainer
         trainer.phases = TrainerPhases(self._telemetry, lambda: trainer.state.global_step, self._folder)
-        flops = self._telemetry.faults.attempt("counting FLOPs", lambda: self._flops(trainer))
+        flops = self._telemetry.errors.attempt("counting FLOPs", lambda: self._flops(trainer))
         if flops is not None:
             trainer.count_work()
-        self._telemetry.watch(lambda: self._measured(flops))
+        self._telemetry.measure_with(lambda: self._measured(flops))
 
     def _flops(self, trainer: Trainer) -> FlopsCount | None:
         """What the model's training costs, where that is worth knowing and known."""
@@ -182,17 +191,17 @@ class TelemetrySession:
 
         return count_flops(trainer.model)
 
-    def _measured(self, flops: FlopsCount | None) -> MeasuredConfig:
-        from finetuning.telemetry.config import MeasuredConfig
-        from finetuning.telemetry.flops import peak_memory
+    def _measured(self, flops: FlopsCount | None) -> ProcessTotals:
+        from finetuning.telemetry.config import ProcessTotals
+        from finetuning.telemetry.metrics import peak_memory
 
         trainer = self._trainer
         tokens = trainer.tokens_seen
         done = None
         if flops is not None:
             scored, squares = trainer.work_done()
-            done = flops.of(tokens, scored if getattr(trainer, "selects_logits", False) else tokens, squares)
-        return MeasuredConfig(tokens, done, trainer.step_loss, peak_memory(trainer.args.device))
+            done = flops.total(tokens, scored if getattr(trainer, "selects_logits", False) else tokens, squares)
+        return ProcessTotals(tokens, done, trainer.step_loss, peak_memory(trainer.args.device))
 
     def _gather(self, sample: list[float]) -> Sequence[Sequence[float]]:
         import torch
@@ -211,11 +220,11 @@ class TelemetrySession:
         telemetry.close(error)
         if not self._topology.is_main:
             return None
-        return telemetry.faults.attempt("summing up", lambda: self._told(telemetry, self._job, tell))
+        return telemetry.errors.attempt("summing up", lambda: self._told(telemetry, self._job, tell))
 
     def _told(self, telemetry: Telemetry, job: TelemetryJob, tell: Tell) -> dict[str, Any]:
         """What belongs into the record of a job whose telemetry has ended."""
-        from finetuning.telemetry.goodput import measured_goodput
+        from finetuning.telemetry.goodput import try_session_goodput
 
         told: dict[str, Any] = {
             "job_id": job.job_id,
@@ -223,11 +232,11 @@ class TelemetrySession:
             "perf_tag": telemetry.config.perf_tag,
             **telemetry.summary(),
         }
-        goodput = measured_goodput(telemetry.faults, self._output_dir, job.session_tag)
+        goodput = try_session_goodput(telemetry.errors, self._output_dir, job.session_tag)
         if goodput is not None:
             told["session"] = goodput.as_dict()
             badput = {f"badput_{name}_s": seconds for name, seconds in goodput.badput_s.items()}
             tell({"goodput": goodput.goodput, **badput}, telemetry.progress.step)
-        if telemetry.faults.messages:
-            told["faults"] = list(telemetry.faults.messages)
+        if telemetry.errors.messages:
+            told["faults"] = list(telemetry.errors.messages)
         return told
