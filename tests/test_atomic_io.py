@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.atomic_io import MANIFEST, manifest_fault, remove_leftovers, staged, staging_path, write_manifest
+from finetuning.atomic_io import (
+    MANIFEST,
+    atomic_directory,
+    find_manifest_mismatch,
+    remove_staging_directories,
+    staging_path,
+    write_manifest,
+)
 from finetuning.errors import StorageError
 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with pytest.raises(RuntimeError), staged(target) as staging:
+    with pytest.raises(RuntimeError), atomic_directory(target) as staging:
         (staging / "half").write_text("x")
         assert not target.exists()
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with staged(target) as staging:
+    with atomic_directory(target) as staging:
         (staging / "whole").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (target / "whole").read_text() == "x"
@@ -30,7 +37,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_files_have_the_modes_that_the_umask_asks_for(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        with staged(tmp_path / "model") as staging:
+        with atomic_directory(tmp_path / "model") as staging:
             file = staging / "weights"
             file.write_text("x")
             file.chmod(0o600)
@@ -42,9 +49,9 @@ def test_files_have_the_modes_that_the_umask_asks_for(tmp_path: Path, umask: int
 def test_what_was_published_is_never_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
-    with staged(target) as staging:
+    with atomic_directory(target) as staging:
         (staging / "a").write_text("first")
-    with pytest.raises(StorageError, match="is not empty"), staged(target):
+    with pytest.raises(StorageError, match="is not empty"), atomic_directory(target):
         pass
     assert (target / "a").read_text() == "first"
 
@@ -53,7 +60,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     staging_path(tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / ".hidden").mkdir()
-    assert [path.name for path in remove_leftovers(tmp_path)] == [".checkpoint-4.partial"]
+    assert [path.name for path in remove_staging_directories(tmp_path)] == [".checkpoint-4.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "checkpoint-2"]
 
 
@@ -61,18 +68,18 @@ def test_a_manifest_finds_what_changed(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "weights").write_bytes(bytes(1000))
     (tmp_path / "inner" / "state").write_text("x")
-    assert manifest_fault(tmp_path) is None, "a folder without a manifest has nothing to differ from"
+    assert find_manifest_mismatch(tmp_path) is None, "a folder without a manifest has nothing to differ from"
     write_manifest(tmp_path)
     assert sorted(json.loads((tmp_path / MANIFEST).read_text())) == ["inner/state", "weights"]
-    assert manifest_fault(tmp_path) is None
+    assert find_manifest_mismatch(tmp_path) is None
     (tmp_path / "weights").write_bytes(bytes(999))
-    assert manifest_fault(tmp_path) == "weights has 999 bytes, 1,000 were written"
+    assert find_manifest_mismatch(tmp_path) == "weights has 999 bytes, 1,000 were written"
     (tmp_path / "weights").write_bytes(bytes(500) + b"1" + bytes(499))
-    assert manifest_fault(tmp_path) == "weights is not what was written"
+    assert find_manifest_mismatch(tmp_path) == "weights is not what was written"
     (tmp_path / "weights").unlink()
-    assert manifest_fault(tmp_path) == "weights is missing"
+    assert find_manifest_mismatch(tmp_path) == "weights is missing"
     (tmp_path / MANIFEST).write_text("{")
-    assert manifest_fault(tmp_path) == "manifest.json cannot be read"
+    assert find_manifest_mismatch(tmp_path) == "manifest.json cannot be read"
 
 
 def test_a_large_file_is_sampled_to_its_ends(tmp_path: Path) -> None:
@@ -81,8 +88,8 @@ def test_a_large_file_is_sampled_to_its_ends(tmp_path: Path) -> None:
     file.touch()
     os.truncate(file, size)
     write_manifest(tmp_path)
-    assert manifest_fault(tmp_path) is None
+    assert find_manifest_mismatch(tmp_path) is None
     with file.open("r+b") as stream:
         stream.seek(size - 1)
         stream.write(b"1")
-    assert manifest_fault(tmp_path) == "weights is not what was written"
+    assert find_manifest_mismatch(tmp_path) == "weights is not what was written"

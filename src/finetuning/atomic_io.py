@@ -25,13 +25,13 @@ def staging_path(target: Path) -> Path:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` that becomes `target` when the block ends well, and is removed when it does not.
 
     Raises:
         StorageError: `target` exists and is not empty; what was published is never overwritten.
     """
-    refuse_occupied(target)
+    require_empty(target)
     staging = staging_path(target)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -43,7 +43,7 @@ def staged(target: Path) -> Iterator[Path]:
         raise
 
 
-def refuse_occupied(target: Path) -> None:
+def require_empty(target: Path) -> None:
     """Nothing, or a StorageError when `target` holds something already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} exists and is not empty; choose another place or remove it")
@@ -60,12 +60,12 @@ def publish(staging: Path, target: Path) -> None:
         for name in names:
             file = os.path.join(folder, name)
             os.chmod(file, 0o666 & ~umask)
-            flush(file)
-        flush(folder)
+            fsync(file)
+        fsync(folder)
     if target.is_dir():
         target.rmdir()
     os.rename(staging, target)
-    flush(target.parent)
+    fsync(target.parent)
 
 
 def write_manifest(folder: Path) -> None:
@@ -78,7 +78,7 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
-def manifest_fault(folder: Path) -> str | None:
+def find_manifest_mismatch(folder: Path) -> str | None:
     """How a folder differs from its manifest; None when it does not, or has none."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
+def remove_staging_directories(folder: Path) -> list[Path]:
     """Staging folders that a killed process left in `folder`; removed."""
     leftovers = [path for path in folder.glob(f"{_PREFIX}*{_MARK}") if path.is_dir()]
     for path in leftovers:
@@ -122,7 +122,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return leftovers
 
 
-def is_full(error: BaseException, folder: Path) -> bool:
+def is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether a write failed for want of room on the folder's disk.
 
     Libraries that write tensors hide the system's error in one of their own; then the room that is left tells.
@@ -134,7 +134,7 @@ def is_full(error: BaseException, folder: Path) -> bool:
     return "No space left" in str(error) or (writes_tensors and shutil.disk_usage(folder).free < _LITTLE_ROOM)
 
 
-def flush(path: str | Path) -> None:
+def fsync(path: str | Path) -> None:
     """Brings a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

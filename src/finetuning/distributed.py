@@ -68,7 +68,7 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> ProcessTopology:
     return topology
 
 
-def read_end_time(environ: Mapping[str, str] = os.environ) -> float | None:
+def read_job_end_time(environ: Mapping[str, str] = os.environ) -> float | None:
     """When the scheduler ends the job, in seconds since 1970; None where it does not say."""
     try:
         return float(environ["SLURM_JOB_END_TIME"])

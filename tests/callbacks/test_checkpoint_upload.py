@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.atomic_io import manifest_fault
+from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.callbacks.checkpoint_upload import CheckpointUploader, make_uploader
 from finetuning.cli.main import main
 from finetuning.errors import ConfigError
@@ -106,7 +106,7 @@ def test_what_was_killed_after_publishing_is_copied_by_the_next_start(
     record = done.output_dir / "run.json"
     record.write_text(record.read_text().replace('"completed"', '"running"'))
     assert train(values).result.status == "already complete"
-    assert manifest_fault(store / "checkpoint-final") is None
+    assert find_manifest_mismatch(store / "checkpoint-final") is None
     assert (store / "checkpoint-final" / "manifest.json").is_file()
 
 

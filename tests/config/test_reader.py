@@ -40,9 +40,9 @@ def test_infinite_and_not_a_number() -> None:
 def test_values_and_places() -> None:
     document = parse_document("a: {b: [1, x]}\nc:\n  - d: '5'\n", "config.yaml")
     assert document.values == {"a": {"b": [1, "x"]}, "c": [{"d": "5"}]}
-    assert str(document.place_of(("c", 0, "d"))) == "config.yaml:3:5: c.0.d"
-    assert str(document.place_of(("a", "b", 1))) == "config.yaml:1:12: a.b.1"
-    assert str(document.place_of(("a", "missing"))) == "config.yaml:1:1: a.missing"
+    assert str(document.location_of(("c", 0, "d"))) == "config.yaml:3:5: c.0.d"
+    assert str(document.location_of(("a", "b", 1))) == "config.yaml:1:12: a.b.1"
+    assert str(document.location_of(("a", "missing"))) == "config.yaml:1:1: a.missing"
     assert document.origin_of(("a", "b")) == "config.yaml:1"
     assert document.origin_of(("a", "missing")) is None
 
@@ -59,7 +59,7 @@ def test_aliases_and_merge_keys() -> None:
     document = parse_document(text, "config.yaml")
     assert document.values["b"] == {"y": 3, "x": 1}
     assert document.values["c"] == {"x": 1, "y": 2, "z": 4}
-    assert str(document.place_of(("b", "x"))) == "config.yaml:1:8: b.x"
+    assert str(document.location_of(("b", "x"))) == "config.yaml:1:8: b.x"
     assert '"<<" takes a section' in error_of("a: {<<: 3}")
     assert parse_document("a: {'<<': 3}").values == {"a": {"<<": 3}}
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.atomic_io import manifest_fault
+from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.cli.main import main
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}}
@@ -163,7 +163,7 @@ def test_kill_in_the_middle_of_a_save_loses_only_that_save(
         assert process.returncode == -signal.SIGKILL
         whole = [path for path in out.glob("checkpoint-*") if path.is_dir()]
         assert whole
-        assert all(manifest_fault(path) is None and (path / "manifest.json").is_file() for path in whole)
+        assert all(find_manifest_mismatch(path) is None and (path / "manifest.json").is_file() for path in whole)
     newest = max(int(name.rpartition("-")[2]) for name in checkpoints(out))
     capsys.readouterr()
     assert main(["sft", str(config)]) == 0

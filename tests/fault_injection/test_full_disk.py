@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetuning.algorithms import METHODS
-from finetuning.atomic_io import manifest_fault
+from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.errors import StorageError
 
 
@@ -65,7 +65,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     # Step 1 fails in the middle of a write; step 3, whose size is known by then, is not begun.
     run = train(sft_values(changes), filling(small_disk, {1, 3}))
     assert [path.name for path in run.output_dir.glob("checkpoint-*")] != []
-    assert manifest_fault(run.output_dir / "checkpoint-4") is None
+    assert find_manifest_mismatch(run.output_dir / "checkpoint-4") is None
     assert not list(run.output_dir.glob(".*.partial"))
     told = [record.getMessage() for record in caplog.records if "is not saved" in record.getMessage()]
     assert [text.partition(" ")[0] for text in told] == ["checkpoint-1", "checkpoint-3"]
@@ -83,5 +83,5 @@ def test_a_full_disk_at_the_end_names_the_newest_checkpoint(train: Any, sft_valu
     with pytest.raises(StorageError, match=r"no room for the tuned model in .*checkpoint-2 is whole: free some space"):
         train(sft_values(changes), filling(small_disk, {3}, left=300_000))
     out = small_disk / "out"
-    assert manifest_fault(out / "checkpoint-2") is None, "the last whole one stays though one is the limit"
+    assert find_manifest_mismatch(out / "checkpoint-2") is None, "the last whole one stays though one is the limit"
     assert not (out / "checkpoint-final").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.atomic_io import manifest_fault
+from finetuning.atomic_io import find_manifest_mismatch
 
 KILLS = 50
 STEPS = 12
@@ -32,7 +32,7 @@ def whole(out: Path) -> set[str]:
     folders = list(out.glob("checkpoint-[0-9]*"))
     for folder in folders:
         assert (folder / "manifest.json").is_file(), f"{folder} has no manifest"
-        assert manifest_fault(folder) is None, f"{folder}: {manifest_fault(folder)}"
+        assert find_manifest_mismatch(folder) is None, f"{folder}: {find_manifest_mismatch(folder)}"
     return {folder.name for folder in folders}
 
 

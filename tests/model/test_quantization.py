@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, Quantised, RunConfig, TorchAO
+from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, Quantized, RunConfig, TorchAO
 from finetuning.errors import ConfigError, ModelError
 from finetuning.model.load import load_model
 from finetuning.model.peft.adapters import build_adapter
@@ -47,7 +47,7 @@ def numbers(weight: torch.Tensor) -> torch.Tensor:
     ],
     ids=["nf4", "nf4-double", "int8", "torchao-int8", "torchao-float8"],
 )
-def test_a_quantised_base_trains_an_adapter(conf: Quantised, kind: str, tiny_llama_dir: Path, tmp_path: Path):
+def test_a_quantised_base_trains_an_adapter(conf: Quantized, kind: str, tiny_llama_dir: Path, tmp_path: Path):
     run_conf = RunConfig(model=str(tiny_llama_dir))
     model = load_model(run_conf, conf)
     assert is_quantized(model) and stored_as(model.model.layers[0].self_attn.q_proj) == kind
@@ -147,7 +147,7 @@ def gradients_after_an_evaluation(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("conf", [NF4, INT8, AO_INT8], ids=["nf4", "int8", "torchao-int8"])
-def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: Quantised, chatml_llama_dir: Path):
+def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: Quantized, chatml_llama_dir: Path):
     gradients = gradients_after_an_evaluation(load_model(RunConfig(model=str(chatml_llama_dir)), conf))
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 

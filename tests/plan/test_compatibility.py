@@ -8,15 +8,21 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.pretrained_config import FLASH
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.plan import features as t
-from finetuning.plan.compatibility import REFUSALS, Incompatibility, check_packages, matrix, required_packages
-from finetuning.plan.features import TRAITS, RunContext
+from finetuning.plan.compatibility import (
+    INCOMPATIBILITIES,
+    Incompatibility,
+    check_packages,
+    compatibility_page,
+    required_packages,
+)
+from finetuning.plan.features import FEATURES, RunContext
 from finetuning.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +116,7 @@ def plan(sft_values: Any, dpo_values: Any, write_config: Any, gptq_config_dir: P
     return make
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda row: f"{row.one.name} with {row.other.name}")
+@pytest.mark.parametrize("refusal", INCOMPATIBILITIES, ids=lambda row: f"{row.one.name} with {row.other.name}")
 def test_what_does_not_go_together_is_refused(plan: Any, refusal: Incompatibility) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(refusal.one.name, refusal.other.name)
@@ -119,7 +125,7 @@ def test_what_does_not_go_together_is_refused(plan: Any, refusal: Incompatibilit
     assert problem.hint
 
 
-@pytest.mark.parametrize("trait", [trait for trait in TRAITS if trait.name in ASKED], ids=lambda trait: trait.name)
+@pytest.mark.parametrize("trait", [trait for trait in FEATURES if trait.name in ASKED], ids=lambda trait: trait.name)
 def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, trait: t.Feature) -> None:
     needs = dict.fromkeys(("8 bit", "4 bit", "torchao", "quantised anew", "LoRA+"), "LoRA").get(trait.name, "")
     for names, expected in (((needs, trait.name), True), ((), trait is t.ALL_WEIGHTS or trait is t.NOT_LORA)):
@@ -129,7 +135,7 @@ def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, t
         experiment = validate(read_document(write_config(sft_values(changes))), EXPERIMENTS["sft"]).experiment
         setting = RunContext(experiment, ProcessTopology(), 1)
         assert trait.has(setting) is expected
-        assert not [row for row in REFUSALS if row.applies(setting)]
+        assert not [row for row in INCOMPATIBILITIES if row.applies(setting)]
 
 
 def test_the_command_names_the_line(run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
@@ -149,7 +155,9 @@ def test_a_package_that_is_missing_is_named_before_the_weights(plan: Any) -> Non
         plan("apollo")
 
 
-@pytest.mark.parametrize("name", [name for name, package in FLASH.items() if not package.is_installed])
+@pytest.mark.parametrize(
+    "name", [name for name, package in FLASH_ATTENTION_PACKAGES.items() if not package.is_installed]
+)
 def test_attention_that_is_missing_is_named_before_the_weights(plan: Any, name: str) -> None:
     ASKED[name] = {"run_conf.model_args.attn_implementation": name}
     with pytest.raises(MissingPackageError, match=r"attn_implementation: needs the package flash-attn.*pip install"):
@@ -171,12 +179,12 @@ def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: An
 def test_rows_are_proven_apart_under_the_adapters_that_the_matrix_names() -> None:
     from finetuning.model import varlen_attention as segments
 
-    assert set(t.TOKENWISE) == segments._TOKENWISE
+    assert set(t.TOKENWISE_ADAPTERS) == segments._TOKENWISE
 
 
 def test_the_page_is_what_the_code_says() -> None:
     page = ROOT / "docs" / "reference" / "support.md"
-    assert page.read_text() == matrix(), (
+    assert page.read_text() == compatibility_page(), (
         "write it anew: python -m finetuning.plan.compatibility docs/reference/support.md"
     )
 

@@ -13,7 +13,7 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, DataError, ModelError
-from finetuning.plan.lora_init import REFUSED
+from finetuning.plan.lora_init import UNSUPPORTED_INITS
 from finetuning.plan.plan import make_plan
 
 ASSISTANT = "<|im_start|>assistant"
@@ -46,7 +46,7 @@ def test_every_beginning_of_the_installed_peft_is_looked_at() -> None:
 
     choices = next(kind for kind in get_args(get_type_hints(LoraConfig)["init_lora_weights"]) if get_args(kind))
     named = {name.partition("[")[0] for name in get_args(choices)}
-    assert named | ALONE == {*TRAINS, *(one.name for one in REFUSED)}
+    assert named | ALONE == {*TRAINS, *(one.name for one in UNSUPPORTED_INITS)}
 
 
 @pytest.mark.parametrize("name", TRAINS)

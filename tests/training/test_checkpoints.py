@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetuning.algorithms import METHODS
-from finetuning.atomic_io import manifest_fault
+from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.errors import DataError, GuardStopped, StorageError
 from finetuning.training import output_dir
 from finetuning.training.output_dir import check_free_space, lock_output_dir
@@ -46,7 +46,7 @@ def test_checkpoints_are_whole_readable_and_free_of_pickles(train: Any, sft_valu
     for number in (2, 3):
         checkpoint = run.output_dir / f"checkpoint-{number}"
         assert "manifest.json" in names(checkpoint)
-        assert manifest_fault(checkpoint) is None
+        assert find_manifest_mismatch(checkpoint) is None
     settings = run.final / ("adapter_config.json" if peft is LORA else "config.json")
     assert "sdpa_segments" not in settings.read_text()
 

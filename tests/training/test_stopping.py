@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.distributed import read_end_time
+from finetuning.distributed import read_job_end_time
 from finetuning.errors import Interrupted
 from finetuning.training.process_sync import FOLDER, find_hung_rank
 from finetuning.training.signals import SCHEDULER_MARGIN_S, seconds
@@ -43,8 +43,8 @@ def test_the_end_of_the_schedulers_time_and_a_file_stop_a_run(
 def test_times_are_read() -> None:
     assert seconds("1h30m") == 5400
     assert seconds("2d") == 172800
-    assert read_end_time({}) is None
-    assert read_end_time({"SLURM_JOB_END_TIME": "soon"}) is None
+    assert read_job_end_time({}) is None
+    assert read_job_end_time({"SLURM_JOB_END_TIME": "soon"}) is None
 
 
 def beat(folder: Path, rank: int, phase: str, step: int, age: float, *, frozen: bool = False) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.atomic_io import MANIFEST, staging_path, write_manifest
-from finetuning.config.redaction import without_user_info
+from finetuning.config.redaction import strip_user_info
 from finetuning.errors import ConfigError, Location, MissingPackageError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class CheckpointUploader(TrainerCallback):
     def told(self) -> str:
         """The outcome, in one line."""
         failed = f"; {self.failures[-1]}" if self.failures else ""
-        return without_user_info(f"{', '.join(self.copied[-2:]) or 'nothing'} to {self._address}{failed}")
+        return strip_user_info(f"{', '.join(self.copied[-2:]) or 'nothing'} to {self._address}{failed}")
 
     def _copy_all(self) -> None:
         while True:
@@ -112,7 +112,7 @@ class CheckpointUploader(TrainerCallback):
             self._moved = time.monotonic()
 
     def _failed(self, name: str, reason: str) -> None:
-        told = without_user_info(f"{name} is not copied to {self._address}: {reason}")
+        told = strip_user_info(f"{name} is not copied to {self._address}: {reason}")
         self.failures.append(told)
         logger.warning("%s", told)
 

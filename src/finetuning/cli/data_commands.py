@@ -152,7 +152,7 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.shards < 1:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
     from finetuning.algorithms import METHODS
-    from finetuning.atomic_io import refuse_occupied
+    from finetuning.atomic_io import require_empty
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
@@ -160,7 +160,7 @@ def _prepare(argv: Sequence[str]) -> int:
     from finetuning.training.setup import load_tokenizer, prepare
 
     if options.output is not None:
-        refuse_occupied(options.output)
+        require_empty(options.output)
     method = METHODS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
     with locate_errors(document):

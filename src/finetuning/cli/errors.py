@@ -249,12 +249,12 @@ def _located(problem: Problem, document: ConfigDocument) -> Problem:
         return replace(problem, hint=_said(problem.hint, document))
     parts = problem.place.key.replace("[", ".").replace("]", "").split(".")
     path = tuple(int(part) if part.isdecimal() else part for part in parts)
-    return replace(problem, place=document.place_of(path), hint=_said(problem.hint, document))
+    return replace(problem, place=document.location_of(path), hint=_said(problem.hint, document))
 
 
 def _said(hint: str | None, document: ConfigDocument) -> str | None:
     """The hint with the flag in place of each key that a flag stands for."""
     for path, mark in document.marks.items():
-        if hint and mark.stands_for is not None and len(path) > 1:
-            hint = re.sub(rf"(?<![\w.]){re.escape(dotted(path))}(?!\w|\.\w)", str(mark.stands_for), hint)
+        if hint and mark.source is not None and len(path) > 1:
+            hint = re.sub(rf"(?<![\w.]){re.escape(dotted(path))}(?!\w|\.\w)", str(mark.source), hint)
     return hint

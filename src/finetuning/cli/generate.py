@@ -174,7 +174,7 @@ def _flags(options: argparse.Namespace) -> ConfigDocument:
         ("hf_gen_params", "max_new_tokens"): Location(key="--max_new_tokens"),
         ("OUT",): Location(key="--out_file"),
     }
-    return ConfigDocument({}, {path: SourceSpan(stands_for=place) for path, place in places.items()})
+    return ConfigDocument({}, {path: SourceSpan(source=place) for path, place in places.items()})
 
 
 def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> GenerationJob:

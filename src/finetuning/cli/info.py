@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.cli.errors import run_command
-from finetuning.config.pretrained_config import FLASH
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def _examine(argv: Sequence[str]) -> int:
 
     machine = detect_hardware(Path(options.output_dir))
     packages = {package.module: found_version(package) for package in PACKAGES}
-    attention = attention_of(machine, [name for name, package in FLASH.items() if package.is_installed])
+    attention = attention_of(
+        machine, [name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed]
+    )
     if options.json:
         shown = {"machine": asdict(machine), "packages": packages, "attention": attention}
         print(json.dumps(shown | {"missing": _missing(packages)}, indent=2))
@@ -128,7 +130,7 @@ def attention_of(machine: Hardware, installed: Sequence[str]) -> dict[str, str |
     has_gpu = any(device.kind == "cuda" for device in machine.devices)
     found: dict[str, str | None] = {"eager": None, "sdpa": None}
     found["flex_attention"] = None if has_gpu else "no backward pass on a CPU"
-    for name, package in FLASH.items():
+    for name, package in FLASH_ATTENTION_PACKAGES.items():
         missing = None if name in installed else package.install
         found[name] = missing if has_gpu else "needs a CUDA or ROCm device"
     return found
@@ -275,9 +277,9 @@ def lines_of(inventory: ModuleSummary) -> list[str]:
 
 
 def _human(count: int) -> str:
-    from finetuning.plan.plan import human_bytes
+    from finetuning.plan.plan import format_bytes
 
-    return human_bytes(count)
+    return format_bytes(count)
 
 
 def schema_main(argv: Sequence[str] | None = None) -> int:

@@ -106,7 +106,7 @@ def _require_resuming(command: Sequence[str]) -> None:
     if str(wanted).lower() != "auto":
         raise ConfigError(
             "--max-restarts goes on from the newest checkpoint of the run",
-            place=document.place_of(("run_conf", "resume_from_checkpoint")),
+            place=document.location_of(("run_conf", "resume_from_checkpoint")),
             hint="Set run_conf.resume_from_checkpoint: auto, and have checkpoints saved (training_args.save_strategy).",
         )
 

@@ -44,7 +44,7 @@ def train(options: argparse.Namespace) -> int:
         experiment.tracking,
         os.environ,
     )
-    place = document.place_of(("batchsize_conf", "total_train_batch_size"))
+    place = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
         plan = make_plan(experiment, topology, place=place)
     warnings = [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]

@@ -54,7 +54,7 @@ def _cached_snapshot(model: str, environ: Mapping[str, str]) -> Path | None:
 
 
 @dataclass(frozen=True)
-class FlashPackage:
+class FlashAttentionPackage:
     """What is imported, the distribution that holds it, and the line that installs it."""
 
     module: str
@@ -70,9 +70,9 @@ class FlashPackage:
             return False
 
 
-FLASH = {
-    "flash_attention_2": FlashPackage("flash_attn", "flash-attn", "pip install 'finetuning[flash-attention]'"),
-    "flash_attention_3": FlashPackage("flash_attn_interface", "flash-attn-3", "pip install flash-attn-3"),
-    "flash_attention_4": FlashPackage("flash_attn", "flash-attn-4", "pip install flash-attn-4"),
+FLASH_ATTENTION_PACKAGES = {
+    "flash_attention_2": FlashAttentionPackage("flash_attn", "flash-attn", "pip install 'finetuning[flash-attention]'"),
+    "flash_attention_3": FlashAttentionPackage("flash_attn_interface", "flash-attn-3", "pip install flash-attn-3"),
+    "flash_attention_4": FlashAttentionPackage("flash_attn", "flash-attn-4", "pip install flash-attn-4"),
 }
 """By transformers' names for `run_conf.model_args.attn_implementation`."""

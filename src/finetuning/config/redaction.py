@@ -36,25 +36,25 @@ def is_secret_path(path: Iterable[Any]) -> bool:
     return any(is_secret_key(part) for part in path)
 
 
-def without_user_info(text: str) -> str:
+def strip_user_info(text: str) -> str:
     """The text with `user:password@` taken out of every address in it.
 
-    >>> without_user_info("http://me:pw@host/x")
+    >>> strip_user_info("http://me:pw@host/x")
     'http://…@host/x'
     """
     return _USER_INFO.sub(r"\1…@", text)
 
 
-def without_secret_values(line: str) -> str:
+def redact_line(line: str) -> str:
     """A line of a config with what follows each secret-looking key taken out.
 
-    >>> without_secret_values("a: {token: hf_x, b: 1")
+    >>> redact_line("a: {token: hf_x, b: 1")
     'a: {token: …'
     """
     for match in _KEY.finditer(line):
         if is_secret_key(match.group(1)):
             return line[: match.end()] + " …"
-    return without_user_info(line)
+    return strip_user_info(line)
 
 
 def redact(value: Any, path: Iterable[Any] = ()) -> str | None:
@@ -66,7 +66,7 @@ def redact(value: Any, path: Iterable[Any] = ()) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        text = without_user_info(value)
+        text = strip_user_info(value)
         return f'"{text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"}"'
     if isinstance(value, int | float):
         text = str(value)
@@ -76,10 +76,10 @@ def redact(value: Any, path: Iterable[Any] = ()) -> str | None:
     return "keys and values" if isinstance(value, dict) else None
 
 
-def without_secrets(value: Any) -> Any:
+def drop_secrets(value: Any) -> Any:
     """The same plain values, but without any key that is likely to hold a secret."""
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items() if not is_secret_key(key)}
+        return {key: drop_secrets(item) for key, item in value.items() if not is_secret_key(key)}
     if isinstance(value, list):
-        return [without_secrets(item) for item in value]
+        return [drop_secrets(item) for item in value]
     return value

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.atomic_io import manifest_fault, staged, write_manifest
+from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, write_manifest
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics
@@ -90,7 +90,7 @@ def write_entry(
     Raises:
         StorageError: `target` exists and is not empty.
     """
-    with staged(target) as folder:
+    with atomic_directory(target) as folder:
         for name, dataset in (("train", train), ("validation", validation)):
             if dataset is not None:
                 for index in range(shards):
@@ -109,7 +109,7 @@ def write_entry(
 
 def read_entry(folder: Path) -> CacheEntry | str:
     """The contents of a folder, or why it cannot be used."""
-    fault = manifest_fault(folder)
+    fault = find_manifest_mismatch(folder)
     if fault:
         return fault
     try:

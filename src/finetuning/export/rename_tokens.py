@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.atomic_io import staged
+from finetuning.atomic_io import atomic_directory
 from finetuning.errors import ConfigError, ModelError, Problem
 from finetuning.export.inputs import folder_of, read_json
 
@@ -51,7 +51,7 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
     ids = _token_ids(content)
     _check_names(renames, ids, content)
     left_out = []
-    with staged(out) as staging:
+    with atomic_directory(out) as staging:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             target = staging / file.relative_to(folder)
             if file.suffix in _LEFT_OUT:

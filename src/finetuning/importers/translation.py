@@ -55,7 +55,7 @@ class Translation:
         self.notes.append(f"{key}: {text}")
 
     def wrong(self, key: str, message: str, hint: str | None = None) -> None:
-        self.problems.append(Problem(message, self.source.place_of((key,)), hint))
+        self.problems.append(Problem(message, self.source.location_of((key,)), hint))
 
     def refuse_unknown(self, known: Collection[str]) -> None:
         for key in self.source.values:

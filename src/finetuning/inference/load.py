@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.generation import GenerationModel
-from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantised, RunConfig
+from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantized, RunConfig
 from finetuning.errors import ConfigError, Location, ModelError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def model_conf_of(model: str, base: str | None, attn_implementation: str | None 
     return GenerationModel(model=base, model_args=args, adapter=model)
 
 
-def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantised) -> LoadedGenerator:
+def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized) -> LoadedGenerator:
     """The model, with its adapter if one is named, and the tokenizer that belongs to it.
 
     The tokenizer keeps its own chat template and end-of-sequence token, whatever they were in training: what is saved

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.sections.generation import GenerationModel
-from finetuning.config.sections.model import NoQuantization, Quantised
+from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.errors import Interrupted
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, padding_side, plan_batches
 from finetuning.inference.generate import EncodedPrompt, Generation, encode_prompts, generate_batches
@@ -32,7 +32,7 @@ class GenerationJob:
 
     prompts: Sequence[GenerationPrompt]
     model_conf: GenerationModel
-    quant_conf: NoQuantization | Quantised
+    quant_conf: NoQuantization | Quantized
     gen_params: Mapping[str, Any]
     seed: int = 42
     batch_size: int | None = None

@@ -17,8 +17,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from finetuning.config.pretrained_config import FLASH
-from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantised, RunConfig
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
+from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantized, RunConfig
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError
 from finetuning.model.quantization import Sharding, choose_trainable_kernel, to_quantization_config
@@ -109,7 +109,7 @@ _LOADER_ARGUMENTS = (
 
 def load_model(
     run_conf: RunConfig,
-    quant_conf: NoQuantization | Quantised | None = None,
+    quant_conf: NoQuantization | Quantized | None = None,
     *,
     topology: ProcessTopology | None = None,
     sharded_by: Sharding | None = None,
@@ -141,7 +141,7 @@ def load_model(
         "trust_remote_code": args.trust_remote_code,
     }
     arguments |= {name: value for name in _PASSED_ON if (value := getattr(args, name)) is not None}
-    if isinstance(quant_conf, Quantised):
+    if isinstance(quant_conf, Quantized):
         arguments["quantization_config"] = to_quantization_config(quant_conf, sharded_by=sharded_by)
     config, extras = load_config(location, args, key)
     config.update(dict(head.fields))
@@ -201,8 +201,8 @@ def check_attention(implementation: str | None, key: str = _KEY) -> None:
             place=place,
             hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(known))}.",
         )
-    if implementation in FLASH:
-        package = FLASH[implementation]
+    if implementation in FLASH_ATTENTION_PACKAGES:
+        package = FLASH_ATTENTION_PACKAGES[implementation]
         if not package.is_installed:
             raise MissingPackageError(
                 f"{implementation} needs the package {package.distribution}, which is not installed",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetuning.config.sections.model import BitsAndBytes, Quantised, TorchAO
+from finetuning.config.sections.model import BitsAndBytes, Quantized, TorchAO
 from finetuning.errors import ConfigError, Location, MissingPackageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _OUTPUT_LAYERS = ("lm_head", "score")
 
 
 def to_quantization_config(
-    conf: Quantised, *, sharded_by: Sharding | None = None
+    conf: Quantized, *, sharded_by: Sharding | None = None
 ) -> BitsAndBytesConfig | TorchAoConfig:
     """What transformers quantises by.
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.atomic_io import staged
+from finetuning.atomic_io import atomic_directory
 from finetuning.errors import StorageError
 from finetuning.model import fingerprint
 from finetuning.model.embeddings import EmbeddingInfo
@@ -42,7 +42,7 @@ def save_model(
         StorageError: the folder exists and is not empty, or cannot be written.
     """
     try:
-        with staged(folder) as staging:
+        with atomic_directory(folder) as staging:
             write_model(model, staging, stop_tokens=stop_tokens, state_dict=state_dict)
             save_tokenizer(tokenizer, staging, stop_tokens)
             if base_fingerprint is not None:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetuning.config.pretrained_config import FLASH
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 
 NAME = "sdpa_segments"
 """The attention implementation that this file registers with transformers."""
@@ -184,9 +184,9 @@ def attention_of(model: Any, reason: str) -> str:
 
 
 def _refusal(base: PreTrainedModel, implementation: str, adapter: Any) -> str | None:
-    if implementation != "sdpa" and implementation not in FLASH:
+    if implementation != "sdpa" and implementation not in FLASH_ATTENTION_PACKAGES:
         return f"attention {implementation} is not known to keep rows apart at a gain; sdpa and FlashAttention are"
-    if implementation in FLASH and base.device.type == "cpu":
+    if implementation in FLASH_ATTENTION_PACKAGES and base.device.type == "cpu":
         return f"{implementation} computes on GPUs alone, and the weights lie on the CPU until they are shared out"
     config = base.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])

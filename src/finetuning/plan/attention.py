@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetuning.config.pretrained_config import FLASH
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 
 RowLayout = Literal["padded", "end to end", "packed"]
 
-REMAINS = "sdpa"
+DEFAULT_ATTENTION = "sdpa"
 """The implementation that is there without a package, and that every other is held against."""
 _KEY = "run_conf.model_args.attn_implementation"
 _HALF = ("bfloat16", "float16")
@@ -53,9 +53,9 @@ def choose_attention(here: AttentionContext) -> AttentionChoice:
     able = tuple(name for name in ("flash_attention_3", "flash_attention_2") if _computes(name, here))
     obstacle = _obstacle(here, able)
     if obstacle:
-        return AttentionChoice((REMAINS,), f"the default; {obstacle}")
+        return AttentionChoice((DEFAULT_ATTENTION,), f"the default; {obstacle}")
     return AttentionChoice(
-        (*able, REMAINS), "installed, all rows in one kernel; the logits are those of sdpa on each row alone"
+        (*able, DEFAULT_ATTENTION), "installed, all rows in one kernel; the logits are those of sdpa on each row alone"
     )
 
 
@@ -81,7 +81,7 @@ def _obstacle(here: AttentionContext, able: tuple[str, ...]) -> str | None:
 
 def _computes(name: str, here: AttentionContext) -> bool:
     """Whether an implementation is installed and known to train this on such a device."""
-    if name not in here.installed or name not in FLASH:
+    if name not in here.installed or name not in FLASH_ATTENTION_PACKAGES:
         return False
     if name == "flash_attention_3":
         return here.capability is not None and here.capability[0] == _HOPPER and not here.has_dropout

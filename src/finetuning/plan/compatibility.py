@@ -11,13 +11,13 @@ from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
-from finetuning.config.pretrained_config import FLASH
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections import tracking as trackers
 from finetuning.config.sections.model import BitsAndBytes, TorchAO
 from finetuning.errors import ConfigError, Location, MissingPackageError, Problem
 from finetuning.plan import features as t
-from finetuning.plan.features import TRAITS, Feature, RunContext
-from finetuning.plan.lora_init import table
+from finetuning.plan.features import FEATURES, Feature, RunContext
+from finetuning.plan.lora_init import unsupported_inits_table
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ _UNPLACED = (
 )
 _READS = "the adapter computes with the numbers of the weights, which quantised ones do not hold as such"
 _UNSLICED = "Set sft_args.logits_at_once: auto."
-REFUSALS = (
+INCOMPATIBILITIES = (
     Incompatibility(
         t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
     ),
@@ -198,25 +198,26 @@ NEEDS_GPU = {
 """Fields of `training_args` that a CPU cannot honour: why, and what to do."""
 
 
-def check_support(setting: RunContext) -> None:
+def check_compatibility(setting: RunContext) -> None:
     """Nothing when all that the setting asks for goes together.
 
     Raises:
         ConfigError: every pair that does not, with its place and an alternative.
     """
-    problems = {str(refusal.problem(setting)): refusal for refusal in REFUSALS if refusal.applies(setting)}
+    problems = {str(refusal.problem(setting)): refusal for refusal in INCOMPATIBILITIES if refusal.applies(setting)}
     if problems:
         raise ConfigError([refusal.problem(setting) for refusal in problems.values()])
 
 
-def incompatibility_of(one: Feature, other: Feature) -> Incompatibility | None:
+def find_incompatibility(one: Feature, other: Feature) -> Incompatibility | None:
     """Why two traits exclude each other; None when they do not."""
     return next(
-        (refusal for refusal in REFUSALS if {one.name, other.name} == {refusal.one.name, refusal.other.name}), None
+        (refusal for refusal in INCOMPATIBILITIES if {one.name, other.name} == {refusal.one.name, refusal.other.name}),
+        None,
     )
 
 
-def matrix() -> str:
+def compatibility_page() -> str:
     """The matrix in Markdown: the pairs that are refused, axis by axis, each with its reason."""
     lines = [
         "# What goes together",
@@ -225,8 +226,10 @@ def matrix() -> str:
         "refused is an error before any weight is loaded, by `--dry-run` too, with the place of the key in the file.",
         "",
     ]
-    for one_axis, other_axis in combinations(dict.fromkeys(trait.axis for trait in (*TRAITS, *_unlisted())), 2):
-        found = [refusal for refusal in REFUSALS if {refusal.one.axis, refusal.other.axis} == {one_axis, other_axis}]
+    for one_axis, other_axis in combinations(dict.fromkeys(trait.axis for trait in (*FEATURES, *_unlisted())), 2):
+        found = [
+            refusal for refusal in INCOMPATIBILITIES if {refusal.one.axis, refusal.other.axis} == {one_axis, other_axis}
+        ]
         if found:
             lines += [f"## {one_axis.capitalize()} and {other_axis}", "", "| this | with this | why not | instead |"]
             lines += ["|---|---|---|---|"]
@@ -235,22 +238,27 @@ def matrix() -> str:
     lines += ["## On a GPU only", "", "| `training_args` | why | on a CPU |", "|---|---|---|"]
     lines += [f"| `{key}` | {why} | {instead} |" for key, (why, instead) in NEEDS_GPU.items()]
     lines += ["", "## How a LoRA may begin", ""]
-    lines += ["All of PEFT's ways but these, by `peft_conf.peft_kwargs.init_lora_weights`:", "", *table(), ""]
+    lines += [
+        "All of PEFT's ways but these, by `peft_conf.peft_kwargs.init_lora_weights`:",
+        "",
+        *unsupported_inits_table(),
+        "",
+    ]
     lines += ["## The adapters that are meant", ""]
     for title, names in (
-        ("Token by token", t.TOKENWISE),
-        ("Virtual tokens", t.VIRTUAL_TOKENS),
-        ("Over torchao's weights, besides those of virtual tokens", t.OVER_TORCHAO),
-        ("Over GPTQ's layers, besides those of virtual tokens", t.OVER_GPTQ),
-        ("Not over 4 bit weights", t.NOT_OVER_FOUR_BIT),
-        ("Not over 8 bit weights", t.NOT_OVER_EIGHT_BIT),
+        ("Token by token", t.TOKENWISE_ADAPTERS),
+        ("Virtual tokens", t.VIRTUAL_TOKEN_ADAPTERS),
+        ("Over torchao's weights, besides those of virtual tokens", t.TORCHAO_ADAPTERS),
+        ("Over GPTQ's layers, besides those of virtual tokens", t.GPTQ_ADAPTERS),
+        ("Not over 4 bit weights", t.INCOMPATIBLE_WITH_4BIT),
+        ("Not over 8 bit weights", t.INCOMPATIBLE_WITH_8BIT),
     ):
         lines.append(f"- {title}: {', '.join(f'`{name}`' for name in names)}")
     return "\n".join(lines) + "\n"
 
 
 def _unlisted() -> list[Feature]:
-    return [trait for refusal in REFUSALS for trait in (refusal.one, refusal.other) if trait not in TRAITS]
+    return [trait for refusal in INCOMPATIBILITIES for trait in (refusal.one, refusal.other) if trait not in FEATURES]
 
 
 def _named(trait: Feature) -> str:
@@ -258,7 +266,7 @@ def _named(trait: Feature) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(matrix(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(compatibility_page(), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -305,7 +313,7 @@ def required_packages(setting: RunContext) -> Iterator[DependencyRequirement]:
     if setting.args.deepspeed:
         yield DependencyRequirement("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
     for name in trackers.requested_trackers(setting.experiment):
-        package = (trackers.PACKAGES | trackers.FOREIGN).get(name)
+        package = (trackers.ACCELERATE_TRACKERS | trackers.TRANSFORMERS_TRACKERS).get(name)
         if package is not None:
             yield DependencyRequirement(package.module, package.install, trackers.tracker_key(setting.experiment, name))
 
@@ -317,7 +325,7 @@ def check_packages(setting: RunContext) -> None:
         MissingPackageError: every package that is not, with its install line.
     """
     missing = [need for need in required_packages(setting) if find_spec(need.module) is None]
-    attention = FLASH.get(setting.experiment.run_conf.model_args.attn_implementation or "")
+    attention = FLASH_ATTENTION_PACKAGES.get(setting.experiment.run_conf.model_args.attn_implementation or "")
     if attention is not None and not attention.is_installed:
         missing.append(DependencyRequirement(attention.distribution, f"{attention.install}; or use sdpa", _ATTENTION))
     if missing:

@@ -11,21 +11,21 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, PretrainedPeft, TorchAO
 from finetuning.distributed import ProcessTopology
 
-VIRTUAL_TOKENS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+VIRTUAL_TOKEN_ADAPTERS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 """Adapters that put vectors before a row's tokens."""
-TOKENWISE = (
+TOKENWISE_ADAPTERS = (
     "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
     "LORA", "MISS", "OFT", "OSF", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
 """Adapters that treat each token alone; `model/segments.py` proves rows apart under these only."""
-NOT_OVER_EIGHT_BIT = (
+INCOMPATIBLE_WITH_8BIT = (
     "ADAMSS", "DEFT", "DELORA", "FROD", "GLORA", "HRA", "OSF", "PSOFT", "SHIRA", "SUPERTUNING", "TINYLORA",
 )  # fmt: skip
-NOT_OVER_FOUR_BIT = (*NOT_OVER_EIGHT_BIT, "LOHA", "LOKR", "PEANUT")
+INCOMPATIBLE_WITH_4BIT = (*INCOMPATIBLE_WITH_8BIT, "LOHA", "LOKR", "PEANUT")
 """Adapters that read the numbers of the weights under them, which quantised weights do not hold as such."""
-OVER_TORCHAO = ("LORA",)
+TORCHAO_ADAPTERS = ("LORA",)
 """Adapters that are known to train over torchao's weights."""
-OVER_GPTQ = ("ADALORA", "BOFT", "LN_TUNING", "LORA", "MISS", "OFT", "SHADOW", "TRAINABLE_TOKENS", "VERA")
+GPTQ_ADAPTERS = ("ADALORA", "BOFT", "LN_TUNING", "LORA", "MISS", "OFT", "SHADOW", "TRAINABLE_TOKENS", "VERA")
 """Adapters that PEFT has layers for over a GPTQ checkpoint's, or that leave those alone."""
 
 
@@ -107,11 +107,11 @@ def _is_other_than_lora(run: RunContext) -> bool:
 
 
 def _is_not_over_torchao(run: RunContext) -> bool:
-    return run.adapter not in (*OVER_TORCHAO, *VIRTUAL_TOKENS, "")
+    return run.adapter not in (*TORCHAO_ADAPTERS, *VIRTUAL_TOKEN_ADAPTERS, "")
 
 
 def _is_not_over_gptq(run: RunContext) -> bool:
-    return run.adapter not in (*OVER_GPTQ, *VIRTUAL_TOKENS, "")
+    return run.adapter not in (*GPTQ_ADAPTERS, *VIRTUAL_TOKEN_ADAPTERS, "")
 
 
 def _is_dora(run: RunContext) -> bool:
@@ -131,11 +131,14 @@ LORA = Feature("adapter", "LoRA", _TYPE, lambda run: run.adapter == "LORA" and n
 ALORA = Feature("adapter", "aLoRA", "peft_conf.peft_kwargs.alora_invocation_tokens", _is_alora)
 ADALORA = Feature("adapter", "AdaLoRA", _TYPE, lambda run: run.adapter == "ADALORA")
 PREFIX = Feature("adapter", "prefix tuning", _TYPE, lambda run: run.adapter == "PREFIX_TUNING")
-VIRTUAL = Feature("adapter", "virtual tokens", _TYPE, lambda run: run.adapter in VIRTUAL_TOKENS)
-NO_FOUR_BIT = Feature("adapter", "reads 4 bit weights", _TYPE, lambda run: run.adapter in NOT_OVER_FOUR_BIT)
-NO_EIGHT_BIT = Feature("adapter", "reads 8 bit weights", _TYPE, lambda run: run.adapter in NOT_OVER_EIGHT_BIT)
+VIRTUAL = Feature("adapter", "virtual tokens", _TYPE, lambda run: run.adapter in VIRTUAL_TOKEN_ADAPTERS)
+NO_FOUR_BIT = Feature("adapter", "reads 4 bit weights", _TYPE, lambda run: run.adapter in INCOMPATIBLE_WITH_4BIT)
+NO_EIGHT_BIT = Feature("adapter", "reads 8 bit weights", _TYPE, lambda run: run.adapter in INCOMPATIBLE_WITH_8BIT)
 UNPROVEN = Feature(
-    "adapter", "not token by token", _TYPE, lambda run: run.adapter not in (*TOKENWISE, *VIRTUAL_TOKENS, "")
+    "adapter",
+    "not token by token",
+    _TYPE,
+    lambda run: run.adapter not in (*TOKENWISE_ADAPTERS, *VIRTUAL_TOKEN_ADAPTERS, ""),
 )
 PISSA = Feature("adapter", "PiSSA", _INIT, _begins_with("pissa"))
 OLORA = Feature("adapter", "OLoRA", _INIT, _begins_with("olora"))
@@ -193,7 +196,7 @@ BEST_AT_END = Feature(
 ACCUMULATION = Feature(
     "memory", "accumulation", "batchsize_conf.total_train_batch_size", lambda run: run.accumulation > 1
 )
-TRAITS = (
+FEATURES = (
     *map(_method, ("sft", "dpo", "kto", "grpo", "orpo", "cpo")), SCORES,
     REFERENCE,
     ALL_WEIGHTS, LORA, ALORA, ADALORA, PREFIX, VIRTUAL, NO_FOUR_BIT, NO_EIGHT_BIT, UNPROVEN,

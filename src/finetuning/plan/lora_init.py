@@ -22,7 +22,7 @@ class UnsupportedInit:
 
 
 _TAKEN_OUT = "is taken out of the base, and whoever loads the adapter cannot take it out again"
-REFUSED = (
+UNSUPPORTED_INITS = (
     UnsupportedInit(
         "pissa_niter_",
         f"what a search from random numbers finds {_TAKEN_OUT}: another search finds something else",
@@ -45,10 +45,10 @@ REFUSED = (
     ),
 )
 """In PEFT they are scripts of several steps; by `init_lora_weights` alone some do nothing there, without a word."""
-READS_ROWS = "eva"
+DATA_BASED_INIT = "eva"
 
 
-def unsupported_init_of(setting: RunContext) -> str:
+def requested_init(setting: RunContext) -> str:
     """How the setting's new LoRA begins, in lower case; empty without one, or where it begins as usual."""
     if setting.adapter != "LORA":
         return ""
@@ -68,11 +68,11 @@ def check_lora_init(setting: RunContext) -> None:
 
 
 def _problems(setting: RunContext) -> Iterator[Problem]:
-    begins = unsupported_init_of(setting)
-    for refused in REFUSED:
+    begins = requested_init(setting)
+    for refused in UNSUPPORTED_INITS:
         if begins.startswith(refused.name):
             yield Problem(f"{begins} cannot be the beginning: {refused.why}", Location(key=_INIT), refused.instead)
-    if begins == READS_ROWS and (setting.experiment.method_name != "sft" or setting.sharded_by):
+    if begins == DATA_BASED_INIT and (setting.experiment.method_name != "sft" or setting.sharded_by):
         where = f"under {setting.sharded_by}" if setting.sharded_by else f"for {setting.experiment.method_name}"
         message = f"{begins} reads the rows of supervised training in one process before it begins; not {where}"
         yield Problem(message, Location(key=_INIT), "Remove it, or set init_lora_weights: orthogonal.")
@@ -82,8 +82,8 @@ def _problems(setting: RunContext) -> Iterator[Problem]:
         yield Problem(message, Location(key=f"{_ARGUMENTS}.use_qalora"), "Remove it, or name a GPTQ checkpoint.")
 
 
-def table() -> list[str]:
+def unsupported_inits_table() -> list[str]:
     """The refused beginnings in Markdown."""
     lines = ["| `init_lora_weights` | why not | instead |", "|---|---|---|"]
-    shown = ((one.name + "…" if one.name.endswith("_") else one.name, one) for one in REFUSED)
+    shown = ((one.name + "…" if one.name.endswith("_") else one.name, one) for one in UNSUPPORTED_INITS)
     return [*lines, *(f"| `{name}` | {one.why} | {one.instead} |" for name, one in shown)]

@@ -35,7 +35,7 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer
 
     @property
-    def tuned_bytes(self) -> int:
+    def trained_bytes(self) -> int:
         """Bytes of what is tuned, as it is saved; 0 where that is not known."""
         return self.gradients
 

@@ -13,7 +13,7 @@ from finetuning.config.sections.training import GRPOTrainingArgs, TrainingArgs
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import Location
 from finetuning.plan.batch_size import BatchPlan, plan_batches
-from finetuning.plan.compatibility import check_packages, check_support
+from finetuning.plan.compatibility import check_compatibility, check_packages
 from finetuning.plan.features import RunContext
 from finetuning.plan.lora_init import check_lora_init
 from finetuning.plan.memory_estimate import MemoryEstimate, estimate_memory
@@ -30,7 +30,7 @@ class StepPlan:
     reason: str
 
 
-def rows_of_an_epoch(rows: int, batch: BatchPlan, args: TrainingArgs) -> int:
+def rows_per_epoch(rows: int, batch: BatchPlan, args: TrainingArgs) -> int:
     """What the trainer counts in one pass over the rows: the rows themselves; for GRPO completions, of as many prompts
     as fill whole batches of generation.
 
@@ -124,7 +124,7 @@ def make_plan(
     """
     batch = plan_batches(experiment.batchsize_conf, topology.world_size, place)
     setting = RunContext(experiment, topology, batch.accumulation)
-    check_support(setting)
+    check_compatibility(setting)
     check_lora_init(setting)
     check_packages(setting)
     learning_rate, reason = _learning_rate(experiment)
@@ -141,7 +141,7 @@ def _steps(rows: int | None, batch: BatchPlan, experiment: Experiment) -> StepPl
     args = experiment.training_args
     if experiment.data_conf.streaming:
         return plan_stream(args)
-    return None if rows is None else plan_steps(rows_of_an_epoch(rows, batch, args), batch, args)
+    return None if rows is None else plan_steps(rows_per_epoch(rows, batch, args), batch, args)
 
 
 def _learning_rate(experiment: Experiment) -> tuple[float, str]:
@@ -165,13 +165,13 @@ def _memory_decision(memory: MemoryEstimate) -> Decision:
     trained = "an adapter of unknown size" if memory.trainable is None else f"{memory.trainable:,} trained"
     return Decision(
         "memory a device",
-        f"at least {human_bytes(memory.total)}",
-        f"{size} parameters, {trained}: weights {human_bytes(memory.weights)}, gradients"
-        f" {human_bytes(memory.gradients)}, optimizer {human_bytes(memory.optimizer)}; activations come on top",
+        f"at least {format_bytes(memory.total)}",
+        f"{size} parameters, {trained}: weights {format_bytes(memory.weights)}, gradients"
+        f" {format_bytes(memory.gradients)}, optimizer {format_bytes(memory.optimizer)}; activations come on top",
     )
 
 
-def human_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for people, in powers of 1024."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

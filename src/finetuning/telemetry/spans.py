@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from finetuning.config.redaction import without_user_info
+from finetuning.config.redaction import strip_user_info
 from finetuning.telemetry import names
 from finetuning.telemetry.config import Attributes
 from finetuning.telemetry.error_guard import TelemetryErrors, guarded
@@ -252,13 +252,13 @@ class SpanRecorder:
         if self._last_error_id == id(error):
             return
         self._last_error_id = id(error)
-        message = without_user_info(str(error))
+        message = strip_user_info(str(error))
         lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         attributes = {
             "error_message": message or type(error).__name__,
             "exception_type": type(error).__name__,
             "exception_message": message,
-            "exception_traceback": without_user_info(lines[-_MAX_TRACEBACK:]),
+            "exception_traceback": strip_user_info(lines[-_MAX_TRACEBACK:]),
         }
         self.event(names.ERROR, attributes, span, severity=SeverityNumber.ERROR)
 
@@ -348,7 +348,7 @@ def _status(error: BaseException | str | None) -> Status:
     if error is None:
         return Status(StatusCode.OK)
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return Status(StatusCode.ERROR, without_user_info(text))
+    return Status(StatusCode.ERROR, strip_user_info(text))
 
 
 def _is_inside(span: OpenSpan, ancestor: OpenSpan) -> bool:

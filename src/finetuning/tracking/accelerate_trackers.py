@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import PACKAGES, requested_trackers
+from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, requested_trackers
 from finetuning.config.sections.training import TrackingConfig
 from finetuning.tracking.tracker import (
     LogEvent,
@@ -70,7 +70,7 @@ def make_trackers(
     experiment: Experiment, method: str, parameters: Mapping[str, str], *, resumed: bool
 ) -> list[Tracker]:
     """Return a tracker for each one that the experiment requests and accelerate has a class for."""
-    names = [name for name in requested_trackers(experiment) if name in PACKAGES]
+    names = [name for name in requested_trackers(experiment) if name in ACCELERATE_TRACKERS]
     if not names:
         return []
     section = experiment.tracking or TrackingConfig()

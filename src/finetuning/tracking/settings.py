@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from finetuning.config.redaction import is_secret_key, without_secrets, without_user_info
+from finetuning.config.redaction import drop_secrets, is_secret_key, strip_user_info
 from finetuning.config.sections.training import TrackingConfig
 from finetuning.errors import ConfigError, Location
 
@@ -243,8 +243,8 @@ def parameters(config: Mapping[str, Any], *, flatten: bool = True) -> dict[str, 
     >>> parameters({"run_conf": {"model": "m", "token": "hf_x"}, "seeds": [1, 2]})
     {'run_conf.model': 'm', 'seeds': '[1, 2]'}
     """
-    pairs = _leaves(config, ()) if flatten else without_secrets(dict(config)).items()
-    return {str(key)[:LONGEST_KEY]: _cut(without_user_info(_text(value))) for key, value in pairs}
+    pairs = _leaves(config, ()) if flatten else drop_secrets(dict(config)).items()
+    return {str(key)[:LONGEST_KEY]: _cut(strip_user_info(_text(value))) for key, value in pairs}
 
 
 def version_tags() -> dict[str, str]:
@@ -274,7 +274,7 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
-        return json.dumps(without_secrets(value), ensure_ascii=False, default=str)
+        return json.dumps(drop_secrets(value), ensure_ascii=False, default=str)
     return str(value)
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from finetuning.atomic_io import is_full, publish, staging_path, write_manifest
+from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
 from finetuning.errors import GuardStopped
 from finetuning.trainer.checkpoint_state import (
     optimizer_settings,
@@ -234,7 +234,7 @@ class CheckpointSafetyMixin:
         try:
             write()
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_full(error, Path(self.args.output_dir)):
+            if not is_disk_full(error, Path(self.args.output_dir)):
                 raise
             return str(error).partition("\n")[0]
         return None

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import Algorithm
-from finetuning.config.pretrained_config import FLASH
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import Experiment
 from finetuning.distributed import ProcessTopology
-from finetuning.plan.attention import REMAINS, AttentionChoice, AttentionContext, RowLayout, choose_attention
+from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def setup_attention(
         return AttentionSetup((), "as configured")
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     choice = _choice(experiment, method, model, arguments, topology, autocast or model.dtype)
-    return AttentionSetup(tuple(name for name in choice.ranked if name != REMAINS), choice.reason, autocast)
+    return AttentionSetup(tuple(name for name in choice.ranked if name != DEFAULT_ATTENTION), choice.reason, autocast)
 
 
 def enable_padding_free(
@@ -80,7 +80,7 @@ def _choice(
 ) -> AttentionChoice:
     from finetuning.model.hardware import training_device
 
-    installed = tuple(name for name, package in FLASH.items() if package.is_installed)
+    installed = tuple(name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed)
     if not installed:
         return choose_attention(AttentionContext())
     device = training_device(arguments.use_cpu)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from finetuning.atomic_io import is_full, staged, staging_path
+from finetuning.atomic_io import atomic_directory, is_disk_full, staging_path
 from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
@@ -80,7 +80,7 @@ def publish_final(
     base = model.get_base_model() if adapted else model
     writes = base.can_generate()
     stop_tokens = align_stop_tokens(tokenizer, base.generation_config, end_of_turn) if writes else None
-    with _room_for(folder), staged(folder) as candidate:
+    with _room_for(folder), atomic_directory(folder) as candidate:
         save_model(
             model,
             tokenizer,
@@ -134,7 +134,7 @@ def _room_for(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not is_full(error, folder.parent):
+        if not is_disk_full(error, folder.parent):
             raise
         newest = next((path.name for path in checkpoints_of(folder.parent)), None)
         raise StorageError(
@@ -191,7 +191,7 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
 
 def _copy(final: Path, target: Path) -> None:
     if not target.exists():
-        with staged(target) as folder:
+        with atomic_directory(target) as folder:
             shutil.copytree(final, folder, dirs_exist_ok=True)
         return
     files = sorted((path for path in final.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import ConfigError, Location
 from finetuning.plan.memory_estimate import MemoryEstimate
-from finetuning.plan.plan import human_bytes
+from finetuning.plan.plan import format_bytes
 
 
 class MemoryCheck(TrainerCallback):
@@ -90,7 +90,7 @@ def measure_memory(estimate: MemoryEstimate | None, device: torch.device) -> dic
 
 def memory_summary(values: dict[str, Any]) -> str:
     """The measurement in one line, beside the estimate."""
-    text = f"{human_bytes(values['peak_bytes'])} at most, {values['measured_by']}"
+    text = f"{format_bytes(values['peak_bytes'])} at most, {values['measured_by']}"
     if values["estimated_bytes"]:
-        text += f"; the plan had at least {human_bytes(values['estimated_bytes'])}, without activations"
+        text += f"; the plan had at least {format_bytes(values['estimated_bytes'])}, without activations"
     return text

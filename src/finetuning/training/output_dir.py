@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from finetuning import __version__
-from finetuning.atomic_io import remove_leftovers
+from finetuning.atomic_io import remove_staging_directories
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError, Interrupted, Location, StorageError
 from finetuning.plan.memory_estimate import estimate_memory
-from finetuning.plan.plan import human_bytes
+from finetuning.plan.plan import format_bytes
 from finetuning.report.run_folder import CONFIG_NAME, RECORD_NAME, read_run_record
 from finetuning.training.resume.find import checkpoints_of
 
@@ -139,11 +139,11 @@ def check_free_space(output_dir: Path, experiment: Experiment) -> None:
     if memory is None:
         return
     saves = experiment.training_args.save_strategy != "no"
-    needed, free = memory.tuned_bytes + memory.checkpoint_bytes * saves, shutil.disk_usage(output_dir).free
+    needed, free = memory.trained_bytes + memory.checkpoint_bytes * saves, shutil.disk_usage(output_dir).free
     if free < needed:
         raise StorageError(
-            f"{output_dir} is on a disk with {human_bytes(free)} left;"
-            f" {'a checkpoint and ' * saves}the tuned model need about {human_bytes(needed)}",
+            f"{output_dir} is on a disk with {format_bytes(free)} left;"
+            f" {'a checkpoint and ' * saves}the tuned model need about {format_bytes(needed)}",
             place=Location(key=_KEY),
         )
 
@@ -174,11 +174,11 @@ def lock_output_dir(output_dir: Path) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
-        remove_leftovers(output_dir)
+        remove_staging_directories(output_dir)
         try:
             yield output_dir
         except FinetuningError as error:
-            remove_leftovers(output_dir)
+            remove_staging_directories(output_dir)
             if is_new and not isinstance(error, Interrupted) and not _has_trained(output_dir):
                 shutil.rmtree(output_dir, ignore_errors=True)
             raise

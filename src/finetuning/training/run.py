@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import Algorithm, TrainingParts
 from finetuning.config.sections.experiment import Experiment
-from finetuning.distributed import ProcessTopology, read_end_time
+from finetuning.distributed import ProcessTopology, read_job_end_time
 from finetuning.errors import FinetuningError, GuardStopped, Interrupted
 from finetuning.plan.plan import Plan, make_plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
@@ -238,7 +238,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     log_model_summary(job, plan, data, prepared, terms)
     record.update(**run_inputs(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
-    stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_end_time())
+    stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_job_end_time())
     copies = make_uploader(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
     trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [copies])])
     terms.bind(trainer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import BUILT_IN, PACKAGES, requested_trackers
+from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, BUILTIN_TRACKERS, requested_trackers
 from finetuning.config.sections.training import TrackingConfig
 from finetuning.config.yaml.dump import dump_values
 from finetuning.report.run_folder import CONFIG_NAME
@@ -44,7 +44,7 @@ class TrackerSet:
         """Trackers of transformers' that were switched off, and why."""
 
     def __str__(self) -> str:
-        others = [name for name in self._names if name not in BUILT_IN or name == "hf_resource_scanner"]
+        others = [name for name in self._names if name not in BUILTIN_TRACKERS or name == "hf_resource_scanner"]
         mlflow = [str(self._plan)] if self._plan.enabled or not others else []
         return "; ".join([*mlflow, *others])
 
@@ -81,7 +81,7 @@ class TrackerSet:
         if not self._is_main:
             return []
         trackers: list[Tracker] = [self._mlflow] if self._mlflow else []
-        if any(name in PACKAGES for name in self._names):
+        if any(name in ACCELERATE_TRACKERS for name in self._names):
             from finetuning.tracking.accelerate_trackers import make_trackers
             from finetuning.tracking.settings import parameters
 
@@ -98,7 +98,7 @@ class TrackerSet:
 
             path = self._output_dir / self._section.scanner_output_filename
             found.append(GuardedCallback("hf_resource_scanner", scanner_callback(path), self.failures))
-        foreign = [name for name in self._names if name not in PACKAGES and name not in BUILT_IN]
+        foreign = [name for name in self._names if name not in ACCELERATE_TRACKERS and name not in BUILTIN_TRACKERS]
         if foreign:
             from finetuning.tracking.hf_integrations import integration_callbacks
 

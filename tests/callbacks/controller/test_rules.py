@@ -9,7 +9,7 @@ import pytest
 from finetuning.callbacks.controller.callback import PatienceCounter
 from finetuning.callbacks.controller.expressions import _FUNCTIONS, Expression, MetricUnavailable
 from finetuning.config.sections.controller import Controller, ControllerMetric, Patience, TrainerController
-from finetuning.config.validation.controller_rules import FUNCTIONS, check_controllers
+from finetuning.config.validation.controller_rules import RULE_FUNCTIONS, check_controllers
 from finetuning.errors import ConfigError
 
 VALUES: dict[str, Any] = {
@@ -155,8 +155,8 @@ def test_the_check_says_what_is_wrong(rule: str, message: str) -> None:
 
 
 def test_every_function_is_known_to_the_check() -> None:
-    assert set(FUNCTIONS) - set(_FUNCTIONS) == {"list", "tuple", "dict", "set"}
-    assert not set(_FUNCTIONS) - set(FUNCTIONS)
+    assert set(RULE_FUNCTIONS) - set(_FUNCTIONS) == {"list", "tuple", "dict", "set"}
+    assert not set(_FUNCTIONS) - set(RULE_FUNCTIONS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import simpleeval
 
-from finetuning.config.validation.controller_rules import FUNCTIONS, is_huge_power
+from finetuning.config.validation.controller_rules import RULE_FUNCTIONS, is_huge_power
 from finetuning.errors import ConfigError
 
 _MOST_NODES = 100_000
@@ -194,4 +194,4 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         "math_isfinite": math.isfinite,
     }.items()
 }
-assert set(_FUNCTIONS) <= set(FUNCTIONS)
+assert set(_FUNCTIONS) <= set(RULE_FUNCTIONS)

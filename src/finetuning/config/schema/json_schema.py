@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.library_fields import LibraryFields
-from finetuning.config.validation.passthrough import OWNED_ELSEWHERE
+from finetuning.config.validation.passthrough import SET_BY_OTHER_KEYS
 from finetuning.config.validation.section_tree import sections_of, walk
 
 
@@ -107,6 +107,6 @@ def _list_trainer_fields(config: type[Experiment], definitions: dict[str, Any], 
     if fields is None or definition is None:
         return
     for name, kind in fields.items():
-        if name not in definition["properties"] and name not in OWNED_ELSEWHERE:
+        if name not in definition["properties"] and name not in SET_BY_OTHER_KEYS:
             definition["properties"][name] = TypeAdapter(kind).json_schema()
     definition["additionalProperties"] = False

@@ -196,5 +196,5 @@ class TorchAO(ConfigSection):
     """Modules that stay as they are, besides the output layer."""
 
 
-Quantised = BitsAndBytes | TorchAO
+Quantized = BitsAndBytes | TorchAO
 QuantConfig = Annotated[NoQuantization | BitsAndBytes | TorchAO, Field(discriminator="quantization_type")]

@@ -111,7 +111,7 @@ class TrackerPackage:
     install: str
 
 
-PACKAGES: dict[str, TrackerPackage] = {
+ACCELERATE_TRACKERS: dict[str, TrackerPackage] = {
     "aim": TrackerPackage("aim", "pip install 'finetuning[aim]'"),
     "clearml": TrackerPackage("clearml", "pip install 'finetuning[clearml]'"),
     "comet_ml": TrackerPackage("comet_ml", "pip install comet-ml"),
@@ -122,7 +122,7 @@ PACKAGES: dict[str, TrackerPackage] = {
     "wandb": TrackerPackage("wandb", "pip install 'finetuning[wandb]'"),
 }
 """The trackers that are told by a class of accelerate's."""
-FOREIGN: dict[str, TrackerPackage] = {
+TRANSFORMERS_TRACKERS: dict[str, TrackerPackage] = {
     "azure_ml": TrackerPackage("azureml", "pip install azureml-core"),
     "codecarbon": TrackerPackage("codecarbon", "pip install codecarbon"),
     "dagshub": TrackerPackage("dagshub", "pip install dagshub"),
@@ -130,9 +130,9 @@ FOREIGN: dict[str, TrackerPackage] = {
     "neptune": TrackerPackage("neptune", "pip install neptune"),
 }
 """The names of `report_to` that are told by a callback of transformers'."""
-BUILT_IN = frozenset({"mlflow", "file_logger", "hf_resource_scanner"})
+BUILTIN_TRACKERS = frozenset({"mlflow", "file_logger", "hf_resource_scanner"})
 """The trackers that need no package besides."""
-NAMES: tuple[str, ...] = get_args(TrackerName)
+TRACKER_NAMES: tuple[str, ...] = get_args(TrackerName)
 
 
 def report_to_trackers(report_to: str | Iterable[str]) -> list[str]:

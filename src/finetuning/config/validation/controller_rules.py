@@ -16,7 +16,7 @@ from finetuning.config.sections.controller import (
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import KeyPath, ValidationIssue
 
-FUNCTIONS = (
+RULE_FUNCTIONS = (
     *(
         "abs",
         "all",
@@ -39,7 +39,7 @@ FUNCTIONS = (
 )
 """The functions that rules can call."""
 
-MOST_BITS = 4096
+MAX_BITS = 4096
 _MOST_CHARACTERS = 1000
 _MOST_DEPTH = 40
 _ALLOWED = (
@@ -169,11 +169,11 @@ def _faults_of_rule(rule: str, metrics: Mapping[str, str]) -> Iterator[tuple[str
 def _faults_of_node(node: ast.AST, metrics: Mapping[str, str], own: set[str]) -> Iterator[tuple[str, str | None]]:
     if not isinstance(node, _ALLOWED) or type(node) in _NAMED:
         yield f"{_NAMED.get(type(node), type(node).__name__)} is not allowed", None
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in FUNCTIONS:
-        yield f'unknown function "{node.func.id}".', did_you_mean(node.func.id, FUNCTIONS)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in RULE_FUNCTIONS:
+        yield f'unknown function "{node.func.id}".', did_you_mean(node.func.id, RULE_FUNCTIONS)
     elif isinstance(node, ast.Call) and not isinstance(node.func, ast.Name | ast.Attribute):
         yield "only functions can be called", None
-    elif isinstance(node, ast.Name) and node.id not in metrics and node.id not in own and node.id not in FUNCTIONS:
+    elif isinstance(node, ast.Name) and node.id not in metrics and node.id not in own and node.id not in RULE_FUNCTIONS:
         yield f'"{node.id}" is not defined.', did_you_mean(node.id, metrics)
     elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
         yield f'"{node.attr}" is not allowed', None
@@ -192,7 +192,7 @@ def is_huge_power(base: Any, exponent: Any) -> bool:
     """Whether base ** exponent is a number of more than 4096 bits. False for what is no whole number."""
     if not (isinstance(base, int) and isinstance(exponent, int)):
         return False
-    return exponent > 0 and max(base.bit_length() - 1, abs(base) > 1) * exponent > MOST_BITS
+    return exponent > 0 and max(base.bit_length() - 1, abs(base) > 1) * exponent > MAX_BITS
 
 
 def _constants(node: ast.BinOp) -> tuple[Any, Any]:

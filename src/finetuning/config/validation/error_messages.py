@@ -39,7 +39,7 @@ _LIMITS = {
 }
 
 
-Elsewhere = Callable[[], dict[str, list[str]]]
+KeyIndex = Callable[[], dict[str, list[str]]]
 """Works out, for each key that is known anywhere, the sections that know it."""
 
 
@@ -47,7 +47,7 @@ def validation_issues(
     errors: Sequence[Mapping[str, Any]],
     values: Any,
     root: type[BaseModel] | None = None,
-    elsewhere: Elsewhere = dict,
+    elsewhere: KeyIndex = dict,
 ) -> list[ValidationIssue]:
     """The findings behind pydantic's errors on plain values.
 

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from finetuning.config.redaction import redact
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.validation.error_messages import Elsewhere, unknown_key, validation_issues
+from finetuning.config.validation.error_messages import KeyIndex, unknown_key, validation_issues
 from finetuning.config.validation.library_fields import Fields, LibraryFields
 from finetuning.config.validation.section_tree import sections_at
 from finetuning.config.validation.suggestions import did_you_mean, nearest, unknown_value
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue
 
 _BATCH_FIELDS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-OWNED_ELSEWHERE = {
+SET_BY_OTHER_KEYS = {
     **dict.fromkeys(_BATCH_FIELDS, "batchsize_conf"),
     "model_init_kwargs": "run_conf.model_args",
     "trust_remote_code": "run_conf.model_args.trust_remote_code",
@@ -44,28 +44,28 @@ class PassthroughResult:
 
 
 @dataclass(frozen=True)
-class Suggestion:
+class CoercedValue:
     """What a value at a path means to the library."""
 
     path: KeyPath
     value: Any
 
 
-Found = Iterator[ValidationIssue | Suggestion]
+Found = Iterator[ValidationIssue | CoercedValue]
 
 
 def check_passthrough(
-    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
 ) -> PassthroughResult:
     """The pass-through keys of a document checked: unknown names, wrong types, keys that another section owns.
 
     A value that is right but written otherwise, such as `yes` for a boolean, is replaced by what it means.
     """
-    found: list[ValidationIssue | Suggestion] = []
+    found: list[ValidationIssue | CoercedValue] = []
     for check in (_training_args, _peft_conf, _model_args, _generation):
         found.extend(check(document, root, libraries, elsewhere))
     for item in found:
-        if isinstance(item, Suggestion):
+        if isinstance(item, CoercedValue):
             document = document.with_value(item.path, item.value)
     findings = [item for item in found if isinstance(item, ValidationIssue)]
     warnings = [item for item in findings if item.kind == "warning"]
@@ -73,7 +73,7 @@ def check_passthrough(
 
 
 def _training_args(
-    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
 ) -> Found:
     path: KeyPath = ("training_args",)
     section = document.get(path)
@@ -81,9 +81,9 @@ def _training_args(
         return
     own = set(root.model_fields["training_args"].annotation.model_fields)  # type: ignore[union-attr]
     extras = [key for key in section if key not in own]
-    for key in [key for key in extras if key in OWNED_ELSEWHERE]:
+    for key in [key for key in extras if key in SET_BY_OTHER_KEYS]:
         extras.remove(key)
-        owner = OWNED_ELSEWHERE[key]
+        owner = SET_BY_OTHER_KEYS[key]
         verb = "is worked out from" if key in _BATCH_FIELDS else "is decided by"
         yield ValidationIssue((*path, key), f"{verb} {owner}.", "Remove it here.")
     yield from _names_that_the_library_lists(document, root, libraries)
@@ -93,7 +93,7 @@ def _training_args(
     if fields is None:
         return
     known = {**{name: kind for name, kind in fields.items() if name not in own}, **_WIDER}
-    usable = [*own, *(name for name in known if name not in OWNED_ELSEWHERE)]
+    usable = [*own, *(name for name in known if name not in SET_BY_OTHER_KEYS)]
     yield from _check_keys(document, path, extras, known, usable, elsewhere)
 
 
@@ -113,9 +113,7 @@ def _names_that_the_library_lists(document: ConfigDocument, root: type[Experimen
                 yield ValidationIssue(("training_args", key), unknown_value(key, redact(item), allowed, hint), hint)
 
 
-def _peft_conf(
-    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
-) -> Found:
+def _peft_conf(document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex) -> Found:
     peft_type = document.get(("peft_conf", "peft_type"))
     if not isinstance(peft_type, str) or peft_type in _WITHOUT_KWARGS:
         return
@@ -145,7 +143,7 @@ def _peft_conf(
 
 
 def _model_args(
-    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
 ) -> Found:
     for parent in ("run_conf", "model_conf"):
         path: KeyPath = (parent, "model_args")
@@ -168,7 +166,7 @@ def _model_args(
         yield from _check_keys(document, path, extras, known, [*own, *known], elsewhere)
 
 
-def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: Elsewhere) -> Found:
+def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: KeyIndex) -> Found:
     """Keys that only the model's own config, which is not on this machine, could know."""
     for key in unknown:
         found = unknown_key((*path, key), usable, elsewhere())
@@ -180,7 +178,7 @@ def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str],
 
 
 def _generation(
-    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: Elsewhere
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
 ) -> Found:
     path: KeyPath = ("hf_gen_params",)
     section = document.get(path)
@@ -196,7 +194,7 @@ def _check_keys(
     keys: list[Any],
     known: Mapping[str, Any],
     usable: list[str],
-    elsewhere: Elsewhere,
+    elsewhere: KeyIndex,
 ) -> Found:
     """Unknown keys and values of a wrong type among some keys of a section; what the right ones mean."""
     for key in keys:
@@ -217,7 +215,7 @@ def _check_keys(
                 yield ValidationIssue((*path, *found.path), found.message, found.hint, found.kind)
             continue
         if meant != value or type(meant) is not type(value):
-            yield Suggestion((*path, key), meant)
+            yield CoercedValue((*path, key), meant)
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
@@ -236,6 +234,6 @@ def library_keys(document: ConfigDocument, root: type[BaseModel], libraries: Lib
         ("peft_conf.peft_kwargs", libraries.peft_fields(peft_type if is_new else "LORA")),
     ):
         for name in fields or ():
-            if name not in OWNED_ELSEWHERE and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:
+            if name not in SET_BY_OTHER_KEYS and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:
                 found.setdefault(name, []).append(section)
     return found

@@ -17,7 +17,7 @@ from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
 from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.cross_field import check_rules
-from finetuning.config.validation.error_messages import Elsewhere, validation_issues
+from finetuning.config.validation.error_messages import KeyIndex, validation_issues
 from finetuning.config.validation.library_fields import SHARED_BY_METHODS, LibraryFields, installed_fields, table_fields
 from finetuning.config.validation.passthrough import check_passthrough, library_keys
 from finetuning.config.validation.renamed_keys import apply_renames
@@ -91,7 +91,7 @@ def validate(
 
 
 def _check_sections(
-    values: Any, config: type[Config], elsewhere: Elsewhere
+    values: Any, config: type[Config], elsewhere: KeyIndex
 ) -> tuple[Config, list[ValidationIssue], Mapping[str, Any]]:
     """The config, or one of its right sections only; what is wrong; the right sections by name."""
     try:

@@ -32,7 +32,7 @@ class SourceSpan:
     line: int | None = None
     column: int | None = None
     override: str | None = None
-    stands_for: Location | None = None
+    source: Location | None = None
     """What gave the value where no config did: a flag, or another file."""
 
 
@@ -51,14 +51,14 @@ class ConfigDocument:
                 return self.marks[path[:end]]
         return None
 
-    def place_of(self, path: KeyPath) -> Location:
+    def location_of(self, path: KeyPath) -> Location:
         """Where a key is written; the section round it when it is not there."""
         mark = self.mark_of(path)
         key = dotted(path) or None
         if mark is None:
             return Location(file=self.file, key=key)
-        if mark.stands_for is not None:
-            return mark.stands_for
+        if mark.source is not None:
+            return mark.source
         if mark.override is not None:
             return Location(file=f'{COMMAND_LINE} "{mark.override}"', key=key)
         return Location(file=self.file, line=mark.line, column=mark.column, key=key)
@@ -145,10 +145,10 @@ def to_problems(findings: Sequence[ValidationIssue], document: ConfigDocument) -
         message = finding.message
         if finding.hint and message[-1] not in ".;:":
             message += "."
-        problem = Problem(message, document.place_of(finding.path), finding.hint)
+        problem = Problem(message, document.location_of(finding.path), finding.hint)
         problems.setdefault(str(problem), problem)
     ordered = sorted(problems.values(), key=lambda problem: (problem.place.line or 0, problem.place.column or 0))
     if len(ordered) <= MAX_ISSUES:
         return ordered
     rest = len(ordered) - MAX_ISSUES
-    return [*ordered[:MAX_ISSUES], Problem(f"and {rest} more problems", document.place_of(()))]
+    return [*ordered[:MAX_ISSUES], Problem(f"and {rest} more problems", document.location_of(()))]

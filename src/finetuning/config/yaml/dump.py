@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from finetuning.config.redaction import without_secrets
+from finetuning.config.redaction import drop_secrets
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, dotted
 from finetuning.config.yaml.reader import read_scalar
 
@@ -36,7 +36,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 def dump_values(config: BaseModel) -> dict[str, Any]:
     """The config as plain values, defaults included, secrets left out."""
-    return without_secrets(_plain(config.model_dump(mode="python")))
+    return drop_secrets(_plain(config.model_dump(mode="python")))
 
 
 def dump_yaml(config: BaseModel) -> str:

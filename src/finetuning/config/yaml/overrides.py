@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from finetuning.config.redaction import is_secret_path, without_user_info
+from finetuning.config.redaction import is_secret_path, strip_user_info
 from finetuning.config.yaml.document import COMMAND_LINE, ConfigDocument, KeyPath, SourceSpan, dotted
 from finetuning.config.yaml.reader import parse_value
 from finetuning.errors import ConfigError, Location, Problem
@@ -83,7 +83,7 @@ def _shown(text: str, parts: list[str]) -> str:
     """The override as messages may show it."""
     if is_secret_path(parts):
         return f"{'.'.join(parts)}=…"
-    shown = without_user_info(text)
+    shown = strip_user_info(text)
     return shown if len(shown) <= 100 else shown[:99] + "…"
 
 

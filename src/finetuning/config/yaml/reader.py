@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from finetuning.config.redaction import without_secret_values
+from finetuning.config.redaction import redact_line
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan
 from finetuning.errors import ConfigError, Location
 
-MOST_NODES = 10_000
-MOST_LEVELS = 32
+MAX_NODES = 10_000
+MAX_DEPTH = 32
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
 
@@ -64,8 +64,8 @@ class _Composer:
         elif isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
             node = self._node("list" if isinstance(event, yaml.SequenceStartEvent) else "mapping", event)
             self.open.append(node)
-            if len(self.open) > MOST_LEVELS:
-                raise self._error(f"sections are nested more than {MOST_LEVELS} levels deep", event)
+            if len(self.open) > MAX_DEPTH:
+                raise self._error(f"sections are nested more than {MAX_DEPTH} levels deep", event)
         elif isinstance(event, yaml.SequenceEndEvent | yaml.MappingEndEvent):
             node = self.open.pop()
             node.is_open = False
@@ -88,8 +88,8 @@ class _Composer:
         if node.is_open:
             raise self._error(f'"*{event.anchor}" stands inside of what it stands for', event)
         self._count(node.nodes, event)
-        if len(self.open) + node.levels > MOST_LEVELS:
-            raise self._error(f"sections are nested more than {MOST_LEVELS} levels deep", event)
+        if len(self.open) + node.levels > MAX_DEPTH:
+            raise self._error(f"sections are nested more than {MAX_DEPTH} levels deep", event)
         return node
 
     def _add(self, node: Node) -> None:
@@ -103,8 +103,8 @@ class _Composer:
 
     def _count(self, nodes: int, event: yaml.Event) -> None:
         self.total += nodes
-        if self.total > MOST_NODES:
-            raise self._error(f"more than {MOST_NODES:,} values, aliases counted in: this is no config", event)
+        if self.total > MAX_NODES:
+            raise self._error(f"more than {MAX_NODES:,} values, aliases counted in: this is no config", event)
 
     def _error(self, message: str, event: yaml.Event) -> ConfigError:
         mark = event.start_mark
@@ -188,7 +188,7 @@ def _read_rare(text: str) -> str | int | float:
     return float("nan") if text in _NOT_A_NUMBER else text
 
 
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 _FORBIDDEN_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
 _TAG = "tag:yaml.org,2002:"
 
@@ -202,7 +202,7 @@ def read_document(path: str | Path) -> ConfigDocument:
     file = str(path)
     try:
         with open(path, "rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
+            content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError("no such file", place=Location(file)) from None
     except IsADirectoryError:
@@ -211,8 +211,8 @@ def read_document(path: str | Path) -> ConfigDocument:
         raise ConfigError(f"cannot be read: {error.strerror or error}", place=Location(file)) from None
     except ValueError:
         raise ConfigError("is not the name of a file", place=Location(repr(file))) from None
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"is larger than {MOST_BYTES:,} bytes: this is no config", place=Location(file))
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes: this is no config", place=Location(file))
     return parse_document(_decode(content, file), file)
 
 
@@ -291,7 +291,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
         column = line.index("\t") if "\t" in line else column
     elif error.context and error.context_mark is not None:
         message = f"{message}, {error.context} that begins at line {error.context_mark.line + 1}"
-    shown = without_secret_values(line.expandtabs(1))[:160]
+    shown = redact_line(line.expandtabs(1))[:160]
     caret = " " * min(column, len(shown)) + "^"
     return ConfigError(f"{message}\n    {shown}\n    {caret}", place=Location(file, row + 1, column + 1))
 

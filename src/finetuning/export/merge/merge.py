@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.atomic_io import refuse_occupied, staged
+from finetuning.atomic_io import atomic_directory, require_empty
 from finetuning.errors import ModelError
 from finetuning.export.auxiliary_files import tokenizer_folder, write_auxiliary_files
 from finetuning.export.inputs import Adapter, BaseModel, folder_of, read_adapter, read_base
@@ -58,7 +58,7 @@ def merge_adapters(
         StorageError: `out` is not empty, or the disk has no room; nothing is left behind.
         GuardStopped: the merged model is not base plus adapter; nothing is left behind.
     """
-    refuse_occupied(out)
+    require_empty(out)
     base = read_base(base_name, allow_pickle=allow_pickle)
     adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
     # An adapter that follows another may have been trained on what came out before it, which has no record here.
@@ -76,7 +76,7 @@ def merge_adapters(
         require_memory(base)
     given = folder_of(tokenizer, "tokenizer") if tokenizer is not None else None
     certificate = None
-    with staged(out) as folder:
+    with atomic_directory(out) as folder:
         num_rows = _write_model(base, adapters, plan, folder, given, device_map, progress)
         if verify:
             tell("verifying: the merged model against base and adapter")

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import torch
 
-from finetuning.atomic_io import flush
+from finetuning.atomic_io import fsync
 from finetuning.export.inputs import BaseModel
 from finetuning.export.merge.apply import DTYPES, apply_deltas, load, raw_bytes
 from finetuning.export.merge.deltas import Edit
@@ -62,7 +62,7 @@ def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progr
             outputs = [_output(name, entry, plan, ahead) for name, entry in tensors]
             counted = [_counted(output, done, total, progress) for output in outputs]
             write_tensor_file(folder / file.name, counted, read_metadata(file))
-            flushed.append(flusher.submit(flush, folder / file.name))
+            flushed.append(flusher.submit(fsync, folder / file.name))
             done += sum(output.num_bytes for output in outputs)
         for one in flushed:
             one.result()

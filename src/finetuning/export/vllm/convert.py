@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetuning.atomic_io import refuse_occupied, staged
+from finetuning.atomic_io import atomic_directory, require_empty
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ModelError, StorageError
 from finetuning.export.auxiliary_files import max_token_id
@@ -131,7 +131,7 @@ def make_vllm_compatible(
     """
     _refuse_other_things(model_path)
     if output is not None:
-        refuse_occupied(output)
+        require_empty(output)
     adapter = read_adapter(str(model_path))
     base = find_base(adapter, base_name)
     extra = None
@@ -151,7 +151,7 @@ def make_vllm_compatible(
 
     if output is not None:
         require_room(output, sum(entry.num_bytes for entry in check.kept.values()) + _SMALL_FILES_BYTES)
-        with staged(output) as folder:
+        with atomic_directory(output) as folder:
             _copy_others(model_path, folder)
             write_weights(folder / ADAPTER_WEIGHTS)
             _write_json(folder / ADAPTER_CONFIG, check.config)

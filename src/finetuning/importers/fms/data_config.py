@@ -41,7 +41,7 @@ class _Reader:
         self.problems: list[Problem] = []
 
     def wrong(self, path: Sequence[str | int], message: str) -> None:
-        self.problems.append(Problem(message, self._document.place_of(tuple(path))))
+        self.problems.append(Problem(message, self._document.location_of(tuple(path))))
 
     def check_keys(self, values: Mapping[str, Any], known: set[str], path: Sequence[str | int]) -> None:
         for key in values:

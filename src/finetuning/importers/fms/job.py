@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from finetuning.config.pretrained_config import quantization_method, read_pretrained_config
-from finetuning.config.sections.tracking import NAMES
+from finetuning.config.sections.tracking import TRACKER_NAMES
 from finetuning.config.yaml.document import ConfigDocument
 from finetuning.importers.fms import keys
 from finetuning.importers.fms.data_section import handlers_limit, put_data
@@ -135,11 +135,11 @@ _CARRIED = (
 def put_trackers(out: Translation) -> None:
     """`tracking`, from `trackers` and the keys of each."""
     trackers = out.items("trackers") or ["file_logger"]
-    known = list(dict.fromkeys([*_KNOWN, *NAMES]))
+    known = list(dict.fromkeys([*_KNOWN, *TRACKER_NAMES]))
     for tracker in trackers:
         if tracker not in known:
             out.wrong("trackers", f"there is no tracker {tracker!r}; they are {', '.join(_KNOWN[:-1])}")
-    others = [tracker for tracker in trackers if tracker in NAMES and tracker not in ("mlflow", "file_logger")]
+    others = [tracker for tracker in trackers if tracker in TRACKER_NAMES and tracker not in ("mlflow", "file_logger")]
     out.put("tracking.trackers", others or None)
     if "mlflow" in trackers and not out.has("mlflow_tracking_uri"):
         out.wrong("trackers", "mlflow needs mlflow_tracking_uri")

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.atomic_io import MANIFEST, manifest_fault
+from finetuning.atomic_io import MANIFEST, find_manifest_mismatch
 from finetuning.errors import CheckpointError, Location
 
 _KEY = "run_conf.resume_from_checkpoint"
@@ -95,4 +95,4 @@ def _fault(checkpoint: Path) -> str | None:
         return "it has no weights"
     if not sharded and not names & set(_OPTIMIZER):
         return "it has no optimizer state (saved with save_only_model)"
-    return manifest_fault(checkpoint)
+    return find_manifest_mismatch(checkpoint)
