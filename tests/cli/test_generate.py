@@ -139,7 +139,7 @@ def adapter_of(folder: Path, base: str | None) -> Path:
         (["--model", "adapter", "--base_model_name_or_path", "/none"], "--base_model_name_or_path: there is no folder"),
         (
             ["--model", "adapter", "--base_model_name_or_path", "adapter"],
-            "--base_model_name_or_path: adapter holds an adapter, not a base model. Name the base model here and the"
+            "--base_model_name_or_path: adapter contains an adapter, not a base model. Name the base model here and the"
             " adapter as --model.",
         ),
         (["--model", "TINY", "--base_model_name_or_path", "TINY"], "--base_model_name_or_path: TINY is no adapter"),

@@ -52,8 +52,8 @@ def test_the_cpu_is_described_by_what_it_computes() -> None:
     machine = detect_hardware(Path("."))
     cpu = machine.devices[-1]
     assert cpu.kind == "cpu"
-    assert cpu.can("bf16").ok
-    assert not cpu.can("fp16").ok
+    assert cpu.support_for("bf16").is_supported
+    assert not cpu.support_for("fp16").is_supported
     assert 0 < machine.free <= machine.memory
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.cli.info import targets_main
 from finetuning.config.sections.model import NewPeft
-from finetuning.model.peft.adapters import build_adapter
+from finetuning.model.peft.adapters import apply_peft
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_what_is_trained_is_what_the_adapter_has(
     shown = told({"peft_type": peft_type, "peft_kwargs": kwargs})
     model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
     assert shown["parameters"] == sum(weight.numel() for weight in model.parameters())
-    built = build_adapter(model, NewPeft(peft_type=peft_type, peft_kwargs=kwargs))
-    assert shown["trained"] == built.trainable == sum(group["trained"] for group in shown["groups"])
+    built = apply_peft(model, NewPeft(peft_type=peft_type, peft_kwargs=kwargs))
+    assert shown["trained"] == built.trainable_parameters == sum(group["trained"] for group in shown["groups"])
 
 
 def test_groups_hold_the_files_bytes(told: Any, chatml_llama_dir: Any) -> None:

@@ -21,7 +21,7 @@ LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-line
 APART = "end to end, no padding: each row attends to itself alone, proven on this model's logits"
 LAYOUTS = {
     "all weights": APART,
-    "an adapter and new tokens": "padded: attention eager is not known to keep rows apart",
+    "an adapter and new tokens": "padded: attention eager has no efficient padding-free form",
     "packed": APART,
     "preferences": "padded: dpo pads its rows",
 }

@@ -67,7 +67,7 @@ def test_streaming_gives_the_bits_of_peft(
     adapter = make_adapter(base, lora(**LORA_KINDS[kind]), tmp_path / "adapter")
     result = merge(base, [adapter], tmp_path / "out")
     assert result.streamed
-    assert result.certificate is not None and result.certificate.passed
+    assert result.verification is not None and result.verification.passed
     if tied and kind in ("head and embeddings", "dora embeddings"):
         # PEFT adds both deltas to the one tensor that both sides share, which is not the model that was trained.
         assert "lm_head.weight" in tensors(tmp_path / "out")
@@ -173,7 +173,7 @@ def test_a_grown_vocabulary(
             {**load_file(file), **{f"base_model.model.{n}.weight": t for n, t in grown.items()}}, file, {"format": "pt"}
         )
         out = tmp_path / base.name / "out"
-        certificate = merge(base, [adapter], out).certificate
+        certificate = merge(base, [adapter], out).verification
         assert certificate is not None and certificate.passed
         rows = len(grown["model.embed_tokens"])
         assert json.loads((out / "config.json").read_text())["vocab_size"] == rows
@@ -189,5 +189,5 @@ def test_an_adapter_that_rounding_swallows_is_told(
     base = copy_in_dtype(tiny_llama_dir, "bfloat16")
     adapter = make_adapter(base, lora(**LORA_KINDS["plain"]), tmp_path / "adapter", scale=1e-6)
     told: list[str] = []
-    merge(base, [adapter], tmp_path / "out", tell=told.append)
+    merge(base, [adapter], tmp_path / "out", log=told.append)
     assert any("rounding to bfloat16 loses" in line for line in told)

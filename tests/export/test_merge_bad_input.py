@@ -13,8 +13,8 @@ import pytest
 from finetuning.atomic_io import staging_path
 from finetuning.errors import ConfigError, FinetuningError, GuardStopped, ModelError, StorageError
 from finetuning.export.merge.merge import merge_adapters
-from finetuning.export.merge.verification import CERTIFICATE
-from finetuning.export.safetensors_writer import require_room
+from finetuning.export.merge.verification import VERIFICATION_FILE
+from finetuning.export.safetensors_writer import check_free_space
 from finetuning.model import fingerprint
 
 MakeAdapter = Callable[..., Path]
@@ -73,17 +73,19 @@ def test_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:
 def test_a_base_of_the_same_shapes_is_known_by_its_fingerprint(adapter: Path, base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    fingerprint.write(fingerprint.fingerprint(base), adapter)
+    fingerprint.write_fingerprint(fingerprint.compute_fingerprint(base), adapter)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.model.layers[0].mlp.up_proj.weight.data += 1
     model.save_pretrained(tmp_path / "other")
-    refused(ModelError, "trained on another base.*the weights do not", tmp_path / "other", adapter, tmp_path / "out")
+    refused(ModelError, "trained on another base.*the weights differ", tmp_path / "other", adapter, tmp_path / "out")
     told: list[str] = []
-    merge_adapters(str(tmp_path / "other"), [str(adapter)], tmp_path / "out", force=True, tell=told.append)
+    merge_adapters(str(tmp_path / "other"), [str(adapter)], tmp_path / "out", force=True, log=told.append)
     assert "another base" in told[0]
-    assert "another base" in json.loads((tmp_path / "out" / CERTIFICATE).read_text())["base_fingerprint"]
+    assert "another base" in json.loads((tmp_path / "out" / VERIFICATION_FILE).read_text())["base_fingerprint"]
     merge_adapters(str(base), [str(adapter)], tmp_path / "right")
-    assert "recorded at training" in json.loads((tmp_path / "right" / CERTIFICATE).read_text())["base_fingerprint"]
+    assert (
+        "recorded at training" in json.loads((tmp_path / "right" / VERIFICATION_FILE).read_text())["base_fingerprint"]
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 4])
@@ -125,7 +127,7 @@ def test_a_cut_off_file(which: str, keep: float, base: Path, adapter: Path, tmp_
     file = base / "model.safetensors" if which == "base" else adapter / "adapter_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * keep)])
-    refused(ModelError, "cut off|no whole safetensors file", base, adapter, tmp_path / "out")
+    refused(ModelError, "truncated|not a valid safetensors file", base, adapter, tmp_path / "out")
 
 
 def test_values_that_are_not_finite(adapter: Path, base: Path, tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_a_merge_that_is_not_the_trained_model_is_not_published(adapter: Path, b
             weights["model.layers.1.self_attn.v_proj.weight"] *= 1.01
             save_file(weights, file, {"format": "pt"})
 
-    refused(GuardStopped, "is not the model that was trained", base, adapter, tmp_path / "out", tell=damage)
+    refused(GuardStopped, "is not the model that was trained", base, adapter, tmp_path / "out", log=damage)
 
 
 @pytest.mark.parametrize("device_map", ["nonsense", {"": "nonsense:0"}])
@@ -206,7 +208,7 @@ def test_a_device_that_is_not_here(device_map: Any, adapter: Path, base: Path, t
 def test_an_adapter_that_names_another_base_is_told(adapter: Path, base: Path, tmp_path: Path) -> None:
     def told(folder: Path) -> list[str]:
         lines: list[str] = []
-        merge_adapters(str(folder), [str(adapter)], tmp_path / f"{folder.name}-out", verify=False, tell=lines.append)
+        merge_adapters(str(folder), [str(adapter)], tmp_path / f"{folder.name}-out", verify=False, log=lines.append)
         return lines
 
     assert told(base) == []
@@ -215,16 +217,16 @@ def test_an_adapter_that_names_another_base_is_told(adapter: Path, base: Path, t
         f"note: the adapter names {base} as its base; whether {other} has the same weights was not"
         " recorded at training, only names and shapes are compared"
     ]
-    fingerprint.write(fingerprint.fingerprint(other), adapter)
+    fingerprint.write_fingerprint(fingerprint.compute_fingerprint(other), adapter)
     shutil.rmtree(tmp_path / "other-out")
     assert told(other) == []
 
 
 def test_room_is_looked_at_before(tmp_path: Path) -> None:
     disk = os.statvfs(tmp_path)
-    require_room(tmp_path / "not" / "there", 1)
+    check_free_space(tmp_path / "not" / "there", 1)
     with pytest.raises(StorageError, match=r"GB free, and .* GB are needed"):
-        require_room(tmp_path / "not" / "there", disk.f_blocks * disk.f_frsize + 1)
+        check_free_space(tmp_path / "not" / "there", disk.f_blocks * disk.f_frsize + 1)
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def test_a_quantised_base_is_dequantised(
     lora = LoraConfig(task_type="CAUSAL_LM", **MINIMAL["LORA"])
     adapter = make_adapter(tiny_llama_dir, lora, tmp_path / "a")
     told: list[str] = []
-    result = merge_adapters(str(base), [str(adapter)], tmp_path / "out", tell=told.append)
-    assert "dequantised" in told[0] and result.certificate is not None
+    result = merge_adapters(str(base), [str(adapter)], tmp_path / "out", log=told.append)
+    assert "dequantised" in told[0] and result.verification is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 64)
     assert not hasattr(model.config, "quantization_config")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.errors import ConfigError, ModelError, StorageError
-from finetuning.export.rename_tokens import pair_names, replace_tokens
+from finetuning.export.rename_tokens import pair_token_names, replace_tokens
 
 
 def test_ids_stay_and_texts_follow(chatml_llama_dir: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_output_that_is_not_empty_is_refused(chatml_llama_dir: Path, tmp_path
 
 
 def test_names_go_in_pairs() -> None:
-    assert pair_names(["a", "b"], ["c", "b"]) == {"a": "c"}
+    assert pair_token_names(["a", "b"], ["c", "b"]) == {"a": "c"}
     for old, new in ((["a"], ["b", "c"]), (["a", "a"], ["b", "c"]), (["a", "b"], ["c", "c"]), (["a"], [""])):
         with pytest.raises(ConfigError):
-            pair_names(old, new)
+            pair_token_names(old, new)

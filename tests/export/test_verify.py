@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from finetuning.config.sections.model import NewPeft
 from finetuning.errors import GuardStopped, StorageError
 from finetuning.export.verify import verify_saved
-from finetuning.model.peft.adapter_files import saved_tensors
-from finetuning.model.peft.adapters import AdaptedModel, build_adapter
+from finetuning.model.peft.adapter_files import adapter_state_dict
+from finetuning.model.peft.adapters import AdaptedModel, apply_peft
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21]])
@@ -27,7 +27,7 @@ def saved(tiny_llama_dir: Path, tiny_tokenizer, tmp_path: Path) -> Path:
 
 def lora(folder: Path, peft_type: str = "LORA", **kwargs) -> AdaptedModel:
     base = AutoModelForCausalLM.from_pretrained(folder)
-    return build_adapter(base, NewPeft(peft_type=peft_type, peft_kwargs={"target_modules": ["q_proj"], **kwargs}))
+    return apply_peft(base, NewPeft(peft_type=peft_type, peft_kwargs={"target_modules": ["q_proj"], **kwargs}))
 
 
 def train(model) -> None:
@@ -75,7 +75,7 @@ def test_an_adapters_tensors_are_the_expected_ones(tiny_llama_dir: Path, tiny_to
     adapted = lora(tiny_llama_dir)
     train(adapted.model)
     folder = save_model(adapted.model, tiny_tokenizer, tmp_path / "adapter")
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(adapted.model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(adapted.model).items()}
     assert "keys and shapes as expected" in verify_saved(folder, expected=shapes).checks
     with pytest.raises(GuardStopped, match="1 tensors are missing, such as another"):
         verify_saved(folder, expected=shapes | {"another": (1,)})
@@ -103,7 +103,7 @@ def test_missing_extra_misshapen_and_infinite_tensors_are_all_named(saved: Path)
 def test_a_cut_off_file_is_named(saved: Path):
     with (saved / "model.safetensors").open("r+b") as stream:
         stream.truncate(5000)
-    with pytest.raises(GuardStopped, match="cut off"):
+    with pytest.raises(GuardStopped, match="truncated"):
         verify_saved(saved)
 
 
@@ -120,13 +120,13 @@ def test_an_adapter_that_was_not_trained_is_caught(
     adapted = lora(tiny_llama_dir, peft_type, **kwargs)
     save_model(adapted.model, tiny_tokenizer, tmp_path / "idle")
     with pytest.raises(GuardStopped, match="tensors changed in training"):
-        verify_saved(tmp_path / "idle", initial=adapted.initial)
+        verify_saved(tmp_path / "idle", initial=adapted.initial_digests)
     if peft_type == "LORA":
         with pytest.raises(GuardStopped, match="every lora_B of the adapter is zero"):
             verify_saved(tmp_path / "idle")
     train(adapted.model)
     save_model(adapted.model, tiny_tokenizer, tmp_path / "trained")
-    verified = verify_saved(tmp_path / "trained", initial=adapted.initial)
+    verified = verify_saved(tmp_path / "trained", initial=adapted.initial_digests)
     assert verified.kind == "adapter" and "adapter moved from its initial value" in verified.checks
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetuning.errors import ModelError, StorageError
-from finetuning.export.vllm.convert import ORIGINAL, make_vllm_compatible, why_layers_are_needed
+from finetuning.export.vllm.convert import ORIGINAL, extra_layers_reason, make_vllm_compatible
 
 MakeAdapter = Callable[..., Path]
 
@@ -233,7 +233,7 @@ def test_the_training_config_decides(
 ) -> None:
     adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
     (tmp_path / "config.yaml").write_text(yaml)
-    found = why_layers_are_needed(str(tmp_path / "config.yaml"), adapter)
+    found = extra_layers_reason(str(tmp_path / "config.yaml"), adapter)
     assert (reason in found) if reason else found is None
 
 
@@ -243,7 +243,7 @@ def test_a_grown_vocabulary_is_seen(tiny_llama_dir: Path, make_adapter: MakeAdap
     content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<new>"})
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "config.yaml").write_text("peft_conf: {peft_type: LORA}")
-    assert "vocabulary grew" in why_layers_are_needed(str(tmp_path / "config.yaml"), adapter)
+    assert "vocabulary grew" in extra_layers_reason(str(tmp_path / "config.yaml"), adapter)
 
 
 def test_no_torch_is_imported(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_cut_off_file_is_told(tiny_llama_dir: Path, make_adapter: MakeAdapter,
     adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="cut off"):
+    with pytest.raises(ModelError, match="truncated"):
         make_vllm_compatible(adapter)
     shutil.rmtree(adapter)
     with pytest.raises(ModelError, match="there is no folder"):

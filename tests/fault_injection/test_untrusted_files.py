@@ -35,7 +35,7 @@ def test_a_pickle_that_was_asked_for_runs_nothing(tiny_llama_dir: Path, tmp_path
     weights = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
     torch.save({**weights, "planted": Planted(tmp_path / "mark")}, copy / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="holds other things than weights, and is not opened"):
+    with pytest.raises(ModelError, match="contains more than weights, so it was not loaded"):
         load_model(RunConfig(model=str(copy), model_args={"use_safetensors": False}))
     assert not (tmp_path / "mark").exists()
 

@@ -126,7 +126,7 @@ def test_hints_name_the_keys_of_this_tool(tiny_llama_dir: Path, make_adapter: Ma
         assert "run_conf" not in str(error.value) and "peft_conf" not in str(error.value)
         return str(error.value)
 
-    assert told(model="/no/model").startswith("model_conf.model: there is no folder /no/model, where the model should")
+    assert told(model="/no/model").startswith("model_conf.model: there is no folder /no/model to load the model from")
     assert "the adapter as model_conf.adapter" in told(model=str(make_adapter(with_tokenizer=True)))
     assert "model_conf.model_args.attention_bais: " in told(model_args={"attention_bais": True})
     assert told(model_args={"attn_implementation": "flash"}).startswith("model_conf.model_args.attn_implementation: ")

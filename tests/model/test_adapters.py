@@ -15,8 +15,8 @@ from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft, Ru
 from finetuning.errors import ModelError
 from finetuning.model import fingerprint
 from finetuning.model.load import load_model
-from finetuning.model.peft.adapter_files import digests
-from finetuning.model.peft.adapters import NEEDS_TASK_IDS, build_adapter
+from finetuning.model.peft.adapter_files import adapter_digests
+from finetuning.model.peft.adapters import NEEDS_TASK_IDS, apply_peft
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
@@ -55,13 +55,15 @@ def test_the_matrix_is_all_of_peft():
 @pytest.mark.parametrize("peft_type", sorted(MINIMAL))
 def test_every_type_trains_saves_and_loads_again(peft_type: str, model, tiny_llama_dir: Path, tmp_path: Path):
     torch.manual_seed(0)
-    adapted = build_adapter(model, conf(peft_type, **MINIMAL[peft_type]), total_steps=10)
-    assert 0 < adapted.trainable < adapted.total and adapted.peft_config.peft_type.value == peft_type
-    assert f"{peft_type} adapter: {adapted.trainable:,} of {adapted.total:,}" in str(adapted)
-    assert digests(adapted.model) == adapted.initial
+    adapted = apply_peft(model, conf(peft_type, **MINIMAL[peft_type]), total_steps=10)
+    assert (
+        0 < adapted.trainable_parameters < adapted.total_parameters and adapted.peft_config.peft_type.value == peft_type
+    )
+    assert f"{peft_type} adapter: {adapted.trainable_parameters:,} of {adapted.total_parameters:,}" in str(adapted)
+    assert adapter_digests(adapted.model) == adapted.initial_digests
     losses = train(adapted.model)
     assert all(torch.tensor(losses).isfinite())
-    assert digests(adapted.model) != adapted.initial
+    assert adapter_digests(adapted.model) != adapted.initial_digests
     save_model(adapted.model, AutoTokenizer.from_pretrained(tiny_llama_dir), tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
@@ -70,11 +72,11 @@ def test_every_type_trains_saves_and_loads_again(peft_type: str, model, tiny_lla
 
 def test_xlora_mixes_trained_adapters(model, tiny_llama_dir: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    first = build_adapter(model, conf("LORA", r=4, **QV))
+    first = apply_peft(model, conf("LORA", r=4, **QV))
     train(first.model)
     save_model(first.model, tokenizer, tmp_path / "lora")
     base = load_model(RunConfig(model=str(tiny_llama_dir)))
-    adapted = build_adapter(base, conf("XLORA", adapters={"0": str(tmp_path / "lora")}))
+    adapted = apply_peft(base, conf("XLORA", adapters={"0": str(tmp_path / "lora")}))
     train(adapted.model)
     save_model(adapted.model, tokenizer, tmp_path / "xlora")
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, use_cache=False)
@@ -84,8 +86,8 @@ def test_xlora_mixes_trained_adapters(model, tiny_llama_dir: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("peft_type", NEEDS_TASK_IDS)
 def test_types_that_want_task_ids_are_refused(peft_type: str, model):
-    with pytest.raises(ModelError, match=f"{peft_type} wants a task id with each row"):
-        build_adapter(model, conf(peft_type))
+    with pytest.raises(ModelError, match=f"{peft_type} needs a task id with each row"):
+        apply_peft(model, conf(peft_type))
 
 
 @pytest.mark.parametrize(
@@ -105,21 +107,21 @@ def test_types_that_want_task_ids_are_refused(peft_type: str, model):
     ids=lambda extra: "-".join(map(str, extra)),
 )
 def test_variants_of_lora_attach_and_train(extra: dict, model):
-    adapted = build_adapter(model, conf("LORA", r=4, **QV, **extra))
+    adapted = apply_peft(model, conf("LORA", r=4, **QV, **extra))
     assert all(torch.tensor(train(adapted.model)).isfinite())
-    assert digests(adapted.model) != adapted.initial
+    assert adapter_digests(adapted.model) != adapted.initial_digests
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["all-linear"], ["lm_head", "all-linear"]])
 def test_all_linear_is_all_but_the_output_layer(targets, model):
-    adapted = build_adapter(model, conf("LORA", r=2, target_modules=targets))
-    names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in adapted.initial if ".lora_A" in name}
+    adapted = apply_peft(model, conf("LORA", r=2, target_modules=targets))
+    names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in adapted.initial_digests if ".lora_A" in name}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_all_weights_are_trained_without_an_adapter(model):
-    adapted = build_adapter(model, NoPeft(peft_type="NO_PEFT"))
-    assert adapted.trainable == adapted.total == sum(p.numel() for p in model.parameters())
+    adapted = apply_peft(model, NoPeft(peft_type="NO_PEFT"))
+    assert adapted.trainable_parameters == adapted.total_parameters == sum(p.numel() for p in model.parameters())
     assert adapted.peft_config is None and "all weights" in str(adapted)
 
 
@@ -132,23 +134,23 @@ def test_all_weights_are_trained_without_an_adapter(model):
         ("LORA", {"target_modules": ["q_prj"]}, r"no module 'q_prj'.*Did you mean q_proj"),
         ("LORA", {"target_modules": ["q_proj", "Wqkv"]}, r"no module 'Wqkv'.*down_proj"),
         ("LORA", {"target_modules": r".*\.q_prj"}, r"matches no module.*whole name"),
-        ("LORA", {"target_modules": "(q_proj"}, "no regular expression"),
+        ("LORA", {"target_modules": "(q_proj"}, "not a valid regular expression"),
         ("LORA", {**QV, "modules_to_save": ["lm_haed"]}, r"no module 'lm_haed'.*Did you mean lm_head"),
-        ("LORA", {"r": 0, **QV}, "LORA refuses this: .*r.*positive"),
-        ("PREFIX_TUNING", {}, "PREFIX_TUNING refuses this"),
+        ("LORA", {"r": 0, **QV}, "rejects the arguments of LORA: .*r.*positive"),
+        ("PREFIX_TUNING", {}, "rejects the arguments of PREFIX_TUNING"),
     ],
 )
 def test_wrong_arguments_are_one_message(peft_type: str, kwargs: dict, message: str, model):
     with pytest.raises(ModelError, match=message):
-        build_adapter(model, conf(peft_type, **kwargs))
+        apply_peft(model, conf(peft_type, **kwargs))
 
 
 @pytest.fixture
 def adapter(model, tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    adapted = build_adapter(model, conf("LORA", r=4, **QV))
+    adapted = apply_peft(model, conf("LORA", r=4, **QV))
     train(adapted.model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    base = fingerprint.fingerprint(tiny_llama_dir)
+    base = fingerprint.compute_fingerprint(tiny_llama_dir)
     return save_model(adapted.model, tokenizer, tmp_path / "adapter", base_fingerprint=base)
 
 
@@ -158,19 +160,24 @@ def pretrained(path: Path | str) -> PretrainedPeft:
 
 def test_an_adapter_goes_on_being_trained(adapter: Path, tiny_llama_dir: Path):
     base = load_model(RunConfig(model=str(tiny_llama_dir)))
-    adapted = build_adapter(base, pretrained(adapter))
+    adapted = apply_peft(base, pretrained(adapter))
     saved = load_file(adapter / "adapter_model.safetensors")
-    assert set(adapted.initial) == set(saved) and adapted.trainable == sum(t.numel() for t in saved.values())
+    assert set(adapted.initial_digests) == set(saved) and adapted.trainable_parameters == sum(
+        t.numel() for t in saved.values()
+    )
     train(adapted.model)
-    assert all(now != then for now, then in zip(digests(adapted.model).values(), adapted.initial.values(), strict=True))
+    assert all(
+        now != then
+        for now, then in zip(adapter_digests(adapted.model).values(), adapted.initial_digests.values(), strict=True)
+    )
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, chatml_llama_dir: Path, tmp_path: Path):
     other = load_model(RunConfig(model=str(chatml_llama_dir)))
     with pytest.raises(ModelError, match="trained on another base model"):
-        build_adapter(other, pretrained(adapter))
-    (adapter / fingerprint.FILE_NAME).unlink()
-    assert build_adapter(other, pretrained(adapter)).trainable > 0
+        apply_peft(other, pretrained(adapter))
+    (adapter / fingerprint.FINGERPRINT_FILE).unlink()
+    assert apply_peft(other, pretrained(adapter)).trainable_parameters > 0
 
 
 @pytest.mark.parametrize("change", ["fewer", "more"])
@@ -179,20 +186,20 @@ def test_an_adapter_of_other_depth_is_refused(change: str, adapter: Path, tiny_l
     tensors = load_file(file)
     if change == "fewer":
         tensors = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
-        message = "lacks .*layers.1"
+        message = "does not have .*layers.1"
     else:
         tensors |= {name.replace(".layers.1.", ".layers.2."): t.clone() for name, t in tensors.items() if ".1." in name}
-        message = "has no place in this model for .*layers.2"
+        message = "tensors that this model does not use: .*layers.2"
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
-        build_adapter(load_model(RunConfig(model=str(tiny_llama_dir))), pretrained(adapter))
+        apply_peft(load_model(RunConfig(model=str(tiny_llama_dir))), pretrained(adapter))
 
 
 def test_what_is_no_adapter_is_refused(tiny_llama_dir: Path, adapter: Path, model, tmp_path: Path):
-    with pytest.raises(ModelError, match=r"peft_conf\.name_or_path: .*holds no adapter"):
-        build_adapter(model, pretrained(tiny_llama_dir))
+    with pytest.raises(ModelError, match=r"peft_conf\.name_or_path: .*contains no adapter"):
+        apply_peft(model, pretrained(tiny_llama_dir))
     with pytest.raises(ModelError, match="there is no folder"):
-        build_adapter(model, pretrained(tmp_path / "nothing"))
+        apply_peft(model, pretrained(tmp_path / "nothing"))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled adapter"):
-        build_adapter(model, pretrained(adapter))
+        apply_peft(model, pretrained(adapter))

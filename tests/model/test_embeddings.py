@@ -13,8 +13,8 @@ from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, Pret
 from finetuning.errors import ModelError
 from finetuning.model.embeddings import resize_embeddings
 from finetuning.model.load import load_model
-from finetuning.model.peft.adapters import build_adapter
-from finetuning.model.save import save_grown_base, save_model
+from finetuning.model.peft.adapters import apply_peft
+from finetuning.model.save import save_extended_base, save_model
 from finetuning.model.tokenizer import load_tokenizer
 
 LORA = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["q_proj", "v_proj"]})
@@ -44,7 +44,7 @@ def logits(model, ids: list[int]) -> torch.Tensor:
 def test_nothing_changes_without_new_tokens(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, ())
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    assert not vocabulary.has_grown and vocabulary.new_ids == ()
+    assert not vocabulary.is_resized and vocabulary.new_ids == ()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
@@ -53,7 +53,7 @@ def test_growth_adds_mean_rows_and_leaves_the_others(fixture: str, request: pyte
     folder = request.getfixturevalue(fixture)
     before = AutoModelForCausalLM.from_pretrained(folder)
     model, loaded, vocabulary = prepare(folder, MANY)
-    assert vocabulary.has_grown and vocabulary.rows == len(loaded.tokenizer) == model.config.vocab_size == 510
+    assert vocabulary.is_resized and vocabulary.rows == len(loaded.tokenizer) == model.config.vocab_size == 510
     assert vocabulary.is_tied == (fixture == "chatml_llama_dir")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == vocabulary.is_tied
     for new, old in (
@@ -68,7 +68,7 @@ def test_growth_adds_mean_rows_and_leaves_the_others(fixture: str, request: pyte
 
 def test_rows_to_spare_become_the_mean_without_growth(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
-    assert vocabulary.new_ids == (500, 501) and not vocabulary.has_grown and vocabulary.rows == 504
+    assert vocabulary.new_ids == (500, 501) and not vocabulary.is_resized and vocabulary.rows == 504
     weight = model.model.embed_tokens.weight
     assert torch.allclose(weight[500], weight[:500].mean(dim=0), atol=1e-6)
 
@@ -88,8 +88,8 @@ def test_an_adapter_trains_the_new_rows_and_loads_again(
 ):
     folder = request.getfixturevalue(fixture)
     model, loaded, vocabulary = prepare(folder, tokens)
-    base = save_grown_base(model, loaded.tokenizer, tmp_path / "base") if vocabulary.has_grown else folder
-    adapted = build_adapter(model, LORA, vocabulary=vocabulary)
+    base = save_extended_base(model, loaded.tokenizer, tmp_path / "base") if vocabulary.is_resized else folder
+    adapted = apply_peft(model, LORA, embeddings=vocabulary)
     ids = list(vocabulary.new_ids)
     before = logits(adapted.model, ids)
     begin = adapted.model.get_input_embeddings().weight[ids].clone()
@@ -117,7 +117,7 @@ def test_an_adapter_trains_the_new_rows_and_loads_again(
 
 def test_all_weights_train_the_new_rows(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, MANY)
-    adapted = build_adapter(model, NoPeft(peft_type="NO_PEFT"), vocabulary=vocabulary)
+    adapted = apply_peft(model, NoPeft(peft_type="NO_PEFT"), embeddings=vocabulary)
     ids = list(vocabulary.new_ids)
     begin = model.model.embed_tokens.weight[ids].clone(), model.lm_head.weight[ids].clone()
     step(adapted.model, ids)
@@ -128,41 +128,41 @@ def test_all_weights_train_the_new_rows(tiny_llama_dir: Path):
 def test_other_adapter_types_save_whole_embeddings_or_refuse(tiny_llama_dir: Path, chatml_llama_dir: Path):
     ia3 = NewPeft(peft_type="IA3", peft_kwargs={"target_modules": ["k_proj"], "feedforward_modules": []})
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
-    adapted = build_adapter(model, ia3, vocabulary=vocabulary)
+    adapted = apply_peft(model, ia3, embeddings=vocabulary)
     assert set(adapted.peft_config.modules_to_save) == {"embed_tokens", "lm_head"}
     begin = adapted.model.get_input_embeddings().weight[500].clone()
     step(adapted.model, [500, 501])
     assert not torch.equal(begin, adapted.model.get_input_embeddings().weight[500])
     tied, _, vocabulary = prepare(chatml_llama_dir, FEW)
     with pytest.raises(ModelError, match=r"IA3 cannot train the rows of 2 new tokens.*tied.*LORA"):
-        build_adapter(tied, ia3, vocabulary=vocabulary)
+        apply_peft(tied, ia3, embeddings=vocabulary)
     prompt = NewPeft(peft_type="PROMPT_TUNING", peft_kwargs={"num_virtual_tokens": 2})
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     with pytest.raises(ModelError, match="PROMPT_TUNING cannot train the rows"):
-        build_adapter(model, prompt, vocabulary=vocabulary)
+        apply_peft(model, prompt, embeddings=vocabulary)
 
 
 def test_what_the_user_lists_is_kept(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     own = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": ["q_proj"], "trainable_token_indices": [7]})
-    config = build_adapter(model, own, vocabulary=vocabulary).peft_config
+    config = apply_peft(model, own, embeddings=vocabulary).peft_config
     assert config.trainable_token_indices == {"embed_tokens": [7, 500, 501], "lm_head": [500, 501]}
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     whole = NewPeft(
         peft_type="LORA", peft_kwargs={"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     )
-    assert build_adapter(model, whole, vocabulary=vocabulary).peft_config.trainable_token_indices is None
+    assert apply_peft(model, whole, embeddings=vocabulary).peft_config.trainable_token_indices is None
 
 
 def test_an_old_adapter_does_not_train_new_tokens(tiny_llama_dir: Path, tmp_path: Path):
     model, loaded, vocabulary = prepare(tiny_llama_dir, ())
-    save_model(build_adapter(model, LORA).model, loaded.tokenizer, tmp_path / "adapter")
+    save_model(apply_peft(model, LORA).model, loaded.tokenizer, tmp_path / "adapter")
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     with pytest.raises(ModelError, match="2 tokens are new"):
-        build_adapter(
+        apply_peft(
             model,
             PretrainedPeft(peft_type="PRETRAINED_PEFT", name_or_path=str(tmp_path / "adapter")),
-            vocabulary=vocabulary,
+            embeddings=vocabulary,
         )
 
 
@@ -170,5 +170,7 @@ def test_a_quantised_base_does_not_grow(tiny_llama_dir: Path):
     loaded = load_tokenizer(str(tiny_llama_dir), template_source="x", special_tokens=MANY)
     quantised = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True)
     model = load_model(RunConfig(model=str(tiny_llama_dir)), quantised)
-    with pytest.raises(ModelError, match=r"quant_conf: 6 tokens have no row.*quantised model cannot grow"):
+    with pytest.raises(
+        ModelError, match=r"quant_conf: 6 tokens have no embedding row.*quantized model cannot be resized"
+    ):
         resize_embeddings(model, loaded.tokenizer, loaded.new_tokens)

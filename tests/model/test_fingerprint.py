@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetuning.errors import ModelError
-from finetuning.model.fingerprint import FILE_NAME, difference, fingerprint, read, write
+from finetuning.model.fingerprint import (
+    FINGERPRINT_FILE,
+    compute_fingerprint,
+    describe_difference,
+    read_fingerprint,
+    write_fingerprint,
+)
 
 
 @pytest.fixture
@@ -23,13 +29,13 @@ def copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 def test_a_copy_under_another_name_is_the_same(tiny_llama_dir: Path, copy: Path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "use_cache": False}))
-    assert difference(fingerprint(tiny_llama_dir), fingerprint(copy)) is None
+    assert describe_difference(compute_fingerprint(tiny_llama_dir), compute_fingerprint(copy)) is None
 
 
 def test_shards_make_no_difference(tiny_llama_dir: Path, tmp_path: Path):
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert difference(fingerprint(tiny_llama_dir), fingerprint(tmp_path)) is None
+    assert describe_difference(compute_fingerprint(tiny_llama_dir), compute_fingerprint(tmp_path)) is None
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
@@ -37,27 +43,30 @@ def test_other_weights_of_the_same_shape_are_told_apart(name: str, tiny_llama_di
     weights = load_file(copy / "model.safetensors")
     weights[name] = weights[name] * 1.01
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert difference(fingerprint(tiny_llama_dir), fingerprint(copy)) == "the shapes agree but the weights do not"
+    assert (
+        describe_difference(compute_fingerprint(tiny_llama_dir), compute_fingerprint(copy))
+        == "the shapes agree but the weights differ"
+    )
 
 
 def test_other_shapes_and_settings_are_named(tiny_llama_dir: Path, chatml_llama_dir: Path, copy: Path):
-    own = fingerprint(tiny_llama_dir)
-    assert "tensors" in difference(own, fingerprint(chatml_llama_dir))
+    own = compute_fingerprint(tiny_llama_dir)
+    assert "tensors" in describe_difference(own, compute_fingerprint(chatml_llama_dir))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    assert "config.json computes something else" in difference(own, fingerprint(copy))
+    assert "config.json differs" in describe_difference(own, compute_fingerprint(copy))
     weights = {name: t.to(torch.bfloat16) for name, t in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert "types" in difference(own, fingerprint(copy))
+    assert "dtypes" in describe_difference(own, compute_fingerprint(copy))
 
 
 def test_it_is_written_and_read_again(tiny_llama_dir: Path, tmp_path: Path):
-    assert read(tmp_path) is None
-    own = fingerprint(tiny_llama_dir)
-    write(own, tmp_path)
-    assert read(tmp_path) == own
-    (tmp_path / FILE_NAME).write_text("{")
+    assert read_fingerprint(tmp_path) is None
+    own = compute_fingerprint(tiny_llama_dir)
+    write_fingerprint(own, tmp_path)
+    assert read_fingerprint(tmp_path) == own
+    (tmp_path / FINGERPRINT_FILE).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
-        read(tmp_path)
+        read_fingerprint(tmp_path)
     with pytest.raises(ModelError, match=r"config\.json"):
-        fingerprint(tmp_path)
+        compute_fingerprint(tmp_path)

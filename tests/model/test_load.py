@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from finetuning.config.sections.model import BitsAndBytes, RunConfig
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError, ModelError
-from finetuning.model.load import check_attention, load_model
+from finetuning.model.load import check_attn_implementation, load_model
 
 
 def run_config(path: Path | str, **model_args) -> RunConfig:
@@ -66,30 +66,30 @@ def test_missing_weights_are_named(copy: Path):
     weights = load_file(copy / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if ".layers.1.mlp" not in name}
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks weights.*layers\.1\.mlp\.down_proj"):
+    with pytest.raises(ModelError, match=r"is missing weights.*layers\.1\.mlp\.down_proj"):
         load_model(run_config(copy))
 
 
 def test_weights_of_another_shape_are_named(copy: Path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(ModelError, match=r"cannot be loaded|other shapes"):
+    with pytest.raises(ModelError, match=r"cannot be loaded|shapes differ"):
         load_model(run_config(copy))
 
 
 def test_damaged_files_are_named(copy: Path):
     content = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match=r"model\.safetensors is cut off"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is truncated"):
         load_model(run_config(copy))
     (copy / "model.safetensors").write_bytes(b"not a header at all")
-    with pytest.raises(ModelError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="not a valid safetensors file"):
         load_model(run_config(copy))
     (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}})
     )
-    with pytest.raises(ModelError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(ModelError, match=r"lists model-00002-of-00002\.safetensors, which is missing"):
         load_model(run_config(copy))
 
 
@@ -105,23 +105,23 @@ def test_pickled_weights_are_refused_unless_asked_for(copy: Path):
 
 def test_an_empty_or_wrong_folder_is_named(tmp_path: Path, copy: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"empty holds no model: config\.json is missing"):
+    with pytest.raises(ModelError, match=r"empty contains no model: config\.json is missing"):
         load_model(run_config(tmp_path / "empty"))
     with pytest.raises(ModelError, match=r"there is no folder .*/nowhere"):
         load_model(run_config(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"/local_resources/basemodel.*the default"):
         load_model(RunConfig())
     (copy / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds an adapter, not a base model"):
+    with pytest.raises(ModelError, match="contains an adapter, not a base model"):
         load_model(run_config(copy))
     with pytest.raises(ModelError, match="is a file"):
         load_model(run_config(copy / "config.json"))
-    with pytest.raises(ModelError, match="neither a folder here nor an id"):
+    with pytest.raises(ModelError, match="neither a local folder nor a valid hub id"):
         load_model(run_config("not a name!"))
 
 
 def test_a_hub_id_offline_says_so(tiny_llama_dir: Path):
-    with pytest.raises(ModelError, match=r"some/model is no folder here.*cannot be asked.*offline"):
+    with pytest.raises(ModelError, match=r"some/model is not a local folder.*hub is unreachable.*offline"):
         load_model(run_config("some/model"))
 
 
@@ -130,7 +130,7 @@ def test_remote_code_is_never_asked_about(copy: Path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "own.py").write_text("raise SystemExit(77)")
-    with pytest.raises(ModelError, match=r"code of its own.*trust_remote_code"):
+    with pytest.raises(ModelError, match=r"custom code.*trust_remote_code"):
         load_model(run_config(copy))
 
 
@@ -144,14 +144,14 @@ def test_a_hub_out_of_reach_is_one_message_soon(answers: bool, tmp_path: Path):
         else:
             server.close()
         script = (
-            "from finetuning.model.resolve import locate\n"
+            "from finetuning.model.resolve import resolve_model\n"
             "from finetuning.errors import ModelError\n"
-            "try:\n    locate('some/model', 'model')\n"
+            "try:\n    resolve_model('some/model', 'model')\n"
             "except ModelError as error:\n    print('MESSAGE', error)\n"
         )
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
-    assert "MESSAGE some/model is no folder here and not in" in done.stdout, done.stderr
+    assert "MESSAGE some/model is not a local folder, is not in" in done.stdout, done.stderr
     assert "Retry" not in done.stderr
 
 
@@ -166,19 +166,19 @@ def _hold(server: socket.socket) -> None:
 
 def test_attention_that_is_not_installed_has_an_install_line():
     with pytest.raises(MissingPackageError, match=r"flash-attn.*pip install"):
-        check_attention("flash_attention_2")
+        check_attn_implementation("flash_attention_2")
     with pytest.raises(ModelError, match=r"Did you mean sdpa\?"):
-        check_attention("sdpaa")
+        check_attn_implementation("sdpaa")
     with pytest.raises(MissingPackageError, match="kernels"):
-        check_attention("kernels-community/flash-attn")
+        check_attn_implementation("kernels-community/flash-attn")
     for name in (None, "sdpa", "eager"):
-        check_attention(name)
+        check_attn_implementation(name)
 
 
 def test_device_maps_that_fight_the_launcher_are_refused(tiny_llama_dir: Path):
     with pytest.raises(ConfigError, match="2 processes"):
         load_model(run_config(tiny_llama_dir, device_map="auto"), topology=ProcessTopology(0, 0, 2))
-    with pytest.raises(ConfigError, match="fsdp exclude each other"):
+    with pytest.raises(ConfigError, match="cannot be combined with fsdp"):
         load_model(run_config(tiny_llama_dir, device_map={"": 0}), sharded_by="fsdp")
     assert load_model(run_config(tiny_llama_dir, device_map={"": "cpu"})).device.type == "cpu"
 

@@ -1,4 +1,4 @@
-"""Quantised bases train adapters on a CPU."""
+"""Quantized bases train adapters on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, Quantized, RunConfig, TorchAO
 from finetuning.errors import ConfigError, ModelError
 from finetuning.model.load import load_model
-from finetuning.model.peft.adapters import build_adapter
+from finetuning.model.peft.adapters import apply_peft
 from finetuning.model.quantization import is_quantized, prepare_quantized_model, to_bitsandbytes_config
 from finetuning.model.save import save_model
 
@@ -52,8 +52,11 @@ def test_a_quantised_base_trains_an_adapter(conf: Quantized, kind: str, tiny_lla
     model = load_model(run_conf, conf)
     assert is_quantized(model) and stored_as(model.model.layers[0].self_attn.q_proj) == kind
     assert stored_as(model.lm_head) == "Linear"
-    adapted = build_adapter(prepare_quantized_model(model, gradient_checkpointing=True), LORA)
-    assert adapted.total == sum(p.numel() for p in load_model(run_conf).parameters()) + adapted.trainable
+    adapted = apply_peft(prepare_quantized_model(model, gradient_checkpointing=True), LORA)
+    assert (
+        adapted.total_parameters
+        == sum(p.numel() for p in load_model(run_conf).parameters()) + adapted.trainable_parameters
+    )
     frozen = {name: numbers(p).clone() for name, p in adapted.model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in adapted.model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -75,8 +78,8 @@ def test_a_quantised_base_trains_an_adapter(conf: Quantized, kind: str, tiny_lla
 
 def test_quantised_weights_themselves_are_not_trained(tiny_llama_dir: Path):
     model = load_model(RunConfig(model=str(tiny_llama_dir)), NF4)
-    with pytest.raises(ModelError, match="quantised weights cannot be trained"):
-        build_adapter(model, NoPeft(peft_type="NO_PEFT"))
+    with pytest.raises(ModelError, match="quantized weights cannot be trained"):
+        apply_peft(model, NoPeft(peft_type="NO_PEFT"))
 
 
 def test_the_storage_type_changes_under_fsdp_only():
@@ -137,7 +140,7 @@ def test_nothing_is_cast_where_weights_are_sharded(tiny_llama_dir: Path):
 def gradients_after_an_evaluation(model: PreTrainedModel) -> list[torch.Tensor]:
     """The gradients of two adapters that have frozen layers between them and the loss."""
     lora = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "target_modules": ["q_proj"]})
-    adapted = build_adapter(prepare_quantized_model(model), lora).model
+    adapted = apply_peft(prepare_quantized_model(model), lora).model
     with torch.no_grad():
         adapted.eval()(input_ids=IDS)
     adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
@@ -160,7 +163,7 @@ def test_gradients_flow_through_a_gptq_checkpoint_after_an_evaluation(gptq_llama
 def test_an_adapter_of_a_gptq_checkpoint_loads_in_plain_peft(gptq_llama_dir: Path, tmp_path: Path):
     model = load_model(RunConfig(model=str(gptq_llama_dir)))
     packed = {name: weight.clone() for name, weight in model.named_buffers() if "qweight" in name}
-    adapted = build_adapter(prepare_quantized_model(model, gradient_checkpointing=True), LORA).model
+    adapted = apply_peft(prepare_quantized_model(model, gradient_checkpointing=True), LORA).model
     assert len(packed) == 14 == sum("lora_A" in name for name, _ in adapted.named_parameters())
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []

@@ -33,7 +33,7 @@ def test_tokens_of_the_vocabulary_are_not_new_and_extra_ones_are_kept(chatml_lla
     assert loaded.new_tokens == ("<|extra|>",)
     assert {*CHATML_TOKENS, "<|extra|>"} <= set(loaded.tokenizer.all_special_tokens)
     assert "keep-original" in loaded.warnings[0]
-    assert loaded.pad_is.startswith("<|endoftext|>, its own")
+    assert loaded.pad_description.startswith("<|endoftext|>, its own")
 
 
 def test_keep_original_keeps_the_template_without_a_warning(chatml_llama_dir: Path, chatml_tokenizer):
@@ -58,9 +58,9 @@ def test_keep_original_without_a_template_says_what_to_set(tiny_llama_dir: Path)
 )
 def test_the_four_padding_strategies(tiny_llama_dir: Path, strategy: Pad, pad: str, shown: str | None):
     loaded = load_tokenizer(str(tiny_llama_dir), template_source=TEMPLATE, missing_pad_token_strategy=strategy)
-    assert loaded.tokenizer.pad_token == pad and pad in loaded.pad_is
+    assert loaded.tokenizer.pad_token == pad and pad in loaded.pad_description
     expected = None if shown is None else loaded.tokenizer.convert_tokens_to_ids(shown)
-    assert loaded.pad_shown_as == expected
+    assert loaded.pad_input_id == expected
     assert len(loaded.tokenizer) == 500
 
 
@@ -78,7 +78,7 @@ def test_a_missing_source_token_is_replaced_aloud(tiny_llama_dir: Path, tmp_path
     assert loaded.tokenizer.pad_token == "</s>"
     assert "no beginning-of-sequence token" in loaded.warnings[0] and "</s> pads instead" in loaded.warnings[0]
     nothing = _copy_without(tiny_llama_dir, tmp_path / "b", "bos_token", "eos_token", "unk_token")
-    with pytest.raises(ModelError, match="nothing can pad"):
+    with pytest.raises(ModelError, match="no padding, BOS, EOS or unknown token"):
         load_tokenizer(nothing, template_source=TEMPLATE)
     with pytest.raises(ModelError, match="unk-convert-to-eos needs an end-of-sequence"):
         load_tokenizer(nothing, template_source=TEMPLATE, missing_pad_token_strategy=Pad.UNK_CONVERT_TO_EOS)
@@ -91,7 +91,7 @@ def test_padding_side_is_set(tiny_llama_dir: Path):
 
 def test_a_folder_without_a_tokenizer_is_named(tiny_llama_dir: Path, tmp_path: Path):
     shutil.copy(tiny_llama_dir / "config.json", tmp_path)
-    with pytest.raises(ModelError, match=r"holds no tokenizer: tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"contains no tokenizer: tokenizer\.json"):
         load_tokenizer(str(tmp_path), template_source=TEMPLATE)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "vocab.txt").write_text("")

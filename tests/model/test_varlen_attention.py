@@ -31,13 +31,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from finetuning.model.varlen_attention import (
-    NAME,
-    attention_of,
-    enable_kernel,
+    SDPA_VARLEN,
+    describe_attention,
     enable_varlen,
-    flat_inputs,
+    enable_varlen_kernel,
     use_varlen,
     varlen_attention,
+    varlen_inputs,
 )
 
 SIZES: dict[str, Any] = {
@@ -61,17 +61,20 @@ PROVEN = {
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
 }
 REFUSED = {
-    "gemma2 asks for eager": (Gemma2Config(**GROUPED, head_dim=8), "attention eager is not known"),
+    "gemma2 asks for eager": (
+        Gemma2Config(**GROUPED, head_dim=8),
+        "attention eager has no efficient padding-free form",
+    ),
     "gpt-oss has sinks": (GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), "sdpa"),
-    "bloom has alibi": (BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4), "sdpa|change the logits"),
+    "bloom has alibi": (BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4), "sdpa|changes the logits"),
     "falcon has alibi": (
         FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
-        "sdpa|change the logits",
+        "sdpa|changes the logits",
     ),
     "mamba carries a state": (MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2), "."),
     "bamba carries a state": (
         BambaConfig(**GROUPED, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
-        "carry a state|change the logits",
+        "carry a state|changes the logits",
     ),
 }
 
@@ -89,8 +92,8 @@ def rows() -> list[torch.Tensor]:
 def leak(model: Any) -> float:
     """How much the logits of a row change when the row before it does."""
     first, middle, last = rows()
-    before = model(use_cache=False, **flat_inputs([first, middle, last])).logits[0, -len(last) :]
-    after = model(use_cache=False, **flat_inputs([first.flip(0), middle, last])).logits[0, -len(last) :]
+    before = model(use_cache=False, **varlen_inputs([first, middle, last])).logits[0, -len(last) :]
+    after = model(use_cache=False, **varlen_inputs([first.flip(0), middle, last])).logits[0, -len(last) :]
     return float((before - after).abs().max())
 
 
@@ -104,8 +107,8 @@ def test_proven_models_keep_rows_apart(name: str) -> None:
         for index, row in enumerate(rows()):
             padded_ids[index, : len(row)], mask[index, : len(row)] = row, 1
         assert enable_varlen(model) is None
-        assert model.config._attn_implementation == NAME
-        together = model(use_cache=False, **flat_inputs(rows())).logits[0]
+        assert model.config._attn_implementation == SDPA_VARLEN
+        together = model(use_cache=False, **varlen_inputs(rows())).logits[0]
         padded = model(padded_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
@@ -117,7 +120,7 @@ def test_gradients_are_those_of_the_rows_alone() -> None:
     torch.cat([alone(row[None], use_cache=False).logits[0] for row in rows()]).square().sum().backward()
     assert enable_varlen(together) is None
     assert together.training
-    together(use_cache=False, **flat_inputs(rows())).logits.square().sum().backward()
+    together(use_cache=False, **varlen_inputs(rows())).logits.square().sum().backward()
     for one, other in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, atol=1e-4, rtol=1e-3)
 
@@ -136,7 +139,7 @@ def test_refused_models_are_left_as_they_were(name: str) -> None:
 def test_capped_scores_are_refused_under_sdpa() -> None:
     model = make(PROVEN["llama"])
     model.config.attn_logit_softcapping = 50.0
-    assert "caps its attention scores" in str(enable_varlen(model))
+    assert "soft-caps its attention scores" in str(enable_varlen(model))
 
 
 def test_eager_attention_and_prompt_adapters_are_refused() -> None:
@@ -153,7 +156,7 @@ def test_eager_attention_and_prompt_adapters_are_refused() -> None:
 def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> None:
     model = make(PROVEN["llama"]).train()
     model.model.layers[1].mlp.double()
-    assert "the model could not be asked on cpu: " in str(enable_varlen(model))
+    assert "isolation cannot be verified on cpu: " in str(enable_varlen(model))
     assert model.config._attn_implementation == "sdpa"
     assert model.training
 
@@ -161,14 +164,14 @@ def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> Non
 def test_flash_attention_is_refused_where_the_weights_lie_on_the_cpu() -> None:
     model = make(PROVEN["llama"])
     model.config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 computes on GPUs alone" in str(enable_varlen(model))
+    assert "flash_attention_2 runs on GPUs only" in str(enable_varlen(model))
 
 
 def test_what_one_process_has_proven_another_uses_without_its_weights() -> None:
     proven, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
     assert enable_varlen(proven) is None
     use_varlen(empty)
-    assert empty.config._attn_implementation == proven.config._attn_implementation == NAME
+    assert empty.config._attn_implementation == proven.config._attn_implementation == SDPA_VARLEN
 
 
 def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:
@@ -203,7 +206,7 @@ def registered(name: str, attention: Any) -> str:
     """An implementation as transformers knows a package's, under a name of its own."""
     use_varlen(make(PROVEN["llama"]))
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[NAME])
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[SDPA_VARLEN])
     return name
 
 
@@ -211,7 +214,7 @@ def registered(name: str, attention: Any) -> str:
 def test_another_implementation_is_taken_where_its_logits_are_those_of_sdpa(autocast: torch.dtype | None) -> None:
     name = registered("kernel_for_tests", varlen_attention)
     model, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
-    assert enable_kernel(model, name, autocast=autocast) is None
+    assert enable_varlen_kernel(model, name, autocast=autocast) is None
     assert model.config._attn_implementation == name
     assert all(weight.grad is None for weight in model.parameters())
     use_varlen(empty, name=name)
@@ -231,7 +234,7 @@ def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attent
     if attention is not None:
         registered(name, attention)
     model = make(PROVEN["llama"]).train()
-    assert reason in str(enable_kernel(model, name))
+    assert reason in str(enable_varlen_kernel(model, name))
     assert model.config._attn_implementation == "sdpa"
     assert model.training
     assert enable_varlen(model) is None
@@ -239,15 +242,15 @@ def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attent
 
 def test_no_implementation_is_tried_on_what_cannot_lie_end_to_end() -> None:
     name = registered("kernel_for_tests", varlen_attention)
-    assert enable_kernel(make(REFUSED["gemma2 asks for eager"][0]), name) == "the model computes by eager"
+    assert enable_varlen_kernel(make(REFUSED["gemma2 asks for eager"][0]), name) == "the model uses eager attention"
     capped = make(PROVEN["llama"])
     capped.config.attn_logit_softcapping = 50.0
-    assert "caps its attention scores" in str(enable_kernel(capped, name))
+    assert "soft-caps its attention scores" in str(enable_varlen_kernel(capped, name))
 
 
 def test_a_run_tells_which_attention_computes() -> None:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]), attn_implementation="eager")
-    assert attention_of(model, "as configured") == "attention: eager  (as configured)"
+    assert describe_attention(model, "as configured") == "attention: eager  (as configured)"
     model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]))
     use_varlen(model)
-    assert attention_of(model, "the default") == "attention: sdpa, each row by itself  (the default)"
+    assert describe_attention(model, "the default") == "attention: sdpa, row by row  (the default)"

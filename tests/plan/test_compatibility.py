@@ -176,12 +176,6 @@ def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: An
             check_packages(setting)
 
 
-def test_rows_are_proven_apart_under_the_adapters_that_the_matrix_names() -> None:
-    from finetuning.model import varlen_attention as segments
-
-    assert set(t.TOKENWISE_ADAPTERS) == segments._TOKENWISE
-
-
 def test_the_page_is_what_the_code_says() -> None:
     page = ROOT / "docs" / "reference" / "support.md"
     assert page.read_text() == compatibility_page(), (

@@ -48,7 +48,7 @@ def test_checkpoints_are_whole_readable_and_free_of_pickles(train: Any, sft_valu
         assert "manifest.json" in names(checkpoint)
         assert find_manifest_mismatch(checkpoint) is None
     settings = run.final / ("adapter_config.json" if peft is LORA else "config.json")
-    assert "sdpa_segments" not in settings.read_text()
+    assert "sdpa_varlen" not in settings.read_text()
 
 
 @pytest.mark.parametrize("strategy", ["best", "steps"])

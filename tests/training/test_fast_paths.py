@@ -18,7 +18,7 @@ from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError
 from finetuning.model.hardware import Device
-from finetuning.model.varlen_attention import NAME
+from finetuning.model.varlen_attention import SDPA_VARLEN
 from finetuning.plan.compatibility import NEEDS_GPU
 from finetuning.plan.plan import make_plan
 from finetuning.training.attention_setup import AttentionSetup, enable_padding_free
@@ -35,7 +35,7 @@ def test_attention_that_cannot_compute_here_is_left_for_the_next_with_its_reason
     tried = AttentionSetup(("flash_attention_3", "flash_attention_2"), "installed")
     refusal, attention = enable_padding_free(SimpleNamespace(model=model, peft_config=None), tried, ProcessTopology())
     assert refusal is None
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == SDPA_VARLEN
     for name in tried.to_try:
         assert f"{name} was not taken: " in attention.reason
     assert attention.reason.startswith("the default; ")
@@ -45,7 +45,7 @@ def test_attention_that_cannot_compute_here_is_left_for_the_next_with_its_reason
 def test_a_run_says_which_attention_computes_and_why(train: Any, sft_values: Any, asked: str | None, told: str) -> None:
     one_step = {"training_args.max_steps": 1, "run_conf.model_args.attn_implementation": asked}
     record = json.loads((train(sft_values(one_step)).output_dir / "run.json").read_text())
-    assert any(note.startswith(f"attention: sdpa, each row by itself  {told}") for note in record["model"]["notes"])
+    assert any(note.startswith(f"attention: sdpa, row by row  {told}") for note in record["model"]["notes"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -119,7 +119,7 @@ def test_validation_rows_stay_apart(sft_values: Any, train: Any) -> None:
 
 
 def test_packing_is_refused_where_rows_are_not_shown_to_be_kept_apart(sft_values: Any, train: Any) -> None:
-    with pytest.raises(ConfigError, match=r"sft_args.packing: rows cannot be packed: attention eager is not known"):
+    with pytest.raises(ConfigError, match=r"sft_args.packing: rows cannot be packed: attention eager has no efficient"):
         train(sft_values(PACKED | EAGER))
 
 

@@ -74,7 +74,7 @@ def test_a_checkpoint_that_comes_quantised_trains_adapters_only(
     # As a process of its own, which leaves PEFT out.
     refused = run_cli(["sft", write_config(sft_values(changes | {"training_args.output_dir": str(tmp_path / "all")}))])
     assert refused.returncode == 1
-    assert "peft_conf.peft_type: quantised weights cannot be trained themselves" in refused.stderr
+    assert "peft_conf.peft_type: quantized weights cannot be trained" in refused.stderr
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

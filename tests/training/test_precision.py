@@ -12,7 +12,7 @@ from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError
-from finetuning.model.hardware import Capability, Device
+from finetuning.model.hardware import Device, DtypeSupport
 from finetuning.training.preflight import check_precision, compute_precision
 
 OLD_GPU = Device(
@@ -21,13 +21,13 @@ OLD_GPU = Device(
     None,
     None,
     (
-        Capability("bf16", False, "only emulated"),
-        Capability("fp16", True),
-        Capability("tf32", False, "needs 8.0, this is 7.5"),
+        DtypeSupport("bf16", False, "only emulated"),
+        DtypeSupport("fp16", True),
+        DtypeSupport("tf32", False, "needs 8.0, this is 7.5"),
     ),
 )
-OLD_CPU = Device("a CPU", "cpu", None, None, (Capability("bf16", True, "emulated, slower than float32"),))
-NEW_GPU = Device("a GPU", "cuda", None, None, tuple(Capability(name, True) for name in ("bf16", "fp16", "tf32")))
+OLD_CPU = Device("a CPU", "cpu", None, None, (DtypeSupport("bf16", True, "emulated, slower than float32"),))
+NEW_GPU = Device("a GPU", "cuda", None, None, tuple(DtypeSupport(name, True) for name in ("bf16", "fp16", "tf32")))
 
 
 @pytest.fixture

@@ -83,9 +83,9 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
 def _scores_nothing(model: Any) -> bool:
     """Whether the head of a model, or of the model within an adapter, is zero. DeepSpeed's shards cannot be read."""
-    from finetuning.model.load import SCORE
+    from finetuning.model.load import SEQUENCE_CLASSIFICATION
 
-    weights = [weight for name, weight in model.named_parameters() if SCORE.is_head(name)]
+    weights = [weight for name, weight in model.named_parameters() if SEQUENCE_CLASSIFICATION.is_head_weight(name)]
     return bool(weights) and not any(hasattr(weight, "ds_shape") or bool(weight.any()) for weight in weights)
 
 

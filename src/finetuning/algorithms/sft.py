@@ -46,7 +46,7 @@ def build_trainer(parts: TrainingParts) -> transformers.Trainer:
 
     tokenizer = parts.tokenizer
     collate = (
-        PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_shown_as)
+        PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_input_id)
         if parts.layout.padded
         else FlatteningCollator()
     )

@@ -47,9 +47,9 @@ def _convert(argv: list[str]) -> int:
 
     folder = Path(options.model_path)
     if options.training_config is not None:
-        from finetuning.export.vllm.convert import why_layers_are_needed
+        from finetuning.export.vllm.convert import extra_layers_reason
 
-        reason = why_layers_are_needed(options.training_config, folder)
+        reason = extra_layers_reason(options.training_config, folder)
         if reason is not None:
             print(f"unchanged: {folder}: {reason}")
             return 0

@@ -149,7 +149,7 @@ def _machine_lines(machine: Hardware) -> list[str]:
     ]
     for device in machine.devices:
         where = "cpu" if device.kind == "cpu" else "accelerator"
-        lines.append(f"{where:<10} {device.name}{_memory_of(device)}: {'; '.join(map(str, device.abilities))}")
+        lines.append(f"{where:<10} {device.name}{_memory_of(device)}: {'; '.join(map(str, device.dtypes))}")
     if len(machine.devices) == 1:
         why = (
             "torch was built for the CPU only"
@@ -212,11 +212,11 @@ def _show(argv: Sequence[str]) -> int:
 
     from finetuning.algorithms import METHODS
     from finetuning.cli.status import quiet_libraries
-    from finetuning.model.load import LANGUAGE, SCORE
+    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
     from finetuning.model.module_summary import summarize_modules
 
     quiet_libraries()
-    head = SCORE if METHODS[experiment.method_name].gives_scores else LANGUAGE
+    head = SEQUENCE_CLASSIFICATION if METHODS[experiment.method_name].gives_scores else CAUSAL_LM
     inventory = summarize_modules(experiment.run_conf, experiment.peft_conf, head=head)
     if options.json:
         print(json.dumps(asdict(inventory), indent=2))

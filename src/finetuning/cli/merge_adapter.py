@@ -77,11 +77,11 @@ def _merge(argv: list[str]) -> int:
             verify=not options.no_verify,
             force=options.force,
             allow_pickle=options.allow_pickle,
-            tell=lambda line: print(line, file=sys.stderr),
+            log=lambda line: print(line, file=sys.stderr),
             progress=progress,
         )
     print(f"merged model: {result.out} ({result.num_bytes / 1e9:.2f} GB)")
-    print(f"verified: {result.certificate}" if result.certificate else "not verified (--no-verify)")
+    print(f"verified: {result.verification}" if result.verification else "not verified (--no-verify)")
     return 0
 
 

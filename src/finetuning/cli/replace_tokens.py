@@ -33,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _replace(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
-    from finetuning.export.rename_tokens import pair_names, replace_tokens
+    from finetuning.export.rename_tokens import pair_token_names, replace_tokens
 
-    renames = pair_names(options.old, options.new)
+    renames = pair_token_names(options.old, options.new)
     done = replace_tokens(options.tokenizer, Path(options.outpath), renames, keep_template=options.keep_template)
     for old, new in renames.items():
         print(f"{old} -> {new} (id {done.ids[new]})")
-    if done.left_out:
-        print(f"not copied: {', '.join(done.left_out)}", file=sys.stderr)
+    if done.skipped_files:
+        print(f"not copied: {', '.join(done.skipped_files)}", file=sys.stderr)
     print(f"tokenizer: {options.outpath}")
     return 0
 

@@ -37,7 +37,7 @@ _MODEL_FILES = (
 _GENERATION_CONFIG = "generation_config.json"
 
 
-def tokenizer_folder(given: Path | None, adapters: Iterable[Path], base: Path) -> Path | None:
+def select_tokenizer_folder(given: Path | None, adapters: Iterable[Path], base: Path) -> Path | None:
     """Whose tokenizer goes along: the one given, or the last adapter's that has one, or the base's."""
     candidates = [given] if given is not None else [*reversed(list(adapters)), base]
     return next((folder for folder in candidates if any((folder / name).is_file() for name in _TOKENIZER_MARKS)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ModelError
-from finetuning.model.resolve import Kind, resolve_model
+from finetuning.model.resolve import RepoKind, resolve_model
 from finetuning.model.safetensors_io import TensorEntry, read_header, read_model_headers
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -60,7 +60,7 @@ class BaseModel:
         return inner if isinstance(inner, Mapping) else self.config
 
 
-def folder_of(name: str, kind: Kind) -> Path:
+def resolve_folder(name: str, kind: RepoKind) -> Path:
     """The folder that holds the files of `name`; a hub id is downloaded into the hub's cache.
 
     Raises:
@@ -72,7 +72,7 @@ def folder_of(name: str, kind: Kind) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
-    return Path(snapshot_download(location.name, allow_patterns=patterns, **location.hub_arguments))
+    return Path(snapshot_download(location.name, allow_patterns=patterns, **location.hub_kwargs))
 
 
 def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:
@@ -81,7 +81,7 @@ def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:
     Raises:
         ModelError: it is missing, damaged, or pickled and that was not allowed.
     """
-    folder = folder_of(name, "adapter")
+    folder = resolve_folder(name, "adapter")
     config = read_json(folder / ADAPTER_CONFIG)
     if not config.get("peft_type"):
         raise ModelError(f"{folder / ADAPTER_CONFIG} names no peft_type; it is no PEFT adapter")
@@ -104,7 +104,7 @@ def read_base(name: str, *, allow_pickle: bool = False) -> BaseModel:
     Raises:
         ModelError: it is missing, a shard is missing or damaged, or it is pickled and that was not allowed.
     """
-    folder = folder_of(name, "model")
+    folder = resolve_folder(name, "model")
     config = read_json(folder / "config.json")
     pickle = next((folder / name for name in PICKLED_MODEL if (folder / name).is_file()), None)
     if pickle is not None and not any(folder.glob("model*.safetensors*")):

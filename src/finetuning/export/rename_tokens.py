@@ -12,7 +12,7 @@ from typing import Any
 
 from finetuning.atomic_io import atomic_directory
 from finetuning.errors import ConfigError, ModelError, Problem
-from finetuning.export.inputs import folder_of, read_json
+from finetuning.export.inputs import read_json, resolve_folder
 
 TOKENIZER = "tokenizer.json"
 # Values that name parts of the format, never tokens.
@@ -28,7 +28,7 @@ class RenamedTokens:
 
     ids: Mapping[str, int]
     """New name to id."""
-    left_out: tuple[str, ...]
+    skipped_files: tuple[str, ...]
 
 
 def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_template: bool = False) -> RenamedTokens:
@@ -41,7 +41,7 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
         ModelError: an old name is no token, a new one is a token already, or the new names would not be encoded.
         StorageError: `out` is not empty.
     """
-    folder = folder_of(source, "tokenizer")
+    folder = resolve_folder(source, "tokenizer")
     if not (folder / TOKENIZER).is_file():
         raise ModelError(
             f"{folder} has no {TOKENIZER}.",
@@ -50,12 +50,12 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
     content = read_json(folder / TOKENIZER)
     ids = _token_ids(content)
     _check_names(renames, ids, content)
-    left_out = []
+    skipped_files = []
     with atomic_directory(out) as staging:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             target = staging / file.relative_to(folder)
             if file.suffix in _LEFT_OUT:
-                left_out.append(file.name)
+                skipped_files.append(file.name)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix == ".json":
@@ -65,10 +65,10 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
             else:
                 shutil.copyfile(file, target)
         _check_encoding(staging / TOKENIZER, renames, ids)
-    return RenamedTokens({new: ids[old] for old, new in renames.items()}, tuple(left_out))
+    return RenamedTokens({new: ids[old] for old, new in renames.items()}, tuple(skipped_files))
 
 
-def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+def pair_token_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
     """Old names to new ones, in order.
 
     Raises:

@@ -29,7 +29,7 @@ class OutputTensor:
     write: Callable[[BinaryIO], None]
 
 
-def copied(name: str, entry: TensorEntry) -> OutputTensor:
+def copied_tensor(name: str, entry: TensorEntry) -> OutputTensor:
     """A tensor whose bytes are those of `entry`, under another name or the same."""
 
     def write(stream: BinaryIO) -> None:
@@ -106,7 +106,7 @@ def write_tensor_file(file: Path, tensors: Sequence[OutputTensor], metadata: Map
         raise StorageError(f"{file} has {written} bytes instead of {8 + len(text) + at}")
 
 
-def require_room(folder: Path, num_bytes: int) -> None:
+def check_free_space(folder: Path, num_bytes: int) -> None:
     """Nothing, or a StorageError when the disk under `folder` has no room for so many bytes.
 
     `folder` need not exist yet; its nearest parent that does is asked.

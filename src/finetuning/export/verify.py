@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import FinetuningError, GuardStopped, Location, ModelError, Problem
-from finetuning.model.peft.adapter_files import WEIGHTS, digest
+from finetuning.model.peft.adapter_files import ADAPTER_WEIGHTS, tensor_digest
 from finetuning.model.safetensors_io import TensorEntry, read_header, read_model_headers
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -57,7 +57,7 @@ def verify_saved(
     folder = Path(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     try:
-        entries = read_header(folder / WEIGHTS) if is_adapter else read_model_headers(folder)
+        entries = read_header(folder / ADAPTER_WEIGHTS) if is_adapter else read_model_headers(folder)
     except ModelError as error:
         raise _stopped(folder, [str(error)]) from error
     faults: list[str] = []
@@ -94,16 +94,16 @@ def _loading_faults(folder: Path) -> list[str] | None:
     """What plain transformers finds wrong when it loads the model without memory; None where that cannot be tried.
 
     Weights on the meta device have names and shapes only. Names that a model joins or renames on loading (experts,
-    say) are told apart from wrong ones, which a comparison of names cannot do. Quantised weights cannot be loaded
+    say) are told apart from wrong ones, which a comparison of names cannot do. Quantized weights cannot be loaded
     so, and code of the model's own is not run.
     """
-    from finetuning.model.load import task_head_of
+    from finetuning.model.load import task_head_for
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" in raw or "auto_map" in raw:
             return None
-        _, found = task_head_of(raw.get("architectures") or ()).loader.from_pretrained(
+        _, found = task_head_for(raw.get("architectures") or ()).auto_class.from_pretrained(
             folder,
             device_map={"": "meta"},
             output_loading_info=True,
@@ -171,7 +171,7 @@ def _not_trained(entries: Mapping[str, TensorEntry], initial: Mapping[str, str] 
     file = next(iter(entries.values())).file
     with safe_open(file, framework="pt") as tensors:
         if initial:
-            if any(digest(tensors.get_tensor(name)) != initial.get(name) for name in entries):
+            if any(tensor_digest(tensors.get_tensor(name)) != initial.get(name) for name in entries):
                 return []
             return [f"none of the adapter's {len(entries)} tensors changed in training"]
         zero = _zero_at_first(entries)

@@ -76,9 +76,9 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     Raises:
         ModelError: something is missing or broken, or the adapter was trained on another model.
     """
-    from finetuning.model.resolve import is_local, resolve_model
+    from finetuning.model.resolve import is_local_path, resolve_model
 
-    if is_local(conf.model):
+    if is_local_path(conf.model):
         # Before the tokenizer, which is looked for in the same place, is said to be missing.
         resolve_model(conf.model, "model", key="model_conf.model", **_where(conf))
     from finetuning.model.load import load_model
@@ -135,7 +135,7 @@ def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) 
     from safetensors import SafetensorError
 
     from finetuning.model.embeddings import resize_embeddings
-    from finetuning.model.peft.adapter_files import check_same_base, check_same_tensors
+    from finetuning.model.peft.adapter_files import check_adapter_base, check_adapter_tensors
     from finetuning.model.resolve import resolve_model
 
     place = Location(key="model_conf.adapter")
@@ -143,14 +143,14 @@ def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) 
     if location.folder is not None:
         if not (location.folder / _ADAPTER_WEIGHTS).is_file():
             raise ModelError(f"{location.folder} holds no {_ADAPTER_WEIGHTS}", place=place)
-        check_same_base(model, location.folder, place)
+        check_adapter_base(model, location.folder, place)
     # An adapter that trained new tokens brings their rows, and the base has to have room for them.
     resize_embeddings(model, tokenizer)
     try:
-        wrapped = PeftModel.from_pretrained(model, location.name, is_trainable=False, **location.hub_arguments)
+        wrapped = PeftModel.from_pretrained(model, location.name, is_trainable=False, **location.hub_kwargs)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the adapter {location} cannot be loaded: {' '.join(lines[:2])}", place=place) from error
     if location.folder is not None:
-        check_same_tensors(wrapped, location.folder, place)
+        check_adapter_tensors(wrapped, location.folder, place)
     return wrapped

@@ -1,4 +1,4 @@
-"""New tokens: rows for them in the embeddings, and a base model to ship with an adapter when there were none."""
+"""Resize the embeddings for new tokens, and initialize their rows."""
 
 from __future__ import annotations
 
@@ -7,67 +7,65 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.errors import Location, ModelError
-from finetuning.model.quantization import is_quantized
-from finetuning.model.safetensors_io import ADDED_TOKENS, UNTRAINED_TOKENS
+from finetuning.model.safetensors_io import ADDED_TOKENS_FILE, UNTRAINED_TOKENS_FILE
 
 
 @dataclass(frozen=True)
 class EmbeddingInfo:
-    """What became of the embeddings."""
+    """The embeddings after `resize_embeddings`."""
 
     new_ids: tuple[int, ...]
-    """Ids of the tokens whose rows are untrained: the ones that an adapter has to train with it."""
+    """Ids of the new tokens. Their rows are untrained, so an adapter has to train them too."""
     rows_before: int
     rows: int
     """Rows of the embeddings; at least as many as the tokenizer has tokens."""
     is_tied: bool
-    """Whether input and output embeddings are the same weights."""
+    """Whether the input and output embeddings share their weights."""
 
     @property
-    def has_grown(self) -> bool:
-        """True when the base model on disk has too few rows: an adapter needs a new base model beside it."""
+    def is_resized(self) -> bool:
+        """Whether the base model on disk has too few rows, so that an adapter needs a new base model saved with it."""
         return self.rows > self.rows_before
 
-    def write_added(self, folder: Path) -> None:
-        """Writes `added_tokens_info.json`, by the names of fms-hf-tuning, where tokens are new; nothing otherwise.
+    def write_added_tokens_info(self, folder: Path) -> None:
+        """Write `added_tokens_info.json`, with the keys of fms-hf-tuning, if there are new tokens.
 
-        `num_new_tokens` counts the rows that were added, those of a rounded size too, or where the base had spare rows
-        for all new tokens, the tokens.
+        `num_new_tokens` is the number of rows added, including those that round up the size. If the base had enough
+        spare rows for the new tokens, it is the number of new tokens.
         """
-        if not self.new_ids and not self.has_grown:
+        if not self.new_ids and not self.is_resized:
             return
-        num_new = self.rows - self.rows_before if self.has_grown else len(self.new_ids)
-        told = {"num_new_tokens": num_new, "new_embedding_size": self.rows}
-        (folder / ADDED_TOKENS).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        num_new = self.rows - self.rows_before if self.is_resized else len(self.new_ids)
+        info = {"num_new_tokens": num_new, "new_embedding_size": self.rows}
+        (folder / ADDED_TOKENS_FILE).write_text(json.dumps(info) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         if not self.new_ids:
             return f"{self.rows} rows, no new tokens"
-        how = f"grown from {self.rows_before} to {self.rows} rows" if self.has_grown else f"{self.rows} rows, as before"
-        return f"{how}; {len(self.new_ids)} new tokens begin at the mean of the others"
+        size = f"resized from {self.rows_before} to {self.rows} rows" if self.is_resized else f"{self.rows} rows"
+        return f"{size}; {len(self.new_ids)} new tokens, initialized to the mean row"
 
 
-def untrained_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens that a base model was grown by, and that nothing has trained; none for any other model.
+def read_untrained_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that were added to an extended base model and never trained; none for any other model.
 
     Raises:
-        ModelError: the file that names them is damaged.
+        ModelError: the file that lists them is damaged.
     """
-    file = folder / UNTRAINED_TOKENS
+    file = folder / UNTRAINED_TOKENS_FILE
     if not file.is_file():
         return []
     try:
         tokens = json.loads(file.read_text(encoding="utf-8"))["tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
-    known = tokenizer.get_vocab()
-    return [token for token in tokens if token in known]
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in tokens if token in vocabulary]
 
 
 def resize_embeddings(
@@ -77,45 +75,53 @@ def resize_embeddings(
     *,
     pad_to_multiple_of: int | None = None,
 ) -> EmbeddingInfo:
-    """Rows for every token of the tokenizer; those of `new_tokens` start as the mean row of the tokens in use.
+    """Make sure that every token has an embedding row, and initialize the rows of `new_tokens` to the mean row.
 
-    The embeddings grow only when the tokenizer has more tokens than they have rows. New tokens that fit into rows
-    which the base model keeps to spare get the mean too: those rows are noise that was never trained. The mean is
-    taken over the tokens that the tokenizer had before, in float32, without spare rows; nothing random is added.
-    Input and output embeddings stay tied if they were.
+    The embeddings are resized only if the tokenizer has more tokens than they have rows. New tokens that fall on spare
+    rows of the base (a vocabulary padded to a multiple of 64, say) are set to the mean as well, because spare rows are
+    untrained noise. The mean is taken in float32 over the tokens that the tokenizer had before, without spare rows.
+    Tied embeddings stay tied.
+
+    By Jensen's inequality, exp of the mean of n logits is at most the mean of their exp. So each new token takes at
+    most 1/n of the old tokens' total probability, and the model's predictions hardly change before the rows are
+    trained. Unlike transformers' `mean_resizing`, this draws no noise: the result is deterministic.
+    Source: Hewitt (2021), https://nlp.stanford.edu/~johnhew/vocab-expansion.html
 
     Raises:
-        ModelError: the base is quantised and would have to grow.
+        ModelError: the base is quantized and would have to be resized.
     """
     embeddings = model.get_input_embeddings()
     rows_before = _num_rows(embeddings.weight)
     tied = _is_tied(model)
     ids = tuple(sorted(tokenizer.convert_tokens_to_ids(list(new_tokens))))
     vocabulary = tokenizer.get_vocab()
+    # Ids may have gaps, so the largest one counts as well as their number.
     needed = max(len(tokenizer), max(vocabulary.values()) + 1)
     rows = rows_before
     if needed > rows_before:
+        from finetuning.model.quantization import is_quantized
+
         if is_quantized(model):
             raise ModelError(
-                f"{needed - rows_before} tokens have no row in the embeddings, and a quantised model cannot grow",
+                f"{needed - rows_before} tokens have no embedding row, and a quantized model cannot be resized",
                 place=Location(key="quant_conf"),
-                hint="Choose a chat template whose tokens the tokenizer already has, or let the base grow once without"
-                " quantisation and train the new base model that this saves.",
+                hint="Choose a chat template whose tokens the tokenizer has, or run once without quantization and"
+                " train on the extended base model that the run saves.",
             )
         rows = -(-needed // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
         model.resize_token_embeddings(rows, mean_resizing=False)
-    in_use = sorted(set(vocabulary.values()) - set(ids))
-    # Rows beyond the old ones that no token stands for, because the size was rounded up, get the mean as well.
-    fresh = sorted(set(ids) | set(range(rows_before, rows)))
-    if fresh:
-        averaged = [row for row in in_use if row < rows_before]
+    old_ids = sorted(set(vocabulary.values()) - set(ids))
+    # Rows that only round up the size belong to no token. They are set to the mean too, so that no row is random.
+    new_rows = sorted(set(ids) | set(range(rows_before, rows)))
+    if new_rows:
+        averaged = [row for row in old_ids if row < rows_before]
         for weight in _distinct_weights(model):
-            _set_to_mean(weight, fresh, averaged)
+            _set_to_mean(weight, new_rows, averaged)
     return EmbeddingInfo(ids, rows_before, rows, tied)
 
 
 def _distinct_weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    """The input embeddings, the output embeddings if they are other weights, and the latter's bias."""
+    """Yield the input embeddings, the output embeddings unless they are tied, and the output bias if there is one."""
     yield model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     if output is None:
@@ -127,7 +133,9 @@ def _distinct_weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
 
 
 def _set_to_mean(weight: torch.Tensor, rows: Sequence[int], averaged: Sequence[int]) -> None:
-    with torch.no_grad(), _whole(weight):
+    """Set `rows` of a weight, (vocabulary, hidden) or (vocabulary), to the mean of the `averaged` rows."""
+    with torch.no_grad(), _gathered(weight):
+        # In float32 whatever the weight's dtype, so that the result is rounded only once.
         mean = weight[torch.tensor(averaged, device=weight.device)].float().mean(dim=0)
         weight[torch.tensor(rows, device=weight.device)] = mean.to(weight.dtype)
 
@@ -137,14 +145,14 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return output is not None and output.weight is model.get_input_embeddings().weight
 
 
-def _num_rows(weight: Any) -> int:
-    # Under ZeRO-3 a parameter is an empty shard whose full shape DeepSpeed keeps beside it.
+def _num_rows(weight: torch.Tensor) -> int:
+    # Under ZeRO-3 a parameter is an empty placeholder, and DeepSpeed keeps its full shape in `ds_shape`.
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 @contextmanager
-def _whole(weight: torch.Tensor) -> Iterator[None]:
-    """The weight with all its rows in this process, for the length of the block."""
+def _gathered(weight: torch.Tensor) -> Iterator[None]:
+    """Gather a weight that ZeRO-3 has sharded, for the length of the block; rank 0's changes are kept."""
     if not hasattr(weight, "ds_shape"):
         yield
         return

@@ -1,21 +1,26 @@
-"""Which base model an adapter was trained on, recognised again whatever its folder is called."""
+"""Fingerprint a base model, so that an adapter recognizes the base it was trained on under any folder name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from finetuning.errors import ModelError
-from finetuning.model.safetensors_io import INDEX, SINGLE, TensorEntry, read_model_headers
+from finetuning.model.safetensors_io import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TensorEntry,
+    read_model_headers,
+)
 
-FILE_NAME = "base_fingerprint.json"
+FINGERPRINT_FILE = "base_fingerprint.json"
 _MAX_SAMPLES = 2048
 _SAMPLE_BYTES = 4096
-# Says how a model is stored or served, not what it computes.
-_INCIDENTAL = (
+# Fields of config.json that say how a model is stored or served, not what it computes.
+_IGNORED_CONFIG_FIELDS = (
     "_name_or_path",
     "architectures",
     "dtype",
@@ -30,14 +35,14 @@ _INCIDENTAL = (
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Digests of a base model: SHA-256, the first 32 hex digits."""
+    """Digests of a base model: the first 32 hex digits of SHA-256."""
 
     config: str
-    """Of the fields of config.json that the computation depends on."""
+    """Of the config.json fields that affect the computation."""
     tensors: str
-    """Of the names, number types and shapes of all tensors."""
+    """Of the names, dtypes and shapes of all tensors."""
     samples: str
-    """Of 4 KiB out of the middle of each tensor, of 2048 tensors at most."""
+    """Of 4 KiB from the middle of each tensor, for at most 2048 tensors."""
     model_type: str
     num_tensors: int
 
@@ -45,11 +50,12 @@ class Fingerprint:
         return f"{self.model_type}, {self.num_tensors} tensors, {self.samples[:12]}"
 
 
-def fingerprint(folder: Path) -> Fingerprint:
-    """The fingerprint of a model's folder.
+def compute_fingerprint(folder: Path) -> Fingerprint:
+    """Return the fingerprint of the model in a folder.
 
-    Of the weights at most 8 MiB are read, whatever the model's size. Every matrix is looked into, because a model
-    tuned from another one shares most of its tensors.
+    At most 8 MiB of weights are read, whatever the size of the model. Every matrix is sampled rather than the first
+    ones, because a model fine-tuned from another one may share most of its tensors, embeddings above all. The middle of
+    a tensor is sampled because the first rows of an embedding matrix are often untrained special tokens.
 
     Raises:
         ModelError: config.json or weights are missing or damaged.
@@ -58,15 +64,15 @@ def fingerprint(folder: Path) -> Fingerprint:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    essential = {key: value for key, value in config.items() if key not in _INCIDENTAL}
+    relevant = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_FIELDS}
     entries = read_model_headers(folder)
     shapes = [(name, entry.dtype, list(entry.shape)) for name, entry in sorted(entries.items())]
     samples = hashlib.sha256()
-    for name in _sample(entries):
+    for name in _sample_names(entries):
         samples.update(name.encode())
-        samples.update(_middle(entries[name]))
+        samples.update(_read_middle(entries[name]))
     return Fingerprint(
-        _digest(essential),
+        _digest(relevant),
         _digest(shapes),
         samples.hexdigest()[:32],
         str(config.get("model_type", "unknown")),
@@ -75,57 +81,59 @@ def fingerprint(folder: Path) -> Fingerprint:
 
 
 def can_fingerprint(folder: Path) -> bool:
-    """True for a folder with a config and safetensors weights."""
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (INDEX, SINGLE))
+    """Whether a folder has a config and safetensors weights."""
+    has_weights = any((folder / name).is_file() for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    return has_weights and (folder / "config.json").is_file()
 
 
-def difference(recorded: Fingerprint, found: Fingerprint) -> str | None:
-    """In words, what sets two models apart; None when they are the same."""
-    if recorded.model_type != found.model_type:
-        return f"it was a {recorded.model_type}, this is a {found.model_type}"
-    if recorded.num_tensors != found.num_tensors:
-        return f"it had {recorded.num_tensors} tensors, this has {found.num_tensors}"
-    if recorded.tensors != found.tensors:
-        return "tensors have other names, types or shapes"
-    if recorded.samples != found.samples:
-        return "the shapes agree but the weights do not"
-    if recorded.config != found.config:
-        return "the weights agree but config.json computes something else"
+def describe_difference(recorded: Fingerprint, actual: Fingerprint) -> str | None:
+    """Describe how two models differ; None if they are the same."""
+    if recorded.model_type != actual.model_type:
+        return f"the model type was {recorded.model_type} and is {actual.model_type}"
+    if recorded.num_tensors != actual.num_tensors:
+        return f"it had {recorded.num_tensors} tensors and has {actual.num_tensors}"
+    if recorded.tensors != actual.tensors:
+        return "names, dtypes or shapes of tensors differ"
+    if recorded.samples != actual.samples:
+        return "the shapes agree but the weights differ"
+    if recorded.config != actual.config:
+        return "the weights agree but config.json differs"
     return None
 
 
-def write(value: Fingerprint, folder: Path) -> Path:
-    """The file, written beside an adapter."""
-    path = folder / FILE_NAME
+def write_fingerprint(value: Fingerprint, folder: Path) -> Path:
+    """Write a fingerprint to an adapter's folder; return the path of the file."""
+    path = folder / FINGERPRINT_FILE
     path.write_text(json.dumps(asdict(value), indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def read(folder: Path) -> Fingerprint | None:
-    """The fingerprint that lies beside an adapter; None when there is none.
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """Read the base's fingerprint from an adapter's folder; None if there is none.
 
     Raises:
         ModelError: the file is damaged.
     """
-    path = folder / FILE_NAME
+    path = folder / FINGERPRINT_FILE
     if not path.is_file():
         return None
     try:
         return Fingerprint(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; remove it to go without this check") from error
+        raise ModelError(f"{path} cannot be read: {error}; delete it to skip this check") from error
 
 
-def _sample(entries: dict[str, TensorEntry]) -> list[str]:
+def _sample_names(entries: Mapping[str, TensorEntry]) -> list[str]:
+    """Return at most `_MAX_SAMPLES` names, at regular intervals."""
     names = sorted(entries)
     return names[:: -(-len(names) // _MAX_SAMPLES) or 1]
 
 
-def _middle(entry: TensorEntry) -> bytes:
+def _read_middle(entry: TensorEntry) -> bytes:
     with entry.file.open("rb") as stream:
         stream.seek(entry.start + max(0, (entry.num_bytes - _SAMPLE_BYTES) // 2))
         return stream.read(min(entry.num_bytes, _SAMPLE_BYTES))
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,7 @@
-"""What this machine can compute with, found out by trying: devices, number types, memory."""
+"""Detect the hardware of this machine: devices, the dtypes they support, memory and disk space.
+
+Dtype support is probed with a small matrix product: the properties that a driver reports are not always true.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +15,44 @@ import torch
 
 
 @dataclass(frozen=True)
-class Capability:
-    """Whether something can be done here, and how that is known or what is in the way."""
+class DtypeSupport:
+    """Whether a device supports a dtype for training, and why not."""
 
     name: str
-    ok: bool
+    is_supported: bool
     note: str = ""
+    """The reason it is not supported, or a remark on its speed."""
 
     def __str__(self) -> str:
-        return f"{self.name} {'yes' if self.ok else 'no'}" + (f" ({self.note})" if self.note else "")
+        return f"{self.name} {'yes' if self.is_supported else 'no'}" + (f" ({self.note})" if self.note else "")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device that torch can use: its bytes of memory, and what it computes in."""
+    """A device that torch can use. Sizes in bytes."""
 
     name: str
     kind: str
-    """`cpu`, or the kind of accelerator as torch names it."""
+    """Device type in torch: `cpu`, `cuda` (ROCm too) or `mps`."""
     memory: int | None
     free: int | None
-    abilities: tuple[Capability, ...]
+    dtypes: tuple[DtypeSupport, ...]
     capability: tuple[int, int] | None = None
-    """Compute capability of NVIDIA's GPUs; None for all else."""
+    """Compute capability of an NVIDIA GPU; None for any other device."""
 
-    def can(self, name: str) -> Capability:
-        """The ability of this name."""
-        return next(ability for ability in self.abilities if ability.name == name)
+    def support_for(self, name: str) -> DtypeSupport:
+        """Return the support for `bf16`, `fp16` or `tf32`."""
+        return next(support for support in self.dtypes if support.name == name)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The devices, torch's build, and the room there is. Sizes in bytes."""
+    """The devices, torch's build, memory and disk space. Sizes in bytes."""
 
     python: str
     torch: str
     build: str
-    """What torch was built for, such as `CUDA 12.8`, `ROCm 7.0` or `CPU`."""
+    """The backend torch was built for, such as `CUDA 12.8`, `ROCm 7.0` or `CPU`."""
     cores: int
     memory: int | None
     free: int | None
@@ -57,7 +61,7 @@ class Hardware:
 
 
 def detect_hardware(folder: Path) -> Hardware:
-    """This machine, with the disk that `folder` is on; the accelerators first, the CPU last."""
+    """Return the hardware of this machine: accelerators first, the CPU last; disk space is that of `folder`'s disk."""
     memory, free = _system_memory()
     accelerators = [_accelerator(index) for index in range(torch.cuda.device_count())] if _has_cuda_api() else []
     if torch.backends.mps.is_available():
@@ -70,13 +74,13 @@ def detect_hardware(folder: Path) -> Hardware:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory=memory,
         free=free,
-        disk_free=shutil.disk_usage(_existing(folder)).free,
+        disk_free=shutil.disk_usage(_nearest_existing(folder)).free,
         devices=(*accelerators, cpu),
     )
 
 
 def training_device(use_cpu: bool) -> Device:
-    """The device that a run computes on, as the trainer chooses it."""
+    """Return the device that this process trains on, by the same order as the trainer: CUDA or ROCm, MPS, CPU."""
     if not use_cpu and _has_cuda_api():
         return _accelerator(torch.cuda.current_device())
     if not use_cpu and torch.backends.mps.is_available():
@@ -85,7 +89,7 @@ def training_device(use_cpu: bool) -> Device:
 
 
 def _has_cuda_api() -> bool:
-    """True for NVIDIA and AMD alike: torch's ROCm build answers by the same name."""
+    """Whether torch.cuda works: for AMD GPUs too, as ROCm builds of torch use the same API."""
     return torch.cuda.is_available()
 
 
@@ -96,48 +100,49 @@ def _accelerator(index: int) -> Device:
 
 
 def _describe(name: str, device: torch.device, memory: int | None, free: int | None) -> Device:
-    abilities = (_bf16(device), _fp16(device), _tf32(device))
+    dtypes = (_bf16(device), _fp16(device), _tf32(device))
     has_capability = device.type == "cuda" and not torch.version.hip
     capability = torch.cuda.get_device_capability(device) if has_capability else None
-    return Device(name, device.type, memory, free, abilities, capability)
+    return Device(name, device.type, memory, free, dtypes, capability)
 
 
-def _multiplies(dtype: torch.dtype, device: torch.device) -> str | None:
-    """None when a product of this type comes out right; else what is in the way."""
+def _matmul_error(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why a matrix product in this dtype fails on the device; None if its result is correct."""
     try:
         ones = torch.ones(16, 16, dtype=dtype, device=device)
-        right = float((ones @ ones)[0, 0]) == 16.0
+        is_correct = float((ones @ ones)[0, 0]) == 16.0
     except (RuntimeError, TypeError) as error:
         return str(error).splitlines()[0]
-    return None if right else "a product comes out wrong"
+    return None if is_correct else "a matrix product gives a wrong result"
 
 
-def _bf16(device: torch.device) -> Capability:
-    if trouble := _multiplies(torch.bfloat16, device):
-        return Capability("bf16", False, trouble)
+def _bf16(device: torch.device) -> DtypeSupport:
+    if error := _matmul_error(torch.bfloat16, device):
+        return DtypeSupport("bf16", False, error)
+    # torch computes bf16 on older GPUs by emulation, which is slower than float32.
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Capability("bf16", False, "only emulated")
+        return DtypeSupport("bf16", False, "only emulated")
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-        return Capability("bf16", True, "in hardware" if fast else "emulated, slower than float32")
-    return Capability("bf16", True)
+        features = torch.cpu.get_capabilities()
+        is_native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+        return DtypeSupport("bf16", True, "in hardware" if is_native else "emulated, slower than float32")
+    return DtypeSupport("bf16", True)
 
 
-def _fp16(device: torch.device) -> Capability:
+def _fp16(device: torch.device) -> DtypeSupport:
     if device.type == "cpu":
-        return Capability("fp16", False, "loss scaling needs an accelerator")
-    trouble = _multiplies(torch.float16, device)
-    return Capability("fp16", trouble is None, trouble or "")
+        return DtypeSupport("fp16", False, "loss scaling needs an accelerator")
+    error = _matmul_error(torch.float16, device)
+    return DtypeSupport("fp16", error is None, error or "")
 
 
-def _tf32(device: torch.device) -> Capability:
+def _tf32(device: torch.device) -> DtypeSupport:
     if device.type != "cuda" or torch.version.hip:
-        return Capability("tf32", False, "a number type of NVIDIA's GPUs")
+        return DtypeSupport("tf32", False, "only NVIDIA GPUs have it")
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return Capability("tf32", False, f"needs compute capability 8.0, this is {major}.{minor}")
-    return Capability("tf32", True)
+    if major < 8:  # Ampere is the first generation with TF32 tensor cores.
+        return DtypeSupport("tf32", False, f"needs compute capability 8.0, this device has {major}.{minor}")
+    return DtypeSupport("tf32", True)
 
 
 def _build() -> str:
@@ -147,21 +152,22 @@ def _build() -> str:
 
 
 def _system_memory() -> tuple[int | None, int | None]:
-    """Bytes of main memory and how many are available; None where the system does not say, as it does on Linux."""
+    """Return total and available main memory in bytes, within the container's limit; None outside of Linux."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None, None
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     total, free = sizes.get("MemTotal"), sizes.get("MemAvailable")
-    limit, used = (_number_in(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    # /proc/meminfo shows the host. A container is limited by its cgroup (v2).
+    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if total is None or free is None or limit is None or limit >= total:
         return total, free
     return limit, min(free, limit - (used or 0))
 
 
-def _number_in(file: Path) -> int | None:
-    """What a file of a container's limits says; None for no limit."""
+def _read_number(file: Path) -> int | None:
+    """Return the number in a cgroup file; None if the file does not exist or says `max` (no limit)."""
     try:
         text = file.read_text(encoding="ascii").strip()
     except OSError:
@@ -169,7 +175,7 @@ def _number_in(file: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+def _nearest_existing(folder: Path) -> Path:
+    """Return the folder, or its nearest parent that exists."""
     folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,6 +1,8 @@
-"""A model from a folder or the hub, or one clear message why not.
+"""Load a pretrained model with its task head from a folder or the Hugging Face hub.
 
-What stands on a model's last layer: the vocabulary, or one score."""
+`load_model` is the entry point. Anything that would leave a model with random or unexpected weights is an error here:
+transformers itself only warns about missing and mismatched keys.
+"""
 
 from __future__ import annotations
 
@@ -11,86 +13,41 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantized, RunConfig
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError
-from finetuning.model.quantization import Sharding, choose_trainable_kernel, to_quantization_config
 from finetuning.model.resolve import ModelLocation, resolve_model
-from finetuning.model.safetensors_io import INDEX, SINGLE, read_model_headers
+from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
 from finetuning.model.stop_tokens import fix_sampling_config
 
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-@dataclass(frozen=True)
-class TaskHead:
-    """A kind of model: the class that loads it, and which weights another kind's checkpoint lacks or has too many."""
-
-    auto_class: str
-    """Name of the class of transformers that loads it."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that its config must have."""
-    new: str | None = None
-    """Pattern of the names of weights that start at zero when the checkpoint has none."""
-    unused: str | None = None
-    """Pattern of the names of weights that another head needs and this one does not."""
-
-    @property
-    def loader(self) -> Any:
-        return getattr(transformers, self.auto_class)
-
-    def missing(self, names: Sequence[str]) -> list[str]:
-        """The weights, of those that a checkpoint lacks, that cannot be made here."""
-        return [name for name in names if self.new is None or not re.fullmatch(self.new, name)]
-
-    def unexpected(self, names: Sequence[str]) -> list[str]:
-        """The weights, of those that have no place, that are worth a word."""
-        return [name for name in names if self.unused is None or not re.match(self.unused, name)]
-
-    def is_head(self, name: str) -> bool:
-        """Whether a weight is one of the head, be the model bare or within an adapter that trains the head whole."""
-        bare = re.sub(r"\.(modules_to_save\.\w+|original_module)(?=\.)", "", name)
-        return self.new is not None and re.search(rf"(^|\.){self.new}$", bare) is not None
-
-    def begin(self, model: PreTrainedModel, missing: Sequence[str]) -> bool:
-        """Sets the weights that the checkpoint lacks to zero; True when there are any.
-
-        Every score is then 0 at first, whatever the seed, so that the first loss is known.
-        """
-        made = [name for name in missing if self.new is not None and re.fullmatch(self.new, name)]
-        with torch.no_grad():
-            for name in made:
-                model.get_parameter(name).zero_()
-        return bool(made)
-
-
-LANGUAGE = TaskHead("AutoModelForCausalLM")
-SCORE = TaskHead(
-    "AutoModelForSequenceClassification",
-    fields={"num_labels": 1},
-    new=r"(score|classifier)\.(weight|bias)",
-    unused=r"(lm_head|output)\.",
-)
-
-
-def task_head_of(architectures: Sequence[str]) -> TaskHead:
-    """The head of a saved model, by the architectures that its config names."""
-    return SCORE if any(name.endswith("ForSequenceClassification") for name in architectures) else LANGUAGE
-
+    from finetuning.model.quantization import Sharding
 
 logger = logging.getLogger(__name__)
 
 _KEY = "run_conf.model"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# `resolve_model` takes these; the rest of ModelArgs goes to `from_pretrained`.
-_WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
-# Arguments of `from_pretrained` that are neither ours nor a field of a model's config.
-_PASSED_ON = ("max_memory", "attn_implementation", "offload_folder", "offload_buffers", "variant", "code_revision")
+_PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Fields of ModelArgs that `resolve_model` takes; the others go to `from_pretrained`.
+_HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
+_FORWARDED_ARGUMENTS = (
+    "max_memory",
+    "attn_implementation",
+    "offload_folder",
+    "offload_buffers",
+    "variant",
+    "code_revision",
+)
+# Arguments of `from_pretrained` that ModelArgs does not declare. Any other extra key is a field of the model's config.
 _LOADER_ARGUMENTS = (
     "adapter_kwargs",
     "disable_mmap",
@@ -107,6 +64,69 @@ _LOADER_ARGUMENTS = (
 )
 
 
+@dataclass(frozen=True)
+class TaskHead:
+    """A task head: the auto class that loads it, and how its weights may differ from the checkpoint's."""
+
+    auto_class_name: str
+    """Name of the transformers auto class, such as `AutoModelForCausalLM`."""
+    config_fields: Mapping[str, object] = field(default_factory=dict)
+    """Fields that the model's config must have."""
+    zero_initialized: str | None = None
+    """Pattern of the weight names that are set to zero when the checkpoint does not have them."""
+    ignored: str | None = None
+    """Pattern of the checkpoint's weight names that belong to another task head and are silently dropped."""
+
+    @property
+    def auto_class(self) -> type[_BaseAutoModelClass]:
+        return getattr(transformers, self.auto_class_name)
+
+    def required_missing(self, missing_keys: Sequence[str]) -> list[str]:
+        """Return the missing keys that cannot be initialized here: the checkpoint is unusable without them."""
+        return [name for name in missing_keys if not self._is_zero_initialized(name)]
+
+    def unexpected(self, unexpected_keys: Sequence[str]) -> list[str]:
+        """Return the unexpected keys that do not belong to another task head."""
+        return [name for name in unexpected_keys if self.ignored is None or not re.match(self.ignored, name)]
+
+    def is_head_weight(self, name: str) -> bool:
+        """Whether a parameter belongs to the head, in the plain model or under PEFT's `modules_to_save` wrapper."""
+        unwrapped = re.sub(r"\.(modules_to_save\.\w+|original_module)(?=\.)", "", name)
+        return (
+            self.zero_initialized is not None and re.search(rf"(^|\.){self.zero_initialized}$", unwrapped) is not None
+        )
+
+    def zero_initialize(self, model: PreTrainedModel, missing_keys: Sequence[str]) -> bool:
+        """Set the head weights that the checkpoint lacks to zero; return whether there were any.
+
+        With a zero head every score starts at 0 whatever the seed, so the initial loss of a reward model is known
+        (log 2) and can be checked.
+        """
+        names = [name for name in missing_keys if self._is_zero_initialized(name)]
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).zero_()
+        return bool(names)
+
+    def _is_zero_initialized(self, name: str) -> bool:
+        return self.zero_initialized is not None and re.fullmatch(self.zero_initialized, name) is not None
+
+
+CAUSAL_LM = TaskHead("AutoModelForCausalLM")
+SEQUENCE_CLASSIFICATION = TaskHead(
+    "AutoModelForSequenceClassification",
+    config_fields={"num_labels": 1},
+    zero_initialized=r"(score|classifier)\.(weight|bias)",
+    ignored=r"(lm_head|output)\.",
+)
+
+
+def task_head_for(architectures: Sequence[str]) -> TaskHead:
+    """Return the task head of a saved model, given the `architectures` of its config."""
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    return SEQUENCE_CLASSIFICATION if is_classifier else CAUSAL_LM
+
+
 def load_model(
     run_conf: RunConfig,
     quant_conf: NoQuantization | Quantized | None = None,
@@ -114,92 +134,99 @@ def load_model(
     topology: ProcessTopology | None = None,
     sharded_by: Sharding | None = None,
     default_dtype: Dtype = "auto",
-    head: TaskHead = LANGUAGE,
+    head: TaskHead = CAUSAL_LM,
     key: str = _KEY,
 ) -> PreTrainedModel:
-    """The model that `run_conf` names, on this process's device, in evaluation mode.
+    """Load the model that `run_conf` names onto this process's device, in evaluation mode.
 
-    `default_dtype` counts where model_args.dtype is `auto` (fp16 training needs float32 weights). `sharded_by` says
-    that FSDP or DeepSpeed places the weights, so no device is chosen here. A `head` that the checkpoint lacks starts at
-    zero.
+    Args:
+        default_dtype: dtype to load in when model_args.dtype is `auto`. fp16 training passes float32, because loss
+            scaling needs float32 master weights.
+        sharded_by: set when FSDP or DeepSpeed places the weights; no device is chosen here then.
+        head: the task head. Head weights that the checkpoint lacks are set to zero.
+        key: config key of the model, for error messages.
 
     Raises:
-        ModelError: it is not there, is damaged or pickled, lacks weights that its config asks for, or an argument is
-            unknown to it.
-        ConfigError: the device map does not go with the launcher.
-        MissingPackageError: the attention implementation, or what quantises, is not installed.
+        ModelError: the model does not exist, is damaged or pickled, lacks weights that its config requires, or does
+            not take one of the arguments.
+        ConfigError: the device map conflicts with the launcher.
+        MissingPackageError: the attention implementation or the quantization backend is not installed.
     """
     args = run_conf.model_args
-    check_attention(args.attn_implementation, key)
-    where = {name: getattr(args, name) for name in _WHERE if name != "token"}
+    check_attn_implementation(args.attn_implementation, key)
+    hub_arguments = {name: getattr(args, name) for name in _HUB_ARGUMENTS if name != "token"}
     token = args.token.get_secret_value() if args.token else None
-    location = resolve_model(run_conf.model, "model", key=key, token=token, **where)
-    arguments: dict[str, Any] = {
+    location = resolve_model(run_conf.model, "model", key=key, token=token, **hub_arguments)
+    arguments: dict[str, object] = {
         "dtype": default_dtype if args.dtype == "auto" else args.dtype,
         "device_map": _device_map(args, topology or ProcessTopology(), sharded_by, key),
         "use_safetensors": _safetensors_only(location, args, key),
         "trust_remote_code": args.trust_remote_code,
     }
-    arguments |= {name: value for name in _PASSED_ON if (value := getattr(args, name)) is not None}
+    arguments |= {name: value for name in _FORWARDED_ARGUMENTS if (value := getattr(args, name)) is not None}
     if isinstance(quant_conf, Quantized):
+        from finetuning.model.quantization import to_quantization_config
+
         arguments["quantization_config"] = to_quantization_config(quant_conf, sharded_by=sharded_by)
-    config, extras = load_config(location, args, key)
-    config.update(dict(head.fields))
-    choose_trainable_kernel(config)
-    model = _read(location, head, key, {"config": config, **arguments, **extras})
+    config, loader_arguments = load_pretrained_config(location, args, key)
+    config.update(dict(head.config_fields))
+    if getattr(config, "quantization_config", None) is not None:
+        from finetuning.model.quantization import select_trainable_gptq_kernel
+
+        select_trainable_gptq_kernel(config)
+    model = _load_pretrained(location, head, key, {"config": config, **arguments, **loader_arguments})
     if model.can_generate():
-        # Every checkpoint saves these settings, and transformers refuses to save contradictory ones.
+        # Every checkpoint saves the generation config, and transformers refuses to save contradictory sampling flags.
         for change in fix_sampling_config(model.generation_config):
             logger.info("%s: %s", location, change)
     return model
 
 
-def _read(location: ModelLocation, head: TaskHead, key: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
-    """The model as `from_pretrained` reads it, with a head.
+def _load_pretrained(
+    location: ModelLocation, head: TaskHead, key: str, arguments: Mapping[str, object]
+) -> PreTrainedModel:
+    """Call `from_pretrained` and check which weights it loaded.
 
     Raises:
-        ModelError: it cannot be read, or lacks weights.
+        ModelError: the checkpoint cannot be loaded, or weights are missing.
     """
     try:
-        model, found = head.loader.from_pretrained(
-            location.name, output_loading_info=True, **arguments, **location.hub_arguments
+        model, loading_info = head.auto_class.from_pretrained(
+            location.name, output_loading_info=True, **arguments, **location.hub_kwargs
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        _raise_unless_memory(error, location, key)
-    _check_found(found, location, Location(key=key), head)
-    if head.begin(model, sorted(found["missing_keys"])):
-        logger.info("%s has no head that gives scores: a new one starts at zero", location)
+        _raise_load_error(error, location, key)
+    _check_loading_info(loading_info, location, Location(key=key), head)
+    if head.zero_initialize(model, sorted(loading_info["missing_keys"])):
+        logger.info("%s has no score head: a new one is initialized to zero", location)
     return model
 
 
-def check_attention(implementation: str | None, key: str = _KEY) -> None:
-    """Nothing when the attention implementation can be used here; looked at before a weight is loaded.
+def check_attn_implementation(implementation: str | None, key: str = _KEY) -> None:
+    """Check, before weights are loaded, that the attention implementation can run here.
 
     Raises:
-        MissingPackageError: its package is not installed; the message has the install line.
-        ModelError: it is unknown, or needs a device that is not here.
+        MissingPackageError: its package is not installed; the message has the install command.
+        ModelError: it is unknown, or needs a GPU and there is none.
     """
     if implementation is None:
         return
-    import torch
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    place = Location(key=f"{_args(key)}.attn_implementation")
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    place = Location(key=f"{_model_args_key(key)}.attn_implementation")
+    supported = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if "/" in implementation:
         if find_spec("kernels") is None:
             raise MissingPackageError(
-                f"{implementation} is a kernel of the hub, and the package kernels is not installed",
+                f"{implementation} is a kernel on the hub, which needs the package kernels; it is not installed",
                 place=place,
-                hint="It runs code from the hub. Use sdpa, or install it knowingly with: pip install kernels",
+                hint="A kernel runs code from the hub. Use sdpa, or install it with: pip install kernels",
             )
         return
-    if implementation not in known:
-        near = get_close_matches(implementation, known, 1)
+    if implementation not in supported:
+        near = get_close_matches(implementation, supported, 1)
         raise ModelError(
-            f"there is no attention implementation {implementation!r}",
+            f"unknown attention implementation {implementation!r}",
             place=place,
-            hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(known))}.",
+            hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(supported))}.",
         )
     if implementation in FLASH_ATTENTION_PACKAGES:
         package = FLASH_ATTENTION_PACKAGES[implementation]
@@ -210,25 +237,28 @@ def check_attention(implementation: str | None, key: str = _KEY) -> None:
                 hint=f"Install it with: {package.install}; or use sdpa.",
             )
         if not torch.cuda.is_available():
-            raise ModelError(f"{implementation} needs a CUDA or ROCm device; use sdpa here", place=place)
+            raise ModelError(f"{implementation} needs a CUDA or ROCm device; use sdpa on this machine", place=place)
 
 
-def _args(key: str) -> str:
-    """The key of the model's arguments, beside the key that names the model."""
+def _model_args_key(key: str) -> str:
+    """Return the config key of the model arguments that go with the model named by `key`."""
     return f"{key.rpartition('.')[0]}.model_args"
 
 
-def _device_map(args: ModelArgs, topology: ProcessTopology, sharded_by: Sharding | None, key: str) -> Any:
-    import torch
-
+def _device_map(
+    args: ModelArgs, topology: ProcessTopology, sharded_by: Sharding | None, key: str
+) -> dict[str, int | str] | str | None:
     if args.device_map is not None:
-        place = Location(key=f"{_args(key)}.device_map")
+        place = Location(key=f"{_model_args_key(key)}.device_map")
         if sharded_by is not None:
-            raise ConfigError(f"a device_map and {sharded_by} exclude each other; remove device_map", place=place)
+            raise ConfigError(
+                f"device_map cannot be combined with {sharded_by}, which places the weights itself; remove device_map",
+                place=place,
+            )
         if topology.is_distributed and isinstance(args.device_map, str) and not _is_device(args.device_map):
             raise ConfigError(
-                f"device_map: {args.device_map} spreads the model over all devices, and {topology.world_size} processes"
-                " would each do so; remove device_map, or start one process",
+                f"device_map: {args.device_map} spreads the model over all devices, in each of {topology.world_size}"
+                " processes; remove device_map, or run a single process",
                 place=place,
             )
         return args.device_map
@@ -242,40 +272,53 @@ def _is_device(name: str) -> bool:
 
 
 def _safetensors_only(location: ModelLocation, args: ModelArgs, key: str) -> bool | None:
-    """Whether only safetensors are read. Pickled weights can carry code, so they are read only when asked for.
+    """Return `use_safetensors` for `from_pretrained`; None lets it load pickled weights too.
+
+    Unpickling can execute code, so pickled weights are only loaded when the user asks for them.
 
     Raises:
-        ModelError: weights are missing or damaged, or only pickled ones are there.
+        ModelError: weights are missing or damaged, or there are only pickled ones.
     """
-    asked = args.use_safetensors is False
+    allows_pickle = args.use_safetensors is False
     extra = args.model_extra or {}
     if location.folder is None or args.variant or "gguf_file" in extra or "key_mapping" in extra:
-        return None if asked else True
+        return None if allows_pickle else True
     folder = location.folder
-    if any((folder / name).is_file() for name in (INDEX, SINGLE)):
+    if any((folder / name).is_file() for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)):
+        # Reading the headers finds truncated and missing shards in milliseconds, before minutes of loading.
         read_model_headers(folder)
         return True
-    pickles = [name for name in _PICKLES if (folder / name).is_file()]
-    if pickles and asked:
+    pickles = [name for name in _PICKLED_WEIGHTS if (folder / name).is_file()]
+    if pickles and allows_pickle:
         return False
     if pickles:
         raise ModelError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened",
+            f"{folder} has only pickled weights ({pickles[0]}), which can execute code when they are loaded",
             place=Location(key=key),
-            hint=f"Convert them to safetensors, or set {_args(key)}.use_safetensors: false if you trust them.",
+            hint=f"Convert them to safetensors, or set {_model_args_key(key)}.use_safetensors: false if you trust"
+            " them.",
         )
     if any(folder.glob("*.safetensors")):
         return True
-    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there", place=Location(key=key))
+    raise ModelError(
+        f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} exists",
+        place=Location(key=key),
+    )
 
 
-def load_config(location: ModelLocation, args: ModelArgs, key: str = _KEY) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The model's config with the user's fields set in it, and the arguments that are left for `from_pretrained`."""
-    extras = dict(args.model_extra or {})
-    loader = {name: extras.pop(name) for name in _LOADER_ARGUMENTS if name in extras}
+def load_pretrained_config(
+    location: ModelLocation, args: ModelArgs, key: str = _KEY
+) -> tuple[PreTrainedConfig, dict[str, object]]:
+    """Return the model's config with the user's fields applied, and the extra arguments for `from_pretrained`.
+
+    Raises:
+        ModelError: the config cannot be loaded, or an extra key is neither an argument nor a config field.
+    """
+    extras: dict[str, object] = dict(args.model_extra or {})
+    loader_arguments = {name: extras.pop(name) for name in _LOADER_ARGUMENTS if name in extras}
     fields = extras | ({} if args.use_cache is None else {"use_cache": args.use_cache})
-    if "gguf_file" in loader:
-        fields["gguf_file"] = loader["gguf_file"]
+    if "gguf_file" in loader_arguments:
+        fields["gguf_file"] = loader_arguments["gguf_file"]
     try:
         config, unused = AutoConfig.from_pretrained(
             location.name,
@@ -283,54 +326,59 @@ def load_config(location: ModelLocation, args: ModelArgs, key: str = _KEY) -> tu
             trust_remote_code=args.trust_remote_code,
             code_revision=args.code_revision,
             **fields,
-            **location.hub_arguments,
+            **location.hub_kwargs,
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        _raise_unless_memory(error, location, key)
+        _raise_load_error(error, location, key)
     unknown = [name for name in unused if name in extras]
     if unknown:
-        known = [*ModelArgs.model_fields, *_LOADER_ARGUMENTS, *config.to_dict()]
-        near = get_close_matches(unknown[0], known, 1)
+        supported = [*ModelArgs.model_fields, *_LOADER_ARGUMENTS, *config.to_dict()]
+        near = get_close_matches(unknown[0], supported, 1)
         raise ModelError(
-            f"neither from_pretrained nor a {config.model_type} config knows {unknown[0]!r}",
-            place=Location(key=f"{_args(key)}.{unknown[0]}"),
+            f"{unknown[0]!r} is neither an argument of from_pretrained nor a field of a {config.model_type} config",
+            place=Location(key=f"{_model_args_key(key)}.{unknown[0]}"),
             hint=f"Did you mean {near[0]}?" if near else None,
         )
-    return config, loader
+    return config, loader_arguments
 
 
-def _raise_unless_memory(error: Exception, location: ModelLocation, key: str) -> None:
-    import torch
-
+def _raise_load_error(error: Exception, location: ModelLocation, key: str) -> NoReturn:
+    """Raise a ModelError with the essence of `error`; out-of-memory errors pass through for the caller's retry."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     text = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
     hint = None
     if isinstance(error, UnpicklingError):
-        text = "its pickle holds other things than weights, and is not opened"
-        hint = "Convert it to safetensors where its maker is trusted."
+        text = "its pickle file contains more than weights, so it was not loaded"
+        hint = "If you trust its author, convert it to safetensors."
     elif "trust_remote_code" in text:
-        text = "it comes with code of its own"
-        hint = f"Set {_args(key)}.trust_remote_code: true to run it, and pin revision to a commit."
+        text = "it needs custom code from its repository"
+        hint = f"Set {_model_args_key(key)}.trust_remote_code: true to run it, and pin revision to a commit."
     raise ModelError(f"{location} cannot be loaded: {text}", place=Location(key=key), hint=hint) from error
 
 
-def _check_found(found: Mapping[str, Any], location: ModelLocation, place: Location, head: TaskHead) -> None:
-    missing = head.missing(sorted(found["missing_keys"]))
-    mismatched = sorted(str(item) for item in found["mismatched_keys"])
+def _check_loading_info(
+    loading_info: Mapping[str, Sequence[object]], location: ModelLocation, place: Location, head: TaskHead
+) -> None:
+    missing = head.required_missing(sorted(str(name) for name in loading_info["missing_keys"]))
+    mismatched = sorted(str(item) for item in loading_info["mismatched_keys"])
     wrong = missing or mismatched
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        what = "lacks weights that its config asks for" if missing else "has weights of other shapes than its config"
+        what = (
+            "is missing weights that its config requires"
+            if missing
+            else "has weights whose shapes differ from its config"
+        )
         raise ModelError(
             f"{location} {what}: {', '.join(wrong[:4])}{more}",
             place=place,
-            hint="They would be random numbers. Check that config.json and the weight files belong together.",
+            hint="They would be initialized randomly. Check that config.json and the weight files belong together.",
         )
-    unexpected = head.unexpected(sorted(found["unexpected_keys"]))
+    unexpected = head.unexpected(sorted(str(name) for name in loading_info["unexpected_keys"]))
     if unexpected:
         logger.warning(
-            "%s holds %d tensors that its config has no place for, such as %s: they are not used",
+            "%s has %d tensors that its architecture does not use, such as %s; they are ignored",
             location,
             len(unexpected),
             unexpected[0],

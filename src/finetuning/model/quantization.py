@@ -1,10 +1,11 @@
-"""Quantised base models: bitsandbytes 8 and 4 bit, torchao 8 bit, and checkpoints that GPTQ has quantised."""
+"""Quantized base models: bitsandbytes in 8 and 4 bits, torchao in 8 bits, and GPTQ checkpoints."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 from finetuning.config.sections.model import BitsAndBytes, Quantized, TorchAO
 from finetuning.errors import ConfigError, Location, MissingPackageError
@@ -19,11 +20,11 @@ _OUTPUT_LAYERS = ("lm_head", "score")
 def to_quantization_config(
     conf: Quantized, *, sharded_by: Sharding | None = None
 ) -> BitsAndBytesConfig | TorchAoConfig:
-    """What transformers quantises by.
+    """Translate `quant_conf` to the config object that `from_pretrained` takes.
 
     Raises:
-        ConfigError: not exactly one of 8 bit and 4 bit is asked for.
-        MissingPackageError: the package that quantises is not installed.
+        ConfigError: both or neither of 8 bits and 4 bits are requested.
+        MissingPackageError: the quantization backend is not installed.
     """
     if isinstance(conf, TorchAO):
         return to_torchao_config(conf)
@@ -31,13 +32,11 @@ def to_quantization_config(
 
 
 def to_torchao_config(conf: TorchAO) -> TorchAoConfig:
-    """What transformers quantises by: weights only, so that gradients pass through the layers.
+    """Translate a torchao section. Only weights are quantized: activation quantization has no backward pass.
 
     Raises:
         MissingPackageError: torchao is not installed.
     """
-    from importlib.util import find_spec
-
     if find_spec("torchao") is None:
         raise MissingPackageError(
             "torchao is not installed",
@@ -47,29 +46,30 @@ def to_torchao_config(conf: TorchAO) -> TorchAoConfig:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[conf.weight_dtype]
-    # The list replaces the one that transformers makes, in which the output layer stands; names match from the start.
+    config_class = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[conf.weight_dtype]
+    # A list here replaces transformers' default, which skips the output layer, so that layer is listed again.
+    # transformers matches the patterns from the start of the name (re.match), hence the optional prefix.
     skipped = [rf"(.*\.)?{re.escape(name)}" for name in (*_OUTPUT_LAYERS, *(conf.skip_modules or ()))]
-    return TorchAoConfig(kind(), modules_to_not_convert=skipped)
+    return TorchAoConfig(config_class(), modules_to_not_convert=skipped)
 
 
 def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = None) -> BitsAndBytesConfig:
-    """What transformers quantises by.
+    """Translate a bitsandbytes section.
 
-    Under FSDP 4 bit weights are stored in the type that they are computed in: it flattens weights of one type only.
+    Under FSDP, 4-bit weights are stored in the compute dtype: FSDP flattens parameters of one dtype only, and would not
+    shard uint8 storage together with the other weights.
+    Source: https://huggingface.co/docs/bitsandbytes/main/en/fsdp_qlora
 
     Raises:
-        ConfigError: not exactly one of 8 bit and 4 bit is asked for.
+        ConfigError: both or neither of 8 bits and 4 bits are requested.
         MissingPackageError: bitsandbytes is not installed.
     """
-    from importlib.util import find_spec
-
     from transformers import BitsAndBytesConfig
 
     if conf.load_in_4bit == conf.load_in_8bit:
         which = "both" if conf.load_in_4bit else "neither"
         raise ConfigError(
-            f"{which} of load_in_4bit and load_in_8bit is true; quantisation by bits-and-bytes needs one",
+            f"{which} of load_in_4bit and load_in_8bit are true; bits-and-bytes quantization needs exactly one",
             place=Location(key="quant_conf"),
         )
     if find_spec("bitsandbytes") is None:
@@ -80,17 +80,17 @@ def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = 
         )
     fields = conf.model_dump(exclude={"quantization_type"}, exclude_none=True)
     if conf.llm_int8_skip_modules is not None:
-        # The list replaces the one that transformers makes, in which the output layer stands.
+        # As for torchao: a list replaces transformers' default, which skips the output layer.
         fields["llm_int8_skip_modules"] = list(dict.fromkeys((*_OUTPUT_LAYERS, *conf.llm_int8_skip_modules)))
     if conf.load_in_4bit and conf.bnb_4bit_quant_storage is None and sharded_by == "fsdp":
         fields["bnb_4bit_quant_storage"] = conf.bnb_4bit_compute_dtype or "float32"
     return BitsAndBytesConfig(**fields)
 
 
-def choose_trainable_kernel(config: PreTrainedConfig) -> None:
-    """Has the layers of a GPTQ checkpoint computed by a kernel that has a backward pass; leaves other configs alone.
+def select_trainable_gptq_kernel(config: PreTrainedConfig) -> None:
+    """Select a GPTQ kernel that has a backward pass; configs of other models are left alone.
 
-    gptqmodel's own choice is the fastest for inference, and most of those refuse to train.
+    By default gptqmodel picks the fastest kernel for inference, and most of those refuse to train.
     """
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict) and settings.get("quant_method") == "gptq":
@@ -102,11 +102,11 @@ def prepare_quantized_model(
     *,
     sharded_by: Sharding | None = None,
     gradient_checkpointing: bool = False,
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
-    """The model with its own weights frozen and, where nothing shards it, its 16 bit ones in float32.
+    """Freeze the base weights and, unless the model is sharded, cast its 16-bit weights (norms, embeddings) to float32.
 
-    Sharding needs one type of number throughout, so the casts are left out there.
+    FSDP shards weights of one dtype only, so the casts are skipped under sharding.
     """
     _keep_differentiable(model)
     if sharded_by is not None:
@@ -122,10 +122,11 @@ def prepare_quantized_model(
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Holds 4 bit layers on a CPU to the layout that gradients flow through.
+    """Keep 4-bit layers on a CPU in the weight layout that gradients can flow through.
 
-    bitsandbytes (with AVX-512 BF16) and gptqmodel rearrange their weights for good at a first pass in evaluation mode,
-    for a product that has no backward: the loss still comes out right, and adapters below learn nothing.
+    At the first forward pass in evaluation mode, bitsandbytes (with AVX-512 BF16) and gptqmodel repack their weights
+    permanently for a kernel that has no backward pass. The loss stays correct, but layers below get no gradient, so
+    adapters there silently learn nothing.
     Source: bitsandbytes 0.50, `Linear4bit.forward` and `matmul_4bit`; gptqmodel 7.6, `TorchAtenLinear.forward`.
     """
     for module in model.modules():
@@ -136,22 +137,22 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """True when the base weights are not plain numbers that can be trained or grown."""
+    """Whether the base weights are quantized, so that they cannot be trained or resized."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def is_known(model: PreTrainedModel) -> bool:
-    """True where `prepare_quantized_model` is right; other ways to quantise, fp8 say, train as they were loaded."""
+def needs_kbit_preparation(model: PreTrainedModel) -> bool:
+    """Whether `prepare_quantized_model` applies; other quantization methods, such as fp8, train as they are loaded."""
     return getattr(model, "quantization_method", None) in ("bitsandbytes", "torchao", "gptq")
 
 
-def is_packed(model: PreTrainedModel) -> bool:
-    """True for a GPTQ checkpoint, whose layers are none of torch's own."""
+def is_gptq(model: PreTrainedModel) -> bool:
+    """Whether the model is a GPTQ checkpoint, whose linear layers are not `torch.nn.Linear`."""
     return getattr(model, "quantization_method", None) == "gptq"
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers, packed by GPTQ or not, but those that end a model."""
+def linear_layer_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of all linear layers, GPTQ's included, except the output layer."""
     from torch.nn import Linear
 
     names = [name for name, layer in model.named_modules() if hasattr(layer, "qweight") or isinstance(layer, Linear)]

@@ -1,4 +1,8 @@
-"""safetensors files by their headers: what is in them, without reading the weights."""
+"""Read the headers of safetensors files: names, dtypes, shapes and offsets, without the weights and without torch.
+
+Format: https://github.com/huggingface/safetensors#format. The file starts with the header's length as a little-endian
+uint64, then the header as JSON, then the bytes of the tensors.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,29 @@ from pathlib import Path
 
 from finetuning.errors import ModelError
 
-ADDED_TOKENS = "added_tokens_info.json"
-"""How many tokens a tuned model has that its base has not."""
-UNTRAINED_TOKENS = "untrained_tokens.json"
-"""The tokens of a grown base whose rows are in no training yet: an adapter of it has to train them."""
+SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+SAFE_WEIGHTS_NAME = "model.safetensors"
+ADDED_TOKENS_FILE = "added_tokens_info.json"
+"""How many tokens a fine-tuned model has in addition to its base; the file format is fms-hf-tuning's."""
+UNTRAINED_TOKENS_FILE = "untrained_tokens.json"
+"""Tokens added to an extended base model whose embedding rows are untrained: an adapter on it has to train them."""
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+# Same limit as the safetensors library's.
 _MAX_HEADER_BYTES = 100_000_000
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its number type as safetensors spells it, its shape, and where its bytes are."""
+    """A tensor in a file: its dtype as safetensors spells it, its shape, and the position of its bytes."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Offset of the first byte from the beginning of the file."""
+    """Offset of the first byte from the start of the file."""
     stop: int
+    """Offset after the last byte."""
 
     @property
     def num_bytes(self) -> int:
@@ -39,10 +45,10 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file by name.
+    """Return the tensors of a file by name.
 
     Raises:
-        ModelError: the file is not there, cut off, or no safetensors file.
+        ModelError: the file is missing, truncated, or not in safetensors format.
     """
     try:
         size = file.stat().st_size
@@ -52,52 +58,61 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                 raise ValueError(f"its header of {length} bytes does not fit into the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        # Offsets in the header are relative to the first byte after it.
         base = 8 + length
         entries = {
-            name: TensorEntry(file, item["dtype"], tuple(item["shape"]), *(base + at for at in item["data_offsets"]))
+            name: TensorEntry(
+                file, item["dtype"], tuple(item["shape"]), *(base + offset for offset in item["data_offsets"])
+            )
             for name, item in header.items()
         }
     except FileNotFoundError:
         raise ModelError(f"{file} is missing") from None
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is no whole safetensors file: {error}") from error
+        raise ModelError(f"{file} is not a valid safetensors file: {error}") from error
     end = max((entry.stop for entry in entries.values()), default=base)
     if end > size:
-        raise ModelError(f"{file} is cut off: it has {size} bytes and its header speaks of {end}")
+        raise ModelError(f"{file} is truncated: it has {size} of {end} bytes")
     for name, entry in entries.items():
         bits = _BITS.get(entry.dtype)
         if bits is not None and math.prod(entry.shape) * bits // 8 != entry.num_bytes:
-            raise ModelError(f"{file} is damaged: the bytes of {name} do not fit its shape {list(entry.shape)}")
+            raise ModelError(f"{file} is damaged: the size of {name} does not match its shape {list(entry.shape)}")
     return entries
 
 
 def read_model_headers(folder: Path) -> dict[str, TensorEntry]:
-    """All tensors of a model by name, from one file or from the shards that its index names.
+    """Return all tensors of a model by name, from a single file or the shards in its index.
 
     Raises:
-        ModelError: a file is missing or damaged, or a tensor that the index names is in no shard.
+        ModelError: a file is missing or damaged, or no shard has a tensor that the index lists.
     """
-    index = folder / INDEX
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
-        return read_header(folder / SINGLE)
-    weight_map = _read_index(index)
+        return read_header(folder / SAFE_WEIGHTS_NAME)
+    weight_map = _read_weight_map(index)
     missing = sorted(name for name in set(weight_map.values()) if not (folder / name).is_file())
     if missing:
-        raise ModelError(f"{folder} is incomplete: {INDEX} names {', '.join(missing)}, which is not there")
+        raise ModelError(
+            f"{folder} is incomplete: {SAFE_WEIGHTS_INDEX_NAME} lists {', '.join(missing)}, which is missing"
+        )
     entries: dict[str, TensorEntry] = {}
     for name in sorted(set(weight_map.values())):
         entries |= read_header(folder / name)
     absent = sorted(set(weight_map) - set(entries))
     if absent:
-        raise ModelError(f"{folder} is damaged: {', '.join(absent[:5])} is in {INDEX} but in none of its files")
+        raise ModelError(
+            f"{folder} is damaged: {SAFE_WEIGHTS_INDEX_NAME} lists {', '.join(absent[:5])}, which none of its shards"
+            " contains"
+        )
     return entries
 
 
-def _read_index(index: Path) -> Mapping[str, str]:
+def _read_weight_map(index: Path) -> Mapping[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # A path from an untrusted index must not reach files elsewhere.
         if any(Path(name).name != name for name in weight_map.values()):
-            raise ValueError("it names files outside of its folder")
+            raise ValueError("it lists files outside its folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} cannot be read: {error}") from error
     return weight_map

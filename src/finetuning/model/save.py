@@ -1,4 +1,4 @@
-"""A model or adapter as a folder that appears whole: weights, tokenizer, generation config, fingerprint."""
+"""Save a model or an adapter atomically: weights, tokenizer, generation config, fingerprint of the base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -14,110 +14,123 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.atomic_io import atomic_directory
 from finetuning.errors import StorageError
-from finetuning.model import fingerprint
-from finetuning.model.embeddings import EmbeddingInfo
-from finetuning.model.fingerprint import Fingerprint
-from finetuning.model.safetensors_io import UNTRAINED_TOKENS, read_model_headers
+from finetuning.model.fingerprint import Fingerprint, write_fingerprint
+from finetuning.model.safetensors_io import UNTRAINED_TOKENS_FILE, read_model_headers
 from finetuning.model.stop_tokens import StopTokens, fix_sampling_config, save_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from finetuning.model.embeddings import EmbeddingInfo
 
 
 def save_model(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
     stop_tokens: StopTokens | None = None,
     base_fingerprint: Fingerprint | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
-    vocabulary: EmbeddingInfo | None = None,
-    untrained: Sequence[str] = (),
+    embeddings: EmbeddingInfo | None = None,
+    untrained_tokens: Sequence[str] = (),
 ) -> Path:
-    """`folder`, holding the model or, of a PEFT model, its adapter.
+    """Save the model, or a PEFT model's adapter, to `folder`, and return `folder`.
 
-    It appears under its name only when every file is flushed; a failure leaves nothing. One process calls this.
-    `state_dict` holds the gathered weights of a sharded model; `vocabulary` tells of tokens that are new, `untrained`
-    of those that the next training has to train.
+    The folder gets its name after every file is flushed to disk; a failure leaves nothing behind. Only one process may
+    call this.
+
+    Args:
+        base_fingerprint: fingerprint of the base model, saved with an adapter.
+        state_dict: the gathered weights of a sharded model.
+        embeddings: what `resize_embeddings` returned, to record new tokens.
+        untrained_tokens: new tokens that the next training run has to train.
 
     Raises:
         StorageError: the folder exists and is not empty, or cannot be written.
     """
     try:
         with atomic_directory(folder) as staging:
-            write_model(model, staging, stop_tokens=stop_tokens, state_dict=state_dict)
+            _write_model(model, staging, stop_tokens=stop_tokens, state_dict=state_dict)
             save_tokenizer(tokenizer, staging, stop_tokens)
             if base_fingerprint is not None:
-                fingerprint.write(base_fingerprint, staging)
-            if vocabulary is not None:
-                vocabulary.write_added(staging)
-            if untrained:
-                (staging / UNTRAINED_TOKENS).write_text(
-                    json.dumps({"tokens": list(untrained)}) + "\n", encoding="utf-8"
-                )
+                write_fingerprint(base_fingerprint, staging)
+            if embeddings is not None:
+                embeddings.write_added_tokens_info(staging)
+            if untrained_tokens:
+                content = json.dumps({"tokens": list(untrained_tokens)}) + "\n"
+                (staging / UNTRAINED_TOKENS_FILE).write_text(content, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
 
 
-def write_model(
-    model: Any,
+def _write_model(
+    model: PreTrainedModel | PeftModel,
     folder: Path,
     *,
     stop_tokens: StopTokens | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """The model's or adapter's own files, into a folder that is there. Only safetensors are written."""
-    arguments = {} if state_dict is None else {"state_dict": _without_ties(model, state_dict)}
-    if is_adapted(model):
-        # The embeddings of a grown vocabulary are in the new base model; by itself PEFT would save them here as well.
-        model.save_pretrained(folder, save_embedding_layers=False, **arguments)
+    """Write the weights, config and generation config of a model or adapter into an existing folder."""
+    if is_peft_model(model):
+        # By default PEFT would save the whole embeddings of a resized vocabulary with every adapter. They are in the
+        # extended base model, and the rows of new tokens are part of the adapter's own tensors.
+        arguments = {} if state_dict is None else {"state_dict": dict(state_dict)}
+        model.save_pretrained(str(folder), save_embedding_layers=False, **arguments)
         if stop_tokens is not None:
             stop_tokens.generation_config.save_pretrained(folder)
         return
+    arguments = {} if state_dict is None else {"state_dict": _without_tied_weights(model, state_dict)}
     if not model.can_generate():
         model.save_pretrained(folder, **arguments)
         return
-    own = model.generation_config
-    written = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(own)
-    if written is not None:
-        fix_sampling_config(written)
-    model.generation_config = written
+    original = model.generation_config
+    saved = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(original)
+    if saved is not None:
+        fix_sampling_config(saved)
+    # `save_pretrained` writes the generation config that the model has, so it is swapped while saving.
+    model.generation_config = saved
     try:
         model.save_pretrained(folder, **arguments)
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
-def _without_ties(model: Any, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gathered weights without those that are another's, such as a tied head: gathering makes a copy of each."""
-    ties = {} if is_adapted(model) else getattr(model, "all_tied_weights_keys", {})
+def _without_tied_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop weights that are tied to others, such as a tied output head.
+
+    Gathering makes a copy of each weight, so `save_pretrained` cannot see by their memory that they are shared.
+    """
+    ties = getattr(model, "all_tied_weights_keys", {})
     return {name: tensor for name, tensor in state_dict.items() if ties.get(name) not in state_dict}
 
 
-def save_grown_base(
+def save_extended_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, new_tokens: Sequence[str] = ()
 ) -> Path:
-    """`folder`, holding a base model whose vocabulary has grown by `new_tokens`, with its tokenizer.
+    """Save a base model whose vocabulary was extended by `new_tokens`, with its tokenizer, and return `folder`.
 
-    Called before an adapter is put on, so that the adapter is trained on, and names, this model: from here on the
-    model's `name_or_path` is the folder. The adapter and this folder load again; the adapter and the old base do not.
+    Call this before the adapter is added, so that the adapter's config names the extended base: the model's
+    `name_or_path` is set to the folder. The adapter loads onto this base, but not onto the original one.
     """
-    saved = save_model(model, tokenizer, folder, untrained=new_tokens)
+    saved = save_model(model, tokenizer, folder, untrained_tokens=new_tokens)
     model.config.name_or_path = str(saved)
     model.name_or_path = str(saved)
     return saved
 
 
-def has_grown_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True when a folder holds this very grown model: the same vocabulary, the same embeddings.
+def has_extended_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a folder has this extended model already: the same vocabulary and the same input embeddings.
 
-    A run that was cut short leaves one behind, which its successor goes on with.
+    An interrupted run leaves such a folder behind, and the resumed run uses it.
     """
     if not (folder / "config.json").is_file():
         return False
     vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
     weight = model.get_input_embeddings().weight
-    name = next((name for name, parameter in model.named_parameters() if parameter is weight), None)
-    entry = read_model_headers(folder).get(name or "")
+    name = next((name for name, parameter in model.named_parameters() if parameter is weight), "")
+    entry = read_model_headers(folder).get(name)
     if vocabulary != tokenizer.get_vocab() or entry is None:
         return False
     with safe_open(entry.file, framework="pt") as tensors:
@@ -125,6 +138,6 @@ def has_grown_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     return torch.equal(saved, weight.detach().to("cpu", saved.dtype))
 
 
-def is_adapted(model: Any) -> bool:
-    """True for a model with a PEFT adapter on."""
+def is_peft_model(model: object) -> TypeGuard[PeftModel]:
+    """Whether a model has a PEFT adapter; by its attributes, so that PEFT need not be imported."""
     return hasattr(model, "peft_config") and hasattr(model, "active_peft_config")

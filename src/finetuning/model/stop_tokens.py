@@ -1,4 +1,4 @@
-"""The end of a turn, said the same way by everything that is saved: tokenizer, generation config, chat template."""
+"""Make every saved file agree on the end of a turn: tokenizer, generation config and chat template."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-# Sampling settings with the values at which they do nothing.
-_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+# Sampling parameters, with the values at which they have no effect.
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
 
 
 @dataclass(frozen=True)
 class StopTokens:
-    """What a saved model stops at, and what was repaired so that it does."""
+    """The tokens at which a saved model stops, and what was changed so that it does."""
 
     eos_token: str | None
-    """The end-of-sequence token of the saved tokenizer: the one that ends a turn."""
+    """End-of-sequence token of the saved tokenizer: the token that ends a turn."""
     eos_token_ids: tuple[int, ...]
     """Ids at which generation stops: the end of a turn first, then those of the base model."""
     pad_token_id: int | None
     adds_bos: bool
-    """Whether the tokenizer puts its beginning token before a text; kept as it was."""
+    """Whether the tokenizer adds its beginning-of-sequence token to a text; never changed."""
     generation_config: GenerationConfig
-    """To be saved with the model."""
+    """The generation config to save with the model."""
     changes: tuple[str, ...]
-    """What differs from the base model's files, one sentence each."""
+    """Differences from the base model's files, one sentence each."""
 
     @property
     def report(self) -> str:
-        ends = f"{self.eos_token!r} ends a turn; generation stops at ids {list(self.eos_token_ids)}"
-        return "; ".join((ends, *self.changes))
+        summary = f"{self.eos_token!r} ends a turn; generation stops at ids {list(self.eos_token_ids)}"
+        return "; ".join((summary, *self.changes))
 
     def __str__(self) -> str:
         return self.report
@@ -41,58 +41,60 @@ class StopTokens:
 def align_stop_tokens(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
 ) -> StopTokens:
-    """What has to be saved for the model to stop where it was trained to; neither argument is changed.
+    """Return what to save so that the model stops where it was trained to; the arguments are not modified.
 
-    `end_of_turn` is the text that the chat template ends an assistant's turn with; None for the tokenizer's own
-    end-of-sequence token. A text that is no single token cannot be an end-of-sequence token: then everything stays as
-    it is, and the report says so.
+    Args:
+        end_of_turn: the text with which the chat template ends an assistant turn; None for the tokenizer's own
+            end-of-sequence token. If the text is not a single token, nothing is changed and the report says so:
+            a server then needs it as a stop string.
     """
     generation = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-    changes = []
+    changes: list[str] = []
     before = eos_token = tokenizer.eos_token
     turn_ends_with = (end_of_turn or "").strip()
     if turn_ends_with and turn_ends_with != before:
         if _single_id(tokenizer, turn_ends_with) is None:
             changes.append(f"{turn_ends_with!r}, which ends a turn, is not one token: servers need it as a stop string")
         else:
-            changes.append(f"the saved tokenizer's end-of-sequence token is {turn_ends_with!r}, it was {before!r}")
+            changes.append(f"the saved tokenizer's end-of-sequence token is {turn_ends_with!r}, was {before!r}")
             eos_token = turn_ends_with
     base = generation.eos_token_id
     base_ids = [] if base is None else [base] if isinstance(base, int) else list(base)
-    own = tokenizer.convert_tokens_to_ids(eos_token) if eos_token is not None else None
-    ids = tuple(dict.fromkeys(token_id for token_id in (own, *base_ids) if token_id is not None))
+    eos_id = tokenizer.convert_tokens_to_ids(eos_token) if eos_token is not None else None
+    # The base's own stop ids stay: an instruct model may stop at several, such as <|eot_id|> and <|end_of_text|>.
+    ids = tuple(dict.fromkeys(token_id for token_id in (eos_id, *base_ids) if token_id is not None))
     if set(ids) != set(base_ids):
-        changes.append(f"generation_config.eos_token_id is {list(ids)}, it was {base}")
+        changes.append(f"generation_config.eos_token_id is {list(ids)}, was {base}")
         generation.eos_token_id = list(ids) if len(ids) > 1 else ids[0]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
     if pad is not None and generation.pad_token_id != pad:
-        changes.append(f"generation_config.pad_token_id is {pad}, it was {generation.pad_token_id}")
+        changes.append(f"generation_config.pad_token_id is {pad}, was {generation.pad_token_id}")
         generation.pad_token_id = pad
     changes += fix_sampling_config(generation)
-    adds_bos, adds_eos = _additions(tokenizer)
+    adds_bos, adds_eos = _added_special_tokens(tokenizer)
     if adds_eos:
-        changes.append("the saved tokenizer no longer puts an end token after each text")
+        changes.append("the saved tokenizer no longer adds an end-of-sequence token to each text")
     return StopTokens(eos_token, ids, pad, adds_bos, generation, tuple(changes))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens: StopTokens | None = None) -> None:
-    """The tokenizer's files with the end of a turn as end-of-sequence token. The tokenizer in use stays as it is.
+    """Save the tokenizer, with the end of a turn as its end-of-sequence token. `tokenizer` itself is not modified.
 
-    `add_bos_token` and `add_eos_token` are written out: engines that build the tokenizer from its config instead of
-    from tokenizer.json would otherwise guess them.
+    `add_bos_token` and `add_eos_token` are written explicitly: engines that build the tokenizer from its config instead
+    of tokenizer.json would guess them. An end token after each prompt would make the model stop at once.
     """
     saved = copy.deepcopy(tokenizer)
-    adds_bos, adds_eos = _additions(tokenizer)
+    adds_bos, adds_eos = _added_special_tokens(tokenizer)
     if stop_tokens is not None and stop_tokens.eos_token is not None:
         saved.eos_token = stop_tokens.eos_token
     if adds_eos:
-        # Either setter rebuilds the whole post-processor, so both are set.
+        # Each setter rebuilds the whole post-processor from both flags, so both must be set.
         saved.add_bos_token = adds_bos
         saved.add_eos_token = False
     saved.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # The folder or revision that it was loaded from is of no use to others, and tells them about this machine.
+    # transformers records how the tokenizer was loaded. That is useless elsewhere, and leaks local paths.
     for key in ("local_files_only", "is_local", "name_or_path", "cache_dir", "token"):
         config.pop(key, None)
     config |= {"add_bos_token": adds_bos, "add_eos_token": False}
@@ -100,23 +102,29 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens
 
 
 def _single_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the id of a text that is exactly one token; None for any other text."""
     ids = tokenizer.encode(text, add_special_tokens=False) if text else []
     return ids[0] if len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids[0]) == text else None
 
 
-def _additions(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether a beginning and an end token are put round each text: by trying, as the flags need not be true."""
+def _added_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer adds a BOS and an EOS token to a text; by encoding one, as its flags may be wrong."""
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
-    begins = tokenizer.bos_token_id is not None and full[:1] == [tokenizer.bos_token_id] != plain[:1]
-    ends = tokenizer.eos_token_id is not None and full[-1:] == [tokenizer.eos_token_id] != plain[-1:]
-    return begins, ends
+    adds_bos = tokenizer.bos_token_id is not None and full[:1] == [tokenizer.bos_token_id] != plain[:1]
+    adds_eos = tokenizer.eos_token_id is not None and full[-1:] == [tokenizer.eos_token_id] != plain[-1:]
+    return adds_bos, adds_eos
 
 
 def fix_sampling_config(generation: GenerationConfig) -> list[str]:
-    """Turns sampling on, and says so, where its settings are there but it is off: transformers would not save that."""
-    given = [name for name, idle in _SAMPLING.items() if getattr(generation, name, None) not in (None, idle)]
-    if generation.do_sample or not given:
+    """Set `do_sample` where sampling parameters are set without it, and return a description of the change.
+
+    transformers refuses to save such a contradictory config, which would fail every checkpoint.
+    """
+    parameters = [
+        name for name, default in _SAMPLING_DEFAULTS.items() if getattr(generation, name, None) not in (None, default)
+    ]
+    if generation.do_sample or not parameters:
         return []
     generation.do_sample = True
-    return [f"generation_config.do_sample is true, as {', '.join(given)} asks for; it was off"]
+    return [f"generation_config.do_sample is true, was off: {', '.join(parameters)} only apply to sampling"]

@@ -17,7 +17,7 @@ TOKENWISE_ADAPTERS = (
     "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
     "LORA", "MISS", "OFT", "OSF", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
-"""Adapters that treat each token alone; `model/segments.py` proves rows apart under these only."""
+"""Adapters that treat each token independently: the only ones that padding-free batches are compatible with."""
 INCOMPATIBLE_WITH_8BIT = (
     "ADAMSS", "DEFT", "DELORA", "FROD", "GLORA", "HRA", "OSF", "PSOFT", "SHIRA", "SUPERTUNING", "TINYLORA",
 )  # fmt: skip

@@ -49,7 +49,7 @@ def enable_padding_free(
     Under FSDP the main process alone is sure to hold the weights: with `cpu_ram_efficient_loading` the others get
     theirs when the model is shared out, which is later.
     """
-    from finetuning.model.varlen_attention import NAME, enable_kernel, enable_varlen, use_varlen
+    from finetuning.model.varlen_attention import SDPA_VARLEN, enable_varlen, enable_varlen_kernel, use_varlen
     from finetuning.training.process_sync import broadcast_from_main
 
     model, peft_config = adapted.model, adapted.peft_config
@@ -57,16 +57,16 @@ def enable_padding_free(
     def find_out() -> tuple[str | None, str, tuple[str, ...]]:
         tried: list[str] = []
         for name in attention.to_try:
-            why_not = _unusable(name) or enable_kernel(model, name, peft_config, attention.autocast)
+            why_not = _unusable(name) or enable_varlen_kernel(model, name, peft_config, attention.autocast)
             if why_not is None:
                 return None, name, tuple(tried)
             tried.append(f"{name} was not taken: {why_not}")
-        return enable_varlen(model, peft_config), NAME, tuple(tried)
+        return enable_varlen(model, peft_config), SDPA_VARLEN, tuple(tried)
 
     reason, name, tried = broadcast_from_main(find_out, topology.world_size)
     if reason is None:
-        use_varlen(model, peft_config, name)
-    chosen = attention.reason if name != NAME or not tried else "the default"
+        use_varlen(model, name)
+    chosen = attention.reason if name != SDPA_VARLEN or not tried else "the default"
     return reason, replace(attention, reason="; ".join([chosen, *tried]))
 
 

@@ -18,7 +18,7 @@ from finetuning.atomic_io import atomic_directory, is_disk_full, staging_path
 from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
-from finetuning.model.save import is_adapted, save_model
+from finetuning.model.save import is_peft_model, save_model
 from finetuning.model.stop_tokens import align_stop_tokens
 from finetuning.training.resume.find import checkpoints_of
 
@@ -74,7 +74,7 @@ def publish_final(
     if not trainer.is_world_process_zero():
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapted = is_adapted(model)
+    adapted = is_peft_model(model)
     if adapted and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
     base = model.get_base_model() if adapted else model
@@ -88,7 +88,7 @@ def publish_final(
             stop_tokens=stop_tokens,
             base_fingerprint=base_fingerprint if adapted else None,
             state_dict=state_dict,
-            vocabulary=vocabulary,
+            embeddings=vocabulary,
         )
         with _named(folder):
             verified = verify_saved(

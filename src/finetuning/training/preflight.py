@@ -63,9 +63,9 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
     implementation = experiment.run_conf.model_args.attn_implementation
     if implementation is None:
         return
-    from finetuning.model.load import check_attention
+    from finetuning.model.load import check_attn_implementation
 
-    check_attention(implementation)
+    check_attn_implementation(implementation)
     if implementation == "flex_attention" and device.kind == "cpu":
         raise ConfigError(
             "flex_attention has no backward pass on a CPU",
@@ -91,7 +91,7 @@ def check_precision(experiment: Experiment, device: Device | None = None) -> Non
     if not asked:
         return
     device = device or training_device(bool(passed_on.get("use_cpu")))
-    found = {key: device.can(ability) for key, ability in asked.items()}
+    found = {key: device.support_for(ability) for key, ability in asked.items()}
     problems = [
         Problem(
             f"is true, but {device.name} does not compute in {asked[key]}: {ability.note}",
@@ -99,7 +99,7 @@ def check_precision(experiment: Experiment, device: Device | None = None) -> Non
             _INSTEAD[asked[key]],
         )
         for key, ability in found.items()
-        if not ability.ok
+        if not ability.is_supported
     ]
     if problems:
         raise ConfigError(problems)
@@ -115,8 +115,8 @@ def compute_precision(experiment: Experiment, model: Any, device: Device | None 
     if args.deepspeed or weights != "float32":
         return weights, ""
     device = device or training_device(bool((args.model_extra or {}).get("use_cpu")))
-    ability = device.can("bf16")
-    if not ability.ok or ability.note.startswith("emulated"):
+    ability = device.support_for("bf16")
+    if not ability.is_supported or ability.note.startswith("emulated"):
         return weights, ""
     return weights, f"{device.name} has bfloat16 in hardware, which training_args.bf16 uses"
 

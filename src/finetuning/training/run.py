@@ -378,7 +378,7 @@ def _seed(seed: int, determinism: str) -> None:
 
 def _digests(model: object) -> dict[str, str]:
     """Digests of an adapter that the trainer has put on; none for a model without."""
-    from finetuning.model.peft.adapter_files import digests
-    from finetuning.model.save import is_adapted
+    from finetuning.model.peft.adapter_files import adapter_digests
+    from finetuning.model.save import is_peft_model
 
-    return digests(model) if is_adapted(model) else {}
+    return adapter_digests(model) if is_peft_model(model) else {}

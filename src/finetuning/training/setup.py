@@ -122,8 +122,8 @@ def load_model(
     A vocabulary that grows under an adapter makes a new base model, which is saved first: the adapter goes with it.
     """
     from finetuning.model.peft import adapters
-    from finetuning.model.peft.adapter_files import digests
-    from finetuning.model.varlen_attention import attention_of
+    from finetuning.model.peft.adapter_files import adapter_digests
+    from finetuning.model.varlen_attention import describe_attention
     from finetuning.training.attention_setup import setup_attention
     from finetuning.training.preflight import with_invocation
 
@@ -141,21 +141,21 @@ def load_model(
         return load_bare()[0]
 
     if method.wraps_model and isinstance(peft_conf, NewPeft):
-        config = adapters.make_peft_config(model, peft_conf, vocabulary=vocabulary, total_steps=total_steps)
+        config = adapters.make_peft_config(model, peft_conf, embeddings=vocabulary, total_steps=total_steps)
         _refuse_hidden_rows(config, vocabulary, method)
         layout = BatchLayout(True, f"{method.name} pads its rows")
-        notes.append(attention_of(model, attention.reason))
+        notes.append(describe_attention(model, attention.reason))
         return LoadedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
-    adapted = adapters.build_adapter(
+    adapted = adapters.apply_peft(
         model,
         peft_conf,
-        vocabulary=vocabulary,
+        embeddings=vocabulary,
         total_steps=total_steps,
         autocast_adapter_dtype=topology.sharded_by is None,
     )
-    initial = digests(adapted.model) if adapted.peft_config is not None else {}
+    initial = adapter_digests(adapted.model) if adapted.peft_config is not None else {}
     layout, attention = _layout(experiment, method, adapted, topology, attention)
-    notes += [str(adapted), *adapted.notes, attention_of(adapted.model, attention.reason)]
+    notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
     return LoadedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
 
 
@@ -168,20 +168,20 @@ def _load_bare(
 ) -> tuple[Any, EmbeddingInfo]:
     """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
     from finetuning.model import load
-    from finetuning.model.embeddings import resize_embeddings, untrained_tokens
-    from finetuning.model.load import LANGUAGE, SCORE
+    from finetuning.model.embeddings import read_untrained_tokens, resize_embeddings
+    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
     new_tokens = [*tokenizer.new_tokens]
     if isinstance(experiment.peft_conf, NewPeft):
         # An adapter that is there already has its own rows for them.
-        new_tokens += untrained_tokens(Path(experiment.run_conf.model), tokenizer.tokenizer)
+        new_tokens += read_untrained_tokens(Path(experiment.run_conf.model), tokenizer.tokenizer)
     model = load.load_model(
         experiment.run_conf,
         experiment.quant_conf,
         topology=topology,
         sharded_by=topology.sharded_by,
         default_dtype=default_dtype,
-        head=SCORE if method.gives_scores else LANGUAGE,
+        head=SEQUENCE_CLASSIFICATION if method.gives_scores else CAUSAL_LM,
     )
     return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens)
 
@@ -216,12 +216,12 @@ def _keep_vocabulary(
 
     notes = [f"vocabulary: {vocabulary}"]
     if topology.is_main:
-        vocabulary.write_added(output_dir)
-    if not vocabulary.has_grown or experiment.peft_conf.peft_type == "NO_PEFT":
+        vocabulary.write_added_tokens_info(output_dir)
+    if not vocabulary.is_resized or experiment.peft_conf.peft_type == "NO_PEFT":
         return notes
     folder = output_dir / _new_base_name(experiment)
-    if topology.is_main and not save.has_grown_base(folder, model, tokenizer.tokenizer):
-        save.save_grown_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
+    if topology.is_main and not save.has_extended_base(folder, model, tokenizer.tokenizer):
+        save.save_extended_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
     model.config.name_or_path = model.name_or_path = str(folder)
     return [*notes, f"the grown base model is {folder}; the adapter goes with it"]
 
@@ -230,14 +230,14 @@ def _fingerprint(model: Any) -> Fingerprint | None:
     from finetuning.model import fingerprint
 
     folder = Path(model.name_or_path)
-    return fingerprint.fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
+    return fingerprint.compute_fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
 
 
 def _quantised(model: Any, arguments: TrainingArguments, topology: ProcessTopology) -> Any:
-    from finetuning.model.quantization import is_known, prepare_quantized_model
+    from finetuning.model.quantization import needs_kbit_preparation, prepare_quantized_model
 
     # By what the model says, not the config: a checkpoint may come quantised.
-    if not is_known(model):
+    if not needs_kbit_preparation(model):
         return model
     return prepare_quantized_model(
         model,

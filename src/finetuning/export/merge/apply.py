@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from finetuning.errors import ModelError
-from finetuning.export.merge.deltas import BiasUpdate, Edit, LowRankUpdate, ReplaceRows, ReplaceWeight
+from finetuning.export.merge.deltas import BiasUpdate, LowRankUpdate, ReplaceRows, ReplaceWeight, WeightDelta
 from finetuning.export.safetensors_writer import read_into
 from finetuning.model.safetensors_io import TensorEntry
 
@@ -35,7 +35,7 @@ _BLOCK_ELEMENTS = 1 << 19
 _TILE_ROWS = 192
 
 
-def load(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch.Tensor:
+def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that an entry points to: in `memory`, bytes of which it takes the first, or in memory of its own.
 
     Raises:
@@ -53,7 +53,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def apply_deltas(name: str, weight: torch.Tensor, edits: Sequence[Edit]) -> torch.Tensor:
+def apply_deltas(name: str, weight: torch.Tensor, edits: Sequence[WeightDelta]) -> torch.Tensor:
     """The tensor after its edits; `weight` is changed in place where its shape allows.
 
     Raises:
@@ -61,11 +61,11 @@ def apply_deltas(name: str, weight: torch.Tensor, edits: Sequence[Edit]) -> torc
     """
     for edit in edits:
         if isinstance(edit, ReplaceWeight):
-            weight = load(edit.value).to(weight.dtype)
+            weight = load_tensor(edit.value).to(weight.dtype)
         elif isinstance(edit, ReplaceRows):
-            weight.index_copy_(0, torch.tensor(edit.rows), load(edit.value).to(weight.dtype))
+            weight.index_copy_(0, torch.tensor(edit.rows), load_tensor(edit.value).to(weight.dtype))
         elif isinstance(edit, BiasUpdate):
-            weight = (weight + _raised(edit.value) * edit.scaling).to(weight.dtype)
+            weight = (weight + _load_upcast(edit.value) * edit.scaling).to(weight.dtype)
         elif edit.magnitude is not None:
             _add_dora(weight, edit)
         else:
@@ -75,7 +75,7 @@ def apply_deltas(name: str, weight: torch.Tensor, edits: Sequence[Edit]) -> torc
 
 
 def _add_lora(weight_OI: torch.Tensor, edit: LowRankUpdate) -> None:
-    a_rI, b_Or = _raised(edit.a), _raised(edit.b)
+    a_rI, b_Or = _load_upcast(edit.a), _load_upcast(edit.b)
     if edit.transposed:
         delta_IO = torch.mm(b_Or, a_rI).mul_(edit.scaling).t()
         for rows in _blocks(weight_OI):
@@ -92,8 +92,8 @@ def _add_lora(weight_OI: torch.Tensor, edit: LowRankUpdate) -> None:
 
 def _add_dora(weight: torch.Tensor, edit: LowRankUpdate) -> None:
     """DoRA: each output's row of weight plus delta is brought to the trained length."""
-    delta = torch.mm(_raised(edit.b), _raised(edit.a)).mul_(edit.scaling)
-    magnitude = _raised(edit.magnitude)
+    delta = torch.mm(_load_upcast(edit.b), _load_upcast(edit.a)).mul_(edit.scaling)
+    magnitude = _load_upcast(edit.magnitude)
     if edit.is_embedding:
         # The length of an embedding is counted per hidden dimension, across the vocabulary.
         moved = weight + delta.t()
@@ -110,8 +110,8 @@ def _add_dora(weight: torch.Tensor, edit: LowRankUpdate) -> None:
         weight[rows].copy_((factor_O1 * moved_OI).to(weight.dtype))
 
 
-def _raised(entry: TensorEntry) -> torch.Tensor:
-    tensor = load(entry)
+def _load_upcast(entry: TensorEntry) -> torch.Tensor:
+    tensor = load_tensor(entry)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

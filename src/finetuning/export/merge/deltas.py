@@ -52,7 +52,7 @@ class ReplaceRows:
     rows: tuple[int, ...]
 
 
-Edit = ReplaceWeight | LowRankUpdate | BiasUpdate | ReplaceRows
+WeightDelta = ReplaceWeight | LowRankUpdate | BiasUpdate | ReplaceRows
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
 
 
-def why_not_streamed(adapter: Adapter) -> NeedsPeft | None:
+def needs_peft(adapter: Adapter) -> NeedsPeft | None:
     """Why this adapter's kind must be merged by PEFT, from its config alone; None for what streaming knows."""
     config = adapter.config
     if adapter.pickled:
@@ -103,17 +103,17 @@ def why_not_streamed(adapter: Adapter) -> NeedsPeft | None:
     return None
 
 
-def read_deltas(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | NeedsPeft:
+def read_deltas(adapter: Adapter, model_type: str) -> dict[str, list[WeightDelta]] | NeedsPeft:
     """The edits of each tensor, by the tensor's name in the model (without PEFT's prefix), in the order of doing.
 
     Raises:
         ModelError: half of a pair is missing, or a shape contradicts the config.
     """
-    reason = why_not_streamed(adapter)
+    reason = needs_peft(adapter)
     if reason is not None:
         return reason
     parts: dict[str, dict[str, TensorEntry]] = {}
-    edits: dict[str, list[Edit]] = {}
+    edits: dict[str, list[WeightDelta]] = {}
     for key, entry in adapter.entries.items():
         if not key.startswith(PREFIX):
             return NeedsPeft(f"its tensor {key} does not have PEFT's usual name")
@@ -132,7 +132,7 @@ def read_deltas(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | Ne
         elif "lora_" in name or "trainable_tokens" in name:
             return NeedsPeft(f"its tensor {key} is of a kind that streaming does not know")
         elif not _is_repeated(name, entry, adapter.entries):
-            edits.setdefault(plain_name(name), []).insert(0, ReplaceWeight(entry))
+            edits.setdefault(unwrapped_name(name), []).insert(0, ReplaceWeight(entry))
     if any(
         len(part.shape) != 2 for pair in parts.values() for kind, part in pair.items() if kind in ("lora_A", "lora_B")
     ):
@@ -142,7 +142,7 @@ def read_deltas(adapter: Adapter, model_type: str) -> dict[str, list[Edit]] | Ne
     return NeedsPeft(f"{mixed[0]} has both LoRA and trained tokens") if mixed else edits
 
 
-def plain_name(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """The name of a whole tensor without the wrappers that PEFT puts round the module that holds it."""
     for wrapper in (".token_adapter", ".base_layer", ".modules_to_save"):
         name = name.replace(f"{wrapper}.", ".")
@@ -153,12 +153,15 @@ def _is_repeated(name: str, entry: TensorEntry, entries: Mapping[str, TensorEntr
     """True for what PEFT saves beside the trained tensor when the vocabulary has grown: what it was, and it again."""
     if ".original_module." in name:
         return True
-    again = entries.get(PREFIX + plain_name(name))
+    again = entries.get(PREFIX + unwrapped_name(name))
     return ".modules_to_save." in name and again is not None and same_bytes(again, entry)
 
 
 def _add_low_rank(
-    adapter: Adapter, model_type: str, parts: Mapping[str, Mapping[str, TensorEntry]], edits: dict[str, list[Edit]]
+    adapter: Adapter,
+    model_type: str,
+    parts: Mapping[str, Mapping[str, TensorEntry]],
+    edits: dict[str, list[WeightDelta]],
 ) -> None:
     for module, pair in parts.items():
         if "lora_A" not in pair or "lora_B" not in pair:

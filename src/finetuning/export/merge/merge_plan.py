@@ -11,11 +11,11 @@ from finetuning.errors import ModelError, Problem
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import (
     BiasUpdate,
-    Edit,
     LowRankUpdate,
     NeedsPeft,
     ReplaceRows,
     ReplaceWeight,
+    WeightDelta,
     read_deltas,
 )
 from finetuning.export.safetensors_writer import same_bytes
@@ -29,7 +29,7 @@ _SHOWN = 3
 class MergePlan:
     """What is done to the tensors of a base model; names are those of its files."""
 
-    edits: Mapping[str, tuple[Edit, ...]]
+    edits: Mapping[str, tuple[WeightDelta, ...]]
     added: Mapping[str, str] = field(default_factory=dict)
     """New tensors, each a copy of the one named, made before that one is edited."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,32 +52,32 @@ def plan_merge(base: BaseModel, adapters: Sequence[Adapter], *, force: bool = Fa
     scores = any(name.endswith("ForSequenceClassification") for name in _architectures(base))
     if not scores and any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
         return NeedsPeft("the adapter brings a head of its own, which takes the place of the base's")
-    edits: dict[str, tuple[Edit, ...]] = {}
+    edits: dict[str, tuple[WeightDelta, ...]] = {}
     shapes = {name: entry.shape for name, entry in base.entries.items()}
     notes: list[str] = []
     for adapter in adapters:
         found = read_deltas(adapter, str(base.config.get("model_type", "")))
         if isinstance(found, NeedsPeft):
             return found
-        names = _names_in_files(base, found)
+        names = _checkpoint_names(base, found)
         if isinstance(names, NeedsPeft):
             return names
-        if adapter.config.get("ensure_weight_tying") and is_tied(base):
+        if adapter.config.get("ensure_weight_tying") and has_tied_embeddings(base):
             return NeedsPeft("ensure_weight_tying ties what the adapter trains to a tensor that the file does not hold")
         notes += _check_coverage(base, adapter, found, names, force)
         for name, todo in found.items():
             target = names[name]
             shape = shapes.get(target) or shapes[_embedding_name(base)]
             for edit in todo:
-                fitted = _fit(edit, name, shape, adapter)
+                fitted = _fit_to_shape(edit, name, shape, adapter)
                 shape = fitted.value.shape if isinstance(fitted, ReplaceWeight) else shape
                 edits[target] = (*edits.get(target, ()), fitted)
             shapes[target] = shape
     changed_shapes = {n: s for n, s in shapes.items() if n not in base.entries or s != base.entries[n].shape}
-    return _settle_embeddings(base, MergePlan(edits, {}, changed_shapes, {}, tuple(notes)))
+    return _resolve_embeddings(base, MergePlan(edits, {}, changed_shapes, {}, tuple(notes)))
 
 
-def is_tied(base: BaseModel) -> bool:
+def has_tied_embeddings(base: BaseModel) -> bool:
     """True when input and output embeddings are one tensor."""
     said = base.text_config.get("tie_word_embeddings", base.config.get("tie_word_embeddings"))
     return bool(said) if said is not None else _head_name(base.entries) is None
@@ -87,7 +87,7 @@ def _architectures(base: BaseModel) -> list[str]:
     return base.config.get("architectures") or []
 
 
-def _names_in_files(base: BaseModel, found: Mapping[str, Sequence[Edit]]) -> dict[str, str] | NeedsPeft:
+def _checkpoint_names(base: BaseModel, found: Mapping[str, Sequence[WeightDelta]]) -> dict[str, str] | NeedsPeft:
     """The name in the base's files of each edited tensor, where that is one and the same tensor.
 
     Raises:
@@ -102,13 +102,14 @@ def _names_in_files(base: BaseModel, found: Mapping[str, Sequence[Edit]]) -> dic
         missing = [name for name, stored in names.items() if stored not in base.entries and not _is_head(name)]
         if not missing and len(set(names.values())) == len(names):
             absent_head = [n for n in found if _is_head(n) and names[n] not in base.entries]
-            if absent_head and not is_tied(base):
+            if absent_head and not has_tied_embeddings(base):
                 missing = absent_head
             else:
                 return names
     missing = [name for name in found if name not in base.entries]
     raise ModelError(
-        f"the adapter does not fit the base {base.folder}: it changes {_some(missing)}, which the base does not have.",
+        f"the adapter does not fit the base {base.folder}: it changes {_name_some(missing)},"
+        " which the base does not have.",
         hint="Is this the base model that it was trained on?",
     )
 
@@ -132,7 +133,7 @@ def _converted_name(base: BaseModel, names: Iterable[str]) -> str | None:
     return next((name for name in names if any(regex.search(name) for regex in regexes)), None)
 
 
-def _fit(edit: Edit, name: str, shape: tuple[int, ...], adapter: Adapter) -> Edit:
+def _fit_to_shape(edit: WeightDelta, name: str, shape: tuple[int, ...], adapter: Adapter) -> WeightDelta:
     """The edit with its orientation settled by the base's shape.
 
     Raises:
@@ -149,7 +150,7 @@ def _fit(edit: Edit, name: str, shape: tuple[int, ...], adapter: Adapter) -> Edi
     elif isinstance(edit, ReplaceWeight):
         # More rows than the base has is a grown vocabulary.
         if edit.value.shape != shape and not (
-            is_vocabulary(name) and edit.value.shape[1:] == shape[1:] and edit.value.shape[0] > shape[0]
+            is_embedding_weight(name) and edit.value.shape[1:] == shape[1:] and edit.value.shape[0] > shape[0]
         ):
             wrong = edit.value.shape
     elif isinstance(edit, BiasUpdate):
@@ -166,7 +167,7 @@ def _fit(edit: Edit, name: str, shape: tuple[int, ...], adapter: Adapter) -> Edi
 
 
 def _check_coverage(
-    base: BaseModel, adapter: Adapter, found: Mapping[str, Sequence[Edit]], names: Mapping[str, str], force: bool
+    base: BaseModel, adapter: Adapter, found: Mapping[str, Sequence[WeightDelta]], names: Mapping[str, str], force: bool
 ) -> list[str]:
     """Notes about layers of the base that the adapter should have changed by its config and does not.
 
@@ -182,7 +183,7 @@ def _check_coverage(
     left_out = sorted(n for n in base.entries if n not in adapted and re.sub(r"\.\d+\.", ".*.", n) in kinds)
     if not left_out:
         return []
-    text = f"the adapter {adapter.folder} leaves out {_some(left_out)} of the base, which its target_modules name."
+    text = f"the adapter {adapter.folder} leaves out {_name_some(left_out)} of the base, which its target_modules name."
     if not force:
         raise ModelError(
             [Problem(text, hint="Is this the base model that it was trained on? --force merges it anyway.")]
@@ -190,7 +191,7 @@ def _check_coverage(
     return [text]
 
 
-def _settle_embeddings(base: BaseModel, plan: MergePlan) -> MergePlan:
+def _resolve_embeddings(base: BaseModel, plan: MergePlan) -> MergePlan:
     """The plan with tied embeddings kept or untied, and the config's vocabulary as large as the tensors.
 
     Raises:
@@ -199,7 +200,7 @@ def _settle_embeddings(base: BaseModel, plan: MergePlan) -> MergePlan:
     added, changes, edits = dict(plan.added), dict(plan.config_changes), dict(plan.edits)
     notes = list(plan.notes)
     embedding, head = _embedding_name(base), _head_name(base.entries) or _head_name(edits)
-    if is_tied(base) and embedding is not None:
+    if has_tied_embeddings(base) and embedding is not None:
         head = head or "lm_head.weight"
         if _stay_tied(edits.get(embedding, ()), edits.get(head, ()), grown=embedding in plan.shapes):
             edits.pop(head, None)
@@ -220,7 +221,7 @@ def _settle_embeddings(base: BaseModel, plan: MergePlan) -> MergePlan:
     return MergePlan(edits, added, shapes, changes, tuple(notes))
 
 
-def _stay_tied(embedding: Sequence[Edit], head: Sequence[Edit], *, grown: bool) -> bool:
+def _stay_tied(embedding: Sequence[WeightDelta], head: Sequence[WeightDelta], *, grown: bool) -> bool:
     """True when both sides are one tensor after the merge as before it."""
     if not embedding and not head:
         return True
@@ -229,7 +230,7 @@ def _stay_tied(embedding: Sequence[Edit], head: Sequence[Edit], *, grown: bool) 
     return len(embedding) == len(head) and all(map(_is_same, embedding, head))
 
 
-def _is_same(one: Edit, other: Edit) -> bool:
+def _is_same(one: WeightDelta, other: WeightDelta) -> bool:
     """True when both put the same values into the same rows."""
     if isinstance(one, ReplaceWeight) and isinstance(other, ReplaceWeight):
         return same_bytes(one.value, other.value)
@@ -242,7 +243,7 @@ def _is_head(name: str) -> bool:
     return name in {f"{head}.weight" for head in _HEADS}
 
 
-def is_vocabulary(name: str) -> bool:
+def is_embedding_weight(name: str) -> bool:
     """True for a tensor of the input or output embeddings."""
     return any(module in (*_HEADS, *_EMBEDDINGS) for module in name.split(".")[-2:-1])
 
@@ -255,6 +256,6 @@ def _embedding_name(base: BaseModel) -> str | None:
     return next((n for n in base.entries if n.endswith(".weight") and n.split(".")[-2] in _EMBEDDINGS), None)
 
 
-def _some(names: Sequence[str]) -> str:
+def _name_some(names: Sequence[str]) -> str:
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest

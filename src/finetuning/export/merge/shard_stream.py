@@ -20,11 +20,11 @@ import torch
 
 from finetuning.atomic_io import fsync
 from finetuning.export.inputs import BaseModel
-from finetuning.export.merge.apply import DTYPES, apply_deltas, load, raw_bytes
-from finetuning.export.merge.deltas import Edit
+from finetuning.export.merge.apply import DTYPES, apply_deltas, load_tensor, raw_bytes
+from finetuning.export.merge.deltas import WeightDelta
 from finetuning.export.merge.merge_plan import MergePlan
-from finetuning.export.safetensors_writer import OutputTensor, copied, read_metadata, write_tensor_file
-from finetuning.model.safetensors_io import INDEX, TensorEntry
+from finetuning.export.safetensors_writer import OutputTensor, copied_tensor, read_metadata, write_tensor_file
+from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, TensorEntry
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 Tensors = list[tuple[str, TensorEntry]]
 """Names to be written, in order, each with the tensor of the base that it is made of."""
 
-Job = tuple[str, TensorEntry, tuple[Edit, ...]]
+Job = tuple[str, TensorEntry, tuple[WeightDelta, ...]]
 """A tensor to be edited: its name, what it is made of, and how."""
 
 
@@ -92,13 +92,13 @@ class _Ahead:
         return None if job is None else self._worker.submit(_compute, *job, next(self._memory))
 
 
-def _compute(name: str, entry: TensorEntry, edits: tuple[Edit, ...], memory: torch.Tensor) -> memoryview:
-    return raw_bytes(apply_deltas(name, load(entry, memory), edits))
+def _compute(name: str, entry: TensorEntry, edits: tuple[WeightDelta, ...], memory: torch.Tensor) -> memoryview:
+    return raw_bytes(apply_deltas(name, load_tensor(entry, memory), edits))
 
 
 def _output(name: str, entry: TensorEntry, plan: MergePlan, ahead: _Ahead) -> OutputTensor:
     if not plan.edits.get(name):
-        return copied(name, entry)
+        return copied_tensor(name, entry)
 
     def write(stream: BinaryIO) -> None:
         stream.write(ahead.take())
@@ -135,9 +135,9 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def _write_index(base: BaseModel, by_file: dict[Path, Tensors], total: int, folder: Path) -> None:
-    if not (base.folder / INDEX).is_file():
+    if not (base.folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return
-    index = json.loads((base.folder / INDEX).read_text(encoding="utf-8"))
+    index = json.loads((base.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
     index["weight_map"] = {name: file.name for file, tensors in by_file.items() for name, _ in tensors}
     index.setdefault("metadata", {})["total_size"] = total
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import GuardStopped, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
-from finetuning.export.merge.with_peft import DeviceMap, head_for, load_adapter, load_base, merge_in_memory
+from finetuning.export.merge.with_peft import DeviceMap, load_adapter, load_base, merge_in_memory, task_head_for_merge
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def sample_prompts(folder: Path, rows: int) -> list[list[int]]:
     return [ids for ids in prompts if len(ids) > 1]
 
 
-def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def compute_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits_TV in float32 of each prompt, in order."""
     import torch
 
@@ -78,7 +78,7 @@ def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor
     return [found[index] for index in range(len(prompts))]
 
 
-def scores_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def compute_scores(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """One tensor scores_LB in float32: the prompts take the place of the vocabulary, as a score ranks them."""
     import torch
 
@@ -102,7 +102,7 @@ def _of_like_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 # T tokens, V vocabulary
 
-CERTIFICATE = "merge_certificate.json"
+VERIFICATION_FILE = "merge_certificate.json"
 SAFETY = {"float64": 64.0, "float32": 64.0, "float16": 8.0, "bfloat16": 8.0}
 PEAK = 8.0
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -168,8 +168,8 @@ def verify_merge(
     import torch
 
     prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
-    head = head_for(base, adapters)
-    outputs = scores_of if "num_labels" in head.fields else logits_of
+    head = task_head_for_merge(base, adapters)
+    outputs = compute_scores if "num_labels" in head.config_fields else compute_logits
     model = load_base(base, adapters, device_map=device_map)
     dtype = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     layers = max(int(base.text_config.get("num_hidden_layers") or base.text_config.get("n_layer") or 1), 1)
@@ -178,7 +178,7 @@ def verify_merge(
     with tuned.disable_adapter():
         untuned = outputs(tuned, prompts)
     del tuned, model
-    again = head.loader.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
+    again = head.auto_class.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
     found = outputs(again, prompts)
     spread = (
         torch.cat([(ref - ref.mean(-1, keepdim=True)).flatten() for ref in reference]).square().mean().sqrt().item()
@@ -192,7 +192,7 @@ def verify_merge(
         reference,
         base_fingerprint,
     )
-    (merged / CERTIFICATE).write_text(json.dumps(asdict(certificate), indent=2) + "\n", encoding="utf-8")
+    (merged / VERIFICATION_FILE).write_text(json.dumps(asdict(certificate), indent=2) + "\n", encoding="utf-8")
     if not certificate.passed:
         raise GuardStopped(
             f"the merged model is not the model that was trained: {'; '.join(certificate.problems)} ({certificate}).",
@@ -223,13 +223,13 @@ def _kl(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (log_reference.exp() * (log_reference - log_found)).sum(-1)
 
 
-def tolerance_of(dtype: str, layers: int) -> float:
+def logit_tolerance(dtype: str, layers: int) -> float:
     """The relative logit difference that rounding to a dtype may cause in a model of so many layers."""
     dtype = dtype if dtype in SAFETY else "bfloat16"
     return SAFETY[dtype] * _UNIT_ROUNDOFF[dtype] * math.sqrt(layers)
 
 
-def require_memory(base: BaseModel) -> None:
+def check_free_memory(base: BaseModel) -> None:
     """Nothing, or a ModelError when the comparison would not fit into this machine's memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -255,7 +255,7 @@ def _judge(
     reference: Sequence[torch.Tensor],
     base_fingerprint: str,
 ) -> MergeVerification:
-    tolerance = tolerance_of(dtype, layers)
+    tolerance = logit_tolerance(dtype, layers)
     largest = max((logits - logits.mean(-1, keepdim=True)).abs().max().item() for logits in reference)
     allowed = {
         "max_logit_difference": tolerance * max(PEAK * spread, 2 * largest),

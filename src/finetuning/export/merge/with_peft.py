@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import ConfigError, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
-from finetuning.export.merge.deltas import plain_name
-from finetuning.export.merge.merge_plan import is_vocabulary
+from finetuning.export.merge.deltas import unwrapped_name
+from finetuning.export.merge.merge_plan import is_embedding_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,21 +62,21 @@ def check_mergeable(adapter: Adapter) -> None:
         raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
 
 
-def head_for(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:
+def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:
     """The head of the merged model: an adapter for a reward model brings its own."""
-    from finetuning.model.load import SCORE, task_head_of
+    from finetuning.model.load import SEQUENCE_CLASSIFICATION, task_head_for
 
     if any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
-        return SCORE
-    return task_head_of(base.config.get("architectures") or ())
+        return SEQUENCE_CLASSIFICATION
+    return task_head_for(base.config.get("architectures") or ())
 
 
 def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
     """The base model in the dtype of its files, with the head that the adapters need; a quantised one dequantised."""
-    head = head_for(base, adapters)
+    head = task_head_for_merge(base, adapters)
     heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
-    fields = {"num_labels": heads[-1].shape[0]} if "num_labels" in head.fields and heads else {}
-    model = head.loader.from_pretrained(
+    fields = {"num_labels": heads[-1].shape[0]} if "num_labels" in head.config_fields and heads else {}
+    model = head.auto_class.from_pretrained(
         base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
     )
     if base.config.get("quantization_config"):
@@ -102,7 +102,7 @@ def _grown_rows(adapters: Sequence[Adapter]) -> int:
             entry.shape[0]
             for adapter in adapters
             for name, entry in adapter.entries.items()
-            if name.endswith(".weight") and is_vocabulary(plain_name(name)) and len(entry.shape) == 2
+            if name.endswith(".weight") and is_embedding_weight(unwrapped_name(name)) and len(entry.shape) == 2
         ),
         default=0,
     )

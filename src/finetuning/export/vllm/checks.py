@@ -14,7 +14,7 @@ from typing import Any
 
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import PREFIX, VARIANTS, scaling_of
-from finetuning.export.merge.merge_plan import is_tied
+from finetuning.export.merge.merge_plan import has_tied_embeddings
 from finetuning.export.safetensors_writer import read_chunks, same_bytes
 from finetuning.model.safetensors_io import TensorEntry
 
@@ -123,7 +123,7 @@ def _equals_base(name: str, entry: TensorEntry, config: Mapping[str, Any], base:
 def base_tensor(base: BaseModel, name: str) -> TensorEntry | None:
     """The base's tensor of that name; the input embeddings for an output head that is tied to them."""
     entry = base.entries.get(name) or base.entries.get(name.partition(".")[2])
-    if entry is None and name.startswith("lm_head.") and is_tied(base):
+    if entry is None and name.startswith("lm_head.") and has_tied_embeddings(base):
         entry = next((e for n, e in base.entries.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
     return entry
 

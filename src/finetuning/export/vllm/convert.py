@@ -28,9 +28,9 @@ from finetuning.export.inputs import (
     read_base,
     read_json,
 )
-from finetuning.export.safetensors_writer import copied, read_metadata, require_room, write_tensor_file
+from finetuning.export.safetensors_writer import check_free_space, copied_tensor, read_metadata, write_tensor_file
 from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
-from finetuning.model.safetensors_io import ADDED_TOKENS, TensorEntry, read_header, read_model_headers
+from finetuning.model.safetensors_io import ADDED_TOKENS_FILE, TensorEntry, read_header, read_model_headers
 
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
 _KINDS = {
@@ -49,7 +49,7 @@ class NewEmbeddings:
     rest: Adapter
 
     def write(self, file: Path) -> None:
-        write_tensor_file(file, [copied(name, entry) for name, entry in self.tensors.items()], {"format": "pt"})
+        write_tensor_file(file, [copied_tensor(name, entry) for name, entry in self.tensors.items()], {"format": "pt"})
 
 
 def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddings | None:
@@ -88,13 +88,15 @@ def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddi
 
 
 def _num_new_tokens(adapter: Adapter, entry: TensorEntry, old: TensorEntry | None) -> int:
-    file = adapter.folder / ADDED_TOKENS
+    file = adapter.folder / ADDED_TOKENS_FILE
     if file.is_file():
         num_new = int(read_json(file).get("num_new_tokens", 0))
     elif old is not None:
         num_new = entry.shape[0] - old.shape[0]
     else:
-        raise ModelError(f"{adapter.folder} has no {ADDED_TOKENS} and its base is not known: how many tokens are new?")
+        raise ModelError(
+            f"{adapter.folder} has no {ADDED_TOKENS_FILE} and its base is not known: how many tokens are new?"
+        )
     if not 0 < num_new <= entry.shape[0]:
         raise ModelError(
             f"{adapter.folder} holds embeddings, but {num_new} tokens are new.",
@@ -146,11 +148,13 @@ def make_vllm_compatible(
     changed = extra is not None or not check.is_unchanged(adapter)
 
     def write_weights(file: Path) -> None:
-        tensors = [copied(name, entry) for name, entry in sorted(check.kept.items(), key=lambda item: item[1].start)]
+        tensors = [
+            copied_tensor(name, entry) for name, entry in sorted(check.kept.items(), key=lambda item: item[1].start)
+        ]
         write_tensor_file(file, tensors, read_metadata(model_path / ADAPTER_WEIGHTS))
 
     if output is not None:
-        require_room(output, sum(entry.num_bytes for entry in check.kept.values()) + _SMALL_FILES_BYTES)
+        check_free_space(output, sum(entry.num_bytes for entry in check.kept.values()) + _SMALL_FILES_BYTES)
         with atomic_directory(output) as folder:
             _copy_others(model_path, folder)
             write_weights(folder / ADAPTER_WEIGHTS)
@@ -237,7 +241,7 @@ def _replace_in_place(
             f"{folder / ORIGINAL} exists already and may be the only copy of an original.",
             hint="Move it away, or write to another folder with --output.",
         )
-    require_room(folder, (folder / ADAPTER_WEIGHTS).stat().st_size + _SMALL_FILES_BYTES)
+    check_free_space(folder, (folder / ADAPTER_WEIGHTS).stat().st_size + _SMALL_FILES_BYTES)
     os.link(folder / ADAPTER_WEIGHTS, folder / ORIGINAL)
     try:
         _publish_file(folder / ADAPTER_WEIGHTS, write_weights)
@@ -284,7 +288,7 @@ def _copy_others(source: Path, folder: Path) -> None:
 _MERGE = "vLLM needs it merged: merge_adapter"
 
 
-def why_layers_are_needed(config_file: str, folder: Path) -> str | None:
+def extra_layers_reason(config_file: str, folder: Path) -> str | None:
     """Why nothing may be removed from what was trained so; None when extra layers are only copies.
 
     They are needed when the whole model was trained (NO_PEFT), when modules were named to be saved, and when the

@@ -1,75 +1,86 @@
-"""An adapter's tensors, in memory and on disk, compared by name, shape and digest."""
+"""Compare an adapter's tensors in memory and on disk: names, shapes, digests, and the base it was trained on."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from finetuning.errors import Location, ModelError
-from finetuning.model import fingerprint
+from finetuning.model.fingerprint import compute_fingerprint, describe_difference, read_fingerprint
 from finetuning.model.safetensors_io import read_header
 
-WEIGHTS = "adapter_model.safetensors"
-# PEFT may put whole embeddings into an adapter's file when the vocabulary had grown.
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# PEFT may save whole embeddings with an adapter when the vocabulary was resized.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
-def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors of the active adapter by the names that they are saved under."""
+def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the active adapter, by the names they are saved under."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def digests(model: Any) -> dict[str, str]:
-    """A digest of each tensor of the active adapter by the name that it is saved under; {} where they are sharded."""
-    tensors = saved_tensors(model)
+def adapter_digests(model: PeftModel) -> dict[str, str]:
+    """Return a digest of each tensor of the active adapter, by the name it is saved under; {} if they are sharded."""
+    tensors = adapter_state_dict(model)
     if any(hasattr(tensor, "ds_shape") or tensor.is_meta for tensor in tensors.values()):
         return {}
-    return {name: digest(tensor) for name, tensor in tensors.items()}
+    return {name: tensor_digest(tensor) for name, tensor in tensors.items()}
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """16 hex digits of SHA-256 over the tensor's bytes."""
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the first 16 hex digits of SHA-256 over the tensor's bytes."""
+    # Viewed as bytes, because numpy has no bfloat16.
     data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_same_tensors(model: Any, folder: Path, place: Location | None = None) -> None:
-    """Nothing when the adapter's file and the adapter on the model hold the same tensors.
+def check_adapter_tensors(model: PeftModel, folder: Path, place: Location | None = None) -> None:
+    """Check that the adapter on the model has the tensors of the adapter's file.
+
+    PEFT loads a file with missing or extra tensors without an error, for example one trained on a model with another
+    number of layers.
 
     Raises:
-        ModelError: the file lacks tensors or has some to spare: it was trained on another model, with more layers or
-            fewer, say. PEFT loads such a file without a word.
+        ModelError: the file has missing or extra tensors, or other shapes.
     """
-    stored = {name: entry.shape for name, entry in read_header(folder / WEIGHTS).items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
-    missing = sorted(set(wanted) - set(stored))
-    extra = sorted(name for name in set(stored) - set(wanted) if not any(part in name for part in _EMBEDDINGS))
-    other = sorted(name for name in set(stored) & set(wanted) if stored[name] != wanted[name])
-    for names, what in ((missing, "lacks"), (extra, "has no place in this model for"), (other, "has another shape of")):
+    stored = {name: entry.shape for name, entry in read_header(folder / ADAPTER_WEIGHTS).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}
+    missing = sorted(set(expected) - set(stored))
+    extra = sorted(name for name in set(stored) - set(expected) if not any(part in name for part in _EMBEDDINGS))
+    mismatched = sorted(name for name in set(stored) & set(expected) if stored[name] != expected[name])
+    for names, what in (
+        (missing, "does not have"),
+        (extra, "has tensors that this model does not use:"),
+        (mismatched, "has another shape for"),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"the adapter {folder} {what} {', '.join(names[:3])}{more}: it was trained on another model",
+                f"the adapter {folder} {what} {', '.join(names[:3])}{more}; it was trained on another model",
                 place=place,
             )
 
 
-def check_same_base(model: Any, folder: Path, place: Location | None = None) -> None:
-    """Nothing when the adapter was trained on this model, or does not say on which.
+def check_adapter_base(model: PreTrainedModel, folder: Path, place: Location | None = None) -> None:
+    """Check that the adapter in `folder` was trained on this base model, if it has a fingerprint of its base.
 
     Raises:
-        ModelError: the fingerprint in the adapter's folder is another model's.
+        ModelError: the fingerprint is that of another model.
     """
     base = Path(getattr(model.config, "_name_or_path", "") or "")
-    recorded = fingerprint.read(folder)
+    recorded = read_fingerprint(folder)
     if recorded is None or not (base / "config.json").is_file():
         return
-    difference = fingerprint.difference(recorded, fingerprint.fingerprint(base))
+    difference = describe_difference(recorded, compute_fingerprint(base))
     if difference:
         raise ModelError(
             f"the adapter {folder} was trained on another base model than {base}: {difference}", place=place

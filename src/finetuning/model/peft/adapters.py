@@ -1,7 +1,9 @@
-"""What is trained of the model: all of it, a new adapter, or an adapter that is there already."""
+"""Put an adapter on a model: a new one, a saved one to train further, or none to train all weights."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,101 +13,106 @@ from transformers import PreTrainedModel
 
 from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
 from finetuning.errors import Location, ModelError
-from finetuning.model.embeddings import EmbeddingInfo
-from finetuning.model.peft.adapter_files import check_same_base, check_same_tensors, digests
-from finetuning.model.peft.target_modules import resolve_targets
-from finetuning.model.quantization import is_quantized
+from finetuning.model.peft.adapter_files import adapter_digests, check_adapter_base, check_adapter_tensors
 from finetuning.model.resolve import resolve_model
 
 if TYPE_CHECKING:
-    import peft
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    from finetuning.model.embeddings import EmbeddingInfo
 
 _KWARGS = "peft_conf.peft_kwargs"
 NEEDS_TASK_IDS = ("MULTITASK_PROMPT_TUNING", "POLY")
-"""Types that want a task id with each row, which no row format carries."""
+"""PEFT types that need a task id with each row; no row format has one."""
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """The model that is trained, and how much of it is."""
+    """The model to train, and how much of it is trainable."""
 
-    model: Any
-    """A PreTrainedModel, or a peft.PeftModel round it."""
-    peft_config: peft.PeftConfig | None
-    """The adapter's config; None when all weights are trained."""
-    trainable: int
-    """Number of weights that are trained."""
-    total: int
-    initial: dict[str, str]
-    """A digest of each tensor of a new adapter as it began, by the name that it is saved under: what is equal to it
-    after training was not trained. Empty without a new adapter."""
+    model: PreTrainedModel | PeftModel
+    peft_config: PeftConfig | None
+    """The adapter's config; None if all weights are trained."""
+    trainable_parameters: int
+    total_parameters: int
+    initial_digests: dict[str, str]
+    """Digests of a new adapter's tensors, by the names they are saved under: a saved tensor with the same digest was
+    not trained. Empty without an adapter."""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = f"{self.peft_config.peft_type.value} adapter" if self.peft_config is not None else "all weights"
-        share = 100 * self.trainable / max(self.total, 1)
-        return f"{what}: {self.trainable:,} of {self.total:,} weights are trained ({share:.3g} %)"
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        return (
+            f"{what}: {self.trainable_parameters:,} of {self.total_parameters:,} parameters are trained ({share:.3g} %)"
+        )
 
 
-def build_adapter(
+def apply_peft(
     model: PreTrainedModel,
     conf: NoPeft | PretrainedPeft | NewPeft,
     *,
-    vocabulary: EmbeddingInfo | None = None,
+    embeddings: EmbeddingInfo | None = None,
     total_steps: int | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
-    """The model to train, with its adapter on.
+    """Return the model to train, with the adapter of `conf` on it.
 
-    `total_steps` is filled in for the types that plan over the whole run (ADALORA). `autocast_adapter_dtype` keeps
-    adapter weights in float32 over a 16 bit base; FSDP needs it off, as it shards one type of number.
+    Args:
+        embeddings: what `resize_embeddings` returned; the rows of new tokens are made trainable.
+        total_steps: length of the run, for adapter types with a schedule (AdaLoRA).
+        autocast_adapter_dtype: keep adapter weights in float32 on a 16-bit base. Must be off under FSDP, which shards
+            weights of one dtype only.
 
     Raises:
-        ModelError: the adapter does not fit the model, or its type, arguments or target modules do not exist.
+        ModelError: the adapter does not fit the model, or its type, an argument or a target module does not exist.
     """
     if isinstance(conf, NoPeft):
+        from finetuning.model.quantization import is_quantized
+
         if is_quantized(model):
             raise ModelError(
-                "quantised weights cannot be trained themselves",
+                "quantized weights cannot be trained",
                 place=Location(key="peft_conf.peft_type"),
-                hint="Choose an adapter, such as LORA, or remove quant_conf.",
+                hint="Use an adapter, such as LORA, or remove quant_conf.",
             )
-        return _adapted(model, None, {}, ())
+        return _summarize(model, None, {}, ())
     if isinstance(conf, PretrainedPeft):
-        return _continue(model, conf, vocabulary, autocast_adapter_dtype)
+        return _load_adapter(model, conf, embeddings, autocast_adapter_dtype)
     from peft import get_peft_model
 
-    config = make_peft_config(model, conf, vocabulary=vocabulary, total_steps=total_steps)
+    config = make_peft_config(model, conf, embeddings=embeddings, total_steps=total_steps)
     if config.peft_type.value == "XLORA":
-        # Its first pass reads hidden states, and PEFT refuses it together with a key-value cache.
+        # X-LoRA's first pass reads hidden states, and PEFT refuses it with a key-value cache.
         model.config.use_cache = False
     try:
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, ImportError) as error:
-        raise _friendly(error, conf.peft_type) from error
-    notes = _notes(config, vocabulary)
-    return _adapted(wrapped, config, digests(wrapped), notes)
+        raise _rejected_by_peft(error, conf.peft_type) from error
+    return _summarize(adapted, config, adapter_digests(adapted), _notes(embeddings))
 
 
 def make_peft_config(
     model: PreTrainedModel,
     conf: NewPeft,
     *,
-    vocabulary: EmbeddingInfo | None = None,
+    embeddings: EmbeddingInfo | None = None,
     total_steps: int | None = None,
-) -> peft.PeftConfig:
-    """The PEFT config of a new adapter, checked against the model, with the rows of new tokens made trainable.
+) -> PeftConfig:
+    """Return the PEFT config of a new adapter, checked against the model, with the rows of new tokens made trainable.
 
     Raises:
-        ModelError: as `build_adapter`.
+        ModelError: as `apply_peft`.
     """
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    known = {member.value: member for member in PeftType}
+    peft_types = {member.value: member for member in PeftType}
     name = conf.peft_type.upper()
-    if name not in known:
-        near = get_close_matches(name, known, 1)
+    if name not in peft_types:
+        near = get_close_matches(name, peft_types, 1)
         raise ModelError(
             f"PEFT has no adapter type {conf.peft_type!r}",
             place=Location(key="peft_conf.peft_type"),
@@ -113,55 +120,122 @@ def make_peft_config(
         )
     if name in NEEDS_TASK_IDS:
         raise ModelError(
-            f"{name} wants a task id with each row, which training rows here do not carry",
+            f"{name} needs a task id with each row, which training rows here do not have",
             place=Location(key="peft_conf.peft_type"),
-            hint="LORA or PROMPT_TUNING learn one task without it.",
+            hint="For a single task use LORA or PROMPT_TUNING.",
         )
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
-    known_fields = [field.name for field in fields(config_class)]
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_types[name]]
+    field_names = [field.name for field in fields(config_class)]
     kwargs = dict(conf.peft_kwargs)
     for key in kwargs:
-        if key not in known_fields:
-            near = get_close_matches(key, known_fields, 1)
+        if key not in field_names:
+            near = get_close_matches(key, field_names, 1)
             raise ModelError(
                 f"{name} has no argument {key!r}",
                 place=Location(key=f"{_KWARGS}.{key}"),
                 hint=f"Did you mean {near[0]}?" if near else None,
             )
-    kwargs = resolve_targets(model, kwargs, place=_KWARGS, is_prompt=_is_prompt(config_class))
-    if "total_step" in known_fields and kwargs.get("total_step") is None and total_steps:
+    kwargs = _resolve_targets(model, kwargs, is_prompt_learning=_is_prompt_learning(config_class))
+    if "total_step" in field_names and kwargs.get("total_step") is None and total_steps:
         kwargs["total_step"] = total_steps
     if name == "XLORA":
         kwargs.setdefault("hidden_size", model.config.get_text_config().hidden_size)
-    if vocabulary is not None and vocabulary.new_ids:
-        kwargs = _train_new_tokens(model, name, config_class, kwargs, vocabulary)
+    if embeddings is not None and embeddings.new_ids:
+        kwargs = _train_new_tokens(model, name, config_class, kwargs, embeddings)
     try:
         return config_class(task_type=conf.task_type, **kwargs)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise _friendly(error, name) from error
+        raise _rejected_by_peft(error, name) from error
+
+
+def _resolve_targets(model: PreTrainedModel, kwargs: Mapping[str, Any], *, is_prompt_learning: bool) -> dict[str, Any]:
+    """Return the arguments with `target_modules` as PEFT expects it, after checking that every module name exists.
+
+    A list that contains `all-linear` means all linear layers except the output layer. PEFT expands only the plain
+    string; in a list it would take `all-linear` for a module name and silently adapt only the others.
+
+    Raises:
+        ModelError: a name matches no module.
+    """
+    resolved = dict(kwargs)
+    targets = resolved.get("target_modules")
+    if isinstance(targets, (list, tuple)) and ALL_LINEAR in targets:
+        resolved["target_modules"] = targets = ALL_LINEAR
+    if is_prompt_learning:
+        return resolved
+    if targets == ALL_LINEAR:
+        from finetuning.model.quantization import is_gptq, linear_layer_names
+
+        if is_gptq(model):
+            # PEFT expands all-linear to instances of torch.nn.Linear, which GPTQ's layers are not.
+            resolved["target_modules"] = linear_layer_names(model)
+    names = [name for name, _ in model.named_modules() if name]
+    for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
+        value = resolved.get(key)
+        if isinstance(value, str) and value != ALL_LINEAR and key == "target_modules":
+            _check_pattern(value, names, Location(key=f"{_KWARGS}.{key}"))
+        elif isinstance(value, (list, tuple)):
+            for name in value:
+                _check_module_name(str(name), names, Location(key=f"{_KWARGS}.{key}"))
+    return resolved
+
+
+def _check_pattern(pattern: str, names: Sequence[str], place: Location) -> None:
+    try:
+        matches = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise ModelError(f"{pattern!r} is not a valid regular expression: {error}", place=place) from None
+    if not matches:
+        example = max(names, key=lambda name: name.count("."))
+        raise ModelError(
+            f"the pattern {pattern!r} matches no module of the model",
+            place=place,
+            hint=f"It must match a whole name, such as {example}. {_suggest(pattern, names)}",
+        )
+
+
+def _check_module_name(module: str, names: Sequence[str], place: Location) -> None:
+    if not any(name == module or name.endswith(f".{module}") for name in names):
+        raise ModelError(f"the model has no module {module!r}", place=place, hint=_suggest(module, names))
+
+
+def _suggest(module: str, names: Sequence[str]) -> str:
+    # Layer indices are the last part of many names.
+    suffixes = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(10_000)})
+    near = get_close_matches(module.rpartition(".")[2], suffixes, 3, 0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else f"Its modules: {', '.join(suffixes)}."
 
 
 def _train_new_tokens(
-    model: PreTrainedModel, name: str, config_class: type, kwargs: dict[str, Any], vocabulary: EmbeddingInfo
+    model: PreTrainedModel, name: str, config_class: type, kwargs: dict[str, Any], embeddings: EmbeddingInfo
 ) -> dict[str, Any]:
-    """The arguments with the least added that trains the new tokens' rows, input and output."""
+    """Extend the arguments so that the rows of new tokens are trained, in the input and the output embeddings.
+
+    Single rows (`trainable_token_indices`) are preferred to whole embeddings (`modules_to_save`), which for a large
+    vocabulary are bigger than the adapter itself.
+
+    Raises:
+        ModelError: the adapter type supports neither.
+    """
     input_name, output_name = _embedding_names(model)
-    names = [input_name] if vocabulary.is_tied or output_name is None else [input_name, output_name]
-    known = {field.name for field in fields(config_class)}
+    names = [input_name] if embeddings.is_tied or output_name is None else [input_name, output_name]
+    field_names = {field.name for field in fields(config_class)}
     saved = kwargs.get("modules_to_save") or []
     if set(names) <= set(saved):
         return kwargs
-    ids = list(vocabulary.new_ids)
+    ids = list(embeddings.new_ids)
     if name == "TRAINABLE_TOKENS":
         return kwargs | {"token_indices": sorted({*kwargs.get("token_indices", ()), *ids})}
-    if "trainable_token_indices" in known:
-        given = kwargs.get("trainable_token_indices") or {}
-        given = given if isinstance(given, dict) else {input_name: given}
-        rows = {module: sorted({*given.get(module, ()), *ids}) for module in names if module not in saved}
-        return kwargs | {"trainable_token_indices": {**given, **rows}}
-    if "modules_to_save" in known and not _is_prompt(config_class) and not vocabulary.is_tied:
+    if "trainable_token_indices" in field_names:
+        indices = kwargs.get("trainable_token_indices") or {}
+        # PEFT takes a plain list to be for the input embeddings.
+        indices = indices if isinstance(indices, dict) else {input_name: indices}
+        rows = {module: sorted({*indices.get(module, ()), *ids}) for module in names if module not in saved}
+        return kwargs | {"trainable_token_indices": {**indices, **rows}}
+    # With tied embeddings, modules_to_save would train and save two separate copies.
+    if "modules_to_save" in field_names and not _is_prompt_learning(config_class) and not embeddings.is_tied:
         return kwargs | {"modules_to_save": list(dict.fromkeys([*saved, *names]))}
-    tied = ", whose input and output embeddings are tied" if vocabulary.is_tied else ""
+    tied = ", whose input and output embeddings are tied" if embeddings.is_tied else ""
     raise ModelError(
         f"{name} cannot train the rows of {len(ids)} new tokens of this model{tied}",
         place=Location(key="peft_conf.peft_type"),
@@ -170,58 +244,63 @@ def _train_new_tokens(
 
 
 def _embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
-    """The last part of the names of the input and the output embeddings, as PEFT matches them."""
+    """Return the last part of the names of the input and output embeddings, which is what PEFT matches."""
     by_module = {id(module): name for name, module in model.named_modules()}
     output = model.get_output_embeddings()
     input_name = by_module[id(model.get_input_embeddings())].rpartition(".")[2]
     return input_name, None if output is None else by_module[id(output)].rpartition(".")[2]
 
 
-def _continue(
-    model: PreTrainedModel, conf: PretrainedPeft, vocabulary: EmbeddingInfo | None, autocast_adapter_dtype: bool
+def _load_adapter(
+    model: PreTrainedModel, conf: PretrainedPeft, embeddings: EmbeddingInfo | None, autocast_adapter_dtype: bool
 ) -> AdaptedModel:
+    """Load a saved adapter to train it further.
+
+    Raises:
+        ModelError: it is missing or damaged, belongs to another base, or has nothing to train.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
     place = Location(key="peft_conf.name_or_path")
     location = resolve_model(conf.name_or_path, "adapter", key=place.key)
-    if vocabulary is not None and vocabulary.new_ids:
+    if embeddings is not None and embeddings.new_ids:
         raise ModelError(
-            f"{len(vocabulary.new_ids)} tokens are new to the tokenizer; the adapter {location} cannot train them",
+            f"{len(embeddings.new_ids)} tokens are new to the tokenizer, and the adapter {location} cannot train them",
             place=place,
             hint="Train on the base model and tokenizer that were saved with the adapter (run_conf.model,"
             " run_conf.tokenizer), or keep the tokenizer's own chat template.",
         )
     if location.folder is not None:
         _refuse_pickle(location.folder, place)
-        check_same_base(model, location.folder, place)
+        check_adapter_base(model, location.folder, place)
     try:
-        wrapped = PeftModel.from_pretrained(
+        adapted = PeftModel.from_pretrained(
             model,
             location.name,
             is_trainable=True,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            **location.hub_arguments,
+            **location.hub_kwargs,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the adapter {location} cannot be loaded: {' '.join(lines[:2])}", place=place) from error
     if location.folder is not None:
-        check_same_tensors(wrapped, location.folder, place)
-    _show_bias(wrapped)
-    config = wrapped.active_peft_config
-    adapted = _adapted(wrapped, config, digests(wrapped), _notes(config, None))
-    if adapted.trainable == 0:
-        raise ModelError(f"nothing of the adapter {location} can be trained", place=place)
-    return adapted
+        check_adapter_tensors(adapted, location.folder, place)
+    _register_missing_bias(adapted)
+    summary = _summarize(adapted, adapted.active_peft_config, adapter_digests(adapted), ())
+    if summary.trainable_parameters == 0:
+        raise ModelError(f"the adapter {location} has no trainable parameters", place=place)
+    return summary
 
 
-def _show_bias(wrapped: Any) -> None:
-    """Gives an output layer with trained rows the bias that it has not, for those who read it beside the weights.
+def _register_missing_bias(adapted: PeftModel) -> None:
+    """Give an output layer that PEFT has wrapped for trainable token rows a `bias` of None, as torch.nn.Linear has.
 
-    PEFT's wrapper shows weights alone, with the rows in them; TRL's preference losses take weights and bias.
+    PEFT's wrapper exposes only the weight. TRL's preference losses read `lm_head.weight` and `lm_head.bias`, and would
+    fail with an AttributeError.
     """
-    head = wrapped.get_output_embeddings()
+    head = adapted.get_output_embeddings()
     original = getattr(head, "original_module", None)
     if original is not None and not hasattr(head, "bias") and getattr(original, "bias", None) is None:
         head.register_parameter("bias", None)
@@ -230,40 +309,45 @@ def _show_bias(wrapped: Any) -> None:
 def _refuse_pickle(folder: Path, place: Location) -> None:
     if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
-            f"{folder} holds a pickled adapter (adapter_model.bin), which can run code when it is opened",
+            f"{folder} has a pickled adapter (adapter_model.bin), which can execute code when it is loaded",
             place=place,
-            hint="Convert it to safetensors where you trust it: PeftModel.from_pretrained(…).save_pretrained(…).",
+            hint="If you trust it, convert it to safetensors: PeftModel.from_pretrained(…).save_pretrained(…).",
         )
 
 
-def _is_prompt(config_class: type) -> bool:
+def _is_prompt_learning(config_class: type) -> bool:
     from peft.config import PromptLearningConfig
 
     return issubclass(config_class, PromptLearningConfig)
 
 
-def _friendly(error: Exception, name: str) -> ModelError:
+def _rejected_by_peft(error: Exception, name: str) -> ModelError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ModelError(
-        f"{name} refuses this: {' '.join(line.strip() for line in lines[:3])}", place=Location(key=_KWARGS)
+        f"PEFT rejects the arguments of {name}: {' '.join(line.strip() for line in lines[:3])}",
+        place=Location(key=_KWARGS),
     )
 
 
-def _notes(config: peft.PeftConfig, vocabulary: EmbeddingInfo | None) -> tuple[str, ...]:
-    notes = []
-    if vocabulary is not None and vocabulary.new_ids:
-        notes.append(f"the rows of {len(vocabulary.new_ids)} new tokens are trained and saved with the adapter")
-    return tuple(notes)
+def _notes(embeddings: EmbeddingInfo | None) -> tuple[str, ...]:
+    if embeddings is None or not embeddings.new_ids:
+        return ()
+    return (f"the rows of {len(embeddings.new_ids)} new tokens are trained and saved with the adapter",)
 
 
-def _adapted(model: Any, config: Any, initial: dict[str, str], notes: tuple[str, ...]) -> AdaptedModel:
-    def count(parameter: Any) -> int:
-        # 4 bit weights hold two numbers a byte, ZeRO-3 shards hold none.
+def _summarize(
+    model: PreTrainedModel | PeftModel,
+    config: PeftConfig | None,
+    initial_digests: dict[str, str],
+    notes: tuple[str, ...],
+) -> AdaptedModel:
+    def numel(parameter: torch.nn.Parameter) -> int:
+        # bitsandbytes packs two 4-bit weights into a byte, and a ZeRO-3 shard is empty: neither shows in numel().
         if hasattr(parameter, "ds_numel"):
             return parameter.ds_numel
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
         return parameter.numel() if shape is None else shape.numel()
 
     parameters = list(model.parameters())
-    trainable = sum(count(parameter) for parameter in parameters if parameter.requires_grad)
-    return AdaptedModel(model, config, trainable, sum(map(count, parameters)), initial, notes)
+    trainable = sum(numel(parameter) for parameter in parameters if parameter.requires_grad)
+    return AdaptedModel(model, config, trainable, sum(map(numel, parameters)), initial_digests, notes)

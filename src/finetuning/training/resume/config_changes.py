@@ -208,10 +208,10 @@ def compare_with_checkpoint(
     Raises:
         CheckpointError: the checkpoint does not fit, or the curve would change without leave.
     """
-    from finetuning.model.fingerprint import can_fingerprint, fingerprint
+    from finetuning.model.fingerprint import can_fingerprint, compute_fingerprint
 
     folder = Path(experiment.run_conf.model)
-    contract = make_run_config(experiment, plan, data, fingerprint(folder) if can_fingerprint(folder) else None)
+    contract = make_run_config(experiment, plan, data, compute_fingerprint(folder) if can_fingerprint(folder) else None)
     if checkpoint is None:
         return ResumeTerms(contract)
     return compare(checkpoint, contract, experiment)
