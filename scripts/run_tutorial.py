@@ -22,6 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "get-started" / "first-fine-tune.md"
 BLOCK = re.compile(r'(<!-- docs-test: not run[^\n]*-->\n)?^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 WIDTH = 100
+# What libraries print at import, by the packages that happen to be installed, and their progress bars.
+NOISE = re.compile(r"^Failed to load .*\.so|^W\d{4} .* torch/|it/s\]$")
 
 
 def run(script: str, folder: Path) -> list[str]:
@@ -45,7 +47,8 @@ def run(script: str, folder: Path) -> list[str]:
         text=True,
         check=False,
     )
-    lines = result.stdout.replace(f"{folder}/", "").strip("\n").splitlines()
+    lines = result.stdout.replace(f"{folder}/", "").splitlines()
+    lines = "\n".join(line for line in lines if not NOISE.search(line)).strip("\n").splitlines()
     return [line if len(line) <= WIDTH else f"{line[: WIDTH - 2].rstrip()} …" for line in map(str.rstrip, lines)]
 
 

@@ -284,6 +284,23 @@ def test_links_and_anchors_exist(path: Path) -> None:
         assert not anchor or anchor in anchors_of(linked), f"{path}: no heading for {target}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_and_files_that_are_named_exist(path: Path) -> None:
+    if path.name == "new-algorithm.md":
+        pytest.skip("names the files of an algorithm that is not part of the package")
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"`(finetuning(?:\.\w+)+)`", text):
+        module, _, attribute = name.rpartition(".")
+        path_of_name = ROOT / "src" / name.replace(".", "/")
+        is_module = path_of_name.is_dir() or path_of_name.with_suffix(".py").exists()
+        assert is_module or hasattr(importlib.import_module(module), attribute), name
+    packages = "|".join(folder.name for folder in (ROOT / "src" / "finetuning").iterdir() if folder.is_dir())
+    for name in re.findall(rf"`((?:{packages})/[\w./-]*)`", text):
+        assert (ROOT / "src" / "finetuning" / name).exists() or name == "data/train.jsonl", name
+    for name in re.findall(r"`((?:src|tests|scripts|benchmarks|examples|deploy|docker)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
 def test_every_page_is_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     missing = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]

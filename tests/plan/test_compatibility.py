@@ -178,9 +178,7 @@ def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: An
 
 def test_the_page_is_what_the_code_says() -> None:
     page = ROOT / "docs" / "reference" / "support.md"
-    assert page.read_text() == compatibility_page(), (
-        "write it anew: python -m finetuning.plan.compatibility docs/reference/support.md"
-    )
+    assert page.read_text() == compatibility_page(), "run: make docs"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def _problems(setting: RunContext) -> Iterator[Problem]:
 
 
 def unsupported_inits_table() -> list[str]:
-    """The refused beginnings in Markdown."""
-    lines = ["| `init_lora_weights` | why not | instead |", "|---|---|---|"]
+    """Return the table of unsupported initializations in Markdown."""
+    lines = ["| `init_lora_weights` | reason | instead |", "|---|---|---|"]
     shown = ((one.name + "…" if one.name.endswith("_") else one.name, one) for one in UNSUPPORTED_INITS)
     return [*lines, *(f"| `{name}` | {one.why} | {one.instead} |" for name, one in shown)]
