@@ -117,6 +117,9 @@ class TrackerGroup:
         self._trackers.clear()
 
     def _disable(self, tracker: Tracker, error: Exception, *, close: bool) -> None:
+        # A second call may fail before the first has removed the tracker: callbacks run in several threads.
+        if tracker not in self._trackers:
+            return
         self._trackers.remove(tracker)
         self.failures[tracker.name] = f"{type(error).__name__}: {error}"
         logger.warning("%s failed and is disabled: %s", tracker.name, self.failures[tracker.name])
