@@ -37,6 +37,8 @@ _LIBRARIES = (
     "bitsandbytes",
     "datasets",
     "torch",
+    "torch.utils._pytree",
+    "torchao",
     "huggingface_hub",
     "httpx",
 )
