@@ -53,23 +53,23 @@ def test_every_key_is_described(config: type) -> None:
 
 
 def test_docstrings_are_inherited_and_overridden() -> None:
-    found = field_docstrings(DPOTrainingArgs)
-    assert found["seed"].startswith("Seed of")
-    assert found["beta"].startswith("Weight of the reference model")
-    assert found.keys() == DPOTrainingArgs.model_fields.keys()
+    docstrings = field_docstrings(DPOTrainingArgs)
+    assert docstrings["seed"].startswith("Random seed of")
+    assert docstrings["beta"].startswith("Strength of the regularization")
+    assert docstrings.keys() == DPOTrainingArgs.model_fields.keys()
 
 
 @pytest.mark.parametrize(
     "peft_conf", ["{peft_type: NO_PEFT}", "{peft_type: PRETRAINED_PEFT, name_or_path: x}", "{peft_type: LORA}"]
 )
-def test_the_schema_takes_what_is_right(peft_conf: str, check: Callable, changed: Callable[..., str]) -> None:
+def test_valid_configs_match_the_schema(peft_conf: str, check: Callable, changed: Callable[..., str]) -> None:
     experiment = check(changed(peft_conf=peft_conf, training_args="{dataloader_num_workers: 2}")).experiment
     values = dump_values(experiment)
     assert errors(SFTExperiment, values) == []
     assert errors(SFTExperiment, values, table_fields()) == []
 
 
-def test_the_schema_refuses_what_is_wrong(check: Callable, sft_text: str) -> None:
+def test_invalid_configs_do_not_match_the_schema(check: Callable, sft_text: str) -> None:
     values = dump_values(check(sft_text).experiment)
     assert errors(SFTExperiment, {**values, "modl": 1})
     assert errors(SFTExperiment, {**values, "batchsize_conf": {"total_train_batch_size": 0}})
@@ -81,6 +81,6 @@ def test_the_schema_refuses_what_is_wrong(check: Callable, sft_text: str) -> Non
     assert errors(SFTExperiment, wrong, table_fields())
 
 
-def test_the_reference_is_fresh() -> None:
+def test_config_reference_is_up_to_date() -> None:
     written = (ROOT / "docs" / "reference" / "config.md").read_text(encoding="utf-8")
     assert written == reference(), "run: make docs"

@@ -96,7 +96,10 @@ peft_config:
         ({"overrides": "{lr_multiplier: 0}"}, "overrides.lr_multiplier: must be > 0 (got 0)"),
         ({"overrides": "{lr_multiplier: .inf}"}, "overrides.lr_multiplier: must be a finite number (got inf)"),
         ({"overrides": "{lr_batch_size_scaling: square}"}, "must be one of none, sqrt, linear (got"),
-        ({"training_args": "{logging_steps: 1.5}"}, "must be a whole number of steps, or a share of them below 1"),
+        (
+            {"training_args": "{logging_steps: 1.5}"},
+            "must be a whole number of steps, or a fraction of all steps below 1",
+        ),
         ({"training_args": "{report_to: [1]}"}, "training_args.report_to.0: expected text (got 1). Put it in quotes."),
         ({"training_args": "{report_to: 1}"}, "training_args.report_to: expected text or a list (got 1)"),
         ({"training_args": "{output_dir: ''}"}, "training_args.output_dir: must not be empty"),

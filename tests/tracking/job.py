@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.tracking.mlflow.tracker import start_mlflow
 from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 

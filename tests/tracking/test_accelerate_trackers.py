@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetuning.cli.main import main
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.errors import EXIT_USER
 from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundTracker, TrackerRun
 from finetuning.tracking.hf_integrations import GuardedCallback

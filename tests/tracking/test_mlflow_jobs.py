@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.errors import ConfigError
 from finetuning.tracking.mlflow.sync import sync_run
 from finetuning.tracking.mlflow.tracker import start_mlflow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.errors import ConfigError
 from finetuning.tracking.settings import ResolvedValue, TrackingOptions, resolve_tracking
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from finetuning.config.sections.training import GRPOArgs
+from finetuning.config.sections.rewards import GRPOArgs
 from finetuning.errors import ConfigError
 from finetuning.trainer.reward_functions import build_rewards, needed_columns
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, requested_trackers
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, TrackingConfig, requested_trackers
 from finetuning.tracking.tracker import (
     LogEvent,
     RunIdentity,

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from finetuning.config.redaction import drop_secrets, is_secret_key, strip_user_info
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.errors import ConfigError, Location
 
 _TRUE = {"1", "true", "yes", "on"}

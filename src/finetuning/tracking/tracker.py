@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Literal
 
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import TrackingConfig
 
 logger = logging.getLogger(__name__)
 

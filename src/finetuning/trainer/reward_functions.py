@@ -16,7 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetuning.config.sections.training import ExactMatch, Function, GRPOArgs, JsonValid, Length, RegexMatch
+from finetuning.config.sections.rewards import (
+    ExactMatchReward,
+    FunctionReward,
+    GRPOArgs,
+    JsonReward,
+    LengthReward,
+    RegexReward,
+)
 from finetuning.errors import ConfigError, FinetuningError, Location
 
 Completion = list[dict[str, Any]]
@@ -107,7 +114,7 @@ def build_rewards(args: GRPOArgs) -> list[NamedReward]:
     made = []
     for index, conf in enumerate(args.rewards):
         place = Location(key=f"grpo_args.rewards[{index}]")
-        if isinstance(conf, Function):
+        if isinstance(conf, FunctionReward):
             made.append(NamedReward(conf.path, place, load_function(conf.path, place), dict(conf.arguments)))
         else:
             made.append(NamedReward(conf.type, place, _OWN[type(conf)](conf)))
@@ -127,7 +134,7 @@ def _with_names_of_their_own(rewards: list[NamedReward]) -> list[NamedReward]:
 
 def needed_columns(args: GRPOArgs) -> dict[str, str]:
     """The columns that rows must have, each with what needs it."""
-    return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatch)}
+    return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatchReward)}
 
 
 def load_function(path: str, place: Location) -> Callable[..., Any]:
@@ -167,7 +174,7 @@ def text_of(completion: Completion) -> str:
     return completion[0].get("content") or ""
 
 
-def exact_match(conf: ExactMatch) -> Callable[..., Values]:
+def exact_match(conf: ExactMatchReward) -> Callable[..., Values]:
     def tidy(text: str) -> str:
         return text.strip().lower() if conf.ignore_case else text.strip()
 
@@ -188,7 +195,7 @@ def exact_match(conf: ExactMatch) -> Callable[..., Values]:
     return reward
 
 
-def regex(conf: RegexMatch) -> Callable[..., Values]:
+def regex(conf: RegexReward) -> Callable[..., Values]:
     pattern = re.compile(conf.pattern, re.DOTALL)
 
     def reward(completions: list[Completion]) -> Values:
@@ -197,7 +204,7 @@ def regex(conf: RegexMatch) -> Callable[..., Values]:
     return reward
 
 
-def json_valid(conf: JsonValid) -> Callable[..., Values]:
+def json_valid(conf: JsonReward) -> Callable[..., Values]:
     def is_right(text: str) -> bool:
         try:
             value = json.loads(text)
@@ -211,7 +218,7 @@ def json_valid(conf: JsonValid) -> Callable[..., Values]:
     return reward
 
 
-def length(conf: Length) -> Callable[..., Values]:
+def length(conf: LengthReward) -> Callable[..., Values]:
     def reward(completion_ids: list[list[int]]) -> Values:
         return [max(0.0, 1 - abs(len(ids) - conf.target) / conf.target) for ids in completion_ids]
 
@@ -219,8 +226,8 @@ def length(conf: Length) -> Callable[..., Values]:
 
 
 _OWN: dict[type, Callable[[Any], Callable[..., Values]]] = {
-    ExactMatch: exact_match,
-    RegexMatch: regex,
-    JsonValid: json_valid,
-    Length: length,
+    ExactMatchReward: exact_match,
+    RegexReward: regex,
+    JsonReward: json_valid,
+    LengthReward: length,
 }

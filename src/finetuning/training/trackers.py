@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, BUILTIN_TRACKERS, requested_trackers
-from finetuning.config.sections.training import TrackingConfig
+from finetuning.config.sections.tracking import (
+    ACCELERATE_TRACKERS,
+    BUILTIN_TRACKERS,
+    TrackingConfig,
+    requested_trackers,
+)
 from finetuning.config.yaml.dump import dump_values
 from finetuning.report.run_folder import CONFIG_NAME
 

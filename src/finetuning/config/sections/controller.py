@@ -1,4 +1,4 @@
-"""`trainer_controller` and `guard`: what steers a run while it trains."""
+"""`trainer_controller` and `guard`: rules that act on a run while it trains, and the guard against divergence."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TriggerName = Literal[
     "on_prediction_step",
     "on_save",
 ]
-"""The trainer's events, at any of which rules can be looked at."""
+"""The events of `transformers.TrainerCallback` that can trigger a rule."""
 
 HF_CONTROLS = "hfcontrols"
-"""The name of the operations that are there without being listed."""
+"""The name of the operations that are always available."""
 
 METRIC_CLASSES: dict[str, frozenset[str]] = {
     "Loss": frozenset(),
@@ -36,7 +36,7 @@ METRIC_CLASSES: dict[str, frozenset[str]] = {
     "HistoryBasedMetric": frozenset({"window_size"}),
     "PerProcessState": frozenset(),
 }
-"""The metrics that have a name, and the arguments of each."""
+"""The built-in metric classes and the names of their arguments."""
 
 OPERATION_CLASSES: dict[str, tuple[str, ...]] = {
     "HFControls": (
@@ -48,12 +48,12 @@ OPERATION_CLASSES: dict[str, tuple[str, ...]] = {
     ),
     "LogControl": ("should_log",),
 }
-"""The operations that have a name, and the actions of each."""
+"""The built-in operation classes and the names of their actions."""
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-def _lower(value: Any) -> Any:
+def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
@@ -61,87 +61,104 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], B
 
 
 class Component(ConfigSection):
-    """A metric or an operation: its name in rules, and what makes it."""
+    """A metric or an operation: a class, its arguments, and the name that rules refer to it by."""
 
     name: NonEmpty
-    """The name that rules and controllers use."""
+    """Name used in rules and controllers."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """The class's arguments."""
+    """Keyword arguments of the class."""
 
     @property
     def class_name(self) -> str:
-        """The key `class`, which is no name in Python."""
+        """The key `class`, which is a reserved word in Python."""
         return getattr(self, "class")
 
 
-def _component(name: str, text: str, description: str) -> type[Component]:
-    fields: dict[str, Any] = {"class": (NonEmpty, Field(description=description))}
-    return create_model(name, __base__=Component, __module__=__name__, __doc__=text, **fields)
-
-
-ControllerMetric = _component(
+# `class` cannot be declared in a class body, so these two sections are created by call.
+ControllerMetric: type[Component] = create_model(
     "ControllerMetric",
-    "A value that rules can look at.",
-    f"One of {', '.join(METRIC_CLASSES)}, or the import path `package.module.Class` of your own.",
+    __base__=Component,
+    __module__=__name__,
+    __doc__="A metric that rules can use.",
+    **{
+        "class": (
+            NonEmpty,
+            Field(
+                description=f"Metric class: one of {', '.join(METRIC_CLASSES)}, or the import path"
+                " `package.module.Class` of your own."
+            ),
+        )
+    },  # pyright: ignore[reportArgumentType]
 )
-ControllerOperation = _component(
+ControllerOperation: type[Component] = create_model(
     "ControllerOperation",
-    "Something that a controller can do.",
-    f"One of {', '.join(OPERATION_CLASSES)}, or the import path `package.module.Class` of your own.",
+    __base__=Component,
+    __module__=__name__,
+    __doc__="An operation that controllers can run.",
+    **{
+        "class": (
+            NonEmpty,
+            Field(
+                description=f"Operation class: one of {', '.join(OPERATION_CLASSES)}, or the import path"
+                " `package.module.Class` of your own."
+            ),
+        )
+    },  # pyright: ignore[reportArgumentType]
 )
 
 
 class Patience(ConfigSection):
-    """How often a rule must hold before it acts."""
+    """How many times a rule must be true before it acts."""
 
     patience_threshold: int = Field(default=1, ge=0)
-    """The rule acts when it has held more often than this; then counting begins anew."""
+    """The rule acts once it has been true more often than this. The count then restarts at 0."""
     mode: Literal["reset_on_failure", "no_reset_on_failure"] = "reset_on_failure"
-    """Whether a rule that does not hold sets the count back to 0."""
+    """`reset_on_failure` resets the count to 0 whenever the rule is false."""
 
 
 class ControllerConfig(ConfigSection):
-    """How a controller speaks."""
+    """Logging of a controller."""
 
     trigger_log_level: LogLevel = "debug"
-    """Level of the log line that is written when the controller acts."""
+    """Level of the log message written each time the controller acts."""
 
 
 class Controller(ConfigSection):
-    """One rule: when it is looked at, what it says, and what is done when it holds."""
+    """A rule, the events that evaluate it, and the operations to run when it is true."""
 
     name: NonEmpty
-    """The controller's name, for log lines."""
+    """Name of the controller in log messages."""
     triggers: list[TriggerName] = Field(min_length=1)
-    """The trainer's events at which the rule is looked at."""
+    """Trainer events at which the rule is evaluated."""
     rule: str = Field(min_length=1, max_length=2000)
-    """An expression of metrics that is true or false."""
+    """Boolean expression over the metrics, such as `loss["loss"] < 0.5`."""
     operations: list[NonEmpty] = Field(min_length=1)
-    """What is done when the rule holds: `operation.action`, such as `hfcontrols.should_training_stop`."""
+    """Actions to run when the rule is true: `operation.action`, such as `hfcontrols.should_training_stop`."""
     config: ControllerConfig = ControllerConfig()
-    """How the controller speaks."""
+    """Logging of the controller."""
     patience: Patience | None = None
-    """How often the rule must hold before it acts; by default once."""
+    """How many times the rule must be true before it acts. By default it acts every time."""
 
 
 class TrainerController(ConfigSection):
-    """Rules that are looked at while a run trains, and what is done when one holds."""
+    """Rules that are evaluated while the model trains, and the operations that they run."""
 
-    controller_metrics: list[ControllerMetric] = Field(default_factory=list)
-    """The values that rules look at."""
-    operations: list[ControllerOperation] = Field(default_factory=list)
-    """What controllers can do besides `hfcontrols`, which is always there."""
+    # Pydantic builds the item types from these variables, which the type checker sees as plain values.
+    controller_metrics: list[ControllerMetric] = Field(default_factory=list)  # pyright: ignore[reportInvalidTypeForm]
+    """Metrics that rules can use."""
+    operations: list[ControllerOperation] = Field(default_factory=list)  # pyright: ignore[reportInvalidTypeForm]
+    """Operations that controllers can run, in addition to `hfcontrols`, which is always available."""
     controllers: list[Controller] = Field(default_factory=list)
-    """The rules."""
+    """Controllers: rules with their triggers and operations."""
 
 
 class LossGuardConfig(ConfigSection):
-    """What stops a run that has gone wrong. A loss or gradient that is not finite always stops it."""
+    """Stop a run whose loss diverges. A non-finite loss or gradient norm always stops the run."""
 
     enabled: bool = True
-    """Whether a loss that has exploded stops the run."""
+    """Stop the run when the loss explodes."""
     explode_factor: float = Field(default=3.0, gt=1)
-    """A logged loss has exploded when it is above all of the last 50, above their median times this factor, and above
-    that median plus 1."""
+    """A logged loss counts as exploded if it exceeds each of the last 50 logged losses, their median times this factor,
+    and their median plus 1."""
     patience: int = Field(default=5, ge=1)
-    """So many exploded losses in a row stop the run."""
+    """Number of consecutive exploded losses after which the run stops."""

@@ -1,4 +1,4 @@
-"""`data_conf`: what is trained on, and the chat template and padding that it meets on its way."""
+"""`data_conf`: training and validation data, chat template and padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetuning.config.sections.section import ConfigSection
 
 
 class ChatTemplateName(StrEnum):
-    """The chat templates that have a name. `keep-original` is the tokenizer's own."""
+    """Built-in chat templates. `keep-original` uses the template of the tokenizer."""
 
     MISTRAL_WITH_SYSTEM = "mistral-with-system"
     CHAT_ML = "chat-ml"
@@ -21,10 +21,9 @@ class ChatTemplateName(StrEnum):
 
 
 class MissingPadTokenStrategy(StrEnum):
-    """Which token pads when the tokenizer has no padding token. Padding is never trained on, whichever it is.
+    """Which token to pad with if the tokenizer has no padding token. Padding never contributes to the loss.
 
-    `unk-convert-to-eos` pads with the unknown token in the labels' place and shows the model the end-of-sequence
-    token instead.
+    `unk-convert-to-eos` pads the labels with the unknown token and the model's inputs with the end-of-sequence token.
     """
 
     BOS_REPURPOSE = "bos-repurpose"
@@ -34,7 +33,7 @@ class MissingPadTokenStrategy(StrEnum):
 
 
 class FormatName(StrEnum):
-    """The shapes that rows come in; `docs/reference/data-formats.md` shows a row of each."""
+    """Row formats. `docs/reference/data-formats.md` shows an example row of each."""
 
     MESSAGES = "messages"
     ALPACA = "alpaca"
@@ -51,111 +50,114 @@ class FormatName(StrEnum):
 
 
 class Handler(ConfigSection):
-    """One step that rows go through before their format is read."""
+    """A transformation of the rows, applied before their format is read."""
 
     name: str = Field(min_length=1)
     """`rename_columns`, `select_columns`, `remove_columns`, `duplicate_columns`, `skip_samples_with_large_columns`,
-    `apply_custom_jinja_template`, or one that says how rows are tokenised: `tokenize_and_apply_input_masking`,
-    `apply_tokenizer_chat_template`, `tokenize_and_apply_chat_template_with_masking`, `tokenize`."""
+    `apply_custom_jinja_template`, or one of the handlers that choose how rows are tokenized:
+    `tokenize_and_apply_input_masking`, `apply_tokenizer_chat_template`,
+    `tokenize_and_apply_chat_template_with_masking`, `tokenize`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """The step's arguments, by the names that fms-hf-tuning gives them; its `fn_kwargs` may stand in between."""
+    """Arguments of the handler, named as in fms-hf-tuning. They may be nested under `fn_kwargs`."""
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class DatasetSource(ConfigSection):
-    """One dataset."""
+    """A dataset and how to read it."""
 
     path: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
-    """A file, a folder, a glob such as `data/*.jsonl`, a dataset on the Hugging Face Hub, or a list of these. Files are
-    JSON Lines, JSON, Parquet, Arrow, CSV or text, and may be compressed (.gz, .bz2, .xz, .zst)."""
+    """A file, a folder, a glob such as `data/*.jsonl`, a dataset id on the Hugging Face Hub, or a list of these.
+    Supported files: JSON Lines, JSON, Parquet, Arrow, CSV and text, optionally compressed (.gz, .bz2, .xz, .zst)."""
     split: str | None = None
-    """The split to read of a dataset on the hub (by default `train`), or of a folder with a file for each split."""
+    """Split of a Hub dataset (default `train`), or of a folder with one file per split."""
     subset: str | None = None
-    """The configuration of a dataset on the hub that has several."""
+    """Configuration name of a Hub dataset that has several."""
     revision: str | None = None
-    """The revision of a dataset on the hub: a branch, tag or commit."""
+    """Branch, tag or commit of a Hub dataset."""
     format: FormatName | None = None
-    """The shape of the rows; by default it is told from the first rows, and reported."""
+    """Format of the rows. By default detected from the first rows, and logged."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Columns to rename, theirs to ours: `{question: prompt, answer: completion}`."""
+    """Columns to rename, from the dataset's name to the engine's: `{question: prompt, answer: completion}`."""
     handlers: list[Handler] = Field(default_factory=list)
-    """Steps that each row goes through, in order, after the columns were renamed."""
+    """Transformations applied to each row, in order, after `columns` were renamed."""
     dataset_text_field: str | None = None
-    """The column of rows that are one text; by default `text`."""
+    """Column that holds the text of plain-text rows. Defaults to `text`."""
     data_formatter_template: str | None = None
-    """Makes one text of a row: `### Input: {{input}} ### Answer: {{output}}`. What stands in the braces is a column, or
-    else a Jinja expression."""
+    """Template that renders a row to plain text: `### Input: {{input}} ### Answer: {{output}}`. Each placeholder is a
+    column name or a Jinja expression."""
     response_template: str | None = Field(default=None, min_length=1)
-    """In rows that are one text: what stands before the response. The text up to the last of it is not trained."""
+    """Marker before the response in plain-text rows. Text up to and including its last occurrence is masked out of the
+    loss."""
     instruction_template: str | None = Field(default=None, min_length=1)
-    """With `response_template`, in texts of several turns: what stands before each instruction. Each response is
-    trained up to the next instruction."""
+    """Marker before each instruction in multi-turn plain text. Requires `response_template`: each response is then
+    trained on up to the next instruction."""
     add_eos_token: bool = True
-    """End texts, and completions that no chat template ends, with the end-of-sequence token."""
+    """Append the end-of-sequence token to plain text and to completions that no chat template terminates."""
     text_unit: Literal["line", "paragraph", "document"] = "line"
-    """What is a row in a text file."""
+    """What makes up one row of a text file."""
     max_rows: int | None = Field(default=None, gt=0)
-    """Most rows that are read of this dataset, from its beginning."""
+    """Maximum number of rows to read from the start of this dataset."""
     train_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Share of this dataset that is trained on; by default all that validation leaves."""
+    """Fraction of this dataset to train on. By default everything that is not used for validation."""
     validation_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Share of this dataset that becomes validation data, where `validation_data.type` is `FROM_DATASETS`."""
+    """Fraction of this dataset to use as validation data, if `validation_data.type` is `FROM_DATASETS`."""
 
 
 class WeightedDatasetSource(DatasetSource):
-    """One dataset of a weighted mix."""
+    """A dataset in a weighted mix."""
 
     sampling_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """How often rows are drawn from this dataset, relative to the others. 0 skips the dataset."""
+    """Relative probability of drawing a row from this dataset. 0 skips the dataset."""
 
 
 class _DataInput(ConfigSection):
     data_type: str | None = None
-    """Read for compatibility and ignored: the method says which rows it needs."""
+    """Accepted for compatibility and ignored: the algorithm determines the kind of rows."""
 
 
 class Concatenation(_DataInput):
-    """All rows of all datasets, one dataset after another."""
+    """All rows of all datasets, one dataset after the other."""
 
     type: Literal["CONCATENATION"]
     datasets: Annotated[list[DatasetSource], Field(min_length=1)]
-    """The datasets, in order."""
+    """Datasets to concatenate, in order."""
 
 
 class WeightedMix(_DataInput):
-    """Datasets interleaved by weight."""
+    """Datasets interleaved by sampling weight."""
 
     type: Literal["PRECOMPUTE_WEIGHTED_MIX"]
     datasets: Annotated[list[WeightedDatasetSource], Field(min_length=1)]
-    """The datasets with their weights. When all weights are 1.0 the datasets take turns, row by row."""
+    """Datasets and their sampling weights. If all weights are 1.0, the datasets alternate row by row."""
     seed: int = 19851243
-    """Seed of the draws."""
+    """Random seed of the sampling."""
     stopping: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
-    """When the mix ends: when every row of every dataset was drawn, or when one dataset has no row left."""
+    """When the mix ends: `all_exhausted` once every row of every dataset was drawn, `first_exhausted` once any dataset
+    runs out of rows."""
 
 
 class AutoSplit(_DataInput):
-    """A part of the training data, taken out of it and used for validation."""
+    """Hold out a random fraction of the training data for validation."""
 
     type: Literal["AUTO_SPLIT"]
     ratio: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the training data that becomes validation data, between 0 and 1."""
+    """Fraction of the training data to hold out, between 0 and 1."""
     seed: int = 1289525893
-    """Seed of the split."""
+    """Random seed of the split."""
 
 
 class FromDatasets(_DataInput):
-    """The `validation_ratio` of each training dataset, taken out of it before datasets are mixed."""
+    """Hold out the `validation_ratio` of each training dataset, before the datasets are mixed."""
 
     type: Literal["FROM_DATASETS"]
     seed: int = 1289525893
-    """Seed of the splits."""
+    """Random seed of the splits."""
 
 
 class NoData(_DataInput):
-    """No validation."""
+    """No validation data."""
 
     type: Literal["NONE"]
 
@@ -165,38 +167,37 @@ ValidationData = Annotated[Concatenation | AutoSplit | FromDatasets | NoData, Fi
 
 
 class DataConfig(ConfigSection):
-    """What is trained on, and the chat template and padding that it meets on its way."""
+    """Training and validation data, chat template and padding."""
 
     training_data: TrainingData
-    """Where the training rows come from."""
+    """Training datasets and how to combine them."""
     validation_data: ValidationData
-    """Where the validation rows come from; `type: NONE` for none."""
+    """Validation datasets, or how to hold out validation rows. `type: NONE` disables validation."""
     chat_template_name: ChatTemplateName = ChatTemplateName.MISTRAL_WITH_SYSTEM
-    """The chat template that renders a conversation to text."""
+    """Built-in chat template that renders conversations to text."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """A chat template of your own, in place of a named one: Jinja, or the path of a file with it."""
+    """Custom chat template, instead of a built-in one: Jinja source or the path of a file."""
     special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Tokens that the tokenizer is to know besides its own, each as one: those that `chat_template` writes, or that
-    stand in the data."""
+    """Tokens to add to the tokenizer as special tokens, such as those that `chat_template` or the data uses."""
     padding_side: Literal["right", "left"] = "right"
-    """On which side shorter rows of a batch are padded."""
+    """Side on which shorter rows of a batch are padded."""
     missing_pad_token_strategy: MissingPadTokenStrategy = MissingPadTokenStrategy.BOS_REPURPOSE
-    """Which token pads when the tokenizer has no padding token."""
+    """Which token to pad with if the tokenizer has no padding token."""
     streaming: bool = False
-    """Read, render, mask and pack rows while training (sft): a corpus that does not fit, without its preparation. Needs
-    `training_args.max_steps`."""
+    """Tokenize and pack rows during training instead of in advance (sft only), for datasets that are too large to
+    prepare. Requires `training_args.max_steps`."""
     shuffle_buffer: int = Field(default=10_000, ge=1)
-    """Of a stream: how many rows are held, out of which the next is drawn by `training_args.seed`. 1 keeps the order of
-    the files."""
+    """Number of rows in the shuffle buffer of a streaming dataset, from which rows are drawn with `training_args.seed`.
+    1 keeps the order of the files."""
     cache: str = "auto"
-    """Where prepared rows are kept for the next run: a folder, `off`, or `auto`: $FINETUNING_CACHE, which may be off
-    too, else ~/.cache/finetuning/prepared. A change of the data's bytes, of the template, the tokenizer or a setting
-    prepares them anew, and the run says which it was."""
+    """Where to cache prepared datasets: a folder, `off`, or `auto` for $FINETUNING_CACHE (which may also be `off`),
+    falling back to ~/.cache/finetuning/prepared. Rows are prepared again if the data, the chat template, the tokenizer
+    or a relevant setting changed; the log says which."""
     prepared: str | None = None
-    """A folder that `finetuning prepare --output` wrote. Its rows are used, and the data is not read."""
+    """Folder written by `finetuning prepare --output`. Its rows are used as they are; the datasets are not read."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens when a row cannot be used: stop and list the first ten, or drop it, counted and written to
-    `rejects.jsonl`."""
+    """What to do with an invalid row: `error` stops and lists the first ten, `skip` drops it, counts it and writes it
+    to `rejects.jsonl`."""
     max_lost_fraction: float = Field(default=0.05, ge=0, le=1)
-    """The run stops when more than this share of the rows is lost to faults (bad rows, nothing left to train on).
-    Rows that `length_handling` filters are counted apart: that loss was asked for."""
+    """Maximum fraction of rows that may be lost because they are invalid or have no tokens to train on; above it the
+    run stops. Rows that `length_handling` filters are not included."""

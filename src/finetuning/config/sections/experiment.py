@@ -1,4 +1,4 @@
-"""The whole YAML of a run."""
+"""The top level of the config: one `Experiment` class per algorithm."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field
 from finetuning.config.sections.controller import LossGuardConfig, TrainerController
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
+from finetuning.config.sections.rewards import GRPOArgs
 from finetuning.config.sections.section import ConfigSection
-from finetuning.config.sections.tracking import TelemetryConfig
+from finetuning.config.sections.tracking import TelemetryConfig, TrackingConfig
 from finetuning.config.sections.training import (
     BatchSizeConfig,
     CPOTrainingArgs,
     DPOTrainingArgs,
-    GRPOArgs,
     GRPOTrainingArgs,
     KTOTrainingArgs,
     ORPOTrainingArgs,
@@ -23,62 +23,61 @@ from finetuning.config.sections.training import (
     RewardTrainingArgs,
     SFTArgs,
     SFTTrainingArgs,
-    TrackingConfig,
     TrainingArgs,
 )
 
 
 class Experiment(ConfigSection):
-    """What every method's YAML holds."""
+    """The sections that all algorithms share."""
 
     method_name: ClassVar[str] = ""
     trainer_config: ClassVar[str] = "transformers.training_args:TrainingArguments"
-    """`module:class` of the trainer's own config, whose other fields `training_args` passes on."""
+    """`module:class` of the trainer's config class, whose other fields `training_args` passes through."""
 
     method: str | None = None
-    """The method; it must agree with the command."""
+    """Algorithm of this config. If set, it must match the subcommand."""
     data_conf: DataConfig
-    """What is trained on."""
+    """Training and validation data, chat template and padding."""
     training_args: TrainingArgs
     """Arguments of the trainer."""
     overrides: Overrides = Overrides()
-    """Changes to the training arguments that depend on the batch size."""
+    """Learning-rate adjustments."""
     batchsize_conf: BatchSizeConfig
-    """The batch that the optimizer sees, and the most that one device holds."""
+    """Total batch size per optimizer step, and the maximum per device."""
     peft_conf: PeftConfig
-    """What is trained of the model: all of it, or an adapter."""
+    """Full fine-tuning, or the adapter to train."""
     run_conf: RunConfig = Field(default_factory=RunConfig)
-    """The model, and how the run begins and ends."""
+    """Model, checkpoints and limits of the run."""
     quant_conf: QuantConfig = NoQuantization()
-    """Quantisation of the base model."""
+    """Quantization of the base model."""
     telemetry: TelemetryConfig = TelemetryConfig()
-    """What a run tells about its own speed."""
+    """Performance telemetry: spans, events and metrics."""
     tracking: TrackingConfig | None = None
-    """MLflow."""
+    """Experiment tracking with MLflow and other trackers."""
     trainer_controller: Annotated[str, Field(min_length=1)] | TrainerController | None = None
-    """Rules that steer the run while it trains, or the YAML file that holds them."""
+    """Rules that act on the run while it trains, or the path of a YAML file with them."""
     guard: LossGuardConfig = LossGuardConfig()
-    """What stops a run whose loss has exploded."""
+    """Stop a run whose loss diverges."""
     logging_dir: str | None = Field(default=None, min_length=1)
-    """Where the losses are written as they come, in `training_logs.jsonl`; by default `output_dir`."""
+    """Folder for the training log `training_logs.jsonl`. Defaults to `output_dir`."""
     save_model_dir: str | None = Field(default=None, min_length=1)
-    """Where the tuned model or adapter is put once more when the run ends; it may be `output_dir` itself, a folder in
-    it, or slower storage that checkpoints shall not be written to."""
+    """Folder to which the final model or adapter is saved in addition, at the end of the run: `output_dir`, a folder in
+    it, or other storage, such as storage that is too slow for checkpoints."""
 
 
 class SFTExperiment(Experiment):
-    """A supervised fine-tuning run."""
+    """Supervised fine-tuning."""
 
     method_name: ClassVar[str] = "sft"
 
     training_args: SFTTrainingArgs
     """Arguments of the trainer."""
     sft_args: SFTArgs = SFTArgs()
-    """Supervised fine-tuning."""
+    """Sequence length, loss mask and batching."""
 
 
 class DPOExperiment(Experiment):
-    """A preference optimisation run."""
+    """Direct preference optimization."""
 
     method_name: ClassVar[str] = "dpo"
     trainer_config: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
@@ -88,7 +87,7 @@ class DPOExperiment(Experiment):
 
 
 class KTOExperiment(Experiment):
-    """An optimisation run on rated answers."""
+    """Kahneman-Tversky optimization, from unpaired ratings."""
 
     method_name: ClassVar[str] = "kto"
     trainer_config: ClassVar[str] = "trl.trainer.kto_config:KTOConfig"
@@ -98,7 +97,7 @@ class KTOExperiment(Experiment):
 
 
 class RewardExperiment(Experiment):
-    """A run that trains a reward model."""
+    """Reward modeling."""
 
     method_name: ClassVar[str] = "reward"
     trainer_config: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
@@ -106,11 +105,11 @@ class RewardExperiment(Experiment):
     training_args: RewardTrainingArgs
     """Arguments of the reward trainer."""
     peft_conf: ScorePeftConfig
-    """What is trained of the model: all of it, or an adapter with the new head."""
+    """Full fine-tuning, or the adapter to train together with the score head."""
 
 
 class GRPOExperiment(Experiment):
-    """A group relative policy optimisation run."""
+    """Group relative policy optimization."""
 
     method_name: ClassVar[str] = "grpo"
     trainer_config: ClassVar[str] = "trl.trainer.grpo_config:GRPOConfig"
@@ -118,11 +117,11 @@ class GRPOExperiment(Experiment):
     training_args: GRPOTrainingArgs
     """Arguments of the GRPO trainer."""
     grpo_args: GRPOArgs
-    """What completions are rewarded for."""
+    """Reward functions and prompt length."""
 
 
 class ORPOExperiment(Experiment):
-    """An odds ratio preference optimisation run. Experimental: TRL may change or drop it in any release."""
+    """Odds ratio preference optimization. Experimental: TRL may change or remove it in any release."""
 
     method_name: ClassVar[str] = "orpo"
     trainer_config: ClassVar[str] = "trl.experimental.orpo.orpo_config:ORPOConfig"
@@ -132,7 +131,7 @@ class ORPOExperiment(Experiment):
 
 
 class CPOExperiment(Experiment):
-    """A contrastive preference optimisation run. Experimental: TRL may change or drop it in any release."""
+    """Contrastive preference optimization. Experimental: TRL may change or remove it in any release."""
 
     method_name: ClassVar[str] = "cpo"
     trainer_config: ClassVar[str] = "trl.experimental.cpo.cpo_config:CPOConfig"
@@ -153,4 +152,4 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         CPOExperiment,
     )
 }
-"""The YAML of each method."""
+"""The config class of each algorithm."""

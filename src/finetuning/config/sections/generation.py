@@ -1,4 +1,4 @@
-"""The YAML of `generate`."""
+"""The config of `generate`: prompts, model and generation parameters."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from finetuning.config.sections.section import ConfigSection
 
 
 class OpenInput(ConfigSection):
-    """One prompt, continued as text."""
+    """A single prompt."""
 
     type: Literal["open-input"]
     input: str = ""
-    """The prompt."""
+    """Text of the prompt."""
     num_samples: int = Field(default=1, gt=0)
-    """How many continuations to generate."""
+    """Number of completions to generate."""
 
 
 class EvalData(ConfigSection):
-    """Prompts from rows."""
+    """Prompts from a dataset."""
 
     type: Literal["eval-data"]
     data: DatasetSource
-    """Where the prompts come from, found as training data is: rows with `messages`, `prompt_messages` or `prompt`, and
-    `correct_answers`."""
+    """Dataset of prompts, read like a training dataset. Rows have a column `messages`, `prompt_messages` or `prompt`,
+    and optionally `correct_answers`."""
 
 
 class GenerationModel(ConfigSection):
-    """The model that generates."""
+    """Model, adapter and tokenizer to generate with."""
 
     model: str = Field(min_length=1)
-    """Path or hub id of the model."""
+    """Local path or Hugging Face Hub id of the model."""
     model_args: ModelArgs = ModelArgs()
-    """Arguments of `AutoModelForCausalLM.from_pretrained`."""
+    """Arguments passed to `AutoModelForCausalLM.from_pretrained`."""
     adapter: str | None = None
-    """Path or hub id of an adapter."""
+    """Local path or Hub id of a PEFT adapter to load on top of the model."""
     tokenizer: str | None = None
-    """Path or hub id of the tokenizer; by default the adapter's or the model's."""
+    """Local path or Hub id of the tokenizer. Defaults to the adapter's tokenizer if present, otherwise the model's."""
 
 
 class GenerationConfig(ConfigSection):
-    """What is generated, by which model, how."""
+    """Prompts, model and generation parameters."""
 
     prompt_conf: Annotated[OpenInput | EvalData, Field(discriminator="type")]
-    """What is generated from."""
+    """Prompts to complete."""
     model_conf: GenerationModel
-    """The model that generates."""
+    """Model, adapter and tokenizer to generate with."""
     hf_gen_params: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `transformers.GenerationConfig`."""
+    """Generation parameters: the fields of `transformers.GenerationConfig`, such as `max_new_tokens`."""
     quant_conf: QuantConfig = NoQuantization()
-    """Quantisation of the model."""
+    """Quantization of the model."""

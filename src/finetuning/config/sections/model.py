@@ -1,4 +1,4 @@
-"""`run_conf`, `peft_conf` and `quant_conf`: which model is trained, what is trained of it, in which numbers."""
+"""`run_conf`, `peft_conf` and `quant_conf`: the model, its adapter and its quantization."""
 
 from __future__ import annotations
 
@@ -12,121 +12,125 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 class ModelArgs(ConfigSection):
-    """Arguments of `AutoModelForCausalLM.from_pretrained`.
+    """Arguments passed to `AutoModelForCausalLM.from_pretrained`.
 
-    A key that is not listed here passes through when `from_pretrained` or the model's own config knows it.
+    Keys that are not listed here are passed through if `from_pretrained` or the model's config class accepts them.
     """
 
     model_config = ConfigDict(extra="allow")
 
     dtype: Dtype = "auto"
-    """Data type that the weights are loaded in; `auto` keeps the checkpoint's own."""
+    """Data type to load the weights in. `auto` keeps the dtype of the checkpoint."""
     device_map: dict[str, int | str] | str | None = None
-    """Where each module goes. By default one device a process, chosen by the launcher."""
+    """Device of each module. By default each process uses the single device that the launcher assigned to it."""
     max_memory: dict[int | str, str | int] | None = None
-    """Most memory to use per device, for an automatic `device_map`."""
+    """Maximum memory per device, for an automatic `device_map`."""
     low_cpu_mem_usage: bool | None = None
-    """Read for compatibility: weights are always loaded without a second copy in memory."""
+    """Accepted for compatibility and ignored: weights are always loaded without a second copy in memory."""
     attn_implementation: str | None = None
-    """Attention implementation: `sdpa`, `eager`, `flash_attention_2`, …; by default `sdpa`, or else `eager`, and
-    FlashAttention where it is installed and rows that lie end to end are proven to come out of it as out of `sdpa`."""
+    """Attention implementation: `eager`, `sdpa`, `flash_attention_2`, …. By default FlashAttention if it is installed,
+    the batches are padding-free and its logits match those of `sdpa`; otherwise `sdpa`, or `eager` for models without
+    `sdpa`."""
     offload_folder: str | None = None
-    """Folder for weights that `device_map` puts on disk."""
+    """Folder for weights that `device_map` offloads to disk."""
     offload_state_dict: bool | None = None
-    """Read for compatibility."""
+    """Accepted for compatibility."""
     offload_buffers: bool | None = None
-    """Whether buffers are offloaded with the weights."""
+    """Offload buffers together with the weights."""
     use_cache: bool | None = None
-    """Whether the model keeps keys and values. Off in training, whatever is said here, where gradient
-    checkpointing is on."""
+    """Use the key-value cache. Always disabled during training with gradient checkpointing."""
     cache_dir: str | None = None
-    """Folder of downloaded models."""
+    """Folder to cache downloaded models in."""
     force_download: bool | None = None
-    """Download again even when the model is in the cache."""
+    """Download the model even if it is in the cache."""
     local_files_only: bool | None = None
-    """Never ask the hub."""
+    """Only use local files; never contact the Hub."""
     proxies: dict[str, str] | None = None
-    """Read for compatibility: set HTTPS_PROXY in the environment."""
+    """Accepted for compatibility. Set HTTPS_PROXY in the environment instead."""
     resume_download: bool | None = None
-    """Read for compatibility: downloads always resume."""
+    """Accepted for compatibility: downloads are always resumed."""
     revision: str = "main"
-    """Branch, tag or commit of the model on the hub."""
+    """Branch, tag or commit of the model on the Hub."""
     code_revision: str | None = None
-    """Branch, tag or commit of remote code."""
+    """Branch, tag or commit of the remote code on the Hub, if it differs from `revision`."""
     subfolder: str | None = None
-    """Folder inside the model's repository."""
+    """Subfolder of the model repository that holds the model."""
     token: SecretStr | None = Field(default=None, exclude=True)
-    """Token for the hub. Better: HF_TOKEN in the environment. Never written anywhere."""
+    """Hub access token. Prefer HF_TOKEN in the environment. Never logged or saved."""
     use_safetensors: bool | None = None
-    """Load only safetensors (true), or pickled weights too (false)."""
+    """`true` loads safetensors files only, `false` also loads pickled weights."""
     variant: str | None = None
     """Variant of the weight files, such as `fp16`."""
     trust_remote_code: bool = False
-    """Run code that comes with the model. It runs with your rights: pin `revision` to a commit."""
+    """Run Python code from the model repository. The code runs with your permissions: pin `revision` to a commit."""
 
 
 class RunConfig(ConfigSection):
-    """The model, and how the run begins and ends."""
+    """Model, checkpoints and limits of the run."""
 
     model: str = Field(default="/local_resources/basemodel", min_length=1)
-    """Path or hub id of the model to train."""
+    """Local path or Hugging Face Hub id of the model to train."""
     model_args: ModelArgs = ModelArgs()
-    """Arguments of `AutoModelForCausalLM.from_pretrained`."""
+    """Arguments passed to `AutoModelForCausalLM.from_pretrained`."""
     tokenizer: str | None = None
-    """Path or hub id of the tokenizer; by default the model's."""
+    """Local path or Hub id of the tokenizer. Defaults to the model's tokenizer."""
     use_fast_tokenizer: bool = True
-    """Read for compatibility: only fast tokenizers can prove a loss mask."""
+    """Accepted for compatibility: only fast tokenizers are supported, because loss masks need character offsets."""
     resume_from_checkpoint: bool | str = False
-    """`auto` resumes when there is a checkpoint, true must find one, false starts afresh, a path resumes from it."""
+    """`auto` resumes from the latest checkpoint if there is one, `true` requires one, `false` starts from scratch, and
+    a path resumes from that checkpoint."""
     final_checkpoint_name: PathName = "checkpoint-final"
-    """Name of the folder, inside `output_dir`, of the tuned model."""
+    """Name of the folder in `output_dir` that the final model is saved to."""
     determinism: Literal["no", "half", "full"] = "no"
-    """`half` prefers deterministic operations, `full` allows no others. Both cost speed."""
+    """`half` prefers deterministic operations, `full` raises an error for non-deterministic ones. Both are slower."""
     allow_changed: list[str] = Field(default_factory=list)
-    """Keys whose change a resumed run applies although it changes the curve, such as `training_args.learning_rate`;
-    `data`, `model` and `versions` stand for what the keys name. Without this, such a change is an error."""
+    """Config keys that may change when a run resumes even though the change alters the training trajectory, such as
+    `training_args.learning_rate`. `data`, `model` and `versions` stand for the contents of the data, the model and the
+    package versions. Any other such change is an error."""
     memory_check: Literal["auto"] | bool = "auto"
-    """Compute the longest training and validation rows once before the first step, and halve the batch until they fit;
-    `auto` does so on a GPU."""
+    """Run one forward and backward pass on the longest training and validation rows before the first step, and halve
+    the per-device batch size until they fit into memory. `auto` enables it on GPUs."""
     max_time: str | None = Field(default=None, pattern=r"^(\d+[dhms])+$")
-    """Most time that the job trains, such as `3h` or `1h30m`; then it saves a checkpoint and ends with code 143."""
+    """Maximum training time of this job, such as `3h` or `1h30m`. The run then saves a checkpoint and exits with code
+    143."""
     name_hung_after: float = Field(default=300.0, gt=0)
-    """Seconds after which a process that hangs is named, with what it was doing; where there are several."""
+    """Seconds without progress after which a hung process is reported with its stack. Only with several processes."""
     copy_checkpoints_to: str | None = None
-    """Where each checkpoint, and the tuned model, is copied once it is whole, such as `s3://bucket/run`; any address
-    that fsspec knows. A copy that fails is a warning, and training never waits for one; the end of the run does."""
+    """Upload each complete checkpoint and the final model to this fsspec URL, such as `s3://bucket/run`. Uploads run in
+    the background; a failed upload is a warning. The run waits for pending uploads before it exits."""
 
 
 class NoPeft(ConfigSection):
-    """Train all weights."""
+    """Full fine-tuning: train all weights."""
 
     peft_type: Literal["NO_PEFT"]
 
 
 class PretrainedPeft(ConfigSection):
-    """Go on training an adapter."""
+    """Continue training an existing adapter."""
 
     peft_type: Literal["PRETRAINED_PEFT"]
     name_or_path: str = Field(min_length=1)
-    """Path or hub id of the adapter."""
+    """Local path or Hub id of the adapter."""
 
 
 class NewPeft(ConfigSection):
-    """Train a new adapter of any type that PEFT has for causal language models."""
+    """Train a new adapter, of any PEFT type that supports causal language models."""
 
     peft_type: str = Field(json_schema_extra={"not": {"enum": ["NO_PEFT", "PRETRAINED_PEFT"]}})
-    """A name out of `peft.PeftType`, such as LORA."""
+    """Adapter type: a name from `peft.PeftType`, such as LORA."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-    """The task; always CAUSAL_LM."""
+    """PEFT task type. Always CAUSAL_LM."""
     peft_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of that type's PEFT config, such as `r` and `target_modules` for LORA."""
+    """Arguments of the PEFT config of this adapter type, such as `r` and `target_modules` for LORA."""
     alora_invocation_string: str | None = Field(default=None, min_length=1)
-    """aLoRA: the text from which on a LORA works, such as the chat template's start of an assistant's turn. Each row
-    must hold it; before it the model stays the base, whose key-value cache it can share."""
+    """Activated LoRA (aLoRA): the text that activates the adapter, such as the start of an assistant turn in the chat
+    template. Every row must contain it. Tokens before it are computed by the base model, whose key-value cache can be
+    reused."""
 
 
 def peft_kind(value: Any) -> str:
-    """The tag of the section that a `peft_conf` is."""
+    """Return the tag of the `PeftConfig` member that a value selects."""
     peft_type = value.get("peft_type") if isinstance(value, dict) else getattr(value, "peft_type", None)
     return peft_type if peft_type in ("NO_PEFT", "PRETRAINED_PEFT") else "NEW_PEFT"
 
@@ -140,10 +144,10 @@ PeftConfig = Annotated[
 
 
 class NewScorePeft(NewPeft):
-    """Train a new adapter of any type that PEFT has for sequence classification, and the new head with it."""
+    """Train a new adapter, of any PEFT type that supports sequence classification, together with the score head."""
 
     task_type: Literal["SEQ_CLS"] = "SEQ_CLS"
-    """The task; always SEQ_CLS, so that the head that gives the score is trained and saved with the adapter."""
+    """PEFT task type. Always SEQ_CLS, so that the score head is trained and saved with the adapter."""
 
 
 ScorePeftConfig = Annotated[
@@ -155,45 +159,45 @@ ScorePeftConfig = Annotated[
 
 
 class NoQuantization(ConfigSection):
-    """Weights as they are."""
+    """Load the weights without quantization."""
 
     quantization_type: Literal["no-quantization"] = "no-quantization"
 
 
 class BitsAndBytes(ConfigSection):
-    """8 or 4 bit weights by bitsandbytes; the fields are those of `transformers.BitsAndBytesConfig`."""
+    """Quantize to 8 or 4 bits with bitsandbytes. The fields are those of `transformers.BitsAndBytesConfig`."""
 
     quantization_type: Literal["bits-and-bytes"]
     load_in_8bit: bool = False
-    """LLM.int8()."""
+    """Quantize the weights to 8 bits (LLM.int8())."""
     load_in_4bit: bool = False
-    """4 bit weights, as in QLoRA."""
+    """Quantize the weights to 4 bits, as in QLoRA."""
     llm_int8_threshold: float = Field(default=6.0, ge=0)
-    """Magnitude above which an activation is computed outside of 8 bit."""
+    """Outlier threshold of LLM.int8(): activations above this magnitude are computed in 16 bits."""
     llm_int8_skip_modules: list[str] | None = None
-    """Modules that stay as they are, besides the output layer; of 4 bit, too."""
+    """Modules that are not quantized, in addition to the output layer. Applies to 4 bits as well."""
     llm_int8_enable_fp32_cpu_offload: bool = False
-    """Keep offloaded modules in float32 on the CPU."""
+    """Keep modules that are offloaded to the CPU in float32."""
     llm_int8_has_fp16_weight: bool = False
-    """Keep the main weights in 16 bit."""
+    """Keep the main weights in 16 bits."""
     bnb_4bit_compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Data type that 4 bit weights are computed in; by default float32."""
+    """Data type to compute with 4-bit weights in. Defaults to float32."""
     bnb_4bit_quant_type: Literal["fp4", "nf4"] = "fp4"
-    """Number format of 4 bit weights. `nf4` is what QLoRA recommends."""
+    """Data type of 4-bit weights. QLoRA recommends `nf4`."""
     bnb_4bit_use_double_quant: bool = False
-    """Quantise the quantisation constants, too."""
+    """Also quantize the quantization constants (nested quantization)."""
     bnb_4bit_quant_storage: Literal["uint8", "int8", "float16", "bfloat16", "float32"] | None = None
-    """Data type that 4 bit weights are stored in; matters for FSDP only."""
+    """Data type that packed 4-bit weights are stored in. Only relevant for FSDP."""
 
 
 class TorchAO(ConfigSection):
-    """8 bit weights by torchao, on any device; LoRA is trained over them."""
+    """Quantize to 8 bits with torchao, on any device. Only LoRA can be trained on top."""
 
     quantization_type: Literal["torchao"]
     weight_dtype: Literal["int8", "float8"] = "int8"
-    """What the weights of linear layers are stored in; they are computed in the model's own type."""
+    """Data type of the weights of linear layers. Computation uses the dtype of the model."""
     skip_modules: list[str] | None = None
-    """Modules that stay as they are, besides the output layer."""
+    """Modules that are not quantized, in addition to the output layer."""
 
 
 Quantized = BitsAndBytes | TorchAO

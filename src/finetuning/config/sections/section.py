@@ -1,4 +1,4 @@
-"""The base of every section of the YAML."""
+"""The base class of every section of the YAML."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
 
-def _not_dots(name: str) -> str:
+def _reject_dots(name: str) -> str:
     if set(name) == {"."}:
         raise ValueError("must be the name of a folder")
     return name
 
 
-PathName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$"), AfterValidator(_not_dots)]
-"""The name of one file or folder: it cannot leave the directory that it is put in."""
+PathName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$"), AfterValidator(_reject_dots)]
+"""The name of a single file or folder, so that a value cannot point outside of its parent directory."""
 
 
 class ConfigSection(BaseModel):
-    """What the user wrote, typed: frozen, and without room for a key that it does not know."""
+    """A section of the user's config. Instances are immutable; unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -26,6 +26,7 @@ class ConfigSection(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         validate_default=False,
-        # Only the sections of the method at hand are built: a third of the time to tell a typo.
+        # Build validators on first use: a run needs the sections of one algorithm only, and a typo in the config is
+        # then reported in a third of the time.
         defer_build=True,
     )

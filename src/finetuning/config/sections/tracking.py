@@ -1,6 +1,4 @@
-"""`telemetry`.
-
-The trackers besides MLflow, by name: what each is imported by, and the line that installs it."""
+"""`telemetry` and `tracking`, and the experiment trackers by name."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, StringConstraints
 
-from finetuning.config.sections.section import ConfigSection
+from finetuning.config.sections.section import ConfigSection, PathName
 
 SpanName = Literal[
     "application",
@@ -36,56 +34,55 @@ SpanName = Literal[
     "testing_single_iteration",
     "model_publication",
 ]
-"""The spans that the engine itself records."""
+"""The spans that the engine records."""
 
 
 class OtlpConfig(ConfigSection):
-    """A collector that speaks OTLP over HTTP."""
+    """An OpenTelemetry collector, reached with OTLP over HTTP."""
 
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@]+$")]
-    """Address of the collector, such as `http://localhost:4318`; `/v1/traces` and `/v1/logs` are appended."""
+    """URL of the collector, such as `http://localhost:4318`. `/v1/traces` and `/v1/logs` are appended."""
     headers: dict[str, SecretStr] = Field(default_factory=dict, exclude=True)
-    """HTTP headers, such as an authorization. They are never shown or written."""
+    """HTTP headers, such as an authorization header. Never logged or saved."""
     timeout_s: float = Field(default=2.0, gt=0, le=10)
-    """Seconds that one request may take, and that the end of a run waits for what is on its way."""
+    """Timeout of a request, in seconds. Also how long the end of a run waits for pending requests."""
 
 
 class TelemetryConfig(ConfigSection):
-    """What a run tells about its own speed. It goes into files of the output directory, and nowhere else unless `otlp`
-    names a place."""
+    """Performance telemetry. Written to files in the output folder, and sent elsewhere only if `otlp` is set."""
 
     enabled: bool = True
-    """Record spans and metrics, as JSON lines, in the folder `telemetry` of the output directory."""
+    """Record spans, events and metrics as JSON Lines in the folder `telemetry` of the output folder."""
     application_name: str = Field(default="finetuning", min_length=1)
-    """Name of the application in every record."""
+    """Name of the application, recorded with every span and event."""
     session_tag: str | None = Field(default=None, min_length=1)
-    """Names the jobs that together make one model. By default new for a fresh start, and kept by a resumed run."""
+    """Groups the jobs that train one model. By default generated for a new run and kept when it resumes."""
     perf_tag: str | None = Field(default=None, min_length=1)
-    """Names the jobs whose speed can be compared. By default a digest of what moves the speed: the config without
-    paths, seeds and learning rates, the packages, the device and the number of processes."""
+    """Groups runs of comparable performance. Defaults to a hash of what affects speed: the config without paths, seeds
+    and learning rates, the package versions, the device and the number of processes."""
     is_baseline_run: bool = False
-    """Marks a run that others are to be compared with."""
+    """Mark the run as a baseline for comparisons."""
     custom_metadata: dict[str, str] = Field(default_factory=dict)
-    """Your own names and values, recorded with the run."""
+    """Custom names and values to record with the run."""
     log_every_n_train_iterations: int = Field(default=50, gt=0)
-    """Optimizer steps between two updates of the training metrics. With several processes each update is a small
-    exchange between them."""
+    """Optimizer steps between two updates of the training metrics. With several processes, each update needs a small
+    collective operation."""
     spans: Literal["default", "per_step", "all", "none"] = "default"
-    """Which spans are written: all but those inside of a step; with the steps themselves; all; or only those that
-    `include_spans` names. The metrics are the same whichever are written."""
+    """Spans to record: `default` all but those inside a training step, `per_step` also the steps themselves, `all`, or
+    `none` only `include_spans`. Does not affect the metrics."""
     include_spans: list[SpanName] = Field(default_factory=list)
-    """Spans to write besides."""
+    """Spans to record in addition."""
     exclude_spans: list[SpanName] = Field(default_factory=list)
-    """Spans to leave out."""
+    """Spans not to record."""
     ranks: Literal["zero", "local_zero", "all"] = "zero"
-    """Which processes write: the main one, the first of each machine, or all."""
+    """Processes that record telemetry: rank `zero`, local rank zero of each node (`local_zero`), or `all`."""
     flops_per_token: float | None = Field(default=None, gt=0)
-    """Floating point operations that one trained token costs, forward and backward. By default counted from the model,
-    where that is known to be right: supervised fine-tuning of all weights or of a LoRA."""
+    """Floating-point operations per trained token, forward and backward pass. By default counted from the model if the
+    count is known to be correct: SFT with full fine-tuning or LoRA."""
     peak_tflops: float | None = Field(default=None, gt=0)
-    """Peak TFLOP/s of one device, for the model FLOPs utilisation (MFU). By default looked up, for known GPUs."""
+    """Peak TFLOP/s of one device, for the model FLOPs utilization (MFU). By default looked up for known GPUs."""
     otlp: OtlpConfig | None = None
-    """Sends everything to a collector, too. Needs the extra `otlp`."""
+    """OpenTelemetry collector to also send telemetry to. Requires the extra `otlp`."""
 
 
 TrackerName = Literal[
@@ -103,9 +100,54 @@ TrackerName = Literal[
 ]
 
 
+class TrackingConfig(ConfigSection):
+    """Experiment tracking. MLflow is enabled by its server address, other trackers by name."""
+
+    mlflow_server_uri: str | None = None
+    """MLflow tracking URI: a server or a local store, `http://…`, `sqlite:///…` or `file:///…`. MLflow is disabled
+    without it."""
+    experiment_name: str | None = None
+    """Name of the MLflow experiment."""
+    run_id: str | None = None
+    """Id of an existing MLflow run to continue. Defaults to the run that was started for this output folder, or a new
+    run."""
+    run_name: str | None = None
+    """Name of the MLflow run."""
+    hf_mlflow_log_artifacts: bool = False
+    """Upload checkpoints and the final model to MLflow as artifacts."""
+    parent_run_id: str | None = None
+    """Id of the parent MLflow run, such as that of a sweep."""
+    resumed_jobs: Literal["same run", "child runs"] = "same run"
+    """How a resumed job is tracked in MLflow: `same run` continues the run; with `child runs` every job, including the
+    first, is a child run of one parent run."""
+    log_system_metrics: bool = False
+    """Log CPU, memory, disk, network and GPU usage to MLflow, with MLflow's own system metrics."""
+    trackers: list[TrackerName] = Field(default_factory=list)
+    """Additional trackers: `tensorboard`, `wandb`, `aim`, `clearml`, `trackio`, `swanlab`, `comet_ml`, `dvclive`, and
+    `hf_resource_scanner`, which writes time and memory of a training step to a file. `mlflow` requires
+    `mlflow_server_uri`; `file_logger` stands for `training_logs.jsonl`, which is always written."""
+    exp_metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Custom names and values to record with every tracker: as tags in MLflow, as parameters in others."""
+    aim_repo: str | None = None
+    """Folder or `aim://` URL of the Aim repository."""
+    aim_remote_server_ip: str | None = None
+    """Host of an Aim server, instead of `aim_repo`."""
+    aim_remote_server_port: int | None = Field(default=None, gt=0, lt=65536)
+    """Port of the Aim server. Defaults to 53800."""
+    clearml_project: str | None = None
+    """ClearML project. Defaults to `experiment_name`."""
+    clearml_task: str | None = None
+    """ClearML task. Defaults to `run_name`."""
+    scanner_output_filename: PathName = "scanner_output.json"
+    """Name of the file in the output folder that `hf_resource_scanner` writes."""
+    run_uri_export_path: str | None = None
+    """Folder for the files `NAME_tracker.json`, which hold the run id or URL of each tracker. Defaults to
+    `output_dir`."""
+
+
 @dataclass(frozen=True)
 class TrackerPackage:
-    """A tracker's package by the name that it is imported by, and its install line."""
+    """The module that a tracker is imported as, and the command that installs it."""
 
     module: str
     install: str
@@ -121,7 +163,7 @@ ACCELERATE_TRACKERS: dict[str, TrackerPackage] = {
     "trackio": TrackerPackage("trackio", "pip install trackio"),
     "wandb": TrackerPackage("wandb", "pip install 'finetuning[wandb]'"),
 }
-"""The trackers that are told by a class of accelerate's."""
+"""Trackers that are implemented by a tracker class of accelerate."""
 TRANSFORMERS_TRACKERS: dict[str, TrackerPackage] = {
     "azure_ml": TrackerPackage("azureml", "pip install azureml-core"),
     "codecarbon": TrackerPackage("codecarbon", "pip install codecarbon"),
@@ -129,25 +171,25 @@ TRANSFORMERS_TRACKERS: dict[str, TrackerPackage] = {
     "flyte": TrackerPackage("flytekit", "pip install flytekit"),
     "neptune": TrackerPackage("neptune", "pip install neptune"),
 }
-"""The names of `report_to` that are told by a callback of transformers'."""
+"""Values of `report_to` that are implemented by a callback of transformers."""
 BUILTIN_TRACKERS = frozenset({"mlflow", "file_logger", "hf_resource_scanner"})
-"""The trackers that need no package besides."""
+"""Trackers that need no additional package."""
 TRACKER_NAMES: tuple[str, ...] = get_args(TrackerName)
 
 
 def report_to_trackers(report_to: str | Iterable[str]) -> list[str]:
-    """The names in `training_args.report_to`, without `none` and `mlflow`, which has an address of its own."""
-    wanted = [report_to] if isinstance(report_to, str) else list(report_to)
-    return [name for name in wanted if name not in ("none", "mlflow")]
+    """Return the names in `training_args.report_to`, except `none` and `mlflow`, which `tracking` configures."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    return [name for name in names if name not in ("none", "mlflow")]
 
 
 def requested_trackers(run: Any) -> list[str]:
-    """The trackers of an experiment: those of `tracking.trackers`, then those of `training_args.report_to`."""
+    """Return the trackers of an experiment: those of `tracking.trackers`, then those of `training_args.report_to`."""
     named = run.tracking.trackers if run.tracking else []
     return list(dict.fromkeys([*named, *report_to_trackers(run.training_args.report_to)]))
 
 
 def tracker_key(run: Any, name: str) -> str:
-    """The key of the config that asks for a tracker."""
+    """Return the config key that requests a tracker."""
     named = run.tracking is not None and name in run.tracking.trackers
     return "tracking.trackers" if named else "training_args.report_to"
