@@ -1,10 +1,12 @@
-"""The command line of `finetuning`: options, overrides, the dry run, and what none of them loads."""
+"""The console script `finetuning`: subcommands, options, overrides, dry run, and which imports they avoid."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,27 +16,23 @@ import pytest
 import yaml
 
 from finetuning import __version__
-from finetuning.algorithms import METHODS as TABLE
-from finetuning.cli.main import METHODS, main
+from finetuning.algorithms import METHODS
+from finetuning.cli.main import SUBCOMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "mlflow", "bitsandbytes", "pandas")
 
 
-def test_verbs_are_the_algorithms() -> None:
-    assert set(METHODS) == set(TABLE)
-
-
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs the command in this process: its exit code, its stdout, its stderr."""
+    """A function that runs the console script in this process and returns exit code, stdout and stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
             code = main([str(argument) for argument in arguments])
-        except SystemExit as left:
-            code = left.code
+        except SystemExit as exit_:
+            code = exit_.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -51,7 +49,37 @@ def test_version_and_help(say: Any) -> None:
         assert option in out
 
 
-def test_options_stand_before_or_after_the_positionals(say: Any, sft_values: Any, write_config: Any) -> None:
+def test_help_lists_every_subcommand_with_a_description(say: Any) -> None:
+    _, out, _ = say("--help")
+    lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
+    described = {line[0]: line[1] for line in lines if len(line) == 2}
+    for name, algorithm in METHODS.items():
+        assert described[name].startswith(algorithm.title)
+    for name, subcommand in SUBCOMMANDS.items():
+        assert described[name] == subcommand.summary
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_help_with_a_description(say: Any, name: str) -> None:
+    code, out, err = say(name, "--help")
+    assert (code, err) == (0, "")
+    usage, description, *_ = out.split("\n\n")
+    assert usage.startswith("usage: ")
+    assert description[0].isupper() and not description.startswith("usage")
+
+
+@pytest.mark.parametrize("name", ["generate", "merge_adapter", "create_vllm_compatible_adapter", "replace_tokens"])
+def test_console_scripts_are_subcommands_with_the_same_help(say: Any, name: str, capsys: Any) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts[name].partition(":")
+    with pytest.raises(SystemExit):
+        getattr(importlib.import_module(module), function)(["--help"])
+    expected = capsys.readouterr().out
+    assert expected.startswith(f"usage: {name} ")
+    assert say(name, "--help") == (0, expected, "")
+
+
+def test_options_may_precede_or_follow_positionals(say: Any, sft_values: Any, write_config: Any) -> None:
     config = write_config(sft_values())
     before = say("--dry-run", "--experiment-name", "e", "--mlflow-server-uri", "sqlite:////m.db", "sft", config)
     after = say("sft", config, "--mlflow-server-uri", "sqlite:////m.db", "--experiment-name", "e", "--dry-run")
@@ -61,7 +89,9 @@ def test_options_stand_before_or_after_the_positionals(say: Any, sft_values: Any
     assert "sqlite:////m.db, experiment e" in before[1]
 
 
-def test_dry_run_gives_each_decision_its_reason(say: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+def test_dry_run_prints_a_reason_for_each_decision(
+    say: Any, sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
     config = write_config(sft_values({"overrides": {"lr_batch_size_scaling": "sqrt"}}))
     code, out, err = say("sft", config, "--dry-run", "batchsize_conf.total_train_batch_size=514")
     assert code == 0
@@ -78,7 +108,7 @@ def test_dry_run_gives_each_decision_its_reason(say: Any, sft_values: Any, write
     assert "512 (8 x 64) or 520 (8 x 65)" in err
 
 
-def test_a_dry_run_counts_prepared_rows_and_says_what_of_a_stream_is_not_known(
+def test_dry_run_counts_prepared_rows_and_marks_streamed_rows_unknown(
     say: Any, sft_values: Any, write_config: Any, write_jsonl: Any, sft_rows: Any, tmp_path: Path
 ) -> None:
     rows = sft_rows(40)
@@ -107,7 +137,7 @@ def test_a_dry_run_counts_prepared_rows_and_says_what_of_a_stream_is_not_known(
     assert say("preview", "sft", config, "data_conf.streaming=true", "--rows", "2")[0] == 0
 
 
-def test_overrides_count_over_the_file(say: Any, sft_values: Any, write_config: Any) -> None:
+def test_overrides_win_over_the_file(say: Any, sft_values: Any, write_config: Any) -> None:
     config = write_config(sft_values())
     code, out, _ = say("sft", config, "training_args.learning_rate=2e-4", "training_args.max_steps=7", "--dry-run")
     assert (code, "0.0002" in out, "optimizer steps   7" in out) == (0, True, True)
@@ -126,7 +156,7 @@ def test_overrides_count_over_the_file(say: Any, sft_values: Any, write_config: 
         (["not an override"], "not an override"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(
+def test_invalid_options_are_reported_in_one_line(
     say: Any, sft_values: Any, write_config: Any, arguments: list[str], message: str
 ) -> None:
     code, out, err = say("sft", write_config(sft_values()), "--dry-run", *arguments)
@@ -137,11 +167,23 @@ def test_wrong_options_are_told_in_one_line(
     assert not out
 
 
-def test_a_wrong_verb_is_told_by_the_parser(say: Any) -> None:
-    code, _, err = say("sftt", "x.yaml")
-    assert code == 2
-    assert "sftt" in err
-    assert "Traceback" not in err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sftt", "x.yaml"], 'unknown subcommand "sftt". Did you mean "sft"?'),
+        (["previw", "sft", "x.yaml", "--rows", "3"], 'unknown subcommand "previw". Did you mean "preview"?'),
+        (["generat", "--model", "/m"], 'unknown subcommand "generat". Did you mean "generate"?'),
+        (["--dry-run", "dpoo", "x.yaml"], 'unknown subcommand "dpoo". Did you mean "dpo"?'),
+        (["zzzzzz", "x.yaml"], 'unknown subcommand "zzzzzz". See finetuning --help.'),
+        (["--debug", "doctor", "x.yaml"], "put the subcommand first: finetuning doctor ..."),
+    ],
+)
+def test_a_mistyped_subcommand_is_one_line_with_a_suggestion(say: Any, arguments: list[str], message: str) -> None:
+    code, out, err = say(*arguments)
+    assert (code, out) == (1, "")
+    if "--debug" not in arguments:
+        assert err == f"error: {message}\n"
+    assert f"error: {message}\n" in err
 
 
 @pytest.mark.parametrize(
@@ -167,7 +209,7 @@ def test_world_size_comes_from_the_launcher(
     assert f"8 = {processes} x " in out
 
 
-def test_only_the_main_process_speaks(
+def test_only_the_main_process_prints(
     say: Any, sft_values: Any, write_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -176,7 +218,7 @@ def test_only_the_main_process_speaks(
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_the_schema_holds_for_the_recipes_and_finds_a_typo(say: Any, method: str) -> None:
+def test_the_schema_accepts_the_recipes_and_rejects_a_typo(say: Any, method: str) -> None:
     code, out, err = say("schema", method)
     assert (code, err) == (0, "")
     schema = json.loads(out)
@@ -191,7 +233,7 @@ def test_the_schema_holds_for_the_recipes_and_finds_a_typo(say: Any, method: str
         assert list(validator(schema).iter_errors(values))
 
 
-def test_a_run_config_that_was_resolved_runs_again_as_it_is(
+def test_a_resolved_config_reproduces_the_run(
     say: Any, sft_values: Any, write_config: Any, logged_losses: Any, tmp_path: Path
 ) -> None:
     legacy = {"training_args.evaluation_strategy": "no", "training_args.warmup_ratio": 0.5, "training_args.lr": None}
@@ -216,18 +258,21 @@ import sys
 from finetuning.cli.main import main
 try:
     code = main(sys.argv[1:])
-except SystemExit as left:
-    code = left.code
+except SystemExit as exit_:
+    code = exit_.code
 print("loaded", code, *(set({heavy!r}) & set(sys.modules)), file=sys.stderr)
 """
 
 
-def test_checking_helping_and_planning_load_nothing_heavy(sft_values: Any, write_config: Any) -> None:
+def test_help_validation_and_dry_run_import_no_heavy_library(sft_values: Any, write_config: Any) -> None:
     config = str(write_config(sft_values()))
     typo = str(write_config(sft_values({"peft_conf": {"peft_type": "LORA", "peft_kwargs": {"rr": 1}}}), "typo.yaml"))
     misplaced = str(write_config(sft_values({"training_args.modl": 1}), "misplaced.yaml"))
     for arguments, code in (
         (["--help"], 0),
+        (["generate", "--help"], 0),
+        (["merge", "--help"], 0),
+        (["sftt", config], 1),
         (["--version"], 0),
         (["sft", config, "--dry-run"], 0),
         (["sft", typo], 1),

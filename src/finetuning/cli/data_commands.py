@@ -167,9 +167,9 @@ def _prepare(argv: Sequence[str]) -> int:
         experiment = validate(document, method.experiment).experiment
         if experiment.data_conf.streaming:
             raise ConfigError(
-                "rows are made as training goes, and there is nothing to prepare",
+                "rows are streamed during training, and there is nothing to prepare",
                 place=Location(key="data_conf.streaming"),
-                hint="Say data_conf.streaming=false to prepare them all.",
+                hint="Set data_conf.streaming=false to prepare all rows.",
             )
         data = prepare(experiment, method, load_tokenizer(experiment), 1)
     for line in [data.origin, *data.statistics.lines()]:

@@ -1,4 +1,4 @@
-"""`finetuning launch`: the processes of a job, on this machine or on several."""
+"""`finetuning launch`: run a training subcommand in several processes, on one or more machines."""
 
 from __future__ import annotations
 
@@ -15,104 +15,111 @@ if TYPE_CHECKING:
     from finetuning.launch.hosts import Hosts
     from finetuning.launch.processes import Launch
 
-_PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the options that stand before the command that is launched."""
+    """Return the parser of the options that precede the launched subcommand."""
+    from finetuning.launch.processes import PRESETS
+
     parser = argparse.ArgumentParser(
         prog="finetuning launch",
-        description="Run a method in several processes, through accelerate's launcher:"
+        description="Run a training subcommand in several processes with accelerate's launcher:"
         " finetuning launch --nproc 8 --preset fsdp2 sft config.yaml",
     )
     parser.add_argument(
-        "--nproc", default=None, help="processes on each machine: a number, or auto, one a GPU (default: auto)"
+        "--nproc", default=None, help="processes per machine: a number, or auto for one per GPU (default: auto)"
     )
-    parser.add_argument("--nnodes", type=int, help="machines (default: what Kubeflow or SLURM say, else 1)")
-    parser.add_argument("--node-rank", type=int, help="which machine this is, from 0")
-    parser.add_argument("--main-address", metavar="HOST[:PORT]", help="where the first machine is met, port 29500")
+    parser.add_argument("--nnodes", type=int, help="number of machines (default: from Kubeflow or SLURM, else 1)")
+    parser.add_argument("--node-rank", type=int, help="rank of this machine, from 0")
+    parser.add_argument(
+        "--main-address", metavar="HOST[:PORT]", help="address of the machine with rank 0 (default port: 29500)"
+    )
     parser.add_argument(
         "--max-restarts",
-        type=_whole_number,
+        type=_non_negative_int,
         default=0,
         metavar="N",
-        help="how often the job starts again, from its newest checkpoint, when a process or a machine is lost"
-        " (default: 0)",
+        help="how often to restart the job from its newest checkpoint after a process or machine was lost (default: 0)",
     )
     parser.add_argument(
         "--meet-within",
-        type=_whole_number,
+        type=_non_negative_int,
         metavar="SECONDS",
-        help="how long machines wait for each other, at the start and after a loss (default: 600)",
+        help="rendezvous timeout: how long machines wait for each other, at the start and after a restart"
+        " (default: 600)",
     )
     sharding = parser.add_mutually_exclusive_group()
-    sharding.add_argument("--preset", choices=_PRESETS, help="how the model is shared out (default: ddp)")
-    sharding.add_argument("--accelerate-config", metavar="FILE", help="a config of accelerate's own, instead")
-    parser.add_argument("--dry-run", action="store_true", help="print what accelerate launch would be given")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="METHOD config.yaml ...", help="what runs")
+    sharding.add_argument("--preset", choices=PRESETS, help="how the model is distributed (default: ddp)")
+    sharding.add_argument("--accelerate-config", metavar="FILE", help="an accelerate config file instead of a preset")
+    parser.add_argument("--dry-run", action="store_true", help="print the accelerate launch command; do not run it")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="METHOD config.yaml ...", help="the training subcommand to run"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit code."""
-    # Not our options but the command's, which stand behind it, may hold --debug.
+    """Run the subcommand and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # `run_command` would remove --debug, which may belong to the launched subcommand.
     return run_command(lambda _: _launch(arguments), arguments)
 
 
 def _launch(argv: Sequence[str]) -> int:
-    from finetuning.cli.main import METHODS
+    from finetuning.algorithms import METHODS
     from finetuning.config.validation.suggestions import did_you_mean
     from finetuning.launch.hosts import resolve_hosts
     from finetuning.launch.processes import start
     from finetuning.launch.restarts import run_with_restarts
 
     options = build_parser().parse_args(argv)
-    if not options.command or options.command[0] not in METHODS:
-        given = options.command[0] if options.command else "nothing"
+    if not options.command:
+        raise ConfigError(f"finetuning launch: add the subcommand to run, one of {', '.join(METHODS)}")
+    method = options.command[0]
+    if method not in METHODS:
         raise ConfigError(
-            f"finetuning launch: {given} is no method; they are {', '.join(METHODS)}",
-            hint=did_you_mean(given, METHODS),
+            f'finetuning launch: unknown method "{method}"; supported: {", ".join(METHODS)}',
+            hint=did_you_mean(method, METHODS),
         )
-    machines = resolve_hosts(options.nnodes, options.node_rank, options.main_address)
-    launch = _make_launch(options, machines)
+    hosts = resolve_hosts(options.nnodes, options.node_rank, options.main_address)
+    launch = _make_launch(options, hosts)
     if options.dry_run:
         print("accelerate launch " + " ".join(launch.arguments(options.command)))
         return 0
     if options.max_restarts:
-        _require_resuming(options.command)
-    environment = machines.environment()
+        _check_resumes(options.command)
+    environment = hosts.environment()
     before = reported_errors()
-    code = run_with_restarts(lambda: start(launch, options.command, environment), options.max_restarts, _tell_restart)
+    code = run_with_restarts(lambda: start(launch, options.command, environment), options.max_restarts, _warn_restart)
     report_for_processes(code, before)
     return code
 
 
-def _tell_restart(text: str) -> None:
+def _warn_restart(text: str) -> None:
+    # The error of the lost attempt is not the job's error.
     reset_error_file()
     print(f"warning: {text}", file=sys.stderr)
 
 
-def _require_resuming(command: Sequence[str]) -> None:
-    """Nothing, when what is launched would go on from its checkpoints if it were started again."""
-    from finetuning.cli.main import build_parser as command_parser
+def _check_resumes(command: Sequence[str]) -> None:
+    """Raise ConfigError unless a restarted run would resume from its newest checkpoint."""
+    from finetuning.cli.main import build_parser as build_training_parser
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
 
-    options = command_parser().parse_intermixed_args(command)
+    options = build_training_parser().parse_intermixed_args(command)
     document = apply_overrides(read_document(options.config), options.overrides)
     run_conf = document.values.get("run_conf")
-    wanted = run_conf.get("resume_from_checkpoint") if isinstance(run_conf, dict) else None
-    if str(wanted).lower() != "auto":
+    resume = run_conf.get("resume_from_checkpoint") if isinstance(run_conf, dict) else None
+    if str(resume).lower() != "auto":
         raise ConfigError(
-            "--max-restarts goes on from the newest checkpoint of the run",
+            "--max-restarts requires a run that resumes from its newest checkpoint",
             place=document.location_of(("run_conf", "resume_from_checkpoint")),
-            hint="Set run_conf.resume_from_checkpoint: auto, and have checkpoints saved (training_args.save_strategy).",
+            hint="Set run_conf.resume_from_checkpoint: auto, and save checkpoints (training_args.save_strategy).",
         )
 
 
-def _make_launch(options: argparse.Namespace, machines: Hosts) -> Launch:
-    from finetuning.launch.hosts import MEET_WITHIN_S
+def _make_launch(options: argparse.Namespace, hosts: Hosts) -> Launch:
+    from finetuning.launch.hosts import RENDEZVOUS_TIMEOUT_S
     from finetuning.launch.processes import Launch, preset_file, require_deepspeed
 
     config_file = None
@@ -121,31 +128,30 @@ def _make_launch(options: argparse.Namespace, machines: Hosts) -> Launch:
     elif options.accelerate_config:
         config_file = Path(options.accelerate_config)
         require_deepspeed(config_file)
-    per_machine = _per_machine(options.nproc or machines.nproc or "auto")
-    if options.preset == "ddp" and per_machine * machines.nnodes == 1:
+    per_machine = _processes_per_machine(options.nproc or hosts.nproc or "auto")
+    if options.preset == "ddp" and per_machine * hosts.nnodes == 1:
         config_file = None
-    meet_within_s = options.meet_within or MEET_WITHIN_S
+    timeout_s = options.meet_within or RENDEZVOUS_TIMEOUT_S
     return Launch(
-        per_machine * machines.nnodes,
-        machines.nnodes,
+        per_machine * hosts.nnodes,
+        hosts.nnodes,
         config_file,
-        tuple(machines.flags(meet_within_s)),
-        meet_within_s if machines.nnodes > 1 else None,
+        tuple(hosts.flags(timeout_s)),
+        timeout_s if hosts.nnodes > 1 else None,
     )
 
 
-def _whole_number(text: str) -> int:
-    """A number from 0, as argparse asks for it."""
+def _non_negative_int(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
     return int(text)
 
 
-def _per_machine(given: str) -> int:
-    if given in ("auto", "gpu"):
+def _processes_per_machine(text: str) -> int:
+    if text in ("auto", "gpu"):
         from finetuning.launch.processes import visible_gpus
 
         return visible_gpus() or 1
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"--nproc {given}: give a number from 1, or auto")
-    return int(given)
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--nproc {text}: must be a positive integer or auto")
+    return int(text)

@@ -1,87 +1,125 @@
-"""`finetuning`: one YAML file in, a tuned model out."""
+"""The console script `finetuning`: the table of subcommands and the parser of those that train."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from finetuning import __version__
 from finetuning.cli.errors import run_command
+from finetuning.errors import ConfigError
 
-METHODS = ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo")
-"""The subcommands that train. A test compares them with the table in `algorithms`, which `--help` does not import."""
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A subcommand that does not train."""
+
+    target: str
+    """`module:function`; the function takes the arguments that follow the name and returns the exit code."""
+    summary: str
+    """Its line in `finetuning --help`."""
+
 
 SUBCOMMANDS = {
-    "targets": "finetuning.cli.info:targets_main",
-    "doctor": "finetuning.cli.info:doctor_main",
-    "prepare": "finetuning.cli.data_commands:prepare_main",
-    "preview": "finetuning.cli.data_commands:preview_main",
-    "report": "finetuning.cli.runs:report_main",
-    "runs": "finetuning.cli.runs:runs_main",
-    "schema": "finetuning.cli.info:schema_main",
-    "sync": "finetuning.cli.runs:sync_main",
-    "launch": "finetuning.cli.launch:main",
-    "job": "finetuning.cli.import_config:job_main",
-    "import": "finetuning.cli.import_config:import_main",
+    "launch": Subcommand("finetuning.cli.launch:main", "train in several processes, on one or more machines"),
+    "preview": Subcommand("finetuning.cli.data_commands:preview_main", "show tokenized rows and their loss mask"),
+    "prepare": Subcommand("finetuning.cli.data_commands:prepare_main", "tokenize the data before a run"),
+    "targets": Subcommand("finetuning.cli.info:targets_main", "list the modules that target_modules can name"),
+    "schema": Subcommand("finetuning.cli.info:schema_main", "print the JSON Schema of a method's YAML"),
+    "doctor": Subcommand("finetuning.cli.info:doctor_main", "check hardware and installed packages"),
+    "runs": Subcommand("finetuning.cli.runs:runs_main", "list runs and their state"),
+    "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
+    "sync": Subcommand("finetuning.cli.runs:sync_main", "upload metrics that were queued while MLflow was unreachable"),
+    "generate": Subcommand("finetuning.cli.generate:main", "generate answers with a model or an adapter"),
+    "merge_adapter": Subcommand("finetuning.cli.merge_adapter:main", "merge LoRA adapters into the base model"),
+    "merge": Subcommand("finetuning.cli.merge_adapter:main", "short for merge_adapter"),
+    "create_vllm_compatible_adapter": Subcommand(
+        "finetuning.cli.create_vllm_compatible_adapter:main", "convert an adapter for vLLM"
+    ),
+    "replace_tokens": Subcommand("finetuning.cli.replace_tokens:main", "rename tokens of a tokenizer, keep their ids"),
+    "import": Subcommand("finetuning.cli.import_config:main", "translate another engine's config to YAML for this one"),
+    "job": Subcommand("finetuning.cli.fms_job:main", "run an fms-hf-tuning JSON job"),
 }
-"""The subcommands that do not train, each as `module:function`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the subcommands that train."""
+    """Return the parser of the subcommands that train."""
+    from finetuning.algorithms import METHODS
+
+    training = [(name, method.title) for name, method in METHODS.items()]
+    others = [(name, subcommand.summary) for name, subcommand in SUBCOMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="finetuning",
-        description="Fine-tune a language model as a YAML file says.",
-        epilog="Other subcommands, each with its own --help: " + ", ".join(SUBCOMMANDS),
+        usage="%(prog)s SUBCOMMAND config [key.path=value ...] [options]",
+        description="Fine-tune a language model from one YAML file.\n\n"
+        f"subcommands that train:\n{_table(training)}\n\n"
+        f"other subcommands, each with its own --help:\n{_table(others)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "method",
-        choices=METHODS,
-        metavar="{" + ",".join(METHODS) + "}",
-        help="sft is supervised fine-tuning; dpo is direct preference optimisation and its family, IPO among them;"
-        " kto learns from answers rated good or bad; reward trains a reward model; grpo learns from rewards of what the"
-        " model writes. Experimental: orpo; cpo, which SimPO is a loss of.",
-    )
+    parser.add_argument("method", metavar="SUBCOMMAND", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("config", help="path of the experiment's YAML file")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.path=value",
-        help="values that replace the file's, such as run_conf.model=/m",
+        help="values that override the file's, such as run_conf.model=/m",
     )
     parser.add_argument("--logging-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
     parser.add_argument(
-        "--num-preprocess-workers", type=int, default=4, help="processes that prepare the data (default: 4)"
+        "--num-preprocess-workers", type=int, default=4, help="processes that tokenize the data (default: 4)"
     )
     parser.add_argument("--mlflow-server-uri", help="MLflow server or local store; overrides the file")
     parser.add_argument("--experiment-name", help="MLflow experiment; overrides the file")
     parser.add_argument(
-        "--hf-mlflow-log-artifacts", help="whether checkpoints and the tuned model are copied to MLflow (true, false)"
+        "--hf-mlflow-log-artifacts",
+        help="whether checkpoints and the fine-tuned model are uploaded to MLflow (true, false)",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan with its reasons, train nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="validate the config and print the plan; do not train")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
     parser.add_argument("--version", action="version", version=f"finetuning {__version__}")
     return parser
 
 
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"  {name:<31} {summary}" for name, summary in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script; returns its exit code."""
+    """Run the console script and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in SUBCOMMANDS:
-        module, _, function = SUBCOMMANDS[arguments[0]].partition(":")
+        module, _, function = SUBCOMMANDS[arguments[0]].target.partition(":")
         return getattr(importlib.import_module(module), function)(arguments[1:])
     return run_command(_train, arguments)
 
 
 def _train(argv: Sequence[str]) -> int:
+    # Options may precede the subcommand. A wrong first argument is reported before the parser sees, and rejects, the
+    # options of the subcommand that was meant.
+    if argv and not argv[0].startswith("-"):
+        _check_method(argv[0])
     options = build_parser().parse_intermixed_args(argv)
+    _check_method(options.method)
     from finetuning.cli.train import train
 
     return train(options)
+
+
+def _check_method(name: str) -> None:
+    """Raise ConfigError unless `name` is a method."""
+    from finetuning.algorithms import METHODS
+
+    if name in METHODS:
+        return
+    if name in SUBCOMMANDS:
+        raise ConfigError(f"put the subcommand first: finetuning {name} ...")
+    from finetuning.config.validation.suggestions import did_you_mean
+
+    hint = did_you_mean(name, [*METHODS, *SUBCOMMANDS])
+    raise ConfigError(f'unknown subcommand "{name}"', hint=hint or "See finetuning --help.")
 
 
 if __name__ == "__main__":

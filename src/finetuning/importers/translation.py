@@ -1,4 +1,4 @@
-"""What an import of another engine's job comes to."""
+"""The result of translating another engine's config, and the YAML it is printed as."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from finetuning.config.yaml.document import ConfigDocument
 from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
+"""Part of a YAML file."""
 
-
-@dataclass(frozen=True)
-class Readers:
-    """What other packages know, and a job may ask for."""
-
-    data_config: Callable[[str], Mapping[str, Any]]
-    """Path of a data config: the values of `data_conf`."""
-    training_fields: Callable[[], Collection[str]] = frozenset
-    """Names of the installed trainer's fields."""
+SECTION_ORDER = (
+    "method",
+    "data_conf",
+    "batchsize_conf",
+    "training_args",
+    "peft_conf",
+    "quant_conf",
+    "run_conf",
+    "sft_args",
+)
 
 
 @dataclass
 class Translation:
-    """The values of our YAML as they are gathered, what could not be carried over, and what is wrong."""
+    """The values of our YAML collected so far, with notes on what is lost and the errors of the source."""
 
     source: ConfigDocument
     values: Values = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    """Settings that are not carried over, or have a different meaning here."""
     problems: list[Problem] = field(default_factory=list)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """What the job says; the default also where it says null or nothing."""
+        """Return the source's value, or the default if it is missing, null or an empty string."""
         value = self.source.values.get(key)
         return default if value is None or value == "" else value
 
@@ -41,7 +44,7 @@ class Translation:
         return self.get(key) is not None
 
     def put(self, path: str, value: Any) -> None:
-        """Sets a key of our YAML; nothing for None."""
+        """Set a dotted key of our YAML; None leaves it unset."""
         if value is None:
             return
         *sections, name = path.split(".")
@@ -50,92 +53,91 @@ class Translation:
             inner = inner.setdefault(section, {})
         inner[name] = value
 
-    def note(self, key: str, text: str) -> None:
-        """Something that is not carried over, or means something else here."""
+    def add_note(self, key: str, text: str) -> None:
+        """Note that a key of the source is not carried over, or has a different meaning here."""
         self.notes.append(f"{key}: {text}")
 
-    def wrong(self, key: str, message: str, hint: str | None = None) -> None:
+    def add_error(self, key: str, message: str, hint: str | None = None) -> None:
+        """Add an error about a key of the source; `finish` raises it."""
         self.problems.append(Problem(message, self.source.location_of((key,)), hint))
 
-    def refuse_unknown(self, known: Collection[str]) -> None:
+    def reject_unknown_keys(self, supported: Collection[str]) -> None:
         for key in self.source.values:
-            if key not in known:
-                self.wrong(key, "unknown key", did_you_mean(str(key), sorted(known)))
+            if key not in supported:
+                self.add_error(key, "unknown key", did_you_mean(str(key), sorted(supported)))
 
-    def truth(self, key: str, default: bool) -> bool:
-        """A switch, which jobs also write as text."""
+    def boolean(self, key: str, default: bool) -> bool:
+        """Return a boolean, which jobs also write as text."""
         value = self.get(key, default)
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if not isinstance(value, bool):
-            self.wrong(key, f"must be true or false, not {value!r}")
+            self.add_error(key, f"must be true or false, not {value!r}")
             return default
         return value
 
-    def items(self, key: str) -> list[Any]:
-        """A list; one value counts as a list of it."""
+    def as_list(self, key: str) -> list[Any]:
+        """Return a list; a single value is a list of one."""
         value = self.get(key, [])
         return list(value) if isinstance(value, list) else [value]
 
-    def number(self, key: str, default: int) -> int:
-        """A whole number from 1."""
+    def positive_int(self, key: str, default: int) -> int:
+        """Return an integer of at least 1; 2.0 counts as 2."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
-            self.wrong(key, f"must be a whole number from 1, not {value!r}")
+            self.add_error(key, f"must be a positive integer, not {value!r}")
             return default
         return int(value)
 
-    def finished(self) -> Translation:
-        """Itself, when nothing is wrong.
+    def finish(self) -> Translation:
+        """Return the translation itself.
 
         Raises:
-            ConfigError: with everything that is.
+            ConfigError: the source has errors; all of them are listed.
         """
         if self.problems:
             raise ConfigError(self.problems)
         return self
 
 
-def written(translation: Translation, engine: str, method: str) -> str:
-    """The YAML, with what could not be carried over in comments on its top."""
+@dataclass(frozen=True)
+class Readers:
+    """What the translation of a job reads outside of the job itself."""
+
+    data_config: Callable[[str], Mapping[str, Any]]
+    """Translates the data config at a path to the values of `data_conf`."""
+    training_fields: Callable[[], Collection[str]] = frozenset
+    """Returns the field names of the installed trainer's config class."""
+
+
+def to_yaml(translation: Translation, engine: str) -> str:
+    """Return the YAML file, with a comment at the top that lists the notes."""
     import yaml
 
-    lines = [f"# Imported from a job of {engine}. Run it: finetuning {method} THIS_FILE"]
+    method = translation.values.get("method", "sft")
+    lines = [f"# Imported from {engine}. Run it: finetuning {method} THIS_FILE"]
     if translation.notes:
-        lines += ["# Not carried over, or different here:", *(f"# - {_one_line(note)}" for note in translation.notes)]
-    body = yaml.dump(
-        dict(_ordered(translation.values)), Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=110
-    )
+        notes = (" ".join(note.split()) for note in translation.notes)
+        lines += ["# Not carried over, or different here:", *(f"# - {note}" for note in notes)]
+    values = dict(sorted(translation.values.items(), key=_section_position))
+    body = yaml.dump(values, Dumper=_make_dumper(), sort_keys=False, allow_unicode=True, width=110)
     return "\n".join(lines) + "\n\n" + body
 
 
-def _dumper() -> type:
-    """A dumper that shows line ends of a text as \\n, as the templates of jobs have them."""
+def _section_position(item: tuple[str, object]) -> int:
+    name, _ = item
+    return SECTION_ORDER.index(name) if name in SECTION_ORDER else len(SECTION_ORDER)
+
+
+def _make_dumper() -> type:
+    """Return a dumper that writes newlines in text as \\n, as the templates of jobs contain them."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Ours, so that the library's own stays as it is."""
+        """A subclass, so that the representer is not added to PyYAML's own dumper."""
 
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    def represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
 
-    Dumper.add_representer(str, text)
+    Dumper.add_representer(str, represent_text)
     return Dumper
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _ordered(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    order = (
-        "method",
-        "data_conf",
-        "batchsize_conf",
-        "training_args",
-        "peft_conf",
-        "quant_conf",
-        "run_conf",
-        "sft_args",
-    )
-    return sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))

@@ -1,4 +1,4 @@
-"""The processes of a job, started by accelerate's own launcher."""
+"""Start the processes of a job with accelerate's launcher."""
 
 from __future__ import annotations
 
@@ -17,141 +17,152 @@ from typing import Any
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_USER, ConfigError, MissingPackageError
-from finetuning.launch.restarts import rendezvous_ok
+from finetuning.launch.restarts import retry_rendezvous
 
 PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+_PRESET_FOLDER = Path(__file__).parent / "presets"
 _MODULE = "finetuning.cli.main"
-_FOLDER = Path(__file__).parent / "presets"
-_OURS = ("module", "no_python", "training_script", "training_script_args", "help")
-_INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-_TOLD = (0, EXIT_USER, EXIT_GUARD, EXIT_INTERNAL, *_INTERRUPTED)
+_RESERVED_FLAGS = ("module", "no_python", "training_script", "training_script_args", "help")
+"""Flags of `accelerate launch` that select what runs."""
+_DOCUMENTED_CODES = (
+    0,
+    EXIT_USER,
+    EXIT_GUARD,
+    EXIT_INTERNAL,
+    *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)),
+)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes run the engine, on how many machines, and what accelerate's launcher is told besides."""
+    """The number of processes and machines, and the options of accelerate's launcher."""
 
     processes: int
-    """Of all machines together."""
+    """Total over all machines."""
     machines: int = 1
     config_file: Path | None = None
     """An accelerate config: a preset or the user's."""
     flags: tuple[str, ...] = ()
-    """Flags of `accelerate launch`; they win over the file."""
-    meet_within_s: float | None = None
-    """How long machines wait for each other, which meet by c10d; None when the flags say how they meet, if they do."""
+    """Flags of `accelerate launch`; they override the config file."""
+    rendezvous_timeout_s: float | None = None
+    """How long the machines of a c10d rendezvous wait for each other; None if the flags set up the rendezvous."""
 
     @property
     def is_plain(self) -> bool:
-        """One process that needs no launcher."""
+        """Whether this is a single process that needs no launcher."""
         return self.processes == 1 and self.machines == 1 and self.config_file is None and not self.flags
 
     def arguments(self, command: Sequence[str]) -> list[str]:
-        """What follows `accelerate launch`; `command` is what follows `finetuning`."""
-        given = ["--config_file", str(self.config_file)] if self.config_file else _without_config(self.flags)
-        given += ["--num_processes", str(self.processes), "--num_machines", str(self.machines), *self.flags]
-        return [*given, "--module", _MODULE, *command]
+        """Return the arguments of `accelerate launch` that run `finetuning COMMAND`."""
+        arguments = ["--config_file", str(self.config_file)] if self.config_file else _neutral_config(self.flags)
+        arguments += ["--num_processes", str(self.processes), "--num_machines", str(self.machines), *self.flags]
+        return [*arguments, "--module", _MODULE, *command]
 
 
-def _without_config(flags: Iterable[str]) -> list[str]:
-    """What keeps a config in the user's home, made for other work, from being read, and accelerate from guessing."""
-    missing = {"--mixed_precision": "no", "--dynamo_backend": "no"}
-    given = [item for name, value in missing.items() if name not in flags for item in (name, value)]
-    return ["--config_file", str(_FOLDER / "ddp.yaml"), *given]
+def _neutral_config(flags: Iterable[str]) -> list[str]:
+    """Return flags that keep accelerate from reading the config in the user's home, and from guessing defaults."""
+    defaults = {"--mixed_precision": "no", "--dynamo_backend": "no"}
+    missing = [item for name, value in defaults.items() if name not in flags for item in (name, value)]
+    return ["--config_file", str(_PRESET_FOLDER / "ddp.yaml"), *missing]
 
 
 def preset_file(name: str) -> Path:
-    """The accelerate config of a preset.
+    """Return the path of a preset's accelerate config.
 
     Raises:
-        MissingPackageError: it needs DeepSpeed, which is not installed.
+        MissingPackageError: the preset requires DeepSpeed, which is not installed.
     """
-    path = _FOLDER / f"{name}.yaml"
+    path = _PRESET_FOLDER / f"{name}.yaml"
     require_deepspeed(path)
     return path
 
 
 def require_deepspeed(config_file: Path) -> dict[str, Any]:
-    """The values of an accelerate config.
+    """Return the values of an accelerate config, after checking that DeepSpeed is installed if it uses it.
 
     Raises:
-        MissingPackageError: it needs DeepSpeed, which is not installed.
-        ConfigError: it cannot be read.
+        MissingPackageError: the config requires DeepSpeed, which is not installed.
+        ConfigError: the file cannot be read.
     """
     values = read_document(config_file).values
-    wants = str(values.get("distributed_type", "")).upper() == "DEEPSPEED"
-    if wants and importlib.util.find_spec("deepspeed") is None:
+    uses_deepspeed = str(values.get("distributed_type", "")).upper() == "DEEPSPEED"
+    if uses_deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise MissingPackageError(
-            f"{config_file.name} needs DeepSpeed, which is not installed",
-            hint="Install it: pip install 'finetuning[deepspeed]'. The preset fsdp2 shares out weights without it.",
+            f"{config_file.name} requires DeepSpeed, which is not installed",
+            hint="Install it: pip install 'finetuning[deepspeed]'. The preset fsdp2 shards the model without it.",
         )
     return values
 
 
 def to_flags(values: Mapping[str, Any], where: str = "accelerate_launch_args") -> list[str]:
-    """Flags of `accelerate launch` for a mapping of their long names; true stands for a flag without a value.
+    """Return flags of `accelerate launch` for a mapping of long flag names; true sets a flag that takes no value.
 
     Raises:
-        ConfigError: a name that the installed accelerate does not know, or a value of the wrong kind.
+        ConfigError: the installed accelerate does not have a flag, or a value has the wrong type.
     """
     from accelerate.commands.launch import launch_command_parser
 
-    known = {
+    is_switch = {
         option[2:]: action.nargs == 0
         for action in launch_command_parser()._actions
         for option in action.option_strings
-        if option.startswith("--") and "-" not in option[2:] and option[2:] not in _OURS
+        # accelerate lists each flag with underscores and with hyphens.
+        if option.startswith("--") and "-" not in option[2:] and option[2:] not in _RESERVED_FLAGS
     }
     flags: list[str] = []
     for name, value in values.items():
-        if name not in known:
+        if name not in is_switch:
             raise ConfigError(
-                f"{where}: {name} is no long flag of accelerate launch", hint=did_you_mean(name, sorted(known))
+                f"{where}: accelerate launch has no flag --{name}", hint=did_you_mean(name, sorted(is_switch))
             )
-        if known[name]:
+        if is_switch[name]:
             if not isinstance(value, bool):
-                raise ConfigError(f"{where}: {name} is true or false, not {value!r}")
+                raise ConfigError(f"{where}: {name} must be true or false, not {value!r}")
             flags += [f"--{name}"] * value
         elif isinstance(value, dict):
-            raise ConfigError(f"{where}: {name} is one value, not keys and values")
+            raise ConfigError(f"{where}: {name} must be a single value, not a mapping")
         elif value is not None:
-            for one in value if isinstance(value, list) else [value]:
-                flags += [f"--{name}", str(one).lower() if isinstance(one, bool) else str(one)]
+            for item in value if isinstance(value, list) else [value]:
+                flags += [f"--{name}", str(item).lower() if isinstance(item, bool) else str(item)]
     return flags
 
 
 def visible_gpus() -> int:
-    """Number of GPUs that a process of ours would see."""
+    """Return the number of GPUs that a process would see."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def start(launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """The exit code of the job, once all processes have ended: that of the first process that failed.
+    """Run the processes of a job to their end, and return the exit code of the first one that failed.
 
-    SIGTERM and SIGINT are passed on; the processes then save a checkpoint. `environment` is added to our own.
+    SIGTERM and SIGINT are forwarded; the processes then save a checkpoint.
+
+    Args:
+        command: the arguments of `finetuning`.
+        environment: variables that are added to the current ones.
 
     Raises:
-        InternalError: its machines did not meet.
+        InternalError: the machines did not rendezvous.
     """
     if launch.is_plain:
-        return _start_one(command, os.environ | dict(environment))
+        return _run_single_process(command, os.environ | dict(environment))
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     os.environ.update(environment)
-    # Its only warning is that c10d gives out the ranks itself.
+    # Its only warning is that c10d assigns the node ranks itself.
     logging.getLogger(torch.distributed.run.__name__).setLevel(logging.ERROR)
     try:
-        if launch.meet_within_s is None:
-            return _start_all(launch, command)
-        return rendezvous_ok(lambda: _start_all(launch, command), launch.meet_within_s)
+        if launch.rendezvous_timeout_s is None:
+            return _run_launcher(launch, command)
+        return retry_rendezvous(lambda: _run_launcher(launch, command), launch.rendezvous_timeout_s)
     except SignalException as error:
         return 128 + int(error.sigval)
 
 
-def _start_all(launch: Launch, command: Sequence[str]) -> int:
+def _run_launcher(launch: Launch, command: Sequence[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -162,27 +173,27 @@ def _start_all(launch: Launch, command: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
         return exit_code_of(error.returncode)
     except ValueError as error:
-        raise ConfigError(f"accelerate refuses this launch: {error}") from error
+        raise ConfigError(f"accelerate rejects this launch: {error}") from error
     return 0
 
 
 def exit_code_of(code: int) -> int:
-    """The exit code that a process's stands for: one of those that are documented, or 203."""
+    """Return the documented exit code for a process's own: 128 + signal number, or 203 for undocumented codes."""
     code = 128 - code if code < 0 else code
-    return code if code in _TOLD else EXIT_INTERNAL
+    return code if code in _DOCUMENTED_CODES else EXIT_INTERNAL
 
 
-def _start_one(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def _run_single_process(command: Sequence[str], environment: Mapping[str, str]) -> int:
     process = subprocess.Popen([sys.executable, "-u", "-m", _MODULE, *command], env=environment)
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    # A terminal sends its interrupt to the process, too, which would take a second one as an order to stop at once.
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on), signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else pass_on)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward), signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    # A terminal sends SIGINT to the whole process group. A second one from here would make the run stop at once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else forward)
     try:
         return exit_code_of(process.wait())
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -22,7 +22,7 @@ def plan(args: dict[str, Any] | None = None, gpus: int = 0, **environ: str) -> J
     return plan_launch(parse_document(json.dumps({"accelerate_launch_args": args}), "job.json"), gpus, environ)
 
 
-def test_the_encoded_text_wins_and_an_empty_one_is_none(tmp_path: Path) -> None:
+def test_the_encoded_text_wins_and_empty_variables_are_ignored(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text('{"r": 1}')
     text = encoded(b'{"r": 2}')
@@ -36,38 +36,38 @@ def test_the_encoded_text_wins_and_an_empty_one_is_none(tmp_path: Path) -> None:
         ({}, "Must set environment variable"),
         ({JSON_TEXT: "", JSON_PATH: ""}, "Must set environment variable"),
         ({JSON_TEXT: encoded(pickle.dumps({"r": 1}))}, "pickle"),
-        ({JSON_TEXT: "{not base64}"}, "no base64"),
+        ({JSON_TEXT: "{not base64}"}, "not base64"),
         ({JSON_TEXT: encoded(b"\xff\xfe\x00")}, "UTF-8"),
         ({JSON_TEXT: encoded(b"[1, 2]")}, JSON_TEXT),
         ({JSON_PATH: "/no/such.json"}, "/no/such.json"),
     ],
 )
-def test_what_is_no_job(environ: dict[str, str], expected: str) -> None:
+def test_invalid_jobs(environ: dict[str, str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_job(environ)
     assert expected in str(caught.value)
 
 
-def test_a_process_for_each_gpu_unless_told_otherwise() -> None:
+def test_one_process_per_gpu_unless_disabled() -> None:
     assert plan(gpus=4).launch.processes == 4
-    told = plan({"num_processes": 2}, gpus=4)
-    assert told.launch.processes == 4 and "num_processes is 4" in told.notes[0]
+    planned = plan({"num_processes": 2}, gpus=4)
+    assert planned.launch.processes == 4 and "num_processes is 4" in planned.notes[0]
     assert plan({"num_processes": 2}, gpus=4, SET_NUM_PROCESSES_TO_NUM_GPUS="False").launch.processes == 2
     assert plan({"num_processes": 2}).launch.processes == 2
     assert plan().launch.is_plain
 
 
-def test_several_gpus_share_the_model_out(tmp_path: Path) -> None:
+def test_several_gpus_shard_the_model(tmp_path: Path) -> None:
     assert plan(gpus=2).launch.config_file.name == "fsdp2.yaml"
     assert plan(gpus=1).launch.config_file is None
     assert plan({"num_processes": 2}).launch.config_file is None
     defaults = tmp_path / "mine.yaml"
     defaults.write_text("distributed_type: FSDP")
     assert plan(gpus=2, FSDP_DEFAULTS_FILE_PATH=str(defaults)).launch.config_file == defaults
-    own = tmp_path / "own.yaml"
-    own.write_text("num_processes: 3")
-    planned = plan({"config_file": str(own)}, FSDP_DEFAULTS_FILE_PATH=str(defaults))
-    assert (planned.launch.config_file, planned.launch.processes) == (own, 3)
+    custom = tmp_path / "custom.yaml"
+    custom.write_text("num_processes: 3")
+    planned = plan({"config_file": str(custom)}, FSDP_DEFAULTS_FILE_PATH=str(defaults))
+    assert (planned.launch.config_file, planned.launch.processes) == (custom, 3)
 
 
 def test_flags_and_environment() -> None:
@@ -79,12 +79,12 @@ def test_flags_and_environment() -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ({"q": True}, "q is no long flag"),
+        ({"q": True}, "accelerate launch has no flag --q"),
         ({"main_proces_port": 1}, 'Did you mean "main_process_port"?'),
-        ({"quiet": "yes"}, "quiet is true or false"),
-        ({"num_processes": 0}, "whole number from 1"),
+        ({"quiet": "yes"}, "quiet must be true or false"),
+        ({"num_processes": 0}, "positive integer"),
         ({"env": ["A"]}, "NAME=VALUE"),
-        ([1], "must be keys and values"),
+        ([1], "must be a mapping"),
     ],
 )
 def test_wrong_launch_arguments(args: Any, expected: str) -> None:
@@ -93,7 +93,7 @@ def test_wrong_launch_arguments(args: Any, expected: str) -> None:
     assert expected in str(caught.value)
 
 
-def test_deepspeed_that_is_not_installed_is_said_with_its_line(tmp_path: Path) -> None:
+def test_missing_deepspeed_is_reported_with_the_install_command(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     file = tmp_path / "ds.yaml"
     file.write_text("distributed_type: DEEPSPEED")
@@ -105,7 +105,7 @@ def test_deepspeed_that_is_not_installed_is_said_with_its_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("code", "told"), [(0, 0), (1, 1), (3, 3), (203, 203), (-15, 143), (-2, 130), (-9, 203), (7, 203)]
+    ("code", "expected"), [(0, 0), (1, 1), (3, 3), (203, 203), (-15, 143), (-2, 130), (-9, 203), (7, 203)]
 )
-def test_exit_codes(code: int, told: int) -> None:
-    assert exit_code_of(code) == told
+def test_exit_codes(code: int, expected: int) -> None:
+    assert exit_code_of(code) == expected

@@ -1,4 +1,4 @@
-"""Each key of a job of fms-hf-tuning means what it meant there."""
+"""Each key of an fms-hf-tuning job keeps its meaning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
 from finetuning.importers.fms.job import Readers, to_experiment
-from finetuning.importers.translation import Translation, written
+from finetuning.importers.translation import Translation, to_yaml
 
 MINIMAL = {
     "model_name_or_path": "/model",
@@ -51,14 +51,14 @@ def refused(job: dict[str, Any]) -> str:
         TEXTS | {"fast_kernels": [True, False, True]},
     ],
 )
-def test_what_it_comes_to_is_a_right_config_and_is_read_back(job: dict[str, Any]) -> None:
+def test_the_yaml_is_valid_and_keeps_the_values(job: dict[str, Any]) -> None:
     translation = translate(job)
-    document = parse_document(written(translation, "fms-hf-tuning", "sft"), "experiment.yaml")
+    document = parse_document(to_yaml(translation, "fms-hf-tuning"), "experiment.yaml")
     assert document.values == translation.values
     assert validate(document, SFTExperiment).experiment.run_conf.model == "/model"
 
 
-def test_defaults_are_those_of_there() -> None:
+def test_defaults_are_those_of_fms_hf_tuning() -> None:
     values = translate({}).values
     assert values["sft_args"] == {"train_on": "completions", "max_seq_length": 4096, "length_handling": "truncate"}
     for key, value in {"save_strategy": "epoch", "logging_strategy": "epoch", "eval_strategy": "no"}.items():
@@ -82,26 +82,26 @@ def test_the_batch_of_a_step_is_the_same() -> None:
     }
 
 
-def test_multipack_shares_the_rows_of_a_step_out_by_their_tokens() -> None:
+def test_multipack_balances_the_rows_of_a_step_by_tokens() -> None:
     job = TEXTS | {"padding_free": ["huggingface"], "multipack": [16], "per_device_train_batch_size": 4}
-    several, one = translate(job, processes=2), translate(job)
+    several, single = translate(job, processes=2), translate(job)
     assert several.values["training_args"]["train_sampling_strategy"] == "batch_rebalance"
     assert several.values["sft_args"]["batching"] == "padding-free"
     assert several.values["batchsize_conf"]["total_train_batch_size"] == 8
     assert any(note.startswith("multipack: each step trains on as many rows as without it") for note in several.notes)
-    assert "train_sampling_strategy" not in one.values["training_args"]
-    assert "multipack: changes nothing on one process; there it needs several" in one.notes
+    assert "train_sampling_strategy" not in single.values["training_args"]
+    assert "multipack: has no effect with one process; fms-hf-tuning requires several" in single.notes
 
 
-def test_multipack_does_not_go_with_a_stream() -> None:
+def test_multipack_cannot_be_combined_with_streaming() -> None:
     job = {"padding_free": ["huggingface"], "multipack": [16], "max_steps": 4, "data_config_path": "d.yaml"}
     job |= {"training_data_path": None, "response_template": "x", "dataset_text_field": "output"}
-    with pytest.raises(ConfigError, match="multipack: does not go with streaming"):
+    with pytest.raises(ConfigError, match="multipack: cannot be combined with streaming"):
         translate(job, data_config=lambda _: {"training_data": {"datasets": []}, "streaming": True}, processes=2)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("value", "expected"),
     [
         (["all-linear"], "all-linear"),
         (["lm_head", "all-linear"], "all-linear"),
@@ -111,25 +111,25 @@ def test_multipack_does_not_go_with_a_stream() -> None:
         (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
     ],
 )
-def test_target_modules(given: Any, expected: Any) -> None:
-    values = translate({"peft_method": "lora", "target_modules": given}).values
+def test_target_modules(value: Any, expected: Any) -> None:
+    values = translate({"peft_method": "lora", "target_modules": value}).values
     assert values["peft_conf"]["peft_kwargs"]["target_modules"] == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("value", "expected"),
     [(None, "auto"), ("true", "auto"), (True, "auto"), ("False", False), ("/o/checkpoint-3",) * 2],
 )
-def test_resuming(given: Any, expected: Any) -> None:
-    assert translate({"resume_from_checkpoint": given}).values["run_conf"]["resume_from_checkpoint"] == expected
+def test_resuming(value: Any, expected: Any) -> None:
+    assert translate({"resume_from_checkpoint": value}).values["run_conf"]["resume_from_checkpoint"] == expected
 
 
-def test_what_is_switched_off_is_no_fault() -> None:
+def test_unsupported_keys_that_are_switched_off_are_accepted() -> None:
     off = {"do_dataprocessing_only": False, "quantization_method": "none", "enable_reduce_loss_sum": False}
     (flash,) = translate(off | {"fast_moe": None}).notes
     assert flash.startswith("use_flash_attn")
-    beside = translate({"dequantize": True, "num_train_dataset_shards": 4}).notes
-    assert any("num_train_dataset_shards: changes nothing without do_dataprocessing_only" in note for note in beside)
+    notes = translate({"dequantize": True, "num_train_dataset_shards": 4}).notes
+    assert any("num_train_dataset_shards: has no effect without do_dataprocessing_only" in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -144,26 +144,26 @@ def test_what_is_switched_off_is_no_fault() -> None:
         ({"aim_repo": "/a", "aim_experiment": "mine"}, {"aim_repo": "/a", "experiment_name": "mine"}),
     ],
 )
-def test_where_aim_is(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_aim_location(keys: dict[str, Any], expected: dict[str, Any]) -> None:
     tracking = translate({"trackers": ["aim"], "experiment": "e"} | keys).values["tracking"]
     assert tracking == {"trackers": ["aim"], "experiment_name": "e"} | expected
 
 
 def test_formats() -> None:
     def source(job: dict[str, Any]) -> dict[str, Any]:
-        (one,) = translate(job).values["data_conf"]["training_data"]["datasets"]
-        return one
+        (dataset,) = translate(job).values["data_conf"]["training_data"]["datasets"]
+        return dataset
 
     assert source({}) == {"path": "/data/train.jsonl"}
     assert source(TEXTS)["format"] == "response_template"
     assert source({"dataset_text_field": "text", "packing": True})["format"] == "text"
     chat = source({"dataset_conversation_field": "turns", "response_template": "<|assistant|>"})
     assert chat == {"path": "/data/train.jsonl", "format": "messages", "columns": {"turns": "messages"}}
-    own = translate({"data_config_path": "/data.yaml", "training_data_path": None}).values["data_conf"]
-    assert own["training_data"] == "/data.yaml"
+    data_conf = translate({"data_config_path": "/data.yaml", "training_data_path": None}).values["data_conf"]
+    assert data_conf["training_data"] == "/data.yaml"
 
 
-def test_alora_is_invoked_by_its_text() -> None:
+def test_alora_keeps_its_invocation_string() -> None:
     conf = translate({"peft_method": "alora", "alora_invocation_string": "now answer this"}).values["peft_conf"]
     assert (conf["peft_type"], conf["alora_invocation_string"]) == ("LORA", "now answer this")
 
@@ -175,13 +175,13 @@ def test_qlora_and_gptq() -> None:
     assert "quant_conf" not in translate(gptq).values
 
 
-def test_gptq_is_not_made_of_another_checkpoint(tmp_path: Path) -> None:
+def test_gptq_requires_a_gptq_checkpoint(tmp_path: Path) -> None:
     job = {"peft_method": "lora", "auto_gptq": ["triton_v2"], "torch_dtype": "float16", "fp16": True}
     job["model_name_or_path"] = str(tmp_path)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     assert translate(job).values["run_conf"]["model"] == str(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"auto_gptq: needs a GPTQ checkpoint, and .* is none"):
+    with pytest.raises(ConfigError, match=r"auto_gptq: requires a GPTQ checkpoint; .* is not quantized"):
         translate(job)
 
 
@@ -190,7 +190,7 @@ def test_mlflow() -> None:
     assert translate(job).values["tracking"] == {"mlflow_server_uri": "http://m", "experiment_name": "mine"}
 
 
-def test_other_trackers_and_what_they_are_told() -> None:
+def test_options_of_other_trackers() -> None:
     job = {"trackers": ["aim", "hf_resource_scanner"], "aim_remote_server_ip": "h", "aim_remote_server_port": 53800}
     job |= {
         "exp_metadata": '{"team": "search", "tried": [1, 2]}',
@@ -212,52 +212,52 @@ def test_other_trackers_and_what_they_are_told() -> None:
     ("job", "expected"),
     [
         ({"lora_alfa": 3}, 'lora_alfa: unknown key. Did you mean "lora_alpha"?'),
-        ({"training_data_path": ""}, "needs training_data_path or data_config_path"),
-        ({"model_name_or_path": None}, "needs model_name_or_path"),
-        ({"output_dir": ""}, "needs output_dir"),
-        ({"response_template": "x"}, "needs dataset_text_field or data_formatter_template"),
-        ({"dataset_text_field": "a", "data_formatter_template": "{{a}}"}, "does not go with dataset_text_field"),
-        ({"dataset_text_field": "a"}, "needs response_template, packing or padding_free"),
-        ({"data_config_path": "c.yaml"}, "does not go with data_config_path"),
-        ({"num_train_epochs": 0}, "must be a number above 0"),
-        ({"gradient_accumulation_steps": 0}, "must be a whole number from 1"),
-        ({"eval_strategy": "epoch"}, "there is no validation_data_path"),
+        ({"training_data_path": ""}, "training_data_path or data_config_path is required"),
+        ({"model_name_or_path": None}, "model_name_or_path: is required"),
+        ({"output_dir": ""}, "output_dir: is required"),
+        ({"response_template": "x"}, "requires dataset_text_field or data_formatter_template"),
+        ({"dataset_text_field": "a", "data_formatter_template": "{{a}}"}, "cannot be combined with dataset_text_field"),
+        ({"dataset_text_field": "a"}, "requires response_template, packing or padding_free"),
+        ({"data_config_path": "c.yaml"}, "cannot be combined with data_config_path"),
+        ({"num_train_epochs": 0}, "must be a positive number"),
+        ({"gradient_accumulation_steps": 0}, "must be a positive integer"),
+        ({"eval_strategy": "epoch"}, "epoch requires validation_data_path"),
         ({"peft_method": "lora2"}, "must be lora, alora, pt or None"),
-        ({"peft_method": "alora"}, "needs a text that invokes it"),
-        ({"auto_gptq": ["triton_v2"]}, "needs peft_method: lora"),
-        ({"peft_method": "lora", "auto_gptq": ["triton_v2"]}, "needs torch_dtype: float16"),
-        ({"fused_lora": ["auto_gptq", True]}, "needs a quantised base"),
-        ({"multipack": [16]}, "multipack: needs padding_free"),
-        ({"padding_free": ["huggingface"], "packing": True}, "does not go with packing"),
-        ({"fast_moe": [1]}, "cannot be honoured"),
-        ({"do_dataprocessing_only": True}, "made ahead of time by `finetuning prepare sft YAML"),
-        ({"quantization_method": "mxfp4"}, "cannot be honoured"),
-        ({"trackers": ["aim"]}, "aim needs aim_repo"),
+        ({"peft_method": "alora"}, "is required with peft_method: alora"),
+        ({"auto_gptq": ["triton_v2"]}, "requires peft_method: lora"),
+        ({"peft_method": "lora", "auto_gptq": ["triton_v2"]}, "requires torch_dtype: float16"),
+        ({"fused_lora": ["auto_gptq", True]}, "requires a quantized base model"),
+        ({"multipack": [16]}, "multipack: requires padding_free"),
+        ({"padding_free": ["huggingface"], "packing": True}, "cannot be combined with packing"),
+        ({"fast_moe": [1]}, "not supported"),
+        ({"do_dataprocessing_only": True}, "`finetuning prepare sft YAML"),
+        ({"quantization_method": "mxfp4"}, "not supported"),
+        ({"trackers": ["aim"]}, "aim requires aim_repo"),
         ({"exp_metadata": "{"}, "must be a JSON object"),
-        ({"trackers": ["mlflow"]}, "needs mlflow_tracking_uri"),
-        ({"trackers": ["tensorbored"]}, "there is no tracker 'tensorbored'"),
+        ({"trackers": ["mlflow"]}, "mlflow requires mlflow_tracking_uri"),
+        ({"trackers": ["tensorbored"]}, "unknown tracker 'tensorbored'"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(job: dict[str, Any], expected: str) -> None:
+def test_invalid_jobs_are_rejected(job: dict[str, Any], expected: str) -> None:
     message = refused(job)
     assert expected in message
     assert message.startswith("job.json:")
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     assert len(refused({"a1": 1, "b2": 2, "fast_moe": [1]}).splitlines()) == 3
 
 
-def test_what_is_not_carried_over_stands_on_top() -> None:
+def test_notes_are_at_the_top_of_the_yaml() -> None:
     job = TEXTS | {"r": 4, "training_logs_filename": "mine.jsonl", "exp_metadata": '{"a": 1}'}
-    text = written(translate(job), "fms-hf-tuning", "sft")
+    text = to_yaml(translate(job), "fms-hf-tuning")
     head = [line for line in text.splitlines() if line.startswith("#")]
-    assert any("r: changes nothing with peft_method none" in line for line in head)
+    assert any("r: has no effect with peft_method none" in line for line in head)
     assert any("training_logs_filename: the file" in line for line in head)
     assert yaml.safe_load(text)["method"] == "sft"
 
 
-def test_every_key_of_the_command_line_of_old_is_known(tmp_path: Path) -> None:
+def test_every_documented_key_is_supported(tmp_path: Path) -> None:
     keys = """
     model_name_or_path tokenizer_name_or_path training_data_path output_dir num_train_epochs learning_rate
     per_device_train_batch_size gradient_accumulation_steps response_template dataset_text_field torch_dtype

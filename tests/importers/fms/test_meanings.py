@@ -1,4 +1,4 @@
-"""What is trained by a job of fms-hf-tuning: its keys, beside a data config or without, on real files."""
+"""Which tokens an fms-hf-tuning job trains, with and without a data config, on real files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetuning.data.pipeline import prepare_sft
 from finetuning.errors import ConfigError
 from finetuning.importers.fms.data_config import read_data_config
 from finetuning.importers.fms.job import Readers, to_experiment
-from finetuning.importers.translation import Translation, written
+from finetuning.importers.translation import Translation, to_yaml
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
 CHAT += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]
@@ -50,7 +50,7 @@ MASKED = handler("tokenize_and_apply_input_masking", input_column_name="input", 
 
 @pytest.fixture
 def job(tmp_path: Path, chatml_llama_dir: Path) -> Callable[..., Translation]:
-    """A job on the rows of a name; with handlers, by a data config."""
+    """A function that translates a job on named rows; with handlers, through a data config."""
     for name, row in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
 
@@ -73,10 +73,10 @@ def job(tmp_path: Path, chatml_llama_dir: Path) -> Callable[..., Translation]:
 
 
 def trained(translation: Translation, tokenizer_dir: Path) -> str:
-    """What of the first row is trained, after the YAML was written and read."""
+    """Return the trained text of the first row, after the YAML was written and read."""
     from transformers import AutoTokenizer
 
-    document = parse_document(written(translation, "fms-hf-tuning", "sft"), "experiment.yaml")
+    document = parse_document(to_yaml(translation, "fms-hf-tuning"), "experiment.yaml")
     experiment = validate(document, SFTExperiment).experiment
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     if experiment.data_conf.chat_template:
@@ -84,7 +84,7 @@ def trained(translation: Translation, tokenizer_dir: Path) -> str:
     data_conf = experiment.data_conf.model_copy(update={"cache": "off"})
     row = prepare_sft(data_conf, experiment.sft_args, tokenizer).train[0]
     pairs = zip(row["input_ids"], row["labels"], strict=True)
-    return tokenizer.decode([one for one, label in pairs if label != -100])
+    return tokenizer.decode([token for token, label in pairs if label != -100])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def trained(translation: Translation, tokenizer_dir: Path) -> str:
         ("chats", {}, [handler("tokenize_and_apply_chat_template_with_masking")], f"one{END}two{END}"),
     ],
 )
-def test_what_is_trained(
+def test_the_trained_text(
     rows: str,
     keys: dict[str, Any],
     handlers: list[Any] | None,
@@ -135,7 +135,7 @@ def test_what_is_trained(
     assert trained(job(rows, keys, handlers), chatml_llama_dir) == expected
 
 
-def test_ready_tokens_are_trained_as_they_are(job: Callable[..., Translation], chatml_llama_dir: Path) -> None:
+def test_token_ids_and_labels_are_used_unchanged(job: Callable[..., Translation], chatml_llama_dir: Path) -> None:
     from transformers import AutoTokenizer
 
     expected = AutoTokenizer.from_pretrained(chatml_llama_dir).decode([101, 102])
@@ -143,20 +143,20 @@ def test_ready_tokens_are_trained_as_they_are(job: Callable[..., Translation], c
     assert trained(job("tokens", {}, []), chatml_llama_dir) == expected
 
 
-def test_a_text_whose_trained_part_nothing_tells_is_refused(job: Callable[..., Translation]) -> None:
+def test_text_rows_without_a_response_template_are_rejected(job: Callable[..., Translation]) -> None:
     for rows, handlers in (("pairs", [FORMATTED]), ("chats", [CHAT_TEXT])):
-        with pytest.raises(ConfigError, match="needs a response_template; packing or padding_free trains on all"):
+        with pytest.raises(ConfigError, match="set response_template to select the trained part; packing or"):
             job(rows, {}, handlers)
 
 
-def test_the_data_configs_own_chat_template_counts(job: Callable[..., Translation]) -> None:
+def test_the_chat_template_of_the_data_config_wins(job: Callable[..., Translation]) -> None:
     masked = [handler("tokenize_and_apply_chat_template_with_masking")]
     out = job("chats", {"chat_template": "mine"}, masked, dataprocessor={"chat_template": "theirs"})
     assert out.values["data_conf"]["chat_template"] == "theirs"
     assert any(note.startswith("chat_template: the data config's own") for note in out.notes)
 
 
-def test_handlers_may_cut_rows_shorter(job: Callable[..., Translation]) -> None:
+def test_a_handler_can_lower_the_maximum_length(job: Callable[..., Translation]) -> None:
     def limit(keys: dict[str, Any], **arguments: Any) -> int:
         out = job("chats", keys, [handler("tokenize_and_apply_chat_template_with_masking", **arguments)])
         return out.values["sft_args"]["max_seq_length"]
@@ -168,7 +168,7 @@ def test_handlers_may_cut_rows_shorter(job: Callable[..., Translation]) -> None:
     )
 
 
-def test_a_streamed_batch_is_shared_out_and_its_order_kept(job: Callable[..., Translation]) -> None:
+def test_a_streamed_batch_is_split_over_processes_in_order(job: Callable[..., Translation]) -> None:
     masked = [handler("tokenize_and_apply_input_masking", input_column_name="input", output_column_name="output")]
     held_out = {"name": "v", "data_paths": ["v.jsonl"], "split": {"validation": 1.0}}
     keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 5}
@@ -181,32 +181,34 @@ def test_a_streamed_batch_is_shared_out_and_its_order_kept(job: Callable[..., Tr
         job("pairs", keys, masked, 3, **streamed)
 
 
-def test_tokens_are_added_to_a_tokenizer_that_keeps_its_template(
+def test_special_tokens_are_added_and_the_template_is_kept(
     job: Callable[..., Translation], chatml_llama_dir: Path
 ) -> None:
     from finetuning.training.setup import load_tokenizer
 
     out = job("chats", TURNS | {"add_special_tokens": ["<doc>", "<|im_end|>"]})
-    document = parse_document(written(out, "fms-hf-tuning", "sft"), "experiment.yaml")
+    document = parse_document(to_yaml(out, "fms-hf-tuning"), "experiment.yaml")
     loaded = load_tokenizer(validate(document, SFTExperiment).experiment)
     assert loaded.new_tokens == ("<doc>",)
     assert len(loaded.tokenizer.encode("<doc>", add_special_tokens=False)) == 1
 
 
-def test_packed_rows_keep_to_the_response_template(job: Callable[..., Translation], chatml_llama_dir: Path) -> None:
+def test_packed_rows_are_masked_by_the_response_template(
+    job: Callable[..., Translation], chatml_llama_dir: Path
+) -> None:
     keys = {"dataset_text_field": "output", "response_template": "\n### Label:", "packing": True}
     out = job("texts", keys)
     assert trained(out, chatml_llama_dir) == f" A{END}"
-    assert any(note.startswith("packing: the response template is kept to") for note in out.notes)
+    assert any(note.startswith("packing: the response template is applied") for note in out.notes)
 
 
-def test_a_job_with_a_data_config_is_told_by_its_keys(
+def test_a_job_with_a_data_config_is_detected_by_its_keys(
     tmp_path: Path, chatml_llama_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from finetuning.cli.import_config import import_main
+    from finetuning.cli.import_config import main
 
     (tmp_path / "data.json").write_text(json.dumps({"datasets": [{"name": "d", "data_paths": ["a.jsonl"]}]}))
     values = {"model_name_or_path": str(chatml_llama_dir), "output_dir": "out"}
     (tmp_path / "job.json").write_text(json.dumps(values | {"data_config_path": str(tmp_path / "data.json")}))
-    assert import_main([str(tmp_path / "job.json")]) == 0
+    assert main([str(tmp_path / "job.json")]) == 0
     assert "path: a.jsonl" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The keys of a job of fms-hf-tuning, and the defaults that differ from ours.
+"""The keys of an fms-hf-tuning job, and its defaults that differ from ours.
 
 Source: fms-hf-tuning, README.md and build/README.md; `tuning/config/configs.py`.
 """
@@ -27,7 +27,7 @@ MAX_SEQ_LENGTH = 4096
 BATCH_SIZE = 8
 EXPERIMENT = "fms-hf-tuning"
 
-# Fields of transformers' training arguments that jobs set; others of the installed release are known, too.
+# Fields of transformers' TrainingArguments that jobs set; other fields of the installed release are accepted, too.
 TRAINING = _names(
     """
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
@@ -94,23 +94,23 @@ RUN = _names(
     """
 )
 LAUNCHER = frozenset({"accelerate_launch_args", "lora_post_process_for_vllm"})
-"""What the launcher reads, and the experiment does not hold."""
-REFUSED: dict[str, str] = {
-    "fast_moe": "experts' own kernels and parallelism are not offered; remove it to train the experts as they are",
-    "do_dataprocessing_only": "a job trains; `finetuning import` gives its YAML, whose rows are made ahead of time by"
+"""Keys that the launcher reads; they are no part of the experiment."""
+UNSUPPORTED: dict[str, str] = {
+    "fast_moe": "no kernels or parallelism for experts; remove it to train the experts with transformers' own code",
+    "do_dataprocessing_only": "a job trains; to tokenize the data only, translate it with `finetuning import`, then run"
     " `finetuning prepare sft YAML --output FOLDER --shards N`",
-    "dataset_image_field": "models of images and text are not offered",
-    "quantization_method": "only a checkpoint's own quantisation and bnb_qlora are offered",
-    "additional_data_handlers": "handlers that are code are not offered",
+    "dataset_image_field": "vision-language models",
+    "quantization_method": "use a quantized checkpoint or bnb_qlora",
+    "additional_data_handlers": "data handlers written in Python",
 }
 OFF = frozenset({"false", "none", "[]"})
-"""Values that ask for nothing."""
-BESIDE: dict[str, str] = {
+"""Values that switch a feature off."""
+DEPENDENT: dict[str, str] = {
     "dequantize": "quantization_method",
     "num_train_dataset_shards": "do_dataprocessing_only",
     "num_eval_dataset_shards": "do_dataprocessing_only",
 }
-"""Keys that say how something refused is done, and what that is."""
+"""Options of an unsupported key, and that key."""
 SUPPORTED = (
     TRAINING
     | LORA
@@ -121,6 +121,6 @@ SUPPORTED = (
     | MODEL
     | RUN
     | LAUNCHER
-    | set(REFUSED)
-    | set(BESIDE)
+    | set(UNSUPPORTED)
+    | set(DEPENDENT)
 )

@@ -1,4 +1,4 @@
-"""Configs of other engines, by the keys that they share with ours."""
+"""Translation of axolotl, LLaMA-Factory and TRL configs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.document import ConfigDocument
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
-from finetuning.importers.other_engines import ENGINES, detect_engine
-from finetuning.importers.translation import Translation, written
+from finetuning.importers import ENGINES, detect_engine
+from finetuning.importers.translation import Translation, to_yaml
 
 AXOLOTL = """
 base_model: /m
@@ -95,69 +95,69 @@ def imported(text: str) -> tuple[str, Translation]:
         (AXOLOTL.replace("sample_packing: true", "rl: ipo"), "axolotl", "dpo"),
     ],
 )
-def test_it_comes_to_a_right_config(text: str, engine: str, method: str) -> None:
-    told, translation = imported(text)
-    assert (told, translation.values["method"]) == (engine, method)
-    document = parse_document(written(translation, engine, method), "ours.yaml")
+def test_the_translation_is_a_valid_config(text: str, engine: str, method: str) -> None:
+    detected, translation = imported(text)
+    assert (detected, translation.values["method"]) == (engine, method)
+    document = parse_document(to_yaml(translation, engine), "ours.yaml")
     assert not validate(document, EXPERIMENTS[method]).experiment.run_conf.tokenizer
 
 
-def test_values_arrive() -> None:
+def test_values_are_carried_over() -> None:
     def values(text: str) -> dict[str, Any]:
         return imported(text)[1].values
 
-    one = values(AXOLOTL)
-    assert one["batchsize_conf"]["total_train_batch_size"] == 16
-    assert one["sft_args"] == {"max_seq_length": 4096, "packing": True, "train_on": "assistant"}
-    assert one["peft_conf"]["peft_kwargs"] == {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    assert one["quant_conf"]["load_in_4bit"] and one["data_conf"]["chat_template_name"] == "chat-ml"
-    assert one["data_conf"]["training_data"]["datasets"] == [
+    axolotl = values(AXOLOTL)
+    assert axolotl["batchsize_conf"]["total_train_batch_size"] == 16
+    assert axolotl["sft_args"] == {"max_seq_length": 4096, "packing": True, "train_on": "assistant"}
+    assert axolotl["peft_conf"]["peft_kwargs"] == {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    assert axolotl["quant_conf"]["load_in_4bit"] and axolotl["data_conf"]["chat_template_name"] == "chat-ml"
+    assert axolotl["data_conf"]["training_data"]["datasets"] == [
         {"path": "rows.jsonl", "format": "messages", "columns": {"turns": "messages"}}
     ]
-    two = values(LLAMA_FACTORY)
-    assert two["data_conf"]["validation_data"] == {"type": "AUTO_SPLIT", "ratio": 0.1}
-    assert two["training_args"]["warmup_ratio"] == 0.1
-    three = values(TRL)
-    assert three["peft_conf"]["peft_kwargs"] == {
+    llama_factory = values(LLAMA_FACTORY)
+    assert llama_factory["data_conf"]["validation_data"] == {"type": "AUTO_SPLIT", "ratio": 0.1}
+    assert llama_factory["training_args"]["warmup_ratio"] == 0.1
+    trl = values(TRL)
+    assert trl["peft_conf"]["peft_kwargs"] == {
         **{"r": 32, "lora_alpha": 32, "lora_dropout": 0.05},
         "target_modules": ["q_proj", "v_proj"],
     }
-    assert three["data_conf"]["validation_data"]["datasets"][0]["split"] == "test"
+    assert trl["data_conf"]["validation_data"]["datasets"][0]["split"] == "test"
     assert values(DPO)["training_args"]["beta"] == 0.2
 
 
 @pytest.mark.parametrize(
     ("text", "note"),
     [
-        (AXOLOTL, "wandb_project: is not carried over: mine"),
+        (AXOLOTL, "wandb_project: not carried over: mine"),
         (LLAMA_FACTORY, "identity is a name of dataset_info.json"),
-        (LLAMA_FACTORY, "llama3 is left out"),
-        (TRL, "push_to_hub: is not carried over"),
+        (LLAMA_FACTORY, "llama3 is not available"),
+        (TRL, "push_to_hub: not carried over"),
     ],
 )
-def test_what_is_left_out_is_said(text: str, note: str) -> None:
-    assert any(note in one for one in imported(text)[1].notes)
+def test_what_is_left_out_is_noted(text: str, note: str) -> None:
+    assert any(note in line for line in imported(text)[1].notes)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1", "do not tell which engine"),
+        ("a: 1", "cannot detect the engine"),
         ("base_model: /m\nrl: ppo", "rl: ppo cannot be imported"),
         ("base_model: /m\nadapter: llama-adapter", "cannot be imported"),
     ],
 )
-def test_what_cannot_be_imported(text: str, expected: str) -> None:
+def test_configs_that_cannot_be_imported(text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         imported(text)
     assert expected in str(caught.value)
 
 
-FILES = sorted((Path(__file__).parent / "other_engines").glob("*.yaml"))
-# What says how a job was run there, or what is so here without a word.
+FILES = sorted((Path(__file__).parent / "examples").glob("*.yaml"))
+# Keys that only affect how the other engine ran, or that match what always happens here.
 SILENT = {"strict", "pad_to_sequence_len", "dataset_prepared_path", "do_train", "overwrite_cache", "plot_loss"}
 SILENT |= {"preprocessing_num_workers", "overwrite_output_dir", "quantization_method", "lora_task_type"}
-# What is the same as its default there, so that a config without it comes to the same.
+# Keys with the same value as the other engine's default: a config without them has the same result.
 DEFAULTS = {"load_in_4bit", "load_in_8bit", "sample_packing", "chat_template", "bnb_4bit_quant_type", "val_set_size"}
 DEFAULTS |= {"adapter", "assistant_only_loss", "gradient_checkpointing", "bf16", "lora_alpha", "max_length", "stage"}
 DEFAULTS |= {
@@ -172,25 +172,25 @@ DEFAULTS |= {
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
-def test_a_whole_config_is_carried_over_or_told(file: Path) -> None:
+def test_every_key_is_carried_over_or_noted(file: Path) -> None:
     text = file.read_text()
     engine, translation = imported(text)
     method = translation.values["method"]
-    ours = parse_document(written(translation, engine, method), "ours.yaml")
+    ours = parse_document(to_yaml(translation, engine), "ours.yaml")
     validate(ours, EXPERIMENTS[method])
     lost = []
     document = parse_document(text, "theirs.yaml")
     for key, value in document.values.items():
-        rest = ConfigDocument({name: one for name, one in document.values.items() if name != key}, document.file)
+        rest = ConfigDocument({name: value for name, value in document.values.items() if name != key}, document.file)
         if value is not None and key not in SILENT | DEFAULTS:
-            other = ENGINES[engine](rest, 2)
-            lost += [key] if (other.values, other.notes) == (translation.values, translation.notes) else []
+            without = ENGINES[engine](rest, 2)
+            lost += [key] if (without.values, without.notes) == (translation.values, translation.notes) else []
     assert lost == []
 
 
-def test_what_a_stranger_would_miss_arrives() -> None:
+def test_values_of_published_examples() -> None:
     def values(name: str) -> dict[str, Any]:
-        return imported((Path(__file__).parent / "other_engines" / f"{name}.yaml").read_text())[1].values
+        return imported((Path(__file__).parent / "examples" / f"{name}.yaml").read_text())[1].values
 
     dpo = values("axolotl_dpo")
     assert (dpo["training_args"]["beta"], dpo["training_args"]["max_length"]) == (0.1, 4096)
