@@ -1,4 +1,4 @@
-"""What a run would train on, seen before it: in the terminal, as a page, and prepared ahead of time."""
+"""`finetuning preview` and `finetuning prepare`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.cli import data_commands as prepare
-from finetuning.cli import data_commands as preview
+from finetuning.cli.data_commands import prepare_main, preview_main
 from finetuning.cli.main import main
 
 
@@ -27,7 +26,7 @@ def no_model(sft_values: Any, tmp_path: Path, chatml_llama_dir: Path) -> Callabl
     return lambda changes=None: sft_values({"run_conf.model": str(folder), **(changes or {})})
 
 
-def test_the_terminal_shows_what_is_trained(no_model: Any, write_config: Any, capsys: Any, tmp_path: Path) -> None:
+def test_preview_marks_the_trained_text(no_model: Any, write_config: Any, capsys: Any, tmp_path: Path) -> None:
     assert main(["preview", "sft", str(write_config(no_model())), "--rows", "2"]) == 0
     out = capsys.readouterr().out
     assert len(re.findall("^--- ", out, re.M)) == 2
@@ -36,33 +35,36 @@ def test_the_terminal_shows_what_is_trained(no_model: Any, write_config: Any, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_colours_mark_trained_text_and_special_tokens(no_model: Any, write_config: Any, capsys: Any) -> None:
-    assert preview.main(["sft", str(write_config(no_model())), "--rows", "1", "--colour", "always"]) == 0
+@pytest.mark.parametrize("option", ["--color", "--colour"])
+def test_colors_mark_trained_text_and_special_tokens(
+    no_model: Any, write_config: Any, capsys: Any, option: str
+) -> None:
+    assert preview_main(["sft", str(write_config(no_model())), "--rows", "1", option, "always"]) == 0
     assert "\x1b[32mNumber 0 is red.\x1b[7m<|im_end|>\x1b[27m" in capsys.readouterr().out
 
 
-def test_where_a_row_was_cut_is_shown(
-    no_model: Any, write_config: Any, capsys: Any, write_jsonl: Any, tmp_path: Path
-) -> None:
+def test_truncation_is_marked(no_model: Any, write_config: Any, capsys: Any, write_jsonl: Any, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "word " * 90}]}
     write_jsonl(tmp_path / "sft.jsonl", [long])
     cut = {"sft_args.max_seq_length": 40, "sft_args.length_handling": "truncate"}
-    assert preview.main(["sft", str(write_config(no_model(cut)))]) == 0
+    assert preview_main(["sft", str(write_config(no_model(cut)))]) == 0
     assert re.search(r"word.*⟧✂ \d+ tokens cut off here", capsys.readouterr().out)
 
 
-def test_bad_rows_are_counted_and_stop_nothing(no_model: Any, write_config: Any, capsys: Any, tmp_path: Path) -> None:
+def test_invalid_rows_are_counted_and_do_not_stop_the_preview(
+    no_model: Any, write_config: Any, capsys: Any, tmp_path: Path
+) -> None:
     with open(tmp_path / "sft.jsonl") as stream:
         rows = stream.read()
     (tmp_path / "sft.jsonl").write_text("{\n" + rows)
-    assert preview.main(["sft", str(write_config(no_model())), "--rows", "1"]) == 0
+    assert preview_main(["sft", str(write_config(no_model())), "--rows", "1"]) == 0
     out = capsys.readouterr().out
     assert "dropped: 1 row, bad row" in out
     assert "training: 3 rows of 4 kept" in out
 
 
 class Page(HTMLParser):
-    """The texts of a page by the class of what they stand in."""
+    """Collects the text of a page by the class of the elements that contain it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,11 +83,13 @@ class Page(HTMLParser):
             self.texts[name] = self.texts.get(name, "") + data
 
 
-def test_the_page_is_whole_and_escaped(no_model: Any, write_config: Any, write_jsonl: Any, tmp_path: Path) -> None:
+def test_the_html_page_is_self_contained_and_escaped(
+    no_model: Any, write_config: Any, write_jsonl: Any, tmp_path: Path
+) -> None:
     nasty = "<script>alert(1)</script> <!--rows--> & <|im_end|>"
     row = {"messages": [{"role": "user", "content": nasty}, {"role": "assistant", "content": "Fine."}]}
     write_jsonl(tmp_path / "sft.jsonl", [row])
-    assert preview.main(["sft", str(write_config(no_model())), "--html", str(tmp_path / "page.html")]) == 0
+    assert preview_main(["sft", str(write_config(no_model())), "--html", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text("utf-8")
     page = Page()
     page.feed(text)
@@ -97,45 +101,45 @@ def test_the_page_is_whole_and_escaped(no_model: Any, write_config: Any, write_j
     assert not re.search(r"""(src|href)=|url\(|@import|https?:""", text)
 
 
-def test_a_preference_is_shown_in_two_parts(
+def test_a_preference_has_two_parts(
     no_model: Any, write_config: Any, capsys: Any, write_jsonl: Any, dpo_rows: Any, tmp_path: Path
 ) -> None:
     rows = write_jsonl(tmp_path / "dpo.jsonl", dpo_rows(6))
     values = no_model({"sft_args": None, "data_conf.training_data.datasets": [{"path": str(rows)}]})
-    assert preview.main(["dpo", str(write_config(values)), "--rows", "2"]) == 0
+    assert preview_main(["dpo", str(write_config(values)), "--rows", "2"]) == 0
     out = capsys.readouterr().out
     assert (out.count("(chosen)"), out.count("(rejected)")) == (2, 2)
 
 
-def test_the_number_of_rows_is_bounded(no_model: Any, write_config: Any, capsys: Any) -> None:
-    assert preview.main(["sft", str(write_config(no_model())), "--rows", "0"]) == 1
+def test_the_number_of_rows_is_limited(no_model: Any, write_config: Any, capsys: Any) -> None:
+    assert preview_main(["sft", str(write_config(no_model())), "--rows", "0"]) == 1
     assert "--rows 0: must be between 1 and 100" in capsys.readouterr().err
 
 
-def test_a_run_without_the_data_trains_on_rows_prepared_ahead(
+def test_a_run_trains_on_prepared_rows_without_the_data_files(
     sft_values: Any, write_config: Any, train: Any, tmp_path: Path, capsys: Any
 ) -> None:
     losses = train(sft_values({"training_args.output_dir": str(tmp_path / "first")})).losses
     config = str(write_config(sft_values()))
     assert main(["prepare", "sft", config, "--output", str(tmp_path / "ready"), "--shards", "2"]) == 0
-    assert "a run with data_conf.prepared=" in capsys.readouterr().out
+    assert "set data_conf.prepared=" in capsys.readouterr().out
     assert len(list((tmp_path / "ready").glob("*.arrow"))) == 2
-    assert prepare.main(["sft", config, "--output", str(tmp_path / "ready")]) == 1
+    assert prepare_main(["sft", config, "--output", str(tmp_path / "ready")]) == 1
     assert "exists and is not empty" in capsys.readouterr().err
     (tmp_path / "sft.jsonl").unlink()
     assert train(sft_values({"data_conf.prepared": str(tmp_path / "ready")})).losses == losses
 
 
-def test_a_run_finds_what_was_prepared(
+def test_a_run_reads_prepared_rows_from_the_cache(
     sft_values: Any, write_config: Any, train: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setenv("FINETUNING_CACHE", str(tmp_path / "cache"))
-    assert prepare.main(["sft", str(write_config(sft_values()))]) == 0
+    assert prepare_main(["sft", str(write_config(sft_values()))]) == 0
     assert "prepared now" in capsys.readouterr().out
     monkeypatch.setattr("finetuning.data.preprocessor.Preprocessor.read", None)
     run = train(sft_values())
     capsys.readouterr()
     report = json.loads((run.output_dir / "data_report.json").read_text())
     assert report[0]["kept"] == 24
-    assert prepare.main(["--prune", "0"]) == 0
-    assert "1 entries removed" in capsys.readouterr().out
+    assert prepare_main(["--prune", "0"]) == 0
+    assert "removed 1 entry" in capsys.readouterr().out

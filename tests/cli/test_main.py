@@ -120,7 +120,7 @@ def test_dry_run_counts_prepared_rows_and_marks_streamed_rows_unknown(
     (tmp_path / "r.jsonl").unlink()
     code, out, err = say("sft", config, "--dry-run", f"data_conf.prepared={ready}")
     assert (code, err) == (0, "")
-    assert f"training rows     39  (as prepared in {ready}, before any are packed)" in out
+    assert f"training rows     39  (in {ready}, before packing)" in out
     code, _, err = say("sft", config, "--dry-run", "data_conf.streaming=true")
     assert code == 1
     assert "r.jsonl: no such file" in err

@@ -106,4 +106,4 @@ def test_the_verb_for_programs(tmp_path: Path, run_cli: Callable) -> None:
     [state] = json.loads(done.stdout)
     assert state["state"] == "failed" and state["model"] == "/m/tiny"
     (tmp_path / "one" / "run.json").unlink()
-    assert run_cli(["runs", str(tmp_path)]).stdout == f"no run in {tmp_path}\n"
+    assert run_cli(["runs", str(tmp_path)]).stdout == f"no runs in {tmp_path}\n"

@@ -1,6 +1,4 @@
-"""`finetuning preview`: what a run would train on, row by row, from the data and the tokenizer alone.
-
-`finetuning prepare`: the rows of a run made ahead of time, for a run that starts at once, or without the data."""
+"""`finetuning preview` and `finetuning prepare`: the tokenized rows of a run, without its model."""
 
 from __future__ import annotations
 
@@ -15,14 +13,16 @@ from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from finetuning.config.sections.data import DataConfig
-    from finetuning.config.sections.experiment import Experiment
+    from finetuning.data.prepared import PreparedData
+    from finetuning.data.preview import PreviewRow
 
-_LOOKED_AT = 4
-"""Rows that are read for each row that is shown, as some may be dropped."""
+_GIB = 2**30
+_READ_PER_PREVIEW_ROW = 4
+"""Input rows read for each row that is displayed, because some may be dropped."""
 
 
 def preview_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit code."""
+    """Run `finetuning preview` and return its exit code."""
     return run_command(_preview, argv)
 
 
@@ -31,15 +31,17 @@ def _preview_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="finetuning preview",
-        description="Show the first rows of the training data as the model will see them, and what of them is trained."
-        " Reads the tokenizer and those rows; no model is loaded, and no file is written but the page.",
+        description="Show the first training rows as the model sees them, and which of their tokens are trained. Reads"
+        " those rows and the tokenizer; loads no model and writes no file except the HTML page.",
     )
     parser.add_argument("method", choices=list(METHODS), help="the method")
     parser.add_argument("config", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
-    parser.add_argument("--rows", type=int, default=5, help="rows to show, 1 to 100 (default: 5)")
-    parser.add_argument("--html", type=Path, help="write a page that can be searched instead of printing")
-    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="colours (default: auto)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument("--rows", type=int, default=5, help="number of rows, 1 to 100 (default: 5)")
+    parser.add_argument("--html", type=Path, help="write a searchable HTML page instead of printing")
+    parser.add_argument(
+        "--color", "--colour", choices=("auto", "always", "never"), default="auto", help="use colors (default: auto)"
+    )
     return parser
 
 
@@ -52,7 +54,7 @@ def _preview(argv: Sequence[str]) -> int:
     from finetuning.config.yaml.reader import read_document
     from finetuning.data.chat.template import TemplateRenderer
     from finetuning.data.preprocessor import MAX_PREVIEW_ROWS
-    from finetuning.data.preview import to_text
+    from finetuning.data.preview import to_html, to_text
     from finetuning.training.setup import load_tokenizer, prepare
 
     if not 1 <= options.rows <= MAX_PREVIEW_ROWS:
@@ -60,38 +62,39 @@ def _preview(argv: Sequence[str]) -> int:
     method = METHODS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
     with locate_errors(document):
-        experiment = _of_first_rows(validate(document, method.experiment).experiment, options.rows * _LOOKED_AT)
+        experiment = validate(document, method.experiment).experiment
+        data_conf = _limit_rows(experiment.data_conf, options.rows * _READ_PER_PREVIEW_ROW)
+        experiment = experiment.model_copy(update={"data_conf": data_conf})
         tokenizer = load_tokenizer(experiment)
         data = prepare(experiment, method, tokenizer, 1)
-    rows = _first(data.preview, options.rows)
-    special = TemplateRenderer(tokenizer.tokenizer).special_tokens
+    rows = _first_rows(data.preview, options.rows)
+    statistics = data.statistics.lines()
+    special_tokens = TemplateRenderer(tokenizer.tokenizer).special_tokens
     if options.html is None:
-        colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-        print(to_text(rows, color=colour, special_tokens=special))
-        for line in data.statistics.lines():
+        color = sys.stdout.isatty() if options.color == "auto" else options.color == "always"
+        print(to_text(rows, color=color, special_tokens=special_tokens))
+        for line in statistics:
             print(line)
         return 0
-    from finetuning.data.preview import to_html
-
-    facts = [("config", options.config), ("tokenizer", str(tokenizer))]
-    facts.append(("the rows that were looked at", "\n".join(line.strip() for line in data.statistics.lines())))
-    options.html.write_text(to_html(rows, f"finetuning {options.method}: first rows", facts, special), encoding="utf-8")
+    facts = [
+        ("config", options.config),
+        ("tokenizer", str(tokenizer)),
+        ("rows read", "\n".join(line.strip() for line in statistics)),
+    ]
+    page = to_html(rows, f"finetuning {options.method}: first rows", facts, special_tokens)
+    options.html.write_text(page, encoding="utf-8")
     print(f"{options.html}: {len(rows)} rows")
     return 0
 
 
-def _first(rows: Sequence, count: int) -> list:
-    """The parts of the first so many rows; a preference is shown in two parts."""
-    places = list(dict.fromkeys(row.place for row in rows))[:count]
-    return [row for row in rows if row.place in set(places)]
+def _first_rows(preview: Sequence[PreviewRow], count: int) -> list[PreviewRow]:
+    """Return the parts of the first `count` input rows; a preference has two parts, chosen and rejected."""
+    places = list(dict.fromkeys(row.place for row in preview))[:count]
+    return [row for row in preview if row.place in set(places)]
 
 
-def _of_first_rows(experiment: Experiment, count: int) -> Experiment:
-    return experiment.model_copy(update={"data_conf": _first_rows(experiment.data_conf, count)})
-
-
-def _first_rows(data: DataConfig, count: int) -> DataConfig:
-    """The same data, no more than the first rows of each dataset; rows that are lost stop nothing."""
+def _limit_rows(data: DataConfig, count: int) -> DataConfig:
+    """Return the config of the first `count` rows of each training dataset, where dropped rows never stop the run."""
     from finetuning.config.sections.data import NoData
 
     training = data.training_data
@@ -110,11 +113,8 @@ def _first_rows(data: DataConfig, count: int) -> DataConfig:
     )
 
 
-_GIB = 2**30
-
-
 def prepare_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit code."""
+    """Run `finetuning prepare` and return its exit code."""
     return run_command(_prepare, argv)
 
 
@@ -123,21 +123,20 @@ def _prepare_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="finetuning prepare",
-        description="Render, mask and tokenise the rows of a run. They are kept in the cache, where the run finds them,"
-        " or in a folder that data_conf.prepared names. Reads the data and the tokenizer; no model is loaded.",
+        description="Render, mask and tokenize the rows of a run ahead of time. They are written to the cache that the"
+        " run reads, and with --output to a folder for data_conf.prepared. Reads the data and the tokenizer; loads no"
+        " model.",
     )
     parser.add_argument("method", nargs="?", choices=list(METHODS), help="the method")
     parser.add_argument("config", nargs="?", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
-    parser.add_argument("--output", type=Path, help="also write the rows into this folder, which must not be there")
-    parser.add_argument(
-        "--shards", type=int, default=1, help="files that the folder's rows are spread over (default: 1)"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument("--output", type=Path, help="also write the rows to this folder, which must be empty or new")
+    parser.add_argument("--shards", type=int, default=1, help="number of data files in the folder (default: 1)")
     parser.add_argument(
         "--prune",
         type=float,
         metavar="GIB",
-        help="instead: remove the entries of the cache longest unused until no more than so many GiB are left",
+        help="prepare nothing; remove the least recently used cache entries until at most this many GiB are left",
     )
     return parser
 
@@ -146,9 +145,9 @@ def _prepare(argv: Sequence[str]) -> int:
     parser = _prepare_parser()
     options = parser.parse_intermixed_args(argv)
     if options.prune is not None:
-        return _prune(options.prune)
+        return _prune_cache(options.prune)
     if options.method is None or options.config is None:
-        parser.error("a method and a config are needed")
+        parser.error("method and config are required")
     if options.shards < 1:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
     from finetuning.algorithms import METHODS
@@ -175,23 +174,20 @@ def _prepare(argv: Sequence[str]) -> int:
     for line in [data.origin, *data.statistics.lines()]:
         print(line)
     if options.output is not None:
-        from finetuning.data.cache import write_entry
-
-        entry = data.entry
-        write_entry(
-            options.output,
-            entry.train,
-            entry.validation,
-            entry.statistics,
-            entry.preview,
-            entry.key,
-            shards=options.shards,
-        )
-        print(f"{options.output}: a run with data_conf.prepared={options.output} trains on these rows without the data")
+        _write_folder(data, options.output, options.shards)
     return 0
 
 
-def _prune(gib: float) -> int:
+def _write_folder(data: PreparedData, folder: Path, shards: int) -> None:
+    from finetuning.data.cache import write_entry
+
+    entry = data.entry
+    assert entry is not None, "only streams have no entry"
+    write_entry(folder, entry.train, entry.validation, entry.statistics, entry.preview, entry.key, shards=shards)
+    print(f"{folder}: set data_conf.prepared={folder} to train on these rows without the data files")
+
+
+def _prune_cache(gib: float) -> int:
     from finetuning.data.cache import cache_folder, prune
 
     folder = cache_folder("auto")
@@ -200,5 +196,5 @@ def _prune(gib: float) -> int:
     removed = prune(folder, int(gib * _GIB))
     for entry, size in removed:
         print(f"removed {entry}: {size / _GIB:.2f} GiB")
-    print(f"{folder}: {len(removed)} entries removed")
+    print(f"{folder}: removed {len(removed)} entr{'y' if len(removed) == 1 else 'ies'}")
     return 0
