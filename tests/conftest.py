@@ -451,3 +451,63 @@ def read_tensors() -> Callable[[Path], dict[str, Any]]:
         return tensors
 
     return read
+
+
+@dataclass
+class ScriptedRun:
+    """The result of a scripted training: the trainer's state, its error, and the checkpoints on disk."""
+
+    state: Any
+    checkpoints: list[str]
+    error: BaseException | None
+
+
+@pytest.fixture
+def scripted_run(tmp_path: Path) -> Callable[..., ScriptedRun]:
+    """A function that runs a transformers Trainer whose training and validation losses are prescribed."""
+
+    def run(
+        losses: list[float], callbacks: list[Any], *, validation: Sequence[float] = (), **arguments: Any
+    ) -> ScriptedRun:
+        import torch
+        from transformers import Trainer, TrainingArguments
+
+        from finetuning.errors import FinetuningError
+
+        class Scripted(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(1))
+                self.losses = {True: list(losses), False: list(validation)}
+
+            def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+                return {"loss": self.weight.sum() * 0 + self.losses[self.training].pop(0), "logits": x}
+
+        rows = [{"x": torch.zeros(1), "labels": torch.zeros(1)}] * len(losses)
+        arguments = {"max_steps": len(losses), "logging_steps": 1, "save_strategy": "no", **arguments}
+        if validation:
+            arguments = {"eval_strategy": "steps", "eval_steps": 1, **arguments}
+        trainer = Trainer(
+            model=Scripted(),
+            args=TrainingArguments(
+                str(tmp_path / "out"),
+                use_cpu=True,
+                report_to="none",
+                disable_tqdm=True,
+                per_device_train_batch_size=1,
+                logging_nan_inf_filter=False,
+                **arguments,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows[:1],
+            callbacks=callbacks,
+        )
+        error: BaseException | None = None
+        try:
+            trainer.train()
+        except FinetuningError as raised:
+            error = raised
+        saved = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+        return ScriptedRun(trainer.state, saved, error)
+
+    return run

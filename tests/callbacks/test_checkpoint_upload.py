@@ -1,4 +1,4 @@
-"""Checkpoints are copied beside the training, to a server that speaks S3."""
+"""Checkpoints are uploaded during training, here to an S3 server."""
 
 from __future__ import annotations
 
@@ -59,51 +59,49 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.wait()
 
 
-def test_each_checkpoint_of_a_run_reaches_the_store_whole(train: Any, sft_values: Any, s3: str, tmp_path: Path) -> None:
+def test_each_checkpoint_is_uploaded_completely(train: Any, sft_values: Any, s3: str, tmp_path: Path) -> None:
     import s3fs
 
-    run = train(sft_values({**SAVED, "run_conf.copy_checkpoints_to": "s3://runs/colours"}))
+    run = train(sft_values({**SAVED, "run_conf.copy_checkpoints_to": "s3://runs/colors"}))
     store = s3fs.S3FileSystem(skip_instance_cache=True)
-    assert [name.rpartition("/")[2] for name in sorted(store.ls("runs/colours"))] == [
+    assert [name.rpartition("/")[2] for name in sorted(store.ls("runs/colors"))] == [
         "checkpoint-1",
         "checkpoint-2",
         "checkpoint-3",
         "checkpoint-final",
     ]
     for folder in ("checkpoint-3", "checkpoint-final"):
-        entries = json.loads(store.cat(f"runs/colours/{folder}/manifest.json"))
+        entries = json.loads(store.cat(f"runs/colors/{folder}/manifest.json"))
         assert "model.safetensors" in entries
         for name, entry in entries.items():
-            assert store.info(f"runs/colours/{folder}/{name}")["size"] == entry["bytes"]
+            assert store.info(f"runs/colors/{folder}/{name}")["size"] == entry["bytes"]
     record = json.loads((run.output_dir / "run.json").read_text())
     assert record["uploaded_checkpoints"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-final"]
     assert record["upload_errors"] == []
-    kept = run.output_dir / "checkpoint-3" / "model.safetensors"
-    assert store.cat("runs/colours/checkpoint-3/model.safetensors") == kept.read_bytes()
+    local = run.output_dir / "checkpoint-3" / "model.safetensors"
+    assert store.cat("runs/colors/checkpoint-3/model.safetensors") == local.read_bytes()
     assert not list(run.output_dir.glob(".*copying*"))
 
 
 def test_a_store_that_fails_costs_a_warning(
     sft_values: Any, write_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
-    (tmp_path / "a-file").write_text("in the way")
+    (tmp_path / "a-file").write_text("not a folder")
     config = write_config(sft_values({**SAVED, "run_conf.copy_checkpoints_to": str(tmp_path / "a-file")}))
     assert main(["sft", str(config)]) == 0
-    assert "checkpoint-1 is not copied to" in caplog.text
+    assert "checkpoint-1 was not uploaded to" in caplog.text
     out = tmp_path / "out"
-    assert "checkpoint-final is not copied to" in json.loads((out / "run.json").read_text())["upload_errors"][-1]
-    assert f"nothing to {tmp_path}/a-file; checkpoint-final is not copied" in capsys.readouterr().out
+    assert "checkpoint-final was not uploaded to" in json.loads((out / "run.json").read_text())["upload_errors"][-1]
+    assert f"nothing to {tmp_path}/a-file; checkpoint-final was not uploaded" in capsys.readouterr().out
     assert not list(out.glob(".*copying*"))
 
 
-def test_what_was_killed_after_publishing_is_copied_by_the_next_start(
-    train: Any, sft_values: Any, tmp_path: Path
-) -> None:
+def test_the_next_start_uploads_the_model_of_a_killed_run(train: Any, sft_values: Any, tmp_path: Path) -> None:
     store = tmp_path / "store"
     values = sft_values({"run_conf.resume_from_checkpoint": "auto", "run_conf.copy_checkpoints_to": str(store)})
-    done = train(values)
+    first = train(values)
     shutil.rmtree(store)
-    record = done.output_dir / "run.json"
+    record = first.output_dir / "run.json"
     record.write_text(record.read_text().replace('"completed"', '"running"'))
     assert train(values).result.status == "already complete"
     assert find_manifest_mismatch(store / "checkpoint-final") is None
@@ -112,23 +110,23 @@ def test_what_was_killed_after_publishing_is_copied_by_the_next_start(
 
 def test_a_store_that_hangs_is_not_waited_for(tmp_path: Path, caplog: Any) -> None:
     class Hangs(CheckpointUploader):
-        def _copy(self, folder: Path, address: str) -> None:
+        def _upload(self, folder: Path, address: str) -> None:
             time.sleep(30)
 
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     (folder / "weights").write_text("w")
     with caplog.at_level(logging.WARNING):
-        copies = Hangs("memory://store")
+        uploader = Hangs("memory://store")
         for _ in range(4):
-            copies.add(folder)
-        copies.finish(0.2)
-    assert any("the copies before it are not done" in failure for failure in copies.failures)
-    assert copies.failures[-1] == "what is left is not copied to memory://store: not done after 0 s"
-    assert copies.told() == f"nothing to memory://store; {copies.failures[-1]}"
+            uploader.add(folder)
+        uploader.finish(0.2)
+    assert any("earlier uploads are not done" in error for error in uploader.errors)
+    assert uploader.errors[-1] == "remaining files was not uploaded to memory://store: not done after 0 s"
+    assert uploader.summary() == f"nothing to memory://store; {uploader.errors[-1]}"
 
 
-def test_an_address_of_no_known_kind_is_refused() -> None:
+def test_an_unknown_scheme_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"run_conf.copy_checkpoints_to: .*gopher"):
         make_uploader("gopher://x", is_main=True)
     assert make_uploader(None, is_main=True) is None

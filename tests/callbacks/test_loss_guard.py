@@ -1,4 +1,4 @@
-"""The guard stops what has exploded, and nothing else."""
+"""The loss guard stops runs whose loss has exploded, and no others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.callbacks.loss_guard import find_loss_spike, guard_callback
+from finetuning.callbacks.loss_guard import LossGuardCallback, find_loss_spike
 from finetuning.config.sections.controller import LossGuardConfig
 from finetuning.errors import EXIT_GUARD, GuardStopped
 
@@ -44,19 +44,19 @@ def falling(count: int, start: float = 2.0) -> list[float]:
         *("a rise near zero", "a preference loss", "losses around zero", "falling", "flat", "one loss"),
     ],
 )
-def test_what_counts_as_exploded(losses: list[float], stopped_at: int | None) -> None:
+def test_which_losses_count_as_exploded(losses: list[float], stopped_at: int | None) -> None:
     assert first_stop(losses, LossGuardConfig()) == stopped_at
 
 
-def test_noise_is_no_explosion() -> None:
-    """Rows of very different difficulty, one a log: heavy tails that a factor alone would take for explosions."""
+def test_noise_does_not_stop_a_run() -> None:
+    """Losses with heavy tails, which a factor alone would call explosions."""
     generator = random.Random(1)
     for _ in range(20):
         losses = [generator.lognormvariate(-0.7, 1.0) for _ in range(400)]
         assert first_stop(losses, LossGuardConfig()) is None
 
 
-def test_factor_and_patience_are_the_users() -> None:
+def test_factor_and_patience_are_configurable() -> None:
     losses = [*falling(30), 2.7, 2.8, 2.9, 3.0, 3.1]
     assert first_stop(losses, LossGuardConfig()) is None
     assert first_stop(losses, LossGuardConfig(explode_factor=1.5, patience=3)) == 32
@@ -66,7 +66,11 @@ def test_factor_and_patience_are_the_users() -> None:
 def test_the_run_stops_and_its_last_good_checkpoint_stays_the_newest(scripted_run: Callable) -> None:
     losses = [2.0, 1.9, 1.8, 1.7, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0]
     run = scripted_run(
-        losses, [guard_callback(LossGuardConfig(patience=3))], save_strategy="steps", save_steps=1, save_total_limit=2
+        losses,
+        [LossGuardCallback(LossGuardConfig(patience=3))],
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
     )
     assert isinstance(run.error, GuardStopped)
     assert run.error.exit_code == EXIT_GUARD
@@ -74,27 +78,27 @@ def test_the_run_stops_and_its_last_good_checkpoint_stays_the_newest(scripted_ru
     assert run.checkpoints == ["checkpoint-3", "checkpoint-4"]
     message = str(run.error)
     assert "step 7: the loss has exploded: 9 at step 5, 10 at step 6, 11 at step 7" in message
-    assert "the median was 1.85" in message
+    assert "the median before was 1.85" in message
     assert "checkpoint-4 is good" in message
 
 
-def test_a_checkpoint_between_two_logs_is_told_as_doubtful(scripted_run: Callable) -> None:
+def test_a_checkpoint_between_two_logs_is_reported_as_doubtful(scripted_run: Callable) -> None:
     losses = [2.0, 2.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]
     run = scripted_run(
-        losses, [guard_callback(LossGuardConfig(patience=3))], logging_steps=2, save_strategy="steps", save_steps=1
+        losses, [LossGuardCallback(LossGuardConfig(patience=3))], logging_steps=2, save_strategy="steps", save_steps=1
     )
     assert isinstance(run.error, GuardStopped)
     assert "checkpoint-4 is good, checkpoint-5 may not be" in str(run.error)
 
 
-def test_saving_goes_on_after_an_outlier(scripted_run: Callable) -> None:
+def test_saving_continues_after_an_outlier(scripted_run: Callable) -> None:
     losses = [2.0, 1.9, 9.0, 1.8, 1.7]
-    run = scripted_run(losses, [guard_callback(LossGuardConfig())], save_strategy="steps", save_steps=1)
+    run = scripted_run(losses, [LossGuardCallback(LossGuardConfig())], save_strategy="steps", save_steps=1)
     assert run.error is None
     assert run.checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-5"]
 
 
-def test_a_resumed_run_remembers_what_is_ordinary() -> None:
-    """The rule is a function of the trainer's log, which a checkpoint holds."""
+def test_a_resumed_run_keeps_its_normal_range() -> None:
+    """The spike is computed from the trainer's log, which is part of a checkpoint."""
     before = list(enumerate(falling(30)))
     assert len(find_loss_spike([*before, (30, 9.0)], 3.0)) == 1

@@ -1,5 +1,4 @@
-"""Copies of whole checkpoints and of the tuned model at an object store, made beside the training and never waited for
-in it."""
+"""Upload of checkpoints and of the final model to an object store, in the background of training."""
 
 from __future__ import annotations
 
@@ -22,43 +21,43 @@ from finetuning.errors import ConfigError, Location, MissingPackageError
 logger = logging.getLogger(__name__)
 
 _KEY = "run_conf.copy_checkpoints_to"
-_WAITING = 2
+_QUEUE_SIZE = 2
 FINISH_S = 600.0
-"""How long the end of a run waits for a file that is under way."""
+"""How long the end of a run waits for each file."""
 INTERRUPTED_S = 10.0
-"""How long a run that was told to end, whose time is short, waits for all of them."""
+"""How long an interrupted run, which may be killed soon, waits for all files."""
 
 
 class CheckpointUploader(TrainerCallback):
-    """Copies each published checkpoint to `address/checkpoint-N`, its manifest last: a copy without one is not whole.
+    """Uploads each checkpoint to `address/checkpoint-N`, its manifest last: an upload without one is incomplete.
 
-    One thread copies, from hard links that the removal of old checkpoints does not touch. When it falls behind by two,
-    a checkpoint is left out, and that is said. A copy that fails is a warning.
+    One thread uploads from hard links, so that deleting an old checkpoint does not affect it. When two checkpoints are
+    queued, a further one is skipped with a warning. An upload that fails is a warning, too.
     """
 
     def __init__(self, address: str):
         self._address = address.rstrip("/")
         self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
-        self._moved = time.monotonic()
-        self._thread = threading.Thread(target=self._copy_all, name="checkpoint copies", daemon=True)
-        self.copied: list[str] = []
-        self.failures: list[str] = []
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._upload_all, name="checkpoint upload", daemon=True)
+        self.uploaded: list[str] = []
+        self.errors: list[str] = []
         self._thread.start()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        self.add(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.add(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 
     def add(self, folder: Path) -> None:
-        """Has a folder copied, as it is now, unless others wait already."""
+        """Queue a folder in its current state, unless the queue is full."""
         if not folder.is_dir():
             return
-        if self._queue.qsize() >= _WAITING:
-            self._failed(folder.name, "the copies before it are not done")
+        if self._queue.qsize() >= _QUEUE_SIZE:
+            self._failed(folder.name, "earlier uploads are not done")
             return
         self.add_last(folder)
 
     def add_last(self, folder: Path) -> None:
-        """Has a folder copied, as it is now, after those that wait. It gets a manifest, where it has none."""
+        """Queue a folder in its current state, whatever is queued. Without a manifest it gets one."""
         links = staging_path(folder.with_name(f"{folder.name}.copying"))
         try:
             shutil.rmtree(links, ignore_errors=True)
@@ -70,37 +69,37 @@ class CheckpointUploader(TrainerCallback):
             return
         self._queue.put((folder.name, links))
 
-    def finish(self, most_s: float, *, for_each: bool = False) -> None:
-        """Waits so long for the copies that are under way; for each file of them, where it is said."""
+    def finish(self, timeout_s: float, *, per_file: bool = False) -> None:
+        """Wait for queued uploads: `timeout_s` in total, or for each file with `per_file`."""
         self._queue.put(None)
-        started = self._moved = time.monotonic()
+        started = self._last_progress = time.monotonic()
         while self._thread.is_alive():
-            left = (self._moved if for_each else started) + most_s - time.monotonic()
+            left = (self._last_progress if per_file else started) + timeout_s - time.monotonic()
             if left <= 0:
-                self._failed("what is left", f"not done after {most_s:.0f} s")
+                self._failed("remaining files", f"not done after {timeout_s:.0f} s")
                 return
             self._thread.join(left)
 
-    def told(self) -> str:
-        """The outcome, in one line."""
-        failed = f"; {self.failures[-1]}" if self.failures else ""
-        return strip_user_info(f"{', '.join(self.copied[-2:]) or 'nothing'} to {self._address}{failed}")
+    def summary(self) -> str:
+        """Return the outcome in one line."""
+        failed = f"; {self.errors[-1]}" if self.errors else ""
+        return strip_user_info(f"{', '.join(self.uploaded[-2:]) or 'nothing'} to {self._address}{failed}")
 
-    def _copy_all(self) -> None:
+    def _upload_all(self) -> None:
         while True:
             item = self._queue.get()
             if item is None:
                 return
             name, links = item
             try:
-                self._copy(links, f"{self._address}/{name}")
-                self.copied.append(name)
-            except Exception as error:  # noqa: BLE001  every store has errors of its own, and none may end a run
+                self._upload(links, f"{self._address}/{name}")
+                self.uploaded.append(name)
+            except Exception as error:  # noqa: BLE001  each store raises its own errors, and none may stop the run
                 self._failed(name, f"{type(error).__name__}: {error}")
             finally:
                 shutil.rmtree(links, ignore_errors=True)
 
-    def _copy(self, folder: Path, address: str) -> None:
+    def _upload(self, folder: Path, address: str) -> None:
         import fsspec
 
         store, root = fsspec.core.url_to_fs(address)
@@ -109,19 +108,19 @@ class CheckpointUploader(TrainerCallback):
             target = f"{root}/{path.relative_to(folder).as_posix()}"
             store.makedirs(target.rpartition("/")[0], exist_ok=True)
             store.put_file(str(path), target)
-            self._moved = time.monotonic()
+            self._last_progress = time.monotonic()
 
     def _failed(self, name: str, reason: str) -> None:
-        told = strip_user_info(f"{name} is not copied to {self._address}: {reason}")
-        self.failures.append(told)
-        logger.warning("%s", told)
+        message = strip_user_info(f"{name} was not uploaded to {self._address}: {reason}")
+        self.errors.append(message)
+        logger.warning("%s", message)
 
 
 def make_uploader(address: str | None, is_main: bool) -> CheckpointUploader | None:
-    """The copier of the main process; None where nothing is to be copied.
+    """Return the uploader of the main process; None without an address, and on other processes.
 
     Raises:
-        ConfigError: no file system is known by the address's scheme.
+        ConfigError: fsspec does not know the address's scheme.
         MissingPackageError: the file system needs a package that is not installed.
     """
     if address is None or not is_main:
@@ -140,11 +139,11 @@ def make_uploader(address: str | None, is_main: bool) -> CheckpointUploader | No
 
 
 @contextmanager
-def wait_for_uploads(copies: CheckpointUploader | None, is_interrupted: Callable[[], bool]) -> Iterator[None]:
-    """Waits at the end of the block for what it has had copied: shortly, where the run was told to end."""
+def wait_for_uploads(uploader: CheckpointUploader | None, is_interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Wait for queued uploads at the end of the block: briefly, if the run was interrupted."""
     try:
         yield
     finally:
-        if copies is not None:
-            is_short = is_interrupted()
-            copies.finish(INTERRUPTED_S if is_short else FINISH_S, for_each=not is_short)
+        if uploader is not None:
+            interrupted = is_interrupted()
+            uploader.finish(INTERRUPTED_S if interrupted else FINISH_S, per_file=not interrupted)

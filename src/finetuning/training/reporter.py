@@ -55,7 +55,7 @@ class ControllerCallbacks:
         Raises:
             ConfigError: a controller cannot be made.
         """
-        from finetuning.callbacks.loss_guard import guard_callback
+        from finetuning.callbacks.loss_guard import LossGuardCallback
 
         found: list[Any] = []
         section = read_controllers(self._experiment.trainer_controller)
@@ -65,7 +65,7 @@ class ControllerCallbacks:
             self._controllers = make_controllers(section)
             found.append(controller_callback(self._controllers))
         if self._experiment.guard.enabled:
-            found.append(guard_callback(self._experiment.guard))
+            found.append(LossGuardCallback(self._experiment.guard))
         return found
 
     def published(self, trainer: Trainer, folder: Path) -> None:
@@ -75,12 +75,14 @@ class ControllerCallbacks:
         from finetuning.callbacks.controller.metrics import Event
 
         extra = {"path": str(folder), "is_final": True}
-        self._controllers.happened(Event("on_save", trainer.args, trainer.state, trainer.control, extra), agree=False)
+        self._controllers.handle(
+            Event("on_save", trainer.args, trainer.state, trainer.control, extra), on_all_processes=False
+        )
 
     def taken(self) -> list[str]:
         """What rules did, one line a rule: what it did first, and how often it acted."""
         acted: dict[str, dict[tuple[int, str], list[str]]] = {}
-        for action in self._controllers.taken if self._controllers else ():
+        for action in self._controllers.actions if self._controllers else ():
             acted.setdefault(action.controller, {}).setdefault((action.step, action.event), []).append(action.action)
         told = []
         for controller, times in acted.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,26 +239,27 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     record.update(**run_inputs(experiment, plan, data, prepared, resume))
     ending = end_of_turn(experiment, tokenizer)
     stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_job_end_time())
-    copies = make_uploader(experiment.run_conf.copy_checkpoints_to, job.topology.is_main)
-    trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [copies])])
+    address = experiment.run_conf.copy_checkpoints_to
+    uploader = make_uploader(address, job.topology.is_main) if address else None
+    trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [uploader])])
     terms.bind(trainer)
     attach_stream_state(trainer, data, plan.batch.total, job.output_dir, resume.checkpoint)
     check_memory_at_start(trainer, experiment)
     observer.watch(trainer)
     initial = prepared.initial or _digests(trainer.model)
     record.update(completed_training=True)
-    with wait_for_uploads(copies, lambda: bool(stop.received)):
+    with wait_for_uploads(uploader, lambda: bool(stop.received)) if uploader else nullcontext():
         seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
         record.update(memory=log_memory(trainer, plan, observer), data=data_record(data))
         artifact = _publish(job, trainer, tokenizer, prepared, ending, initial)
         if artifact is not None:
             record.update(artifact=artifact.as_dict())
             observer.published(artifact)
-            if copies:
-                copies.add_last(Path(artifact.folder))
-    if copies:
-        observer.found("copied", copies.told())
-        record.update(uploaded_checkpoints=copies.copied, upload_errors=copies.failures)
+            if uploader:
+                uploader.add_last(Path(artifact.folder))
+    if uploader:
+        observer.found("copied", uploader.summary())
+        record.update(uploaded_checkpoints=uploader.uploaded, upload_errors=uploader.errors)
     return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
 
 

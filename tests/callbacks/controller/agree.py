@@ -1,4 +1,4 @@
-"""One of two processes that look at the same rules: it writes what it did as JSON."""
+"""One of two processes that evaluate the same rules: it writes the actions it ran as JSON."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     args = SimpleNamespace(world_size=2, device=torch.device("cpu"), process_index=rank)
-    made = make_controllers(TrainerController.model_validate(SECTION))
-    control, seen = TrainerControl(), []
-    made.happened(Event("on_init_end", args, TrainerState(), control))
+    controllers = make_controllers(TrainerController.model_validate(SECTION))
+    control, stops = TrainerControl(), []
+    controllers.handle(Event("on_init_end", args, TrainerState(), control))
     for step in (1, 2, 3):
-        made.happened(Event("on_log", args, TrainerState(global_step=step), control))
-        seen.append(control.should_training_stop)
-    told = {"stops": seen, "talked": sum(action.controller == "talk" for action in made.taken)}
-    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(told))
+        controllers.handle(Event("on_log", args, TrainerState(global_step=step), control))
+        stops.append(control.should_training_stop)
+    result = {"stops": stops, "talked": sum(action.controller == "talk" for action in controllers.actions)}
+    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 
 

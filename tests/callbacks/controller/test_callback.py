@@ -28,15 +28,15 @@ def controllers(text: str) -> ControllerSet:
     return make_controllers(TrainerController.model_validate(yaml.safe_load(text)))
 
 
-def steps_taken(made: ControllerSet) -> list[int]:
-    return [action.step for action in made.taken]
+def action_steps(controllers: ControllerSet) -> list[int]:
+    return [action.step for action in controllers.actions]
 
 
 def test_the_tables_of_config_and_code_agree() -> None:
     assert METRICS.keys() == METRIC_CLASSES.keys()
     assert OPERATIONS.keys() == OPERATION_CLASSES.keys()
-    for name, actions in OPERATION_CLASSES.items():
-        assert {one for one in dir(OPERATIONS[name]) if one.startswith("should_")} == set(actions)
+    for operation, actions in OPERATION_CLASSES.items():
+        assert {name for name in dir(OPERATIONS[operation]) if name.startswith("should_")} == set(actions)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_ready_made_rules(
     run = scripted_run(losses, [controller_callback(made)], validation=validation)
     assert run.error is None
     assert run.state.global_step == last_step
-    assert bool(made.taken) == (last_step < len(losses))
+    assert bool(made.actions) == (last_step < len(losses))
 
 
 def test_every_ready_made_rule_is_tested() -> None:
@@ -77,7 +77,7 @@ def test_a_rule_that_stops_can_save(scripted_run: Callable) -> None:
     run = scripted_run([3.0, 2.0, 0.5, 0.4], [controller_callback(made)])
     assert run.state.global_step == 3
     assert run.checkpoints == ["checkpoint-3"]
-    assert str(made.taken[-1]) == 'step 3: rule "low" did hfcontrols.should_training_stop at on_log'
+    assert str(made.actions[-1]) == 'step 3: rule "low" ran hfcontrols.should_training_stop at on_log'
 
 
 def test_patience_counts_events_of_a_real_run(scripted_run: Callable) -> None:
@@ -88,10 +88,10 @@ def test_patience_counts_events_of_a_real_run(scripted_run: Callable) -> None:
             patience: {patience_threshold: 2}}
     """)
     scripted_run([3.0, 0.9, 0.8, 2.0, 0.5, 0.4, 0.3, 0.2], [controller_callback(made)])
-    assert steps_taken(made) == [7]
+    assert action_steps(made) == [7]
 
 
-def test_what_is_not_available_is_told_once_and_stops_nothing(scripted_run: Callable, caplog: Any) -> None:
+def test_an_unavailable_metric_is_one_warning(scripted_run: Callable, caplog: Any) -> None:
     made = controllers("""
         controller_metrics: [{name: evaluation, class: EvalMetrics}, {name: h, class: HistoryBasedMetric}]
         controllers:
@@ -100,7 +100,7 @@ def test_what_is_not_available_is_told_once_and_stops_nothing(scripted_run: Call
     """)
     with caplog.at_level(logging.WARNING, logger="finetuning"):
         run = scripted_run([1.0] * 4, [controller_callback(made)])
-    assert run.error is None and run.state.global_step == 4 and not made.taken
+    assert run.error is None and run.state.global_step == 4 and not made.actions
     texts = [record.getMessage() for record in caplog.records if record.name.startswith("finetuning")]
     assert texts == [
         f'Ignoring the rule of controller "{name}" because the metric "{metric}" is not available'
@@ -109,7 +109,7 @@ def test_what_is_not_available_is_told_once_and_stops_nothing(scripted_run: Call
 
 
 class Seen(Metric):
-    """Every event with its step, by import path."""
+    """The step of the last event; loaded by import path."""
 
     events = frozenset({"on_log", "on_save"})
 
@@ -122,7 +122,7 @@ class Seen(Metric):
 
 
 class Notes(Operation):
-    """Keeps what it was told, by import path."""
+    """Keeps the events it was called with; loaded by import path."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -135,10 +135,10 @@ class Notes(Operation):
 
 
 @pytest.fixture
-def own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of the user's own on the import path."""
+def custom_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of custom classes on the import path."""
     source = Path(__file__).read_text()
-    start, end = source.index("class Seen"), source.index("@pytest.fixture\ndef own_classes")
+    start, end = source.index("class Seen"), source.index("@pytest.fixture\ndef custom_classes")
     head = (
         "from __future__ import annotations\nfrom typing import Any\n"
         "from finetuning.callbacks.controller.metrics import Event\n"
@@ -150,16 +150,16 @@ def own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_rules"
 
 
-def test_metrics_and_operations_of_ones_own(own_classes: str, scripted_run: Callable) -> None:
+def test_custom_metrics_and_operations(custom_classes: str, scripted_run: Callable) -> None:
     made = controllers(f"""
-        controller_metrics: [{{name: seen, class: {own_classes}.Seen, arguments: {{factor: 10}}}}]
-        operations: [{{name: notes, class: "{own_classes}:Notes"}}]
+        controller_metrics: [{{name: seen, class: {custom_classes}.Seen, arguments: {{factor: 10}}}}]
+        operations: [{{name: notes, class: "{custom_classes}:Notes"}}]
         controllers:
         - {{name: note, triggers: [on_save], rule: "seen >= 20", operations: [notes.should_note]}}
     """)
     run = scripted_run([1.0] * 6, [controller_callback(made)], save_strategy="steps", save_steps=1)
     assert run.state.global_step == 3
-    assert steps_taken(made) == [2, 3]
+    assert action_steps(made) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,15 @@ def test_metrics_and_operations_of_ones_own(own_classes: str, scripted_run: Call
     [
         ("controller_metrics: [{name: a, class: no.such.Thing}]", "no.such.Thing cannot be imported"),
         ("controller_metrics: [{name: a, class: pathlib.Path}]", "pathlib.Path is not a subclass of"),
-        ("controller_metrics: [{name: a, class: Loss, arguments: {x: 1}}]", r'"a" \(Loss\) cannot be made'),
+        ("controller_metrics: [{name: a, class: Loss, arguments: {x: 1}}]", r'"a" \(Loss\) cannot be created'),
     ],
 )
-def test_what_cannot_be_made_is_an_error(text: str, message: str) -> None:
+def test_a_component_that_cannot_be_created_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         controllers(text)
 
 
-def test_log_control_fills_its_format(scripted_run: Callable, caplog: Any) -> None:
+def test_log_control_formats_its_message(scripted_run: Callable, caplog: Any) -> None:
     made = controllers("""
         controller_metrics: [{name: loss, class: Loss}, {name: process, class: PerProcessState}]
         operations:
@@ -193,10 +193,10 @@ def test_log_control_fills_its_format(scripted_run: Callable, caplog: Any) -> No
     assert run.error is None
     texts = [record.getMessage() for record in caplog.records if record.name.startswith("finetuning")]
     assert texts[0] == "on_log talk 1.25 0"
-    assert texts[1].startswith('operation "bad" cannot fill its format: KeyError')
+    assert texts[1].startswith('operation "bad" cannot format its message: KeyError')
 
 
-def test_history_keeps_its_window_and_leaves_the_trainers_log_alone(scripted_run: Callable) -> None:
+def test_history_keeps_its_window_and_does_not_change_the_trainers_log(scripted_run: Callable) -> None:
     metric = METRICS["HistoryBasedMetric"]("h", window_size=2)
     everything = METRICS["HistoryBasedMetric"]("h", window_size=-1)
     run = scripted_run([3.0, 2.0, 2.0, 1.0], [], validation=[1.5, 1.4, 1.3, 1.2])
@@ -236,7 +236,7 @@ def test_history_keeps_its_window_and_leaves_the_trainers_log_alone(scripted_run
         ("- a\n", ["expected sections"]),
     ],
 )
-def test_a_files_mistakes_have_their_place(text: str, messages: list[str], tmp_path: Path) -> None:
+def test_errors_in_a_file_have_their_location(text: str, messages: list[str], tmp_path: Path) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as raised:
@@ -245,15 +245,15 @@ def test_a_files_mistakes_have_their_place(text: str, messages: list[str], tmp_p
         assert message in str(raised.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_controllers(str(tmp_path / "none.yaml"))
 
 
 def test_all_processes_act_alike(tmp_path: Path) -> None:
-    """A rule that holds on one process stops both at the same step; a log line is each one's own."""
+    """A rule that is true on one process stops both at the same step; log lines are per process."""
     script = Path(__file__).with_name("agree.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*command, str(script), str(tmp_path)], check=True, capture_output=True, timeout=300)
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert told == [{"stops": [False, True, True], "talked": 3}, {"stops": [False, True, True], "talked": 0}]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert results == [{"stops": [False, True, True], "talked": 3}, {"stops": [False, True, True], "talked": 0}]

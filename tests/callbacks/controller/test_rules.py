@@ -1,4 +1,4 @@
-"""The language of rules: what it can say, what it cannot decide yet, and what it refuses."""
+"""The language of rules: what it can express, what is not available yet, and what it rejects."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ VALUES: dict[str, Any] = {
 }
 
 
-def findings(rule: str) -> list[str]:
-    """What the check of the config says of a rule."""
+def issues(rule: str) -> list[str]:
+    """The issues that config validation finds in a rule."""
     metrics = [ControllerMetric(**{"name": name, "class": "TrainingState"}) for name in VALUES]
     controller = Controller(name="c", triggers=["on_log"], rule=rule, operations=["hfcontrols.should_save"])
     section = TrainerController(controller_metrics=metrics, controllers=[controller])
-    return [f"{finding.message} {finding.hint or ''}".strip() for finding in check_controllers(section)]
+    return [f"{issue.message} {issue.hint or ''}".strip() for issue in check_controllers(section)]
 
 
 @pytest.mark.parametrize(
-    ("rule", "verdict"),
+    ("rule", "expected"),
     [
         ('loss["loss"] < 2', True),
         ('loss["loss"] < 1', False),
@@ -55,9 +55,9 @@ def findings(rule: str) -> list[str]:
         ("2 ** 10 == 1024", True),
     ],
 )
-def test_rules_that_can_be_decided(rule: str, verdict: bool) -> None:
-    assert not [found for found in findings(rule) if "nested" in found or "not allowed" in found]
-    assert Expression(rule, "c").verdict(VALUES) is verdict
+def test_rules_are_evaluated(rule: str, expected: bool) -> None:
+    assert not [issue for issue in issues(rule) if "nested" in issue or "not allowed" in issue]
+    assert Expression(rule, "c").evaluate(VALUES) is expected
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_rules_that_can_be_decided(rule: str, verdict: bool) -> None:
         ('sum([state["best_metric"]]) < 1', "value"),
     ],
 )
-def test_what_is_not_there_yet_is_not_available(rule: str, metric: str) -> None:
+def test_a_value_that_does_not_exist_yet_is_unavailable(rule: str, metric: str) -> None:
     with pytest.raises(MetricUnavailable, match=metric):
-        Expression(rule, "c").verdict(VALUES)
+        Expression(rule, "c").evaluate(VALUES)
 
 
 HOSTILE = [
@@ -112,15 +112,15 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("rule", HOSTILE)
-def test_hostile_rules_are_refused(rule: str) -> None:
-    """By the check of the config, or by the rule itself; never run."""
+def test_hostile_rules_are_rejected(rule: str) -> None:
+    """By config validation or by the rule itself, without being executed."""
     try:
-        refused = bool(rule) and bool(findings(rule))
+        rejected = bool(rule) and bool(issues(rule))
     except ValueError:
-        refused = True
-    if not refused:
+        rejected = True
+    if not rejected:
         with pytest.raises((ConfigError, MetricUnavailable)):
-            Expression(rule, "c").verdict(VALUES)
+            Expression(rule, "c").evaluate(VALUES)
     assert VALUES["loss"] == {"loss": 1.5, "epoch": 0.5, "learning_rate": 1e-4}
     assert VALUES["history"]["training_loss"]["loss"] == [3.0, 2.0, 1.5]
 
@@ -132,9 +132,9 @@ def test_hostile_rules_are_refused(rule: str) -> None:
         *("loss < 1", 'loss["loss"] < "a"', "1 / 0 == 1", 'loss["loss"] or 1'),
     ],
 )
-def test_a_rule_that_gives_no_truth_value_is_an_error(rule: str) -> None:
+def test_a_rule_whose_result_is_not_a_boolean_is_an_error(rule: str) -> None:
     with pytest.raises(ConfigError, match=r'controller "c": Rule failed'):
-        Expression(rule, "c").verdict(VALUES)
+        Expression(rule, "c").evaluate(VALUES)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,17 @@ def test_a_rule_that_gives_no_truth_value_is_an_error(rule: str) -> None:
         ("9 ** 9999 > 1", "9 ** 9999 is too large"),
     ],
 )
-def test_the_check_says_what_is_wrong(rule: str, message: str) -> None:
-    assert any(message in found for found in findings(rule)), findings(rule)
+def test_validation_names_the_error(rule: str, message: str) -> None:
+    assert any(message in issue for issue in issues(rule)), issues(rule)
 
 
-def test_every_function_is_known_to_the_check() -> None:
+def test_validation_knows_every_function() -> None:
     assert set(RULE_FUNCTIONS) - set(_FUNCTIONS) == {"list", "tuple", "dict", "set"}
     assert not set(_FUNCTIONS) - set(RULE_FUNCTIONS)
 
 
 @pytest.mark.parametrize(
-    ("threshold", "mode", "held", "acts"),
+    ("threshold", "mode", "results", "acts"),
     [
         (2, "reset_on_failure", "TTTTTT", "..A..A"),
         (2, "reset_on_failure", "TTFTTT", ".....A"),
@@ -170,10 +170,10 @@ def test_every_function_is_known_to_the_check() -> None:
         (1, "no_reset_on_failure", "TFTFT", "..A.."),
     ],
 )
-def test_patience(threshold: int, mode: str, held: str, acts: str) -> None:
+def test_patience(threshold: int, mode: str, results: str, acts: str) -> None:
     counter = PatienceCounter(Patience(patience_threshold=threshold, mode=mode))
-    assert "".join("A" if counter.acts(one == "T") else "." for one in held) == acts
+    assert "".join("A" if counter.update(result == "T") else "." for result in results) == acts
 
 
 def test_without_patience_a_rule_acts_at_once() -> None:
-    assert PatienceCounter(None).acts(True)
+    assert PatienceCounter(None).update(True)

@@ -1,6 +1,4 @@
-"""The trainer's events, answered by rules.
-
-A trainer controller's YAML to metrics, operations and rules."""
+"""The trainer controller: evaluates the user's rules at the trainer's events and runs their operations."""
 
 from __future__ import annotations
 
@@ -26,14 +24,14 @@ from finetuning.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-Made = TypeVar("Made")
+_Base = TypeVar("_Base", Metric, Operation)
 
 
 class PatienceCounter:
-    """Counts how often a rule held.
+    """Counts how often a rule was true, and decides whether its controller acts.
 
     >>> counter = PatienceCounter(Patience(patience_threshold=2))
-    >>> [counter.acts(held) for held in (True, True, False, True, True, True, True)]
+    >>> [counter.update(is_true) for is_true in (True, True, False, True, True, True, True)]
     [False, False, False, False, False, True, False]
     """
 
@@ -42,9 +40,9 @@ class PatienceCounter:
         self._resets = patience is None or patience.mode == "reset_on_failure"
         self._count = 0
 
-    def acts(self, held: bool) -> bool:
-        """Whether the controller acts now: the rule has held more often than the threshold."""
-        if held:
+    def update(self, is_true: bool) -> bool:
+        """Add a result of the rule. Return whether it has now been true more often than the threshold."""
+        if is_true:
             self._count += 1
         elif self._resets:
             self._count = 0
@@ -56,49 +54,50 @@ class PatienceCounter:
 
 @dataclass(frozen=True)
 class LoadedController:
-    """One controller, ready to be looked at."""
+    """One controller with its rule parsed and its operations created."""
 
     name: str
     triggers: frozenset[str]
     rule: Expression
     actions: tuple[tuple[str, Operation, str], ...]
-    """Each action: its full name, its operation, and its own name."""
+    """For each action: its full name, its operation, and the method's name."""
     log_level: int
     counter: PatienceCounter
 
     @property
-    def steers(self) -> bool:
-        return any(operation.steers for _, operation, _ in self.actions)
+    def affects_training(self) -> bool:
+        """Whether an action changes what the trainer does."""
+        return any(operation.affects_training for _, operation, _ in self.actions)
 
 
 @dataclass(frozen=True)
-class LoadedComponent:
-    """All of a trainer controller."""
+class LoadedControllers:
+    """All metrics and controllers of a section."""
 
     metrics: tuple[Metric, ...]
     controllers: tuple[LoadedController, ...]
 
 
-def build_controllers(section: TrainerController) -> LoadedComponent:
-    """What the section describes, classes of the user's own imported.
+def build_controllers(section: TrainerController) -> LoadedControllers:
+    """Create the metrics, operations and controllers of a section. Import the user's classes.
 
     Raises:
-        ConfigError: a class cannot be imported or made, or has no such action.
+        ConfigError: a class cannot be imported or created, or has no such action.
     """
-    metrics = tuple(_make(one, METRICS, Metric) for one in section.controller_metrics)
+    metrics = tuple(_create(component, METRICS, Metric) for component in section.controller_metrics)
     operations: dict[str, Operation] = {HF_CONTROLS: HFControls(HF_CONTROLS)}
-    operations |= {one.name: _make(one, OPERATIONS, Operation) for one in section.operations}
-    return LoadedComponent(metrics, tuple(_controller(one, operations) for one in section.controllers))
+    operations |= {component.name: _create(component, OPERATIONS, Operation) for component in section.operations}
+    return LoadedControllers(metrics, tuple(_load_controller(item, operations) for item in section.controllers))
 
 
-def _controller(controller: Controller, operations: Mapping[str, Operation]) -> LoadedController:
+def _load_controller(controller: Controller, operations: Mapping[str, Operation]) -> LoadedController:
     actions = []
-    for full in controller.operations:
-        name, _, action = full.partition(".")
+    for full_name in controller.operations:
+        name, _, action = full_name.partition(".")
         if name not in operations:
-            raise ConfigError(f'Invalid operation "{full}" for controller "{controller.name}"')
+            raise ConfigError(f'Invalid operation "{full_name}" for controller "{controller.name}"')
         operations[name].action(action)
-        actions.append((full, operations[name], action))
+        actions.append((full_name, operations[name], action))
     return LoadedController(
         name=controller.name,
         triggers=frozenset(controller.triggers),
@@ -109,26 +108,26 @@ def _controller(controller: Controller, operations: Mapping[str, Operation]) -> 
     )
 
 
-def _make(component: Component, known: Mapping[str, type[Made]], base: type[Made]) -> Made:
-    made = known.get(component.class_name) or _imported(component, base)
+def _create(component: Component, classes: Mapping[str, type[_Base]], base: type[_Base]) -> _Base:
+    component_class = classes.get(component.class_name) or _import_class(component, base)
     try:
-        return made(component.name, **component.arguments)
+        return component_class(component.name, **component.arguments)
     except TypeError as error:
-        raise ConfigError(f'"{component.name}" ({component.class_name}) cannot be made: {error}') from error
+        raise ConfigError(f'"{component.name}" ({component.class_name}) cannot be created: {error}') from error
 
 
-def _imported(component: Component, base: type[Made]) -> Any:
+def _import_class(component: Component, base: type[_Base]) -> type[_Base]:
     path = component.class_name.replace(":", ".")
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        result: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f'"{component.name}": {component.class_name} cannot be imported: {error}') from error
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (isinstance(result, type) and issubclass(result, base)):
         raise ConfigError(
             f'"{component.name}": {component.class_name} is not a subclass of {base.__module__}.{base.__name__}'
         )
-    return found
+    return result
 
 
 logger = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Action:
-    """What a controller did, and when."""
+    """An action that a controller has run."""
 
     step: int
     controller: str
@@ -144,87 +143,89 @@ class Action:
     event: str
 
     def __str__(self) -> str:
-        return f'step {self.step}: rule "{self.controller}" did {self.action} at {self.event}'
+        return f'step {self.step}: rule "{self.controller}" ran {self.action} at {self.event}'
 
 
 class ControllerSet:
-    """Looks at rules as events come, and does what they say. All processes of a run act alike.
+    """Evaluates rules at the trainer's events and runs the actions of those that are true.
 
-    A rule that steers training holds when it holds on any process. `taken` is what was done, by this process.
+    All processes act alike: a rule whose actions affect training counts as true if it is true on any process.
+    `actions` are those that this process has run.
     """
 
-    def __init__(self, built: LoadedComponent):
-        self._metrics = built.metrics
-        self._controllers = built.controllers
-        self._triggers = frozenset[str]().union(*(one.triggers for one in built.controllers))
-        self._values: dict[str, Any] = {metric.name: None for metric in built.metrics}
-        self._told: set[tuple[str, str]] = set()
-        self.taken: list[Action] = []
+    def __init__(self, loaded: LoadedControllers):
+        self._metrics = loaded.metrics
+        self._controllers = loaded.controllers
+        self._triggers = frozenset[str]().union(*(controller.triggers for controller in loaded.controllers))
+        self._values: dict[str, Any] = {metric.name: None for metric in loaded.metrics}
+        self._reported: set[tuple[str, str]] = set()
+        self.actions: list[Action] = []
 
-    def happened(self, event: Event, *, agree: bool = True) -> None:
-        """Works out the metrics of this event and looks at its rules.
+    def handle(self, event: Event, *, on_all_processes: bool = True) -> None:
+        """Compute the metrics of this event, evaluate its rules and run their actions.
 
         Args:
-            agree: whether the other processes see this event, too.
+            on_all_processes: whether every process handles this event, so that they can agree on the rules.
         """
         for metric in self._metrics:
             if event.name in metric.events:
                 self._values[metric.name] = metric.compute(event)
         if event.name not in self._triggers:
             return
-        looked_at = [one for one in self._controllers if event.name in one.triggers]
-        held = [self._holds(one) for one in looked_at]
-        if agree and event.args.world_size > 1:
-            held = _agreed(looked_at, held, event)
-        for controller, holds in zip(looked_at, held, strict=True):
-            if controller.counter.acts(bool(holds)):
+        triggered = [controller for controller in self._controllers if event.name in controller.triggers]
+        results = [self._evaluate(controller) for controller in triggered]
+        if on_all_processes and event.args.world_size > 1:
+            results = _agree(triggered, results, event)
+        for controller, is_true in zip(triggered, results, strict=True):
+            if controller.counter.update(is_true):
                 self._act(controller, event)
 
-    def _holds(self, controller: LoadedController) -> bool:
+    def _evaluate(self, controller: LoadedController) -> bool:
         try:
-            return controller.rule.verdict(self._values)
+            return controller.rule.evaluate(self._values)
         except MetricUnavailable as missing:
-            self._tell_once(controller, str(missing))
+            self._warn_once(controller, str(missing))
             return False
 
-    def _tell_once(self, controller: LoadedController, metric: str) -> None:
-        if (controller.name, metric) not in self._told:
-            self._told.add((controller.name, metric))
+    def _warn_once(self, controller: LoadedController, metric: str) -> None:
+        if (controller.name, metric) not in self._reported:
+            self._reported.add((controller.name, metric))
             logger.warning(
                 'Ignoring the rule of controller "%s" because the metric "%s" is not available', controller.name, metric
             )
 
     def _act(self, controller: LoadedController, event: Event) -> None:
         metrics = {**self._values, "control_name": controller.name}
-        for full, operation, action in controller.actions:
+        for full_name, operation, action in controller.actions:
             logger.log(
                 controller.log_level,
                 "Taking [%s] action in controller [%s] triggered at event [%s]",
-                full,
+                full_name,
                 controller.name,
                 event.name,
             )
             operation.action(action)(event, metrics)
-            self.taken.append(Action(event.state.global_step, controller.name, full, event.name))
+            self.actions.append(Action(event.state.global_step, controller.name, full_name, event.name))
 
 
-def _agreed(looked_at: list[LoadedController], held: list[bool], event: Event) -> list[bool]:
-    """What holds on any process, for those that steer training; the others' logs are each process's own."""
-    steering = [index for index, one in enumerate(looked_at) if one.steers]
-    if not steering:
-        return held
+def _agree(controllers: list[LoadedController], results: list[bool], event: Event) -> list[bool]:
+    """Return whether each rule is true on any process. Controllers that only write logs keep their own result."""
+    shared = [index for index, controller in enumerate(controllers) if controller.affects_training]
+    if not shared:
+        return results
     import torch
 
-    flags = torch.tensor([held[index] for index in steering], dtype=torch.uint8, device=event.args.device)
+    flags = torch.tensor([results[index] for index in shared], dtype=torch.uint8, device=event.args.device)
     torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flags[steering.index(index)]) if index in steering else one for index, one in enumerate(held)]
+    agreed = {index: bool(flag) for index, flag in zip(shared, flags, strict=True)}
+    return [agreed.get(index, result) for index, result in enumerate(results)]
 
 
 def make_controllers(section: TrainerController) -> ControllerSet:
-    """The controllers of a section.
+    """Create the controllers of a section.
 
     Raises:
-        ConfigError: one cannot be made.
+        ConfigError: one cannot be created.
     """
     try:
         return ControllerSet(build_controllers(section))
@@ -233,15 +234,16 @@ def make_controllers(section: TrainerController) -> ControllerSet:
 
 
 def controller_callback(controllers: ControllerSet) -> TrainerCallback:
-    """The callback that tells the controllers all of a trainer's events."""
+    """Return a callback that passes all of a trainer's events to the controllers."""
     from transformers import TrainerCallback
 
+    # transformers looks handlers up by name: define one per event that a rule may use.
     def handler(name: str) -> Callable[..., None]:
         def handle(self: Any, args: Any, state: Any, control: Any, **extra: Any) -> None:
-            kept = {key: extra[key] for key in ("metrics", "logs") if key in extra}
+            details = {key: extra[key] for key in ("metrics", "logs") if key in extra}
             if name == "on_save":
-                kept |= {"path": f"{args.output_dir}/checkpoint-{state.global_step}", "is_final": False}
-            controllers.happened(Event(name, args, state, control, kept))
+                details |= {"path": f"{args.output_dir}/checkpoint-{state.global_step}", "is_final": False}
+            controllers.handle(Event(name, args, state, control, details))
 
         return handle
 

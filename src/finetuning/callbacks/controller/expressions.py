@@ -1,4 +1,4 @@
-"""A rule's text to its verdict, in a language that can look at metrics and do nothing else."""
+"""Evaluates rules: expressions that can read metrics and do nothing else."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _COMPARES_WITH_NONE = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.Not)
 
 
 class MetricUnavailable(Exception):
-    """A rule looked at something that is not there yet; the message names it."""
+    """A rule uses a value that does not exist yet. The message is the metric's name."""
 
 
 class Expression:
-    """One controller's rule.
+    """The rule of one controller.
 
     Raises:
-        ConfigError: the text is no expression.
+        ConfigError: the text is not an expression.
     """
 
     def __init__(self, text: str, controller: str):
@@ -45,12 +45,12 @@ class Expression:
             raise ConfigError(f'rule of controller "{controller}" is invalid: {error.msg}') from error
         self.names = frozenset(node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name))
 
-    def verdict(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether the rule holds. Metrics that were not worked out yet are None.
+    def evaluate(self, metrics: Mapping[str, Any]) -> bool:
+        """Return whether the rule is true. A metric that was not computed yet is None.
 
         Raises:
-            Unavailable: the rule cannot be decided yet.
-            ConfigError: the rule is wrong: it gives no truth value, or asks for what is not allowed.
+            MetricUnavailable: the rule needs a value that does not exist yet.
+            ConfigError: the result is not a boolean, or the rule uses something that is not allowed.
         """
         evaluator = _Evaluator(metrics)
         try:
@@ -62,9 +62,7 @@ class Expression:
         except (TypeError, AttributeError) as error:
             raise self._failed(error, _WRONG_TYPE) from error
         if not isinstance(result, bool):
-            raise self._failed(
-                f"it gives {str(result)[:80]}, not true or false", "Rule failed due to incorrect type usage"
-            )
+            raise self._failed(f"the result is {str(result)[:80]}, not true or false", _WRONG_TYPE)
         return result
 
     def _failed(self, error: object, what: str = "Rule failed") -> ConfigError:
@@ -72,22 +70,21 @@ class Expression:
 
 
 class _Evaluator(simpleeval.EvalWithCompoundTypes):
-    """simpleeval's, with None as what is not available, bounded in time and size, and without methods that change
-    what they are called on."""
+    """simpleeval's evaluator, with None as unavailable, limited time and size, and no methods that change a value."""
 
     def __init__(self, metrics: Mapping[str, Any]):
-        operators = {kind: _known_only(kind, function) for kind, function in _OPERATORS.items()}
+        operators = {kind: _require_available(kind, function) for kind, function in _OPERATORS.items()}
         super().__init__(operators=operators, functions=dict(_FUNCTIONS), names=dict(metrics))
         self._nodes_left = _MOST_NODES
 
     def _eval(self, node: ast.AST) -> Any:
         self._nodes_left -= 1
         if self._nodes_left < 0:
-            raise simpleeval.IterableTooLong("it takes too long")
+            raise simpleeval.IterableTooLong("the evaluation takes too long")
         return super()._eval(node)
 
     def _check_disallowed_items(self, item: Any) -> None:
-        # Metrics hold plain values: looking through a long history at every node would be quadratic.
+        # The base class searches every container for forbidden functions: quadratic for a long history.
         if callable(item) and item in simpleeval.DISALLOW_FUNCTIONS:
             raise simpleeval.FeatureNotAvailable("This function is forbidden")
 
@@ -109,7 +106,7 @@ class _Evaluator(simpleeval.EvalWithCompoundTypes):
         if name in _METHODS.get(type(value), ()):
             return getattr(value, name)
         if not isinstance(value, dict):
-            raise simpleeval.FeatureNotAvailable(f'"{name}" of a value that is no dictionary is not allowed')
+            raise simpleeval.FeatureNotAvailable(f'"{name}" of a value that is not a dictionary is not allowed')
         if name not in value:
             raise MetricUnavailable(_metric_of(node))
         return value[name]
@@ -121,8 +118,8 @@ def _metric_of(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ast.unparse(node)
 
 
-def _known_only(kind: type, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, which has nothing to say about a value that is not available."""
+def _require_available(kind: type, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an operator raise MetricUnavailable for a None operand, unless it compares with None."""
     if kind in _COMPARES_WITH_NONE:
         return function
 
@@ -134,12 +131,12 @@ def _known_only(kind: type, function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _numbers_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, which could make something huge of a text or a list."""
+def _require_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Restrict an operator to numbers: with text or a list its result could be huge."""
 
     def checked(*values: Any) -> Any:
         if not all(isinstance(value, int | float) for value in values):
-            raise TypeError("a number is needed here")
+            raise TypeError("a number is required here")
         return function(*values)
 
     return checked
@@ -152,7 +149,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _sum(values: Any) -> Any:
-    """Python's, of numbers alone: a sum of lists can be huge."""
+    """Return the sum of numbers only: a sum of lists can be huge."""
     return sum(_number(value) for value in values)
 
 
@@ -160,18 +157,18 @@ def _number(value: Any) -> Any:
     if value is None:
         raise MetricUnavailable("value")
     if not isinstance(value, int | float):
-        raise TypeError("a sum is of numbers")
+        raise TypeError("sum needs numbers")
     return value
 
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     **simpleeval.DEFAULT_OPERATORS,
-    ast.Pow: _numbers_only(_power),
-    ast.Mult: _numbers_only(operator.mul),
-    ast.Mod: _numbers_only(operator.mod),
+    ast.Pow: _require_numbers(_power),
+    ast.Mult: _require_numbers(operator.mul),
+    ast.Mod: _require_numbers(operator.mod),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: _known_only(ast.Call, function)
+    name: _require_available(ast.Call, function)
     for name, function in {
         "abs": abs,
         "all": all,

@@ -1,6 +1,7 @@
-"""The values that rules look at. A metric is a class here and a line in the table below.
+"""The metrics that rules can use, and the trainer events that they are computed from.
 
-What the trainer has just done, as metrics and operations see it."""
+Adding a metric is a class here and an entry in `METRICS`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """One event of the trainer. `extra` is what came with it: `metrics`, `logs`, `path`, `is_final`."""
+    """One event of the trainer. `extra` holds its `metrics`, `logs`, `path` and `is_final`, where it has them."""
 
     name: str
     args: TrainingArguments
@@ -28,9 +29,9 @@ class Event:
 
 
 class Metric:
-    """A value that is worked out at some of the trainer's events and kept until the next of them.
+    """A value that is computed at some of the trainer's events and kept until the next of them.
 
-    One of your own subclasses this; its arguments come as keywords.
+    Subclass this for a metric of your own; `arguments` of the config are passed as keyword arguments.
     """
 
     events: frozenset[str] = frozenset()
@@ -39,12 +40,12 @@ class Metric:
         self.name = name
 
     def compute(self, event: Event) -> Any:
-        """The value after this event; None while it is not available."""
+        """Return the value after this event; None while it is not available."""
         raise NotImplementedError
 
 
 class Loss(Metric):
-    """The newest training log: `loss`, `epoch`, `learning_rate`, `grad_norm`, `step`, …"""
+    """The latest training log: `loss`, `epoch`, `learning_rate`, `grad_norm`, `step`, …"""
 
     events = frozenset({"on_log"})
 
@@ -53,7 +54,7 @@ class Loss(Metric):
 
 
 class TrainingState(Metric):
-    """The trainer's state, field by field, and `is_final`: whether the tuned model itself was saved."""
+    """The trainer's state, field by field, and `is_final`: whether the final model was saved."""
 
     events = frozenset(
         {
@@ -70,7 +71,7 @@ class TrainingState(Metric):
 
 
 class EvalMetrics(Metric):
-    """What the last evaluation gave: `eval_loss` and the rest."""
+    """The metrics of the last evaluation: `eval_loss` and others."""
 
     def __init__(self, name: str, source_event: str = "on_evaluate"):
         super().__init__(name)
@@ -86,9 +87,9 @@ class EvalMetrics(Metric):
 class HistoryBasedMetric(Metric):
     """The last `window_size` training losses and evaluations, in two dictionaries of lists.
 
-    `training_loss` has `loss`, `steps` and `epoch`, `metrics` every key that evaluations log and `steps` and `epoch`;
-    `global_step` is another name of `steps`. Both are empty until there is something to show. A window below 0 keeps
-    all. It is made of the trainer's log, so that a resumed run goes on with the one that it had.
+    `training_loss` has `loss`, `steps` and `epoch`; `metrics` has every key that evaluations log, and `steps` and
+    `epoch`. `global_step` is an alias of `steps`. Both are empty until the first log. A window below 0 keeps all.
+    The source is the trainer's log, so that a resumed run has its earlier values.
     """
 
     events = frozenset({"on_log", "on_evaluate"})
@@ -99,16 +100,16 @@ class HistoryBasedMetric(Metric):
         length = window_size if window_size > 0 else None
         self._losses: deque[dict[str, Any]] = deque(maxlen=length)
         self._evaluations: deque[dict[str, Any]] = deque(maxlen=length)
-        self._seen = 0
+        self._entries_read = 0
 
     def compute(self, event: Event) -> dict[str, Any]:
         history = event.state.log_history
-        for entry in history[self._seen :]:
+        for entry in history[self._entries_read :]:
             if "loss" in entry:
                 self._add_loss(entry)
             elif any(key.startswith("eval_") for key in entry):
                 self._evaluations.append(entry)
-        self._seen = len(history)
+        self._entries_read = len(history)
         return {
             "training_loss": _columns([self._only_loss(entry) for entry in self._losses]),
             "metrics": _columns(list(self._evaluations)),
@@ -126,7 +127,7 @@ class HistoryBasedMetric(Metric):
 
 
 class PerProcessState(Metric):
-    """`rank`: the number of this process."""
+    """`rank` of this process."""
 
     events = frozenset({"on_init_end"})
 
@@ -141,11 +142,11 @@ METRICS: dict[str, type[Metric]] = {
     "HistoryBasedMetric": HistoryBasedMetric,
     "PerProcessState": PerProcessState,
 }
-"""The metrics by their names in the YAML."""
+"""The metrics by the names of their classes in the YAML."""
 
 
 def _columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Lists by key, one item an entry; None where an entry lacks the key. Empty without entries."""
+    """Return a list per key with one item per entry, None where an entry lacks the key."""
     keys = dict.fromkeys(key for entry in entries for key in entry)
     columns = {("steps" if key == "step" else key): [entry.get(key) for entry in entries] for key in keys}
     return {**columns, "global_step": columns["steps"]} if "steps" in columns else columns

@@ -1,4 +1,4 @@
-"""What a controller can do. An operation is a class here and a line in the table below."""
+"""The operations that a controller can run. Adding one is a class here and an entry in `OPERATIONS`."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from finetuning.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_WIDEST = 100
+_MAX_WIDTH = 100
 
 
 class Operation:
     """A group of actions: the methods that begin with `should_`.
 
-    One of your own subclasses this; its arguments come as keywords. `steers` says whether its actions change what the
-    trainer does, so that all processes must act alike.
+    Subclass this for an operation of your own; `arguments` of the config are passed as keyword arguments.
+    `affects_training` says whether its actions change what the trainer does: all processes must then run them.
     """
 
-    steers = True
+    affects_training = True
 
     def __init__(self, name: str):
         self.name = name
 
     def action(self, name: str) -> Callable[[Event, Mapping[str, Any]], None]:
-        """The action of this name: a function of the event, and of the metrics by their names.
+        """Return the action of this name: a function of the event and of the metrics by name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such action.
         """
-        found = getattr(self, name, None) if name.startswith("should_") else None
-        if not callable(found):
+        action = getattr(self, name, None) if name.startswith("should_") else None
+        if not callable(action):
             raise ConfigError(f'operation "{self.name}" has no action "{name}"')
-        return found
+        return action  # pyright: ignore[reportReturnType]
 
 
 class HFControls(Operation):
-    """The trainer's own switches: it stops, saves, evaluates or logs as soon as it looks at them."""
+    """Sets the flags of `TrainerControl`: the trainer stops, saves, evaluates or logs at its next check."""
 
     def should_training_stop(self, event: Event, metrics: Mapping[str, Any]) -> None:
         event.control.should_training_stop = True
@@ -59,16 +59,16 @@ class HFControls(Operation):
 
 
 class LogControl(Operation):
-    """Writes a log line of the user's own format: `{event_name}`, `{control_name}`, `{args}`, any metric's name, and
-    what came with the event."""
+    """Writes a log line in the user's format, with `{event_name}`, `{control_name}`, `{args}`, `{state}`, the metrics
+    by name, and the event's `{metrics}`, `{logs}` or `{path}`."""
 
-    steers = False
+    affects_training = False
 
     def __init__(self, name: str, log_format: str, log_level: str):
         super().__init__(name)
         level = getattr(logging, str(log_level).upper(), None)
         if not isinstance(level, int):
-            raise ConfigError(f'operation "{name}": "{log_level}" is no log level')
+            raise ConfigError(f'operation "{name}": "{log_level}" is not a log level')
         self._level = level
         self._format = log_format
 
@@ -77,12 +77,12 @@ class LogControl(Operation):
         try:
             text = _PublicFormatter().vformat(self._format, (), values)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
-            text = f'operation "{self.name}" cannot fill its format: {type(error).__name__}: {error}'
+            text = f'operation "{self.name}" cannot format its message: {type(error).__name__}: {error}'
         logger.log(self._level, "%s", text)
 
 
 class _PublicFormatter(string.Formatter):
-    """Python's format strings without private attributes and without huge widths."""
+    """Python's format strings, without private attributes and large widths."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if any(part.startswith("_") for part in field_name.replace("[", ".").split(".")):
@@ -90,11 +90,11 @@ class _PublicFormatter(string.Formatter):
         return super().get_field(field_name, args, kwargs)
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        digits = "".join(one if one.isdigit() else " " for one in format_spec).split()
-        if any(len(number) > 3 or int(number) > _WIDEST for number in digits):
-            raise ValueError(f'the width of "{format_spec}" is above {_WIDEST}')
+        digits = "".join(character if character.isdigit() else " " for character in format_spec).split()
+        if any(len(number) > 3 or int(number) > _MAX_WIDTH for number in digits):
+            raise ValueError(f'the width of "{format_spec}" is above {_MAX_WIDTH}')
         return super().format_field(value, format_spec)
 
 
 OPERATIONS: dict[str, type[Operation]] = {"HFControls": HFControls, "LogControl": LogControl}
-"""The operations by their names in the YAML."""
+"""The operations by the names of their classes in the YAML."""
