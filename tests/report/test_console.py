@@ -1,4 +1,4 @@
-"""What a person sees: in a terminal of 80 columns, in a log file, and on other ranks."""
+"""What a run prints: in a terminal of 80 columns, in a log file, and on other ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ import pytest
 from rich.console import Console
 
 from finetuning.report.console import is_live, open_console
-from finetuning.report.progress import LineProgress, LiveProgress, progress_tracker
-from finetuning.report.summary import NextCommand, OutputFile, RunSummary, SummaryLine, print_end, print_start
+from finetuning.report.terminal import (
+    LineProgress,
+    LiveProgress,
+    NextCommand,
+    OutputFile,
+    RunSummary,
+    SummaryLine,
+    print_end,
+    print_start,
+    progress_tracker,
+)
 from finetuning.tracking.tracker import LogEvent, StepMetrics, Tracker
 
 METRICS = StepMetrics(
@@ -53,7 +62,7 @@ def send_all_events(tracker: Tracker) -> None:
     tracker.close()
 
 
-def test_a_log_file_gets_one_whole_line_at_each_log() -> None:
+def test_a_log_file_gets_one_line_per_log() -> None:
     console, stream = log_file()
     tracker = progress_tracker(console)
     assert type(tracker) is LineProgress
@@ -67,20 +76,20 @@ def test_a_log_file_gets_one_whole_line_at_each_log() -> None:
     ]
 
 
-def test_values_that_are_not_known_yet_are_a_dash() -> None:
+def test_unknown_values_are_a_dash() -> None:
     console, stream = log_file()
     LineProgress(console).log(LogEvent("training", StepMetrics(1, 9), {}))
     assert stream.getvalue() == "step 1/9  epoch –  loss –  lr –  – tokens/s  – left\n"
 
 
-def test_a_resumed_run_says_where_it_goes_on() -> None:
+def test_a_resumed_run_says_at_which_step_it_continues() -> None:
     console, stream = log_file()
     LineProgress(console).on_train_begin(StepMetrics(50, 100))
     assert stream.getvalue() == "training starts: step 51 of 100, resumed after step 50\n"
 
 
 @pytest.mark.parametrize("width", [80, 40])
-def test_a_terminal_gets_a_bar_that_fits_and_goes_away(width: int) -> None:
+def test_a_terminal_gets_a_bar_that_fits_and_is_removed(width: int) -> None:
     console, stream = terminal(width)
     tracker = progress_tracker(console)
     assert type(tracker) is LiveProgress
@@ -96,7 +105,7 @@ def test_a_terminal_gets_a_bar_that_fits_and_goes_away(width: int) -> None:
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
 
 
-def test_an_interrupted_run_gives_the_cursor_back() -> None:
+def test_an_interrupted_run_restores_the_cursor() -> None:
     console, stream = terminal()
     tracker = LiveProgress(console)
     tracker.on_train_begin(StepMetrics(0, 100))
@@ -138,7 +147,7 @@ def test_the_start_summary_in_a_log_file() -> None:
     )
 
 
-def test_the_start_summary_in_a_terminal_is_as_wide_as_it() -> None:
+def test_the_start_summary_fits_the_terminal() -> None:
     console, stream = terminal()
     print_start(console, "Fine-tuning", START)
     lines = plain(stream.getvalue()).splitlines()
@@ -149,15 +158,15 @@ def test_the_start_summary_in_a_terminal_is_as_wide_as_it() -> None:
 
 
 @pytest.mark.parametrize("make", [log_file, terminal])
-def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
+def test_the_summary_summary_does_not_wrap_paths_and_commands(make: type) -> None:
     console, stream = make()
     command = f"merge_adapter models/tiny {LONG_PATH} merged"
     print_end(
         console,
         RunSummary(
-            headline="Done: the tuned model is saved",
+            headline="Done: the model is saved",
             good=True,
-            made=[OutputFile("tuned model", LONG_PATH)],
+            outputs=[OutputFile("final model", LONG_PATH)],
             final_loss=0.65912,
             training_s=185,
             first_step_s=0.7,
@@ -169,10 +178,10 @@ def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
     )
     assert plain(stream.getvalue()).splitlines() == [
         "",
-        "Done: the tuned model is saved",
+        "Done: the model is saved",
         "  final loss   0.6591",
         "  time         3m 23s (training 3m 05s, first step 0.7s)",
-        f"  tuned model  {LONG_PATH}",
+        f"  final model  {LONG_PATH}",
         "  MLflow       http://host/#/experiments/1/runs/2",
         "  warning: 3 rows were left out",
         "",
@@ -182,16 +191,16 @@ def test_the_closing_block_keeps_paths_and_commands_whole(make: type) -> None:
     ]
 
 
-def test_long_facts_of_the_closing_block_are_broken_between_words() -> None:
+def test_long_values_of_the_summary_summary_are_wrapped_between_words() -> None:
     value = "485.0 MiB at most, resident set of the process, libraries included; the plan had at least 671.2 KiB"
-    closing = RunSummary(headline="Done", good=True, facts=[("memory", value)], warnings=[f"{value} {value}"])
+    summary = RunSummary(headline="Done", good=True, facts=[("memory", value)], warnings=[f"{value} {value}"])
     console, stream = terminal()
-    print_end(console, closing)
+    print_end(console, summary)
     _, _, *lines = plain(stream.getvalue()).splitlines()
     assert all(len(line) <= 80 for line in lines)
     words = f"memory {value} warning: {value} {value}".split()
     assert " ".join(lines).split() == words
     assert lines[1].startswith("          ")
     console, stream = log_file()
-    print_end(console, closing)
+    print_end(console, summary)
     assert f"  memory  {value}\n" in stream.getvalue()

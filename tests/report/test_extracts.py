@@ -1,4 +1,4 @@
-"""The pictures and the card that other places show of a run."""
+"""The chart files and the model card of a run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetuning.report.charts import Series, line_chart
 from finetuning.report.html import picture, write_extracts_or_warn
 
 
-def test_a_picture_is_an_svg_of_its_own() -> None:
-    curves = [Series("training <1>", [(1, 2.0), (2, 1.0)]), Series("validation", [(2, 1.5)], colour=1, dashed=True)]
+def test_a_chart_file_is_a_standalone_svg() -> None:
+    curves = [Series("training <1>", [(1, 2.0), (2, 1.0)]), Series("validation", [(2, 1.5)], color=1, dashed=True)]
     chart = line_chart("Loss & more", curves)
     assert chart is not None
     root = xml.fromstring(picture(chart))
@@ -27,7 +27,7 @@ def test_a_picture_is_an_svg_of_its_own() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The output directory of a run as its record tells it."""
+    """The output directory of a run."""
     final = tmp_path / "checkpoint-final"
     final.mkdir()
     (final / "README.md").write_text("[More Information Needed]")
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_card_says_what_was_made_of_what(folder: Path) -> None:
+def test_the_model_card_describes_the_run(folder: Path) -> None:
     written = write_extracts_or_warn(folder)
     names = ["plots/loss.svg", "model_card.md", "checkpoint-final/README.md"]
     assert [str(path.relative_to(folder)) for path in written] == names
@@ -72,7 +72,7 @@ def test_the_card_says_what_was_made_of_what(folder: Path) -> None:
     assert "not installed" not in text
 
 
-def test_a_card_that_cannot_be_made_is_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "plots").write_text("in the way")
+def test_a_model_card_that_cannot_be_written_is_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "plots").write_text("not a folder")
     assert write_extracts_or_warn(folder) == []
     assert len(caplog.records) == 1

@@ -14,7 +14,7 @@ import pytest
 
 from finetuning.report.charts import Series, line_chart, nice_ticks, number, tick_labels
 from finetuning.report.html import render, write_report_or_warn
-from finetuning.report.run_folder import read_run, read_series, thinned
+from finetuning.report.run_folder import downsample, read_run, read_series
 from finetuning.tracking.tracker import LogEvent, MetricsLog, StepMetrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -84,7 +84,7 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"step": step, "kind": "training", "loss": 2.0 / step, "grad_norm": 0.1} for step in range(1, count + 1)]
 
 
-def test_the_page_is_whole_and_needs_nothing(make_run: Callable) -> None:
+def test_the_page_is_valid_and_self_contained(make_run: Callable) -> None:
     folder = make_run(
         metrics=[
             *rows(20),
@@ -95,14 +95,14 @@ def test_the_page_is_whole_and_needs_nothing(make_run: Callable) -> None:
     page = write_report_or_warn(folder)
     assert page == folder / "report.html"
     text = page.read_text()
-    found = Page(text)
-    assert not found.wrong and not found.open
-    assert not found.loaded
+    parsed = Page(text)
+    assert not parsed.wrong and not parsed.open
+    assert not parsed.loaded
     assert "http://" not in text and "https://" not in text and "@import" not in text and "url(" not in text
-    assert found.tags.count("script") == 1, "what users wrote stays text"
-    assert "img" not in found.tags
-    for shown in ("adapter", "all values finite", "divides", "1h 05m", "finetuning sft", "learning_rate: 3", "Odd"):
-        assert shown in text
+    assert parsed.tags.count("script") == 1, "text of users is escaped"
+    assert "img" not in parsed.tags
+    for expected in ("adapter", "all values finite", "divides", "1h 05m", "finetuning sft", "learning_rate: 3", "Odd"):
+        assert expected in text
     assert re.findall("<mark>(.*?)</mark>", text)[1:] == ["yes", "no"]
     assert 'aria-label="Loss: training from 2 at step 1 to 0.1 at step 20' in text
 
@@ -119,24 +119,24 @@ def test_the_page_is_whole_and_needs_nothing(make_run: Callable) -> None:
         lambda folder: (folder / "merged").mkdir() or (folder / "merged/merge_certificate.json").write_text("{}"),
     ],
 )
-def test_a_poor_record_still_makes_a_page(spoil: Callable[[Path], Any], make_run: Callable) -> None:
+def test_an_incomplete_record_still_renders(spoil: Callable[[Path], Any], make_run: Callable) -> None:
     folder = make_run()
     spoil(folder)
     page = Page(render([read_run(folder)]))
     assert not page.wrong and not page.open
 
 
-def test_a_fault_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert write_report_or_warn(tmp_path) is None
-    assert "no report could be made" in caplog.text
+    assert "the report could not be written" in caplog.text
 
 
-def test_runs_side_by_side(make_run: Callable) -> None:
-    one, other = make_run("one", rows(5)), make_run("three", rows(9), status="failed")
-    text = render([read_run(one), read_run(other)])
+def test_runs_are_compared(make_run: Callable) -> None:
+    first, second = make_run("one", rows(5)), make_run("three", rows(9), status="failed")
+    text = render([read_run(first), read_run(second)])
     assert not Page(text).wrong
     assert "<code>training_args.learning_rate</code></th><td>3</td><td>5</td>" in text
-    assert "one, training" not in text, "with one series a run, its name is enough"
+    assert "one, training" not in text, "with one series per run, the run's name is enough"
     assert "one from 2 at step 1 to 0.4 at step 5; three from 2 at step 1" in text
 
 
@@ -156,7 +156,7 @@ def test_numbers_come_from_whichever_file_has_them(make_run: Callable) -> None:
     assert read_series(folder) == {"loss": [(1, 4.0)]}
 
 
-def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
+def test_the_last_value_of_a_repeated_step_is_used(tmp_path: Path) -> None:
     for losses in ({1: 3.0, 2: 2.5, 3: 2.0}, {3: 1.9, 4: math.nan, 5: 1.5}):
         log = MetricsLog(tmp_path)
         for step, loss in losses.items():
@@ -175,11 +175,11 @@ def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
     ]
 
 
-def test_thinning_keeps_the_peaks() -> None:
+def test_downsampling_keeps_the_peaks() -> None:
     points = [(step, 1.0) for step in range(10_000)]
     points[4321] = (4321, 99.0)
     points[5432] = (5432, -7.0)
-    few = thinned(points, 200)
+    few = downsample(points, 200)
     assert len(few) <= 210
     assert (4321, 99.0) in few and (5432, -7.0) in few
     assert few[0] == points[0] and few[-1] == points[-1]
@@ -187,7 +187,7 @@ def test_thinning_keeps_the_peaks() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 1), (0, 0), (-3, 1e9), (1e-9, 2e-9), (5.2, 6.3), (-2, -1)])
-def test_ticks_hold_the_values_and_can_be_told_apart(low: float, high: float) -> None:
+def test_ticks_enclose_the_values_and_have_distinct_labels(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low and ticks[-1] >= high
     assert 2 <= len(ticks) <= 8
@@ -204,7 +204,7 @@ def test_every_curve_stays_inside_its_chart() -> None:
     assert line_chart("x", [Series("a", [])]) is None
 
 
-def test_numbers_are_short() -> None:
-    assert [number(one) for one in (0.0, 12.0, 999.5, 1500.0, 20_000.0, 3e6, -1e-7)] == [
+def test_numbers_are_formatted_briefly() -> None:
+    assert [number(value) for value in (0.0, 12.0, 999.5, 1500.0, 20_000.0, 3e6, -1e-7)] == [
         *("0", "12", "999.5", "1500", "20k", "3M", "-1e-7")
     ]

@@ -11,13 +11,13 @@ from finetuning.report.run_folder import read_run, read_run_record
 
 OLD_RECORD = {
     "status": "completed",
-    "told": [["model", "tiny", ""]],
+    "told": [["model", "tiny", ""]],  # old name
     "controlled": ["step 3: stopped"],
     "trackers_that_failed": {"aim": "no repository"},
     "trained": True,
     "copied": ["checkpoint-1"],
     "not_copied": ["checkpoint-2: refused"],
-    "data": {"rows": 3, "ledger": [{"part": "training"}]},
+    "data": {"rows": 3, "ledger": [{"part": "training"}]},  # old name
     "memory": {"peak_bytes": 1, "divisions": ["step 2: out of memory"]},
 }
 RECORD = {

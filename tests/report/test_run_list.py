@@ -1,4 +1,4 @@
-"""`finetuning runs`: what it finds, and what it says of each."""
+"""`finetuning runs`: the runs it lists, and the state of each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HOLD = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcnt
 
 
 def write_run(
-    folder: Path, status: str, *, pid: int = 0, host: str | None = None, started: str = "", **more: Any
+    folder: Path, status: str, *, pid: int = 0, host: str | None = None, started: str = "", **values: Any
 ) -> Path:
     folder.mkdir(parents=True)
     job = {"pid": pid, "host": host or platform.node(), "started": started or "2026-01-01T00:00:00Z"}
-    record = {"status": status, "method": "sft", "model": {"name": "/m/tiny"}, "jobs": [job], **more}
+    record = {"status": status, "method": "sft", "model": {"name": "/m/tiny"}, "jobs": [job], **values}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
@@ -79,11 +79,11 @@ def test_numbers_and_order(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 10 - step, "tokens_per_s": 5.0} for step in range(5000)]
     lines += [{"step": 5000, "eval_loss": 0.5, "loss": None}]
     (old / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
-    found = list_runs(tmp_path)
-    assert [state.folder for state in found] == [str(new), str(old)]
-    state = found[1]
+    states = list_runs(tmp_path)
+    assert [state.folder for state in states] == [str(new), str(old)]
+    state = states[1]
     assert (state.step, state.steps, state.loss, state.validation_loss) == (5000, 9, 10 - 4999, 0.5)
-    assert found[0].loss is None
+    assert states[0].loss is None
 
 
 def test_no_directory(tmp_path: Path) -> None:
@@ -92,18 +92,18 @@ def test_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80, 160])
-def test_the_verb_fits_the_terminal(columns: int, tmp_path: Path, run_cli: Callable) -> None:
+def test_the_table_fits_the_terminal(columns: int, tmp_path: Path, run_cli: Callable) -> None:
     write_run(tmp_path / "one", "completed", telemetry={"session": {"goodput": 0.5}})
-    done = run_cli(["runs", str(tmp_path)], env={"COLUMNS": str(columns)})
-    assert done.returncode == 0, done.stderr
-    assert "one" in done.stdout and "completed" in done.stdout and "50%" in done.stdout
-    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    result = run_cli(["runs", str(tmp_path)], env={"COLUMNS": str(columns)})
+    assert result.returncode == 0, result.stderr
+    assert "one" in result.stdout and "completed" in result.stdout and "50%" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()) <= columns
 
 
-def test_the_verb_for_programs(tmp_path: Path, run_cli: Callable) -> None:
+def test_json_output(tmp_path: Path, run_cli: Callable) -> None:
     write_run(tmp_path / "one", "failed")
-    done = run_cli(["runs", "--json", str(tmp_path)])
-    [state] = json.loads(done.stdout)
+    result = run_cli(["runs", "--json", str(tmp_path)])
+    [state] = json.loads(result.stdout)
     assert state["state"] == "failed" and state["model"] == "/m/tiny"
     (tmp_path / "one" / "run.json").unlink()
     assert run_cli(["runs", str(tmp_path)]).stdout == f"no runs in {tmp_path}\n"

@@ -1,4 +1,4 @@
-"""Line charts and timelines as SVG, drawn here so that a report needs nothing from anywhere."""
+"""Line charts and timelines as SVG, so that a report needs no script or image from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from finetuning.report.console import duration
-from finetuning.report.run_folder import Span, thinned
+from finetuning.report.run_folder import Span, downsample
 
 WIDTH, HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 24
-_COLOURS = 6
-_MOST_SPANS = 400
+_COLORS = 6
+_MAX_SPANS = 400
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. `colour` counts from 0; `dashed` tells a second kind of line apart without colour."""
+    """One line of a chart. `color` counts from 0; `dashed` distinguishes a second kind of line without color."""
 
     name: str
     points: list[tuple[int, float]]
-    colour: int = 0
+    color: int = 0
     dashed: bool = False
 
 
@@ -35,14 +35,14 @@ class Chart:
     title: str
     svg: Markup
     legend: tuple[tuple[str, int, bool], ...]
-    """Name, colour and dashes of each curve; empty where there is one that needs no name."""
+    """Name, color and dashes of each curve; empty where there is one that needs no name."""
 
 
 def line_chart(title: str, curves: Sequence[Series], *, from_zero: bool = False) -> Chart | None:
-    """The chart of these curves over steps, the first on top; None without a point.
+    """Return a chart of these curves over steps, the first on top; None without a point.
 
     Args:
-        from_zero: whether the vertical axis begins at 0, so that sizes can be compared by eye.
+        from_zero: whether the vertical axis begins at 0.
     """
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
@@ -58,20 +58,22 @@ def line_chart(title: str, curves: Sequence[Series], *, from_zero: bool = False)
             "x": [scale.x0, scale.x1],
             "at": [_LEFT, WIDTH - _RIGHT],
             "curves": [
-                {"name": curve.name, "colour": curve.colour, "points": thinned(curve.points)} for curve in drawn
+                {"name": curve.name, "color": curve.color, "points": downsample(curve.points)} for curve in drawn
             ],
         }
     )
     svg = Markup(
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" data-chart="{}">{}'
         '<line class="cursor" y1="{}" y2="{}"/></svg>'
-    ).format(WIDTH, HEIGHT, _in_words(title, drawn), data, Markup("").join(parts), _TOP, HEIGHT - _BOTTOM)
+    ).format(WIDTH, HEIGHT, _describe(title, drawn), data, Markup("").join(parts), _TOP, HEIGHT - _BOTTOM)
     named = len(drawn) > 1 or drawn[0].dashed
-    return Chart(title, svg, tuple((one.name, one.colour % _COLOURS, one.dashed) for one in drawn) if named else ())
+    return Chart(
+        title, svg, tuple((curve.name, curve.color % _COLORS, curve.dashed) for curve in drawn) if named else ()
+    )
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that reach from below the lowest value to above the highest.
+    """Return round numbers from below the lowest value to above the highest.
 
     >>> nice_ticks(0.3, 9.1)
     [0.0, 2.5, 5.0, 7.5, 10.0]
@@ -103,7 +105,7 @@ def number(value: float) -> str:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """The shortest labels that tell the ticks apart.
+    """Return the shortest labels that distinguish the ticks.
 
     >>> tick_labels([0.0, 0.005]), tick_labels([0.4725, 0.473, 0.4735])
     (['0', '0.005'], ['0.4725', '0.4730', '0.4735'])
@@ -117,17 +119,17 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def timeline(spans: Sequence[Span]) -> Markup:
-    """One job's spans as bars, one row for each name, in the order in which the names began."""
-    shown = [span for span in spans if span.end_s > span.start_s or span.depth == 0]
-    shown = sorted(shown, key=lambda span: span.start_s - span.end_s)[:_MOST_SPANS]
-    names = list(dict.fromkeys(span.name for span in sorted(shown, key=lambda span: (span.start_s, span.depth))))
-    total = max((span.end_s for span in shown), default=0.0)
+    """Draw one job's spans as bars, one row per name, in the order in which they first began."""
+    visible = [span for span in spans if span.end_s > span.start_s or span.depth == 0]
+    visible = sorted(visible, key=lambda span: span.start_s - span.end_s)[:_MAX_SPANS]
+    names = list(dict.fromkeys(span.name for span in sorted(visible, key=lambda span: (span.start_s, span.depth))))
+    total = max((span.end_s for span in visible), default=0.0)
     if not names or total <= 0:
         return Markup("")
     rows = []
     for name in names:
-        mine = [span for span in shown if span.name == name]
-        seconds = sum(span.end_s - span.start_s for span in mine)
+        row_spans = [span for span in visible if span.name == name]
+        seconds = sum(span.end_s - span.start_s for span in row_spans)
         bars = Markup("").join(
             Markup('<rect x="{:.2f}%" width="{:.2f}%" height="100%" rx="1"><title>{} at {}, {}</title></rect>').format(
                 100 * span.start_s / total,
@@ -136,9 +138,9 @@ def timeline(spans: Sequence[Span]) -> Markup:
                 duration(span.start_s),
                 duration(span.end_s - span.start_s),
             )
-            for span in mine
+            for span in row_spans
         )
-        count = f" × {len(mine)}" if len(mine) > 1 else ""
+        count = f" × {len(row_spans)}" if len(row_spans) > 1 else ""
         rows.append(
             Markup(
                 '<div class="lane"><span class="lane-name">{}{}</span><svg class="lane-bar">{}</svg>'
@@ -178,8 +180,8 @@ def _grid(scale: _Scale, ticks: Sequence[float]) -> Markup:
 
 
 def _curve(curve: Series, scale: _Scale) -> Markup:
-    points = [(scale.x(x), scale.y(y)) for x, y in thinned(curve.points)]
-    style = f"c{curve.colour % _COLOURS}" + (" dashed" if curve.dashed else "")
+    points = [(scale.x(x), scale.y(y)) for x, y in downsample(curve.points)]
+    style = f"c{curve.color % _COLORS}" + (" dashed" if curve.dashed else "")
     dots = Markup("")
     if len(points) <= 12:
         dots = Markup("").join(
@@ -189,9 +191,9 @@ def _curve(curve: Series, scale: _Scale) -> Markup:
     return Markup('<polyline class="{}" points="{}"/>').format(style, path) + dots
 
 
-def _in_words(title: str, curves: Sequence[Series]) -> str:
-    told = []
+def _describe(title: str, curves: Sequence[Series]) -> str:
+    parts = []
     for curve in curves:
-        (first, began), (last, ended) = curve.points[0], curve.points[-1]
-        told.append(f"{curve.name} from {number(began)} at step {first} to {number(ended)} at step {last}")
-    return f"{title}: {'; '.join(told)}"
+        (first, start), (last, end) = curve.points[0], curve.points[-1]
+        parts.append(f"{curve.name} from {number(start)} at step {first} to {number(end)} at step {last}")
+    return f"{title}: {'; '.join(parts)}"

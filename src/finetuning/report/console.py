@@ -1,8 +1,4 @@
-"""The one console that a command writes to.
-
-What libraries may say while a run tells its own story.
-
-Numbers as people read them."""
+"""The console of a command, logging of libraries, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -17,15 +13,15 @@ from rich.console import Console
 
 
 def open_console(*, is_main: bool = True, file: IO[str] | None = None) -> Console:
-    """A console on stdout, or on `file`; one that writes nothing on processes other than the main one.
+    """Return a console on stdout or `file`, which is silent on processes other than the main one.
 
-    In a log file it writes plain lines of any length. Colours follow NO_COLOR and FORCE_COLOR.
+    In a log file it writes plain lines of any length. Colors follow NO_COLOR and FORCE_COLOR.
     """
     return Console(file=file or sys.stdout, highlight=False, quiet=not is_main, soft_wrap=True, emoji=False)
 
 
 def is_live(console: Console) -> bool:
-    """Whether lines can be rewritten: a terminal, and not a dumb one."""
+    """Return whether lines can be redrawn: on a terminal that is not dumb."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
@@ -42,26 +38,26 @@ _LIBRARIES = (
     "huggingface_hub",
     "httpx",
 )
-# Read by the libraries when they are imported. Nobody is called home, and no code is fetched from a hub.
+# Read by the libraries when they are imported: no usage reports, no code from the hub.
 _ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "USE_HUB_KERNELS": "0"}
-_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+_QUIET_ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def configure_logging(level: str, *, is_main: bool) -> None:
-    """Our log lines on stderr from `level` on; the libraries' from ERROR on, and all of them at DEBUG.
+    """Log to stderr: our messages from `level`, those of libraries from ERROR, and everything at DEBUG.
 
-    To be called before a library is imported. Processes other than the main one log errors only.
+    Call this before a library is imported. Processes other than the main one log errors only.
     """
-    ours = level if is_main else "ERROR"
+    own_level = level if is_main else "ERROR"
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("finetuning").setLevel(ours)
-    wanted = dict(_ENVIRONMENT)
+    logging.getLogger("finetuning").setLevel(own_level)
+    environment = dict(_ENVIRONMENT)
     if level != "DEBUG":
-        wanted |= _QUIET
+        environment |= _QUIET_ENVIRONMENT
         warnings.simplefilter("ignore")
         for name in _LIBRARIES:
             logging.getLogger(name).setLevel(logging.ERROR)
-    for name, value in wanted.items():
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
 
 

@@ -1,6 +1,4 @@
-"""What a run has left in its output directory, read for people.
-
-The numbers of a run over its steps, from whichever file holds them."""
+"""Reads a run's output directory: its record, logged metrics, preview rows and telemetry."""
 
 from __future__ import annotations
 
@@ -18,26 +16,28 @@ from finetuning.errors import ConfigError, Location
 from finetuning.tracking.tracker import LOSS_LOG_NAME, METRICS_LOG_NAME
 
 Series = dict[str, list[tuple[int, float]]]
-"""For each name, (step, value) with rising steps."""
+"""For each metric, (step, value) in the order of steps."""
 
 _NO_VALUES = frozenset({"step", "kind", "time", "epoch"})
 
 
 def read_series(folder: Path) -> Series:
-    """All numbers that a run has logged: from `metrics.jsonl`, else from the newest checkpoint's state, and the losses
-    of `training_logs.jsonl` where neither has any. What a later job did again replaces what was there."""
+    """Read all metrics that a run has logged.
+
+    The source is `metrics.jsonl`, else the state of the newest checkpoint, else the losses in `training_logs.jsonl`.
+    Steps that a resumed job repeated have their last value.
+    """
     series = _collect(_rows(folder / METRICS_LOG_NAME))
     if not series:
         series = _collect(_state_rows(folder))
     return series or _collect(_loss_rows(folder / LOSS_LOG_NAME))
 
 
-def thinned(points: list[tuple[int, float]], most: int = 600) -> list[tuple[int, float]]:
-    """At most so many points, and a few more: of each group of neighbours the lowest and the highest, so that no peak
-    is lost; the first and the last always."""
-    if len(points) <= most:
+def downsample(points: list[tuple[int, float]], limit: int = 600) -> list[tuple[int, float]]:
+    """Return about `limit` points: the minimum and maximum of each group of neighbors, and the first and last point."""
+    if len(points) <= limit:
         return points
-    size = math.ceil(2 * len(points) / most)
+    size = math.ceil(2 * len(points) / limit)
     kept: dict[int, float] = {points[0][0]: points[0][1]}
     for start in range(0, len(points), size):
         group = points[start : start + size]
@@ -48,7 +48,7 @@ def thinned(points: list[tuple[int, float]], most: int = 600) -> list[tuple[int,
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; none when it is not there. A torn line is left out."""
+    """Yield the objects of a JSON lines file, if it exists. Lines that are incomplete are skipped."""
     try:
         stream = path.open(encoding="utf-8", errors="replace")
     except OSError:
@@ -56,11 +56,11 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with stream:
         for line in stream:
             try:
-                found = json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(found, dict):
-                yield found
+            if isinstance(record, dict):
+                yield record
 
 
 def _value(point: tuple[int, float]) -> float:
@@ -141,7 +141,7 @@ class Span:
 
 @dataclass(frozen=True)
 class ReportPreviewRow:
-    """A row as it was trained on: its heading, and its text in pieces, each trained or not."""
+    """A row as the model sees it: its heading, and its text in pieces, each trained or not."""
 
     head: str
     pieces: tuple[tuple[str, bool], ...]
@@ -149,7 +149,7 @@ class ReportPreviewRow:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, as its output directory tells it."""
+    """One run, as recorded in its output directory."""
 
     folder: Path
     record: Mapping[str, Any]
@@ -157,9 +157,9 @@ class RunData:
     config: str
     rows: tuple[ReportPreviewRow, ...]
     jobs: tuple[tuple[Span, ...], ...]
-    """The spans of each job that telemetry has recorded, the oldest first."""
-    certificates: Mapping[str, Any]
-    """What merges of this run's adapter have proven, by the file that says so."""
+    """The recorded spans of each job, oldest job first."""
+    merge_checks: Mapping[str, Any]
+    """The results of verified merges of this run's adapter, by file."""
 
     @property
     def name(self) -> str:
@@ -185,10 +185,10 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """The run in an output directory.
+    """Read the run in an output directory.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it holds no run.
     """
     record = read_run_record(folder)
     if record is None:
@@ -200,7 +200,7 @@ def read_run(folder: Path) -> RunData:
         config=_read_text(folder / CONFIG_NAME),
         rows=_preview(_read_text(folder / PREVIEW_NAME) or _read_text(folder / _OLD_PREVIEW_NAME)),
         jobs=_spans(folder),
-        certificates=_certificates(folder),
+        merge_checks=_merge_checks(folder),
     )
 
 
@@ -251,7 +251,7 @@ def _read_text(path: Path) -> str:
 
 
 def _preview(text: str) -> tuple[ReportPreviewRow, ...]:
-    """The rows of `preview.txt`, whose trained text stands in ⟦ ⟧."""
+    """The rows of `preview.txt`, whose trained text is in ⟦ ⟧."""
     parts = _HEAD.split(text)[1:]
     return tuple(
         ReportPreviewRow(head, tuple(_pieces(body.strip("\n"))))
@@ -277,10 +277,10 @@ def _spans(folder: Path) -> tuple[tuple[Span, ...], ...]:
     from finetuning.telemetry.names import SHORT_SPANS
 
     jobs = [job for path in job_files(folder) if (job := read_job(path))]
-    found = []
+    timelines = []
     for job in jobs:
         parents = {span.span_id: span.parent_id for span in job.spans}
-        found.append(
+        timelines.append(
             tuple(
                 Span(
                     span.name,
@@ -292,7 +292,7 @@ def _spans(folder: Path) -> tuple[tuple[Span, ...], ...]:
                 if span.name not in SHORT_SPANS
             )
         )
-    return tuple(found)
+    return tuple(timelines)
 
 
 def _depth(span_id: str, parents: Mapping[str, str]) -> int:
@@ -302,7 +302,7 @@ def _depth(span_id: str, parents: Mapping[str, str]) -> int:
     return depth
 
 
-def _certificates(folder: Path) -> dict[str, Any]:
-    """Merge certificates in the output directory's folders."""
+def _merge_checks(folder: Path) -> dict[str, Any]:
+    """Read the merge verification files in the folders of an output directory."""
     paths = sorted(folder.glob("*/*certificate*.json"))
-    return {str(path.relative_to(folder)): found for path in paths if isinstance(found := _read_json(path), dict)}
+    return {str(path.relative_to(folder)): check for path in paths if isinstance(check := _read_json(path), dict)}

@@ -1,4 +1,4 @@
-"""The runs below a directory, and how each of them does."""
+"""The list of runs below a directory, with the state of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetuning.tracking.tracker import METRICS_LOG_NAME as METRICS_NAME
 
 _LOCK_NAME = ".finetuning.lock"
 _TAIL_BYTES = 64 * 1024
-_NOT_ENTERED = ("checkpoint-", "telemetry", "mlruns", "artifacts", ".")
+_SKIPPED_FOLDERS = ("checkpoint-", "telemetry", "mlruns", "artifacts", ".")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def list_runs(folder: Path) -> list[RunState]:
     """
     if not folder.is_dir():
         raise ConfigError("no such directory", place=Location(str(folder)))
-    found = [state for path in _records(folder) if (state := read_state(path.parent)) is not None]
-    return sorted(found, key=lambda state: (state.started or "", state.folder), reverse=True)
+    states = [state for path in _records(folder) if (state := read_state(path.parent)) is not None]
+    return sorted(states, key=lambda state: (state.started or "", state.folder), reverse=True)
 
 
 def read_state(folder: Path) -> RunState | None:
@@ -76,7 +76,7 @@ def read_state(folder: Path) -> RunState | None:
 
 def _records(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(_NOT_ENTERED))
+        folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
         if RECORD_NAME in files:
             yield Path(parent) / RECORD_NAME
 

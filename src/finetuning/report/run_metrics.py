@@ -1,4 +1,4 @@
-"""What a report shows of a run's numbers: its charts, its key figures, and where its time went."""
+"""The charts, key results and time breakdown of a run, for its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SKIPPED_ENDS = ("_runtime", "_per_second", "_num_tokens")
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart that every report shows where its numbers are there: series by name, each with what to call it."""
+    """A chart that each report has if the metrics were logged: the metrics, each with its label."""
 
     title: str
     series: tuple[tuple[str, str], ...]
@@ -40,36 +40,36 @@ MAIN = (
     ),
     ChartSpec("Seconds per step", (("step_time_s", "seconds per step"),)),
     ChartSpec("Share of time waiting for data", (("data_wait_share", "waiting for data"),)),
-    ChartSpec("Model FLOPs utilisation", (("mfu", "MFU"),)),
+    ChartSpec("Model FLOPs utilization", (("mfu", "MFU"),)),
 )
 
 
 def main_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """The charts of all runs together: one colour a run, or, for one run alone, a series."""
-    return [chart for wanted in MAIN if (chart := _chart(wanted, runs))]
+    """Return the main charts. Several runs have one color each; a single run has one color per series."""
+    return [chart for spec in MAIN if (chart := _chart(spec, runs))]
 
 
 def other_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """A chart for every other number that was logged, training and validation in one."""
-    shown = {name for wanted in MAIN for name, _ in wanted.series}
+    """Return a chart for each remaining logged metric, with training and validation in one chart."""
+    main = {name for spec in MAIN for name, _ in spec.series}
     names = dict.fromkeys(
         name.removeprefix("eval_")
         for run in runs
         for name in sorted(run.series)
-        if name not in shown and not _is_skipped(name)
+        if name not in main and not _is_skipped(name)
     )
-    wanted = [
+    specs = [
         ChartSpec(_title(name), ((name, "training"), (f"eval_{name}", "validation")), from_zero=False) for name in names
     ]
-    return [chart for one in wanted if (chart := _chart(one, runs))]
+    return [chart for spec in specs if (chart := _chart(spec, runs))]
 
 
-def key_figures(run: RunData) -> list[tuple[str, str]]:
-    """The few numbers that come first: each with its name."""
+def key_results(run: RunData) -> list[tuple[str, str]]:
+    """Return the most important results of a run, each with its name."""
     record = run.record
     steps = max((points[-1][0] for points in run.series.values() if points), default=0)
     total = ((record.get("plan") or {}).get("steps") or {}).get("total")
-    figures = [
+    results = [
         ("final loss", loss(run.last("loss"))),
         ("validation loss", loss(run.last("eval_loss"))),
         ("steps", f"{steps:,} of {total:,}" if total and total != steps else f"{steps:,}"),
@@ -78,39 +78,39 @@ def key_figures(run: RunData) -> list[tuple[str, str]]:
     ]
     goodput = (session_of(run) or {}).get("goodput")
     if goodput is not None:
-        figures.append(("goodput", f"{goodput:.0%}"))
-    return [(name, value) for name, value in figures if value != UNKNOWN]
+        results.append(("goodput", f"{goodput:.0%}"))
+    return [(name, value) for name, value in results if value != UNKNOWN]
 
 
 def session_of(run: RunData) -> dict | None:
-    """Telemetry's account of all jobs of the session; None where it is not recorded."""
+    """Return telemetry's summary of the session's jobs; None if there is none."""
     session = (run.record.get("telemetry") or {}).get("session")
     return session if isinstance(session, dict) else None
 
 
 def time_shares(run: RunData) -> list[tuple[str, float, str]]:
-    """Where the time of the session went: name, share of it, and how long; the largest first."""
+    """Return the time categories of the session: name, share and duration, largest first."""
     session = session_of(run) or {}
     total = session.get("total_sec") or 0.0
     if total <= 0:
         return []
-    parts = {"kept steps": session.get("productive_sec") or 0.0, **(session.get("badput_sec") or {})}
+    parts = {"productive steps": session.get("productive_sec") or 0.0, **(session.get("badput_sec") or {})}
     ordered = sorted(parts.items(), key=lambda part: -part[1])
     return [(name.replace("_", " "), value / total, duration(value)) for name, value in ordered if value / total > 1e-3]
 
 
-def _chart(wanted: ChartSpec, runs: Sequence[RunData]) -> Chart | None:
+def _chart(spec: ChartSpec, runs: Sequence[RunData]) -> Chart | None:
     several = len(runs) > 1
     curves = []
     for index, run in enumerate(runs):
-        there = [(name, label) for name, label in wanted.series if run.series.get(name)]
-        for kind, (name, label) in enumerate(there):
-            points = [(step, value / wanted.divisor) for step, value in run.series[name]]
-            text = label if not several else run.name if len(there) == 1 else f"{run.name}, {label}"
+        logged = [(name, label) for name, label in spec.series if run.series.get(name)]
+        for kind, (name, label) in enumerate(logged):
+            points = [(step, value / spec.divisor) for step, value in run.series[name]]
+            text = label if not several else run.name if len(logged) == 1 else f"{run.name}, {label}"
             curves.append(Series(text, points, index if several else kind, kind > 0))
-    if all(len(curve.points) < 2 for curve in curves) and wanted.title != "Loss":
+    if all(len(curve.points) < 2 for curve in curves) and spec.title != "Loss":
         return None
-    return line_chart(wanted.title, curves, from_zero=wanted.from_zero)
+    return line_chart(spec.title, curves, from_zero=spec.from_zero)
 
 
 def _title(name: str) -> str:
@@ -125,6 +125,6 @@ def _is_skipped(name: str) -> bool:
 
 
 def _typical(run: RunData, name: str) -> float | None:
-    """The middle value, which the slow beginning does not pull down."""
+    """Return the median, which the slow first steps do not affect."""
     values = sorted(value for _, value in run.series.get(name, ()))
     return values[len(values) // 2] if values else None

@@ -20,7 +20,7 @@ from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.console import open_console
 from finetuning.report.run_folder import PREVIEW_NAME, RECORD_NAME
-from finetuning.report.summary import (
+from finetuning.report.terminal import (
     NextCommand,
     OutputFile,
     RunSummary,
@@ -165,7 +165,7 @@ class RunReporter:
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer is to call."""
-        from finetuning.report.progress import progress_tracker
+        from finetuning.report.terminal import progress_tracker
         from finetuning.tracking.callback import TrackerCallback
         from finetuning.tracking.tracker import LossLog, MetricsLog, TrackerGroup
 
@@ -241,7 +241,7 @@ class RunReporter:
             RunSummary(
                 headline=f"Completed after {steps:,} steps",
                 good=True,
-                made=[
+                outputs=[
                     OutputFile(artifact.kind, Path(artifact.folder)),
                     *([OutputFile("report", self._report)] if self._report else []),
                     OutputFile("record", self._output_dir / RECORD_NAME),
