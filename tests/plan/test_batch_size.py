@@ -35,14 +35,14 @@ def test_every_plan_reaches_its_total_with_the_largest_batch(total: int, maximum
     assert not any(rows % size == 0 for size in range(plan.per_device + 1, min(rows, maximum) + 1))
 
 
-def test_awkward_total_is_named_with_better_neighbours() -> None:
+def test_inefficient_total_gets_better_suggestions() -> None:
     plan = plan_batches(_config(514, 8), 1)
     assert (plan.per_device, plan.accumulation) == (2, 257)
     assert plan.warning and "512 (8 x 64)" in plan.warning and "520 (8 x 65)" in plan.warning
     assert plan_batches(_config(512, 8), 1).warning is None
 
 
-def test_indivisible_total_names_the_nearest_ones() -> None:
+def test_indivisible_total_suggests_the_nearest_totals() -> None:
     with pytest.raises(ConfigError, match=r"512 rows cannot be divided among 6 processes.*510 and 516"):
         plan_batches(_config(512, 8), 6)
 

@@ -1,4 +1,4 @@
-"""The support matrix, row by row: what is refused is refused before any weight is read, what is allowed trains."""
+"""The compatibility matrix: incompatible features are rejected before weights load, compatible ones train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, MissingPackageError
-from finetuning.plan import features as t
+from finetuning.plan import features
 from finetuning.plan.compatibility import (
     INCOMPATIBILITIES,
     Incompatibility,
@@ -37,39 +37,39 @@ def bits(number: str) -> dict[str, Any]:
     return {"quant_conf": {"quantization_type": "bits-and-bytes", f"load_in_{number}bit": True}}
 
 
-ASKED: dict[str, dict[str, Any]] = {
-    "all weights": {"peft_conf": {"peft_type": "NO_PEFT"}},
+CONFIG_CHANGES: dict[str, dict[str, Any]] = {
+    "full fine-tuning": {"peft_conf": {"peft_type": "NO_PEFT"}},
     "LoRA": adapter("LORA", r=4, **QV),
     "aLoRA": adapter("LORA", r=4, alora_invocation_tokens=[1], **QV),
     "AdaLoRA": adapter("ADALORA", init_r=4, target_r=2, **QV),
     "prefix tuning": adapter("PREFIX_TUNING", num_virtual_tokens=4),
     "virtual tokens": adapter("PROMPT_TUNING", num_virtual_tokens=4),
-    "reads 4 bit weights": adapter("LOHA", r=4, **QV),
-    "reads 8 bit weights": adapter("HRA", r=4, **QV),
-    "not token by token": adapter("BEFT", target_modules=["v_proj"]),
-    "anything but LoRA": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
+    "adapters without 4-bit support": adapter("LOHA", r=4, **QV),
+    "adapters without 8-bit support": adapter("HRA", r=4, **QV),
+    "adapters that mix tokens": adapter("BEFT", target_modules=["v_proj"]),
+    "other than LoRA": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
     "PiSSA": adapter("LORA", r=4, init_lora_weights="pissa", **QV),
     "OLoRA": adapter("LORA", r=4, init_lora_weights="olora", **QV),
-    "a random beginning": adapter("LORA", r=4, init_lora_weights=False, **QV),
-    "8 bit": bits("8"),
-    "4 bit": bits("4"),
+    "random LoRA initialization": adapter("LORA", r=4, init_lora_weights=False, **QV),
+    "8-bit quantization": bits("8"),
+    "4-bit quantization": bits("4"),
     "torchao": {"quant_conf": {"quantization_type": "torchao"}},
-    "not over GPTQ": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
-    "a beginning from the weights": adapter("LORA", r=4, init_lora_weights="orthogonal", **QV),
+    "adapters without GPTQ support": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
+    "weight-based LoRA initialization": adapter("LORA", r=4, init_lora_weights="orthogonal", **QV),
     "DoRA": adapter("LORA", r=4, use_dora=True, **QV),
-    "quantised anew": bits("4"),
-    "not over torchao": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
-    "trained weights in float16": {"run_conf.model_args.dtype": "float16"},
+    "quantization on load": bits("4"),
+    "adapters without torchao support": adapter("IA3", target_modules=["k_proj"], feedforward_modules=[]),
+    "trainable weights in float16": {"run_conf.model_args.dtype": "float16"},
     "DeepSpeed": {"training_args.deepspeed": {"zero_optimization": {"stage": 2}}},
     "packing": {"sft_args.packing": True},
-    "logits slice by slice": {"sft_args.logits_at_once": 64},
+    "chunked logits": {"sft_args.logits_at_once": 64},
     "padding-free": {"sft_args.batching": "padding-free"},
-    "bitsandbytes, 8 bit": {"training_args.optim": "paged_adamw_8bit"},
+    "8-bit bitsandbytes optimizer": {"training_args.optim": "paged_adamw_8bit"},
     "GaLore, APOLLO": {"training_args.optim": "galore_adamw"},
-    "layer by layer": {"training_args.optim": "apollo_adamw_layerwise"},
+    "layer-wise optimizer": {"training_args.optim": "apollo_adamw_layerwise"},
     "LoRA+": {"overrides.loraplus_lr_ratio": 16},
     "fp16": {"training_args.fp16": True},
-    "the best checkpoint at the end": {
+    "load_best_model_at_end": {
         "training_args.load_best_model_at_end": True,
         "training_args.eval_strategy": "steps",
         "training_args.save_strategy": "steps",
@@ -79,19 +79,19 @@ ASKED: dict[str, dict[str, Any]] = {
     },
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
 }
-UNDER_LORA = ({"8 bit", "FSDP"}, {"quantised anew", "GPTQ"})
-"""Pairs that without an adapter are refused for another reason."""
-METHODS = {t.REFERENCE.name: "dpo", t.SCORES.name: "reward"}
-"""The methods that a trait asks for; all others are asked for of sft."""
+NEED_LORA = ({"8-bit quantization", "FSDP"}, {"quantization on load", "GPTQ"})
+"""Pairs that would be rejected for another reason without an adapter."""
+METHODS = {features.REFERENCE_MODEL.name: "dpo", features.REWARD.name: "reward"}
+"""The algorithm that shows a feature; all others are shown with sft."""
 TOPOLOGIES = {
     "FSDP": ProcessTopology(world_size=2, sharded_by="fsdp"),
-    "several processes": ProcessTopology(world_size=2),
+    "multiple processes": ProcessTopology(world_size=2),
 }
 
 
 @pytest.fixture
 def gptq_config_dir(tmp_path: Path) -> Path:
-    """All that the plan reads of a GPTQ checkpoint."""
+    """The part of a GPTQ checkpoint that the plan reads."""
     folder = tmp_path / "gptq"
     folder.mkdir()
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
@@ -100,12 +100,12 @@ def gptq_config_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plan(sft_values: Any, dpo_values: Any, write_config: Any, gptq_config_dir: Path) -> Any:
-    """A function that plans an experiment which asks for the named traits, on a model that is not there."""
+    """A function that plans an experiment with the named features, for a model that does not exist."""
 
     def make(*names: str) -> RunContext:
         changes = {"run_conf.model": str(gptq_config_dir) if "GPTQ" in names else "/not/there"}
-        for name in ("LoRA" if set(names) in UNDER_LORA else "", *names):
-            changes |= ASKED.get(name, {})
+        for name in ("LoRA" if set(names) in NEED_LORA else "", *names):
+            changes |= CONFIG_CHANGES.get(name, {})
         method = next((METHODS[name] for name in names if name in METHODS), "sft")
         document = read_document(write_config((sft_values if method == "sft" else dpo_values)(changes)))
         experiment = validate(document, EXPERIMENTS[method]).experiment
@@ -116,67 +116,80 @@ def plan(sft_values: Any, dpo_values: Any, write_config: Any, gptq_config_dir: P
     return make
 
 
-@pytest.mark.parametrize("refusal", INCOMPATIBILITIES, ids=lambda row: f"{row.one.name} with {row.other.name}")
-def test_what_does_not_go_together_is_refused(plan: Any, refusal: Incompatibility) -> None:
+@pytest.mark.parametrize(
+    "incompatibility", INCOMPATIBILITIES, ids=lambda row: f"{row.first.name} with {row.second.name}"
+)
+def test_incompatible_features_are_rejected(plan: Any, incompatibility: Incompatibility) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(refusal.one.name, refusal.other.name)
-    keys = {refusal.one.key, refusal.other.key}
+        plan(incompatibility.first.name, incompatibility.second.name)
+    keys = {incompatibility.first.key, incompatibility.second.key}
     problem = next(problem for problem in caught.value.problems if problem.place.key in keys)
     assert problem.hint
 
 
-@pytest.mark.parametrize("trait", [trait for trait in FEATURES if trait.name in ASKED], ids=lambda trait: trait.name)
-def test_each_trait_is_seen_and_goes_alone(sft_values: Any, write_config: Any, trait: t.Feature) -> None:
-    needs = dict.fromkeys(("8 bit", "4 bit", "torchao", "quantised anew", "LoRA+"), "LoRA").get(trait.name, "")
-    for names, expected in (((needs, trait.name), True), ((), trait is t.ALL_WEIGHTS or trait is t.NOT_LORA)):
+@pytest.mark.parametrize(
+    "feature", [feature for feature in FEATURES if feature.name in CONFIG_CHANGES], ids=lambda feature: feature.name
+)
+def test_each_feature_is_detected_and_valid_alone(
+    sft_values: Any, write_config: Any, feature: features.Feature
+) -> None:
+    needs = dict.fromkeys(
+        ("8-bit quantization", "4-bit quantization", "torchao", "quantization on load", "LoRA+"), "LoRA"
+    ).get(feature.name, "")
+    for names, expected in (
+        ((needs, feature.name), True),
+        ((), feature is features.FULL_FINE_TUNING or feature is features.NOT_LORA),
+    ):
         changes: dict[str, Any] = {}
         for name in names:
-            changes |= ASKED.get(name, {})
+            changes |= CONFIG_CHANGES.get(name, {})
         experiment = validate(read_document(write_config(sft_values(changes))), EXPERIMENTS["sft"]).experiment
-        setting = RunContext(experiment, ProcessTopology(), 1)
-        assert trait.has(setting) is expected
-        assert not [row for row in INCOMPATIBILITIES if row.applies(setting)]
+        context = RunContext(experiment, ProcessTopology(), 1)
+        assert feature.has(context) is expected
+        assert not [row for row in INCOMPATIBILITIES if row.applies(context)]
 
 
-def test_the_command_names_the_line(run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
-    changes = ASKED["packing"] | ASKED["virtual tokens"] | {"run_conf.model": "/not/there"}
+def test_dry_run_reports_file_and_line(run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+    changes = CONFIG_CHANGES["packing"] | CONFIG_CHANGES["virtual tokens"] | {"run_conf.model": "/not/there"}
     config = write_config(sft_values(changes))
     result = run_cli(["sft", config, "--dry-run"])
     line = next(n for n, text in enumerate(config.read_text().splitlines(), 1) if "packing" in text)
     assert result.returncode == 1
     assert f"{config}:{line}:" in result.stderr
-    assert "sft_args.packing: packing does not go with virtual tokens (PROMPT_TUNING)" in result.stderr
+    assert "sft_args.packing: packing cannot be combined with virtual tokens (PROMPT_TUNING)" in result.stderr
     assert "Set sft_args.batching: auto and packing: false." in result.stderr
 
 
-def test_a_package_that_is_missing_is_named_before_the_weights(plan: Any) -> None:
+def test_missing_package_is_reported_before_weights_load(plan: Any) -> None:
     with pytest.raises(MissingPackageError, match=r"training_args.optim: needs the package apollo_torch.*pip install"):
-        ASKED["apollo"] = {"training_args.optim": "apollo_adamw"}
+        CONFIG_CHANGES["apollo"] = {"training_args.optim": "apollo_adamw"}
         plan("apollo")
 
 
 @pytest.mark.parametrize(
     "name", [name for name, package in FLASH_ATTENTION_PACKAGES.items() if not package.is_installed]
 )
-def test_attention_that_is_missing_is_named_before_the_weights(plan: Any, name: str) -> None:
-    ASKED[name] = {"run_conf.model_args.attn_implementation": name}
+def test_missing_attention_package_is_reported_before_weights_load(plan: Any, name: str) -> None:
+    CONFIG_CHANGES[name] = {"run_conf.model_args.attn_implementation": name}
     with pytest.raises(MissingPackageError, match=r"attn_implementation: needs the package flash-attn.*pip install"):
         plan(name)
 
 
-def test_a_gptq_checkpoint_names_what_loads_it(sft_values: Any, write_config: Any, gptq_config_dir: Path) -> None:
-    document = read_document(write_config(sft_values(ASKED["LoRA"] | {"run_conf.model": str(gptq_config_dir)})))
-    setting = RunContext(validate(document, EXPERIMENTS["sft"]).experiment, ProcessTopology(), 1)
-    assert t.GPTQ.has(setting)
-    assert {need.module for need in required_packages(setting)} == {"gptqmodel", "optimum"}
+def test_gptq_checkpoint_requires_its_packages(sft_values: Any, write_config: Any, gptq_config_dir: Path) -> None:
+    document = read_document(
+        write_config(sft_values(CONFIG_CHANGES["LoRA"] | {"run_conf.model": str(gptq_config_dir)}))
+    )
+    context = RunContext(validate(document, EXPERIMENTS["sft"]).experiment, ProcessTopology(), 1)
+    assert features.GPTQ.has(context)
+    assert {need.module for need in required_packages(context)} == {"gptqmodel", "optimum"}
     if find_spec("gptqmodel") is None:
         with pytest.raises(
             MissingPackageError, match=r"run_conf.model: needs the package gptqmodel.*finetuning\[gptq\]"
         ):
-            check_packages(setting)
+            check_packages(context)
 
 
-def test_the_page_is_what_the_code_says() -> None:
+def test_compatibility_page_is_up_to_date() -> None:
     page = ROOT / "docs" / "reference" / "support.md"
     assert page.read_text() == compatibility_page(), "run: make docs"
 
@@ -184,23 +197,23 @@ def test_the_page_is_what_the_code_says() -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("LoRA", "4 bit", "gradient checkpointing"),
-        ("LoRA", "8 bit", "bitsandbytes, 8 bit"),
+        ("LoRA", "4-bit quantization", "gradient checkpointing"),
+        ("LoRA", "8-bit quantization", "8-bit bitsandbytes optimizer"),
         ("LoRA", "LoRA+", "packing"),
         ("AdaLoRA", "packing"),
         ("LoRA", "torchao", "packing"),
         ("virtual tokens", "torchao"),
-        ("AdaLoRA", "4 bit"),
-        ("virtual tokens", "4 bit"),
-        ("prefix tuning", "8 bit"),
-        ("anything but LoRA", "8 bit"),
-        ("all weights", "padding-free", "gradient checkpointing"),
+        ("AdaLoRA", "4-bit quantization"),
+        ("virtual tokens", "4-bit quantization"),
+        ("prefix tuning", "8-bit quantization"),
+        ("other than LoRA", "8-bit quantization"),
+        ("full fine-tuning", "padding-free", "gradient checkpointing"),
         ("aLoRA", "gradient checkpointing"),
     ],
     ids=" and ".join,
 )
-def test_what_goes_together_trains(train: Any, sft_values: Any, names: tuple[str, ...]) -> None:
+def test_compatible_features_train_together(train: Any, sft_values: Any, names: tuple[str, ...]) -> None:
     changes: dict[str, Any] = {"training_args.max_steps": 2}
     for name in names:
-        changes |= ASKED[name]
+        changes |= CONFIG_CHANGES[name]
     assert len(train(sft_values(changes)).losses) == 2

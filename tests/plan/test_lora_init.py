@@ -1,4 +1,4 @@
-"""How a LoRA may begin: each way of PEFT's trains and loads again, or is refused before a weight is read."""
+"""LoRA initialization: each value of PEFT trains and loads again, or is rejected before weights load."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
 
 
-def test_every_beginning_of_the_installed_peft_is_looked_at() -> None:
+def test_every_init_of_the_installed_peft_is_listed() -> None:
     from peft import LoraConfig
 
     choices = next(kind for kind in get_args(get_type_hints(LoraConfig)["init_lora_weights"]) if get_args(kind))
     named = {name.partition("[")[0] for name in get_args(choices)}
-    assert named | ALONE == {*TRAINS, *(one.name for one in UNSUPPORTED_INITS)}
+    assert named | ALONE == {*TRAINS, *(init.prefix for init in UNSUPPORTED_INITS)}
 
 
 @pytest.mark.parametrize("name", TRAINS)
-def test_a_beginning_trains_and_loads_again(train: Any, sft_values: Any, chatml_llama_dir: Path, name: str) -> None:
+def test_supported_init_trains_and_loads_again(train: Any, sft_values: Any, chatml_llama_dir: Path, name: str) -> None:
     run = train(sft_values(lora(init_lora_weights=name)))
     ids = [1, 5, 6, 7, 8, 9, 1, 20, 30, 31]
     assert torch.equal(logits(loaded(chatml_llama_dir, run.final), ids), logits(run.trainer.model, ids))
     assert run.losses[-1] < run.losses[0]
 
 
-def test_eva_begins_from_the_rows(train: Any, sft_values: Any, read_tensors: Any, tmp_path: Path) -> None:
+def test_eva_is_computed_from_the_rows(train: Any, sft_values: Any, read_tensors: Any, tmp_path: Path) -> None:
     """Whatever the seed, and on the base itself: B is zero."""
     hardly = {"training_args.learning_rate": 1e-7, "training_args.max_steps": 1}
 
@@ -74,7 +74,7 @@ def test_eva_begins_from_the_rows(train: Any, sft_values: Any, read_tensors: Any
     assert first == pytest.approx(6.2, abs=0.1)
 
 
-def test_eva_gives_up_where_rows_are_too_few(train: Any, sft_values: Any, write_jsonl: Any, sft_rows: Any) -> None:
+def test_eva_needs_enough_rows(train: Any, sft_values: Any, write_jsonl: Any, sft_rows: Any) -> None:
     values = sft_values(lora(init_lora_weights="eva", eva_config={"rho": 16.0}))
     write_jsonl(Path(values["data_conf"]["training_data"]["datasets"][0]["path"]), sft_rows(4)[1:3])
     with pytest.raises(
@@ -86,22 +86,20 @@ def test_eva_gives_up_where_rows_are_too_few(train: Any, sft_values: Any, write_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (lora(init_lora_weights="pissa_niter_16"), "pissa_niter_16 cannot be the beginning.*search is exact"),
-        (lora(init_lora_weights="corda"), "corda cannot be the beginning.*eva"),
-        (lora(init_lora_weights="lora_ga"), "lora_ga cannot be the beginning.*eva"),
-        (lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "loftq cannot be the beginning.*nf4"),
-        (lora(use_qalora=True), "use_qalora: QALoRA is for the layers of a GPTQ checkpoint"),
+        (lora(init_lora_weights="pissa_niter_16"), "pissa_niter_16 is not supported.*exact decomposition"),
+        (lora(init_lora_weights="corda"), "corda is not supported.*eva"),
+        (lora(init_lora_weights="lora_ga"), "lora_ga is not supported.*eva"),
+        (lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "loftq is not supported.*nf4"),
+        (lora(use_qalora=True), "use_qalora: QALoRA requires a GPTQ checkpoint"),
     ],
 )
-def test_what_could_not_be_loaded_again_is_refused(
-    sft_values: Any, write_config: Any, changes: Any, message: str
-) -> None:
+def test_unsupported_init_is_rejected(sft_values: Any, write_config: Any, changes: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         planned("sft", write_config(sft_values({**changes, "run_conf.model": "/not/there"})))
 
 
-def test_eva_is_for_supervised_training(dpo_values: Any, write_config: Any) -> None:
-    with pytest.raises(ConfigError, match=r"eva reads the rows of supervised training.*not for dpo"):
+def test_eva_is_only_valid_for_sft(dpo_values: Any, write_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"eva is only valid for sft.*not supported for dpo"):
         planned("dpo", write_config(dpo_values(lora(init_lora_weights="eva"))))
 
 
@@ -114,7 +112,7 @@ def alora(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_alora_works_from_its_text_on(
+def test_alora_is_active_from_its_invocation_on(
     train: Any, sft_values: Any, dpo_values: Any, chatml_llama_dir: Path, chatml_tokenizer: Any, method: str
 ) -> None:
     """Trained, loaded by PEFT, generated with: before the text the model is its base, after it it is not."""
@@ -153,7 +151,7 @@ def test_alora_works_from_its_text_on(
         ),
     ],
 )
-def test_a_text_that_would_switch_nothing_on_is_refused(
+def test_invocation_that_never_matches_is_rejected(
     train: Any, sft_values: Any, changes: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

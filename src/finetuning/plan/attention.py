@@ -1,4 +1,4 @@
-"""Which attention a run computes with, where its config names none."""
+"""Choose the attention implementation of a run whose config does not name one."""
 
 from __future__ import annotations
 
@@ -7,86 +7,89 @@ from typing import Literal
 
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 
-RowLayout = Literal["padded", "end to end", "packed"]
+RowLayout = Literal["padded", "padding-free", "packed"]
 
 DEFAULT_ATTENTION = "sdpa"
-"""The implementation that is there without a package, and that every other is held against."""
+"""The implementation that needs no package, and that every other one is verified against."""
 _KEY = "run_conf.model_args.attn_implementation"
-_HALF = ("bfloat16", "float16")
+_HALF_PRECISION = ("bfloat16", "float16")
 _AMPERE, _HOPPER = (8, 0), 9
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What the choice hangs on: what the machine can do, what is installed, and how the rows lie."""
+    """What the choice depends on: the device, the installed packages, and how rows are batched."""
 
     device: str = "cpu"
-    """The kind of device, as torch names it; `cuda` stands for ROCm, too."""
+    """torch device type; `cuda` includes ROCm."""
     capability: tuple[int, int] | None = None
-    """Compute capability of NVIDIA's GPUs; None where there is none, as under ROCm."""
+    """CUDA compute capability; None for other devices, including ROCm."""
     installed: tuple[str, ...] = ()
-    """Names of the FlashAttentions that can be imported."""
+    """Names of the installed FlashAttention implementations."""
     dtype: str = "float32"
-    """What is computed in: the weights' type, or that of autocast."""
+    """Data type of the computation: the dtype of the weights, or that of autocast."""
     layout: RowLayout = "padded"
     method: str = "sft"
     sharded_by: str | None = None
     is_deterministic: bool = False
     has_dropout: bool = False
-    """Whether the model drops attention weights in training."""
+    """Whether the model applies dropout to attention weights in training."""
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Implementations to try, the best first and the one that always remains last; and why the first is it."""
+    """Implementations to try, best first and `sdpa` last, and the reason for the first."""
 
     ranked: tuple[str, ...]
     reason: str
 
 
-def choose_attention(here: AttentionContext) -> AttentionChoice:
-    """FlashAttention for rows that lie end to end, on what can compute it; else `sdpa`.
+def choose_attention(context: AttentionContext) -> AttentionChoice:
+    """Choose FlashAttention for padding-free and packed batches on GPUs that support it, otherwise `sdpa`.
 
-    Padded rows are left to `sdpa`, which has flash kernels of its own: only rows end to end gain by one kernel over
-    all of them, and only there is an implementation proven on the model's own logits before it trains.
+    Padded batches use `sdpa`, which has flash kernels of its own. Only padding-free batches gain from a single varlen
+    kernel, and only for those is an implementation verified on the logits of the model before training.
     """
-    able = tuple(name for name in ("flash_attention_3", "flash_attention_2") if _computes(name, here))
-    obstacle = _obstacle(here, able)
+    usable = tuple(name for name in ("flash_attention_3", "flash_attention_2") if _is_usable(name, context))
+    obstacle = _obstacle(context, usable)
     if obstacle:
         return AttentionChoice((DEFAULT_ATTENTION,), f"the default; {obstacle}")
     return AttentionChoice(
-        (*able, DEFAULT_ATTENTION), "installed, all rows in one kernel; the logits are those of sdpa on each row alone"
+        (*usable, DEFAULT_ATTENTION), "installed, one varlen kernel for all rows; same logits as sdpa on separate rows"
     )
 
 
-def _obstacle(here: AttentionContext, able: tuple[str, ...]) -> str | None:
-    """Why no FlashAttention is chosen."""
-    if not here.installed:
-        return "no package of another is installed"
-    names = " or ".join(here.installed)
-    if here.device != "cuda":
+def _obstacle(context: AttentionContext, usable: tuple[str, ...]) -> str | None:
+    """Return why FlashAttention is not chosen; None if it is."""
+    if not context.installed:
+        return "FlashAttention is not installed"
+    names = " or ".join(context.installed)
+    if context.device != "cuda":
         return f"{names} needs a CUDA or ROCm device"
-    if here.layout == "padded":
-        return f"the rows of {here.method} are padded, for which it has flash kernels of its own; {_KEY} takes {names}"
-    if here.sharded_by:
-        return f"before the weights are shared out {names} cannot be tried; {_KEY} takes it"
-    if here.is_deterministic:
-        return f"{names} adds gradients up in no fixed order, and run_conf.determinism asks for one"
-    if here.dtype not in _HALF:
-        return f"{names} computes in bfloat16 or float16, and this run in {here.dtype}"
-    if not able:
-        return f"{names} is not known to train on this GPU{_told(here)}; {_KEY} takes it"
+    if context.layout == "padded":
+        return f"{context.method} batches are padded, which sdpa has flash kernels for; to use {names}, set {_KEY}"
+    if context.sharded_by:
+        return f"{names} cannot be verified before the weights are sharded; to use it, set {_KEY}"
+    if context.is_deterministic:
+        return f"the backward pass of {names} is not deterministic, which run_conf.determinism requires"
+    if context.dtype not in _HALF_PRECISION:
+        return f"{names} supports bfloat16 and float16, but this run computes in {context.dtype}"
+    if not usable:
+        return f"{names} is not known to train on this GPU{_capability_text(context)}; to use it, set {_KEY}"
     return None
 
 
-def _computes(name: str, here: AttentionContext) -> bool:
-    """Whether an implementation is installed and known to train this on such a device."""
-    if name not in here.installed or name not in FLASH_ATTENTION_PACKAGES:
+def _is_usable(name: str, context: AttentionContext) -> bool:
+    """Return whether an implementation is installed and known to train this model on this device."""
+    if name not in context.installed or name not in FLASH_ATTENTION_PACKAGES:
         return False
     if name == "flash_attention_3":
-        return here.capability is not None and here.capability[0] == _HOPPER and not here.has_dropout
-    return here.capability is None or here.capability >= _AMPERE
+        # FlashAttention 3 is written for Hopper and has no dropout.
+        return context.capability is not None and context.capability[0] == _HOPPER and not context.has_dropout
+    return context.capability is None or context.capability >= _AMPERE
 
 
-def _told(here: AttentionContext) -> str:
-    return f" of compute capability {here.capability[0]}.{here.capability[1]}" if here.capability else ""
+def _capability_text(context: AttentionContext) -> str:
+    if context.capability is None:
+        return ""
+    return f" with compute capability {context.capability[0]}.{context.capability[1]}"

@@ -1,4 +1,4 @@
-"""From the batch that the optimizer shall see to what each process computes at a time."""
+"""Split the total batch size into per-device batch size and gradient accumulation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from finetuning.config.sections.training import BatchSizeConfig
 from finetuning.errors import ConfigError, Location, Problem
 
 AUTO_ROWS = 16
-"""Most rows that `auto` plans with."""
+"""Per-device batch size that `auto` starts from, before the memory check."""
 _KEY = "batchsize_conf.total_train_batch_size"
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """world_size x per_device x accumulation == total, in rows; per_device_eval in rows a device in evaluation."""
+    """Batch sizes in rows, with world_size x per_device x accumulation == total; per_device_eval is for evaluation."""
 
     total: int
     world_size: int
@@ -27,25 +27,25 @@ class BatchPlan:
 
 
 def plan_batches(config: BatchSizeConfig, world_size: int, place: Location | None = None) -> BatchPlan:
-    """The largest per-device batch within the maximum that reaches the total batch size exactly.
+    """Choose the largest per-device batch size within the maximum that gives exactly the total batch size.
 
     Raises:
-        ConfigError: the total is not a multiple of the world size; the message names the nearest totals that are.
+        ConfigError: the total is not a multiple of the world size. The message suggests the nearest multiples.
 
-    >>> plan = plan_batches(BatchsizeConfig(total_train_batch_size=512, max_per_device_train_batch_size=4), 8)
+    >>> plan = plan_batches(BatchSizeConfig(total_train_batch_size=512, max_per_device_train_batch_size=4), 8)
     >>> plan.per_device, plan.accumulation
     (4, 16)
     """
-    total, wanted = config.total_train_batch_size, config.max_per_device_train_batch_size
-    maximum = AUTO_ROWS if wanted == "auto" else wanted
+    total, requested = config.total_train_batch_size, config.max_per_device_train_batch_size
+    maximum = AUTO_ROWS if requested == "auto" else requested
     if total % world_size:
-        below = total - total % world_size
-        nearest = " and ".join(str(candidate) for candidate in (below, below + world_size) if candidate)
+        lower = total - total % world_size
+        nearest = " and ".join(str(candidate) for candidate in (lower, lower + world_size) if candidate)
         raise ConfigError(
             [
                 Problem(
                     f"{total} rows cannot be divided among {world_size} processes;"
-                    f" the nearest total{'s that can are' if below else ' that can is'} {nearest}",
+                    f" the nearest total{'s that can are' if lower else ' that can is'} {nearest}",
                     place or Location(key=_KEY),
                 )
             ]
@@ -60,8 +60,8 @@ def plan_batches(config: BatchSizeConfig, world_size: int, place: Location | Non
         accumulation=accumulation,
         per_device_eval=config.per_device_eval_batch_size or per_device,
         reason=f"the largest divisor of {total} / {world_size} = {rows} that is at most {maximum}"
-        + (", to be halved on a GPU until the longest rows fit" if wanted == "auto" else ""),
-        warning=_awkward(total, world_size, per_device, accumulation, maximum),
+        + (", halved on a GPU until the longest rows fit into memory" if requested == "auto" else ""),
+        warning=_warning(total, world_size, per_device, accumulation, maximum),
     )
 
 
@@ -69,17 +69,18 @@ def _largest_divisor(number: int, maximum: int) -> int:
     return next(size for size in range(min(number, maximum), 0, -1) if number % size == 0)
 
 
-def _awkward(total: int, world_size: int, per_device: int, accumulation: int, maximum: int) -> str | None:
-    """Why this total is a slow choice, and which neighbours are not: None when it is a fair one."""
+def _warning(total: int, world_size: int, per_device: int, accumulation: int, maximum: int) -> str | None:
+    """Return why this total leads to small batches, and better totals; None if it does not."""
+    # Small batches at least double the number of forward passes.
     if accumulation < 2 * math.ceil(total / world_size / maximum):
         return None
     full = world_size * maximum
-    below = total - total % full
-    neighbours = " or ".join(
-        f"{candidate} ({maximum} x {candidate // full})" for candidate in (below, below + full) if candidate
+    lower = total - total % full
+    better = " or ".join(
+        f"{candidate} ({maximum} x {candidate // full})" for candidate in (lower, lower + full) if candidate
     )
     return (
-        f"{total} rows make batches of only {per_device} row{'s' * (per_device > 1)} a device, {accumulation} times a"
-        f" step, because {total // world_size} has no larger divisor up to {maximum}."
-        f" Better totals: {neighbours}"
+        f"a total of {total} rows leaves only {per_device} row{'s' * (per_device > 1)} per device with {accumulation}"
+        f" accumulation steps, because {total // world_size} has no larger divisor up to {maximum}."
+        f" Better totals: {better}"
     )

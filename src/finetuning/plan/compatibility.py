@@ -1,6 +1,6 @@
-"""The support matrix: what does not go together, said before a weight is loaded, with what to do instead.
+"""Reject incompatible features and missing packages before any weight is loaded.
 
-The optional packages that a run needs, looked for without importing them."""
+`python -m finetuning.plan.compatibility docs/reference/support.md` writes the compatibility page."""
 
 from __future__ import annotations
 
@@ -15,206 +15,248 @@ from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections import tracking as trackers
 from finetuning.config.sections.model import BitsAndBytes, TorchAO
 from finetuning.errors import ConfigError, Location, MissingPackageError, Problem
-from finetuning.plan import features as t
+from finetuning.plan import features
 from finetuning.plan.features import FEATURES, Feature, RunContext
-from finetuning.plan.lora_init import unsupported_inits_table
+from finetuning.plan.lora_init import check_lora_init, unsupported_inits_table
 
 
 @dataclass(frozen=True)
 class Incompatibility:
-    """Two traits that exclude each other: why, and what to do. The key of the first is the one to change."""
+    """Two features that cannot be combined, with the reason and a hint. Errors point to the key of the first."""
 
-    one: Feature
-    other: Feature
-    why: str
-    instead: str
+    first: Feature
+    second: Feature
+    reason: str
+    hint: str
 
-    def applies(self, setting: RunContext) -> bool:
-        return self.one.has(setting) and self.other.has(setting)
+    def applies(self, context: RunContext) -> bool:
+        return self.first.has(context) and self.second.has(context)
 
-    def problem(self, setting: RunContext) -> Problem:
-        """What the user reads."""
-        adapter = f" ({setting.adapter})" if "adapter" in (self.one.axis, self.other.axis) and setting.adapter else ""
-        message = f"{self.one.name} does not go with {self.other.name}{adapter}: {self.why}"
-        return Problem(message, Location(key=self.one.key), self.instead)
+    def problem(self, context: RunContext) -> Problem:
+        """Return the problem to report to the user."""
+        has_adapter = context.adapter and "adapter" in (self.first.axis, self.second.axis)
+        adapter = f" ({context.adapter})" if has_adapter else ""
+        message = f"{self.first.name} cannot be combined with {self.second.name}{adapter}: {self.reason}"
+        return Problem(message, Location(key=self.first.key), self.hint)
 
 
-_APART = "only adapters that treat each token alone let rows lie end to end"
+_NEEDS_TOKENWISE = "only adapters that transform each token independently keep the rows of a batch isolated"
 _PADDED = "Set sft_args.batching: auto and packing: false."
-_UNPLACED = (
-    "that rows stay apart is proven on the logits of a whole model before training, and DeepSpeed may load it in parts"
-)
-_READS = "the adapter computes with the numbers of the weights, which quantised ones do not hold as such"
-_UNSLICED = "Set sft_args.logits_at_once: auto."
+_NEEDS_WHOLE_MODEL = "row isolation is verified on the complete model before training, which DeepSpeed may partition"
+_NEEDS_VALUES = "the adapter computes with the values of the base weights, which quantized weights do not provide"
+_AUTO_CHUNKS = "Set sft_args.logits_at_once: auto."
 INCOMPATIBILITIES = (
     Incompatibility(
-        t.EIGHT_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
+        features.QUANT_8BIT,
+        features.FULL_FINE_TUNING,
+        "quantized weights cannot be trained",
+        "Choose an adapter, such as LORA.",
     ),
     Incompatibility(
-        t.FOUR_BIT, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
+        features.QUANT_4BIT,
+        features.FULL_FINE_TUNING,
+        "quantized weights cannot be trained",
+        "Choose an adapter, such as LORA.",
     ),
     Incompatibility(
-        t.TORCHAO, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."
-    ),
-    Incompatibility(t.GPTQ, t.ALL_WEIGHTS, "quantised weights cannot be trained", "Choose an adapter, such as LORA."),
-    Incompatibility(t.QUANTISED_ANEW, t.GPTQ, "the checkpoint is quantised as it is", "Remove quant_conf."),
-    Incompatibility(t.GPTQ, t.NOT_OVER_GPTQ, "PEFT has layers over those of GPTQ for few adapters", "Choose LORA."),
-    Incompatibility(
-        t.FROM_WEIGHTS, t.GPTQ, "packed layers do not hold their weights as numbers", "Remove init_lora_weights."
-    ),
-    Incompatibility(t.DORA, t.GPTQ, "PEFT's layer over those of GPTQ has no DoRA", "Remove use_dora."),
-    Incompatibility(
-        t.GPTQ,
-        t.FSDP,
-        "its weights are packed integers, which accelerate cannot hand out to the processes",
-        "Run by torchrun without sharding, or take the unquantised model with quant_conf: 4 bit, nf4.",
+        features.TORCHAO,
+        features.FULL_FINE_TUNING,
+        "quantized weights cannot be trained",
+        "Choose an adapter, such as LORA.",
     ),
     Incompatibility(
-        t.TORCHAO, t.NOT_OVER_TORCHAO, "PEFT has layers over torchao's weights for few adapters", "Choose LORA."
+        features.GPTQ,
+        features.FULL_FINE_TUNING,
+        "quantized weights cannot be trained",
+        "Choose an adapter, such as LORA.",
+    ),
+    Incompatibility(
+        features.QUANTIZED_ON_LOAD, features.GPTQ, "the checkpoint is already quantized", "Remove quant_conf."
+    ),
+    Incompatibility(
+        features.GPTQ, features.NO_GPTQ_SUPPORT, "PEFT supports few adapter types on GPTQ layers", "Choose LORA."
+    ),
+    Incompatibility(
+        features.WEIGHT_BASED_INIT,
+        features.GPTQ,
+        "the values of GPTQ weights are packed and not available",
+        "Remove init_lora_weights.",
+    ),
+    Incompatibility(features.DORA, features.GPTQ, "PEFT does not implement DoRA for GPTQ layers", "Remove use_dora."),
+    Incompatibility(
+        features.GPTQ,
+        features.FSDP,
+        "its weights are packed integers, which accelerate cannot distribute to the processes",
+        "Run with torchrun without sharding, or load the unquantized model in 4 bits (nf4).",
+    ),
+    Incompatibility(
+        features.TORCHAO,
+        features.NO_TORCHAO_SUPPORT,
+        "PEFT supports few adapter types on torchao weights",
+        "Choose LORA.",
     ),
     *(
         Incompatibility(
-            t.TORCHAO, sharding, "its weights are no plain tensors, which sharding cuts", "Choose 4 bit, nf4."
+            features.TORCHAO, sharding, "torchao weights are tensor subclasses that cannot be sharded", "Use 4-bit nf4."
         )
-        for sharding in (t.FSDP, t.DEEPSPEED)
+        for sharding in (features.FSDP, features.DEEPSPEED)
     ),
-    Incompatibility(t.EIGHT_BIT, t.NO_EIGHT_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
-    Incompatibility(t.FOUR_BIT, t.NO_FOUR_BIT, _READS, "Choose LORA, or quantization_type: no-quantization."),
+    Incompatibility(
+        features.QUANT_8BIT,
+        features.NO_8BIT_SUPPORT,
+        _NEEDS_VALUES,
+        "Choose LORA, or quantization_type: no-quantization.",
+    ),
+    Incompatibility(
+        features.QUANT_4BIT,
+        features.NO_4BIT_SUPPORT,
+        _NEEDS_VALUES,
+        "Choose LORA, or quantization_type: no-quantization.",
+    ),
     *(
         Incompatibility(
-            beginning,
-            t.REFERENCE,
-            "the reference is the model without its adapter, which this beginning makes another than the one that is"
-            " trained",
+            init,
+            features.REFERENCE_MODEL,
+            "the reference model is the base without the adapter, but this initialization makes the two differ from the"
+            " start",
             "Remove init_lora_weights.",
         )
-        for beginning in (t.PISSA, t.OLORA, t.RANDOM_START)
+        for init in (features.PISSA, features.OLORA, features.RANDOM_INIT)
     ),
     Incompatibility(
-        t.ALORA, t.SCORES, "PEFT looks for the text that switches it on in language models only", "Choose a plain LORA."
+        features.ALORA,
+        features.REWARD,
+        "PEFT detects the invocation tokens in causal language models only",
+        "Choose a plain LORA.",
     ),
     *(
         Incompatibility(
-            t.PISSA, weights, "it takes the weights apart, which needs them as numbers", "Remove one of them."
+            features.PISSA, weights, "it decomposes the base weights, whose values are needed", "Remove one of them."
         )
-        for weights in (t.EIGHT_BIT, t.FOUR_BIT, t.TORCHAO)
+        for weights in (features.QUANT_8BIT, features.QUANT_4BIT, features.TORCHAO)
     ),
     Incompatibility(
-        t.EIGHT_BIT,
-        t.FSDP,
-        "FSDP shards floating point numbers only",
-        "Set load_in_4bit: true and load_in_8bit: false, which is stored as floats.",
+        features.QUANT_8BIT,
+        features.FSDP,
+        "FSDP only shards floating-point tensors",
+        "Set load_in_4bit: true and load_in_8bit: false; 4-bit weights can be stored as floats.",
     ),
     *(
-        Incompatibility(rows, adapter, _APART, _PADDED)
-        for rows in (t.PACKING, t.PADDING_FREE)
-        for adapter in (t.ALORA, t.VIRTUAL, t.UNPROVEN)
+        Incompatibility(rows, adapter, _NEEDS_TOKENWISE, _PADDED)
+        for rows in (features.PACKING, features.PADDING_FREE)
+        for adapter in (features.ALORA, features.VIRTUAL, features.NOT_TOKENWISE)
     ),
-    *(Incompatibility(rows, t.DEEPSPEED, _UNPLACED, _PADDED) for rows in (t.PACKING, t.PADDING_FREE)),
+    *(
+        Incompatibility(rows, features.DEEPSPEED, _NEEDS_WHOLE_MODEL, _PADDED)
+        for rows in (features.PACKING, features.PADDING_FREE)
+    ),
     *(
         Incompatibility(
-            t.SLICED,
+            features.CHUNKED_LOGITS,
             sharding,
-            "processes with other numbers of labels would gather the head other numbers of times",
-            _UNSLICED,
+            "processes with different numbers of labels would gather the output layer a different number of times",
+            _AUTO_CHUNKS,
         )
-        for sharding in (t.FSDP, t.DEEPSPEED)
+        for sharding in (features.FSDP, features.DEEPSPEED)
     ),
-    Incompatibility(t.SLICED, t.VIRTUAL, "virtual tokens shift the positions that labels stand at", _UNSLICED),
     Incompatibility(
-        t.CHECKPOINTING,
-        t.PREFIX,
-        "prefixes are keys and values of a cache, which recomputed layers do not see",
+        features.CHUNKED_LOGITS, features.VIRTUAL, "virtual tokens shift the positions of the labels", _AUTO_CHUNKS
+    ),
+    Incompatibility(
+        features.GRADIENT_CHECKPOINTING,
+        features.PREFIX,
+        "prefixes are entries of the key-value cache, which recomputed layers do not see",
         "Set gradient_checkpointing: false, or choose PROMPT_TUNING.",
     ),
     *(
         Incompatibility(
-            t.ADALORA,
+            features.ADALORA,
             sharding,
-            "it moves rank between layers by gradients that no process holds whole",
+            "it reallocates rank between layers by gradients that are sharded",
             "Choose LORA, or run without sharding.",
         )
-        for sharding in (t.FSDP, t.DEEPSPEED)
+        for sharding in (features.FSDP, features.DEEPSPEED)
     ),
     Incompatibility(
-        t.BEST_AT_END,
-        t.ADALORA,
-        "its ranks have other shapes at the end than in an earlier checkpoint",
+        features.LOAD_BEST_MODEL,
+        features.ADALORA,
+        "its ranks, and so the shapes of its weights, change between checkpoints",
         "Set load_best_model_at_end: false, or choose LORA.",
     ),
     Incompatibility(
-        t.EIGHT_BIT_OPTIMIZER,
-        t.FSDP,
-        "bitsandbytes' optimizers do not know sharded tensors and write past them",
+        features.OPTIMIZER_8BIT,
+        features.FSDP,
+        "bitsandbytes optimizers do not support sharded tensors and write out of bounds",
         "Set optim: adamw_torch_fused; FSDP shards its states.",
     ),
     *(
         Incompatibility(
-            t.LOW_RANK,
+            features.LOW_RANK_OPTIMIZER,
             adapter,
-            "it projects the gradients of whole weight matrices, which an adapter leaves frozen",
+            "it projects the gradients of full weight matrices, which are frozen under an adapter",
             "Set optim: adamw_torch_fused, or train all weights (NO_PEFT).",
         )
-        for adapter in (t.LORA, t.ALORA, t.ADALORA, t.VIRTUAL, t.UNPROVEN)
+        for adapter in (features.LORA, features.ALORA, features.ADALORA, features.VIRTUAL, features.NOT_TOKENWISE)
     ),
     Incompatibility(
-        t.LAYERWISE,
-        t.ACCUMULATION,
-        "each layer is updated as soon as its gradient is there",
-        "Raise max_per_device_train_batch_size, or take the optimizer without _layerwise.",
+        features.LAYERWISE_OPTIMIZER,
+        features.ACCUMULATION,
+        "each layer is updated as soon as its gradient is computed",
+        "Increase max_per_device_train_batch_size, or use the optimizer without _layerwise.",
     ),
     Incompatibility(
-        t.LAYERWISE, t.SEVERAL, "gradients are not averaged between processes", "Take it without _layerwise."
+        features.LAYERWISE_OPTIMIZER,
+        features.MULTI_PROCESS,
+        "it does not average gradients across processes",
+        "Use the optimizer without _layerwise.",
     ),
     Incompatibility(
-        t.LORAPLUS,
-        t.NOT_LORA,
-        "it gives the B matrices of LoRA a learning rate of their own",
+        features.LORAPLUS,
+        features.NOT_LORA,
+        "it sets a separate learning rate for the B matrices of LoRA",
         "Choose peft_type: LORA, or remove overrides.loraplus_lr_ratio.",
     ),
     Incompatibility(
-        t.LORAPLUS, t.LOW_RANK, "both make the groups of parameters", "Set optim: adamw_torch_fused, or remove LoRA+."
+        features.LORAPLUS,
+        features.LOW_RANK_OPTIMIZER,
+        "both define the parameter groups of the optimizer",
+        "Set optim: adamw_torch_fused, or remove LoRA+.",
     ),
     Incompatibility(
-        t.LORAPLUS,
-        t.DEEPSPEED,
-        "DeepSpeed may build the optimizer itself, with one learning rate",
+        features.LORAPLUS,
+        features.DEEPSPEED,
+        "DeepSpeed may create the optimizer itself, with a single learning rate",
         "Run without DeepSpeed, or remove overrides.loraplus_lr_ratio.",
     ),
     Incompatibility(
-        t.FP16,
-        t.FLOAT16_MASTERS,
-        "loss scaling needs the trained weights in float32 and casts as it computes",
+        features.FP16,
+        features.FLOAT16_TRAINABLE,
+        "loss scaling needs trainable weights in float32, which autocast casts",
         "Set run_conf.model_args.dtype: float32 (or auto), or use bf16.",
     ),
 )
-"""Every pair that is refused; whatever else is asked for together is tried."""
+"""All rejected pairs. Any other combination is allowed."""
 
 
 NEEDS_GPU = {
-    "use_liger_kernel": ("its kernels are written in Triton, which compiles for GPUs", "Remove it."),
-    "activation_offloading": ("on a CPU activations are in the machine's memory as it is", "Remove it."),
+    "use_liger_kernel": ("its Triton kernels compile for GPUs only", "Remove it."),
+    "activation_offloading": ("on a CPU, activations are in CPU memory already", "Remove it."),
 }
-"""Fields of `training_args` that a CPU cannot honour: why, and what to do."""
+"""Fields of `training_args` that need a GPU: reason and hint."""
 
 
-def check_compatibility(setting: RunContext) -> None:
-    """Nothing when all that the setting asks for goes together.
+def check_compatibility(context: RunContext) -> None:
+    """Check that the features of an experiment can be combined.
 
     Raises:
-        ConfigError: every pair that does not, with its place and an alternative.
+        ConfigError: they cannot. Lists every incompatible pair with its key and an alternative.
     """
-    problems = {str(refusal.problem(setting)): refusal for refusal in INCOMPATIBILITIES if refusal.applies(setting)}
+    problems = [item.problem(context) for item in INCOMPATIBILITIES if item.applies(context)]
     if problems:
-        raise ConfigError([refusal.problem(setting) for refusal in problems.values()])
-
-
-def find_incompatibility(one: Feature, other: Feature) -> Incompatibility | None:
-    """Why two traits exclude each other; None when they do not."""
-    return next(
-        (refusal for refusal in INCOMPATIBILITIES if {one.name, other.name} == {refusal.one.name, refusal.other.name}),
-        None,
-    )
+        # Several pairs can give the same message.
+        raise ConfigError(list(dict.fromkeys(problems)))
+    if context.adapter == "LORA" and context.peft_kwargs.keys() & {"init_lora_weights", "use_qalora"}:
+        check_lora_init(context)
 
 
 def compatibility_page() -> str:
@@ -228,19 +270,16 @@ def compatibility_page() -> str:
         "loaded, by `--dry-run` too, with file and line of the key.",
         "",
     ]
-    for one_axis, other_axis in combinations(dict.fromkeys(trait.axis for trait in (*FEATURES, *_unlisted())), 2):
-        refusals = [r for r in INCOMPATIBILITIES if {r.one.axis, r.other.axis} == {one_axis, other_axis}]
-        if refusals:
-            lines += [
-                f"## {one_axis.capitalize()} and {other_axis}",
-                "",
-                "| feature | refused with | reason | instead |",
-            ]
+    axes = dict.fromkeys(feature.axis for feature in (*FEATURES, *_unlisted_features()))
+    for first, second in combinations(axes, 2):
+        pairs = [item for item in INCOMPATIBILITIES if {item.first.axis, item.second.axis} == {first, second}]
+        if pairs:
+            lines += [f"## {first.capitalize()} and {second}", "", "| feature | refused with | reason | instead |"]
             lines += ["|---|---|---|---|"]
-            lines += [f"| {_named(r.one)} | {_named(r.other)} | {r.why} | {r.instead} |" for r in refusals]
+            lines += [f"| {_cell(p.first)} | {_cell(p.second)} | {p.reason} | {p.hint} |" for p in pairs]
             lines += [""]
     lines += ["## Only on a GPU", "", "| `training_args` | reason | on a CPU |", "|---|---|---|"]
-    lines += [f"| `{key}` | {why} | {instead} |" for key, (why, instead) in NEEDS_GPU.items()]
+    lines += [f"| `{key}` | {reason} | {hint} |" for key, (reason, hint) in NEEDS_GPU.items()]
     lines += ["", "## Initialization of a LoRA", ""]
     lines += [
         "`peft_conf.peft_kwargs.init_lora_weights` accepts every value of PEFT except these:",
@@ -250,28 +289,29 @@ def compatibility_page() -> str:
     ]
     lines += ["## Adapter types by group", ""]
     for title, names in (
-        ("Act on each token alone, so that rows can be concatenated", t.TOKENWISE_ADAPTERS),
-        ("Add virtual tokens", t.VIRTUAL_TOKEN_ADAPTERS),
-        ("Work on torchao's weights, in addition to those with virtual tokens", t.TORCHAO_ADAPTERS),
-        ("Work on GPTQ's layers, in addition to those with virtual tokens", t.GPTQ_ADAPTERS),
-        ("Do not work on 4-bit weights", t.INCOMPATIBLE_WITH_4BIT),
-        ("Do not work on 8-bit weights", t.INCOMPATIBLE_WITH_8BIT),
+        ("Act on each token alone, so that rows can be concatenated", features.TOKENWISE_ADAPTERS),
+        ("Add virtual tokens", features.VIRTUAL_TOKEN_ADAPTERS),
+        ("Work on torchao's weights, in addition to those with virtual tokens", features.TORCHAO_ADAPTERS),
+        ("Work on GPTQ's layers, in addition to those with virtual tokens", features.GPTQ_ADAPTERS),
+        ("Do not work on 4-bit weights", features.INCOMPATIBLE_WITH_4BIT),
+        ("Do not work on 8-bit weights", features.INCOMPATIBLE_WITH_8BIT),
     ):
         lines.append(f"- {title}: {', '.join(f'`{name}`' for name in names)}")
     return "\n".join(lines) + "\n"
 
 
-def _unlisted() -> list[Feature]:
-    return [trait for refusal in INCOMPATIBILITIES for trait in (refusal.one, refusal.other) if trait not in FEATURES]
+def _unlisted_features() -> list[Feature]:
+    paired = [feature for item in INCOMPATIBILITIES for feature in (item.first, item.second)]
+    return [feature for feature in paired if feature not in FEATURES]
 
 
-def _named(trait: Feature) -> str:
-    return f"{trait.name} (`{trait.key}`)" if trait.key else trait.name
+def _cell(feature: Feature) -> str:
+    return f"{feature.name} (`{feature.key}`)" if feature.key else feature.name
 
 
 @dataclass(frozen=True)
 class DependencyRequirement:
-    """A package by the name that it is imported by, its install line, and the key that asks for it."""
+    """A required package: the module to import, the install command, and the config key that requires it."""
 
     module: str
     install: str
@@ -290,55 +330,55 @@ _OPTIMIZERS = {
     "adamw_torch_8bit": ("torchao", "pip install 'finetuning[torchao]'"),
 }
 _ATTENTION = "run_conf.model_args.attn_implementation"
-_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
+_BITSANDBYTES_OPTIMIZERS = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 
 
-def required_packages(setting: RunContext) -> Iterator[DependencyRequirement]:
-    """What the setting asks for beyond the packages that every run has."""
-    optimizer = setting.args.optim
+def required_packages(context: RunContext) -> Iterator[DependencyRequirement]:
+    """Yield the packages that an experiment needs in addition to the dependencies of every run."""
+    optimizer = context.args.optim
     for name, (module, install) in _OPTIMIZERS.items():
         if optimizer.startswith(name):
             yield DependencyRequirement(module, install, "training_args.optim")
-    if optimizer.startswith(_OF_BITSANDBYTES):
+    if optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
         yield DependencyRequirement("bitsandbytes", "pip install bitsandbytes", "training_args.optim")
-    if isinstance(setting.experiment.quant_conf, BitsAndBytes):
+    if isinstance(context.experiment.quant_conf, BitsAndBytes):
         yield DependencyRequirement("bitsandbytes", "pip install bitsandbytes", "quant_conf.quantization_type")
-    if isinstance(setting.experiment.quant_conf, TorchAO):
+    if isinstance(context.experiment.quant_conf, TorchAO):
         yield DependencyRequirement("torchao", "pip install 'finetuning[torchao]'", "quant_conf.quantization_type")
-    if (setting.args.model_extra or {}).get("use_liger_kernel"):
+    if (context.args.model_extra or {}).get("use_liger_kernel"):
         yield DependencyRequirement("liger_kernel", "pip install 'finetuning[liger]'", "training_args.use_liger_kernel")
-    if setting.quantised_by == "gptq":
+    if context.checkpoint_quantization == "gptq":
         for module in ("gptqmodel", "optimum"):
             yield DependencyRequirement(module, "pip install 'finetuning[gptq]'", "run_conf.model")
-    if setting.args.deepspeed:
+    if context.args.deepspeed:
         yield DependencyRequirement("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
-    for name in trackers.requested_trackers(setting.experiment):
+    for name in trackers.requested_trackers(context.experiment):
         package = (trackers.ACCELERATE_TRACKERS | trackers.TRANSFORMERS_TRACKERS).get(name)
         if package is not None:
-            yield DependencyRequirement(package.module, package.install, trackers.tracker_key(setting.experiment, name))
+            yield DependencyRequirement(package.module, package.install, trackers.tracker_key(context.experiment, name))
 
 
-def check_packages(setting: RunContext) -> None:
-    """Nothing when all that the setting needs is installed.
+def check_packages(context: RunContext) -> None:
+    """Check that the optional packages of an experiment are installed, without importing them.
 
     Raises:
-        MissingPackageError: every package that is not, with its install line.
+        MissingPackageError: some are not. Lists each with its install command.
     """
-    missing = [need for need in required_packages(setting) if find_spec(need.module) is None]
-    attention = FLASH_ATTENTION_PACKAGES.get(setting.experiment.run_conf.model_args.attn_implementation or "")
+    missing = [need for need in required_packages(context) if find_spec(need.module) is None]
+    attention = FLASH_ATTENTION_PACKAGES.get(context.experiment.run_conf.model_args.attn_implementation or "")
     if attention is not None and not attention.is_installed:
         missing.append(DependencyRequirement(attention.distribution, f"{attention.install}; or use sdpa", _ATTENTION))
     if missing:
         raise MissingPackageError(
             [
-                Problem(f"needs the package {need.module}, which is not installed", Location(key=need.key), _line(need))
+                Problem(
+                    f"needs the package {need.module}, which is not installed",
+                    Location(key=need.key),
+                    f"Install it with: {need.install}",
+                )
                 for need in missing
             ]
         )
-
-
-def _line(need: DependencyRequirement) -> str:
-    return f"Install it with: {need.install}"
 
 
 if __name__ == "__main__":

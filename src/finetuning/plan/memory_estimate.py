@@ -1,9 +1,11 @@
-"""What a model weighs, read from its files' headers: no weight is loaded."""
+"""Estimate the memory of weights, gradients and optimizer states from safetensors headers, without loading weights."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,10 @@ _MAX_HEADER = 100 * 2**20
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes a device holds whatever the batch: weights, gradients and optimizer states. Activations come on top.
+    """Bytes per device of weights, gradients and optimizer states, without activations and sharding.
 
-    For one process without sharding. `trainable` is None, and what follows from it left out, where the adapter's
-    size cannot be read from its config.
+    `parameters` and `trainable` are numbers of parameters. `trainable` is None if the size of the adapter cannot be
+    computed from its config; gradients and optimizer states are then 0.
     """
 
     parameters: int
@@ -36,18 +38,25 @@ class MemoryEstimate:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of what is tuned, as it is saved; 0 where that is not known."""
+        """Bytes of the saved trainable weights; 0 if unknown."""
         return self.gradients
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: what is tuned, with its optimizer states; 0 where that is not known."""
+        """Bytes of a checkpoint: trainable weights and optimizer states; 0 if unknown."""
         return self.gradients + self.optimizer
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[list[int], int]]:
-    """Shape and bytes per element of every tensor in a folder's safetensors files; empty when there are none."""
-    shapes: dict[str, tuple[list[int], int]] = {}
+Shapes = dict[str, tuple[list[int], int]]
+"""Shape and bytes per element by tensor name."""
+
+
+def read_shapes(folder: Path) -> Shapes:
+    """Return shape and bytes per element of every tensor in the safetensors files of a folder; empty if unreadable.
+
+    A safetensors file starts with the size of its JSON header as a little-endian 64-bit integer.
+    """
+    shapes: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as stream:
             prefix = stream.read(8)
@@ -65,20 +74,20 @@ def read_shapes(folder: Path) -> dict[str, tuple[list[int], int]]:
 
 
 def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
-    """The estimate for a model that lies in a local folder; None for any other."""
+    """Return the estimate for a model in a local folder; None for any other."""
     folder = Path(experiment.run_conf.model)
     shapes = read_shapes(folder) if folder.is_dir() else {}
     if not shapes:
         return None
     forced = _DTYPE_BYTES.get(experiment.run_conf.model_args.dtype)
     counts = {
-        name: (_product(shape), size if name.endswith(_PACKED) else forced or size)
+        name: (math.prod(shape), size if name.endswith(_PACKED) else forced or size)
         for name, (shape, size) in shapes.items()
     }
     parameters = sum(count for count, _ in counts.values())
-    quantised = _quantised_bits(experiment)
+    bits = _quantized_bits(experiment)
     weights = sum(
-        count * quantised // 8 if quantised and len(shapes[name][0]) == 2 and "embed" not in name else count * size
+        count * bits // 8 if bits and len(shapes[name][0]) == 2 and "embed" not in name else count * size
         for name, (count, size) in counts.items()
     )
     trainable, trainable_size = _trainable(experiment, shapes, counts)
@@ -92,7 +101,7 @@ def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
     )
 
 
-def _quantised_bits(experiment: Experiment) -> int | None:
+def _quantized_bits(experiment: Experiment) -> int | None:
     if isinstance(experiment.quant_conf, TorchAO):
         return 8
     if not isinstance(experiment.quant_conf, BitsAndBytes):
@@ -100,8 +109,8 @@ def _quantised_bits(experiment: Experiment) -> int | None:
     return 4 if experiment.quant_conf.load_in_4bit else 8
 
 
-def _trainable(experiment: Experiment, shapes: dict, counts: dict) -> tuple[int | None, int]:
-    """Number of trained parameters and their bytes each."""
+def _trainable(experiment: Experiment, shapes: Shapes, counts: Mapping[str, tuple[int, int]]) -> tuple[int | None, int]:
+    """Return the number of trainable parameters and the bytes per parameter."""
     if isinstance(experiment.peft_conf, NoPeft):
         return sum(count for count, _ in counts.values()), max(size for _, size in counts.values())
     if not (isinstance(experiment.peft_conf, NewPeft) and experiment.peft_conf.peft_type == "LORA"):
@@ -117,12 +126,5 @@ def _trainable(experiment: Experiment, shapes: dict, counts: dict) -> tuple[int 
         chosen = (targets == "all-linear" and module != "lm_head") or (isinstance(targets, list) and module in targets)
         if linear and chosen:
             total += rank * sum(shape)
-    # PEFT keeps new adapter weights in float32 beside half-precision bases.
+    # PEFT creates adapter weights in float32 even if the base model is in half precision.
     return total or None, 4
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

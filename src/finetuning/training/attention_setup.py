@@ -104,7 +104,7 @@ def _row_layout(experiment: Experiment, method: Algorithm) -> RowLayout:
     """How the rows are to lie, where the model allows it."""
     if not method.lays_end_to_end or experiment.sft_args.batching == "padded":
         return "padded"
-    return "packed" if experiment.sft_args.packing else "end to end"
+    return "packed" if experiment.sft_args.packing else "padding-free"
 
 
 def _unusable(name: str) -> str | None:
