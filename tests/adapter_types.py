@@ -108,13 +108,13 @@ EXPERTS: Arguments = {
 """LoRA on the fused weights of experts."""
 
 UNMERGEABLE: dict[str, str] = {
-    "ADAPTION_PROMPT": "it adds to the input or the layers, not to the weights",
-    "CARTRIDGE": "it adds to the input or the layers, not to the weights",
-    "CPT": "it adds to the input or the layers, not to the weights",
-    "LILY": "a router chooses its weights anew for each token",
-    "PREFIX_TUNING": "it adds to the input or the layers, not to the weights",
-    "PROMPT_TUNING": "it adds to the input or the layers, not to the weights",
-    "P_TUNING": "it adds to the input or the layers, not to the weights",
-    "SHADOW": "what it adds to a layer is computed anew from each input",
+    "ADAPTION_PROMPT": "it changes the input or the layers, not the weights",
+    "CARTRIDGE": "it changes the input or the layers, not the weights",
+    "CPT": "it changes the input or the layers, not the weights",
+    "LILY": "a router chooses its weights for each token",
+    "PREFIX_TUNING": "it changes the input or the layers, not the weights",
+    "PROMPT_TUNING": "it changes the input or the layers, not the weights",
+    "P_TUNING": "it changes the input or the layers, not the weights",
+    "SHADOW": "what it adds to a layer is computed from each input",
 }
 """Types that are no part of any weights, with what `merge_adapter` says of them."""

@@ -52,7 +52,7 @@ def test_a_merged_model_answers_as_base_and_adapter(
     done = run_cli([chatml_llama_dir, adapter, out, "--device_map", "cpu"], program="merge_adapter")
     assert done.returncode == 0, done.stderr
     assert f"merged model: {out}" in done.stdout and "verified: max logit difference" in done.stdout
-    assert json.loads((out / "merge_certificate.json").read_text())["passed"]
+    assert json.loads((out / "merge_verification.json").read_text())["passed"]
     tokenizer = AutoTokenizer.from_pretrained(out)
     apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chatml_llama_dir), adapter)
     assert generated(AutoModelForCausalLM.from_pretrained(out), tokenizer) == generated(apart, tokenizer)

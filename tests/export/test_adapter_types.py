@@ -107,8 +107,8 @@ def test_it_says_what_base_and_adapter_say(
     adapter = make_adapter(base, case.config(), tmp_path / "adapter", scale=case.scale, rows=rows)
     assert main([str(base), str(adapter), str(out)]) == 0
     assert ("merging in memory with PEFT" in capsys.readouterr().err) is not case.streamed
-    certificate = json.loads((out / "merge_certificate.json").read_text())
-    assert certificate["passed"] and certificate["base_against_adapter"]["rms_relative"] > 1e-3
+    verification = json.loads((out / "merge_verification.json").read_text())
+    assert verification["passed"] and verification["base_against_adapter"]["rms_relative"] > 1e-3
     together = spoken(loaded(base, adapter, case, rows), tokenizer)
     assert spoken(AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)) == together
     assert spoken(AutoModelForCausalLM.from_pretrained(base), tokenizer) != together
@@ -125,8 +125,8 @@ def test_a_reward_model_scores_as_base_and_adapter_do(
     case = Case({"r": 4, **targets}, task="SEQ_CLS", base=base)
     adapter = make_adapter(base_of(base), case.config(), tmp_path / "adapter", scale=case.scale)
     assert main([str(base_of(base)), str(adapter), str(tmp_path / "out")]) == 0
-    certificate = json.loads((tmp_path / "out" / "merge_certificate.json").read_text())
-    assert certificate["passed"] and certificate["base_against_adapter"]["rms_relative"] > 1e-3
+    verification = json.loads((tmp_path / "out" / "merge_verification.json").read_text())
+    assert verification["passed"] and verification["base_against_adapter"]["rms_relative"] > 1e-3
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert merged.config.num_labels == 1
     together = loaded(base_of(base), adapter, case, None)
@@ -151,7 +151,7 @@ def test_what_is_no_part_of_weights_is_refused_in_one_line(
     adapter = make_adapter(base_of("llama"), Case(MINIMAL[peft_type], peft_type).config(), tmp_path / "adapter")
     told = refusal([str(base_of("llama")), str(adapter), str(tmp_path / "out")], capsys)
     assert told.startswith(f"error: an adapter of type {peft_type} cannot be merged: {UNMERGEABLE[peft_type]}. ")
-    assert "Serve it as it is" in told
+    assert "Serve base model and adapter unmerged" in told
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -113,8 +113,8 @@ def test_shards_index_and_companions_go_along(
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes() or name == "config.json"
-    certificate = json.loads((out / "merge_certificate.json").read_text())
-    assert certificate["passed"] and certificate["dtype"] == "bfloat16"
+    verification = json.loads((out / "merge_verification.json").read_text())
+    assert verification["passed"] and verification["dtype"] == "bfloat16"
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
 
 
@@ -173,8 +173,8 @@ def test_a_grown_vocabulary(
             {**load_file(file), **{f"base_model.model.{n}.weight": t for n, t in grown.items()}}, file, {"format": "pt"}
         )
         out = tmp_path / base.name / "out"
-        certificate = merge(base, [adapter], out).verification
-        assert certificate is not None and certificate.passed
+        verification = merge(base, [adapter], out).verification
+        assert verification is not None and verification.passed
         rows = len(grown["model.embed_tokens"])
         assert json.loads((out / "config.json").read_text())["vocab_size"] == rows
         from transformers import AutoModelForCausalLM

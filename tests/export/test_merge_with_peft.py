@@ -8,7 +8,7 @@ from adapter_types import MINIMAL
 from finetuning.export.merge.merge import merge_adapters
 
 
-def test_a_quantised_base_is_dequantised(
+def test_a_quantized_base_is_dequantized(
     tiny_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     import torch
@@ -16,13 +16,13 @@ def test_a_quantised_base_is_dequantised(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base = tmp_path / "nf4"
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, quantization_config=quantised).save_pretrained(base)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, quantization_config=quantized).save_pretrained(base)
     lora = LoraConfig(task_type="CAUSAL_LM", **MINIMAL["LORA"])
     adapter = make_adapter(tiny_llama_dir, lora, tmp_path / "a")
     told: list[str] = []
     result = merge_adapters(str(base), [str(adapter)], tmp_path / "out", log=told.append)
-    assert "dequantised" in told[0] and result.verification is not None
+    assert "dequantized" in told[0] and result.verification is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 64)
     assert not hasattr(model.config, "quantization_config")

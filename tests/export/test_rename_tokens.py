@@ -65,7 +65,7 @@ def test_every_wrong_name_is_told(chatml_llama_dir: Path, tmp_path: Path) -> Non
     with pytest.raises(ModelError) as caught:
         replace_tokens(str(chatml_llama_dir), tmp_path / "out", {"<|im_start|>": "<|endoftext|>", "zzz": "<|y|>"})
     assert [problem.message for problem in caught.value.problems] == [
-        "'<|endoftext|>' is a token already (id 0)",
+        "'<|endoftext|>' is already a token (id 0)",
         "there is no token 'zzz'",
     ]
 
@@ -74,7 +74,7 @@ def test_a_token_made_of_others_is_refused(chatml_llama_dir: Path, tmp_path: Pat
     content = json.loads((chatml_llama_dir / "tokenizer.json").read_text())
     pair = content["model"]["merges"][0]
     merged = pair.replace(" ", "") if isinstance(pair, str) else "".join(pair)
-    with pytest.raises(ModelError, match="put together from other tokens"):
+    with pytest.raises(ModelError, match="result of a BPE merge"):
         replace_tokens(str(chatml_llama_dir), tmp_path / "out", {merged: "<|y|>"})
 
 

@@ -108,7 +108,7 @@ def test_a_cut_off_file_is_named(saved: Path):
 
 
 def test_a_tokenizer_that_reads_otherwise_is_named(saved: Path, chatml_tokenizer):
-    with pytest.raises(GuardStopped, match="its tokenizer reads 'hello'"):
+    with pytest.raises(GuardStopped, match="its tokenizer encodes 'hello'"):
         verify_saved(saved, sample_texts={"hello": [*chatml_tokenizer.encode("hello"), 3]})
 
 

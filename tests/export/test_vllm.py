@@ -108,11 +108,11 @@ def test_a_copy_leaves_the_original_alone(tiny_llama_dir: Path, make_adapter: Ma
     ("arguments", "reason"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is no LoRA tensor and differs"),
-        ({"trainable_token_indices": [3, 5]}, "trainable_tokens_delta is no LoRA tensor and differs"),
-        ({"rank_pattern": {"v_proj": 2}}, "scales all modules alike"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is not a LoRA tensor and differs"),
+        ({"trainable_token_indices": [3, 5]}, "trainable_tokens_delta is not a LoRA tensor and differs"),
+        ({"rank_pattern": {"v_proj": 2}}, "scales all modules by the same factor"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
-        ({"r": 600, "target_modules": ["q_proj"]}, "vLLM's largest is 512"),
+        ({"r": 600, "target_modules": ["q_proj"]}, "vLLM's maximum is 512"),
     ],
 )
 def test_what_would_be_lost_is_refused(
@@ -131,7 +131,7 @@ def test_another_type_is_refused(tiny_llama_dir: Path, make_adapter: MakeAdapter
 
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     adapter = make_adapter(tiny_llama_dir, config, tmp_path / "adapter")
-    with pytest.raises(ModelError, match="vLLM serves LoRA, and this is IA3"):
+    with pytest.raises(ModelError, match="vLLM serves only LoRA, and this is IA3"):
         make_vllm_compatible(adapter)
 
 
@@ -183,7 +183,7 @@ def test_without_the_base_nothing_is_dropped(tiny_llama_dir: Path, make_adapter:
     add_tensors(adapter, {"base_model.model.lm_head.weight": base_tensors(tiny_llama_dir)["lm_head.weight"]})
     config = read_config(adapter) | {"base_model_name_or_path": "someone/elsewhere"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="without the base it cannot be shown"):
+    with pytest.raises(ModelError, match="without the base it cannot be compared"):
         make_vllm_compatible(adapter)
     assert make_vllm_compatible(adapter, base_name=str(tiny_llama_dir)).changed
 
@@ -215,7 +215,7 @@ def test_new_embeddings_are_refused_where_the_base_has_them(
     name = "model.embed_tokens.weight"
     add_tensors(adapter, {f"base_model.model.{name}": base_tensors(tiny_llama_dir)[name] + 1})
     (adapter / "added_tokens_info.json").write_text('{"num_new_tokens": 3, "new_embedding_size": 512}')
-    with pytest.raises(ModelError, match="the base itself has rows for the 3 new tokens"):
+    with pytest.raises(ModelError, match="the base already has rows for the 3 new tokens"):
         make_vllm_compatible(adapter, output=tmp_path / "out", new_embeddings=True)
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +243,7 @@ def test_a_grown_vocabulary_is_seen(tiny_llama_dir: Path, make_adapter: MakeAdap
     content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<new>"})
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "config.yaml").write_text("peft_conf: {peft_type: LORA}")
-    assert "vocabulary grew" in extra_layers_reason(str(tmp_path / "config.yaml"), adapter)
+    assert "vocabulary has more tokens" in extra_layers_reason(str(tmp_path / "config.yaml"), adapter)
 
 
 def test_no_torch_is_imported(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:

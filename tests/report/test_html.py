@@ -116,7 +116,7 @@ def test_the_page_is_valid_and_self_contained(make_run: Callable) -> None:
         lambda folder: (folder / "config.resolved.yaml").unlink(),
         lambda folder: (folder / "run.json").write_text('{"status": "failed", "error": "it broke"}'),
         lambda folder: (folder / "telemetry").mkdir(),
-        lambda folder: (folder / "merged").mkdir() or (folder / "merged/merge_certificate.json").write_text("{}"),
+        lambda folder: (folder / "merged").mkdir() or (folder / "merged/merge_verification.json").write_text("{}"),
     ],
 )
 def test_an_incomplete_record_still_renders(spoil: Callable[[Path], Any], make_run: Callable) -> None:
@@ -124,6 +124,15 @@ def test_an_incomplete_record_still_renders(spoil: Callable[[Path], Any], make_r
     spoil(folder)
     page = Page(render([read_run(folder)]))
     assert not page.wrong and not page.open
+
+
+@pytest.mark.parametrize("name", ["merge_verification.json", "merge_certificate.json"])
+def test_a_merge_verification_is_read_under_its_current_and_its_old_name(name: str, make_run: Callable) -> None:
+    folder = make_run()
+    (folder / "merged").mkdir()
+    (folder / "merged" / name).write_text('{"passed": true, "tolerance": 0.125}')
+    assert read_run(folder).merge_checks == {f"merged/{name}": {"passed": True, "tolerance": 0.125}}
+    assert "passed: tolerance 0.125" in render([read_run(folder)])
 
 
 def test_an_error_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

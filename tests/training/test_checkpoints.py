@@ -123,7 +123,7 @@ def test_weights_that_an_optimizer_broke_are_not_saved(train: Any, sft_values: A
         train(sft_values({**EACH_STEP, "training_args.max_steps": 2}), broken)
     out = Path(sft_values()["training_args"]["output_dir"])
     assert [name for name in names(out) if name.startswith("checkpoint")] == ["checkpoint-1"]
-    with pytest.raises(GuardStopped, match=r"checkpoint-final: what was saved is not sound.*It was not published"):
+    with pytest.raises(GuardStopped, match=r"checkpoint-final: the saved model failed.*It was not published"):
         train(sft_values({"training_args.max_steps": 2, "training_args.output_dir": f"{out}-unsaved"}), broken)
     assert not [name for name in names(Path(f"{out}-unsaved")) if "checkpoint" in name]
 

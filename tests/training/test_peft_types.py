@@ -94,7 +94,7 @@ def test_a_gptq_checkpoint_trains_and_resumes(
     assert answered.returncode == 0, answered.stderr
     merged = run_cli([gptq_llama_dir, run.final, run.output_dir / "merged"], program="merge_adapter")
     assert merged.returncode == 1
-    assert "is quantised by gptq, which cannot be dequantised" in merged.stderr
+    assert "is quantized with gptq, which cannot be dequantized" in merged.stderr
     assert "Merge into the unquantised base model." in merged.stderr
     assert not (run.output_dir / "merged").exists()
 

@@ -1,4 +1,4 @@
-"""What goes along with merged weights: config, generation config, tokenizer, chat template, processor, own code."""
+"""Copy the files that accompany the weights: configs, tokenizer, chat template, processor, custom code."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from finetuning.errors import ModelError
 from finetuning.export.inputs import BaseModel, read_json
 
-_TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = (
-    *_TOKENIZER_MARKS,
+    *_TOKENIZER_VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,10 +36,12 @@ _MODEL_FILES = (
 _GENERATION_CONFIG = "generation_config.json"
 
 
-def select_tokenizer_folder(given: Path | None, adapters: Iterable[Path], base: Path) -> Path | None:
-    """Whose tokenizer goes along: the one given, or the last adapter's that has one, or the base's."""
-    candidates = [given] if given is not None else [*reversed(list(adapters)), base]
-    return next((folder for folder in candidates if any((folder / name).is_file() for name in _TOKENIZER_MARKS)), None)
+def select_tokenizer_folder(requested: Path | None, adapters: Iterable[Path], base: Path) -> Path | None:
+    """Return the folder to copy the tokenizer from: the requested one, the last adapter that has one, or the base."""
+    candidates = [requested] if requested is not None else [*reversed(list(adapters)), base]
+    return next(
+        (folder for folder in candidates if any((folder / name).is_file() for name in _TOKENIZER_VOCABULARIES)), None
+    )
 
 
 def write_auxiliary_files(
@@ -48,20 +49,22 @@ def write_auxiliary_files(
     base: BaseModel,
     adapters: Iterable[Path],
     tokenizer: Path | None,
-    config_changes: Mapping[str, Any] | None,
+    config_changes: Mapping[str, object] | None,
     num_rows: int | None,
 ) -> None:
-    """Copies everything but the weights into `out`; config.json with the changes, or not at all where they are None.
+    """Copy everything but the weights to `out`.
 
-    `num_rows`: rows of the input embeddings.
+    Args:
+        config_changes: fields to change in config.json; None if config.json is in `out` already.
+        num_rows: rows of the input embeddings, if they are known.
 
     Raises:
-        ModelError: the tokenizer knows more ids than the embeddings have rows.
+        ModelError: the tokenizer has ids beyond the rows of the embeddings.
     """
     _copy(base.folder, out, _MODEL_FILES)
     if config_changes is not None:
         write_config(base, out, config_changes)
-    # The generation config beside an adapter was written with its stop tokens; the base's may not know them.
+    # An adapter's generation config has the stop tokens it was trained with, which the base's may lack.
     for folder in (*reversed(list(adapters)), base.folder):
         if (folder / _GENERATION_CONFIG).is_file():
             shutil.copyfile(folder / _GENERATION_CONFIG, out / _GENERATION_CONFIG)
@@ -71,13 +74,13 @@ def write_auxiliary_files(
         largest = max_token_id(tokenizer)
         if num_rows is not None and largest is not None and largest >= num_rows:
             raise ModelError(
-                f"the tokenizer in {tokenizer} has ids up to {largest}, and the model only {num_rows} embedding rows.",
-                hint="Name the tokenizer that belongs to the model with --tokenizer.",
+                f"the tokenizer in {tokenizer} has ids up to {largest}, the model only {num_rows} embedding rows.",
+                hint="Name the model's own tokenizer with --tokenizer.",
             )
 
 
-def write_config(base: BaseModel, out: Path, changes: Mapping[str, Any]) -> None:
-    """config.json of the base, with changes where it has the keys, in the language model's part and outside."""
+def write_config(base: BaseModel, out: Path, changes: Mapping[str, object]) -> None:
+    """Write the base's config.json with changes, in the text config of a multimodal model as well as at the top."""
     config = dict(base.config)
     if changes:
         inner = config.get("text_config")
@@ -89,14 +92,14 @@ def write_config(base: BaseModel, out: Path, changes: Mapping[str, Any]) -> None
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies the files of a tokenizer byte by byte."""
+    """Copy the files of a tokenizer unchanged."""
     _copy(source, out, _TOKENIZER_FILES)
     if (source / _TEMPLATE_FOLDER).is_dir():
         shutil.copytree(source / _TEMPLATE_FOLDER, out / _TEMPLATE_FOLDER, dirs_exist_ok=True)
 
 
 def max_token_id(tokenizer: Path) -> int | None:
-    """The largest token id of a tokenizer.json; None where there is none to look at."""
+    """Return the largest token id in tokenizer.json; None if there is no such file."""
     file = tokenizer / "tokenizer.json"
     if not file.is_file():
         return None

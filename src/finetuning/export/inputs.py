@@ -1,4 +1,4 @@
-"""The folders that an export reads: a base model, an adapter, a tokenizer; here, or fetched from the hub."""
+"""Read the inputs of an export from a folder or the hub: base model, adapter and tokenizer, by their headers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import Any
 
 from finetuning.errors import ModelError
 from finetuning.model.resolve import RepoKind, resolve_model
-from finetuning.model.safetensors_io import TensorEntry, read_header, read_model_headers
+from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_header, read_model_headers
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER = ("adapter_model.bin", "adapter_model.pt")
 PICKLED_MODEL = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it is stored: its config and the headers of its tensors."""
+    """A saved adapter: its config and the headers of its tensors."""
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
-    """Tensors by the names in the file; empty where the weights are pickled."""
+    """Tensors by their names in the file; empty if the weights are pickled."""
     pickled: bool = False
 
     @property
@@ -39,12 +38,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model as it is stored: its config and the headers of its tensors."""
+    """A saved base model: its config and the headers of its tensors."""
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
-    """Tensors by the names in the files; empty where the weights are pickled."""
+    """Tensors by their names in the files; empty if the weights are pickled."""
     pickled: bool = False
 
     @property
@@ -55,16 +54,16 @@ class BaseModel:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The part of the config that speaks of the language model."""
+        """The language model's part of the config of a multimodal model; else the whole config."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, Mapping) else self.config
 
 
 def resolve_folder(name: str, kind: RepoKind) -> Path:
-    """The folder that holds the files of `name`; a hub id is downloaded into the hub's cache.
+    """Return the folder with the files of `name`; a hub id is downloaded to the hub's cache first.
 
     Raises:
-        ModelError: nothing is there.
+        ModelError: there is no such folder or repository.
     """
     location = resolve_model(name, kind)
     if location.folder is not None:
@@ -76,33 +75,36 @@ def resolve_folder(name: str, kind: RepoKind) -> Path:
 
 
 def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:
-    """The adapter in a folder or on the hub. `allow_pickle` is None where no option allows it.
+    """Read the adapter in a folder or on the hub.
+
+    Args:
+        allow_pickle: whether pickled weights are accepted; None for commands without the option --allow-pickle.
 
     Raises:
-        ModelError: it is missing, damaged, or pickled and that was not allowed.
+        ModelError: it is missing or damaged, or pickled although that is not allowed.
     """
     folder = resolve_folder(name, "adapter")
     config = read_json(folder / ADAPTER_CONFIG)
     if not config.get("peft_type"):
-        raise ModelError(f"{folder / ADAPTER_CONFIG} names no peft_type; it is no PEFT adapter")
+        raise ModelError(f"{folder / ADAPTER_CONFIG} has no peft_type: this is not a PEFT adapter")
     if (folder / ADAPTER_WEIGHTS).is_file():
         entries = read_header(folder / ADAPTER_WEIGHTS)
-        # X-LoRA keeps its weights in files of other names.
+        # X-LoRA saves its weights under other file names.
         if not entries and str(config["peft_type"]).upper() != "XLORA":
-            raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no tensor at all; the adapter was not saved whole")
+            raise ModelError(f"{folder / ADAPTER_WEIGHTS} contains no tensors: the adapter was not saved completely")
         return Adapter(folder, config, entries)
     pickle = next((folder / name for name in PICKLED_ADAPTER if (folder / name).is_file()), None)
     if pickle is None:
-        raise ModelError(f"{folder} holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+        raise ModelError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
     _refuse_pickle(pickle, allow_pickle)
     return Adapter(folder, config, {}, pickled=True)
 
 
 def read_base(name: str, *, allow_pickle: bool = False) -> BaseModel:
-    """The base model in a folder or on the hub.
+    """Read the base model in a folder or on the hub.
 
     Raises:
-        ModelError: it is missing, a shard is missing or damaged, or it is pickled and that was not allowed.
+        ModelError: it or one of its shards is missing or damaged, or it is pickled although that is not allowed.
     """
     folder = resolve_folder(name, "model")
     config = read_json(folder / "config.json")
@@ -114,10 +116,10 @@ def read_base(name: str, *, allow_pickle: bool = False) -> BaseModel:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        ModelError: it is missing or no JSON object.
+        ModelError: the file is missing, or is not a JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -126,14 +128,14 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{file} is no JSON object")
+        raise ModelError(f"{file} is not a JSON object")
     return value
 
 
 def _refuse_pickle(file: Path, allowed: bool | None) -> None:
-    option = "say --allow-pickle" if allowed is not None else "load it with PEFT and save it again"
+    remedy = "use --allow-pickle" if allowed is not None else "load it with PEFT and save it as safetensors"
     if not allowed:
         raise ModelError(
-            f"{file} is a pickle, which can run code when it is opened; only safetensors files are read.",
-            hint=f"If you trust where it comes from, {option}.",
+            f"{file} is a pickle file, which can execute code when it is loaded; only safetensors files are read.",
+            hint=f"If you trust its source, {remedy}.",
         )

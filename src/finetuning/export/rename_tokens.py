@@ -1,4 +1,4 @@
-"""`replace_tokens`: a tokenizer in which some tokens have other names and the same ids."""
+"""Rename tokens of a tokenizer; their ids stay (the command `replace_tokens`)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from finetuning.errors import ConfigError, ModelError, Problem
 from finetuning.export.inputs import read_json, resolve_folder
 
 TOKENIZER = "tokenizer.json"
-# Values that name parts of the format, never tokens.
+# Keys whose values are part of the file format, never tokens.
 _FORMAT_KEYS = frozenset({"type", "version", "behavior", "direction", "strategy", "padding_side", "tokenizer_class"})
 _TEMPLATE_KEYS = frozenset({"chat_template", "template"})
-# Binary or textual files of slow tokenizers; they would bring the old names back.
-_LEFT_OUT = (".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Weights, and the vocabularies of slow tokenizers, which would bring the old names back.
+_SKIPPED_SUFFIXES = (".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass(frozen=True)
 class RenamedTokens:
-    """What was renamed, and what was not taken along."""
+    """The renamed tokens, and the files that were not copied."""
 
     ids: Mapping[str, int]
-    """New name to id."""
+    """Ids by new name."""
     skipped_files: tuple[str, ...]
 
 
 def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_template: bool = False) -> RenamedTokens:
-    """Copies the tokenizer in `source` to `out` with tokens renamed, old name to new, all at once.
+    """Copy the tokenizer in `source` to `out`, with tokens renamed from old to new names all at once.
 
-    The JSON files are changed as JSON, in vocabulary, added and special tokens, post-processor and config. Chat
-    templates are text; there the old names are replaced too, unless `keep_template`.
+    The JSON files are changed in vocabulary, added and special tokens, post-processor and config. In chat templates the
+    old names are replaced as text, unless `keep_template` is set.
 
     Raises:
-        ModelError: an old name is no token, a new one is a token already, or the new names would not be encoded.
+        ModelError: an old name is not a token, a new name is a token already, or a new name would not be encoded to the
+            old id.
         StorageError: `out` is not empty.
     """
     folder = resolve_folder(source, "tokenizer")
@@ -50,18 +51,18 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
     content = read_json(folder / TOKENIZER)
     ids = _token_ids(content)
     _check_names(renames, ids, content)
-    skipped_files = []
+    skipped_files: list[str] = []
     with atomic_directory(out) as staging:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             target = staging / file.relative_to(folder)
-            if file.suffix in _LEFT_OUT:
+            if file.suffix in _SKIPPED_SUFFIXES:
                 skipped_files.append(file.name)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix == ".json":
                 _write(target, _renamed_json(file, renames, ids, keep_template))
             elif file.suffix == ".jinja" and not keep_template:
-                target.write_text(_in_text(file.read_text(encoding="utf-8"), renames), encoding="utf-8")
+                target.write_text(_rename_in_text(file.read_text(encoding="utf-8"), renames), encoding="utf-8")
             else:
                 shutil.copyfile(file, target)
         _check_encoding(staging / TOKENIZER, renames, ids)
@@ -69,13 +70,13 @@ def replace_tokens(source: str, out: Path, renames: Mapping[str, str], *, keep_t
 
 
 def pair_token_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Old names to new ones, in order.
+    """Return the new names by old name; pairs of equal names are dropped.
 
     Raises:
-        ConfigError: there are not as many of each, or a name comes twice.
+        ConfigError: the lists have different lengths, or a name is empty or occurs twice.
     """
     if len(old) != len(new):
-        raise ConfigError(f"--from has {len(old)} names and --to {len(new)}; they go in pairs")
+        raise ConfigError(f"--from has {len(old)} names, but --to has {len(new)}; each old name needs a new one")
     for option, names in (("--from", old), ("--to", new)):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -93,8 +94,8 @@ def _token_ids(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_names(renames: Mapping[str, str], ids: Mapping[str, int], content: Mapping[str, Any]) -> None:
-    """Raises ModelError, with every name that is wrong."""
-    problems = []
+    """Raise ModelError with all invalid names."""
+    problems: list[Problem] = []
     merged = _pieces_of_merges(content)
     added = {token["content"] for token in content.get("added_tokens") or ()}
     for old, new in renames.items():
@@ -103,10 +104,10 @@ def _check_names(renames: Mapping[str, str], ids: Mapping[str, int], content: Ma
             problems.append(Problem(f"there is no token {old!r}", hint=f"Did you mean {near[0]!r}?" if near else None))
         elif old in merged and old not in added:
             problems.append(
-                Problem(f"{old!r} is put together from other tokens, so text never names it; it cannot be renamed")
+                Problem(f"{old!r} is the result of a BPE merge: renaming it would break the encoding of text")
             )
         if new in ids and new not in renames:
-            problems.append(Problem(f"{new!r} is a token already (id {ids[new]})", hint="Choose a name that is free."))
+            problems.append(Problem(f"{new!r} is already a token (id {ids[new]})", hint="Choose another name."))
     if problems:
         raise ModelError(problems)
 
@@ -129,7 +130,7 @@ def _renamed_json(file: Path, renames: Mapping[str, str], ids: Mapping[str, int]
     elif file.name in ("vocab.json", "added_tokens.json"):
         content = {renames.get(key, key): value for key, value in content.items()}
     elif file.name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"):
-        content = _walk(content, renames, keep_template)
+        content = _rename_in_json(content, renames, keep_template)
     return content
 
 
@@ -137,7 +138,7 @@ def _renamed_tokenizer(content: dict[str, Any], renames: Mapping[str, str], ids:
     model = dict(content.get("model") or {})
     vocabulary = model.pop("vocab", {})
     merges = model.pop("merges", None)
-    content = _walk({**content, "model": model}, renames, keep_template=True)
+    content = _rename_in_json({**content, "model": model}, renames, keep_template=True)
     if isinstance(vocabulary, Mapping):
         content["model"]["vocab"] = {renames.get(piece, piece): index for piece, index in vocabulary.items()}
     else:
@@ -145,42 +146,42 @@ def _renamed_tokenizer(content: dict[str, Any], renames: Mapping[str, str], ids:
     if merges is not None:
         content["model"]["merges"] = merges
     added = content.setdefault("added_tokens", [])
-    known = {token["content"] for token in added}
-    # A token of the plain vocabulary is found in text only when it is an added one.
+    existing = {token["content"] for token in added}
+    # The model splits text before it looks up its vocabulary. Only an added token is matched as a whole.
     for old, new in renames.items():
-        if new not in known:
+        if new not in existing:
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
             added.append({"id": ids[old], "content": new, **flags})
     added.sort(key=lambda token: token["id"])
     return content
 
 
-def _walk(value: Any, renames: Mapping[str, str], keep_template: bool, key: str = "") -> Any:
-    """The value with each string and each key that is a whole old name replaced; template texts inside too."""
+def _rename_in_json(value: Any, renames: Mapping[str, str], keep_template: bool, key: str = "") -> Any:
+    """Replace every string and key that equals an old name; in template texts, every occurrence."""
     if isinstance(value, dict):
-        return {renames.get(k, k): _walk(v, renames, keep_template, k) for k, v in value.items()}
+        return {renames.get(k, k): _rename_in_json(v, renames, keep_template, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [_walk(item, renames, keep_template, key) for item in value]
+        return [_rename_in_json(item, renames, keep_template, key) for item in value]
     if not isinstance(value, str) or key in _FORMAT_KEYS:
         return value
     if key in _TEMPLATE_KEYS:
-        return value if keep_template else _in_text(value, renames)
+        return value if keep_template else _rename_in_text(value, renames)
     return renames.get(value, value)
 
 
-def _in_text(text: str, renames: Mapping[str, str]) -> str:
-    """The text with all old names replaced in one pass, so that names can be swapped."""
+def _rename_in_text(text: str, renames: Mapping[str, str]) -> str:
+    """Replace all old names in one pass, so that two names can be swapped."""
     parts = [text]
     for old in sorted(renames, key=len, reverse=True):
-        # Even places hold text still to be searched, odd ones names already new.
+        # Parts at even indices are still to be searched, those at odd indices are new names.
         split: list[str] = []
         for index, part in enumerate(parts):
             if index % 2:
                 split.append(part)
                 continue
             pieces = part.split(old)
-            for place, piece in enumerate(pieces):
-                split += [piece] if place == len(pieces) - 1 else [piece, renames[old]]
+            for position, piece in enumerate(pieces):
+                split += [piece] if position == len(pieces) - 1 else [piece, renames[old]]
         parts = split
     return "".join(parts)
 
@@ -190,11 +191,11 @@ def _write(file: Path, content: Any) -> None:
 
 
 def _check_encoding(file: Path, renames: Mapping[str, str], ids: Mapping[str, int]) -> None:
-    """Nothing, or a ModelError when the new tokenizer does not encode a new name to the old id."""
+    """Raise ModelError if the new tokenizer does not encode a new name to the old id."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
     for old, new in renames.items():
         encoded = tokenizer.encode(new, add_special_tokens=False).ids
         if encoded != [ids[old]]:
-            raise ModelError(f"{new!r} would be encoded as {encoded} and not as {[ids[old]]}; choose another name")
+            raise ModelError(f"{new!r} would be encoded to {encoded}, not to {[ids[old]]}; choose another name")

@@ -1,4 +1,4 @@
-"""safetensors files written tensor by tensor, without the whole in memory and without torch."""
+"""Write safetensors files tensor by tensor, without torch and without the whole model in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to be written: what its header says, and what writes its bytes."""
+    """A tensor to write: its entry in the header, and a function that writes its bytes."""
 
     name: str
     dtype: str
@@ -30,7 +30,7 @@ class OutputTensor:
 
 
 def copied_tensor(name: str, entry: TensorEntry) -> OutputTensor:
-    """A tensor whose bytes are those of `entry`, under another name or the same."""
+    """Return a tensor with the bytes of `entry`, under any name."""
 
     def write(stream: BinaryIO) -> None:
         for chunk in read_chunks(entry):
@@ -40,7 +40,7 @@ def copied_tensor(name: str, entry: TensorEntry) -> OutputTensor:
 
 
 def read_chunks(entry: TensorEntry) -> Iterator[memoryview]:
-    """The bytes of one tensor, piece by piece; a piece is valid until the next is asked for."""
+    """Yield the bytes of a tensor in chunks. The buffer is reused: a chunk is valid until the next one is requested."""
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(entry.num_bytes, 1))))
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
@@ -52,38 +52,39 @@ def read_chunks(entry: TensorEntry) -> Iterator[memoryview]:
             left -= len(chunk)
 
 
-def read_into(entry: TensorEntry, place: memoryview) -> None:
-    """Fills `place`, which is as long as the tensor, with its bytes."""
+def read_into(entry: TensorEntry, buffer: memoryview) -> None:
+    """Read the bytes of a tensor into a buffer of its size."""
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
-        _fill(place, stream, entry.file)
+        _fill(buffer, stream, entry.file)
 
 
-def _fill(place: memoryview, stream: FileIO, file: Path) -> None:
-    at = 0
-    while at < len(place):
-        count = stream.readinto(place[at:])
+def _fill(buffer: memoryview, stream: FileIO, file: Path) -> None:
+    position = 0
+    # An unbuffered read may return less than was requested.
+    while position < len(buffer):
+        count = stream.readinto(buffer[position:])
         if not count:
-            raise StorageError(f"{file} became shorter while it was read")
-        at += count
+            raise StorageError(f"{file} was truncated while it was read")
+        position += count
 
 
-def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
-    """True when two tensors have one number type, one shape and the same bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return all(mine == theirs for mine, theirs in zip(read_chunks(one), read_chunks(other), strict=True))
+    return all(left == right for left, right in zip(read_chunks(first), read_chunks(second), strict=True))
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says about itself beside its tensors."""
+    """Return the `__metadata__` of a safetensors file."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return json.loads(stream.read(length)).get("__metadata__") or {}
 
 
 def write_tensor_file(file: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file whose tensors stand in the order given."""
+    """Write a safetensors file with the tensors in the given order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for tensor in tensors:
@@ -93,6 +94,7 @@ def write_tensor_file(file: Path, tensors: Sequence[OutputTensor], metadata: Map
             "data_offsets": [at, at + tensor.num_bytes],
         }
         at += tensor.num_bytes
+    # The data must start at a multiple of 8 bytes, so the header is padded with spaces.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with file.open("wb") as stream:
@@ -107,10 +109,7 @@ def write_tensor_file(file: Path, tensors: Sequence[OutputTensor], metadata: Map
 
 
 def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Nothing, or a StorageError when the disk under `folder` has no room for so many bytes.
-
-    `folder` need not exist yet; its nearest parent that does is asked.
-    """
+    """Raise StorageError if the disk of `folder`, which need not exist yet, has less free space than `num_bytes`."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -118,6 +117,6 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if free < num_bytes:
         raise StorageError(
-            f"{existing} has {free / 1e9:.2f} GB free, and {num_bytes / 1e9:.2f} GB are needed.",
+            f"not enough disk space: {existing} has {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB are needed.",
             hint="Free some space, or choose another output directory.",
         )

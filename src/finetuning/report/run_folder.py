@@ -110,6 +110,8 @@ RECORD_NAME = "run.json"
 CONFIG_NAME = "config.resolved.yaml"
 PREVIEW_NAME = "preview.txt"
 _OLD_PREVIEW_NAME = "first_rows.txt"  # old name
+# The first is what export/merge/verification.py writes, the second what older versions wrote.
+_MERGE_VERIFICATION_NAMES = ("merge_verification.json", "merge_certificate.json")
 # Keys that earlier versions wrote into `run.json`, and their current names.
 _RENAMED_KEYS = {
     "told": "summary",  # old name
@@ -304,5 +306,5 @@ def _depth(span_id: str, parents: Mapping[str, str]) -> int:
 
 def _merge_checks(folder: Path) -> dict[str, Any]:
     """Read the merge verification files in the folders of an output directory."""
-    paths = sorted(folder.glob("*/*certificate*.json"))
+    paths = sorted(path for name in _MERGE_VERIFICATION_NAMES for path in folder.glob(f"*/{name}"))
     return {str(path.relative_to(folder)): check for path in paths if isinstance(check := _read_json(path), dict)}

@@ -1,8 +1,10 @@
-"""Edits carried out on one tensor, bit by bit as PEFT's safe merge does, in blocks that stay in the processor's cache.
+"""Apply an adapter's deltas to one tensor, bit-identical to PEFT's safe merge, in blocks that fit the CPU cache.
 
-PEFT raises an adapter of 16-bit numbers to float32 when it loads it, so each delta is computed in float32, rounded to
-the base's dtype, and added there. Source: peft@0.21 tuners/lora/layer.py (merge, get_delta_weight), variants.py (DoRA),
-tuners/trainable_tokens/layer.py (merge).
+The order of roundings matters for identical bits. PEFT casts 16-bit adapters to float32 when it loads them. So a delta
+is computed in float32, rounded to the base's dtype, and then added in the base's dtype. DoRA's normalization mixes a
+base weight in its own dtype with a float32 delta, which promotes to float32, and rounds once at the end.
+Source: peft 0.21, tuners/lora/layer.py (merge, get_delta_weight), tuners/lora/variants.py (DoRA),
+tuners/trainable_tokens/layer.py (merge). tests/export/test_merge.py compares the bits.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from finetuning.export.merge.deltas import BiasUpdate, LowRankUpdate, ReplaceRow
 from finetuning.export.safetensors_writer import read_into
 from finetuning.model.safetensors_io import TensorEntry
 
-# r rank, O out_features, I in_features
+# Suffixes of tensor names: r rank, O out_features, I in_features.
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,53 +33,55 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK_ELEMENTS = 1 << 19
-# Matrix kernels work in tiles of 16 to 64 rows; blocks that begin at a tile's edge get the bits of the whole product.
+# BLAS kernels sum in an order that depends on the position of a row within a tile of 16 to 64 rows. Blocks that start
+# at a multiple of all of these (192) get the same bits as one product of the whole matrix.
 _TILE_ROWS = 192
 
 
 def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor that an entry points to: in `memory`, bytes of which it takes the first, or in memory of its own.
+    """Read a tensor, into the first bytes of `memory` (uint8) if it is given, else into new memory.
 
     Raises:
-        ModelError: its number type is none that can be merged.
+        ModelError: its dtype cannot be merged, such as float8.
     """
     if entry.dtype not in DTYPES:
-        raise ModelError(f"{entry.file} holds numbers of type {entry.dtype}, which cannot be merged")
+        raise ModelError(f"{entry.file} has tensors of dtype {entry.dtype}, which cannot be merged")
     raw = torch.empty(entry.num_bytes, dtype=torch.uint8) if memory is None else memory[: entry.num_bytes]
     read_into(entry, memoryview(raw.numpy()))
     return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor as safetensors stores them."""
+    """Return the bytes of a tensor as safetensors stores them."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def apply_deltas(name: str, weight: torch.Tensor, edits: Sequence[WeightDelta]) -> torch.Tensor:
-    """The tensor after its edits; `weight` is changed in place where its shape allows.
+def apply_deltas(name: str, weight: torch.Tensor, deltas: Sequence[WeightDelta]) -> torch.Tensor:
+    """Return the tensor with the deltas applied in order; `weight` is changed in place if its shape stays.
 
     Raises:
         ModelError: the result is not finite.
     """
-    for edit in edits:
-        if isinstance(edit, ReplaceWeight):
-            weight = load_tensor(edit.value).to(weight.dtype)
-        elif isinstance(edit, ReplaceRows):
-            weight.index_copy_(0, torch.tensor(edit.rows), load_tensor(edit.value).to(weight.dtype))
-        elif isinstance(edit, BiasUpdate):
-            weight = (weight + _load_upcast(edit.value) * edit.scaling).to(weight.dtype)
-        elif edit.magnitude is not None:
-            _add_dora(weight, edit)
+    for delta in deltas:
+        if isinstance(delta, ReplaceWeight):
+            weight = load_tensor(delta.value).to(weight.dtype)
+        elif isinstance(delta, ReplaceRows):
+            weight.index_copy_(0, torch.tensor(delta.rows), load_tensor(delta.value).to(weight.dtype))
+        elif isinstance(delta, BiasUpdate):
+            weight = (weight + _load_upcast(delta.value) * delta.scaling).to(weight.dtype)
+        elif delta.magnitude is not None:
+            _add_dora(weight, delta)
         else:
-            _add_lora(weight, edit)
+            _add_lora(weight, delta)
         _check_finite(name, weight)
     return weight
 
 
-def _add_lora(weight_OI: torch.Tensor, edit: LowRankUpdate) -> None:
-    a_rI, b_Or = _load_upcast(edit.a), _load_upcast(edit.b)
-    if edit.transposed:
-        delta_IO = torch.mm(b_Or, a_rI).mul_(edit.scaling).t()
+def _add_lora(weight_OI: torch.Tensor, update: LowRankUpdate) -> None:
+    a_rI, b_Or = _load_upcast(update.a), _load_upcast(update.b)
+    if update.transposed:
+        # The weight is (I, O) here. The product is computed as PEFT does, then transposed, to get the same bits.
+        delta_IO = torch.mm(b_Or, a_rI).mul_(update.scaling).t()
         for rows in _blocks(weight_OI):
             weight_OI[rows].add_(delta_IO[rows].to(weight_OI.dtype))
         return
@@ -86,37 +90,42 @@ def _add_lora(weight_OI: torch.Tensor, edit: LowRankUpdate) -> None:
         b_block = b_Or[rows]
         if scratch is None or len(scratch) != len(b_block):
             scratch = torch.empty(len(b_block), a_rI.shape[1])
-        torch.mm(b_block, a_rI, out=scratch).mul_(edit.scaling)
+        torch.mm(b_block, a_rI, out=scratch).mul_(update.scaling)
         weight_OI[rows].add_(scratch.to(weight_OI.dtype))
 
 
-def _add_dora(weight: torch.Tensor, edit: LowRankUpdate) -> None:
-    """DoRA: each output's row of weight plus delta is brought to the trained length."""
-    delta = torch.mm(_load_upcast(edit.b), _load_upcast(edit.a)).mul_(edit.scaling)
-    magnitude = _load_upcast(edit.magnitude)
-    if edit.is_embedding:
-        # The length of an embedding is counted per hidden dimension, across the vocabulary.
-        moved = weight + delta.t()
+def _add_dora(weight: torch.Tensor, update: LowRankUpdate) -> None:
+    """Apply DoRA: W' = m * (W + scaling * BA) / ||W + scaling * BA||, with one norm per output feature.
+
+    Source: Liu et al. (2024), DoRA, equation 5, https://arxiv.org/abs/2402.09353
+    """
+    assert update.magnitude is not None
+    delta = torch.mm(_load_upcast(update.b), _load_upcast(update.a)).mul_(update.scaling)
+    magnitude = _load_upcast(update.magnitude)
+    if update.is_embedding:
+        # PEFT takes the norm of an embedding per hidden dimension, over the whole vocabulary.
+        updated = weight + delta.t()
         factor = (magnitude / torch.linalg.norm(weight.t() + delta, dim=1)).view(1, -1)
-        weight.copy_((factor * moved).to(weight.dtype))
+        weight.copy_((factor * updated).to(weight.dtype))
         return
-    if edit.transposed:
+    if update.transposed:
         factor = (magnitude / torch.linalg.norm(weight.t() + delta, dim=1)).view(-1, 1).t()
         weight.copy_((factor * (weight + delta.t())).to(weight.dtype))
         return
     for rows in _blocks(weight):
-        moved_OI = weight[rows] + delta[rows]
-        factor_O1 = (magnitude[rows] / torch.linalg.norm(moved_OI, dim=1)).view(-1, 1)
-        weight[rows].copy_((factor_O1 * moved_OI).to(weight.dtype))
+        updated_OI = weight[rows] + delta[rows]
+        factor_O1 = (magnitude[rows] / torch.linalg.norm(updated_OI, dim=1)).view(-1, 1)
+        weight[rows].copy_((factor_O1 * updated_OI).to(weight.dtype))
 
 
 def _load_upcast(entry: TensorEntry) -> torch.Tensor:
+    """Read an adapter's tensor in float32, as PEFT loads it; float64 stays."""
     tensor = load_tensor(entry)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _blocks(weight: torch.Tensor) -> Iterator[slice]:
-    """Slices of the first dimension; the last takes what is left, so that none is smaller than a tile."""
+    """Yield slices of the first dimension; the last one takes the remainder, so that none is smaller than a tile."""
     rows = len(weight)
     step = max(_TILE_ROWS, _BLOCK_ELEMENTS // max(weight[0].numel(), 1) // _TILE_ROWS * _TILE_ROWS)
     start = 0
@@ -127,7 +136,7 @@ def _blocks(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _check_finite(name: str, weight: torch.Tensor) -> None:
-    # The extremes carry any value that is not finite, at a tenth of the price of looking at each.
+    # Minimum and maximum are NaN or infinite if any element is, and take a tenth of the time of isfinite().all().
     lowest, highest = torch.aminmax(weight)
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-        raise ModelError(f"{name} is not finite after the merge; the adapter or the base is broken")
+        raise ModelError(f"{name} is not finite after the merge: the adapter or the base is damaged")

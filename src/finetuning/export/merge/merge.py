@@ -1,4 +1,4 @@
-"""`merge_adapter`: a base model and adapters become one model, whole or not at all."""
+"""Merge adapters into a base model: plan, write, verify and publish atomically (the command `merge_adapter`)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from finetuning.export.safetensors_writer import check_free_space
 from finetuning.model import fingerprint
 
 _SMALL_FILES_BYTES = 64 << 20
-_MOST_LOST = 0.5
+_MAX_ROUNDING_LOSS = 0.5
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge made."""
+    """The merged model."""
 
     out: Path
     num_bytes: int
+    """Size of the weight files."""
     streamed: bool
+    """Whether it was merged tensor by tensor; False if PEFT merged it in memory."""
     verification: MergeVerification | None
+    """The comparison with base and adapters; None if it was skipped."""
 
 
 def merge_adapters(
@@ -51,37 +54,46 @@ def merge_adapters(
     log: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """One model in `out`, made of the base and the adapters, merged one after the other in the order given.
+    """Merge adapters into a base model, one after the other in the given order, and save the model to `out`.
+
+    Args:
+        tokenizer: tokenizer to save with the model; by default the last adapter's, or else the base's.
+        device_map: where models are loaded, for verification and for merges by PEFT.
+        verify: compare the merged model with base and adapters before it is published.
+        force: merge even if the base is not the recorded one, or the adapter leaves out layers.
+        log: called with each note and warning.
+        progress: called with the bytes written and the total.
 
     Raises:
-        ModelError: base or adapter is missing, damaged, of another kind, or does not fit.
-        StorageError: `out` is not empty, or the disk has no room; nothing is left behind.
-        GuardStopped: the merged model is not base plus adapter; nothing is left behind.
+        ModelError: the base or an adapter is missing, damaged, of an unsupported kind, or they do not fit together.
+        StorageError: `out` is not empty, or the disk is full; nothing is left behind.
+        GuardStopped: the merged model differs from base and adapters; nothing is left behind.
     """
     require_empty(out)
     base = read_base(base_name, allow_pickle=allow_pickle)
     adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
-    # An adapter that follows another may have been trained on what came out before it, which has no record here.
-    known_base = _check_fingerprint(base, adapters[0], force, log)
+    # Only the first adapter's base is checked: a later one may have been trained on the result of an earlier merge,
+    # whose fingerprint is not recorded.
+    base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
     plan = plan_merge(base, adapters, force=force)
     if isinstance(plan, NeedsPeft):
         for adapter in adapters:
             check_mergeable(adapter)
     if verify or isinstance(plan, NeedsPeft):
         check_device_map(device_map)
-    for note in (*plan.notes, *_other_name(base, adapters[0])):
+    for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
         log(note)
     check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
     if verify:
         check_free_memory(base)
-    given = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
+    tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
     verification = None
     with atomic_directory(out) as folder:
-        num_rows = _write_model(base, adapters, plan, folder, given, device_map, progress)
+        num_rows = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, progress)
         if verify:
-            log("verifying: the merged model against base and adapter")
+            log("verifying the merged model against base and adapter")
             verification = verify_merge(
-                base, adapters, folder, device_map=device_map, base_fingerprint=known_base, num_rows=num_rows
+                base, adapters, folder, device_map=device_map, base_fingerprint=base_fingerprint, num_rows=num_rows
             )
             _warn_of_rounding_loss(verification, log)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -97,7 +109,7 @@ def _write_model(
     device_map: DeviceMap,
     progress: Progress | None,
 ) -> int | None:
-    """Writes weights and all that goes along into `folder`; returns the rows of the input embeddings, where known."""
+    """Write weights and auxiliary files into `folder`; return the rows of the input embeddings if they are known."""
     changes: Mapping[str, Any] | None = None
     folders = [adapter.folder for adapter in adapters]
     tokenizer = select_tokenizer_folder(tokenizer, folders, base.folder)
@@ -111,9 +123,9 @@ def _write_model(
 
 
 def _warn_of_rounding_loss(verification: MergeVerification, log: Callable[[str], None]) -> None:
-    if verification.lost_share > _MOST_LOST:
+    if verification.rounding_loss > _MAX_ROUNDING_LOSS:
         log(
-            f"warning: rounding to {verification.dtype} loses {verification.lost_share:.0%} of the adapter's effect;"
+            f"warning: rounding to {verification.dtype} loses {verification.rounding_loss:.0%} of the adapter's effect;"
             " serve the adapter unmerged, or merge into a base of float32"
         )
 
@@ -123,35 +135,38 @@ def _embedding_rows(base: BaseModel, plan: MergePlan) -> int | None:
     return int(rows) if rows is not None else None
 
 
-def _other_name(base: BaseModel, adapter: Adapter) -> list[str]:
-    """A note where the adapter names another base and nothing was recorded that would log the two apart."""
+def _note_on_other_base(base: BaseModel, adapter: Adapter) -> list[str]:
+    """Return a note if the adapter names another base and has no fingerprint that could settle whether it differs."""
     named = str(adapter.config.get("base_model_name_or_path") or "")
     folder = base.folder.resolve()
-    same = Path(named).name in (base.folder.name, folder.name) or f"models--{named.replace('/', '--')}" in folder.parts
-    if not named or same or fingerprint.read_fingerprint(adapter.folder) is not None:
+    # The hub's cache names a repository's folder by this scheme.
+    is_same = (
+        Path(named).name in (base.folder.name, folder.name) or f"models--{named.replace('/', '--')}" in folder.parts
+    )
+    if not named or is_same or fingerprint.read_fingerprint(adapter.folder) is not None:
         return []
     return [
-        f"note: the adapter names {named} as its base; whether {base.folder} has the same weights was not recorded at"
-        " training, only names and shapes are compared"
+        f"note: the adapter names {named} as its base and has no fingerprint of it: whether {base.folder} has the same"
+        " weights is unknown; only names and shapes are checked"
     ]
 
 
 def _check_fingerprint(base: BaseModel, adapter: Adapter, force: bool, log: Callable[[str], None]) -> str:
-    """What is known of the base that the adapter was trained on, for the verification.
+    """Compare the base with the fingerprint that the adapter recorded in training, and return the result in words.
 
     Raises:
-        ModelError: it is another one, and `force` is off.
+        ModelError: the fingerprints differ, and `force` is off.
     """
     recorded = fingerprint.read_fingerprint(adapter.folder)
     if recorded is None:
         return "not recorded at training"
     if not fingerprint.can_fingerprint(base.folder):
         return "not compared: the base has no safetensors weights"
-    differs = fingerprint.describe_difference(recorded, fingerprint.compute_fingerprint(base.folder))
-    if differs is None:
+    difference = fingerprint.describe_difference(recorded, fingerprint.compute_fingerprint(base.folder))
+    if difference is None:
         return f"the base recorded at training ({recorded})"
-    text = f"the adapter {adapter.folder} was trained on another base than {base.folder}: {differs}."
+    message = f"the adapter {adapter.folder} was trained on another base than {base.folder}: {difference}."
     if not force:
-        raise ModelError(text, hint="Name the base that it was trained on; --force merges it anyway.")
-    log(text)
-    return f"another base than the one recorded at training: {differs}"
+        raise ModelError(message, hint="Name the base that it was trained on, or merge anyway with --force.")
+    log(message)
+    return f"another base than the one recorded at training: {difference}"

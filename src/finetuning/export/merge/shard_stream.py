@@ -1,8 +1,9 @@
-"""The merge itself: shard to shard, tensor by tensor, never more in memory than the largest tensors need.
+"""Merge shard by shard and tensor by tensor, with memory for the two largest tensors only.
 
-One thread computes the next tensor while this one writes the last, and another flushes the shard before to disk. Each
-computes with one thread of torch: on blocks that fit the cache, torch's own threads wait for each other longer than
-they work, above all on a busy machine. Tensors take turns in the same memory, as fresh pages cost the system dear.
+One thread computes the next tensor while the main thread writes the current one, and a third flushes the previous shard
+to disk. torch runs with one thread each: on blocks that fit the CPU cache, synchronizing its own threads takes longer
+than the work, above all on a busy machine. Tensors alternate between two buffers, because allocating new pages for each
+one costs more than the computation.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from finetuning.export.safetensors_writer import OutputTensor, copied_tensor, re
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, TensorEntry
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes in all."""
+"""Called with the bytes written so far and the total."""
 
 Tensors = list[tuple[str, TensorEntry]]
-"""Names to be written, in order, each with the tensor of the base that it is made of."""
+"""Names of tensors to write, in order, each with the base's tensor to start from."""
 
-Job = tuple[str, TensorEntry, tuple[WeightDelta, ...]]
-"""A tensor to be edited: its name, what it is made of, and how."""
+MergeTask = tuple[str, TensorEntry, tuple[WeightDelta, ...]]
+"""A tensor that changes: its name, the base's tensor, and the deltas to apply."""
 
 
 def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progress | None = None) -> int:
-    """Writes the merged weights with the base's shards and names; returns their bytes."""
+    """Write the merged weights into `folder`, with the base's shards and names; return their size in bytes."""
     by_file: dict[Path, Tensors] = {}
     for name, entry in sorted(base.entries.items(), key=lambda item: (item[1].file, item[1].start)):
         tensors = by_file.setdefault(entry.file, [])
         tensors.append((name, entry))
         tensors += [(new, entry) for new, source in plan.added.items() if source == name]
-    jobs = [
-        (name, entry, plan.edits[name])
+    tasks = [
+        (name, entry, plan.deltas[name])
         for tensors in by_file.values()
         for name, entry in tensors
-        if plan.edits.get(name)
+        if plan.deltas.get(name)
     ]
     total = sum(_num_bytes(name, entry, plan) for tensors in by_file.values() for name, entry in tensors)
     done = 0
@@ -56,52 +57,53 @@ def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progr
         ThreadPoolExecutor(1) as flusher,
         ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker,
     ):
-        ahead = _Ahead(jobs, worker)
+        prefetcher = _Prefetcher(tasks, worker)
         flushed: list[Future[None]] = []
         for file, tensors in by_file.items():
-            outputs = [_output(name, entry, plan, ahead) for name, entry in tensors]
-            counted = [_counted(output, done, total, progress) for output in outputs]
-            write_tensor_file(folder / file.name, counted, read_metadata(file))
+            outputs = [_output(name, entry, plan, prefetcher) for name, entry in tensors]
+            outputs_with_progress = [_with_progress(output, done, total, progress) for output in outputs]
+            write_tensor_file(folder / file.name, outputs_with_progress, read_metadata(file))
             flushed.append(flusher.submit(fsync, folder / file.name))
             done += sum(output.num_bytes for output in outputs)
-        for one in flushed:
-            one.result()
+        for future in flushed:
+            # Raises what went wrong in the thread.
+            future.result()
     _write_index(base, by_file, total, folder)
     return total
 
 
-class _Ahead:
-    """The edited tensors in the order of writing; while one is written, the next is being computed."""
+class _Prefetcher:
+    """Compute changed tensors in the order they are written, one ahead of the writer."""
 
-    def __init__(self, jobs: Sequence[Job], worker: ThreadPoolExecutor):
-        self._jobs = iter(jobs)
+    def __init__(self, tasks: Sequence[MergeTask], worker: ThreadPoolExecutor):
+        self._tasks = iter(tasks)
         self._worker = worker
-        largest = max((entry.num_bytes for _, entry, _ in jobs), default=0)
+        largest = max((entry.num_bytes for _, entry, _ in tasks), default=0)
         self._memory = cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
         self._next = self._start()
 
     def take(self) -> memoryview:
-        """The bytes of the next edited tensor, valid until the one after it is taken."""
+        """Return the bytes of the next changed tensor; they are valid until the next call."""
         assert self._next is not None, "more tensors were written than were planned"
-        ready = self._next.result()
+        data = self._next.result()
         self._next = self._start()
-        return ready
+        return data
 
     def _start(self) -> Future[memoryview] | None:
-        job = next(self._jobs, None)
-        return None if job is None else self._worker.submit(_compute, *job, next(self._memory))
+        task = next(self._tasks, None)
+        return None if task is None else self._worker.submit(_compute, *task, next(self._memory))
 
 
-def _compute(name: str, entry: TensorEntry, edits: tuple[WeightDelta, ...], memory: torch.Tensor) -> memoryview:
-    return raw_bytes(apply_deltas(name, load_tensor(entry, memory), edits))
+def _compute(name: str, entry: TensorEntry, deltas: tuple[WeightDelta, ...], memory: torch.Tensor) -> memoryview:
+    return raw_bytes(apply_deltas(name, load_tensor(entry, memory), deltas))
 
 
-def _output(name: str, entry: TensorEntry, plan: MergePlan, ahead: _Ahead) -> OutputTensor:
-    if not plan.edits.get(name):
+def _output(name: str, entry: TensorEntry, plan: MergePlan, prefetcher: _Prefetcher) -> OutputTensor:
+    if not plan.deltas.get(name):
         return copied_tensor(name, entry)
 
     def write(stream: BinaryIO) -> None:
-        stream.write(ahead.take())
+        stream.write(prefetcher.take())
 
     shape = plan.shapes.get(name, entry.shape)
     return OutputTensor(name, entry.dtype, shape, _num_bytes(name, entry, plan), write)
@@ -112,8 +114,8 @@ def _num_bytes(name: str, entry: TensorEntry, plan: MergePlan) -> int:
     return entry.num_bytes if shape == entry.shape else math.prod(shape) * DTYPES[entry.dtype].itemsize
 
 
-def _counted(tensor: OutputTensor, done: int, total: int, progress: Progress | None) -> OutputTensor:
-    """The same tensor, which tells the progress after it is written."""
+def _with_progress(tensor: OutputTensor, done: int, total: int, progress: Progress | None) -> OutputTensor:
+    """Return the tensor with a write function that reports progress afterwards."""
     if progress is None:
         return tensor
 

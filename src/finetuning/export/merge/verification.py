@@ -1,15 +1,25 @@
-"""The proof of a merge: the merged model against base and adapter, on the same prompts, in the dtype that was saved.
+"""Verify a merge: compare the logits of the merged model with those of base and adapter, in the saved dtype.
 
-The tolerance. Rounding a merged weight to a dtype of unit roundoff u moves it by up to u of itself, at random, and the
-unmerged model rounds its activations as much; both grow like the square root of the number of layers. So the logits may
-differ by `tolerance = SAFETY * u * sqrt(layers)` of their own spread (root mean square around each position's mean):
-root mean square of the difference at most that, its largest value at most PEAK times that (or that share of twice the
-largest logit, whose error grows with it), and the mean KL divergence at most the square of it in logits, which is twice
-what such a random difference costs. SAFETY is larger for float32 and float64, whose sums round in the type itself, so
-that the width of the model counts as well as its depth; the halves sum in float32. Top-1 agreement is told, not judged:
-near ties flip. What the adapter itself changes is measured too, so that a merge which loses it is seen.
+Both models see the same prompts. The tolerance follows from the dtype. Let u be its unit roundoff. Rounding a merged
+weight changes it by up to u of its value, in a random direction, and the unmerged model rounds its activations by as
+much. Random errors add up in quadrature over the layers, so the logits may differ by
 
-Sample prompts, and what a model says to each of their tokens: what two models are compared by."""
+    tolerance = SAFETY * u * sqrt(layers)
+
+relative to the spread of the logits, their root mean square around the mean of each position. Three statistics are
+checked against it:
+
+- the root mean square of the difference: at most the tolerance;
+- the largest difference: at most PEAK times the tolerance, or the tolerance relative to twice the largest logit if that
+  is more, since rounding errors grow with the logit;
+- the mean KL divergence: at most (tolerance * spread)^2. To second order the KL divergence of a logit difference d is
+  half the variance of d, so this leaves a factor of two.
+
+SAFETY is larger for float32 and float64. Their sums are rounded in the dtype itself, so the width of the model counts
+as well as its depth, while bfloat16 and float16 matrix products accumulate in float32. Top-1 agreement is reported but
+not checked, because near-ties flip. The effect of the adapter itself is measured as well: if rounding loses a large
+share of it, the merge passes the test above but is useless.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +29,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.errors import GuardStopped, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
@@ -27,8 +37,10 @@ from finetuning.export.merge.with_peft import DeviceMap, load_adapter, load_base
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-# B prompts, T tokens, V vocabulary, L labels of a model that scores
+# Suffixes of tensor names: B prompts, T tokens, V vocabulary, L labels of a sequence classification model.
 
 _TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -41,68 +53,7 @@ _TEXTS = (
 _MAX_TOKENS = 64
 
 
-def sample_prompts(folder: Path, rows: int) -> list[list[int]]:
-    """Texts as the tokenizer in `folder` encodes them, in ids below `rows`, and ids at random, which reach rows that
-    no text of ours does."""
-    draw = random.Random(0)
-    prompts: list[list[int]] = []
-    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        prompts = [tokenizer(text)["input_ids"][:_MAX_TOKENS] for text in _TEXTS]
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": _TEXTS[1]}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS])
-        prompts = [[token for token in ids if token < rows] for ids in prompts]
-    prompts += [[draw.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(2)]
-    return [ids for ids in prompts if len(ids) > 1]
-
-
-def compute_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits_TV in float32 of each prompt, in order."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device
-    found: dict[int, torch.Tensor] = {}
-    with torch.inference_mode():
-        for batch in _of_like_length(prompts):
-            width = max(len(prompts[index]) for index in batch)
-            # Padding stands on the right, where no token before it looks.
-            ids = torch.tensor([[*prompts[index], *[0] * (width - len(prompts[index]))] for index in batch])
-            mask = torch.tensor([[int(at < len(prompts[index])) for at in range(width)] for index in batch])
-            logits_BTV = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            for row, index in enumerate(batch):
-                found[index] = logits_BTV[row, : len(prompts[index])].float().cpu()
-    return [found[index] for index in range(len(prompts))]
-
-
-def compute_scores(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """One tensor scores_LB in float32: the prompts take the place of the vocabulary, as a score ranks them."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device
-    with torch.inference_mode():
-        rows = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts]
-    return [torch.stack(rows, dim=1)]
-
-
-def _of_like_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indexes of prompts that go through the model together: none is more than twice as long as another."""
-    batch: list[int] = []
-    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
-        if batch and len(prompts[index]) > 2 * len(prompts[batch[0]]):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-# T tokens, V vocabulary
-
-VERIFICATION_FILE = "merge_certificate.json"
+VERIFICATION_FILE = "merge_verification.json"
 SAFETY = {"float64": 64.0, "float32": 64.0, "float16": 8.0, "bfloat16": 8.0}
 PEAK = 8.0
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -110,26 +61,28 @@ _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11,
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """How far one set of logits is from a reference. Logits in nats; `relative` is of the reference's spread."""
+    """The difference between logits and reference logits. `rms_relative` is relative to the reference's spread."""
 
     max_logit_difference: float
     rms_relative: float
     mean_kl: float
+    """In nats."""
     top1_agreement: float
+    """Share of positions with the same most likely token."""
 
 
 @dataclass(frozen=True)
 class MergeVerification:
-    """What was compared, what came out, and what was allowed."""
+    """The comparison of a merged model with its base and adapter: results and tolerances."""
 
     passed: bool
     dtype: str
     num_prompts: int
     num_positions: int
-    """Tokens whose logits were compared; of a model that scores, the prompts' scores."""
+    """Number of tokens whose logits were compared; for sequence classification, the number of prompts."""
     merged_against_adapter: LogitDifference
     base_against_adapter: LogitDifference
-    """What the adapter changes: the measure of the difference above."""
+    """The effect of the adapter: the scale for `merged_against_adapter`."""
     logit_spread: float
     tolerance: float
     max_allowed: dict[str, float]
@@ -137,15 +90,15 @@ class MergeVerification:
     base_fingerprint: str
 
     @property
-    def lost_share(self) -> float:
-        """The difference as a share of what the adapter changes: near 1 where rounding swallowed the adapter."""
+    def rounding_loss(self) -> float:
+        """The error of the merge as a share of the adapter's effect: near 1 if rounding cancels the adapter."""
         return self.merged_against_adapter.rms_relative / max(self.base_against_adapter.rms_relative, 1e-12)
 
     def __str__(self) -> str:
-        found = self.merged_against_adapter
+        difference = self.merged_against_adapter
         return (
-            f"max logit difference {found.max_logit_difference:.2g}, KL {found.mean_kl:.2g},"
-            f" top-1 agreement {found.top1_agreement:.1%} over {self.num_positions} positions in {self.dtype}"
+            f"max logit difference {difference.max_logit_difference:.2g}, KL {difference.mean_kl:.2g},"
+            f" top-1 agreement {difference.top1_agreement:.1%} over {self.num_positions} positions in {self.dtype}"
         )
 
 
@@ -158,12 +111,13 @@ def verify_merge(
     base_fingerprint: str = "not recorded at training",
     num_rows: int | None = None,
 ) -> MergeVerification:
-    """The certificate of the model in `merged`, also written there as merge_certificate.json.
+    """Compare the model in `merged` with base and adapters, and write the result there as merge_verification.json.
 
-    `num_rows`: rows of the merged input embeddings, which an adapter may have grown.
+    Args:
+        num_rows: rows of the merged input embeddings, if they are known; an adapter may have resized them.
 
     Raises:
-        GuardStopped: the merged model differs from base and adapter beyond the tolerance of its dtype.
+        GuardStopped: the merged model differs from base and adapters by more than the tolerance of its dtype.
     """
     import torch
 
@@ -173,42 +127,109 @@ def verify_merge(
     model = load_base(base, adapters, device_map=device_map)
     dtype = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     layers = max(int(base.text_config.get("num_hidden_layers") or base.text_config.get("n_layer") or 1), 1)
-    tuned = load_adapter(merge_in_memory(model, adapters[:-1]), adapters[-1])
-    reference = outputs(tuned, prompts)
-    with tuned.disable_adapter():
-        untuned = outputs(tuned, prompts)
-    del tuned, model
-    again = head.auto_class.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
-    found = outputs(again, prompts)
+    # The adapters before the last one are merged in memory, by PEFT. The last one stays unmerged as the reference.
+    adapted = load_adapter(merge_in_memory(model, adapters[:-1]), adapters[-1])
+    reference = outputs(adapted, prompts)
+    with adapted.disable_adapter():
+        without_adapter = outputs(adapted, prompts)
+    # Frees the memory of the first model before the second is loaded.
+    del adapted, model
+    merged_model = head.auto_class.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
+    actual = outputs(merged_model, prompts)
     spread = (
         torch.cat([(ref - ref.mean(-1, keepdim=True)).flatten() for ref in reference]).square().mean().sqrt().item()
     )
-    certificate = _judge(
-        compare(found, reference, spread),
-        compare(untuned, reference, spread),
+    verification = _check_tolerances(
+        compare(actual, reference, spread),
+        compare(without_adapter, reference, spread),
         dtype,
         layers,
         spread,
         reference,
         base_fingerprint,
     )
-    (merged / VERIFICATION_FILE).write_text(json.dumps(asdict(certificate), indent=2) + "\n", encoding="utf-8")
-    if not certificate.passed:
+    (merged / VERIFICATION_FILE).write_text(json.dumps(asdict(verification), indent=2) + "\n", encoding="utf-8")
+    if not verification.passed:
         raise GuardStopped(
-            f"the merged model is not the model that was trained: {'; '.join(certificate.problems)} ({certificate}).",
-            hint="Nothing was published. Check that this base is the one the adapter was trained on, merge into a base"
-            " of float32, or say --no-verify.",
+            f"the merged model differs from the trained model: {'; '.join(verification.problems)} ({verification}).",
+            hint="Nothing was published. Check that the adapter was trained on this base, merge into a float32 base, or"
+            " skip the check with --no-verify.",
         )
-    return certificate
+    return verification
 
 
-def compare(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], spread: float) -> LogitDifference:
-    """The difference of logits_TV from reference logits_TV, over all positions of all prompts."""
+def sample_prompts(folder: Path, rows: int) -> list[list[int]]:
+    """Return prompts as token ids below `rows`: texts encoded by the tokenizer in `folder`, and random ids.
+
+    Random ids reach embedding rows that the texts do not.
+    """
+    generator = random.Random(0)
+    prompts: list[list[int]] = []
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        prompts = [tokenizer(text)["input_ids"][:_MAX_TOKENS] for text in _TEXTS]
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": _TEXTS[1]}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS])
+        prompts = [[token for token in ids if token < rows] for ids in prompts]
+    prompts += [[generator.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(2)]
+    return [ids for ids in prompts if len(ids) > 1]
+
+
+def compute_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return logits_TV of each prompt, in float32 on the CPU."""
     import torch
 
-    squares = [(mine - ref).square() for mine, ref in zip(found, reference, strict=True)]
-    kl = [_kl(mine, ref) for mine, ref in zip(found, reference, strict=True)]
-    same = [mine.argmax(-1) == ref.argmax(-1) for mine, ref in zip(found, reference, strict=True)]
+    device = model.get_input_embeddings().weight.device
+    logits: dict[int, torch.Tensor] = {}
+    with torch.inference_mode():
+        for batch in _batches_by_length(prompts):
+            width = max(len(prompts[index]) for index in batch)
+            # Right padding is safe: with causal attention no token sees what follows it.
+            ids = torch.tensor([[*prompts[index], *[0] * (width - len(prompts[index]))] for index in batch])
+            mask = torch.tensor([[int(position < len(prompts[index])) for position in range(width)] for index in batch])
+            logits_BTV = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            for row, index in enumerate(batch):
+                logits[index] = logits_BTV[row, : len(prompts[index])].float().cpu()
+    return [logits[index] for index in range(len(prompts))]
+
+
+def compute_scores(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return one tensor scores_LB in float32 on the CPU.
+
+    The prompts take the place of the vocabulary: a reward model ranks texts, so what matters is how scores differ
+    between them.
+    """
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        rows = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts]
+    return [torch.stack(rows, dim=1)]
+
+
+def _batches_by_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield batches of prompt indices, in which no prompt is more than twice as long as another."""
+    batch: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        if batch and len(prompts[index]) > 2 * len(prompts[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def compare(actual: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], spread: float) -> LogitDifference:
+    """Return the difference of logits_TV from reference logits_TV, over all positions of all prompts."""
+    import torch
+
+    squares = [(logits - ref).square() for logits, ref in zip(actual, reference, strict=True)]
+    kl = [_kl(logits, ref) for logits, ref in zip(actual, reference, strict=True)]
+    same = [logits.argmax(-1) == ref.argmax(-1) for logits, ref in zip(actual, reference, strict=True)]
     return LogitDifference(
         max_logit_difference=max(square.max().item() for square in squares) ** 0.5,
         rms_relative=torch.cat([s.flatten() for s in squares]).mean().item() ** 0.5 / max(spread, 1e-12),
@@ -217,37 +238,40 @@ def compare(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], sp
     )
 
 
-def _kl(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL divergence of the found distribution from the reference at each position, in float64: it is tiny."""
-    log_reference, log_found = reference.double().log_softmax(-1), found.double().log_softmax(-1)
-    return (log_reference.exp() * (log_reference - log_found)).sum(-1)
+def _kl(actual_TV: torch.Tensor, reference_TV: torch.Tensor) -> torch.Tensor:
+    """Return KL(reference || actual) at each position, in nats.
+
+    In float64: between nearly equal distributions the terms cancel to about 1e-7 in float32, more than the result.
+    """
+    log_reference, log_actual = reference_TV.double().log_softmax(-1), actual_TV.double().log_softmax(-1)
+    return (log_reference.exp() * (log_reference - log_actual)).sum(-1)
 
 
 def logit_tolerance(dtype: str, layers: int) -> float:
-    """The relative logit difference that rounding to a dtype may cause in a model of so many layers."""
+    """Return the relative logit difference that rounding to `dtype` may cause; see the module docstring."""
     dtype = dtype if dtype in SAFETY else "bfloat16"
     return SAFETY[dtype] * _UNIT_ROUNDOFF[dtype] * math.sqrt(layers)
 
 
 def check_free_memory(base: BaseModel) -> None:
-    """Nothing, or a ModelError when the comparison would not fit into this machine's memory."""
+    """Raise ModelError if verification needs more main memory than is available. Linux only."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return
-    # The model, its largest layers once more while it is loaded, and the libraries.
+    # The model, a second copy of its largest layers while it is loaded, and the libraries.
     needed = int(base.num_bytes * 1.2) + (1 << 30)
     if needed > available:
         raise ModelError(
-            f"to verify the merge the model must run once, which needs about {needed / 1e9:.0f} GB of memory;"
-            f" {available / 1e9:.0f} GB are free.",
-            hint="The merge itself needs far less: say --no-verify to do without.",
+            f"verifying the merge runs the model, which needs about {needed / 1e9:.0f} GB of memory;"
+            f" {available / 1e9:.0f} GB are available.",
+            hint="The merge itself needs far less memory: skip the check with --no-verify.",
         )
 
 
-def _judge(
-    found: LogitDifference,
+def _check_tolerances(
+    difference: LogitDifference,
     effect: LogitDifference,
     dtype: str,
     layers: int,
@@ -262,9 +286,9 @@ def _judge(
         "rms_relative": tolerance,
         "mean_kl": (tolerance * spread) ** 2,
     }
-    values = asdict(found)
+    values = asdict(difference)
     problems = [
-        f"{name} is {values[name]:.3g} and may be {limit:.3g} in {dtype}"
+        f"{name} is {values[name]:.3g}, above the tolerance {limit:.3g} for {dtype}"
         for name, limit in allowed.items()
         if not values[name] <= limit
     ]
@@ -273,7 +297,7 @@ def _judge(
         dtype=dtype,
         num_prompts=len(reference),
         num_positions=sum(len(logits) for logits in reference),
-        merged_against_adapter=found,
+        merged_against_adapter=difference,
         base_against_adapter=effect,
         logit_spread=spread,
         tolerance=tolerance,

@@ -1,11 +1,14 @@
-"""The merge of what only PEFT knows how to merge: other types, quantised bases, fused experts, renamed weights."""
+"""Merge in memory with PEFT what cannot be streamed: other adapter types, quantized bases, fused experts.
+
+Also loads base and adapter for verification.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.errors import ConfigError, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
@@ -13,23 +16,25 @@ from finetuning.export.merge.deltas import unwrapped_name
 from finetuning.export.merge.merge_plan import is_embedding_weight
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from finetuning.model.load import TaskHead
 
-DeviceMap = str | dict[str, Any] | None
-_MADE_ANEW = {
-    "LILY": "a router chooses its weights anew for each token",
-    "POLY": "its weights are mixed anew for the task of each row",
-    "SHADOW": "what it adds to a layer is computed anew from each input",
-    "XLORA": "it mixes several adapters anew for each token",
+DeviceMap = str | dict[str, int | str] | None
+# Adapters whose change of the weights depends on the input, so that no fixed weights are equivalent.
+_INPUT_DEPENDENT = {
+    "LILY": "a router chooses its weights for each token",
+    "POLY": "its weights are mixed for the task of each row",
+    "SHADOW": "what it adds to a layer is computed from each input",
+    "XLORA": "it mixes several adapters for each token",
 }
 _PLACED_BY_SIZE = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight")
 
 
 def check_device_map(device_map: DeviceMap) -> None:
-    """Nothing, or a ConfigError when a device is none of this machine's."""
+    """Raise ConfigError if a device in the map does not exist on this machine."""
     import torch
 
     for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
@@ -39,31 +44,31 @@ def check_device_map(device_map: DeviceMap) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
-                f"--device_map: nothing can be put on {device!r}: {_first_line(error)}",
-                hint="Say cpu, auto, or the name of a device that is here, such as cuda:0.",
+                f"--device_map: cannot use {device!r}: {_first_line(error)}",
+                hint="Use cpu, auto, or a device of this machine, such as cuda:0.",
             ) from error
 
 
 def check_mergeable(adapter: Adapter) -> None:
-    """Nothing, or a ModelError when adapters of this type cannot become part of a model's weights."""
-    if adapter.peft_type in _MADE_ANEW:
-        raise _unmergeable(adapter, _MADE_ANEW[adapter.peft_type])
+    """Raise ModelError if this type of adapter cannot be merged into weights."""
+    if adapter.peft_type in _INPUT_DEPENDENT:
+        raise _unmergeable(adapter, _INPUT_DEPENDENT[adapter.peft_type])
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(adapter.peft_type)
     if kind is None:
-        raise ModelError(f"{adapter.folder} is of type {adapter.peft_type}, which the installed PEFT does not know")
+        raise ModelError(f"{adapter.folder} is of type {adapter.peft_type}, which the installed PEFT does not support")
     config = PeftConfig.from_pretrained(str(adapter.folder))
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
     if config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
-        raise _unmergeable(adapter, "it adds to the input or the layers, not to the weights")
+        raise _unmergeable(adapter, "it changes the input or the layers, not the weights")
     if getattr(config, "alora_invocation_tokens", None):
         raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
 
 
 def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:
-    """The head of the merged model: an adapter for a reward model brings its own."""
+    """Return the task head of the merged model; a reward model's adapter has its own."""
     from finetuning.model.load import SEQUENCE_CLASSIFICATION, task_head_for
 
     if any(adapter.task_type == "SEQ_CLS" for adapter in adapters):
@@ -72,7 +77,7 @@ def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHea
 
 
 def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
-    """The base model in the dtype of its files, with the head that the adapters need; a quantised one dequantised."""
+    """Load the base in the dtype of its files, dequantized, with the task head that the adapters need."""
     head = task_head_for_merge(base, adapters)
     heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
     fields = {"num_labels": heads[-1].shape[0]} if "num_labels" in head.config_fields and heads else {}
@@ -81,22 +86,22 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
     )
     if base.config.get("quantization_config"):
         try:
-            model = _as_if_never_quantised(model.dequantize())
+            model = _without_quantizer(model.dequantize())
         except (NotImplementedError, ValueError) as error:
-            method = base.config["quantization_config"].get("quant_method", "its quantisation")
-            why = "" if isinstance(error, NotImplementedError) else f": {_first_line(error)}"
+            method = base.config["quantization_config"].get("quant_method", "its method")
+            reason = "" if isinstance(error, NotImplementedError) else f": {_first_line(error)}"
             raise ModelError(
-                f"{base.folder} is quantised by {method}, which cannot be dequantised{why}",
-                hint="Merge into the unquantised base model.",
+                f"{base.folder} is quantized with {method}, which cannot be dequantized{reason}",
+                hint="Merge into the unquantized base model.",
             ) from error
-    rows = _grown_rows(adapters)
+    rows = _max_embedding_rows(adapters)
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return model.eval()
 
 
-def _grown_rows(adapters: Sequence[Adapter]) -> int:
-    """The most rows of whole embeddings that the adapters hold; 0 where they hold none."""
+def _max_embedding_rows(adapters: Sequence[Adapter]) -> int:
+    """Return the largest number of rows of whole embeddings in the adapters; 0 if they contain none."""
     return max(
         (
             entry.shape[0]
@@ -108,8 +113,8 @@ def _grown_rows(adapters: Sequence[Adapter]) -> int:
     )
 
 
-def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
-    """A new model with the same weights: one that was loaded quantised cannot be saved as anything else."""
+def _without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a new model with the same weights: transformers saves a model that was loaded quantized only as such."""
     config = copy.deepcopy(model.config)
     plain = type(model)._from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
@@ -118,43 +123,43 @@ def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def load_adapter(model: Any, adapter: Adapter) -> Any:
-    """The model with the adapter on top, not merged.
+def load_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Return the model with the adapter on it, unmerged, in evaluation mode.
 
     Raises:
-        ModelError: the adapter does not fit this model: a name or a shape.
+        ModelError: the adapter does not fit this model.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter.folder))
+        adapted = PeftModel.from_pretrained(model, str(adapter.folder))
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
             f"the adapter {adapter.folder} does not fit the base: {_first_line(error)}.",
             hint="Is this the base model that it was trained on?",
         ) from error
     if adapter.entries:
-        expected = {name for name in get_peft_model_state_dict(tuned, save_embedding_layers=False)}
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         missing = sorted(expected - set(adapter.entries))
         if missing and len(missing) == len(expected):
-            raise ModelError(f"the adapter {adapter.folder} has nothing for this base: none of its tensors has a place")
+            raise ModelError(f"the adapter {adapter.folder} does not fit this base: it has none of its tensors")
         if missing:
             raise ModelError(
-                f"the adapter {adapter.folder} leaves out {missing[0]} and {len(missing) - 1} more of the base"
+                f"the adapter {adapter.folder} has no tensors for {missing[0]} and {len(missing) - 1} more of the base"
             )
-    return tuned.eval()
+    return adapted.eval()
 
 
-def merge_in_memory(model: Any, adapters: Sequence[Adapter]) -> Any:
-    """The model with all adapters merged, one after the other.
+def merge_in_memory(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PreTrainedModel:
+    """Return the model with all adapters merged, one after the other.
 
     Raises:
         ModelError: an adapter does not fit or cannot be merged.
     """
     for adapter in adapters:
-        tuned = load_adapter(model, adapter)
+        adapted = load_adapter(model, adapter)
         try:
-            model = tuned.merge_and_unload(safe_merge=True)
+            model = adapted.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
             raise _unmergeable(adapter, _first_line(error), "into this base") from error
     return model
@@ -167,23 +172,23 @@ def merge_with_peft(
     tokenizer: Path | None = None,
     device_map: DeviceMap = None,
 ) -> int:
-    """Writes the merged weights and config; returns the rows of the input embeddings."""
+    """Merge in memory, save weights and config to `folder`, and return the rows of the input embeddings."""
     for adapter in adapters:
         check_mergeable(adapter)
     model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
     if not model.can_generate() and tokenizer is not None and model.config.pad_token_id is None:
         from transformers import AutoTokenizer
 
-        # A score is read at the last token that is no padding.
+        # transformers takes the score at the last token that is not padding, so the config must name the padding id.
         model.config.pad_token_id = AutoTokenizer.from_pretrained(tokenizer).pad_token_id
     model.save_pretrained(folder)
     return model.get_input_embeddings().weight.shape[0]
 
 
-def _unmergeable(adapter: Adapter, why: str, where: str = "") -> ModelError:
+def _unmergeable(adapter: Adapter, reason: str, target: str = "") -> ModelError:
     return ModelError(
-        f"an adapter of type {adapter.peft_type} cannot be merged{where and ' ' + where}: {why.rstrip('.')}.",
-        hint="Serve it as it is, with PEFT: base model and adapter side by side.",
+        f"an adapter of type {adapter.peft_type} cannot be merged{target and ' ' + target}: {reason.rstrip('.')}.",
+        hint="Serve base model and adapter unmerged, with PEFT.",
     )
 
 

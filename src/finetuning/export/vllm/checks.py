@@ -1,8 +1,8 @@
-"""What vLLM of today loads as an adapter, checked on names, shapes and bytes; no torch, no model.
+"""Check whether vLLM can serve an adapter, by names, shapes and bytes, without torch.
 
-Source: vllm 0.27, vllm/lora/peft_helper.py (config), lora_model.py and utils.py (names), vllm/config/lora.py (rank
-steps). vLLM reads r, lora_alpha, use_rslora, use_dora, bias and modules_to_save and nothing else of the config, so what
-other fields change (patterns, variants, trained tokens) would be lost there without a word.
+Source: vllm 0.27, vllm/lora/peft_helper.py (config), lora_model.py and utils.py (names), vllm/config/lora.py (ranks).
+vLLM reads r, lora_alpha, use_rslora, use_dora, bias and modules_to_save from the config and nothing else. What other
+fields change (patterns, variants, trained tokens) would be silently lost.
 """
 
 from __future__ import annotations
@@ -18,53 +18,54 @@ from finetuning.export.merge.merge_plan import has_tied_embeddings
 from finetuning.export.safetensors_writer import read_chunks, same_bytes
 from finetuning.model.safetensors_io import TensorEntry
 
-RANK_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that `--max-lora-rank` takes."""
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that `--max-lora-rank` accepts."""
 
+# Prefixes that torch.compile, FSDP and activation checkpointing add to module names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<end>\.weight|)$")
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass
 class VllmCheck:
-    """What stands between an adapter and vLLM."""
+    """The result of the check: what to serve, and what prevents it."""
 
     kept: dict[str, TensorEntry] = field(default_factory=dict)
-    """Tensors to be served, by the name that they must have."""
+    """Tensors to serve, by the names that vLLM expects."""
     dropped: list[str] = field(default_factory=list)
-    """Tensors that say what the base says already, bit by bit."""
+    """Tensors that are bit-identical to the base's."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The config that vLLM must read."""
+    """The adapter config for vLLM."""
     rank: int = 0
     blockers: list[str] = field(default_factory=list)
-    """Why it cannot be served as an adapter without losing something."""
+    """Reasons why it cannot be served as an adapter without loss."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def max_lora_rank(self) -> int:
-        return next(step for step in RANK_STEPS if step >= self.rank)
+        return next(rank for rank in MAX_LORA_RANKS if rank >= self.rank)
 
     def is_unchanged(self, adapter: Adapter) -> bool:
-        """True when the adapter is served as it is."""
+        """Whether the adapter can be served unchanged."""
         return dict(self.kept) == dict(adapter.entries) and self.config == dict(adapter.config)
 
 
 def check_for_vllm(adapter: Adapter, base: BaseModel | None) -> VllmCheck:
-    """What of the adapter vLLM takes, what may be dropped because it equals the base, and what stands in the way."""
+    """Return which tensors vLLM can serve, which equal the base's and can be dropped, and what prevents serving."""
     check = VllmCheck(config=dict(adapter.config))
     if adapter.peft_type != "LORA":
-        check.blockers.append(f"vLLM serves LoRA, and this is {adapter.peft_type}")
+        check.blockers.append(f"vLLM serves only LoRA, and this is {adapter.peft_type}")
         return check
     config = adapter.config
-    check.blockers += [f"vLLM does not know {label}" for name, label in VARIANTS.items() if config.get(name)]
+    check.blockers += [f"vLLM does not support {label}" for name, label in VARIANTS.items() if config.get(name)]
     if config.get("use_dora"):
-        check.blockers.append("vLLM does not serve DoRA")
+        check.blockers.append("vLLM does not support DoRA")
     modules: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in adapter.entries.items():
         _sort_tensor(check, key, entry, config, base, modules)
     if not modules and not check.blockers:
-        check.blockers.append("it holds no LoRA tensors")
+        check.blockers.append("it contains no LoRA tensors")
     _check_ranks(check, modules)
     _check_embeddings(check, modules, base)
     if not check.blockers:
@@ -82,46 +83,46 @@ def _sort_tensor(
     base: BaseModel | None,
     modules: dict[str, dict[str, TensorEntry]],
 ) -> None:
-    """Puts one tensor among the kept, the dropped or the blockers."""
+    """Sort a tensor into the kept or the dropped ones, or add a blocker."""
     name = key
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    # A saved adapter's names hold no adapter name; files of other makers do.
+    # PEFT saves tensors without the adapter's name; files by other tools may contain it.
     name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.default(\.weight|)$", r".\1\2", name)
     if not name.startswith(PREFIX):
         name = PREFIX + name.removeprefix("base_model.").removeprefix("module.")
     if name in check.kept:
-        check.blockers.append(f"{key} and another tensor are both {name}")
+        check.blockers.append(f"{key} and another tensor both map to {name}")
     if match := _LORA.match(name):
         modules.setdefault(match["module"].removeprefix(PREFIX), {})[match["part"]] = entry
         check.kept[name] = entry
     elif ".lora_magnitude_vector" in name:
         if not config.get("use_dora"):
-            check.blockers.append(f"{key} belongs to DoRA, which vLLM does not serve")
+            check.blockers.append(f"{key} belongs to DoRA, which vLLM does not support")
     elif ".lora_B.bias" in name:
-        check.blockers.append(f"vLLM has no bias in LoRA: {key}")
+        check.blockers.append(f"vLLM does not support a bias in LoRA: {key}")
     elif base is None:
-        check.blockers.append(f"{key} is no LoRA tensor, and without the base it cannot be shown to equal the base's")
+        check.blockers.append(f"{key} is not a LoRA tensor, and without the base it cannot be compared with the base's")
     elif _equals_base(name.removeprefix(PREFIX), entry, config, base):
         check.dropped.append(key)
     else:
-        check.blockers.append(f"{key} is no LoRA tensor and differs from the base's")
+        check.blockers.append(f"{key} is not a LoRA tensor and differs from the base's")
 
 
 def _equals_base(name: str, entry: TensorEntry, config: Mapping[str, Any], base: BaseModel) -> bool:
-    if name.endswith(_ROWS):
+    if name.endswith(_TOKEN_ROWS):
         indices = config.get("trainable_token_indices")
         rows = next(iter(indices.values())) if isinstance(indices, Mapping) else indices
-        whole = base_tensor(base, name.removesuffix(_ROWS) + ".weight")
-        if whole is None or not rows or len(rows) != entry.shape[0] or whole.dtype != entry.dtype:
+        tensor = base_tensor(base, name.removesuffix(_TOKEN_ROWS) + ".weight")
+        if tensor is None or not rows or len(rows) != entry.shape[0] or tensor.dtype != entry.dtype:
             return False
-        return b"".join(_row(whole, row) for row in rows) == b"".join(bytes(part) for part in read_chunks(entry))
-    whole = base_tensor(base, name.replace(".base_layer.", "."))
-    return whole is not None and same_bytes(whole, entry)
+        return b"".join(_row(tensor, row) for row in rows) == b"".join(bytes(part) for part in read_chunks(entry))
+    tensor = base_tensor(base, name.replace(".base_layer.", "."))
+    return tensor is not None and same_bytes(tensor, entry)
 
 
 def base_tensor(base: BaseModel, name: str) -> TensorEntry | None:
-    """The base's tensor of that name; the input embeddings for an output head that is tied to them."""
+    """Return the base's tensor of that name; for a tied output head, the input embeddings."""
     entry = base.entries.get(name) or base.entries.get(name.partition(".")[2])
     if entry is None and name.startswith("lm_head.") and has_tied_embeddings(base):
         entry = next((e for n, e in base.entries.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
@@ -129,11 +130,11 @@ def base_tensor(base: BaseModel, name: str) -> TensorEntry | None:
 
 
 def first_rows_equal(longer: TensorEntry, shorter: TensorEntry) -> bool:
-    """True when `longer` begins with all rows of `shorter`."""
+    """Whether the first rows of `longer` are bit-identical to all rows of `shorter`."""
     if longer.dtype != shorter.dtype or longer.shape[1:] != shorter.shape[1:] or longer.shape[0] < shorter.shape[0]:
         return False
     head = TensorEntry(longer.file, longer.dtype, shorter.shape, longer.start, longer.start + shorter.num_bytes)
-    return all(mine == theirs for mine, theirs in zip(read_chunks(head), read_chunks(shorter), strict=True))
+    return all(left == right for left, right in zip(read_chunks(head), read_chunks(shorter), strict=True))
 
 
 def _row(entry: TensorEntry, row: int) -> bytes:
@@ -143,44 +144,47 @@ def _row(entry: TensorEntry, row: int) -> bytes:
 
 
 def _check_ranks(check: VllmCheck, modules: Mapping[str, Mapping[str, TensorEntry]]) -> None:
-    """Ranks that fit, and one factor for all modules: vLLM computes it from r and lora_alpha alone."""
+    """Check ranks, and that all modules have one scaling factor: vLLM computes it from r and lora_alpha alone."""
     config = check.config
     factors: dict[float, str] = {}
     for module, parts in modules.items():
         a = parts.get("lora_A") or parts.get("lora_embedding_A")
         b = parts.get("lora_B") or parts.get("lora_embedding_B")
         if a is None or b is None:
-            check.blockers.append(f"{module} has only half of its LoRA pair")
+            check.blockers.append(f"{module} has only one of lora_A and lora_B")
             continue
         if len(a.shape) != 2 or len(b.shape) != 2:
-            check.blockers.append(f"{module} is no linear layer")
+            check.blockers.append(f"{module} is not a linear layer")
             continue
         rank, factor = scaling_of(config, module)
         if a.shape[0] != rank or b.shape[1] != rank:
-            check.blockers.append(f"{module} has rank {a.shape[0]} and its config says {rank}")
+            check.blockers.append(f"{module} has rank {a.shape[0]}, but rank {rank} in its config")
         check.rank = max(check.rank, rank)
         factors.setdefault(factor, module)
-    if check.rank > RANK_STEPS[-1]:
-        check.blockers.append(f"its rank is {check.rank}, and vLLM's largest is {RANK_STEPS[-1]}")
-        check.rank = RANK_STEPS[-1]
+    if check.rank > MAX_LORA_RANKS[-1]:
+        check.blockers.append(f"its rank is {check.rank}, and vLLM's maximum is {MAX_LORA_RANKS[-1]}")
+        check.rank = MAX_LORA_RANKS[-1]
     if len(factors) > 1:
-        one, other, *_ = factors.items()
+        first, second, *_ = factors.items()
         check.blockers.append(
-            f"vLLM scales all modules alike, and {one[1]} has the factor {one[0]:g} but {other[1]} {other[0]:g}"
+            f"vLLM scales all modules by the same factor, which is {first[0]:g} for {first[1]} but {second[0]:g} for"
+            f" {second[1]}"
         )
     elif factors and (config.get("rank_pattern") or config.get("alpha_pattern")):
-        _without_patterns(check, next(iter(factors)))
+        _replace_patterns(check, next(iter(factors)))
 
 
-def _without_patterns(check: VllmCheck, factor: float) -> None:
-    """Writes rank and alpha as one number each, where that is the same factor to the last bit."""
+def _replace_patterns(check: VllmCheck, factor: float) -> None:
+    """Replace patterns by one rank and one alpha, if these give exactly the same scaling factor."""
     alpha = factor * check.rank
     if alpha / check.rank != factor:
-        check.blockers.append(f"the factor {factor!r} cannot be written as alpha over rank {check.rank}")
+        check.blockers.append(f"the scaling factor {factor!r} is not exactly alpha / {check.rank} for any alpha")
         return
     plain = int(alpha) if float(alpha).is_integer() else alpha
     check.config |= {"r": check.rank, "lora_alpha": plain, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    check.notes.append(f"rank_pattern and alpha_pattern become r {check.rank} and lora_alpha {plain}: the same factor")
+    check.notes.append(
+        f"rank_pattern and alpha_pattern are replaced by r {check.rank} and lora_alpha {plain}: the same factor"
+    )
 
 
 def _check_embeddings(
@@ -190,6 +194,8 @@ def _check_embeddings(
     for module, parts in modules.items():
         a = parts.get("lora_embedding_A")
         if a is not None and rows is not None and a.shape[-1] != rows:
-            check.blockers.append(f"{module} is for {a.shape[-1]} tokens and the base has {rows}: extra vocabulary")
+            check.blockers.append(
+                f"{module} has {a.shape[-1]} tokens and the base {rows}: vLLM does not support extra vocabulary"
+            )
         if a is not None or module.endswith("lm_head"):
-            check.notes.append(f"{module} is adapted: vLLM serves that for architectures that declare it")
+            check.notes.append(f"{module} is adapted: vLLM supports that only for some architectures")

@@ -1,8 +1,8 @@
-"""`create_vllm_compatible_adapter`: an adapter that vLLM loads, with nothing lost, by headers and bytes alone.
+"""Convert an adapter so that vLLM can serve it, without loss (the command `create_vllm_compatible_adapter`).
 
-`new_embeddings.safetensors`: the rows of added tokens beside a pure LoRA, as vLLM before November 2025 read them.
-
-What a training config says about the layers in an adapter beside its LoRA."""
+Works on headers and bytes alone: no torch, no model in memory. Tensors that equal the base's are dropped. The rows of
+new tokens can be moved to `new_embeddings.safetensors`, which vLLM read until November 2025.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from finetuning.errors import ModelError, StorageError
 from finetuning.export.auxiliary_files import max_token_id
 from finetuning.export.inputs import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     Adapter,
     BaseModel,
     read_adapter,
@@ -30,90 +29,30 @@ from finetuning.export.inputs import (
 )
 from finetuning.export.safetensors_writer import check_free_space, copied_tensor, read_metadata, write_tensor_file
 from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
-from finetuning.model.safetensors_io import ADDED_TOKENS_FILE, TensorEntry, read_header, read_model_headers
+from finetuning.model.safetensors_io import (
+    ADAPTER_WEIGHTS,
+    ADDED_TOKENS_FILE,
+    TensorEntry,
+    read_header,
+    read_model_headers,
+)
 
+ORIGINAL = "old_with_extra_layers_adapter_model.safetensors"
+ORIGINAL_CONFIG = "old_with_extra_layers_adapter_config.json"
+SERVING = "serving.json"
+_SMALL_FILES_BYTES = 16 << 20
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
 _KINDS = {
     "lm_head.weight": "output_embeddings",
     "embed_tokens.weight": "input_embeddings",
     "wte.weight": "input_embeddings",
 }
-
-
-@dataclass(frozen=True)
-class NewEmbeddings:
-    """The rows of the new tokens, and the adapter without its embeddings."""
-
-    tensors: Mapping[str, TensorEntry]
-    moved: tuple[str, ...]
-    rest: Adapter
-
-    def write(self, file: Path) -> None:
-        write_tensor_file(file, [copied_tensor(name, entry) for name, entry in self.tensors.items()], {"format": "pt"})
-
-
-def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddings | None:
-    """The new rows apart from the rest; None when the adapter holds no embeddings.
-
-    Raises:
-        ModelError: it is not known how many rows are new, none is, or the old rows were trained as well.
-    """
-    tensors: dict[str, TensorEntry] = {}
-    moved = []
-    for key, entry in adapter.entries.items():
-        kind = next((kind for end, kind in _KINDS.items() if key.endswith(end) and ".lora_" not in key), None)
-        if kind is None:
-            continue
-        old = base_tensor(base, key.removeprefix("base_model.model.").replace(".base_layer.", ".")) if base else None
-        num_new = _num_new_tokens(adapter, entry, old)
-        if old is not None and old.shape[0] == entry.shape[0]:
-            raise ModelError(
-                f"{key}: the base itself has rows for the {num_new} new tokens; {NEW_EMBEDDINGS} would add them again.",
-                hint="Merge the adapter instead: merge_adapter.",
-            )
-        if old is not None and not (old.shape[0] + num_new == entry.shape[0] and first_rows_equal(entry, old)):
-            raise ModelError(
-                f"{key} differs from the base's in rows of old tokens, which {NEW_EMBEDDINGS} cannot hold.",
-                hint="Merge the adapter instead: merge_adapter.",
-            )
-        start = entry.stop - entry.num_bytes // entry.shape[0] * num_new
-        tensors[kind] = TensorEntry(entry.file, entry.dtype, (num_new, *entry.shape[1:]), start, entry.stop)
-        moved.append(key)
-    if not moved:
-        return None
-    rest = {key: entry for key, entry in adapter.entries.items() if key not in moved}
-    kept_modules = [m for m in adapter.config.get("modules_to_save") or [] if f"{m}.weight" not in _KINDS]
-    config = {**adapter.config, "modules_to_save": kept_modules or None}
-    return NewEmbeddings(tensors, tuple(moved), replace(adapter, entries=rest, config=config))
-
-
-def _num_new_tokens(adapter: Adapter, entry: TensorEntry, old: TensorEntry | None) -> int:
-    file = adapter.folder / ADDED_TOKENS_FILE
-    if file.is_file():
-        num_new = int(read_json(file).get("num_new_tokens", 0))
-    elif old is not None:
-        num_new = entry.shape[0] - old.shape[0]
-    else:
-        raise ModelError(
-            f"{adapter.folder} has no {ADDED_TOKENS_FILE} and its base is not known: how many tokens are new?"
-        )
-    if not 0 < num_new <= entry.shape[0]:
-        raise ModelError(
-            f"{adapter.folder} holds embeddings, but {num_new} tokens are new.",
-            hint="Merge the adapter instead: merge_adapter.",
-        )
-    return num_new
-
-
-ORIGINAL = "old_with_extra_layers_adapter_model.safetensors"
-ORIGINAL_CONFIG = "old_with_extra_layers_adapter_config.json"
-SERVING = "serving.json"
-_SMALL_FILES_BYTES = 16 << 20
+_MERGE = "vLLM needs it merged: merge_adapter"
 
 
 @dataclass(frozen=True)
 class VllmAdapter:
-    """What was done, and how the result is served."""
+    """A converted adapter, and how to serve it."""
 
     folder: Path
     changed: bool
@@ -125,13 +64,13 @@ class VllmAdapter:
 def make_vllm_compatible(
     model_path: Path, *, base_name: str | None = None, output: Path | None = None, new_embeddings: bool = False
 ) -> VllmAdapter:
-    """The adapter in `model_path` made loadable for vLLM, there (the original stays beside it) or in `output`.
+    """Convert the adapter in `model_path` in place, keeping the original under another name, or into `output`.
 
     Raises:
-        ModelError: it cannot be served as an adapter without losing something; nothing is changed.
-        StorageError: `output` is not empty, or the original's second name is taken.
+        ModelError: it cannot be served as an adapter without loss; nothing is changed.
+        StorageError: `output` is not empty, or there is a file with the other name already.
     """
-    _refuse_other_things(model_path)
+    _require_adapter(model_path)
     if output is not None:
         require_empty(output)
     adapter = read_adapter(str(model_path))
@@ -156,7 +95,7 @@ def make_vllm_compatible(
     if output is not None:
         check_free_space(output, sum(entry.num_bytes for entry in check.kept.values()) + _SMALL_FILES_BYTES)
         with atomic_directory(output) as folder:
-            _copy_others(model_path, folder)
+            _copy_auxiliary_files(model_path, folder)
             write_weights(folder / ADAPTER_WEIGHTS)
             _write_json(folder / ADAPTER_CONFIG, check.config)
             _write_json(folder / SERVING, serving)
@@ -172,19 +111,19 @@ def make_vllm_compatible(
     return VllmAdapter(target, changed, dropped, tuple(check.notes), serving["command"])
 
 
-def _refuse_other_things(model_path: Path) -> None:
-    """Nothing, or a ModelError when there is no adapter but something else, or nothing at all."""
+def _require_adapter(model_path: Path) -> None:
+    """Raise ModelError if the folder does not exist or contains a whole model."""
     if not model_path.is_dir():
         raise ModelError(f"there is no folder {model_path}")
     if not (model_path / ADAPTER_CONFIG).is_file() and (model_path / "config.json").is_file():
         raise ModelError(
-            f"{model_path} holds a whole model, not an adapter; vLLM serves it as it is:"
+            f"{model_path} contains a whole model, not an adapter; vLLM serves it unchanged:"
             f" vllm serve {shlex.quote(str(model_path.absolute()))}"
         )
 
 
 def find_base(adapter: Adapter, base_name: str | None) -> BaseModel | None:
-    """The base given, or the one that the adapter's config names when that is a folder here; else None."""
+    """Return the named base, or the one in the adapter's config if that is a local folder; else None."""
     if base_name is not None:
         return read_base(base_name)
     named = adapter.config.get("base_model_name_or_path")
@@ -192,7 +131,7 @@ def find_base(adapter: Adapter, base_name: str | None) -> BaseModel | None:
 
 
 def _serving(adapter: Adapter, check: VllmCheck, base: BaseModel | None, target: Path) -> dict[str, Any]:
-    """serving.json: how vLLM is started with this adapter."""
+    """Return the content of serving.json: how to start vLLM with this adapter."""
     named = adapter.config.get("base_model_name_or_path")
     model = str(base.folder.absolute()) if base is not None else named
     if not model:
@@ -203,8 +142,10 @@ def _serving(adapter: Adapter, check: VllmCheck, base: BaseModel | None, target:
     words = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(check.max_lora_rank)]
     words += ["--lora-modules", f"{name}={path}"]
     template = adapter.folder / "chat_template.jinja"
-    known = base.folder / "chat_template.jinja" if base is not None else None
-    if template.is_file() and not (known and known.is_file() and known.read_bytes() == template.read_bytes()):
+    base_template = base.folder / "chat_template.jinja" if base is not None else None
+    is_same = template.is_file() and base_template and base_template.is_file()
+    is_same = is_same and base_template.read_bytes() == template.read_bytes()
+    if template.is_file() and not is_same:
         words += ["--chat-template", f"{path}/chat_template.jinja"]
     return {
         "command": shlex.join(words),
@@ -223,7 +164,7 @@ def _not_servable(model_path: Path, adapter: Adapter, check: VllmCheck) -> Model
     folder = model_path.resolve()
     command = shlex.join(["merge_adapter", str(base), str(folder), f"{folder}-merged"])
     return ModelError(
-        f"{model_path} cannot be served by vLLM as an adapter without losing something: {reasons}.",
+        f"vLLM cannot serve {model_path} as an adapter without loss: {reasons}.",
         hint=f"Merge it instead: {command}",
     )
 
@@ -231,14 +172,14 @@ def _not_servable(model_path: Path, adapter: Adapter, check: VllmCheck) -> Model
 def _replace_in_place(
     folder: Path, write_weights: Callable[[Path], None], config: Mapping[str, Any], before: Mapping[str, Any]
 ) -> None:
-    """New weights and config under the usual names; the original keeps a second name. Each step leaves a whole adapter.
+    """Replace weights and config; the original stays under another name. Every step leaves a complete adapter.
 
     Raises:
-        StorageError: the second name is taken already.
+        StorageError: there is a file with the other name already.
     """
     if (folder / ORIGINAL).exists():
         raise StorageError(
-            f"{folder / ORIGINAL} exists already and may be the only copy of an original.",
+            f"{folder / ORIGINAL} exists and may be the only copy of an original adapter.",
             hint="Move it away, or write to another folder with --output.",
         )
     check_free_space(folder, (folder / ADAPTER_WEIGHTS).stat().st_size + _SMALL_FILES_BYTES)
@@ -254,7 +195,7 @@ def _replace_in_place(
 
 
 def _publish_file(target: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its name, flushes it, gives it the umask's mode, and puts it in place at one stroke."""
+    """Write a file atomically, with the permissions of the umask: under a temporary name, flushed, then renamed."""
     staging = target.with_name(f".{target.name}.partial")
     try:
         write(staging)
@@ -273,8 +214,8 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copies the files beside the adapter: tokenizer, template, generation config; no weights, no checkpoints."""
+def _copy_auxiliary_files(source: Path, folder: Path) -> None:
+    """Copy the adapter's other files, such as tokenizer, chat template and generation config, but no weights."""
     weights = (".safetensors", ".bin", ".pt", ".pth")
     for file in sorted(source.iterdir()):
         if (
@@ -285,22 +226,85 @@ def _copy_others(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-_MERGE = "vLLM needs it merged: merge_adapter"
+@dataclass(frozen=True)
+class NewEmbeddings:
+    """The embedding rows of new tokens, and the adapter without its embeddings."""
+
+    tensors: Mapping[str, TensorEntry]
+    moved: tuple[str, ...]
+    rest: Adapter
+
+    def write(self, file: Path) -> None:
+        write_tensor_file(file, [copied_tensor(name, entry) for name, entry in self.tensors.items()], {"format": "pt"})
+
+
+def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddings | None:
+    """Separate the rows of new tokens from the rest; return None if the adapter contains no embeddings.
+
+    Raises:
+        ModelError: the number of new rows is unknown or zero, or rows of old tokens were trained as well.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    moved = []
+    for key, entry in adapter.entries.items():
+        kind = next((kind for end, kind in _KINDS.items() if key.endswith(end) and ".lora_" not in key), None)
+        if kind is None:
+            continue
+        old = base_tensor(base, key.removeprefix("base_model.model.").replace(".base_layer.", ".")) if base else None
+        num_new = _num_new_tokens(adapter, entry, old)
+        if old is not None and old.shape[0] == entry.shape[0]:
+            raise ModelError(
+                f"{key}: the base already has rows for the {num_new} new tokens; {NEW_EMBEDDINGS} would repeat them.",
+                hint="Merge the adapter instead: merge_adapter.",
+            )
+        if old is not None and not (old.shape[0] + num_new == entry.shape[0] and first_rows_equal(entry, old)):
+            raise ModelError(
+                f"{key} differs from the base's in rows of old tokens, for which {NEW_EMBEDDINGS} has no place.",
+                hint="Merge the adapter instead: merge_adapter.",
+            )
+        start = entry.stop - entry.num_bytes // entry.shape[0] * num_new
+        tensors[kind] = TensorEntry(entry.file, entry.dtype, (num_new, *entry.shape[1:]), start, entry.stop)
+        moved.append(key)
+    if not moved:
+        return None
+    rest = {key: entry for key, entry in adapter.entries.items() if key not in moved}
+    kept_modules = [m for m in adapter.config.get("modules_to_save") or [] if f"{m}.weight" not in _KINDS]
+    config = {**adapter.config, "modules_to_save": kept_modules or None}
+    return NewEmbeddings(tensors, tuple(moved), replace(adapter, entries=rest, config=config))
+
+
+def _num_new_tokens(adapter: Adapter, entry: TensorEntry, old: TensorEntry | None) -> int:
+    file = adapter.folder / ADDED_TOKENS_FILE
+    if file.is_file():
+        num_new = int(read_json(file).get("num_new_tokens", 0))
+    elif old is not None:
+        num_new = entry.shape[0] - old.shape[0]
+    else:
+        raise ModelError(
+            f"the number of new tokens is unknown: {adapter.folder} has no {ADDED_TOKENS_FILE}, and no base is known.",
+            hint="Name the base with --base.",
+        )
+    if not 0 < num_new <= entry.shape[0]:
+        raise ModelError(
+            f"{adapter.folder} contains embeddings, but {num_new} new tokens.",
+            hint="Merge the adapter instead: merge_adapter.",
+        )
+    return num_new
 
 
 def extra_layers_reason(config_file: str, folder: Path) -> str | None:
-    """Why nothing may be removed from what was trained so; None when extra layers are only copies.
+    """Return why the adapter needs its layers other than LoRA; None if they are copies of the base's.
 
-    They are needed when the whole model was trained (NO_PEFT), when modules were named to be saved, and when the
-    vocabulary grew: in each case they were trained.
+    They were trained, and so are needed, if the whole model was trained (NO_PEFT), if `modules_to_save` was set, or if
+    the vocabulary was resized.
 
     Raises:
-        ConfigError: the file is no YAML.
-        ModelError: the folder's files are damaged.
+        ConfigError: the training config is not valid YAML.
+        ModelError: a file in the folder is damaged.
     """
     peft = read_document(config_file).values.get("peft_conf") or {}
     if peft.get("peft_type") == "NO_PEFT":
-        return "NO_PEFT trained the whole model; vLLM serves it as it is"
+        return "NO_PEFT trained the whole model; vLLM serves it unchanged"
     modules = (peft.get("peft_kwargs") or {}).get("modules_to_save")
     if modules:
         return f"modules_to_save trained {', '.join(map(str, modules))}; {_MERGE}"
@@ -314,7 +318,7 @@ def extra_layers_reason(config_file: str, folder: Path) -> str | None:
         ]
         largest = max_token_id(folder)
         if rows and (any(count > rows for count in saved) or (largest is not None and largest >= rows)):
-            return f"the vocabulary grew beyond the base's {rows} rows; {_MERGE}"
+            return f"the vocabulary has more tokens than the base's {rows} rows; {_MERGE}"
     return None
 
 

@@ -10,13 +10,12 @@ import torch
 
 from finetuning.errors import Location, ModelError
 from finetuning.model.fingerprint import compute_fingerprint, describe_difference, read_fingerprint
-from finetuning.model.safetensors_io import read_header
+from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, read_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT may save whole embeddings with an adapter when the vocabulary was resized.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
