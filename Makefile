@@ -77,7 +77,7 @@ format: venv ## format the code
 
 schema: venv ## generate docs/schema from the config models
 	@mkdir -p docs/schema
-	set -e; for method in sft dpo kto reward grpo orpo cpo; do \
+	set -e; for method in $$($(PYTHON) -c "from finetuning.algorithms import ALGORITHMS; print(*ALGORITHMS)"); do \
 	    $(VENV)/bin/finetuning schema $$method > docs/schema/$$method.json.new; \
 	    mv docs/schema/$$method.json.new docs/schema/$$method.json; done
 

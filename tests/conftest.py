@@ -403,34 +403,33 @@ class Trained:
 
 @pytest.fixture
 def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
-    """A function that runs a config in this process: `train(values)`, `train(values, method=another)`."""
+    """A function that runs a config in this process: `train(values)`, `train(values, algorithm)`."""
     import torch
 
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.config.validation.validate import validate
-    from finetuning.config.yaml.dump import dump_yaml
     from finetuning.config.yaml.reader import read_document
     from finetuning.distributed import ProcessTopology
+    from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
     from finetuning.training.reporter import RunReporter
-    from finetuning.training.run import TrainingJob, run
+    from finetuning.training.run import TrainingJob, run_training
 
     class KeepsTrainer(RunReporter):
         trainer: Any = None
 
-        def watch(self, trainer: Any) -> None:
-            super().watch(trainer)
+        def trainer_built(self, trainer: Any, stop: Any) -> None:
+            super().trainer_built(trainer, stop)
             self.trainer = trainer
 
-    def start(values: Values, method: Any = None) -> Trained:
-        method = method or METHODS["sft" if "sft_args" in values else "dpo"]
-        experiment = validate(read_document(write_config(values)), method.experiment).experiment
+    def start(values: Values, algorithm: Any = None) -> Trained:
+        algorithm = algorithm or ALGORITHMS["sft" if "sft_args" in values else "dpo"]
+        experiment = validate(read_document(write_config(values)), algorithm.experiment).experiment
+        topology = ProcessTopology()
         tracking = resolve_tracking(TrackingOptions(None, None, None), experiment.tracking, {})
-        observer = KeepsTrainer(experiment, method.name, ProcessTopology(), tracking)
-        job = TrainingJob(
-            experiment, method, ProcessTopology(), observer, workers=1, resolved_config=dump_yaml(experiment)
-        )
-        return Trained(run(job), observer.trainer, job.output_dir)
+        reporter = KeepsTrainer(experiment, algorithm.name, topology, tracking)
+        job = TrainingJob(experiment, algorithm, make_plan(experiment, topology), topology, reporter, workers=1)
+        return Trained(run_training(job), reporter.trainer, job.output_dir)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -29,7 +29,7 @@ def run_one(options: argparse.Namespace) -> None:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropyMixin
+    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
 
     on_gpu = options.device == "cuda"
     if not on_gpu:
@@ -43,10 +43,10 @@ def run_one(options: argparse.Namespace) -> None:
     wanted = torch.ones_like(ids, dtype=torch.bool)
     inputs = {"input_ids": ids, "logits_to_keep": wanted, "use_cache": False}
     targets = ids.roll(-1, 1)[wanted]
-    slices = ChunkedCrossEntropyMixin(model, int(options.one) if options.one.isdecimal() else options.one, None)
+    slices = ChunkedCrossEntropy(model, int(options.one) if options.one.isdecimal() else options.one, None)
 
     def step() -> Any:
-        sliced = slices.total(model, inputs, targets)
+        sliced = slices(model, inputs, targets)
         if sliced is None:
             total = cross_entropy(model(**inputs).logits.flatten(0, -2).float(), targets, reduction="sum")
         else:

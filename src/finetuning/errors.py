@@ -108,3 +108,17 @@ class Interrupted(FinetuningError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+# torch raises a plain RuntimeError when the CPU's allocator or cuBLAS runs out of memory.
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch or Python ran out of memory, on a device or on the CPU.
+
+    torch's own class is recognized by its name: the console scripts ask without importing torch.
+    """
+    if any(base.__name__ in ("OutOfMemoryError", "MemoryError") for base in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
-from finetuning.algorithms.dpo import first_loss
+from finetuning.algorithms import ALGORITHMS
+from finetuning.algorithms.dpo import initial_loss
 from finetuning.config.validation.library_fields import table_fields
 from finetuning.errors import GuardStopped
 
-DPO = METHODS["dpo"]
+DPO = ALGORITHMS["dpo"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
 LOSSES = tuple(table_fields().choices("dpo_loss_type"))
 """The losses that the config accepts."""
@@ -43,7 +43,7 @@ def test_each_loss_trains_and_starts_where_it_must(train: Any, dpo_values: Any, 
     run = train(dpo_values(changes))
     assert run.result.steps == 2
     assert all(math.isfinite(loss) for loss in run.losses)
-    expected = first_loss([loss_type], [1.0], 0.1, smoothing)
+    expected = initial_loss([loss_type], [1.0], 0.1, smoothing)
     assert (expected is None) == (loss_type == "sft")
     if expected is not None:
         assert run.losses[0] == pytest.approx(expected, rel=1e-4)
@@ -62,7 +62,7 @@ def test_all_losses_at_once_train(train: Any, dpo_values: Any) -> None:
     run = train(dpo_values({**TWO_STEPS, **mix, "training_args.label_smoothing": 0.1}))
     assert all(math.isfinite(loss) for loss in run.losses)
     known = [pair for pair in zip(LOSSES, weights, strict=True) if pair[0] != "sft"]
-    without = first_loss([name for name, _ in known], [weight for _, weight in known], 0.1, 0.1)
+    without = initial_loss([name for name, _ in known], [weight for _, weight in known], 0.1, 0.1)
     supervised = (run.losses[0] - without) / weights[LOSSES.index("sft")]
     assert supervised == pytest.approx(6.2, abs=0.2)  # A model that knows nothing of 500 tokens.
 
@@ -156,9 +156,9 @@ def test_reference_computed_beforehand_gives_the_same_losses(train: Any, dpo_val
 
 
 def test_first_losses_that_are_known() -> None:
-    assert first_loss(["sigmoid"], [1.0], 0.1, 0.0) == pytest.approx(0.6931, abs=1e-4)
-    assert first_loss(["ipo"], [1.0], 0.1, 0.0) == pytest.approx(25.0)
-    assert first_loss(["sppo_hard"], [1.0], 0.5, 0.0) == pytest.approx(2.0)
-    assert first_loss(["sigmoid", "sft"], [1.0, 1.0], 0.1, 0.0) is None
-    assert first_loss(["a loss of tomorrow"], [1.0], 0.1, 0.0) is None
+    assert initial_loss(["sigmoid"], [1.0], 0.1, 0.0) == pytest.approx(0.6931, abs=1e-4)
+    assert initial_loss(["ipo"], [1.0], 0.1, 0.0) == pytest.approx(25.0)
+    assert initial_loss(["sppo_hard"], [1.0], 0.5, 0.0) == pytest.approx(2.0)
+    assert initial_loss(["sigmoid", "sft"], [1.0, 1.0], 0.1, 0.0) is None
+    assert initial_loss(["a loss of tomorrow"], [1.0], 0.1, 0.0) is None
     assert "loss_type" in table_fields().trainer_fields(DPO.experiment.trainer_config)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.data.formats import FORMATS
 from finetuning.data.samples import Prompt, Row
 from finetuning.errors import ConfigError, DataError, GuardStopped, Location, Problem
 
-GRPO = METHODS["grpo"]
+GRPO = ALGORITHMS["grpo"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}}
 VOWELS = """
 import json
@@ -230,7 +230,7 @@ def test_pairs_are_told_where_they_belong(train: Any, grpo_values: Any, sft_valu
     with pytest.raises(DataError, match=r"messages\[\d\]: is an answer, and the model is to write the answer"):
         train(grpo_values({"data_conf.training_data.datasets": rows}), GRPO)
     with pytest.raises(ConfigError, match="looks like a grpo config"):
-        train(grpo_values({}), METHODS["sft"])
+        train(grpo_values({}), ALGORITHMS["sft"])
 
 
 def test_a_row_keeps_its_other_columns() -> None:

@@ -10,14 +10,14 @@ import datasets
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
-from finetuning.algorithms.kto import first_loss
+from finetuning.algorithms import ALGORITHMS
+from finetuning.algorithms.kto import initial_loss
 from finetuning.data.formats import FORMATS
 from finetuning.data.processors.preference import with_kl_completions
 from finetuning.data.samples import Row, UnpairedPreference
 from finetuning.errors import ConfigError, DataError, GuardStopped, Location, Problem
 
-KTO = METHODS["kto"]
+KTO = ALGORITHMS["kto"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 8, "target_modules": "all-linear"}}
 ONE_BATCH = {"batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 4}}
 
@@ -47,7 +47,7 @@ def test_the_first_loss_is_known(train: Any, kto_values: Any, peft_conf: Any, lo
     weights = {"training_args.desirable_weight": 1.0, "training_args.undesirable_weight": 3.0}
     run = train(kto_values({**weights, "peft_conf": peft_conf, "training_args.loss_type": loss_type}), KTO)
     good = sum(run.trainer.train_dataset["label"][:4]) if loss_type == "kto" else None
-    expected = {first_loss(one, 4 - one, 1.0, 3.0) for one in ([good] if good is not None else range(5))}
+    expected = {initial_loss(one, 4 - one, 1.0, 3.0) for one in ([good] if good is not None else range(5))}
     assert any(run.losses[0] == pytest.approx(one, abs=1e-5) for one in expected)
     assert run.losses[1] != run.losses[0]
 

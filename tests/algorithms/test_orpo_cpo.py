@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.errors import ConfigError
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 8, "target_modules": "all-linear"}}
@@ -74,7 +74,7 @@ def test_cpo_starts_at_the_loss_computed_by_hand(
     train: Any, pair_values: Any, chatml_llama_dir: Any, args: Any, by_hand: Any, peft_conf: Any
 ) -> None:
     run = train(
-        pair_values({"peft_conf": peft_conf, **{f"training_args.{k}": v for k, v in args.items()}}), METHODS["cpo"]
+        pair_values({"peft_conf": peft_conf, **{f"training_args.{k}": v for k, v in args.items()}}), ALGORITHMS["cpo"]
     )
     rows = log_probabilities(chatml_llama_dir, run.trainer.train_dataset)
     beta, gamma, alpha, mean = by_hand
@@ -85,7 +85,7 @@ def test_cpo_starts_at_the_loss_computed_by_hand(
 def test_orpo_starts_at_the_loss_computed_by_hand(
     train: Any, pair_values: Any, chatml_llama_dir: Any, peft_conf: Any
 ) -> None:
-    run = train(pair_values({"peft_conf": peft_conf, "training_args.beta": 0.5}), METHODS["orpo"])
+    run = train(pair_values({"peft_conf": peft_conf, "training_args.beta": 0.5}), ALGORITHMS["orpo"])
     rows = log_probabilities(chatml_llama_dir, run.trainer.train_dataset)
     assert run.losses[0] == pytest.approx(orpo_by_hand(rows, 0.5), rel=1e-5)
 
@@ -109,7 +109,7 @@ def test_it_learns_and_loads_again(
                 "training_args.eval_strategy": "epoch",
             }
         ),
-        METHODS[method],
+        ALGORITHMS[method],
     )
     assert run.losses[-1] < run.losses[0] - 0.3
     evaluated = [entry["eval_loss"] for entry in run.trainer.state.log_history if "eval_loss" in entry]
@@ -128,10 +128,10 @@ def test_it_learns_and_loads_again(
 
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_it_says_that_it_is_experimental(train: Any, pair_values: Any, method: str, caplog: Any) -> None:
-    train(pair_values({"training_args.max_steps": 1}), METHODS[method])
+    train(pair_values({"training_args.max_steps": 1}), ALGORITHMS[method])
     assert f"{method} is experimental" in caplog.text
-    assert METHODS[method].is_experimental
-    assert "experimental" in METHODS[method].title
+    assert ALGORITHMS[method].is_experimental
+    assert "experimental" in ALGORITHMS[method].title
 
 
 def test_it_says_so_in_our_words_only(run_cli: Any, pair_values: Any, write_config: Any) -> None:
@@ -143,6 +143,6 @@ def test_it_says_so_in_our_words_only(run_cli: Any, pair_values: Any, write_conf
 
 def test_what_does_not_apply_is_refused(train: Any, pair_values: Any, sft_values: Any) -> None:
     with pytest.raises(ConfigError, match="precompute_ref_log_probs"):
-        train(pair_values({"training_args.precompute_ref_log_probs": True}), METHODS["cpo"])
+        train(pair_values({"training_args.precompute_ref_log_probs": True}), ALGORITHMS["cpo"])
     with pytest.raises(ConfigError, match="looks like an sft config"):
-        train(sft_values(), METHODS["orpo"])
+        train(sft_values(), ALGORITHMS["orpo"])

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.errors import ConfigError, ModelError
 
-REWARD = METHODS["reward"]
+REWARD = ALGORITHMS["reward"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 8, "target_modules": "all-linear"}}
 LEARNS = {"training_args.max_steps": 12, "training_args.learning_rate": 5e-3}
 
@@ -41,7 +41,7 @@ def test_it_starts_at_ln_2_and_learns_and_loads_again(train: Any, dpo_values: An
     if peft_conf is LORA:
         base = AutoModelForSequenceClassification.from_pretrained(run.trainer.model.name_or_path, num_labels=1)
         model: Any = PeftModel.from_pretrained(base, run.final)
-        assert run.result.artifact.kind == "adapter"
+        assert run.result.model.kind == "adapter"
     else:
         model = AutoModelForSequenceClassification.from_pretrained(run.final)
         assert model.config.num_labels == 1
@@ -49,7 +49,7 @@ def test_it_starts_at_ln_2_and_learns_and_loads_again(train: Any, dpo_values: An
     chosen, rejected = scores(model, run)
     assert (chosen > rejected).all()
     assert torch.allclose(chosen, scores(run.trainer.model, run)[0], atol=1e-5)
-    assert run.result.artifact.stop_tokens is None
+    assert run.result.model.stop_tokens is None
 
 
 @pytest.mark.parametrize("peft_conf", [{"peft_type": "NO_PEFT"}, LORA], ids=["full", "lora"])
@@ -89,7 +89,7 @@ def test_a_trained_head_goes_on_where_it_was(train: Any, dpo_values: Any, tmp_pa
     again = {"run_conf.model": str(first.final), "training_args.output_dir": str(tmp_path / "again")}
     second = train(dpo_values({**again, "data_conf.chat_template_name": "keep-original"}), REWARD)
     assert second.losses[0] < 0.6
-    assert "loads in plain transformers" in second.result.artifact.checks
+    assert "loads in plain transformers" in second.result.model.checks
 
 
 def test_the_head_is_zero_at_first_whatever_the_seed(train: Any, dpo_values: Any, tmp_path: Any) -> None:

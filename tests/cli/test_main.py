@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from finetuning import __version__
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.cli.main import SUBCOMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_help_lists_every_subcommand_with_a_description(say: Any) -> None:
     _, out, _ = say("--help")
     lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
     described = {line[0]: line[1] for line in lines if len(line) == 2}
-    for name, algorithm in METHODS.items():
+    for name, algorithm in ALGORITHMS.items():
         assert described[name].startswith(algorithm.title)
     for name, subcommand in SUBCOMMANDS.items():
         assert described[name] == subcommand.summary

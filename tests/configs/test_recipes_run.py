@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.config.yaml.reader import read_document
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def test_a_recipe_trains(
     if "grpo_args" in values:
         # Nothing that a model of random weights writes is right; some of it holds two vowels.
         values["grpo_args"]["rewards"].append({"type": "regex", "pattern": "[aeiou].*[aeiou]"})
-    run = train(values, METHODS[method])
+    run = train(values, ALGORITHMS[method])
     assert run.result.steps == 2
     assert all(math.isfinite(loss) for loss in run.losses)
-    assert run.result.artifact.kind == ("model" if peft["peft_type"] == "NO_PEFT" else "adapter")
+    assert run.result.model.kind == ("model" if peft["peft_type"] == "NO_PEFT" else "adapter")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.config.sections import experiment
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "contributing" / "new-algorithm.md"
@@ -37,7 +37,7 @@ def focal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(experiment, "FocalExperiment", sections.FocalExperiment, raising=False)
     monkeypatch.setitem(experiment.EXPERIMENTS, "focal", sections.FocalExperiment)
     module = load("algorithms/focal.py", tmp_path / "focal_algorithm.py", monkeypatch)
-    monkeypatch.setitem(METHODS, "focal", module.METHOD)
+    monkeypatch.setitem(ALGORITHMS, "focal", module.ALGORITHM)
     return module
 
 
@@ -52,12 +52,12 @@ def test_the_loss_is_that_of_the_paper(focal: ModuleType) -> None:
 def test_gamma_zero_trains_like_sft_and_gamma_two_gives_a_smaller_loss(
     focal: ModuleType, train: Callable[..., Any], sft_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    def losses(name: str, method: Any = None, **sections: Any) -> list[float]:
+    def losses(name: str, algorithm: Any = None, **sections: Any) -> list[float]:
         values = sft_values()
         values["training_args"]["output_dir"] = str(tmp_path / name)
         values["sft_args"]["batching"] = "padded"
-        return train({**values, **sections}, method=method).losses
+        return train({**values, **sections}, algorithm).losses
 
     cross_entropy = losses("sft")
-    assert losses("zero", focal.METHOD, focal_args={"gamma": 0.0}) == pytest.approx(cross_entropy, abs=1e-5)
-    assert losses("two", focal.METHOD)[0] < 0.9999 * cross_entropy[0]
+    assert losses("zero", focal.ALGORITHM, focal_args={"gamma": 0.0}) == pytest.approx(cross_entropy, abs=1e-5)
+    assert losses("two", focal.ALGORITHM)[0] < 0.9999 * cross_entropy[0]

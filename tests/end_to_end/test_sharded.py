@@ -18,7 +18,7 @@ from finetuning.launch.processes import preset_file
 PROGRAM = Path(__file__).with_name("sharding_on_cpu.py")
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
 
-APART = "end to end, no padding: each row attends to itself alone, proven on this model's logits"
+APART = "padding-free: each row attends only to itself, verified on this model's logits"
 LAYOUTS = {
     "all weights": APART,
     "an adapter and new tokens": "padded: attention eager has no efficient padding-free form",

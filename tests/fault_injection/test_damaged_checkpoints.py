@@ -54,7 +54,7 @@ DAMAGES = {
     "the optimizer is gone": (lambda folder: (folder / "optimizer.pt").unlink(), "it has no optimizer state"),
     "the state is cut off": (
         lambda folder: (folder / "trainer_state.json").write_text('{"global_'),
-        "trainer_state.json is cut off",
+        "trainer_state.json is truncated",
     ),
     "the random state is gone": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
 }
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     harm, reason = DAMAGES[damage]
     harm(out / "checkpoint-4")
     assert (run := start(SAVED)).wait() == 0, run.told
-    assert f"checkpoint-4 passed over: {reason}" in run.told
+    assert f"checkpoint-4 skipped: {reason}" in run.told
     assert "checkpoint-2" in run.told
     assert losses_by_step(out) == losses_by_step(finished["whole"]), (
         "the steps that were taken again are what they were"
@@ -109,7 +109,7 @@ SLOW = """
 import time
 from transformers import TrainerCallback
 from dataclasses import replace
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 
 class Slow(TrainerCallback):
     def on_step_begin(self, args, state, control, **more):
@@ -121,8 +121,8 @@ def build(parts):
     trainer.add_callback(Slow())
     return trainer
 
-method = METHODS["sft"]
-METHODS["sft"] = replace(method, build_trainer=build)
+method = ALGORITHMS["sft"]
+ALGORITHMS["sft"] = replace(method, build_trainer=build)
 """
 
 

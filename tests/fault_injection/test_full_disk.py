@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.errors import StorageError
 
@@ -45,11 +45,11 @@ def filling(folder: Path, full_at: set[int], *, left: int = 700_000) -> Any:
                     stream.write(bytes(shutil.disk_usage(folder).free - left))
 
     def build(parts: Any) -> Any:
-        trainer = METHODS["sft"].build_trainer(parts)
+        trainer = ALGORITHMS["sft"].build_trainer(parts)
         trainer.add_callback(Fills())
         return trainer
 
-    return replace(METHODS["sft"], build_trainer=build)
+    return replace(ALGORITHMS["sft"], build_trainer=build)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
@@ -80,7 +80,7 @@ def test_a_full_disk_at_the_end_names_the_newest_checkpoint(train: Any, sft_valu
         "training_args.save_steps": 2,
         "training_args.save_total_limit": 1,
     }
-    with pytest.raises(StorageError, match=r"no room for the tuned model in .*checkpoint-2 is whole: free some space"):
+    with pytest.raises(StorageError, match=r"no space left for the final model in .*checkpoint-2 is valid: free"):
         train(sft_values(changes), filling(small_disk, {3}, left=300_000))
     out = small_disk / "out"
     assert find_manifest_mismatch(out / "checkpoint-2") is None, "the last whole one stays though one is the limit"

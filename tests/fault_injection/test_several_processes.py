@@ -17,7 +17,7 @@ SAVED = {"training_args.save_strategy": "steps", "training_args.save_steps": 3, 
 SMALL = """
 from dataclasses import replace
 import torch
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.trainer.oom_retry import num_rows
 
 def build(parts):
@@ -43,8 +43,8 @@ def build(parts):
     trainer.__class__ = Small
     return trainer
 
-method = METHODS["sft"]
-METHODS["sft"] = replace(method, build_trainer=build)
+method = ALGORITHMS["sft"]
+ALGORITHMS["sft"] = replace(method, build_trainer=build)
 """
 
 
@@ -80,7 +80,7 @@ def test_one_process_that_runs_out_of_memory_goes_on_in_smaller_pieces(
     assert codes == [0, 0], told
     assert logged_losses(small) == pytest.approx(logged_losses(enough), abs=2e-5)
     [division] = json.loads((small / "run.json").read_text())["memory"]["oom_retries"]
-    assert division.startswith("process 1, step 2: out of memory with 2 rows at a time; from here on 1")
+    assert division.startswith("process 1, step 2: out of memory at micro-batch 2; retrying with 1")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -99,7 +99,7 @@ def test_a_job_goes_on_with_another_number_of_processes(run: Any, logged_losses:
     (cut / "checkpoint-final").rename(cut / "aside")
     _, told, codes = run(changes | other, [""] * after, cut)
     assert codes == [1] * after
-    assert "checkpoint-6 was made otherwise: batchsize_conf.total_train_batch_size was 4, is 8" in told
+    assert "checkpoint-6 was saved with a different config: batchsize_conf.total_train_batch_size was 4, is 8" in told
     assert "allow_changed" in told and "Traceback" not in told
 
 
@@ -123,12 +123,12 @@ def test_a_process_that_is_gone_ends_the_job_and_the_next_start_goes_on(
 
 
 BROKEN = """
-from finetuning.training.telemetry import Measuring
+from finetuning.training.telemetry import TelemetrySession
 
 def broken(self, step):
     raise RuntimeError("no folder to look at")
 
-Measuring._folder = broken
+TelemetrySession._folder = broken
 """
 
 

@@ -25,7 +25,7 @@ RECORD = {
     "summary": [["model", "tiny", ""]],
     "controller_actions": ["step 3: stopped"],
     "tracker_errors": {"aim": "no repository"},
-    "completed_training": True,
+    "training_started": True,
     "uploaded_checkpoints": ["checkpoint-1"],
     "upload_errors": ["checkpoint-2: refused"],
     "data": {"rows": 3, "statistics": [{"split": "training"}]},

@@ -276,7 +276,7 @@ def with_phases(plain: PlainTrainer, observer: Any, trainer_class: Any = None, *
         callbacks=[TelemetryCallback(observer, with_phases=True)],
         **kwargs,
     )
-    trainer.phases = TrainerPhases(
+    trainer.hooks = TrainerPhases(
         observer, lambda: trainer.state.global_step, lambda step: Path(arguments.output_dir) / f"checkpoint-{step}"
     )
     return trainer

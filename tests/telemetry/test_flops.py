@@ -79,7 +79,7 @@ def test_the_flops_of_a_run_are_counted(train: Any, sft_values: Any, layout: str
     trainer = train(values).trainer
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     scored_per_row = [sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
-    scored, squares = trainer.work_done()
+    scored, squares = trainer.flop_counters()
     # Six steps of four rows are one epoch of 24.
     assert squares == sum(length**2 for length in lengths)
     assert scored == sum(scored_per_row)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetuning.trainer.peft_methods import FILE_NAME
+from finetuning.trainer.peft_methods import ADALORA_STATE_NAME
 
 ADALORA = {
     "peft_type": "ADALORA",
@@ -30,7 +30,7 @@ def test_rank_goes_down_to_its_target(train: Any, sft_values: Any) -> None:
 def test_a_cut_run_moves_rank_alike(train: Any, sft_values: Any, read_tensors: Any) -> None:
     changes = {"peft_conf": ADALORA, **STEPS}
     whole = train(sft_values(changes))
-    assert (whole.output_dir / "checkpoint-5" / FILE_NAME).is_file()
+    assert (whole.output_dir / "checkpoint-5" / ADALORA_STATE_NAME).is_file()
     shutil.rmtree(whole.output_dir / "checkpoint-8")
     again = {"run_conf.final_checkpoint_name": "again", "run_conf.resume_from_checkpoint": "auto"}
     assert train(sft_values(changes | again)).losses == whole.losses

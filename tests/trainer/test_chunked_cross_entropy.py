@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from finetuning.trainer.chunked_cross_entropy import AT_ONCE, SLICED_FROM, ChunkedCrossEntropyMixin
+from finetuning.trainer.chunked_cross_entropy import CHUNKING_THRESHOLD, LOGITS_PER_CHUNK, ChunkedCrossEntropy
 
 ROWS = 7
 VOCABULARY = 320
@@ -79,14 +79,14 @@ HEADS = {
 def both(model: Any, autocast: bool = False) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     """Loss and gradients from all logits at once, and sliced."""
     inputs, targets = batch()
-    slices = ChunkedCrossEntropyMixin(model, ROWS, None)
+    chunked = ChunkedCrossEntropy(model, ROWS, None)
     totals, grads = [], []
     for sliced in (False, True):
         # The dropout before an adapter on the head draws other numbers for other shapes.
         model.eval()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             if sliced:
-                _, total = slices.total(model, inputs, targets)
+                _, total = chunked(model, inputs, targets)
             else:
                 logits = model(**inputs).logits
                 total = cross_entropy(logits.flatten(0, -2).float(), targets, reduction="sum")
@@ -131,7 +131,7 @@ def test_dropout_on_the_head_is_drawn_alike_in_both_passes(tiny_llama_dir: Path)
         return sum(cross_entropy(inner.lm_head(states), labels, reduction="sum") for states, labels in parts)
 
     found = []
-    for compute in (by_hand, lambda: ChunkedCrossEntropyMixin(model, ROWS, None).total(model, inputs, targets)[1]):
+    for compute in (by_hand, lambda: ChunkedCrossEntropy(model, ROWS, None)(model, inputs, targets)[1]):
         torch.manual_seed(3)
         found.append(gradients(model, compute()))
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
@@ -141,7 +141,7 @@ def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     inputs, targets = batch()
     widest = WidestLogits(model)
-    outputs, total = ChunkedCrossEntropyMixin(model, ROWS, None).total(model, inputs, targets)
+    outputs, total = ChunkedCrossEntropy(model, ROWS, None)(model, inputs, targets)
     total.backward()
     assert widest.labels == ROWS
     assert outputs.logits is None
@@ -152,12 +152,12 @@ def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:
 def test_few_labels_are_computed_at_once(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     vocabulary = model.config.vocab_size
-    auto = ChunkedCrossEntropyMixin(model, "auto", None)
-    assert auto.rows(SLICED_FROM // vocabulary) is None
-    assert auto.rows(SLICED_FROM // vocabulary + 1) == AT_ONCE // vocabulary
-    assert ChunkedCrossEntropyMixin(model, 24, None).rows(24) is None
-    assert ChunkedCrossEntropyMixin(model, 24, None).rows(25) == 24
-    assert ChunkedCrossEntropyMixin(model, "all", None).rows(1 << 40) is None
+    auto = ChunkedCrossEntropy(model, "auto", None)
+    assert auto.labels_per_chunk(CHUNKING_THRESHOLD // vocabulary) is None
+    assert auto.labels_per_chunk(CHUNKING_THRESHOLD // vocabulary + 1) == LOGITS_PER_CHUNK // vocabulary
+    assert ChunkedCrossEntropy(model, 24, None).labels_per_chunk(24) is None
+    assert ChunkedCrossEntropy(model, 24, None).labels_per_chunk(25) == 24
+    assert ChunkedCrossEntropy(model, "all", None).labels_per_chunk(1 << 40) is None
 
 
 def test_a_model_that_scales_its_logits_keeps_them_whole(caplog: pytest.LogCaptureFixture) -> None:
@@ -166,11 +166,11 @@ def test_a_model_that_scales_its_logits_keeps_them_whole(caplog: pytest.LogCaptu
     )
     model = GraniteForCausalLM(GraniteConfig(vocab_size=VOCABULARY, logits_scaling=8.0, **sizes))
     inputs, targets = batch()
-    slices = ChunkedCrossEntropyMixin(model, ROWS, None)
+    chunked = ChunkedCrossEntropy(model, ROWS, None)
     with caplog.at_level("WARNING"):
-        assert [slices.total(model, inputs, targets) for _ in range(2)] == [None, None]
+        assert [chunked(model, inputs, targets) for _ in range(2)] == [None, None]
     assert [record.getMessage() for record in caplog.records] == [
-        "the logits of all labels are computed at once: the model does more to its logits than its head"
+        "computing the logits of all labels at once: the model transforms the output of its head"
     ]
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_cannot_slice_says_so_at_once(train: Any, sft_values: Any, ca
                 }
             )
         )
-    assert "the logits of all labels are computed at once: the loss is the model's own" in caplog.text
+    assert "computing the logits of all labels at once: the model computes its loss itself" in caplog.text
 
 
 def test_a_run_with_slices_trains_as_without(train: Any, sft_values: Any, tmp_path: Path) -> None:
@@ -202,6 +202,6 @@ def test_a_run_with_slices_trains_as_without(train: Any, sft_values: Any, tmp_pa
         histories.append(
             [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
         )
-        assert (trainer._slices.rows(100) is None) is (at_once == "all")
+        assert (trainer.chunked_loss.labels_per_chunk(100) is None) is (at_once == "all")
     assert len(histories[0]) > 3
     assert histories[1] == pytest.approx(histories[0], rel=1e-5)

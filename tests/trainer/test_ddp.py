@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.trainer import ddp as sharing
-from finetuning.trainer.ddp import average_gradients, uses_every_weight
+from finetuning.trainer import ddp
+from finetuning.trainer.ddp import average_gradients, uses_all_weights
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def test_gradients_are_averaged_and_a_weight_without_one_keeps_none(alone: None)
 
 
 def test_large_gradients_go_in_chunks_of_one_type() -> None:
-    half = sharing._CHUNK_BYTES // 8
+    half = ddp._CHUNK_BYTES // 8
     gradients = [torch.empty(size, dtype=kind, device="meta") for size, kind in ((half, torch.float32),) * 3]
     gradients += [torch.empty(3, dtype=torch.bfloat16, device="meta"), torch.empty(10 * half, device="meta")]
-    assert [len(chunk) for chunk in sharing._chunks(gradients)] == [2, 1, 1, 1]
+    assert [len(chunk) for chunk in ddp._chunks(gradients)] == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_where_every_weight_is_plainly_used(changes: dict[str, Any], expected: b
     config = LlamaConfig(
         vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, **changes
     )
-    assert uses_every_weight(LlamaForCausalLM(config)) is expected
+    assert uses_all_weights(LlamaForCausalLM(config)) is expected
 
 
 def test_other_adapters_than_lora_may_leave_weights_out(chatml_llama_dir: Any) -> None:
@@ -59,4 +59,4 @@ def test_other_adapters_than_lora_may_leave_weights_out(chatml_llama_dir: Any) -
     for conf, expected in ((LoraConfig(r=2), True), (PromptTuningConfig(num_virtual_tokens=2), False)):
         model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
         conf.task_type = "CAUSAL_LM"
-        assert uses_every_weight(get_peft_model(model, conf)) is expected
+        assert uses_all_weights(get_peft_model(model, conf)) is expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.data.collators import FlatteningCollator, PaddingCollator
 from finetuning.errors import ConfigError, InternalError
 from finetuning.trainer.oom_retry import num_rows, split_batch
@@ -23,7 +24,7 @@ BATCH = {"batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_b
 
 def small_memory(name: str, most_rows: int, *, fails_in: str = "forward", from_step: int = 0) -> Any:
     """A method whose trainer's model runs out of memory, for real callers: torch's own error, out of its own layers."""
-    method = METHODS[name]
+    method = ALGORITHMS[name]
 
     def build(parts: Any) -> Any:
         trainer = method.build_trainer(parts)
@@ -81,14 +82,15 @@ def test_the_curve_is_that_of_enough_memory(
         small_memory(kind, 1, fails_in=fails_in, from_step=1),
     )
     assert small.losses == pytest.approx(enough.losses, abs=2e-5)
-    assert small.trainer.pieces >= 2
+    assert small.trainer.num_splits >= 2
     record = json.loads((small.output_dir / "run.json").read_text())["memory"]
-    assert record["oom_retries"][0].startswith("step 2: out of memory with")
+    retry = r"step 2: out of memory at micro-batch \d+; retrying with \d+, same effective batch"
+    assert re.fullmatch(retry, record["oom_retries"][0])
     assert record["peak_bytes"] > record["estimated_bytes"] > 0
 
 
 def test_one_row_that_does_not_fit_ends_the_run(train: Any, sft_values: Any) -> None:
-    with pytest.raises(InternalError, match="step 1: out of memory with one row at a time: CUDA out of memory") as end:
+    with pytest.raises(InternalError, match="step 1: out of memory at micro-batch 1: CUDA out of memory") as end:
         train(sft_values(BATCH), small_memory("sft", 0))
     assert end.value.exit_code == 203
 
@@ -105,15 +107,15 @@ def test_the_longest_rows_are_tried_first_and_leave_no_trace(train: Any, sft_val
     checked = {**changes, "run_conf.memory_check": True, "training_args.output_dir": f"{plain.output_dir}-checked"}
     same = train(sft_values(checked))
     assert same.losses == plain.losses
-    assert same.trainer.pieces == 1
+    assert same.trainer.num_splits == 1
     small = {**checked, "peft_conf": LORA, "training_args.output_dir": f"{plain.output_dir}-small"}
     small["batchsize_conf"] = {"total_train_batch_size": 8, "max_per_device_train_batch_size": "auto"}
     run = train(sft_values(small), small_memory("sft", 2))
-    assert run.trainer.pieces == 4
+    assert run.trainer.num_splits == 4
     assert run.trainer.args.per_device_train_batch_size == 8
     assert run.trainer.args.per_device_eval_batch_size in (1, 2)
-    assert [text.partition(":")[0] for text in run.trainer.divisions[:2]] == ["longest training rows"] * 2
-    assert "longest validation rows" in run.trainer.divisions[-1]
+    assert [text.partition(":")[0] for text in run.trainer.oom_retries[:2]] == ["longest training rows"] * 2
+    assert "longest validation rows" in run.trainer.oom_retries[-1]
 
 
 def test_a_batch_that_cannot_be_divided_is_not_found_out(train: Any, dpo_values: Any) -> None:
@@ -121,7 +123,7 @@ def test_a_batch_that_cannot_be_divided_is_not_found_out(train: Any, dpo_values:
         "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": "auto"},
         "training_args.loss_type": "aot",
     }
-    with pytest.raises(ConfigError, match=r"max_per_device_train_batch_size: is auto, but.*Give a number"):
+    with pytest.raises(ConfigError, match=r"train_batch_size: auto is not supported for this loss.*Set a number"):
         train(dpo_values(changes))
 
 

@@ -101,7 +101,7 @@ def test_functions_are_given_what_they_name(own_rewards: Path) -> None:
 def test_a_wrong_function_is_named(own_rewards: Path, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         values({"type": "function", "path": f"{own_rewards}:{name}"}, ["a", "b"])
-    assert str(raised.value).startswith(f"grpo_args.rewards[0]: the reward {own_rewards}:{name} ")
+    assert str(raised.value).startswith(f"grpo_args.rewards[0]: the reward function {own_rewards}:{name} ")
     assert raised.value.exit_code == 1
 
 
@@ -115,7 +115,10 @@ def test_running_out_of_memory_is_not_the_rewards_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no_such_package.rewards:fn", "cannot be imported: No module named 'no_such_package'.*PYTHONPATH"),
+        (
+            "no_such_package.rewards:fn",
+            "cannot import the reward function .*: No module named 'no_such_package'.*PYTHONPATH",
+        ),
         ("missing.py:fn", "there is no file missing.py"),
         ("{own}:nothing", "has no function nothing.*It has: .*named"),
         ("{own}:number", "has no function number"),

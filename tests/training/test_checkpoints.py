@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.errors import DataError, GuardStopped, StorageError
 from finetuning.training import output_dir
@@ -103,7 +103,7 @@ def test_a_run_that_diverges_stops_and_leaves_its_last_good_checkpoint(
 
 def test_weights_that_an_optimizer_broke_are_not_saved(train: Any, sft_values: Any, read_tensors: Any) -> None:
     """Gradients were finite, the step was not: neither the checkpoint nor the tuned model may hold it."""
-    sft = METHODS["sft"]
+    sft = ALGORITHMS["sft"]
 
     def build(parts: Any) -> Any:
         from transformers import TrainerCallback
@@ -145,7 +145,7 @@ def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
     with lock_output_dir(tmp_path):
         assert not (tmp_path / ".checkpoint-7.partial").exists()
         with (
-            pytest.raises(StorageError, match=r"another run \(process \d+ on .*\) is working in"),
+            pytest.raises(StorageError, match=r"another run \(process \d+ on .*\) is using"),
             lock_output_dir(tmp_path),
         ):
             pass
@@ -159,11 +159,14 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(
     from finetuning.config.sections.experiment import SFTExperiment
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.plan.memory_estimate import estimate_memory
 
     values = sft_values({"training_args.save_strategy": "steps"})
     experiment = validate(ConfigDocument(values), SFTExperiment).experiment
-    check_free_space(tmp_path, experiment)
+    memory = estimate_memory(experiment)
+    Path(experiment.training_args.output_dir).mkdir()
+    check_free_space(experiment, memory)
     usage = output_dir.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(StorageError, match=r"1000 B left; a checkpoint and the tuned model need about .* MiB"):
-        check_free_space(tmp_path, experiment)
+    with pytest.raises(StorageError, match=r"1000 B free; a checkpoint and the final model need about .* MiB"):
+        check_free_space(experiment, memory)

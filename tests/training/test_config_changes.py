@@ -69,11 +69,12 @@ def test_what_changes_the_curve_needs_leave_and_what_does_not_fit_has_none(train
         with pytest.raises(CheckpointError) as refused:
             train(sft_values(copy.deepcopy({**again, key: value})))
         assert [str(problem) for problem in refused.value.problems] == [
-            f"{key}: checkpoint-3 was made otherwise: {key} was {_before(done, key)}, is {value}, which changes the"
-            f" curve. Put it back, or name it in run_conf.allow_changed: [{key}]."
+            f"{key}: checkpoint-3 was saved with a different config: {key} was {_before(done, key)}, is {value}, which"
+            " changes the loss trajectory. Restore it, or allow the change by"
+            f" run_conf.allow_changed: [{key}]."
         ]
     for key, value in UNFIT.items():
-        with pytest.raises(CheckpointError, match=r"checkpoint-3 does not fit.*start afresh"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-3 is incompatible.*Start a new one"):
             train(sft_values(copy.deepcopy({**again, key: value})))
 
 
@@ -95,7 +96,7 @@ def test_what_leaves_the_curve_may_change(resume: Any, tmp_path: Path, write_jso
 
 def test_changed_rows_need_leave(resume: Any, tmp_path: Path, write_jsonl: Any, sft_rows: Any) -> None:
     changed = write_jsonl(tmp_path / "changed.jsonl", list(reversed(sft_rows(24))))
-    with pytest.raises(CheckpointError, match=r"data: checkpoint-3 was made otherwise"):
+    with pytest.raises(CheckpointError, match=r"data: checkpoint-3 was saved with a different config"):
         resume({"data_conf.training_data.datasets": [{"path": str(changed)}]})
 
 
@@ -177,7 +178,7 @@ def test_a_key_that_the_checkpoint_does_not_know_needs_leave_where_it_is_set(
     with pytest.raises(CheckpointError) as refused:
         resume_across(lambda contract: contract.pop(key, None), changes)
     assert [str(problem).partition(", is ")[0] for problem in refused.value.problems] == [
-        f"{key}: checkpoint-3 was made otherwise: {key} was {was}"
+        f"{key}: checkpoint-3 was saved with a different config: {key} was {was}"
     ]
 
 
@@ -197,8 +198,8 @@ def test_a_key_that_only_the_checkpoint_knows_is_told_and_needs_leave(resume_acr
     def add(contract: dict[str, Any]) -> None:
         contract |= {"sft_args.forgotten": 3, "tracking.forgotten": "x"}
 
-    told = "sft_args.forgotten was 3, which this version of the engine does not know"
-    with pytest.raises(CheckpointError, match=rf"{told}, so that the curve may change.*allow_changed") as refused:
+    unknown = "sft_args.forgotten was 3, which this version of finetuning does not know"
+    with pytest.raises(CheckpointError, match=rf"{unknown}, which may.*allow_changed") as refused:
         resume_across(add)
     assert len(refused.value.problems) == 1
 
@@ -209,9 +210,9 @@ def test_what_only_the_checkpoint_knows_is_left_out_where_it_may_be(resume_acros
 
     assert resume_across(add, {"run_conf.allow_changed": ["sft_args.forgotten"]}).final.is_dir()
     told = capsys.readouterr().out
-    unknown = "which this version of the engine does not know"
-    assert f"sft_args.forgotten was 3, {unknown}: allowed, and left out from this checkpoint on" in told
-    assert f"guard.forgotten was x, {unknown}: the curve is the same without it" in told
+    unknown = "which this version of finetuning does not know"
+    assert f"sft_args.forgotten was 3, {unknown}: allowed, and ignored from this checkpoint on" in told
+    assert f"guard.forgotten was x, {unknown}: it does not affect the loss trajectory" in told
 
 
 def test_versions_are_compared_one_by_one(resume_across: Any) -> None:

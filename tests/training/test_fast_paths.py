@@ -21,8 +21,8 @@ from finetuning.model.hardware import Device
 from finetuning.model.varlen_attention import SDPA_VARLEN
 from finetuning.plan.compatibility import NEEDS_GPU
 from finetuning.plan.plan import make_plan
-from finetuning.training.attention_setup import AttentionSetup, enable_padding_free
 from finetuning.training.preflight import check_device
+from finetuning.training.setup import AttentionSetup, enable_padding_free
 
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "sgd")
 OUTPUT = "training_args.output_dir"
@@ -36,8 +36,8 @@ def test_attention_that_cannot_compute_here_is_left_for_the_next_with_its_reason
     refusal, attention = enable_padding_free(SimpleNamespace(model=model, peft_config=None), tried, ProcessTopology())
     assert refusal is None
     assert model.config._attn_implementation == SDPA_VARLEN
-    for name in tried.to_try:
-        assert f"{name} was not taken: " in attention.reason
+    for name in tried.candidates:
+        assert f"{name} was not used: " in attention.reason
     assert attention.reason.startswith("the default; ")
 
 

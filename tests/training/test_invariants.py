@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetuning.algorithms import METHODS
+from finetuning.algorithms import ALGORITHMS
 
-SFT = METHODS["sft"]
+SFT = ALGORITHMS["sft"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear", "init_lora_weights": True}}
 FULL = {"peft_type": "NO_PEFT"}
 
@@ -46,8 +46,8 @@ def on_plain_logits() -> Any:
 
     def build(parts: Any) -> Any:
         trainer = SFT.build_trainer(parts)
-        assert trainer.selects_logits
-        trainer.selects_logits = False
+        assert trainer.uses_logits_to_keep
+        trainer.uses_logits_to_keep = False
         return trainer
 
     return replace(SFT, build_trainer=build)

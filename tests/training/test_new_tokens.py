@@ -60,7 +60,7 @@ def test_qlora_over_a_grown_base(
     rows = [rows for name, rows in read_tensors(run.final).items() if "token" in name]
     assert [len(each) for each in rows] == [10, 10]
     assert all((each - each[0]).abs().max() > 0 for each in rows), "they began at one mean"
-    with pytest.raises(ConfigError, match=r"10 new tokens, whose output rows.*Teach them to the model by sft first"):
+    with pytest.raises(ConfigError, match=r"10 tokens, whose output embeddings.*Train them by sft first"):
         train(dpo_values({**on_top_of(base, tmp_path / "too-early"), **quantised}))
     taught = quantised | {"peft_conf": {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(run.final)}}
     preferred = train(dpo_values({**on_top_of(base, tmp_path / "preferred"), **taught}))

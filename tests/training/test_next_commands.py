@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from finetuning.training.final_model import FinalModel
-from finetuning.training.reporter import next_commands
+from finetuning.training.final_model import FinalModel, next_commands
 
 
 def made(folder: Path, config: dict[str, Any]) -> str:
@@ -30,7 +29,7 @@ def made(folder: Path, config: dict[str, Any]) -> str:
     [
         (None, "merge_adapter {base} {a} {a}-merged"),
         ({"quant_method": "bitsandbytes"}, "merge_adapter {base} {a} {a}-merged"),
-        ({"quant_method": "gptq"}, "merge_adapter --force UNQUANTISED_BASE {a} {a}-merged"),
+        ({"quant_method": "gptq"}, "merge_adapter --force UNQUANTIZED_BASE {a} {a}-merged"),
     ],
 )
 def test_an_adapter_is_merged_into_a_base_that_takes_it(

@@ -20,7 +20,7 @@ FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_do
 def cut_and_resumed_equals(train: Any, make: Any, changes: dict[str, Any], read_tensors: Any) -> Any:
     """The run, once its repetition from checkpoint-1 has ended with the very same tensors."""
     whole = train(make({**TWO_SAVED, **changes}))
-    assert "all values finite" in whole.result.artifact.checks
+    assert "all values finite" in whole.result.model.checks
     shutil.rmtree(whole.output_dir / "checkpoint-2")
     again = {"run_conf.final_checkpoint_name": "again", "run_conf.resume_from_checkpoint": "auto"}
     resumed = train(make({**TWO_SAVED, **changes, **again}))
@@ -35,7 +35,7 @@ def cut_and_resumed_equals(train: Any, make: Any, changes: dict[str, Any], read_
 def test_each_type_trains_and_resumes(train: Any, sft_values: Any, read_tensors: Any, peft_type: str) -> None:
     adapter = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "peft_kwargs": MINIMAL[peft_type]}
     run = cut_and_resumed_equals(train, sft_values, {"peft_conf": adapter}, read_tensors)
-    assert run.result.artifact.kind == "adapter"
+    assert run.result.model.kind == "adapter"
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_a_gptq_checkpoint_trains_and_resumes(
 def test_preferences_through_other_adapters(train: Any, dpo_values: Any, peft_type: str) -> None:
     adapter = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "peft_kwargs": MINIMAL[peft_type]}
     run = train(dpo_values({"peft_conf": adapter, "training_args.max_steps": 2}))
-    assert run.result.artifact.kind == "adapter"
+    assert run.result.model.kind == "adapter"
 
 
 def test_preferences_with_new_tokens(train: Any, dpo_values: Any, tiny_llama_dir: Any, read_tensors: Any) -> None:
     lora = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"]}}
     changes = {"run_conf.model": str(tiny_llama_dir), "training_args.max_steps": 2, "peft_conf": lora}
-    with pytest.raises(ConfigError, match=r"brings 2 new tokens.*modules_to_save: \[embed_tokens, lm_head\]"):
+    with pytest.raises(ConfigError, match=r"adds 2 tokens.*modules_to_save: \[embed_tokens, lm_head\]"):
         train(dpo_values(changes))
     lora["peft_kwargs"]["modules_to_save"] = ["embed_tokens", "lm_head"]
     run = train(dpo_values(changes))

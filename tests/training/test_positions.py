@@ -62,12 +62,12 @@ def llama(positions: int) -> Any:
 
 def test_rows_beyond_the_positions_are_told(prepared: tuple[Any, PreparedData]) -> None:
     experiment, data = prepared
-    with pytest.raises(ConfigError, match=r"tokens, and the model has learned 16 positions. Set it to 16 or less"):
+    with pytest.raises(ConfigError, match=r"tokens, but the model has 16 learned positions. Set it to 16 or less"):
         check_positions(gpt2(16), experiment, data)
     warnings = check_positions(llama(16), experiment, data)
     if experiment.data_conf.streaming:
         assert warnings == (), "nobody knows how long its rows are"
     else:
-        assert "more than the 16 positions that the model was made for" in warnings[0]
+        assert "more than the model's context length of 16" in warnings[0]
     for model in (gpt2(512), llama(512)):
         assert check_positions(model, experiment, data) == ()

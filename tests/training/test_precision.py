@@ -42,8 +42,8 @@ def asking(sft_values: Any, write_config: Any) -> Any:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"bf16": True}, "training_args.bf16: is true, but an old GPU does not compute in bf16: only emulated"),
-        ({"tf32": True}, "training_args.tf32: is true, but an old GPU does not compute in tf32: needs 8.0"),
+        ({"bf16": True}, "training_args.bf16: is true, but an old GPU does not support bf16: only emulated"),
+        ({"tf32": True}, "training_args.tf32: is true, but an old GPU does not support tf32: needs 8.0"),
         ({"bf16_full_eval": True}, "training_args.bf16_full_eval: is true, but an old GPU"),
     ],
 )
@@ -54,7 +54,7 @@ def test_what_the_device_lacks_is_said(asking: Any, args: dict[str, Any], messag
     check_precision(asking(**args), NEW_GPU)
 
 
-HINT = "a GPU has bfloat16 in hardware, which training_args.bf16 uses"
+HINT = "a GPU supports bfloat16; set training_args.bf16 to use it"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ HINT = "a GPU has bfloat16 in hardware, which training_args.bf16 uses"
         ({}, torch.float32, OLD_GPU, ("float32", "")),
         ({}, torch.float32, OLD_CPU, ("float32", "")),
         ({}, torch.bfloat16, NEW_GPU, ("bfloat16", "")),
-        ({"bf16": True}, torch.float32, NEW_GPU, ("bfloat16 by autocast, the weights in float32", "")),
+        ({"bf16": True}, torch.float32, NEW_GPU, ("bfloat16 by autocast, weights in float32", "")),
     ],
 )
 def test_a_run_tells_what_it_computes_in(

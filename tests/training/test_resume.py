@@ -66,7 +66,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_with_a_note(
     changes = {**SAVED, "training_args.max_steps": 6, "run_conf.resume_from_checkpoint": True}
     resumed = train(sft_values(changes))
     shown = capsys.readouterr().out
-    assert "checkpoint-6 passed over: optimizer.pt has" in shown
+    assert "checkpoint-6 skipped: optimizer.pt has" in shown
     assert "checkpoint-3" in shown
     assert resumed.losses == whole.losses
 
@@ -95,7 +95,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     ("fault", "reason"),
     [
         ({"without": "trainer_state.json"}, "trainer_state.json is missing"),
-        ({"state": '{"global_'}, "trainer_state.json is cut off"),
+        ({"state": '{"global_'}, "trainer_state.json is truncated"),
         ({"state": "{}"}, "trainer_state.json does not say its step"),
         ({"without": "model.safetensors"}, "it has no weights"),
         ({"without": "optimizer.pt"}, "it has no optimizer state"),
@@ -103,8 +103,8 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
 )
 def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, str], reason: str) -> None:
     broken = make_checkpoint(tmp_path / "checkpoint-4", **fault)
-    assert find_resume_point(tmp_path, "auto").notes[0].startswith(f"checkpoint-4 passed over: {reason}")
-    with pytest.raises(CheckpointError, match=f"checkpoint-4 passed over: {reason}"):
+    assert find_resume_point(tmp_path, "auto").notes[0].startswith(f"checkpoint-4 skipped: {reason}")
+    with pytest.raises(CheckpointError, match=f"checkpoint-4 skipped: {reason}"):
         find_resume_point(tmp_path, True)
     with pytest.raises(CheckpointError, match=r"run_conf.resume_from_checkpoint: cannot resume from"):
         find_resume_point(tmp_path, str(broken))
@@ -115,13 +115,13 @@ def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, st
 def test_what_a_removal_that_was_cut_leaves_is_no_checkpoint(tmp_path: Path) -> None:
     remains = make_checkpoint(tmp_path / "checkpoint-4", without="training_args.bin")
     found = find_resume_point(tmp_path, "auto")
-    assert (found.checkpoint, found.notes) == (None, ("checkpoint-4 passed over: manifest.json is missing",))
+    assert (found.checkpoint, found.notes) == (None, ("checkpoint-4 skipped: manifest.json is missing",))
     assert find_resume_point(tmp_path, str(remains)).checkpoint == remains
 
 
 def test_true_needs_a_checkpoint_and_auto_does_not(tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "none", "auto").checkpoint is None
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .* auto starts afresh"):
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint in .* Set auto to start a new run"):
         find_resume_point(tmp_path / "none", True)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from finetuning.distributed import read_job_end_time
 from finetuning.errors import Interrupted
-from finetuning.training.process_sync import FOLDER, find_hung_rank
-from finetuning.training.signals import SCHEDULER_MARGIN_S, seconds
+from finetuning.training.process_sync import HEARTBEAT_FOLDER, find_hung_rank
+from finetuning.training.signals import SCHEDULER_MARGIN_S, parse_duration
 
 
 def test_a_time_limit_saves_and_goes_on_the_next_time(train: Any, sft_values: Any) -> None:
@@ -36,21 +36,21 @@ def test_the_end_of_the_schedulers_time_and_a_file_stop_a_run(
     assert end.value.exit_code == 143
     assert not (out / "STOP").exists(), "the next run goes on"
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + SCHEDULER_MARGIN_S))
-    with pytest.raises(Interrupted, match="the end of the scheduler's time at step 2"):
+    with pytest.raises(Interrupted, match="the scheduler's time limit at step 2"):
         train(sft_values({"run_conf.resume_from_checkpoint": "auto"}))
 
 
 def test_times_are_read() -> None:
-    assert seconds("1h30m") == 5400
-    assert seconds("2d") == 172800
+    assert parse_duration("1h30m") == 5400
+    assert parse_duration("2d") == 172800
     assert read_job_end_time({}) is None
     assert read_job_end_time({"SLURM_JOB_END_TIME": "soon"}) is None
 
 
 def beat(folder: Path, rank: int, phase: str, step: int, age: float, *, frozen: bool = False) -> None:
-    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / HEARTBEAT_FOLDER).mkdir(exist_ok=True)
     values = {"phase": phase, "step": step, "time": time.time() - age}
-    file = folder / FOLDER / f"rank-{rank}.json"
+    file = folder / HEARTBEAT_FOLDER / f"rank-{rank}.json"
     file.write_text(json.dumps(values))
     if frozen:
         os.utime(file, (values["time"], values["time"]))

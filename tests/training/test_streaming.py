@@ -82,7 +82,7 @@ def test_the_report_the_plan_and_the_record_say_what_is_known(
     shown = " ".join(capsys.readouterr().out.split())
     assert "optimizer steps 26 (max_steps; rows are read as training goes, and not counted before)" in shown
     assert "prepared rows streamed during training, with a shuffle buffer of 200 rows" in shown
-    assert "end to end, no padding" in shown
+    assert "padding-free" in shown
 
 
 def test_lying_end_to_end_changes_no_loss(train: Any, sft_values: Any, rows: str) -> None:
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_prepared_rows_is_no_place_in_a_stream(train: Any, sft_v
         "run_conf.final_checkpoint_name": "longer",
         "data_conf.shuffle_buffer": None,
     }
-    with pytest.raises(CheckpointError, match=r"checkpoint-2 does not say where its stream of rows stood"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 does not contain the position in the stream of rows"):
         train(values_of(sft_values, rows, goes_on))
 
 

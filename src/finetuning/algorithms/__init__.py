@@ -1,16 +1,16 @@
-"""The algorithms: one file each, and one line here."""
+"""The table of algorithms. A new algorithm is one file in this package, one line here and its config section."""
 
 from __future__ import annotations
 
 from finetuning.algorithms import dpo, grpo, kto, orpo_cpo, reward, sft
 from finetuning.algorithms.algorithm import Algorithm
 
-METHODS: dict[str, Algorithm] = {
-    "sft": sft.METHOD,
-    "dpo": dpo.METHOD,
-    "kto": kto.METHOD,
-    "reward": reward.METHOD,
-    "grpo": grpo.METHOD,
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": sft.ALGORITHM,
+    "dpo": dpo.ALGORITHM,
+    "kto": kto.ALGORITHM,
+    "reward": reward.ALGORITHM,
+    "grpo": grpo.ALGORITHM,
     "orpo": orpo_cpo.ORPO,
     "cpo": orpo_cpo.CPO,
 }

@@ -1,6 +1,7 @@
-"""What an algorithm is made of.
+"""The interface of an algorithm, and what the algorithms that use TRL's trainers share.
 
-What building a trainer of TRL takes, whichever it is."""
+Nothing here imports torch: the console script reads the table of algorithms before it loads anything.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     import transformers
+    from peft import PeftConfig
 
     from finetuning.data.prepared import PreparedData
     from finetuning.model.tokenizer import LoadedTokenizer
@@ -22,84 +24,95 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the rows of a batch lie: padded to one length, or end to end, and why."""
+    """How rows form a batch: padded to one length, or concatenated without padding, and why."""
 
     padded: bool
     reason: str
 
     def __str__(self) -> str:
-        return f"{'padded' if self.padded else 'end to end, no padding'}: {self.reason}"
+        return f"{'padded' if self.padded else 'padding-free'}: {self.reason}"
 
 
 @dataclass(frozen=True)
-class TrainingParts:
-    """All that a trainer is built from."""
+class TrainerInputs:
+    """Everything that a trainer is built from."""
 
-    experiment: Experiment
-    arguments: transformers.TrainingArguments
+    experiment: Any
+    """An instance of the algorithm's `experiment` class."""
+    arguments: Any
+    """An instance of the class that `experiment.trainer_config` names, a subclass of TrainingArguments."""
     data: PreparedData
     tokenizer: LoadedTokenizer
     model: Any
-    peft_config: Any
-    """Set when the trainer itself shall wrap the model in a new adapter; None when `model` is ready."""
-    load_reference: Callable[[], Any] | None
+    peft_config: PeftConfig | None
+    """Set when the trainer adds a new adapter to the model; None when `model` is ready."""
+    load_reference: Callable[[], transformers.PreTrainedModel] | None
     """Loads a frozen copy of the model as it was before training."""
     layout: BatchLayout
     callbacks: Sequence[transformers.TrainerCallback]
     end_of_turn: str | None = None
-    """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
+    """The text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One algorithm: its name, its config, how its rows are prepared, and its trainer."""
+    """An algorithm: its config, how its rows are prepared, and its trainer."""
 
-    name: str
     title: str
+    """What it is, for `--help`."""
     experiment: type[Experiment]
-    arguments: str
-    """`module:class` of the trainer's config class, which pass-through fields are checked against."""
+    """The model of its YAML file."""
     prepare: Callable[..., PreparedData]
-    build_trainer: Callable[[TrainingParts], transformers.Trainer]
-    lays_end_to_end: bool = False
-    """Whether its trainer can compute rows that lie end to end."""
-    wraps_model: bool = False
-    """Whether the trainer wraps a new adapter round the model itself, keeping the bare model as its reference."""
-    gives_scores: bool = False
-    """Whether the model ends in one score instead of the vocabulary."""
+    """`(experiment, tokenizer, workers, stop_tokens)` to tokenized rows."""
+    build_trainer: Callable[[TrainerInputs], transformers.Trainer]
+    supports_padding_free: bool = False
+    """Whether its trainer can compute rows that are concatenated without padding."""
+    trainer_adds_adapter: bool = False
+    """Whether the trainer itself adds a new adapter to the model, and uses the model without it as the reference."""
+    has_score_head: bool = False
+    """Whether the model has a head with a single output instead of the vocabulary."""
     is_experimental: bool = False
-    """Whether its trainer is one that TRL may change or drop in any release."""
+    """Whether its trainer is one that TRL may change or remove in any release."""
+
+    @property
+    def name(self) -> str:
+        return self.experiment.method_name
 
 
 @contextmanager
 def reraise_as_config_error(name: str) -> Iterator[None]:
-    """Turns what a trainer says about a combination that it does not take into an error for people.
+    """Turn what a trainer raises about an unsupported combination of options into a ConfigError.
 
     Raises:
-        ConfigError: the trainer refuses the model, the options or both together, or misses a package.
+        ConfigError: the trainer rejects the model, the options or both together, or lacks a package.
     """
     try:
         yield
     except (ValueError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"the {name} trainer refuses this: {error}", place=Location(key="training_args")) from error
+        raise ConfigError(
+            f"the {name} trainer rejects this config: {error}", place=Location(key="training_args")
+        ) from error
 
 
-def load_reference_model(parts: TrainingParts) -> Any:
-    """A frozen copy of the model as it is before training; None where the model without its adapter is one, or its
-    log-probabilities are computed before training begins."""
-    is_needed = isinstance(parts.experiment.peft_conf, NoPeft) and not getattr(
-        parts.arguments, "precompute_ref_log_probs", False
+def load_reference_model(inputs: TrainerInputs) -> transformers.PreTrainedModel | None:
+    """Return a frozen copy of the model as it is before training, if the trainer needs one.
+
+    It needs none when the model without its adapter is the reference, or when the reference log-probabilities are
+    computed before training begins.
+    """
+    is_needed = isinstance(inputs.experiment.peft_conf, NoPeft) and not getattr(
+        inputs.arguments, "precompute_ref_log_probs", False
     )
-    return parts.load_reference() if is_needed and parts.load_reference else None
+    return inputs.load_reference() if is_needed and inputs.load_reference else None
 
 
-def trainer_kwargs(parts: TrainingParts) -> dict[str, Any]:
-    """The arguments that every trainer takes."""
+def trainer_kwargs(inputs: TrainerInputs) -> dict[str, Any]:
+    """Return the arguments that every trainer takes."""
     return {
-        "model": parts.model,
-        "args": parts.arguments,
-        "train_dataset": parts.data.train,
-        "eval_dataset": parts.data.validation,
-        "processing_class": parts.tokenizer.tokenizer,
-        "callbacks": list(parts.callbacks),
+        "model": inputs.model,
+        "args": inputs.arguments,
+        "train_dataset": inputs.data.train,
+        "eval_dataset": inputs.data.validation,
+        "processing_class": inputs.tokenizer.tokenizer,
+        "callbacks": list(inputs.callbacks),
     }

@@ -1,25 +1,25 @@
-"""Direct preference optimisation and its family: the chosen answer above the rejected one, near the reference."""
+"""Direct preference optimization and its family: prefer the chosen answer, and stay close to the reference model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
-    TrainingParts,
+    TrainerInputs,
     load_reference_model,
     reraise_as_config_error,
     trainer_kwargs,
 )
 from finetuning.config.sections.experiment import DPOExperiment
-from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, InitialLossMixin
 
 if TYPE_CHECKING:
     import transformers
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.trainer.initial_loss import ExpectedLoss
 
 _LN2 = math.log(2)
 _MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard"} | {
@@ -27,7 +27,7 @@ _MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_p
     "apo_down",
     "discopop",
 }
-"""Losses that hold each pair by itself; the others compare pairs of a batch with one another."""
+"""Losses that are means over pairs; the others compare the pairs of a batch with each other."""
 
 
 def prepare(
@@ -36,7 +36,7 @@ def prepare(
     workers: int,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """Token ids of prompts, chosen and rejected answers."""
+    """Return token ids of prompts, chosen and rejected answers."""
     from finetuning.data.pipeline import prepare_dpo
 
     return prepare_dpo(
@@ -44,13 +44,13 @@ def prepare(
     )
 
 
-def first_loss(loss_types: list[str], weights: list[float], beta: float, smoothing: float) -> float | None:
-    """The loss when the policy equals the reference, where it is known: every log-ratio is then 0.
+def initial_loss(loss_types: list[str], weights: list[float], beta: float, smoothing: float) -> float | None:
+    """Return the loss when the policy equals the reference, so that every log-ratio is 0; None where it is unknown.
 
-    None for a mix that holds `sft`, whose loss is the model's own. Source: the loss formulas in the papers named at
-    each branch of TRL 1.16's `DPOTrainer._compute_loss`, with both log-ratios set to 0.
+    A mix that contains `sft` has no known initial loss. Source: the formulas in the papers named at each branch of TRL
+    1.16's `DPOTrainer._compute_loss`, with both log-ratios set to 0.
     """
-    known = {
+    losses = {
         "sigmoid": _LN2,
         "sigmoid_norm": _LN2,
         "robust": _LN2,
@@ -66,48 +66,47 @@ def first_loss(loss_types: list[str], weights: list[float], beta: float, smoothi
         "discopop": 0.5 * _LN2 + 0.5,
     }
     if smoothing > 0:
-        known["exo_pair"] = -_LN2 - 0.5 * (math.log1p(-smoothing) + math.log(smoothing))
-    if not set(loss_types) <= set(known):
+        losses["exo_pair"] = -_LN2 - 0.5 * (math.log1p(-smoothing) + math.log(smoothing))
+    if not set(loss_types) <= set(losses):
         return None
-    return sum(known[name] * weight for name, weight in zip(loss_types, weights, strict=True))
+    return sum(losses[name] * weight for name, weight in zip(loss_types, weights, strict=True))
 
 
-def build_trainer(parts: TrainingParts) -> transformers.Trainer:
-    """TRL's DPOTrainer on rows that are tokenised already, its first loss checked against the known one.
+def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
+    """Return TRL's DPOTrainer on tokenized rows, with a check of the first loss.
 
     Raises:
-        ConfigError: TRL refuses the combination of model and options.
+        ConfigError: TRL rejects the combination of model and options.
     """
-    import trl
+    from trl.trainer.dpo_trainer import DPOTrainer
 
+    from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, InitialLossMixin
     from finetuning.trainer.mixin import TrainerMixin
 
-    class DPOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, trl.DPOTrainer):
-        """TRL's DPOTrainer with the mixin, ready rows and the check of the first loss."""
-
-        divides_batches = set(parts.arguments.loss_type) <= _MEANS_OVER_PAIRS
+    class CheckedDPOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+        supports_batch_splitting = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-        def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
+        def expected_first_loss(self, inputs: Mapping[str, Any]) -> ExpectedLoss | None:
             args = self.args
             if args.use_weighting or args.f_divergence_type != "reverse_kl" or self.aux_loss_enabled:
                 return None
-            value = first_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
+            value = initial_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
             name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"
             return None if value is None else ExpectedLoss(value, name)
 
     with reraise_as_config_error("DPO"):
-        return DPOTrainer(ref_model=load_reference_model(parts), peft_config=parts.peft_config, **trainer_kwargs(parts))
+        return CheckedDPOTrainer(
+            ref_model=load_reference_model(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
+        )
 
 
-METHOD = Algorithm(
-    name="dpo",
-    title="direct preference optimisation and its family",
+ALGORITHM = Algorithm(
+    title="direct preference optimization and its family, such as IPO",
     experiment=DPOExperiment,
-    arguments="trl.trainer.dpo_config:DPOConfig",
     prepare=prepare,
     build_trainer=build_trainer,
-    wraps_model=True,
+    trainer_adds_adapter=True,
 )

@@ -1,27 +1,40 @@
-"""Group relative policy optimisation: a model answers each prompt several times and learns from its better answers."""
+"""Group relative policy optimization: sample several completions per prompt, and learn from the better ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
-    TrainingParts,
+    TrainerInputs,
     load_reference_model,
     reraise_as_config_error,
     trainer_kwargs,
 )
 from finetuning.config.sections.experiment import GRPOExperiment
 from finetuning.errors import ConfigError, Location
-from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, check_initial_loss, drops_values
-from finetuning.trainer.reward_functions import build_rewards, needed_columns
 
 if TYPE_CHECKING:
+    import torch
     import transformers
+    from torch import nn
+    from transformers import PreTrainedModel
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from finetuning.data.prepared import PreparedData
+
+    class GRPOBase(GRPOTrainer):
+        """The trainer that the mixin below is typed against."""
+
+        args: Any
+        model: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
+        _token_count: torch.Tensor | int
+else:
+    GRPOBase = object
+
+Message = dict[str, Any]
 
 
 def prepare(
@@ -30,115 +43,121 @@ def prepare(
     workers: int,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """Token ids of the prompts, and what rewards are told about them.
+    """Return token ids of the prompts, and the columns that reward functions use.
 
     Raises:
-        ConfigError: a reward's function is not there; said before any row is read.
+        ConfigError: a reward function does not exist. Checked before any row is read.
     """
     from finetuning.data.pipeline import prepare_prompts
+    from finetuning.trainer.reward_functions import build_rewards, needed_columns
 
     args = experiment.grpo_args
     build_rewards(args)
     return prepare_prompts(experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer, workers)
 
 
-class TokenizedPrompt(list):  # type: ignore[type-arg]
-    """A prompt's messages, which know their token ids."""
+class TokenizedPrompt(list[Message]):
+    """The messages of a prompt, with their token ids."""
 
-    ids: list[int]
-
-    @classmethod
-    def of(cls, messages: list[dict[str, Any]], ids: list[int]) -> TokenizedPrompt:
-        made = cls(messages)
-        made.ids = ids
-        return made
+    def __init__(self, messages: list[Message], ids: list[int]):
+        super().__init__(messages)
+        self.ids = ids
 
 
-def build_trainer(parts: TrainingParts) -> transformers.Trainer:
-    """TRL's GRPOTrainer on prompts that are tokenised already.
+class TokenizedPromptsMixin(GRPOBase):
+    """Use tokenized prompts and our own reference model, and check the first divergence from it."""
+
+    reward_columns: Sequence[str] = ()
+    """The columns of all rows. A reward function gets each of them at every call, None where a row lacks it."""
+    _is_divergence_checked = False
+
+    def set_reference(self, reference: PreTrainedModel, beta: float, *, sync: bool) -> None:
+        """Set the reference model and the weight of the divergence from it, as TRL 1.16 does in its constructor."""
+        from trl.trainer.callbacks import SyncRefModelCallback
+        from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+        self.args.beta = self.beta = beta
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
+        self.ref_model = _prepare_reference(reference, self)
+        if sync:
+            self.args.sync_ref_model = True
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "row"]
+
+    def _count_tokens(self, inputs: object) -> int:
+        return 0  # There are no completions yet; they are counted below.
+
+    def _tokenize_prompts(self, prompts: list[TokenizedPrompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [prompt.ids for prompt in prompts], None, {}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions([_as_trl_row(row, self.reward_columns) for row in inputs])
+        if self.model.training:
+            self._token_count = self._token_count + output["prompt_mask"].sum() + output["completion_mask"].sum()
+        return output
+
+    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+        from finetuning.trainer.initial_loss import ExpectedLoss, check_initial_loss, has_dropout
+
+        loss = super()._compute_loss(model, inputs)
+        if self.beta and self.state.global_step == 0 and self.model.training and not self._is_divergence_checked:
+            self._is_divergence_checked = True
+            expected = ExpectedLoss(0.0, "the divergence from the reference")
+            divergence = self._metrics["train"]["kl"][-1]
+            check_initial_loss(divergence, expected, has_dropout=has_dropout(self.model))
+        return loss
+
+
+def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
+    """Return TRL's GRPOTrainer on tokenized prompts.
 
     Completions end where the chat template ends a turn, as they will when the model is served. The reference is loaded
-    as the model was, not read again by name, and the first divergence from it must be 0.
+    like the model, and the first divergence from it must be 0.
 
     Raises:
-        ConfigError: TRL refuses the combination of model and options, or the prompts do not fill one batch.
+        ConfigError: TRL rejects the combination of model and options, or there are fewer prompts than a batch needs.
     """
-    from finetuning.model.stop_tokens import align_stop_tokens
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
-    args, rewards = parts.arguments, parts.experiment.grpo_args
-    _check_enough_prompts(len(parts.data.train), args.generation_batch_size // args.num_generations)
-    base = parts.model.get_base_model() if hasattr(parts.model, "get_base_model") else parts.model
+    from finetuning.model.stop_tokens import align_stop_tokens
+    from finetuning.trainer.initial_loss import CompleteReferenceMixin
+    from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.trainer.reward_functions import build_rewards
+
+    class TokenizedGRPOTrainer(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        TokenizedPromptsMixin, TrainerMixin, CompleteReferenceMixin, GRPOTrainer
+    ):
+        reward_columns = _reward_columns(inputs.data)
+
+    args, grpo_args = inputs.arguments, inputs.experiment.grpo_args
+    train: Any = inputs.data.train
+    _check_num_prompts(len(train), args.generation_batch_size // args.num_generations)
+    base = inputs.model.get_base_model() if hasattr(inputs.model, "get_base_model") else inputs.model
     base.generation_config = align_stop_tokens(
-        parts.tokenizer.tokenizer, base.generation_config, parts.end_of_turn
+        inputs.tokenizer.tokenizer, base.generation_config, inputs.end_of_turn
     ).generation_config
-    args.reward_weights = [conf.weight for conf in rewards.rewards]
-    reference = load_reference_model(parts) if args.beta else None
-    beta, syncs = args.beta, args.sync_ref_model
+    args.reward_weights = [conf.weight for conf in grpo_args.rewards]
+    reference = load_reference_model(inputs) if args.beta else None
+    beta, sync = args.beta, args.sync_ref_model
     if reference is not None:
-        # TRL would read the model again by its name; it is given ours below.
+        # With beta TRL would load the reference by the model's name, in another dtype and without our options.
         args.beta, args.sync_ref_model = 0.0, False
     with reraise_as_config_error("GRPO"):
-        trainer = _trainer_class(_columns(parts.data))(
-            reward_funcs=list(build_rewards(rewards)), peft_config=parts.peft_config, **trainer_kwargs(parts)
+        trainer = TokenizedGRPOTrainer(
+            reward_funcs=list(build_rewards(grpo_args)), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
     if reference is not None:
-        trainer.take_reference(reference, beta, syncs=syncs)
+        trainer.set_reference(reference, beta, sync=sync)
     return trainer
 
 
-def _trainer_class(columns: list[str]) -> type:
-    import trl
-    from trl.trainer.callbacks import SyncRefModelCallback
-    from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
-
-    from finetuning.trainer.mixin import TrainerMixin
-
-    class GRPOTrainer(TrainerMixin, CompleteReferenceMixin, trl.GRPOTrainer):
-        """TRL's GRPOTrainer with the mixin, ready prompts, our reference and the check of the first divergence."""
-
-        _divergence_checked = False
-
-        def take_reference(self, reference: Any, beta: float, *, syncs: bool) -> None:
-            """Holds the policy near this model, with this weight."""
-            self.args.beta = self.beta = beta
-            if self.args.disable_dropout:
-                disable_dropout_in_model(reference)
-            add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
-            self.ref_model = _placed(reference, self)
-            if syncs:
-                self.args.sync_ref_model = True
-                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
-
-        def _set_signature_columns_if_needed(self) -> None:
-            self._signature_columns = ["prompt_ids", "row"]
-
-        def _count_tokens(self, inputs: Any) -> int:
-            return 0  # The completions are not there yet.
-
-        def _tokenize_prompts(self, prompts: list[TokenizedPrompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            return [prompt.ids for prompt in prompts], None, {}
-
-        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            output = super()._generate_and_score_completions([_told_row(one, columns) for one in inputs])
-            if self.model.training:
-                self._token_count = self._token_count + output["prompt_mask"].sum() + output["completion_mask"].sum()
-            return output
-
-        def _compute_loss(self, model: Any, inputs: Any) -> Any:
-            loss = super()._compute_loss(model, inputs)
-            if self.beta and self.state.global_step == 0 and self.model.training and not self._divergence_checked:
-                self._divergence_checked = True
-                known = ExpectedLoss(0.0, "the divergence from the reference")
-                found = self._metrics["train"]["kl"][-1]
-                check_initial_loss(found, known, drops=drops_values(self.model))
-            return loss
-
-    return GRPOTrainer
-
-
-def _placed(reference: Any, trainer: Any) -> Any:
-    """The reference where the trainer's model is: on its device, or shared out like it."""
-    from trl.models import prepare_deepspeed, prepare_fsdp
+def _prepare_reference(reference: PreTrainedModel, trainer: transformers.Trainer) -> Any:
+    """Return the reference on the trainer's device, or sharded like the trainer's model."""
+    from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(reference, trainer.accelerator)
@@ -147,39 +166,37 @@ def _placed(reference: Any, trainer: Any) -> Any:
     return trainer.accelerator.prepare_model(reference, evaluation_mode=True)
 
 
-def _told_row(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    """A prepared row as TRL reads one: its prompt, which needs no tokenising, and the columns that rewards look at."""
-    told = json.loads(row["row"])
+def _as_trl_row(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """Return a prepared row as TRL takes it: the prompt, and the columns of the reward functions."""
+    values = json.loads(row["row"])
     return {
-        "prompt": TokenizedPrompt.of(told["prompt"], row["prompt_ids"]),
-        **{name: told["columns"].get(name) for name in columns},
+        "prompt": TokenizedPrompt(values["prompt"], row["prompt_ids"]),
+        **{name: values["columns"].get(name) for name in columns},
     }
 
 
-def _columns(data: PreparedData) -> list[str]:
-    """The columns of all rows: a reward is given each of them at every call, None where a row has it not."""
-    found: dict[str, None] = {}
-    for part in (data.train, data.validation):
-        for text in part["row"] if part is not None else ():
-            found |= dict.fromkeys(json.loads(text)["columns"])
-    return list(found)
+def _reward_columns(data: PreparedData) -> list[str]:
+    columns: dict[str, None] = {}
+    splits: list[Any] = [data.train, data.validation]
+    for split in splits:
+        for text in split["row"] if split is not None else ():
+            columns |= dict.fromkeys(json.loads(text)["columns"])
+    return list(columns)
 
 
-def _check_enough_prompts(prompts: int, wanted: int) -> None:
-    if prompts < wanted:
+def _check_num_prompts(num_prompts: int, needed: int) -> None:
+    if num_prompts < needed:
         raise ConfigError(
-            f"a batch takes {wanted} prompts, and there are {prompts}",
+            f"a batch needs {needed} prompts, but there are {num_prompts}",
             place=Location(key="batchsize_conf.total_train_batch_size"),
             hint="It counts completions: lower it, or raise training_args.num_generations.",
         )
 
 
-METHOD = Algorithm(
-    name="grpo",
-    title="group relative policy optimisation",
+ALGORITHM = Algorithm(
+    title="group relative policy optimization, on rewards of sampled completions",
     experiment=GRPOExperiment,
-    arguments=GRPOExperiment.trainer_config,
     prepare=prepare,
     build_trainer=build_trainer,
-    wraps_model=True,
+    trainer_adds_adapter=True,
 )

@@ -1,23 +1,20 @@
-"""What ORPO and CPO share: trainers of TRL's experimental part that take preferences and no reference model.
-
-Odds ratio preference optimisation: the chosen answer learnt and preferred at once, without a reference.
-
-Contrastive preference optimisation, SimPO and AlphaPO: preferences without a reference."""
+"""ORPO and CPO (with SimPO and AlphaPO): preferences without a reference model, by TRL's experimental trainers."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Algorithm, TrainingParts, reraise_as_config_error, trainer_kwargs
+from finetuning.algorithms.algorithm import Algorithm, TrainerInputs, reraise_as_config_error, trainer_kwargs
 from finetuning.config.sections.experiment import CPOExperiment, ORPOExperiment
 
 if TYPE_CHECKING:
     import datasets
+    import torch
     import transformers
 
     from finetuning.data.prepared import PreparedData
@@ -31,13 +28,11 @@ def prepare(
     workers: int,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """Token ids of prompts, chosen and rejected answers."""
+    """Return token ids of prompts, chosen and rejected answers."""
     from finetuning.data.pipeline import prepare_dpo
 
-    logger.warning(
-        "%s is experimental: its trainer is one that TRL may change or drop in any release", experiment.method_name
-    )
-    # The warning above stands for TRL's own, which names no method and no file.
+    logger.warning("%s is experimental: TRL may change or remove its trainer in any release", experiment.method_name)
+    # TRL's own warning names neither the method nor a file.
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return prepare_dpo(
         experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
@@ -46,7 +41,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pads pairs as the experimental trainers take them.
+    """Pads preference pairs for the experimental trainers.
 
     Returns `{chosen,rejected}_{input_ids,attention_mask,labels}`, int64, of shape (rows, longest of that kind); labels
     are -100 on prompts and padding.
@@ -54,7 +49,7 @@ class PairCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         from finetuning.data.collators import UNTRAINED, PaddingCollator
 
         pad = PaddingCollator(self.pad_token_id)
@@ -73,73 +68,61 @@ class PairCollator:
         return batch
 
 
-def make_algorithm(experiment: type[ORPOExperiment | CPOExperiment], title: str, trainer: str) -> Algorithm:
-    """The algorithm that trains by `trainer`, given as `module:class` of TRL's experimental part."""
-    module, _, name = trainer.partition(":")
+def build_trainer(inputs: TrainerInputs, trainer: str) -> transformers.Trainer:
+    """Return an experimental trainer on tokenized rows.
 
-    def build_trainer(parts: TrainingParts) -> transformers.Trainer:
-        found = getattr(importlib.import_module(module), name)
-        return build_pair_trainer(experiment.method_name.upper(), parts, found)
-
-    return Algorithm(
-        name=experiment.method_name,
-        title=title,
-        experiment=experiment,
-        arguments=experiment.trainer_config,
-        prepare=prepare,
-        build_trainer=build_trainer,
-        is_experimental=True,
-    )
-
-
-def build_pair_trainer(name: str, parts: TrainingParts, trainer_class: type) -> transformers.Trainer:
-    """An experimental trainer on rows that are tokenised already.
+    Args:
+        trainer: its class, as `module:class`.
 
     Raises:
-        ConfigError: TRL refuses the combination of model and options.
+        ConfigError: TRL rejects the combination of model and options.
     """
     from finetuning.trainer.mixin import TrainerMixin
 
-    class PairTrainer(TrainerMixin, trainer_class):
-        """The trainer with the mixin and ready rows."""
+    module, _, name = trainer.partition(":")
+    trainer_class: Any = getattr(importlib.import_module(module), name)
 
-        # Evaluation asks whether the collator makes batches such as the trainer's own, which it does.
+    class PairTrainer(TrainerMixin, trainer_class):
+        # TRL's evaluation checks that batches come from its own collator; those of `PairCollator` have the same form.
         use_dpo_data_collator = property(lambda self: True, lambda self, value: None)
 
         def _set_signature_columns_if_needed(self) -> None:
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
-        def _count_tokens(self, inputs: Any) -> Any:
+        def _count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return inputs["chosen_attention_mask"].sum() + inputs["rejected_attention_mask"].sum()
 
-    given = trainer_kwargs(parts)
-    given |= {
-        key: as_tokenized_dataset(given[key]) for key in ("train_dataset", "eval_dataset") if given[key] is not None
+    kwargs = trainer_kwargs(inputs)
+    kwargs |= {
+        key: as_tokenized_dataset(kwargs[key]) for key in ("train_dataset", "eval_dataset") if kwargs[key] is not None
     }
-    with reraise_as_config_error(name):
-        return PairTrainer(data_collator=PairCollator(parts.tokenizer.tokenizer.pad_token_id), **given)
+    pad_token_id: Any = inputs.tokenizer.tokenizer.pad_token_id
+    with reraise_as_config_error(inputs.experiment.method_name.upper()):
+        return PairTrainer(data_collator=PairCollator(pad_token_id), **kwargs)
 
 
 def as_tokenized_dataset(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The rows as a dataset that its trainer cannot tokenise again: it maps to itself."""
+    """Return the rows as a dataset whose `map` does nothing, so that the trainer does not tokenize them again."""
     import datasets
 
-    class ReadyRows(datasets.Dataset):
-        """Rows that need no preparation."""
-
+    class TokenizedDataset(datasets.Dataset):
         def map(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
             return self
 
-    return ReadyRows(dataset.data, info=dataset.info)
+    return TokenizedDataset(dataset.data, info=dataset.info)
 
 
-ORPO = make_algorithm(
-    ORPOExperiment, "odds ratio preference optimisation (experimental)", "trl.experimental.orpo:ORPOTrainer"
+ORPO = Algorithm(
+    title="odds ratio preference optimization (experimental)",
+    experiment=ORPOExperiment,
+    prepare=prepare,
+    build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.orpo:ORPOTrainer"),
+    is_experimental=True,
 )
-
-
-CPO = make_algorithm(
-    CPOExperiment,
-    "contrastive preference optimisation, SimPO among it (experimental)",
-    "trl.experimental.cpo:CPOTrainer",
+CPO = Algorithm(
+    title="contrastive preference optimization, with SimPO among its losses (experimental)",
+    experiment=CPOExperiment,
+    prepare=prepare,
+    build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.cpo:CPOTrainer"),
+    is_experimental=True,
 )

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next token of the rows' trained text."""
+"""Supervised fine-tuning: predict the next token of the text that each row trains on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Algorithm, TrainingParts
+from finetuning.algorithms.algorithm import Algorithm, TrainerInputs
 from finetuning.config.sections.experiment import SFTExperiment
 
 if TYPE_CHECKING:
     import torch
     import transformers
+    from torch import nn
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
+    from finetuning.trainer.mixin import TrainerMixin
+
+    class Trainer(TrainerMixin, transformers.Trainer):
+        pass
+else:
+    Trainer = object
 
 
 def prepare(
@@ -23,7 +31,7 @@ def prepare(
     workers: int,
     stop_tokens: Sequence[str] = (),
 ) -> PreparedData:
-    """Token ids and labels of the training and validation rows."""
+    """Return token ids and labels of the training and validation rows."""
     from finetuning.data.pipeline import prepare_sft
 
     args = experiment.training_args
@@ -33,101 +41,122 @@ def prepare(
     )
 
 
-def build_trainer(parts: TrainingParts) -> transformers.Trainer:
-    """A Trainer whose rows come with their labels.
+class SelectedLogitsMixin(Trainer):
+    """Compute logits only at positions with a label, and the validation loss as a mean over tokens."""
 
-    It is transformers' own and not TRL's `SFTTrainer`: the rows are ready, so that TRL would add nothing, and it
-    refuses adapters on `lm_head`, replaces the model's forward, takes no collator beside its own for rows without
-    padding, and measures entropy and accuracy over all logits at every step.
+    collator_columns = ("lengths",)
+    uses_logits_to_keep = False
+    """Whether the model computes logits at the labels only."""
+    is_padded = True
+    chunked_loss: ChunkedCrossEntropy
+    offload_activations: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
+        from finetuning.trainer.data_loading import BatchRebalanceSampler, TokenBalancedSampler
+
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, BatchRebalanceSampler) and not self.is_padded:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return TokenBalancedSampler.from_sampler(sampler, seed)
+        return sampler
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        with self.offload_activations():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        inputs = dict(inputs)
+        targets = inputs.pop("shift_labels")
+        has_label = targets.ne(-100)
+        if not self.uses_logits_to_keep:
+            if not model.training:
+                # The mean over this batch; the token counts of other processes do not matter.
+                num_items_in_batch = None
+            output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = output[0] if isinstance(output, tuple) else output
+            self._add_eval_loss(loss * has_label.sum(), has_label.sum())
+            return output
+        inputs.pop("labels")
+        inputs |= {"logits_to_keep": has_label, "use_cache": False}
+        outputs, total = self.chunked_loss(model, inputs, targets[has_label]) or _summed_loss(
+            model, inputs, targets[has_label]
+        )
+        if num_items_in_batch is None:
+            loss = total / has_label.sum().clamp(min=1)
+        else:
+            # Gradients are averaged over processes, but the token count is the sum over all of them.
+            loss = total / num_items_in_batch * self._num_averaging_processes()
+        self._add_eval_loss(total, has_label.sum())
+        return (loss, outputs) if return_outputs else loss
+
+
+def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
+    """Return a transformers Trainer for rows that come with their labels.
+
+    TRL's `SFTTrainer` is not used. The rows are already tokenized, so it would add nothing, and it rejects adapters on
+    `lm_head`, replaces the model's forward, allows no other collator for padding-free batches, and computes entropy and
+    accuracy over all logits at every step.
     """
-    from finetuning.data.collators import FlatteningCollator, PaddingCollator
-    from finetuning.trainer.hooks import as_dataset
-    from finetuning.trainer.peft_methods import init_eva
+    import transformers
 
-    tokenizer = parts.tokenizer
-    collate = (
+    from finetuning.data.collators import FlatteningCollator, PaddingCollator
+    from finetuning.data.streaming.dataset import RowStream
+    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
+    from finetuning.trainer.mixin import TrainerMixin
+
+    can_select = _supports_logits_to_keep(inputs)
+
+    class SFTTrainer(SelectedLogitsMixin, TrainerMixin, transformers.Trainer):
+        uses_logits_to_keep = supports_batch_splitting = loss_is_local = can_select
+        is_padded = inputs.layout.padded
+
+    tokenizer, sft_args = inputs.tokenizer, inputs.experiment.sft_args
+    collator = (
         PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_input_id)
-        if parts.layout.padded
+        if inputs.layout.padded
         else FlatteningCollator()
     )
-    init_eva(parts.model, parts.data.train, collate, parts.arguments.per_device_train_batch_size)
-    trainer = _trainer_class(parts)(
-        model=parts.model,
-        args=parts.arguments,
-        train_dataset=as_dataset(parts.data.train, parts.experiment.sft_args.max_seq_length),
-        eval_dataset=parts.data.validation,
+    rows: Any = inputs.data.train
+    if getattr(getattr(inputs.model, "active_peft_config", None), "init_lora_weights", None) == "eva":
+        from finetuning.trainer.peft_methods import init_eva
+
+        init_eva(inputs.model, rows, collator, inputs.arguments.per_device_train_batch_size)
+    if isinstance(rows, RowStream):
+        from finetuning.trainer.data_loading import StreamedRows
+
+        rows = StreamedRows(rows, sft_args.max_seq_length)
+    trainer = SFTTrainer(
+        model=inputs.model,
+        args=inputs.arguments,
+        train_dataset=rows,
+        eval_dataset=inputs.data.validation,
         processing_class=tokenizer.tokenizer,
-        data_collator=collate,
-        callbacks=list(parts.callbacks),
+        data_collator=collator,
+        callbacks=list(inputs.callbacks),
     )
-    if trainer.selects_logits:
-        # The Trainer asks the model's signature whether the loss takes a token count; this loss does.
+    trainer.chunked_loss = ChunkedCrossEntropy(
+        trainer.model, sft_args.logits_at_once, _why_not_chunked(trainer, can_select)
+    )
+    trainer.offload_activations = _activation_offloading(inputs)
+    if can_select:
+        # The Trainer inspects the model's signature for whether the loss takes a token count; this loss does.
         trainer.model_accepts_loss_kwargs = True
     return trainer
 
 
-def _trainer_class(parts: TrainingParts) -> type:
-    import transformers
-
-    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropyMixin
-    from finetuning.trainer.ddp import BatchRebalanceSampler, TokenBalancedSampler
-    from finetuning.trainer.mixin import TrainerMixin
-
-    offloads = _offloading(parts)
-    at_once = parts.experiment.sft_args.logits_at_once
-
-    class SFTTrainer(TrainerMixin, transformers.Trainer):
-        """Computes logits only where there is a label, and the validation loss as a mean over tokens."""
-
-        selects_logits = divides_batches = computes_alone = _selects_logits(parts)
-        collated_columns = ("lengths",)
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._slices = ChunkedCrossEntropyMixin(self.model, at_once, _forbids_slices(self))
-
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            sampler = super()._get_train_sampler(*args, **kwargs)
-            if isinstance(sampler, BatchRebalanceSampler) and not parts.layout.padded:
-                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-                return TokenBalancedSampler.in_place_of(sampler, seed)
-            return sampler
-
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            with offloads() if offloads else nullcontext():
-                return super().training_step(*args, **kwargs)
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            inputs = dict(inputs)
-            targets = inputs.pop("shift_labels")
-            wanted = targets.ne(-100)
-            if not self.selects_logits:
-                if not model.training:
-                    # The mean over this batch, whatever the other processes have.
-                    num_items_in_batch = None
-                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                self._note_evaluation((loss[0] if return_outputs else loss) * wanted.sum(), wanted.sum())
-                return loss
-            inputs.pop("labels")
-            inputs |= {"logits_to_keep": wanted, "use_cache": False}
-            outputs, total = self._slices.total(model, inputs, targets[wanted]) or _total(
-                model, inputs, targets[wanted]
-            )
-            if num_items_in_batch is None:
-                loss = total / wanted.sum().clamp(min=1)
-            else:
-                # Gradients are averaged over processes; the token count is already that of all of them.
-                loss = total / num_items_in_batch * self._gradient_processes()
-            self._note_evaluation(total, wanted.sum())
-            return (loss, outputs) if return_outputs else loss
-
-    return SFTTrainer
-
-
-def _total(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """The model's outputs and the loss summed over the labels, from all their logits at once."""
+def _summed_loss(model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Return the model's outputs and the loss summed over the labels, computed from all logits at once."""
     from torch.nn.functional import cross_entropy
 
     outputs = model(**inputs)
@@ -135,59 +164,58 @@ def _total(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[A
     return outputs, cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _forbids_slices(trainer: transformers.Trainer) -> str | None:
-    """Why a run computes its loss from all logits at once, as far as it can be told before the first batch."""
-    if not trainer.selects_logits:
-        return "the loss is the model's own"
+def _why_not_chunked(trainer: transformers.Trainer, uses_logits_to_keep: bool) -> str | None:
+    """Return why this run cannot compute its logits in chunks, as far as known before the first batch."""
+    if not uses_logits_to_keep:
+        return "the model computes its loss itself"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return "under sharding the processes would gather the head as often as each has slices"
+        # Each process would gather the head once per chunk, and processes may have different numbers of chunks.
+        return "the model is sharded"
     if trainer.args.torch_compile:
-        return "a compiled model does not stop at its head"
+        return "the model is compiled, which bypasses hooks on its head"
     return None
 
 
-def _offloading(parts: TrainingParts) -> Callable[[], AbstractContextManager[Any]] | None:
-    """What keeps activations in main memory during a step; None when they stay where they are."""
-    if not getattr(getattr(parts.experiment, "training_args", None), "activation_offloading", False):
-        return None
+def _activation_offloading(inputs: TrainerInputs) -> Callable[[], AbstractContextManager[object]]:
+    """Return a context for training steps that keeps activations in main memory, if the config asks for it."""
+    if not getattr(getattr(inputs.experiment, "training_args", None), "activation_offloading", False):
+        return nullcontext
     from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
-    context = get_act_offloading_ctx_manager(model=parts.model)
+    context = get_act_offloading_ctx_manager(model=inputs.model)
     return lambda: context
 
 
-def _liger_computes_the_loss(parts: TrainingParts) -> bool:
-    """Whether Liger replaces the model's forward by one that takes labels and makes no logits, its default."""
-    wanted = parts.arguments.use_liger_kernel
-    return wanted and (parts.arguments.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+def _supports_logits_to_keep(inputs: TrainerInputs) -> bool:
+    """Return whether the model can compute logits only at positions with a label.
 
-
-def _selects_logits(parts: TrainingParts) -> bool:
-    """Whether the model computes logits only at the positions that it is told.
-
-    Not under prompt learning, whose virtual tokens shift the positions, nor where the model's own loss holds more
-    than the cross-entropy (label smoothing, a mixture of experts' balance).
+    Not with virtual tokens, which shift positions, and not where the model's own loss has other terms than the
+    cross-entropy (label smoothing, the load balancing of a mixture of experts).
     """
-    model = parts.model
-    active = getattr(model, "peft_config", {}).values()
-    base = model.get_base_model() if active else model
+    model = inputs.model
+    adapters = getattr(model, "peft_config", {}).values()
+    base = model.get_base_model() if adapters else model
     return (
-        # A mask of positions is understood by what slices so; other code, a model's own above all, may not.
+        # Models that import this helper accept a mask of positions; custom code may accept a count only.
         hasattr(inspect.getmodule(type(base)), "slice_logits_to_keep")
         and "logits_to_keep" in inspect.signature(base.forward).parameters
-        and not any(config.is_prompt_learning or config.peft_type.value == "CPT" for config in active)
+        and not any(config.is_prompt_learning or config.peft_type.value == "CPT" for config in adapters)
         and not getattr(base.config.get_text_config(), "output_router_logits", False)
-        and not parts.arguments.label_smoothing_factor
-        and not _liger_computes_the_loss(parts)
+        and not inputs.arguments.label_smoothing_factor
+        and not _has_fused_liger_loss(inputs)
     )
 
 
-METHOD = Algorithm(
-    name="sft",
+def _has_fused_liger_loss(inputs: TrainerInputs) -> bool:
+    """Return whether Liger replaces the model's forward by one that computes the loss without logits, its default."""
+    config = inputs.arguments.liger_kernel_config or {}
+    return inputs.arguments.use_liger_kernel and config.get("fused_linear_cross_entropy", True)
+
+
+ALGORITHM = Algorithm(
     title="supervised fine-tuning",
     experiment=SFTExperiment,
-    arguments="transformers.training_args:TrainingArguments",
     prepare=prepare,
     build_trainer=build_trainer,
-    lays_end_to_end=True,
+    supports_padding_free=True,
 )

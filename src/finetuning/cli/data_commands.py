@@ -27,14 +27,14 @@ def preview_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _preview_parser() -> argparse.ArgumentParser:
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
 
     parser = argparse.ArgumentParser(
         prog="finetuning preview",
         description="Show the first training rows as the model sees them, and which of their tokens are trained. Reads"
         " those rows and the tokenizer; loads no model and writes no file except the HTML page.",
     )
-    parser.add_argument("method", choices=list(METHODS), help="the method")
+    parser.add_argument("method", choices=list(ALGORITHMS), help="the method")
     parser.add_argument("config", help="path of the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
     parser.add_argument("--rows", type=int, default=5, help="number of rows, 1 to 100 (default: 5)")
@@ -47,7 +47,7 @@ def _preview_parser() -> argparse.ArgumentParser:
 
 def _preview(argv: Sequence[str]) -> int:
     options = _preview_parser().parse_intermixed_args(argv)
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
@@ -59,7 +59,7 @@ def _preview(argv: Sequence[str]) -> int:
 
     if not 1 <= options.rows <= MAX_PREVIEW_ROWS:
         raise ConfigError(f"--rows {options.rows}: must be between 1 and {MAX_PREVIEW_ROWS}")
-    method = METHODS[options.method]
+    method = ALGORITHMS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
     with locate_errors(document):
         experiment = validate(document, method.experiment).experiment
@@ -119,7 +119,7 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
 
     parser = argparse.ArgumentParser(
         prog="finetuning prepare",
@@ -127,7 +127,7 @@ def _prepare_parser() -> argparse.ArgumentParser:
         " run reads, and with --output to a folder for data_conf.prepared. Reads the data and the tokenizer; loads no"
         " model.",
     )
-    parser.add_argument("method", nargs="?", choices=list(METHODS), help="the method")
+    parser.add_argument("method", nargs="?", choices=list(ALGORITHMS), help="the method")
     parser.add_argument("config", nargs="?", help="path of the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
     parser.add_argument("--output", type=Path, help="also write the rows to this folder, which must be empty or new")
@@ -150,7 +150,7 @@ def _prepare(argv: Sequence[str]) -> int:
         parser.error("method and config are required")
     if options.shards < 1:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.atomic_io import require_empty
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate
@@ -160,7 +160,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
     if options.output is not None:
         require_empty(options.output)
-    method = METHODS[options.method]
+    method = ALGORITHMS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
     with locate_errors(document):
         experiment = validate(document, method.experiment).experiment

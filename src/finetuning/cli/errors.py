@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.yaml.document import ConfigDocument, dotted
-from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem
+from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem, is_out_of_memory
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
 ERROR_FILE = "FINETUNING_ERROR_FILE"
@@ -129,7 +129,6 @@ DEBUG_OPTION = "--debug"
 DEBUG_VARIABLE = "FINETUNING_DEBUG"
 
 # By name, so that an error can be told apart without importing the libraries that define it.
-_OUT_OF_MEMORY_NAMES = frozenset({"OutOfMemoryError", "MemoryError"})
 _LOST_NAMES = frozenset({"DistNetworkError", "DistStoreError", "DistBackendError"})
 
 
@@ -190,13 +189,6 @@ def _tell_failure(name: str, exit_code: int, message: str) -> int:
     _tell(message)
     report_failure(Failure(name, exit_code, (Problem(message),)))
     return exit_code
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for Python's MemoryError and for the out-of-memory errors of torch, on a device or on the CPU."""
-    if any(base.__name__ in _OUT_OF_MEMORY_NAMES for base in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def is_lost_connection(error: BaseException) -> bool:

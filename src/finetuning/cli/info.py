@@ -210,13 +210,13 @@ def _show(argv: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     experiment = read_experiment(apply_overrides(read_document(options.config), options.overrides))
 
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.status import quiet_libraries
     from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
     from finetuning.model.module_summary import summarize_modules
 
     quiet_libraries()
-    head = SEQUENCE_CLASSIFICATION if METHODS[experiment.method_name].gives_scores else CAUSAL_LM
+    head = SEQUENCE_CLASSIFICATION if ALGORITHMS[experiment.method_name].has_score_head else CAUSAL_LM
     inventory = summarize_modules(experiment.run_conf, experiment.peft_conf, head=head)
     if options.json:
         print(json.dumps(asdict(inventory), indent=2))
@@ -288,7 +288,7 @@ def schema_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_schema(argv: Sequence[str]) -> int:
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.config.schema.json_schema import schema_text
 
     parser = argparse.ArgumentParser(
@@ -296,6 +296,6 @@ def _print_schema(argv: Sequence[str]) -> int:
         description="Print the JSON Schema of a method's YAML. Editors take it from a first line such as"
         " '# yaml-language-server: $schema=sft.json'.",
     )
-    parser.add_argument("method", choices=list(METHODS), help="the method")
-    print(schema_text(METHODS[parser.parse_args(argv).method].experiment), end="")
+    parser.add_argument("method", choices=list(ALGORITHMS), help="the method")
+    print(schema_text(ALGORITHMS[parser.parse_args(argv).method].experiment), end="")
     return 0

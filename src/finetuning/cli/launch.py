@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(argv: Sequence[str]) -> int:
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.config.validation.suggestions import did_you_mean
     from finetuning.launch.hosts import resolve_hosts
     from finetuning.launch.processes import start
@@ -73,12 +73,12 @@ def _launch(argv: Sequence[str]) -> int:
 
     options = build_parser().parse_args(argv)
     if not options.command:
-        raise ConfigError(f"finetuning launch: add the subcommand to run, one of {', '.join(METHODS)}")
+        raise ConfigError(f"finetuning launch: add the subcommand to run, one of {', '.join(ALGORITHMS)}")
     method = options.command[0]
-    if method not in METHODS:
+    if method not in ALGORITHMS:
         raise ConfigError(
-            f'finetuning launch: unknown method "{method}"; supported: {", ".join(METHODS)}',
-            hint=did_you_mean(method, METHODS),
+            f'finetuning launch: unknown method "{method}"; supported: {", ".join(ALGORITHMS)}',
+            hint=did_you_mean(method, ALGORITHMS),
         )
     hosts = resolve_hosts(options.nnodes, options.node_rank, options.main_address)
     launch = _make_launch(options, hosts)

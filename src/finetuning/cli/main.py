@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from finetuning import __version__
 from finetuning.cli.errors import run_command
@@ -47,9 +48,9 @@ SUBCOMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommands that train."""
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
 
-    training = [(name, method.title) for name, method in METHODS.items()]
+    training = [(name, algorithm.title) for name, algorithm in ALGORITHMS.items()]
     others = [(name, subcommand.summary) for name, subcommand in SUBCOMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="finetuning",
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"other subcommands, each with its own --help:\n{_table(others)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("method", metavar="SUBCOMMAND", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("method", metavar="SUBCOMMAND", help=f"one of {', '.join(ALGORITHMS)}")
     parser.add_argument("config", help="path of the experiment's YAML file")
     parser.add_argument(
         "overrides",
@@ -93,32 +94,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in SUBCOMMANDS:
         module, _, function = SUBCOMMANDS[arguments[0]].target.partition(":")
         return getattr(importlib.import_module(module), function)(arguments[1:])
-    return run_command(_train, arguments)
+    from finetuning.cli.train import train
+
+    return run_command(partial(train, parse_options), arguments)
 
 
-def _train(argv: Sequence[str]) -> int:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a subcommand that trains.
+
+    Raises:
+        ConfigError: there is no such subcommand.
+    """
     # Options may precede the subcommand. A wrong first argument is reported before the parser sees, and rejects, the
     # options of the subcommand that was meant.
     if argv and not argv[0].startswith("-"):
         _check_method(argv[0])
     options = build_parser().parse_intermixed_args(argv)
     _check_method(options.method)
-    from finetuning.cli.train import train
-
-    return train(options)
+    return options
 
 
 def _check_method(name: str) -> None:
     """Raise ConfigError unless `name` is a method."""
-    from finetuning.algorithms import METHODS
+    from finetuning.algorithms import ALGORITHMS
 
-    if name in METHODS:
+    if name in ALGORITHMS:
         return
     if name in SUBCOMMANDS:
         raise ConfigError(f"put the subcommand first: finetuning {name} ...")
     from finetuning.config.validation.suggestions import did_you_mean
 
-    hint = did_you_mean(name, [*METHODS, *SUBCOMMANDS])
+    hint = did_you_mean(name, [*ALGORITHMS, *SUBCOMMANDS])
     raise ConfigError(f'unknown subcommand "{name}"', hint=hint or "See finetuning --help.")
 
 

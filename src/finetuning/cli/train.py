@@ -1,26 +1,26 @@
-"""The verbs that train: check, plan, run, tell."""
+"""The subcommands that train: check the config, plan, and run."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from finetuning.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from finetuning.algorithms import Algorithm
     from finetuning.config.sections.experiment import Experiment
-    from finetuning.distributed import ProcessTopology
-    from finetuning.tracking.settings import TrackingPlan
+    from finetuning.plan.plan import Plan
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def train(options: argparse.Namespace) -> int:
-    """Runs what the command line asks for; returns the exit code."""
-    from finetuning.algorithms import METHODS
+def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Sequence[str]) -> int:
+    """Check the config, then train or, with `--dry-run`, print the plan. Return the exit code."""
+    options = parse_options(argv)
+    from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import read_controllers, validate
     from finetuning.config.yaml.overrides import apply_overrides
@@ -29,13 +29,10 @@ def train(options: argparse.Namespace) -> int:
     from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 
-    if options.logging_level.upper() not in LEVELS:
-        raise ConfigError(f"--logging-level {options.logging_level}: choose one of {', '.join(LEVELS)}")
-    if options.num_preprocess_workers < 1:
-        raise ConfigError(f"--num-preprocess-workers {options.num_preprocess_workers}: must be at least 1")
-    method = METHODS[options.method]
+    _check_options(options)
+    algorithm = ALGORITHMS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
-    validated = validate(document, method.experiment)
+    validated = validate(document, algorithm.experiment)
     experiment = validated.experiment
     read_controllers(experiment.trainer_controller)
     topology = read_topology()
@@ -47,26 +44,44 @@ def train(options: argparse.Namespace) -> int:
     place = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
         plan = make_plan(experiment, topology, place=place)
-    warnings = [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]
-    if topology.is_main:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    with locate_errors(validated.document):
-        if not options.dry_run:
-            return _run(experiment, method, options, topology, tracking)
         if topology.is_main:
-            _show_plan(experiment, topology, str(tracking))
-        return 0
+            for warning in [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]:
+                print(f"warning: {warning}", file=sys.stderr)
+        if options.dry_run:
+            if topology.is_main:
+                _print_plan(experiment, plan, str(tracking))
+            return 0
+
+        from finetuning.report.console import configure_logging
+        from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
+        from finetuning.training.reporter import RunReporter
+        from finetuning.training.run import TrainingJob, run_training
+
+        check_save_model_dir(experiment)
+        configure_logging(options.logging_level.upper(), is_main=topology.is_main)
+        reporter = RunReporter(experiment, algorithm.name, topology, tracking)
+        workers = options.num_preprocess_workers
+        result = run_training(TrainingJob(experiment, algorithm, plan, topology, reporter, workers))
+        if topology.is_main:
+            copy_to_save_model_dir(experiment)
+        reporter.print_result(result)
+    return 0
 
 
-def _show_plan(experiment: Experiment, topology: ProcessTopology, tracking: str) -> None:
+def _check_options(options: argparse.Namespace) -> None:
+    if options.logging_level.upper() not in LEVELS:
+        raise ConfigError(f"--logging-level {options.logging_level}: choose one of {', '.join(LEVELS)}")
+    if options.num_preprocess_workers < 1:
+        raise ConfigError(f"--num-preprocess-workers {options.num_preprocess_workers}: must be at least 1")
+
+
+def _print_plan(experiment: Experiment, plan: Plan, tracking: str) -> None:
     from finetuning.data.prepared import count_training_rows
-    from finetuning.plan.plan import Decision, make_plan
+    from finetuning.plan.plan import Decision
 
     count = count_training_rows(experiment.data_conf, unpaired=experiment.method_name == "kto")
-    plan = make_plan(experiment, topology, rows=count.rows)
     decisions = [
-        *plan.decisions,
+        *plan.with_steps(experiment, count.rows).decisions,
         Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.reason),
         Decision("tracking", tracking, "command line over file over environment"),
         Decision("output", experiment.training_args.output_dir, "training_args.output_dir"),
@@ -74,36 +89,4 @@ def _show_plan(experiment: Experiment, topology: ProcessTopology, tracking: str)
     width = max(len(decision.name) for decision in decisions)
     for decision in decisions:
         print(f"{decision.name:<{width}}  {decision.value}  ({decision.reason})")
-    print("The config is right. Nothing was trained: --dry-run.")
-
-
-def _run(
-    experiment: Experiment,
-    method: Algorithm,
-    options: argparse.Namespace,
-    topology: ProcessTopology,
-    tracking: TrackingPlan,
-) -> int:
-    from finetuning.config.yaml.dump import dump_yaml
-    from finetuning.report.console import configure_logging
-    from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
-    from finetuning.training.reporter import RunReporter
-    from finetuning.training.run import TrainingJob, run
-
-    check_save_model_dir(experiment)
-    configure_logging(options.logging_level.upper(), is_main=topology.is_main)
-    observer = RunReporter(experiment, method.name, topology, tracking)
-    result = run(
-        TrainingJob(
-            experiment=experiment,
-            method=method,
-            topology=topology,
-            observer=observer,
-            workers=options.num_preprocess_workers,
-            resolved_config=dump_yaml(experiment),
-        )
-    )
-    if topology.is_main:
-        copy_to_save_model_dir(experiment)
-    observer.closing(result.status, result.steps, result.final_loss, result.training_s)
-    return 0
+    print("The config is valid. Nothing was trained: --dry-run.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finetuning.config.sections.experiment import Experiment
@@ -107,6 +107,17 @@ class Plan:
         if self.memory:
             decisions.append(_memory_decision(self.memory))
         return decisions
+
+    @property
+    def num_steps(self) -> int:
+        """The number of optimizer steps. Only valid once the rows are counted."""
+        if self.steps is None:
+            raise ValueError("the plan has no steps yet: call with_steps first")
+        return self.steps.total
+
+    def with_steps(self, experiment: Experiment, rows: int | None) -> Plan:
+        """Return the plan of the same experiment with the steps for this many training rows."""
+        return replace(self, steps=_steps(rows, self.batch, experiment))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for run.json."""

@@ -117,7 +117,7 @@ _RENAMED_KEYS = {
     "told": "summary",  # old name
     "controlled": "controller_actions",
     "trackers_that_failed": "tracker_errors",
-    "trained": "completed_training",
+    "trained": "training_started",
     "copied": "uploaded_checkpoints",
     "not_copied": "upload_errors",
 }

@@ -1,4 +1,4 @@
-"""The summed cross-entropy of many labels, whose logits are never all there at once."""
+"""Summed cross-entropy whose logits are computed in chunks, and recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -7,128 +7,137 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
 
-SLICED_FROM = 1 << 28
-"""Logits of a batch beyond which `auto` slices: 1 GiB of them in float32."""
-AT_ONCE = 1 << 27
-"""Logits that `auto` keeps at a time: 512 MiB in float32."""
+CHUNKING_THRESHOLD = 1 << 28
+"""Logits of a batch above which `auto` computes them in chunks: 1 GiB in float32."""
+LOGITS_PER_CHUNK = 1 << 27
+"""Logits that `auto` holds at a time: 512 MiB in float32."""
 
 
-class ChunkedCrossEntropyMixin:
-    """Computes logits slice by slice, in the backward pass again, for the trainer of one model.
+class ChunkedCrossEntropy:
+    """Compute the loss of large batches without holding all their logits.
 
-    The head is called as the module that it is, so that a bias, an adapter on it, tied or quantised weights and
-    autocast are what they are without slices; `torch.nn.functional.linear_cross_entropy` takes a weight alone.
+    The head is called as a module, so a bias, an adapter, tied or quantized weights and autocast work as they do
+    without chunks. `torch.nn.functional.linear_cross_entropy` accepts a weight only.
     """
 
-    def __init__(self, model: Any, at_once: Literal["auto", "all"] | int, refusal: str | None):
+    def __init__(self, model: nn.Module, logits_at_once: Literal["auto", "all"] | int, unsupported: str | None):
         """
         Args:
-            at_once: `sft_args.logits_at_once`.
-            refusal: why the run forbids slices; None when it does not.
+            logits_at_once: `sft_args.logits_at_once`; a number counts labels.
+            unsupported: why this run cannot compute logits in chunks; None when it can.
         """
-        self._model = model
-        self._at_once = at_once
-        self._refusal = refusal
+        self._model: Any = model
+        self._logits_at_once = logits_at_once
+        self._unsupported = unsupported
         self._is_checked = False
-        if refusal and isinstance(at_once, int):
-            self._tell()
+        if unsupported and isinstance(logits_at_once, int):
+            self._warn()
 
-    def rows(self, labels: int) -> int | None:
-        """How many labels a slice has; None where so many are few enough to be computed at once."""
-        if self._at_once == "all":
+    def labels_per_chunk(self, num_labels: int) -> int | None:
+        """Return the number of labels per chunk; None when all logits may be computed at once."""
+        if self._logits_at_once == "all":
             return None
-        vocabulary = self._model.config.get_text_config().vocab_size
-        rows = max(AT_ONCE // vocabulary, 1) if self._at_once == "auto" else self._at_once
-        few = labels * vocabulary <= SLICED_FROM if self._at_once == "auto" else labels <= rows
-        return None if few else rows
+        vocab_size = self._model.config.get_text_config().vocab_size
+        if isinstance(self._logits_at_once, int):
+            is_small, per_chunk = num_labels <= self._logits_at_once, self._logits_at_once
+        else:
+            is_small, per_chunk = num_labels * vocab_size <= CHUNKING_THRESHOLD, max(LOGITS_PER_CHUNK // vocab_size, 1)
+        return None if is_small else per_chunk
 
-    def total(self, model: Any, inputs: Mapping[str, Any], targets: torch.Tensor) -> tuple[Any, torch.Tensor] | None:
-        """The model's outputs, without logits, and the loss summed over the labels; None where nothing is sliced.
+    def __call__(
+        self, model: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor
+    ) -> tuple[Any, torch.Tensor] | None:
+        """Return the model's outputs without logits and the loss summed over the labels; None when not chunked.
 
         Args:
             model: the model as the trainer wraps it.
-            inputs: with `logits_to_keep`, a mask of (batch, tokens) with as many True as there are labels.
-            targets: (labels,), their token ids.
+            inputs: with `logits_to_keep`, a bool mask of shape (batch, tokens) with as many True as there are labels.
+            targets: shape (labels,), token ids.
         """
-        rows = self.rows(len(targets))
-        if rows is None or not self._can_slice(inputs):
+        per_chunk = self.labels_per_chunk(len(targets))
+        if per_chunk is None or not self._is_supported(inputs):
             return None
-        head, found = self._head(), []
+        head = self._head()
+        hidden_states: list[torch.Tensor] = []
 
-        def keep(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            found.append(arguments[0])
+        # The model's forward gets one position through the head, and this replaces its output by the losses.
+        def keep_hidden_states(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            hidden_states.append(arguments[0])
             return (arguments[0][..., :1, :],)
 
-        def losses(module: torch.nn.Module, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
-            # Before the slices: they call the same module.
-            before.remove()
-            after.remove()
-            return _losses(module, found[0], targets, rows)
+        def replace_output(module: nn.Module, arguments: object, logits: torch.Tensor) -> torch.Tensor:
+            # Before the chunks are computed, because they call the same module.
+            pre_hook.remove()
+            hook.remove()
+            return _chunked_losses(module, hidden_states[0], targets, per_chunk)
 
-        before = head.register_forward_pre_hook(keep)
-        after = head.register_forward_hook(losses)
+        pre_hook = head.register_forward_pre_hook(keep_hidden_states)
+        hook = head.register_forward_hook(replace_output)
         try:
             outputs = model(**inputs)
         finally:
-            before.remove()
-            after.remove()
+            pre_hook.remove()
+            hook.remove()
         total = outputs.logits.sum()
         outputs.logits = None
         return outputs, total
 
-    def _head(self) -> torch.nn.Module:
+    def _head(self) -> nn.Module:
         base = self._model.get_base_model() if getattr(self._model, "peft_config", None) else self._model
         return base.get_output_embeddings()
 
-    def _can_slice(self, inputs: Mapping[str, Any]) -> bool:
+    def _is_supported(self, inputs: Mapping[str, Any]) -> bool:
         if not self._is_checked:
             self._is_checked = True
-            if self._refusal is None and not self._returns_what_the_head_does(inputs):
-                self._refusal = "the model does more to its logits than its head"
-            if self._refusal:
-                self._tell()
-        return self._refusal is None
+            if self._unsupported is None and not self._logits_are_head_output(inputs):
+                self._unsupported = "the model transforms the output of its head"
+            if self._unsupported:
+                self._warn()
+        return self._unsupported is None
 
-    def _tell(self) -> None:
+    def _warn(self) -> None:
         self._is_checked = True
-        logger.warning("the logits of all labels are computed at once: %s", self._refusal)
+        logger.warning("computing the logits of all labels at once: %s", self._unsupported)
 
-    def _returns_what_the_head_does(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether nothing is done to the logits behind the head, no scale and no cap, by this batch's first label."""
-        head, seen = self._head(), []
+    def _logits_are_head_output(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether the model returns what its head does, without scaling or capping, for the first label."""
+        head = self._head()
         if head is None:
             return False
-        wanted = inputs["logits_to_keep"]
-        first = torch.zeros_like(wanted).view(-1).scatter_(0, wanted.view(-1).int().argmax()[None], True)
-        hook = head.register_forward_hook(lambda module, arguments, logits: seen.append(logits))
+        head_outputs: list[Any] = []
+        mask = inputs["logits_to_keep"]
+        first = torch.zeros_like(mask).view(-1).scatter_(0, mask.view(-1).int().argmax()[None], True)
+        hook = head.register_forward_hook(lambda module, arguments, logits: head_outputs.append(logits))
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad():
-                logits = self._model(**{**inputs, "logits_to_keep": first.view_as(wanted)}).logits
+                logits = self._model(**{**inputs, "logits_to_keep": first.view_as(mask)}).logits
         finally:
             hook.remove()
             self._model.train(was_training)
-        return len(seen) == 1 and torch.equal(seen[0].float().flatten(), logits.float().flatten())
+        return len(head_outputs) == 1 and torch.equal(head_outputs[0].float().flatten(), logits.float().flatten())
 
 
-def _losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
-    """(1, labels) float32: the loss of each label.
+def _chunked_losses(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, per_chunk: int) -> torch.Tensor:
+    """Return the loss of each label, float32 of shape (1, labels).
 
     Args:
-        hidden: (..., labels, size), what the head gets.
+        hidden: input of the head, shape (..., labels, hidden size).
+        targets: shape (labels,), token ids.
     """
 
-    def part(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def losses(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = head(states).flatten(0, -2).float()
         return cross_entropy(logits, labels.to(logits.device), reduction="none")
 
-    slices = zip(hidden.split(rows, dim=-2), targets.split(rows), strict=True)
+    chunks = zip(hidden.split(per_chunk, dim=-2), targets.split(per_chunk), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([part(*each) for each in slices])[None]
-    return torch.cat([checkpoint(part, *each, use_reentrant=False) for each in slices])[None]
+        return torch.cat([losses(*chunk) for chunk in chunks])[None]
+    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])[None]  # pyright: ignore[reportArgumentType]

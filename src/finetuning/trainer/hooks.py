@@ -1,184 +1,190 @@
-"""The parts of a training, told as they begin and end, for those who measure them.
-
-A stream of rows as the Trainer takes it."""
+"""Hooks that are called when a phase of training begins and ends, for telemetry and heartbeats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
-from finetuning.data.streaming.dataset import RowStream
+from finetuning.trainer.base import TrainerBase
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from transformers.trainer_utils import EvalLoopOutput
 
 
 class TrainerHooks:
-    """Told of each part by its name. This one listens to nothing; whoever measures puts another into a trainer."""
+    """Callbacks around each phase. This base class does nothing; assign a subclass to `trainer.hooks`."""
 
     def begin(self, name: str) -> None:
-        """The part begins."""
+        """Called when a phase begins."""
 
     def end(self, name: str) -> None:
-        """The part is done."""
+        """Called when a phase has completed."""
 
     def fail(self, name: str, error: BaseException) -> None:
-        """The part ended with an exception, which goes on."""
+        """Called when a phase raised; the exception propagates."""
 
 
-class TrainerHooksMixin:
-    """Stands left of everything else of a transformers Trainer, and tells `phases` what the Trainer does:
+class TrainerHooksMixin(TrainerBase):
+    """Call `hooks` around the phases of a transformers Trainer. Must be the leftmost base class.
 
-    `data_loader_initialization`, `optimizer_initialization`, `checkpoint_load`, `data_loading` (which begins a step),
-    `model_forward`, `model_backward`, `checkpoint_save`, `validation_loop` and `testing_loop`, and the steps of these,
-    `validation_single_iteration` and `testing_single_iteration`. `no_rows` says that a step that began is none.
+    The phases are `data_loader_initialization`, `optimizer_initialization`, `checkpoint_load`, `data_loading` (which
+    starts a step), `model_forward`, `model_backward`, `checkpoint_save`, `validation_loop`, `testing_loop`, and their
+    steps `validation_single_iteration` and `testing_single_iteration`. `end("no_rows")` is called when a step that
+    started has no data because the epoch is over.
 
-    Forward and backward are those of the host: on a GPU, the time that launching takes.
+    Forward and backward are measured on the host. On a GPU that is the time to launch the kernels.
     """
 
-    phases: TrainerHooks = TrainerHooks()
+    hooks: TrainerHooks = TrainerHooks()
     _is_stepping = False
     _is_backward = False
-    _loop = "validation"
-    _work: torch.Tensor | None = None
-    """Scored positions and the sum of squared row lengths, once they are asked for."""
+    _loop_name = "validation"
+    _flop_counters: torch.Tensor | None = None
+    """float64, shape (2,): positions with a loss, and the sum of squared row lengths."""
 
-    def count_work(self) -> None:
-        """Counts, from here on, what `work_done` gives."""
-        self._work = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+    def enable_flop_counters(self) -> None:
+        """Start to count what `flop_counters` returns."""
+        self._flop_counters = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
-    def work_done(self) -> tuple[float, float]:
-        """Positions that this process computed a loss on, and the sum of the squared lengths of its rows."""
-        scored, squares = (0.0, 0.0) if self._work is None else self._work.tolist()
-        return scored, squares
+    def flop_counters(self) -> tuple[float, float]:
+        """Return the positions this process computed a loss on, and the sum of the squared lengths of its rows."""
+        if self._flop_counters is None:
+            return 0.0, 0.0
+        loss_positions, squared_lengths = self._flop_counters.tolist()
+        return loss_positions, squared_lengths
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.phases.begin(name)
+        self.hooks.begin(name)
         try:
             yield
         except BaseException as error:
-            self.phases.fail(name, error)
+            self.hooks.fail(name, error)
             raise
-        self.phases.end(name)
+        self.hooks.end(name)
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         with self._phase("data_loader_initialization"):
             return super().get_train_dataloader()
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with self._phase("optimizer_initialization"):
-            return super().create_optimizer(*args, **kwargs)
+            return super().create_optimizer(model)
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
         with self._phase("optimizer_initialization"):
-            return super().create_scheduler(*args, **kwargs)
+            return super().create_scheduler(num_training_steps, optimizer)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._phase("checkpoint_load"):
-            return super()._load_from_checkpoint(*args, **kwargs)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> Any:
+    def _load_best_model(self) -> None:
         with self._phase("checkpoint_load"):
-            return super()._load_best_model()
+            super()._load_best_model()
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> Any:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         with self._phase("checkpoint_load"):
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         with self._phase("data_loading"):
-            batches, items = super().get_batch_samples(*args, **kwargs)
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
-            self.phases.end("no_rows")
-        elif self._work is not None and items is not None:
-            self._work[0] += items / self.args.world_size
-        return batches, items
+            self.hooks.end("no_rows")
+        elif self._flop_counters is not None and num_items is not None:
+            # The item count is that of all processes.
+            self._flop_counters[0] += num_items / self.args.world_size
+        return batches, num_items
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         self._is_stepping, self._is_backward = True, False
-        if self._work is not None:
-            self._work[1] += _squared_lengths(inputs)
+        if self._flop_counters is not None:
+            self._flop_counters[1] += _sum_squared_lengths(inputs)
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except BaseException as error:
-            self.phases.fail("model_backward" if self._is_backward else "model_forward", error)
+            self.hooks.fail("model_backward" if self._is_backward else "model_forward", error)
             raise
         finally:
             self._is_stepping = False
         if self._is_backward:
-            self.phases.end("model_backward")
+            self.hooks.end("model_backward")
         return loss
 
-    @contextmanager
-    def compute_loss_context_manager(self) -> Iterator[None]:
-        if not self._is_stepping or self._is_backward:
-            with super().compute_loss_context_manager():
-                yield
-            return
-        self.phases.begin("model_forward")
-        with super().compute_loss_context_manager():
-            yield
-        self.phases.end("model_forward")
-        self._is_backward = True
-        self.phases.begin("model_backward")
+    # The Trainer enters this context for the forward pass alone, so the backward pass begins where it ends.
+    def compute_loss_context_manager(self) -> ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self._is_stepping and not self._is_backward:
+            self.hooks.begin("model_forward")
+            stack.push(self._end_forward)
+        return stack
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        before = self._loop
-        self._loop = "testing" if kwargs.get("metric_key_prefix", "eval").startswith("test") else "validation"
+    def _end_forward(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.hooks.end("model_forward")
+            self._is_backward = True
+            self.hooks.begin("model_backward")
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        outer = self._loop_name
+        self._loop_name = "testing" if metric_key_prefix.startswith("test") else "validation"
         try:
-            with self._phase(f"{self._loop}_loop"):
-                return super().evaluation_loop(*args, **kwargs)
+            with self._phase(f"{self._loop_name}_loop"):
+                return super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
         finally:
-            self._loop = before
+            self._loop_name = outer
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        name = f"{self._loop}_single_iteration"
-        self.phases.begin(name)
-        outcome = super().prediction_step(*args, **kwargs)
-        self.phases.end(name)
-        return outcome
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        name = f"{self._loop_name}_single_iteration"
+        self.hooks.begin(name)
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.hooks.end(name)
+        return output
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._phase("checkpoint_save"):
-            return super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
 
 
-def _squared_lengths(inputs: Any) -> torch.Tensor | float:
-    """The sum of the squared lengths of the rows of a batch, computed where it lies."""
-    borders, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
-    if borders is not None:
-        return borders.diff().double().square().sum()
+def _sum_squared_lengths(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | float:
+    """Return the sum of the squared row lengths of a batch, on its device: copying it would synchronize a GPU."""
+    cu_seq_lens, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
+    if cu_seq_lens is not None:
+        return cu_seq_lens.diff().double().square().sum()
     if mask is not None:
         return mask.sum(-1).double().square().sum()
-    rows, length = inputs["input_ids"].shape
-    return float(rows * length * length)
-
-
-class IterableRows(IterableDataset):
-    """The rows of a stream; of several processes each goes through all, and accelerate gives it its share.
-
-    That share is its slice of each batch of all processes, the one that it gets of rows which are all at hand, so that
-    a step trains on the same rows on any number of processes. Source: accelerate 1.15, `IterableDatasetShard`.
-    """
-
-    def __init__(self, stream: RowStream, longest: int):
-        self.stream = stream
-        self._longest = longest
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.stream)
-
-    def longest_rows(self, count: int) -> list[dict[str, Any]]:
-        """Rows as long as they can be: how long those of the stream are, nobody knows."""
-        ids = np.zeros(self._longest, dtype=np.int32)
-        return [{"input_ids": ids, "labels": ids}] * count
-
-
-def as_dataset(rows: Any, longest: int) -> Any:
-    """The rows as the Trainer takes them: as they are, where they are all at hand."""
-    return IterableRows(rows, longest) if isinstance(rows, RowStream) else rows
+    num_rows, length = inputs["input_ids"].shape
+    return float(num_rows * length * length)

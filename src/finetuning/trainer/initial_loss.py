@@ -1,16 +1,21 @@
-"""A run's first loss, held against what it must be before anything is learnt.
-
-The frozen copy of an adapter, which a preference loss refers to where the run goes on with that adapter."""
+"""Checks of preference losses at their start: the loss has a known value while the policy equals the reference."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from finetuning.errors import GuardStopped, ModelError
+from finetuning.trainer.base import TrainerBase
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TOLERANCE = 0.02
-"""Relative: half-precision sums of token log-probabilities differ by less between two equal models."""
+"""Relative. Sums of token log-probabilities in half precision differ by less between two equal models."""
 
 
 @dataclass(frozen=True)
@@ -19,67 +24,73 @@ class ExpectedLoss:
 
     value: float
     name: str
-    """What is computed, in words: the loss and its settings."""
-    because: str = "the policy equals the reference"
-    otherwise: str = "the reference is not the model that is trained"
-    hint: str = "An adapter whose initialisation changes the model (PiSSA and the like) needs NO_PEFT or another init."
-    needs_no_dropout: bool = True
+    """The loss and its settings, for the error message."""
+    reason: str = "the policy equals the reference"
+    likely_cause: str = "the reference is not the model that is trained"
+    hint: str = "An adapter whose initialization changes the model (such as PiSSA) needs NO_PEFT or another init."
+    requires_no_dropout: bool = True
 
 
-class InitialLossMixin:
-    """Stands left of a trainer and right of `TrainerMixin`: stops the run when its first loss is not the known one."""
+class InitialLossMixin(TrainerBase):
+    """Stop the run when its first loss is not the expected one. Stands to the right of `TrainerMixin`."""
 
-    _first_loss_checked = False
+    _is_first_loss_checked = False
 
-    def known_first_loss(self, inputs: Any) -> ExpectedLoss | None:
-        """What the loss of this first batch must be; None where that is not known."""
+    def expected_first_loss(self, inputs: Mapping[str, Any]) -> ExpectedLoss | None:
+        """Return the loss of the first batch; None where it is unknown."""
         raise NotImplementedError
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.state.global_step == 0 and self.model.training and not self._first_loss_checked:
-            self._first_loss_checked = True
-            known = self.known_first_loss(inputs)
-            if known is not None:
-                found = float((loss[0] if isinstance(loss, tuple) else loss).detach())
-                check_initial_loss(found, known, drops=drops_values(self.model))
-        return loss
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.state.global_step == 0 and self.model.training and not self._is_first_loss_checked:
+            self._is_first_loss_checked = True
+            expected = self.expected_first_loss(inputs)
+            if expected is not None:
+                loss = output[0] if isinstance(output, tuple) else output
+                check_initial_loss(float(loss.detach()), expected, has_dropout=has_dropout(self.model))
+        return output
 
 
-def drops_values(model: Any) -> bool:
-    """Whether a model in training has dropout on."""
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model in training mode applies dropout."""
     return any(getattr(module, "p", 0) > 0 for module in model.modules() if "Dropout" in type(module).__name__)
 
 
-def check_initial_loss(loss: float, known: ExpectedLoss, *, drops: bool) -> None:
-    """Nothing, when the loss is the known one.
+def check_initial_loss(loss: float, expected: ExpectedLoss, *, has_dropout: bool) -> None:
+    """Compare the first loss with the expected one.
 
     Raises:
-        ModelError: dropout keeps it from being so.
-        GuardStopped: a wrong reference, or a broken mask.
+        ModelError: dropout makes the policy differ from the reference.
+        GuardStopped: the losses differ, because of a wrong reference or a broken mask.
     """
-    if abs(loss - known.value) <= _TOLERANCE * max(abs(known.value), 0.1):
+    if abs(loss - expected.value) <= _TOLERANCE * max(abs(expected.value), 0.1):
         return
-    if known.needs_no_dropout and drops:
+    if expected.requires_no_dropout and has_dropout:
         raise ModelError(
-            f"the first loss is {loss:.4f}, not {known.value:.4f}: dropout makes the policy differ from the reference;"
-            " set training_args.disable_dropout: true"
+            f"the first loss is {loss:.4f}, not {expected.value:.4f}: dropout makes the policy differ from the"
+            " reference; set training_args.disable_dropout: true"
         )
     raise GuardStopped(
-        f"the first loss is {loss:.4f}, but {known.name} must start at {known.value:.4f} while {known.because}:"
-        f" {known.otherwise}.",
-        hint=known.hint,
+        f"the first loss is {loss:.4f}, but {expected.name} must start at {expected.value:.4f} while"
+        f" {expected.reason}: {expected.likely_cause}.",
+        hint=expected.hint,
     )
 
 
-_TRAINED, _FROZEN = "default", "ref"
+_TRAINED_ADAPTER, _REFERENCE_ADAPTER = "default", "ref"
 
 
-class CompleteReferenceMixin:
-    """Stands next to the trainer, on its left: the copy holds all that the adapter holds.
+class CompleteReferenceMixin(TrainerBase):
+    """Complete TRL's frozen copy of an adapter, which is the reference of a run that continues with that adapter.
 
-    TRL copies what lies in layers of the adapter's name, and passes over tensors that bear the name themselves: the
-    rows of trained tokens, or the vectors of IA3.
+    TRL 1.16 copies the tensors below a module with the adapter's name. It misses tensors that have that name
+    themselves: the rows of trainable tokens, and the vectors of IA3.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,11 +98,11 @@ class CompleteReferenceMixin:
         complete_reference(self.model)
 
 
-def complete_reference(model: Any) -> None:
-    """Copies every tensor that is named after the adapter to the frozen copy, where there is one."""
+def complete_reference(model: nn.Module) -> None:
+    """Copy every tensor named after the trained adapter to its namesake in the reference adapter, if there is one."""
     tensors = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parent, _, last = name.rpartition(".")
-        frozen = tensors.get(f"{parent}.{_FROZEN}") if last == _TRAINED else None
-        if frozen is not None:
-            frozen.data.copy_(tensor.data)
+        reference = tensors.get(f"{parent}.{_REFERENCE_ADAPTER}") if last == _TRAINED_ADAPTER else None
+        if reference is not None:
+            reference.data.copy_(tensor.data)

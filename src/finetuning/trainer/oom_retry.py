@@ -1,6 +1,4 @@
-"""A step that does not fit into memory is taken again in smaller pieces, from the same weights and random state.
-
-A batch cut into smaller ones whose losses add up to its own."""
+"""Out-of-memory retry: repeat a step with smaller micro-batches, from the same weights and random state."""
 
 from __future__ import annotations
 
@@ -9,47 +7,63 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from finetuning.errors import InternalError
-from finetuning.trainer.ddp import DDPMixin, average_gradients
+from finetuning.errors import InternalError, is_out_of_memory
+from finetuning.trainer.base import TrainerBase
+from finetuning.trainer.ddp import average_gradients, defers_gradients
 
-Part = tuple[dict[str, Any], float]
-"""A smaller batch, and its share of the rows."""
+if TYPE_CHECKING:
+    from torch import nn
+
+Batch = dict[str, Any]
+RandomState = tuple[Any, ...]
+logger = logging.getLogger(__name__)
+
+_HINT = (
+    "Lower sft_args.max_seq_length or training_args.max_length, set training_args.gradient_checkpointing: true, or"
+    " train an adapter."
+)
 
 
 def num_rows(inputs: Mapping[str, Any]) -> int:
-    """Rows of a batch that can be told apart: those of a pack, too; pairs, where rows are preferences."""
+    """Return the rows of a batch that can be split: single rows of a pack, and pairs where rows are preferences."""
     if "cu_seq_lens_q" in inputs:
         return len(inputs["cu_seq_lens_q"]) - 1
     return len(inputs["input_ids"]) // (2 if "completion_mask" in inputs else 1)
 
 
-def split_batch(inputs: Mapping[str, Any], pieces: int) -> Iterator[Part]:
-    """A batch in at most so many pieces of about as many rows each; the batch itself for one piece.
+def split_batch(inputs: Mapping[str, Any], num_splits: int) -> Iterator[tuple[Batch, float]]:
+    """Yield at most `num_splits` smaller batches of about as many rows each, and their share of the rows.
 
-    Knows the batches of `data/collate.py`, padded or end to end, and those of preferences, whose chosen rows stand
-    before their rejected ones.
+    Handles the batches of `data/collators.py`, padded and padding-free, and TRL's preference batches, which hold all
+    chosen rows before all rejected ones.
     """
     rows = num_rows(inputs)
-    if pieces == 1 or rows < 2:
+    if num_splits == 1 or rows < 2:
         yield dict(inputs), 1.0
         return
-    cut = _end_to_end if "cu_seq_lens_q" in inputs else _pairs if "completion_mask" in inputs else _padded
-    borders = [rows * piece // pieces for piece in range(pieces + 1)]
+    take = (
+        _take_padding_free
+        if "cu_seq_lens_q" in inputs
+        else _take_pairs
+        if "completion_mask" in inputs
+        else _take_padded
+    )
+    borders = [rows * split // num_splits for split in range(num_splits + 1)]
     for start, end in pairwise(borders):
         if end > start:
-            yield cut(inputs, start, end), (end - start) / rows
+            yield take(inputs, start, end), (end - start) / rows
 
 
-def _padded(inputs: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+def _take_padded(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
     return {name: value[start:end] for name, value in inputs.items()}
 
 
-def _pairs(inputs: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+def _take_pairs(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
     rows = num_rows(inputs)
     return {
         name: torch.cat([value[start:end], value[rows + start : rows + end]])
@@ -59,163 +73,167 @@ def _pairs(inputs: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
     }
 
 
-def _end_to_end(inputs: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+def _take_padding_free(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
     borders = inputs["cu_seq_lens_q"][start : end + 1]
     first, last = int(borders[0]), int(borders[-1])
-    longest = int(borders.diff().max())
-    own = {"cu_seq_lens_q": borders - first, "cu_seq_lens_k": borders - first}
-    own |= {"max_length_q": longest, "max_length_k": longest}
-    return {name: own[name] if name in own else value[:, first:last] for name, value in inputs.items()}
+    max_length = int(borders.diff().max())
+    lengths = {"cu_seq_lens_q": borders - first, "cu_seq_lens_k": borders - first}
+    lengths |= {"max_length_q": max_length, "max_length_k": max_length}
+    return {name: lengths[name] if name in lengths else value[:, first:last] for name, value in inputs.items()}
 
 
-logger = logging.getLogger(__name__)
+class OOMRetryMixin(TrainerBase):
+    """Halve the micro-batch when a step runs out of memory. Stands to the right of mixins that count steps.
 
-_SAID_BY_TORCH = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-_HINT = (
-    "Lower sft_args.max_seq_length or training_args.max_length, set training_args.gradient_checkpointing: true, or"
-    " train an adapter."
-)
-
-
-class OOMRetryMixin(DDPMixin):
-    """Stands left of a transformers Trainer, and right of everything that counts its steps.
-
-    When memory runs out in a step, the batches are divided by two from there on: half the rows at a time, twice as
-    often, the same rows a step, so that the curve stays the same up to the rounding of sums and to dropout. Only where
-    `divides_batches` says that losses add up so. Of several processes each divides its own, where none waits for
+    From then on each batch is computed in twice as many smaller ones, so the effective batch and the loss trajectory
+    stay the same up to the rounding of sums and dropout. Only for losses that add up over rows
+    (`supports_batch_splitting`). With several processes each splits its own batches, where no process waits for
     another before all gradients are there.
     """
 
-    divides_batches = False
-    pieces = 1
-    """Into how many pieces each batch is divided."""
-    divisions: tuple[str, ...] = ()
-    """What was divided, when and why."""
-    _held: tuple[Any, ...] = ()
-    _random: Any = None
+    supports_batch_splitting = False
+    """Whether the loss of a batch is the sum of the losses of its rows."""
+    loss_is_local = False
+    """Whether the loss of a batch is computed without communication between processes."""
+    num_splits = 1
+    """How many smaller batches each batch is computed in."""
+    oom_retries: tuple[str, ...] = ()
+    """What was split, when and why."""
+    _step_batches: tuple[Batch, ...] = ()
+    _random_state: RandomState = ()
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._held = ()
-        return super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        self._step_batches = ()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        waits = self.args.world_size > 1 and self._gradients_wait(model)
-        retries = self.divides_batches and (self.args.world_size == 1 or waits)
-        if not retries and self.pieces == 1:
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        defers = self.args.world_size > 1 and self.loss_is_local and defers_gradients(model)
+        can_retry = self.supports_batch_splitting and (self.args.world_size == 1 or defers)
+        if not can_retry and self.num_splits == 1:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not self._held:
-            self._random = _random_state(self.args.device)
-        self._held = (*self._held, inputs)
-        batches = self._held[-1:]
+        if not self._step_batches:
+            self._random_state = _random_state(self.args.device)
+        self._step_batches = (*self._step_batches, inputs)
+        batches = self._step_batches[-1:]
         while True:
             try:
-                with self.accelerator.no_sync(model) if waits else nullcontext():
-                    for batch in batches:
-                        loss = self._step_in_pieces(model, batch, num_items_in_batch)
+                with self.accelerator.no_sync(model) if defers else nullcontext():
+                    losses = [self._split_step(model, batch, num_items_in_batch) for batch in batches]
                 break
             except (RuntimeError, MemoryError) as error:
-                if not retries or not is_out_of_memory(error):
+                if not can_retry or not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
-            # Past the except block: its traceback holds on to the activations that did not fit.
-            self._halve(max(num_rows(batch) for batch in self._held), f"step {self.state.global_step + 1}", reason)
+            # Outside of the except block: the traceback keeps the activations that did not fit alive.
+            self._halve(max(map(num_rows, self._step_batches)), f"step {self.state.global_step + 1}", reason)
+            # Gradients of the earlier micro-batches of this step are discarded, so all of them are computed again.
             model.zero_grad()
-            _set_random_state(self._random, self.args.device)
-            batches = self._held
-        if waits and self.accelerator.sync_gradients:
+            _set_random_state(self._random_state, self.args.device)
+            batches = self._step_batches
+        if defers and self.accelerator.sync_gradients:
             average_gradients([w for w in model.parameters() if w.requires_grad], self.args.world_size)
-        return loss
+        return losses[-1]
 
-    def _step_in_pieces(self, model: Any, batch: dict[str, Any], items: Any) -> torch.Tensor:
-        """The loss of a batch, its gradients added to those that are there."""
-        if self.pieces == 1:
-            return super().training_step(model, batch, items)
-        batches, losses = self.current_gradient_accumulation_steps, []
-        parts = list(split_batch(batch, self.pieces))
+    def _split_step(
+        self, model: nn.Module, batch: Batch, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Return the loss of a batch, computed in `num_splits` smaller ones; gradients accumulate."""
+        if self.num_splits == 1:
+            return super().training_step(model, batch, num_items_in_batch)
+        accumulation, losses = self.current_gradient_accumulation_steps, []
+        splits = list(split_batch(batch, self.num_splits))
         try:
-            for index, (part, share) in enumerate(parts):
-                # Where a loss is a mean over rows, the Trainer divides it by this number.
-                self.current_gradient_accumulation_steps = batches / share
-                is_last = index == len(parts) - 1
+            for index, (split, share) in enumerate(splits):
+                # Where the loss is a mean over rows, the Trainer divides it by this number.
+                self.current_gradient_accumulation_steps = accumulation / share
+                is_last = index == len(splits) - 1
                 with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    losses.append(super().training_step(model, part, items))
+                    losses.append(super().training_step(model, split, num_items_in_batch))
         finally:
-            self.current_gradient_accumulation_steps = batches
+            self.current_gradient_accumulation_steps = accumulation
         return torch.stack(losses).sum()
 
     def _halve(self, rows: int, where: str, reason: str) -> None:
-        """Divides batches into twice as many pieces.
+        """Split batches into twice as many.
 
         Raises:
-            InternalError: a piece is one row already.
+            InternalError: the micro-batch is already a single row.
         """
-        if self.pieces >= rows:
-            raise InternalError(f"{where}: out of memory with one row at a time: {reason}", hint=_HINT)
-        self.pieces *= 2
-        _free(self.args.device)
-        most = -(-rows // self.pieces)
-        told = (
-            f"{where}: out of memory with {-(-rows * 2 // self.pieces)} rows at a time; from here on {most}, the same"
-            " rows a step"
+        if self.num_splits >= rows:
+            raise InternalError(f"{where}: out of memory at micro-batch 1: {reason}", hint=_HINT)
+        before = -(-rows // self.num_splits)
+        self.num_splits *= 2
+        _empty_cache(self.args.device)
+        retry = (
+            f"{where}: out of memory at micro-batch {before}; retrying with {-(-rows // self.num_splits)},"
+            " same effective batch"
         )
-        self.divisions = (*self.divisions, told)
-        logger.warning("%s (%s)", told, reason)
+        self.oom_retries = (*self.oom_retries, retry)
+        logger.warning("%s (%s)", retry, reason)
 
     def check_memory(self, train_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> None:
-        """Computes a training and a validation batch and takes nothing from it but whether they fit; divides both until
-        they do.
+        """Compute a training and a validation batch and discard them; split both until they fit into memory.
 
-        All processes agree on the outcome. Nothing is checked where computing itself makes processes wait for each
-        other: under FSDP and DeepSpeed.
+        All processes agree on the outcome. Skipped under FSDP and DeepSpeed, where a process that runs out of memory
+        would leave the others waiting inside a collective.
 
         Raises:
-            InternalError: one row does not fit.
+            InternalError: a single row does not fit.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        with self._unnoticed():
-            while self.divides_batches and train_rows:
-                reason = self._fails(lambda: self._try_training(train_rows))
+        with self._preserve_state():
+            while self.supports_batch_splitting and train_rows:
+                reason = self._out_of_memory_in(lambda: self._try_training(train_rows))
                 if reason is None:
                     break
                 self._halve(len(train_rows), "longest training rows", reason)
             rows = len(eval_rows)
             while rows:
-                reason = self._fails(lambda: self._try_evaluation(eval_rows[:rows]))  # noqa: B023 - called at once
+                reason = self._out_of_memory_in(lambda: self._try_evaluation(eval_rows[:rows]))  # noqa: B023 - called at once
                 if reason is None:
                     break
                 if rows == 1:
-                    raise InternalError(f"out of memory with one validation row: {reason}", hint=_HINT)
+                    raise InternalError(f"out of memory with a single validation row: {reason}", hint=_HINT)
                 rows //= 2
                 self.args.per_device_eval_batch_size = rows
-                told = f"longest validation rows: out of memory; from here on {rows} at a time"
-                self.divisions = (*self.divisions, told)
-                logger.warning("%s (%s)", told, reason)
+                retry = f"longest validation rows: out of memory; retrying with batch size {rows}"
+                self.oom_retries = (*self.oom_retries, retry)
+                logger.warning("%s (%s)", retry, reason)
 
     @contextmanager
-    def _unnoticed(self) -> Iterator[None]:
-        """Leaves no gradient, no random number drawn, no metric."""
+    def _preserve_state(self) -> Iterator[None]:
+        """Leave gradients, random state and metrics as they were."""
         state = _random_state(self.args.device)
         self.current_gradient_accumulation_steps = 1
         try:
             yield
         finally:
             self.model_wrapped.zero_grad()
-            _free(self.args.device)
+            _empty_cache(self.args.device)
             _set_random_state(state, self.args.device)
+            # TRL's trainers collect what they log in here.
             for metrics in getattr(self, "_metrics", {}).values():
                 metrics.clear()
 
     def _try_training(self, rows: list[dict[str, Any]]) -> None:
         batch = self.data_collator(rows)
-        # Optimizer states come with the first step; what they will take must be free now.
+        # The first step allocates two optimizer states for each weight; reserve their memory now.
+        assert self.optimizer is not None
         states = [
             torch.empty((2, *weight.shape), dtype=weight.dtype, device=weight.device)
             for weight in self.model.parameters()
             if weight.requires_grad and not self.optimizer.state
         ]
         with self.accelerator.no_sync(self.model_wrapped):
-            self._step_in_pieces(self.model_wrapped, batch, self._get_num_items_in_batch([batch], self.args.device))
+            self._split_step(self.model_wrapped, batch, self._get_num_items_in_batch([batch], self.args.device))
         del states
         self.model_wrapped.zero_grad()
 
@@ -226,8 +244,8 @@ class OOMRetryMixin(DDPMixin):
         finally:
             self.model_wrapped.train()
 
-    def _fails(self, attempt: Callable[[], None]) -> str | None:
-        """What memory said when it ran out, on this process or another; None when it did not."""
+    def _out_of_memory_in(self, attempt: Callable[[], None]) -> str | None:
+        """Return the error message when memory runs out on any process, None when it does not. Collective."""
         reason = None
         try:
             attempt()
@@ -236,33 +254,28 @@ class OOMRetryMixin(DDPMixin):
                 raise
             reason = str(error).partition("\n")[0]
         self.model_wrapped.zero_grad()
-        _free(self.args.device)
+        _empty_cache(self.args.device)
         if self.args.world_size > 1:
-            failed = self.accelerator.reduce(torch.tensor(float(reason is not None), device=self.args.device), "sum")
+            flag = torch.tensor(float(reason is not None), device=self.args.device)
+            failed = self.accelerator.reduce(flag, "sum")
             reason = reason or ("on another process" if float(failed) else None)
         return reason
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch and Python raise when memory runs out, on a device or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID_BY_TORCH)
-
-
-def _free(device: torch.device) -> None:
+def _empty_cache(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _random_state(device: torch.device) -> tuple[Any, ...]:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()
+def _random_state(device: torch.device) -> RandomState:
+    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), device_state, random.getstate(), np.random.get_state()
 
 
-def _set_random_state(state: tuple[Any, ...], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-    random.setstate(state[2])
-    np.random.set_state(state[3])
+def _set_random_state(state: RandomState, device: torch.device) -> None:
+    torch_state, device_state, python_state, numpy_state = state
+    torch.set_rng_state(torch_state)
+    if device_state is not None:
+        torch.cuda.set_rng_state(device_state, device)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)

@@ -1,40 +1,42 @@
-"""EVA: a LoRA that begins in the directions in which the rows' activations vary most.
-
-AdaLoRA: rank moves to where it matters, after each optimizer step and the same way in a run that goes on.
-
-LoRA+: the B matrices of LoRA learn at a rate of their own."""
+"""PEFT methods that need more than an adapter: EVA, AdaLoRA, LoRA+, and adapter state that PEFT does not save."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.data.collators import UNTRAINED
 from finetuning.errors import Location, ModelError
 
-_INIT = "eva"
-_MOST_PASSES = 20
+if TYPE_CHECKING:
+    from torch import nn
+
+Row = dict[str, Any]
 
 
-def init_eva(model: Any, rows: Iterable[dict[str, Any]], collate: Any, rows_at_once: int) -> None:
-    """Sets the A matrices of a LoRA that asks for it; nothing for other models.
+_MAX_EPOCHS = 20
 
-    Rows are read in their order until the directions stay what they are (`eva_config.tau`), so that a run that goes on
-    begins from the same ranks. B stays zero: the model is the base until the first step. Source: arXiv 2410.07170.
+
+def init_eva(model: nn.Module, rows: Iterable[Row], collate: Callable[[list[Row]], Any], batch_size: int) -> None:
+    """Set the A matrices of LoRA with `init_lora_weights: eva`; do nothing for other models.
+
+    Reads rows in order until the directions converge (`eva_config.tau`), so a resumed run starts with the same ranks.
+    B stays zero: the model equals the base model until the first step. Source: arXiv 2410.07170.
 
     Raises:
-        ModelError: the rows are too few to tell, or the directions never settle.
+        ModelError: there are too few rows, or the directions do not converge.
     """
     config = getattr(model, "active_peft_config", None)
-    if getattr(config, "init_lora_weights", None) != _INIT:
+    if config is None or getattr(config, "init_lora_weights", None) != "eva":
         return
     from peft import initialize_lora_eva_weights
 
@@ -42,84 +44,92 @@ def init_eva(model: Any, rows: Iterable[dict[str, Any]], collate: Any, rows_at_o
     was_training = model.training
     ranks = (config.r, *config.rank_pattern.values())
 
-    def placed(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate_on_device(batch: list[Row]) -> dict[str, Any]:
         return {name: value.to(device) if hasattr(value, "to") else value for name, value in collate(batch).items()}
 
     try:
         initialize_lora_eva_weights(
             model.eval(),
-            _Batches(rows, placed, rows_at_once, math.ceil(max(ranks) * config.eva_config.rho)),
+            _EvaBatches(rows, collate_on_device, batch_size, math.ceil(max(ranks) * config.eva_config.rho)),
             forward_fn=_forward,
             gather_distributed_inputs=False,
             show_progress_bar=False,
         )
     except (ValueError, RuntimeError) as error:
-        text = f"EVA finds no beginning in these rows: {str(error).partition(chr(10))[0]}"
+        text = f"EVA initialization failed: {str(error).partition(chr(10))[0]}"
         raise ModelError(text, place=Location(key="peft_conf.peft_kwargs.init_lora_weights")) from error
     finally:
         model.train(was_training)
 
 
-class _Batches:
-    """Batches with enough trained tokens to tell so many directions, over a limited number of passes: PEFT would go on
-    for ever where a batch is too small, or the directions do not settle."""
+class _EvaBatches:
+    """Batches with enough trained tokens for the number of directions, over a limited number of epochs.
 
-    def __init__(self, rows: Iterable[dict[str, Any]], collate: Callable[..., Any], at_once: int, directions: int):
-        self._rows, self._collate, self._at_once, self._directions = rows, collate, at_once, directions
+    PEFT would loop forever where a batch is too small or the directions do not converge.
+    """
+
+    def __init__(self, rows: Iterable[Row], collate: Callable[[list[Row]], Any], batch_size: int, num_directions: int):
+        self._rows, self._collate, self._batch_size, self._num_directions = rows, collate, batch_size, num_directions
 
     def __len__(self) -> int:
         return 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _ in range(_MOST_PASSES):
-            found = 0
-            for batch in self._one_pass():
-                found += 1
+        for _ in range(_MAX_EPOCHS):
+            num_batches = 0
+            for batch in self._epoch():
+                num_batches += 1
                 yield batch
-            if not found:
-                raise ValueError(f"they have fewer than {self._directions} trained tokens, as many as directions")
-        raise ValueError(f"in {_MOST_PASSES} passes the {self._directions} directions did not settle; lower r or rho")
+            if not num_batches:
+                raise ValueError(f"the rows have fewer trained tokens than directions ({self._num_directions})")
+        raise ValueError(
+            f"the {self._num_directions} directions did not converge in {_MAX_EPOCHS} epochs; lower r or rho"
+        )
 
-    def _one_pass(self) -> Iterator[dict[str, Any]]:
-        waiting: list[dict[str, Any]] = []
-        tokens = 0
+    def _epoch(self) -> Iterator[dict[str, Any]]:
+        batch: list[Row] = []
+        num_tokens = 0
         for row in self._rows:
-            waiting.append(row)
-            # The first token of a row is no target.
-            tokens += sum(label != UNTRAINED for label in row["labels"][1:])
-            if len(waiting) >= self._at_once and tokens >= self._directions:
-                yield self._collate(waiting)
-                waiting, tokens = [], 0
+            batch.append(row)
+            # The first token of a row is not predicted.
+            num_tokens += sum(label != UNTRAINED for label in row["labels"][1:])
+            if len(batch) >= self._batch_size and num_tokens >= self._num_directions:
+                yield self._collate(batch)
+                batch, num_tokens = [], 0
 
 
-def _forward(model: Any, inputs: dict[str, Any]) -> Any:
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
     return model(**{name: value for name, value in inputs.items() if "labels" not in name}, use_cache=False)
 
 
-FILE_NAME = "adalora_importance.safetensors"
-_KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-_PATTERN = "rank_pattern"
+ADALORA_STATE_NAME = "adalora_importance.safetensors"
+_IMPORTANCE_KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_RANK_PATTERN = "rank_pattern"
 
 
 class RankAllocationCallback(TrainerCallback):
-    """Lets PEFT weigh and mask the ranks, while the gradients of the step are still there."""
+    """Let PEFT update rank importance and mask ranks while the gradients of the step still exist."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.base_model
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._model.update_and_allocate(state.global_step)
 
 
-def is_adalora(model: Any) -> bool:
-    """Whether the model wears an AdaLoRA adapter."""
+def is_adalora(model: nn.Module) -> bool:
+    """Return whether the model has an AdaLoRA adapter."""
     return hasattr(getattr(model, "base_model", None), "rankallocator")
 
 
 @contextmanager
-def ranks_kept_whole(model: Any) -> Iterator[None]:
-    """Within it, the adapter is saved with all its ranks, the masked ones zero: cut to shape, as PEFT saves it, it
-    could not be trained on by the optimizer's states."""
+def keep_all_ranks(model: Any) -> Iterator[None]:
+    """Save an AdaLoRA adapter with all its ranks in the block, masked ones as zeros.
+
+    PEFT would cut masked ranks off, and the optimizer states of the checkpoint would no longer fit.
+    """
     if not is_adalora(model):
         yield
         return
@@ -131,66 +141,75 @@ def ranks_kept_whole(model: Any) -> Iterator[None]:
         config.rank_pattern = pattern
 
 
-def write_importance(model: Any, folder: Path) -> None:
-    """What has been learned of the ranks, beside the adapter; nothing for other models."""
-    if not is_adalora(model):
-        return
+def _write_importance(model: Any, folder: Path) -> None:
     allocator = model.base_model.rankallocator
     tensors = {
         f"{kind}:{name}": tensor.detach().cpu().contiguous()
-        for kind in _KINDS
+        for kind in _IMPORTANCE_KINDS
         for name, tensor in getattr(allocator, kind).items()
     }
     pattern = model.active_peft_config.rank_pattern
-    save_file(tensors, folder / FILE_NAME, metadata={_PATTERN: json.dumps(pattern)})
+    save_file(tensors, folder / ADALORA_STATE_NAME, metadata={_RANK_PATTERN: json.dumps(pattern)})
 
 
-def read_importance(model: Any, folder: Path) -> None:
-    """Puts back what `write_importance` wrote; nothing where it wrote nothing."""
-    file = folder / FILE_NAME
-    if not file.is_file() or not is_adalora(model):
+def _read_importance(model: Any, folder: Path) -> None:
+    file = folder / ADALORA_STATE_NAME
+    if not file.is_file():
         return
     allocator = model.base_model.rankallocator
     weights = dict(model.base_model.model.named_parameters())
     allocator.reset_ipt()
     with safe_open(file, framework="pt") as stream:
-        for key in stream.keys():  # noqa: SIM118  safe_open is no dict
+        for key in stream.keys():  # noqa: SIM118  safe_open is not a mapping
             kind, _, name = key.partition(":")
             device = weights[name].device if name in weights else None
             getattr(allocator, kind)[name] = stream.get_tensor(key).to(device)
-        model.active_peft_config.rank_pattern = json.loads(stream.metadata()[_PATTERN])
+        model.active_peft_config.rank_pattern = json.loads(stream.metadata()[_RANK_PATTERN])
 
 
-_B = (".lora_B.", ".lora_embedding_B.")
+PROMPT_ENCODER_NAME = "prompt_encoder.safetensors"
 
 
-class LoraPlusMixin:
-    """Stands left of a transformers Trainer. Without a ratio the optimizer is the Trainer's own.
+def _prompt_encoder_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if "prompt_encoder." in name}
 
-    PEFT's `create_loraplus_optimizer` is not used: it gives the higher rate to biases and norms as well, and a fixed
-    one to embeddings. Source: Hayou et al., LoRA+, 2024.
+
+def write_adapter_state(model: nn.Module, folder: Path) -> None:
+    """Write the state of AdaLoRA and of prompt encoders that a resumed run needs, next to the adapter."""
+    tensors = {name: weight.detach().cpu().clone() for name, weight in _prompt_encoder_weights(model).items()}
+    if tensors:
+        save_file(tensors, folder / PROMPT_ENCODER_NAME)
+    if is_adalora(model):
+        _write_importance(model, folder)
+
+
+def read_adapter_state(model: nn.Module, folder: Path) -> None:
+    """Restore what `write_adapter_state` wrote into a checkpoint, if anything."""
+    file = folder / PROMPT_ENCODER_NAME
+    if file.is_file():
+        weights = _prompt_encoder_weights(model)
+        with torch.no_grad():
+            for name, tensor in load_file(file).items():
+                weights[name].copy_(tensor)
+    if is_adalora(model):
+        _read_importance(model, folder)
+
+
+_B_MATRICES = (".lora_B.", ".lora_embedding_B.")
+
+
+def set_loraplus_lr(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Give the LoRA B matrices `ratio` times the learning rate of their parameter group.
+
+    PEFT's `create_loraplus_optimizer` is not used: it raises the rate of biases and norms as well, and sets a fixed
+    rate for embeddings. Source: Hayou et al., "LoRA+", arXiv 2402.12354.
     """
-
-    loraplus_lr_ratio: float | None = None
-    """The learning rate of the B matrices over that of all else."""
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self.loraplus_lr_ratio is not None:
-            named = (self.model if model is None else model).named_parameters()
-            chosen = {id(weight) for name, weight in named if any(part in name for part in _B)}
-            _set_apart(optimizer, chosen, self.loraplus_lr_ratio)
-        return optimizer
-
-
-def _set_apart(optimizer: Any, chosen: set[int], ratio: float) -> None:
-    """Moves the chosen weights of each group into a group of their own, with its settings and a higher rate."""
+    fast = {id(weight) for name, weight in model.named_parameters() if any(part in name for part in _B_MATRICES)}
     for group in list(optimizer.param_groups):
-        fast = [weight for weight in group["params"] if id(weight) in chosen]
-        if not fast:
+        weights: Sequence[nn.Parameter] = [weight for weight in group["params"] if id(weight) in fast]
+        if not weights:
             continue
         settings = {key: value for key, value in group.items() if key != "params"}
-        group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
-        optimizer.add_param_group({**settings, "params": fast, "lr": settings["lr"] * ratio})
+        group["params"] = [weight for weight in group["params"] if id(weight) not in fast]
+        optimizer.add_param_group({**settings, "params": weights, "lr": settings["lr"] * ratio})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -1,4 +1,4 @@
-"""What GRPO rewards completions for: a small set, and functions of the user's by import path."""
+"""Reward functions of GRPO: a small built-in set, and user functions by import path."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from finetuning.config.sections.rewards import (
     LengthReward,
     RegexReward,
 )
-from finetuning.errors import ConfigError, FinetuningError, Location
+from finetuning.errors import ConfigError, FinetuningError, Location, is_out_of_memory
 
 Completion = list[dict[str, Any]]
-"""One completion as chat messages: a single message of the assistant."""
-Values = list[float | None]
+"""A completion as chat messages: a single message of the assistant."""
+Rewards = list[float | None]
+RewardFunction = Callable[..., Rewards]
 
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward that checks what its function returns, and names itself where that is wrong."""
+    """A reward function that checks what the function returns, and has a name for logs and error messages."""
 
     name: str
     place: Location
@@ -44,24 +45,24 @@ class NamedReward:
     def __name__(self) -> str:
         return self.name
 
-    def __call__(self, prompts: list[Any], completions: list[Completion], **told: Any) -> Values:
-        """One number a completion, None for one that is not judged.
+    def __call__(self, prompts: list[Any], completions: list[Completion], **kwargs: Any) -> Rewards:
+        """Return one reward per completion, None for a completion that is not judged.
 
-        `told` holds `completion_ids`, the rows' columns as lists, and what the trainer adds to them. A function is
-        given what its signature names; all of it when it takes any keyword.
+        `kwargs` holds `completion_ids`, the rows' columns as lists, and what the trainer adds to them. The function
+        gets the keywords that its signature names, or all of them if it accepts `**kwargs`.
 
         Raises:
             ConfigError: the function raises, or returns something else.
         """
-        given = {"prompts": prompts, "completions": completions, **told}
-        with _Named(self):
-            returned = self.function(**_accepted(self.function, given), **self.arguments)
+        available = {"prompts": prompts, "completions": completions, **kwargs}
+        with _RewardErrors(self):
+            returned: Any = self.function(**_accepted(self.function, available), **self.arguments)
         if not isinstance(returned, Sequence) and not hasattr(returned, "tolist"):
             raise self.error(f"returned {type(returned).__name__}, not a list of numbers")
-        values = returned.tolist() if hasattr(returned, "tolist") else list(returned)
+        values: Any = returned.tolist() if hasattr(returned, "tolist") else list(returned)  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(values, list) or len(values) != len(completions):
             count = len(values) if isinstance(values, list) else 1
-            raise self.error(f"returned {count} rewards for {len(completions)} completions, not one for each")
+            raise self.error(f"returned {count} rewards for {len(completions)} completions")
         return [self._number(value, index) for index, value in enumerate(values)]
 
     def _number(self, value: Any, index: int) -> float | None:
@@ -75,12 +76,12 @@ class NamedReward:
             raise self.error(f"returned {number} for completion {index}; a reward must be finite")
         return number
 
-    def error(self, what: str) -> ConfigError:
-        return ConfigError(f"the reward {self.name} {what}", place=self.place)
+    def error(self, message: str) -> ConfigError:
+        return ConfigError(f"the reward function {self.name} {message}", place=self.place)
 
 
-class _Named(AbstractContextManager["_Named"]):
-    """Says of whatever a user's function raises which reward it was, and where. Running out of memory passes."""
+class _RewardErrors(AbstractContextManager["_RewardErrors"]):
+    """Turn what a user's function raises into a ConfigError with its name and line; pass out-of-memory errors on."""
 
     def __init__(self, reward: NamedReward):
         self._reward = reward
@@ -88,41 +89,39 @@ class _Named(AbstractContextManager["_Named"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, FinetuningError | MemoryError):
-            return
-        if kind is not None and kind.__name__ == "OutOfMemoryError":
+        if not isinstance(error, Exception) or isinstance(error, FinetuningError) or is_out_of_memory(error):
             return
         last = traceback.extract_tb(trace)[-1]
         text = f"raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
         raise self._reward.error(text) from error
 
 
-def _accepted(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def _accepted(function: Callable[..., Any], available: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return given
+        return available
     names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in given.items() if name in names}
+    return {name: value for name, value in available.items() if name in names}
 
 
 def build_rewards(args: GRPOArgs) -> list[NamedReward]:
-    """The rewards of a config, ready to be called.
+    """Return the reward functions of a config.
 
     Raises:
         ConfigError: a function cannot be imported.
     """
-    made = []
+    rewards = []
     for index, conf in enumerate(args.rewards):
         place = Location(key=f"grpo_args.rewards[{index}]")
         if isinstance(conf, FunctionReward):
-            made.append(NamedReward(conf.path, place, load_function(conf.path, place), dict(conf.arguments)))
+            rewards.append(NamedReward(conf.path, place, load_function(conf.path, place), dict(conf.arguments)))
         else:
-            made.append(NamedReward(conf.type, place, _OWN[type(conf)](conf)))
-    return _with_names_of_their_own(made)
+            rewards.append(NamedReward(conf.type, place, _BUILT_IN[type(conf)](conf)))
+    return _with_unique_names(rewards)
 
 
-def _with_names_of_their_own(rewards: list[NamedReward]) -> list[NamedReward]:
-    """The rewards, those of one name numbered: their means are logged by name."""
+def _with_unique_names(rewards: list[NamedReward]) -> list[NamedReward]:
+    """Number the rewards that share a name, because TRL logs their means by name."""
     names = [reward.name for reward in rewards]
     return [
         NamedReward(f"{reward.name}-{index}", reward.place, reward.function, reward.arguments)
@@ -133,101 +132,110 @@ def _with_names_of_their_own(rewards: list[NamedReward]) -> list[NamedReward]:
 
 
 def needed_columns(args: GRPOArgs) -> dict[str, str]:
-    """The columns that rows must have, each with what needs it."""
+    """Return the columns that rows must have, each with what needs it for error messages."""
     return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatchReward)}
 
 
 def load_function(path: str, place: Location) -> Callable[..., Any]:
-    """The function that `package.module:function` or `file.py:function` names.
+    """Return the function at `package.module:function` or `path/to/file.py:function`.
 
     Raises:
-        ConfigError: it is not there, cannot be imported, or is no plain function.
+        ConfigError: it does not exist, cannot be imported, or is asynchronous.
     """
     where, _, name = path.rpartition(":")
     if where.endswith(".py"):
-        if not Path(where).is_file():
-            raise ConfigError(f"there is no file {where}", place=place)
         spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        if not Path(where).is_file() or spec is None or spec.loader is None:
+            raise ConfigError(f"there is no file {where}", place=place)
         module = importlib.util.module_from_spec(spec)
-        with _Named(NamedReward(path, place, load_function)):
+        with _RewardErrors(NamedReward(path, place, load_function)):
             spec.loader.exec_module(module)
     else:
         try:
             module = importlib.import_module(where)
         except ImportError as error:
             raise ConfigError(
-                f"the reward {path} cannot be imported: {error}",
+                f"cannot import the reward function {path}: {error}",
                 place=place,
-                hint=f"Install its package, set PYTHONPATH, or name its file: path/to/rewards.py:{name}.",
+                hint=f"Install its package, set PYTHONPATH, or give the path of its file: path/to/rewards.py:{name}.",
             ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"{where} has no function {name}", place=place, hint=f"It has: {', '.join(known) or 'none'}.")
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"{where} has no function {name}", place=place, hint=f"It has: {', '.join(names) or 'none'}.")
     if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"the reward {path} is async; it must be a plain function", place=place)
+        raise ConfigError(f"the reward function {path} is async; async functions are not supported", place=place)
     return function
 
 
-def text_of(completion: Completion) -> str:
-    """What the model wrote."""
+def completion_text(completion: Completion) -> str:
+    """Return the text of a completion."""
     return completion[0].get("content") or ""
 
 
-def exact_match(conf: ExactMatchReward) -> Callable[..., Values]:
-    def tidy(text: str) -> str:
+def exact_match(conf: ExactMatchReward) -> RewardFunction:
+    """Return a function that gives 1.0 where the answer equals one in the row's column, else 0.0."""
+
+    def normalize(text: str) -> str:
         return text.strip().lower() if conf.ignore_case else text.strip()
 
-    def answer(text: str) -> str | None:
+    def extract_answer(text: str) -> str | None:
+        """Return the last match of the pattern, or its first group if it has one."""
         if conf.pattern is None:
-            return tidy(text)
-        found = list(re.finditer(conf.pattern, text, re.DOTALL))
-        return tidy(found[-1][min(1, found[-1].re.groups)] or "") if found else None
+            return normalize(text)
+        matches = list(re.finditer(conf.pattern, text, re.DOTALL))
+        return normalize(matches[-1][min(1, matches[-1].re.groups)] or "") if matches else None
 
-    def reward(completions: list[Completion], **columns: list[Any]) -> Values:
-        values = []
-        for completion, right in zip(completions, columns[conf.column], strict=True):
-            answers = right if isinstance(right, list) else [right]
-            texts = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in answers]
-            values.append(float(answer(text_of(completion)) in [tidy(text) for text in texts]))
+    def reward(completions: list[Completion], **columns: list[Any]) -> Rewards:
+        values: Rewards = []
+        for completion, expected in zip(completions, columns[conf.column], strict=True):
+            answers = expected if isinstance(expected, list) else [expected]
+            texts = [text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in answers]
+            is_correct = extract_answer(completion_text(completion)) in [normalize(text) for text in texts]
+            values.append(float(is_correct))
         return values
 
     return reward
 
 
-def regex(conf: RegexReward) -> Callable[..., Values]:
+def regex_match(conf: RegexReward) -> RewardFunction:
+    """Return a function that gives 1.0 where the pattern occurs in the completion, else 0.0."""
     pattern = re.compile(conf.pattern, re.DOTALL)
 
-    def reward(completions: list[Completion]) -> Values:
-        return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+    def reward(completions: list[Completion]) -> Rewards:
+        return [float(pattern.search(completion_text(completion)) is not None) for completion in completions]
 
     return reward
 
 
-def json_valid(conf: JsonReward) -> Callable[..., Values]:
-    def is_right(text: str) -> bool:
+def json_valid(conf: JsonReward) -> RewardFunction:
+    """Return a function that gives 1.0 where the completion is JSON with the configured keys, else 0.0."""
+
+    def is_valid(text: str) -> bool:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return False
         return not conf.keys or (isinstance(value, dict) and set(conf.keys) <= set(value))
 
-    def reward(completions: list[Completion]) -> Values:
-        return [float(is_right(text_of(completion))) for completion in completions]
+    def reward(completions: list[Completion]) -> Rewards:
+        return [float(is_valid(completion_text(completion))) for completion in completions]
 
     return reward
 
 
-def length(conf: LengthReward) -> Callable[..., Values]:
-    def reward(completion_ids: list[list[int]]) -> Values:
+def target_length(conf: LengthReward) -> RewardFunction:
+    """Return a function that gives 1.0 at the target number of tokens, falling linearly to 0.0 at 0 and twice that."""
+
+    def reward(completion_ids: list[list[int]]) -> Rewards:
         return [max(0.0, 1 - abs(len(ids) - conf.target) / conf.target) for ids in completion_ids]
 
     return reward
 
 
-_OWN: dict[type, Callable[[Any], Callable[..., Values]]] = {
+_BUILT_IN: dict[type, Callable[[Any], RewardFunction]] = {
     ExactMatchReward: exact_match,
-    RegexReward: regex,
+    RegexReward: regex_match,
     JsonReward: json_valid,
-    LengthReward: length,
+    LengthReward: target_length,
 }

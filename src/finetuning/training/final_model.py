@@ -1,10 +1,9 @@
-"""The tuned model: saved whole, opened again, and told about.
-
-The end of a run that succeeded: the tuned model where it is wanted, and the mark that all is done."""
+"""The final model: saved, reopened and verified, copied to `save_model_dir`, and what to do with it next."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,86 +14,101 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from finetuning.atomic_io import atomic_directory, is_disk_full, staging_path
+from finetuning.config.pretrained_config import quantization_method
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import GuardStopped, Location, StorageError
+from finetuning.errors import FinetuningError, GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
 from finetuning.model.save import is_peft_model, save_model
 from finetuning.model.stop_tokens import align_stop_tokens
+from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase
 
-    from finetuning.model.embeddings import EmbeddingInfo
-    from finetuning.model.fingerprint import Fingerprint
+    from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.training.setup import LoadedModel
 
+COMPLETE_MARKER = ".complete"
+_KEY = "save_model_dir"
 _REFERENCE_ADAPTER = "ref"
-_SAMPLE = "The quick brown fox, 12 × 7 = 84: déjà vu."
+# Text with accents, digits and punctuation, for the round trip of the tokenizer.
+_SAMPLE_TEXT = "The quick brown fox, 12 × 7 = 84: déjà vu."
 
 
 @dataclass(frozen=True)
 class FinalModel:
-    """What a run made, where it lies, and what was checked about it."""
+    """A saved model or adapter, and what was verified about it."""
 
     kind: str
     """`model` or `adapter`."""
     folder: str
     base: str | None
-    """The model that an adapter goes with."""
+    """The base model of an adapter."""
     num_bytes: int
     checks: tuple[str, ...]
     stop_tokens: str | None
-    """What generation stops at; None for a model that gives scores."""
+    """What generation stops at; None for a model with a score head."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def publish_final(
-    trainer: Trainer,
+def initial_digests(trainer: TrainerMixin, loaded: LoadedModel) -> dict[str, str]:
+    """Return digests of the adapter's tensors before training, to verify later that they changed; {} without one."""
+    from finetuning.model.peft.adapter_files import adapter_digests
+
+    if loaded.initial:
+        return loaded.initial
+    # The trainer has added the adapter.
+    return adapter_digests(trainer.model) if is_peft_model(trainer.model) else {}
+
+
+def save_final_model(
+    trainer: TrainerMixin,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
     end_of_turn: str | None,
-    base_fingerprint: Fingerprint | None,
+    loaded: LoadedModel,
     initial: Mapping[str, str],
-    vocabulary: EmbeddingInfo,
 ) -> FinalModel | None:
-    """The tuned model or adapter in `folder`, where it appears once it is opened again and found sound; None on all
-    processes but the main one.
+    """Save the model or adapter, and rename it to `folder` after it was reopened and verified.
 
-    Every process calls this: a sharded model is gathered by all.
+    Collective, because a sharded model is gathered by all processes. Returns None except on the main process.
+
+    Args:
+        initial: digests of the adapter's tensors before training.
 
     Raises:
-        StorageError: it cannot be written.
-        GuardStopped: what was written is not sound.
+        StorageError: the disk is full.
+        GuardStopped: what was written is not valid.
     """
-    trainer.settle_weights()
-    state_dict = _gathered(trainer)
+    trainer.use_eval_weights()
+    state_dict = _gather_state_dict(trainer)
     if not trainer.is_world_process_zero():
         return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     adapted = is_peft_model(model)
     if adapted and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
     base = model.get_base_model() if adapted else model
-    writes = base.can_generate()
-    stop_tokens = align_stop_tokens(tokenizer, base.generation_config, end_of_turn) if writes else None
-    with _room_for(folder), atomic_directory(folder) as candidate:
+    stop_tokens = align_stop_tokens(tokenizer, base.generation_config, end_of_turn) if base.can_generate() else None
+    with _explain_full_disk(folder), atomic_directory(folder) as candidate:
         save_model(
             model,
             tokenizer,
             candidate,
             stop_tokens=stop_tokens,
-            base_fingerprint=base_fingerprint if adapted else None,
+            base_fingerprint=loaded.fingerprint if adapted else None,
             state_dict=state_dict,
-            embeddings=vocabulary,
+            embeddings=loaded.vocabulary,
         )
-        with _named(folder):
+        with _name_target(folder):
             verified = verify_saved(
                 candidate,
                 initial=initial if adapted and state_dict is None else None,
-                sample_texts={_SAMPLE: tokenizer.encode(_SAMPLE, add_special_tokens=False)},
+                sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
             )
     return FinalModel(
         kind=verified.kind,
@@ -106,16 +120,16 @@ def publish_final(
     )
 
 
-def _gathered(trainer: Trainer) -> dict[str, Any] | None:
-    """The weights that processes hold parts of; None where this process has them all."""
+def _gather_state_dict(trainer: TrainerMixin) -> dict[str, Any] | None:
+    """Return the weights of a sharded model; None when every process holds all weights."""
     if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
 @contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """What is not sound is told of the folder that was to be, not of the one beside it where it was put together."""
+def _name_target(folder: Path) -> Iterator[None]:
+    """Let verification errors name the final folder instead of the staging folder."""
     try:
         yield
     except GuardStopped as error:
@@ -125,12 +139,8 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _room_for(folder: Path) -> Iterator[None]:
-    """Says what is safe when there is no room for the tuned model.
-
-    Raises:
-        StorageError: the disk is full.
-    """
+def _explain_full_disk(folder: Path) -> Iterator[None]:
+    """Raise StorageError with the last valid checkpoint when the disk fills up in the block."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -138,22 +148,18 @@ def _room_for(folder: Path) -> Iterator[None]:
             raise
         newest = next((path.name for path in checkpoints_of(folder.parent)), None)
         raise StorageError(
-            f"no room for the tuned model in {folder}: {str(error).partition(chr(10))[0]}",
-            hint=f"{newest} is whole: free some space and run again with run_conf.resume_from_checkpoint: auto."
+            f"no space left for the final model in {folder}: {str(error).partition(chr(10))[0]}",
+            hint=f"{newest} is valid: free some space and run again with run_conf.resume_from_checkpoint: auto."
             if newest
-            else "Free some space; there is no checkpoint to go on from.",
+            else "Free some space; there is no checkpoint to resume from.",
         ) from error
 
 
-COMPLETE = ".complete"
-_KEY = "save_model_dir"
-
-
 def check_save_model_dir(experiment: Experiment) -> None:
-    """Nothing, when `save_model_dir` can be written.
+    """Check before training that `save_model_dir` is writable.
 
     Raises:
-        StorageError: it cannot, which is better said before training.
+        StorageError: it is not.
     """
     if experiment.save_model_dir is None:
         return
@@ -161,17 +167,17 @@ def check_save_model_dir(experiment: Experiment) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StorageError(f"{experiment.save_model_dir} cannot be written", place=Location(key=_KEY))
+        raise StorageError(f"{experiment.save_model_dir} is not writable", place=Location(key=_KEY))
 
 
 def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
-    """Copies the tuned model to `save_model_dir`, if any, and marks `output_dir` with an empty file `.complete`.
+    """Copy the final model to `save_model_dir`, if set, and create an empty file `.complete` in `output_dir`.
 
-    A new folder appears whole. In one that is there, each file replaces its namesake at once, weights before the
-    configs that a reader looks for first; other files stay.
+    A new folder appears atomically. In an existing one each file replaces its namesake atomically, weights before the
+    configs that a reader opens first; other files stay.
 
     Raises:
-        StorageError: it cannot be written; the tuned model is in `output_dir` all the same.
+        StorageError: it is not writable. The final model in `output_dir` is not affected.
     """
     output_dir = Path(experiment.training_args.output_dir)
     final = output_dir / experiment.run_conf.final_checkpoint_name
@@ -179,10 +185,10 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
     try:
         if target is not None and target.absolute() != final.absolute():
             _copy(final, target)
-        (output_dir / COMPLETE).touch()
+        (output_dir / COMPLETE_MARKER).touch()
     except OSError as error:
         raise StorageError(
-            f"the tuned model could not be copied to {target}: {error.strerror or error}",
+            f"cannot copy the final model to {target}: {error.strerror or error}",
             place=Location(key=_KEY),
             hint=f"It is in {final}.",
         ) from error
@@ -196,8 +202,46 @@ def _copy(final: Path, target: Path) -> None:
         return
     files = sorted((path for path in final.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
     for file in files:
-        place = target / file.relative_to(final)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging = staging_path(place)
+        destination = target / file.relative_to(final)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging = staging_path(destination)
         shutil.copyfile(file, staging)
-        os.replace(staging, place)
+        os.replace(staging, destination)
+
+
+def next_commands(model: FinalModel) -> list[NextCommand]:
+    """Return commands that try, merge, serve or evaluate a final model."""
+    if model.stop_tokens is None:
+        return []
+    folder = shlex.quote(model.folder)
+    generate = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
+    if model.kind != "adapter":
+        return [
+            generate,
+            NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
+            NextCommand(f"lm_eval --model hf --model_args pretrained={folder} --tasks arc_easy", "evaluate it"),
+        ]
+    peft_type = _mergeable_type(model.folder)
+    if peft_type is None:
+        return [generate]
+    merged = shlex.quote(f"{model.folder}-merged")
+    base, purpose = shlex.quote(model.base or "BASE"), "merge it into the base model"
+    if quantization_method(model.base or "") == "gptq":
+        # GPTQ's packed weights cannot be merged into, and the original model has another fingerprint.
+        base, purpose = "--force UNQUANTIZED_BASE", "merge it into the base model before GPTQ"
+    merge = NextCommand(f"merge_adapter {base} {folder} {merged}", purpose)
+    serve = NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")
+    return [generate, merge, *([serve] if peft_type == "LORA" else [])]
+
+
+def _mergeable_type(folder: str) -> str | None:
+    """Return the PEFT type of an adapter that can be merged into its base model; None for other adapters."""
+    from finetuning.export.inputs import read_adapter
+    from finetuning.export.merge.with_peft import check_mergeable
+
+    try:
+        adapter = read_adapter(folder)
+        check_mergeable(adapter)
+    except FinetuningError:
+        return None
+    return adapter.peft_type

@@ -1,9 +1,9 @@
-"""Whether the longest rows fit, found out before the first step; and how much memory a run took."""
+"""Memory: a check before the first step that the longest rows fit, and the peak at the end of a run."""
 
 from __future__ import annotations
 
 import resource
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,11 +13,23 @@ from finetuning.errors import ConfigError, Location
 from finetuning.plan.memory_estimate import MemoryEstimate
 from finetuning.plan.plan import format_bytes
 
+if TYPE_CHECKING:
+    from finetuning.trainer.mixin import TrainerMixin
 
-class MemoryCheck(TrainerCallback):
-    """Has a trainer compute its longest rows once, when everything is in its place and before the first step."""
 
-    def __init__(self, trainer: Any):
+class MemoryUsage(TypedDict):
+    """Peak memory of this process in bytes, and what the plan estimated."""
+
+    peak_bytes: int
+    measured_by: str
+    estimated_bytes: int | None
+    oom_retries: list[str]
+
+
+class MemoryCheckCallback(TrainerCallback):
+    """Compute the longest rows once, after everything is allocated and before the first step."""
+
+    def __init__(self, trainer: TrainerMixin):
         self._trainer = trainer
 
     def on_train_begin(
@@ -31,66 +43,75 @@ class MemoryCheck(TrainerCallback):
         )
 
 
-def check_memory_at_start(trainer: Any, experiment: Experiment) -> None:
-    """Adds the check where the experiment wants it: by default on a GPU.
+def check_memory_at_start(trainer: TrainerMixin, experiment: Experiment) -> None:
+    """Add the check if the experiment asks for it: by default on a GPU.
 
     Raises:
-        ConfigError: the batch size shall be found out for a trainer whose batches cannot be divided.
+        ConfigError: the micro-batch is to be determined for a loss that does not allow splitting batches.
     """
-    if experiment.batchsize_conf.max_per_device_train_batch_size == "auto" and not trainer.divides_batches:
+    if experiment.batchsize_conf.max_per_device_train_batch_size == "auto" and not trainer.supports_batch_splitting:
         raise ConfigError(
-            "is auto, but the rows of a batch depend on one another in this loss, so that it cannot be halved",
+            "auto is not supported for this loss: the rows of a batch depend on each other, so it cannot be split",
             place=Location(key="batchsize_conf.max_per_device_train_batch_size"),
-            hint="Give a number.",
+            hint="Set a number.",
         )
-    wanted = experiment.run_conf.memory_check
-    if wanted is True or (wanted == "auto" and trainer.args.device.type == "cuda"):
-        trainer.add_callback(MemoryCheck(trainer))
+    requested = experiment.run_conf.memory_check
+    if requested is True or (requested == "auto" and trainer.args.device.type == "cuda"):
+        trainer.add_callback(MemoryCheckCallback(trainer))
 
 
 def longest_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
-    """The rows with the most tokens, the longest first."""
+    """Return the rows with the most tokens, longest first."""
     if hasattr(dataset, "longest_rows"):
         return dataset.longest_rows(count)
     if dataset is None or not hasattr(dataset, "column_names"):
         return []
+    import numpy as np
     import pyarrow.compute as compute
 
     table = dataset.with_format("arrow")[:]
-    lengths = [compute.list_value_length(table[name]) for name in table.column_names if name.endswith("_ids")]
+    columns = [table[name] for name in table.column_names if name.endswith("_ids")]
+    list_lengths: Any = compute.list_value_length  # pyright: ignore[reportAttributeAccessIssue]
+    lengths = [list_lengths(column).to_numpy().astype("int64") for column in columns]
     if not lengths:
         return []
-    total = sum(length.to_numpy().astype("int64") for length in lengths)
-    return [dataset[int(index)] for index in total.argsort(kind="stable")[::-1][:count]]
+    longest_first = np.sum(lengths, axis=0).argsort(kind="stable")[::-1]
+    return [dataset[int(index)] for index in longest_first[:count]]
 
 
-def gather_oom_retries(trainer: Any) -> list[str]:
-    """What was divided, when and why; of a job of several processes, on which. All of them call this."""
+def gather_oom_retries(trainer: TrainerMixin) -> list[str]:
+    """Return what was split when memory ran out, with the rank if only some processes did. Collective."""
     if trainer.args.world_size == 1:
-        return list(trainer.divisions)
+        return list(trainer.oom_retries)
     from accelerate.utils import gather_object
 
-    by_process = gather_object([trainer.divisions])
-    shared = [text for text in by_process[0] if all(text in texts for texts in by_process)]
-    return shared + [
-        f"process {rank}, {text}" for rank, texts in enumerate(by_process) for text in texts if text not in shared
+    by_process = gather_object([trainer.oom_retries])
+    common = [text for text in by_process[0] if all(text in texts for texts in by_process)]
+    return common + [
+        f"process {rank}, {text}" for rank, texts in enumerate(by_process) for text in texts if text not in common
     ]
 
 
-def measure_memory(estimate: MemoryEstimate | None, device: torch.device) -> dict[str, Any]:
-    """Bytes that this process took at most, what they were measured by, and what the plan had estimated."""
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def measure_memory(trainer: TrainerMixin, estimate: MemoryEstimate | None) -> MemoryUsage:
+    """Return the peak memory of this process, and the out-of-memory retries of all. Collective."""
+    device = trainer.args.device
+    if device.type == "cuda":
+        peak, measured_by = torch.cuda.max_memory_allocated(device), "allocated on the GPU"
+    else:
+        # ru_maxrss is in KiB on Linux.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        measured_by = "resident set of the process, libraries included"
     return {
-        "peak_bytes": peak if on_gpu else peak * 1024,
-        "measured_by": "allocated on the GPU" if on_gpu else "resident set of the process, libraries included",
+        "peak_bytes": peak,
+        "measured_by": measured_by,
         "estimated_bytes": estimate.total if estimate else None,
+        "oom_retries": gather_oom_retries(trainer),
     }
 
 
-def memory_summary(values: dict[str, Any]) -> str:
-    """The measurement in one line, beside the estimate."""
-    text = f"{format_bytes(values['peak_bytes'])} at most, {values['measured_by']}"
-    if values["estimated_bytes"]:
-        text += f"; the plan had at least {format_bytes(values['estimated_bytes'])}, without activations"
+def memory_summary(usage: MemoryUsage) -> str:
+    """Return the measurement and the estimate in one line."""
+    text = f"peak {format_bytes(usage['peak_bytes'])}, {usage['measured_by']}"
+    if usage["estimated_bytes"]:
+        text += f"; estimated at least {format_bytes(usage['estimated_bytes'])}, without activations"
     return text

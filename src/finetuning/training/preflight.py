@@ -1,15 +1,9 @@
-"""What the device of a run cannot do is refused before its weights are loaded.
-
-Whether the model has a position for every token of the longest row.
-
-aLoRA: the text that switches an adapter on, as token ids that every row is shown to hold."""
+"""Checks before training starts: what the device supports, model positions for the longest row, aLoRA invocations."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import NewPeft
@@ -19,34 +13,34 @@ from finetuning.plan.compatibility import NEEDS_GPU
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from finetuning.config.sections.experiment import Experiment
     from finetuning.data.prepared import PreparedData
 
-_INSTEAD = {
-    "bf16": "Set bf16: false; fp16: true where the device has it.",
-    "fp16": "Set fp16: false; bf16: true where the device has it.",
+_ALTERNATIVES = {
+    "bf16": "Set bf16: false; fp16: true if the device supports it.",
+    "fp16": "Set fp16: false; bf16: true if the device supports it.",
     "tf32": "Remove it.",
 }
-_ASKED_BY = {"bf16": ("bf16", "bf16_full_eval"), "fp16": ("fp16",), "tf32": ("tf32",)}
+_DTYPE_KEYS = {"bf16": ("bf16", "bf16_full_eval"), "fp16": ("fp16",), "tf32": ("tf32",)}
 
 
 def check_device(experiment: Experiment, device: Device | None = None) -> None:
-    """Nothing when the run's device can do what is asked for: its number types, and what only a GPU can.
+    """Check that the device supports the requested dtypes, attention and GPU-only options.
 
     Raises:
-        ConfigError: everything that it lacks.
-        ModelError: there is no such attention implementation, or it needs another device.
+        ConfigError: lists everything that it does not support.
+        ModelError: the attention implementation does not exist, or needs another device.
         MissingPackageError: the attention implementation is not installed.
     """
     check_precision(experiment, device)
     args = experiment.training_args
-    passed_on: dict[str, Any] = args.model_extra or {}
-    device = device or training_device(bool(passed_on.get("use_cpu")))
+    extra = args.model_extra or {}
+    device = device or training_device(bool(extra.get("use_cpu")))
     _check_attention(experiment, device)
-    asked = [key for key in NEEDS_GPU if getattr(args, key, None) or passed_on.get(key)]
-    if asked and device.kind == "cpu":
+    requested = [key for key in NEEDS_GPU if getattr(args, key, None) or extra.get(key)]
+    if requested and device.kind == "cpu":
         raise ConfigError(
             [
                 Problem(
@@ -54,7 +48,7 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
                     Location(key=f"training_args.{key}"),
                     NEEDS_GPU[key][1],
                 )
-                for key in asked
+                for key in requested
             ]
         )
 
@@ -70,87 +64,86 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
         raise ConfigError(
             "flex_attention has no backward pass on a CPU",
             place=Location(key="run_conf.model_args.attn_implementation"),
-            hint="Use sdpa here.",
+            hint="Use sdpa on a CPU.",
         )
 
 
 def check_precision(experiment: Experiment, device: Device | None = None) -> None:
-    """Nothing when the device computes in all that is asked for. `finetuning doctor` shows what it can.
+    """Check that the device computes in the requested dtypes. `finetuning doctor` shows what it supports.
 
     Raises:
-        ConfigError: every number type that it lacks, with what is in the way.
+        ConfigError: lists every dtype that it does not support, with the reason.
     """
     args = experiment.training_args
-    passed_on: dict[str, Any] = args.model_extra or {}
-    asked = {
-        key: ability
-        for ability, keys in _ASKED_BY.items()
-        for key in keys
-        if getattr(args, key, None) or passed_on.get(key)
+    extra = args.model_extra or {}
+    requested = {
+        key: dtype for dtype, keys in _DTYPE_KEYS.items() for key in keys if getattr(args, key, None) or extra.get(key)
     }
-    if not asked:
+    if not requested:
         return
-    device = device or training_device(bool(passed_on.get("use_cpu")))
-    found = {key: device.support_for(ability) for key, ability in asked.items()}
+    device = device or training_device(bool(extra.get("use_cpu")))
+    capabilities = {key: device.support_for(dtype) for key, dtype in requested.items()}
     problems = [
         Problem(
-            f"is true, but {device.name} does not compute in {asked[key]}: {ability.note}",
+            f"is true, but {device.name} does not support {requested[key]}: {capability.note}",
             Location(key=f"training_args.{key}"),
-            _INSTEAD[asked[key]],
+            _ALTERNATIVES[requested[key]],
         )
-        for key, ability in found.items()
-        if not ability.is_supported
+        for key, capability in capabilities.items()
+        if not capability.is_supported
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def compute_precision(experiment: Experiment, model: Any, device: Device | None = None) -> tuple[str, str]:
-    """What the run computes in; and what its device has that is faster, nothing where nothing is known to be."""
+def compute_precision(experiment: Experiment, model: PreTrainedModel, device: Device | None = None) -> tuple[str, str]:
+    """Return the dtype that the run computes in, and a hint at a faster one that the device supports, if any."""
     args = experiment.training_args
     weights = str(model.dtype).removeprefix("torch.")
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     if autocast:
-        return f"{autocast} by autocast, the weights in {weights}", ""
+        return f"{autocast} by autocast, weights in {weights}", ""
     if args.deepspeed or weights != "float32":
         return weights, ""
     device = device or training_device(bool((args.model_extra or {}).get("use_cpu")))
-    ability = device.support_for("bf16")
-    if not ability.is_supported or ability.note.startswith("emulated"):
+    capability = device.support_for("bf16")
+    if not capability.is_supported or capability.note.startswith("emulated"):
         return weights, ""
-    return weights, f"{device.name} has bfloat16 in hardware, which training_args.bf16 uses"
+    return weights, f"{device.name} supports bfloat16; set training_args.bf16 to use it"
 
 
-_LEARNED = ("wpe", "embed_positions", "position_embeddings")
+_LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 
 
-def check_positions(model: Any, experiment: Experiment, data: PreparedData) -> tuple[str, ...]:
-    """Nothing where each token has a position that the model was made for; else a warning.
+def check_positions(model: Any, experiment: Any, data: PreparedData) -> tuple[str, ...]:
+    """Return a warning if a row is longer than the model's context length.
 
     Raises:
-        ConfigError: the model has learned its positions, and has none for the end of a row.
+        ConfigError: a row is longer than the model's learned position embeddings.
     """
     key = "sft_args.max_seq_length" if hasattr(experiment, "sft_args") else "training_args.max_length"
-    is_stream = not isinstance(data.train, Sized)
-    longest = experiment.sft_args.max_seq_length if is_stream else _longest(data.train)
+    if isinstance(data.train, Sized):
+        is_stream, longest = False, _longest_row(data.train)
+    else:
+        is_stream, longest = True, experiment.sft_args.max_seq_length
     if longest is None:
         return ()
-    learned = _learned_positions(model)
+    learned = _num_learned_positions(model)
     if learned is not None and longest > learned:
         has = "of a stream may have" if is_stream else "has"
         raise ConfigError(
-            f"a row {has} {longest} tokens, and the model has learned {learned} positions",
+            f"a row {has} {longest} tokens, but the model has {learned} learned positions",
             place=Location(key=key),
             hint=f"Set it to {learned} or less.",
         )
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if learned is None and not is_stream and isinstance(made_for, int) and longest > made_for:
-        return (f"a row has {longest} tokens, more than the {made_for} positions that the model was made for ({key})",)
+    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if learned is None and not is_stream and isinstance(context_length, int) and longest > context_length:
+        return (f"a row has {longest} tokens, more than the model's context length of {context_length} ({key})",)
     return ()
 
 
-def _longest(dataset: datasets.Dataset) -> int | None:
-    """Most tokens of a row: of a prompt with its longer answer; None for rows without tokens of their own."""
+def _longest_row(dataset: Any) -> int | None:
+    """Return the most tokens in a row (a prompt with its longer answer); None for rows without token ids."""
     import numpy as np
 
     from finetuning.data.arrow import row_lengths
@@ -164,66 +157,82 @@ def _longest(dataset: datasets.Dataset) -> int | None:
     return int((row_lengths(dataset, "prompt_ids") + longer).max())
 
 
-def _learned_positions(model: Any) -> int | None:
+def _num_learned_positions(model: nn.Module) -> int | None:
     from torch import nn
 
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in _LEARNED and isinstance(module, nn.Embedding):
+        if name.rsplit(".", 1)[-1] in _LEARNED_POSITIONS and isinstance(module, nn.Embedding):
+            # OPT and BART reserve the first positions for padding.
             return module.num_embeddings - getattr(module, "offset", 0)
     return None
 
 
-_KEY, _IDS = "peft_conf.alora_invocation_string", "alora_invocation_tokens"
+_INVOCATION_KEY, _INVOCATION_IDS = "peft_conf.alora_invocation_string", "alora_invocation_tokens"
 
 
-def with_invocation(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Experiment:
-    """The experiment with the ids of its invocation text among the adapter's arguments; itself, where it has no text.
+def uses_invocation(experiment: Experiment) -> bool:
+    """Return whether the adapter is an aLoRA, which is active only after its invocation tokens."""
+    conf = experiment.peft_conf
+    return isinstance(conf, NewPeft) and bool(
+        conf.alora_invocation_string is not None or conf.peft_kwargs.get(_INVOCATION_IDS)
+    )
+
+
+def resolve_invocation(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Experiment:
+    """Return the experiment with its invocation string as token ids; unchanged without such a string.
 
     Raises:
-        ConfigError: the text has no token, the ids are given, too, or the adapter is no LoRA.
+        ConfigError: the string has no token, the ids are set as well, or the adapter is not LoRA.
     """
     conf = experiment.peft_conf
     if not isinstance(conf, NewPeft) or conf.alora_invocation_string is None:
         return experiment
     if conf.peft_type.upper() != "LORA":
-        raise ConfigError(f"is for LORA, not for {conf.peft_type}", place=Location(key=_KEY))
-    if _IDS in conf.peft_kwargs:
-        raise ConfigError(f"excludes peft_kwargs.{_IDS}", place=Location(key=_KEY), hint="Remove one of them.")
+        raise ConfigError(f"is only valid for LORA, not for {conf.peft_type}", place=Location(key=_INVOCATION_KEY))
+    if _INVOCATION_IDS in conf.peft_kwargs:
+        raise ConfigError(
+            f"cannot be combined with peft_kwargs.{_INVOCATION_IDS}",
+            place=Location(key=_INVOCATION_KEY),
+            hint="Remove one of them.",
+        )
     ids = tokenizer.encode(conf.alora_invocation_string, add_special_tokens=False)
     if not ids:
-        raise ConfigError("has no token", place=Location(key=_KEY))
-    conf = conf.model_copy(update={"peft_kwargs": {**conf.peft_kwargs, _IDS: ids}})
+        raise ConfigError("has no token", place=Location(key=_INVOCATION_KEY))
+    conf = conf.model_copy(update={"peft_kwargs": {**conf.peft_kwargs, _INVOCATION_IDS: ids}})
     return experiment.model_copy(update={"peft_conf": conf})
 
 
-def check_invoked(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
-    """Nothing when each row holds the ids that switch the adapter on; without them it would learn nothing there.
+def check_alora_invocation(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+    """Check that each row contains the invocation tokens: an aLoRA learns nothing from other rows.
 
     Raises:
-        DataError: rows do not, with their number.
+        DataError: states how many rows do not.
     """
-    conf = with_invocation(experiment, tokenizer).peft_conf
-    ids = conf.peft_kwargs.get(_IDS) if isinstance(conf, NewPeft) else None
-    for rows in filter(None, (data.train, data.validation)) if ids else ():
+    conf = resolve_invocation(experiment, tokenizer).peft_conf
+    ids: Any = conf.peft_kwargs.get(_INVOCATION_IDS) if isinstance(conf, NewPeft) else None
+    splits: list[Any] = [split for split in (data.train, data.validation) if split] if ids else []
+    for rows in splits:
         column = "input_ids" if "input_ids" in rows.column_names else "prompt_ids"
-        missing = sum(not has_invocation(row, ids) for row in _lists(rows, column))
+        missing = sum(not contains_ids(row, ids) for row in _token_ids(rows, column))
         if missing:
             where = "the rows" if column == "input_ids" else "the prompts"
             raise DataError(
-                f"{missing:,} of {len(rows):,} rows never switch the adapter on: {where} do not hold"
+                f"{missing:,} of {len(rows):,} rows never activate the adapter: {where} do not contain"
                 f" {tokenizer.decode(ids)!r} as the tokens {ids}",
-                place=Location(key=_KEY),
-                hint="Take a text that begins and ends where tokens do, such as the chat template's start of an"
-                " assistant's turn.",
+                place=Location(key=_INVOCATION_KEY),
+                hint="Choose a string that starts and ends at token borders, such as the start of an assistant turn in"
+                " the chat template.",
             )
 
 
-def _lists(rows: datasets.Dataset, column: str) -> list[list[int]]:
+def _token_ids(rows: datasets.Dataset, column: str) -> list[list[int]]:
     return rows[column][:]
 
 
-def has_invocation(row: list[int], ids: list[int]) -> bool:
-    """Whether the ids stand in the row, one after another."""
+def contains_ids(row: list[int], ids: list[int]) -> bool:
+    """Return whether the row contains the ids as a contiguous sequence."""
+    import numpy as np
+
     if len(row) < len(ids):
         return False
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(row), len(ids))

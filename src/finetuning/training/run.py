@@ -1,266 +1,185 @@
-"""A run, from the experiment to the tuned model: the file to read first.
+"""A run as a pipeline, from the experiment to the final model. Start reading here.
 
-What a run says, to people and in its record, of its rows, its model and its memory."""
+Each step takes the values of earlier steps and returns a value of its own. What a run reports, to people, to trackers
+and into its record, is up to `RunReporter`.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from finetuning.algorithms.algorithm import Algorithm, TrainingParts
+from finetuning.algorithms.algorithm import Algorithm
 from finetuning.config.sections.experiment import Experiment
+from finetuning.config.yaml.dump import dump_yaml
 from finetuning.distributed import ProcessTopology, read_job_end_time
-from finetuning.errors import FinetuningError, GuardStopped, Interrupted
-from finetuning.plan.plan import Plan, make_plan
+from finetuning.errors import FinetuningError
+from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
-from finetuning.training.output_dir import (
-    RunRecord,
-    check_free_space,
-    check_output_dir,
-    lock_output_dir,
-)
-from finetuning.training.preflight import check_positions
-from finetuning.training.process_sync import destroy_process_group
-from finetuning.training.resume.config_changes import ResumeTerms, compare_with_checkpoint
-from finetuning.training.resume.find import ResumePoint, find_resume_point
+from finetuning.training.output_dir import RunRecord, check_free_space, is_complete, lock_output_dir, status_of
+from finetuning.training.resume.config_changes import compare_with_checkpoint
+from finetuning.training.resume.find import find_resume_point
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer
 
-    from finetuning.data.prepared import PreparedData
-    from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.training.final_model import FinalModel
     from finetuning.training.reporter import RunReporter
-    from finetuning.training.setup import LoadedModel
-    from finetuning.training.signals import StopOnSignal
-
-
-def run_inputs(
-    experiment: Experiment, plan: Plan, data: PreparedData, prepared: LoadedModel, resume: ResumePoint
-) -> dict[str, Any]:
-    """What the record says before the first step."""
-    return {
-        "plan": plan.as_dict(),
-        "data": data_record(data),
-        "model": {
-            "name": experiment.run_conf.model,
-            "fingerprint": str(prepared.fingerprint) if prepared.fingerprint else None,
-            "notes": list(prepared.notes),
-            "layout": str(prepared.layout),
-        },
-        "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
-    }
-
-
-def data_record(data: PreparedData) -> dict[str, Any]:
-    """The rows for the record, as far as they are known by now."""
-    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "statistics": data.statistics.report()}
-
-
-def log_model_summary(
-    job: TrainingJob, plan: Plan, data: PreparedData, prepared: LoadedModel, terms: ResumeTerms
-) -> None:
-    """Says what is trained, in which numbers, how rows lie in a batch, and what a resumed run does otherwise."""
-    from finetuning.training.preflight import compute_precision
-
-    for note in terms.notes:
-        job.observer.told("resumed with", note)
-    if beyond := check_positions(prepared.model, job.experiment, data):
-        job.observer.told("longest row", "beyond what the model was made for", warnings=beyond)
-    job.observer.told("precision", *compute_precision(job.experiment, prepared.model))
-    for note in (*prepared.notes, f"rows in a batch: {prepared.layout}"):
-        label, _, value = note.partition(": ") if ": " in note else ("", "", note)
-        job.observer.told(label, value)
-    if job.method.lays_end_to_end and data.rows is not None:
-        from finetuning.data.statistics import padding_stats
-
-        longest = job.experiment.sft_args.max_seq_length
-        job.observer.told("tokens", str(padding_stats(data.train, longest, plan.batch.per_device)))
-
-
-def log_memory(trainer: Trainer, plan: Plan, observer: RunReporter) -> dict[str, Any]:
-    """What the run took of memory, beside its estimate, and what had to be divided on the way."""
-    from finetuning.training.memory_check import gather_oom_retries, measure_memory, memory_summary
-
-    values = measure_memory(plan.memory, trainer.args.device) | {"oom_retries": gather_oom_retries(trainer)}
-    observer.found("memory", memory_summary(values))
-    for division in values["oom_retries"]:
-        observer.found("memory", division)
-    return values
-
-
-ALREADY_COMPLETE = "already complete"
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What runs, where, and who is told: fixed from the first step of the road to the last."""
+    """What to run, where, and who reports it."""
 
     experiment: Experiment
-    method: Algorithm
+    algorithm: Algorithm
+    plan: Plan
+    """Without the number of steps, which needs the number of rows."""
     topology: ProcessTopology
-    observer: RunReporter
+    reporter: RunReporter
     workers: int
-    resolved_config: str
-    """The experiment as YAML, defaults included."""
+    """Processes that prepare the data."""
 
     @property
     def output_dir(self) -> Path:
         return Path(self.experiment.training_args.output_dir)
 
+    @property
+    def final_folder(self) -> Path:
+        return self.output_dir / self.experiment.run_conf.final_checkpoint_name
+
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended, and what it made; nothing when it was complete before, and on processes but the main one."""
+    """How a run ended."""
 
     status: str
-    artifact: FinalModel | None = None
+    model: FinalModel | None = None
+    """None if the run was already complete, and on processes other than the main one."""
     steps: int = 0
     final_loss: float | None = None
     training_s: float | None = None
-    """Seconds of the training loop."""
+    """Duration of the training loop in seconds."""
 
 
-def run(job: TrainingJob) -> RunResult:
-    """Trains and publishes the tuned model. The output directory is claimed, and its record is true, throughout.
+def run_training(job: TrainingJob) -> RunResult:
+    """Train, and save the final model. The output directory is locked, and its record current, until the end.
 
     Raises:
-        GuardStopped: a value was not finite, or a proof failed.
-        Interrupted: a signal came; a checkpoint was saved.
-        FinetuningError: anything else that the user can mend.
+        GuardStopped: a value was not finite, or a verification failed.
+        Interrupted: the run was stopped by a signal; a checkpoint was saved.
+        FinetuningError: anything else that the user can fix.
     """
-    if check_output_dir(job.experiment):
-        _close_record(job)
-        return RunResult(ALREADY_COMPLETE)
-    if not job.topology.is_main:
-        return _run_with_record(job)
-    with lock_output_dir(job.output_dir):
-        check_free_space(job.output_dir, job.experiment)
-        (job.output_dir / CONFIG_NAME).write_text(job.resolved_config, encoding="utf-8")
-        return _run_with_record(job)
-
-
-def _close_record(job: TrainingJob) -> None:
-    """Says of a run that has published its tuned model, and was killed before it could say so, that it is complete."""
-    if not job.topology.is_main or (read_run_record(job.output_dir) or {}).get("status") == "completed":
-        return
-    from finetuning.callbacks.checkpoint_upload import make_uploader, wait_for_uploads
-
-    final = job.output_dir / job.experiment.run_conf.final_checkpoint_name
-    with lock_output_dir(job.output_dir):
-        copies = make_uploader(job.experiment.run_conf.copy_checkpoints_to, is_main=True)
-        with wait_for_uploads(copies, lambda: False):
-            if copies:
-                copies.add_last(final)
-        RunRecord(job.output_dir, job.method.name, writes=True).finish("completed", error=None, found=str(final))
-
-
-def _run_with_record(job: TrainingJob) -> RunResult:
-    """The road, with its end written into the record however it ends."""
-    record = RunRecord(job.output_dir, job.method.name, writes=job.topology.is_main)
-    try:
-        result = _run_pipeline(job, record)
-    except BaseException as error:
-        status = (
-            "interrupted"
-            if isinstance(error, Interrupted | KeyboardInterrupt)
-            else "stopped by a guard"
-            if isinstance(error, GuardStopped)
-            else "failed"
-        )
-        told = str(error) if isinstance(error, FinetuningError) else repr(error)
-        record.finish(status, error=told, **job.observer.measured(error))
-        job.observer.close(status)
-        raise
-    measured = job.observer.measured(None)
-    record.finish(result.status, error=None, tracker_errors=job.observer.failures, **measured)
-    job.observer.close(result.status)
-    destroy_process_group(job.topology.world_size)
-    return result
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What stands before the model is loaded."""
-
-    tokenizer: LoadedTokenizer
-    data: PreparedData
-    plan: Plan
-    arguments: TrainingArguments
-    resume: ResumePoint
-    terms: ResumeTerms
-
-
-def _start(job: TrainingJob) -> _Start:
-    from finetuning.training.arguments import build_arguments
-    from finetuning.training.preflight import check_device
-    from finetuning.training.setup import load_tokenizer, prepare
-
-    experiment, observer = job.experiment, job.observer
-    check_device(experiment)
-    resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
-    observer.resuming(resume)
-
-    tokenizer = load_tokenizer(experiment)
-    observer.told("tokenizer", str(tokenizer), warnings=tokenizer.warnings)
-    with observer.stage("data_preparation"):
-        data = prepare(experiment, job.method, tokenizer, job.workers)
-    observer.prepared(data)
-
-    plan = make_plan(experiment, job.topology, rows=data.rows)
-    arguments = build_arguments(experiment, plan, job.method.arguments)
-    observer.planned(plan, arguments)
-    return _Start(tokenizer, data, plan, arguments, *_sync_resume_point(job, plan, data, resume))
+    if is_complete(job.experiment):
+        _complete_record(job)
+        return RunResult("already complete")
+    with _lock(job):
+        if job.topology.is_main:
+            check_free_space(job.experiment, job.plan.memory)
+            (job.output_dir / CONFIG_NAME).write_text(dump_yaml(job.experiment), encoding="utf-8")
+        record = RunRecord(job.output_dir, job.algorithm.name, writes=job.topology.is_main)
+        with _record_end(job, record):
+            return _run_pipeline(job, record)
 
 
 def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
+    experiment, algorithm, reporter = job.experiment, job.algorithm, job.reporter
     with _infrequent_gc():
-        from finetuning.callbacks.checkpoint_upload import make_uploader, wait_for_uploads
-        from finetuning.training.memory_check import check_memory_at_start
-        from finetuning.training.resume.stream_state import attach_stream_state
-        from finetuning.training.setup import end_of_turn, load_model
+        from finetuning.training.arguments import build_arguments
+        from finetuning.training.final_model import initial_digests, save_final_model
+        from finetuning.training.preflight import check_device
+        from finetuning.training.setup import build_trainer, end_of_turn, load_model, load_tokenizer, prepare
         from finetuning.training.signals import StopOnSignal
 
-        start = _start(job)
-    experiment, observer = job.experiment, job.observer
-    tokenizer, data, plan, arguments = start.tokenizer, start.data, start.plan, start.arguments
-    resume, terms = start.resume, start.terms
-    _seed(arguments.seed, experiment.run_conf.determinism)
+        check_device(experiment)
+        resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
+        reporter.run_started(resume)
+        tokenizer = load_tokenizer(experiment)
+        reporter.tokenizer_loaded(tokenizer)
+        with reporter.stage("data_preparation"):
+            data = prepare(experiment, algorithm, tokenizer, job.workers)
+        reporter.data_prepared(data)
 
-    with observer.stage("model_initialization"):
-        prepared = load_model(
-            experiment, job.method, tokenizer, arguments, job.topology, job.output_dir, total_steps=plan.steps.total
+        plan = job.plan.with_steps(experiment, data.rows)
+        arguments = build_arguments(experiment, plan)
+        reporter.planned(plan, arguments)
+        if job.topology.is_distributed:
+            from finetuning.training.process_sync import sync_resume_point
+
+            resume = sync_resume_point(job.output_dir, resume)
+        resume_terms = compare_with_checkpoint(experiment, plan, data.fingerprint, resume.checkpoint)
+
+    set_seed(arguments.seed, experiment.run_conf.determinism)
+    with reporter.stage("model_initialization"):
+        loaded = load_model(experiment, algorithm, tokenizer, arguments, job.topology, total_steps=plan.num_steps)
+    record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
+
+    stop = StopOnSignal(job.output_dir, max_time=experiment.run_conf.max_time, end_time=read_job_end_time())
+    callbacks = [stop, *reporter.callbacks()]
+    trainer = build_trainer(
+        experiment, algorithm, plan, arguments, data, tokenizer, loaded, callbacks, resume.checkpoint
+    )
+    resume_terms.apply(trainer)
+    reporter.trainer_built(trainer, stop)
+    initial = initial_digests(trainer, loaded)
+    record.update(training_started=True)
+
+    with stop.handle_signals(), reporter.watch_processes():
+        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
+    stop.raise_if_interrupted(trainer)
+    record.update(**reporter.training_ended(data, plan))
+
+    with reporter.stage("model_publication"):
+        final = save_final_model(
+            trainer,
+            tokenizer.tokenizer,
+            job.final_folder,
+            end_of_turn=end_of_turn(experiment, tokenizer),
+            loaded=loaded,
+            initial=initial,
         )
-    log_model_summary(job, plan, data, prepared, terms)
-    record.update(**run_inputs(experiment, plan, data, prepared, resume))
-    ending = end_of_turn(experiment, tokenizer)
-    stop = StopOnSignal(job.output_dir, most_time=experiment.run_conf.max_time, ends_at=read_job_end_time())
-    address = experiment.run_conf.copy_checkpoints_to
-    uploader = make_uploader(address, job.topology.is_main) if address else None
-    trainer = _build_trainer(job, arguments, data, tokenizer, prepared, ending, [stop, *filter(None, [uploader])])
-    terms.bind(trainer)
-    attach_stream_state(trainer, data, plan.batch.total, job.output_dir, resume.checkpoint)
-    check_memory_at_start(trainer, experiment)
-    observer.watch(trainer)
-    initial = prepared.initial or _digests(trainer.model)
-    record.update(completed_training=True)
-    with wait_for_uploads(uploader, lambda: bool(stop.received)) if uploader else nullcontext():
-        seconds = _train(trainer, stop, resume, experiment.run_conf.name_hung_after)
-        record.update(memory=log_memory(trainer, plan, observer), data=data_record(data))
-        artifact = _publish(job, trainer, tokenizer, prepared, ending, initial)
-        if artifact is not None:
-            record.update(artifact=artifact.as_dict())
-            observer.published(artifact)
-            if uploader:
-                uploader.add_last(Path(artifact.folder))
-    if uploader:
-        observer.found("copied", uploader.summary())
-        record.update(uploaded_checkpoints=uploader.uploaded, upload_errors=uploader.errors)
-    return RunResult("completed", artifact, trainer.state.global_step, _last_loss(trainer), seconds)
+    if final is not None:
+        record.update(artifact=final.as_dict())
+        reporter.model_saved(final)
+    return RunResult(
+        "completed", final, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
+    )
+
+
+def _lock(job: TrainingJob) -> AbstractContextManager[None]:
+    return lock_output_dir(job.output_dir) if job.topology.is_main else nullcontext()
+
+
+@contextmanager
+def _record_end(job: TrainingJob, record: RunRecord) -> Iterator[None]:
+    """Write into the record how the run in the block ended."""
+    try:
+        yield
+    except BaseException as error:
+        message = str(error) if isinstance(error, FinetuningError) else repr(error)
+        record.finish(status_of(error), error=message, **job.reporter.run_ended(error))
+        job.reporter.close(status_of(error))
+        raise
+    record.finish("completed", error=None, **job.reporter.run_ended(None))
+    job.reporter.close("completed")
+    if job.topology.is_distributed:
+        from finetuning.training.process_sync import destroy_process_group
+
+        destroy_process_group()
+
+
+def _complete_record(job: TrainingJob) -> None:
+    """Record the end of a run that saved its final model and was killed before it could do so."""
+    if not job.topology.is_main or (read_run_record(job.output_dir) or {}).get("status") == "completed":
+        return
+    with lock_output_dir(job.output_dir):
+        uploads = job.reporter.upload(job.final_folder)
+        record = RunRecord(job.output_dir, job.algorithm.name, writes=True)
+        record.finish("completed", error=None, found=str(job.final_folder), **uploads)
 
 
 @contextmanager
@@ -279,93 +198,8 @@ def _infrequent_gc() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _sync_resume_point(
-    job: TrainingJob, plan: Plan, data: PreparedData, resume: ResumePoint
-) -> tuple[ResumePoint, ResumeTerms]:
-    """Where all processes of the job go on from, and on what terms."""
-    from finetuning.training.process_sync import sync_resume_point
-
-    resume = sync_resume_point(job.output_dir, resume, job.topology.world_size)
-    return resume, compare_with_checkpoint(job.experiment, plan, data.fingerprint, resume.checkpoint)
-
-
-def _build_trainer(
-    job: TrainingJob,
-    arguments: TrainingArguments,
-    data: PreparedData,
-    tokenizer: LoadedTokenizer,
-    prepared: LoadedModel,
-    ending: str | None,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
-    trainer = job.method.build_trainer(
-        TrainingParts(
-            experiment=job.experiment,
-            arguments=arguments,
-            data=data,
-            tokenizer=tokenizer,
-            model=prepared.model,
-            peft_config=prepared.peft_config,
-            load_reference=prepared.load_reference,
-            layout=prepared.layout,
-            callbacks=[*callbacks, *job.observer.callbacks()],
-            end_of_turn=ending,
-        )
-    )
-    trainer.loraplus_lr_ratio = job.experiment.overrides.loraplus_lr_ratio
-    return trainer
-
-
-def _train(trainer: Trainer, stop: StopOnSignal, resume: ResumePoint, hung_after_s: float) -> float | None:
-    """Seconds of the training loop, gone through to its end.
-
-    Raises:
-        Interrupted: a signal came before the last step; a checkpoint of that step was saved.
-    """
-    from finetuning.training.process_sync import watch_heartbeats
-
-    with stop.watching(), watch_heartbeats(trainer, Path(trainer.args.output_dir), hung_after_s):
-        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
-    step = trainer.state.global_step
-    if stop.received and step < trainer.state.max_steps:
-        is_saved = Path(trainer.args.output_dir, f"checkpoint-{step}").is_dir()
-        saved = f"checkpoint-{step} is saved" if is_saved else "no checkpoint of it could be saved"
-        raise Interrupted(
-            f"{stop.reason} at step {step}: {saved}; the same command with run_conf.resume_from_checkpoint: auto goes"
-            f" on from {'it' if is_saved else 'the newest whole one'}",
-            stop.received,
-        )
-    return output.metrics.get("train_runtime")
-
-
-def _publish(
-    job: TrainingJob,
-    trainer: Trainer,
-    tokenizer: LoadedTokenizer,
-    prepared: LoadedModel,
-    ending: str | None,
-    initial: dict[str, str],
-) -> FinalModel | None:
-    from finetuning.training.final_model import publish_final
-
-    with job.observer.stage("model_publication"):
-        return publish_final(
-            trainer,
-            tokenizer.tokenizer,
-            job.output_dir / job.experiment.run_conf.final_checkpoint_name,
-            end_of_turn=ending,
-            base_fingerprint=prepared.fingerprint,
-            initial=initial,
-            vocabulary=prepared.vocabulary,
-        )
-
-
-def _last_loss(trainer: Trainer) -> float | None:
-    """The loss of the last log; that of the whole run would be pulled up by its first steps."""
-    return next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
-
-
-def _seed(seed: int, determinism: str) -> None:
+def set_seed(seed: int, determinism: str) -> None:
+    """Seed all random number generators, and select deterministic algorithms as far as `determinism` asks for them."""
     import torch
     import transformers
 
@@ -377,9 +211,6 @@ def _seed(seed: int, determinism: str) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _digests(model: object) -> dict[str, str]:
-    """Digests of an adapter that the trainer has put on; none for a model without."""
-    from finetuning.model.peft.adapter_files import adapter_digests
-    from finetuning.model.save import is_peft_model
-
-    return adapter_digests(model) if is_peft_model(model) else {}
+def _last_loss(trainer: Trainer) -> float | None:
+    """Return the last logged loss. The mean over the run would include its first steps."""
+    return next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)

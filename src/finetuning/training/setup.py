@@ -1,66 +1,83 @@
-"""The parts of a run that come before its trainer: tokenizer, rows, model."""
+"""The parts of a run, in the order that they are built: tokenizer, rows, model, attention, trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Algorithm, BatchLayout
+from finetuning.algorithms.algorithm import Algorithm, BatchLayout, TrainerInputs
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, Location
+from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    import torch
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
     from finetuning.data.prepared import PreparedData
     from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
+    from finetuning.model.peft.adapters import AdaptedModel
     from finetuning.model.tokenizer import LoadedTokenizer
-    from finetuning.training.attention_setup import AttentionSetup
+    from finetuning.plan.plan import Plan
+    from finetuning.trainer.mixin import TrainerMixin
+
+
+@dataclass(frozen=True)
+class AttentionSetup:
+    """Attention implementations to try instead of the one the model was loaded with, best first."""
+
+    candidates: tuple[str, ...]
+    reason: str
+    autocast: torch.dtype | None = None
+    """The dtype that the run computes in by autocast; None without."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model to train: quantised, grown and adapted as the experiment says."""
+    """The model to train: quantized, resized and with its adapter."""
 
-    model: Any
-    peft_config: Any
-    """The config of the adapter that the trainer is still to put on; None when the model wears it, or none."""
+    model: PreTrainedModel
+    peft_config: PeftConfig | None
+    """The config of the adapter that the trainer adds; None when the model has its adapter, or trains without."""
     initial: dict[str, str]
     """Digests of the adapter's tensors before training."""
     fingerprint: Fingerprint | None
+    """The fingerprint of the base model; None when it cannot be taken."""
     vocabulary: EmbeddingInfo
-    load_reference: Callable[[], Any]
+    load_reference: Callable[[], PreTrainedModel]
     layout: BatchLayout
     notes: tuple[str, ...]
 
 
 def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
-    """The tokenizer with the experiment's chat template and padding."""
+    """Return the tokenizer with the experiment's chat template and padding."""
     from finetuning.data.chat.template import chosen_template
     from finetuning.model import tokenizer
 
     data, run = experiment.data_conf, experiment.run_conf
     template = chosen_template(data)
     args = run.model_args
-    same = run.tokenizer is None or run.tokenizer == run.model
+    is_models = run.tokenizer is None or run.tokenizer == run.model
     return tokenizer.load_tokenizer(
         run.tokenizer or run.model,
         template_source=template.source if template else None,
         special_tokens=tuple(dict.fromkeys([*(template.special_tokens if template else ()), *data.special_tokens])),
-        # Texts need none; where a chat comes by without one, its preparation says so.
+        # Plain text needs none; a chat without one is rejected when it is prepared.
         needs_template=experiment.method_name != "sft",
         missing_pad_token_strategy=data.missing_pad_token_strategy,
         padding_side=data.padding_side,
         trust_remote_code=args.trust_remote_code,
         key="run_conf.tokenizer" if run.tokenizer else "run_conf.model",
-        revision=args.revision if same else None,
-        subfolder=args.subfolder if same else None,
+        revision=args.revision if is_models else None,
+        subfolder=args.subfolder if is_models else None,
         cache_dir=args.cache_dir,
         local_files_only=args.local_files_only,
         token=args.token.get_secret_value() if args.token else None,
@@ -68,7 +85,7 @@ def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
 
 
 def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str, ...]:
-    """What the model's own generation config stops at, besides its end-of-sequence token; nothing without one."""
+    """Return the stop tokens of the model's generation config; none if it has no generation config."""
     from transformers import GenerationConfig
 
     run, args = experiment.run_conf, experiment.run_conf.model_args
@@ -76,27 +93,28 @@ def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str
     try:
         config = GenerationConfig.from_pretrained(
             run.model, revision=args.revision, cache_dir=args.cache_dir, token=token,
-            local_files_only=args.local_files_only, subfolder=args.subfolder or "",
+            local_files_only=bool(args.local_files_only), subfolder=args.subfolder or "",
         )  # fmt: skip
     except OSError:
         return ()
-    ends = config.eos_token_id
-    ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    known = (tokenizer.tokenizer.convert_ids_to_tokens(one) for one in ids)
-    return tuple(one for one in known if one is not None)
+    eos = config.eos_token_id
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    tokens: list[Any] = [tokenizer.tokenizer.convert_ids_to_tokens(token_id) for token_id in ids]
+    return tuple(token for token in tokens if token is not None)
 
 
-def prepare(experiment: Experiment, method: Algorithm, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
-    """The rows as the method trains on them."""
-    from finetuning.training.preflight import check_invoked
+def prepare(experiment: Experiment, algorithm: Algorithm, tokenizer: LoadedTokenizer, workers: int) -> PreparedData:
+    """Return the rows as the algorithm trains on them."""
+    from finetuning.training.preflight import check_alora_invocation, uses_invocation
 
-    data = method.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
-    check_invoked(experiment, tokenizer.tokenizer, data)
+    data = algorithm.prepare(experiment, tokenizer.tokenizer, workers, stop_tokens(experiment, tokenizer))
+    if uses_invocation(experiment):
+        check_alora_invocation(experiment, tokenizer.tokenizer, data)
     return data
 
 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
-    """The text that the chat template ends an assistant's turn with; None for the end-of-sequence token."""
+    """Return the text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
     from finetuning.data.chat.end_of_turn import EndOfTurnFinder
     from finetuning.data.chat.template import TemplateRenderer, chosen_template
 
@@ -105,47 +123,49 @@ def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | Non
         return template.end_of_turn
     if not tokenizer.tokenizer.chat_template:
         return None
-    return EndOfTurnFinder(TemplateRenderer(tokenizer.tokenizer)).marker.strip() or None
+    fast_tokenizer: Any = tokenizer.tokenizer
+    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).marker.strip() or None
 
 
 def load_model(
     experiment: Experiment,
-    method: Algorithm,
+    algorithm: Algorithm,
     tokenizer: LoadedTokenizer,
     arguments: TrainingArguments,
     topology: ProcessTopology,
-    output_dir: Path,
     total_steps: int,
 ) -> LoadedModel:
-    """The model to train, and how to load it once more as a reference.
+    """Return the model to train.
 
-    A vocabulary that grows under an adapter makes a new base model, which is saved first: the adapter goes with it.
+    When the vocabulary grows under an adapter, the resized base model is saved first: the adapter belongs to it.
     """
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import adapter_digests
     from finetuning.model.varlen_attention import describe_attention
-    from finetuning.training.attention_setup import setup_attention
-    from finetuning.training.preflight import with_invocation
+    from finetuning.training.preflight import resolve_invocation, uses_invocation
 
-    peft_conf = with_invocation(experiment, tokenizer.tokenizer).peft_conf
+    peft_conf = experiment.peft_conf
+    if uses_invocation(experiment):
+        peft_conf = resolve_invocation(experiment, tokenizer.tokenizer).peft_conf
     # Loss scaling needs master weights in float32.
-    load_bare = partial(_load_bare, experiment, method, tokenizer, topology, "float32" if arguments.fp16 else "auto")
-    model, vocabulary = load_bare()
-    notes = _keep_vocabulary(experiment, model, tokenizer, vocabulary, output_dir, topology)
-    base = _fingerprint(model)
-    attention = setup_attention(experiment, method, model, arguments, topology)
+    dtype: Dtype = "float32" if arguments.fp16 else "auto"
+    load_base = partial(_load_base_model, experiment, algorithm, tokenizer, topology, dtype)
+    model, vocabulary = load_base()
+    notes = _save_resized_base(experiment, model, tokenizer, vocabulary, topology)
+    fingerprint = _fingerprint(model)
+    attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
     if not isinstance(peft_conf, NoPeft):
-        model = _quantised(model, arguments, topology)
+        model = _prepare_quantized(model, arguments, topology)
 
-    def reference() -> Any:
-        return load_bare()[0]
+    def load_reference() -> PreTrainedModel:
+        return load_base()[0]
 
-    if method.wraps_model and isinstance(peft_conf, NewPeft):
+    if algorithm.trainer_adds_adapter and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(model, peft_conf, embeddings=vocabulary, total_steps=total_steps)
-        _refuse_hidden_rows(config, vocabulary, method)
-        layout = BatchLayout(True, f"{method.name} pads its rows")
+        _check_new_tokens_are_trained(config, vocabulary, algorithm)
+        layout = BatchLayout(True, f"{algorithm.name} pads its rows")
         notes.append(describe_attention(model, attention.reason))
-        return LoadedModel(model, config, {}, base, vocabulary, reference, layout, tuple(notes))
+        return LoadedModel(model, config, {}, fingerprint, vocabulary, load_reference, layout, tuple(notes))
     adapted = adapters.apply_peft(
         model,
         peft_conf,
@@ -154,26 +174,26 @@ def load_model(
         autocast_adapter_dtype=topology.sharded_by is None,
     )
     initial = adapter_digests(adapted.model) if adapted.peft_config is not None else {}
-    layout, attention = _layout(experiment, method, adapted, topology, attention)
+    layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
-    return LoadedModel(adapted.model, None, initial, base, vocabulary, reference, layout, tuple(notes))
+    return LoadedModel(adapted.model, None, initial, fingerprint, vocabulary, load_reference, layout, tuple(notes))
 
 
-def _load_bare(
+def _load_base_model(
     experiment: Experiment,
-    method: Algorithm,
+    algorithm: Algorithm,
     tokenizer: LoadedTokenizer,
     topology: ProcessTopology,
     default_dtype: Dtype,
-) -> tuple[Any, EmbeddingInfo]:
-    """The model as it is read, with rows for the new tokens, and what became of its vocabulary."""
+) -> tuple[PreTrainedModel, EmbeddingInfo]:
+    """Return the model without adapter, with embeddings for the new tokens."""
     from finetuning.model import load
     from finetuning.model.embeddings import read_untrained_tokens, resize_embeddings
     from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
     new_tokens = [*tokenizer.new_tokens]
     if isinstance(experiment.peft_conf, NewPeft):
-        # An adapter that is there already has its own rows for them.
+        # An existing adapter has its own embeddings for them.
         new_tokens += read_untrained_tokens(Path(experiment.run_conf.model), tokenizer.tokenizer)
     model = load.load_model(
         experiment.run_conf,
@@ -181,100 +201,248 @@ def _load_bare(
         topology=topology,
         sharded_by=topology.sharded_by,
         default_dtype=default_dtype,
-        head=SEQUENCE_CLASSIFICATION if method.gives_scores else CAUSAL_LM,
+        head=SEQUENCE_CLASSIFICATION if algorithm.has_score_head else CAUSAL_LM,
     )
     return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens)
 
 
-def _refuse_hidden_rows(config: Any, vocabulary: Any, method: Algorithm) -> None:
-    """Nothing, when the rows of new tokens reach the loss: TRL multiplies by the output weights past the adapter's
-    wrapper of single rows, which would stay as they are.
+def _check_new_tokens_are_trained(config: PeftConfig, vocabulary: EmbeddingInfo, algorithm: Algorithm) -> None:
+    """Check that the adapter trains the output embeddings of new tokens.
+
+    TRL multiplies by the output weights itself, which bypasses PEFT's wrapper of single embedding rows.
 
     Raises:
         ConfigError: they would not be trained.
     """
-    if vocabulary.new_ids and getattr(config, "trainable_token_indices", None):
+    trained = getattr(config, "trainable_token_indices", None)
+    if vocabulary.new_ids and trained:
         raise ConfigError(
-            f"the chat template brings {len(vocabulary.new_ids)} new tokens, whose output rows an adapter does not"
-            f" train under {method.name}",
+            f"the chat template adds {len(vocabulary.new_ids)} tokens, whose output embeddings an adapter does not"
+            f" train under {algorithm.name}",
             place=Location(key="data_conf.chat_template_name"),
-            hint="Teach them to the model by sft first, or add the embeddings to peft_conf.peft_kwargs:"
-            f" modules_to_save: [{', '.join(config.trainable_token_indices)}].",
+            hint="Train them by sft first, or add the embeddings to peft_conf.peft_kwargs:"
+            f" modules_to_save: [{', '.join(trained)}].",
         )
 
 
-def _keep_vocabulary(
+def _save_resized_base(
     experiment: Experiment,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: LoadedTokenizer,
     vocabulary: EmbeddingInfo,
-    output_dir: Path,
     topology: ProcessTopology,
 ) -> list[str]:
-    """Notes on the vocabulary; a base model that has grown is saved for the adapter to go with."""
+    """Save a base model whose vocabulary grew, for the adapter to refer to. Return notes on the vocabulary."""
     from finetuning.model import save
 
+    output_dir = Path(experiment.training_args.output_dir)
     notes = [f"vocabulary: {vocabulary}"]
     if topology.is_main:
         vocabulary.write_added_tokens_info(output_dir)
     if not vocabulary.is_resized or experiment.peft_conf.peft_type == "NO_PEFT":
         return notes
-    folder = output_dir / _new_base_name(experiment)
+    sft_args = getattr(experiment, "sft_args", None)
+    folder = output_dir / (sft_args.save_name_if_new_basemodel if sft_args else "checkpoint-new-basemodel")
     if topology.is_main and not save.has_extended_base(folder, model, tokenizer.tokenizer):
         save.save_extended_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
     model.config.name_or_path = model.name_or_path = str(folder)
-    return [*notes, f"the grown base model is {folder}; the adapter goes with it"]
+    return [*notes, f"the resized base model is {folder}; the adapter belongs to it"]
 
 
-def _fingerprint(model: Any) -> Fingerprint | None:
+def _fingerprint(model: PreTrainedModel) -> Fingerprint | None:
     from finetuning.model import fingerprint
 
-    folder = Path(model.name_or_path)
+    folder = Path(str(model.name_or_path))
     return fingerprint.compute_fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
 
 
-def _quantised(model: Any, arguments: TrainingArguments, topology: ProcessTopology) -> Any:
+def _prepare_quantized(
+    model: PreTrainedModel, arguments: TrainingArguments, topology: ProcessTopology
+) -> PreTrainedModel:
     from finetuning.model.quantization import needs_kbit_preparation, prepare_quantized_model
 
-    # By what the model says, not the config: a checkpoint may come quantised.
+    # The model's own attributes decide, not the config: a checkpoint may already be quantized.
     if not needs_kbit_preparation(model):
         return model
+    kwargs: Any = arguments.gradient_checkpointing_kwargs
     return prepare_quantized_model(
         model,
         sharded_by=topology.sharded_by,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
+        gradient_checkpointing=bool(arguments.gradient_checkpointing),
+        gradient_checkpointing_kwargs=kwargs,
     )
 
 
-def _new_base_name(experiment: Experiment) -> str:
-    sft_args = getattr(experiment, "sft_args", None)
-    return sft_args.save_name_if_new_basemodel if sft_args else "checkpoint-new-basemodel"
+def choose_attention_candidates(
+    experiment: Experiment,
+    algorithm: Algorithm,
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    topology: ProcessTopology,
+) -> AttentionSetup:
+    """Return the attention implementations to try; none when the config names one."""
+    import torch
+
+    if experiment.run_conf.model_args.attn_implementation:
+        return AttentionSetup((), "as configured")
+    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    choice = _rank_attention(experiment, algorithm, model, arguments, topology, autocast or model.dtype)
+    return AttentionSetup(tuple(name for name in choice.ranked if name != DEFAULT_ATTENTION), choice.reason, autocast)
 
 
-def _layout(
-    experiment: Experiment, method: Algorithm, adapted: Any, topology: ProcessTopology, attention: AttentionSetup
+def _rank_attention(
+    experiment: Experiment,
+    algorithm: Algorithm,
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    topology: ProcessTopology,
+    dtype: torch.dtype,
+) -> AttentionChoice:
+    from finetuning.model.hardware import training_device
+
+    installed = tuple(name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed)
+    if not installed:
+        return choose_attention(AttentionContext())
+    device = training_device(arguments.use_cpu)
+    config = model.config.get_text_config()
+    return choose_attention(
+        AttentionContext(
+            device=device.kind,
+            capability=device.capability,
+            installed=installed,
+            dtype=str(dtype).removeprefix("torch."),
+            layout=_intended_layout(experiment, algorithm),
+            method=algorithm.name,
+            sharded_by=topology.sharded_by or ("deepspeed" if experiment.training_args.deepspeed else None),
+            is_deterministic=experiment.run_conf.determinism != "no" or arguments.full_determinism,
+            has_dropout=any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")),
+        )
+    )
+
+
+def _intended_layout(experiment: Any, algorithm: Algorithm) -> RowLayout:
+    if not algorithm.supports_padding_free or experiment.sft_args.batching == "padded":
+        return "padded"
+    return "packed" if experiment.sft_args.packing else "padding-free"
+
+
+def choose_layout(
+    experiment: Any,
+    algorithm: Algorithm,
+    adapted: AdaptedModel,
+    topology: ProcessTopology,
+    attention: AttentionSetup,
 ) -> tuple[BatchLayout, AttentionSetup]:
-    """How rows lie in a batch: end to end where that is proven for this very model; and the attention over them."""
-    from finetuning.training.attention_setup import enable_padding_free
+    """Return the batch layout, padding-free where this model isolates rows, and the attention that was chosen.
 
-    if not method.lays_end_to_end:
-        return BatchLayout(True, f"{method.name} pads its rows"), attention
-    wanted, packing = experiment.sft_args.batching, experiment.sft_args.packing
-    if wanted == "padded":
+    Raises:
+        ConfigError: the config asks for packing or padding-free batches, and the model does not isolate rows.
+    """
+    if not algorithm.supports_padding_free:
+        return BatchLayout(True, f"{algorithm.name} pads its rows"), attention
+    batching, packing = experiment.sft_args.batching, experiment.sft_args.packing
+    if batching == "padded":
         return BatchLayout(True, "as configured"), attention
+    reason: str | None
     if topology.sharded_by == "deepspeed" or experiment.training_args.deepspeed:
-        reason: str | None = "the proof cannot be made before DeepSpeed has placed the model"
+        reason = "row isolation cannot be verified before DeepSpeed has initialized the model"
     else:
         reason, attention = enable_padding_free(adapted, attention, topology)
     if reason is None:
-        return BatchLayout(False, "each row attends to itself alone, proven on this model's logits"), attention
+        return BatchLayout(False, "each row attends only to itself, verified on this model's logits"), attention
     if packing:
         raise ConfigError(
             f"rows cannot be packed: {reason}",
             place=Location(key="sft_args.packing"),
             hint="Set sft_args.packing: false.",
         )
-    if wanted == "padding-free":
-        raise ConfigError(f"rows cannot be laid end to end: {reason}", place=Location(key="sft_args.batching"))
+    if batching == "padding-free":
+        raise ConfigError(f"batches cannot be padding-free: {reason}", place=Location(key="sft_args.batching"))
     return BatchLayout(True, reason), attention
+
+
+def enable_padding_free(
+    adapted: AdaptedModel, attention: AttentionSetup, topology: ProcessTopology
+) -> tuple[str | None, AttentionSetup]:
+    """Switch the model to padding-free batches with the first attention implementation that isolates rows.
+
+    Returns:
+        None, or the reason why no implementation isolates rows; and the attention that was chosen.
+    """
+    from finetuning.model.varlen_attention import SDPA_VARLEN, enable_varlen, enable_varlen_kernel, use_varlen
+
+    model, peft_config = adapted.model, adapted.peft_config
+
+    def select() -> tuple[str | None, str, tuple[str, ...]]:
+        rejected: list[str] = []
+        for name in attention.candidates:
+            why_not = _unavailable(name) or enable_varlen_kernel(model, name, peft_config, attention.autocast)
+            if why_not is None:
+                return None, name, tuple(rejected)
+            rejected.append(f"{name} was not used: {why_not}")
+        return enable_varlen(model, peft_config), SDPA_VARLEN, tuple(rejected)
+
+    if topology.is_distributed:
+        from finetuning.training.process_sync import broadcast_from_main
+
+        # Under FSDP with `cpu_ram_efficient_loading` only the main process holds the weights at this point.
+        reason, name, rejected = broadcast_from_main(select)
+    else:
+        reason, name, rejected = select()
+    if reason is None:
+        use_varlen(model, name)
+    chosen = attention.reason if name != SDPA_VARLEN or not rejected else "the default"
+    return reason, replace(attention, reason="; ".join([chosen, *rejected]))
+
+
+def _unavailable(name: str) -> str | None:
+    """Return why transformers would not use an installed package: it would download a kernel from the Hub instead."""
+    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    return None if checks[name]() else "transformers does not support the installed version"
+
+
+def build_trainer(
+    experiment: Experiment,
+    algorithm: Algorithm,
+    plan: Plan,
+    arguments: TrainingArguments,
+    data: PreparedData,
+    tokenizer: LoadedTokenizer,
+    loaded: LoadedModel,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint: Path | None,
+) -> TrainerMixin:
+    """Return the algorithm's trainer, with what every run adds to it.
+
+    Args:
+        checkpoint: what the run resumes from; None for a new run.
+
+    Raises:
+        ConfigError: the trainer rejects the combination of model and options, or the micro-batch is to be determined
+            automatically for a loss that does not allow it.
+    """
+    from finetuning.training.memory_check import check_memory_at_start
+
+    trainer: Any = algorithm.build_trainer(
+        TrainerInputs(
+            experiment=experiment,
+            arguments=arguments,
+            data=data,
+            tokenizer=tokenizer,
+            model=loaded.model,
+            peft_config=loaded.peft_config,
+            load_reference=loaded.load_reference,
+            layout=loaded.layout,
+            callbacks=callbacks,
+            end_of_turn=end_of_turn(experiment, tokenizer),
+        )
+    )
+    trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
+    if experiment.data_conf.streaming:
+        from finetuning.training.resume.stream_state import attach_stream_state
+
+        attach_stream_state(trainer, data, plan.batch.total, checkpoint)
+    check_memory_at_start(trainer, experiment)
+    return trainer

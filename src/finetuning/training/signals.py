@@ -1,4 +1,4 @@
-"""A signal, a file or the clock ends a run at the next step, with a checkpoint."""
+"""Stop a run at the next step, with a checkpoint: on a signal, at a time limit, or when a file `STOP` appears."""
 
 from __future__ import annotations
 
@@ -11,89 +11,103 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-STOP_NAME = "STOP"
-_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Above every signal's number, so that processes that differ agree on one of them.
-_TIME, _FILE = 1000, 1001
-_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+from finetuning.errors import Interrupted
+
+STOP_FILE = "STOP"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Above every signal number: the processes of a run agree on the maximum of what each of them received.
+_TIME_LIMIT, _STOP_FILE = 1000, 1001
+_UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 SCHEDULER_MARGIN_S = 120
-"""How long before the scheduler ends the job it stops by itself."""
+"""How long before the scheduler's time limit the run stops."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops at the next step boundary after SIGTERM, SIGINT or SIGUSR1, after a time, or when a file `STOP`
-    appears in the output directory; all processes agree on the step.
+    """Save and stop at the next step after SIGTERM, SIGINT or SIGUSR1, a time limit, or a file `STOP` in `output_dir`.
 
-    `received` is the signal's number, 0 while nothing came; SIGTERM's for the clock and the file. A second signal ends
-    the process at once.
+    All processes stop at the same step. A second signal ends the process at once.
 
     Args:
-        most_time: as `run_conf.max_time` has it.
-        ends_at: when the scheduler ends the job, in seconds since 1970.
+        max_time: a duration such as `1h30m`.
+        end_time: when the scheduler ends the job, in seconds since the epoch.
     """
 
-    def __init__(self, output_dir: Path, *, most_time: str | None = None, ends_at: float | None = None) -> None:
+    def __init__(self, output_dir: Path, *, max_time: str | None = None, end_time: float | None = None) -> None:
         self._received = 0
-        self._file = output_dir / STOP_NAME
-        self._most_time = most_time
-        self._ends_at = ends_at
+        self._file = output_dir / STOP_FILE
+        self._max_time = max_time
+        self._end_time = end_time
         self._deadline = float("inf")
 
     @property
     def received(self) -> int:
-        return int(signal.SIGTERM) if self._received in (_TIME, _FILE) else self._received
+        """The signal's number; SIGTERM's for a time limit and the file; 0 while the run goes on."""
+        return int(signal.SIGTERM) if self._received in (_TIME_LIMIT, _STOP_FILE) else self._received
 
     @property
     def reason(self) -> str:
-        """What ended the run."""
-        if self._received == _TIME:
-            return f"max_time {self._most_time}" if self._most_time else "the end of the scheduler's time"
-        return f"file {STOP_NAME}" if self._received == _FILE else f"signal {self._received}"
+        if self._received == _TIME_LIMIT:
+            return f"max_time {self._max_time}" if self._max_time else "the scheduler's time limit"
+        return f"file {STOP_FILE}" if self._received == _STOP_FILE else f"signal {self._received}"
 
     @contextmanager
-    def watching(self) -> Iterator[StopOnSignal]:
-        """Handles the signals inside the block, and lets the time run."""
-        if self._most_time:
-            self._deadline = time.monotonic() + seconds(self._most_time)
-        if self._ends_at is not None:
-            left = self._ends_at - SCHEDULER_MARGIN_S - time.time()
+    def handle_signals(self) -> Iterator[None]:
+        """Handle signals in the block, and start the clock of the time limit."""
+        if self._max_time:
+            self._deadline = time.monotonic() + parse_duration(self._max_time)
+        if self._end_time is not None:
+            left = self._end_time - SCHEDULER_MARGIN_S - time.time()
             self._deadline = min(self._deadline, time.monotonic() + left)
-        previous = {number: signal.signal(number, self._handle) for number in _WATCHED}
+        previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
-            yield self
+            yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def raise_if_interrupted(self, trainer: Trainer) -> None:
+        """Raise Interrupted if training ended before its last step."""
+        step = trainer.state.global_step
+        if not self.received or step >= trainer.state.max_steps:
+            return
+        is_saved = (self._file.parent / f"checkpoint-{step}").is_dir()
+        saved = f"checkpoint-{step} is saved" if is_saved else "no checkpoint of this step could be saved"
+        raise Interrupted(
+            f"stopped by {self.reason} at step {step}: {saved}. Run the same command with"
+            " run_conf.resume_from_checkpoint: auto to resume from"
+            f" {'it' if is_saved else 'the newest valid checkpoint'}",
+            self.received,
+        )
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        for watched in _WATCHED:
-            signal.signal(watched, signal.SIG_DFL)
+        for handled in _SIGNALS:
+            signal.signal(handled, signal.SIG_DFL)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         received = self._received or (
-            _TIME if time.monotonic() >= self._deadline else _FILE if self._file.exists() else 0
+            _TIME_LIMIT if time.monotonic() >= self._deadline else _STOP_FILE if self._file.exists() else 0
         )
         if args.world_size > 1:
             flag = torch.tensor([received], device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             received = int(flag)
         self._received = received
-        if received == _FILE and args.should_save:
-            # The file has done its work: the next run goes on.
+        if received == _STOP_FILE and args.should_save:
+            # The next run must not stop at once.
             self._file.unlink(missing_ok=True)
         if received and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
-            # With a limit of one the Trainer would remove this checkpoint at its end, and keep the best alone.
+            # At its end the Trainer would remove this checkpoint if the limit is 1 and another one is the best.
             args.save_total_limit = None
             args.load_best_model_at_end = False
 
 
-def seconds(text: str) -> float:
-    """Seconds of a time such as `1h30m`."""
-    return sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"(\d+)([dhms])", text))
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as `1h30m`."""
+    return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in re.findall(r"(\d+)([dhms])", text))

@@ -1,4 +1,4 @@
-"""A run's telemetry, from the first step of the road to the last."""
+"""The telemetry of a run: started with it, measuring its stages and its training, ended with it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from finetuning.training.output_dir import installed_versions
 from finetuning.training.resume.find import ResumePoint
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from finetuning.telemetry.config import ProcessTotals, TrainingConfig
     from finetuning.telemetry.flops import FlopsCount
     from finetuning.telemetry.session import TelemetryJob
     from finetuning.telemetry.telemetry import Telemetry
+    from finetuning.trainer.mixin import TrainerMixin
 
-Tell = Callable[[Mapping[str, float], int], None]
-_COUNTED_METHODS = ("sft",)
+LogValues = Callable[[Mapping[str, float], int], None]
+"""Called with values by name, and the step."""
+_METHODS_WITH_FLOPS = ("sft",)
 
 
 class TelemetrySession:
-    """Starts telemetry, tells it the stages of the road, and ends it. Switched off, it does nothing and imports
-    nothing.
+    """Starts and ends telemetry, and connects it to the trainer. Does and imports nothing if telemetry is off.
 
-    The main process begins the job; the others join it once they are connected, and share its trace.
+    The main process starts the job. The other processes join once the process group exists, and share its trace.
     """
 
     def __init__(self, experiment: Experiment, method: str, topology: ProcessTopology):
@@ -49,19 +50,19 @@ class TelemetrySession:
         self._trainer: Any = None
 
     def begin(self, resume: ResumePoint) -> None:
-        """The job begins; on the main process."""
+        """Start the job, on the main process."""
         if not self._section.enabled or not self._topology.is_main:
             return
         from finetuning.telemetry.session import begin_job, is_disabled
 
         if is_disabled():
             return
-        wanted = str(self._experiment.run_conf.resume_from_checkpoint).lower()
-        resumed = resume.checkpoint is not None or wanted == "auto"
+        is_auto = str(self._experiment.run_conf.resume_from_checkpoint).lower() == "auto"
+        resumed = resume.checkpoint is not None or is_auto
         self._start(begin_job(self._section, self._output_dir, resumed=resumed, checkpoint=resume.checkpoint))
 
     def tags(self) -> dict[str, str]:
-        """The names of the session and of this job, which trackers keep, too; nothing without telemetry."""
+        """Return the names of the session and the job for the trackers; none without telemetry."""
         if self._job is None:
             return {}
         return {"finetuning.session_tag": self._job.session_tag, "finetuning.job_id": self._job.job_id}
@@ -81,7 +82,7 @@ class TelemetrySession:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """One stage of the road, as a span."""
+        """Measure a stage of the pipeline as a span."""
         if self._telemetry is None:
             yield
             return
@@ -89,7 +90,7 @@ class TelemetrySession:
             yield
 
     def connect(self, arguments: TrainingArguments) -> None:
-        """The processes find each other; each gets its device, and the others learn which job they belong to."""
+        """Create the process group, and let the other processes join the job."""
         with self.stage("distributed_code_initialization"):
             self._device = arguments.device
         if not self._section.enabled or not self._topology.is_distributed:
@@ -101,18 +102,17 @@ class TelemetrySession:
             self._start(job)
 
     def _shared_job(self) -> TelemetryJob | None:
-        """The job as the other processes shall know it: with the main one's application as the root of theirs."""
+        """Return the job for the other processes, with the main process's application span as the parent of theirs."""
         if self._telemetry is None or self._job is None:
             return None
         span = self._telemetry.active("application")
         if span is None or not span.is_exported:
             return self._job
-        return replace(
-            self._job, traceparent=f"00-{span.span_context.trace_id:032x}-{span.span_context.span_id:016x}-01"
-        )
+        context = span.span_context
+        return replace(self._job, traceparent=f"00-{context.trace_id:032x}-{context.span_id:016x}-01")
 
     def planned(self, plan: Plan) -> None:
-        """What the metrics need to know of the training."""
+        """Pass what the metrics need to know about the training."""
         telemetry = self._telemetry
         if telemetry is None:
             return
@@ -135,7 +135,7 @@ class TelemetrySession:
             global_batch_size=plan.batch.total,
             micro_batch_size=plan.batch.per_device,
             log_every_n_train_iterations=section.log_every_n_train_iterations,
-            seq_length=experiment.sft_args.max_seq_length if hasattr(experiment, "sft_args") else None,
+            seq_length=getattr(getattr(experiment, "sft_args", None), "max_seq_length", None),
             flops_per_token=section.flops_per_token,
             peak_tflops=section.peak_tflops or self._peak_tflops(name),
             train_iterations_target=steps,
@@ -152,8 +152,12 @@ class TelemetrySession:
 
         return peak_tflops(device)
 
-    def callbacks(self, tell: Tell) -> list[TrainerCallback]:
-        """What the trainer is to call; `tell` is given the figures that people follow."""
+    def callbacks(self, log: LogValues) -> list[TrainerCallback]:
+        """Return the callbacks for the trainer.
+
+        Args:
+            log: receives the values that trackers show.
+        """
         if self._telemetry is None:
             return []
         from finetuning.telemetry.hf_callback import TelemetryCallback
@@ -162,28 +166,30 @@ class TelemetrySession:
             TelemetryCallback(
                 self._telemetry,
                 gather=self._gather if self._topology.is_distributed else None,
-                log_metrics=tell if self._topology.is_main else None,
+                log_metrics=log if self._topology.is_main else None,
                 with_phases=True,
             )
         ]
 
-    def watch(self, trainer: Trainer) -> None:
-        """The trainer is built: it tells its phases from here on."""
+    def watch(self, trainer: TrainerMixin) -> None:
+        """Measure the phases of the trainer from here on."""
         if self._telemetry is None:
             return
         from finetuning.telemetry.hf_callback import TrainerPhases
 
         self._trainer = trainer
-        trainer.phases = TrainerPhases(self._telemetry, lambda: trainer.state.global_step, self._folder)
+        phases: Any = TrainerPhases(self._telemetry, lambda: trainer.state.global_step, self._folder)
+        trainer.hooks = phases
         flops = self._telemetry.errors.attempt("counting FLOPs", lambda: self._flops(trainer))
         if flops is not None:
-            trainer.count_work()
-        self._telemetry.measure_with(lambda: self._measured(flops))
+            trainer.enable_flop_counters()
+        self._telemetry.measure_with(lambda: self._measure(flops))
 
-    def _flops(self, trainer: Trainer) -> FlopsCount | None:
-        """What the model's training costs, where that is worth knowing and known."""
-        wanted = trainer.args.device.type == "cuda" or self._section.peak_tflops is not None
-        if self._section.flops_per_token is not None or self._method not in _COUNTED_METHODS or not wanted:
+    def _flops(self, trainer: TrainerMixin) -> FlopsCount | None:
+        """Return the FLOPs per token of the model, where they are known and a peak to compare them with is."""
+        has_peak = trainer.args.device.type == "cuda" or self._section.peak_tflops is not None
+        is_counted = self._section.flops_per_token is None and self._method in _METHODS_WITH_FLOPS
+        if not has_peak or not is_counted:
             return None
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return None
@@ -191,17 +197,18 @@ class TelemetrySession:
 
         return count_flops(trainer.model)
 
-    def _measured(self, flops: FlopsCount | None) -> ProcessTotals:
+    def _measure(self, flops: FlopsCount | None) -> ProcessTotals:
         from finetuning.telemetry.config import ProcessTotals
         from finetuning.telemetry.metrics import peak_memory
 
         trainer = self._trainer
         tokens = trainer.tokens_seen
-        done = None
+        num_flops = None
         if flops is not None:
-            scored, squares = trainer.work_done()
-            done = flops.total(tokens, scored if getattr(trainer, "selects_logits", False) else tokens, squares)
-        return ProcessTotals(tokens, done, trainer.step_loss, peak_memory(trainer.args.device))
+            loss_positions, squared_lengths = trainer.flop_counters()
+            num_logits = loss_positions if getattr(trainer, "uses_logits_to_keep", False) else tokens
+            num_flops = flops.total(tokens, num_logits, squared_lengths)
+        return ProcessTotals(tokens, num_flops, trainer.step_loss, peak_memory(trainer.args.device))
 
     def _gather(self, sample: list[float]) -> Sequence[Sequence[float]]:
         import torch
@@ -212,21 +219,21 @@ class TelemetrySession:
     def _folder(self, step: int) -> Path | None:
         return self._output_dir / f"checkpoint-{step}" if self._topology.is_main else None
 
-    def end(self, error: BaseException | None, tell: Tell) -> dict[str, Any] | None:
-        """Ends the job's telemetry, and gives what belongs into the record; None without telemetry."""
+    def end(self, error: BaseException | None, log: LogValues) -> dict[str, Any] | None:
+        """End the job's telemetry. Return what belongs into the record; None without telemetry."""
         telemetry, self._telemetry = self._telemetry, None
-        if telemetry is None or self._job is None:
+        job = self._job
+        if telemetry is None or job is None:
             return None
         telemetry.close(error)
         if not self._topology.is_main:
             return None
-        return telemetry.errors.attempt("summing up", lambda: self._told(telemetry, self._job, tell))
+        return telemetry.errors.attempt("summing up", lambda: self._summary(telemetry, job, log))
 
-    def _told(self, telemetry: Telemetry, job: TelemetryJob, tell: Tell) -> dict[str, Any]:
-        """What belongs into the record of a job whose telemetry has ended."""
+    def _summary(self, telemetry: Telemetry, job: TelemetryJob, log: LogValues) -> dict[str, Any]:
         from finetuning.telemetry.goodput import try_session_goodput
 
-        told: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "job_id": job.job_id,
             "session_tag": job.session_tag,
             "perf_tag": telemetry.config.perf_tag,
@@ -234,9 +241,9 @@ class TelemetrySession:
         }
         goodput = try_session_goodput(telemetry.errors, self._output_dir, job.session_tag)
         if goodput is not None:
-            told["session"] = goodput.as_dict()
+            summary["session"] = goodput.as_dict()
             badput = {f"badput_{name}_s": seconds for name, seconds in goodput.badput_s.items()}
-            tell({"goodput": goodput.goodput, **badput}, telemetry.progress.step)
+            log({"goodput": goodput.goodput, **badput}, telemetry.progress.step)
         if telemetry.errors.messages:
-            told["faults"] = list(telemetry.errors.messages)
-        return told
+            summary["faults"] = list(telemetry.errors.messages)
+        return summary

@@ -1,4 +1,4 @@
-"""What a run tells its trackers: MLflow, those that accelerate knows, and those that transformers knows."""
+"""The trackers of a run: MLflow, those of accelerate, and those of transformers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from finetuning.report.run_folder import CONFIG_NAME
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from finetuning.config.sections.data import DatasetSource
     from finetuning.data.prepared import PreparedData
     from finetuning.tracking.mlflow.queue import UploadState
     from finetuning.tracking.mlflow.tracker import MlflowTracker
     from finetuning.tracking.settings import TrackingPlan
-    from finetuning.tracking.tracker import Tracker
+    from finetuning.tracking.tracker import RunIdentity, Tracker
 
-_STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
-_LONGEST_DIGEST = 36
-_DESCRIPTION, _README = "mlflow.note.content", "README.md"
+_MLFLOW_STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
+_MAX_DIGEST_LENGTH = 36
+"""MLflow's limit."""
+_DESCRIPTION_TAG, _README = "mlflow.note.content", "README.md"
 
 
 class TrackerSet:
-    """The trackers of one run, on the main process; on the others it does nothing."""
+    """The trackers of a run. Does nothing except on the main process."""
 
     def __init__(self, experiment: Experiment, method: str, plan: TrackingPlan, *, is_main: bool):
         self._experiment = experiment
@@ -44,16 +46,16 @@ class TrackerSet:
         self._names = requested_trackers(experiment)
         self._mlflow: MlflowTracker | None = None
         self._is_resumed = False
-        self.failures: dict[str, str] = {}
-        """Trackers of transformers' that were switched off, and why."""
+        self.errors: dict[str, str] = {}
+        """Trackers of transformers that were switched off, and why."""
 
     def __str__(self) -> str:
         others = [name for name in self._names if name not in BUILTIN_TRACKERS or name == "hf_resource_scanner"]
         mlflow = [str(self._plan)] if self._plan.enabled or not others else []
         return "; ".join([*mlflow, *others])
 
-    def begin(self, *, resumed: bool) -> None:
-        """The run starts, afresh or from a checkpoint."""
+    def start(self, *, resumed: bool) -> None:
+        """Start tracking a new or resumed run."""
         self._is_resumed = resumed
         if not (self._is_main and self._plan.enabled):
             return
@@ -68,17 +70,17 @@ class TrackerSet:
             self._mlflow.queue.append("params", values=parameters(dump_values(self._experiment), flatten=flatten))
             self._mlflow.log_file(self._output_dir / CONFIG_NAME)
 
-    def tags(self, values: Mapping[str, str]) -> None:
-        """What names the job among others."""
+    def log_tags(self, values: Mapping[str, str]) -> None:
+        """Log names that identify the job."""
         if self._mlflow and values:
             self._mlflow.queue.append("tags", values=values)
 
-    def rows(self, data: PreparedData, files: Sequence[Path]) -> None:
-        """What is trained on, and files about it."""
+    def log_data(self, data: PreparedData, files: Sequence[Path]) -> None:
+        """Log the datasets, and files about them."""
         if self._mlflow:
             for path in files:
                 self._mlflow.log_file(path)
-            self._mlflow.queue.append("datasets", values=datasets_of(self._experiment, data))
+            self._mlflow.queue.append("datasets", values=mlflow_datasets(self._experiment, data))
 
     def trackers(self) -> list[Tracker]:
         """Return the trackers that receive every log."""
@@ -94,81 +96,86 @@ class TrackerSet:
         return trackers
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What the trainer is to call besides."""
-        found: list[TrainerCallback] = []
+        """Return callbacks for the trainer, in addition to the trackers."""
+        callbacks: list[TrainerCallback] = []
         if "hf_resource_scanner" in self._names:
             from finetuning.callbacks.resource_scanner import scanner_callback
             from finetuning.tracking.hf_integrations import GuardedCallback
 
             path = self._output_dir / self._section.scanner_output_filename
-            found.append(GuardedCallback("hf_resource_scanner", scanner_callback(path), self.failures))
-        foreign = [name for name in self._names if name not in ACCELERATE_TRACKERS and name not in BUILTIN_TRACKERS]
-        if foreign:
+            callbacks.append(GuardedCallback("hf_resource_scanner", scanner_callback(path), self.errors))
+        integrations = [name for name in self._names if name not in ACCELERATE_TRACKERS and name not in BUILTIN_TRACKERS]
+        if integrations:
             from finetuning.tracking.hf_integrations import integration_callbacks
 
-            found += integration_callbacks(foreign, self.failures)
-        return found
+            callbacks += integration_callbacks(integrations, self.errors)
+        return callbacks
 
-    def published(self, folder: Path) -> None:
-        """The tuned model is saved."""
+    def log_model(self, folder: Path) -> None:
+        """Log the final model."""
         if self._mlflow:
             self._mlflow.log_model_files(folder)
 
     def close(self, status: str, files: Sequence[Path]) -> None:
-        """The run has ended; nothing is told after it."""
+        """Log the last files and finish the MLflow run; called once, when the run has ended."""
         if self._mlflow is None:
             return
         from finetuning.report.html import CARD_NAME, PLOTS_NAME
 
         for path in files:
             if path.name == CARD_NAME:
-                description = _without_front(path.read_text(encoding="utf-8"))
-                self._mlflow.queue.append("tags", values={_DESCRIPTION: description})
+                description = _without_front_matter(path.read_text(encoding="utf-8"))
+                self._mlflow.queue.append("tags", values={_DESCRIPTION_TAG: description})
             if path.name != _README:
                 self._mlflow.log_file(path, PLOTS_NAME if path.parent.name == PLOTS_NAME else "")
-        end = self._mlflow.finish(_STATUS.get(status, "FAILED"))
-        self._export(end)
+        self._write_identity(self._mlflow.finish(_MLFLOW_STATUS.get(status, "FAILED")))
 
-    def places(self) -> dict[str, dict[str, Any]]:
-        """Where each tracker's run is, by the tracker's name."""
+    def identities(self) -> dict[str, RunIdentity]:
+        """Return what identifies the run in each tracker, by the tracker's name."""
         from finetuning.tracking.tracker import read_identities
 
         names = [*self._names, *(["mlflow"] if self._mlflow else [])]
         return read_identities(self._output_dir, list(dict.fromkeys(names)))
 
     def addresses(self) -> list[tuple[str, str]]:
-        """Trackers, and where a browser or a command finds their runs."""
-        places = self.places() if self._is_main else {}
-        shown = (
-            (name, next((place[key] for key in ("run_uri", "task_uri", "folder", "run_hash") if place.get(key)), None))
-            for name, place in places.items()
-        )
-        return [(name, where) for name, where in shown if where]
+        """Return trackers, and the URL, folder or id where their runs are found."""
+        addresses: list[tuple[str, str]] = []
+        for name, identity in (self.identities() if self._is_main else {}).items():
+            values = [identity[key] for key in ("run_uri", "task_uri", "folder", "run_hash") if identity.get(key)]
+            if values:
+                addresses.append((name, str(values[0])))
+        return addresses
 
-    def _export(self, end: UploadState) -> None:
+    def _write_identity(self, end: UploadState) -> None:
         from finetuning.tracking.tracker import write_identity
 
         identity = {"run_id": end.run_id, "run_name": end.run_name, "run_uri": end.url}
         write_identity(self._output_dir, self._section, "mlflow", identity)
 
 
-def datasets_of(experiment: Experiment, data: PreparedData) -> list[dict[str, str]]:
-    """The rows by parts, as MLflow describes datasets: where they are from, their digest, and how many they are."""
+def mlflow_datasets(experiment: Experiment, data: PreparedData) -> list[dict[str, str]]:
+    """Return the splits as MLflow describes datasets: name, digest, source, schema, profile and context."""
     config = experiment.data_conf
-    sources = {"training": [source.path for source in config.training_data.datasets]}
-    sources["validation"] = [source.path for source in getattr(config.validation_data, "datasets", [])]
-    columns = {"training": data.train, "validation": data.validation}
-    told = []
-    for part in data.statistics.report():
-        context = part["split"]
+    sources = {
+        "training": _paths(config.training_data.datasets),
+        "validation": _paths(getattr(config.validation_data, "datasets", [])),
+    }
+    splits: dict[str, Any] = {"training": data.train, "validation": data.validation}
+    described: list[dict[str, str]] = []
+    for statistics in data.statistics.report():
+        context = statistics["split"]
         paths = sources.get(context) or sources["training"]
-        rows = columns.get(context)
-        profile = {"num_rows": part["kept"], "num_rows_read": part["rows"], "num_tokens": part["tokens"]}
-        profile |= {"num_trained_tokens": part["trained_tokens"]} if part["trained_tokens"] else {}
-        told.append(
+        rows = splits.get(context)
+        profile = {
+            "num_rows": statistics["kept"],
+            "num_rows_read": statistics["rows"],
+            "num_tokens": statistics["tokens"],
+        }
+        profile |= {"num_trained_tokens": statistics["trained_tokens"]} if statistics["trained_tokens"] else {}
+        described.append(
             {
                 "name": ", ".join(dict.fromkeys(Path(path).name or path for path in paths))[:500],
-                "digest": data.fingerprint.data[:_LONGEST_DIGEST],
+                "digest": data.fingerprint.data[:_MAX_DIGEST_LENGTH],
                 "source_type": "local" if all(Path(path).exists() for path in paths) else "hugging_face",
                 "source": json.dumps({"uri": ", ".join(paths)}),
                 "schema": json.dumps({"columns": list(rows.column_names)} if rows is not None else {}),
@@ -176,9 +183,16 @@ def datasets_of(experiment: Experiment, data: PreparedData) -> list[dict[str, st
                 "context": context,
             }
         )
-    return told
+    return described
 
 
-def _without_front(card: str) -> str:
-    """The card as a description: without the lines that only the model hub reads."""
+def _paths(datasets: Sequence[DatasetSource]) -> list[str]:
+    paths: list[str] = []
+    for dataset in datasets:
+        paths += [dataset.path] if isinstance(dataset.path, str) else dataset.path
+    return paths
+
+
+def _without_front_matter(card: str) -> str:
+    """Return the model card without its YAML front matter."""
     return card.partition("\n---\n")[2].strip()

@@ -1,6 +1,9 @@
-"""What a checkpoint was made under, and whether a run that would go on from it computes the same curve.
+"""Compare the config of a run with that of the checkpoint it resumes from.
 
-Keys of a config that one version of the engine knows and another does not, between a checkpoint and a run."""
+Each checkpoint holds `run_config.json`: the config by dotted key, with fingerprints of the data and the model. A
+difference either makes the checkpoint unusable, changes the loss trajectory (allowed only by
+`run_conf.allow_changed`), or is safe. Keys that only one of two versions of this package knows are compared with their
+defaults."""
 
 from __future__ import annotations
 
@@ -25,83 +28,14 @@ if TYPE_CHECKING:
     from finetuning.data.prepared import DataFingerprint
 
 
-def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by dotted key; a list is a leaf."""
-    if isinstance(values, Mapping) and values:
-        for key, item in values.items():
-            yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
-
-
-def item_by_item(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both contracts with lists of as many sections taken apart: `datasets.0.format`."""
-    before, now = dict(before), dict(now)
-    pending = [*now]
-    while pending:
-        key = pending.pop()
-        if _are_alike(before.get(key), now[key]):
-            for contract in (before, now):
-                for index, item in enumerate(contract.pop(key)):
-                    contract |= dict(flat(item, f"{key}.{index}"))
-            pending += [found for found in now if found.startswith(f"{key}.")]
-    return before, now
-
-
-def _are_alike(before: Any, now: Any) -> bool:
-    lists = [value for value in (before, now) if isinstance(value, list) and value]
-    return (
-        len(lists) == 2
-        and len(lists[0]) == len(lists[1])
-        and all(isinstance(item, Mapping) for value in lists for item in value)
-    )
-
-
-def defaults_unknown_to(before: Mapping[str, Any], config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The defaults of the fields of a config that a contract does not know, by dotted key.
-
-    Only fields that a section declares, and only of sections that the contract has: an optional section that was off is
-    no default, and in what passes through to a library an absent key means the library's own default.
-    """
-    for name, default in dump_values(type(config).model_construct()).items():
-        if not _has(before, f"{prefix}{name}"):
-            yield from flat(default, f"{prefix}{name}")
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel) and _has(before, f"{prefix}{name}"):
-            yield from defaults_unknown_to(before, value, f"{prefix}{name}.")
-        for index, item in enumerate(value if isinstance(value, list) else ()):
-            if isinstance(item, BaseModel) and _has(before, f"{prefix}{name}.{index}"):
-                yield from defaults_unknown_to(before, item, f"{prefix}{name}.{index}.")
-
-
-def _has(contract: Mapping[str, Any], key: str) -> bool:
-    return key in contract or any(found.startswith(f"{key}.") for found in contract)
-
-
-def is_known(root: type[BaseModel], key: str) -> bool:
-    """Whether some config of this class may hold a dotted key; whatever passes through to a library may be."""
-    current: Sequence[type[BaseModel]] = [root]
-    for part in key.split("."):
-        if any(section.model_config.get("extra") == "allow" for section in current):
-            return True
-        if part.isdecimal():
-            continue
-        fields = [section.model_fields[part] for section in current if part in section.model_fields]
-        if any(typing.get_origin(member) is dict for field in fields for member in members(field.annotation)):
-            return True
-        current = [section for field in fields for section in sections_of(field.annotation)]
-        if not fields:
-            return False
-    return True
-
-
 RUN_CONFIG_NAME = "run_config.json"
 _OLD_RUN_CONFIG_NAME = "contract.json"  # old name
-Effect = Literal["safe", "curve", "impossible"]
+Effect = Literal["safe", "trajectory", "incompatible"]
+RunConfig = dict[str, Any]
+"""Plain values by dotted key."""
 
-IMPOSSIBLE = ("method", "model.parameters", "model.trained", "peft_conf.peft_type", "peft_conf.peft_kwargs.r")
-"""Keys without whose old value the checkpoint does not fit the model."""
+INCOMPATIBLE = ("method", "model.parameters", "model.trained", "peft_conf.peft_type", "peft_conf.peft_kwargs.r")
+"""Keys whose change makes the checkpoint unusable for the model."""
 SAFE = (
     "plan.world_size",
     "plan.per_device",
@@ -154,76 +88,77 @@ SAFE = (
     "logging_dir",
     "save_model_dir",
 )
-"""Keys, or beginnings of keys, that leave the curve as it is, to the rounding of sums. The model's and tokenizer's
-places are among them because what lies there is fingerprinted."""
+"""Keys, or prefixes of keys, that do not change the loss trajectory beyond the rounding of sums.
+
+The paths of the model and tokenizer are among them because their contents are fingerprinted."""
 _DURATION = ("training_args.max_steps", "training_args.num_train_epochs")
 
 
 @dataclass(frozen=True)
 class ConfigDifference:
-    """One thing that is not what it was when the checkpoint was made."""
+    """A value that differs from the one that the checkpoint was saved with."""
 
     key: str
     before: Any
     now: Any
     effect: Effect
     is_known: bool = True
-    """Whether this version of the engine knows the key."""
+    """Whether this version of finetuning knows the key."""
 
     def __str__(self) -> str:
-        now = f"is {_short(self.now)}" if self.is_known else "which this version of the engine does not know"
-        return f"{self.key} was {_short(self.before)}, {now}"
+        now = f"is {_shorten(self.now)}" if self.is_known else "which this version of finetuning does not know"
+        return f"{self.key} was {_shorten(self.before)}, {now}"
 
-    def refusal(self, checkpoint: str) -> Problem:
-        """Why a run does not go on over this difference without leave."""
-        changes = "which changes the curve" if self.is_known else "so that the curve may change"
-        back = "Put it back" if self.is_known else "Go on with the version that saved the checkpoint"
+    def problem(self, checkpoint: str) -> Problem:
+        """Return why a run does not resume with this difference unless it is allowed."""
+        effect = "which changes the loss trajectory" if self.is_known else "which may change the loss trajectory"
+        undo = "Restore it" if self.is_known else "Resume with the version that saved the checkpoint"
         return Problem(
-            f"{checkpoint} was made otherwise: {self}, {changes}",
+            f"{checkpoint} was saved with a different config: {self}, {effect}",
             Location(key=self.key),
-            f"{back}, or name it in run_conf.allow_changed: [{self.key}].",
+            f"{undo}, or allow the change by run_conf.allow_changed: [{self.key}].",
         )
 
 
 @dataclass(frozen=True)
 class ResumeTerms:
-    """What a run's checkpoints are made under, and what of it a resumed run does otherwise than the checkpoint's."""
+    """The run config for the checkpoints of a run, and how it differs from that of the checkpoint it resumes from."""
 
-    contract: dict[str, Any]
+    run_config: RunConfig
     notes: tuple[str, ...] = ()
-    applies: bool = False
-    """Whether something changed that the checkpoint's own optimizer settings would hide."""
+    has_allowed_changes: bool = False
+    """Whether values changed that the optimizer settings in the checkpoint would overwrite."""
 
-    def bind(self, trainer: Any) -> None:
-        """Has the trainer write the contract into its checkpoints, and apply what has changed."""
-        trainer.companions[RUN_CONFIG_NAME] = run_config_text(self.contract)
-        trainer.applies_settings = self.applies
+    def apply(self, trainer: Any) -> None:
+        """Have the trainer write the run config into its checkpoints, and keep this run's optimizer settings."""
+        trainer.additional_files[RUN_CONFIG_NAME] = run_config_text(self.run_config)
+        trainer.override_optimizer_settings = self.has_allowed_changes
 
 
 def compare_with_checkpoint(
     experiment: Experiment, plan: Plan, data: DataFingerprint, checkpoint: Path | None
 ) -> ResumeTerms:
-    """The terms of a run that goes on from a checkpoint, or starts afresh.
+    """Compare a run with the checkpoint that it resumes from, if any.
 
     Raises:
-        CheckpointError: the checkpoint does not fit, or the curve would change without leave.
+        CheckpointError: the checkpoint is incompatible, or the loss trajectory would change without permission.
     """
     from finetuning.model.fingerprint import can_fingerprint, compute_fingerprint
 
     folder = Path(experiment.run_conf.model)
-    contract = make_run_config(experiment, plan, data, compute_fingerprint(folder) if can_fingerprint(folder) else None)
+    run_config = make_run_config(experiment, plan, data, compute_fingerprint(folder) if can_fingerprint(folder) else None)
     if checkpoint is None:
-        return ResumeTerms(contract)
-    return compare(checkpoint, contract, experiment)
+        return ResumeTerms(run_config)
+    return compare(checkpoint, run_config, experiment)
 
 
-def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, base: object) -> dict[str, Any]:
-    """Plain values by dotted key: the config, and fingerprints of what it names.
+def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, base: object) -> RunConfig:
+    """Return the config, and fingerprints of the data and the model, by dotted key.
 
     Args:
-        base: the base model's fingerprint; None where it cannot be taken, so that its place has to stand for it.
+        base: the base model's fingerprint; None where it cannot be taken, and its path is compared instead.
     """
-    values = dict(flat(_without_paths(dump_values(experiment))))
+    values = dict(flatten(_without_paths(dump_values(experiment))))
     values |= {
         "method": experiment.method_name,
         "data": data.data,
@@ -240,103 +175,110 @@ def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, b
     return values | {f"versions.{name}": version for name, version in installed_versions().items()}
 
 
-def read_run_config(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the run config that a checkpoint was saved with, under its current or its old file name; None without."""
+def read_run_config(checkpoint: Path) -> RunConfig | None:
+    """Return the run config in a checkpoint, under its current or old file name; None if there is none."""
     for name in (RUN_CONFIG_NAME, _OLD_RUN_CONFIG_NAME):
         with suppress(FileNotFoundError):
             return json.loads((checkpoint / name).read_text(encoding="utf-8"))
     return None
 
 
-def run_config_text(contract: Mapping[str, Any]) -> str:
-    """The contract as it stands in a checkpoint."""
-    return json.dumps(contract, indent=1, sort_keys=True, default=str) + "\n"
+def run_config_text(config: Mapping[str, Any]) -> str:
+    """Return the text of `run_config.json`."""
+    return json.dumps(config, indent=1, sort_keys=True, default=str) + "\n"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment) -> list[ConfigDifference]:
-    """What differs, by key, each with its effect on the curve.
+    """Return what differs, by key, with its effect.
 
-    A field that the contract's version of the engine did not know differs where it is not at its default: the default
-    of a new field does what was done without it.
+    A field that is newer than the checkpoint differs where it is not at its default, because the default of a new field
+    does what was done without it.
     """
-    before, now = item_by_item(before, json.loads(run_config_text(now)))
-    defaults = json.loads(run_config_text(dict(defaults_unknown_to(before, experiment))))
+    before, now = expand_lists(before, json.loads(run_config_text(now)))
+    defaults = json.loads(run_config_text(dict(missing_defaults(before, experiment))))
     before |= {key: value for key, value in defaults.items() if key in now}
-    constant = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
+    has_constant_lr = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
     return [
         ConfigDifference(
-            key, before.get(key), now.get(key), _effect(key, constant), key in now or is_known(type(experiment), key)
+            key,
+            before.get(key),
+            now.get(key),
+            _effect(key, has_constant_lr),
+            key in now or is_known_key(type(experiment), key),
         )
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
 
 
-def compare(checkpoint: Path, now: dict[str, Any], experiment: Experiment) -> ResumeTerms:
-    """What may differ between a checkpoint's contract and this run's, and does.
+def compare(checkpoint: Path, now: RunConfig, experiment: Experiment) -> ResumeTerms:
+    """Compare a checkpoint's run config with this run's.
 
-    What `run_conf.allow_changed` names may change though it changes the curve; `versions` allows all below it.
+    `run_conf.allow_changed` lists keys that may change although that changes the loss trajectory; `versions` includes
+    all keys below it.
 
     Raises:
-        CheckpointError: something differs that makes the checkpoint unfit, or changes the curve without leave.
+        CheckpointError: a difference makes the checkpoint unusable, or changes the loss trajectory and is not allowed.
     """
     before = read_run_config(checkpoint)
     if before is None:
-        return ResumeTerms(now, (f"{checkpoint.name} does not say what it was made under: nothing was compared",))
-    found = differences(before, now, experiment)
+        return ResumeTerms(now, (f"{checkpoint.name} has no {RUN_CONFIG_NAME}: its config was not compared",))
+    changes = differences(before, now, experiment)
     problems = [
         Problem(
-            f"{checkpoint.name} does not fit: {difference}",
+            f"{checkpoint.name} is incompatible: {difference}",
             Location(key=difference.key),
-            "A checkpoint cannot be carried over such a change: start afresh in another output_dir.",
+            "A run cannot be resumed with this change. Start a new one in another output_dir.",
         )
-        for difference in found
-        if difference.effect == "impossible"
+        for difference in changes
+        if difference.effect == "incompatible"
     ] or [
-        difference.refusal(checkpoint.name)
-        for difference in found
-        if difference.effect == "curve" and not _is_below(difference.key, experiment.run_conf.allow_changed)
+        difference.problem(checkpoint.name)
+        for difference in changes
+        if difference.effect == "trajectory" and not _is_below(difference.key, experiment.run_conf.allow_changed)
     ]
     if problems:
         raise CheckpointError(problems)
-    changed = [difference for difference in found if difference.effect == "curve"]
+    allowed = [difference for difference in changes if difference.effect == "trajectory"]
     notes = [
-        f"{difference}: allowed, and {'applied' if difference.is_known else 'left out'} from this checkpoint on"
-        for difference in changed
+        f"{difference}: allowed, and {'applied' if difference.is_known else 'ignored'} from this checkpoint on"
+        for difference in allowed
     ]
-    notes += [f"{difference}: {_SAID[difference.key]}" for difference in found if difference.key in _SAID]
     notes += [
-        f"{difference}: the curve is the same without it"
-        for difference in found
+        f"{difference}: {_EXPLANATIONS[difference.key]}" for difference in changes if difference.key in _EXPLANATIONS
+    ]
+    notes += [
+        f"{difference}: it does not affect the loss trajectory"
+        for difference in changes
         if difference.effect == "safe" and not difference.is_known
     ]
-    return ResumeTerms(now, tuple(notes), applies=bool(changed))
+    return ResumeTerms(now, tuple(notes), has_allowed_changes=bool(allowed))
 
 
-_SAID = {
-    "plan.world_size": "the same rows a step; what is random in a process, such as dropout, is drawn anew",
-    "plan.accumulation": "the same rows a step, summed in another order",
+_EXPLANATIONS = {
+    "plan.world_size": "same rows per step; random numbers of each process, such as for dropout, differ",
+    "plan.accumulation": "same rows per step, summed in a different order",
 }
 
 
-def _effect(key: str, constant_rate: bool) -> Effect:
-    if _is_below(key, IMPOSSIBLE) or key.startswith("peft_conf.peft_kwargs.target_"):
-        return "impossible"
-    if key in _DURATION and constant_rate:
+def _effect(key: str, has_constant_lr: bool) -> Effect:
+    if _is_below(key, INCOMPATIBLE) or key.startswith("peft_conf.peft_kwargs.target_"):
+        return "incompatible"
+    if key in _DURATION and has_constant_lr:
         return "safe"
-    return "safe" if key in SAFE or _is_below(key, SAFE) or _begins(key) else "curve"
+    return "safe" if key in SAFE or _is_below(key, SAFE) or _has_safe_prefix(key) else "trajectory"
 
 
 def _is_below(key: str, parents: Sequence[str]) -> bool:
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
-def _begins(key: str) -> bool:
-    return any(beginning.endswith("_") and key.startswith(beginning) for beginning in SAFE)
+def _has_safe_prefix(key: str) -> bool:
+    return any(prefix.endswith("_") and key.startswith(prefix) for prefix in SAFE)
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """The config without the places of its data, whose bytes are fingerprinted."""
+    """Return the config without the paths of its data, whose contents are fingerprinted."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
@@ -346,6 +288,77 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
     return {key: strip(item) if key == "data_conf" else item for key, item in values.items()}
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "not set" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:24]}…{text[-24:]}"
+
+
+def flatten(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings by dotted key; a list is a leaf."""
+    if isinstance(values, Mapping) and values:
+        for key, item in values.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def expand_lists(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[RunConfig, RunConfig]:
+    """Return both run configs with lists of equally many sections as keys of their own: `datasets.0.format`."""
+    before, now = dict(before), dict(now)
+    pending = [*now]
+    while pending:
+        key = pending.pop()
+        if _are_section_lists(before.get(key), now[key]):
+            for config in (before, now):
+                for index, item in enumerate(config.pop(key)):
+                    config |= dict(flatten(item, f"{key}.{index}"))
+            pending += [name for name in now if name.startswith(f"{key}.")]
+    return before, now
+
+
+def _are_section_lists(before: object, now: object) -> bool:
+    lists = [value for value in (before, now) if isinstance(value, list) and value]
+    return (
+        len(lists) == 2
+        and len(lists[0]) == len(lists[1])
+        and all(isinstance(item, Mapping) for value in lists for item in value)
+    )
+
+
+def missing_defaults(before: Mapping[str, Any], config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the defaults of the fields of a config that a run config lacks, by dotted key.
+
+    Only of fields that a section declares, and only of sections that the run config has. An optional section that was
+    off has no defaults, and where keys are passed through to a library, a missing key means the library's default.
+    """
+    for name, default in dump_values(type(config).model_construct()).items():
+        if not _has(before, f"{prefix}{name}"):
+            yield from flatten(default, f"{prefix}{name}")
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel) and _has(before, f"{prefix}{name}"):
+            yield from missing_defaults(before, value, f"{prefix}{name}.")
+        for index, item in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(item, BaseModel) and _has(before, f"{prefix}{name}.{index}"):
+                yield from missing_defaults(before, item, f"{prefix}{name}.{index}.")
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    return key in config or any(name.startswith(f"{key}.") for name in config)
+
+
+def is_known_key(root: type[BaseModel], key: str) -> bool:
+    """Return whether a config of this class may have a dotted key; keys passed through to a library are accepted."""
+    sections: Sequence[type[BaseModel]] = [root]
+    for part in key.split("."):
+        if any(section.model_config.get("extra") == "allow" for section in sections):
+            return True
+        if part.isdecimal():
+            continue
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if any(typing.get_origin(member) is dict for field in fields for member in members(field.annotation)):
+            return True
+        sections = [section for field in fields for section in sections_of(field.annotation)]
+        if not fields:
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Find the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from finetuning.errors import CheckpointError, Location
 
 _KEY = "run_conf.resume_from_checkpoint"
 _STATE, _OPTIMIZER = "trainer_state.json", ("optimizer.pt", "optimizer.bin")
-# Written by every stock Trainer, and taken away by ours, which writes a manifest.
-_STOCK = "training_args.bin"
+# Every stock Trainer writes it. Ours removes it, and writes a manifest instead.
+_STOCK_TRAINER_FILE = "training_args.bin"
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -25,44 +25,47 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint to go on from, None to start afresh, and what was passed over on the way to it."""
+    """The checkpoint to resume from, None for a new run, and notes on checkpoints that were skipped."""
 
     checkpoint: Path | None
     notes: tuple[str, ...] = ()
 
 
-def find_resume_point(output_dir: Path, wanted: bool | str) -> ResumePoint:
-    """The newest whole checkpoint of an output directory, or the one that was asked for.
+def find_resume_point(output_dir: Path, requested: bool | str) -> ResumePoint:
+    """Return the newest valid checkpoint of an output directory, or the requested one.
+
+    Args:
+        requested: `run_conf.resume_from_checkpoint`: false, true, auto, or a path.
 
     Raises:
-        CheckpointError: the checkpoint that must be there is not, or is not whole.
+        CheckpointError: the requested checkpoint does not exist or is invalid.
     """
-    if wanted is False or (isinstance(wanted, str) and wanted.lower() == "false"):
+    mode = str(requested).lower()
+    if mode == "false":
         return ResumePoint(None)
-    if isinstance(wanted, str) and wanted.lower() not in ("auto", "true"):
-        fault = _fault(Path(wanted))
-        if fault:
-            raise CheckpointError(f"cannot resume from {wanted}: {fault}", place=Location(key=_KEY))
-        return ResumePoint(Path(wanted))
+    if mode not in ("auto", "true"):
+        path = Path(str(requested))
+        if problem := _problem(path):
+            raise CheckpointError(f"cannot resume from {path}: {problem}", place=Location(key=_KEY))
+        return ResumePoint(path)
     notes = []
     for checkpoint in checkpoints_of(output_dir):
-        fault = _fault(checkpoint) or _remains(checkpoint)
-        if fault is None:
+        problem = _problem(checkpoint) or _interrupted_removal(checkpoint)
+        if problem is None:
             return ResumePoint(checkpoint, tuple(notes))
-        notes.append(f"{checkpoint.name} passed over: {fault}")
-    must = wanted is True or (isinstance(wanted, str) and wanted.lower() == "true")
-    if must:
-        found = f" ({'; '.join(notes)})" if notes else ""
+        notes.append(f"{checkpoint.name} skipped: {problem}")
+    if mode == "true":
+        skipped = f" ({'; '.join(notes)})" if notes else ""
         raise CheckpointError(
-            f"no whole checkpoint in {output_dir}{found}",
+            f"no valid checkpoint in {output_dir}{skipped}",
             place=Location(key=_KEY),
-            hint="auto starts afresh when none is.",
+            hint="Set auto to start a new run when there is none.",
         )
     return ResumePoint(None, tuple(notes))
 
 
 def checkpoints_of(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of an output directory, newest first."""
+    """Return the checkpoint folders of an output directory, newest first."""
     numbered = [
         (int(path.name.rpartition("-")[2]), path)
         for path in output_dir.glob("checkpoint-*")
@@ -71,14 +74,14 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def _remains(checkpoint: Path) -> str | None:
-    """How a folder shows that its removal was cut short; None when it does not."""
-    kept = {path.name for path in checkpoint.iterdir()}
-    return None if kept & {MANIFEST, _STOCK} else f"{MANIFEST} is missing"
+def _interrupted_removal(checkpoint: Path) -> str | None:
+    """Return why a folder looks as if its removal was interrupted; None when it does not."""
+    names = {path.name for path in checkpoint.iterdir()}
+    return None if names & {MANIFEST, _STOCK_TRAINER_FILE} else f"{MANIFEST} is missing"
 
 
-def _fault(checkpoint: Path) -> str | None:
-    """Why a folder cannot be resumed from; None when it can."""
+def _problem(checkpoint: Path) -> str | None:
+    """Return why a folder cannot be resumed from; None when it can."""
     if not checkpoint.is_dir():
         return "no such folder"
     try:
@@ -86,9 +89,9 @@ def _fault(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         return f"{_STATE} is missing"
     except ValueError:
-        return f"{_STATE} is cut off"
+        return f"{_STATE} is truncated"
     if not isinstance(state, dict) or "global_step" not in state:
-        return f"{_STATE} does not say its step"
+        return f"{_STATE} has no global_step"
     names = {path.name for path in checkpoint.iterdir()}
     sharded = any(name.startswith(("global_step", "pytorch_model_fsdp", "optimizer_")) for name in names)
     if not sharded and not names & set(_WEIGHTS):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.trainer.checkpoint_state import rotate_checkpoints
+from finetuning.trainer.checkpointing import rotate_checkpoints
 
 
 @pytest.mark.parametrize(

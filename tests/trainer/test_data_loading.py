@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from finetuning.trainer.ddp import TokenBalancedSampler, balanced_shares
+from finetuning.trainer.data_loading import TokenBalancedSampler, balance_by_tokens
 
 PROCESSES = 4
 LENGTHS = np.random.default_rng(0).lognormal(5.5, 0.9, 200).astype(int).clip(8, 4096).tolist()
@@ -39,6 +39,6 @@ def test_each_step_is_in_parts_of_nearly_one_size() -> None:
 
 
 def test_shares_hold_each_row_once() -> None:
-    assert balanced_shares([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
-    assert sorted(chain(*balanced_shares([3] * 7, 7))) == list(range(7))
-    assert balanced_shares([2], 3) == [[0], [], []]
+    assert balance_by_tokens([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
+    assert sorted(chain(*balance_by_tokens([3] * 7, 7))) == list(range(7))
+    assert balance_by_tokens([2], 3) == [[0], [], []]

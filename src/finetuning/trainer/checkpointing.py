@@ -1,0 +1,262 @@
+"""Checkpoints of a trainer: written atomically, checked, rotated, and loaded with the state that PEFT leaves out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
+from finetuning.errors import GuardStopped
+from finetuning.trainer.base import TrainerBase
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+OptimizerSettings = list[dict[str, Any]]
+"""The settings of each parameter group."""
+
+
+class CheckpointMixin(TrainerBase):
+    """Save checkpoints that are complete or absent, and never hold weights that are not finite."""
+
+    additional_files: dict[str, str]
+    """Texts that are written into each checkpoint, by file name."""
+    override_optimizer_settings = False
+    """Whether the run's optimizer settings replace those of the checkpoint that it resumes from."""
+    _staging: Path | None = None
+    _checkpoint_bytes = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.additional_files = {}
+        super().__init__(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy "best" the Trainer resets should_save, which would lose the checkpoint of a run that was
+        # asked to save and stop at a step with an evaluation.
+        is_stopping = self.control.should_save and self.control.should_training_stop
+        return super()._determine_best_metric(metrics, trial) or is_stopping
+
+    def use_eval_weights(self) -> None:
+        """Switch a schedule-free optimizer to the weights to save or evaluate; the next step switches back.
+
+        Other optimizers have a single set of weights, and this does nothing.
+        """
+        if (switch := getattr(self.optimizer, "eval", None)) is not None:
+            switch()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint into a staging folder, flush it, and have one rank rename it.
+
+        When the disk is full, log a warning, skip this checkpoint and go on training.
+
+        Raises:
+            GuardStopped: a trained weight is not finite. The last checkpoint stays the last one.
+        """
+        self.use_eval_weights()
+        self._check_weights()
+        name = f"checkpoint-{self.state.global_step}"
+        target = Path(self.args.output_dir) / name
+        staging = staging_path(target)
+        if self._skip_checkpoint(name, self._check_free_space()):
+            return
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        if self._skip_checkpoint(name, self._disk_full_in(lambda: self._write_staged(model, trial, staging))):
+            self._discard(staging)
+            return
+        # The Trainer has recorded the best checkpoint's path inside the staging folder.
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or best == target:
+                self.state.best_model_checkpoint = str(best)
+        if self._skip_checkpoint(name, self._disk_full_in(lambda: self._publish(staging / name, target))):
+            self._discard(staging)
+            return
+        self.accelerator.wait_for_everyone()
+
+    def _write_staged(self, model: nn.Module, trial: Any, staging: Path) -> None:
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        if not self.args.should_save:
+            return
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        for name, text in self.additional_files.items():
+            (staged / name).write_text(text, encoding="utf-8")
+        write_manifest(staged)
+        if target.is_dir():
+            # An invalid checkpoint that this run did not resume from. Rename it first: if its removal is interrupted,
+            # what is left must not look like a complete checkpoint.
+            target.rename(staged.parent / "replaced")
+        publish(staged, target)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        self._checkpoint_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        best = self.state.best_model_checkpoint
+        rotate_checkpoints(target, self.args.save_total_limit, Path(best) if best else None)
+
+    def _check_free_space(self) -> str | None:
+        """Return why a checkpoint of the size of the last one does not fit; None when it does."""
+        free = shutil.disk_usage(self.args.output_dir).free
+        if free >= self._checkpoint_bytes:
+            return None
+        return f"needs {self._checkpoint_bytes:,} bytes, {free:,} free"
+
+    def _disk_full_in(self, write: Callable[[], None]) -> str | None:
+        """Return the error message when the disk fills up in `write`; None when it does not."""
+        try:
+            write()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_full(error, Path(self.args.output_dir)):
+                raise
+            return str(error).partition("\n")[0]
+        return None
+
+    def _skip_checkpoint(self, name: str, reason: str | None) -> bool:
+        """Return whether any process has a reason to skip the checkpoint, and log this process's one. Collective."""
+        skips = reason is not None
+        if self.args.world_size > 1:
+            flag = torch.tensor(float(skips), device=self.args.device)
+            skips = float(self.accelerator.reduce(flag, "sum")) > 0
+        if reason is not None:
+            logger.warning(
+                "%s is not saved: no space left in %s (%s). Training continues; earlier checkpoints are kept.",
+                name,
+                self.args.output_dir,
+                reason,
+            )
+        return skips
+
+    def _discard(self, staging: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """Raise GuardStopped unless every trained weight of every process is finite. Collective."""
+        flags = [
+            ~torch.isfinite(_local_tensor(weight)).all() for weight in self.model.parameters() if weight.requires_grad
+        ]
+        bad = torch.stack([flag.to(self.args.device) for flag in flags]).sum().float() if flags else torch.zeros(1)
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad.to(self.args.device), "sum")
+        if float(bad):
+            raise GuardStopped(
+                f"step {self.state.global_step}: a weight is not finite after the optimizer step. This step was not"
+                " saved; the last checkpoint is valid.",
+                hint="Lower the learning rate.",
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if not has_additional_state(self.model):
+            super()._save(output_dir, state_dict)
+        else:
+            from finetuning.trainer.peft_methods import keep_all_ranks, write_adapter_state
+
+            with keep_all_ranks(self.model):
+                super()._save(output_dir, state_dict)
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                write_adapter_state(self.model, folder)
+        # A pickle that may contain a Hub token; the config is kept as YAML.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_additional_state(self.model):
+            from finetuning.trainer.peft_methods import read_adapter_state
+
+            read_adapter_state(self.model, Path(resume_from_checkpoint))
+        # PEFT loads adapters in float32, even those that were trained in a smaller dtype.
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != dtypes.get(name, weight.dtype):
+                weight.data = weight.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        settings = optimizer_settings(self.optimizer) if self.override_optimizer_settings else []
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.override_optimizer_settings:
+            restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)
+
+
+def has_additional_state(model: nn.Module) -> bool:
+    """Return whether the model has an adapter with state that PEFT does not save: AdaLoRA, or a prompt encoder."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(config.is_prompt_learning or config.peft_type.value in ("ADALORA", "CPT") for config in configs)
+
+
+def _local_tensor(weight: torch.Tensor) -> torch.Tensor:
+    """Return this process's shard of a weight; the whole weight unless FSDP has sharded it."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None) -> None:
+    """Remove checkpoints other than `newest` and `best` until at most `limit` are left.
+
+    Checkpoints of a later step are removed first: this run did not resume from them. Each is renamed before its files
+    are removed, so what is called a checkpoint is complete even if the removal is interrupted. Nothing is removed when
+    `limit` is None or 0.
+    """
+    if not limit or limit < 0:
+        return
+    step = _step(newest)
+    candidates = [
+        path
+        for path in newest.parent.glob(f"{newest.name.rpartition('-')[0]}-*")
+        if path.is_dir() and path.name.rpartition("-")[2].isdigit() and path not in (newest, best)
+    ]
+    candidates.sort(key=lambda path: (_step(path) < step, _step(path)))
+    num_kept = len({newest, best} - {None})
+    for path in candidates[: max(len(candidates) + num_kept - limit, 0)]:
+        retired = staging_path(path)
+        shutil.rmtree(retired, ignore_errors=True)
+        os.rename(path, retired)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def optimizer_settings(optimizer: Any) -> OptimizerSettings:
+    """Return the settings of each parameter group: learning rate, weight decay, betas and so on."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore_optimizer_settings(optimizer: Any, scheduler: Any, settings: OptimizerSettings) -> None:
+    """Replace the settings that a checkpoint loaded, and set the learning rate that the schedule has at this step."""
+    factors = [
+        group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0 for group in optimizer.param_groups
+    ]
+    lr_lambdas = getattr(scheduler, "lr_lambdas", None)
+    if lr_lambdas is not None:
+        factors = [lr_lambda(scheduler.last_epoch) for lr_lambda in lr_lambdas]
+    for group, new, factor in zip(optimizer.param_groups, settings, factors, strict=True):
+        group.update(new)
+        group["lr"] = new.get("initial_lr", new["lr"]) * factor
+    rates = {
+        "base_lrs": [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups],
+        "_last_lr": [group["lr"] for group in optimizer.param_groups],
+    }
+    state = scheduler.state_dict()
+    scheduler.load_state_dict(state | {name: rate for name, rate in rates.items() if name in state})
