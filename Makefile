@@ -89,6 +89,9 @@ docs: schema ## generate every generated page
 	$(PYTHON) -m finetuning.plan.compatibility docs/reference/support.md
 	$(PYTHON) scripts/command_reference.py docs/reference/commands.md
 
+upstream-surface: venv ## record the private upstream sources again, after reviewing their change
+	$(PYTHON) scripts/upstream_surface.py
+
 golden: venv ## regenerate the golden losses, after an intended change of numerics
 	PYTHONPATH=tests $(PYTHON) tests/golden/golden_runs.py
 
