@@ -70,9 +70,9 @@ def average_gradients(weights: Iterable[nn.Parameter], world_size: int) -> None:
             gradients.append(weight.grad)
     for chunk in _chunks(gradients):
         # Divide before the sum, as DDP does, so that the sum cannot overflow half precision.
-        flat = torch.cat([gradient.flatten() for gradient in chunk]).div_(world_size)
-        torch.distributed.all_reduce(flat)
-        for gradient, mean in zip(chunk, flat.split([gradient.numel() for gradient in chunk]), strict=True):
+        flattened = torch.cat([gradient.flatten() for gradient in chunk]).div_(world_size)
+        torch.distributed.all_reduce(flattened)
+        for gradient, mean in zip(chunk, flattened.split([gradient.numel() for gradient in chunk]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 

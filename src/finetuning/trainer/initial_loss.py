@@ -32,7 +32,7 @@ class ExpectedLoss:
 
 
 class InitialLossMixin(TrainerBase):
-    """Stop the run when its first loss is not the expected one. Stands to the right of `TrainerMixin`."""
+    """Stop the run when its first loss is not the expected one. Its place is to the right of `TrainerMixin`."""
 
     _is_first_loss_checked = False
 

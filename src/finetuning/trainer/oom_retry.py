@@ -83,7 +83,7 @@ def _take_padding_free(inputs: Mapping[str, Any], start: int, end: int) -> Batch
 
 
 class OOMRetryMixin(TrainerBase):
-    """Halve the micro-batch when a step runs out of memory. Stands to the right of mixins that count steps.
+    """Halve the micro-batch when a step runs out of memory. Its place is to the right of mixins that count steps.
 
     From then on each batch is computed in twice as many smaller ones, so the effective batch and the loss trajectory
     stay the same up to the rounding of sums and dropout. Only for losses that add up over rows

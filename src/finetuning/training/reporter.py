@@ -107,12 +107,12 @@ class RunReporter:
         self._print_stage("Loading the model")
 
     def model_loaded(
-        self, loaded: LoadedModel, plan: Plan, data: PreparedData, resume: ResumePoint, terms: ResumeTerms
+        self, loaded: LoadedModel, plan: Plan, data: PreparedData, resume: ResumePoint, resume_terms: ResumeTerms
     ) -> dict[str, Any]:
         """Add what is trained to the summary. Return the inputs of the run for its record."""
         from finetuning.training.preflight import check_positions, compute_precision
 
-        for note in terms.notes:
+        for note in resume_terms.notes:
             self._add_line("resumed with", note)
         if warnings := check_positions(loaded.model, self._experiment, data):
             self._add_line("longest row", "exceeds the model's context length")

@@ -172,7 +172,7 @@ class TelemetrySession:
         ]
 
     def watch(self, trainer: TrainerMixin) -> None:
-        """Measure the phases of the trainer from here on."""
+        """Start to measure the phases of the trainer."""
         if self._telemetry is None:
             return
         from finetuning.telemetry.hf_callback import TrainerPhases

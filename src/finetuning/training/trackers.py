@@ -50,9 +50,9 @@ class TrackerSet:
         """Trackers of transformers that were switched off, and why."""
 
     def __str__(self) -> str:
-        others = [name for name in self._names if name not in BUILTIN_TRACKERS or name == "hf_resource_scanner"]
-        mlflow = [str(self._plan)] if self._plan.enabled or not others else []
-        return "; ".join([*mlflow, *others])
+        names = [name for name in self._names if name not in BUILTIN_TRACKERS or name == "hf_resource_scanner"]
+        mlflow = [str(self._plan)] if self._plan.enabled or not names else []
+        return "; ".join([*mlflow, *names])
 
     def start(self, *, resumed: bool) -> None:
         """Start tracking a new or resumed run."""
