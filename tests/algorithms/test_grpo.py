@@ -206,7 +206,7 @@ def test_a_reward_that_fails_in_training_is_named(train: Any, grpo_values: Any, 
         (
             {"batchsize_conf": {"total_train_batch_size": 64, "max_per_device_train_batch_size": 8}},
             ConfigError,
-            "a batch takes 16 prompts, and there are 12",
+            "a batch needs 16 prompts, but there are 12",
         ),
         ({"grpo_args": None}, ConfigError, "grpo_args"),
         ({"grpo_args.rewards": []}, ConfigError, "grpo_args.rewards"),

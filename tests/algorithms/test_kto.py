@@ -154,7 +154,7 @@ def test_one_row_at_a_time_is_refused_before_anything_is_loaded(train: Any, kto_
 
 def test_what_the_trainer_refuses_is_told_in_one_line(train: Any, kto_values: Any) -> None:
     head = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["lm_head"]}}
-    with pytest.raises(ConfigError, match=r"the KTO trainer refuses this: .*lm_head"):
+    with pytest.raises(ConfigError, match=r"the KTO trainer rejects this config: .*lm_head"):
         train(kto_values({"peft_conf": head}), KTO)
 
 
