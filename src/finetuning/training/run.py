@@ -22,7 +22,7 @@ from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
 from finetuning.training.output_dir import RunRecord, check_free_space, is_complete, lock_output_dir, status_of
 from finetuning.training.resume.config_changes import compare_with_checkpoint
-from finetuning.training.resume.find import find_resume_point
+from finetuning.training.resume.find import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -107,10 +107,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
         plan = job.plan.with_steps(experiment, data.rows)
         arguments = build_arguments(experiment, plan)
         reporter.planned(plan, arguments)
-        if job.topology.is_distributed:
-            from finetuning.training.process_sync import sync_resume_point
-
-            resume = sync_resume_point(job.output_dir, resume)
+        resume = _sync_resume_point(job, resume)
         resume_terms = compare_with_checkpoint(experiment, plan, data.fingerprint, resume.checkpoint)
 
     set_seed(arguments.seed, experiment.run_conf.determinism)
@@ -148,6 +145,14 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     return RunResult(
         "completed", final, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
     )
+
+
+def _sync_resume_point(job: TrainingJob, resume: ResumePoint) -> ResumePoint:
+    if not job.topology.is_distributed:
+        return resume
+    from finetuning.training.process_sync import sync_resume_point
+
+    return sync_resume_point(job.output_dir, resume)
 
 
 def _lock(job: TrainingJob) -> AbstractContextManager[None]:
