@@ -104,7 +104,9 @@ class TrackerSet:
 
             path = self._output_dir / self._section.scanner_output_filename
             callbacks.append(GuardedCallback("hf_resource_scanner", scanner_callback(path), self.errors))
-        integrations = [name for name in self._names if name not in ACCELERATE_TRACKERS and name not in BUILTIN_TRACKERS]
+        integrations = [
+            name for name in self._names if name not in ACCELERATE_TRACKERS and name not in BUILTIN_TRACKERS
+        ]
         if integrations:
             from finetuning.tracking.hf_integrations import integration_callbacks
 

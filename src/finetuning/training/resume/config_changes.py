@@ -146,7 +146,9 @@ def compare_with_checkpoint(
     from finetuning.model.fingerprint import can_fingerprint, compute_fingerprint
 
     folder = Path(experiment.run_conf.model)
-    run_config = make_run_config(experiment, plan, data, compute_fingerprint(folder) if can_fingerprint(folder) else None)
+    run_config = make_run_config(
+        experiment, plan, data, compute_fingerprint(folder) if can_fingerprint(folder) else None
+    )
     if checkpoint is None:
         return ResumeTerms(run_config)
     return compare(checkpoint, run_config, experiment)
