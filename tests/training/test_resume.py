@@ -96,7 +96,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     [
         ({"without": "trainer_state.json"}, "trainer_state.json is missing"),
         ({"state": '{"global_'}, "trainer_state.json is truncated"),
-        ({"state": "{}"}, "trainer_state.json does not say its step"),
+        ({"state": "{}"}, "trainer_state.json has no global_step"),
         ({"without": "model.safetensors"}, "it has no weights"),
         ({"without": "optimizer.pt"}, "it has no optimizer state"),
     ],
