@@ -80,7 +80,7 @@ def test_the_report_the_plan_and_the_record_say_what_is_known(
     assert record["plan"]["steps"]["total"] == 26
     assert (done.output_dir / "preview.txt").read_text().count("--- ") == 10
     shown = " ".join(capsys.readouterr().out.split())
-    assert "optimizer steps 26 (max_steps; rows are read as training goes, and not counted before)" in shown
+    assert "optimizer steps 26 (max_steps; the rows of a streaming dataset are not counted)" in shown
     assert "prepared rows streamed during training, with a shuffle buffer of 200 rows" in shown
     assert "padding-free" in shown
 
