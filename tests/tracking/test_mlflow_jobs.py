@@ -132,7 +132,7 @@ def test_the_machine_is_measured_while_the_run_lasts(
 def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TAGS: expected a JSON object"):
         plan("http://m", MLFLOW_TAGS="team=search")
-    with pytest.raises(ConfigError, match="holds mlflow, which needs an address"):
+    with pytest.raises(ConfigError, match="includes mlflow, which needs an address"):
         resolve_tracking(TrackingOptions(), TrackingConfig(trackers=["mlflow"]), {})
     assert not resolve_tracking(
         TrackingOptions(), TrackingConfig(trackers=["mlflow"]), {"DISABLE_MLFLOW_INTEGRATION": "true"}

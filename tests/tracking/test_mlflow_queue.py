@@ -15,7 +15,7 @@ from finetuning.tracking.mlflow.queue import (
     rotate,
     state_path,
 )
-from finetuning.tracking.settings import LONGEST_VALUE, parameters, version_tags
+from finetuning.tracking.settings import MAX_VALUE_LENGTH, parameters, version_tags
 
 
 def write(path: Path, *kinds: str) -> None:
@@ -140,7 +140,7 @@ def test_parameters_are_flat_short_and_without_secrets() -> None:
     assert found["data_conf.datasets.1.path"] == "b"
     assert found["target_modules"] == '["q", "v"]'
     assert found["eos_token"] == "</s>"
-    assert len(found["template"]) == LONGEST_VALUE
+    assert len(found["template"]) == MAX_VALUE_LENGTH
     in_sections = parameters(config, flatten=False)
     assert json.loads(in_sections["run_conf"])["model"] == "m"
     for shown in (str(found), str(in_sections)):

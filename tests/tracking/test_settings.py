@@ -97,7 +97,7 @@ def test_local_stores_become_absolute_addresses(tmp_path: Path, monkeypatch: pyt
         "http://ada:hunter2@host:port",
     ],
 )
-def test_an_address_with_a_password_is_refused_and_not_shown(address: str) -> None:
+def test_an_address_with_a_password_is_an_error_that_does_not_print_it(address: str) -> None:
     for options, section, environ in (
         (TrackingOptions(address), None, {}),
         (NOTHING, TrackingConfig(mlflow_server_uri=address), {}),
@@ -112,19 +112,19 @@ def test_an_address_with_a_password_is_refused_and_not_shown(address: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [
         ("localhost:5000", "http://localhost:5000"),
         ("127.0.0.1:5000/x", "http://127.0.0.1:5000/x"),
         ("htp://host", "htp"),
-        ("http://", "names no host"),
-        ("http://host:99999", "no address"),
+        ("http://", "has no host"),
+        ("http://host:99999", "not a valid address"),
         ("file://runs/here", "three slashes"),
         ("sqlite://mlflow.db", "sqlite:///mlflow.db"),
     ],
 )
-def test_an_address_that_mlflow_cannot_mean_is_refused(address: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_an_invalid_address_is_an_error(address: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         resolve_tracking(TrackingOptions(address), None, {})
 
 
@@ -133,11 +133,11 @@ def test_a_flag_that_is_neither_true_nor_false_names_its_origin() -> None:
         resolve_tracking(NOTHING, None, {"HF_MLFLOW_LOG_ARTIFACTS": "maybe"})
 
 
-def test_working_out_the_plan_imports_nothing_heavy() -> None:
+def test_resolving_options_imports_no_large_package() -> None:
     code = (
         "import sys; from finetuning.tracking.settings import *; import finetuning.tracking.mlflow.tracker;"
         "import finetuning.tracking.mlflow.sync, finetuning.tracking.tracker;"
         "resolve_tracking(TrackingOptions(), None, {});"
-        "found = {'mlflow', 'torch', 'transformers', 'requests'} & set(sys.modules); assert not found, found"
+        "loaded = {'mlflow', 'torch', 'transformers', 'requests'} & set(sys.modules); assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

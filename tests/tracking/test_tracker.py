@@ -150,7 +150,7 @@ def test_a_logged_loss_reaches_the_mlflow_queue_in_four_calls(tmp_path: Path) ->
     callback = TrackerCallback(TrackerGroup([MlflowTracker(nothing, queue, nothing)]))
     state: Any = SimpleNamespace(global_step=1, max_steps=2, epoch=0.5, is_world_process_zero=True)
     callback.on_log(ARGUMENTS, state, CONTROL, {"loss": 1.0})
-    assert queue.callers == ["on_log", "call", "log", "append_metrics"]  # and append, which writes
+    assert queue.callers == ["on_log", "call", "log"]  # and append, which writes
 
 
 def test_other_ranks_log_nothing() -> None:

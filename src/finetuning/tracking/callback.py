@@ -29,7 +29,7 @@ class ThroughputMeter:
         self.first_step_s: float | None = None
 
     def finish_first_step(self, step: int, now: float, tokens: int | None) -> None:
-        """Record the end of the first step: throughput is measured from here on."""
+        """Record the end of the first step: throughput is measured from then on."""
         self.first_step_s = now - self._started
         self._marks.append((step, now - self._paused_s, tokens))
 

@@ -1,6 +1,4 @@
-"""Whether and where a run is tracked, and who said so.
-
-A resolved config as parameters of a tracker: flat, short and without secrets."""
+"""Resolves the MLflow options of a run, and turns its config into parameters and tags for trackers."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class ResolvedValue:
-    """A value and where it came from, such as `command line: --experiment-name`."""
+    """A value and its origin, such as `command line: --experiment-name`."""
 
     value: Any
     origin: str
@@ -41,7 +39,7 @@ class ResolvedValue:
 
 @dataclass(frozen=True)
 class TrackingOptions:
-    """The three tracking options of the command line; None where one was not given."""
+    """The tracking options of the command line; None for those not passed."""
 
     mlflow_server_uri: str | None = None
     experiment_name: str | None = None
@@ -50,10 +48,10 @@ class TrackingOptions:
 
 @dataclass(frozen=True)
 class TrackingPlan:
-    """Where the run is tracked. `uri.value` is None when nothing is; its origin then says why.
+    """Where MLflow tracks the run. `uri.value` is None if it does not; the origin then says why.
 
-    The address is absolute and free of secrets. `run_name` is None where MLflow's run gets a generated name, and
-    `experiment` where it goes to MLflow's own default experiment.
+    The address is absolute and holds no secret. If `run_name` is None, MLflow's run gets a generated name; if
+    `experiment` is None, it goes to MLflow's default experiment.
     """
 
     uri: ResolvedValue
@@ -65,9 +63,9 @@ class TrackingPlan:
     parent_run_id: ResolvedValue = ResolvedValue(None, "default")
     system_metrics: ResolvedValue = ResolvedValue(False, "default")
     child_runs: bool = False
-    """Whether each job is a run of its own, below one that stands for all of them."""
+    """Whether each job is a run of its own, below a parent run for all jobs."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """The user's own tags of the run."""
+    """Tags that the user has set."""
 
     @property
     def enabled(self) -> bool:
@@ -75,7 +73,7 @@ class TrackingPlan:
 
     @property
     def is_local(self) -> bool:
-        """True for a store on a disk of this machine, with no server in between."""
+        """Whether the store is a local file or database, without a server."""
         return self.enabled and urlsplit(self.uri.value).scheme in ("file", "sqlite")
 
     def __str__(self) -> str:
@@ -85,13 +83,12 @@ class TrackingPlan:
 
 
 def resolve_tracking(cli: TrackingOptions, section: TrackingConfig | None, environ: Mapping[str, str]) -> TrackingPlan:
-    """The tracking of this run: command line over file over environment, for each value apart.
+    """Resolve each tracking option: command line over config file over environment. Empty values are ignored.
 
-    An experiment named on the command line goes to the address of the file or of the environment. Empty values count
-    as not given. DISABLE_MLFLOW_INTEGRATION switches everything off, whatever else is set.
+    DISABLE_MLFLOW_INTEGRATION disables tracking, whatever else is set.
 
     Raises:
-        ConfigError: an address that MLflow cannot mean, or one with a password in it (which is not shown).
+        ConfigError: the address is not valid for MLflow, or it contains a password (which is not printed).
     """
     file = {name: getattr(section, name) for name in section.model_fields_set} if section else {}
 
@@ -108,10 +105,10 @@ def resolve_tracking(cli: TrackingOptions, section: TrackingConfig | None, envir
         uri = ResolvedValue(None, "no address on the command line, in the file or in the environment")
     disabled = environ.get("DISABLE_MLFLOW_INTEGRATION")
     if disabled and _flag(ResolvedValue(disabled, "environment: DISABLE_MLFLOW_INTEGRATION")).value:
-        uri = ResolvedValue(None, "switched off by DISABLE_MLFLOW_INTEGRATION")
+        uri = ResolvedValue(None, "disabled by DISABLE_MLFLOW_INTEGRATION")
     elif uri.value is None and "mlflow" in file.get("trackers", ()):
         raise ConfigError(
-            "holds mlflow, which needs an address",
+            "includes mlflow, which needs an address",
             place=Location(key="tracking.trackers"),
             hint="Set tracking.mlflow_server_uri, --mlflow-server-uri or MLFLOW_TRACKING_URI.",
         )
@@ -154,7 +151,7 @@ def _flag(setting: ResolvedValue) -> ResolvedValue:
 
 
 def _tags(text: str) -> dict[str, str]:
-    """The tags of MLFLOW_TAGS, a JSON object; none where it is empty."""
+    """Parse the tags of MLFLOW_TAGS, a JSON object."""
     try:
         tags = json.loads(text) if text.strip() else {}
     except ValueError:
@@ -165,7 +162,7 @@ def _tags(text: str) -> dict[str, str]:
 
 
 def _checked_uri(setting: ResolvedValue) -> ResolvedValue:
-    """The setting with an absolute address in place of a relative path."""
+    """Return the address, validated; a relative path becomes absolute."""
     if setting.value is None:
         return setting
     text = str(setting.value).strip()
@@ -178,47 +175,49 @@ def _checked_uri(setting: ResolvedValue) -> ResolvedValue:
     if text.startswith("databricks"):
         return ResolvedValue(text, setting.origin)
     if scheme not in _SCHEMES:
-        raise _error(setting, f'MLflow has no store of the kind "{scheme}"', f"It has: {', '.join(sorted(_SCHEMES))}.")
+        raise _error(
+            setting, f'MLflow does not support the scheme "{scheme}"', f"Use one of: {', '.join(sorted(_SCHEMES))}."
+        )
     if scheme == "file":
         return ResolvedValue(_absolute_file(setting, parts.netloc, text), setting.origin)
     if scheme == "sqlite":
         return ResolvedValue(_absolute_sqlite(setting, text), setting.origin)
     if scheme in ("http", "https") and not parts.hostname:
-        raise _error(setting, "the address names no host", 'It looks like "http://host:5000".')
+        raise _error(setting, "the address has no host", 'Example: "http://host:5000".')
     return ResolvedValue(text, setting.origin)
 
 
 def _split(setting: ResolvedValue, text: str) -> Any:
-    """The address in parts, refused when it holds a password. No message shows the address, which may hold one."""
+    """Split the address. Raise ConfigError if it contains a password; no message prints it, as it may contain one."""
     try:
         parts = urlsplit(text)
         secret = parts.password is not None or any(is_secret_key(key) for key, _ in parse_qsl(parts.query))
         user = parts.username
         _ = parts.port
     except ValueError:
-        raise _error(setting, "this is no address", 'It looks like "http://host:5000".') from None
+        raise _error(setting, "not a valid address", 'Example: "http://host:5000".') from None
     if secret or (user is not None and parts.scheme in ("http", "https")):
         is_database = parts.scheme.split("+")[0] in _DATABASES
         hint = (
-            "Take it out; the database driver's own password file or environment variable holds it."
+            "Remove it and use the password file or environment variable of the database driver."
             if is_database
-            else "Take it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            else "Remove it and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )
-        raise _error(setting, "the address holds a user or a password, which would end up in logs", hint)
+        raise _error(setting, "the address contains a user or a password, which would be logged", hint)
     return parts
 
 
 def _absolute_file(setting: ResolvedValue, host: str, text: str) -> str:
     if host not in ("", "localhost"):
         hint = f'An absolute path has three slashes: "file:///{host}/…".'
-        raise _error(setting, f'"{text}" names the host "{host}"', hint)
+        raise _error(setting, f'"{text}" has the host "{host}"', hint)
     return Path(unquote(urlsplit(text).path)).expanduser().absolute().as_uri()
 
 
 def _absolute_sqlite(setting: ResolvedValue, text: str) -> str:
     path, _, query = text.partition("?")
     if not path.startswith("sqlite:///") or path == "sqlite:///":
-        raise _error(setting, f'"{text}" names no file', 'It looks like "sqlite:///mlflow.db".')
+        raise _error(setting, f'"{text}" has no file name', 'Example: "sqlite:///mlflow.db".')
     absolute = os.path.abspath(path.removeprefix("sqlite:///"))
     return f"sqlite:///{absolute}" + (f"?{query}" if query else "")
 
@@ -229,26 +228,26 @@ def _error(setting: ResolvedValue, message: str, hint: str) -> ConfigError:
     return ConfigError(f"{setting.origin}: {message}", hint=hint)
 
 
-LONGEST_VALUE = 6000
-LONGEST_KEY = 250
+MAX_VALUE_LENGTH = 6000
+MAX_KEY_LENGTH = 250
 _PACKAGES = ("finetuning", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def parameters(config: Mapping[str, Any], *, flatten: bool = True) -> dict[str, str]:
-    """Text values by dotted keys, at most 6000 characters each; without `flatten`, one JSON text a section.
+    """Return text values by dotted keys, at most 6000 characters each; without `flatten`, one JSON text per section.
 
-    Keys that look like secrets are left out, and user and password are taken out of addresses. The whole config goes
-    to the tracker as a file; this is what its users sort and filter by.
+    Keys that look like secrets are left out, and user names and passwords are removed from addresses. The full config
+    is uploaded as a file; parameters are for sorting and filtering runs.
 
     >>> parameters({"run_conf": {"model": "m", "token": "hf_x"}, "seeds": [1, 2]})
     {'run_conf.model': 'm', 'seeds': '[1, 2]'}
     """
     pairs = _leaves(config, ()) if flatten else drop_secrets(dict(config)).items()
-    return {str(key)[:LONGEST_KEY]: _cut(strip_user_info(_text(value))) for key, value in pairs}
+    return {str(key)[:MAX_KEY_LENGTH]: _truncate(strip_user_info(_text(value))) for key, value in pairs}
 
 
 def version_tags() -> dict[str, str]:
-    """The versions that a run depends on, as tags; nothing is imported for it."""
+    """Return the versions of Python, platform and packages as tags, without importing the packages."""
     tags = {"version.python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -278,5 +277,5 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+def _truncate(text: str) -> str:
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"

@@ -49,10 +49,8 @@ class Queue:
             os.write(self._file, b"\n")  # a killed process may have left an incomplete line
 
     def append_metrics(self, values: Mapping[str, object], step: int) -> None:
-        """Append the numbers among the values; those that JSON lacks as "NaN", "Infinity" and "-Infinity"."""
-        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
-        plain = {key: value if math.isfinite(value) else json.dumps(value) for key, value in numbers.items()}
-        self.append("metrics", values=plain, step=step)
+        """Append the numbers among the values; see `metric_values`."""
+        self.append("metrics", values=metric_values(values), step=step)
 
     def append(self, kind: str, **values: Any) -> None:
         """Append a record, stamped with the time in milliseconds."""
@@ -66,6 +64,12 @@ class Queue:
             self.error = error.strerror or str(error)
         if self.error:
             logger.warning("MLflow: cannot write %s: %s. Training continues untracked.", self.path, self.error)
+
+
+def metric_values(values: Mapping[str, object]) -> dict[str, float | str]:
+    """Return the numbers among the values; those that JSON lacks as "NaN", "Infinity" and "-Infinity"."""
+    numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+    return {key: value if math.isfinite(value) else json.dumps(value) for key, value in numbers.items()}
 
 
 @dataclass

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from finetuning.tracking.mlflow.queue import QUEUE_NAME, Queue, UploadState, latest_run, list_queues, rotate
+from finetuning.tracking.mlflow.queue import (
+    QUEUE_NAME,
+    Queue,
+    UploadState,
+    latest_run,
+    list_queues,
+    metric_values,
+    rotate,
+)
 from finetuning.tracking.mlflow.sync import start_uploader
 from finetuning.tracking.settings import TrackingPlan
 from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
@@ -39,7 +47,7 @@ class MlflowTracker(Tracker):
         values = summary_totals(event.values) if event.kind == "summary" else dict(event.values)
         if event.kind == "training":
             values |= {"tokens_per_second": event.metrics.tokens_per_s, "tokens_seen": event.metrics.tokens_seen}
-        self.queue.append_metrics(values, event.metrics.step)
+        self.queue.append("metrics", values=metric_values(values), step=event.metrics.step)
         if time.monotonic() > self._next_check:
             error = UploadState.read(self.queue.path).error
             self._next_check = float("inf") if error else time.monotonic() + _CHECK_S

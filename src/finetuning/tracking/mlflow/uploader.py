@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 
 from finetuning.config.redaction import strip_user_info
 from finetuning.tracking.mlflow.queue import QUEUE_NAME, QueuedRecord, UploadState, latest_run, read_records
-from finetuning.tracking.settings import LONGEST_KEY
+from finetuning.tracking.settings import MAX_KEY_LENGTH
 
 _KEY_TAG, _CHANGED_TAG = "finetuning.key", "finetuning.changed_on_resume"
 # MLflow takes 1 MB per request: many metrics, but few texts of 6000 characters.
@@ -168,4 +168,4 @@ class Uploader:
 
 def _allowed(name: str) -> str:
     """Return the name with `_` for each character that MLflow does not allow in names."""
-    return re.sub(r"[^0-9A-Za-z_\-. :/]", "_", name)[:LONGEST_KEY]
+    return re.sub(r"[^0-9A-Za-z_\-. :/]", "_", name)[:MAX_KEY_LENGTH]
