@@ -92,7 +92,7 @@ def save_final_model(
     adapted = is_peft_model(model)
     if adapted and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
-    base = model.get_base_model() if adapted else model
+    base: Any = model.get_base_model() if adapted else model
     stop_tokens = align_stop_tokens(tokenizer, base.generation_config, end_of_turn) if base.can_generate() else None
     with _explain_full_disk(folder), atomic_directory(folder) as candidate:
         save_model(

@@ -173,10 +173,11 @@ def load_model(
         total_steps=total_steps,
         autocast_adapter_dtype=topology.sharded_by is None,
     )
-    initial = adapter_digests(adapted.model) if adapted.peft_config is not None else {}
+    adapted_model: Any = adapted.model
+    initial = adapter_digests(adapted_model) if adapted.peft_config is not None else {}
     layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
-    return LoadedModel(adapted.model, None, initial, fingerprint, vocabulary, load_reference, layout, tuple(notes))
+    return LoadedModel(adapted_model, None, initial, fingerprint, vocabulary, load_reference, layout, tuple(notes))
 
 
 def _load_base_model(

@@ -195,7 +195,8 @@ class TelemetrySession:
             return None
         from finetuning.telemetry.flops import count_flops
 
-        return count_flops(trainer.model)
+        model: Any = trainer.model
+        return count_flops(model)
 
     def _measure(self, flops: FlopsCount | None) -> ProcessTotals:
         from finetuning.telemetry.config import ProcessTotals
