@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Write directories atomically: a reader sees the complete directory or none."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pathlib import Path
 from finetuning.errors import StorageError
 
 MANIFEST = "manifest.json"
-_PREFIX, _MARK = ".", ".partial"
-_LITTLE_ROOM = 64 * 2**20
+_PREFIX, _SUFFIX = ".", ".partial"
+_MIN_FREE_BYTES = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 
 def staging_path(target: Path) -> Path:
-    """Where a directory is put together before it takes its name: beside it, so that a rename is enough."""
-    return target.with_name(f"{_PREFIX}{target.name}{_MARK}")
+    """Return the temporary name of a directory: in the same parent, so that a rename publishes it atomically."""
+    return target.with_name(f"{_PREFIX}{target.name}{_SUFFIX}")
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that becomes `target` when the block ends well, and is removed when it does not.
+    """Yield an empty staging directory that is renamed to `target` if the block succeeds and removed if it raises.
 
     Raises:
-        StorageError: `target` exists and is not empty; what was published is never overwritten.
+        StorageError: `target` exists and is not empty. Published directories are never overwritten.
     """
     require_empty(target)
     staging = staging_path(target)
@@ -44,15 +44,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def require_empty(target: Path) -> None:
-    """Nothing, or a StorageError when `target` holds something already."""
+    """Raise StorageError unless `target` is missing or an empty directory."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} exists and is not empty; choose another place or remove it")
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Flush a staged folder to disk, give its files the modes that the umask asks for, and rename it to `target`.
+    """Flush a staged directory to disk, set the file modes from the umask, and rename it to `target`.
 
-    safetensors writes files that only their owner can read, which another user's server then cannot load.
+    safetensors creates files that only their owner can read, which a server of another user could not load.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -69,7 +69,7 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """`manifest.json` into a folder: the size and the digest of every file in it."""
+    """Write `manifest.json` with the size and the digest of every file in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sampled_sha256": _digest(path)}
@@ -79,7 +79,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_manifest_mismatch(folder: Path) -> str | None:
-    """How a folder differs from its manifest; None when it does not, or has none."""
+    """Return how a folder differs from its manifest; None if it does not, or has no manifest."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -98,10 +98,9 @@ def find_manifest_mismatch(folder: Path) -> str | None:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file of up to 64 MiB; of a larger one, of 64 pieces of 1 MiB spread over it, the ends among them.
+    """Return the SHA-256 of a file; above 64 MiB, that of 64 chunks of 1 MiB at equal distances, including both ends.
 
-    A checkpoint of hundreds of gigabytes is checked in seconds so; the sizes, which are checked too, tell what was
-    cut off or copied by half.
+    This way a checkpoint of hundreds of gigabytes is checked in seconds. Truncated files are detected by their size.
     """
     size, digest = file.stat().st_size, hashlib.sha256()
     with open(file, "rb") as stream:
@@ -115,27 +114,27 @@ def _digest(file: Path) -> str:
 
 
 def remove_staging_directories(folder: Path) -> list[Path]:
-    """Staging folders that a killed process left in `folder`; removed."""
-    leftovers = [path for path in folder.glob(f"{_PREFIX}*{_MARK}") if path.is_dir()]
+    """Remove staging directories that a killed process left in `folder`, and return their paths."""
+    leftovers = [path for path in folder.glob(f"{_PREFIX}*{_SUFFIX}") if path.is_dir()]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return leftovers
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether a write failed for want of room on the folder's disk.
+    """Return whether a write failed because the disk or the quota is full.
 
-    Libraries that write tensors hide the system's error in one of their own; then the room that is left tells.
+    torch and safetensors raise errors of their own without an errno. For those the free space decides.
     """
     chain = [error, error.__cause__, error.__context__]
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in chain):
         return True
     writes_tensors = "iostream" in str(error) or "file write" in str(error) or "unexpected pos" in str(error)
-    return "No space left" in str(error) or (writes_tensors and shutil.disk_usage(folder).free < _LITTLE_ROOM)
+    return "No space left" in str(error) or (writes_tensors and shutil.disk_usage(folder).free < _MIN_FREE_BYTES)
 
 
 def fsync(path: str | Path) -> None:
-    """Brings a file or a folder's entries to disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which process this is, among how many: the only reader of the launcher's environment."""
+"""Rank, world size and sharding, read from the environment variables of the launcher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from finetuning.errors import ConfigError
 
-# torchrun and accelerate set the first name of each; srun and mpirun set the others.
+# In order of precedence: torchrun and accelerate, then srun, Open MPI, and other MPI launchers.
 _NAMES = {
     "rank": ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
     "local_rank": ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
@@ -19,9 +19,9 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ProcessTopology:
-    """This process's global rank, its rank on this machine, and the number of processes of the job.
+    """Global rank, rank on this node, and number of processes of the job.
 
-    `sharded_by` is what the launcher says will split the model over the processes.
+    `sharded_by` is set if accelerate was launched with FSDP or DeepSpeed.
     """
 
     rank: int = 0
@@ -31,7 +31,7 @@ class ProcessTopology:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes, prints and tracks."""
+        """True on global rank 0, which alone saves files, prints and tracks."""
         return self.rank == 0
 
     @property
@@ -40,13 +40,13 @@ class ProcessTopology:
 
 
 def read_topology(environ: Mapping[str, str] = os.environ) -> ProcessTopology:
-    """The topology that the launcher wrote into the environment; one process when it wrote none.
+    """Return the topology that the launcher set in the environment; a single process if it set none.
 
-    A SLURM allocation counts only inside a job step (`srun`), which sets SLURM_STEP_ID: the batch script itself
-    sees SLURM_NTASKS too, and is one process.
+    SLURM variables are read only inside a job step (`srun`), which sets SLURM_STEP_ID. The batch script itself is a
+    single process although SLURM_NTASKS is set there as well.
 
     Raises:
-        ConfigError: a variable is not a number, or the rank is not below the world size.
+        ConfigError: a variable is not an integer, or the rank is not below the world size.
     """
     values = {}
     for field, names in _NAMES.items():
@@ -69,7 +69,7 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> ProcessTopology:
 
 
 def read_job_end_time(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When the scheduler ends the job, in seconds since 1970; None where it does not say."""
+    """Return the time limit of the SLURM job in seconds since the epoch; None if there is none."""
     try:
         return float(environ["SLURM_JOB_END_TIME"])
     except (KeyError, ValueError):
@@ -77,7 +77,7 @@ def read_job_end_time(environ: Mapping[str, str] = os.environ) -> float | None:
 
 
 def _sharding(environ: Mapping[str, str]) -> Literal["fsdp", "deepspeed"] | None:
-    def says(name: str) -> bool:
+    def is_set(name: str) -> bool:
         return environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
-    return "fsdp" if says("ACCELERATE_USE_FSDP") else "deepspeed" if says("ACCELERATE_USE_DEEPSPEED") else None
+    return "fsdp" if is_set("ACCELERATE_USE_FSDP") else "deepspeed" if is_set("ACCELERATE_USE_DEEPSPEED") else None

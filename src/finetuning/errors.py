@@ -1,4 +1,4 @@
-"""Every error that a user can meet.
+"""The exceptions of the package and the exit code of each.
 
 FinetuningError                exit code
 ├── ConfigError                1    the YAML, an override or a command-line option
@@ -7,8 +7,8 @@ FinetuningError                exit code
 ├── CheckpointError            1    a checkpoint that cannot be resumed from
 ├── StorageError               1    a directory that is not empty, not writable or full
 ├── MissingPackageError        1    an optional package that this run needs
-├── GuardStopped               3    a guard stopped the run: not finite, exploded, or a proof that failed
-├── InternalError              203  out of memory, or a defect of ours
+├── GuardStopped               3    a guard stopped the run: non-finite or exploded loss, failed verification
+├── InternalError              203  out of memory, or a bug in the engine
 └── Interrupted                128 + the signal's number, a checkpoint saved
 """
 
@@ -25,7 +25,7 @@ EXIT_INTERNAL = 203
 
 @dataclass(frozen=True)
 class Location:
-    """Where something stands in what the user wrote: file, 1-based line and column, dotted key."""
+    """A position in the user's input: file, line and column (from 1), dotted config key."""
 
     file: str | None = None
     line: int | None = None
@@ -39,22 +39,22 @@ class Location:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what, and what to do about it."""
+    """A problem: message, location, and a hint on how to fix it."""
 
     message: str
     place: Location = Location()
     hint: str | None = None
 
     def __str__(self) -> str:
-        where = str(self.place)
-        text = f"{where}: {self.message}" if where else self.message
+        location = str(self.place)
+        text = f"{location}: {self.message}" if location else self.message
         if not self.hint:
             return text
         return f"{text} {self.hint}" if text.endswith((".", "?", "!", ":")) else f"{text}. {self.hint}"
 
 
 class FinetuningError(Exception):
-    """An error with a message for people, a place and an exit code; shown without a traceback."""
+    """Base class. Holds one or more problems and an exit code; the console scripts print it without a traceback."""
 
     exit_code = EXIT_USER
 
@@ -67,15 +67,15 @@ class FinetuningError(Exception):
 
 
 class ConfigError(FinetuningError):
-    """The YAML, an override or a command-line option is wrong. Holds every problem of the file at once."""
+    """The YAML, an override or a command-line option is invalid. Holds all problems of the file."""
 
 
 class DataError(FinetuningError):
-    """A data file, a row or a chat template is wrong."""
+    """A data file, a row or a chat template is invalid."""
 
 
 class ModelError(FinetuningError):
-    """A model, tokenizer or adapter is missing, broken or does not fit."""
+    """A model, tokenizer or adapter is missing, corrupt or incompatible."""
 
 
 class CheckpointError(FinetuningError):
@@ -83,27 +83,27 @@ class CheckpointError(FinetuningError):
 
 
 class StorageError(FinetuningError):
-    """A directory is not empty, not writable or has no room."""
+    """A directory is not empty, not writable or full."""
 
 
 class MissingPackageError(FinetuningError):
-    """This run needs an optional package that is not installed."""
+    """An optional package that this run needs is not installed."""
 
 
 class GuardStopped(FinetuningError):
-    """A guard stopped the run: a value that is not finite, an exploded loss, a proof that failed."""
+    """A guard stopped the run: non-finite value, exploded loss or failed verification."""
 
     exit_code = EXIT_GUARD
 
 
 class InternalError(FinetuningError):
-    """Out of memory, or a defect of the engine."""
+    """Out of memory, or a bug in the engine."""
 
     exit_code = EXIT_INTERNAL
 
 
 class Interrupted(FinetuningError):
-    """A signal ended the run after a checkpoint was saved."""
+    """A signal ended the run after it saved a checkpoint."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

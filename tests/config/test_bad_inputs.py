@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, str]] = {
     ),
     "17 quantised, all weights trained": (
         RIGHT.replace("LORA", "NO_PEFT") + QUANTISED,
-        "config.yaml:11:3: peft_conf.peft_type: is NO_PEFT, but quant_conf quantises the model: quantised weights"
+        "config.yaml:11:3: peft_conf.peft_type: is NO_PEFT, but quant_conf quantizes the model: quantized weights"
         " cannot be trained. Choose an adapter such as LORA, or quantization_type: no-quantization.",
     ),
     "18 a dpo config": (

@@ -67,7 +67,7 @@ LORA = "{peft_type: LORA}"
             {"data_conf": ONE + "instruction_template: a, dataset_text_field: b, data_formatter_template: c,"
              " format: response_template}]}, validation_data: {type: NONE}}"},
             "sft",
-            ["data_conf.training_data.datasets.0.instruction_template: needs response_template beside it.",
+            ["data_conf.training_data.datasets.0.instruction_template: requires response_template.",
              "data_conf.training_data.datasets.0.data_formatter_template: is set, and so is dataset_text_field;"
              " set one of them.",
              "data_conf.training_data.datasets.0.format: is response_template, but the dataset has no"
@@ -81,7 +81,7 @@ LORA = "{peft_type: LORA}"
         (
             {"quant_conf": "{quantization_type: bits-and-bytes, load_in_4bit: true}"},
             "sft",
-            ["peft_conf.peft_type: is NO_PEFT, but quant_conf quantises the model: quantised weights cannot be trained."
+            ["peft_conf.peft_type: is NO_PEFT, but quant_conf quantizes the model: quantized weights cannot be trained."
              " Choose an adapter such as LORA, or quantization_type: no-quantization."],
         ),
         (
@@ -156,7 +156,7 @@ LORA = "{peft_type: LORA}"
             ['training_args.deepspeed.train_batch_size: is 8, but batchsize_conf.total_train_batch_size is 16.'
              ' Write "auto", or leave it out.',
              "training_args.deepspeed.train_micro_batch_size_per_gpu: is 5, but batchsize_conf asks for a total of 16"
-             ' with at most 4 rows a device. Write "auto", or leave it out.',
+             ' with at most 4 rows per device. Write "auto", or leave it out.',
              'training_args.deepspeed.gradient_accumulation_steps: must be "auto" or a whole number > 0.'],
         ),
         (
@@ -165,22 +165,22 @@ LORA = "{peft_type: LORA}"
             "sft",
             ['training_args.eval_strategy: is "steps", but data_conf.validation_data.type is "NONE".'
              " Give validation data, or set eval_strategy: no.",
-             "peft_conf.peft_type: is NO_PEFT, but quant_conf quantises the model: quantised weights cannot be trained."
+             "peft_conf.peft_type: is NO_PEFT, but quant_conf quantizes the model: quantized weights cannot be trained."
              " Choose an adapter such as LORA, or quantization_type: no-quantization.",
              "quant_conf: neither load_in_4bit nor load_in_8bit is true; set one of them.",
              'run_conf.modl: unknown key. Did you mean "model"?'],
         ),
     ],
 )  # fmt: skip
-def test_sections_that_disagree(
+def test_contradictory_sections_are_rejected(
     sections: dict[str, str],
     method: str,
     lines: list[str],
     messages: Callable[..., list[str]],
     changed: Callable[..., str],
 ) -> None:
-    found = [line.split(": ", 1)[1] for line in messages(changed(**sections), method)]
-    assert sorted(found) == sorted(lines)
+    reported = [line.split(": ", 1)[1] for line in messages(changed(**sections), method)]
+    assert sorted(reported) == sorted(lines)
 
 
 @pytest.mark.parametrize(

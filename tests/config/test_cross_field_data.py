@@ -1,4 +1,4 @@
-"""What cannot stream is refused with its reason and what to do instead, before anything is read."""
+"""Options that streaming does not support are rejected with a reason and a hint, before any data is read."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def data(source: str = "", validation: str = NONE, more: str = ", streaming: tru
     ("sections", "method", "line"),
     [
         ({"data_conf": data()}, "sft",
-         "training_args.max_steps: must be set: data_conf.streaming reads rows as training goes, so that nobody has"
-         " counted an epoch. Set max_steps, or leave streaming out to train for num_train_epochs."),
+         "training_args.max_steps: must be set: the length of an epoch is not known with data_conf.streaming."
+         " Set max_steps, or leave streaming out to train for num_train_epochs."),
         ({"data_conf": data(), "training_args": "{max_steps: 5}"}, "kto",
-         "data_conf.streaming: is for sft: the trainer of kto takes rows that are all at hand. Leave it out: prepared"
-         " rows lie on the disk, and are read as they are needed; max_rows caps a dataset."),
+         "data_conf.streaming: is only valid for sft: the trainer of kto needs all rows in advance. Remove it: prepared"
+         " rows are read from disk as needed; max_rows limits a dataset."),
         ({"data_conf": data(more=", streaming: true, prepared: p"), "training_args": "{max_steps: 5}"}, "sft",
-         "data_conf.streaming: is true, but data_conf.prepared names rows that are made already. Leave streaming out:"
-         " they are read from the disk as they are needed."),
+         "data_conf.streaming: is true, but data_conf.prepared names a dataset that is already prepared. Remove"
+         " streaming: prepared rows are read from disk as needed."),
         ({"data_conf": data(validation="{type: AUTO_SPLIT}"),
           "training_args": "{max_steps: 5, eval_strategy: steps, eval_steps: 5}"}, "sft",
-         "data_conf.validation_data.type: is AUTO_SPLIT, but data_conf.streaming is true: a share of a dataset is known"
-         " when all of it was read, which a stream never has. Put validation rows into a file of their own, and set"
+         "data_conf.validation_data.type: is AUTO_SPLIT, but data_conf.streaming is true: a fraction of a dataset"
+         " requires its length, which is not known. Put validation rows into a separate file, and set"
          " type: CONCATENATION."),
         ({"data_conf": data("train_ratio: 0.5"), "training_args": "{max_steps: 5}"}, "sft",
-         "data_conf.training_data.datasets.0.train_ratio: is set, but data_conf.streaming is true: a share of a dataset"
-         " is known when all of it was read, which a stream never has. Set max_rows."),
+         "data_conf.training_data.datasets.0.train_ratio: is set, but data_conf.streaming is true: a fraction of a"
+         " dataset requires its length, which is not known. Set max_rows."),
         ({"data_conf": data(), "training_args": "{max_steps: 5, save_strategy: epoch}"}, "sft",
-         "training_args.save_strategy: is epoch, but data_conf.streaming has no epochs that could be counted. Set"
+         "training_args.save_strategy: is epoch, but the length of an epoch is not known with data_conf.streaming. Set"
          " save_strategy: steps."),
         ({"data_conf": data(), "training_args": "{max_steps: 5, train_sampling_strategy: group_by_length}"}, "sft",
          "training_args.train_sampling_strategy: is group_by_length, but data_conf.streaming is true: rows come as"
@@ -54,14 +54,14 @@ def data(source: str = "", validation: str = NONE, more: str = ", streaming: tru
          " data_conf.streaming is true. Leave it out, or leave streaming out."),
     ],
 )  # fmt: skip
-def test_what_cannot_stream_is_refused(
+def test_unsupported_streaming_options_are_rejected(
     sections: dict[str, str], method: str, line: str, messages: Callable[..., list[str]], changed: Callable[..., str]
 ) -> None:
-    (found,) = messages(changed(**sections), method)
-    assert found.partition(": ")[2] == line
+    (message,) = messages(changed(**sections), method)
+    assert message.partition(": ")[2] == line
 
 
-def test_a_stream_with_steps_is_right(check: Callable, changed: Callable[..., str]) -> None:
+def test_streaming_with_max_steps_is_valid(check: Callable, changed: Callable[..., str]) -> None:
     validation = "{type: CONCATENATION, datasets: [{path: b}]}"
     text = changed(
         data_conf=data(validation=validation, more=", streaming: true, shuffle_buffer: 1"),
@@ -72,7 +72,7 @@ def test_a_stream_with_steps_is_right(check: Callable, changed: Callable[..., st
     assert not validated.warnings
 
 
-def test_a_buffer_without_a_stream_is_said_to_be_ignored(check: Callable, changed: Callable[..., str]) -> None:
+def test_shuffle_buffer_without_streaming_gives_a_warning(check: Callable, changed: Callable[..., str]) -> None:
     (warning,) = check(changed(data_conf=data(more=", shuffle_buffer: 5"))).warnings
-    assert "data_conf.shuffle_buffer: is ignored: it is for streams" in str(warning)
+    assert "data_conf.shuffle_buffer: is ignored without data_conf.streaming" in str(warning)
     assert not check(changed(data_conf=data(more=", shuffle_buffer: 10000, streaming: false"))).warnings

@@ -207,7 +207,7 @@ def test_16_an_output_directory_that_cannot_be_written(
 def test_17_quantised_weights_are_not_trained(refused: Any, sft_values: Any, write_config: Any) -> None:
     quantised = {"quant_conf": {"quantization_type": "bits-and-bytes", "load_in_4bit": True}}
     message = refused(write_config(sft_values(quantised)))
-    assert "peft_conf.peft_type: is NO_PEFT, but quant_conf quantises the model" in message
+    assert "peft_conf.peft_type: is NO_PEFT, but quant_conf quantizes the model" in message
 
 
 def test_18_a_config_for_another_method(refused: Any, dpo_values: Any, sft_values: Any, write_config: Any) -> None:

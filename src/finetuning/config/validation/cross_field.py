@@ -1,6 +1,6 @@
-"""What must agree between sections: one small function for each rule.
+"""Rules that involve several config keys: one function per rule.
 
-A rule sees the sections that are right in themselves, so that it speaks up even when others are not.
+A rule runs if the sections it reads are valid, so that it reports its problem even if other sections are invalid.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from finetuning.config.sections.training import BatchSizeConfig, DPOTrainingArgs
 from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.cross_field_data import (
     STREAM_RULES,
-    one_chat_template,
-    one_choice_of_what_is_trained,
-    shares_are_asked_for,
-    texts_are_made_in_one_way,
-    trackers_have_a_place,
-    tracking_address_holds_no_password,
+    dataset_text_options_are_consistent,
+    only_one_chat_template,
+    trackers_are_configured,
+    tracking_uri_has_no_credentials,
+    train_on_is_unambiguous,
+    validation_ratios_match_split_type,
 )
 from finetuning.config.yaml.document import ValidationIssue
 
 Rule = Callable[[Any], Iterator[ValidationIssue]]
 
 
-def evaluation_needs_data(run: Experiment) -> Iterator[ValidationIssue]:
-    """Evaluation with nothing to evaluate on."""
+def evaluation_requires_validation_data(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject evaluation without validation data."""
     strategy, kind = run.training_args.eval_strategy, run.data_conf.validation_data.type
     if strategy != "no" and kind == "NONE":
         yield ValidationIssue(
@@ -40,8 +40,8 @@ def evaluation_needs_data(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def validation_data_is_used(run: Experiment) -> Iterator[ValidationIssue]:
-    """Validation data that nothing looks at."""
+def validation_data_requires_evaluation(run: Experiment) -> Iterator[ValidationIssue]:
+    """Warn about validation data that is never used."""
     args = run.training_args
     passed_on = args.model_extra or {}
     if (
@@ -57,8 +57,8 @@ def validation_data_is_used(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def some_weight_is_positive(run: Experiment) -> Iterator[ValidationIssue]:
-    """A mix whose weights are all 0."""
+def a_sampling_weight_is_positive(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a mix whose sampling weights are all 0."""
     data = run.data_conf.training_data
     if data.type == "PRECOMPUTE_WEIGHTED_MIX" and all(source.sampling_weight == 0 for source in data.datasets):
         for index, source in enumerate(data.datasets):
@@ -68,28 +68,28 @@ def some_weight_is_positive(run: Experiment) -> Iterator[ValidationIssue]:
             )
 
 
-def quantised_weights_are_frozen(run: Experiment) -> Iterator[ValidationIssue]:
-    """All weights trained, though they are quantised."""
+def quantized_weights_are_frozen(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject full fine-tuning of quantized weights."""
     if isinstance(run.quant_conf, BitsAndBytes) and isinstance(run.peft_conf, NoPeft):
         yield ValidationIssue(
             ("peft_conf", "peft_type"),
-            "is NO_PEFT, but quant_conf quantises the model: quantised weights cannot be trained.",
+            "is NO_PEFT, but quant_conf quantizes the model: quantized weights cannot be trained.",
             "Choose an adapter such as LORA, or quantization_type: no-quantization.",
         )
 
 
-def packs_are_not_padded(run: SFTExperiment) -> Iterator[ValidationIssue]:
-    """Packed rows that are to be padded."""
+def packing_is_padding_free(run: SFTExperiment) -> Iterator[ValidationIssue]:
+    """Reject packing with padded batches."""
     if run.sft_args.packing and run.sft_args.batching == "padded":
         yield ValidationIssue(
             ("sft_args", "packing"),
-            "is true, but sft_args.batching is padded: rows of a pack are kept apart only when they lie end to end.",
+            "is true, but sft_args.batching is padded: packing requires padding-free batches to keep rows isolated.",
             "Set batching: auto, or packing: false.",
         )
 
 
-def one_number_of_bits(run: Experiment) -> Iterator[ValidationIssue]:
-    """4 and 8 bit at once, or neither."""
+def exactly_one_bit_width(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject 4 and 8 bits at the same time, or neither."""
     quant = run.quant_conf
     if isinstance(quant, BitsAndBytes) and quant.load_in_4bit == quant.load_in_8bit:
         both = "load_in_4bit and load_in_8bit are both true" if quant.load_in_4bit else "neither load_in_4bit nor"
@@ -98,7 +98,7 @@ def one_number_of_bits(run: Experiment) -> Iterator[ValidationIssue]:
 
 
 def remote_code_is_pinned(run: Experiment) -> Iterator[ValidationIssue]:
-    """Code of the model's authors that runs here, and may be other code tomorrow."""
+    """Warn about remote code, which may change unless a commit pins it."""
     args = run.run_conf.model_args
     if args.trust_remote_code:
         pinned = re.fullmatch(r"[0-9a-f]{40}", args.code_revision or args.revision)
@@ -111,14 +111,14 @@ def remote_code_is_pinned(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def one_autocast_type(run: Experiment) -> Iterator[ValidationIssue]:
-    """bf16 and fp16 at once."""
+def only_one_mixed_precision_dtype(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject bf16 together with fp16."""
     if run.training_args.bf16 and run.training_args.fp16:
         yield ValidationIssue(("training_args", "fp16"), "is true, and so is training_args.bf16; set one of them.")
 
 
-def the_batch_stays_planned(run: Experiment) -> Iterator[ValidationIssue]:
-    """A search for a batch size that leaves the accumulation as it was, and so changes the total."""
+def batch_size_is_not_searched(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a search for a batch size that would change the total batch size."""
     if (run.training_args.model_extra or {}).get("auto_find_batch_size"):
         yield ValidationIssue(
             ("training_args", "auto_find_batch_size"),
@@ -128,8 +128,8 @@ def the_batch_stays_planned(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def training_has_an_end(run: Experiment) -> Iterator[ValidationIssue]:
-    """No steps, or no passes over the data."""
+def number_of_steps_is_positive(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject runs of no steps or epochs."""
     args = run.training_args
     if args.max_steps == 0:
         yield ValidationIssue(
@@ -142,8 +142,8 @@ def training_has_an_end(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def schedule_can_see_evaluations(run: Experiment) -> Iterator[ValidationIssue]:
-    """A learning rate that follows the validation loss, without one."""
+def schedule_requires_evaluation(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject schedules that follow the validation loss, without evaluation."""
     schedule = run.training_args.lr_scheduler_type
     if schedule in ("reduce_lr_on_plateau", "greedy") and run.training_args.eval_strategy == "no":
         yield ValidationIssue(
@@ -151,8 +151,8 @@ def schedule_can_see_evaluations(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def best_model_can_be_known(run: Experiment) -> Iterator[ValidationIssue]:
-    """The best checkpoint asked for, but checkpoints and evaluations do not meet."""
+def best_model_requires_matching_strategies(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject best-checkpoint selection if checkpoints and evaluations do not coincide."""
     args = run.training_args
     if not args.load_best_model_at_end and args.save_strategy != "best":
         return
@@ -178,8 +178,8 @@ def best_model_can_be_known(run: Experiment) -> Iterator[ValidationIssue]:
             )
 
 
-def each_loss_has_a_weight(run: Experiment) -> Iterator[ValidationIssue]:
-    """More or fewer weights than losses."""
+def loss_weights_match_losses(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a number of loss weights other than that of the losses."""
     args = run.training_args
     if isinstance(args, DPOTrainingArgs) and args.loss_weights is not None:
         losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
@@ -190,8 +190,8 @@ def each_loss_has_a_weight(run: Experiment) -> Iterator[ValidationIssue]:
             )
 
 
-def answers_have_neighbours(run: Experiment) -> Iterator[ValidationIssue]:
-    """KTO one row at a time, which leaves no other answer to estimate the divergence from."""
+def kto_batch_has_several_rows(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject KTO with one row per batch: the KL divergence is estimated from other rows of the batch."""
     args, batch = run.training_args, run.batchsize_conf
     if isinstance(args, KTOTrainingArgs) and args.loss_type == "kto" and batch.max_per_device_train_batch_size == 1:
         yield ValidationIssue(
@@ -201,15 +201,15 @@ def answers_have_neighbours(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def groups_are_whole(run: Experiment) -> Iterator[ValidationIssue]:
-    """A total batch that cuts through the completions of one prompt."""
+def batch_holds_complete_grpo_groups(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a total batch size that splits the completions of a prompt."""
     args, total = run.training_args, run.batchsize_conf.total_train_batch_size
     if not isinstance(args, GRPOTrainingArgs) or {"generation_batch_size", "steps_per_generation"} & set(
         args.model_extra or {}
     ):
         return
     if rest := total % args.num_generations:
-        nearest = [str(one) for one in (total - rest, total - rest + args.num_generations) if one]
+        nearest = [str(size) for size in (total - rest, total - rest + args.num_generations) if size]
         yield ValidationIssue(
             ("batchsize_conf", "total_train_batch_size"),
             f"counts completions, and {total} is no multiple of training_args.num_generations {args.num_generations}.",
@@ -217,14 +217,14 @@ def groups_are_whole(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def controllers_are_sound(run: Experiment) -> Iterator[ValidationIssue]:
-    """Rules of a trainer controller that could never be followed."""
+def controllers_are_valid(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject invalid rules of the trainer controller."""
     if isinstance(run.trainer_controller, TrainerController):
         yield from check_controllers(run.trainer_controller, ("trainer_controller",))
 
 
-def deepspeed_agrees_on_the_batch(run: Experiment) -> Iterator[ValidationIssue]:
-    """Batch sizes in an inline DeepSpeed config that contradict `batchsize_conf`."""
+def deepspeed_matches_batch_size(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject batch sizes in an inline DeepSpeed config that contradict `batchsize_conf`."""
     config, batch = run.training_args.deepspeed, run.batchsize_conf
     if not isinstance(config, dict):
         return
@@ -246,7 +246,7 @@ def _deepspeed_limits(batch: BatchSizeConfig) -> list[tuple[str, Callable[[int],
         (
             "train_micro_batch_size_per_gpu",
             lambda value: (most != "auto" and value > most) or total % value != 0,
-            f"batchsize_conf asks for a total of {total} with at most {most} rows a device",
+            f"batchsize_conf asks for a total of {total} with at most {most} rows per device",
         ),
         (
             "gradient_accumulation_steps",
@@ -257,44 +257,44 @@ def _deepspeed_limits(batch: BatchSizeConfig) -> list[tuple[str, Callable[[int],
 
 
 RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
-    (("data_conf", "training_args"), evaluation_needs_data),
-    (("data_conf", "training_args"), validation_data_is_used),
-    (("data_conf",), some_weight_is_positive),
-    (("data_conf",), shares_are_asked_for),
-    (("data_conf",), texts_are_made_in_one_way),
-    (("data_conf",), one_chat_template),
+    (("data_conf", "training_args"), evaluation_requires_validation_data),
+    (("data_conf", "training_args"), validation_data_requires_evaluation),
+    (("data_conf",), a_sampling_weight_is_positive),
+    (("data_conf",), validation_ratios_match_split_type),
+    (("data_conf",), dataset_text_options_are_consistent),
+    (("data_conf",), only_one_chat_template),
     *STREAM_RULES,
-    (("sft_args",), one_choice_of_what_is_trained),
-    (("peft_conf", "quant_conf"), quantised_weights_are_frozen),
-    (("sft_args",), packs_are_not_padded),
-    (("quant_conf",), one_number_of_bits),
-    (("training_args",), one_autocast_type),
+    (("sft_args",), train_on_is_unambiguous),
+    (("peft_conf", "quant_conf"), quantized_weights_are_frozen),
+    (("sft_args",), packing_is_padding_free),
+    (("quant_conf",), exactly_one_bit_width),
+    (("training_args",), only_one_mixed_precision_dtype),
     (("run_conf",), remote_code_is_pinned),
-    (("training_args",), the_batch_stays_planned),
-    (("training_args",), training_has_an_end),
-    (("training_args",), schedule_can_see_evaluations),
-    (("training_args",), best_model_can_be_known),
-    (("training_args",), each_loss_has_a_weight),
-    (("training_args", "batchsize_conf"), answers_have_neighbours),
-    (("training_args", "batchsize_conf"), groups_are_whole),
-    (("training_args", "batchsize_conf"), deepspeed_agrees_on_the_batch),
-    (("trainer_controller",), controllers_are_sound),
-    (("tracking",), tracking_address_holds_no_password),
-    (("tracking", "training_args"), trackers_have_a_place),
+    (("training_args",), batch_size_is_not_searched),
+    (("training_args",), number_of_steps_is_positive),
+    (("training_args",), schedule_requires_evaluation),
+    (("training_args",), best_model_requires_matching_strategies),
+    (("training_args",), loss_weights_match_losses),
+    (("training_args", "batchsize_conf"), kto_batch_has_several_rows),
+    (("training_args", "batchsize_conf"), batch_holds_complete_grpo_groups),
+    (("training_args", "batchsize_conf"), deepspeed_matches_batch_size),
+    (("trainer_controller",), controllers_are_valid),
+    (("tracking",), tracking_uri_has_no_credentials),
+    (("tracking", "training_args"), trackers_are_configured),
 )
-"""The rules, each with the sections that it reads."""
+"""The rules and the sections that each of them reads."""
 
 
-def check_rules(run: Any, right: Mapping[str, Any]) -> list[ValidationIssue]:
-    """What the rules find, of those whose sections are all right.
+def check_rules(run: Any, valid: Mapping[str, Any]) -> list[ValidationIssue]:
+    """Return the issues of all rules whose sections are valid.
 
     Args:
-        run: an experiment, or one put together of its right sections only.
-        right: the names of the sections that are right.
+        run: an experiment, or a partial one that has its valid sections only.
+        valid: the valid sections by name.
     """
     return [
-        finding
+        issue
         for sections, rule in RULES
-        if all(name in right and hasattr(run, name) for name in sections)
-        for finding in rule(run)
+        if all(name in valid and hasattr(run, name) for name in sections)
+        for issue in rule(run)
     ]

@@ -1,8 +1,4 @@
-"""What a stream of rows needs, and what it cannot give: one small function for each rule.
-
-What must agree within `data_conf` and with what is trained of it: one small function for each rule.
-
-What must hold of `tracking` and of `training_args.report_to`."""
+"""Rules for streaming datasets, for `data_conf`, and for experiment trackers: one function per rule."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.tracking import report_to_trackers, requested_trackers
 from finetuning.config.yaml.document import ValidationIssue
 
-_SHARE = "a share of a dataset is known when all of it was read, which a stream never has"
+_SHARE = "a fraction of a dataset requires its length, which is not known"
 _LOADER = {
     "dataloader_num_workers": "rows are made by a thread of the run, once, and workers would each make all of them",
     "dataloader_persistent_workers": "rows are made by a thread of the run, without workers",
@@ -23,61 +19,61 @@ _LOADER = {
 }
 
 
-def streams_have_an_end(run: Any) -> Iterator[ValidationIssue]:
-    """A stream whose steps nobody counted, or that is to be told by epochs."""
+def streaming_requires_max_steps(run: Any) -> Iterator[ValidationIssue]:
+    """Reject streaming without `max_steps`, or with strategies per epoch."""
     args = run.training_args
     if not run.data_conf.streaming:
         return
     if args.max_steps <= 0:
         yield ValidationIssue(
             ("training_args", "max_steps"),
-            "must be set: data_conf.streaming reads rows as training goes, so that nobody has counted an epoch.",
+            "must be set: the length of an epoch is not known with data_conf.streaming.",
             "Set max_steps, or leave streaming out to train for num_train_epochs.",
         )
     for name in ("logging_strategy", "eval_strategy", "save_strategy"):
         if getattr(args, name) == "epoch":
             yield ValidationIssue(
                 ("training_args", name),
-                "is epoch, but data_conf.streaming has no epochs that could be counted.",
+                "is epoch, but the length of an epoch is not known with data_conf.streaming.",
                 f"Set {name}: steps.",
             )
 
 
-def streams_are_for_sft(run: Any) -> Iterator[ValidationIssue]:
-    """A stream for a method whose trainer wants all rows at hand."""
+def streaming_is_only_for_sft(run: Any) -> Iterator[ValidationIssue]:
+    """Reject streaming for algorithms other than sft."""
     method = type(run).method_name
     if run.data_conf.streaming and method not in ("", "sft"):
         yield ValidationIssue(
             ("data_conf", "streaming"),
-            f"is for sft: the trainer of {method} takes rows that are all at hand.",
-            "Leave it out: prepared rows lie on the disk, and are read as they are needed; max_rows caps a dataset.",
+            f"is only valid for sft: the trainer of {method} needs all rows in advance.",
+            "Remove it: prepared rows are read from disk as needed; max_rows limits a dataset.",
         )
 
 
-def streams_take_rows_as_they_come(run: Any) -> Iterator[ValidationIssue]:
-    """Choices that need all rows of a stream before the first is used; and settings of a stream where there is none."""
+def streaming_needs_no_full_pass(run: Any) -> Iterator[ValidationIssue]:
+    """Reject options that need all rows in advance; warn about streaming options without streaming."""
     conf = run.data_conf
     if not conf.streaming:
         if conf.shuffle_buffer != type(conf).model_fields["shuffle_buffer"].default:
             yield ValidationIssue(
                 ("data_conf", "shuffle_buffer"),
-                "is ignored: it is for streams, and prepared rows are shuffled all together.",
-                "Leave it out, or set data_conf.streaming: true.",
+                "is ignored without data_conf.streaming: prepared rows are shuffled as a whole.",
+                "Remove it, or set data_conf.streaming: true.",
                 kind="warning",
             )
         return
     if conf.prepared:
         yield ValidationIssue(
             ("data_conf", "streaming"),
-            "is true, but data_conf.prepared names rows that are made already.",
-            "Leave streaming out: they are read from the disk as they are needed.",
+            "is true, but data_conf.prepared names a dataset that is already prepared.",
+            "Remove streaming: prepared rows are read from disk as needed.",
         )
     kind = conf.validation_data.type
     if kind in ("AUTO_SPLIT", "FROM_DATASETS"):
         yield ValidationIssue(
             ("data_conf", "validation_data", "type"),
             f"is {kind}, but data_conf.streaming is true: {_SHARE}.",
-            "Put validation rows into a file of their own, and set type: CONCATENATION.",
+            "Put validation rows into a separate file, and set type: CONCATENATION.",
         )
     for index, source in enumerate(conf.training_data.datasets):
         if source.train_ratio is not None:
@@ -88,12 +84,12 @@ def streams_take_rows_as_they_come(run: Any) -> Iterator[ValidationIssue]:
             )
 
 
-def streams_are_read_in_order(run: Any) -> Iterator[ValidationIssue]:
-    """Settings of the trainer's loading of rows that a stream does not follow."""
+def streaming_dataloader_args_are_supported(run: Any) -> Iterator[ValidationIssue]:
+    """Reject dataloader options that streaming does not support."""
     if not run.data_conf.streaming:
         return
-    given = run.training_args.model_extra or {}
-    strategy = given.get("train_sampling_strategy", "random")
+    extra = run.training_args.model_extra or {}
+    strategy = extra.get("train_sampling_strategy", "random")
     if strategy != "random":
         yield ValidationIssue(
             ("training_args", "train_sampling_strategy"),
@@ -101,11 +97,11 @@ def streams_are_read_in_order(run: Any) -> Iterator[ValidationIssue]:
             "Leave it out; padding costs nothing where sft_args.batching is auto.",
         )
     for name, reason in _LOADER.items():
-        if given.get(name):
+        if extra.get(name):
             yield ValidationIssue(
                 ("training_args", name), f"does not go with data_conf.streaming: {reason}.", "Leave it out."
             )
-    accelerator = given.get("accelerator_config")
+    accelerator = extra.get("accelerator_config")
     named = [
         name
         for name in ("dispatch_batches", "split_batches")
@@ -119,8 +115,8 @@ def streams_are_read_in_order(run: Any) -> Iterator[ValidationIssue]:
         )
 
 
-def adapters_see_no_row_ahead(run: Any) -> Iterator[ValidationIssue]:
-    """Adapters that are begun, or checked, with all rows before the first step."""
+def streaming_adapter_needs_no_rows(run: Any) -> Iterator[ValidationIssue]:
+    """Reject adapters that read all rows before the first step."""
     kwargs = getattr(run.peft_conf, "peft_kwargs", {})
     if not run.data_conf.streaming:
         return
@@ -140,20 +136,20 @@ def adapters_see_no_row_ahead(run: Any) -> Iterator[ValidationIssue]:
 
 
 STREAM_RULES = (
-    (("data_conf",), streams_are_for_sft),
-    (("data_conf",), streams_take_rows_as_they_come),
-    (("data_conf", "training_args"), streams_have_an_end),
-    (("data_conf", "training_args"), streams_are_read_in_order),
-    (("data_conf", "peft_conf"), adapters_see_no_row_ahead),
+    (("data_conf",), streaming_is_only_for_sft),
+    (("data_conf",), streaming_needs_no_full_pass),
+    (("data_conf", "training_args"), streaming_requires_max_steps),
+    (("data_conf", "training_args"), streaming_dataloader_args_are_supported),
+    (("data_conf", "peft_conf"), streaming_adapter_needs_no_rows),
 )
-"""The rules, each with the sections that it reads."""
+"""The rules for streaming and the sections that each of them reads."""
 
 
 _TOLERANCE = 1e-9
 
 
-def one_choice_of_what_is_trained(run: Any) -> Iterator[ValidationIssue]:
-    """Completions only, and everything."""
+def train_on_is_unambiguous(run: Any) -> Iterator[ValidationIssue]:
+    """Reject contradictory options for the loss mask."""
     if run.sft_args.train_on == "all" and run.sft_args.train_on_completions_only:
         yield ValidationIssue(
             ("sft_args", "train_on"),
@@ -162,14 +158,14 @@ def one_choice_of_what_is_trained(run: Any) -> Iterator[ValidationIssue]:
         )
 
 
-def shares_are_asked_for(run: Any) -> Iterator[ValidationIssue]:
-    """Shares of datasets that nobody takes, or that are not there."""
+def validation_ratios_match_split_type(run: Any) -> Iterator[ValidationIssue]:
+    """Reject validation ratios that are not used, missing or too large."""
     validation = run.data_conf.validation_data
     sources = run.data_conf.training_data.datasets
-    takes_shares = isinstance(validation, FromDatasets)
+    uses_ratios = isinstance(validation, FromDatasets)
     for index, source in enumerate(sources):
         path = ("data_conf", "training_data", "datasets", index, "validation_ratio")
-        if source.validation_ratio and not takes_shares:
+        if source.validation_ratio and not uses_ratios:
             yield ValidationIssue(
                 path,
                 f"is set, but data_conf.validation_data.type is {validation.type}.",
@@ -179,17 +175,17 @@ def shares_are_asked_for(run: Any) -> Iterator[ValidationIssue]:
             yield ValidationIssue(
                 path, f"is {source.validation_ratio:g}, and train_ratio {source.train_ratio:g}: more than all."
             )
-    if takes_shares and not any(source.validation_ratio for source in sources):
+    if uses_ratios and not any(source.validation_ratio for source in sources):
         yield ValidationIssue(
             ("data_conf", "validation_data", "type"), "is FROM_DATASETS, but no dataset has a validation_ratio."
         )
 
 
-def texts_are_made_in_one_way(run: Any) -> Iterator[ValidationIssue]:
-    """Settings of a dataset that contradict each other."""
+def dataset_text_options_are_consistent(run: Any) -> Iterator[ValidationIssue]:
+    """Reject contradictory options of a dataset."""
     for path, source in _all_sources(run.data_conf):
         if source.instruction_template and not source.response_template:
-            yield ValidationIssue((*path, "instruction_template"), "needs response_template beside it.")
+            yield ValidationIssue((*path, "instruction_template"), "requires response_template.")
         if source.data_formatter_template and source.dataset_text_field:
             yield ValidationIssue(
                 (*path, "data_formatter_template"), "is set, and so is dataset_text_field; set one of them."
@@ -198,8 +194,8 @@ def texts_are_made_in_one_way(run: Any) -> Iterator[ValidationIssue]:
             yield ValidationIssue((*path, "format"), "is response_template, but the dataset has no response_template.")
 
 
-def one_chat_template(run: Any) -> Iterator[ValidationIssue]:
-    """A chat template of one's own and a named one."""
+def only_one_chat_template(run: Any) -> Iterator[ValidationIssue]:
+    """Reject a custom chat template together with a built-in one."""
     conf = run.data_conf
     named = conf.chat_template_name if "chat_template_name" in conf.model_fields_set else "keep-original"
     if conf.chat_template and named != "keep-original":
@@ -215,8 +211,8 @@ def _all_sources(data_conf: Any) -> Iterator[tuple[tuple[str | int, ...], Datase
 _USER_INFO = re.compile(r"^[\w+.-]+://[^/?#]*@")
 
 
-def tracking_address_holds_no_password(run: Experiment) -> Iterator[ValidationIssue]:
-    """A user or password in the tracking address, which ends up in logs."""
+def tracking_uri_has_no_credentials(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject credentials in the tracking URI, which is logged."""
     uri = run.tracking.mlflow_server_uri if run.tracking else None
     if has_user_info(uri):
         yield ValidationIssue(
@@ -226,8 +222,8 @@ def tracking_address_holds_no_password(run: Experiment) -> Iterator[ValidationIs
         )
 
 
-def trackers_have_a_place(run: Experiment) -> Iterator[ValidationIssue]:
-    """Aim without a repository or with two, and `all`, which would tell whatever happens to be installed."""
+def trackers_are_configured(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject Aim without exactly one repository, and `all`, which depends on the installed packages."""
     if "all" in report_to_trackers(run.training_args.report_to):
         yield ValidationIssue(
             ("training_args", "report_to"), "must name its trackers; all is none.", "Write [tensorboard]."
@@ -244,7 +240,7 @@ def trackers_have_a_place(run: Experiment) -> Iterator[ValidationIssue]:
 
 
 def has_user_info(uri: str | None) -> bool:
-    """Whether an address holds `user@` or `user:password@`.
+    """Return whether a URL contains `user@` or `user:password@`.
 
     >>> has_user_info("http://me:pw@host"), has_user_info("http://host/a@b"), has_user_info(None)
     (True, False, False)
