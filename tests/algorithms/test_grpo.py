@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_pairs_are_told_where_they_belong(train: Any, grpo_values: Any, sft_values: Any) -> None:
     rows = sft_values({})["data_conf"]["training_data"]["datasets"]
-    with pytest.raises(DataError, match=r"messages\[\d\]: is an answer, and the model is to write the answer"):
+    with pytest.raises(DataError, match=r"messages\[\d\]: is an answer, but the model generates the answer"):
         train(grpo_values({"data_conf.training_data.datasets": rows}), GRPO)
     with pytest.raises(ConfigError, match="looks like a grpo config"):
         train(grpo_values({}), ALGORITHMS["sft"])

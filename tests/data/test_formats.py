@@ -66,11 +66,11 @@ def test_a_preference_is_kept_whole() -> None:
         ({"messages": [{"role": 3, "content": "a"}]}, "messages[0].role: expected text, got a number"),
         ({"messages": [{"from": "humna", "value": "a"}]}, 'messages[0].role: unknown role "humna"'),
         ({"messages": [{"from": "human", "value": 1}]}, "messages[0].content: expected text, got a number"),
-        ({"messages": '[{"role": '}, "messages: expected a list of messages, got text that is no JSON"),
+        ({"messages": '[{"role": '}, "messages: expected a list of messages, got text that is not valid JSON"),
         ({"messages": []}, "messages: needs at least one message, got an empty list"),
         ({"messages": "Hi"}, "messages: expected a list of messages, got text"),
         ({"messages": ["Hi"]}, "messages[0]: expected an object with role and content, got text"),
-        ({"messages": [USER], "tools": "{"}, "tools: expected a list of tools, got text that is no JSON"),
+        ({"messages": [USER], "tools": "{"}, "tools: expected a list of tools, got text that is not valid JSON"),
         (
             {"messages": [USER, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
             "messages[1].tool_calls[0]: expected an object whose function has a name",
@@ -107,7 +107,7 @@ def test_an_answer_of_a_preference_is_the_assistants() -> None:
 
 
 def test_sft_rows_in_dpo_are_recognised() -> None:
-    assert "`messages`: chats for supervised fine-tuning" in str(parse({"messages": [USER]}, "preference"))
+    assert "`messages`: chats, for `finetuning sft`" in str(parse({"messages": [USER]}, "preference"))
 
 
 def turns(values: dict[str, Any], name: str = "messages", **options: Any) -> Any:
@@ -144,7 +144,7 @@ def test_from_and_value_become_role_and_content() -> None:
         ANSWER,
     ]
     problem = parse({"conversations": [{"from": "function_call", "value": "{"}]})
-    assert str(problem).startswith("train.jsonl:6: conversations[0].value: expected the call of a function as JSON")
+    assert str(problem).startswith("train.jsonl:6: conversations[0].value: expected a function call as JSON")
 
 
 def test_alpaca_rows_are_chats() -> None:
@@ -250,10 +250,10 @@ def test_trls_preferences_in_text(row: dict[str, Any], pair: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": [USER], "rejected": [ANSWER]}, "chosen: begins with another message than rejected"),
-        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: holds nothing beside the prompt"),
+        ({"chosen": [USER], "rejected": [ANSWER]}, "chosen: has no first message in common with rejected"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: has no messages besides the prompt"),
         ({"chosen": [USER, ANSWER], "rejected": [USER, USER]}, 'rejected[1].role: expected "assistant", got "user"'),
-        ({"chosen": "a", "rejected": "b"}, "chosen: begins with another word than rejected"),
+        ({"chosen": "a", "rejected": "b"}, "chosen: has no first word in common with rejected"),
         ({"prompt": 1, "chosen": "a", "rejected": "b"}, "prompt: expected text, got a number"),
         ({"prompt": "a", "chosen": "b"}, "expected chosen, rejected; found chosen, prompt"),
     ],
@@ -292,15 +292,15 @@ def test_ready_tokens_are_checked(row: dict[str, Any], message: str) -> None:
 def test_prompts_go_by_three_names(column: str) -> None:
     parsed = parse({column: [USER], "solution": 4}, "prompt")
     assert (parsed.messages, parsed.columns) == ([USER], {"solution": 4})
-    assert "is an answer, and the model is to write the answer" in str(parse({column: [USER, ANSWER]}, "prompt"))
+    assert "is an answer, but the model generates the answer" in str(parse({column: [USER, ANSWER]}, "prompt"))
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"prompt": "Hi"}, "prompt: expected a list of messages, got text"),
-        ({"prompt": [USER], "completion": 1}, "completion: rewards are given something else by that name"),
-        ({"prompt_messages": [USER], "prompt": 1}, "prompt: rewards are given something else by that name"),
+        ({"prompt": [USER], "completion": 1}, "completion: is the name of another argument of reward functions"),
+        ({"prompt_messages": [USER], "prompt": 1}, "prompt: is the name of another argument of reward functions"),
         ({"question": 1}, "expected prompt_messages; found question"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import normalizers
 
 from finetuning.data.samples import MaskError
-from finetuning.data.tokenization.labels import CUT_AT_BORDER, LabelBuilder, TokenizedText
+from finetuning.data.tokenization.labels import SPLIT_AT_TURN, LabelBuilder, TokenizedText
 
 from .conftest import byte_level, sentencepiece, wrap
 
@@ -44,7 +44,7 @@ def test_a_token_over_the_beginning_is_cut_as_it_is_served(make_tokenizer: Calla
     assert whole[: len(served)] != served
     tokens = encode(tokenizer, header + answer, answer)
     assert isinstance(tokens, TokenizedText)
-    assert tokens.warning == CUT_AT_BORDER
+    assert tokens.warning == SPLIT_AT_TURN
     assert tokens.ids.tolist()[: len(served)] == served
     assert trained(tokenizer, tokens) == [answer]
 

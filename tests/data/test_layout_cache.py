@@ -86,7 +86,7 @@ def test_layouts_are_used(make_tokenizer: Callable[..., Any]) -> None:
             Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], Location("x", 1))
             for text in ("Hello", "yes", "42")
         ]
-        assert [one.method for one in mask_builder.find(rows)] == ["marks", "shape", "shape"], name
+        assert [one.method for one in mask_builder.find(rows)] == ["markers", "layout", "layout"], name
 
 
 @pytest.mark.parametrize(
@@ -145,18 +145,18 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
 ) -> None:
     tokenizer = make_tokenizer(kind, SOURCES[name], add_bos=add_bos)
     quick, slow = LabelBuilder(tokenizer), LabelBuilder(tokenizer)
-    assert quick._spelling is not None
-    slow.__dict__["_spelling"] = None
+    assert quick._token_bytes is not None
+    slow.__dict__["_token_bytes"] = None
     found = [
         one
         for one in AssistantMaskBuilder(TemplateRenderer(tokenizer), quick.split).find(conversations(60))
         if isinstance(one, MaskedText)
     ]
-    texts, spans, heads = [one.text for one in found], [one.spans for one in found], [one.heads for one in found]
-    assert any(heads)
-    by_bytes = quick._by_bytes(texts, spans, heads)
-    assert any(one is not None for one in by_bytes) == (kind == "byte-level" or name not in SPACED)
-    for left, right in zip(quick.encode(texts, spans, heads), slow.encode(texts, spans), strict=True):
+    texts, spans, headers = [one.text for one in found], [one.spans for one in found], [one.headers for one in found]
+    assert any(headers)
+    by_bytes = quick._align_by_bytes(texts, spans, headers, quick._token_bytes)
+    assert bool(by_bytes) == (kind == "byte-level" or name not in SPACED)
+    for left, right in zip(quick.encode(texts, spans, headers), slow.encode(texts, spans), strict=True):
         assert np.array_equal(left.ids, right.ids)
         assert (left.runs, left.warning) == (right.runs, right.warning)
     for left, right in zip(quick.encode(texts, [None] * len(texts)), slow.encode(texts, spans), strict=True):
@@ -166,26 +166,26 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
 
 def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", special=("<|im_end|>", "é", "a b"))
-    spelling = LabelBuilder(tokenizer)._spelling
+    token_bytes = LabelBuilder(tokenizer)._token_bytes
     text = "<|im_end|>é a b\x00\x7f\xad Ā 你好 🙂 \n\t"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert spelling.spells(ids, text.encode())
-    assert not spelling.spells(ids[:-1], text.encode())
-    assert sum(spelling.sizes[ids]) == len(text.encode())
+    assert token_bytes.matches(ids, text.encode())
+    assert not token_bytes.matches(ids[:-1], text.encode())
+    assert sum(token_bytes.sizes[ids]) == len(text.encode())
 
 
 def test_every_piece_of_a_sentencepiece_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("sentencepiece", special=("<|im_end|>", "a b"))
-    spelling = LabelBuilder(tokenizer)._spelling
+    token_bytes = LabelBuilder(tokenizer)._token_bytes
     text = "<|im_end|>é a b\x7f\xad Ā 你好 🙂 \n\t"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert spelling.spells(ids, text.encode())
+    assert token_bytes.matches(ids, text.encode())
     marked = tokenizer("<|im_end|>a▁b", add_special_tokens=False)["input_ids"]
-    assert not spelling.spells(marked, "<|im_end|>a▁b".encode())
+    assert not token_bytes.matches(marked, "<|im_end|>a▁b".encode())
 
 
 def test_other_tokenizers_are_not_spelled(make_tokenizer: Callable[..., Any]) -> None:
     for decoder in (decoders.Metaspace(), decoders.WordPiece(), decoders.Sequence([decoders.Fuse()])):
         tokenizer = make_tokenizer("sentencepiece")
         tokenizer.backend_tokenizer.decoder = decoder
-        assert LabelBuilder(tokenizer)._spelling is None
+        assert LabelBuilder(tokenizer)._token_bytes is None

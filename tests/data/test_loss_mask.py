@@ -111,7 +111,7 @@ def test_template_arguments_reach_the_template(find: Callable[..., Any]) -> None
 
 
 def test_a_template_that_is_no_jinja_is_refused_at_once(make_tokenizer: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match="the chat template is no valid Jinja: line 1"):
+    with pytest.raises(DataError, match="the chat template is not valid Jinja: line 1"):
         TemplateRenderer(make_tokenizer("byte-level", "{% for m in %}"))
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         TemplateRenderer(make_tokenizer("byte-level"))
@@ -119,4 +119,4 @@ def test_a_template_that_is_no_jinja_is_refused_at_once(make_tokenizer: Callable
 
 def test_the_message_of_the_template_is_passed_on(find: Callable[..., Any]) -> None:
     found = find("{{ raise_exception('no thanks') }}", TALK)
-    assert str(found) == "the chat template does not take this conversation: no thanks"
+    assert str(found) == "the chat template failed on this conversation: no thanks"

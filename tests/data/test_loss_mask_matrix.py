@@ -94,7 +94,7 @@ def more_marked(name: str, make_tokenizer: Callable[..., Any]) -> set[str]:
     for one, (tokenizer, found, _) in prove(name, "byte-level", make_tokenizer).items():
         if isinstance(found, MaskedText):
             row = conversation(one)
-            theirs = char_mask(found.text, TemplateRenderer(tokenizer).marked_spans(row.messages, row.tools, {}))
+            theirs = char_mask(found.text, TemplateRenderer(tokenizer).generation_spans(row.messages, row.tools, {}))
             ours = char_mask(found.text, found.spans)
             # DiffusionGemma stops at a token that its marks leave out, and writes a header that no prompt gives.
             assert pieces(found.text, ours & ~theirs) <= {"<|tool_response>", "<|turn>model"}, one

@@ -60,9 +60,9 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
     assert trained(data, tokenizer)[:3] == ["one<|im_end|>", "Some text.</s>", "That.<|im_end|>"]
     assert data.train[3]["labels"] == [-100, 4]
     assert list(data.statistics.report()[0]["formats"].values()) == [
-        f"{name}, told from the rows" for name in ("messages", "text", "alpaca", "tokens")
+        f"{name}, auto-detected" for name in ("messages", "text", "alpaca", "tokens")
     ]
-    assert f"  {chats}: messages, told from the rows" in data.statistics.lines()
+    assert f"  {chats}: messages, auto-detected" in data.statistics.lines()
     assert count_training_rows(conf).rows == 4
 
 

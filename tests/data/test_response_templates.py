@@ -72,7 +72,7 @@ def test_the_input_is_masked_and_the_output_ends(write_lines: Callable[..., str]
     data = sft(write_lines("train.jsonl", *STATES), tokenizer)
     assert shown(data, tokenizer)[0][0] == f"{STATES[0]['input']} {STATES[0]['output']}{EOS}"
     assert trained(data, tokenizer) == [f"USA : Location{EOS}"] * 2
-    assert list(data.statistics.report()[0]["formats"].values()) == ["input_output, told from the rows"]
+    assert list(data.statistics.report()[0]["formats"].values()) == ["input_output, auto-detected"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_response_template_that_the_text_has_not_is_counted(
     data = sft(path, tokenizer, response_template="A:")
     report = data.statistics.report()[0]
     assert report["dropped"] == {"nothing to train on": 1}
-    assert report["warnings"] == {"the response template is in the text more than once: the last counts": 1}
+    assert report["warnings"] == {"the response template is in the text more than once: the last one counts": 1}
     assert trained(data, tokenizer)[-1] == f"z{EOS}"
 
 
@@ -238,17 +238,17 @@ def test_ready_tokens_are_taken_as_they_are(write_lines: Callable[..., str], tok
     assert data.train[:] == {"input_ids": [row["input_ids"]], "labels": [row["labels"]]}
     with pytest.raises(DataError, match="token id 99999 is outside the tokenizer's"):
         sft(write_lines("b.jsonl", {"input_ids": [99999], "labels": [99999]}), tokenizer)
-    with pytest.raises(DataError, match="response_template does not go with rows that hold token ids already"):
+    with pytest.raises(DataError, match="response_template is not supported for rows that are already tokenized"):
         sft(write_lines("a.jsonl", row), tokenizer, response_template="A:")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"format": "response_template"}, "datasets[0].format: needs response_template beside it"),
+        ({"format": "response_template"}, "datasets[0].format: requires response_template"),
         (
             {"format": "preference"},
-            'datasets[0].format: "preference" is not what this method takes; it takes messages,',
+            'datasets[0].format: "preference" is not supported by this method; it supports messages,',
         ),
     ],
 )

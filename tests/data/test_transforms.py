@@ -91,8 +91,8 @@ def test_a_row_that_is_too_large_is_skipped() -> None:
 @pytest.mark.parametrize(
     ("handler", "message"),
     [
-        (step("rename_columns", column_mapping={"x": "y"}), "no column x to rename; columns are: a, b, c"),
-        (step("rename_columns", column_mapping={"a": "b"}), "a cannot be renamed to b: there is a column of that name"),
+        (step("rename_columns", column_mapping={"x": "y"}), "no column x to rename; columns: a, b, c"),
+        (step("rename_columns", column_mapping={"a": "b"}), "a cannot be renamed to b: a column of that name exists"),
         (step("select_columns", column_names=["x"]), "no column x"),
         (step("remove_columns", column_names=["x"]), "no column x"),
         (step("duplicate_columns", existing_column_name="x", new_column_name="y"), "no column x"),
@@ -100,11 +100,11 @@ def test_a_row_that_is_too_large_is_skipped() -> None:
         (step("skip_samples_with_large_columns", column_name="a", max_allowed_length=3), "a has no length"),
         (
             step("apply_custom_jinja_template", formatted_text_column_name="t", template="{{x}}"),
-            "the template asks for {{x}}",
+            "the template has {{x}}",
         ),
         (
             step("apply_custom_jinja_template", formatted_text_column_name="t", template="{{ ''.__class__ }}"),
-            "the template asks for what it may not",
+            "the template uses something that the Jinja sandbox forbids",
         ),
     ],
 )
@@ -117,23 +117,23 @@ def test_a_step_that_cannot_be_done_names_the_row(handler: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("handlers", "message"),
     [
-        ([step("skip_large_text")], '[0]: no handler "skip_large_text"; known are rename_columns, '),
-        ([step("rename_columns")], "[0]: rename_columns needs column_mapping; its arguments are column_mapping"),
-        ([step("select_columns", column_names=["a"], colums=1)], "[0]: select_columns does not know colums"),
+        ([step("skip_large_text")], '[0]: unknown handler "skip_large_text"; supported are rename_columns, '),
+        ([step("rename_columns")], "[0]: rename_columns requires column_mapping; its arguments are column_mapping"),
+        ([step("select_columns", column_names=["a"], colums=1)], "[0]: select_columns has no argument colums"),
         (
             [step("skip_samples_with_large_columns", column_name="a", max_allowed_length="3")],
-            "[0]: max_allowed_length must be a whole number",
+            "[0]: max_allowed_length must be an integer of at least 0",
         ),
         (
             [step("tokenize", text_column_name="a"), step("remove_columns", column_names=["a"])],
-            "[1]: remove_columns comes after a handler that tokenises",
+            "[1]: remove_columns cannot come after a handler that tokenizes",
         ),
         (
             [
                 step("tokenize", text_column_name="a"),
                 step("skip_samples_with_large_columns", column_name="input_ids", max_allowed_length=3),
             ],
-            "[1]: rows of too many tokens are left out by sft_args.max_seq_length",
+            "[1]: use sft_args.max_seq_length",
         ),
     ],
 )
@@ -164,12 +164,12 @@ def test_fields_are_columns_first_and_jinja_then(template: str, text: str) -> No
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{Tweet}}", "the template asks for {{Tweet}}, which is no column"),
-        ("{{Tweet  text}}", "the template asks for {{Tweet  text}}, which is no column"),
+        ("{{Tweet}}", "the template has {{Tweet}}, which is neither a column"),
+        ("{{Tweet  text}}", "the template has {{Tweet  text}}, which is neither a column"),
         ("{{list}}", "list: expected text, got a list"),
-        ("{{ ''.__class__.__mro__ }}", "the template asks for what it may not"),
-        ("{{ 1 / 0 }}", "the template fails on this row: division by zero"),
-        ("{% if %}", "is no column and no Jinja"),
+        ("{{ ''.__class__.__mro__ }}", "the template uses something that the Jinja sandbox forbids"),
+        ("{{ 1 / 0 }}", "the template failed on this row: division by zero"),
+        ("{% if %}", "is neither a column nor a Jinja"),
     ],
 )
 def test_fields_that_are_not_there_say_so(template: str, message: str) -> None:
@@ -399,6 +399,6 @@ def test_skipped_rows_are_in_the_ledger(write_lines: Callable[..., str], tokeniz
     report = prepare(section, tokenizer).statistics.report()[0]
     assert (report["rows"], report["kept"], report["dropped"]) == (4, 3, {"text is longer than 9": 1})
     assert (report["invalid_rows"], report["filtered_by_length"]) == (0, 0)
-    with pytest.raises(DataError, match=r"a.jsonl:1: no column text; columns are: other"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: no column text; columns: other"):
         section["training_data"]["datasets"] = [{**source, "columns": {"text": "other"}}]
         prepare(section, tokenizer)

@@ -39,7 +39,7 @@ def test_a_base_model_goes_on_learning_from_plain_text(train: Any, text_values: 
     assert run.losses[-1] < run.losses[0] / 2
     record = json.loads((run.output_dir / "run.json").read_text())
     (formats,) = (part["formats"] for part in record["data"]["statistics"])
-    assert formats == {str(path): "text, told from the rows"}
+    assert formats == {str(path): "text, auto-detected"}
     assert "chat_template" not in json.loads((run.final / "tokenizer_config.json").read_text())
     generation = json.loads((run.final / "generation_config.json").read_text())
     assert generation["eos_token_id"] in (1, [1])

@@ -12,7 +12,7 @@ from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.training import SFTArgs
 from finetuning.data.arrow import as_dataset, take_rows
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
-from finetuning.data.chat.template import TemplateRenderer, chosen_template
+from finetuning.data.chat.template import TemplateRenderer, configured_template
 from finetuning.data.open_dataset import options_for
 from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
@@ -207,6 +207,6 @@ def _make_mask_builder(
     data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, label_builder: LabelBuilder, stop_tokens: Sequence[str]
 ) -> tuple[TemplateRenderer, AssistantMaskBuilder]:
     renderer = TemplateRenderer(tokenizer)
-    template = chosen_template(data_conf)
+    template = configured_template(data_conf)
     ends = (template.end_of_turn,) if template and template.end_of_turn else ()
     return renderer, AssistantMaskBuilder(renderer, label_builder.split, (*stop_tokens, *ends))

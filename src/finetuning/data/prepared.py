@@ -218,7 +218,7 @@ def _digests(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str]:
     for key, source in sources:
         for shard in find_shards(source, key):
             digest = hashlib.sha256()
-            shard.feed(digest)
+            shard.update_digest(digest)
             name = shard.name
             while name in digests:
                 name += "+"

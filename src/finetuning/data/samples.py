@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetuning.errors import Location
+from finetuning.errors import Location, Problem
 
-Message = dict[str, Any]
+JsonObject = dict[str, Any]
+"""A parsed JSON object; its values are checked where they are read."""
+JsonValue = str | int | float | bool | list[Any] | dict[str, Any] | None
+"""A parsed JSON value."""
+Message = JsonObject
 """One chat message: `role`, `content`, and all other fields of the row (`tool_calls`, `name`, ...)."""
 
 
@@ -15,7 +20,7 @@ Message = dict[str, Any]
 class Row:
     """One input row as it was read."""
 
-    values: dict[str, Any]
+    values: JsonObject
     place: Location
 
 
@@ -25,9 +30,9 @@ class Conversation:
 
     messages: list[Message]
     place: Location
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    tools: list[JsonObject] | None = None
+    template_kwargs: JsonObject = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
     turns: tuple[int, ...] | Literal["all"] | None = None
     """Indices of the messages to train on, or `all` for the whole text; None for the setting of the run."""
 
@@ -74,9 +79,9 @@ class Preference:
     chosen: list[Message]
     rejected: list[Message]
     place: Location
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    tools: list[JsonObject] | None = None
+    template_kwargs: JsonObject = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
     is_text: bool = False
 
 
@@ -88,9 +93,9 @@ class UnpairedPreference:
     completion: list[Message]
     label: bool
     place: Location
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    tools: list[JsonObject] | None = None
+    template_kwargs: JsonObject = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
     is_text: bool = False
 
 
@@ -99,35 +104,43 @@ class Prompt:
     """A prompt for generation, and the other columns of its row, which reward functions may read."""
 
     messages: list[Message]
-    columns: dict[str, Any]
+    columns: JsonObject
     place: Location
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: list[JsonObject] | None = None
+    template_kwargs: JsonObject = field(default_factory=dict)
 
 
+Sample = Conversation | Text | TokenIds | Preference | UnpairedPreference | Prompt
+"""A row that was parsed by a row format."""
+ParsedRow = Sample | Sequence[Sample] | Problem
+"""What a row format makes of a row: some make several samples of one."""
 Span = tuple[int, int]
-HOLDS_MORE = "the generation prompt holds more than the turn begins with"
-BEGINS_DIFFERENTLY = "the generation prompt and the turn begin differently"
-RENDER_ERROR = "the chat template does not take this conversation"
+"""Start and end of a part of a text, in characters, or of a sequence, in tokens; the end is exclusive."""
+MISSING_PROMPT = "the turn does not begin with all of the generation prompt"
+DIFFERENT_PROMPT = "the turn begins differently from the generation prompt"
+RENDER_ERROR = "the chat template failed on this conversation"
 
 
 @dataclass(slots=True)
 class MaskedText:
-    """A rendered conversation, the character spans to train on, in order, and how they were proven."""
+    """A rendered conversation, and the character spans to train on, in order."""
 
     text: str
     spans: tuple[Span, ...]
     method: str
+    """How the spans were found: see `chat/loss_mask.py`."""
     warnings: frozenset[str] = frozenset()
-    heads: tuple[str, ...] = ()
-    """What stands before each span, back to the content before it, where that is the same in many conversations."""
-    unsaid: tuple[str, ...] = ()
-    """What each turn would have to begin with for its span to begin later: the prompt would hold that much of it."""
+    headers: tuple[str, ...] = ()
+    """Per span, the text between the content of the previous message and the span; empty if it is not cached.
+
+    Headers are the same in many conversations, which spares tokenizing them again (see `tokenization/labels.py`)."""
+    missing_prompts: tuple[str, ...] = ()
+    """Per span, the end of the generation prompt that the turn does not begin with, such as `<think>`; mostly empty."""
 
 
 @dataclass(frozen=True)
 class MaskError:
-    """Why no mask could be shown for a conversation; `turn` is the index of the message, where one is to blame."""
+    """Why no loss mask could be verified for a conversation; `turn` is the index of the message at fault, if any."""
 
     reason: str
     turn: int | None = None
@@ -137,14 +150,14 @@ class MaskError:
 
 
 class MaskNotFound(Exception):
-    """A span could not be shown to be right; caught in `masking`, never seen by users."""
+    """A span could not be verified. Caught in `chat/loss_mask.py`; users see a `MaskError`."""
 
     def __init__(self, reason: str, turn: int | None = None):
         super().__init__(reason)
         self.turn = turn
 
 
-def json_type(value: Any) -> str:
+def json_type(value: object) -> str:
     """The name of a JSON value's type in error messages."""
     if value is None:
         return "null"

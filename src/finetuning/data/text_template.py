@@ -1,4 +1,4 @@
-"""A template with `{{field}}` and a row, to text."""
+"""Templates that make one text of the columns of a row: `{{column}}`, or any Jinja."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 
 
 class TextTemplateError(ValueError):
-    """A row has not what the template asks for; the message says what."""
+    """A template cannot be rendered for a row; the message says why."""
 
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Fills in a template: what stands in braces is a column as it is written there, or without its outer spaces, or
-    else a Jinja expression over the columns, in a sandbox; the row as a whole is `element`."""
+    """Renders a template for rows.
+
+    `{{...}}` is first looked up as the name of a column, which may have spaces, and else evaluated as Jinja in a
+    sandbox. Jinja also sees the whole row as `element`, as in fms-hf-tuning. A template with `{%` or `{#` is Jinja as a
+    whole.
+    """
 
     template: str
 
     def __call__(self, values: Mapping[str, Any], special_tokens: Mapping[str, str]) -> str:
-        """The text.
+        """Return the text of a row.
 
         Raises:
-            CannotFormat: a column is missing or holds no text, number or truth value, or the Jinja is refused.
+            TextTemplateError: a column is missing or is not text, number or boolean, or the Jinja fails.
         """
         if re.search(r"\{%|\{#", self.template):
             return self._render(self.template, values, special_tokens)
@@ -49,15 +53,15 @@ class TextTemplate:
                 self._compiled[source] = self._environment.from_string(source)
             return self._compiled[source].render({**special_tokens, **values, "element": values})
         except (jinja2.TemplateSyntaxError, jinja2.UndefinedError) as error:
-            found = ", ".join(values) or "none"
+            columns = ", ".join(values) or "none"
             raise TextTemplateError(
-                f"the template asks for {source}, which is no column and no Jinja that can be worked out"
-                f" ({error.message}); columns are: {found}"
+                f"the template has {source}, which is neither a column nor a Jinja expression that can be evaluated"
+                f" ({error.message}); columns: {columns}"
             ) from None
         except SecurityError as error:
-            raise TextTemplateError(f"the template asks for what it may not: {error}") from None
+            raise TextTemplateError(f"the template uses something that the Jinja sandbox forbids: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-            raise TextTemplateError(f"the template fails on this row: {error}") from None
+            raise TextTemplateError(f"the template failed on this row: {error}") from None
 
     @cached_property
     def _environment(self) -> jinja2.Environment:
@@ -68,7 +72,7 @@ class TextTemplate:
         return {}
 
 
-def _to_text(key: str, value: Any) -> str:
+def _to_text(key: str, value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float):

@@ -59,11 +59,11 @@ class LoadedModel:
 
 def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
     """Return the tokenizer with the experiment's chat template and padding."""
-    from finetuning.data.chat.template import chosen_template
+    from finetuning.data.chat.template import configured_template
     from finetuning.model import tokenizer
 
     data, run = experiment.data_conf, experiment.run_conf
-    template = chosen_template(data)
+    template = configured_template(data)
     args = run.model_args
     is_models = run.tokenizer is None or run.tokenizer == run.model
     return tokenizer.load_tokenizer(
@@ -116,15 +116,15 @@ def prepare(experiment: Experiment, algorithm: Algorithm, tokenizer: LoadedToken
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
     """Return the text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
     from finetuning.data.chat.end_of_turn import EndOfTurnFinder
-    from finetuning.data.chat.template import TemplateRenderer, chosen_template
+    from finetuning.data.chat.template import TemplateRenderer, configured_template
 
-    template = chosen_template(experiment.data_conf)
+    template = configured_template(experiment.data_conf)
     if template is not None and template.name is not None:
         return template.end_of_turn
     if not tokenizer.tokenizer.chat_template:
         return None
     fast_tokenizer: Any = tokenizer.tokenizer
-    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).marker.strip() or None
+    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).end_of_turn.strip() or None
 
 
 def load_model(

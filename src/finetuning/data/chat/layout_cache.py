@@ -1,9 +1,13 @@
-"""Cache of the layouts that a chat template gives conversations with the same roles and plain contents.
+"""Cache of the layouts that a chat template gives to conversations with the same sequence of roles.
 
-Every conversation is rendered by the template itself. Its mask spans are found in full for the first conversation of
-each role sequence (see `masking`). A later one whose rendered text is, character for character, the fixed pieces of
-that layout with its own contents between them has its spans at the same distances from its contents. Any other text,
-such as that of a template that looks at a content and writes something else, is masked in full.
+Most templates write the same text around the contents of every conversation with the same roles. The spans of the
+first such conversation are found in full by `loss_mask.py`, and its layout is kept: the fixed pieces of text before,
+between and after the contents, and each span relative to the content of its message.
+
+A later conversation is still rendered by the template. If its text equals, character for character, the fixed pieces
+with its own contents between them, the template did the same as before, and the spans have the same distances from
+the contents. Any other text, for example of a template that reads a content and reacts to it, gets no spans here: the
+caller finds them in full.
 """
 
 from __future__ import annotations
@@ -14,36 +18,43 @@ from functools import cached_property
 from itertools import accumulate
 
 from finetuning.data.chat.template import TemplateRenderer
-from finetuning.data.samples import BEGINS_DIFFERENTLY, HOLDS_MORE, Conversation, MaskedText, Span
+from finetuning.data.samples import DIFFERENT_PROMPT, MISSING_PROMPT, Conversation, MaskedText, Span
 
-Key = tuple[tuple[str, ...], tuple[int, ...]]
+LayoutKey = tuple[tuple[str, ...], tuple[int, ...]]
 """The roles of a conversation and the turns to train on."""
-_MOST_SHAPES = 4096
-_SHOWN_BY_ONE = {HOLDS_MORE, BEGINS_DIFFERENTLY}
+_MAX_LAYOUTS = 4096
+_CACHEABLE_WARNINGS = {MISSING_PROMPT, DIFFERENT_PROMPT}
+"""Warnings about the template. Those about a content, such as one that is partly omitted, say nothing of others."""
 
 
 @dataclass(frozen=True)
 class _Layout:
+    """The fixed text of a role sequence, and its spans relative to the contents."""
+
     pieces: tuple[str, ...]
+    """The text before the first content, between two contents, and after the last."""
     spans: tuple[tuple[int, int, int], ...]
-    """Of each span: its message, how far before its content it begins, how far after it ends."""
-    heads: tuple[str, ...]
-    unsaid: tuple[tuple[int, str], ...]
-    """Of some messages, what they do not begin with."""
+    """Per span: its message, the characters from its start to the content, and from the content to its end."""
+    headers: tuple[str, ...]
+    missing_prompts: tuple[tuple[int, str], ...]
+    """Messages with the text that they must not begin with, or their span would begin later."""
     warnings: frozenset[str]
 
     @cached_property
-    def borders(self) -> tuple[tuple[int, int, int], ...]:
-        """Of each span: its message, and where it begins and ends but for the lengths of contents."""
+    def offsets(self) -> tuple[tuple[int, int, int], ...]:
+        """Per span: its message, and its start and end if all contents were empty."""
         fixed = list(accumulate(map(len, self.pieces)))
         return tuple((turn, fixed[turn] - before, fixed[turn] + after) for turn, before, after in self.spans)
 
 
-def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
-    """The roles of a conversation; None where there is more to it than roles and words."""
+def _plain_roles(conversation: Conversation) -> tuple[str, ...] | None:
+    """Return the roles of a conversation; None if its text may depend on more than roles and contents.
+
+    Contents with outer white space count as more: templates that trim would change them.
+    """
     if conversation.tools or conversation.template_kwargs:
         return None
-    roles = []
+    roles: list[str] = []
     for message in conversation.messages:
         content = message.get("content")
         if len(message) != 2 or type(content) is not str or not content or content.strip() != content:
@@ -57,96 +68,101 @@ class LayoutCache:
 
     def __init__(self, renderer: TemplateRenderer):
         self._renderer = renderer
-        self._known: dict[Key, _Layout] = {}
+        self._layouts: dict[LayoutKey, _Layout] = {}
 
-    def key_of(self, conversation: Conversation, turns: Sequence[int]) -> Key | None:
+    def key_of(self, conversation: Conversation, turns: Sequence[int]) -> LayoutKey | None:
         """Return the key of a conversation's layout; None if its messages hold more than a role and a content."""
-        roles = _roles_of(conversation)
+        roles = _plain_roles(conversation)
         return None if roles is None else (roles, tuple(turns))
 
-    def fill(self, keys: Sequence[Key | None], conversations: Sequence[Conversation]) -> list[MaskedText | None]:
+    def apply(self, keys: Sequence[LayoutKey | None], conversations: Sequence[Conversation]) -> list[MaskedText | None]:
         """Return the text and spans of each conversation whose rendered text follows the layout of its key."""
-        filled = [
-            _fill(self._known[key], conversation) if key in self._known else None
+        results = [
+            _fill(self._layouts[key], conversation) if key in self._layouts else None
             for key, conversation in zip(keys, conversations, strict=True)
         ]
-        expected = [index for index, marked in enumerate(filled) if marked is not None]
-        texts = self._renderer.texts([conversations[index] for index in expected])
-        for index, text in zip(expected, texts, strict=True):
-            if filled[index].text != text:
-                filled[index] = None
-        return filled
+        filled = [(index, result) for index, result in enumerate(results) if result is not None]
+        texts = self._renderer.texts([conversations[index] for index, _ in filled])
+        for (index, result), text in zip(filled, texts, strict=True):
+            if result.text != text:
+                results[index] = None
+        return results
 
-    def unknown(self, keys: Sequence[Key | None]) -> list[int]:
-        """Return the indices of the first conversation of each unknown key, and of all without a key."""
-        new: set[Key] = set()
-        indices = []
+    def missing(self, keys: Sequence[LayoutKey | None]) -> list[int]:
+        """Return the indices of the first conversation of each key without a layout, and of all without a key."""
+        new: set[LayoutKey] = set()
+        indices: list[int] = []
         for index, key in enumerate(keys):
-            if key is None or (key not in self._known and key not in new):
+            if key is None or (key not in self._layouts and key not in new):
                 indices.append(index)
                 if key is not None:
                     new.add(key)
         return indices
 
-    def learn(self, key: Key | None, conversation: Conversation, found: MaskedText, ends: Sequence[int | None]) -> None:
-        """Keep the layout of a conversation that was masked in full; the latest of a key replaces the one before.
+    def add(
+        self,
+        key: LayoutKey | None,
+        conversation: Conversation,
+        masked: MaskedText,
+        content_ends: Sequence[int | None],
+    ) -> None:
+        """Keep the layout of a conversation whose spans were found in full; it replaces an earlier one of its key.
 
-        `ends` are the positions in the text at which the contents end. The layout of a turn whose prompt holds more
-        than the turn begins with, such as <think>, is that of contents that do not begin with the rest of the prompt.
-        A turn of which the template leaves out a part says nothing about others.
+        `content_ends` are the positions in the text at which the contents end. No layout is kept if a content is
+        missing, changed or out of order in the text, or if a span extends beyond its message.
         """
-        if key is None or not found.warnings <= _SHOWN_BY_ONE:
+        if key is None or not masked.warnings <= _CACHEABLE_WARNINGS:
             return
-        if key not in self._known and len(self._known) >= _MOST_SHAPES:
+        if key not in self._layouts and len(self._layouts) >= _MAX_LAYOUTS:
             return
-        places = []
+        contents: list[Span] = []
         position = 0
-        for message, end in zip(conversation.messages, ends, strict=True):
+        for message, end in zip(conversation.messages, content_ends, strict=True):
             start = -1 if end is None else end - len(message["content"])
-            if start < position or found.text[start:end] != message["content"]:
+            if end is None or start < position or masked.text[start:end] != message["content"]:
                 return
-            places.append((start, end))
+            contents.append((start, end))
             position = end
-        pieces = _between(found.text, places)
-        spans = _relative(found.spans, key[1], places, len(found.text))
+        pieces = _pieces_around(masked.text, contents)
+        spans = _relative_spans(masked.spans, key[1], contents, len(masked.text))
         if spans is not None:
-            heads = tuple(pieces[turn][: len(pieces[turn]) - before] for turn, before, _ in spans)
-            unsaid = tuple((turn, text) for (turn, _, _), text in zip(spans, found.unsaid, strict=True) if text)
-            self._known[key] = _Layout(pieces, spans, heads, unsaid, found.warnings)
+            headers = tuple(pieces[turn][: len(pieces[turn]) - before] for turn, before, _ in spans)
+            missing_prompts = tuple(
+                (turn, text) for (turn, _, _), text in zip(spans, masked.missing_prompts, strict=True) if text
+            )
+            self._layouts[key] = _Layout(pieces, spans, headers, missing_prompts, masked.warnings)
 
 
-def _contents(conversation: Conversation) -> list[str]:
-    return [message["content"] for message in conversation.messages]
-
-
-def _fill(shape: _Layout, conversation: Conversation) -> MaskedText | None:
-    """The text and spans of a conversation of a shape; None where a turn begins as its prompt ends."""
-    pieces = shape.pieces
+def _fill(layout: _Layout, conversation: Conversation) -> MaskedText | None:
+    """Return the text and spans that a layout predicts; None if a turn begins with the rest of its prompt."""
+    pieces = layout.pieces
+    contents = [message["content"] for message in conversation.messages]
     parts = [*pieces, *pieces[1:]]
     parts[::2] = pieces
-    parts[1::2] = contents = _contents(conversation)
-    if any([contents[turn].startswith(text) for turn, text in shape.unsaid]):
+    parts[1::2] = contents
+    # A list, not a generator: this runs once per row, and a generator costs more than these few comparisons.
+    if any([contents[turn].startswith(text) for turn, text in layout.missing_prompts]):
         return None
     ends = [0, *accumulate(map(len, contents))]
-    spans = tuple([(ends[turn] + start, ends[turn + 1] + end) for turn, start, end in shape.borders])
-    return MaskedText("".join(parts), spans, "shape", shape.warnings, shape.heads)
+    spans = tuple([(ends[turn] + start, ends[turn + 1] + end) for turn, start, end in layout.offsets])
+    return MaskedText("".join(parts), spans, "layout", layout.warnings, layout.headers)
 
 
-def _between(text: str, places: Sequence[Span]) -> tuple[str, ...]:
-    borders = [0, *(position for place in places for position in place), len(text)]
+def _pieces_around(text: str, contents: Sequence[Span]) -> tuple[str, ...]:
+    borders = [0, *(position for span in contents for position in span), len(text)]
     return tuple(text[borders[index] : borders[index + 1]] for index in range(0, len(borders), 2))
 
 
-def _relative(
-    spans: Sequence[Span], turns: Sequence[int], places: Sequence[Span], size: int
+def _relative_spans(
+    spans: Sequence[Span], turns: Sequence[int], contents: Sequence[Span], size: int
 ) -> tuple[tuple[int, int, int], ...] | None:
-    """The spans by how far they reach around their contents; None when one does not keep to its own message."""
-    relative = []
+    """Return the spans relative to their contents; None if one extends into the content of another message."""
+    relative: list[tuple[int, int, int]] = []
     for turn, (start, end) in zip(turns, spans, strict=True):
-        first, last = places[turn]
-        before = places[turn - 1][1] if turn else 0
-        after = places[turn + 1][0] if turn + 1 < len(places) else size
-        if not before <= start <= first or not last <= end <= after:
+        content_start, content_end = contents[turn]
+        previous_end = contents[turn - 1][1] if turn else 0
+        next_start = contents[turn + 1][0] if turn + 1 < len(contents) else size
+        if not previous_end <= start <= content_start or not content_end <= end <= next_start:
             return None
-        relative.append((turn, first - start, end - last))
+        relative.append((turn, content_start - start, end - content_end))
     return tuple(relative)

@@ -1,25 +1,38 @@
-"""Which characters of a rendered conversation are trained: each assistant turn, from the end of the prompt that the
-model is given to the end-of-turn marker, proven for any chat template, or refused with the reason.
+"""The loss mask of conversations: which characters of a rendered conversation are trained.
 
-The conversation is rendered twice: as it is, and with marks around the contents. Without its marks the second text
-must equal the first, so the marks show where each message went. From the last mark before a turn, the template's own
-generation prompt must follow; after the turn's last mark, the marker that the template ends an answer with. Where a
-template looks into the contents, so that marks change its course, fewer marks are tried, then none: the conversation
-up to a turn must then be a prefix of the whole. Last come the template's own `{% generation %}` marks.
+Trained is each assistant turn: from the end of the generation prompt, which a served model is given, up to and
+including the end-of-turn text, which it has to write. This holds for any Jinja template or the conversation is
+rejected; no template is known by name here. The search has three steps.
+
+1. Render. The conversation is rendered as it is, and again with markers (private-use characters, see `Markers`)
+   around the contents. If the second text without its markers equals the first, the markers did not change what the
+   template does, and their positions are those of the contents in the first text.
+2. Find the start of a turn. The template renders the messages before the turn with the generation prompt. What it
+   writes after the last marker must follow that marker in the whole text, too; the turn starts at its end.
+3. Find the end of a turn. After its last marker must come the end-of-turn text (see `end_of_turn.py`). Where that
+   cannot be read off, as after tool calls, the messages up to the turn are rendered, and what the template writes
+   after the last marker must be in the whole text as well.
+
+Then the span must contain the content and tool calls of its message, and no marker of another one. Each step compares
+with a rendering by the template itself, so a wrong assumption about it leads to a rejected row and not to a wrong mask.
+
+Some templates read the contents (`'<think>' in content`), and markers change what they write. Then the search is
+repeated with markers after contents only, and without any: the text of the messages before a turn must then be a
+prefix of the whole. If all three fail, the template's `{% generation %}` blocks are used where it has them, and
+otherwise the first failure is the reason for rejecting the row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from finetuning.data.chat.end_of_turn import EndOfTurn, EndOfTurnFinder
-from finetuning.data.chat.layout_cache import Key, LayoutCache
-from finetuning.data.chat.template import NO_SIGNS, Markers, StrippedText, TemplateRenderer, TemplateRenderError
+from finetuning.data.chat.end_of_turn import EndOfTurnFinder
+from finetuning.data.chat.layout_cache import LayoutCache, LayoutKey
+from finetuning.data.chat.template import NO_MARKERS, Markers, StrippedText, TemplateRenderer, TemplateRenderError
 from finetuning.data.samples import (
-    BEGINS_DIFFERENTLY,
-    HOLDS_MORE,
+    DIFFERENT_PROMPT,
+    MISSING_PROMPT,
     RENDER_ERROR,
     Conversation,
     MaskedText,
@@ -29,318 +42,369 @@ from finetuning.data.samples import (
     Span,
 )
 
+INCOMPLETE_TURN = "the template omits a part of a turn"
+
+_PromptKey = tuple[str, tuple[str, ...]]
+"""The last marker before a turn, and the roles of the messages before it."""
+
 
 @dataclass(frozen=True)
-class _View:
-    """One attempt at a conversation: its text with the marks that this attempt makes."""
+class _Attempt:
+    """A conversation rendered with one choice of markers."""
 
+    method: str
     conversation: Conversation
-    signs: Markers
-    marked: Sequence[Message]
-    whole: StrippedText
+    markers: Markers
+    messages: Sequence[Message]
+    """The messages with the markers."""
+    rendered: StrippedText
+    """The text of all messages, and the positions of the markers in it."""
 
 
 @dataclass(frozen=True)
-class _Attempted:
-    """A conversation and its text, and both with signs; `rendered` is what the template says when it takes no signs."""
+class _RenderedPair:
+    """A conversation rendered without and with markers."""
 
     conversation: Conversation
     text: str
-    signs: Markers
+    markers: Markers
     marked: Conversation
-    rendered: str | TemplateRenderError
+    marked_text: str | TemplateRenderError
+    """An error if the template fails on the markers."""
 
 
 class AssistantMaskBuilder:
-    """Finds the trained spans of conversations. Keeps what it learned about a template from one row to the next."""
+    """Finds the trained spans of conversations. What is learned of a template is kept from batch to batch."""
 
     def __init__(
         self, renderer: TemplateRenderer, split_tokens: Callable[[str], list[str]], stop_tokens: Iterable[str] = ()
     ):
-        """`split_tokens` cuts a text into the texts of its tokens; `stop_tokens` are what the model may stop at,
-        besides the tokenizer's end-of-sequence token."""
+        """Prepare for one template.
+
+        Args:
+            renderer: renders with the template.
+            split_tokens: splits a text into the texts of its tokens.
+            stop_tokens: tokens that end a turn besides the tokenizer's end-of-sequence token.
+        """
         self._renderer = renderer
         self._split_tokens = split_tokens
-        self._endings = EndOfTurnFinder(renderer, stop_tokens)
-        self._shapes = LayoutCache(renderer)
-        self._tails: dict[Any, str] = {}
+        self._end_of_turn = EndOfTurnFinder(renderer, stop_tokens)
+        self._layouts = LayoutCache(renderer)
+        self._prompts: dict[_PromptKey, str] = {}
 
     def find(self, conversations: Sequence[Conversation]) -> list[MaskedText | MaskError]:
-        """The rendered texts with the spans of all assistant turns; a conversation without one has none."""
+        """Return the rendered texts with the spans of all assistant turns; there may be none."""
         turns = [
-            [index for index, message in enumerate(one.messages) if message["role"] == "assistant"]
-            for one in conversations
+            [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+            for conversation in conversations
         ]
         return self.find_turns(conversations, turns)
 
     def find_turns(
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
     ) -> list[MaskedText | MaskError]:
-        """The rendered texts with the spans of the given turns of each."""
-        keys = [self._shapes.key_of(one, wanted) for one, wanted in zip(conversations, turns, strict=True)]
-        found: list[MaskedText | MaskError | None] = [None] * len(keys)
-        new = self._shapes.unknown(keys)
-        self._find_into(found, new, conversations, turns, keys)
-        filled = self._shapes.fill(keys, conversations)
-        found = [one or like for one, like in zip(found, filled, strict=True)]
-        left = [index for index, one in enumerate(found) if one is None]
-        self._find_into(found, left, conversations, turns, keys)
-        return found
+        """Return the rendered texts with the spans of the given turns, indices of messages, of each."""
+        keys = [self._layouts.key_of(row, selected) for row, selected in zip(conversations, turns, strict=True)]
+        results: dict[int, MaskedText | MaskError] = {}
+        # The first conversation of each layout is masked in full, which makes the layout available to the others.
+        self._find_in_full(self._layouts.missing(keys), conversations, turns, keys, results)
+        for index, masked in enumerate(self._layouts.apply(keys, conversations)):
+            if masked is not None:
+                results.setdefault(index, masked)
+        rest = [index for index in range(len(keys)) if index not in results]
+        self._find_in_full(rest, conversations, turns, keys, results)
+        return [results[index] for index in range(len(keys))]
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
-        """The rendered texts, or what the template says against a conversation."""
+        """Return the rendered texts; those on which the template failed give the error instead."""
         return self._renderer.texts(conversations)
 
-    def _find_into(
+    def _find_in_full(
         self,
-        found: list[MaskedText | MaskError | None],
-        which: Sequence[int],
+        indices: Sequence[int],
         conversations: Sequence[Conversation],
         turns: Sequence[Sequence[int]],
-        keys: Sequence[Key | None],
+        keys: Sequence[LayoutKey | None],
+        results: dict[int, MaskedText | MaskError],
     ) -> None:
-        results = self._find_all([conversations[one] for one in which], [turns[one] for one in which])
-        for index, (result, ends) in zip(which, results, strict=True):
-            found[index] = result
-            if ends is not None:
-                self._shapes.learn(keys[index], conversations[index], result, ends)
+        """Add the results of the given conversations without using the layout cache, and add their layouts to it."""
+        selected = [conversations[index] for index in indices]
+        for index, rendered in zip(indices, self._render_pairs(selected), strict=True):
+            if isinstance(rendered, TemplateRenderError):
+                results[index] = MaskError(f"{RENDER_ERROR}: {rendered}")
+                continue
+            result, content_ends = self._find(rendered, turns[index])
+            results[index] = result
+            if content_ends is not None and isinstance(result, MaskedText):
+                self._layouts.add(keys[index], conversations[index], result, content_ends)
 
-    def _find_all(
-        self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]]
-    ) -> list[tuple[MaskedText | MaskError, list[int | None] | None]]:
-        """What is found, and where each content ends in the text, where marks showed it."""
+    def _render_pairs(self, conversations: Sequence[Conversation]) -> list[_RenderedPair | TemplateRenderError]:
         texts = self._renderer.texts(conversations)
-        signs = [
-            Markers.absent_from(text, len(one.messages)) or NO_SIGNS if isinstance(text, str) else NO_SIGNS
-            for one, text in zip(conversations, texts, strict=True)
+        markers = [
+            Markers.absent_from(text, len(row.messages)) or NO_MARKERS if isinstance(text, str) else NO_MARKERS
+            for row, text in zip(conversations, texts, strict=True)
         ]
         marked = [
-            replace(one, messages=sign.mark(one.messages)) for one, sign in zip(conversations, signs, strict=True)
+            replace(row, messages=own.insert(row.messages)) for row, own in zip(conversations, markers, strict=True)
         ]
-        rendered = self._renderer.texts(marked)
+        marked_texts = self._renderer.texts(marked)
         return [
-            (MaskError(f"{RENDER_ERROR}: {text}"), None)
-            if isinstance(text, TemplateRenderError)
-            else self._find(_Attempted(*one), wanted)
-            for one, text, wanted in zip(
-                zip(conversations, texts, signs, marked, rendered, strict=True), texts, turns, strict=True
+            _RenderedPair(row, text, own, with_markers, marked_text) if isinstance(text, str) else text
+            for row, text, own, with_markers, marked_text in zip(
+                conversations, texts, markers, marked, marked_texts, strict=True
             )
         ]
 
-    def _find(self, tried: _Attempted, turns: Sequence[int]) -> tuple[MaskedText | MaskError, list[int | None] | None]:
+    def _find(
+        self, rendered: _RenderedPair, turns: Sequence[int]
+    ) -> tuple[MaskedText | MaskError, list[int | None] | None]:
+        """Return the spans of a conversation, and the ends of all contents in its text if markers showed them."""
         if not turns:
-            return MaskedText(tried.text, (), "no turn"), None
+            return MaskedText(rendered.text, (), "no turns"), None
         failure: MaskError | None = None
-        for name, view in self._attempts(tried):
-            if view.whole.text != tried.text:
+        for attempt in self._attempts(rendered):
+            # The markers changed what the template wrote: their positions say nothing of the text without them.
+            if attempt.rendered.text != rendered.text:
                 continue
             try:
-                spans, warnings, unsaid = self._all_spans(view, turns)
-                shown = view.whole.positions if name == "marks" else None
-                ends = shown and [shown.get(view.signs.closing(one)) for one in range(len(view.marked))]
-                return MaskedText(tried.text, spans, name, warnings, unsaid=unsaid), ends
+                masked = self._find_spans(attempt, turns)
             except MaskNotFound as error:
                 failure = failure or MaskError(str(error), error.turn)
-        if self._renderer.has_marks:
-            return self._by_template(tried.conversation, tried.text, turns, failure), None
-        fault = "the chat template writes this conversation differently when it is rendered again"
-        return failure or MaskError(fault), None
+                continue
+            content_ends = None
+            if attempt.method == "markers":
+                positions, markers = attempt.rendered.positions, attempt.markers
+                content_ends = [positions.get(markers.after_content(index)) for index in range(len(attempt.messages))]
+            return masked, content_ends
+        if self._renderer.has_generation_blocks:
+            return self._from_generation_blocks(rendered.conversation, rendered.text, turns, failure), None
+        return failure or MaskError("the chat template renders the same conversation differently each time"), None
 
-    def _attempts(self, tried: _Attempted) -> Iterator[tuple[str, _View]]:
-        conversation, signs = tried.conversation, tried.signs
-        if signs.first is not None and isinstance(tried.rendered, str):
-            yield "marks", _View(conversation, signs, tried.marked.messages, signs.unmark(tried.rendered))
-        if signs.first is not None:
-            marked = signs.mark(conversation.messages, openings=False)
-            (rendered,) = self._renderer.texts([replace(conversation, messages=marked)])
-            if isinstance(rendered, str):
-                yield "end marks", _View(conversation, signs, marked, signs.unmark(rendered))
-        yield "prefix", _View(conversation, NO_SIGNS, conversation.messages, StrippedText(tried.text, {}))
+    def _attempts(self, pair: _RenderedPair) -> Iterator[_Attempt]:
+        """Yield the conversation with all markers, with markers after contents only, and without markers."""
+        conversation, markers = pair.conversation, pair.markers
+        if markers.base is not None and isinstance(pair.marked_text, str):
+            rendered = markers.strip(pair.marked_text)
+            yield _Attempt("markers", conversation, markers, pair.marked.messages, rendered)
+        if markers.base is not None:
+            messages = markers.insert(conversation.messages, before=False)
+            (text,) = self._renderer.texts([replace(conversation, messages=messages)])
+            if isinstance(text, str):
+                yield _Attempt("end markers", conversation, markers, messages, markers.strip(text))
+        yield _Attempt("prefix", conversation, NO_MARKERS, conversation.messages, StrippedText(pair.text, {}))
 
-    def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
-        return self._renderer.text(
-            messages, prompt=prompt, tools=conversation.tools, kwargs=conversation.template_kwargs
+    def _render(self, attempt: _Attempt, num_messages: int, *, prompt: bool = False) -> StrippedText:
+        """Render the first messages of an attempt."""
+        conversation = attempt.conversation
+        text = self._renderer.text(
+            attempt.messages[:num_messages],
+            prompt=prompt,
+            tools=conversation.tools,
+            kwargs=conversation.template_kwargs,
         )
+        return attempt.markers.strip(text)
 
-    def _all_spans(self, view: _View, turns: Sequence[int]) -> tuple[tuple[Span, ...], frozenset[str], tuple[str, ...]]:
-        """The span of each turn, notes on them, and what each turn does not say of its prompt."""
+    def _find_spans(self, attempt: _Attempt, turns: Sequence[int]) -> MaskedText:
+        """Find the span of each turn.
+
+        Raises:
+            MaskNotFound: a span cannot be verified.
+        """
         spans: list[Span] = []
-        unsaid: list[str] = []
+        missing_prompts: list[str] = []
         warnings: set[str] = set()
         for turn in turns:
-            start, rest = self._start(view, turn, warnings)
-            end = self._end(view, turn, start)
+            start, missing_prompt = self._find_start(attempt, turn, warnings)
+            end = self._find_end(attempt, turn, start)
             if start < (spans[-1][1] if spans else 0) or end <= start:
                 raise MaskNotFound("its text overlaps the turn before it", turn)
-            self._check_inside(view, turn, (start, end), warnings)
+            self._check_span(attempt, turn, (start, end), warnings)
             spans.append((start, end))
-            unsaid.append(rest)
-        return tuple(spans), frozenset(warnings), tuple(unsaid)
+            missing_prompts.append(missing_prompt)
+        return MaskedText(
+            attempt.rendered.text,
+            tuple(spans),
+            attempt.method,
+            frozenset(warnings),
+            missing_prompts=tuple(missing_prompts),
+        )
 
-    def _start(self, view: _View, turn: int, warnings: set[str]) -> tuple[int, str]:
-        """The position at which the model begins to write the turn, and what of its prompt the turn does not say."""
-        position, tail = self._prompt_tail(view, turn)
-        limit = view.whole.positions.get(view.signs.opening(turn))
-        if view.whole.text.startswith(tail, position):
-            return position + len(tail), ""
-        before = view.whole.text[position:limit]
-        if limit is not None and tail.startswith(before):
-            warnings.add(HOLDS_MORE)
-            return limit, tail[len(before) :]
-        shared = self._shared_tokens(tail, before)
-        if shared <= len(tail) - len(self._endings.generation_prompt):
-            raise MaskNotFound("the text before it is not what the template prompts the model with", turn)
-        warnings.add(BEGINS_DIFFERENTLY)
-        return position + shared, ""
+    def _find_start(self, attempt: _Attempt, turn: int, warnings: set[str]) -> tuple[int, str]:
+        """Return where the model begins to write a turn, and the part of its prompt that is missing before that."""
+        text = attempt.rendered.text
+        position, prompt = self._prompt_of(attempt, turn)
+        content_start = attempt.rendered.positions.get(attempt.markers.before_content(turn))
+        if text.startswith(prompt, position):
+            return position + len(prompt), ""
+        header = text[position:content_start]
+        # A reasoning template prompts with an opening <think> that this turn, without reasoning, does not have.
+        if content_start is not None and prompt.startswith(header):
+            warnings.add(MISSING_PROMPT)
+            return content_start, prompt[len(header) :]
+        # Only the generation prompt itself may differ, not the end of the message before it; and the turn is trained
+        # from the first token on that the served model would not be given.
+        common = self._common_tokens(prompt, header)
+        if common <= len(prompt) - len(self._end_of_turn.generation_prompt):
+            raise MaskNotFound("the text before it is not the template's generation prompt", turn)
+        warnings.add(DIFFERENT_PROMPT)
+        return position + common, ""
 
-    def _prompt_tail(self, view: _View, turn: int) -> tuple[int, str]:
-        """The position of the last mark before the turn, and what the generation prompt writes from there on."""
+    def _prompt_of(self, attempt: _Attempt, turn: int) -> tuple[int, str]:
+        """Return the position of the last marker before a turn, and what the prompt of the turn has after it."""
         if turn == 0:
-            return self._first_tail(view)
-        anchor = self._anchor(view, turn)
-        key = self._plain_key(view, turn, anchor)
-        if key is not None and key in self._tails:
-            return (view.whole.positions[anchor] if anchor else 0), self._tails[key]
+            return self._first_prompt(attempt)
+        marker = self._last_marker_before(attempt, turn)
+        position = attempt.rendered.positions[marker] if marker else 0
+        key = self._prompt_key(attempt, turn, marker)
+        if key is not None and key in self._prompts:
+            return position, self._prompts[key]
         try:
-            prompt_view = view.signs.unmark(self._render(view.conversation, view.marked[:turn], prompt=True))
+            prompt_text = self._render(attempt, turn, prompt=True)
         except TemplateRenderError as error:
-            raise MaskNotFound(f"the template does not take the conversation up to it: {error}", turn) from None
-        if anchor and anchor not in prompt_view.positions:
+            raise MaskNotFound(f"the template failed on the messages before it: {error}", turn) from None
+        if marker and marker not in prompt_text.positions:
             raise MaskNotFound("the template writes the message before it differently in the prompt", turn)
-        tail = prompt_view.after(anchor) if anchor else prompt_view.text
+        prompt = prompt_text.after(marker) if marker else prompt_text.text
         if key is not None:
-            self._tails[key] = tail
-        return (view.whole.positions[anchor] if anchor else 0), tail
+            self._prompts[key] = prompt
+        return position, prompt
 
-    def _first_tail(self, view: _View) -> tuple[int, str]:
-        """The same for a turn that begins the conversation: there is no prompt to ask the template for."""
-        text, prompt = view.whole.text, self._endings.generation_prompt
-        limit = view.whole.positions.get(view.signs.opening(0))
-        if limit is not None and prompt and text.endswith(prompt, 0, limit):
-            return limit - len(prompt), prompt
-        bos = self._renderer.tokenizer.bos_token or ""
-        position = len(bos) if text.startswith(bos) else 0
-        if text.startswith(prompt, position) if prompt else limit == position:
+    def _first_prompt(self, attempt: _Attempt) -> tuple[int, str]:
+        """Return the same for a turn that starts the conversation: no messages come before it that can be rendered."""
+        text, prompt = attempt.rendered.text, self._end_of_turn.generation_prompt
+        content_start = attempt.rendered.positions.get(attempt.markers.before_content(0))
+        if content_start is not None and prompt and text.endswith(prompt, 0, content_start):
+            return content_start - len(prompt), prompt
+        bos = self._renderer.tokenizer.bos_token
+        position = len(bos) if isinstance(bos, str) and text.startswith(bos) else 0
+        if text.startswith(prompt, position) if prompt else content_start == position:
             return position, prompt
-        if limit is None or not prompt.startswith(text[position:limit]):
-            raise MaskNotFound("the conversation begins with it, and its header cannot be told apart", 0)
+        if content_start is None or not prompt.startswith(text[position:content_start]):
+            raise MaskNotFound("the conversation starts with it, and its header cannot be identified", 0)
         return position, prompt
 
     @staticmethod
-    def _anchor(view: _View, turn: int) -> str | None:
-        """The last mark of a message before the turn that stands where its message does."""
-        highest = -1
-        found = None
+    def _last_marker_before(attempt: _Attempt, turn: int) -> str | None:
+        """Return the marker of an earlier message that is last in the text; None without markers."""
+        last_position = -1
+        last_marker = None
         for index in range(turn):
-            for sign in (view.signs.closing(index), view.signs.calling(index)):
-                position = view.whole.positions.get(sign, -1)
-                if position > highest:
-                    highest, found = position, sign
-        return found
+            for marker in (attempt.markers.after_content(index), attempt.markers.after_call(index)):
+                position = attempt.rendered.positions.get(marker, -1)
+                if position > last_position:
+                    last_position, last_marker = position, marker
+        return last_marker
 
     @staticmethod
-    def _plain_key(view: _View, turn: int, anchor: str | None) -> Any:
-        """What the tail of a prompt depends on, where that is the roles and nothing else."""
-        conversation = view.conversation
-        if anchor is None or conversation.tools or conversation.template_kwargs:
+    def _prompt_key(attempt: _Attempt, turn: int, marker: str | None) -> _PromptKey | None:
+        """Return what the prompt after a marker depends on; None if that may be more than the roles before the turn."""
+        conversation = attempt.conversation
+        if marker is None or conversation.tools or conversation.template_kwargs:
             return None
         before = conversation.messages[:turn]
         if any(len(message) != 2 or message["content"].strip() != message["content"] for message in before):
             return None
         if not all(message["content"] for message in before):
             return None
-        return anchor, tuple(message["role"] for message in before)
+        return marker, tuple(message["role"] for message in before)
 
-    def _shared_tokens(self, left: str, right: str) -> int:
-        """The length of the longest common beginning of two texts that is made of whole tokens of both."""
+    def _common_tokens(self, left: str, right: str) -> int:
+        """Return the length in characters of the longest common beginning made of whole tokens of both texts."""
         length = 0
-        for one, other in zip(self._split_tokens(left), self._split_tokens(right), strict=False):
-            if one != other:
+        for left_token, right_token in zip(self._split_tokens(left), self._split_tokens(right), strict=False):
+            if left_token != right_token:
                 break
-            length += len(one)
+            length += len(left_token)
         return length
 
-    def _end(self, view: _View, turn: int, start: int) -> int:
-        """The position after the end-of-turn marker of the turn."""
-        message = view.conversation.messages[turn]
-        positions = view.whole.positions
-        content, calls = view.signs.closing(turn), view.signs.calling(turn)
-        has_calls = bool(message.get("tool_calls"))
-        own = [sign for sign in (content, calls) if positions.get(sign, -1) >= start]
-        if not has_calls:
-            position = positions[content] if own else start
-            blank = not (message.get("content") or "").strip()
-            if own or (blank and self._endings.ends_at(view.whole.text, position)):
-                rest = view.whole.text[position:]
-                return position + self._endings.match_plain(rest, message.get("content") or "", turn)
-        anchor = max(own, key=positions.__getitem__) if own else self._anchor(view, turn)
+    def _find_end(self, attempt: _Attempt, turn: int, start: int) -> int:
+        """Return the position after the end-of-turn text of a turn that starts at `start`."""
+        message = attempt.conversation.messages[turn]
+        text, positions = attempt.rendered.text, attempt.rendered.positions
+        after_content, after_call = attempt.markers.after_content(turn), attempt.markers.after_call(turn)
+        markers = [marker for marker in (after_content, after_call) if positions.get(marker, -1) >= start]
+        if not message.get("tool_calls"):
+            content = message.get("content") or ""
+            position = positions[after_content] if markers else start
+            if markers or (not content.strip() and self._end_of_turn.is_empty_turn_at(text, position)):
+                return position + self._end_of_turn.match_after_content(text[position:], content, turn)
+        # How a template closes tool calls is unknown: it shows it when the turn is the last message.
+        marker = max(markers, key=positions.__getitem__) if markers else self._last_marker_before(attempt, turn)
         try:
-            until = view.signs.unmark(self._render(view.conversation, view.marked[: turn + 1]))
+            as_last = self._render(attempt, turn + 1)
         except TemplateRenderError as error:
-            raise MaskNotFound(f"the template does not take the conversation up to its end: {error}", turn) from None
-        if anchor and anchor not in until.positions:
+            raise MaskNotFound(f"the template failed on the messages up to its end: {error}", turn) from None
+        if marker and marker not in as_last.positions:
             raise MaskNotFound("the template writes it differently when it is the last message", turn)
-        position = positions[anchor] if anchor else 0
-        ending: EndOfTurn = self._endings.of_tail(until.after(anchor) if anchor else until.text, turn)
-        if not view.whole.text.startswith(ending.text, position):
-            shown = view.whole.text[position : position + len(ending.text)]
+        position = positions[marker] if marker else 0
+        tail = as_last.after(marker) if marker else as_last.text
+        ending = self._end_of_turn.match_last_message(tail, turn)
+        if not text.startswith(ending, position):
+            shown = text[position : position + len(ending)]
             raise MaskNotFound(
-                f"it ends with {ending.text[-40:]!r} as the last message, with {shown[-40:]!r} here", turn
+                f"it ends with {ending[-40:]!r} when it is the last message, but with {shown[-40:]!r} here", turn
             )
-        return position + len(ending.text)
+        return position + len(ending)
 
     @staticmethod
-    def _check_inside(view: _View, turn: int, span: Span, warnings: set[str]) -> None:
-        """Nothing of another message lies in the span, and what the message says does."""
+    def _check_span(attempt: _Attempt, turn: int, span: Span, warnings: set[str]) -> None:
+        """Raise MaskNotFound if a span holds text of another message, or not that of its own."""
         start, end = span
-        positions = view.whole.positions
-        own = {view.signs.opening(turn), view.signs.closing(turn), view.signs.calling(turn)}
-        if any(start < position < end for sign, position in positions.items() if sign not in own):
-            raise MaskNotFound("the text of another message lies inside it", turn)
-        # A generation prompt can hold the first words of an answer, such as an opening <think>.
-        text = view.whole.text[min(start, positions.get(view.signs.opening(turn), start)) : end]
-        if not holds_all(view.conversation.messages[turn], text, turn):
-            warnings.add("the template leaves out a part of a turn")
+        markers, positions = attempt.markers, attempt.rendered.positions
+        own = {markers.before_content(turn), markers.after_content(turn), markers.after_call(turn)}
+        if any(start < position < end for marker, position in positions.items() if marker not in own):
+            raise MaskNotFound("its text contains text of another message", turn)
+        # The generation prompt may be the first words of an answer, such as an opening <think>: then the span starts
+        # after the beginning of the content.
+        text = attempt.rendered.text[min(start, positions.get(markers.before_content(turn), start)) : end]
+        if not contains_message(attempt.conversation.messages[turn], text, turn):
+            warnings.add(INCOMPLETE_TURN)
 
-    def _by_template(
+    def _from_generation_blocks(
         self, conversation: Conversation, text: str, turns: Sequence[int], failure: MaskError | None
     ) -> MaskedText | MaskError:
-        """The spans between the template's own marks, when there is one a turn and each ends as a turn must.
+        """Return the spans of the `{% generation %}` blocks, if there is one per turn and each includes the end of it.
 
-        What a mark shares with the generation prompt is given to the model, so it is left out.
+        What a block has in common with the generation prompt is not trained: the model is given it.
         """
-        marks = self._renderer.marked_spans(conversation.messages, conversation.tools, conversation.template_kwargs)
-        if len(marks) != len(turns):
-            return failure or MaskError(f"the template marks {len(marks)} turns of {len(turns)}")
-        spans = []
-        warnings = set()
-        for turn, (first, last) in zip(turns, marks, strict=True):
-            end = first + len(text[first:last].rstrip())
-            start = first + self._shared_tokens(self._endings.generation_prompt, text[first:end])
-            if start >= end or not self._endings.is_end(text[start:end]):
-                return failure or MaskError("the template's own marks leave out the end of a turn", turn)
+        blocks = self._renderer.generation_spans(
+            conversation.messages, conversation.tools, conversation.template_kwargs
+        )
+        if len(blocks) != len(turns):
+            problem = f"the template has {len(blocks)} generation blocks for {len(turns)} assistant turns"
+            return failure or MaskError(problem)
+        spans: list[Span] = []
+        warnings: set[str] = set()
+        for turn, (block_start, block_end) in zip(turns, blocks, strict=True):
+            end = block_start + len(text[block_start:block_end].rstrip())
+            prompt = self._end_of_turn.generation_prompt
+            start = block_start + self._common_tokens(prompt, text[block_start:end])
+            if start >= end or not self._end_of_turn.is_complete_turn(text[start:end]):
+                return failure or MaskError(
+                    "the template's generation block does not include the end of the turn", turn
+                )
             try:
-                if not holds_all(conversation.messages[turn], text[start:end], turn):
-                    warnings.add("the template leaves out a part of a turn")
+                if not contains_message(conversation.messages[turn], text[start:end], turn):
+                    warnings.add(INCOMPLETE_TURN)
             except MaskNotFound as error:
                 return MaskError(str(error), turn)
             spans.append((start, end))
-        return MaskedText(text, tuple(spans), "template", frozenset(warnings))
+        return MaskedText(text, tuple(spans), "generation blocks", frozenset(warnings))
 
 
-def holds_all(message: Message, text: str, turn: int) -> bool:
-    """Whether a turn's text holds all that the message says; False when it leaves out what came before an answer.
+def contains_message(message: Message, text: str, turn: int) -> bool:
+    """Return whether a turn's text contains all of its message; False if only its reasoning is missing.
 
     Raises:
-        NotShown: the answer itself is not there, or a tool call.
+        MaskNotFound: the answer itself is missing, or a tool call.
     """
     names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
     if any(name not in text for name in names):
-        raise MaskNotFound("the template leaves out its tool calls", turn)
+        raise MaskNotFound("the template omits its tool calls", turn)
     content = (message.get("content") or "").strip()
     if not content or content in text:
         return True
     answer = content.rpartition("</think>")[2].strip()
     if answer and answer not in text and not names:
-        raise MaskNotFound("the template leaves out its content", turn)
+        raise MaskNotFound("the template omits its content", turn)
     return False

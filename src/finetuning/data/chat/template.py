@@ -1,42 +1,45 @@
-"""Conversations to text, by the tokenizer's own chat template.
+"""Chat templates: the named ones, rendering, and marker characters that show where each content went.
 
-The chat templates that have a name, and the config's own."""
+`TemplateRenderer` renders conversations with the tokenizer's own Jinja template. `Markers` puts private-use characters
+around the contents of messages before rendering and removes them afterwards: what remains is the plain text, and the
+positions of the markers are the positions of the contents in it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import jinja2
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
-from finetuning.data.samples import Conversation, Message
+from finetuning.data.samples import Conversation, JsonObject, Message, Span
 from finetuning.errors import DataError, Location
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # What a template can raise on a conversation that it was not written for.
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
+_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
 
 
 class TemplateRenderError(ValueError):
-    """The chat template refuses a conversation; the message is the template's own."""
+    """The chat template failed on a conversation; the message is the template's own."""
 
 
 class TemplateRenderer:
-    """Renders conversations exactly as the tokenizer's `apply_chat_template` does when the model is served."""
+    """Renders conversations with the tokenizer's `apply_chat_template`, which is also what inference servers call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        """Checks the template.
+        """Check the syntax of the tokenizer's chat template.
 
         Raises:
-            DataError: there is no chat template, or it is no valid Jinja.
+            DataError: there is no chat template, or it is not valid Jinja.
         """
         if not tokenizer.chat_template:
             raise DataError(
@@ -50,8 +53,9 @@ class TemplateRenderer:
         try:
             self.text([{"role": "user", "content": "a"}])
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
+            raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
         except TemplateRenderError:
+            # A template may well reject a conversation of one message; only its syntax matters here.
             return
 
     def text(
@@ -59,52 +63,55 @@ class TemplateRenderer:
         messages: Sequence[Message],
         *,
         prompt: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-        kwargs: dict[str, Any] | None = None,
+        tools: list[JsonObject] | None = None,
+        kwargs: JsonObject | None = None,
     ) -> str:
-        """The rendered text; with `prompt`, up to where the model begins to write.
+        """Render messages; with `prompt`, append the generation prompt.
 
         Raises:
-            CannotRender: the template does not take these messages.
+            TemplateRenderError: the template failed on these messages.
         """
         try:
-            return self.tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **(kwargs or {})
             )
         except jinja2.TemplateSyntaxError:
             raise
-        except _TEMPLATE_FAULTS as error:
+        except _RENDER_ERRORS as error:
             raise TemplateRenderError(
                 f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
             ) from None
+        return cast("str", rendered)
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
-        """The text of each conversation, or what the template says against it; plain ones are rendered together."""
-        plain = [index for index, one in enumerate(conversations) if not one.tools and not one.template_kwargs]
-        together: dict[int, str] = {}
+        """Render conversations; those on which the template failed give the error instead of a text."""
+        # One call for all that need no tools or arguments: the cost of a call is that of rendering several rows.
+        plain = [index for index, row in enumerate(conversations) if not row.tools and not row.template_kwargs]
+        rendered: dict[int, str] = {}
         if len(plain) > 1:
             try:
                 texts = self.tokenizer.apply_chat_template(
                     [conversations[index].messages for index in plain], tokenize=False
                 )
-                together = dict(zip(plain, texts, strict=True))
-            except _TEMPLATE_FAULTS:
-                together = {}
+                rendered = dict(zip(plain, cast("list[str]", texts), strict=True))
+            except _RENDER_ERRORS:
+                # The call does not say which conversation it failed on: each is rendered alone below.
+                rendered = {}
         return [
-            together[index] if index in together else self._text_or_fault(one)
-            for index, one in enumerate(conversations)
+            rendered[index] if index in rendered else self._text_or_error(row)
+            for index, row in enumerate(conversations)
         ]
 
-    def _text_or_fault(self, one: Conversation) -> str | TemplateRenderError:
+    def _text_or_error(self, conversation: Conversation) -> str | TemplateRenderError:
         try:
-            return self.text(one.messages, tools=one.tools, kwargs=one.template_kwargs)
-        except TemplateRenderError as fault:
-            return fault
+            return self.text(conversation.messages, tools=conversation.tools, kwargs=conversation.template_kwargs)
+        except TemplateRenderError as error:
+            return error
 
-    def marked_spans(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, kwargs: dict[str, Any]
-    ) -> list[tuple[int, int]]:
-        """Character spans of what the template puts between its `{% generation %}` marks."""
+    def generation_spans(
+        self, messages: Sequence[Message], tools: list[JsonObject] | None, kwargs: JsonObject
+    ) -> list[Span]:
+        """Return the character spans that the template encloses in `{% generation %}` blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(None, tools)
@@ -116,11 +123,11 @@ class TemplateRenderer:
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **kwargs},
         )
-        return [tuple(span) for span in spans[0]]
+        return [(start, end) for start, end in cast("list[list[Span]]", spans)[0]]
 
     @cached_property
-    def has_marks(self) -> bool:
-        """Whether the template says itself, by `{% generation %}`, what the model writes."""
+    def has_generation_blocks(self) -> bool:
+        """Whether the template itself says what the model writes, with `{% generation %}` blocks."""
         return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(self.tokenizer.chat_template)))
 
     @cached_property
@@ -131,139 +138,151 @@ class TemplateRenderer:
         return tuple(sorted(names, key=len, reverse=True))
 
 
-_PLANES = (0xF0000, 0x100000)
-_PLANE_SIZE = 0xFFFE
-_KINDS = 3
+# Unicode's two supplementary private use areas (planes 15 and 16): no text should use them, so a template passes them
+# through as it does letters. Two sets, because a text that does use one area can still be marked with the other.
+_PRIVATE_USE_AREAS = (0xF0000, 0x100000)
+_AREA_SIZE = 0xFFFE
+_MARKERS_PER_MESSAGE = 3
 
 
 @dataclass(frozen=True)
 class StrippedText:
-    """A text without its signs, and the position of each sign in it; signs that came up twice are left out."""
+    """A rendered text without its markers, and the position in it of each marker that occurred exactly once."""
 
     text: str
     positions: dict[str, int]
 
-    def after(self, sign: str) -> str:
-        return self.text[self.positions[sign] :]
+    def after(self, marker: str) -> str:
+        """Return the text from a marker on."""
+        return self.text[self.positions[marker] :]
 
 
 @dataclass(frozen=True)
 class Markers:
-    """One set of signs; with `first` None there are none, and every text stays as it is."""
+    """A set of marker characters, three for each message; with `base` None it is empty and changes no text."""
 
-    first: int | None
+    base: int | None
+    """The code point of the first marker."""
 
     @staticmethod
-    def absent_from(text: str, count: int) -> Markers | None:
-        """Signs for so many messages, none of which is in the text; None when there are no such."""
-        for signs in _ALL:
-            if count <= _PLANE_SIZE // _KINDS and (text.isascii() or not signs._any.search(text)):
-                return signs
+    def absent_from(text: str, num_messages: int) -> Markers | None:
+        """Return markers for so many messages of which none occurs in the text; None if there are none."""
+        for markers in _ALL_MARKERS:
+            fits = num_messages <= _AREA_SIZE // _MARKERS_PER_MESSAGE
+            if fits and (text.isascii() or not markers._pattern.search(text)):
+                return markers
         return None
 
-    def opening(self, index: int) -> str:
-        """The sign before the content of a message."""
-        return self._sign(index, 0)
+    def before_content(self, index: int) -> str:
+        """Return the marker before the content of a message."""
+        return self._marker(index, 0)
 
-    def closing(self, index: int) -> str:
-        """The sign after it."""
-        return self._sign(index, 1)
+    def after_content(self, index: int) -> str:
+        """Return the marker after the content of a message."""
+        return self._marker(index, 1)
 
-    def calling(self, index: int) -> str:
-        """The sign after the name of the last function that a message calls."""
-        return self._sign(index, 2)
+    def after_call(self, index: int) -> str:
+        """Return the marker after the name of the last function that a message calls."""
+        return self._marker(index, 2)
 
-    def mark(self, messages: Sequence[Message], *, openings: bool = True) -> list[Message]:
-        """The messages with signs round each content, inside its outer white space: what trims it trims the same."""
-        if self.first is None:
+    def insert(self, messages: Sequence[Message], *, before: bool = True) -> list[Message]:
+        """Return the messages with markers around each content, those before it only with `before`.
+
+        Markers go inside the outer white space of a content, so that a template that trims a content trims it alike.
+        """
+        if self.base is None:
             return list(messages)
-        return [self._mark_one(message, index, openings) for index, message in enumerate(messages)]
+        return [self._mark_message(message, index, before) for index, message in enumerate(messages)]
 
-    def unmark(self, marked: str) -> StrippedText:
-        """The text without signs, and where they stood."""
-        if self.first is None:
-            return StrippedText(marked, {})
+    def strip(self, text: str) -> StrippedText:
+        """Remove the markers from a rendered text, and return their positions."""
+        if self.base is None:
+            return StrippedText(text, {})
         positions: dict[str, int] = {}
-        repeated = set()
-        for removed, match in enumerate(self._any.finditer(marked)):
-            sign = match.group()
-            if sign in positions:
-                repeated.add(sign)
-            positions[sign] = match.start() - removed
-        for sign in repeated:
-            del positions[sign]
-        return StrippedText(self._any.sub("", marked), positions)
+        repeated: set[str] = set()
+        for num_removed, match in enumerate(self._pattern.finditer(text)):
+            marker = match.group()
+            if marker in positions:
+                repeated.add(marker)
+            positions[marker] = match.start() - num_removed
+        for marker in repeated:
+            del positions[marker]
+        return StrippedText(self._pattern.sub("", text), positions)
 
-    def _sign(self, index: int, kind: int) -> str:
-        return "" if self.first is None else chr(self.first + _KINDS * index + kind)
+    def _marker(self, index: int, kind: int) -> str:
+        return "" if self.base is None else chr(self.base + _MARKERS_PER_MESSAGE * index + kind)
 
     @cached_property
-    def _any(self) -> re.Pattern[str]:
-        return re.compile(f"[{chr(self.first)}-{chr(self.first + _PLANE_SIZE - 1)}]")
+    def _pattern(self) -> re.Pattern[str]:
+        if self.base is None:
+            raise ValueError("an empty set of markers matches nothing")
+        return re.compile(f"[{chr(self.base)}-{chr(self.base + _AREA_SIZE - 1)}]")
 
-    def _mark_one(self, message: Message, index: int, openings: bool) -> Message:
+    def _mark_message(self, message: Message, index: int, before: bool) -> Message:
         marked = dict(message)
         content = message.get("content")
         core = content.strip() if isinstance(content, str) else ""
-        if core:
+        if isinstance(content, str) and core:
             start = content.index(core[0])
-            before = self.opening(index) if openings and message["role"] == "assistant" else ""
-            marked["content"] = content[:start] + before + core + self.closing(index) + content[start + len(core) :]
+            opening = self.before_content(index) if before and message["role"] == "assistant" else ""
+            rest = content[start + len(core) :]
+            marked["content"] = content[:start] + opening + core + self.after_content(index) + rest
         calls = message.get("tool_calls")
         if calls and message["role"] == "assistant":
             call = calls[-1]
             function = dict(call.get("function", call))
-            function["name"] += self.calling(index)
+            function["name"] += self.after_call(index)
             marked["tool_calls"] = [*calls[:-1], {**call, "function": function} if "function" in call else function]
         return marked
 
 
-_ALL = tuple(Markers(first) for first in _PLANES)
-SIGNS = _ALL[0]
-"""Signs for texts that are known to hold none."""
-NO_SIGNS = Markers(None)
+_ALL_MARKERS = tuple(Markers(base) for base in _PRIVATE_USE_AREAS)
+DEFAULT_MARKERS = _ALL_MARKERS[0]
+"""Markers for texts that are known to contain none of them."""
+NO_MARKERS = Markers(None)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template with what its tokenizer must know.
-
-    `end_of_turn` is the token that ends the assistant's turn; None stands for the tokenizer's end-of-sequence token,
-    or, in a template without a name, for what the template itself shows.
-    """
+    """A chat template, and the tokens that it needs in the tokenizer."""
 
     name: ChatTemplateName | None
+    """None for a template that the config brings itself."""
     source: str
     special_tokens: tuple[str, ...]
     end_of_turn: str | None
+    """The token that ends the assistant's turn. None in a named template stands for the tokenizer's end-of-sequence
+    token; None in any other is detected by rendering (see `end_of_turn.py`)."""
 
 
-_TOKENS: dict[ChatTemplateName, tuple[tuple[str, ...], str | None]] = {
+_NAMED_TEMPLATES: Mapping[ChatTemplateName, tuple[tuple[str, ...], str | None]] = {
     ChatTemplateName.MISTRAL_WITH_SYSTEM: ((), None),
     ChatTemplateName.CHAT_ML: (("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     ChatTemplateName.PORO: (("<|user|>", "<|assistant|>"), None),
     ChatTemplateName.SIMPLIFIED_LLAMA31: (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
 }
+"""Special tokens and end-of-turn token by name; the source of each is a file in `templates/`."""
 
 
 def get_template(name: ChatTemplateName) -> ChatTemplate | None:
-    """The template of that name; None for `keep-original`."""
-    if name not in _TOKENS:
+    """Return the template of that name; None for `keep-original`."""
+    if name not in _NAMED_TEMPLATES:
         return None
-    special_tokens, end_of_turn = _TOKENS[name]
+    special_tokens, end_of_turn = _NAMED_TEMPLATES[name]
     source = resources.files("finetuning.data.chat").joinpath("templates", f"{name.value}.jinja").read_text("utf-8")
     return ChatTemplate(name, source, special_tokens, end_of_turn)
 
 
-def chosen_template(data_conf: DataConfig) -> ChatTemplate | None:
-    """The template that the config sets: its own, or one by name; None for the tokenizer's.
+def configured_template(data_conf: DataConfig) -> ChatTemplate | None:
+    """Return the template that the config sets, by source, file or name; None for the tokenizer's own.
 
     Raises:
-        DataError: its file is missing, or is no text.
+        DataError: the template's file cannot be read.
     """
     if data_conf.chat_template is None:
         return get_template(data_conf.chat_template_name)
     source = data_conf.chat_template
+    # Every template of use has a Jinja expression, and no file name has a brace.
     if "{" not in source:
         try:
             source = Path(source).expanduser().read_text("utf-8")

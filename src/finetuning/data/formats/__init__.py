@@ -1,4 +1,4 @@
-"""The table of row formats."""
+"""The table of row formats: to add one, write its module and add a line to `FORMATS` and to `KINDS`."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ KINDS: dict[str, tuple[RowFormat, ...]] = {
     "unpaired": (UNPAIRED, COMPLETION_LABEL, CHOSEN_REJECTED_PAIR),
     "prompt": (PROMPT,),
 }
-"""The formats of each kind of method, in the order in which they are tried; messages name the first if none fits."""
+"""The formats of each kind of rows, in the order in which they are tried. If none matches, errors name the first."""

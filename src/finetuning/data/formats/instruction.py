@@ -1,14 +1,15 @@
-"""Alpaca: `instruction`, perhaps `input`, and `output`; `system` and `history` where there are any.
+"""Row formats of a prompt and its completion.
 
-`input` and `output`: two texts that become one, of which the output is trained.
-
-`prompt` and `completion`: two texts, or two lists of messages."""
+- `alpaca`: `instruction`, optional `input`, `system` and `history`, and `output`; becomes a chat.
+- `prompt_completion`: `prompt` and `completion`, two texts or two lists of messages.
+- `input_output`: `input` and `output`, two texts that are joined with a space.
+"""
 
 from __future__ import annotations
 
 from finetuning.data.formats.messages import chat_field, choose_turns
 from finetuning.data.formats.row_format import (
-    PLAIN,
+    DEFAULT_OPTIONS,
     FieldError,
     Options,
     RowFormat,
@@ -18,14 +19,14 @@ from finetuning.data.formats.row_format import (
     require_columns,
     text_field,
 )
-from finetuning.data.samples import Conversation, Message, Row, Text, json_type
+from finetuning.data.samples import Conversation, JsonValue, Message, Row, Text, json_type
 from finetuning.errors import Problem
 
 ALPACA_COLUMNS = ("instruction", "output")
 
 
-def parse_alpaca(row: Row, options: Options = PLAIN) -> Conversation | Problem:
-    """The row as a chat: the instruction and, after an empty line, the input ask; the output answers."""
+def parse_alpaca(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Problem:
+    """Return the row as a chat: instruction, an empty line and input are the user's message, output is the answer."""
     try:
         require_columns(row, ALPACA_COLUMNS, "alpaca")
         prompt = _history(row)
@@ -36,20 +37,21 @@ def parse_alpaca(row: Row, options: Options = PLAIN) -> Conversation | Problem:
             question = f"{question}\n\n{text_field(row, 'input')}"
         prompt.append({"role": "user", "content": question})
         messages = [*prompt, {"role": "assistant", "content": text_field(row, "output")}]
-        messages, turns = choose_turns(messages, "output", options.completions, prompt=len(prompt))
+        messages, turns = choose_turns(messages, "output", options.completions, prompt_length=len(prompt))
         return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
 
 def _history(row: Row) -> list[Message]:
-    pairs = row.values.get("history") or []
+    pairs: JsonValue = row.values.get("history") or []
     if not isinstance(pairs, list):
         raise FieldError("history", f"expected a list of pairs, got {json_type(pairs)}")
     messages: list[Message] = []
+    pair: JsonValue
     for index, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise FieldError(f"history[{index}]", "expected a question and an answer, both text")
+            raise FieldError(f"history[{index}]", "expected a pair of texts: a question and its answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return messages
 
@@ -60,20 +62,20 @@ ALPACA = RowFormat("alpaca", ALPACA_COLUMNS, parse_alpaca)
 PROMPT_COMPLETION_COLUMNS = ("prompt", "completion")
 
 
-def parse_prompt_completion(row: Row, options: Options = PLAIN) -> Conversation | Text | Problem:
-    """Texts are joined as they are, and end with the end-of-sequence token; messages become one chat."""
+def parse_prompt_completion(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Text | Problem:
+    """Return two texts joined as they are, or two lists of messages as one chat."""
     try:
         require_columns(row, PROMPT_COMPLETION_COLUMNS, "prompt_completion")
         if isinstance(row.values["prompt"], list):
             return _chat(row, options)
         prompt, completion = (text_field(row, column) for column in PROMPT_COMPLETION_COLUMNS)
-        return joined(row, prompt, completion, options)
+        return join(row, prompt, completion, options)
     except FieldError as error:
         return problem_of(row, error)
 
 
-def joined(row: Row, prompt: str, completion: str, options: Options) -> Text:
-    """A prompt and its completion as one text, of which the completion is trained."""
+def join(row: Row, prompt: str, completion: str, options: Options) -> Text:
+    """Return a prompt and its completion as one text, of which the completion is trained."""
     text = prompt + completion
     spans = None if options.completions == "all" else ((len(prompt), len(text)),)
     return Text(text, row.place, spans, options.add_eos)
@@ -85,7 +87,7 @@ def _chat(row: Row, options: Options) -> Conversation:
         messages_field(row, "completion")
     completion = chat_field(row, "completion")
     if not any(message["role"] == "assistant" for message in completion):
-        raise FieldError("completion", "holds no message of the assistant")
+        raise FieldError("completion", "has no assistant message")
     messages, turns = choose_turns([*prompt, *completion], "prompt + completion", options.completions, len(prompt))
     return Conversation(messages, turns=turns, **other_fields(row))
 
@@ -94,20 +96,20 @@ PROMPT_COMPLETION = RowFormat("prompt_completion", PROMPT_COMPLETION_COLUMNS, pa
 
 
 INPUT_OUTPUT_COLUMNS = ("input", "output")
-_SPACES = (" ", "\n", "\t")
+_WHITE_SPACE = (" ", "\n", "\t")
 
 
-def parse_input_output(row: Row, options: Options = PLAIN) -> Text | Problem:
-    """The output follows the input; between them comes one space, unless a space, line break or tab is there.
+def parse_input_output(row: Row, options: Options = DEFAULT_OPTIONS) -> Text | Problem:
+    """Return input and output as one text, with a space between them unless there is white space already.
 
     Source: fms-hf-tuning, `combine_sequence`.
     """
     try:
         require_columns(row, INPUT_OUTPUT_COLUMNS, "input_output")
         start, end = (text_field(row, column) for column in INPUT_OUTPUT_COLUMNS)
-        gap = "" if start.endswith(_SPACES) or end.startswith(_SPACES) else " "
-        # The space goes with the output, as a tokenizer takes it: in front of the word that follows.
-        return joined(row, start, gap + end, options)
+        gap = "" if start.endswith(_WHITE_SPACE) or end.startswith(_WHITE_SPACE) else " "
+        # The space is part of the output: tokenizers join a space to the word after it.
+        return join(row, start, gap + end, options)
     except FieldError as error:
         return problem_of(row, error)
 

@@ -1,6 +1,8 @@
-"""Chats: `{"messages": [{"role": …, "content": …}, …]}`, and the other names that they go by.
+"""The row format `messages`, `{"messages": [{"role": ..., "content": ...}, ...]}`, and its other spellings.
 
-Which messages of a chat are trained."""
+Columns may also be called `conversations`, `dialog` and so on, and messages may have `from` and `value`, as in
+ShareGPT. `choose_turns` decides for all formats of chats which messages are trained.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from finetuning.data.formats.row_format import (
-    PLAIN,
+    DEFAULT_OPTIONS,
     FieldError,
     Options,
     RowFormat,
@@ -21,60 +23,69 @@ from finetuning.data.formats.row_format import (
     require_columns,
     text_field,
 )
-from finetuning.data.samples import Conversation, Message, Row, json_type
+from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row, json_type
 from finetuning.errors import Problem
 
 _FLAGS = ("train", "weight")
 
 
 def choose_turns(
-    messages: Sequence[Message], key: str, train_on: TrainOn, prompt: int = 0
+    messages: Sequence[Message], key: str, train_on: TrainOn, prompt_length: int = 0
 ) -> tuple[list[Message], tuple[int, ...] | Literal["all"]]:
-    """The messages without their flags `train` and `weight`, and the indices of those that are trained.
+    """Choose the messages to train on.
 
-    A flag of a message stands above `train_on`; messages before `prompt` have no say. `key` names the messages.
+    Args:
+        messages: the messages; a flag `train` or `weight` of a message takes precedence over `train_on`.
+        key: the name of the messages in errors.
+        train_on: which messages without a flag are trained.
+        prompt_length: number of messages that are a prompt; without a flag, they are not trained.
+
+    Returns:
+        The messages without flags, and the indices of those that are trained, or "all" for the whole text.
     """
-    if not any(["train" in one or "weight" in one for one in messages]):
-        return list(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt)
+    if not any(["train" in message or "weight" in message for message in messages]):
+        return list(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt_length)
     flags = [_flag(message, f"{key}[{index}]") for index, message in enumerate(messages)]
     if all(flag is None for flag in flags):
-        return _without(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt)
+        return _without_flags(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt_length)
     if train_on == "all" and False in flags:
         raise FieldError(
             f"{key}[{flags.index(False)}]",
-            "is not to be trained, but the run trains on every token; set sft_args.train_on: assistant, and messages"
-            " that say nothing are trained where they are the assistant's",
+            "is not to be trained, but the run trains on every token; set sft_args.train_on: assistant, which trains"
+            " on the assistant's messages that have no flag",
         )
-    chosen: set[int] = set() if train_on == "all" else set(_turns(messages, train_on, prompt))
+    selected: set[int] = set() if train_on == "all" else set(_turns(messages, train_on, prompt_length))
     for index, flag in enumerate(flags):
         if flag and messages[index]["role"] != "assistant" and train_on != "all":
             raise FieldError(
                 f"{key}[{index}]", f'cannot be trained: its role is "{messages[index]["role"]}", not "assistant"'
             )
         if flag is not None:
-            (chosen.add if flag else chosen.discard)(index)
-    return _without(messages), "all" if train_on == "all" else tuple(sorted(chosen))
+            (selected.add if flag else selected.discard)(index)
+    return _without_flags(messages), "all" if train_on == "all" else tuple(sorted(selected))
 
 
-def _turns(messages: Sequence[Message], train_on: TrainOn, prompt: int) -> tuple[int, ...]:
-    """The assistant's turns: all, the last one, or those after the last message of the user."""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= prompt]
+def _turns(messages: Sequence[Message], train_on: TrainOn, prompt_length: int) -> tuple[int, ...]:
+    """Return the indices of the assistant's messages: all, the last one, or those after the last user message."""
+    turns = [
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= prompt_length
+    ]
     if train_on == "last":
         return tuple(turns[-1:])
-    if train_on == "completions" and not prompt:
-        asked = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        return tuple(index for index in turns if index > asked)
+    if train_on == "completions" and not prompt_length:
+        last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        return tuple(index for index in turns if index > last_user)
     return tuple(turns)
 
 
-def _without(messages: Sequence[Message]) -> list[Message]:
-    return [{name: value for name, value in one.items() if name not in _FLAGS} for one in messages]
+def _without_flags(messages: Sequence[Message]) -> list[Message]:
+    return [{name: value for name, value in message.items() if name not in _FLAGS} for message in messages]
 
 
 def _flag(message: Message, key: str) -> bool | None:
-    """What a message says itself: `train: true|false`, or `weight: 0|1`; None when it says nothing."""
-    train: Any = message.get("train")
-    weight: Any = message.get("weight")
+    """Return the flag of a message, `train: true|false` or `weight: 0|1`; None if it has neither."""
+    train: JsonValue = message.get("train")
+    weight: JsonValue = message.get("weight")
     if train is not None and not isinstance(train, bool):
         raise FieldError(f"{key}.train", f"expected true or false, got {json_type(train)}")
     if weight is None:
@@ -82,15 +93,15 @@ def _flag(message: Message, key: str) -> bool | None:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise FieldError(f"{key}.weight", f"expected 0 or 1, got {json_type(weight)}")
     if weight not in (0, 1):
-        raise FieldError(f"{key}.weight", f"expected 0 or 1, got {weight:g}: a message is trained, or it is not")
+        raise FieldError(f"{key}.weight", f"expected 0 or 1, got {weight:g}: fractional weights are not supported")
     if train is not None and train != bool(weight):
         raise FieldError(f"{key}.weight", f"is {weight:g}, but train is {str(train).lower()}")
     return bool(weight)
 
 
 MESSAGES_COLUMNS = ("messages",)
-SPELLINGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
-_ROLES = {
+MESSAGE_COLUMN_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
+_ROLE_ALIASES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -103,64 +114,74 @@ _ROLES = {
 
 
 def has_messages(values: Mapping[str, Any]) -> bool:
-    """Whether a column has one of the names, and a list in it, or the JSON text of one."""
-    return spelling(values) is not None
+    """Return whether a row has a column of messages."""
+    return messages_column(values) is not None
 
 
-def spelling(values: Mapping[str, Any]) -> str | None:
-    """The column that holds the messages."""
-    for name in SPELLINGS:
-        value = values.get(name)
+def messages_column(values: Mapping[str, Any]) -> str | None:
+    """Return the first column with one of the known names that holds a list, or the JSON text of one."""
+    for name in MESSAGE_COLUMN_NAMES:
+        value: JsonValue = values.get(name)
         if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[")):
             return name
     return None
 
 
-def parse_messages(row: Row, options: Options = PLAIN) -> Conversation | Problem:
-    """The row's conversation, or what is wrong with it."""
+def parse_messages(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Problem:
+    """Return the conversation of a row, or what is wrong with it; a column `system` becomes its first message."""
     try:
-        column = spelling(row.values) or "messages"
+        column = messages_column(row.values) or "messages"
         if column == "messages":
             require_columns(row, MESSAGES_COLUMNS, "messages")
-        found = chat_field(row, column)
-        if isinstance(row.values.get("system"), str) and found[0]["role"] != "system" and row.values["system"].strip():
-            found = [{"role": "system", "content": text_field(row, "system")}, *found]
-        messages, turns = choose_turns(found, column, options.chats)
+        messages = chat_field(row, column)
+        system: JsonValue = row.values.get("system")
+        if isinstance(system, str) and messages[0]["role"] != "system" and system.strip():
+            messages = [{"role": "system", "content": text_field(row, "system")}, *messages]
+        messages, turns = choose_turns(messages, column, options.chats)
         return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
 
 def chat_field(row: Row, column: str) -> list[Message]:
-    """The messages of a column, also where they are spelt `from` and `value`."""
-    value = row.values[column]
+    """Return the messages of a column, with `role` and `content` even if they are spelled `from` and `value`."""
+    value: JsonValue = row.values[column]
     if value and isinstance(value, list) and all(map(is_plain, value)):
         return value
-    if isinstance(value, list) and any(isinstance(one, dict) and "from" in one and "role" not in one for one in value):
-        spelt = [_respell(one, f"{column}[{index}]") for index, one in enumerate(value)]
-        row = Row({**row.values, column: spelt}, row.place)
+    if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
+        messages = [_from_sharegpt(message, f"{column}[{index}]") for index, message in enumerate(value)]
+        row = Row({**row.values, column: messages}, row.place)
     return messages_field(row, column)
 
 
-def _respell(message: Any, key: str) -> Any:
-    """A message with `role` and `content`; the call of a function becomes the assistant's."""
+def _is_sharegpt(message: JsonValue) -> bool:
+    return isinstance(message, dict) and "from" in message and "role" not in message
+
+
+def _from_sharegpt(message: JsonValue, key: str) -> JsonValue:
+    """Return a message with `role` and `content`; a function call becomes one of the assistant."""
     if not isinstance(message, dict) or "from" not in message:
         return message
-    role, content = message["from"], message.get("value")
+    role: JsonValue = message["from"]
+    content: JsonValue = message.get("value")
     others = {name: value for name, value in message.items() if name not in ("from", "value")}
     if role in ("function_call", "tool_call"):
-        return {"role": "assistant", "content": None, "tool_calls": _calls(content, key), **others}
-    return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content, **others}
+        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content, key), **others}
+    return {
+        "role": _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role,
+        "content": content,
+        **others,
+    }
 
 
-def _calls(content: Any, key: str) -> list[dict[str, Any]]:
+def _tool_calls(content: JsonValue, key: str) -> list[JsonObject]:
     try:
-        value = json.loads(content) if isinstance(content, str) else content
+        value: JsonValue = json.loads(content) if isinstance(content, str) else content
     except json.JSONDecodeError as error:
-        raise FieldError(f"{key}.value", f"expected the call of a function as JSON: {error}") from None
+        raise FieldError(f"{key}.value", f"expected a function call as JSON: {error}") from None
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise FieldError(f"{key}.value", "expected the call of a function: an object with name and arguments")
+        raise FieldError(f"{key}.value", "expected a function call: an object with name and arguments")
     return [{"type": "function", "function": call} for call in calls]
 
 

@@ -1,17 +1,19 @@
-"""Preferences: `prompt_messages`, `chosen_messages` and `rejected_messages`, lists of chat messages.
+"""Row formats of preferences, for DPO, ORPO, CPO and reward models.
 
-Preferences as TRL has them: `prompt`, `chosen` and `rejected`, texts or messages, the prompt perhaps only in both
-answers."""
+- `preference`: `prompt_messages`, `chosen_messages` and `rejected_messages`, lists of messages.
+- `chosen_rejected`, as in TRL: `prompt`, `chosen` and `rejected`, texts or lists of messages. Without `prompt`, the
+  prompt is what both answers begin with.
+"""
 
 from __future__ import annotations
 
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import (
-    PLAIN,
+    DEFAULT_OPTIONS,
     FieldError,
     Options,
     RowFormat,
-    check_answer,
+    check_completion,
     messages_field,
     other_fields,
     problem_of,
@@ -24,16 +26,13 @@ from finetuning.errors import Problem
 PREFERENCE_COLUMNS = ("prompt_messages", "chosen_messages", "rejected_messages")
 
 
-def parse_preference(row: Row, options: Options = PLAIN) -> Preference | Problem:
-    """The row's preference, or what is wrong with it.
-
-    A continuation holds assistant messages only: the loss of a preference is taken over all of it.
-    """
+def parse_preference(row: Row, options: Options = DEFAULT_OPTIONS) -> Preference | Problem:
+    """Return the preference of a row, or what is wrong with it."""
     try:
         require_columns(row, PREFERENCE_COLUMNS, "preference")
         prompt, chosen, rejected = (messages_field(row, column) for column in PREFERENCE_COLUMNS)
         for column, messages in (("chosen_messages", chosen), ("rejected_messages", rejected)):
-            check_answer(row, column, messages)
+            check_completion(row, column, messages)
         return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
@@ -45,8 +44,8 @@ PREFERENCE = RowFormat("preference", PREFERENCE_COLUMNS, parse_preference)
 CHOSEN_REJECTED_COLUMNS = ("chosen", "rejected")
 
 
-def parse_chosen_rejected(row: Row, options: Options = PLAIN) -> Preference | Problem:
-    """The row's preference, or what is wrong with it. The prompt of two chats is the messages that both begin with."""
+def parse_chosen_rejected(row: Row, options: Options = DEFAULT_OPTIONS) -> Preference | Problem:
+    """Return the preference of a row, or what is wrong with it."""
     try:
         require_columns(row, CHOSEN_REJECTED_COLUMNS, "chosen_rejected")
         if isinstance(row.values["chosen"], list):
@@ -54,46 +53,47 @@ def parse_chosen_rejected(row: Row, options: Options = PLAIN) -> Preference | Pr
         else:
             prompt, chosen, rejected, is_text = *_texts(row), True
         for column, messages in (("chosen", chosen), ("rejected", rejected)):
-            check_answer(row, column, messages)
+            check_completion(row, column, messages)
         return Preference(prompt=prompt, chosen=chosen, rejected=rejected, is_text=is_text, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
 
 def as_messages(prompt: str, *answers: str) -> list[list[Message]]:
-    """Texts as messages that no template is to frame."""
-    return [[{"role": "user", "content": prompt}], *([{"role": "assistant", "content": one}] for one in answers)]
+    """Return texts as messages; the row is marked with `is_text`, so that no chat template is applied."""
+    return [[{"role": "user", "content": prompt}], *([{"role": "assistant", "content": answer}] for answer in answers)]
 
 
 def _chats(row: Row) -> list[list[Message]]:
     chosen, rejected = (chat_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
     if isinstance(row.values.get("prompt"), list):
         return [chat_field(row, "prompt"), chosen, rejected]
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == len(chosen) == len(rejected):
-        # Nothing tells them apart; the row is kept so that its fate is that of every pair of equal answers.
-        shared = max((index for index, one in enumerate(chosen) if one["role"] != "assistant"), default=-1) + 1
-    if not shared:
-        raise FieldError("chosen", "begins with another message than rejected, and there is no list in `prompt`")
-    return [chosen[:shared], chosen[shared:], rejected[shared:]]
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    if common == len(chosen) == len(rejected):
+        # Equal chats: the prompt ends before the last assistant turn, and the processor drops and counts the row
+        # like any other pair of equal answers.
+        common = max((index for index, message in enumerate(chosen) if message["role"] != "assistant"), default=-1) + 1
+    if not common:
+        raise FieldError("chosen", "has no first message in common with rejected, and `prompt` is not a list")
+    return [chosen[:common], chosen[common:], rejected[common:]]
 
 
 def _texts(row: Row) -> list[list[Message]]:
     chosen, rejected = (text_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
     if row.values.get("prompt") is not None:
         return as_messages(text_field(row, "prompt"), chosen, rejected)
-    prompt = shared_words(chosen, rejected)
+    prompt = common_words(chosen, rejected)
     if not prompt:
-        raise FieldError("chosen", "begins with another word than rejected, and there is no `prompt`")
+        raise FieldError("chosen", "has no first word in common with rejected, and there is no `prompt`")
     return as_messages(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
 
-def shared_words(left: str, right: str) -> str:
-    """The words that both texts begin with; the space before the first other word goes with that word.
+def common_words(left: str, right: str) -> str:
+    """Return the words that both texts begin with, without the white space before the first different word.
 
-    >>> shared_words("The sky is blue.", "The sky is black.")
+    >>> common_words("The sky is blue.", "The sky is black.")
     'The sky is'
     """
     end = next((index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), None)

@@ -1,6 +1,8 @@
-"""What a row format is made of.
+"""`RowFormat`, and the helpers that all row formats use to read and check the fields of a row.
 
-What the row formats share: the fields of a row, checked, with the exact key of what is wrong."""
+A field that is wrong raises `FieldError` with its key, such as `messages[2].role`; each format's `parse` turns that
+into a `Problem` with file, line and key.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from finetuning.data.samples import Message, Row, json_type
+from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
 from finetuning.data.text_template import TextTemplate
 from finetuning.errors import Location, Problem
 
@@ -19,46 +21,45 @@ TrainOn = Literal["all", "assistant", "last", "completions"]
 
 @dataclass(frozen=True)
 class Options:
-    """How the rows of one dataset are read, and what of them is trained."""
+    """How the rows of one dataset are parsed, and what of them is trained."""
 
     chats: TrainOn = "all"
-    """What of chats is trained."""
+    """What is trained of chats."""
     completions: TrainOn = "completions"
-    """What is trained of rows whose prompt stands apart."""
+    """What is trained of rows with separate prompt and completion."""
     text_field: str = "text"
     formatter: TextTemplate | None = None
-    """Makes the text of a row, where no column holds it."""
+    """Makes the text of a row from its columns, instead of `text_field`."""
     response_template: str | None = None
     instruction_template: str | None = None
     add_eos: bool = True
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """The tokenizer's, by the names that Jinja templates call them."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The tokenizer's special tokens by the names that Jinja templates use, such as `eos_token`."""
 
 
-PLAIN = Options()
+DEFAULT_OPTIONS = Options()
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One shape of rows: its name, the columns that it needs, and what makes a typed value of a row, or several.
-
-    `parse` gives a Problem for a row that is not of this shape.
-    """
+    """A format of rows: its name, the columns that it requires, and the function that parses a row."""
 
     name: str
     columns: tuple[str, ...]
-    parse: Callable[..., Any]
-    fits: Callable[[Mapping[str, Any]], bool] | None = None
-    """Whether a row's values look like this format; by default they do when all columns are there."""
+    parse: Callable[..., ParsedRow]
+    """From a row, and Options, to one typed row, a list of them, or a Problem if the row has another format."""
+    has_format: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether values look like this format; by default they do if all columns are present."""
 
-    def is_of(self, row: Row) -> bool:
-        if self.fits is not None:
-            return self.fits(row.values)
+    def matches(self, row: Row) -> bool:
+        """Return whether a row looks like this format; it may still have errors."""
+        if self.has_format is not None:
+            return self.has_format(row.values)
         return all(column in row.values for column in self.columns)
 
 
 class FieldError(ValueError):
-    """A field is wrong; turned into a Problem by each format's `parse`, never seen by users."""
+    """A field is wrong. Turned into a Problem by each format's `parse`; users never see it."""
 
     def __init__(self, key: str, message: str):
         super().__init__(message)
@@ -68,94 +69,104 @@ class FieldError(ValueError):
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ROLES = frozenset(ROLES)
 _META = ("dataset", "id", "tags", "labels")
-_KNOWN_SHAPES = {
-    "messages": ("`messages`: chats for supervised fine-tuning", {"messages"}),
+_RECOGNIZED_COLUMNS = {
+    "messages": ("`messages`: chats, for `finetuning sft`", {"messages"}),
     "preference": ("preferences: run `finetuning dpo`", {"prompt_messages", "chosen_messages", "rejected_messages"}),
-    "unpaired": ("rated answers: run `finetuning kto`", {"prompt_messages", "completion_messages", "label"}),
+    "unpaired": ("unpaired preferences: run `finetuning kto`", {"prompt_messages", "completion_messages", "label"}),
     "chosen_rejected": ("preferences: run `finetuning dpo`", {"chosen", "rejected"}),
-    "completion_label": ("rated answers: run `finetuning kto`", {"prompt", "completion", "label"}),
-    "conversations": ("chats for supervised fine-tuning", {"conversations"}),
-    "alpaca": ("`alpaca`, for supervised fine-tuning", {"instruction", "output"}),
-    "prompt_completion": ("`prompt_completion`, for supervised fine-tuning", {"prompt", "completion"}),
-    "input_output": ("`input_output`, for supervised fine-tuning", {"input", "output"}),
-    "text": ("`text`: texts for supervised fine-tuning", {"text"}),
+    "completion_label": ("unpaired preferences: run `finetuning kto`", {"prompt", "completion", "label"}),
+    "conversations": ("chats, for `finetuning sft`", {"conversations"}),
+    "alpaca": ("`alpaca`, for `finetuning sft`", {"instruction", "output"}),
+    "prompt_completion": ("`prompt_completion`, for `finetuning sft`", {"prompt", "completion"}),
+    "input_output": ("`input_output`, for `finetuning sft`", {"input", "output"}),
+    "text": ("`text`, for `finetuning sft`", {"text"}),
 }
+"""What to say of rows with these columns where another format is expected."""
 
 
 def problem_of(row: Row, error: FieldError) -> Problem:
+    """Return a field's error as a Problem of its row."""
     return Problem(str(error), Location(file=row.place.file, line=row.place.line, key=error.key or None))
 
 
 def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> None:
-    """Nothing, when the row has all columns; else a FieldError that says which format the row looks like."""
+    """Raise FieldError unless the row has all columns. The message says which format the row looks like instead."""
     missing = [column for column in columns if column not in row.values]
     if not missing:
         return
-    found = ", ".join(sorted(row.values)) or "none"
-    text = f"expected {', '.join(columns)}; found {found}."
-    for name, (advice, shape) in _KNOWN_SHAPES.items():
-        if name != format_name and shape <= set(row.values):
+    present = ", ".join(sorted(row.values)) or "none"
+    text = f"expected {', '.join(columns)}; found {present}."
+    for name, (advice, recognized) in _RECOGNIZED_COLUMNS.items():
+        if name != format_name and recognized <= set(row.values):
             raise FieldError("", f"{text} These rows look like {advice}")
     close = difflib.get_close_matches(missing[0], row.values, n=1, cutoff=0.7)
     raise FieldError("", f'{text} Did you mean "{missing[0]}" by "{close[0]}"?' if close else text.rstrip("."))
 
 
 def text_field(row: Row, key: str) -> str:
-    value = row.values[key]
+    """Return a text."""
+    value: JsonValue = row.values[key]
     if not isinstance(value, str):
         raise FieldError(key, f"expected text, got {json_type(value)}")
     return value
 
 
 def messages_field(row: Row, key: str) -> list[Message]:
-    """The messages under a key, each kept whole, checked; also where they stand there as JSON text.
+    """Return the messages of a column, a list or its JSON text, with all fields of each.
 
-    `content` may be null or missing where an assistant's message has tool calls, and a list of one part that is text.
+    `content` may be null or missing where an assistant's message has tool calls, and a list with one part, a text.
     """
-    value = row.values[key]
+    value: JsonValue = row.values[key]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _from_json(key, value, "a list of messages")
     if not isinstance(value, list):
         raise FieldError(key, f"expected a list of messages, got {json_type(value)}")
     if not value:
         raise FieldError(key, "needs at least one message, got an empty list")
-    return [one if is_plain(one) else _read_message(one, f"{key}[{index}]") for index, one in enumerate(value)]
-
-
-def _read_message(message: Any, key: str) -> Message:
-    message = _with_text(message, key)
-    check_message(message, key)
-    return message
-
-
-def _with_text(message: Any, key: str) -> Any:
-    """The message with the text of its one part as content; several would be joined by a guess."""
-    parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        return message
-    other = next((part.get("type") for part in parts if part.get("type") != "text"), None)
-    if other is not None or any(not isinstance(part.get("text"), str) for part in parts):
-        raise FieldError(f"{key}.content", f"expected text, got a part of type {other or 'text without text'}")
-    if len(parts) > 1:
-        raise FieldError(f"{key}.content", f"expected text, got {len(parts)} parts of text: join them to one")
-    return {**message, "content": parts[0]["text"]}
+    return [
+        message if is_plain(message) else _read_message(message, f"{key}[{index}]")
+        for index, message in enumerate(value)
+    ]
 
 
 def is_plain(message: Any) -> bool:
-    """Whether a message has a known role, words, and nothing else, as nearly all do."""
+    """Return whether a message has a known role, a text, and nothing else, as nearly all do."""
     return (
         isinstance(message, dict)
-        and len(message) == 2
-        and isinstance(message.get("content"), str)
-        and isinstance(message.get("role"), str)
+        and len(message) == 2  # pyright: ignore[reportUnknownArgumentType]
+        and isinstance(message.get("content"), str)  # pyright: ignore[reportUnknownMemberType]
+        and isinstance(message.get("role"), str)  # pyright: ignore[reportUnknownMemberType]
         and message["role"] in _ROLES
     )
 
 
-def check_message(message: Any, key: str) -> None:
+def _read_message(message: JsonValue, key: str) -> Message:
+    return check_message(_with_text(message, key), key)
+
+
+def _with_text(message: JsonValue, key: str) -> JsonValue:
+    """Return the message with the text of its only part as content. Joining several parts would be a guess."""
+    if not isinstance(message, dict):
+        return message
+    content: JsonValue = message.get("content")
+    if not isinstance(content, list) or not content:
+        return message
+    parts: list[JsonObject] = [part for part in content if isinstance(part, dict)]
+    if len(parts) < len(content):
+        return message
+    other_type = next((part.get("type") for part in parts if part.get("type") != "text"), None)
+    if other_type is not None or any(not isinstance(part.get("text"), str) for part in parts):
+        raise FieldError(f"{key}.content", f"expected text, got a part of type {other_type or 'text without text'}")
+    if len(parts) > 1:
+        raise FieldError(f"{key}.content", f"expected text, got {len(parts)} parts of text: join them into one")
+    return {**message, "content": parts[0]["text"]}
+
+
+def check_message(message: JsonValue, key: str) -> Message:
+    """Return the message; raise FieldError if it is not an object with a known role and a content of that role."""
     if not isinstance(message, dict):
         raise FieldError(key, f"expected an object with role and content, got {json_type(message)}")
-    role = message.get("role")
+    role: JsonValue = message.get("role")
     if not isinstance(role, str):
         raise FieldError(f"{key}.role", f"expected text, got {json_type(role) if 'role' in message else 'nothing'}")
     if role not in ROLES:
@@ -163,30 +174,32 @@ def check_message(message: Any, key: str) -> None:
         hint = f' Did you mean "{close[0]}"?' if close else f" Known roles: {', '.join(ROLES)}."
         raise FieldError(f"{key}.role", f'unknown role "{role}".{hint}')
     _check_tool_calls(message, key)
-    content = message.get("content")
+    content: JsonValue = message.get("content")
     if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
-        got = json_type(content) if "content" in message else "nothing"
-        raise FieldError(f"{key}.content", f"expected text, got {got}")
+        actual = json_type(content) if "content" in message else "nothing"
+        raise FieldError(f"{key}.content", f"expected text, got {actual}")
     for name in ("reasoning_content", "thinking"):
         if message.get(name) is not None and not isinstance(message[name], str):
             raise FieldError(f"{key}.{name}", f"expected text, got {json_type(message[name])}")
+    return message
 
 
 def _check_tool_calls(message: Message, key: str) -> None:
-    calls = message.get("tool_calls")
+    calls: JsonValue = message.get("tool_calls")
     if calls is None:
         return
     if not isinstance(calls, list):
         raise FieldError(f"{key}.tool_calls", f"expected a list, got {json_type(calls)}")
+    call: JsonValue
     for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
+        function: JsonValue = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise FieldError(f"{key}.tool_calls[{index}]", "expected an object whose function has a name")
 
 
-def tools_field(row: Row) -> list[dict[str, Any]] | None:
-    """The row's tools: a list of objects, or the same as a JSON string; None without any."""
-    value = row.values.get("tools")
+def tools_field(row: Row) -> list[JsonObject] | None:
+    """Return the row's tools, a list of objects or its JSON text; None if it has none."""
+    value: JsonValue = row.values.get("tools")
     if isinstance(value, str):
         value = _from_json("tools", value, "a list of tools")
     if value is None or value == []:
@@ -196,19 +209,19 @@ def tools_field(row: Row) -> list[dict[str, Any]] | None:
     return value
 
 
-def _from_json(key: str, text: str, expected: str) -> Any:
+def _from_json(key: str, text: str, expected: str) -> JsonValue:
     try:
         return json.loads(text) if text.strip() else None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FieldError(key, f"expected {expected}, got text that is no JSON: {error}") from None
+        raise FieldError(key, f"expected {expected}, got text that is not valid JSON: {error}") from None
 
 
-def template_kwargs_field(row: Row) -> dict[str, Any]:
-    """Arguments of the chat template that the row brings: `chat_template_kwargs`, and `documents`."""
-    kwargs = row.values.get("chat_template_kwargs") or {}
+def template_kwargs_field(row: Row) -> JsonObject:
+    """Return the row's arguments of the chat template: `chat_template_kwargs`, and `documents`."""
+    kwargs: JsonValue = row.values.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise FieldError("chat_template_kwargs", f"expected an object, got {json_type(kwargs)}")
-    documents = row.values.get("documents")
+    documents: JsonValue = row.values.get("documents")
     if documents is not None and not (
         isinstance(documents, list) and all(isinstance(document, dict) for document in documents)
     ):
@@ -216,13 +229,22 @@ def template_kwargs_field(row: Row) -> dict[str, Any]:
     return {**kwargs, "documents": documents} if documents else dict(kwargs)
 
 
-def meta_fields(row: Row) -> dict[str, Any]:
+def meta_fields(row: Row) -> JsonObject:
+    """Return the columns that describe a row and take no part in training."""
     return {key: row.values[key] for key in _META if key in row.values}
 
 
-def other_fields(row: Row) -> dict[str, Any]:
-    """What a row of messages may bring besides them, by the fields of its type: where it stands, tools, arguments of
-    the chat template, and what it says of itself."""
+class OtherFields(TypedDict):
+    """The fields that typed rows of messages have besides their messages."""
+
+    place: Location
+    tools: list[JsonObject] | None
+    template_kwargs: JsonObject
+    meta: JsonObject
+
+
+def other_fields(row: Row) -> OtherFields:
+    """Return what a row of messages has besides them, by the field names of its type."""
     return {
         "place": row.place,
         "tools": tools_field(row),
@@ -232,21 +254,21 @@ def other_fields(row: Row) -> dict[str, Any]:
 
 
 def label_field(row: Row) -> bool:
-    """Whether the row's answer is a desirable one."""
-    label = row.values["label"]
+    """Return whether the row's completion is desirable."""
+    label: JsonValue = row.values["label"]
     if not isinstance(label, bool):
         raise FieldError("label", f"expected true or false, got {json_type(label)}")
     return label
 
 
-def check_answer(row: Row, column: str, messages: list[Message]) -> None:
-    """Nothing, when all messages of an answer are the assistant's: the loss is taken over all of it.
+def check_completion(row: Row, column: str, messages: list[Message]) -> None:
+    """Raise FieldError unless all messages of a completion are the assistant's: the loss is taken over all of it.
 
-    An answer is the end of its column, which may begin with the prompt.
+    `messages` is the end of the column, which may start with the prompt.
     """
     if not messages:
-        raise FieldError(column, "holds nothing beside the prompt")
-    value = row.values[column]
+        raise FieldError(column, "has no messages besides the prompt")
+    value: JsonValue = row.values[column]
     first = len(value) - len(messages) if isinstance(value, list) else 0
     for index, message in enumerate(messages, start=first):
         if message["role"] != "assistant":

@@ -1,10 +1,10 @@
-"""One text: a column of it, or what a template makes of the columns.
+"""Row formats of plain text, token ids and prompts.
 
-One text in which a template tells where the response begins.
-
-Token ids, ready: `input_ids` and `labels`.
-
-Prompts that the model continues itself: `prompt_messages`, or `messages` or `prompt`, without a last answer."""
+- `text`: a column, or what a template makes of several columns; all of it is trained.
+- `response_template`: the same, but only what comes after a given text, such as `### Response:`, is trained.
+- `tokens`: `input_ids` and `labels` of a dataset that is already tokenized.
+- `prompt`: messages without a last answer, which the model generates, as in GRPO.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import re
 
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import (
-    PLAIN,
+    DEFAULT_OPTIONS,
     FieldError,
     Options,
     RowFormat,
@@ -22,15 +22,15 @@ from finetuning.data.formats.row_format import (
     text_field,
     tools_field,
 )
-from finetuning.data.samples import Prompt, Row, Text, TokenIds, json_type
+from finetuning.data.samples import JsonValue, Prompt, Row, Text, TokenIds, json_type
 from finetuning.data.text_template import TextTemplateError
 from finetuning.errors import Problem
 
 TEXT_COLUMNS = ("text",)
 
 
-def parse_text(row: Row, options: Options = PLAIN) -> Text | Problem:
-    """The text, all of it trained."""
+def parse_text(row: Row, options: Options = DEFAULT_OPTIONS) -> Text | Problem:
+    """Return the text of a row, all of it trained."""
     try:
         return Text(text_of(row, options), row.place, None, options.add_eos)
     except FieldError as error:
@@ -38,7 +38,7 @@ def parse_text(row: Row, options: Options = PLAIN) -> Text | Problem:
 
 
 def text_of(row: Row, options: Options) -> str:
-    """What the row says: through the template, where there is one."""
+    """Return the text of a row, from its column or from the template."""
     if options.formatter is None:
         require_columns(row, (options.text_field,), "text")
         return text_field(row, options.text_field)
@@ -51,58 +51,62 @@ def text_of(row: Row, options: Options) -> str:
 TEXT = RowFormat("text", TEXT_COLUMNS, parse_text)
 
 
-ABSENT = "the response template is not in the text"
-NOTHING_AFTER = "nothing comes after the response template"
-SEVERAL = "the response template is in the text more than once: the last counts"
+NO_RESPONSE_TEMPLATE = "the response template is not in the text"
+EMPTY_RESPONSE = "nothing comes after the response template"
+SEVERAL_RESPONSES = "the response template is in the text more than once: the last one counts"
 
 
-def parse_response_template(row: Row, options: Options = PLAIN) -> Text | Problem:
-    """The text, of which the response is trained; templates are looked for in the text, not in its tokens."""
+def parse_response_template(row: Row, options: Options = DEFAULT_OPTIONS) -> Text | Problem:
+    """Return the text of a row, with its responses to train on.
+
+    Templates are searched in the text and not in its tokens, which may differ from those of the template alone.
+    """
     try:
         text = text_of(row, options)
     except FieldError as error:
         return problem_of(row, error)
     template = options.response_template or ""
     if options.instruction_template:
-        spans, several = _responses(text, template, options.instruction_template), False
+        spans, has_several = _responses(text, template, options.instruction_template), False
     else:
-        found = text.rfind(template)
-        spans = ((found + len(template), len(text)),) if found >= 0 else ()
-        several = text.count(template) > 1
+        start = text.rfind(template)
+        spans = ((start + len(template), len(text)),) if start >= 0 else ()
+        has_several = text.count(template) > 1
     fault = None
     if not spans:
-        fault = f"{ABSENT}: {template!r}"
+        fault = f"{NO_RESPONSE_TEMPLATE}: {template!r}"
     elif not any(text[start:end].strip() for start, end in spans):
-        fault = NOTHING_AFTER
+        fault = EMPTY_RESPONSE
     if options.completions == "all" and fault is None:
         return Text(text, row.place, None, options.add_eos)
     if options.completions == "last":
         spans = spans[-1:]
-    return Text(text, row.place, spans, options.add_eos, frozenset({SEVERAL} if several else ()), fault)
+    return Text(text, row.place, spans, options.add_eos, frozenset({SEVERAL_RESPONSES} if has_several else ()), fault)
 
 
 def _responses(text: str, response: str, instruction: str) -> tuple[tuple[int, int], ...]:
-    """From the end of each response template that follows an instruction, or the beginning, to the next instruction.
+    """Return the responses: each from the end of a response template to the next instruction template or the end.
 
-    Without any instruction, or any response, there is none; a template inside a response is part of it.
+    There is none if either template does not occur. A response template inside a response is part of it.
     """
     pattern = re.compile(f"(?P<response>{re.escape(response)})|{re.escape(instruction)}")
+    # Alternatives are tried in order: of two templates where one begins with the other, the longer comes first.
     if len(instruction) > len(response) and instruction.startswith(response):
         pattern = re.compile(f"{re.escape(instruction)}|(?P<response>{re.escape(response)})")
     spans: list[tuple[int, int]] = []
     start: int | None = None
-    instructions = 0
+    num_instructions = 0
     for match in pattern.finditer(text):
         if match["response"]:
             start = match.end() if start is None else start
             continue
-        instructions += 1
+        num_instructions += 1
         if start is not None:
             spans.append((start, match.start()))
         start = None
     if start is not None and start < len(text):
         spans.append((start, len(text)))
-    return tuple(spans) if instructions else ()
+    return tuple(spans) if num_instructions else ()
 
 
 RESPONSE_TEMPLATE = RowFormat("response_template", TEXT_COLUMNS, parse_response_template)
@@ -111,30 +115,32 @@ RESPONSE_TEMPLATE = RowFormat("response_template", TEXT_COLUMNS, parse_response_
 TOKENS_COLUMNS = ("input_ids", "labels")
 
 
-def parse_tokens(row: Row, options: Options = PLAIN) -> TokenIds | Problem:
-    """The ids as they are; every label is -100 or the id at its place."""
+def parse_tokens(row: Row, options: Options = DEFAULT_OPTIONS) -> TokenIds | Problem:
+    """Return the token ids and labels of a row; every label must be -100 or the id at its position."""
     try:
         require_columns(row, TOKENS_COLUMNS, "tokens")
         ids, labels = (_ids(row, column) for column in TOKENS_COLUMNS)
         if len(ids) != len(labels):
             raise FieldError("labels", f"has {len(labels)} items, input_ids has {len(ids)}")
-        for index, (one, label) in enumerate(zip(ids, labels, strict=True)):
-            if label not in (-100, one):
-                raise FieldError(f"labels[{index}]", f"is {label}; expected -100 or {one}, the token at its place")
+        for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if label not in (-100, token):
+                raise FieldError(
+                    f"labels[{index}]", f"is {label}; expected -100 or {token}, the token at this position"
+                )
         return TokenIds(ids, labels, row.place)
     except FieldError as error:
         return problem_of(row, error)
 
 
 def _ids(row: Row, column: str) -> list[int]:
-    value = row.values[column]
+    value: JsonValue = row.values[column]
     if not isinstance(value, list):
         raise FieldError(column, f"expected a list of numbers, got {json_type(value)}")
     if not value:
         raise FieldError(column, "needs at least one token, got an empty list")
-    for index, one in enumerate(value):
-        if isinstance(one, bool) or not isinstance(one, int):
-            raise FieldError(f"{column}[{index}]", f"expected a whole number, got {json_type(one)}")
+    for index, token in enumerate(value):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise FieldError(f"{column}[{index}]", f"expected an integer, got {json_type(token)}")
     return value
 
 
@@ -142,31 +148,31 @@ TOKENS = RowFormat("tokens", TOKENS_COLUMNS, parse_tokens)
 
 
 PROMPT_COLUMNS = ("prompt_messages",)
-_NOT_FOR_REWARDS = ("prompt_messages", "messages", "tools", "chat_template_kwargs", "documents")
-_SPELLINGS = ("prompt_messages", "messages", "prompt")
+_PROMPT_FIELDS = ("prompt_messages", "messages", "tools", "chat_template_kwargs", "documents")
+_COLUMN_NAMES = ("prompt_messages", "messages", "prompt")
 RESERVED = (
     "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "environments", "image", "images",
 )  # fmt: skip
-"""Names that the trainer gives to rewards itself, so that no column can have them."""
+"""Arguments with which the trainer calls reward functions; no column can have one of these names."""
 
 
-def parse_prompt(row: Row, options: Options = PLAIN) -> Prompt | Problem:
-    """The row's prompt, or what is wrong with it."""
+def parse_prompt(row: Row, options: Options = DEFAULT_OPTIONS) -> Prompt | Problem:
+    """Return the prompt of a row with its other columns, which reward functions can read, or what is wrong with it."""
     try:
-        key = next((name for name in _SPELLINGS if name in row.values), "prompt_messages")
+        key = next((name for name in _COLUMN_NAMES if name in row.values), "prompt_messages")
         require_columns(row, (key,), "prompt")
         messages = chat_field(row, key)
         if messages[-1]["role"] == "assistant":
             raise FieldError(
-                f"{key}[{len(messages) - 1}]", "is an answer, and the model is to write the answer: leave it out"
+                f"{key}[{len(messages) - 1}]", "is an answer, but the model generates the answer: remove it"
             )
-        taken = [name for name in RESERVED if name in row.values and name != key]
-        if taken:
-            raise FieldError(taken[0], "rewards are given something else by that name: rename the column")
+        reserved = [name for name in RESERVED if name in row.values and name != key]
+        if reserved:
+            raise FieldError(reserved[0], "is the name of another argument of reward functions: rename the column")
         return Prompt(
             messages=messages,
-            columns={name: value for name, value in row.values.items() if name not in (*_NOT_FOR_REWARDS, key)},
+            columns={name: value for name, value in row.values.items() if name not in (*_PROMPT_FIELDS, key)},
             place=row.place,
             tools=tools_field(row),
             template_kwargs=template_kwargs_field(row),

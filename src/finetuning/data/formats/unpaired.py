@@ -1,6 +1,10 @@
-"""Rated answers: `prompt_messages`, `completion_messages` and `label`; or preferences, each of which is two of them.
+"""Row formats of unpaired preferences, for KTO: a prompt, one completion, and whether that is desirable.
 
-Rated answers as TRL has them: `prompt`, `completion` and `label`, texts or messages."""
+- `unpaired`: `prompt_messages`, `completion_messages` and `label`.
+- `completion_label`, as in TRL: `prompt`, `completion` and `label`, texts or lists of messages.
+
+Rows of preferences are accepted as well: each becomes a desirable and an undesirable completion.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from finetuning.data.formats.preference import (
     parse_preference,
 )
 from finetuning.data.formats.row_format import (
-    PLAIN,
+    DEFAULT_OPTIONS,
     FieldError,
     Options,
     RowFormat,
-    check_answer,
+    check_completion,
     label_field,
     messages_field,
     other_fields,
@@ -31,28 +35,37 @@ from finetuning.errors import Problem
 UNPAIRED_COLUMNS = ("prompt_messages", "completion_messages", "label")
 
 
-def parse_unpaired(row: Row, options: Options = PLAIN) -> UnpairedPreference | list[UnpairedPreference] | Problem:
-    """The row's rated answer, the two of a preference, or what is wrong with the row."""
-    if "completion_messages" not in row.values and PREFERENCE.is_of(row):
+def parse_unpaired(
+    row: Row, options: Options = DEFAULT_OPTIONS
+) -> UnpairedPreference | list[UnpairedPreference] | Problem:
+    """Return the unpaired preference of a row, the two of a preference, or what is wrong with the row."""
+    if "completion_messages" not in row.values and PREFERENCE.matches(row):
         return as_unpaired(parse_preference(row))
     try:
         require_columns(row, UNPAIRED_COLUMNS, "unpaired")
         prompt, completion = (messages_field(row, column) for column in UNPAIRED_COLUMNS[:2])
-        check_answer(row, "completion_messages", completion)
+        check_completion(row, "completion_messages", completion)
         return UnpairedPreference(prompt=prompt, completion=completion, label=label_field(row), **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
 
 
-def as_unpaired(found: Preference | Problem) -> list[UnpairedPreference] | Problem:
-    """A preference as a desirable and an undesirable answer to one prompt."""
-    if isinstance(found, Problem):
-        return found
+def as_unpaired(preference: Preference | Problem) -> list[UnpairedPreference] | Problem:
+    """Return a preference as a desirable and an undesirable completion of its prompt."""
+    if isinstance(preference, Problem):
+        return preference
     return [
         UnpairedPreference(
-            found.prompt, answer, label, found.place, found.tools, found.template_kwargs, found.meta, found.is_text
+            prompt=preference.prompt,
+            completion=completion,
+            label=label,
+            place=preference.place,
+            tools=preference.tools,
+            template_kwargs=preference.template_kwargs,
+            meta=preference.meta,
+            is_text=preference.is_text,
         )
-        for answer, label in ((found.chosen, True), (found.rejected, False))
+        for completion, label in ((preference.chosen, True), (preference.rejected, False))
     ]
 
 
@@ -62,8 +75,8 @@ UNPAIRED = RowFormat("unpaired", UNPAIRED_COLUMNS, parse_unpaired)
 COMPLETION_LABEL_COLUMNS = ("prompt", "completion", "label")
 
 
-def parse_completion_label(row: Row, options: Options = PLAIN) -> UnpairedPreference | Problem:
-    """The row's rated answer, or what is wrong with it."""
+def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> UnpairedPreference | Problem:
+    """Return the unpaired preference of a row, or what is wrong with it."""
     try:
         require_columns(row, COMPLETION_LABEL_COLUMNS, "completion_label")
         is_text = not isinstance(row.values["prompt"], list)
@@ -71,7 +84,7 @@ def parse_completion_label(row: Row, options: Options = PLAIN) -> UnpairedPrefer
             prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
         else:
             prompt, completion = chat_field(row, "prompt"), chat_field(row, "completion")
-            check_answer(row, "completion", completion)
+            check_completion(row, "completion", completion)
         label = label_field(row)
         return UnpairedPreference(
             prompt=prompt, completion=completion, label=label, is_text=is_text, **other_fields(row)
@@ -80,8 +93,8 @@ def parse_completion_label(row: Row, options: Options = PLAIN) -> UnpairedPrefer
         return problem_of(row, error)
 
 
-def parse_pair(row: Row, options: Options = PLAIN) -> list[UnpairedPreference] | Problem:
-    """The two answers of one of TRL's preferences, rated."""
+def parse_pair(row: Row, options: Options = DEFAULT_OPTIONS) -> list[UnpairedPreference] | Problem:
+    """Return the two completions of a row in TRL's preference format."""
     return as_unpaired(parse_chosen_rejected(row, options))
 
 

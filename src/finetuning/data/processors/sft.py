@@ -52,8 +52,8 @@ class ChatProcessor:
             if isinstance(result, MaskedText)
         ]
         spans = [None if row_turns is None else result.spans for result, row_turns in masked]
-        heads = [result.heads for result, _ in masked]
-        tokenized = iter(self.label_builder.encode([result.text for result, _ in masked], spans, heads))
+        headers = [result.headers for result, _ in masked]
+        tokenized = iter(self.label_builder.encode([result.text for result, _ in masked], spans, headers))
         warnings = self.warnings.of_batch([row.messages for row in rows])
         return [
             result if isinstance(result, DroppedSample) else self._finish(row, result, next(tokenized), row_warnings)

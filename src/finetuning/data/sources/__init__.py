@@ -1,4 +1,4 @@
-"""What a path names, to rows that keep their file and line."""
+"""Sources of rows: files and hub datasets. Each row keeps its file and line for messages."""
 
 from __future__ import annotations
 

@@ -2,65 +2,77 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from finetuning.data.samples import Row
 from finetuning.data.sources.tables import without_nulls
 from finetuning.errors import DataError, Location
 
+if TYPE_CHECKING:
+    import datasets
+
+
+class Digest(Protocol):
+    """A hash of `hashlib`, whose type has no public name."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add bytes."""
+        ...
+
 
 @dataclass(frozen=True)
 class HubShard:
-    """A split of a dataset on the hub, downloaded into the hub's cache, or found there."""
+    """A split of a hub dataset, read from the local cache after a download if it is not there."""
 
     path: str
     split: str
     subset: str | None = None
     revision: str | None = None
     streaming: bool = False
-    """Whether rows are fetched as they are read, and not kept."""
+    """Whether rows are fetched while they are read, without downloading the dataset."""
 
     @property
     def name(self) -> str:
         return f"{self.path}/{self.subset}/{self.split}" if self.subset else f"{self.path}/{self.split}"
 
     def rows(self) -> Iterator[Row]:
-        """The rows in order; `line` is the number of the row, from 1.
+        """Yield the rows in order; `line` is the number of the row, from 1.
 
         Raises:
-            DataError: there is no such dataset or split, or the hub cannot be reached.
+            DataError: the dataset or split does not exist, or the hub is unreachable.
         """
         dataset = self._load()
-        with self._faults():
+        with self._errors():
             for number, values in enumerate(dataset, start=1):
                 yield Row(without_nulls(values), Location(file=self.name, line=number))
 
     def unparsed(self) -> Iterator[Row]:
-        """The rows: those of a hub dataset have nothing to parse."""
+        """Yield the rows; those of a hub dataset are always parsed."""
         return self.rows()
 
-    def feed(self, digest: hashlib._Hash) -> None:
-        """Feeds what the rows depend on: the dataset's fingerprint; of one that is streamed, its name and revision."""
+    def update_digest(self, digest: Digest) -> None:
+        """Add the dataset's fingerprint to a digest, or its name and revision if it is streamed."""
         if self.streaming:
             digest.update(f"{self.name}@{self.revision}".encode())
             return
-        digest.update(self._load()._fingerprint.encode())
+        fingerprint: str = cast("datasets.Dataset", self._load())._fingerprint  # pyright: ignore[reportPrivateUsage]
+        digest.update(fingerprint.encode())
 
-    def _load(self) -> Any:
+    def _load(self) -> datasets.Dataset | datasets.IterableDataset:
         import datasets
 
-        with self._faults():
-            return datasets.load_dataset(
+        with self._errors():
+            dataset = datasets.load_dataset(
                 self.path, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )
+            return cast("datasets.Dataset | datasets.IterableDataset", dataset)
 
     @contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Says what the hub refuses in words for people."""
+    def _errors(self) -> Iterator[None]:
+        """Turn the errors of datasets and huggingface_hub into DataError."""
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -68,14 +80,14 @@ class HubShard:
             yield
         except (OfflineModeIsEnabled, ConnectionError) as error:
             raise DataError(
-                f"{self.path}: no such file or folder here, and as a dataset on the Hugging Face Hub it cannot be"
+                f"{self.path}: no such file or folder, and as a dataset of the Hugging Face Hub it cannot be"
                 f" fetched: {_first_line(error)}",
-                hint="Download it first, or give the path of a file.",
+                hint="Download it first, or set the path of a file.",
             ) from None
         except DatasetNotFoundError as error:
             raise DataError(
-                f"{self.path}: no such file or folder here, and no such dataset on the Hugging Face Hub, or no right"
-                f" to read it: {_first_line(error)}"
+                f"{self.path}: no such file or folder, and no dataset of this name on the Hugging Face Hub, or no"
+                f" access to it: {_first_line(error)}"
             ) from None
         except (DatasetsError, HfHubHTTPError, ValueError, OSError) as error:
             raise DataError(f"{self.name} cannot be read: {_first_line(error)}") from None

@@ -1,6 +1,8 @@
-"""JSON Lines, line by line, or one JSON document, an array or an object; each row keeps its line.
+"""JSON files: JSON Lines, an array of objects, or a single object; each row keeps its line.
 
-A JSON array, element by element; no more of it is held than an element and what was read ahead."""
+Lines are left unparsed (`Line`), so that worker processes can parse them. An array is read element by element: no more
+of it is held in memory than one element and what was read ahead.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,18 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from finetuning.data.samples import Row, json_type
+from finetuning.data.samples import JsonValue, Row, json_type
 from finetuning.errors import DataError, Location, Problem
 
 _READ_AHEAD = 1 << 20
-_LONGEST_WORD = 32
-"""Characters before the end of what is read in which JSON may only seem wrong: a word, an escape or a number, cut."""
-_WHITE = " \t\n\r"
+_MAX_TOKEN = 32
+"""Longest literal, escape or number, in characters. So close to the end of what was read, JSON that seems invalid may
+only be incomplete."""
+_WHITE_SPACE = " \t\n\r"
 
 
 class _Window:
-    """The text of a file from somewhere on, and the line that it begins in."""
+    """A part of a file's text that moves forward, with the line and column of its positions in the file."""
 
     def __init__(self, path: str, stream: BinaryIO, offset: int, read_ahead: int):
         self.text = ""
@@ -30,105 +33,114 @@ class _Window:
         self._offset = offset
         self._read_ahead = read_ahead
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._is_over = False
+        self._at_end = False
 
-    def more(self, position: int) -> bool:
-        """Drops what lies before a position and reads on, twice as much as is left; False where the file ends."""
-        if self._is_over:
+    def advance(self, position: int) -> bool:
+        """Discard the text before a position, and read more; return False at the end of the file.
+
+        At least twice the remaining text is read, so that a long element is parsed again only a few times.
+        """
+        if self._at_end:
             return False
-        self._drop(position)
+        self._discard(position)
         data = self._stream.read(max(self._read_ahead, 2 * len(self.text)))
-        self._is_over = not data
+        self._at_end = not data
         if b"\0" in data:
             where = data.index(b"\0")
             self.text += self._decoder.decode(data[:where], final=False)
             message = f"NUL byte at byte {self._offset + where}; the file is damaged or not text"
-            raise self.fault(message, len(self.text))
+            raise self.error(message, len(self.text))
         pending = len(self._decoder.getstate()[0])
         try:
-            self.text += self._decoder.decode(data, final=self._is_over)
+            self.text += self._decoder.decode(data, final=self._at_end)
         except UnicodeDecodeError as error:
             where = self._offset - pending + error.start
             self.text += error.object[: error.start].decode()
-            raise self.fault(
+            raise self.error(
                 f"invalid UTF-8 at byte {where} (0x{error.object[error.start]:02x})", len(self.text)
             ) from None
         self._offset += len(data)
         return True
 
-    def _drop(self, position: int) -> None:
+    def _discard(self, position: int) -> None:
         self._column = self.column(position) - 1
         self._counted = (0, self.line_of(position))
         self.text = self.text[position:]
 
     def line_of(self, position: int) -> int:
-        """The line of a position, from 1; none before it is asked for again."""
+        """Return the line of a position, from 1. Positions must not decrease from call to call."""
         counted, line = self._counted
         self._counted = (position, line + self.text.count("\n", counted, position))
         return self._counted[1]
 
     def column(self, position: int) -> int:
-        """The column of a position, from 1."""
+        """Return the column of a position, from 1."""
         newline = self.text.rfind("\n", 0, position)
         return position - newline if newline >= 0 else self._column + position + 1
 
-    def fault(self, message: str, position: int) -> DataError:
+    def error(self, message: str, position: int) -> DataError:
+        """Return an error with the line of a position."""
         return DataError(message, place=Location(file=self._path, line=self.line_of(position)))
 
-    def next(self, position: int) -> tuple[str, int]:
-        """The first character from a position on that is not white space, and where it is; empty at the end."""
+    def next_character(self, position: int) -> tuple[str, int]:
+        """Return the first character that is not white space, and its position; empty at the end of the file."""
         while True:
-            while position < len(self.text) and self.text[position] in _WHITE:
+            while position < len(self.text) and self.text[position] in _WHITE_SPACE:
                 position += 1
             if position < len(self.text):
                 return self.text[position], position
-            if not self.more(position):
+            if not self.advance(position):
                 return "", len(self.text)
             position = 0
 
     def value(self, position: int) -> tuple[Any, int, int]:
-        """The value at a position, with where it begins and ends in what is now held."""
+        """Return the JSON value at a position, and its start and end in the text, which may have moved."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, position)
-                if len(self.text) - end > _LONGEST_WORD or not self.more(position):
+                if len(self.text) - end > _MAX_TOKEN or not self.advance(position):
                     return value, position, end
             except json.JSONDecodeError as error:
-                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _LONGEST_WORD
-                if not is_cut or not self.more(position):
-                    raise self.fault(
+                is_incomplete = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _MAX_TOKEN
+                if not is_incomplete or not self.advance(position):
+                    raise self.error(
                         f"invalid JSON at column {self.column(error.pos)}: {error.msg}", error.pos
                     ) from None
             except RecursionError:
-                raise self.fault("invalid JSON: nested too deeply", position) from None
+                raise self.error("invalid JSON: nested too deeply", position) from None
             position = 0
 
 
 def read_array(
     path: str, stream: BinaryIO, offset: int, read_ahead: int = _READ_AHEAD
 ) -> Iterator[tuple[Any, str, int]]:
-    """Each element of the array that begins the file, its text and its line; `offset` is the stream's place, and
-    `read_ahead` the bytes that are read at once.
+    """Yield each element of a file that is one array, with its text and line.
+
+    Args:
+        path: the name of the file in errors.
+        stream: the file.
+        offset: the position of the stream in bytes.
+        read_ahead: bytes to read at once.
 
     Raises:
-        DataError: the file is no JSON array, or there is more in it; lines and columns count from 1.
+        DataError: the file is not valid JSON, or something follows the array.
     """
     window = _Window(path, stream, offset, read_ahead)
-    _, position = window.next(0)
-    character, position = window.next(position + 1)
+    _, position = window.next_character(0)
+    character, position = window.next_character(position + 1)
     while character != "]":
         line = window.line_of(position)
         value, begin, end = window.value(position)
         yield value, window.text[begin:end], line
-        character, position = window.next(end)
+        character, position = window.next_character(end)
         if character == "]":
             break
         if character != ",":
-            raise window.fault(f"invalid JSON at column {window.column(position)}: Expecting ',' delimiter", position)
-        character, position = window.next(position + 1)
-    character, position = window.next(position + 1)
+            raise window.error(f"invalid JSON at column {window.column(position)}: Expecting ',' delimiter", position)
+        character, position = window.next_character(position + 1)
+    character, position = window.next_character(position + 1)
     if character:
-        raise window.fault("there is more in the file after the array that it begins with", position)
+        raise window.error("unexpected data after the array", position)
 
 
 _INCOMPLETE = object()
@@ -137,7 +149,7 @@ _DECODER = json.JSONDecoder()
 
 
 class Line(NamedTuple):
-    """A line of JSON Lines that is not parsed yet, and the byte of the file that it begins at."""
+    """An unparsed line of JSON Lines, and the byte of the file at which it begins."""
 
     file: str
     number: int
@@ -145,17 +157,16 @@ class Line(NamedTuple):
     data: bytes
 
     def row(self) -> Row | Problem:
-        """The row of the line, or what is wrong with it."""
+        """Parse the line: return its row, or what is wrong with it."""
         place = Location(file=self.file, line=self.number)
         text = _to_text(self.data, place, self.offset)
         return text if isinstance(text, Problem) else _parse_line(text, place)
 
 
 def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
-    """The rows of a file in order: lines, or a Problem in place of what is no row.
+    """Yield the rows of a file in order, unparsed lines of JSON Lines among them.
 
-    JSONL is read line by line, an array element by element; a file that holds one object over several lines is read
-    whole. A byte order mark is skipped, empty lines are not rows.
+    A file with a single object on several lines is read as a whole. A byte order mark and empty lines are skipped.
     """
     start = len(codecs.BOM_UTF8) if stream.read(4).startswith(codecs.BOM_UTF8) else 0
     stream.seek(start)
@@ -167,7 +178,7 @@ def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
         return
     line = _first_line(stream) if first == b"{" else b""
     stream.seek(start)
-    row = _read_object(path, stream.read(), start) if line and _is_cut(line) else None
+    row = _read_object(path, stream.read(), start) if line and _is_unclosed(line) else None
     if row is None:
         stream.seek(start)
         yield from _read_lines(path, stream, start)
@@ -175,23 +186,23 @@ def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
         yield row
 
 
-def _first_byte(stream: Any) -> bytes:
-    """The first byte of the file that is not white space."""
+def _first_byte(stream: BinaryIO) -> bytes:
+    """Return the first byte of the file that is not white space."""
     while chunk := stream.read(_PEEK):
         if chunk.strip():
             return chunk.strip()[:1]
     return b""
 
 
-def _first_line(stream: Any) -> bytes:
+def _first_line(stream: BinaryIO) -> bytes:
     for line in stream:
         if line.strip():
             return line.strip()
     return b""
 
 
-def _is_cut(line: bytes) -> bool:
-    """Whether a line opens an object that it does not close."""
+def _is_unclosed(line: bytes) -> bool:
+    """Return whether a line begins an object that it does not end."""
     return _decode(line.decode("utf-8", "replace")) is _INCOMPLETE
 
 
@@ -204,7 +215,7 @@ def _decode(text: str) -> Any:
         return _INCOMPLETE if error.pos >= len(text) else error
 
 
-def _read_lines(path: str, stream: Any, offset: int) -> Iterator[Line]:
+def _read_lines(path: str, stream: BinaryIO, offset: int) -> Iterator[Line]:
     for number, line in enumerate(stream, start=1):
         if not line.isspace():
             yield Line(path, number, offset, line)
@@ -224,7 +235,7 @@ def _parse_line(text: str, place: Location) -> Row | Problem:
 
 
 def _parse_strictly(text: str, place: Location) -> Row | Problem:
-    """The same for a line that is no plain object at its beginning: with white space before it, or wrong."""
+    """Parse a line that begins with white space, or is invalid."""
     try:
         values = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
@@ -235,7 +246,7 @@ def _parse_strictly(text: str, place: Location) -> Row | Problem:
 
 
 def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
-    """The row of a file that holds one object and nothing else; None for any other file."""
+    """Return the row of a file that is one object; None for any other file."""
     text = _to_text(data, Location(file=path, line=1), offset)
     if isinstance(text, Problem):
         raise DataError([text])
@@ -260,26 +271,27 @@ def _to_text(line: bytes, place: Location, offset: int) -> str | Problem:
         return Problem(f"invalid UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x})", where)
 
 
-def _to_row(values: Any, text: str, place: Location) -> Row | Problem:
+def _to_row(values: JsonValue, text: str, place: Location) -> Row | Problem:
     if not isinstance(values, dict):
         return Problem(f"expected an object, got {json_type(values)}", place)
-    # Only an escape can bring these past the UTF-8 decoder; no tokenizer takes half a pair.
+    # Only a JSON escape can produce these in UTF-8 input, and no tokenizer accepts half of a surrogate pair.
     if "\\u" in text:
         strings = "".join(_strings(values))
         if "\0" in strings:
             return Problem("a string holds a NUL character (\\u0000)", place)
         if any("\ud800" <= character <= "\udfff" for character in strings):
-            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no text", place)
+            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is not text", place)
     return Row(values, place)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: JsonValue) -> Iterator[str]:
+    """Yield all strings in a value, the keys of objects included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             yield key
-            yield from _strings(one)
+            yield from _strings(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
+        for item in value:
+            yield from _strings(item)

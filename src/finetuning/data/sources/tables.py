@@ -1,4 +1,4 @@
-"""Parquet, Arrow and CSV, a batch of rows at a time; each row keeps its number, those of CSV their line."""
+"""Parquet, Arrow and CSV files, read in batches; each row keeps its number, those of CSV their line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST_FIELD = 1 << 28
 
 
 def read_parquet(path: str) -> Iterator[Row]:
-    """The rows of a Parquet file; `line` is the number of the row, from 1."""
+    """Yield the rows of a Parquet file; `line` is the number of the row, from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -25,11 +25,11 @@ def read_parquet(path: str) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             yield from _rows(path, file.iter_batches(batch_size=_BATCH))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"no Parquet file, or a damaged one: {error}", place=Location(file=path)) from None
+        raise DataError(f"not a Parquet file, or damaged: {error}", place=Location(file=path)) from None
 
 
 def read_arrow(path: str) -> Iterator[Row]:
-    """The rows of an Arrow file of either kind, stream or file; `line` is the number of the row, from 1."""
+    """Yield the rows of an Arrow IPC file, of the stream or file format; `line` is the number of the row, from 1."""
     import pyarrow as pa
 
     try:
@@ -42,7 +42,7 @@ def read_arrow(path: str) -> Iterator[Row]:
             else:
                 yield from _rows(path, pa.ipc.open_stream(source))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"no Arrow file, or a damaged one: {error}", place=Location(file=path)) from None
+        raise DataError(f"not an Arrow file, or damaged: {error}", place=Location(file=path)) from None
 
 
 def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
@@ -55,27 +55,29 @@ def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
 
 
 def without_nulls(values: Any) -> Any:
-    """The value without the keys whose value is null, at any depth.
+    """Return a value without the keys whose value is null, at any depth.
 
-    A column's type has the keys of all its rows, so that a row gets nulls for what only others have.
+    The Arrow type of a column has the keys of all its rows, and a row has nulls for the keys that it does not have.
     """
     if isinstance(values, dict):
-        return {key: without_nulls(one) for key, one in values.items() if one is not None}
+        return {key: without_nulls(item) for key, item in values.items() if item is not None}
     if isinstance(values, list):
-        return [without_nulls(one) for one in values]
+        return [without_nulls(item) for item in values]
     return values
 
 
 def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row | Problem]:
-    """The rows of a CSV file with a header, each with the line that it begins in; an empty field is empty text."""
-    # The csv module refuses fields of more than 128 KiB, and knows one limit for the whole process.
+    """Yield the rows of a CSV file with a header, each with its first line; an empty field is an empty text."""
+    # The csv module rejects fields of more than 128 KiB by default; the limit is global to the process.
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_FIELD))
     reader = csv.reader(_decoded(path, stream), delimiter=separator, strict=True)
     try:
         header = next(reader, [])
         repeated = sorted({name for name in header if header.count(name) > 1})
         if repeated:
-            raise DataError(f"the header names {', '.join(repeated)} twice", place=Location(file=path, line=1))
+            raise DataError(
+                f"duplicate columns in the header: {', '.join(repeated)}", place=Location(file=path, line=1)
+            )
         line = reader.line_num + 1
         for fields in reader:
             place = Location(file=path, line=line)
@@ -85,9 +87,9 @@ def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row 
             if len(fields) == len(header):
                 yield Row(dict(zip(header, fields, strict=True)), place)
             else:
-                yield Problem(f"{len(fields)} fields, where the header has {len(header)}", place)
+                yield Problem(f"{len(fields)} fields, but the header has {len(header)}", place)
     except csv.Error as error:
-        raise DataError(f"no valid CSV: {error}", place=Location(file=path, line=reader.line_num)) from None
+        raise DataError(f"invalid CSV: {error}", place=Location(file=path, line=reader.line_num)) from None
 
 
 def _decoded(path: str, stream: BinaryIO) -> Iterator[str]:

@@ -72,7 +72,7 @@ def _file_digests(sources: Sequence[tuple[str, DatasetSource]]) -> dict[str, str
 def _file_digest(shard: Shard) -> str:
     digest = hashlib.sha256()
     if not isinstance(shard, FileShard):
-        shard.feed(digest)
+        shard.update_digest(digest)
         return digest.hexdigest()
     size = os.path.getsize(shard.path)
     digest.update(str(size).encode())
