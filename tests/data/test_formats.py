@@ -54,7 +54,7 @@ def test_a_preference_is_kept_whole() -> None:
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "messages[1].content: expected text, got a number"),
         ({"messages": [USER, {"role": "assistant", "content": []}]}, "messages[1].content: expected text, got a list"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: expected text, got nothing"),
-        ({"messages": [said("a", "b")]}, "messages[0].content: expected text, got 2 parts of text: join them to one"),
+        ({"messages": [said("a", "b")]}, "messages[0].content: expected text, got 2 parts of text: join them into one"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content: expected text, got a part of type image_url",
@@ -161,7 +161,7 @@ def test_alpaca_rows_are_chats() -> None:
     assert turns(row, "alpaca", completions="all") == "all"
     assert parse({"instruction": "Add.", "output": "3", "input": ""}, "alpaca").messages[0]["content"] == "Add."
     problem = parse({**row, "history": [["a"]]}, "alpaca")
-    assert str(problem) == "train.jsonl:6: history[0]: expected a question and an answer, both text"
+    assert str(problem) == "train.jsonl:6: history[0]: expected a pair of texts: a question and its answer"
 
 
 def test_prompts_and_completions_are_texts_or_chats() -> None:
@@ -278,8 +278,8 @@ def test_rated_answers_and_pairs_make_rated_rows() -> None:
     ("row", "message"),
     [
         ({"input_ids": [1, 2], "labels": [1]}, "labels: has 1 items, input_ids has 2"),
-        ({"input_ids": [1, 2], "labels": [-100, 3]}, "labels[1]: is 3; expected -100 or 2, the token at its place"),
-        ({"input_ids": [1, True], "labels": [1, 1]}, "input_ids[1]: expected a whole number, got a boolean"),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "labels[1]: is 3; expected -100 or 2, the token at this position"),
+        ({"input_ids": [1, True], "labels": [1, 1]}, "input_ids[1]: expected an integer, got a boolean"),
         ({"input_ids": [], "labels": []}, "input_ids: needs at least one token, got an empty list"),
         ({"input_ids": "1", "labels": []}, "input_ids: expected a list of numbers, got text"),
     ],

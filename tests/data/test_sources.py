@@ -234,7 +234,7 @@ def table_rows(table: pa.Table) -> list[dict[str, object]]:
 def test_a_file_that_is_no_table_says_so(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b'{"a": 1}\n' * 9)
-    with pytest.raises(DataError, match=rf"{name}: no (Parquet|Arrow) file, or a damaged one"):
+    with pytest.raises(DataError, match=rf"{name}: not an? (Parquet|Arrow) file, or damaged"):
         list(read_rows(str(path)))
 
 

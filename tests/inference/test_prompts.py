@@ -96,7 +96,7 @@ def test_prompts_are_found_as_training_data_is(write_jsonl: WriteJsonl, tmp_path
     assert read_data(path=str(tmp_path / "data"), split="test", max_rows=2) == listed[:2]
     with pytest.raises(DataError, match=r"prompt_conf\.data\.path: .*has several splits \(test, train\)"):
         read_data(path=str(tmp_path / "data"))
-    with pytest.raises(DataError, match="on the Hugging Face Hub it cannot be fetched"):
+    with pytest.raises(DataError, match="of the Hugging Face Hub it cannot be fetched"):
         read_data(path="some-one/some-questions", split="test")
 
 

@@ -1,5 +1,9 @@
 """Arrow tables on disk: written batch by batch to an unnamed file and memory-mapped, so that rows need no memory."""
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 import mmap
@@ -120,5 +124,5 @@ def row_lengths(dataset: datasets.Dataset, column: str = "input_ids") -> np.ndar
 
     table = dataset.with_format("arrow")[:]
     if "lengths" in dataset.column_names:
-        return pc.list_flatten(table["lengths"]).to_numpy().astype(np.int64)
-    return pc.list_value_length(table[column]).to_numpy().astype(np.int64)
+        return pc.list_flatten(table["lengths"]).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
+    return pc.list_value_length(table[column]).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,6 +6,10 @@ appears atomically and is read only if its files match its manifest. Processes o
 wait at a lock: the first prepares, the others read.
 """
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 import fcntl
@@ -13,11 +17,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, write_manifest
 from finetuning.data.arrow import as_dataset
@@ -50,7 +54,7 @@ class CacheKey:
 
     def changes_since(self, earlier: CacheKey) -> list[str]:
         """What differs from an earlier key, one phrase per difference."""
-        changes = []
+        changes: list[str] = []
         if self.data != earlier.data:
             changed = [name for name, digest in self.data.items() if earlier.data.get(name) != digest]
             removed = [name for name in earlier.data if name not in self.data]
@@ -143,7 +147,7 @@ def cache_key_of(folder: Path) -> CacheKey | None:
 def _write_table(path: Path, dataset: datasets.Dataset) -> None:
     import pyarrow as pa
 
-    table = dataset.with_format("arrow")[:].replace_schema_metadata()
+    table = cast("pa.Table", dataset.with_format("arrow")[:]).replace_schema_metadata()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
 
@@ -159,7 +163,8 @@ def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:
 
 def _preview(values: dict[str, Any]) -> PreviewRow:
     segments = tuple((text, trained) for text, trained in values["segments"])
-    return PreviewRow(**{**values, "place": Location(**values["place"]), "segments": segments})
+    fields: dict[str, Any] = {**values, "place": Location(**values["place"]), "segments": segments}
+    return PreviewRow(**fields)
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,8 @@ def prune(folder: Path, max_bytes: int) -> list[tuple[Path, int]]:
                 shutil.rmtree(folder / f".{lock.stem}.partial", ignore_errors=True)
     entries = sorted((path for path in folder.iterdir() if (path / META).is_file()), key=_last_used)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
-    total, removed = sum(sizes.values()), []
+    total = sum(sizes.values())
+    removed: list[tuple[Path, int]] = []
     for entry in entries:
         if total <= max_bytes:
             break
@@ -296,7 +302,7 @@ def _why_prepared(folder: Path, key: CacheKey) -> str:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def _locked(path: Path, wait: bool = True) -> Generator[bool, None, None]:
     """Hold a lock that the operating system releases when the process ends; False if it is taken and `wait` is off."""
     with open(path, "a", encoding="utf-8") as stream:
         try:

@@ -1,10 +1,13 @@
 """Collators: rows of token ids to one batch, padded or padding-free."""
 
+# torch.from_numpy is not annotated.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -33,7 +36,8 @@ class PaddingCollator:
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None = None) -> PaddingCollator:
         """The collator for a tokenizer; `pad_token_id` replaces the tokenizer's own."""
-        return cls(tokenizer.pad_token_id if pad_token_id is None else pad_token_id, tokenizer.padding_side)
+        own_id = cast("int", tokenizer.pad_token_id)
+        return cls(own_id if pad_token_id is None else pad_token_id, tokenizer.padding_side)
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         import torch

@@ -7,6 +7,7 @@ rows as with those functions, on any number of processes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from finetuning.config.sections.data import (
     FromDatasets,
     TrainingData,
     ValidationData,
+    WeightedDatasetSource,
     WeightedMix,
 )
 from finetuning.errors import DataError, Location
@@ -149,7 +151,8 @@ def arrange(
     """
     used = used_datasets(training, "data_conf.training_data")
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    train_rows, held_out = [], []
+    train_rows: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
     for (key, source), length, start in zip(used, lengths, starts, strict=False):
         kept, out = _split_dataset(source, validation, length, key)
         train_rows.append(kept + start)
@@ -194,7 +197,7 @@ def _mix(training: TrainingData, sources: Sequence[DatasetSource], rows_of: Sequ
     sizes = [len(rows_of[index]) for index in used]
     if isinstance(training, Concatenation):
         return rows
-    weights = [sources[index].sampling_weight for index in used]
+    weights = [cast(WeightedDatasetSource, sources[index]).sampling_weight for index in used]
     try:
         return rows[weighted_mix(sizes, weights, training.seed, training.stopping)]
     except ValueError as error:

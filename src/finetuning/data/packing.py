@@ -1,5 +1,9 @@
 """Packing: short rows into packs of at most `max_seq_length` tokens, and the padding that it saves."""
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -74,7 +78,7 @@ class _Packs:
 
     def place(self, length: int, number: int) -> np.ndarray:
         """Place `number` rows of this length; returns the pack of each, int64, (number,)."""
-        placed = []
+        placed: list[np.ndarray] = []
         while number:
             space = length + int(np.argmax(self._counts[length:] > 0))
             if self._counts[space]:
@@ -100,7 +104,8 @@ class _Packs:
 
     def _take(self, space: int, number: int) -> np.ndarray:
         """Take up to `number` packs with exactly this much space."""
-        taken, remaining = [], number
+        taken: list[np.ndarray] = []
+        remaining = number
         stack = self._by_space[space]
         while stack and remaining:
             packs = stack.pop()
@@ -125,7 +130,7 @@ def pack_rows(rows: Sequence[Mapping[str, np.ndarray]], capacity: int) -> list[d
     """`pack_dataset` for rows in memory."""
     lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     packing = pack(lengths, capacity)
-    packs = []
+    packs: list[dict[str, Any]] = []
     for start, end in pairwise(packing.borders):
         members = packing.rows[start:end]
         columns = {name: np.concatenate([rows[row][name] for row in members]) for name in ("input_ids", "labels")}

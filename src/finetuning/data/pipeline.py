@@ -1,10 +1,14 @@
 """Data preparation for each kind of method: files to tokenized datasets that a trainer takes as they are."""
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -27,6 +31,7 @@ from finetuning.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
 
@@ -60,7 +65,12 @@ def prepare_sft(
         return ChatProcessor(renderer, mask_builder, label_builder, max_length, truncate, options.chats != "all")
 
     processor = SFTProcessor(
-        make_chat_processor, label_builder, tokenizer.eos_token, len(tokenizer), max_length, truncate
+        make_chat_processor,
+        label_builder,
+        cast("str | None", tokenizer.eos_token),
+        len(tokenizer),
+        max_length,
+        truncate,
     )
     rules = {
         "method": "sft",
@@ -76,7 +86,7 @@ def prepare_sft(
     prepared = prepare_rows(data_conf, preprocessor, tokenizer, rules)
     if not sft_args.packing:
         return prepared
-    packed = pack_dataset(prepared.train, max_length)
+    packed = pack_dataset(cast("datasets.Dataset", prepared.train), max_length)
     return replace(prepared, train=packed, fingerprint=prepared.fingerprint.with_rule("packed"))
 
 
@@ -147,7 +157,7 @@ def prepare_kto(
     prepared = prepare_rows(data_conf, preprocessor, tokenizer, _rules("kto", max_length, stop_tokens))
     return replace(
         prepared,
-        train=_shuffle(prepared.train, seed),
+        train=_shuffle(cast("datasets.Dataset", prepared.train), seed),
         validation=None if prepared.validation is None else _shuffle(prepared.validation, seed),
         fingerprint=prepared.fingerprint.with_rule(f"shuffled by {seed}"),
     )
@@ -177,7 +187,7 @@ def prepare_prompts(
 def _shuffle(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
     # The order of `Dataset.shuffle`, without its table of indices: the rows are written in their new order.
     order = np.random.default_rng(seed).permutation(len(dataset))
-    return as_dataset(take_rows(dataset.with_format("arrow")[:], order))
+    return as_dataset(take_rows(cast("pa.Table", dataset.with_format("arrow")[:]), order))
 
 
 def _rules(method: str, max_length: int | None, stop_tokens: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from finetuning.data.statistics import DatasetStatistics, SplitStatistics, raise
 from finetuning.errors import DataError, Location, Problem
 
 if TYPE_CHECKING:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
     from transformers import PreTrainedTokenizerFast
 
     from finetuning.data.streaming.dataset import RowStream
@@ -131,7 +131,7 @@ def cache_key_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rul
     """The cache key without the data's digests."""
     return CacheKey(
         data={},
-        template=_sha256(json.dumps(tokenizer.chat_template)),
+        template=_sha256(json.dumps(cast("object", tokenizer.chat_template))),  # pyright: ignore[reportUnknownMemberType]
         tokenizer=_sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])),
         rules={key: json.dumps(value) for key, value in {"rules": RULES, **rules, **_settings(data_conf)}.items()},
         versions={"finetuning": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES_IN_KEY}},
@@ -191,7 +191,7 @@ def _check_no_dataset_is_empty(
     sources: Sequence[tuple[str, DatasetSource]], split: PreparedSplit, statistics: SplitStatistics
 ) -> None:
     """Raise DataError if every row of a dataset was dropped: it would vanish from a mix, along with its weight."""
-    problems = []
+    problems: list[Problem] = []
     kept = np.add.reduceat(split.kept_mask, np.cumsum([0, *split.lengths[:-1]]))
     for (key, source), rows in zip(sources, kept, strict=True):
         if rows:
@@ -232,7 +232,8 @@ def checked_sources(data: Concatenation | WeightedMix, key: str) -> list[tuple[s
     Raises:
         DataError: names every file that is missing or invalid.
     """
-    used, problems = used_datasets(data, key), []
+    used = used_datasets(data, key)
+    problems: list[Problem] = []
     for dataset_key, source in used:
         try:
             find_shards(source, dataset_key)
@@ -269,7 +270,8 @@ def count_training_rows(data_conf: DataConfig, *, unpaired: bool = False) -> Row
     if data_conf.prepared:
         entry = read_prepared_folder(Path(data_conf.prepared).expanduser())
         return RowCount(len(entry.train), f"in {data_conf.prepared}, before packing")
-    lengths, problems = [], list[Problem]()
+    lengths: list[int] = []
+    problems: list[Problem] = []
     for key, source in used_datasets(data_conf.training_data, "data_conf.training_data"):
         try:
             if data_conf.streaming:

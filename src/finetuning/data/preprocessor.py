@@ -3,9 +3,13 @@
 A batch travels between processes as a few flat arrays, which is cheap to serialize.
 """
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -53,8 +57,10 @@ class Batch:
     """Python's hash of the text of each kept row, int64. Only comparable within this process and its forks."""
     sizes: np.ndarray
     """Tokens and trained tokens of each kept row, int64, (rows, 2)."""
-    problems: list[Problem] = field(default_factory=list)
-    preview_samples: list[tuple[TokenizedSample, Location]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list[Problem])
+    preview_samples: list[tuple[TokenizedSample, Location]] = field(
+        default_factory=list[tuple[TokenizedSample, Location]]
+    )
     """The first kept rows, as many as were requested."""
 
     def table(self) -> pa.Table:
@@ -112,7 +118,7 @@ def _num_bytes(row: Any) -> int:
 
 def parse_rows(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
     """Parse the rows of a file. One row may become several."""
-    parsed = []
+    parsed: list[Any] = []
     for row in rows:
         result = parse(row)
         parsed += result if isinstance(result, list) else (result,)
@@ -220,8 +226,8 @@ class Preprocessor:
     """Processes to use where there are many rows."""
     split_rows: Callable[[Sequence[Any]], list[Any]] | None = None
     """Replaces rows that are too long by several shorter ones."""
-    problems: list[Problem] = field(default_factory=list)
-    preview: list[list[PreviewRow]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list[Problem])
+    preview: list[list[PreviewRow]] = field(default_factory=list[list[PreviewRow]])
     duplicates: DuplicateCounter = field(default_factory=DuplicateCounter)
 
     def read(
@@ -270,7 +276,7 @@ class Preprocessor:
         for sample, place in batch.preview_samples[: self.num_preview_rows]:
             self.preview.append(preview_of(sample, place, self.label_builder))
 
-    def _batches(self, opened: OpenDataset, split: str) -> Iterator[Batch]:
+    def _batches(self, opened: OpenDataset, split: str) -> Generator[Batch, None, None]:
         """The batches of a dataset, in order.
 
         Where there are many, forked worker processes make them. The first batch is made before the fork, so that the

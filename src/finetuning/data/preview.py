@@ -49,7 +49,7 @@ def preview_of(sample: TokenizedSample, place: Location, label_builder: LabelBui
         answers = {"chosen": columns["chosen_ids"], "rejected": columns["rejected_ids"]}
     else:
         answers = {"prompt": prompt[:0]}
-    rows = []
+    rows: list[PreviewRow] = []
     for name, answer in answers.items():
         mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
         rows.append(_row(place, name, np.concatenate([prompt, answer]), mask, sample.tokens_cut, label_builder))
@@ -61,7 +61,9 @@ def _row(
 ) -> PreviewRow:
     boundaries = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
     segments = tuple(
-        (label_builder.decode(ids[start:end]), bool(mask[start])) for start, end in pairwise(boundaries) if end > start
+        (label_builder.decode(ids[start:end].tolist()), bool(mask[start]))
+        for start, end in pairwise(boundaries)
+        if end > start
     )
     return PreviewRow(place, title, segments, len(ids), int(mask.sum()), tokens_cut)
 
@@ -70,7 +72,7 @@ def to_text(rows: Sequence[PreviewRow], *, color: bool = False, special_tokens: 
     """The rows as text: trained text in ⟦ ⟧, or in green with special tokens in reverse video if `color` is set."""
     opening, closing = (_RESET + _GREEN, _RESET + _DIM) if color else (_OPEN, _CLOSE)
     special = pattern_of(special_tokens) if color else None
-    parts = []
+    parts: list[str] = []
     for row in rows:
         body = ""
         for text, trained in row.segments:
@@ -129,7 +131,8 @@ def _text(text: str, special_tokens: Sequence[str]) -> str:
     pattern = pattern_of(special_tokens)
     if pattern is None:
         return html.escape(text)
-    parts, position = [], 0
+    parts: list[str] = []
+    position = 0
     for match in pattern.finditer(text):
         parts.append(html.escape(text[position : match.start()]))
         parts.append(f'<span class="special">{html.escape(match.group())}</span>')

@@ -31,8 +31,8 @@ class Conversation:
     messages: list[Message]
     place: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict)
-    meta: JsonObject = field(default_factory=dict)
+    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
+    meta: JsonObject = field(default_factory=dict[str, Any])
     turns: tuple[int, ...] | Literal["all"] | None = None
     """Indices of the messages to train on, or `all` for the whole text; None for the setting of the run."""
 
@@ -80,8 +80,8 @@ class Preference:
     rejected: list[Message]
     place: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict)
-    meta: JsonObject = field(default_factory=dict)
+    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
+    meta: JsonObject = field(default_factory=dict[str, Any])
     is_text: bool = False
 
 
@@ -94,8 +94,8 @@ class UnpairedPreference:
     label: bool
     place: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict)
-    meta: JsonObject = field(default_factory=dict)
+    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
+    meta: JsonObject = field(default_factory=dict[str, Any])
     is_text: bool = False
 
 
@@ -107,7 +107,7 @@ class Prompt:
     columns: JsonObject
     place: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict)
+    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
 
 
 Sample = Conversation | Text | TokenIds | Preference | UnpairedPreference | Prompt
@@ -157,9 +157,18 @@ class MaskNotFound(Exception):
         self.turn = turn
 
 
+_JSON_TYPES: dict[type, str] = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
 def json_type(value: object) -> str:
     """The name of a JSON value's type in error messages."""
     if value is None:
         return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+    return _JSON_TYPES.get(type(value), type(value).__name__)

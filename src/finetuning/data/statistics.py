@@ -20,7 +20,7 @@ from finetuning.data.arrow import row_lengths
 from finetuning.errors import DataError, Location, Problem
 
 if TYPE_CHECKING:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
 
 REPORT_NAME = "data_report.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -69,12 +69,12 @@ class RowCounts:
     invalid: int = 0
     filtered: int = 0
     shortest_dropped: int | None = None
-    dropped: Counter[str] = field(default_factory=Counter)
-    warnings: Counter[str] = field(default_factory=Counter)
-    formats: dict[str, str] = field(default_factory=dict)
-    first_dropped: dict[str, RowOutcome] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter[str])
+    warnings: Counter[str] = field(default_factory=Counter[str])
+    formats: dict[str, str] = field(default_factory=dict[str, str])
+    first_dropped: dict[str, RowOutcome] = field(default_factory=dict[str, RowOutcome])
     """The first row that was dropped for each reason."""
-    first_invalid: list[RowOutcome] = field(default_factory=list)
+    first_invalid: list[RowOutcome] = field(default_factory=list[RowOutcome])
 
     def keep(self, tokens: int, trained: int) -> None:
         """Count a row that is trained on."""
@@ -182,18 +182,16 @@ class RowCounts:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RowCounts:
         """The counts that `state_dict` describes; the names of earlier versions are understood."""
-        values = {_OLD_COUNTS.get(key, key): value for key, value in state.items()}
+        values: dict[str, Any] = {_OLD_COUNTS.get(key, key): value for key, value in state.items()}
         values["invalid"] = values.pop("faults", values.get("invalid", 0))
         values["first_invalid"] = values.pop("first_faults", values.get("first_invalid", []))
-        return cls(
-            **values
-            | {
-                "dropped": Counter(values["dropped"]),
-                "warnings": Counter(values["warnings"]),
-                "first_dropped": {reason: outcome_of(row) for reason, row in values["first_dropped"].items()},
-                "first_invalid": [outcome_of(row) for row in values["first_invalid"]],
-            }
-        )
+        values |= {
+            "dropped": Counter(values["dropped"]),
+            "warnings": Counter(values["warnings"]),
+            "first_dropped": {reason: outcome_of(row) for reason, row in values["first_dropped"].items()},
+            "first_invalid": [outcome_of(row) for row in values["first_invalid"]],
+        }
+        return cls(**values)
 
 
 _SUMS = (
@@ -207,8 +205,9 @@ def _minimum(*numbers: int | None) -> int | None:
 
 def outcome_of(values: Mapping[str, Any]) -> RowOutcome:
     """The outcome that `asdict` turned into JSON types; the names of earlier versions are understood."""
-    renamed = {_OLD_OUTCOME.get(key, key): value for key, value in values.items()}
-    return RowOutcome(**{**renamed, "place": Location(**renamed["place"])})
+    renamed: dict[str, Any] = {_OLD_OUTCOME.get(key, key): value for key, value in values.items()}
+    renamed["place"] = Location(**renamed["place"])
+    return RowOutcome(**renamed)
 
 
 def counted(number: int, noun: str) -> str:
@@ -224,7 +223,7 @@ class SplitStatistics:
     """The counts of one split, and the outcome of each of its rows that was truncated or dropped."""
 
     counts: RowCounts
-    outcomes: list[RowOutcome] = field(default_factory=list)
+    outcomes: list[RowOutcome] = field(default_factory=list[RowOutcome])
 
     @property
     def split(self) -> str:

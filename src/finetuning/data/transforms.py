@@ -87,7 +87,7 @@ def _add(chain: TransformChain, handler: Handler) -> TransformChain:
         raise TransformError(f'unknown handler "{handler.name}"; supported are {", ".join(_HANDLERS)}')
     supported, required, add = _HANDLERS[handler.name]
     outer = {name: value for name, value in handler.arguments.items() if name != "fn_kwargs"}
-    inner = handler.arguments.get("fn_kwargs") or {}
+    inner: JsonValue = handler.arguments.get("fn_kwargs") or {}
     if not isinstance(inner, dict):
         raise TransformError("fn_kwargs must be a mapping")
     arguments = {name: value for name, value in {**outer, **inner}.items() if name in supported}
@@ -134,7 +134,7 @@ def _renaming(mapping: Mapping[str, str], *, must_exist: bool = True) -> Transfo
 
 
 def _rename(chain: TransformChain, arguments: Arguments) -> TransformChain:
-    mapping = arguments["column_mapping"]
+    mapping: JsonValue = arguments["column_mapping"]
     if not isinstance(mapping, dict):
         raise TransformError("column_mapping must map old names to new names")
     return _add_transform(chain, _renaming(mapping))

@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from finetuning.errors import FinetuningError, InternalError, Problem
 
@@ -40,7 +41,7 @@ class WorkerPool:
     def __init__(self, work: Callable[[Any], Any], count: int):
         """`work` is inherited through the fork with everything that it refers to; batches and results are pickled."""
         context = multiprocessing.get_context("fork")
-        self._processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
+        self._processes: dict[Connection, BaseProcess] = {}
         with _single_threaded_tokenizers():
             for _ in range(count):
                 parent_end, child_end = context.Pipe()
@@ -87,7 +88,7 @@ class WorkerPool:
                 yield done.pop(yielded)
                 yielded += 1
                 continue
-            for pipe in wait(list(busy)):
+            for pipe in cast("list[Connection]", wait(list(busy))):
                 result = self._exchange(pipe, pipe.recv)
                 if isinstance(result, _Failed):
                     raise result.kind(result.problems)
@@ -130,7 +131,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection, others: Sequence[Connec
 
 
 @contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
+def _single_threaded_tokenizers() -> Generator[None, None, None]:
     """Switch off the tokenizers' thread pool in forked processes, which do not inherit its threads."""
     before = os.environ.get(_THREADS)
     os.environ[_THREADS] = "false"

@@ -5,6 +5,9 @@ around the contents of messages before rendering and removes them afterwards: wh
 positions of the markers are the positions of the contents in it.
 """
 
+# Annotations of transformers leave out the arguments of dict and Callable.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import re
@@ -73,7 +76,11 @@ class TemplateRenderer:
         """
         try:
             rendered = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **(kwargs or {})
+                list(messages),
+                tools=tools,  # pyright: ignore[reportArgumentType]
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **(kwargs or {}),
             )
         except jinja2.TemplateSyntaxError:
             raise
@@ -112,23 +119,22 @@ class TemplateRenderer:
         self, messages: Sequence[Message], tools: list[JsonObject] | None, kwargs: JsonObject
     ) -> list[Span]:
         """Return the character spans that the template encloses in `{% generation %}` blocks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import (
+            render_jinja_template,  # pyright: ignore[reportUnknownVariableType]
+        )
 
-        template = self.tokenizer.get_chat_template(None, tools)
+        template = self.tokenizer.get_chat_template(None, tools)  # pyright: ignore[reportArgumentType]
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables: JsonObject = {"tools": tools, **self.tokenizer.special_tokens_map, **kwargs}
         _, spans = render_jinja_template(
-            conversations=[present],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
+            conversations=[present], chat_template=template, return_assistant_tokens_mask=True, **variables
         )
         return [(start, end) for start, end in cast("list[list[Span]]", spans)[0]]
 
     @cached_property
     def has_generation_blocks(self) -> bool:
         """Whether the template itself says what the model writes, with `{% generation %}` blocks."""
-        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(self.tokenizer.chat_template)))
+        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(cast("object", self.tokenizer.chat_template))))
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:

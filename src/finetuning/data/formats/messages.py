@@ -179,10 +179,14 @@ def _tool_calls(content: JsonValue, key: str) -> list[JsonObject]:
         value: JsonValue = json.loads(content) if isinstance(content, str) else content
     except json.JSONDecodeError as error:
         raise FieldError(f"{key}.value", f"expected a function call as JSON: {error}") from None
-    calls = value if isinstance(value, list) else [value]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    calls: list[Any] = value if isinstance(value, list) else [value]
+    if not all(_is_call(call) for call in calls):
         raise FieldError(f"{key}.value", "expected a function call: an object with name and arguments")
     return [{"type": "function", "function": call} for call in calls]
+
+
+def _is_call(value: JsonValue) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 MESSAGES = RowFormat("messages", MESSAGES_COLUMNS, parse_messages, has_messages)

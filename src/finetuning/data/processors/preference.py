@@ -1,11 +1,15 @@
 """Rows of the preference methods: paired answers for DPO, ORPO, CPO and reward models, unpaired ones for KTO."""
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -23,6 +27,7 @@ from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 
 @dataclass
@@ -90,7 +95,7 @@ class PreferenceProcessor(AnswerProcessor):
         tokenized = iter(
             self.label_builder.encode([result.text for result in usable], [result.spans for result in usable])
         )
-        samples = []
+        samples: list[TokenizedSample | DroppedSample] = []
         for row, (chosen, rejected) in zip(rows, masked, strict=True):
             chosen_tokens = next(tokenized) if isinstance(chosen, MaskedText) else chosen
             rejected_tokens = next(tokenized) if isinstance(rejected, MaskedText) else rejected
@@ -214,7 +219,7 @@ def with_kl_completions(dataset: datasets.Dataset, batch_size: int) -> datasets.
     previous[starts] = np.minimum(starts + batch_size, count) - 1
     if count > 1 and starts[-1] == count - 1:
         previous[-1] = count - 2
-    table = dataset.with_format("arrow")[:]
+    table = cast("pa.Table", dataset.with_format("arrow")[:])
     table = table.append_column("KL_completion_ids", table["completion_ids"].take(previous))
     features = datasets.Features({**dataset.features, "KL_completion_ids": dataset.features["completion_ids"]})
     return datasets.Dataset(InMemoryTable(table), info=datasets.DatasetInfo(features=features))

@@ -161,14 +161,16 @@ class SFTProcessor:
 
     def split_rows(self, rows: Sequence[object]) -> list[object]:
         """Replace each text that is trained whole and is too long by rows of at most `max_length` tokens."""
-        texts = {}
+        texts: dict[int, str] = {}
         for index, row in enumerate(rows):
             # A token is at least one byte long: a text that is short in bytes need not be tokenized to know.
             if isinstance(row, Text) and row.spans is None and len(row.text.encode()) + 2 > self.max_length:
                 with_eos = self._with_eos(row)
                 if isinstance(with_eos, Text):
                     texts[index] = with_eos.text
-        tokenized = dict(zip(texts, self.label_builder.encode(list(texts.values()), [None] * len(texts)), strict=True))
+        tokenized: dict[int, TokenizedText | MaskError] = dict(
+            zip(texts, self.label_builder.encode(list(texts.values()), [None] * len(texts)), strict=True)
+        )
         result: list[object] = []
         for index, row in enumerate(rows):
             tokens = tokenized.get(index)

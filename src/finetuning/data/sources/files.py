@@ -14,7 +14,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,8 @@ from finetuning.data.sources.tables import read_arrow, read_csv, read_parquet
 from finetuning.errors import DataError, Location, MissingPackageError, Problem
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_OPENERS: dict[str, Callable[[str, str], AbstractContextManager[IO[bytes]]]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+_Opener = Callable[[str, str], AbstractContextManager[IO[bytes]]]
+_OPENERS = cast("dict[str, _Opener]", {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open})
 _CHUNK = 1 << 20
 
 
@@ -47,7 +44,7 @@ def file_format(path: str) -> str:
 
 
 @contextmanager
-def open_file(path: str) -> Iterator[BinaryIO]:
+def open_file(path: str) -> Generator[BinaryIO, None, None]:
     """Open a file for reading, with decompression if its name says so.
 
     Raises:
@@ -68,14 +65,14 @@ def open_file(path: str) -> Iterator[BinaryIO]:
             raise DataError(f"the compressed file is damaged: {error}", place=Location(file=path)) from None
 
 
-def _zstd_opener(path: str) -> Callable[[str, str], AbstractContextManager[IO[bytes]]]:
+def _zstd_opener(path: str) -> _Opener:
     try:
         import zstandard  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MissingPackageError(
             "reading .zst files needs the package zstandard", place=Location(file=path), hint="pip install zstandard"
         ) from None
-    return cast("Callable[[str, str], AbstractContextManager[IO[bytes]]]", zstandard.open)
+    return cast("_Opener", zstandard.open)  # pyright: ignore[reportUnknownMemberType]
 
 
 def digest_file(path: str, digest: Digest) -> None:

@@ -1,8 +1,11 @@
 """Datasets on the Hugging Face Hub."""
 
+# datasets has no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
@@ -65,13 +68,12 @@ class HubShard:
         import datasets
 
         with self._errors():
-            dataset = datasets.load_dataset(
+            return datasets.load_dataset(
                 self.path, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )
-            return cast("datasets.Dataset | datasets.IterableDataset", dataset)
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self) -> Generator[None, None, None]:
         """Turn the errors of datasets and huggingface_hub into DataError."""
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

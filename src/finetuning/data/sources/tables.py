@@ -1,5 +1,9 @@
 """Parquet, Arrow and CSV files, read in batches; each row keeps its number, those of CSV their line."""
 
+# pyarrow and datasets have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 import csv

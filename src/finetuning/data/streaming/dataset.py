@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from finetuning.config.sections.data import Concatenation, DataConfig
+from finetuning.config.sections.data import Concatenation, DataConfig, WeightedDatasetSource
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.mixing import used_datasets
 from finetuning.data.open_dataset import open_dataset, source_title
@@ -46,7 +46,7 @@ class _Block:
 
     position: Position
     ends_epoch: bool
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     batch: Batch | None = None
 
 
@@ -96,7 +96,9 @@ class RowStream:
         """How many rows the trainer may have fetched before training on them."""
         self._blocks = self._blocks_from(Position())
         self._block_states: deque[_BlockState] = deque()
-        self._num_yielded = self._num_placeholders = self._num_skipped = 0
+        self._num_yielded: int = 0
+        self._num_placeholders: int = 0
+        self._num_skipped: int = 0
         # The first block is made at once, so that errors in the data come before the model is loaded.
         self._first: _Block | None = next(self._blocks)
         self._start_block(self._first)
@@ -134,7 +136,8 @@ class RowStream:
         Returns the number of rows that were yielded before.
         """
         state = {_OLD_STATE.get(key, key): value for key, value in state.items()}
-        position = Position(**{_OLD_STATE.get(key, key): value for key, value in state["position"].items()})
+        old_position: dict[str, Any] = state["position"]
+        position = Position(**{_OLD_STATE.get(key, key): value for key, value in old_position.items()})
         counts = RowCounts.from_state_dict(state["counts"])
         self.statistics.restore(counts, position.epoch, state["rejects_bytes"])
         self._num_skipped, self._num_placeholders = state["num_skipped"], num_placeholders
@@ -188,7 +191,7 @@ class RowStream:
         if isinstance(data, Concatenation):
             rows = chain_datasets(sources)
         else:
-            weights = [source.sampling_weight for _, source in self._datasets]
+            weights = [cast(WeightedDatasetSource, source).sampling_weight for _, source in self._datasets]
             rows = interleave(sources, weights, data.seed + epoch, data.stopping)
         return shuffle_buffer(rows, self._conf.shuffle_buffer, (self._seed, epoch))
 
@@ -210,11 +213,14 @@ class RowStream:
         if self._capacity is not None:
             generator = np.random.default_rng((self._seed, position.epoch, position.rows))
             packs = pack_rows(rows, self._capacity)
-            rows = [packs[index] for index in generator.permutation(len(packs))]
+            rows = [packs[index] for index in generator.permutation(len(packs)).tolist()]
         return _Block(position, ends_epoch=False, rows=rows, batch=batch)
 
 
 def _rows_of(batch: Batch) -> list[dict[str, Any]]:
     """The rows of a batch, as views of its columns."""
-    columns = {name: np.split(column.values, np.cumsum(column.sizes)[:-1]) for name, column in batch.columns.items()}
+    columns = {
+        name: np.split(column.values, np.cumsum(cast("np.ndarray", column.sizes))[:-1])
+        for name, column in batch.columns.items()
+    }
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
