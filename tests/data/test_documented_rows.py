@@ -1,4 +1,4 @@
-"""The examples of docs/reference/data-formats.md are what happens."""
+"""The examples in docs/reference/data-formats.md are correct."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def examples() -> list[tuple[str, str, str]]:
-    """The settings, the rows and the shown texts of each example that shows texts."""
+    """Settings, rows and texts of each example with texts."""
     found = []
     settings, rows = "", ""
     for kind, body in blocks():
@@ -67,7 +67,7 @@ def shown(settings: str, rows: str, tokenizer: Any, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("number", range(len(examples())))
-def test_what_is_trained_is_what_is_shown(number: int, tokenizer: Any, tmp_path: Path) -> None:
+def test_documented_examples_show_what_is_trained(number: int, tokenizer: Any, tmp_path: Path) -> None:
     settings, rows, text = examples()[number]
     assert shown(settings, rows, tokenizer, tmp_path) == text
 
@@ -79,26 +79,26 @@ def rows_below(heading: str) -> list[str]:
     return match[2].splitlines()
 
 
-def test_every_preference_is_read(tokenizer: Any, tmp_path: Path) -> None:
+def test_documented_preferences_are_read(tokenizer: Any, tmp_path: Path) -> None:
     for row in rows_below("## Preferences"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_dpo(config(tmp_path / "a.jsonl"), 99, tokenizer).train) == 1
         assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 2
 
 
-def test_every_rated_answer_is_read(tokenizer: Any, tmp_path: Path) -> None:
+def test_documented_unpaired_rows_are_read(tokenizer: Any, tmp_path: Path) -> None:
     for row in rows_below("## Rated answers"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 1
 
 
-def test_every_prompt_is_read(tokenizer: Any, tmp_path: Path) -> None:
+def test_documented_prompts_are_read(tokenizer: Any, tmp_path: Path) -> None:
     for row in rows_below("## Prompts"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_prompts(config(tmp_path / "a.jsonl"), 99, {}, tokenizer).train) == 1
 
 
-def test_ready_tokens_are_read(tokenizer: Any, tmp_path: Path) -> None:
+def test_documented_tokenized_rows_are_read(tokenizer: Any, tmp_path: Path) -> None:
     (row,) = rows_below("## `tokens`")
     (tmp_path / "a.jsonl").write_text(row)
     assert prepare_sft(config(tmp_path / "a.jsonl"), SFTArgs(), tokenizer).train[0] == json.loads(row)
@@ -110,12 +110,12 @@ def errors() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("row", "message"), errors())
-def test_what_is_said_of_a_bad_row(row: str, message: str) -> None:
+def test_documented_errors_are_reported(row: str, message: str) -> None:
     problem = FORMATS["messages"].parse(Row(json.loads(row), Location("train.jsonl", 6)))
     assert str(problem) == message
 
 
-def test_every_format_and_handler_is_on_the_page() -> None:
+def test_every_format_and_handler_is_documented() -> None:
     page = PAGE.read_text("utf-8")
     source = config(Path("a")).training_data.datasets[0]
     assert make_transforms(source, "d").steps == ()

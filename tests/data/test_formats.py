@@ -22,7 +22,7 @@ def parse(values: dict[str, Any], name: str = "messages") -> Any:
     return FORMATS[name].parse(Row(values, Location("train.jsonl", 6)))
 
 
-def test_a_conversation_is_kept_whole() -> None:
+def test_all_fields_of_a_conversation_are_kept() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}], "x": 1}
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"messages": [USER, call], "tools": tools, "documents": [{"title": "t"}], "id": 7, "tags": ["a"], "other": 1}
@@ -39,7 +39,7 @@ def test_tools_can_be_a_json_string() -> None:
     assert parse({"messages": [USER], "tools": '[{"type": "function"}]'}).tools == [{"type": "function"}]
 
 
-def test_a_preference_is_kept_whole() -> None:
+def test_all_fields_of_a_preference_are_kept() -> None:
     parsed = parse(
         {"prompt_messages": [USER], "chosen_messages": [ANSWER], "rejected_messages": [ANSWER]}, "preference"
     )
@@ -77,7 +77,7 @@ def test_a_preference_is_kept_whole() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_with_its_key(row: dict[str, Any], message: str) -> None:
+def test_errors_name_the_key(row: dict[str, Any], message: str) -> None:
     problem = parse(row)
     assert isinstance(problem, Problem)
     assert str(problem).startswith(f"train.jsonl:6: {message}")
@@ -93,20 +93,20 @@ def test_what_is_wrong_is_said_with_its_key(row: dict[str, Any], message: str) -
         ({"text": "a"}, "expected messages; found text"),
     ],
 )
-def test_wrong_columns_name_what_was_found_and_what_it_looks_like(row: dict[str, Any], advice: str) -> None:
+def test_missing_columns_report_columns_and_likely_format(row: dict[str, Any], advice: str) -> None:
     problem = parse(row)
     assert isinstance(problem, Problem)
     assert str(problem).startswith("train.jsonl:6: expected messages; found ")
     assert advice in str(problem)
 
 
-def test_an_answer_of_a_preference_is_the_assistants() -> None:
+def test_preference_answers_must_be_assistant_messages() -> None:
     row = {"prompt_messages": [USER], "chosen_messages": [ANSWER], "rejected_messages": [USER]}
     problem = parse(row, "preference")
     assert str(problem) == 'train.jsonl:6: rejected_messages[0].role: expected "assistant", got "user"'
 
 
-def test_sft_rows_in_dpo_are_recognised() -> None:
+def test_sft_rows_in_dpo_are_recognized() -> None:
     assert "`messages`: chats, for `finetuning sft`" in str(parse({"messages": [USER]}, "preference"))
 
 
@@ -116,13 +116,13 @@ def turns(values: dict[str, Any], name: str = "messages", **options: Any) -> Any
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns"])
-def test_chats_go_by_several_names(column: str) -> None:
+def test_message_columns_have_several_names(column: str) -> None:
     assert parse({column: [USER, ANSWER]}).messages == [USER, ANSWER]
     assert parse({column: json.dumps([USER, ANSWER])}).messages == [USER, ANSWER]
     assert str(parse({column: [USER, {"role": "assistant"}]})).startswith(f"train.jsonl:6: {column}[1].content: ")
 
 
-def test_one_part_of_text_is_the_content() -> None:
+def test_single_text_part_is_the_content() -> None:
     row = {"messages": [said("Hi") | {"name": "ann"}, ANSWER]}
     assert parse(row).messages == [USER | {"name": "ann"}, ANSWER]
     assert isinstance(row["messages"][0]["content"], list), "the row stays as it was"
@@ -182,7 +182,7 @@ TOOL = {"role": "tool", "content": "1"}
 @pytest.mark.parametrize(
     ("train_on", "chosen"), [("all", "all"), ("assistant", (1, 3, 5)), ("last", (5,)), ("completions", (3, 5))]
 )
-def test_the_choice_of_turns(train_on: str, chosen: Any) -> None:
+def test_turns_are_chosen_by_train_on(train_on: str, chosen: Any) -> None:
     assert turns({"messages": [USER, ANSWER, USER, CALL, TOOL, ANSWER]}, chats=train_on) == chosen
 
 
@@ -196,7 +196,7 @@ def test_the_choice_of_turns(train_on: str, chosen: Any) -> None:
         ([{}, {"train": True}, {}, {}], "all", "all"),
     ],
 )
-def test_a_message_may_say_itself_whether_it_is_trained(flags: Any, train_on: str, chosen: Any) -> None:
+def test_message_flags_override_train_on(flags: Any, train_on: str, chosen: Any) -> None:
     messages = [{**one, **flag} for one, flag in zip([USER, ANSWER, USER, ANSWER], flags, strict=True)]
     parsed = FORMATS["messages"].parse(Row({"messages": messages}, Location("a")), Options(chats=train_on))
     assert parsed.turns == chosen
@@ -214,7 +214,7 @@ def test_a_message_may_say_itself_whether_it_is_trained(flags: Any, train_on: st
         (1, {"train": False}, "all", "messages[1]: is not to be trained, but the run trains on every token"),
     ],
 )
-def test_flags_that_cannot_be_followed_say_so(index: int, flag: Any, train_on: str, message: str) -> None:
+def test_contradictory_flags_are_errors(index: int, flag: Any, train_on: str, message: str) -> None:
     messages = [{**one, **(flag if at == index else {})} for at, one in enumerate([USER, ANSWER])]
     assert turns({"messages": messages}, chats=train_on).startswith(f"train.jsonl:6: {message}")
 
@@ -228,7 +228,7 @@ def test_flags_that_cannot_be_followed_say_so(index: int, flag: Any, train_on: s
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, ([USER], [ANSWER], [ANSWER])),
     ],
 )
-def test_trls_preferences_in_messages(row: dict[str, Any], pair: Any) -> None:
+def test_trl_preferences_of_messages(row: dict[str, Any], pair: Any) -> None:
     parsed = parse(row, "chosen_rejected")
     assert (parsed.prompt, parsed.chosen, parsed.rejected, parsed.is_text) == (*pair, False)
 
@@ -241,7 +241,7 @@ def test_trls_preferences_in_messages(row: dict[str, Any], pair: Any) -> None:
         ({"chosen": "The sky", "rejected": "The sky is bleak."}, ("The", " sky", " sky is bleak.")),
     ],
 )
-def test_trls_preferences_in_text(row: dict[str, Any], pair: Any) -> None:
+def test_trl_preferences_of_text(row: dict[str, Any], pair: Any) -> None:
     parsed = parse(row, "chosen_rejected")
     assert tuple(one[0]["content"] for one in (parsed.prompt, parsed.chosen, parsed.rejected)) == pair
     assert parsed.is_text
@@ -251,18 +251,18 @@ def test_trls_preferences_in_text(row: dict[str, Any], pair: Any) -> None:
     ("row", "message"),
     [
         ({"chosen": [USER], "rejected": [ANSWER]}, "chosen: has no first message in common with rejected"),
-        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: has no messages besides the prompt"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: has no messages after the prompt"),
         ({"chosen": [USER, ANSWER], "rejected": [USER, USER]}, 'rejected[1].role: expected "assistant", got "user"'),
         ({"chosen": "a", "rejected": "b"}, "chosen: has no first word in common with rejected"),
         ({"prompt": 1, "chosen": "a", "rejected": "b"}, "prompt: expected text, got a number"),
         ({"prompt": "a", "chosen": "b"}, "expected chosen, rejected; found chosen, prompt"),
     ],
 )
-def test_what_is_wrong_with_a_pair_is_said(row: dict[str, Any], message: str) -> None:
+def test_errors_in_pairs_are_reported(row: dict[str, Any], message: str) -> None:
     assert str(parse(row, "chosen_rejected")).startswith(f"train.jsonl:6: {message}")
 
 
-def test_rated_answers_and_pairs_make_rated_rows() -> None:
+def test_unpaired_rows_come_from_labels_and_pairs() -> None:
     parsed = parse({"prompt": "a", "completion": " b", "label": True}, "completion_label")
     assert (parsed.is_text, parsed.label, parsed.completion[0]["content"]) == (True, True, " b")
     assert parse({"prompt": [USER], "completion": [ANSWER], "label": False}, "completion_label").completion == [ANSWER]
@@ -284,12 +284,12 @@ def test_rated_answers_and_pairs_make_rated_rows() -> None:
         ({"input_ids": "1", "labels": []}, "input_ids: expected a list of numbers, got text"),
     ],
 )
-def test_ready_tokens_are_checked(row: dict[str, Any], message: str) -> None:
+def test_tokenized_rows_are_checked(row: dict[str, Any], message: str) -> None:
     assert str(parse(row, "tokens")) == f"train.jsonl:6: {message}"
 
 
 @pytest.mark.parametrize("column", ["prompt_messages", "messages", "prompt"])
-def test_prompts_go_by_three_names(column: str) -> None:
+def test_prompt_columns_have_three_names(column: str) -> None:
     parsed = parse({column: [USER], "solution": 4}, "prompt")
     assert (parsed.messages, parsed.columns) == ([USER], {"solution": 4})
     assert "is an answer, but the model generates the answer" in str(parse({column: [USER, ANSWER]}, "prompt"))
@@ -304,5 +304,5 @@ def test_prompts_go_by_three_names(column: str) -> None:
         ({"question": 1}, "expected prompt_messages; found question"),
     ],
 )
-def test_what_is_wrong_with_a_prompt_is_said(row: dict[str, Any], message: str) -> None:
+def test_errors_in_prompts_are_reported(row: dict[str, Any], message: str) -> None:
     assert str(parse(row, "prompt")).startswith(f"train.jsonl:6: {message}")

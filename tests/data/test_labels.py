@@ -13,7 +13,7 @@ from .conftest import byte_level, sentencepiece, wrap
 
 
 def encode(tokenizer: Any, text: str, *spans: str) -> TokenizedText | MaskError:
-    """The tokens of a text whose spans are given by what they say."""
+    """Tokenize a text with spans that are given by their text."""
     places = [(text.index(one), text.index(one) + len(one)) for one in spans]
     return LabelBuilder(tokenizer).encode([text], [places])[0]
 
@@ -29,14 +29,14 @@ def trained(tokenizer: Any, tokens: TokenizedText | MaskError) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("answer", ["Hello</s>", "🙂👩‍👩‍👧</s>", "</s>", "你好 é\n\n</s>", "🙂"])
-def test_a_run_spells_its_span(kind: str, answer: str, make_tokenizer: Callable[..., Any]) -> None:
+def test_trained_tokens_decode_to_their_span(kind: str, answer: str, make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(kind, special=("<|user|>", "<|bot|>"))
     text = f"<s><|user|>What? 🙂<|bot|>{answer}<|user|>And?<|bot|>"
     tokens = encode(tokenizer, text, answer)
     assert trained(tokenizer, tokens) == [answer]
 
 
-def test_a_token_over_the_beginning_is_cut_as_it_is_served(make_tokenizer: Callable[..., Any]) -> None:
+def test_text_is_split_where_a_token_extends_over_a_turn(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", special=("<|end|>",))
     header, answer = "assistant: ", "Hello<|end|>"
     whole = tokenizer(header + answer, add_special_tokens=False)["input_ids"]
@@ -50,14 +50,14 @@ def test_a_token_over_the_beginning_is_cut_as_it_is_served(make_tokenizer: Calla
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_the_space_before_a_word_is_on_the_right_side(trim: bool) -> None:
+def test_the_space_before_a_word_belongs_to_its_span(trim: bool) -> None:
     tokenizer = wrap(byte_level(trim_offsets=trim))
     assert trained(tokenizer, encode(tokenizer, "[/INST] Hello</s>", " Hello</s>")) == [" Hello</s>"]
     assert trained(tokenizer, encode(tokenizer, "[/INST] Hello</s>", "Hello</s>")) == ["Hello</s>"]
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_sentencepiece_prefixes_do_not_hide_a_border(scheme: str) -> None:
+def test_sentencepiece_prefix_spaces_do_not_shift_spans(scheme: str) -> None:
     special = ("<|bot|>",)
     tokenizer = wrap(sentencepiece(special, scheme=scheme), special)
     for answer in ("Hello there</s>", " Hello</s>", "\nHello</s>"):
@@ -67,7 +67,7 @@ def test_sentencepiece_prefixes_do_not_hide_a_border(scheme: str) -> None:
         assert tokens.runs[0][1] == len(tokens.ids)
 
 
-def test_a_tokenizer_that_normalises_is_judged_by_its_own_terms() -> None:
+def test_normalized_text_is_compared_after_normalization() -> None:
     backend = byte_level()
     backend.normalizer = normalizers.NFKC()
     tokenizer = wrap(backend)
@@ -75,7 +75,7 @@ def test_a_tokenizer_that_normalises_is_judged_by_its_own_terms() -> None:
     assert trained(tokenizer, tokens) == ["fine 1 é</s>"]
 
 
-def test_a_text_that_cannot_be_cut_is_refused() -> None:
+def test_text_that_cannot_be_split_is_rejected() -> None:
     backend = byte_level()
     backend.normalizer = normalizers.Replace("ab", "x")
     tokenizer = wrap(backend)
@@ -84,7 +84,7 @@ def test_a_text_that_cannot_be_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_the_first_token_is_there_once(kind: str, add_bos: bool, make_tokenizer: Callable[..., Any]) -> None:
+def test_there_is_one_bos_token(kind: str, add_bos: bool, make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(kind, special=("<|bot|>",), add_bos=add_bos)
     bos = tokenizer.bos_token_id
     for text, expected in (("<s><|bot|>Hi</s>", 1), ("<|bot|>Hi</s>", int(add_bos))):
@@ -99,7 +99,7 @@ def test_the_first_token_is_there_once(kind: str, add_bos: bool, make_tokenizer:
         assert everything.labels(-100).tolist() == tokens.ids.tolist()
 
 
-def test_a_saved_truncation_does_not_cut_rows(make_tokenizer: Callable[..., Any]) -> None:
+def test_saved_truncation_and_padding_are_ignored(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level")
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=64)

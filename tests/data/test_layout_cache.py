@@ -1,4 +1,4 @@
-"""Short ways to the same result: what is learned of a shape, and tokens found by their bytes, change nothing."""
+"""Cached layouts and alignment by bytes give the same results as finding everything in full."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from finetuning.errors import Location
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
-SOURCES |= {name.value: one.source for name in ChatTemplateName if (one := get_template(name))}
-WORDS = (
+SOURCES |= {name.value: template.source for name in ChatTemplateName if (template := get_template(name))}
+CONTENTS = (
     *("Hello", "yes", "a b", "42", "Näin, 你好 🙂", 'say "it"', "a\\b", "{{ x }}", "<|im_end|>", "</s>", "<s>x"),
     *(
         "<think>\nhm",
@@ -48,8 +48,8 @@ WORDS = (
 ROLES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant"))
 
 
-SPACED = ("mistral-with-system", "poro")
-"""Templates whose texts begin with no special token: a tokenizer of pieces puts a space in front."""
+WITH_PREFIX_SPACE = ("mistral-with-system", "poro")
+"""Templates whose texts begin without a special token: a SentencePiece tokenizer puts a space in front."""
 
 
 def conversations(count: int) -> list[Conversation]:
@@ -57,28 +57,30 @@ def conversations(count: int) -> list[Conversation]:
     made = []
     for _ in range(count):
         roles = draw.choice(ROLES)
-        made.append(Conversation([{"role": role, "content": draw.choice(WORDS)} for role in roles], Location("x", 1)))
+        made.append(
+            Conversation([{"role": role, "content": draw.choice(CONTENTS)} for role in roles], Location("x", 1))
+        )
     return made
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_was_learned_of_a_shape_changes_nothing(name: str, make_tokenizer: Callable[..., Any]) -> None:
+def test_cached_layouts_do_not_change_results(name: str, make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES[name])
     label_builder = LabelBuilder(tokenizer)
-    learned = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split)
+    cached = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split)
     rows = conversations(60)
-    for one, found in zip(rows, learned.find(rows), strict=True):
-        (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split).find([one])
+    for row, found in zip(rows, cached.find(rows), strict=True):
+        (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split).find([row])
         if isinstance(alone, MaskError):
             assert found == alone
         else:
             assert isinstance(found, MaskedText)
             assert (found.text, found.spans, found.warnings) == (alone.text, alone.spans, alone.warnings)
-    texts = zip(learned.texts(rows), TemplateRenderer(tokenizer).texts(rows), strict=True)
+    texts = zip(cached.texts(rows), TemplateRenderer(tokenizer).texts(rows), strict=True)
     assert all(str(left) == str(right) for left, right in texts)
 
 
-def test_layouts_are_used(make_tokenizer: Callable[..., Any]) -> None:
+def test_later_conversations_use_the_cached_layout(make_tokenizer: Callable[..., Any]) -> None:
     for name in ("chat-ml", "llama3", "gemma3", "phi3", "mistral-with-system", "poro", "simplified-llama31", "qwen3"):
         tokenizer = make_tokenizer("byte-level", SOURCES[name])
         mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
@@ -86,7 +88,7 @@ def test_layouts_are_used(make_tokenizer: Callable[..., Any]) -> None:
             Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], Location("x", 1))
             for text in ("Hello", "yes", "42")
         ]
-        assert [one.method for one in mask_builder.find(rows)] == ["markers", "layout", "layout"], name
+        assert [masked.method for masked in mask_builder.find(rows)] == ["markers", "layout", "layout"], name
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_layouts_are_used(make_tokenizer: Callable[..., Any]) -> None:
         "{{ m.content | upper if 'y' in m.content else m.content }}",
     ],
 )
-def test_a_template_that_looks_at_a_content_is_rendered_for_each_row(
+def test_templates_that_depend_on_a_content_are_rendered_for_each_row(
     expression: str, make_tokenizer: Callable[..., Any]
 ) -> None:
     source = (
@@ -112,9 +114,11 @@ def test_a_template_that_looks_at_a_content_is_rendered_for_each_row(
     split = LabelBuilder(tokenizer).split
     contents = ("b", "x", "a", "axb", "long text", "y", "c d", "xx")
     rows = [
-        Conversation([{"role": "user", "content": one}, {"role": "assistant", "content": other}], Location("x", 1))
-        for one in contents
-        for other in contents
+        Conversation(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], Location("x", 1)
+        )
+        for question in contents
+        for answer in contents
     ]
     found = AssistantMaskBuilder(TemplateRenderer(tokenizer), split).find(rows)
     assert any(isinstance(marked, MaskedText) for marked in found)
@@ -125,13 +129,13 @@ def test_a_template_that_looks_at_a_content_is_rendered_for_each_row(
             assert isinstance(alone, MaskError) or marked.spans == alone.spans
 
 
-def test_a_template_that_changes_is_followed(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_changed_template_invalidates_cached_layouts(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", SOURCES["chat-ml"])
     mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), LabelBuilder(tokenizer).split)
     rows = conversations(8)
     mask_builder.find(rows)
     tokenizer.chat_template = SOURCES["chat-ml"].replace("message['content']", "message['content'] + ' '")
-    texts = [one.text if isinstance(one, MaskedText) else None for one in mask_builder.find(rows)]
+    texts = [masked.text if isinstance(masked, MaskedText) else None for masked in mask_builder.find(rows)]
     rendered = TemplateRenderer(tokenizer).texts(rows)
     assert all(text in (None, real) for text, real in zip(texts, rendered, strict=True))
     assert any(texts)
@@ -140,7 +144,7 @@ def test_a_template_that_changes_is_followed(make_tokenizer: Callable[..., Any])
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("name", ["chat-ml", "mistral-with-system", "poro", "simplified-llama31", "qwen3"])
-def test_tokens_by_their_bytes_are_those_by_offsets(
+def test_alignment_by_bytes_equals_alignment_by_offsets(
     name: str, add_bos: bool, kind: str, make_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer = make_tokenizer(kind, SOURCES[name], add_bos=add_bos)
@@ -148,14 +152,16 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
     assert quick._token_bytes is not None
     slow.__dict__["_token_bytes"] = None
     found = [
-        one
-        for one in AssistantMaskBuilder(TemplateRenderer(tokenizer), quick.split).find(conversations(60))
-        if isinstance(one, MaskedText)
+        masked
+        for masked in AssistantMaskBuilder(TemplateRenderer(tokenizer), quick.split).find(conversations(60))
+        if isinstance(masked, MaskedText)
     ]
-    texts, spans, headers = [one.text for one in found], [one.spans for one in found], [one.headers for one in found]
+    texts = [masked.text for masked in found]
+    spans = [masked.spans for masked in found]
+    headers = [masked.headers for masked in found]
     assert any(headers)
     by_bytes = quick._align_by_bytes(texts, spans, headers, quick._token_bytes)
-    assert bool(by_bytes) == (kind == "byte-level" or name not in SPACED)
+    assert bool(by_bytes) == (kind == "byte-level" or name not in WITH_PREFIX_SPACE)
     for left, right in zip(quick.encode(texts, spans, headers), slow.encode(texts, spans), strict=True):
         assert np.array_equal(left.ids, right.ids)
         assert (left.runs, left.warning) == (right.runs, right.warning)
@@ -164,7 +170,7 @@ def test_tokens_by_their_bytes_are_those_by_offsets(
         assert right.warning or np.array_equal(left.ids, right.ids)
 
 
-def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
+def test_all_tokens_of_a_byte_level_vocabulary_have_bytes(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("byte-level", special=("<|im_end|>", "é", "a b"))
     token_bytes = LabelBuilder(tokenizer)._token_bytes
     text = "<|im_end|>é a b\x00\x7f\xad Ā 你好 🙂 \n\t"
@@ -174,7 +180,7 @@ def test_every_token_of_a_byte_level_vocabulary_is_spelled(make_tokenizer: Calla
     assert sum(token_bytes.sizes[ids]) == len(text.encode())
 
 
-def test_every_piece_of_a_sentencepiece_vocabulary_is_spelled(make_tokenizer: Callable[..., Any]) -> None:
+def test_all_pieces_of_a_sentencepiece_vocabulary_have_bytes(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("sentencepiece", special=("<|im_end|>", "a b"))
     token_bytes = LabelBuilder(tokenizer)._token_bytes
     text = "<|im_end|>é a b\x7f\xad Ā 你好 🙂 \n\t"
@@ -184,7 +190,7 @@ def test_every_piece_of_a_sentencepiece_vocabulary_is_spelled(make_tokenizer: Ca
     assert not token_bytes.matches(marked, "<|im_end|>a▁b".encode())
 
 
-def test_other_tokenizers_are_not_spelled(make_tokenizer: Callable[..., Any]) -> None:
+def test_other_decoders_have_no_token_bytes(make_tokenizer: Callable[..., Any]) -> None:
     for decoder in (decoders.Metaspace(), decoders.WordPiece(), decoders.Sequence([decoders.Fuse()])):
         tokenizer = make_tokenizer("sentencepiece")
         tokenizer.backend_tokenizer.decoder = decoder

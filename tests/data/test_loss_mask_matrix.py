@@ -23,8 +23,8 @@ from .conversations import CONVERSATIONS, conversation, speakers, words
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 OURS = [name.value for name in ChatTemplateName if get_template(name)]
-REFUSED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("refused.json").read_text("utf-8"))
-"""Template to conversation to the reason of its refusal; whatever is not here must be proven."""
+REJECTED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("rejected.json").read_text("utf-8"))
+"""By template and conversation, the reason for rejecting it; all others must be masked."""
 STOPS = ("<|call|>", "<|eom_id|>", "<|tool_response>")
 
 
@@ -33,7 +33,7 @@ def source_of(name: str) -> str:
     return ours.source if ours else (FOLDER / f"{name}.jinja").read_text("utf-8")
 
 
-def prove(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
+def mask_all(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
     tokenizer = make_tokenizer(kind, source_of(name))
     label_builder = LabelBuilder(tokenizer)
     mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split, STOPS)
@@ -47,22 +47,22 @@ def prove(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str,
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("name", [*NAMES, *OURS])
-def test_each_conversation_is_proven_or_refused_for_a_stated_reason(
+def test_each_conversation_is_masked_or_rejected_with_the_reason(
     name: str, kind: str, make_tokenizer: Callable[..., Any]
 ) -> None:
-    refused = {}
-    for one, (tokenizer, found, tokens) in prove(name, kind, make_tokenizer).items():
+    rejected = {}
+    for one, (tokenizer, found, tokens) in mask_all(name, kind, make_tokenizer).items():
         if isinstance(tokens, MaskError):
-            refused[one] = str(tokens)
+            rejected[one] = str(tokens)
             continue
         assert isinstance(found, MaskedText)
         assert isinstance(tokens, TokenizedText)
-        check_by_words(one, tokenizer, found, tokens)
-    assert refused == REFUSED.get(name, {})
+        check_trained_words(one, tokenizer, found, tokens)
+    assert rejected == REJECTED.get(name, {})
 
 
-def check_by_words(one: str, tokenizer: Any, found: MaskedText, tokens: TokenizedText) -> None:
-    """What is trained, by the tokenizer's own decoding, are the assistant's words, all of them, and nobody else's."""
+def check_trained_words(one: str, tokenizer: Any, found: MaskedText, tokens: TokenizedText) -> None:
+    """Check that the trained tokens decode to all words of the assistant, and to none of another role."""
     mask = np.zeros(len(tokens.ids), dtype=bool)
     for first, last in tokens.runs:
         mask[first:last] = True
@@ -83,27 +83,27 @@ def check_by_words(one: str, tokenizer: Any, found: MaskedText, tokens: Tokenize
     assert re.sub("[ ▁]", "", whole) == re.sub("[ ▁]", "", found.text)
 
 
-MARKED = [name for name in NAMES if re.search(r"{%-?\s*generation", source_of(name))]
-MORE_MARKED: dict[str, list[str]] = json.loads(Path(__file__).with_name("more_marked.json").read_text("utf-8"))
-"""What templates mark besides what is trained here: headers that the generation prompt gives, the end of the text."""
+WITH_BLOCKS = [name for name in NAMES if re.search(r"{%-?\s*generation", source_of(name))]
+EXTRA_IN_BLOCKS: dict[str, list[str]] = json.loads(Path(__file__).with_name("extra_in_blocks.json").read_text("utf-8"))
+"""What generation blocks contain in addition to our spans: headers that are in the generation prompt, text ends."""
 
 
-def more_marked(name: str, make_tokenizer: Callable[..., Any]) -> set[str]:
-    """What lies between the template's marks and in none of our spans, white space left out."""
+def extra_in_blocks(name: str, make_tokenizer: Callable[..., Any]) -> set[str]:
+    """Return the text that is in generation blocks but in none of our spans, without white space."""
     more: set[str] = set()
-    for one, (tokenizer, found, _) in prove(name, "byte-level", make_tokenizer).items():
+    for one, (tokenizer, found, _) in mask_all(name, "byte-level", make_tokenizer).items():
         if isinstance(found, MaskedText):
             row = conversation(one)
             theirs = char_mask(found.text, TemplateRenderer(tokenizer).generation_spans(row.messages, row.tools, {}))
             ours = char_mask(found.text, found.spans)
-            # DiffusionGemma stops at a token that its marks leave out, and writes a header that no prompt gives.
+            # DiffusionGemma stops at a token that is outside of its blocks, and writes a header that no prompt gives.
             assert pieces(found.text, ours & ~theirs) <= {"<|tool_response>", "<|turn>model"}, one
             more |= pieces(found.text, theirs & ~ours)
     return more
 
 
 def pieces(text: str, mask: np.ndarray) -> set[str]:
-    """The stretches of a text under a mask, without outer white space."""
+    """Return the parts of a text under a mask, without outer white space."""
     shown = "".join(one if masked else "\0" for one, masked in zip(text, mask, strict=True))
     return {piece.strip() for piece in shown.split("\0")} - {""}
 
@@ -115,6 +115,6 @@ def char_mask(text: str, spans: Iterable[tuple[int, int]]) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("name", MARKED)
-def test_spans_lie_in_what_the_template_marks_itself(name: str, make_tokenizer: Callable[..., Any]) -> None:
-    assert sorted(more_marked(name, make_tokenizer)) == MORE_MARKED.get(name, [])
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_spans_are_within_generation_blocks(name: str, make_tokenizer: Callable[..., Any]) -> None:
+    assert sorted(extra_in_blocks(name, make_tokenizer)) == EXTRA_IN_BLOCKS.get(name, [])

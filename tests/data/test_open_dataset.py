@@ -1,4 +1,4 @@
-"""Datasets of the config to rows that are trained on, whatever they are made of."""
+"""From datasets of the config to rows that are trained on, in all formats."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trained(data: Any, tokenizer: Any) -> list[str]:
 CHAT = {"messages": [user("a"), assistant("one")]}
 
 
-def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
+def test_formats_can_be_mixed_in_one_run(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
     chats = write_lines("chats.jsonl", CHAT)
     texts = write_lines("texts.txt", b"Some text.")
     pairs = write_lines("pairs.csv", b"question,answer\nWhat?,That.\n")
@@ -67,7 +67,7 @@ def test_every_kind_of_rows_goes_into_one_run(write_lines: Callable[..., str], t
 
 
 @pytest.mark.parametrize("prepare", [prepare_dpo, prepare_kto, prepare_sft])
-def test_rows_that_validate_and_are_trained_on_are_counted(
+def test_validation_rows_that_are_also_trained_on_are_counted(
     prepare: Callable[..., Any], write_lines: Callable[..., str], tokenizer: Any
 ) -> None:
     rows = [{"prompt": str(number), "chosen": "b", "rejected": "c"} for number in range(10)]
@@ -89,9 +89,7 @@ def test_rows_that_validate_and_are_trained_on_are_counted(
 
 
 @pytest.mark.parametrize("kind", ["CONCATENATION", "PRECOMPUTE_WEIGHTED_MIX"])
-def test_a_dataset_of_which_nothing_is_left_is_named(
-    kind: str, write_lines: Callable[..., str], tokenizer: Any
-) -> None:
+def test_dataset_without_kept_rows_is_reported(kind: str, write_lines: Callable[..., str], tokenizer: Any) -> None:
     many = write_lines("a.jsonl", *({"prompt": str(number), "completion": "b"} for number in range(40)))
     lost = write_lines("b.jsonl", {"prompt": "word " * 200, "completion": "b"})
     training = {"type": kind, "datasets": [{"path": many}, {"path": lost}]}
@@ -104,7 +102,7 @@ def test_a_dataset_of_which_nothing_is_left_is_named(
     assert len(sft(DataConfig.model_validate(values), tokenizer, max_seq_length=64).train) == 40
 
 
-def test_columns_to_rename_that_no_row_has_are_named(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_missing_columns_to_rename_are_reported(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(ConfigError, match=r"datasets\[0\]\.columns: none of qestion is a column .* prompt, completion"):
         sft(config({"path": path, "columns": {"qestion": "prompt"}}), tokenizer)
@@ -112,7 +110,7 @@ def test_columns_to_rename_that_no_row_has_are_named(write_lines: Callable[..., 
     assert len(sft(config(either), tokenizer).train) == 1
 
 
-def test_columns_of_other_types_still_combine(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
+def test_columns_of_different_types_combine(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     larger = pa.struct([("content", pa.large_string()), ("role", pa.dictionary(pa.int8(), pa.string()))])
     for name, kind in (("a", pa.list_(message)), ("b", pa.large_list(larger)), ("c", pa.list_(message, 2))):
@@ -125,7 +123,7 @@ def test_columns_of_other_types_still_combine(write_lines: Callable[..., str], t
     assert trained(data, tokenizer) == [f"{name}<|im_end|>" for name in "abcd"]
 
 
-def test_places_are_those_of_the_files(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
+def test_row_locations_refer_to_files(write_lines: Callable[..., str], tokenizer: Any, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
     path = write_lines("b.jsonl", {"text": "a"}, b"{")
     with pytest.raises(DataError) as caught:
@@ -134,14 +132,14 @@ def test_places_are_those_of_the_files(write_lines: Callable[..., str], tokenize
     assert f"{path}:2: invalid JSON" in str(caught.value)
 
 
-def test_a_cap_reads_no_further(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_max_rows_stops_reading(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", CHAT, {"messages": [user("a"), assistant("two")]}, b"{")
     conf = config({"path": path, "max_rows": 2})
     assert trained(sft(conf, tokenizer), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
     assert count_training_rows(conf).rows == 2
 
 
-def test_the_format_can_be_stated_and_then_rows_must_be_of_it(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_configured_format_is_enforced(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", {"instruction": "i", "input": "x", "output": "y"})
     assert trained(sft(config({"path": path}), tokenizer), tokenizer) == ["y<|im_end|>"]
     assert trained(sft(config({"path": path, "format": "input_output"}), tokenizer), tokenizer) == [" y</s>"]
@@ -157,9 +155,7 @@ def test_a_first_bad_row_does_not_hide_the_format(write_lines: Callable[..., str
 
 
 @pytest.mark.parametrize("train_on", ["last", "completions", "assistant", "all"])
-def test_the_choice_of_what_is_trained_reaches_the_labels(
-    train_on: str, write_lines: Callable[..., str], tokenizer: Any
-) -> None:
+def test_train_on_determines_the_labels(train_on: str, write_lines: Callable[..., str], tokenizer: Any) -> None:
     talk = [user("a"), assistant("one"), user("b"), assistant("two"), assistant("three")]
     path = write_lines("a.jsonl", {"messages": talk})
     (text,) = trained(sft(config({"path": path}), tokenizer, train_on=train_on), tokenizer)
@@ -172,13 +168,13 @@ def test_the_choice_of_what_is_trained_reaches_the_labels(
     assert text == expected[train_on]
 
 
-def test_a_flag_of_a_message_reaches_the_labels(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_message_flags_determine_the_labels(write_lines: Callable[..., str], tokenizer: Any) -> None:
     talk = [user("a"), {**assistant("one"), "train": False}, user("b"), {**assistant("two"), "weight": 1}]
     path = write_lines("a.jsonl", {"messages": talk}, CHAT)
     assert trained(sft(config({"path": path}), tokenizer), tokenizer) == ["two<|im_end|>", "one<|im_end|>"]
 
 
-def test_texts_that_are_preferred_need_no_template_round_them(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_text_preferences_need_no_chat_template(write_lines: Callable[..., str], tokenizer: Any) -> None:
     explicit = write_lines("a.jsonl", {"prompt": "The sky is", "chosen": " blue.", "rejected": " bleak."})
     implicit = write_lines("b.jsonl", {"chosen": "The sky is blue.", "rejected": "The sky is bleak."})
     chats = write_lines(
@@ -195,7 +191,7 @@ def test_texts_that_are_preferred_need_no_template_round_them(write_lines: Calla
     assert len(both.train) == 2
 
 
-def test_trls_rated_answers_and_pairs_are_read_for_kto(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_trl_labels_and_pairs_are_read_for_kto(write_lines: Callable[..., str], tokenizer: Any) -> None:
     rated = write_lines("a.jsonl", {"prompt": "a", "completion": " b", "label": True})
     pairs = write_lines("b.jsonl", {"prompt": "The sky is", "chosen": " blue.", "rejected": " bleak."})
     rows = prepare_kto(config({"path": rated}, {"path": pairs}), 64, 0, tokenizer).train
@@ -203,7 +199,7 @@ def test_trls_rated_answers_and_pairs_are_read_for_kto(write_lines: Callable[...
     assert found == {(" b</s>", True), (" blue.</s>", True), (" bleak.</s>", False)}
 
 
-def test_validation_by_share_of_each_dataset(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_validation_ratio_of_each_dataset(write_lines: Callable[..., str], tokenizer: Any) -> None:
     rows = [{"text": f"text {number}"} for number in range(10)]
     conf = config(
         {"path": write_lines("a.jsonl", *rows), "validation_ratio": 0.2},

@@ -1,4 +1,4 @@
-"""The formats of fms-hf-tuning, from files as its documents show them."""
+"""The row formats of fms-hf-tuning, from files like those in its documentation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sft(
 
 
 def shown(data: PreparedData, tokenizer: Any) -> list[tuple[str, list[str]]]:
-    """Each row's text, and its trained stretches."""
+    """The text of each row, and its trained parts."""
     rows = []
     for row in data.train:
         stretches: list[list[int]] = [[]]
@@ -68,7 +68,7 @@ STATES = [
 ]
 
 
-def test_the_input_is_masked_and_the_output_ends(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_input_is_masked_and_output_ends_with_eos(write_lines: Callable[..., str], tokenizer: Any) -> None:
     data = sft(write_lines("train.jsonl", *STATES), tokenizer)
     assert shown(data, tokenizer)[0][0] == f"{STATES[0]['input']} {STATES[0]['output']}{EOS}"
     assert trained(data, tokenizer) == [f"USA : Location{EOS}"] * 2
@@ -86,7 +86,7 @@ def test_the_input_is_masked_and_the_output_ends(write_lines: Callable[..., str]
         ("a\t", "\nb", "a\t\nb"),
     ],
 )
-def test_one_space_stands_between_input_and_output(
+def test_one_space_separates_input_and_output(
     start: str, end: str, text: str, write_lines: Callable[..., str], make_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer = make_tokenizer("byte-level")
@@ -112,9 +112,7 @@ def single_sequences() -> list[dict[str, str]]:
     return rows
 
 
-def test_a_single_sequence_is_trained_after_the_response_template(
-    write_lines: Callable[..., str], tokenizer: Any
-) -> None:
+def test_text_is_trained_after_the_response_template(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("sft_alpaca_data.json", *single_sequences())
     data = sft(path, tokenizer, dataset_text_field="output", response_template="\n### Response:")
     assert trained(data, tokenizer) == [f"Red.{EOS}", f"Älä huoli.{EOS}"]
@@ -122,13 +120,13 @@ def test_a_single_sequence_is_trained_after_the_response_template(
 
 
 @pytest.mark.parametrize("written", ["\n### Response:", r"\n### Response:"])
-def test_an_escape_may_be_written_out(written: str, write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_escapes_in_templates_are_unescaped(written: str, write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", *single_sequences())
     data = sft(path, tokenizer, dataset_text_field="output", response_template=written)
     assert trained(data, tokenizer) == [f"Red.{EOS}", f"Älä huoli.{EOS}"]
 
 
-def test_a_formatter_template_makes_the_text_on_the_fly(tmp_path: Path, tokenizer: Any) -> None:
+def test_formatter_template_makes_the_text(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "Train.json"
     path.write_text(json.dumps([{"input": "Größe", "output": "XL"}, {"input": "a {{output}}", "output": "b"}]))
     template = "### Input: {{input}} \n\n## Label: {{output}}"
@@ -140,9 +138,7 @@ def test_a_formatter_template_makes_the_text_on_the_fly(tmp_path: Path, tokenize
     assert trained(data, tokenizer) == [f"XL{EOS}", f"b{EOS}"]
 
 
-def test_the_response_template_that_the_text_has_not_is_counted(
-    write_lines: Callable[..., str], tokenizer: Any
-) -> None:
+def test_rows_without_the_response_template_are_counted(write_lines: Callable[..., str], tokenizer: Any) -> None:
     template = "### Input: {{input}} \n\n##Label: {{output}}"
     rows = [{"input": str(number), "output": "b"} for number in range(5)]
     with pytest.raises(DataError, match=r"all 5 rows dropped: nothing to train on \(5\); first at .*:1: the response"):
@@ -161,7 +157,7 @@ def test_the_response_template_that_the_text_has_not_is_counted(
     assert trained(data, tokenizer)[-1] == f"z{EOS}"
 
 
-def test_instruction_and_response_templates_frame_turns(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_instruction_and_response_templates_delimit_turns(write_lines: Callable[..., str], tokenizer: Any) -> None:
     text = "System.\n[I] one\n[R] eins\n[I] two\n[R] zwei [R] twice\n[I] three"
     path = write_lines("a.jsonl", {"text": text}, {"text": "[R] no instruction"}, {"text": "[I] no response"})
     args = {"instruction_template": "\n[I]", "response_template": "\n[R]"}
@@ -175,7 +171,7 @@ def test_instruction_and_response_templates_frame_turns(write_lines: Callable[..
     assert [one.strip() for one in stretches] == ["zwei [R] twice"]
 
 
-def test_plain_text_is_trained_whole_and_ends_once(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_plain_text_is_trained_with_one_eos(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", {"text": "Hello there."}, {"text": f"It ends.{EOS}"})
     for args in ({}, {"train_on_completions_only": True}):
         data = sft(path, tokenizer, args=args)
@@ -186,7 +182,7 @@ def test_plain_text_is_trained_whole_and_ends_once(write_lines: Callable[..., st
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_long_text_is_split_and_no_token_of_it_lost(
+def test_long_text_is_split_without_losing_tokens(
     packing: bool, write_lines: Callable[..., str], tokenizer: Any
 ) -> None:
     texts = [f"Größe {index}: " + "one two 你好 " * (index % 7 * 9) for index in range(40)]
@@ -206,7 +202,7 @@ def test_a_long_text_is_split_and_no_token_of_it_lost(
     assert sorted(row["input_ids"].tolist() for row in islice(streamed, len(rows))) == sorted(rows)
 
 
-def test_what_is_no_whole_text_is_not_split(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_only_fully_trained_text_is_split(write_lines: Callable[..., str], tokenizer: Any) -> None:
     rows = [{"input": "word " * 30, "output": f"{index}"} for index in range(4)] + [{"input": "a", "output": "b"}]
     report = sft(
         write_lines("a.jsonl", *rows), tokenizer, args={"length_handling": "split", "max_seq_length": 32}
@@ -214,25 +210,25 @@ def test_what_is_no_whole_text_is_not_split(write_lines: Callable[..., str], tok
     assert (report[0]["kept"], report[0]["filtered_by_length"]) == (1, 4)
 
 
-def test_a_corpus_of_text_files_is_read(tmp_path: Path, tokenizer: Any) -> None:
+def test_corpus_of_text_files_is_read(tmp_path: Path, tokenizer: Any) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"Document {name}.\nSecond line.\n")
     data = sft(str(tmp_path), tokenizer, text_unit="document")
     assert [text for text, _ in shown(data, tokenizer)] == [f"Document {one}.\nSecond line.{EOS}" for one in "ab"]
 
 
-def test_everything_is_trained_where_that_is_asked_for(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_train_on_all_trains_every_token(write_lines: Callable[..., str], tokenizer: Any) -> None:
     data = sft(write_lines("a.jsonl", *STATES), tokenizer, args={"train_on": "all"})
     assert all(row["labels"] == row["input_ids"] for row in data.train)
 
 
-def test_chats_without_a_chat_template_say_so(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_chats_without_chat_template_are_an_error(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", {"messages": [{"role": "user", "content": "a"}]})
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         sft(path, tokenizer)
 
 
-def test_ready_tokens_are_taken_as_they_are(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_tokenized_rows_are_used_unchanged(write_lines: Callable[..., str], tokenizer: Any) -> None:
     row = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
     data = sft(write_lines("a.jsonl", row), tokenizer)
     assert data.train[:] == {"input_ids": [row["input_ids"]], "labels": [row["labels"]]}
@@ -252,7 +248,7 @@ def test_ready_tokens_are_taken_as_they_are(write_lines: Callable[..., str], tok
         ),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
+def test_contradictory_settings_are_rejected(
     source: dict[str, str], message: str, write_lines: Callable[..., str], make_tokenizer: Callable[..., Any]
 ) -> None:
     path = write_lines("a.jsonl", {"text": "a"})

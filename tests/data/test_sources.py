@@ -35,14 +35,14 @@ def test_jsonl_rows_keep_their_line(write_lines: Callable[..., str]) -> None:
     assert {str(row.place.file) for row in rows if isinstance(row, Row)} == {path}
 
 
-def test_byte_order_mark_and_windows_line_ends_are_no_part_of_a_row(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf_are_not_part_of_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}\r\n{"a": 2}\r\n')
     assert [row.values for row in read_rows(str(path)) if isinstance(row, Row)] == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_file_can_be_one_object_or_one_array(indent: int | None, tmp_path: Path) -> None:
+def test_json_file_can_be_one_object_or_one_array(indent: int | None, tmp_path: Path) -> None:
     single, several = tmp_path / "one.json", tmp_path / "many.json"
     single.write_text(json.dumps(GOOD, indent=indent))
     several.write_text(json.dumps([GOOD, GOOD], indent=indent))
@@ -66,9 +66,7 @@ def test_a_file_can_be_one_object_or_one_array(indent: int | None, tmp_path: Pat
         (b"[" * 100000, "nested too deeply"),
     ],
 )
-def test_a_bad_line_names_its_place_and_leaves_the_others(
-    line: bytes, message: str, write_lines: Callable[..., str]
-) -> None:
+def test_bad_line_is_reported_and_others_are_read(line: bytes, message: str, write_lines: Callable[..., str]) -> None:
     path = write_lines("train.jsonl", GOOD, GOOD, GOOD, GOOD, GOOD, line, GOOD)
     rows = list(read_rows(path))
     assert len(rows) == 7
@@ -77,7 +75,7 @@ def test_a_bad_line_names_its_place_and_leaves_the_others(
     assert message in str(problem)
 
 
-def test_a_first_line_that_is_nested_too_deeply_is_a_bad_line(write_lines: Callable[..., str]) -> None:
+def test_too_deeply_nested_first_line_is_a_bad_line(write_lines: Callable[..., str]) -> None:
     deep, good = read_rows(write_lines("a.jsonl", b'{"a":' * 50_000 + b"1" + b"}" * 50_000, GOOD))
     assert str(deep).endswith("a.jsonl:1: invalid JSON: nested too deeply")
     assert good.values == GOOD
@@ -89,7 +87,7 @@ def test_byte_offsets_count_from_the_start_of_the_file(write_lines: Callable[...
     assert problem.message == "invalid UTF-8 at byte 16 (0xff)"
 
 
-def test_whole_surrogate_pairs_are_text(write_lines: Callable[..., str]) -> None:
+def test_surrogate_pairs_are_valid_text(write_lines: Callable[..., str]) -> None:
     path = write_lines("a.jsonl", b'{"a": "\\ud83d\\ude42"}', rb'{"a": "a \\u0000 that is spelt out"}')
     assert [row.values["a"] for row in read_rows(path) if isinstance(row, Row)] == ["🙂", r"a \u0000 that is spelt out"]
 
@@ -108,13 +106,13 @@ BROKEN_ARRAYS = (
 
 @pytest.mark.parametrize("ahead", [1, 7, 1 << 20])
 @pytest.mark.parametrize(("data", "message"), BROKEN_ARRAYS)
-def test_a_broken_array_names_line_and_column(data: bytes, message: str, ahead: int) -> None:
+def test_invalid_array_reports_line_and_column(data: bytes, message: str, ahead: int) -> None:
     with pytest.raises(DataError, match=rf"a\.json:{message}"):
         list(read_array("a.json", io.BytesIO(data), 0, ahead))
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_an_array_is_the_same_by_whatever_it_is_read_ahead(indent: int | None) -> None:
+def test_array_does_not_depend_on_read_ahead(indent: int | None) -> None:
     draw = Random(5)
     values = ["ä", "🙂", 'a\\"b', 12.5, -1e-9, True, None, "x" * 50]
     rows = [{"a": draw.choice(values), "b": [draw.choice(values), {"c": draw.choice(values)}]} for _ in range(60)]
@@ -126,7 +124,7 @@ def test_an_array_is_the_same_by_whatever_it_is_read_ahead(indent: int | None) -
         assert [line for *_, line in read] == (starts or [1] * 60)
 
 
-def test_no_more_of_an_array_is_held_than_was_read_ahead(tmp_path: Path) -> None:
+def test_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"a": "x" * 1000}] * 20_000), encoding="utf-8")
     tracemalloc.start()
@@ -137,21 +135,21 @@ def test_no_more_of_an_array_is_held_than_was_read_ahead(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", codecs.BOM_UTF8, b"[]"])
-def test_a_file_without_rows_says_so(data: bytes, tmp_path: Path) -> None:
+def test_file_without_rows_is_an_error(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train\.jsonl: 0 rows"):
         list(read_rows(str(path)))
 
 
-def test_utf16_is_named(tmp_path: Path) -> None:
+def test_utf16_is_reported_as_such(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{}", encoding="utf-16")
     with pytest.raises(DataError, match="the file is UTF-16; expected UTF-8"):
         list(read_rows(str(path)))
 
 
-def test_sources_that_cannot_be_read_name_key_and_working_directory(tmp_path: Path) -> None:
+def test_unreadable_sources_report_key_and_working_directory(tmp_path: Path) -> None:
     key = "data_conf.training_data.datasets[0].path"
     with pytest.raises(DataError) as missing:
         check_source(str(tmp_path / "no.jsonl"), key)
@@ -161,7 +159,7 @@ def test_sources_that_cannot_be_read_name_key_and_working_directory(tmp_path: Pa
         check_source(str(tmp_path), key)
 
 
-def test_the_digest_follows_the_bytes(write_lines: Callable[..., str]) -> None:
+def test_digest_depends_on_the_bytes(write_lines: Callable[..., str]) -> None:
     def digest(*rows: object) -> str:
         value = hashlib.sha256()
         FileShard(write_lines("a.jsonl", *rows)).update_digest(value)
@@ -175,7 +173,7 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 @pytest.mark.parametrize("ending", OPENERS)
-def test_compressed_files_are_read_as_they_are(ending: str, tmp_path: Path) -> None:
+def test_compressed_files_are_read(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.jsonl{ending}"
     with OPENERS[ending](path, "wb") as stream:
         stream.write(b'{"a": 1}\n\n{"a": 2}\n{\n')
@@ -187,7 +185,7 @@ def test_compressed_files_are_read_as_they_are(ending: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ending", OPENERS)
-def test_a_damaged_compressed_file_says_so(ending: str, tmp_path: Path) -> None:
+def test_damaged_compressed_file_is_an_error(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.jsonl{ending}"
     with OPENERS[ending](path, "wb") as stream:
         stream.write(b"".join(b'{"a": %d}\n' % number for number in range(10000)))
@@ -198,7 +196,7 @@ def test_a_damaged_compressed_file_says_so(ending: str, tmp_path: Path) -> None:
             list(read_rows(str(path)))
 
 
-def test_zstandard_is_read_or_its_package_named(tmp_path: Path) -> None:
+def test_zstandard_is_read_or_the_missing_package_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"\x28\xb5\x2f\xfd\x20\x09\x49\x00\x00" + b'{"a": 1}\n')
     if importlib.util.find_spec("zstandard") is None:
@@ -208,7 +206,7 @@ def test_zstandard_is_read_or_its_package_named(tmp_path: Path) -> None:
         assert [row.values for row in read_rows(str(path)) if isinstance(row, Row)] == [{"a": 1}]
 
 
-def test_columnar_rows_have_their_number_and_no_nulls_of_other_rows(tmp_path: Path) -> None:
+def test_columnar_rows_have_numbers_and_no_nulls(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
     rows = [GOOD, {"messages": [call], "id": "b"}, {"messages": [{"role": "user", "content": "c"}]}]
     table = datasets.Dataset.from_list(rows).data.table
@@ -224,21 +222,21 @@ def test_columnar_rows_have_their_number_and_no_nulls_of_other_rows(tmp_path: Pa
 
 
 def table_rows(table: pa.Table) -> list[dict[str, object]]:
-    """The rows of a table as JSON tells them, without its nulls."""
+    """The rows of a table as JSON, without nulls."""
     return json.loads(
         json.dumps(table.to_pylist()), object_hook=lambda one: {k: v for k, v in one.items() if v is not None}
     )
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_file_that_is_no_table_says_so(name: str, tmp_path: Path) -> None:
+def test_invalid_parquet_and_arrow_files_are_errors(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b'{"a": 1}\n' * 9)
     with pytest.raises(DataError, match=rf"{name}: not an? (Parquet|Arrow) file, or damaged"):
         list(read_rows(str(path)))
 
 
-def test_csv_rows_have_the_line_that_they_begin_in(tmp_path: Path) -> None:
+def test_csv_rows_have_their_first_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     long = "x" * 300_000
     path.write_bytes(
@@ -263,7 +261,7 @@ def test_csv_rows_have_the_line_that_they_begin_in(tmp_path: Path) -> None:
         (b"a,b\n", "a.csv: 0 rows"),
     ],
 )
-def test_csv_that_cannot_be_read_names_the_line(data: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_csv_reports_the_line(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
@@ -279,7 +277,7 @@ def test_csv_that_cannot_be_read_names_the_line(data: bytes, message: str, tmp_p
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.md"])
-def test_texts_are_cut_into_rows(unit: str, rows: list[tuple[int, str]], name: str, tmp_path: Path) -> None:
+def test_text_files_are_split_into_units(unit: str, rows: list[tuple[int, str]], name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("first line\n  second\n\n \nthird\n")
     found = [row for row in read_rows(str(path), text_unit=unit) if isinstance(row, Row)]
@@ -300,7 +298,7 @@ def make_files(folder: Path, *paths: str) -> None:
         (folder / path).write_text('{"a": 1}\n')
 
 
-def test_a_path_is_a_file_a_list_a_glob_or_a_folder(tmp_path: Path) -> None:
+def test_path_can_be_a_file_list_glob_or_folder(tmp_path: Path) -> None:
     make_files(tmp_path, "b.jsonl", "a.jsonl", "c/d.json", "c/e.csv", "README.md", ".hidden/x.json", "state.json")
     assert names(str(tmp_path / "b.jsonl"), tmp_path) == ["b.jsonl"]
     assert names([f"{tmp_path}/b.jsonl", f"{tmp_path}/c/*"], tmp_path) == ["b.jsonl", "c/d.json", "c/e.csv"]
@@ -310,7 +308,7 @@ def test_a_path_is_a_file_a_list_a_glob_or_a_folder(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/docs", tmp_path) == ["docs/a.md", "docs/b.txt"]
 
 
-def test_a_folder_with_several_splits_asks_for_one(tmp_path: Path) -> None:
+def test_folder_with_several_splits_requires_split(tmp_path: Path) -> None:
     make_files(tmp_path, "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test.jsonl")
     with pytest.raises(DataError, match=r"has several splits \(test, train\); select one with `split`"):
         names(str(tmp_path), tmp_path)
@@ -320,7 +318,7 @@ def test_a_folder_with_several_splits_asks_for_one(tmp_path: Path) -> None:
         names(str(tmp_path), tmp_path, split="dev")
 
 
-def test_all_missing_paths_are_named_at_once(tmp_path: Path) -> None:
+def test_all_missing_paths_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as caught:
         names([f"{tmp_path}/a.jsonl", f"{tmp_path}/*.csv", f"{tmp_path}/empty"], tmp_path)
@@ -329,13 +327,13 @@ def test_all_missing_paths_are_named_at_once(tmp_path: Path) -> None:
     assert ["no such file" in lines[0], "no file matches" in lines[1], "no data file" in lines[2]] == [True] * 3
 
 
-def test_a_saved_dataset_is_a_folder_too(tmp_path: Path) -> None:
+def test_saved_dataset_is_read_as_a_folder(tmp_path: Path) -> None:
     datasets.Dataset.from_list([GOOD, GOOD]).save_to_disk(tmp_path / "saved")
     (shard,) = find_shards(source(str(tmp_path / "saved")), "datasets[0]")
     assert [row.values for row in shard.rows() if isinstance(row, Row)] == [GOOD, GOOD]
 
 
-def test_a_dataset_on_the_hub_that_cannot_be_reached_says_so() -> None:
+def test_unreachable_hub_dataset_is_an_error() -> None:
     (shard,) = find_shards(source("nobody/no-such-dataset", subset="en", split="test"), "datasets[0]")
     assert shard == HubShard("nobody/no-such-dataset", "test", "en")
     with pytest.raises(DataError, match="nobody/no-such-dataset: no such file or folder") as caught:
@@ -344,7 +342,7 @@ def test_a_dataset_on_the_hub_that_cannot_be_reached_says_so() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_dataset_as_the_hub_keeps_it_is_read_by_split(tmp_path: Path) -> None:
+def test_hub_dataset_is_read_by_split(tmp_path: Path) -> None:
     make_files(tmp_path, "hub/train.jsonl", "hub/test.jsonl")
     shard = HubShard(str(tmp_path / "hub"), "test")
     (row,) = shard.rows()

@@ -29,7 +29,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_named_templates_render_what_they_promise(name: ChatTemplateName, make_tokenizer: Callable[..., Any]) -> None:
+def test_named_templates_render_as_documented(name: ChatTemplateName, make_tokenizer: Callable[..., Any]) -> None:
     template = get_template(name)
     assert template is not None
     tokenizer = make_tokenizer("byte-level", template.source, template.special_tokens)
@@ -39,5 +39,5 @@ def test_named_templates_render_what_they_promise(name: ChatTemplateName, make_t
     assert template.end_of_turn is None or template.end_of_turn in template.special_tokens
 
 
-def test_keep_original_is_no_template() -> None:
+def test_keep_original_has_no_template() -> None:
     assert get_template(ChatTemplateName.KEEP_ORIGINAL) is None

@@ -1,4 +1,4 @@
-"""Steps before a row's format is read, and the data configs of fms-hf-tuning that bring them."""
+"""Transforms of rows, and the data configs of fms-hf-tuning that contain them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ROW = {"a": 1, "b": "two", "c": [3]}
         ),
     ],
 )
-def test_what_a_handler_makes_of_a_row(handler: dict[str, Any], values: dict[str, Any]) -> None:
+def test_handlers_transform_rows(handler: dict[str, Any], values: dict[str, Any]) -> None:
     assert handled(ROW, handler) == values
 
 
@@ -83,7 +83,7 @@ def test_columns_are_renamed_before_handlers_run() -> None:
     assert handled(ROW, columns={"missing": "x"}) == ROW
 
 
-def test_a_row_that_is_too_large_is_skipped() -> None:
+def test_too_large_rows_are_skipped() -> None:
     skipped = handled(ROW, step("skip_samples_with_large_columns", column_name="b", max_allowed_length=2))
     assert skipped == SkippedRow(Location("a.jsonl", 3), "b is longer than 2")
 
@@ -108,7 +108,7 @@ def test_a_row_that_is_too_large_is_skipped() -> None:
         ),
     ],
 )
-def test_a_step_that_cannot_be_done_names_the_row(handler: dict[str, Any], message: str) -> None:
+def test_failed_transform_reports_the_row(handler: dict[str, Any], message: str) -> None:
     problem = handled(ROW, handler)
     assert isinstance(problem, Problem)
     assert str(problem).startswith(f"a.jsonl:3: {message}")
@@ -137,7 +137,7 @@ def test_a_step_that_cannot_be_done_names_the_row(handler: dict[str, Any], messa
         ),
     ],
 )
-def test_handlers_that_are_not_known_are_named_with_their_key(handlers: list[Any], message: str) -> None:
+def test_invalid_handlers_are_reported_with_their_key(handlers: list[Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         handled(ROW, *handlers)
     assert str(caught.value).startswith(f"data_conf.x.datasets[0].handlers{message}")
@@ -157,7 +157,7 @@ FIELDS = {"Tweet text": "@you hi", "a.b-c_1": 2, "Größe": "XL", " padded ": "y
         ("no field", "no field"),
     ],
 )
-def test_fields_are_columns_first_and_jinja_then(template: str, text: str) -> None:
+def test_template_fields_are_columns_before_jinja(template: str, text: str) -> None:
     assert TextTemplate(template)(FIELDS, {"eos_token": "</s>"}) == text
 
 
@@ -172,7 +172,7 @@ def test_fields_are_columns_first_and_jinja_then(template: str, text: str) -> No
         ("{% if %}", "is neither a column nor a Jinja"),
     ],
 )
-def test_fields_that_are_not_there_say_so(template: str, message: str) -> None:
+def test_invalid_template_fields_are_errors(template: str, message: str) -> None:
     with pytest.raises(TextTemplateError) as caught:
         TextTemplate(template)(FIELDS, {})
     assert message in str(caught.value)
@@ -264,7 +264,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
         ),
     ],
 )
-def test_chains_of_fms_come_to_the_rows_that_they_mean(
+def test_fms_handler_chains_give_the_expected_rows(
     row: dict[str, Any],
     handlers: list[Any],
     trained: str,

@@ -245,8 +245,8 @@ def _renaming_for_format(renames: Mapping[str, str]) -> Transform:
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         renamed = {new: _column(values, old) for old, new in renames.items()}
-        others = {name: value for name, value in values.items() if name not in renames and name not in renamed}
-        return {**others, **renamed}
+        rest = {name: value for name, value in values.items() if name not in renames and name not in renamed}
+        return {**rest, **renamed}
 
     return run
 

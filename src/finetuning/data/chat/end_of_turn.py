@@ -42,7 +42,7 @@ class EndOfTurnFinder:
     """Finds the end of assistant turns in texts rendered by one chat template."""
 
     def __init__(self, renderer: TemplateRenderer, stop_tokens: Iterable[str] = ()):
-        """`stop_tokens` are tokens that end a turn besides the tokenizer's end-of-sequence token."""
+        """`stop_tokens` are tokens that end a turn in addition to the tokenizer's end-of-sequence token."""
         self._renderer = renderer
         eos = renderer.tokenizer.eos_token
         self._stop_tokens = {token for token in (*stop_tokens, eos) if isinstance(token, str) and token}
@@ -81,8 +81,8 @@ class EndOfTurnFinder:
         for candidate in (with_white_space, end):
             if rest.startswith(candidate):
                 return len(candidate)
-        shown = rest[: len(end) + 12]
-        raise MaskNotFound(f"it is followed by {shown!r} instead of the end-of-turn text {end!r}", turn)
+        excerpt = rest[: len(end) + 12]
+        raise MaskNotFound(f"it is followed by {excerpt!r} instead of the end-of-turn text {end!r}", turn)
 
     def match_last_message(self, tail: str, turn: int) -> str:
         """Return the part of `tail` up to the end of the turn, without what the template writes after the turn.

@@ -84,7 +84,7 @@ class AssistantMaskBuilder:
         Args:
             renderer: renders with the template.
             split_tokens: splits a text into the texts of its tokens.
-            stop_tokens: tokens that end a turn besides the tokenizer's end-of-sequence token.
+            stop_tokens: tokens that end a turn in addition to the tokenizer's end-of-sequence token.
         """
         self._renderer = renderer
         self._split_tokens = split_tokens
@@ -145,12 +145,13 @@ class AssistantMaskBuilder:
             for row, text in zip(conversations, texts, strict=True)
         ]
         marked = [
-            replace(row, messages=own.insert(row.messages)) for row, own in zip(conversations, markers, strict=True)
+            replace(row, messages=row_markers.insert(row.messages))
+            for row, row_markers in zip(conversations, markers, strict=True)
         ]
         marked_texts = self._renderer.texts(marked)
         return [
-            _RenderedPair(row, text, own, with_markers, marked_text) if isinstance(text, str) else text
-            for row, text, own, with_markers, marked_text in zip(
+            _RenderedPair(row, text, row_markers, with_markers, marked_text) if isinstance(text, str) else text
+            for row, text, row_markers, with_markers, marked_text in zip(
                 conversations, texts, markers, marked, marked_texts, strict=True
             )
         ]
@@ -340,9 +341,9 @@ class AssistantMaskBuilder:
         tail = as_last.after(marker) if marker else as_last.text
         ending = self._end_of_turn.match_last_message(tail, turn)
         if not text.startswith(ending, position):
-            shown = text[position : position + len(ending)]
+            actual = text[position : position + len(ending)]
             raise MaskNotFound(
-                f"it ends with {ending[-40:]!r} when it is the last message, but with {shown[-40:]!r} here", turn
+                f"it ends with {ending[-40:]!r} when it is the last message, but with {actual[-40:]!r} here", turn
             )
         return position + len(ending)
 
@@ -351,8 +352,8 @@ class AssistantMaskBuilder:
         """Raise MaskNotFound if a span holds text of another message, or not that of its own."""
         start, end = span
         markers, positions = attempt.markers, attempt.rendered.positions
-        own = {markers.before_content(turn), markers.after_content(turn), markers.after_call(turn)}
-        if any(start < position < end for marker, position in positions.items() if marker not in own):
+        turn_markers = {markers.before_content(turn), markers.after_content(turn), markers.after_call(turn)}
+        if any(start < position < end for marker, position in positions.items() if marker not in turn_markers):
             raise MaskNotFound("its text contains text of another message", turn)
         # The generation prompt may be the first words of an answer, such as an opening <think>: then the span starts
         # after the beginning of the content.

@@ -257,7 +257,7 @@ class ChatTemplate:
     source: str
     special_tokens: tuple[str, ...]
     end_of_turn: str | None
-    """The token that ends the assistant's turn. None in a named template stands for the tokenizer's end-of-sequence
+    """The token that ends the assistant's turn. None in a named template means the tokenizer's end-of-sequence
     token; None in any other is detected by rendering (see `end_of_turn.py`)."""
 
 

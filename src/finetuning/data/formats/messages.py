@@ -164,13 +164,13 @@ def _from_sharegpt(message: JsonValue, key: str) -> JsonValue:
         return message
     role: JsonValue = message["from"]
     content: JsonValue = message.get("value")
-    others = {name: value for name, value in message.items() if name not in ("from", "value")}
+    extra = {name: value for name, value in message.items() if name not in ("from", "value")}
     if role in ("function_call", "tool_call"):
-        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content, key), **others}
+        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content, key), **extra}
     return {
         "role": _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role,
         "content": content,
-        **others,
+        **extra,
     }
 
 

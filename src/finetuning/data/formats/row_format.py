@@ -235,7 +235,7 @@ def meta_fields(row: Row) -> JsonObject:
 
 
 class OtherFields(TypedDict):
-    """The fields that typed rows of messages have besides their messages."""
+    """The fields that typed rows of messages have in addition to their messages."""
 
     place: Location
     tools: list[JsonObject] | None
@@ -244,7 +244,7 @@ class OtherFields(TypedDict):
 
 
 def other_fields(row: Row) -> OtherFields:
-    """Return what a row of messages has besides them, by the field names of its type."""
+    """Return what a row has in addition to its messages, by the field names of its type."""
     return {
         "place": row.place,
         "tools": tools_field(row),
@@ -267,7 +267,7 @@ def check_completion(row: Row, column: str, messages: list[Message]) -> None:
     `messages` is the end of the column, which may start with the prompt.
     """
     if not messages:
-        raise FieldError(column, "has no messages besides the prompt")
+        raise FieldError(column, "has no messages after the prompt")
     value: JsonValue = row.values[column]
     first = len(value) - len(messages) if isinstance(value, list) else 0
     for index, message in enumerate(messages, start=first):

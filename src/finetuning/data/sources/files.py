@@ -1,4 +1,4 @@
-"""Datasets on disk: what a `path` of the config stands for, and the rows of each file.
+"""Datasets on disk: what a `path` of the config refers to, and the rows of each file.
 
 A path is a file, a folder, a glob or a dataset of the Hugging Face Hub; `find_shards` resolves it to shards. A file is
 decompressed, and read by what its name ends with: Parquet, Arrow, CSV, text, or else JSON.

@@ -213,7 +213,8 @@ class RowStream:
         if self._capacity is not None:
             generator = np.random.default_rng((self._seed, position.epoch, position.rows))
             packs = pack_rows(rows, self._capacity)
-            rows = [packs[index] for index in generator.permutation(len(packs)).tolist()]
+            order: list[int] = generator.permutation(len(packs)).tolist()
+            rows = [packs[index] for index in order]
         return _Block(position, ends_epoch=False, rows=rows, batch=batch)
 
 

@@ -102,8 +102,8 @@ def _byte_table() -> dict[int, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: 0x10FFFF for byte in range(256)}
     table |= {byte: byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {256 + index: byte for index, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {256 + index: byte for index, byte in enumerate(unprintable)}
 
 
 _LAST_CONTINUATION_BYTE = -65
@@ -158,9 +158,9 @@ def layout_tokens(
         parts = [ids[start:end] for start, end in pairwise(text_starts.tolist())]
         is_matched = [token_bytes.matches(part, text) for part, text in zip(parts, encoded, strict=True)]
     kept: list[Sequence[Span]] = [
-        own if own and matched else () for own, matched in zip(spans, is_matched, strict=True)
+        text_spans if text_spans and matched else () for text_spans, matched in zip(spans, is_matched, strict=True)
     ]
-    text_of_border = np.repeat(np.arange(len(texts)), [2 * len(own) for own in kept])
+    text_of_border = np.repeat(np.arange(len(texts)), [2 * len(text_spans) for text_spans in kept])
     borders = _byte_borders(texts, data, kept, text_of_border)
     # Texts before this one may not match, so that their tokens have another number of bytes than they have.
     borders += token_starts[text_starts[text_of_border]] - text_byte_starts[text_of_border]

@@ -149,7 +149,9 @@ class LabelBuilder:
         """
         names = list(
             chain.from_iterable(
-                own or [""] * len(spans) for own, spans in zip(headers, layout.spans, strict=True) if spans
+                text_headers or [""] * len(spans)
+                for text_headers, spans in zip(headers, layout.spans, strict=True)
+                if spans
             )
         )
         follows = np.zeros(len(names), dtype=np.bool_)
@@ -287,7 +289,7 @@ class LabelBuilder:
                 results[owner] = _decoding_error(actual, text)
 
     def _is_equivalent(self, run: list[int], text: str, decoded: str) -> bool:
-        """Return whether a run stands for a text although it decodes to another.
+        """Return whether a run represents a text although it decodes to another.
 
         A decoder may drop the space before the first word, and a tokenizer may normalize what it encodes.
         """

@@ -1,4 +1,4 @@
-"""How many rated answers a dry run counts."""
+"""The number of unpaired rows that a dry run counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSo
 from finetuning.data.prepared import count_training_rows
 
 
-def test_a_preference_counts_as_two_rated_answers(tmp_path: Path, write_jsonl: Any, dpo_rows: Any) -> None:
+def test_preference_counts_as_two_unpaired_rows(tmp_path: Path, write_jsonl: Any, dpo_rows: Any) -> None:
     path = write_jsonl(tmp_path / "dpo.jsonl", dpo_rows(7))
     data = DataConfig(
         training_data=Concatenation(type="CONCATENATION", datasets=[DatasetSource(path=str(path))]),
