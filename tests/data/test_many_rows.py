@@ -18,7 +18,7 @@ import pytest
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
-from finetuning.data.arrow import ArrowSpool, take_rows
+from finetuning.data.arrow import ArrowTableWriter, take_rows
 from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_kto, prepare_sft
 from finetuning.data.preprocessor import DuplicateCounter, in_batches
@@ -196,12 +196,12 @@ def test_batches_are_small_where_rows_are_long() -> None:
 def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    spool = ArrowSpool(tmp_path)
+    writer = ArrowTableWriter(tmp_path)
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
     try:
         with pytest.raises(StorageError, match=re.escape(f"cannot write prepared rows to {tmp_path}: ")):
-            spool.add(pa.table({"a": list(range(100_000))}))
+            writer.add(pa.table({"a": list(range(100_000))}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert list(tmp_path.iterdir()) == []
@@ -210,11 +210,11 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
 def test_rows_are_taken_in_any_order() -> None:
     import pyarrow as pa
 
-    spool = ArrowSpool()
+    writer = ArrowTableWriter()
     for first in range(0, 90, 30):
-        spool.add(pa.table({"a": [[number] * (number % 4) for number in range(first, first + 30)]}))
+        writer.add(pa.table({"a": [[number] * (number % 4) for number in range(first, first + 30)]}))
     rows = np.random.default_rng(0).permutation(90).repeat(2)[:120]
-    assert take_rows(spool.table(), rows)["a"].to_pylist() == [[row] * (row % 4) for row in rows.tolist()]
+    assert take_rows(writer.table(), rows)["a"].to_pylist() == [[row] * (row % 4) for row in rows.tolist()]
 
 
 def test_kto_rows_are_in_the_order_of_a_shuffle(tmp_path: Path, tokenizer: Any, write_lines: Any) -> None:

@@ -24,7 +24,7 @@ _MAX_ROWS = 1 << 14
 _MAX_BYTES = 1 << 23
 
 
-class ArrowSpool:
+class ArrowTableWriter:
     """Appends tables of one schema to an unnamed temporary file.
 
     An unnamed file leaves nothing behind when the process ends, however it ends.
@@ -75,10 +75,10 @@ def take_rows(table: pa.Table, rows: np.ndarray, folder: Path | None = None) -> 
     batches = [batch for batch in table.to_batches() if batch.num_rows]
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     group = max(1, min(_MAX_ROWS, _MAX_BYTES * table.num_rows // max(table.nbytes, 1)))
-    spool = ArrowSpool(folder)
+    writer = ArrowTableWriter(folder)
     for first in range(0, len(rows), group):
-        spool.add(_gather(batches, starts, rows[first : first + group]))
-    return spool.table()
+        writer.add(_gather(batches, starts, rows[first : first + group]))
+    return writer.table()
 
 
 def _gather(batches: Sequence[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:

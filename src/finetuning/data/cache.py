@@ -148,7 +148,7 @@ def _write_table(path: Path, dataset: datasets.Dataset) -> None:
     import pyarrow as pa
 
     table = cast("pa.Table", dataset.with_format("arrow")[:]).replace_schema_metadata()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
 
 
@@ -291,11 +291,11 @@ def _last_used(entry: Path) -> float:
 def _why_prepared(folder: Path, key: CacheKey) -> str:
     """What changed since the most similar entry."""
     entries = sorted((path for path in folder.iterdir() if (path / META).is_file()), key=_last_used, reverse=True)
-    keys = [other for path in entries[:_MAX_COMPARED] if (other := cache_key_of(path)) is not None]
-    same_method = [other for other in keys if other.rules.get("method") == key.rules.get("method")]
+    keys = [earlier for path in entries[:_MAX_COMPARED] if (earlier := cache_key_of(path)) is not None]
+    same_method = [earlier for earlier in keys if earlier.rules.get("method") == key.rules.get("method")]
     if not same_method:
         return "no similar entry in the cache"
-    changes = min((key.changes_since(other) for other in same_method), key=len)
+    changes = min((key.changes_since(earlier) for earlier in same_method), key=len)
     if not changes:
         return "the entry was written by another version of finetuning"
     return f"changed since the most similar entry: {'; '.join(changes[:6])}"

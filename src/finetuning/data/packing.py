@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetuning.data.arrow import ArrowSpool, as_dataset, row_lengths
+from finetuning.data.arrow import ArrowTableWriter, as_dataset, row_lengths
 
 if TYPE_CHECKING:
     import datasets
@@ -78,7 +78,7 @@ class _Packs:
 
     def place(self, length: int, number: int) -> np.ndarray:
         """Place `number` rows of this length; returns the pack of each, int64, (number,)."""
-        placed: list[np.ndarray] = []
+        pack_groups: list[np.ndarray] = []
         while number:
             space = length + int(np.argmax(self._counts[length:] > 0))
             if self._counts[space]:
@@ -86,9 +86,9 @@ class _Packs:
                 self._put(space - length, packs)
             else:
                 packs = self._open(length, number)
-            placed.append(packs)
+            pack_groups.append(packs)
             number -= len(packs)
-        return np.concatenate(placed)
+        return np.concatenate(pack_groups)
 
     def _open(self, length: int, number: int) -> np.ndarray:
         """Open new packs, each filled with as many rows of this length as fit."""
@@ -104,7 +104,7 @@ class _Packs:
 
     def _take(self, space: int, number: int) -> np.ndarray:
         """Take up to `number` packs with exactly this much space."""
-        taken: list[np.ndarray] = []
+        pack_groups: list[np.ndarray] = []
         remaining = number
         stack = self._by_space[space]
         while stack and remaining:
@@ -112,10 +112,10 @@ class _Packs:
             if len(packs) > remaining:
                 stack.append(packs[remaining:])
                 packs = packs[:remaining]
-            taken.append(packs)
+            pack_groups.append(packs)
             remaining -= len(packs)
         self._counts[space] -= number - remaining
-        return np.concatenate(taken)
+        return np.concatenate(pack_groups)
 
     def _put(self, space: int, packs: np.ndarray) -> None:
         if len(packs):
@@ -149,7 +149,7 @@ def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:
     packing = pack(lengths, capacity)
     source = dataset.with_format("arrow")
     columns = ("input_ids", "labels")
-    spool = ArrowSpool()
+    writer = ArrowTableWriter()
     group = max(1, _TOKENS_PER_WRITE // capacity)
     for first in range(0, len(packing), group):
         borders = packing.borders[first : first + group + 1]
@@ -162,5 +162,5 @@ def pack_dataset(dataset: datasets.Dataset, capacity: int) -> datasets.Dataset:
             values = pa.chunked_array([chunk.flatten() for chunk in table[name].chunks]).combine_chunks()
             packs[name] = pa.LargeListArray.from_arrays(ends, values)
         packs["lengths"] = pa.LargeListArray.from_arrays(borders - borders[0], pa.array(sizes.astype(np.int32)))
-        spool.add(pa.table(packs))
-    return as_dataset(spool.table())
+        writer.add(pa.table(packs))
+    return as_dataset(writer.table())

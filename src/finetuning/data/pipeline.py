@@ -49,7 +49,7 @@ def prepare_sft(
     Args:
         tokenizer: has its chat template and special tokens already.
         num_workers: processes that share the work where there are many rows; the result does not depend on it.
-        stop_tokens: what the model stops at besides the end-of-sequence token (from its `generation_config`); some
+        stop_tokens: tokens that end a turn in addition to the end-of-sequence token (from `generation_config`); some
             templates end a tool call with one of them.
         seed: of the order of a stream.
 
@@ -191,7 +191,7 @@ def _shuffle(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
 
 
 def _rules(method: str, max_length: int | None, stop_tokens: Sequence[str]) -> dict[str, Any]:
-    """The settings that the rows depend on, besides those in `data_conf`; they are part of the cache key."""
+    """The settings that the rows depend on, in addition to those in `data_conf`; they are part of the cache key."""
     return {"method": method, "max_length": max_length, "stop tokens": list(stop_tokens)}
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetuning.config.sections.data import DatasetSource
-from finetuning.data.arrow import ArrowSpool, as_dataset, take_rows
+from finetuning.data.arrow import ArrowTableWriter, as_dataset, take_rows
 from finetuning.data.formats import Options
 from finetuning.data.open_dataset import OpenDataset, open_dataset, source_title
 from finetuning.data.preview import PreviewRow, preview_of
@@ -235,7 +235,7 @@ class Preprocessor:
     ) -> tuple[PreparedSplit, SplitStatistics]:
         """Read and tokenize datasets, each given with its key in the config. Temporary files go into `folder`."""
         statistics = SplitStatistics(RowCounts(split, self.limit))
-        spool = ArrowSpool(folder)
+        writer = ArrowTableWriter(folder)
         kept_masks: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
         hashes: list[np.ndarray] = []
@@ -250,21 +250,21 @@ class Preprocessor:
                     kept_masks.append(batch.kept_mask)
                     sizes.append(batch.sizes)
                     hashes.append(batch.hashes)
-                    self._add(batch, statistics, spool)
+                    self._add(batch, statistics, writer)
             lengths.append(rows)
         self.duplicates.finish_split(statistics)
         prepared = PreparedSplit(
-            spool.table(), np.concatenate(kept_masks), lengths, np.concatenate(sizes), np.concatenate(hashes)
+            writer.table(), np.concatenate(kept_masks), lengths, np.concatenate(sizes), np.concatenate(hashes)
         )
         return prepared, statistics
 
-    def _add(self, batch: Batch, statistics: SplitStatistics, spool: ArrowSpool) -> None:
+    def _add(self, batch: Batch, statistics: SplitStatistics, writer: ArrowTableWriter) -> None:
         statistics.add(batch.statistics)
         self.problems += batch.problems
         self.add_preview(batch)
         if batch.columns:
             self.duplicates.add(batch.hashes)
-            spool.add(batch.table())
+            writer.add(batch.table())
 
     @property
     def num_preview_rows(self) -> int:

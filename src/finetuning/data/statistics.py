@@ -99,17 +99,17 @@ class RowCounts:
             self.filtered += 1
             self.shortest_dropped = _minimum(self.shortest_dropped, row.tokens)
 
-    def add(self, other: RowCounts) -> None:
+    def add(self, more: RowCounts) -> None:
         """Add the counts of further rows of the same split."""
         for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.shortest_dropped = _minimum(self.shortest_dropped, other.shortest_dropped)
-        self.dropped.update(other.dropped)
-        self.warnings.update(other.warnings)
-        self.formats |= other.formats
-        for reason, row in other.first_dropped.items():
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.shortest_dropped = _minimum(self.shortest_dropped, more.shortest_dropped)
+        self.dropped.update(more.dropped)
+        self.warnings.update(more.warnings)
+        self.formats |= more.formats
+        for reason, row in more.first_dropped.items():
             self.first_dropped.setdefault(reason, row)
-        self.first_invalid = [*self.first_invalid, *other.first_invalid][:MAX_SHOWN]
+        self.first_invalid = [*self.first_invalid, *more.first_invalid][:MAX_SHOWN]
 
     def lines(self) -> list[str]:
         """The counts as text for the console, one line per fact."""
@@ -258,10 +258,10 @@ class SplitStatistics:
         if count:
             self.counts.warnings[warning] += count
 
-    def add(self, other: SplitStatistics) -> None:
+    def add(self, more: SplitStatistics) -> None:
         """Add the statistics of further rows of the same split."""
-        self.counts.add(other.counts)
-        self.outcomes += other.outcomes
+        self.counts.add(more.counts)
+        self.outcomes += more.outcomes
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as JSON types, for `from_state_dict`."""
@@ -305,11 +305,11 @@ def raise_bad_rows(problems: Sequence[Problem]) -> None:
     """Raise DataError with the first problems and their number, if there are any."""
     if not problems:
         return
-    shown = list(problems[:MAX_SHOWN])
-    rest = len(problems) - len(shown)
+    listed = list(problems[:MAX_SHOWN])
+    rest = len(problems) - len(listed)
     summary = f"{counted(len(problems), 'bad row')}" + (f", the first {MAX_SHOWN} shown" if rest else "")
-    shown.append(Problem(f"{summary}. Set data_conf.on_bad_row: skip to drop and count bad rows."))
-    raise DataError(shown)
+    listed.append(Problem(f"{summary}. Set data_conf.on_bad_row: skip to drop and count bad rows."))
+    raise DataError(listed)
 
 
 def write_report(folder: Path, report: list[dict[str, Any]]) -> None:
@@ -332,8 +332,8 @@ def reject_lines(split: SplitStatistics) -> Iterator[str]:
             "tokens_cut": row.tokens_cut,
             "invalid": row.is_invalid,
         }
-        known = {key: value for key, value in values.items() if value not in (None, "", 0)}
-        yield json.dumps(known, ensure_ascii=False) + "\n"
+        present = {key: value for key, value in values.items() if value not in (None, "", 0)}
+        yield json.dumps(present, ensure_ascii=False) + "\n"
 
 
 def _write_atomically(path: Path, text: str) -> None:

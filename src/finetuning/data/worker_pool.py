@@ -106,10 +106,10 @@ class WorkerPool:
             raise InternalError(f"a data worker process {reason}") from None
 
 
-def _serve(work: Callable[[Any], Any], pipe: Connection, others: Sequence[Connection]) -> None:
+def _serve(work: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection]) -> None:
     """Serve batches until the other end of the pipe is closed, which also happens when the parent is killed."""
     # Inherited ends of the other pipes would keep them open after the parent has gone.
-    for connection in others:
+    for connection in inherited:
         connection.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -49,7 +49,7 @@ class PromptProcessor:
     def _render(self, row: Prompt) -> str | DroppedSample:
         for column, reason in self.required_columns.items():
             if row.columns.get(column) is None:
-                columns = ", ".join(row.columns) or "none besides the prompt"
+                columns = ", ".join(row.columns) or "none but the prompt"
                 return DroppedSample(
                     "bad row", f"no {column}, which {reason} needs; its columns: {columns}", is_bad=True
                 )
