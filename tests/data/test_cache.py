@@ -274,9 +274,10 @@ def test_rows_prepared_ahead_of_time_need_no_data(prepare: Any, tmp_path: Path, 
     later = prepare(conf=conf)
     assert later.origin == f"prepared ahead of time in {tmp_path}/out"
     assert later.train.to_list() == made.train.to_list()
-    with pytest.raises(DataError, match=r"data_conf.prepared: .*with other settings: sft_args.max_seq_length \(64 before"):
+    message = r"data_conf.prepared: .*with other settings: sft_args.max_seq_length \(64 before"
+    with pytest.raises(DataError, match=message):
         prepare(conf=conf, max_seq_length=32)
-    with pytest.raises(DataError, match="in another way: the chat template; the tokenizer"):
+    with pytest.raises(DataError, match="with other settings: the chat template; the tokenizer"):
         prepare(make_tokenizer("byte-level", "x{{ messages[0].content }}"), conf=conf)
     with pytest.raises(DataError, match="no such folder"):
         prepare(conf={"prepared": str(tmp_path / "nothing")})
