@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning.cli.generate import SCORES, main
-from finetuning.inference.scoring import SCORES as SCORE_TABLE
+from finetuning.cli.generate import main
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,10 +36,6 @@ def eval_data(path: Path) -> dict[str, Any]:
     return {"type": "eval-data", "data": {"path": str(path)}}
 
 
-def test_the_names_of_scores_are_those_of_the_table() -> None:
-    assert tuple(SCORE_TABLE) == SCORES
-
-
 def test_eval_data_is_answered_and_scored(
     generate: Any, chatml_llama_dir: Path, tmp_path: Path, write_jsonl: Any, sft_rows: Any
 ) -> None:
@@ -56,7 +51,7 @@ def test_eval_data_is_answered_and_scored(
     assert records[0]["prompt"].count("<|im_start|>assistant") == 2
     scores = json.loads((tmp_path / "out.yaml.scores.json").read_text())
     assert (scores["score"], scores["total"], len(scores["rows"])) == ("regex", 5, 5)
-    assert result.stdout.splitlines()[0].split() == ["dataset", "regex", "right"]
+    assert result.stdout.splitlines()[0].split() == ["dataset", "regex", "correct"]
     assert "5 answers in out.yaml" in result.stderr
 
 
@@ -94,17 +89,17 @@ def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: P
         ([], "expected CONFIG and OUT"),
         (["config.yaml"], "expected CONFIG and OUT"),
         (["none.yaml", "out.yaml"], "none.yaml: no such file"),
-        (["config.yaml", "out.txt"], "out.txt: the ending says"),
-        (["config.yaml", "out.yaml", "--text", "a"], "--text: only together with --model"),
-        (["config.yaml", "out.yaml", "--model", "m", "--text", "a"], "--model and a config exclude each other"),
-        (["--model", "m"], "--model needs --text or --text_file"),
+        (["config.yaml", "out.txt"], "out.txt: the extension selects"),
+        (["config.yaml", "out.yaml", "--text", "a"], "--text: only valid with --model"),
+        (["config.yaml", "out.yaml", "--model", "m", "--text", "a"], "--model cannot be combined with a config"),
+        (["--model", "m"], "--model requires --text or --text_file"),
         (["--model", "/none", "--text", "a"], "error: --model: there is no folder /none"),
-        (["--model", "/none", "--text_file", "none.txt"], "--text_file: none.txt cannot be read"),
-        (["config.yaml", "out.yaml", "--score", "exact"], "there is nothing to score by"),
+        (["--model", "/none", "--text_file", "none.txt"], "--text_file: cannot read none.txt"),
+        (["config.yaml", "out.yaml", "--score", "exact"], "nothing to score"),
         (["config.yaml", "out.yaml", "hf_gen_params.max_new_token=3"], 'Did you mean "max_new_tokens"?'),
         (
             ["config.yaml", "out.yaml", "hf_gen_params.max_new_tokens=3000"],
-            'command line "hf_gen_params.max_new_tokens=3000": hf_gen_params.max_new_tokens: 3000 leaves no room',
+            'command line "hf_gen_params.max_new_tokens=3000": hf_gen_params.max_new_tokens: 3000 leaves no tokens',
         ),
         (["config.yaml", "out.yaml"], "config.yaml:2:3: model_conf.model: there is no folder /none"),
         (["config.yaml", "out.yaml", "prompt_conf.inputs=a"], 'Did you mean "input"?'),
@@ -123,7 +118,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 
 
 def adapter_of(folder: Path, base: str | None) -> Path:
-    """The folder of an adapter that names its base, and holds no more."""
+    """An adapter folder that contains nothing but a config with its base model."""
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
     return folder
@@ -142,16 +137,16 @@ def adapter_of(folder: Path, base: str | None) -> Path:
             "--base_model_name_or_path: adapter contains an adapter, not a base model. Name the base model here and the"
             " adapter as --model.",
         ),
-        (["--model", "TINY", "--base_model_name_or_path", "TINY"], "--base_model_name_or_path: TINY is no adapter"),
-        (["--model", "adapter", "--base_model_name_or_path", "TINY"], "--model: adapter holds no adapter_model"),
+        (["--model", "TINY", "--base_model_name_or_path", "TINY"], "--base_model_name_or_path: TINY is not an adapter"),
+        (["--model", "adapter", "--base_model_name_or_path", "TINY"], "--model: adapter contains no adapter_model"),
         (["--model", "TINY", "--use_flash_attn"], "--use_flash_attn: flash_attention_2 needs"),
-        (["--model", "TINY", "--max_new_tokens", "4000"], "--max_new_tokens: 4000 leaves no room for a prompt"),
-        (["--model", "TINY", "--out_file", "out.txt"], "--out_file: out.txt: the ending says"),
+        (["--model", "TINY", "--max_new_tokens", "4000"], "--max_new_tokens: 4000 leaves no tokens for the prompt"),
+        (["--model", "TINY", "--out_file", "out.txt"], "--out_file: out.txt: the extension selects"),
         (["--model", "CHAT", "--text", ""], "--text: the prompt is empty"),
-        (["--model", "TINY", "--text_file", "none.txt"], "--text_file: none.txt cannot be read"),
+        (["--model", "TINY", "--text_file", "none.txt"], "--text_file: cannot read none.txt"),
     ],
 )
-def test_what_is_wrong_with_a_flag_is_told_by_that_flag(
+def test_errors_name_the_flag_that_caused_them(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -203,7 +198,7 @@ def test_ctrl_c_leaves_what_is_done(tiny_llama_dir: Path, tmp_path: Path, write_
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted: out.json holds" in errors
+    assert "interrupted: out.json contains" in errors
     assert "Traceback" not in errors
     records = json.loads((tmp_path / "out.json").read_text())
     assert 0 < len(records) < 400

@@ -1,4 +1,4 @@
-"""`finetuning targets`: the modules of a model, counted without its weights, as a loaded model would count them."""
+"""`finetuning targets`: its counts, made without weights, match those of a loaded model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finetuning.model.peft.adapters import apply_peft
 
 
 @pytest.fixture
-def told(sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> Any:
-    """A function that gives what the verb prints as JSON for a peft_conf."""
+def targets(sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that returns the JSON of the subcommand for a peft_conf."""
 
-    def tell(peft_conf: dict[str, Any]) -> dict[str, Any]:
+    def run(peft_conf: dict[str, Any]) -> dict[str, Any]:
         assert targets_main([str(write_config(sft_values({"peft_conf": peft_conf}))), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    return tell
+    return run
 
 
 @pytest.mark.parametrize(
@@ -34,27 +34,27 @@ def told(sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str])
         ("IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     ],
 )
-def test_what_is_trained_is_what_the_adapter_has(
-    told: Any, chatml_llama_dir: Any, peft_type: str, kwargs: dict[str, Any]
+def test_trained_parameters_match_the_built_adapter(
+    targets: Any, chatml_llama_dir: Any, peft_type: str, kwargs: dict[str, Any]
 ) -> None:
-    shown = told({"peft_type": peft_type, "peft_kwargs": kwargs})
+    summary = targets({"peft_type": peft_type, "peft_kwargs": kwargs})
     model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
-    assert shown["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert summary["parameters"] == sum(weight.numel() for weight in model.parameters())
     built = apply_peft(model, NewPeft(peft_type=peft_type, peft_kwargs=kwargs))
-    assert shown["trained"] == built.trainable_parameters == sum(group["trained"] for group in shown["groups"])
+    assert summary["trained"] == built.trainable_parameters == sum(group["trained"] for group in summary["groups"])
 
 
-def test_groups_hold_the_files_bytes(told: Any, chatml_llama_dir: Any) -> None:
-    groups = {group["name"]: group for group in told({"peft_type": "NO_PEFT"})["groups"]}
+def test_groups_report_the_bytes_of_the_files(targets: Any, chatml_llama_dir: Any) -> None:
+    groups = {group["name"]: group for group in targets({"peft_type": "NO_PEFT"})["groups"]}
     assert groups["gate_proj"]["shapes"] == [[128, 64]]
     assert groups["gate_proj"]["count"] == 2
     assert groups["gate_proj"]["bytes"] == 4 * groups["gate_proj"]["parameters"] == 4 * 2 * 128 * 64
     assert groups["lm_head"]["parameters"] == 0, "tied to the embeddings"
-    taken = {name for name, group in groups.items() if group["all_linear"]}
-    assert taken == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    all_linear = {name for name, group in groups.items() if group["all_linear"]}
+    assert all_linear == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_a_target_that_is_not_there_is_an_error(
+def test_an_unknown_target_is_an_error_with_a_suggestion(
     sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = {"peft_type": "LORA", "peft_kwargs": {"target_modules": ["q_projj"]}}
@@ -62,7 +62,7 @@ def test_a_target_that_is_not_there_is_an_error(
     assert "the model has no module 'q_projj'. Did you mean q_proj" in capsys.readouterr().err
 
 
-def test_people_read_a_table(dpo_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_a_table(dpo_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     lora = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}}
     assert targets_main([str(write_config(dpo_values({"peft_conf": lora, "training_args.beta": 0.2})))]) == 0
     out = capsys.readouterr().out

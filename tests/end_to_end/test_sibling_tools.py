@@ -65,7 +65,7 @@ def test_a_merged_model_answers_as_base_and_adapter(
         (["{base}", "/nowhere/adapter", "{out}"], "/nowhere/adapter"),
         (["{adapter}", "{adapter}", "{out}"], "contains an adapter, not a base model"),
         (["{base}", "{adapter}", "{adapter}"], "exists and is not empty"),
-        (["{base}", "{adapter}", "{out}", "--device_map", "{not json"], "neither a name nor JSON"),
+        (["{base}", "{adapter}", "{out}", "--device_map", "{not json"], "--device_map: not valid JSON"),
         (["{base}", "{adapter}", "{out}", "--tokenizer", "/nowhere/t"], "/nowhere/t"),
     ],
 )

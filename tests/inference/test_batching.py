@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.inference.batching import padding_side, plan_batches
+from finetuning.inference.batching import max_useful_padding, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 def test_each_prompt_is_in_one_batch_that_keeps_to_the_limits(
     lengths: list[int], answer: int, budget: int, most: int | None, padding: int | None
 ) -> None:
-    batches = plan_batches(lengths, answer, budget=budget, most_rows=most, most_padding=padding)
+    batches = plan_batches(lengths, answer, budget=budget, max_rows=most, max_padding=padding)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         width = max(lengths[index] for index in batch) + answer
@@ -25,17 +25,17 @@ def test_each_prompt_is_in_one_batch_that_keeps_to_the_limits(
 
 
 @given(LENGTHS)
-def test_longest_come_first_and_neighbours_together(lengths: list[int]) -> None:
+def test_prompts_of_similar_length_share_a_batch_longest_first(lengths: list[int]) -> None:
     order = [lengths[index] for batch in plan_batches(lengths, 1, budget=60) for index in batch]
     assert order == sorted(lengths, reverse=True)
 
 
-def test_short_prompts_share_a_batch_when_the_budget_has_room() -> None:
+def test_short_prompts_share_a_batch_within_the_budget() -> None:
     assert plan_batches([3, 9, 4], 1, budget=100) == [[1, 2, 0]]
-    assert plan_batches([3, 9, 4], 1, budget=100, most_rows=2) == [[1, 2], [0]]
+    assert plan_batches([3, 9, 4], 1, budget=100, max_rows=2) == [[1, 2], [0]]
     assert plan_batches([], 1) == []
 
 
 def test_padding_is_weighed_by_the_steps_of_an_answer() -> None:
-    assert padding_side("cpu", 24) == 24 * padding_side("cpu", 1)
-    assert padding_side("cpu", 10_000) == padding_side("cpu", 128) < padding_side("cuda", 128)
+    assert max_useful_padding("cpu", 24) == 24 * max_useful_padding("cpu", 1)
+    assert max_useful_padding("cpu", 10_000) == max_useful_padding("cpu", 128) < max_useful_padding("cuda", 128)

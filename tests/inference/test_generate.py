@@ -75,7 +75,7 @@ def test_one_at_a_time_writes_the_same_as_plain_transformers(tiny_llama_dir: Pat
         assert answers[index][0].text == tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_the_beginning_token_is_there_once(tiny_llama_dir: Path, chatml_llama_dir: Path) -> None:
+def test_the_bos_token_is_added_once(tiny_llama_dir: Path, chatml_llama_dir: Path) -> None:
     llama, chatml = generator_of(tiny_llama_dir).tokenizer, generator_of(chatml_llama_dir).tokenizer
     bos = llama.bos_token_id
     plain, marked = encode_prompts(text_prompts(["The fox", "<s>The fox"]), llama, 100)
@@ -89,7 +89,7 @@ def test_the_beginning_token_is_there_once(tiny_llama_dir: Path, chatml_llama_di
     assert chatml.decode(chat.ids) == chat.text
 
 
-def test_messages_through_a_template_that_writes_the_beginning_token(tiny_llama_dir: Path) -> None:
+def test_a_template_that_writes_the_bos_token(tiny_llama_dir: Path) -> None:
     tokenizer = generator_of(tiny_llama_dir).tokenizer
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     (chat,) = encode_prompts([GenerationPrompt(id=0, messages=({"role": "user", "content": "fox"},))], tokenizer, 100)
@@ -97,7 +97,7 @@ def test_messages_through_a_template_that_writes_the_beginning_token(tiny_llama_
     assert chat.ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_long_prompt_loses_its_beginning(chatml_llama_dir: Path) -> None:
+def test_a_long_prompt_is_truncated_on_the_left(chatml_llama_dir: Path) -> None:
     tokenizer = generator_of(chatml_llama_dir).tokenizer
     messages = ({"role": "user", "content": "fox " * 50},)
     (whole,) = encode_prompts([GenerationPrompt(id=0, messages=messages)], tokenizer, 1000)
@@ -115,7 +115,7 @@ def test_prompts_that_cannot_be_are_refused(tiny_llama_dir: Path, chatml_llama_d
     with pytest.raises(DataError, match="the prompt is empty"):
         encode_prompts(text_prompts(["fox", ""]), tokenizer, 100)
     tokenizer.chat_template = "{{ raise_exception('no foxes') }}"
-    with pytest.raises(DataError, match="refuses these messages: no foxes"):
+    with pytest.raises(DataError, match="rejects these messages: no foxes"):
         encode_prompts([chat], tokenizer, 100)
 
 
@@ -133,7 +133,7 @@ def test_several_answers_to_a_prompt_come_with_it(tiny_llama_dir: Path) -> None:
 def test_a_seed_decides_over_sampled_answers(tiny_llama_dir: Path) -> None:
     generator = generator_of(tiny_llama_dir)
     prompts = text_prompts(TEXTS)
-    batches = plan_batches([len(text) for text in TEXTS], 24, most_rows=3)
+    batches = plan_batches([len(text) for text in TEXTS], 24, max_rows=3)
     first = answers_of(generator, prompts, batches, seed=1, do_sample=True)
     assert first == answers_of(generator, prompts, batches, seed=1, do_sample=True)
     assert first != answers_of(generator, prompts, batches, seed=2, do_sample=True)
@@ -179,7 +179,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama_dir: Path) -> None:
         handle.remove()
 
 
-def test_a_quantised_model_answers(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_quantized_model_generates(tiny_llama_dir: Path, tmp_path: Path) -> None:
     from finetuning.config.sections.model import BitsAndBytes
 
     shutil.copytree(tiny_llama_dir, tmp_path / "model")

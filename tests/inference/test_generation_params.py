@@ -21,7 +21,11 @@ def test_defaults_at_a_long_context_are_silogens(parts: tuple[Any, Any]) -> None
     tokenizer, model = parts
     model.config.max_position_embeddings = 8192
     parameters = build_parameters({}, tokenizer, model, 0)
-    assert (parameters.told["max_length"], parameters.max_new_tokens, parameters.max_prompt_tokens) == (2048, 512, 1536)
+    assert (parameters.reported["max_length"], parameters.max_new_tokens, parameters.max_prompt_tokens) == (
+        2048,
+        512,
+        1536,
+    )
     assert parameters.stop_ids == {tokenizer.eos_token_id}
     assert parameters.config.bos_token_id == tokenizer.bos_token_id
     assert parameters.config.pad_token_id == 0
@@ -43,24 +47,24 @@ def test_an_answer_ends_at_the_tokenizers_and_the_models_tokens(parts: tuple[Any
     assert parameters.config.eos_token_id == 9
 
 
-def test_what_the_model_says_is_told_and_what_the_user_says_wins(parts: tuple[Any, Any]) -> None:
+def test_model_defaults_are_reported_and_the_user_overrides_them(parts: tuple[Any, Any]) -> None:
     tokenizer, model = parts
     model.generation_config.do_sample = True
     model.generation_config.temperature = 0.3
     parameters = build_parameters({"temperature": 0.7, "max_new_tokens": 5}, tokenizer, model, 0)
-    assert parameters.told["do_sample"] is True
-    assert parameters.told["temperature"] == 0.7
-    assert parameters.max_new_tokens == parameters.told["max_new_tokens"] == 5
+    assert parameters.reported["do_sample"] is True
+    assert parameters.reported["temperature"] == 0.7
+    assert parameters.max_new_tokens == parameters.reported["max_new_tokens"] == 5
 
 
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        ({"max_new_tokens": 2048}, r"max_new_tokens: 2048 leaves no room for a prompt.* is 2048 by default"),
-        ({"max_new_tokens": 20, "max_length": 20}, r"max_length, prompt and answer together, is 20\b"),
-        ({"max_new_tokens": 0}, "max_new_tokens: must be a whole number above 0"),
-        ({"max_length": True}, "max_length: must be a whole number above 0"),
-        ({"output_scores": True}, "output_scores: changes what generate returns"),
+        ({"max_new_tokens": 2048}, r"max_new_tokens: 2048 leaves no tokens for the prompt.* is 2048 \(default\)"),
+        ({"max_new_tokens": 20, "max_length": 20}, r"max_length, for prompt plus answer, is 20\b"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be a positive integer"),
+        ({"max_length": True}, "max_length: must be a positive integer"),
+        ({"output_scores": True}, "output_scores: is not supported: it changes the return value"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused_before_a_model_is_loaded(user: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from finetuning.inference.kv_cache import ROOM, PreallocatedLayer, preallocated_cache
+from finetuning.inference.kv_cache import GROWTH, PreallocatedLayer, preallocated_cache
 
 
 def states(tokens: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +20,7 @@ def states(tokens: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_keys_and_values_are_those_of_a_layer_that_copies() -> None:
     torch.manual_seed(0)
     ours, theirs = PreallocatedLayer(), DynamicLayer()
-    for step, tokens in enumerate([5, *[1] * (2 * ROOM), 3]):
+    for step, tokens in enumerate([5, *[1] * (2 * GROWTH), 3]):
         given = states(tokens)
         for left, right in zip(ours.update(*given), theirs.update(*given), strict=True):
             assert torch.equal(left, right), step

@@ -88,7 +88,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
     adapter = make_adapter()
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     conf = GenerationModel(model=str(tiny_llama_dir), adapter=str(adapter))
-    with pytest.raises(ModelError, match=r"model_conf\.adapter: .*holds no adapter_model\.safetensors"):
+    with pytest.raises(ModelError, match=r"model_conf\.adapter: .*contains no adapter_model\.safetensors"):
         load_generator(conf, NoQuantization())
     with pytest.raises(ModelError, match=r"model_conf\.adapter: .*no folder"):
         load_generator(conf.model_copy(update={"adapter": str(tmp_path / "none")}), NoQuantization())
@@ -96,7 +96,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
         load_generator(GenerationModel(model=str(tmp_path / "none")), NoQuantization())
 
 
-def test_a_folder_of_an_adapter_stands_for_its_base(
+def test_an_adapter_folder_selects_its_base_model(
     tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter()
@@ -111,9 +111,9 @@ def test_a_folder_of_an_adapter_stands_for_its_base(
         model_conf_of(str(adapter), None)
 
 
-def test_a_whole_model_stands_for_itself(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_model_folder_has_no_adapter(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert model_conf_of(str(tiny_llama_dir), None).adapter is None
-    with pytest.raises(ConfigError, match="is no adapter"):
+    with pytest.raises(ConfigError, match="is not an adapter"):
         model_conf_of(str(tiny_llama_dir), "elsewhere")
     shutil.copytree(tiny_llama_dir, tmp_path / "copy")
     assert model_conf_of(str(tmp_path / "copy"), None).model == str(tmp_path / "copy")

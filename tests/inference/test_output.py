@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetuning.errors import ConfigError, StorageError
-from finetuning.inference.output import FORMATS, RecordSpool, check_output, write_atomically, write_records
+from finetuning.inference.output import FORMATS, RecordJournal, check_output, write_atomically, write_records
 
 RECORDS: list[dict[str, Any]] = [
     {"id": 1, "answer": "two\nlines \n", "params": {"eos": [1, 2], "top_p": None}},
@@ -68,35 +68,35 @@ def test_an_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is a folder"):
         check_output(tmp_path / "folder.json")
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="cannot be made"):
+    with pytest.raises(StorageError, match="cannot create"):
         check_output(tmp_path / "file" / "out.json")
     check_output(tmp_path / "new" / "out.json")
     assert (tmp_path / "new").is_dir()
 
 
-def test_a_spool_of_the_same_job_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_journal_of_the_same_job_is_continued(tmp_path: Path) -> None:
     output = tmp_path / "out.yaml"
-    first = RecordSpool(output, "job")
+    first = RecordJournal(output, "job")
     first.add({2: [{"id": 2}], 0: [{"id": 0}]})
     first.close(remove=False)
     # A kill in the middle of a line.
     with open(first.path, "a", encoding="utf-8") as stream:
         stream.write('{"prompt": 1, "rec')
-    second = RecordSpool(output, "job")
+    second = RecordJournal(output, "job")
     assert second.missing([0, 1, 2]) == [1]
     second.add({1: [{"id": 1}, {"id": 1}]})
     assert [record["id"] for record in second.in_order()] == [0, 1, 1, 2]
     second.close(remove=False)
-    third = RecordSpool(output, "job")
+    third = RecordJournal(output, "job")
     assert third.missing(range(3)) == []
     third.close(remove=True)
     assert not third.path.exists()
 
 
-def test_a_spool_of_another_job_is_not(tmp_path: Path) -> None:
-    first = RecordSpool(tmp_path / "out.yaml", "job")
+def test_a_journal_of_another_job_is_discarded(tmp_path: Path) -> None:
+    first = RecordJournal(tmp_path / "out.yaml", "job")
     first.add({0: [{"id": 0}]})
     first.close(remove=False)
-    second = RecordSpool(tmp_path / "out.yaml", "other job")
+    second = RecordJournal(tmp_path / "out.yaml", "other job")
     assert second.missing([0]) == [0]
     second.close(remove=True)

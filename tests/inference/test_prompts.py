@@ -26,7 +26,7 @@ def read(write_jsonl: WriteJsonl, tmp_path: Path, *rows: dict[str, Any]) -> list
     return read_prompts(eval_data(write_jsonl(tmp_path / "sums.jsonl", list(rows))))
 
 
-def test_an_open_prompt_is_asked_as_often_as_wanted() -> None:
+def test_an_open_prompt_is_repeated_num_samples_times() -> None:
     prompts = read_prompts(OpenInput(type="open-input", input="Once", num_samples=3))
     assert [(prompt.id, prompt.text) for prompt in prompts] == [(0, "Once"), (1, "Once"), (2, "Once")]
 
@@ -58,12 +58,12 @@ def test_columns_are_carried(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "?"}, "expected messages, prompt_messages or prompt; found question"),
+        ({"question": "?"}, "expected messages, prompt_messages or prompt; got columns question"),
         ({"prompt": 3}, "prompt: expected text, got a number"),
         ({"messages": []}, "messages: needs at least one message"),
-        ({"messages": [ASSISTANT]}, "messages: holds an answer and no question"),
+        ({"messages": [ASSISTANT]}, "messages: has an assistant message but no user message"),
         ({"messages": [{"role": "usr", "content": "?"}]}, 'unknown role "usr". Did you mean "user"?'),
-        ({"prompt": "?", "correct_answers": [4]}, "correct_answers: expected a list of texts"),
+        ({"prompt": "?", "correct_answers": [4]}, "correct_answers: expected a list of strings"),
     ],
 )
 def test_a_wrong_row_is_named_by_file_and_line(
@@ -79,7 +79,7 @@ def read_data(**settings: Any) -> list[GenerationPrompt]:
     return read_prompts(EvalData(type="eval-data", data=DatasetSource(**settings)))
 
 
-def test_prompts_are_found_as_training_data_is(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+def test_prompt_datasets_resolve_like_training_datasets(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     sums = write_jsonl(tmp_path / "data" / "sums-test.jsonl", [{"prompt": "1 + 1 ="}, {"prompt": "2 + 2 ="}])
     capitals = tmp_path / "data" / "capitals-test.csv"
     capitals.write_text("prompt,correct_answers\nFrance:,Paris\n")
@@ -104,7 +104,7 @@ def test_columns_of_other_names_and_texts(write_jsonl: WriteJsonl, tmp_path: Pat
     file = write_jsonl(tmp_path / "sums.jsonl", [{"question": "1 + 1 =", "answer": "2"}])
     (prompt,) = read_data(path=str(file), columns={"question": "prompt", "answer": "correct_answers"})
     assert (prompt.text, prompt.correct_answers) == ("1 + 1 =", ("2",))
-    with pytest.raises(DataError, match=r"found answer, question\. .*prompt_conf\.data\.columns: {theirs: prompt}"):
+    with pytest.raises(DataError, match=r"got columns answer, question\. .*prompt_conf\.data\.columns: {name: prompt}"):
         read_data(path=str(file))
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     texts = read_data(path=str(tmp_path / "texts.txt"), columns={"text": "prompt"})
@@ -113,7 +113,7 @@ def test_columns_of_other_names_and_texts(write_jsonl: WriteJsonl, tmp_path: Pat
 
 @pytest.mark.parametrize("setting", [{"format": "messages"}, {"validation_ratio": 0.5}, {"add_eos_token": False}])
 def test_what_only_training_data_has_is_refused(setting: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"prompt_conf\.data\.{next(iter(setting))}: is for training data"):
+    with pytest.raises(ConfigError, match=rf"prompt_conf\.data\.{next(iter(setting))}: only applies to training data"):
         read_data(path=str(tmp_path / "any.jsonl"), **setting)
 
 
@@ -134,7 +134,7 @@ def test_lines_are_stripped_and_empty_ones_left_out(tmp_path: Path) -> None:
     path.write_text("\ufeffone \n\n  two\n", encoding="utf-8")
     assert read_lines(str(path), "--text_file") == ["one", "two"]
     path.write_text("\n")
-    with pytest.raises(ConfigError, match="holds no prompt"):
+    with pytest.raises(ConfigError, match="contains no prompt"):
         read_lines(str(path), "--text_file")
     with pytest.raises(ConfigError, match=r"--text_file: .*No such file"):
         read_lines(str(tmp_path / "none.txt"), "--text_file")

@@ -90,7 +90,7 @@ def test_a_stopped_run_leaves_what_is_done_and_goes_on_later(
     sampled = replace(job, gen_params={"max_new_tokens": 8, "do_sample": True})
     whole = generate_records(sampled, tmp_path / "whole.json", ProgressCallback())
     output = tmp_path / "out.json"
-    with pytest.raises(Interrupted, match=r"holds 2 of 6 answers") as error:
+    with pytest.raises(Interrupted, match=r"contains 2 of 6 answers") as error:
         generate_records(sampled, output, ProgressCallback(on_progress=StopAfter(2, number)))
     assert error.value.exit_code == code
     partial = json.loads(output.read_text())
@@ -110,7 +110,7 @@ def test_a_stopped_run_leaves_what_is_done_and_goes_on_later(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_changed_job_begins_anew(job: GenerationJob, tmp_path: Path) -> None:
+def test_a_changed_job_starts_over(job: GenerationJob, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     with pytest.raises(Interrupted):
         generate_records(job, output, ProgressCallback(on_progress=StopAfter(2, signal.SIGINT)))
@@ -136,7 +136,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(job: GenerationJob, tmp_path: Pa
 
 
 def test_an_unknown_ending_is_refused_before_the_model_is_looked_at(job: GenerationJob, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the ending says"):
+    with pytest.raises(ConfigError, match="the extension selects"):
         generate_records(
             replace(job, model_conf=GenerationModel(model="/none")), tmp_path / "out.txt", ProgressCallback()
         )

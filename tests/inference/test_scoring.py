@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetuning.errors import DataError
-from finetuning.inference.scoring import SCORES, check_scorable, score
+from finetuning.inference.scoring import METRICS, check_scorable, score
 
 
 def record(answer: str, *correct: str, dataset: str = "sums", identity: int = 0) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def record(answer: str, *correct: str, dataset: str = "sums", identity: int = 0)
     ],
 )
 def test_one_answer(name: str, answer: str, correct: str, right: bool) -> None:
-    assert SCORES[name](answer, correct) is right
+    assert METRICS[name](answer, correct) is right
 
 
 def test_any_correct_answer_counts_and_each_dataset_has_its_share() -> None:
@@ -47,12 +47,12 @@ def test_any_correct_answer_counts_and_each_dataset_has_its_share() -> None:
 
 
 def test_nothing_to_score_by_is_an_error() -> None:
-    with pytest.raises(DataError, match="nothing to score by"):
+    with pytest.raises(DataError, match="nothing to score"):
         check_scorable("exact", [(), ()])
     check_scorable("exact", [(), ("a",)])
 
 
 def test_a_broken_regular_expression_is_named() -> None:
-    with pytest.raises(DataError, match=r"'\(' is no regular expression"):
+    with pytest.raises(DataError, match=r"'\(' is not a valid regular expression"):
         check_scorable("regex", [("fine",), ("(",)])
     check_scorable("contains", [("(",)])

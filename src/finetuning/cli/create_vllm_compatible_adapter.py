@@ -1,4 +1,4 @@
-"""`create_vllm_compatible_adapter`: an adapter that vLLM loads, or a word on what to do instead."""
+"""`create_vllm_compatible_adapter`: convert an adapter for vLLM, or report why it cannot be served."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from finetuning.cli.errors import run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `create_vllm_compatible_adapter`."""
+    """Return the parser of `create_vllm_compatible_adapter`."""
     parser = argparse.ArgumentParser(
         prog="create_vllm_compatible_adapter",
-        description="Checks whether vLLM can serve an adapter, and removes from it what vLLM does not take where that"
-        " loses nothing: tensors that equal the base model's. Writes serving.json with the command that serves it.",
+        description="Check whether vLLM can serve an adapter, and remove tensors that vLLM does not accept where they"
+        " equal the base model's. Writes serving.json with the command that serves the adapter.",
     )
     parser.add_argument(
         "model_path",
-        help="Path to the model folder (e.g. path to the folder containing the adapter) to be made compatible",
+        help="path of the adapter folder",
     )
     parser.add_argument(
         "--training-config",
-        help="Path to the training config, which decides whether the extra layers are needed: then nothing is removed.",
+        help="path of the training config; nothing is removed if it shows that the extra layers are required",
     )
-    parser.add_argument("--output", help="Write to this folder instead of changing the adapter in place")
-    parser.add_argument("--base", help="The base model, where the adapter's config does not name a folder that is here")
+    parser.add_argument("--output", help="write to this folder instead of changing the adapter in place")
+    parser.add_argument("--base", help="path of the base model, if it is not at the path in the adapter's config")
     parser.add_argument(
         "--new-embeddings",
         action="store_true",
-        help="Put the rows of added tokens into new_embeddings.safetensors, for vLLM before November 2025",
+        help="write the embeddings of added tokens to new_embeddings.safetensors, for vLLM before November 2025",
     )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script; returns its exit code."""
+    """Run the console script and return its exit code."""
     return run_command(_convert, argv)
 
 
@@ -64,7 +64,7 @@ def _convert(argv: list[str]) -> int:
     if result.changed:
         print(f"vLLM-compatible adapter: {result.folder}")
         if result.dropped:
-            print(f"removed, equal to the base's or moved: {', '.join(result.dropped)}")
+            print(f"removed (equal to the base model's, or moved): {', '.join(result.dropped)}")
         if options.output is None:
             print(f"the original is kept as {ORIGINAL}")
     else:

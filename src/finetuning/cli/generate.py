@@ -1,4 +1,4 @@
-"""`generate`: prompts in, answers out."""
+"""`generate`: generate answers with a model or an adapter."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ if TYPE_CHECKING:
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.inference.runner import GenerationJob, GenerationProgress, ProgressCallback
 
-SCORES = ("exact", "contains", "regex")
-"""The scorings by name; a test holds them equal to the table in `inference/scoring.py`."""
-
 _DESCRIPTION = """\
-Generate answers with a model, tuned or not.
+Generate answers with a model or an adapter.
 
-  generate CONFIG OUT [key.path=value ...]      as a YAML file says; OUT ends with .yaml, .json or .jsonl
+  generate CONFIG OUT [key.path=value ...]      from a YAML file; OUT ends in .yaml, .json or .jsonl
   generate --model M --text T                   continue one text
   generate --model M --text_file F              continue each line of a file
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of both forms of the command."""
+    """Return the parser of both forms of the command."""
+    from finetuning.inference.scoring import METRICS
+
     parser = argparse.ArgumentParser(
         prog="generate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,39 +40,52 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key.path=value",
-        help="values that replace the file's, such as model_conf.model=M",
+        help="values that override the file's, such as model_conf.model=M",
     )
-    parser.add_argument("--batch-size", type=_count, help="most prompts at a time (default: by --batch-tokens)")
     parser.add_argument(
-        "--batch-tokens", type=_count, help="most tokens at a time, prompts and answers together (default: 32768)"
+        "--batch-size",
+        type=_positive_int,
+        help="maximum number of prompts per batch (default: limited by --batch-tokens)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed of sampled answers (default: 42)")
     parser.add_argument(
-        "--score", choices=SCORES, help="compare answers with correct_answers; also written to OUT.scores.json"
+        "--batch-tokens",
+        type=_positive_int,
+        help="maximum number of tokens per batch, prompts and answers (default: 32768)",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="random seed for sampling (default: 42)")
+    parser.add_argument(
+        "--score", choices=list(METRICS), help="compare answers with correct_answers, and write OUT.scores.json"
     )
     parser.add_argument("--version", action="version", version=f"generate {__version__}")
     short = parser.add_argument_group("without a YAML file")
-    short.add_argument("--model", help="folder or hub id of a model, or folder of an adapter")
+    short.add_argument("--model", help="path or hub id of a model, or path of an adapter")
     text = short.add_mutually_exclusive_group()
     text.add_argument("--text", help="text to continue")
-    text.add_argument("--text_file", "--text-file", help="file with a text to continue in each line")
+    text.add_argument("--text_file", "--text-file", help="file with one text to continue per line")
     short.add_argument("--out_file", "--out-file", help="JSON file to write (default: inference_result.json)")
-    short.add_argument("--max_new_tokens", "--max-new-tokens", type=_count, help="most tokens to write (default: 20)")
     short.add_argument(
-        "--base_model_name_or_path", "--base-model-name-or-path", help="base model instead of the one the adapter names"
+        "--max_new_tokens",
+        "--max-new-tokens",
+        type=_positive_int,
+        help="maximum number of tokens to generate (default: 20)",
+    )
+    short.add_argument(
+        "--base_model_name_or_path",
+        "--base-model-name-or-path",
+        help="base model; overrides the one in the adapter's config",
     )
     short.add_argument("--use_flash_attn", "--use-flash-attn", action="store_true", help="use FlashAttention 2")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script; returns its exit code."""
+    """Run the console script and return its exit code."""
     return run_command(_generate, argv)
 
 
-def _count(text: str) -> int:
+def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -85,16 +97,16 @@ def _generate(argv: Sequence[str]) -> int:
 
 def _check_form(options: argparse.Namespace) -> None:
     flags = ("text", "text_file", "out_file", "max_new_tokens", "base_model_name_or_path", "use_flash_attn")
-    given = ["--" + name for name in flags if getattr(options, name)]
+    used = ["--" + name for name in flags if getattr(options, name)]
     if options.model is not None:
         if options.config is not None:
-            raise ConfigError(f"--model and a config exclude each other ({options.config})")
+            raise ConfigError(f"--model cannot be combined with a config ({options.config})")
         if options.text is None and options.text_file is None:
-            raise ConfigError("--model needs --text or --text_file")
+            raise ConfigError("--model requires --text or --text_file")
         if options.score:
-            raise ConfigError("--score needs prompts with correct_answers, so a config with eval-data")
-    elif given:
-        raise ConfigError(f"{', '.join(given)}: only together with --model")
+            raise ConfigError("--score requires prompts with correct_answers: use a config with eval-data")
+    elif used:
+        raise ConfigError(f"{', '.join(used)}: only valid with --model")
     elif options.out is None:
         raise ConfigError("expected CONFIG and OUT, or --model with --text or --text_file; see generate --help")
 
@@ -141,7 +153,7 @@ def _from_flags(options: argparse.Namespace) -> int:
     texts = [options.text] if options.text is not None else read_lines(options.text_file, "--text_file")
     prompts = text_prompts(texts, Location(key="--text" if options.text is not None else "--text_file"))
     attention = "flash_attention_2" if options.use_flash_attn else None
-    with locate_errors(_flags(options)):
+    with locate_errors(_flag_document(options)):
         model_conf = model_conf_of(options.model, options.base_model_name_or_path, attention)
         parameters = {"max_new_tokens": options.max_new_tokens or 20}
         job = _job(options, prompts, model_conf, NoQuantization(), parameters)
@@ -151,21 +163,21 @@ def _from_flags(options: argparse.Namespace) -> int:
     return 0
 
 
-def _flags(options: argparse.Namespace) -> ConfigDocument:
-    """The flags as a config without values: which flag, or file that it names, stands for which key."""
+def _flag_document(options: argparse.Namespace) -> ConfigDocument:
+    """Return a config without values that maps each key to the flag, or the file, that its value comes from."""
     from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan
     from finetuning.inference.load import ADAPTER_CONFIG
 
     model = Location(key="--model")
-    named = Path(options.model).expanduser() / ADAPTER_CONFIG
+    adapter_config = Path(options.model).expanduser() / ADAPTER_CONFIG
     base = (
         Location(key="--base_model_name_or_path")
         if options.base_model_name_or_path is not None
-        else Location(file=str(named), key="base_model_name_or_path")
-        if named.is_file()
+        else Location(file=str(adapter_config), key="base_model_name_or_path")
+        if adapter_config.is_file()
         else model
     )
-    places: dict[KeyPath, Location] = {
+    locations: dict[KeyPath, Location] = {
         ("model_conf",): model,
         ("model_conf", "model"): base,
         ("model_conf", "adapter"): model,
@@ -174,7 +186,7 @@ def _flags(options: argparse.Namespace) -> ConfigDocument:
         ("hf_gen_params", "max_new_tokens"): Location(key="--max_new_tokens"),
         ("OUT",): Location(key="--out_file"),
     }
-    return ConfigDocument({}, {path: SourceSpan(source=place) for path, place in places.items()})
+    return ConfigDocument({}, {path: SourceSpan(source=location) for path, location in locations.items()})
 
 
 def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> GenerationJob:
@@ -193,33 +205,33 @@ def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf:
 
 
 def _run(job: GenerationJob, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
-    """The job's records; told on the terminal while they are made."""
+    """Generate the records of a job, and display progress on the terminal."""
     from finetuning.cli.status import quiet_libraries
 
     quiet_libraries(bars=sys.stderr.isatty())
     from finetuning.inference.runner import ProgressCallback, generate_records
 
     if len(job.prompts) == 1 and sys.stdout.isatty():
-        records = generate_records(job, output, ProgressCallback(on_text=_show_text), make_record)
+        records = generate_records(job, output, ProgressCallback(on_text=_print_text), make_record)
         print()
     else:
-        with _progress() as watch:
-            records = generate_records(job, output, watch, make_record)
+        with _progress() as progress:
+            records = generate_records(job, output, progress, make_record)
     print(f"{len(records)} answer{'s'[: len(records) != 1]} in {output}", file=sys.stderr)
     return records
 
 
-def _show_text(text: str) -> None:
+def _print_text(text: str) -> None:
     print(text, end="", flush=True)
 
 
 @contextmanager
 def _progress() -> Iterator[ProgressCallback]:
-    """Who is told of progress: a bar on a terminal, else a line each time another tenth is done."""
+    """Yield a callback that updates a progress bar on a terminal, or else prints a line for every 10%."""
     from finetuning.inference.runner import ProgressCallback
 
     if not sys.stderr.isatty():
-        yield ProgressCallback(on_progress=_Lines())
+        yield ProgressCallback(on_progress=_ProgressLines())
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -229,14 +241,14 @@ def _progress() -> Iterator[ProgressCallback]:
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("generate", total=None, speed="")
 
-        def show(progress: GenerationProgress) -> None:
+        def update(progress: GenerationProgress) -> None:
             bar.update(task, total=progress.prompts_total, completed=progress.prompts_done, speed=_speed(progress))
 
-        yield ProgressCallback(on_progress=show)
+        yield ProgressCallback(on_progress=update)
 
 
-class _Lines:
-    """Prints progress when another tenth of the prompts is done."""
+class _ProgressLines:
+    """Prints a line for every 10% of the prompts."""
 
     def __init__(self) -> None:
         self._tenths = 0

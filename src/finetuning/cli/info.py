@@ -1,8 +1,4 @@
-"""`finetuning doctor`: what this machine can use, and what is missing.
-
-`finetuning targets`: the names that `target_modules` may hold, with their sizes.
-
-`finetuning schema`: the JSON Schema of a method's YAML, for editors."""
+"""`finetuning doctor`, `finetuning targets` and `finetuning schema`: information about machine, model and config."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
@@ -30,29 +26,29 @@ _REINSTALL = "pip install --force-reinstall finetuning"
 
 @dataclass(frozen=True)
 class Package:
-    """A package by the name it is imported and installed by, what it is for, and the line that installs it."""
+    """A package: its import name, its distribution, what it is used for, and the command that installs it."""
 
     module: str
     distribution: str
     use: str
     install: str
-    is_needed: bool = False
-    needs_gpu: bool = False
+    is_required: bool = False
+    requires_gpu: bool = False
 
 
 PACKAGES = (
     *(
-        Package(name, name, use, _REINSTALL, is_needed=True)
+        Package(name, name, use, _REINSTALL, is_required=True)
         for name, use in (
             ("transformers", "models and the trainer"),
-            ("trl", "preference methods"),
+            ("trl", "preference training"),
             ("peft", "adapters"),
-            ("accelerate", "several processes"),
-            ("datasets", "rows"),
+            ("accelerate", "distributed training"),
+            ("datasets", "datasets from files and the hub"),
         )
     ),
-    Package("bitsandbytes", "bitsandbytes", "8 and 4 bit weights, 8 bit optimizers", "pip install bitsandbytes"),
-    Package("mlflow", "mlflow", "tracking", "pip install mlflow"),
+    Package("bitsandbytes", "bitsandbytes", "8-bit and 4-bit weights, 8-bit optimizers", "pip install bitsandbytes"),
+    Package("mlflow", "mlflow", "experiment tracking", "pip install mlflow"),
     Package(
         "liger_kernel", "liger-kernel", "training_args.use_liger_kernel", "pip install 'finetuning[liger]'", False, True
     ),
@@ -62,7 +58,7 @@ PACKAGES = (
     Package(
         "opentelemetry.exporter.otlp.proto.http",
         "opentelemetry-exporter-otlp-proto-http",
-        "telemetry over the network",
+        "telemetry export over OTLP",
         "pip install 'finetuning[otlp]'",
     ),
     Package("schedulefree", "schedulefree", "optim: schedule_free_adamw", "pip install 'finetuning[schedule-free]'"),
@@ -77,47 +73,52 @@ PACKAGES = (
 
 
 def doctor_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit code: 1 when something is missing that every run needs."""
-    return run_command(_examine, argv)
+    """Run `finetuning doctor` and return its exit code: 1 if a required package is missing."""
+    return run_command(_doctor, argv)
 
 
-def _examine(argv: Sequence[str]) -> int:
+def _doctor(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="finetuning doctor", description="Show what this machine can use, and how to install what is missing."
+        prog="finetuning doctor",
+        description="Show hardware, attention implementations and installed packages, and how to install missing ones.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output-dir", default=".", help="folder whose disk runs write to (default: this one)")
+    parser.add_argument(
+        "--output-dir", default=".", help="folder whose free disk space is shown (default: the current one)"
+    )
     options = parser.parse_args(argv)
-    if not is_there("torch"):
-        print("torch is missing: " + _REINSTALL)
+    if not is_installed("torch"):
+        print("torch is not installed: " + _REINSTALL)
         return EXIT_USER
     from finetuning.model.hardware import detect_hardware
 
     machine = detect_hardware(Path(options.output_dir))
-    packages = {package.module: found_version(package) for package in PACKAGES}
-    attention = attention_of(
+    packages = {package.module: installed_version(package) for package in PACKAGES}
+    attention = attention_support(
         machine, [name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed]
     )
     if options.json:
-        shown = {"machine": asdict(machine), "packages": packages, "attention": attention}
-        print(json.dumps(shown | {"missing": _missing(packages)}, indent=2))
+        result = {"machine": asdict(machine), "packages": packages, "attention": attention}
+        print(json.dumps(result | {"missing": _missing(packages)}, indent=2))
     else:
         for line in [*_machine_lines(machine), *_attention_lines(attention), *_package_lines(packages, machine)]:
             print(line)
-    return EXIT_USER if any(package.is_needed and packages[package.module] is None for package in PACKAGES) else EXIT_OK
+    return (
+        EXIT_USER if any(package.is_required and packages[package.module] is None for package in PACKAGES) else EXIT_OK
+    )
 
 
-def is_there(module: str) -> bool:
-    """Whether a module can be imported, found without importing it."""
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
 
-def found_version(package: Package) -> str | None:
-    """The version that is installed; None without one."""
-    if not is_there(package.module):
+def installed_version(package: Package) -> str | None:
+    """Return the installed version; None if the package is missing."""
+    if not is_installed(package.module):
         return None
     try:
         return version(package.distribution)
@@ -125,15 +126,15 @@ def found_version(package: Package) -> str | None:
         return "unknown"
 
 
-def attention_of(machine: Hardware, installed: Sequence[str]) -> dict[str, str | None]:
-    """Each attention implementation with what is in its way; None where nothing is."""
+def attention_support(machine: Hardware, installed: Sequence[str]) -> dict[str, str | None]:
+    """Return for each attention implementation why it cannot be used, or None if it can."""
     has_gpu = any(device.kind == "cuda" for device in machine.devices)
-    found: dict[str, str | None] = {"eager": None, "sdpa": None}
-    found["flex_attention"] = None if has_gpu else "no backward pass on a CPU"
+    support: dict[str, str | None] = {"eager": None, "sdpa": None}
+    support["flex_attention"] = None if has_gpu else "no backward pass on a CPU"
     for name, package in FLASH_ATTENTION_PACKAGES.items():
         missing = None if name in installed else package.install
-        found[name] = missing if has_gpu else "needs a CUDA or ROCm device"
-    return found
+        support[name] = missing if has_gpu else "needs a CUDA or ROCm device"
+    return support
 
 
 def _missing(packages: Mapping[str, str | None]) -> dict[str, str]:
@@ -144,30 +145,30 @@ def _machine_lines(machine: Hardware) -> list[str]:
     lines = [
         f"python     {machine.python}",
         f"torch      {machine.torch}, built for {machine.build}",
-        f"machine    {machine.cores} cores, memory {_room(machine.free, machine.memory)},"
+        f"machine    {machine.cores} cores, memory {_free_of(machine.free, machine.memory)},"
         f" disk {_gib(machine.disk_free)} free",
     ]
     for device in machine.devices:
-        where = "cpu" if device.kind == "cpu" else "accelerator"
-        lines.append(f"{where:<10} {device.name}{_memory_of(device)}: {'; '.join(map(str, device.dtypes))}")
+        label = "cpu" if device.kind == "cpu" else "accelerator"
+        lines.append(f"{label:<10} {device.name}{_memory_of(device)}: {'; '.join(map(str, device.dtypes))}")
     if len(machine.devices) == 1:
-        why = (
+        reason = (
             "torch was built for the CPU only"
             if machine.build == "CPU"
-            else f"torch, built for {machine.build}, sees none"
+            else f"torch was built for {machine.build} but detects no device"
         )
-        lines.append(f"no accelerator: {why}. Builds for CUDA and ROCm: https://pytorch.org/get-started/locally")
+        lines.append(f"no accelerator: {reason}. Builds for CUDA and ROCm: https://pytorch.org/get-started/locally")
     return lines
 
 
 def _memory_of(device: Device) -> str:
-    return "" if device.kind == "cpu" or device.memory is None else f", memory {_room(device.free, device.memory)}"
+    return "" if device.kind == "cpu" or device.memory is None else f", memory {_free_of(device.free, device.memory)}"
 
 
 def _attention_lines(attention: Mapping[str, str | None]) -> list[str]:
     lines = ["attention"]
     return lines + [
-        f"  {name:<18} {'yes' if trouble is None else f'no: {trouble}'}" for name, trouble in attention.items()
+        f"  {name:<18} {'yes' if reason is None else f'no: {reason}'}" for name, reason in attention.items()
     ]
 
 
@@ -175,14 +176,14 @@ def _package_lines(packages: Mapping[str, str | None], machine: Hardware) -> lis
     lines = ["packages"]
     has_gpu = len(machine.devices) > 1
     for package in PACKAGES:
-        found: Any = packages[package.module]
-        gpu = " (needs a GPU)" if found is None and package.needs_gpu and not has_gpu else ""
-        state = found or f"missing{gpu}: {package.install}"
+        installed = packages[package.module]
+        gpu = " (requires a GPU)" if package.requires_gpu and not has_gpu else ""
+        state = installed or f"missing{gpu}: {package.install}"
         lines.append(f"  {package.distribution:<38} {state}  [{package.use}]")
     return lines
 
 
-def _room(free: int | None, total: int | None) -> str:
+def _free_of(free: int | None, total: int | None) -> str:
     return "unknown" if free is None or total is None else f"{_gib(free)} free of {_gib(total)}"
 
 
@@ -191,21 +192,21 @@ def _gib(count: int) -> str:
 
 
 def targets_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit code."""
-    return run_command(_show, argv)
+    """Run `finetuning targets` and return its exit code."""
+    return run_command(_targets, argv)
 
 
-def _show(argv: Sequence[str]) -> int:
+def _targets(argv: Sequence[str]) -> int:
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
 
     parser = argparse.ArgumentParser(
         prog="finetuning targets",
-        description="List a model's modules by the last part of their names, with counts, shapes and sizes, and what"
-        " peft_conf trains in each. No weight is loaded.",
+        description="List the modules of a model by the last part of their names, with counts, shapes and sizes, and"
+        " the parameters that peft_conf trains in each. Loads no weights.",
     )
     parser.add_argument("config", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_intermixed_args(argv)
     experiment = read_experiment(apply_overrides(read_document(options.config), options.overrides))
@@ -217,40 +218,42 @@ def _show(argv: Sequence[str]) -> int:
 
     quiet_libraries()
     head = SEQUENCE_CLASSIFICATION if ALGORITHMS[experiment.method_name].has_score_head else CAUSAL_LM
-    inventory = summarize_modules(experiment.run_conf, experiment.peft_conf, head=head)
+    summary = summarize_modules(experiment.run_conf, experiment.peft_conf, head=head)
     if options.json:
-        print(json.dumps(asdict(inventory), indent=2))
+        print(json.dumps(asdict(summary), indent=2))
     else:
-        for line in lines_of(inventory):
+        for line in summary_lines(summary):
             print(line)
     return 0
 
 
 def read_experiment(document: ConfigDocument) -> Experiment:
-    """The experiment of the method that the file names, or of the first one whose YAML it is.
+    """Return the experiment of the method that the file names, or else of the first method that accepts the file.
 
     Raises:
-        ConfigError: it is no method's YAML; with what is wrong with it as its own method's, or as one of sft.
+        ConfigError: no method accepts the file; the errors are those of the named method, or of sft.
     """
     from finetuning.config.sections.experiment import EXPERIMENTS
     from finetuning.config.validation.validate import validate
 
-    named = document.values.get("method")
-    classes = [EXPERIMENTS[named]] if named in EXPERIMENTS else list(EXPERIMENTS.values())
-    first: ConfigError | None = None
+    name = document.values.get("method")
+    classes = [EXPERIMENTS[name]] if name in EXPERIMENTS else list(EXPERIMENTS.values())
+    first_error: ConfigError | None = None
     for experiment in classes:
         try:
             return validate(document, experiment).experiment
         except ConfigError as error:
-            first = first or error
-    raise first or ConfigError("there is no method")
+            first_error = first_error or error
+    raise first_error or ConfigError("no method is registered")
 
 
-def lines_of(inventory: ModuleSummary) -> list[str]:
-    """The inventory as a table for people."""
+def summary_lines(summary: ModuleSummary) -> list[str]:
+    """Return the summary as a text table."""
+    from finetuning.plan.plan import format_bytes
+
     header = ("module", "class", "count", "shape", "parameters", "size", "all-linear", "trained by peft_conf")
     rows = [header]
-    for group in inventory.groups:
+    for group in summary.groups:
         shapes = " ".join("x".join(map(str, shape)) for shape in group.shapes[:3])
         trained = f"{group.trained:,}" if group.trained else "-"
         if group.trained and group.adapted < group.count:
@@ -262,38 +265,32 @@ def lines_of(inventory: ModuleSummary) -> list[str]:
                 str(group.count),
                 shapes + (" …" if len(group.shapes) > 3 else ""),
                 f"{group.parameters:,}" if group.parameters else "tied",
-                "-" if group.bytes is None else _human(group.bytes),
+                "-" if group.bytes is None else format_bytes(group.bytes),
                 "yes" if group.all_linear else "-",
                 trained,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    told = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = f"{inventory.model}: {inventory.architecture}, {inventory.parameters:,} parameters"
-    if inventory.trained is not None:
-        share = 100 * inventory.trained / max(inventory.parameters, 1)
-        total += f"; peft_conf trains {inventory.trained:,} ({share:.3g} %)"
-    return [total, "", *told]
-
-
-def _human(count: int) -> str:
-    from finetuning.plan.plan import format_bytes
-
-    return format_bytes(count)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = f"{summary.model}: {summary.architecture}, {summary.parameters:,} parameters"
+    if summary.trained is not None:
+        share = 100 * summary.trained / max(summary.parameters, 1)
+        total += f"; peft_conf trains {summary.trained:,} ({share:.3g} %)"
+    return [total, "", *lines]
 
 
 def schema_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit code."""
-    return run_command(_print_schema, argv)
+    """Run `finetuning schema` and return its exit code."""
+    return run_command(_schema, argv)
 
 
-def _print_schema(argv: Sequence[str]) -> int:
+def _schema(argv: Sequence[str]) -> int:
     from finetuning.algorithms import ALGORITHMS
     from finetuning.config.schema.json_schema import schema_text
 
     parser = argparse.ArgumentParser(
         prog="finetuning schema",
-        description="Print the JSON Schema of a method's YAML. Editors take it from a first line such as"
+        description="Print the JSON Schema of a method's YAML file. Editors read it from a first line such as"
         " '# yaml-language-server: $schema=sft.json'.",
     )
     parser.add_argument("method", choices=list(ALGORITHMS), help="the method")

@@ -51,13 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     from finetuning.algorithms import ALGORITHMS
 
     training = [(name, algorithm.title) for name, algorithm in ALGORITHMS.items()]
-    others = [(name, subcommand.summary) for name, subcommand in SUBCOMMANDS.items()]
+    not_training = [(name, subcommand.summary) for name, subcommand in SUBCOMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="finetuning",
         usage="%(prog)s SUBCOMMAND config [key.path=value ...] [options]",
         description="Fine-tune a language model from one YAML file.\n\n"
         f"subcommands that train:\n{_table(training)}\n\n"
-        f"other subcommands, each with its own --help:\n{_table(others)}",
+        f"other subcommands, each with its own --help:\n{_table(not_training)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("method", metavar="SUBCOMMAND", help=f"one of {', '.join(ALGORITHMS)}")

@@ -1,4 +1,4 @@
-"""`merge_adapter`: a base model and its adapter become one model."""
+"""`merge_adapter`: merge adapters into their base model."""
 
 from __future__ import annotations
 
@@ -14,49 +14,47 @@ from finetuning.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `merge_adapter`."""
+    """Return the parser of `merge_adapter`."""
     parser = argparse.ArgumentParser(
         prog="merge_adapter",
-        description="Merges adapters into a base model and saves the output as a single model",
+        description="Merge adapters into a base model, verify the result and save it as a single model.",
     )
-    parser.add_argument("basemodel", help="Name (e.g. HuggingFace Hub id) or path of the base model")
-    parser.add_argument("peftmodel", help="Name or path of the PEFT adapter")
-    parser.add_argument("outpath", help="Where to save the merged model: a folder that is empty or does not exist")
+    parser.add_argument("basemodel", help="hub id or path of the base model")
+    parser.add_argument("peftmodel", help="hub id or path of the PEFT adapter")
+    parser.add_argument("outpath", help="folder for the merged model, which must be empty or new")
     parser.add_argument(
         "--tokenizer",
-        help="Name or path of the tokenizer to save with the model. If not specified, the adapter's is used,"
-        " or the base model's where the adapter has none.",
+        help="hub id or path of the tokenizer to save with the model (default: the adapter's, else the base model's)",
     )
     parser.add_argument(
         "--device_map",
         "--device-map",
-        help="Where a model that must be loaded is put: 'auto', 'cpu', 'cuda' or a JSON string. The streaming merge"
-        " itself runs on the CPU.",
+        help="device map for merges that load the model: auto, cpu, cuda or JSON; the streaming merge runs on the CPU",
     )
     parser.add_argument(
         "--then",
         action="append",
         default=[],
         metavar="PEFTMODEL",
-        help="Another adapter, merged into the result of the one before; may be given several times",
+        help="another adapter to merge into the result; may be repeated",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="Skip the comparison of the merged model with base and adapter"
+        "--no-verify", action="store_true", help="skip the comparison of the merged model with base model plus adapter"
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="Merge although the base is not the one recorded at training, or has layers that the adapter leaves out",
+        help="merge even if the base model differs from that of training, or has layers without adapter weights",
     )
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="Read pickled (.bin) weights, which can run code of their maker's"
+        "--allow-pickle", action="store_true", help="read pickled (.bin) weights, which can execute arbitrary code"
     )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script; returns its exit code."""
+    """Run the console script and return its exit code."""
     return run_command(_merge, argv)
 
 
@@ -91,7 +89,7 @@ def _read_device_map(text: str | None) -> str | dict[str, Any] | None:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--device_map is neither a name nor JSON: {error}") from None
+        raise ConfigError(f"--device_map: not valid JSON: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`replace_tokens`: a tokenizer in which some tokens have other names and the same ids."""
+"""`replace_tokens`: rename tokens of a tokenizer and keep their ids."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from finetuning.cli.errors import run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `replace_tokens`."""
+    """Return the parser of `replace_tokens`."""
     parser = argparse.ArgumentParser(
         prog="replace_tokens",
-        description="Copies a tokenizer and gives some of its tokens other names; their ids stay. Made for reserved"
-        " tokens: <|reserved_special_token_0|> becomes <|im_start|>, and no embedding needs to grow.",
+        description="Copy a tokenizer and rename some of its tokens; their ids stay the same. Intended for reserved"
+        " tokens: <|reserved_special_token_0|> becomes <|im_start|>, and the embeddings need not be resized.",
     )
-    parser.add_argument("tokenizer", help="Name or path of the tokenizer")
-    parser.add_argument("outpath", help="Where to save the new tokenizer: a folder that is empty or does not exist")
-    parser.add_argument("--from", dest="old", nargs="+", required=True, metavar="TOKEN", help="The tokens to rename")
-    parser.add_argument("--to", dest="new", nargs="+", required=True, metavar="TOKEN", help="Their new names, in order")
-    parser.add_argument("--keep-template", action="store_true", help="Leave the text of chat templates as it is")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
+    parser.add_argument("tokenizer", help="hub id or path of the tokenizer")
+    parser.add_argument("outpath", help="folder for the new tokenizer, which must be empty or new")
+    parser.add_argument("--from", dest="old", nargs="+", required=True, metavar="TOKEN", help="tokens to rename")
+    parser.add_argument(
+        "--to", dest="new", nargs="+", required=True, metavar="TOKEN", help="their new names, in the same order"
+    )
+    parser.add_argument("--keep-template", action="store_true", help="do not rename the tokens in chat templates")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script; returns its exit code."""
+    """Run the console script and return its exit code."""
     return run_command(_replace, argv)
 
 

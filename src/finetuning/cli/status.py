@@ -1,4 +1,4 @@
-"""A progress bar for a terminal, and silence where there is none."""
+"""Terminal output of commands that take long: a progress bar, and no chatter of the libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def transfer_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A function to be called with the bytes done and the bytes in all; None when nobody watches."""
+    """Display a progress bar while the block runs.
+
+    Yields a function to call with the bytes done and the total; None if stderr is not a terminal.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -31,7 +34,7 @@ def transfer_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def quiet_libraries(bars: bool = False) -> None:
-    """Keeps the advice that libraries give to programmers, and unless `bars`, their progress bars from the user."""
+    """Silence the warnings that libraries address to programmers and, unless `bars`, their progress bars."""
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

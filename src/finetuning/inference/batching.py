@@ -1,19 +1,21 @@
-"""Which prompts go through the model together."""
+"""Group prompts of similar length into batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 DEFAULT_BATCH_TOKENS = 32768
-"""Tokens that one batch may hold when every row is as long as its longest, answers included."""
+"""Maximum number of tokens in a batch: rows times the length of the longest one, answers included."""
 
-PADDING_WORTH_A_STEP = {"cpu": 16}
-"""Padding tokens, by device, that cost about as much to read as a step of another batch costs: the arithmetic of a
-token against fetching all weights once. Whatever the model's size; measured on a CPU."""
-PADDING_WORTH_A_STEP_ELSEWHERE = 256
-"""The same for accelerators; not measured."""
-STEPS_TO_EXPECT = 128
-"""Most steps that an answer is expected to take: what may be written is seldom written to its end."""
+PADDING_PER_STEP = {"cpu": 16}
+"""Number of padding tokens whose prefill costs as much as one decoding step of another batch, by device type.
+
+The ratio compares the arithmetic of one token with reading all weights once, and so hardly depends on the model's
+size. Measured on a CPU."""
+DEFAULT_PADDING_PER_STEP = 256
+"""The same for accelerators. An estimate, not measured."""
+EXPECTED_STEPS = 128
+"""Upper bound of the expected number of decoding steps, since answers rarely reach `max_new_tokens`."""
 
 
 def plan_batches(
@@ -21,24 +23,24 @@ def plan_batches(
     answer_tokens: int,
     *,
     budget: int = DEFAULT_BATCH_TOKENS,
-    most_rows: int | None = None,
-    most_padding: int | None = None,
+    max_rows: int | None = None,
+    max_padding: int | None = None,
 ) -> list[list[int]]:
-    """Indexes of prompts, batch by batch: neighbours in length, the longest first.
+    """Return the prompt indexes of each batch: prompts of similar length, longest first.
 
-    A batch that does not fit the memory is met at the start, and the time that is left only gets shorter. A prompt
-    that is over the budget alone gets a batch of its own.
+    With the longest first, a batch that does not fit into memory fails at the start, and estimates of the remaining
+    time only get shorter. A prompt that exceeds the budget is a batch of its own.
 
     Args:
-        lengths: tokens of each prompt.
-        answer_tokens: most tokens of an answer.
-        budget: most tokens of a batch, padding and answers included.
-        most_rows: most rows of a batch.
-        most_padding: most padding tokens in front of a batch's prompts.
+        lengths: number of tokens of each prompt.
+        answer_tokens: maximum number of tokens of an answer.
+        budget: maximum number of tokens of a batch, padding and answers included.
+        max_rows: maximum number of rows of a batch.
+        max_padding: maximum number of padding tokens in front of a batch's prompts.
 
     >>> plan_batches([3, 9, 4], answer_tokens=1, budget=10)
     [[1], [2, 0]]
-    >>> plan_batches([3, 9, 4], answer_tokens=1, most_padding=6)
+    >>> plan_batches([3, 9, 4], answer_tokens=1, max_padding=6)
     [[1, 2], [0]]
     """
     batches: list[list[int]] = []
@@ -48,8 +50,8 @@ def plan_batches(
         padding += longest - lengths[index]
         is_full = (
             rows * (longest + answer_tokens) > budget
-            or (most_rows is not None and rows > most_rows)
-            or (most_padding is not None and padding > most_padding)
+            or (max_rows is not None and rows > max_rows)
+            or (max_padding is not None and padding > max_padding)
         )
         if not batches or is_full:
             batches.append([])
@@ -58,7 +60,7 @@ def plan_batches(
     return batches
 
 
-def padding_side(device_type: str, answer_tokens: int) -> int:
-    """The padding that is cheaper than another batch on a kind of device."""
-    worth = PADDING_WORTH_A_STEP.get(device_type, PADDING_WORTH_A_STEP_ELSEWHERE)
-    return worth * min(answer_tokens, STEPS_TO_EXPECT)
+def max_useful_padding(device_type: str, answer_tokens: int) -> int:
+    """Return the number of padding tokens up to which a larger batch is cheaper than another batch."""
+    per_step = PADDING_PER_STEP.get(device_type, DEFAULT_PADDING_PER_STEP)
+    return per_step * min(answer_tokens, EXPECTED_STEPS)

@@ -1,4 +1,4 @@
-"""Prompts to answers, in batches."""
+"""Encode prompts, and generate their answers in batches."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, InternalError, ModelError, Problem
 from finetuning.inference.generation_params import GenerationParameters
 from finetuning.inference.load import LoadedGenerator
-from finetuning.inference.prompts import MOST_PROBLEMS_SHOWN, GenerationPrompt
+from finetuning.inference.prompts import MAX_REPORTED_PROBLEMS, GenerationPrompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model gets it."""
+    """A prompt as text and token ids."""
 
     text: str
     ids: tuple[int, ...]
     truncated: bool
-    """Whether its beginning was cut off."""
+    """Whether it was truncated on the left."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote."""
+    """An answer of the model."""
 
     text: str
     """Without special tokens."""
     raw: str
-    """Prompt and answer as the model saw and wrote them, special tokens included."""
+    """Prompt and answer, including special tokens."""
     tokens: int
-    """Tokens of the answer, the one that ends it included."""
+    """Number of tokens of the answer, including the stop token."""
 
 
 def encode_prompts(
     prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[EncodedPrompt]:
-    """The token ids of each prompt, by the same functions that encode training rows.
+    """Tokenize prompts with the same functions as training rows.
 
-    Messages go through the tokenizer's chat template up to where the model begins to write. A prompt that is too long
-    loses its beginning: what was said last, and the header of the answer, stay.
+    Messages are rendered with the tokenizer's chat template and its generation prompt. Prompts over `max_tokens` are
+    truncated on the left, which keeps the last message and the generation prompt.
 
     Raises:
-        ModelError: there are messages and no chat template.
-        DataError: the template refuses messages, or a prompt has no token.
+        ModelError: there are messages but no chat template.
+        DataError: the template raises an error for messages, or a prompt has no tokens.
     """
     texts = _texts(prompts, tokenizer)
     problems, encoded = [], []
@@ -58,9 +58,9 @@ def encode_prompts(
     ):
         ids = tokens.ids.tolist()
         if not ids:
-            problems.append(Problem("the prompt is empty, and the tokenizer puts nothing in front of it", prompt.place))
+            problems.append(Problem("the prompt is empty, and the tokenizer adds no token to it", prompt.place))
         encoded.append(EncodedPrompt(text, tuple(ids[-max_tokens:]), len(ids) > max_tokens))
-    _raise(problems)
+    _raise_if_any(problems)
     return encoded
 
 
@@ -68,8 +68,8 @@ def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBa
     has_messages = any(prompt.text is None for prompt in prompts)
     if has_messages and not tokenizer.chat_template:
         raise ModelError(
-            "the tokenizer has no chat template, and the prompts are messages",
-            hint="Name a tokenizer that has one as model_conf.tokenizer, or give rows with `prompt`.",
+            "the prompts are messages, but the tokenizer has no chat template",
+            hint="Set model_conf.tokenizer to a tokenizer with a chat template, or use rows with `prompt`.",
         )
     renderer = TemplateRenderer(tokenizer) if has_messages else None
     texts: list[str] = []
@@ -81,14 +81,14 @@ def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBa
         try:
             texts.append(renderer.text(prompt.messages, prompt=True, tools=prompt.tools, kwargs=prompt.template_kwargs))
         except TemplateRenderError as error:
-            problems.append(Problem(f"the chat template refuses these messages: {error}", prompt.place))
-    _raise(problems)
+            problems.append(Problem(f"the chat template rejects these messages: {error}", prompt.place))
+    _raise_if_any(problems)
     return texts
 
 
-def _raise(problems: Sequence[Problem]) -> None:
+def _raise_if_any(problems: Sequence[Problem]) -> None:
     if problems:
-        raise DataError(problems[:MOST_PROBLEMS_SHOWN])
+        raise DataError(problems[:MAX_REPORTED_PROBLEMS])
 
 
 def generate_batches(
@@ -99,22 +99,22 @@ def generate_batches(
     seed: int,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[dict[int, list[Generation]]]:
-    """For each batch of indexes, the answers of its prompts by index.
+    """Yield, for each batch of prompt indexes, the answers by index.
 
-    Each batch is seeded by its first prompt, so that a batch alone gives what it gives among others. A batch that
-    does not fit the memory is halved.
+    Each batch is seeded from its first prompt, so that its answers do not depend on other batches. A batch that runs
+    out of memory is split in half.
 
     Args:
-        on_text: gets the text of the answer piece by piece as it is written; for a single prompt.
+        on_text: receives the text of the answer as it is generated; only for a single prompt.
 
     Raises:
-        InternalError: a single prompt does not fit the memory.
+        InternalError: a single prompt runs out of memory.
     """
     import torch
 
-    waiting = [list(batch) for batch in reversed(batches)]
-    while waiting:
-        batch = waiting.pop()
+    pending = [list(batch) for batch in reversed(batches)]
+    while pending:
+        batch = pending.pop()
         torch.manual_seed(seed + batch[0])
         try:
             yield _generate_batch(generator, prompts, batch, parameters, on_text)
@@ -122,10 +122,10 @@ def generate_batches(
             if len(batch) == 1:
                 raise InternalError(
                     f"out of memory with a single prompt of {len(prompts[batch[0]].ids)} tokens",
-                    hint="Lower hf_gen_params.max_new_tokens, or load the model in fewer bits.",
+                    hint="Lower hf_gen_params.max_new_tokens, or quantize the model (quant_conf).",
                 ) from None
             middle = len(batch) // 2
-            waiting += [batch[middle:], batch[:middle]]
+            pending += [batch[middle:], batch[:middle]]
             torch.cuda.empty_cache()
 
 
@@ -161,26 +161,26 @@ def _generate_batch(
             generation_config=parameters.config,
             **extra,
         )
-    written = output[:, width:].tolist()
+    generated = output[:, width:].tolist()
     count = parameters.answers_per_prompt
     answers: dict[int, list[Generation]] = {}
     for row, index in enumerate(batch):
-        rows = written[row * count : (row + 1) * count]
+        rows = generated[row * count : (row + 1) * count]
         answers[index] = [_answer(prompts[index], ids, generator, parameters.stop_ids) for ids in rows]
     return answers
 
 
 def _answer(
-    prompt: EncodedPrompt, written: list[int], generator: LoadedGenerator, stop_ids: frozenset[int]
+    prompt: EncodedPrompt, generated: list[int], generator: LoadedGenerator, stop_ids: frozenset[int]
 ) -> Generation:
-    ids = _without_padding(written, stop_ids, generator.pad_token_id)
+    ids = _strip_padding(generated, stop_ids, generator.pad_token_id)
     decode = generator.tokenizer.decode
     raw = decode([*prompt.ids, *ids], skip_special_tokens=False)
     return Generation(text=decode(ids, skip_special_tokens=True), raw=raw, tokens=len(ids))
 
 
-def _without_padding(ids: list[int], stop_ids: frozenset[int], pad_token_id: int) -> list[int]:
-    """The tokens up to the first that ends the answer, that one included; else without the padding at the end."""
+def _strip_padding(ids: list[int], stop_ids: frozenset[int], pad_token_id: int) -> list[int]:
+    """Return the tokens up to and including the first stop token; without one, strip the padding at the end."""
     for position, token_id in enumerate(ids):
         if token_id in stop_ids:
             return ids[: position + 1]
@@ -190,13 +190,13 @@ def _without_padding(ids: list[int], stop_ids: frozenset[int], pad_token_id: int
     return ids[:end]
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> TextStreamer:
     from transformers import TextStreamer
 
-    class _Told(TextStreamer):
-        """Hands each piece of text on instead of printing it."""
+    class CallbackStreamer(TextStreamer):
+        """Passes text to the callback instead of printing it."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
 
-    return _Told(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return CallbackStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

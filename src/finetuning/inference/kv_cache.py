@@ -1,4 +1,4 @@
-"""Keys and values of what was read and written so far, kept where there is room for more."""
+"""A key-value cache with preallocated memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 128
-"""Tokens that a layer has room for when it grows."""
+GROWTH = 128
+"""Number of tokens by which a layer's buffers grow."""
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A layer's keys and values, written into place; a `DynamicLayer` copies all of them for each token.
+    """The keys and values of a layer, written in place. `DynamicLayer` instead copies all of them for each token.
 
-    `keys` and `values` are views of the first tokens of tensors that are longer: [row, head, token, feature].
+    `keys` and `values` have the shape [row, head, token, feature]; they are views of the first tokens of buffers.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._shown: torch.Tensor | None = None
+        self._view: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -31,30 +31,31 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
-        # Beams and cropping put other tensors into `keys`, which are then no view of the buffers.
-        if self._buffers is None or self.keys is not self._shown or end > self._buffers[0].shape[-2]:
-            self._buffers = (_roomy(self.keys, key_states, begin, end), _roomy(self.values, value_states, begin, end))
+        # Beam search and cropping assign new tensors to `keys`, which are then not views of the buffers.
+        if self._buffers is None or self.keys is not self._view or end > self._buffers[0].shape[-2]:
+            self._buffers = (_grow(self.keys, key_states, begin, end), _grow(self.values, value_states, begin, end))
         keys, values = self._buffers
         keys[..., begin:end, :] = key_states
         values[..., begin:end, :] = value_states
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        self._shown = self.keys
+        self._view = self.keys
         return self.keys, self.values
 
 
-def _roomy(old: torch.Tensor, new: torch.Tensor, kept: int, needed: int) -> torch.Tensor:
-    """A tensor with room for `needed` tokens and more, that begins with the `kept` ones of `old`."""
+def _grow(old: torch.Tensor, new: torch.Tensor, kept: int, needed: int) -> torch.Tensor:
+    """Return a buffer for more than `needed` tokens that starts with the first `kept` tokens of `old`."""
     *outer, _, features = new.shape
-    buffer = new.new_empty((*outer, needed + ROOM, features))
+    buffer = new.new_empty((*outer, needed + GROWTH, features))
     if kept:
         buffer[..., :kept, :] = old
     return buffer
 
 
 def preallocated_cache(model: Any, config: GenerationConfig) -> Cache | None:
-    """A cache with room for a model whose layers all attend to everything; None where transformers chooses better.
+    """Return a preallocated cache for a model with full attention in all layers; None to let transformers choose.
 
-    Sliding windows, states of other kinds, virtual tokens, beams and a cache that the user asked for are left to it.
+    transformers chooses the cache for sliding-window attention, other kinds of state, virtual tokens, beam search, and
+    if the user configures a cache.
     """
     base = model
     if hasattr(model, "peft_config"):

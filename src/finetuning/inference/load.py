@@ -1,4 +1,4 @@
-"""The model and the tokenizer that generate."""
+"""Load a model, its adapter and its tokenizer for generation."""
 
 from __future__ import annotations
 
@@ -17,70 +17,69 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "force_download")
+_HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True)
 class LoadedGenerator:
-    """A model in evaluation mode with its tokenizer; answers are computed on `device`."""
+    """A model in evaluation mode with its tokenizer."""
 
     model: Any
-    """A PreTrainedModel, or a peft.PeftModel round it."""
+    """A PreTrainedModel or a peft.PeftModel."""
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
-    """What fills the left of shorter rows; masked from attention."""
+    """Padding on the left of shorter rows; masked in attention."""
 
     @property
     def device(self) -> Any:
-        """The device that input ids go to: that of the embeddings."""
+        """The device of the input embeddings, to which input ids must be moved."""
         return self.model.get_input_embeddings().weight.device
 
 
 def model_conf_of(model: str, base: str | None, attn_implementation: str | None = None) -> GenerationModel:
-    """The `model_conf` that stands for a model, or for an adapter's folder with the base that it names.
+    """Return the `model_conf` for a model, or for an adapter folder and its base model.
 
-    `base` is used instead of the base that the adapter names; nothing on disk is changed.
+    `base` overrides the base model in the adapter's config; nothing on disk is changed.
 
     Raises:
-        ConfigError: a base is given for a model that is no adapter.
-        ModelError: the adapter does not name its base.
+        ConfigError: `base` is set, but the model is not an adapter.
+        ModelError: the adapter's config does not name its base model.
     """
     args = ModelArgs(attn_implementation=attn_implementation)
     config = Path(model).expanduser() / ADAPTER_CONFIG
     if not config.is_file():
         if base is not None:
             raise ConfigError(
-                f"{model} is no adapter, so there is no base to name", place=Location(key="model_conf.model")
+                f"{model} is not an adapter; it has no base model", place=Location(key="model_conf.model")
             )
         return GenerationModel(model=model, model_args=args)
     if base is None:
         try:
             base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{config} cannot be read: {error}", place=Location(key="model_conf.adapter")) from None
+            raise ModelError(f"cannot read {config}: {error}", place=Location(key="model_conf.adapter")) from None
         if not base:
             raise ModelError(
                 f"{config} does not name its base model",
                 place=Location(key="model_conf.adapter"),
-                hint="Give --base_model_name_or_path.",
+                hint="Set --base_model_name_or_path.",
             )
     return GenerationModel(model=base, model_args=args, adapter=model)
 
 
 def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized) -> LoadedGenerator:
-    """The model, with its adapter if one is named, and the tokenizer that belongs to it.
+    """Load the model, its adapter if one is configured, and the tokenizer.
 
-    The tokenizer keeps its own chat template and end-of-sequence token, whatever they were in training: what is saved
-    is what is served.
+    The tokenizer's saved chat template and end-of-sequence token are used, as a server would use them.
 
     Raises:
-        ModelError: something is missing or broken, or the adapter was trained on another model.
+        ModelError: a file is missing or corrupt, or the adapter was trained on another model.
     """
     from finetuning.model.resolve import is_local_path, resolve_model
 
     if is_local_path(conf.model):
-        # Before the tokenizer, which is looked for in the same place, is said to be missing.
-        resolve_model(conf.model, "model", key="model_conf.model", **_where(conf))
+        # The tokenizer is loaded first. For a missing folder, the error should be about the model.
+        resolve_model(conf.model, "model", key="model_conf.model", **_hub_options(conf))
     from finetuning.model.load import load_model
 
     tokenizer, pad_token_id = _load_tokenizer(conf)
@@ -91,14 +90,15 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
 
 
 def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer and the id that pads: its own padding token, or any other, as padding is masked."""
+    """Return the tokenizer and a padding id: any token will do, because padding is masked."""
     from finetuning.config.sections.data import MissingPadTokenStrategy
     from finetuning.model.tokenizer import load_tokenizer
 
     source, key = _tokenizer_source(conf)
-    where = _where(conf)
+    options = _hub_options(conf)
     if source != conf.model:
-        where = {"token": where["token"]}
+        # Revision and subfolder are those of the model.
+        options = {"token": options["token"]}
     loaded = load_tokenizer(
         source,
         template_source=None,
@@ -107,20 +107,20 @@ def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int
         padding_side="left",
         trust_remote_code=conf.model_args.trust_remote_code,
         key=key,
-        **where,
+        **options,
     )
     return loaded.tokenizer, loaded.tokenizer.pad_token_id
 
 
-def _where(conf: GenerationModel) -> dict[str, Any]:
-    """Where on the hub the model's files are."""
+def _hub_options(conf: GenerationModel) -> dict[str, Any]:
+    """Return the options that locate the model's files on the hub."""
     args = conf.model_args
     token = args.token.get_secret_value() if args.token else None
-    return {**{name: getattr(args, name) for name in _WHERE}, "token": token}
+    return {**{name: getattr(args, name) for name in _HUB_OPTIONS}, "token": token}
 
 
 def _tokenizer_source(conf: GenerationModel) -> tuple[str, str]:
-    """Path or id of the tokenizer, and the key that names it: its own, else the adapter's, else the model's."""
+    """Return path or hub id of the tokenizer and its key: model_conf.tokenizer, else the adapter, else the model."""
     if conf.tokenizer is not None:
         return conf.tokenizer, "model_conf.tokenizer"
     if conf.adapter is not None and any(
@@ -142,15 +142,15 @@ def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) 
     location = resolve_model(adapter, "adapter", key=place.key)
     if location.folder is not None:
         if not (location.folder / _ADAPTER_WEIGHTS).is_file():
-            raise ModelError(f"{location.folder} holds no {_ADAPTER_WEIGHTS}", place=place)
+            raise ModelError(f"{location.folder} contains no {_ADAPTER_WEIGHTS}", place=place)
         check_adapter_base(model, location.folder, place)
-    # An adapter that trained new tokens brings their rows, and the base has to have room for them.
+    # An adapter with new tokens contains their embeddings; the base model's must have the same size.
     resize_embeddings(model, tokenizer)
     try:
         wrapped = PeftModel.from_pretrained(model, location.name, is_trainable=False, **location.hub_kwargs)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"the adapter {location} cannot be loaded: {' '.join(lines[:2])}", place=place) from error
+        raise ModelError(f"cannot load the adapter {location}: {' '.join(lines[:2])}", place=place) from error
     if location.folder is not None:
         check_adapter_tensors(wrapped, location.folder, place)
     return wrapped

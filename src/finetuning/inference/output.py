@@ -1,4 +1,4 @@
-"""Answers to a file: spooled batch by batch, put together at the end in the order of the prompts."""
+"""Write records to the output file, and keep unfinished ones in a journal from which a run can continue."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finetuning.errors import ConfigError, Location, StorageError
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Plain YAML: no anchors, and text of several lines as a block."""
+    """YAML without anchors, and with multi-line text as a block."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # A block that keeps several line ends closes the document, and there is another record after this one.
+    # A block with several trailing newlines would swallow the record that follows it.
     is_block = "\n" in text and not text.endswith("\n\n") and text != "\n"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if is_block else None)
 
@@ -30,7 +30,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _write_yaml(records: list[dict[str, Any]], stream: TextIO) -> None:
-    # Record by record: the memory of one document tree of all records would be many times theirs.
+    # One record at a time: the document tree of all records would take many times their memory.
     for record in records:
         yaml.dump([record], stream, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     if not records:
@@ -56,15 +56,15 @@ FORMATS: dict[str, Callable[[list[dict[str, Any]], TextIO], None]] = {
 
 
 def check_output(path: Path) -> None:
-    """Nothing, when answers can be written to `path`; its folder is made if need be.
+    """Check that `path` can be written, and create its folder.
 
     Raises:
-        ConfigError: the file's ending is none that we write.
-        StorageError: the folder cannot be made or written, or `path` is a folder.
+        ConfigError: the extension is not supported.
+        StorageError: the folder cannot be created or is not writable, or `path` is a folder.
     """
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(
-            f"{path}: the ending says in which format to write; it must be one of {', '.join(FORMATS)}",
+            f"{path}: the extension selects the format; it must be one of {', '.join(FORMATS)}",
             place=Location(key="OUT"),
         )
     if path.is_dir():
@@ -72,18 +72,18 @@ def check_output(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{path.parent} cannot be made: {error.strerror}") from None
+        raise StorageError(f"cannot create {path.parent}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
-        raise StorageError(f"{path.parent} cannot be written")
+        raise StorageError(f"{path.parent} is not writable")
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Writes the records in the format of the file's ending; the file appears whole or not at all."""
+    """Write the records atomically, in the format of the file's extension."""
     write_atomically(path, lambda stream: FORMATS[path.suffix.lower()](records, stream))
 
 
 def write_atomically(path: Path, write: Callable[[TextIO], None]) -> None:
-    """Writes a text file beside `path`, flushes it to disk and gives it its name."""
+    """Write a text file atomically: to a temporary file in the same folder, flushed to disk and renamed."""
     staging = path.with_name(f".{path.name}.partial")
     try:
         with open(staging, "w", encoding="utf-8") as stream:
@@ -96,20 +96,24 @@ def write_atomically(path: Path, write: Callable[[TextIO], None]) -> None:
         raise
 
 
-class RecordSpool:
-    """Records of prompts that are done, one JSON line each, kept until the output is complete.
+class RecordJournal:
+    """The records of finished prompts, one JSON line each, kept until the output is complete.
 
-    A spool of the same job, left by a run that was stopped, is gone on with: its records need not be made again.
+    An interrupted run leaves its journal; the next run of the same job continues from it.
     """
 
     def __init__(self, output: Path, fingerprint: str):
-        """Opens the spool beside `output`; `fingerprint` stands for all that decides over the records."""
+        """Open the journal in the folder of `output`.
+
+        Args:
+            fingerprint: hash of everything the records depend on; a journal with another one is discarded.
+        """
         self.path = output.with_name(f".{output.name}.spool.jsonl")
         self.records: dict[int, list[dict[str, Any]]] = {}
-        kept = self._read(fingerprint)
+        records_by_prompt = self._read(fingerprint)
         self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
-        self._line({"fingerprint": fingerprint})
-        for index, records in kept.items():
+        self._write_line({"fingerprint": fingerprint})
+        for index, records in records_by_prompt.items():
             self.add({index: records})
 
     def _read(self, fingerprint: str) -> dict[int, list[dict[str, Any]]]:
@@ -117,40 +121,40 @@ class RecordSpool:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return {}
-        kept: dict[int, list[dict[str, Any]]] = {}
+        records_by_prompt: dict[int, list[dict[str, Any]]] = {}
         for number, text in enumerate(lines):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
-                # The last line of a run that was killed while writing it.
+                # The last line is incomplete if the run was killed while it wrote it.
                 break
             if number == 0:
                 if line.get("fingerprint") != fingerprint:
                     return {}
             else:
-                kept[line["prompt"]] = line["records"]
-        return kept
+                records_by_prompt[line["prompt"]] = line["records"]
+        return records_by_prompt
 
     def add(self, done: Mapping[int, list[dict[str, Any]]]) -> None:
-        """Keeps the records of some prompts, by the prompts' indexes."""
+        """Add the records of prompts, by prompt index."""
         for index, records in done.items():
             self.records[index] = records
-            self._line({"prompt": index, "records": records})
+            self._write_line({"prompt": index, "records": records})
         self._stream.flush()
 
-    def _line(self, value: Mapping[str, Any]) -> None:
+    def _write_line(self, value: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def in_order(self) -> list[dict[str, Any]]:
-        """All records so far, in the order of the prompts."""
+        """Return all records so far, in the order of the prompts."""
         return [record for index in sorted(self.records) for record in self.records[index]]
 
     def close(self, *, remove: bool) -> None:
-        """Closes the file; removes it when nothing is left to do."""
+        """Close the file, and delete it if `remove` is true."""
         self._stream.close()
         if remove:
             self.path.unlink(missing_ok=True)
 
     def missing(self, indexes: Iterable[int]) -> list[int]:
-        """Those of the indexes that have no records yet."""
+        """Return the indexes that have no records yet."""
         return [index for index in indexes if index not in self.records]

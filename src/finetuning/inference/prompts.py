@@ -1,4 +1,4 @@
-"""What is generated from: one open prompt, the lines of a text file, or the rows of an evaluation file."""
+"""Read prompts: a single text, the lines of a text file, or the rows of a dataset."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from finetuning.data.sources import Shard, find_shards, json_type
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
 
-MOST_PROBLEMS_SHOWN = 10
+MAX_REPORTED_PROBLEMS = 10
 OPEN_INPUT = "open-input"
 _KEY = "prompt_conf.data"
-_NOWHERE = Location()
-_READ = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
-"""What of a dataset counts for prompts; the rest says how rows become training data."""
+_UNKNOWN = Location()
+_DATASET_KEYS = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
+"""Dataset options that apply to prompts; the others are about training."""
 
 
 @dataclass(frozen=True)
@@ -44,34 +44,35 @@ class GenerationPrompt:
     dataset: str | None = None
     data_collection: str | None = None
     carried: dict[str, Any] = field(default_factory=dict)
-    """Columns that go into the output as they are."""
+    """Columns that are copied to the output."""
     place: Location = field(default_factory=Location)
 
 
 def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
-    """The prompts of `prompt_conf`, in order.
+    """Return the prompts of `prompt_conf`, in order.
 
     Raises:
-        ConfigError: a setting is for training data.
-        DataError: a file is missing or empty, or rows are wrong; names up to ten of them.
+        ConfigError: a dataset option only applies to training data.
+        DataError: a file is missing or empty, or rows are invalid; up to ten of them are listed.
     """
     if isinstance(conf, OpenInput):
         return text_prompts([conf.input] * conf.num_samples, Location(key="prompt_conf.input"))
-    foreign = sorted(conf.data.model_fields_set - set(_READ))
-    if foreign:
+    unsupported = sorted(conf.data.model_fields_set - set(_DATASET_KEYS))
+    if unsupported:
         raise ConfigError(
-            f"is for training data; of a dataset of prompts are read: {', '.join(_READ)}",
-            place=Location(key=f"{_KEY}.{foreign[0]}"),
+            f"only applies to training data; supported for prompts: {', '.join(_DATASET_KEYS)}",
+            place=Location(key=f"{_KEY}.{unsupported[0]}"),
         )
-    recipe = make_transforms(conf.data, _KEY)
+    transforms = make_transforms(conf.data, _KEY)
     rows = ((shard, row) for shard in find_shards(conf.data, _KEY) for row in shard.rows())
-    return _checked(
-        _eval_prompt(shard, row, number, recipe) for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
+    return _raise_problems(
+        _eval_prompt(shard, row, number, transforms)
+        for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
     )
 
 
-def text_prompts(texts: Sequence[str], place: Location = _NOWHERE) -> list[GenerationPrompt]:
-    """Each text as a prompt to continue; `place` is where they were given."""
+def text_prompts(texts: Sequence[str], place: Location = _UNKNOWN) -> list[GenerationPrompt]:
+    """Return a prompt for each text; `place` is where the texts come from."""
     return [
         GenerationPrompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, place=place)
         for index, text in enumerate(texts)
@@ -79,44 +80,46 @@ def text_prompts(texts: Sequence[str], place: Location = _NOWHERE) -> list[Gener
 
 
 def read_lines(path: str, key: str) -> list[str]:
-    """The lines of a text file, stripped; empty ones are left out.
+    """Return the stripped, non-empty lines of a text file.
 
     Raises:
-        ConfigError: there is no such file, or nothing in it.
+        ConfigError: the file cannot be read, or has no text.
     """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}", place=Location(key=key)) from None
+        raise ConfigError(f"cannot read {path}: {reason}", place=Location(key=key)) from None
     lines = [line for line in lines if line]
     if not lines:
-        raise ConfigError(f"{path} holds no prompt", place=Location(key=key))
+        raise ConfigError(f"{path} contains no prompt", place=Location(key=key))
     return lines
 
 
-def _checked(found: Iterator[GenerationPrompt | Problem]) -> list[GenerationPrompt]:
+def _raise_problems(results: Iterator[GenerationPrompt | Problem]) -> list[GenerationPrompt]:
     prompts: list[GenerationPrompt] = []
     problems: list[Problem] = []
-    for item in found:
+    for item in results:
         if isinstance(item, Problem):
             problems.append(item)
         else:
             prompts.append(item)
     if problems:
-        shown = problems[:MOST_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(Problem(f"{len(problems) - len(shown)} more rows are wrong"))
-        raise DataError(shown)
+        reported = problems[:MAX_REPORTED_PROBLEMS]
+        if len(problems) > len(reported):
+            reported.append(Problem(f"{len(problems) - len(reported)} more rows are invalid"))
+        raise DataError(reported)
     return prompts
 
 
-def _eval_prompt(shard: Shard, found: Row | Problem, number: int, recipe: TransformChain) -> GenerationPrompt | Problem:
-    row = found if isinstance(found, Problem) else recipe(found, {})
+def _eval_prompt(
+    shard: Shard, item: Row | Problem, number: int, transforms: TransformChain
+) -> GenerationPrompt | Problem:
+    row = item if isinstance(item, Problem) else transforms(item, {})
     if not isinstance(row, Row):
         return row
     try:
-        text, messages, reference = _what_is_asked(row)
+        text, messages, reference = _prompt_and_reference(row)
         meta = meta_fields(row)
         identity = meta.pop("id", None)
         dataset = meta.pop("dataset", None)
@@ -137,12 +140,12 @@ def _eval_prompt(shard: Shard, found: Row | Problem, number: int, recipe: Transf
 
 
 def _stem(name: str) -> str:
-    """A file's name without its endings; of a dataset on the hub its whole name."""
+    """Return a file name without its extensions; a hub dataset's name is returned unchanged."""
     return os.path.basename(name).partition(".")[0] if os.path.exists(name) else name
 
 
-def _what_is_asked(row: Row) -> tuple[str | None, tuple[Message, ...], str | None]:
-    """The text to continue or the messages to answer, and the answer that the row itself gives."""
+def _prompt_and_reference(row: Row) -> tuple[str | None, tuple[Message, ...], str | None]:
+    """Return the text or the messages of the prompt, and the answer that ends the messages, if any."""
     if "prompt_messages" in row.values:
         return None, tuple(messages_field(row, "prompt_messages")), None
     if "messages" in row.values:
@@ -150,18 +153,18 @@ def _what_is_asked(row: Row) -> tuple[str | None, tuple[Message, ...], str | Non
         if messages[-1]["role"] != "assistant":
             return None, messages, None
         if len(messages) == 1:
-            raise FieldError("messages", "holds an answer and no question")
+            raise FieldError("messages", "has an assistant message but no user message")
         return None, messages[:-1], messages[-1].get("content")
     if "prompt" in row.values:
         prompt = row.values["prompt"]
         if not isinstance(prompt, str):
             raise FieldError("prompt", f"expected text, got {json_type(prompt)}")
         return prompt, (), None
-    found = ", ".join(sorted(row.values)) or "none"
+    columns = ", ".join(sorted(row.values)) or "none"
     raise FieldError(
         "",
-        f"expected messages, prompt_messages or prompt; found {found}. A column of another name is named in"
-        f" {_KEY}.columns: {{theirs: prompt}}",
+        f"expected messages, prompt_messages or prompt; got columns {columns}. To rename a column, set"
+        f" {_KEY}.columns: {{name: prompt}}",
     )
 
 
@@ -172,6 +175,6 @@ def _correct_answers(row: Row, reference: str | None) -> tuple[str, ...]:
     if isinstance(answers, str):
         return (answers,)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        got = json_type(answers) if not isinstance(answers, list) else "a list that holds other things"
-        raise FieldError("correct_answers", f"expected a list of texts, got {got}")
+        got = json_type(answers) if not isinstance(answers, list) else "a list with other items"
+        raise FieldError("correct_answers", f"expected a list of strings, got {got}")
     return tuple(answers)

@@ -1,4 +1,4 @@
-"""One run of `generate`: prompts in, an output file with a record for each answer out."""
+"""One run of `generate`: answer all prompts and write a record for each answer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from finetuning.config.sections.generation import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.errors import Interrupted
-from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, padding_side, plan_batches
+from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches
 from finetuning.inference.generate import EncodedPrompt, Generation, encode_prompts, generate_batches
 from finetuning.inference.generation_params import build_parameters, check_parameters
 from finetuning.inference.load import load_generator
-from finetuning.inference.output import RecordSpool, check_output, write_records
+from finetuning.inference.output import RecordJournal, check_output, write_records
 from finetuning.inference.prompts import GenerationPrompt
 
 Record = dict[str, Any]
@@ -28,7 +28,7 @@ RecordMaker = Callable[[GenerationPrompt, EncodedPrompt, Generation, Mapping[str
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What is generated, by which model, how."""
+    """The prompts, the model and the parameters of a run."""
 
     prompts: Sequence[GenerationPrompt]
     model_conf: GenerationModel
@@ -36,12 +36,12 @@ class GenerationJob:
     gen_params: Mapping[str, Any]
     seed: int = 42
     batch_size: int | None = None
-    """Most rows of a batch; None for as many as the token budget allows."""
+    """Maximum rows of a batch; None for as many as the token budget allows."""
     batch_tokens: int = DEFAULT_BATCH_TOKENS
 
     def fingerprint(self) -> str:
-        """A digest of all that decides over the answers; of files, their sizes and times stand for the content."""
-        told = {
+        """Return a hash of everything that the answers depend on; files count with size and modification time."""
+        inputs = {
             "prompts": [asdict(prompt) for prompt in self.prompts],
             "model_conf": self.model_conf.model_dump(mode="json"),
             "quant_conf": self.quant_conf.model_dump(mode="json"),
@@ -54,10 +54,10 @@ class GenerationJob:
                 for file in sorted(Path(folder).expanduser().glob("*") if folder else ())
             ],
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
-    def told(self) -> Record:
-        """What each record says of how it was made, besides the parameters of generation."""
+    def provenance(self) -> Record:
+        """Return the configuration that each record contains, next to the parameters of generation."""
         return {
             "quant_conf": self.quant_conf.model_dump(mode="json", exclude_none=True),
             "model_conf": self.model_conf.model_dump(mode="json", exclude_none=True),
@@ -67,19 +67,19 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """How far a job is."""
+    """The progress of a job."""
 
     prompts_done: int
     prompts_total: int
     tokens: int
-    """Tokens written so far by this run."""
+    """Tokens generated so far by this run."""
     seconds: float
-    """Since the model was ready."""
+    """Time since the model was loaded."""
 
 
 @dataclass(frozen=True)
 class ProgressCallback:
-    """Who is told what while a job runs."""
+    """Functions that are called while a job runs."""
 
     on_progress: Callable[[GenerationProgress], None] = lambda progress: None
     on_text: Callable[[str], None] | None = None
@@ -88,7 +88,7 @@ class ProgressCallback:
 def answer_record(
     prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, Any]
 ) -> Record:
-    """One member of the output list, as Silogen's inference tools write it."""
+    """Return a record of the output in the format of Silogen's inference tools."""
     return {
         "dataset": prompt.dataset,
         "id": prompt.id,
@@ -107,80 +107,85 @@ def answer_record(
 def input_output_record(
     prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, Any]
 ) -> Record:
-    """One member of fms-hf-tuning's result; its output begins with the prompt and holds special tokens."""
+    """Return a record in the format of fms-hf-tuning: the output includes the prompt and special tokens."""
     return {"input": encoded.text, "output": answer.raw}
 
 
 def generate_records(
-    job: GenerationJob, output: Path, watch: ProgressCallback, make_record: RecordMaker = answer_record
+    job: GenerationJob, output: Path, progress: ProgressCallback, make_record: RecordMaker = answer_record
 ) -> list[Record]:
-    """The records of all prompts in the prompts' order, written to `output`.
+    """Answer all prompts, write the records to `output` in the order of the prompts, and return them.
 
-    When the run is interrupted the records so far are written, in the same order, and the next run of the same job
-    goes on with the rest.
+    If the run is interrupted, the records so far are written in the same order, and the next run of the same job
+    continues with the other prompts.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM came; `output` holds what was done.
-        FinetuningError: anything that the user can mend; nothing is written then.
+        Interrupted: SIGINT or SIGTERM was received; `output` contains the finished records.
+        FinetuningError: an error that the user can fix; no output is written.
     """
     check_output(output)
     check_parameters(job.gen_params)
     generator = load_generator(job.model_conf, job.quant_conf)
     parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
     prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
-    told = parameters.told | job.told()
+    gen_params = parameters.reported | job.provenance()
     batches = plan_batches(
         [len(prompt.ids) for prompt in prompts],
         parameters.max_new_tokens,
         budget=job.batch_tokens,
-        most_rows=job.batch_size,
-        most_padding=padding_side(generator.device.type, parameters.max_new_tokens),
+        max_rows=job.batch_size,
+        max_padding=max_useful_padding(generator.device.type, parameters.max_new_tokens),
     )
-    spool = RecordSpool(output, job.fingerprint())
-    # A batch is made again whole, so that its answers are drawn from the same random numbers.
-    batches = [batch for batch in batches if spool.missing(batch)]
+    journal = RecordJournal(output, job.fingerprint())
+    # An unfinished batch is repeated as a whole, so that its answers are sampled from the same random numbers.
+    batches = [batch for batch in batches if journal.missing(batch)]
     tokens, started = 0, time.monotonic()
-    watch.on_progress(GenerationProgress(len(spool.records), len(prompts), 0, 0.0))
-    with _kept(spool, output, len(prompts)), _terminable():
-        for answers in generate_batches(generator, prompts, batches, parameters, job.seed, watch.on_text):
-            spool.add(
+    progress.on_progress(GenerationProgress(len(journal.records), len(prompts), 0, 0.0))
+    with _keep_records(journal, output, len(prompts)), _raise_on_sigterm():
+        for answers in generate_batches(generator, prompts, batches, parameters, job.seed, progress.on_text):
+            journal.add(
                 {
-                    index: [make_record(job.prompts[index], prompts[index], answer, told) for answer in given]
-                    for index, given in answers.items()
+                    index: [
+                        make_record(job.prompts[index], prompts[index], answer, gen_params) for answer in generations
+                    ]
+                    for index, generations in answers.items()
                 }
             )
-            tokens += sum(answer.tokens for given in answers.values() for answer in given)
-            watch.on_progress(GenerationProgress(len(spool.records), len(prompts), tokens, time.monotonic() - started))
-    records = spool.in_order()
+            tokens += sum(answer.tokens for generations in answers.values() for answer in generations)
+            progress.on_progress(
+                GenerationProgress(len(journal.records), len(prompts), tokens, time.monotonic() - started)
+            )
+    records = journal.in_order()
     write_records(output, records)
-    spool.close(remove=True)
+    journal.close(remove=True)
     return records
 
 
 @contextmanager
-def _kept(spool: RecordSpool, output: Path, total: int) -> Iterator[None]:
-    """Keeps the records so far when the block does not come to its end.
+def _keep_records(journal: RecordJournal, output: Path, total: int) -> Iterator[None]:
+    """Keep the records so far if the block fails.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM came; the records so far are in `output`, too.
+        Interrupted: SIGINT or SIGTERM was received; the records so far are also written to `output`.
     """
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as error:
-        write_records(output, spool.in_order())
-        spool.close(remove=False)
+        write_records(output, journal.in_order())
+        journal.close(remove=False)
         number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(
-            f"interrupted: {output} holds {len(spool.records)} of {total} answers; the same command goes on", number
+            f"interrupted: {output} contains {len(journal.records)} of {total} answers; rerun the command to continue",
+            number,
         ) from None
     except BaseException:
-        spool.close(remove=not spool.records)
+        journal.close(remove=not journal.records)
         raise
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the block SIGTERM is raised as Interrupted."""
+def _raise_on_sigterm() -> Iterator[None]:
+    """Raise Interrupted on SIGTERM while the block runs."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield

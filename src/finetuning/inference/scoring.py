@@ -1,4 +1,4 @@
-"""How many answers are right, by their `correct_answers`."""
+"""Accuracy of answers, by their `correct_answers`."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ ScoreName = Literal["exact", "contains", "regex"]
 
 
 def is_exact(answer: str, correct: str) -> bool:
-    """True when both are the same text, but for white space around them."""
+    """Return whether both texts are equal, ignoring leading and trailing whitespace."""
     return answer.strip() == correct.strip()
 
 
 def contains(answer: str, correct: str) -> bool:
-    """True when the right answer, without white space around it, is somewhere in the given one."""
+    """Return whether the answer contains the correct one, ignoring whitespace around the latter."""
     return correct.strip() in answer
 
 
 def matches(answer: str, correct: str) -> bool:
-    """True when the regular expression `correct` is found in the answer."""
+    """Return whether the regular expression `correct` matches anywhere in the answer."""
     return re.search(correct, answer) is not None
 
 
-SCORES: dict[str, Callable[[str, str], bool]] = {"exact": is_exact, "contains": contains, "regex": matches}
+METRICS: dict[str, Callable[[str, str], bool]] = {"exact": is_exact, "contains": contains, "regex": matches}
 
 
 @dataclass(frozen=True)
 class ScoreCounts:
-    """Answers that were scored, and those of them that are right."""
+    """The number of scored answers, and how many of them are correct."""
 
     correct: int
     total: int
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, between 0 and 1."""
+        """Fraction of correct answers, between 0 and 1."""
         return self.correct / self.total
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The result of a scoring; `rows` holds dataset, id and whether the answer is right, in order."""
+    """Accuracy overall and per dataset; `rows` holds dataset, id and correctness of each answer, in order."""
 
     name: str
     overall: ScoreCounts
@@ -54,10 +54,10 @@ class Scores:
     rows: tuple[dict[str, Any], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written as JSON."""
+        """Return the values that are written as JSON."""
         datasets = {
-            name: {"correct": tally.correct, "total": tally.total, "accuracy": tally.accuracy}
-            for name, tally in self.by_dataset.items()
+            name: {"correct": count.correct, "total": count.total, "accuracy": count.accuracy}
+            for name, count in self.by_dataset.items()
         }
         return {
             "score": self.name,
@@ -70,45 +70,45 @@ class Scores:
         }
 
     def table(self) -> str:
-        """The scores as aligned text, one line a dataset."""
-        lines = [(name, tally) for name, tally in self.by_dataset.items()]
+        """Return the scores as an aligned table, one line per dataset."""
+        lines = list(self.by_dataset.items())
         if len(lines) > 1:
             lines.append(("all", self.overall))
         width = max(len("dataset"), *(len(name) for name, _ in lines))
-        rows = [f"{'dataset':<{width}}  {self.name:>8}  {'right':>12}"]
-        for name, tally in lines:
-            right = f"{tally.correct} of {tally.total}"
-            rows.append(f"{name:<{width}}  {tally.accuracy:>8.1%}  {right:>12}")
+        rows = [f"{'dataset':<{width}}  {self.name:>8}  {'correct':>12}"]
+        for name, count in lines:
+            right = f"{count.correct} of {count.total}"
+            rows.append(f"{name:<{width}}  {count.accuracy:>8.1%}  {right:>12}")
         if self.unscored:
             rows.append(f"{self.unscored} answers have no correct_answers and were not scored")
         return "\n".join(rows)
 
 
 def check_scorable(name: ScoreName, correct_answers: Sequence[Sequence[str]]) -> None:
-    """Nothing, when a scoring has something to go by.
+    """Check that answers can be scored.
 
     Raises:
-        DataError: no prompt has a correct answer, or one is no regular expression.
+        DataError: no prompt has a correct answer, or one is not a valid regular expression.
     """
     if not any(correct_answers):
-        raise DataError("there is nothing to score by: no row has correct_answers, or messages that end with an answer")
+        raise DataError("nothing to score: no row has correct_answers or ends with an assistant message")
     if name == "regex":
         for pattern in {answer for answers in correct_answers for answer in answers}:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise DataError(f"correct_answers: {pattern!r} is no regular expression: {error}") from None
+                raise DataError(f"correct_answers: {pattern!r} is not a valid regular expression: {error}") from None
 
 
 def score(records: Sequence[Mapping[str, Any]], name: ScoreName) -> Scores:
-    """The share of records whose `answer` agrees with any of its `correct_answers`."""
-    is_right = SCORES[name]
+    """Return the accuracy of records; an `answer` is correct if it agrees with any of its `correct_answers`."""
+    is_correct = METRICS[name]
     counts: dict[str, list[int]] = {}
     rows: list[dict[str, Any]] = []
     for record in records:
         if not record["correct_answers"]:
             continue
-        right = any(is_right(record["answer"], correct) for correct in record["correct_answers"])
+        right = any(is_correct(record["answer"], correct) for correct in record["correct_answers"])
         count = counts.setdefault(str(record["dataset"]), [0, 0])
         count[0] += right
         count[1] += 1

@@ -311,13 +311,15 @@ def _put_trackers(out: Translation) -> None:
     for tracker in trackers:
         if tracker not in {*_TRACKERS, *TRACKER_NAMES}:
             out.add_error("trackers", f"unknown tracker {tracker!r}; supported: {', '.join(_TRACKERS[:-1])}")
-    others = [tracker for tracker in trackers if tracker in TRACKER_NAMES and tracker not in ("mlflow", "file_logger")]
-    out.put("tracking.trackers", others or None)
+    other_trackers = [
+        tracker for tracker in trackers if tracker in TRACKER_NAMES and tracker not in ("mlflow", "file_logger")
+    ]
+    out.put("tracking.trackers", other_trackers or None)
     if "mlflow" in trackers:
         if not out.has("mlflow_tracking_uri"):
             out.add_error("trackers", "mlflow requires mlflow_tracking_uri")
         out.put("tracking.mlflow_server_uri", out.get("mlflow_tracking_uri"))
-    if "mlflow" in trackers or others:
+    if "mlflow" in trackers or other_trackers:
         names = [out.get(f"{name}_experiment") for name in ("mlflow", "aim") if name in trackers]
         experiment = next((name for name in names if name), None)
         if len({name or out.get("experiment", keys.EXPERIMENT) for name in names}) > 1:
