@@ -96,7 +96,7 @@ def test_dry_run_prints_a_reason_for_each_decision(
     code, out, err = say("sft", config, "--dry-run", "batchsize_conf.total_train_batch_size=514")
     assert code == 0
     assert "514 = 1 x 2 x 257  (processes x per-device rows x accumulation)" in out
-    assert "sqrt scaling by 514 rows" in out
+    assert "sqrt scaling for 514 rows" in out
     assert "24  (before filtering and dropping)" in out
     assert "Nothing was trained" in out
     assert not err
@@ -120,15 +120,15 @@ def test_dry_run_counts_prepared_rows_and_marks_streamed_rows_unknown(
     (tmp_path / "r.jsonl").unlink()
     code, out, err = say("sft", config, "--dry-run", f"data_conf.prepared={ready}")
     assert (code, err) == (0, "")
-    assert f"training rows     39  (in {ready}, before packing)" in out
+    assert f"training rows      39  (in {ready}, before packing)" in out
     code, _, err = say("sft", config, "--dry-run", "data_conf.streaming=true")
     assert code == 1
     assert "r.jsonl: no such file" in err
     write_jsonl(tmp_path / "r.jsonl", rows)
     code, out, err = say("sft", config, "--dry-run", "data_conf.streaming=true")
     assert (code, err) == (0, "")
-    assert "training rows     unknown  (data_conf.streaming: rows are read during training)" in out
-    assert "optimizer steps   3  (max_steps; rows are read as training goes, and not counted before)" in out
+    assert "training rows      unknown  (data_conf.streaming: rows are read during training)" in out
+    assert "optimizer steps    3  (max_steps; the rows of a streaming dataset are not counted)" in out
     code, out, err = say("prepare", "sft", config, "data_conf.streaming=true")
     assert code == 1
     assert "data_conf.streaming: rows are streamed during training, and there is nothing to prepare" in err.replace(
@@ -140,7 +140,7 @@ def test_dry_run_counts_prepared_rows_and_marks_streamed_rows_unknown(
 def test_overrides_win_over_the_file(say: Any, sft_values: Any, write_config: Any) -> None:
     config = write_config(sft_values())
     code, out, _ = say("sft", config, "training_args.learning_rate=2e-4", "training_args.max_steps=7", "--dry-run")
-    assert (code, "0.0002" in out, "optimizer steps   7" in out) == (0, True, True)
+    assert (code, "0.0002" in out, "optimizer steps    7" in out) == (0, True, True)
     code, _, err = say("sft", config, "training_args.learning_rat=2e-4", "--dry-run")
     assert code == 1
     assert 'command line "training_args.learning_rat=2e-4"' in err
