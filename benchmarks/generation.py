@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, padding_side, plan_batches
+from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches
 from finetuning.inference.generate import EncodedPrompt, generate_batches
 from finetuning.inference.generation_params import GenerationParameters, build_parameters
 from finetuning.inference.load import LoadedGenerator
@@ -48,7 +48,9 @@ def make_generator(size: str, dtype: torch.dtype, device: str) -> LoadedGenerato
     words = {str(number): number for number in range(VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="1", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="0", eos_token="1", max_useful_padding="left"
+    )
     model.generation_config = GenerationConfig()
     return LoadedGenerator(model.to(dtype).eval(), tokenizer, pad_token_id=0)
 
@@ -64,7 +66,7 @@ def ours(
     generator: LoadedGenerator,
     prompts: list[EncodedPrompt],
     parameters: GenerationParameters,
-    most_rows: int | None,
+    max_rows: int | None,
     budget: int,
 ) -> Callable[[], list[str]]:
     """A function that answers all prompts and gives back the texts in order."""
@@ -72,9 +74,9 @@ def ours(
     batches = plan_batches(
         lengths,
         parameters.max_new_tokens,
-        most_rows=most_rows,
+        max_rows=max_rows,
         budget=budget,
-        most_padding=padding_side(generator.device.type, parameters.max_new_tokens),
+        max_padding=max_useful_padding(generator.device.type, parameters.max_new_tokens),
     )
 
     def answer() -> list[str]:
