@@ -48,9 +48,7 @@ def make_generator(size: str, dtype: torch.dtype, device: str) -> LoadedGenerato
     words = {str(number): number for number in range(VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="0", eos_token="1", max_useful_padding="left"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="1", padding_side="left")
     model.generation_config = GenerationConfig()
     return LoadedGenerator(model.to(dtype).eval(), tokenizer, pad_token_id=0)
 
