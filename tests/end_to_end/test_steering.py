@@ -44,7 +44,7 @@ def test_a_rule_ends_a_run_that_is_told_about(config: Path, run_cli: Callable, t
     (tmp_path / "rules.yaml").write_text(RULE)
     done = run_cli(["sft", str(config), f"trainer_controller={tmp_path / 'rules.yaml'}"])
     assert done.returncode == 0, done.stderr
-    assert 'step 3: rule "enough" held at on_log: hfcontrols.should_training_stop' in done.stdout
+    assert 'step 3: controller "enough" at on_log: hfcontrols.should_training_stop' in done.stdout
     out = tmp_path / "out"
     assert record(out)["status"] == "completed"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
