@@ -53,12 +53,15 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
             return 0
 
         from finetuning.report.console import configure_logging
+
+        # Before the imports below: the libraries read these settings when they are imported.
+        configure_logging(options.logging_level.upper(), is_main=topology.is_main)
+
         from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
         from finetuning.training.reporter import RunReporter
         from finetuning.training.run import TrainingJob, run_training
 
         check_save_model_dir(experiment)
-        configure_logging(options.logging_level.upper(), is_main=topology.is_main)
         reporter = RunReporter(experiment, algorithm.name, topology, tracking)
         workers = options.num_preprocess_workers
         result = run_training(TrainingJob(experiment, algorithm, plan, topology, reporter, workers))
