@@ -1,4 +1,4 @@
-"""Every type of adapter in the table: merged, certified, loaded again, and heard to say what base and adapter say."""
+"""Every type of adapter in the table: merged, verified, loaded, and generating the same text as base and adapter."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def mergeable() -> dict[str, Case]:
         for name, arguments in GROWN.items()
     }
     cases["experts"] = Case(EXPERTS, base="mixtral", streamed=False)
-    cases["attention beside experts"] = Case({"r": 4, **QV}, base="mixtral")
+    cases["attention of a mixture of experts"] = Case({"r": 4, **QV}, base="mixtral")
     return cases
 
 
 CASES = mergeable()
 
 
-def spoken(model: Any, tokenizer: Any) -> list[str]:
+def generated(model: Any, tokenizer: Any) -> list[str]:
     """The greedy continuations of three prompts; the last holds the tokens whose rows the adapters change."""
     import torch
 
@@ -95,7 +95,7 @@ def loaded(base: Path, adapter: Path, case: Case, rows: int | None) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_says_what_base_and_adapter_say(
+def test_a_merged_model_generates_the_text_of_base_and_adapter(
     name: str, base_of: BaseOf, make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,9 +109,9 @@ def test_it_says_what_base_and_adapter_say(
     assert ("merging in memory with PEFT" in capsys.readouterr().err) is not case.streamed
     verification = json.loads((out / "merge_verification.json").read_text())
     assert verification["passed"] and verification["base_against_adapter"]["rms_relative"] > 1e-3
-    together = spoken(loaded(base, adapter, case, rows), tokenizer)
-    assert spoken(AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)) == together
-    assert spoken(AutoModelForCausalLM.from_pretrained(base), tokenizer) != together
+    together = generated(loaded(base, adapter, case, rows), tokenizer)
+    assert generated(AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)) == together
+    assert generated(AutoModelForCausalLM.from_pretrained(base), tokenizer) != together
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
@@ -139,19 +139,19 @@ def test_a_reward_model_scores_as_base_and_adapter_do(
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a merge into `out` is refused with."""
     assert main(arguments) == 1
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1
-    return told.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
 
 
 @pytest.mark.parametrize("peft_type", UNMERGEABLE)
-def test_what_is_no_part_of_weights_is_refused_in_one_line(
+def test_types_that_do_not_change_weights_are_refused_in_one_line(
     peft_type: str, base_of: BaseOf, make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(base_of("llama"), Case(MINIMAL[peft_type], peft_type).config(), tmp_path / "adapter")
-    told = refusal([str(base_of("llama")), str(adapter), str(tmp_path / "out")], capsys)
-    assert told.startswith(f"error: an adapter of type {peft_type} cannot be merged: {UNMERGEABLE[peft_type]}. ")
-    assert "Serve base model and adapter unmerged" in told
+    message = refusal([str(base_of("llama")), str(adapter), str(tmp_path / "out")], capsys)
+    assert message.startswith(f"error: an adapter of type {peft_type} cannot be merged: {UNMERGEABLE[peft_type]}. ")
+    assert "Serve base model and adapter unmerged" in message
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -160,8 +160,8 @@ def test_activated_lora_is_refused_in_one_line(
 ) -> None:
     case = Case({"r": 4, "alora_invocation_tokens": [5, 6], **QV})
     adapter = make_adapter(base_of("llama"), case.config(), tmp_path / "adapter")
-    told = refusal([str(base_of("llama")), str(adapter), str(tmp_path / "out")], capsys)
-    assert "cannot be merged: activated LoRA is switched on by tokens at run time" in told
+    message = refusal([str(base_of("llama")), str(adapter), str(tmp_path / "out")], capsys)
+    assert "cannot be merged: activated LoRA is switched on by tokens at run time" in message
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -188,5 +188,5 @@ def test_mixtures_of_adapters_are_refused(
         model = load_for("CAUSAL_LM", base_of("llama"))
         model.config.use_cache = False
         get_peft_model(model, config).save_pretrained(tmp_path / name)
-        told = refusal([str(base_of("llama")), str(tmp_path / name), str(tmp_path / "out")], capsys)
-        assert f"of type {name} cannot be merged: " in told
+        message = refusal([str(base_of("llama")), str(tmp_path / name), str(tmp_path / "out")], capsys)
+        assert f"of type {name} cannot be merged: " in message

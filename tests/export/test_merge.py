@@ -38,10 +38,12 @@ def merged_by_peft(base: Path, adapters: list[Path], folder: Path) -> Path:
 def assert_same_bits(ours: Path, theirs: Path) -> None:
     import torch
 
-    mine, other = tensors(ours), tensors(theirs)
-    assert set(mine) == set(other)
+    actual, expected = tensors(ours), tensors(theirs)
+    assert set(actual) == set(expected)
     differing = [
-        name for name in mine if mine[name].dtype != other[name].dtype or not torch.equal(mine[name], other[name])
+        name
+        for name in actual
+        if actual[name].dtype != expected[name].dtype or not torch.equal(actual[name], expected[name])
     ]
     assert differing == []
 
@@ -99,7 +101,7 @@ def test_adapters_are_merged_in_order(tiny_llama_dir: Path, make_adapter: Callab
     assert_same_bits(tmp_path / "out", merged_by_peft(tiny_llama_dir, adapters, tmp_path / "peft"))
 
 
-def test_shards_index_and_companions_go_along(
+def test_shards_index_and_auxiliary_files_are_kept(
     chatml_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = copy_in_dtype(chatml_llama_dir, "bfloat16")
@@ -183,11 +185,11 @@ def test_a_grown_vocabulary(
         assert model.get_output_embeddings().weight.shape[0] == model.get_input_embeddings().weight.shape[0] == rows
 
 
-def test_an_adapter_that_rounding_swallows_is_told(
+def test_an_adapter_lost_to_rounding_is_a_warning(
     tiny_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = copy_in_dtype(tiny_llama_dir, "bfloat16")
     adapter = make_adapter(base, lora(**LORA_KINDS["plain"]), tmp_path / "adapter", scale=1e-6)
-    told: list[str] = []
-    merge(base, [adapter], tmp_path / "out", log=told.append)
-    assert any("rounding to bfloat16 loses" in line for line in told)
+    logged: list[str] = []
+    merge(base, [adapter], tmp_path / "out", log=logged.append)
+    assert any("rounding to bfloat16 loses" in line for line in logged)

@@ -60,15 +60,19 @@ def adapter(base: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
 def test_a_base_of_other_names(adapter: Path, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    other = tmp_path / "other"
-    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2)).save_pretrained(other)
-    refused(ModelError, "which the base does not have.* Is this the base model", other, adapter, tmp_path / "out")
+    another = tmp_path / "other"
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2)).save_pretrained(another)
+    refused(ModelError, "which the base does not have.* Is this the base model", another, adapter, tmp_path / "out")
 
 
 def test_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:
-    other = llama(tmp_path / "other", hidden_size=64)
+    another = llama(tmp_path / "other", hidden_size=64)
     refused(
-        ModelError, r"has shape \[64, 64\] in the base and \[32, 32\] in the adapter", other, adapter, tmp_path / "out"
+        ModelError,
+        r"has shape \[64, 64\] in the base and \[32, 32\] in the adapter",
+        another,
+        adapter,
+        tmp_path / "out",
     )
 
 
@@ -80,9 +84,9 @@ def test_a_base_of_the_same_shapes_is_known_by_its_fingerprint(adapter: Path, ba
     model.model.layers[0].mlp.up_proj.weight.data += 1
     model.save_pretrained(tmp_path / "other")
     refused(ModelError, "trained on another base.*the weights differ", tmp_path / "other", adapter, tmp_path / "out")
-    told: list[str] = []
-    merge_adapters(str(tmp_path / "other"), [str(adapter)], tmp_path / "out", force=True, log=told.append)
-    assert "another base" in told[0]
+    logged: list[str] = []
+    merge_adapters(str(tmp_path / "other"), [str(adapter)], tmp_path / "out", force=True, log=logged.append)
+    assert "another base" in logged[0]
     assert "another base" in json.loads((tmp_path / "out" / VERIFICATION_FILE).read_text())["base_fingerprint"]
     merge_adapters(str(base), [str(adapter)], tmp_path / "right")
     assert (
@@ -92,9 +96,9 @@ def test_a_base_of_the_same_shapes_is_known_by_its_fingerprint(adapter: Path, ba
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_a_base_with_fewer_or_more_layers(layers: int, adapter: Path, tmp_path: Path) -> None:
-    other = llama(tmp_path / "other", num_hidden_layers=layers)
+    another = llama(tmp_path / "other", num_hidden_layers=layers)
     text = "does not have" if layers == 1 else "leaves out model.layers.2.self_attn.q_proj.weight"
-    refused(ModelError, text, other, adapter, tmp_path / "out")
+    refused(ModelError, text, another, adapter, tmp_path / "out")
 
 
 def test_half_of_a_pair(adapter: Path, base: Path, tmp_path: Path) -> None:
@@ -207,24 +211,24 @@ def test_a_device_that_is_not_here(device_map: Any, adapter: Path, base: Path, t
     refused(ConfigError, text, base, adapter, tmp_path / "out", device_map=device_map)
 
 
-def test_an_adapter_that_names_another_base_is_told(adapter: Path, base: Path, tmp_path: Path) -> None:
-    def told(folder: Path) -> list[str]:
+def test_an_adapter_that_names_another_base_gets_a_note(adapter: Path, base: Path, tmp_path: Path) -> None:
+    def logged(folder: Path) -> list[str]:
         lines: list[str] = []
         merge_adapters(str(folder), [str(adapter)], tmp_path / f"{folder.name}-out", verify=False, log=lines.append)
         return lines
 
-    assert told(base) == []
-    other = base.rename(tmp_path / "other")
-    assert told(other) == [
-        f"note: the adapter names {base} as its base and has no fingerprint of it: whether {other} has the same weights"
-        " is unknown; only names and shapes are checked"
+    assert logged(base) == []
+    another = base.rename(tmp_path / "other")
+    assert logged(another) == [
+        f"note: the adapter names {base} as its base and has no fingerprint of it: whether {another} has the same"
+        " weights is unknown; only names and shapes are checked"
     ]
-    fingerprint.write_fingerprint(fingerprint.compute_fingerprint(other), adapter)
+    fingerprint.write_fingerprint(fingerprint.compute_fingerprint(another), adapter)
     shutil.rmtree(tmp_path / "other-out")
-    assert told(other) == []
+    assert logged(another) == []
 
 
-def test_room_is_looked_at_before(tmp_path: Path) -> None:
+def test_disk_space_is_checked_first(tmp_path: Path) -> None:
     disk = os.statvfs(tmp_path)
     check_free_space(tmp_path / "not" / "there", 1)
     with pytest.raises(StorageError, match=r"GB free, .* GB are needed"):

@@ -20,9 +20,9 @@ def test_a_quantized_base_is_dequantized(
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir, quantization_config=quantized).save_pretrained(base)
     lora = LoraConfig(task_type="CAUSAL_LM", **MINIMAL["LORA"])
     adapter = make_adapter(tiny_llama_dir, lora, tmp_path / "a")
-    told: list[str] = []
-    result = merge_adapters(str(base), [str(adapter)], tmp_path / "out", log=told.append)
-    assert "dequantized" in told[0] and result.verification is not None
+    logged: list[str] = []
+    result = merge_adapters(str(base), [str(adapter)], tmp_path / "out", log=logged.append)
+    assert "dequantized" in logged[0] and result.verification is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 64)
     assert not hasattr(model.config, "quantization_config")

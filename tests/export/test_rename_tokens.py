@@ -32,12 +32,14 @@ def test_names_are_swapped_at_once(chatml_llama_dir: Path, tmp_path: Path) -> No
     from tokenizers import Tokenizer
 
     before = Tokenizer.from_file(str(chatml_llama_dir / "tokenizer.json"))
-    one, other = "<|im_start|>", "<|im_end|>"
-    replace_tokens(str(chatml_llama_dir), tmp_path / "out", {one: other, other: one})
+    first, second = "<|im_start|>", "<|im_end|>"
+    replace_tokens(str(chatml_llama_dir), tmp_path / "out", {first: second, second: first})
     after = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert after.token_to_id(one) == before.token_to_id(other) and after.token_to_id(other) == before.token_to_id(one)
+    assert after.token_to_id(first) == before.token_to_id(second) and after.token_to_id(second) == before.token_to_id(
+        first
+    )
     template = (tmp_path / "out" / "chat_template.jinja").read_text()
-    assert template.index(other) < template.index(one)
+    assert template.index(second) < template.index(first)
 
 
 def test_the_template_can_be_kept(chatml_llama_dir: Path, tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_an_old_name_that_is_missing_gets_the_nearest(chatml_llama_dir: Path, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_every_wrong_name_is_told(chatml_llama_dir: Path, tmp_path: Path) -> None:
+def test_every_invalid_name_is_reported(chatml_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         replace_tokens(str(chatml_llama_dir), tmp_path / "out", {"<|im_start|>": "<|endoftext|>", "zzz": "<|y|>"})
     assert [problem.message for problem in caught.value.problems] == [

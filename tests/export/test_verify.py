@@ -1,4 +1,4 @@
-"""What was saved is whole, or the fault is named."""
+"""A saved model passes verification, or the failure is named."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def change(folder: Path, name: str, **tensors) -> None:
     save_file(kept, file, metadata={"format": "pt"})
 
 
-def test_a_saved_model_is_sound(saved: Path, tiny_tokenizer):
+def test_a_saved_model_passes(saved: Path, tiny_tokenizer):
     texts = {text: tiny_tokenizer.encode(text, add_special_tokens=False) for text in ("hello", "What is two?")}
     verified = verify_saved(saved, sample_texts=texts)
     assert verified.kind == "model" and verified.num_tensors == 21
     assert "all values finite" in str(verified) and "2 texts" in str(verified)
 
 
-def test_a_tied_model_is_sound(chatml_llama_dir: Path):
+def test_a_tied_model_passes(chatml_llama_dir: Path):
     assert verify_saved(chatml_llama_dir).num_tensors == 20
 
 
-def test_experts_that_are_saved_apart_are_sound_and_missed_when_gone(tmp_path: Path):
+def test_experts_that_are_saved_apart_pass_and_missed_when_gone(tmp_path: Path):
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -100,14 +100,14 @@ def test_missing_extra_misshapen_and_infinite_tensors_are_all_named(saved: Path)
         assert part in text
 
 
-def test_a_cut_off_file_is_named(saved: Path):
+def test_a_truncated_file_is_named(saved: Path):
     with (saved / "model.safetensors").open("r+b") as stream:
         stream.truncate(5000)
     with pytest.raises(GuardStopped, match="truncated"):
         verify_saved(saved)
 
 
-def test_a_tokenizer_that_reads_otherwise_is_named(saved: Path, chatml_tokenizer):
+def test_a_tokenizer_that_encodes_differently_is_named(saved: Path, chatml_tokenizer):
     with pytest.raises(GuardStopped, match="its tokenizer encodes 'hello'"):
         verify_saved(saved, sample_texts={"hello": [*chatml_tokenizer.encode("hello"), 3]})
 
@@ -154,9 +154,9 @@ def test_a_failed_save_leaves_nothing(tiny_llama_dir: Path, tiny_tokenizer, tmp_
 def test_a_model_whose_sampling_settings_are_off_is_saved(tiny_llama_dir: Path, tiny_tokenizer, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     model.generation_config.temperature = 0.6
-    own = model.generation_config
+    original = model.generation_config
     saved = save_model(model, tiny_tokenizer, tmp_path / "saved")
-    assert model.generation_config is own and not own.do_sample
+    assert model.generation_config is original and not original.do_sample
     again = AutoModelForCausalLM.from_pretrained(saved)
     assert again.generation_config.do_sample and torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert AutoTokenizer.from_pretrained(saved).eos_token == "</s>"

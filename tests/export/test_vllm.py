@@ -153,7 +153,7 @@ def test_patterns_with_one_factor_become_one_rank(
     assert (converted["r"], converted["lora_alpha"], converted["rank_pattern"]) == (8, 16, {})
 
 
-def test_names_of_a_compiled_model_are_mended(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_names_of_a_compiled_model_are_fixed(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -233,11 +233,11 @@ def test_the_training_config_decides(
 ) -> None:
     adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
     (tmp_path / "config.yaml").write_text(yaml)
-    found = extra_layers_reason(str(tmp_path / "config.yaml"), adapter)
-    assert (reason in found) if reason else found is None
+    reason_found = extra_layers_reason(str(tmp_path / "config.yaml"), adapter)
+    assert (reason in reason_found) if reason else reason_found is None
 
 
-def test_a_grown_vocabulary_is_seen(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_a_resized_vocabulary_is_detected(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
     content = json.loads((tiny_llama_dir / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<new>"})
@@ -259,7 +259,7 @@ def test_no_torch_is_imported(tiny_llama_dir: Path, make_adapter: MakeAdapter, t
     assert done.returncode == 0, done.stderr
 
 
-def test_a_cut_off_file_is_told(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""Adapters: what is trained, saved and loaded again, and what is refused with which words."""
+"""Adapters: what is trained, saved and loaded, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_xlora_mixes_trained_adapters(model, tiny_llama_dir: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("peft_type", NEEDS_TASK_IDS)
-def test_types_that_want_task_ids_are_refused(peft_type: str, model):
+def test_types_that_need_task_ids_are_refused(peft_type: str, model):
     with pytest.raises(ModelError, match=f"{peft_type} needs a task id with each row"):
         apply_peft(model, conf(peft_type))
 
@@ -158,7 +158,7 @@ def pretrained(path: Path | str) -> PretrainedPeft:
     return PretrainedPeft(peft_type="PRETRAINED_PEFT", name_or_path=str(path))
 
 
-def test_an_adapter_goes_on_being_trained(adapter: Path, tiny_llama_dir: Path):
+def test_a_saved_adapter_is_trained_further(adapter: Path, tiny_llama_dir: Path):
     base = load_model(RunConfig(model=str(tiny_llama_dir)))
     adapted = apply_peft(base, pretrained(adapter))
     saved = load_file(adapter / "adapter_model.safetensors")
@@ -173,11 +173,11 @@ def test_an_adapter_goes_on_being_trained(adapter: Path, tiny_llama_dir: Path):
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, chatml_llama_dir: Path, tmp_path: Path):
-    other = load_model(RunConfig(model=str(chatml_llama_dir)))
+    another = load_model(RunConfig(model=str(chatml_llama_dir)))
     with pytest.raises(ModelError, match="trained on another base model"):
-        apply_peft(other, pretrained(adapter))
+        apply_peft(another, pretrained(adapter))
     (adapter / fingerprint.FINGERPRINT_FILE).unlink()
-    assert apply_peft(other, pretrained(adapter)).trainable_parameters > 0
+    assert apply_peft(another, pretrained(adapter)).trainable_parameters > 0
 
 
 @pytest.mark.parametrize("change", ["fewer", "more"])

@@ -1,4 +1,4 @@
-"""New tokens: their rows are there, sensible, trained and saved."""
+"""New tokens: their embedding rows exist, start at the mean, are trained and saved."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_adapter_trains_the_new_rows_and_loads_again(
     assert not torch.equal(merged.model.embed_tokens.weight[ids], begin)
     assert not torch.equal(merged.lm_head.weight[ids], head)
     assert torch.equal(merged.model.embed_tokens.weight[:100], untouched)
-    # The adapter stays small: no whole embeddings in it, nor in the trainer's own checkpoints.
+    # The adapter stays small: no whole embeddings in it, nor in the trainer's rows checkpoints.
     adapted.model.save_pretrained(tmp_path / "checkpoint")
     for saved in ("adapter", "checkpoint"):
         assert (tmp_path / saved / "adapter_model.safetensors").stat().st_size < 60_000
@@ -144,8 +144,8 @@ def test_other_adapter_types_save_whole_embeddings_or_refuse(tiny_llama_dir: Pat
 
 def test_what_the_user_lists_is_kept(tiny_llama_dir: Path):
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
-    own = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": ["q_proj"], "trainable_token_indices": [7]})
-    config = apply_peft(model, own, embeddings=vocabulary).peft_config
+    rows = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": ["q_proj"], "trainable_token_indices": [7]})
+    config = apply_peft(model, rows, embeddings=vocabulary).peft_config
     assert config.trainable_token_indices == {"embed_tokens": [7, 500, 501], "lm_head": [500, 501]}
     model, _, vocabulary = prepare(tiny_llama_dir, FEW)
     whole = NewPeft(
@@ -166,10 +166,10 @@ def test_an_old_adapter_does_not_train_new_tokens(tiny_llama_dir: Path, tmp_path
         )
 
 
-def test_a_quantised_base_does_not_grow(tiny_llama_dir: Path):
+def test_a_quantized_base_does_not_grow(tiny_llama_dir: Path):
     loaded = load_tokenizer(str(tiny_llama_dir), template_source="x", special_tokens=MANY)
-    quantised = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True)
-    model = load_model(RunConfig(model=str(tiny_llama_dir)), quantised)
+    quantized = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True)
+    model = load_model(RunConfig(model=str(tiny_llama_dir)), quantized)
     with pytest.raises(
         ModelError, match=r"quant_conf: 6 tokens have no embedding row.*quantized model cannot be resized"
     ):

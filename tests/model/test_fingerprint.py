@@ -1,4 +1,4 @@
-"""A base model is recognised again, and another one is not taken for it."""
+"""A base model is recognized, and another one is distinguished from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shards_make_no_difference(tiny_llama_dir: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
-def test_other_weights_of_the_same_shape_are_told_apart(name: str, tiny_llama_dir: Path, copy: Path):
+def test_other_weights_of_the_same_shape_are_distinguished(name: str, tiny_llama_dir: Path, copy: Path):
     weights = load_file(copy / "model.safetensors")
     weights[name] = weights[name] * 1.01
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
@@ -50,21 +50,21 @@ def test_other_weights_of_the_same_shape_are_told_apart(name: str, tiny_llama_di
 
 
 def test_other_shapes_and_settings_are_named(tiny_llama_dir: Path, chatml_llama_dir: Path, copy: Path):
-    own = compute_fingerprint(tiny_llama_dir)
-    assert "tensors" in describe_difference(own, compute_fingerprint(chatml_llama_dir))
+    original = compute_fingerprint(tiny_llama_dir)
+    assert "tensors" in describe_difference(original, compute_fingerprint(chatml_llama_dir))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    assert "config.json differs" in describe_difference(own, compute_fingerprint(copy))
+    assert "config.json differs" in describe_difference(original, compute_fingerprint(copy))
     weights = {name: t.to(torch.bfloat16) for name, t in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert "dtypes" in describe_difference(own, compute_fingerprint(copy))
+    assert "dtypes" in describe_difference(original, compute_fingerprint(copy))
 
 
 def test_it_is_written_and_read_again(tiny_llama_dir: Path, tmp_path: Path):
     assert read_fingerprint(tmp_path) is None
-    own = compute_fingerprint(tiny_llama_dir)
-    write_fingerprint(own, tmp_path)
-    assert read_fingerprint(tmp_path) == own
+    original = compute_fingerprint(tiny_llama_dir)
+    write_fingerprint(original, tmp_path)
+    assert read_fingerprint(tmp_path) == original
     (tmp_path / FINGERPRINT_FILE).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         read_fingerprint(tmp_path)

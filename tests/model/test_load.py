@@ -183,6 +183,6 @@ def test_device_maps_that_fight_the_launcher_are_refused(tiny_llama_dir: Path):
     assert load_model(run_config(tiny_llama_dir, device_map={"": "cpu"})).device.type == "cpu"
 
 
-def test_quantisation_needs_exactly_one_width(tiny_llama_dir: Path):
+def test_quantization_needs_exactly_one_width(tiny_llama_dir: Path):
     with pytest.raises(ConfigError, match="neither of load_in_4bit and load_in_8bit"):
         load_model(run_config(tiny_llama_dir), BitsAndBytes(quantization_type="bits-and-bytes"))

@@ -47,7 +47,7 @@ def numbers(weight: torch.Tensor) -> torch.Tensor:
     ],
     ids=["nf4", "nf4-double", "int8", "torchao-int8", "torchao-float8"],
 )
-def test_a_quantised_base_trains_an_adapter(conf: Quantized, kind: str, tiny_llama_dir: Path, tmp_path: Path):
+def test_a_quantized_base_trains_an_adapter(conf: Quantized, kind: str, tiny_llama_dir: Path, tmp_path: Path):
     run_conf = RunConfig(model=str(tiny_llama_dir))
     model = load_model(run_conf, conf)
     assert is_quantized(model) and stored_as(model.model.layers[0].self_attn.q_proj) == kind
@@ -76,7 +76,7 @@ def test_a_quantised_base_trains_an_adapter(conf: Quantized, kind: str, tiny_lla
         assert torch.allclose(again(IDS).logits, adapted.model.eval()(IDS).logits, atol=0.05)
 
 
-def test_quantised_weights_themselves_are_not_trained(tiny_llama_dir: Path):
+def test_quantized_weights_themselves_are_not_trained(tiny_llama_dir: Path):
     model = load_model(RunConfig(model=str(tiny_llama_dir)), NF4)
     with pytest.raises(ModelError, match="quantized weights cannot be trained"):
         apply_peft(model, NoPeft(peft_type="NO_PEFT"))
@@ -92,8 +92,8 @@ def test_the_storage_type_changes_under_fsdp_only():
 
 def test_every_field_arrives():
     conf = INT8.model_copy(update={"llm_int8_threshold": 4.5, "llm_int8_skip_modules": ["lm_head", "q_proj"]})
-    made = to_bitsandbytes_config(conf)
-    assert (made.load_in_8bit, made.llm_int8_threshold, made.llm_int8_skip_modules) == (
+    config = to_bitsandbytes_config(conf)
+    assert (config.load_in_8bit, config.llm_int8_threshold, config.llm_int8_skip_modules) == (
         True,
         4.5,
         ["lm_head", "score", "q_proj"],
@@ -101,7 +101,7 @@ def test_every_field_arrives():
 
 
 @pytest.mark.parametrize("conf", [NF4, INT8], ids=["nf4", "int8"])
-def test_modules_are_left_out_besides_the_output_layer(conf: BitsAndBytes, chatml_llama_dir: Path):
+def test_modules_are_skipped_in_addition_to_the_output_layer(conf: BitsAndBytes, chatml_llama_dir: Path):
     model = load_model(
         RunConfig(model=str(chatml_llama_dir)), conf.model_copy(update={"llm_int8_skip_modules": ["q_proj"]})
     )
@@ -150,7 +150,7 @@ def gradients_after_an_evaluation(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("conf", [NF4, INT8, AO_INT8], ids=["nf4", "int8", "torchao-int8"])
-def test_gradients_flow_through_quantised_layers_after_an_evaluation(conf: Quantized, chatml_llama_dir: Path):
+def test_gradients_flow_through_quantized_layers_after_an_evaluation(conf: Quantized, chatml_llama_dir: Path):
     gradients = gradients_after_an_evaluation(load_model(RunConfig(model=str(chatml_llama_dir)), conf))
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 

@@ -28,8 +28,8 @@ def test_new_tokens_are_counted_and_the_own_special_tokens_stay(tiny_llama_dir: 
 
 
 def test_tokens_of_the_vocabulary_are_not_new_and_extra_ones_are_kept(chatml_llama_dir: Path):
-    wanted = (*CHATML_TOKENS, "<|extra|>")
-    loaded = load_tokenizer(str(chatml_llama_dir), template_source=TEMPLATE, special_tokens=wanted)
+    special_tokens = (*CHATML_TOKENS, "<|extra|>")
+    loaded = load_tokenizer(str(chatml_llama_dir), template_source=TEMPLATE, special_tokens=special_tokens)
     assert loaded.new_tokens == ("<|extra|>",)
     assert {*CHATML_TOKENS, "<|extra|>"} <= set(loaded.tokenizer.all_special_tokens)
     assert "keep-original" in loaded.warnings[0]
@@ -48,7 +48,7 @@ def test_keep_original_without_a_template_says_what_to_set(tiny_llama_dir: Path)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "pad", "shown"),
+    ("strategy", "pad", "replacement"),
     [
         (Pad.BOS_REPURPOSE, "<s>", None),
         (Pad.EOS_REPURPOSE, "</s>", None),
@@ -56,10 +56,10 @@ def test_keep_original_without_a_template_says_what_to_set(tiny_llama_dir: Path)
         (Pad.UNK_CONVERT_TO_EOS, "<unk>", "</s>"),
     ],
 )
-def test_the_four_padding_strategies(tiny_llama_dir: Path, strategy: Pad, pad: str, shown: str | None):
+def test_the_four_padding_strategies(tiny_llama_dir: Path, strategy: Pad, pad: str, replacement: str | None):
     loaded = load_tokenizer(str(tiny_llama_dir), template_source=TEMPLATE, missing_pad_token_strategy=strategy)
     assert loaded.tokenizer.pad_token == pad and pad in loaded.pad_description
-    expected = None if shown is None else loaded.tokenizer.convert_tokens_to_ids(shown)
+    expected = None if replacement is None else loaded.tokenizer.convert_tokens_to_ids(replacement)
     assert loaded.pad_input_id == expected
     assert len(loaded.tokenizer) == 500
 
@@ -72,7 +72,7 @@ def _copy_without(source: Path, target: Path, *tokens: str) -> str:
     return str(target)
 
 
-def test_a_missing_source_token_is_replaced_aloud(tiny_llama_dir: Path, tmp_path: Path):
+def test_a_missing_source_token_is_replaced_with_a_warning(tiny_llama_dir: Path, tmp_path: Path):
     without = _copy_without(tiny_llama_dir, tmp_path / "a", "bos_token")
     loaded = load_tokenizer(without, template_source=TEMPLATE)
     assert loaded.tokenizer.pad_token == "</s>"

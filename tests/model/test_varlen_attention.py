@@ -1,4 +1,4 @@
-"""Rows end to end attend to themselves alone, shown model by model; what cannot be shown is refused with its reason."""
+"""Concatenated rows attend only to themselves, verified per model; models that fail are refused with a reason."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
-PROVEN = {
+VERIFIED = {
     "llama": LlamaConfig(**GROUPED),
     "mistral with a window": MistralConfig(**GROUPED, sliding_window=4),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
@@ -97,9 +97,9 @@ def leak(model: Any) -> float:
     return float((before - after).abs().max())
 
 
-@pytest.mark.parametrize("name", PROVEN)
-def test_proven_models_keep_rows_apart(name: str) -> None:
-    model = make(PROVEN[name])
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verified_models_keep_rows_apart(name: str) -> None:
+    model = make(VERIFIED[name])
     with torch.no_grad():
         alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows()])
         padded_ids = torch.zeros(3, 11, dtype=torch.int64)
@@ -116,13 +116,13 @@ def test_proven_models_keep_rows_apart(name: str) -> None:
 
 
 def test_gradients_are_those_of_the_rows_alone() -> None:
-    alone, together = make(PROVEN["llama"]).train(), make(PROVEN["llama"]).train()
+    alone, together = make(VERIFIED["llama"]).train(), make(VERIFIED["llama"]).train()
     torch.cat([alone(row[None], use_cache=False).logits[0] for row in rows()]).square().sum().backward()
     assert enable_varlen(together) is None
     assert together.training
     together(use_cache=False, **varlen_inputs(rows())).logits.square().sum().backward()
-    for one, other in zip(alone.parameters(), together.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, atol=1e-4, rtol=1e-3)
+    for expected, actual in zip(alone.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -137,7 +137,7 @@ def test_refused_models_are_left_as_they_were(name: str) -> None:
 
 
 def test_capped_scores_are_refused_under_sdpa() -> None:
-    model = make(PROVEN["llama"])
+    model = make(VERIFIED["llama"])
     model.config.attn_logit_softcapping = 50.0
     assert "soft-caps its attention scores" in str(enable_varlen(model))
 
@@ -145,16 +145,16 @@ def test_capped_scores_are_refused_under_sdpa() -> None:
 def test_eager_attention_and_prompt_adapters_are_refused() -> None:
     from peft import PromptTuningConfig, get_peft_model
 
-    model = make(PROVEN["llama"])
+    model = make(VERIFIED["llama"])
     adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     assert "PROMPT_TUNING" in str(enable_varlen(adapted, adapted.active_peft_config))
-    eager = make(PROVEN["llama"])
+    eager = make(VERIFIED["llama"])
     eager.set_attn_implementation("eager")
     assert "attention eager" in str(enable_varlen(eager))
 
 
 def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> None:
-    model = make(PROVEN["llama"]).train()
+    model = make(VERIFIED["llama"]).train()
     model.model.layers[1].mlp.double()
     assert "isolation cannot be verified on cpu: " in str(enable_varlen(model))
     assert model.config._attn_implementation == "sdpa"
@@ -162,23 +162,23 @@ def test_a_model_that_cannot_compute_here_is_refused_and_left_as_it_was() -> Non
 
 
 def test_flash_attention_is_refused_where_the_weights_lie_on_the_cpu() -> None:
-    model = make(PROVEN["llama"])
+    model = make(VERIFIED["llama"])
     model.config._attn_implementation = "flash_attention_2"
     assert "flash_attention_2 runs on GPUs only" in str(enable_varlen(model))
 
 
-def test_what_one_process_has_proven_another_uses_without_its_weights() -> None:
-    proven, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
-    assert enable_varlen(proven) is None
+def test_another_process_uses_the_result_without_weights() -> None:
+    verified, empty = make(VERIFIED["llama"]), make(VERIFIED["llama"]).to("meta")
+    assert enable_varlen(verified) is None
     use_varlen(empty)
-    assert empty.config._attn_implementation == proven.config._attn_implementation == SDPA_VARLEN
+    assert empty.config._attn_implementation == verified.config._attn_implementation == SDPA_VARLEN
 
 
-def test_an_adapter_on_the_model_is_part_of_the_proof() -> None:
+def test_an_adapter_on_the_model_is_part_of_the_check() -> None:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(make(PROVEN["llama"]), config)
+    adapted = get_peft_model(make(VERIFIED["llama"]), config)
     assert enable_varlen(adapted, adapted.active_peft_config) is None
     assert leak(adapted) == 0.0
 
@@ -204,7 +204,7 @@ def _without_borders(*args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> tu
 
 def registered(name: str, attention: Any) -> str:
     """An implementation as transformers knows a package's, under a name of its own."""
-    use_varlen(make(PROVEN["llama"]))
+    use_varlen(make(VERIFIED["llama"]))
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[SDPA_VARLEN])
     return name
@@ -213,7 +213,7 @@ def registered(name: str, attention: Any) -> str:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_another_implementation_is_taken_where_its_logits_are_those_of_sdpa(autocast: torch.dtype | None) -> None:
     name = registered("kernel_for_tests", varlen_attention)
-    model, empty = make(PROVEN["llama"]), make(PROVEN["llama"]).to("meta")
+    model, empty = make(VERIFIED["llama"]), make(VERIFIED["llama"]).to("meta")
     assert enable_varlen_kernel(model, name, autocast=autocast) is None
     assert model.config._attn_implementation == name
     assert all(weight.grad is None for weight in model.parameters())
@@ -233,7 +233,7 @@ def test_another_implementation_is_taken_where_its_logits_are_those_of_sdpa(auto
 def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attention: Any, reason: str) -> None:
     if attention is not None:
         registered(name, attention)
-    model = make(PROVEN["llama"]).train()
+    model = make(VERIFIED["llama"]).train()
     assert reason in str(enable_varlen_kernel(model, name))
     assert model.config._attn_implementation == "sdpa"
     assert model.training
@@ -243,14 +243,14 @@ def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attent
 def test_no_implementation_is_tried_on_what_cannot_lie_end_to_end() -> None:
     name = registered("kernel_for_tests", varlen_attention)
     assert enable_varlen_kernel(make(REFUSED["gemma2 asks for eager"][0]), name) == "the model uses eager attention"
-    capped = make(PROVEN["llama"])
+    capped = make(VERIFIED["llama"])
     capped.config.attn_logit_softcapping = 50.0
     assert "soft-caps its attention scores" in str(enable_varlen_kernel(capped, name))
 
 
-def test_a_run_tells_which_attention_computes() -> None:
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]), attn_implementation="eager")
+def test_the_attention_implementation_is_described() -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(VERIFIED["llama"]), attn_implementation="eager")
     assert describe_attention(model, "as configured") == "attention: eager  (as configured)"
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(PROVEN["llama"]))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(VERIFIED["llama"]))
     use_varlen(model)
     assert describe_attention(model, "the default") == "attention: sdpa, row by row  (the default)"
