@@ -1,6 +1,4 @@
-"""What a model's own config says before the model is loaded.
-
-The attention implementations that a package of their own computes."""
+"""Read the config.json of a pretrained model before it is loaded, and find FlashAttention packages."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from typing import Any
 
 
 def read_pretrained_config(model: str) -> dict[str, Any] | None:
-    """The `config.json` of a model in a local folder; None where it lies elsewhere, or cannot be read."""
+    """Return the `config.json` of a model in a local folder; None if there is none or it is not valid JSON."""
     return _read(Path(model))
 
 
 def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
-    """Return a model's `config.json`, from its folder or else from the hub's cache; None where neither has it."""
+    """Return a model's `config.json` from a local folder or from the Hub cache; None if neither has it."""
     if Path(model, "config.json").is_file():
         return read_pretrained_config(model)
     snapshot = _cached_snapshot(model, environ)
@@ -28,9 +26,9 @@ def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) 
 
 
 def quantization_method(model: str) -> str | None:
-    """How a model in a local folder is quantised, such as `gptq`; None where it is not, or lies elsewhere."""
-    quantisation = (read_pretrained_config(model) or {}).get("quantization_config")
-    return quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    """Return the quantization method of a model in a local folder, such as `gptq`; None if it is not quantized."""
+    quantization = (read_pretrained_config(model) or {}).get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -55,7 +53,7 @@ def _cached_snapshot(model: str, environ: Mapping[str, str]) -> Path | None:
 
 @dataclass(frozen=True)
 class FlashAttentionPackage:
-    """What is imported, the distribution that holds it, and the line that installs it."""
+    """The module to import, the distribution that contains it, and the command that installs it."""
 
     module: str
     distribution: str
@@ -63,7 +61,8 @@ class FlashAttentionPackage:
 
     @property
     def is_installed(self) -> bool:
-        """By its distribution: two of them hold a module of one name."""
+        """Whether the distribution is installed. Two distributions share a module name, so the module is not
+        checked."""
         try:
             return bool(version(self.distribution))
         except PackageNotFoundError:
@@ -75,4 +74,4 @@ FLASH_ATTENTION_PACKAGES = {
     "flash_attention_3": FlashAttentionPackage("flash_attn_interface", "flash-attn-3", "pip install flash-attn-3"),
     "flash_attention_4": FlashAttentionPackage("flash_attn", "flash-attn-4", "pip install flash-attn-4"),
 }
-"""By transformers' names for `run_conf.model_args.attn_implementation`."""
+"""By the names that transformers uses for `run_conf.model_args.attn_implementation`."""

@@ -1,4 +1,4 @@
-"""What the sections of the YAML know: their keys, their unions' tags, and which section knows which key."""
+"""Describe the section models: keys, union tags, and which section has which key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetuning.config.yaml.document import KeyPath
 
 
 def members(annotation: Any) -> list[Any]:
-    """The types that an annotation allows, with `Annotated` and unions taken apart."""
+    """Return the types that an annotation allows, with `Annotated` and unions resolved."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return members(typing.get_args(annotation)[0])
@@ -24,14 +24,14 @@ def members(annotation: Any) -> list[Any]:
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a value of this annotation may be; for a list, those of its items."""
-    found: list[type[BaseModel]] = []
+    """Return the section models that a value of this annotation can be; for a list, those of its items."""
+    sections: list[type[BaseModel]] = []
     for member in members(annotation):
         if typing.get_origin(member) is list:
-            found.extend(sections_of(typing.get_args(member)[0]))
+            sections.extend(sections_of(typing.get_args(member)[0]))
         elif isinstance(member, type) and issubclass(member, BaseModel):
-            found.append(member)
-    return found
+            sections.append(member)
+    return sections
 
 
 def is_list(annotation: Any) -> bool:
@@ -39,12 +39,12 @@ def is_list(annotation: Any) -> bool:
 
 
 def keys_of(sections: list[type[BaseModel]]) -> list[str]:
-    """The keys that any of the sections knows, each once, in order."""
+    """Return the keys of all given sections without duplicates, in order."""
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
 def tag_of(section: type[BaseModel], discriminator: str) -> str | None:
-    """The one value that a section's discriminating field allows; None when the section has no such field."""
+    """Return the single value that a section's discriminator field allows; None if there is no such field."""
     field = section.model_fields.get(discriminator)
     if field is None or typing.get_origin(field.annotation) is not typing.Literal:
         return None
@@ -52,7 +52,7 @@ def tag_of(section: type[BaseModel], discriminator: str) -> str | None:
 
 
 def chosen_section(sections: list[type[BaseModel]], values: Any) -> list[type[BaseModel]]:
-    """The members of a union that the values' tag picks; all of them when it picks none."""
+    """Return the union members that the tag in the values selects; all members if it selects none."""
     if not isinstance(values, dict):
         return sections
     for discriminator in ("type", "peft_type", "quantization_type"):
@@ -71,7 +71,7 @@ def _is_open_tag(section: type[BaseModel], discriminator: str) -> bool:
 
 
 def sections_at(root: type[BaseModel], values: Any, path: KeyPath) -> list[type[BaseModel]]:
-    """The sections that may stand at a path of the document, as far as the tags on the way tell."""
+    """Return the section models that are possible at a path of the document, given the tags in the values."""
     current = [root]
     for part in path:
         current = chosen_section(current, values)
@@ -85,7 +85,7 @@ def sections_at(root: type[BaseModel], values: Any, path: KeyPath) -> list[type[
 
 
 def walk(root: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, FieldInfo]]:
-    """Every field of a section and of those below it: the path of its section, its name, the field."""
+    """Yield every field of a section and its subsections: path of its section, name, field."""
     for name, field in root.model_fields.items():
         yield path, name, field
         for section in sections_of(field.annotation):
@@ -93,7 +93,7 @@ def walk(root: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def key_index(root: type[BaseModel]) -> dict[str, list[str]]:
-    """For each key of the schema, the dotted paths of the sections that know it; "" is the top."""
+    """Return the dotted paths of the sections that have each key of the schema; "" is the top level."""
     index: dict[str, list[str]] = {}
     for path, name, _ in walk(root):
         places = index.setdefault(name, [])

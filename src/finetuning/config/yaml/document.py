@@ -1,6 +1,4 @@
-"""What the user wrote, as plain values, with the place of each.
-
-What a check has found wrong, before it is known where in the file that stands."""
+"""The values of a config file with the position of each, and the issues found in them."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ COMMAND_LINE = "command line"
 
 
 def dotted(path: KeyPath) -> str:
-    """A path as people write it.
+    """Return a path in dotted notation.
 
     >>> dotted(("data_conf", "datasets", 0, "path"))
     'data_conf.datasets.0.path'
@@ -27,32 +25,33 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass(frozen=True)
 class SourceSpan:
-    """Where a key or a list item begins: 1-based line and column in the file, or what else it came from."""
+    """Where a key or a list item comes from: 1-based line and column in the file, or a command-line override."""
 
     line: int | None = None
     column: int | None = None
     override: str | None = None
     source: Location | None = None
-    """What gave the value where no config did: a flag, or another file."""
+    """Origin of a value that no config file sets: a command-line flag, or another file."""
 
 
 @dataclass(frozen=True)
 class ConfigDocument:
-    """The values of a YAML file: mappings, lists, text, numbers, booleans and null, and where each was written."""
+    """The plain values of a YAML file (mappings, lists, text, numbers, booleans and null) and the position of each
+    key."""
 
     values: dict[str, Any]
     marks: Mapping[KeyPath, SourceSpan] = field(default_factory=dict)
     file: str | None = None
 
     def mark_of(self, path: KeyPath) -> SourceSpan | None:
-        """The mark of a path or, where nothing was written there, of the nearest section round it."""
+        """Return the span of a path, or of the nearest enclosing section if the path has none."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.marks:
                 return self.marks[path[:end]]
         return None
 
     def location_of(self, path: KeyPath) -> Location:
-        """Where a key is written; the section round it when it is not there."""
+        """Return the location of a key, or of the enclosing section if the key is absent."""
         mark = self.mark_of(path)
         key = dotted(path) or None
         if mark is None:
@@ -64,7 +63,7 @@ class ConfigDocument:
         return Location(file=self.file, line=mark.line, column=mark.column, key=key)
 
     def origin_of(self, path: KeyPath) -> str | None:
-        """`file:line` or `command line` for a value that was written, None for one that was not."""
+        """Return `file:line` or `command line` for a value that is set, None for one that is not."""
         if not self.has(path):
             return None
         mark = self.mark_of(path)
@@ -76,21 +75,21 @@ class ConfigDocument:
         return _find(self.values, path) is not _ABSENT
 
     def get(self, path: KeyPath, default: Any = None) -> Any:
-        """The value at a path, or the default."""
-        found = _find(self.values, path)
-        return default if found is _ABSENT else found
+        """Return the value at a path, or the default."""
+        value = _find(self.values, path)
+        return default if value is _ABSENT else value
 
     def with_value(self, path: KeyPath, value: Any) -> ConfigDocument:
-        """A copy with another value at a path whose surrounding sections exist; marks stay as they are."""
+        """Return a copy with a different value at a path whose enclosing section exists. Spans do not change."""
         return replace(self, values=_replaced(self.values, path, value))
 
     def without(self, path: KeyPath) -> ConfigDocument:
-        """A copy without a key; its mark stays, so that a message can still say where it was."""
+        """Return a copy without a key. Its span is kept, so that messages can still refer to it."""
         section = {key: value for key, value in self.get(path[:-1]).items() if key != path[-1]}
         return replace(self, values=_replaced(self.values, path[:-1], section))
 
     def with_marks(self, marks: Mapping[KeyPath, SourceSpan]) -> ConfigDocument:
-        """A copy with more marks."""
+        """Return a copy with additional spans."""
         return replace(self, marks={**self.marks, **marks})
 
 
@@ -128,18 +127,18 @@ MAX_ISSUES = 50
 
 @dataclass(frozen=True)
 class ValidationIssue:
-    """One thing that is wrong at a path of the document, and what to do about it."""
+    """Something that is wrong at a path of the document, and a hint on how to fix it."""
 
     path: KeyPath
     message: str
     hint: str | None = None
     kind: Kind = "value"
     meant: str | None = None
-    """For an unknown key: the key of the same section that was probably meant."""
+    """For an unknown key: the most similar key of the same section."""
 
 
 def to_problems(findings: Sequence[ValidationIssue], document: ConfigDocument) -> list[Problem]:
-    """The findings as problems with their places, in the file's order, each once; a count stands for very many."""
+    """Return the issues as problems with locations, in file order and without duplicates. At most 50 are listed."""
     problems = {}
     for finding in findings:
         message = finding.message

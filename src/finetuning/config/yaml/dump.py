@@ -1,4 +1,4 @@
-"""A validated config as YAML text, and where each of its values came from."""
+"""Dump a validated config as YAML, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from finetuning.config.yaml.document import ConfigDocument, KeyPath, dotted
 from finetuning.config.yaml.reader import read_scalar
 
 ENVIRONMENT_DEFAULTS: dict[KeyPath, str] = {("training_args", "output_dir"): "CHECKPOINTS_PATH"}
-"""Keys whose default an environment variable sets."""
+"""Keys whose default is set by an environment variable."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes every text so that our reader, whose numbers are not those of YAML 1.1, reads a text again."""
+    """Quotes every text that our reader, whose scalars differ from those of YAML 1.1, would not read as text."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         style = None if isinstance(read_scalar(text), str) and text != "<<" else "'"
@@ -35,17 +35,17 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def dump_values(config: BaseModel) -> dict[str, Any]:
-    """The config as plain values, defaults included, secrets left out."""
+    """Return the config as plain values, including defaults and without secrets."""
     return drop_secrets(_plain(config.model_dump(mode="python")))
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The config as YAML text that validates again to an equal config; secrets are left out."""
+    """Return the config as YAML that validates to an equal config. Secrets are left out."""
     return yaml.dump(dump_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def provenance(config: BaseModel, document: ConfigDocument, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """For each dotted key of the config: `file:line`, `command line`, `environment variable NAME` or `default`."""
+    """Return the origin of each dotted key: `file:line`, `command line`, `environment variable NAME` or `default`."""
     origins = {}
     for path in _leaves(dump_values(config)):
         origin = document.origin_of(path)
@@ -57,7 +57,7 @@ def provenance(config: BaseModel, document: ConfigDocument, environ: Mapping[str
 
 
 def _leaves(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """The paths of single values and of lists of them."""
+    """Yield the paths of scalars and of lists of scalars."""
     if isinstance(values, dict) and values:
         for key, item in values.items():
             yield from _leaves(item, (*path, key))

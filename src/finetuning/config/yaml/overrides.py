@@ -1,6 +1,4 @@
-"""`key.path=value` from the command line, over what the file says.
-
-Written-out escapes in templates of one line."""
+"""Apply `key.path=value` overrides from the command line to a config document."""
 
 from __future__ import annotations
 
@@ -15,13 +13,13 @@ from finetuning.errors import ConfigError, Location, Problem
 
 
 def apply_overrides(document: ConfigDocument, overrides: Sequence[str]) -> ConfigDocument:
-    """The document with each `key.path=value` in its place, in order; values are read as YAML.
+    """Return the document with the overrides applied in order. Values are parsed as YAML.
 
-    Numbers in the path count a list's items from 0; the number after the last item appends one.
+    Numbers in a path are list indexes from 0; the index after the last item appends an item.
 
     Raises:
-        ConfigError: overrides without "=", with a value that is not YAML, or through something that is no section;
-            all of them at once.
+        ConfigError: overrides without "=", with invalid YAML, or with a path through a value that is not a section.
+            Lists all of them.
     """
     problems: list[Problem] = []
     for text in overrides:
@@ -37,58 +35,58 @@ def apply_overrides(document: ConfigDocument, overrides: Sequence[str]) -> Confi
 def _apply(document: ConfigDocument, text: str) -> ConfigDocument:
     name, equals, value_text = text.partition("=")
     parts = name.strip().split(".")
-    shown = _shown(text, parts)
+    displayed = _displayed(text, parts)
     if not equals or not all(parts):
-        raise _error("expected key.path=value", shown)
+        raise _error("expected key.path=value", displayed)
     try:
         value = parse_value(value_text, COMMAND_LINE)
     except ConfigError as error:
         reason = error.problems[0].message.split("\n", 1)[0]
         why = "" if is_secret_path(parts) else f": {reason}"
-        raise _error(f"the value is not YAML{why}", shown) from None
-    values, path = _set(document.values, parts, value, (), shown)
-    marks = {known: mark for known, mark in document.marks.items() if known[: len(path)] != path}
-    mark = SourceSpan(override=shown)
+        raise _error(f"the value is not YAML{why}", displayed) from None
+    values, path = _set(document.values, parts, value, (), displayed)
+    marks = {key: mark for key, mark in document.marks.items() if key[: len(path)] != path}
+    mark = SourceSpan(override=displayed)
     for end in range(1, len(path) + 1):
         if path[:end] not in marks:
             marks[path[:end]] = mark
     return ConfigDocument(values, marks, document.file)
 
 
-def _set(values: Any, parts: list[str], value: Any, done: KeyPath, shown: str) -> tuple[Any, KeyPath]:
-    """A copy of the values with one value set, and the path that it was set at."""
+def _set(values: Any, parts: list[str], value: Any, done: KeyPath, displayed: str) -> tuple[Any, KeyPath]:
+    """Return a copy of the values with one value set, and the path that it was set at."""
     if not parts:
         return value, done
     head, rest = parts[0], parts[1:]
     if isinstance(values, list):
         index = int(head) if head.isdecimal() and len(head) < 8 else -1
         if not 0 <= index <= len(values):
-            raise _error(f'"{dotted(done)}" has items 0 to {len(values) - 1}; "{head}" is none of them', shown)
+            raise _error(f'"{dotted(done)}" has items 0 to {len(values) - 1}; "{head}" is none of them', displayed)
         copy = list(values)
         old = copy.pop(index) if index < len(values) else None
-        item, path = _set(old, rest, value, (*done, index), shown)
+        item, path = _set(old, rest, value, (*done, index), displayed)
         copy.insert(index, item)
         return copy, path
     if values is not None and not isinstance(values, dict):
-        raise _error(f'"{dotted(done)}" is a value, not a section', shown)
+        raise _error(f'"{dotted(done)}" is a value, not a section', displayed)
     copy = dict(values or {})
     key: str | int = head
     if head not in copy and head.isdecimal() and int(head) in copy:
         key = int(head)
-    copy[key], path = _set(copy.get(key), rest, value, (*done, key), shown)
+    copy[key], path = _set(copy.get(key), rest, value, (*done, key), displayed)
     return copy, path
 
 
-def _shown(text: str, parts: list[str]) -> str:
-    """The override as messages may show it."""
+def _displayed(text: str, parts: list[str]) -> str:
+    """Return the override as it may be displayed, without secrets."""
     if is_secret_path(parts):
         return f"{'.'.join(parts)}=…"
-    shown = strip_user_info(text)
-    return shown if len(shown) <= 100 else shown[:99] + "…"
+    displayed = strip_user_info(text)
+    return displayed if len(displayed) <= 100 else displayed[:99] + "…"
 
 
-def _error(message: str, shown: str) -> ConfigError:
-    return ConfigError(message, place=Location(file=f'{COMMAND_LINE} "{shown}"'))
+def _error(message: str, displayed: str) -> ConfigError:
+    return ConfigError(message, place=Location(file=f'{COMMAND_LINE} "{displayed}"'))
 
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}

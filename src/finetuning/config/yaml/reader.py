@@ -1,8 +1,7 @@
-"""A YAML file to a Document.
+"""Read YAML strictly: values with line and column, limits on size and nesting, and YAML 1.2 scalars.
 
-YAML text to a tree of nodes, within limits: the part of reading that a hostile file meets first.
-
-YAML's unquoted words, read as people mean them."""
+Events are composed into a tree of nodes, nodes are resolved to Python values, and each key gets its position.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "
 
 @dataclass
 class Node:
-    """A scalar, list or mapping of the file, with its 1-based line and column.
+    """A scalar, list or mapping with its 1-based line and column.
 
-    `nodes` and `levels` count what lies below it after every alias has been replaced by what it stands for.
+    `nodes` and `levels` are the size and depth of the subtree with all aliases expanded.
     """
 
     kind: str
@@ -37,14 +36,14 @@ class Node:
     is_plain: bool = False
     tag: str | None = None
     items: list[Node] = field(default_factory=list)
-    """A list's items; a mapping's keys and values in turn."""
+    """The items of a list; keys and values of a mapping, alternating."""
     nodes: int = 1
     levels: int = 0
     is_open: bool = True
 
 
 class _Composer:
-    """Puts YAML events together to one tree, and stops as soon as a limit is passed."""
+    """Composes YAML events into a tree, and stops as soon as a limit is exceeded."""
 
     def __init__(self, file: str | None):
         self.file = file
@@ -112,11 +111,11 @@ class _Composer:
 
 
 def compose(text: str, file: str | None) -> Node | None:
-    """The tree of the one document in a text, aliases resolved; None when the text holds nothing.
+    """Return the tree of the only document in a text, with aliases resolved; None if the text is empty.
 
     Raises:
-        ConfigError: a limit is passed, there is a second document, or a tag or alias is not allowed.
-        yaml.YAMLError: the text is not YAML.
+        ConfigError: a limit is exceeded, there is a second document, or a tag or alias is not allowed.
+        yaml.YAMLError: the text is not valid YAML.
     """
     composer = _Composer(file)
     documents = 0
@@ -194,10 +193,10 @@ _TAG = "tag:yaml.org,2002:"
 
 
 def read_document(path: str | Path) -> ConfigDocument:
-    """The values of a YAML file with the place of each; without values when the file is empty.
+    """Read a YAML file. The document has no values if the file is empty.
 
     Raises:
-        ConfigError: there is no such file, it is too large, not UTF-8, not YAML, or not a mapping at its top.
+        ConfigError: the file is missing, too large, not UTF-8, not valid YAML, or not a mapping at the top level.
     """
     file = str(path)
     try:
@@ -217,27 +216,27 @@ def read_document(path: str | Path) -> ConfigDocument:
 
 
 def parse_document(text: str, file: str | None = None) -> ConfigDocument:
-    """The values of a YAML text with the place of each.
+    """Parse a YAML text.
 
     Raises:
-        ConfigError: the text is not YAML, or not a mapping at its top.
+        ConfigError: the text is not valid YAML, or not a mapping at the top level.
     """
     root = _parse(text, file)
     if root is None:
         return ConfigDocument({}, file=file)
     if root.kind != "mapping":
-        found = "a list" if root.kind == "list" else "a single value"
-        raise ConfigError(f"expected sections (keys and values), found {found}", place=Location(file, root.line))
+        kind = "a list" if root.kind == "list" else "a single value"
+        raise ConfigError(f"expected sections (keys and values), found {kind}", place=Location(file, root.line))
     builder = _Builder(file)
     values = builder.value(root, ())
     return ConfigDocument(values, builder.marks, file)
 
 
 def parse_value(text: str, source: str) -> Any:
-    """The value that a short YAML text stands for, such as the right side of an override.
+    """Parse a short YAML text, such as the right side of an override.
 
     Raises:
-        ConfigError: the text is not YAML.
+        ConfigError: the text is not valid YAML.
     """
     root = _parse(text, source)
     return None if root is None else _Builder(source).value(root, ())
@@ -276,7 +275,7 @@ def _line_and_column(text: str, offset: int) -> tuple[int, int]:
 
 
 def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> ConfigError:
-    """The parser's complaint with the line that it is about, and a caret below the column."""
+    """Return the parser's error with the line in question, and a caret below the column."""
     mark = error.problem_mark or error.context_mark
     if mark is None:
         return ConfigError(f"is not YAML: {error.problem or error.context}", place=Location(file))
@@ -291,13 +290,13 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
         column = line.index("\t") if "\t" in line else column
     elif error.context and error.context_mark is not None:
         message = f"{message}, {error.context} that begins at line {error.context_mark.line + 1}"
-    shown = redact_line(line.expandtabs(1))[:160]
-    caret = " " * min(column, len(shown)) + "^"
-    return ConfigError(f"{message}\n    {shown}\n    {caret}", place=Location(file, row + 1, column + 1))
+    excerpt = redact_line(line.expandtabs(1))[:160]
+    caret = " " * min(column, len(excerpt)) + "^"
+    return ConfigError(f"{message}\n    {excerpt}\n    {caret}", place=Location(file, row + 1, column + 1))
 
 
 class _Builder:
-    """Turns nodes into values, and notes where each key and list item begins."""
+    """Converts nodes to Python values, and records the position of each key and list item."""
 
     def __init__(self, file: str | None):
         self.file = file
@@ -319,7 +318,8 @@ class _Builder:
         return result
 
     def _entries(self, node: Node) -> dict[str | int, tuple[Node, Node]]:
-        """A mapping's keys with the nodes of key and value; merged keys come after its own, which win."""
+        """Return a mapping's keys with their key and value nodes. Its own keys take precedence over merged ones
+        (`<<`)."""
         own: dict[str | int, tuple[Node, Node]] = {}
         merged: list[Node] = []
         merge_node: Node | None = None
@@ -350,15 +350,15 @@ class _Builder:
     def _scalar(self, node: Node) -> Any:
         if node.tag is None or node.tag == "!":
             return read_scalar(node.text) if node.is_plain else node.text
-        wanted = node.tag.removeprefix(_TAG)
-        if wanted == "str":
+        expected = node.tag.removeprefix(_TAG)
+        if expected == "str":
             return node.text
         value = read_scalar(node.text)
         kinds = {"int": int, "float": int | float, "bool": bool, "null": type(None)}
-        is_right = isinstance(value, kinds.get(wanted, ())) and (wanted == "bool" or not isinstance(value, bool))
+        is_right = isinstance(value, kinds.get(expected, ())) and (expected == "bool" or not isinstance(value, bool))
         if not is_right:
-            raise self._error(f"does not fit its tag !!{wanted}", node)
-        return float(value) if wanted == "float" else value
+            raise self._error(f"does not fit its tag !!{expected}", node)
+        return float(value) if expected == "float" else value
 
     def _duplicate(self, key: str | int, first: Node, second: Node) -> ConfigError:
         return self._error(f'"{key}" is written twice, at line {first.line} and at line {second.line}', second)
