@@ -45,7 +45,7 @@ def test_each_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (
             OSError(errno.ENOSPC, "No space left on device", "/x/y"),
             1,
-            "error: no room left on the disk while writing /x/y",
+            "error: no space left on the disk while writing /x/y",
         ),
         (MemoryError(), 203, "error: out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate"), 203, "error: out of memory: CUDA out of memory"),
@@ -54,12 +54,12 @@ def test_each_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(raising(error), []) == code
-    told = capsys.readouterr().err
-    assert told.startswith(text)
-    assert "Traceback" not in told
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(text)
+    assert "Traceback" not in stderr
 
 
-def test_the_traceback_of_a_defect_is_kept(
+def test_the_traceback_of_an_unexpected_error_is_saved(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", os.fspath(tmp_path))
@@ -68,7 +68,7 @@ def test_the_traceback_of_a_defect_is_kept(
     assert "ZeroDivisionError: by zero" in Path(path).read_text()
 
 
-def test_debug_shows_the_traceback_and_is_taken_out(
+def test_debug_prints_the_traceback_and_is_removed_from_the_arguments(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
