@@ -1,7 +1,7 @@
-"""Times and memory of one step, in a file: what fms-hf-tuning's `hf_resource_scanner` asks for.
+"""Measures time and memory of one step and writes them to a file, like `hf_resource_scanner` of fms-hf-tuning.
 
-Source: the shape of the file is that of HFResourceScanner, whose package replaces functions of the trainer and of
-torch.distributed while it measures; here module and optimizer are asked by hooks that are taken off again.
+The file has the format of HFResourceScanner. That package patches functions of the trainer and of torch.distributed;
+here temporary hooks on the model are used instead.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class ResourceScan:
-    """What is measured of one step. Times are nanoseconds since 1970, `relative` ones since the step began; those of
-    forward and backward pass are of the last micro-batch."""
+    """The measurements of one step.
+
+    Times are nanoseconds since 1970, or since the step began for `relative` ones. Those of forward and backward pass
+    are of the last micro-batch.
+    """
 
     def __init__(self, model: Any, device: Any):
         self._model = model
@@ -38,7 +41,7 @@ class ResourceScan:
         ]
 
     def mark(self, name: str) -> None:
-        """The moment at which something begins or ends, after the device has caught up."""
+        """Record the time of an event, after synchronizing the device."""
         import torch
 
         if self._device.type == "cuda":
@@ -59,14 +62,14 @@ class ResourceScan:
         self.memory["after_forward"] = self._allocated()
 
     def backward_ended(self) -> None:
-        """Gradients are there, and the optimizer begins."""
+        """Record the end of the backward pass and the size of the gradients."""
         self.mark("bwd_end")
         grads = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
         self.memory["gradients"] = sum(grad.numel() * grad.element_size() for grad in grads)
         self.mark("opt_begin")
 
     def finished(self, optimizer: Any) -> dict[str, Any]:
-        """The file's content; the hooks are off."""
+        """Remove the hooks and return the content of the file."""
         import torch
 
         self.mark("step_end")
@@ -98,7 +101,7 @@ class ResourceScan:
 
 
 def scanner_callback(path: Path) -> TrainerCallback:
-    """A callback that measures step 5 on the main process and writes the file; nothing in a shorter run."""
+    """Return a callback that measures step 5 on the main process and writes the file. A shorter run has no file."""
     from transformers import TrainerCallback
 
     class Scanner(TrainerCallback):
