@@ -1,4 +1,4 @@
-"""What is wrong with a trainer controller's rules, told before anything is loaded: their text is read, not run."""
+"""Validate the rules of a trainer controller before anything is loaded. Expressions are parsed, not evaluated."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
 def check_controllers(section: TrainerController, path: KeyPath = ()) -> Iterator[ValidationIssue]:
-    """What is wrong between the parts of a trainer controller, and in its rules. `path` is the section's own."""
+    """Yield the issues of a trainer controller and its rules. `path` is the path of the section."""
     yield from _check_components(section.controller_metrics, METRIC_CLASSES, (*path, "controller_metrics"), "metric")
     yield from _check_components(section.operations, OPERATION_CLASSES, (*path, "operations"), "operation")
     for index, metric in enumerate(section.controller_metrics):
@@ -142,7 +142,7 @@ def _check_operation(
 
 
 def _faults_of_rule(rule: str, metrics: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
-    """Each thing that is wrong with a rule, and what to do about it."""
+    """Yield what is wrong with a rule, with a hint."""
     if "__" in rule:
         yield '"__" is not allowed', None
         return
@@ -189,7 +189,7 @@ def _faults_of_node(node: ast.AST, metrics: Mapping[str, str], own: set[str]) ->
 
 
 def is_huge_power(base: Any, exponent: Any) -> bool:
-    """Whether base ** exponent is a number of more than 4096 bits. False for what is no whole number."""
+    """Return whether base ** exponent has more than 4096 bits. False unless both are integers."""
     if not (isinstance(base, int) and isinstance(exponent, int)):
         return False
     return exponent > 0 and max(base.bit_length() - 1, abs(base) > 1) * exponent > MAX_BITS

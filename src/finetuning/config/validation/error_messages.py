@@ -1,4 +1,4 @@
-"""pydantic's errors in plain words: one finding for each thing that is wrong."""
+"""Turn pydantic's validation errors into issues in plain words, one per problem."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
-    "number_wanted": "a number",
+    "number_expected": "a number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "list_type": "a list",
@@ -40,7 +40,7 @@ _LIMITS = {
 
 
 KeyIndex = Callable[[], dict[str, list[str]]]
-"""Works out, for each key that is known anywhere, the sections that know it."""
+"""Returns the sections that have each key of the schema. Called only if there is an unknown key."""
 
 
 def validation_issues(
@@ -49,38 +49,38 @@ def validation_issues(
     root: type[BaseModel] | None = None,
     elsewhere: KeyIndex = dict,
 ) -> list[ValidationIssue]:
-    """The findings behind pydantic's errors on plain values.
+    """Return the issues for pydantic's errors on plain values.
 
     Args:
-        errors: what `ValidationError.errors()` returns.
+        errors: the result of `ValidationError.errors()`.
         root: the section that the values were validated as; None for the value of a single key.
     """
-    findings: list[ValidationIssue] = []
+    issues: list[ValidationIssue] = []
     for error in errors[: 4 * MAX_ISSUES]:
         path = _document_path(error["loc"], values)
         if error["type"] == "extra_forbidden" and root is not None:
-            findings.append(unknown_key(path, keys_of(sections_at(root, values, path[:-1])), elsewhere()))
+            issues.append(unknown_key(path, keys_of(sections_at(root, values, path[:-1])), elsewhere()))
         elif error["type"] == "missing":
-            findings.append(ValidationIssue((*path, str(error["loc"][-1])), "is required, but missing", kind="missing"))
+            issues.append(ValidationIssue((*path, str(error["loc"][-1])), "is required, but missing", kind="missing"))
         elif error["type"] in ("union_tag_not_found", "union_tag_invalid") and root is not None:
-            findings.extend(_wrong_tag(error, path, values, root))
+            issues.extend(_wrong_tag(error, path, values, root))
         else:
-            findings.append(_wrong_value(error, path, _value_at(values, path)))
-    return _one_for_each(findings)
+            issues.append(_wrong_value(error, path, _value_at(values, path)))
+    return _one_for_each(issues)
 
 
 def unknown_key(path: KeyPath, siblings: Sequence[str], elsewhere: dict[str, list[str]]) -> ValidationIssue:
-    """The finding for a key that its section does not know."""
+    """Return the issue for a key that its section does not have."""
     name = str(path[-1])
     section = ".".join(str(part) for part in path[:-1] if isinstance(part, str))
-    places = {key: [place for place in found if place != section] for key, found in elsewhere.items()}
-    hint = key_hint(name, siblings, {key: found for key, found in places.items() if found})
+    places = {key: [place for place in sections if place != section] for key, sections in elsewhere.items()}
+    hint = key_hint(name, siblings, {key: sections for key, sections in places.items() if sections})
     meant = nearest(name, siblings)
     return ValidationIssue(path, "unknown key.", hint, kind="unknown key", meant=meant)
 
 
 def _document_path(loc: Sequence[str | int], values: Any) -> KeyPath:
-    """The part of pydantic's location that stands in the document: it also names unions' members."""
+    """Return the part of pydantic's location that exists in the document. It also contains names of union members."""
     path: list[str | int] = []
     for part in loc:
         if (isinstance(values, dict) and part in values) or (
@@ -98,7 +98,7 @@ def _value_at(values: Any, path: KeyPath) -> Any:
 
 
 def _wrong_tag(error: Mapping[str, Any], path: KeyPath, values: Any, root: type[BaseModel]) -> list[ValidationIssue]:
-    """A union whose tag is missing, misspelt or unknown: one finding, whatever its members would say."""
+    """Return one issue for a union whose tag is missing, misspelled or unknown, instead of one per member."""
     name = re.sub(r"\W", "", str(error["ctx"]["discriminator"]))
     section = _value_at(values, path)
     members = sections_at(root, _without_tags(values, path, name), path)
@@ -110,16 +110,16 @@ def _wrong_tag(error: Mapping[str, Any], path: KeyPath, values: Any, root: type[
     if not isinstance(section, dict):
         return [_wrong_value({"type": "model_type"}, path, section)]
     keys = keys_of(members)
-    misspelt = next((key for key in section if key not in keys and nearest(str(key), [name])), None)
-    if misspelt is not None:
+    misspelled = next((key for key in section if key not in keys and nearest(str(key), [name])), None)
+    if misspelled is not None:
         return [
-            ValidationIssue((*path, misspelt), f'unknown key. Did you mean "{name}"?', kind="unknown key", meant=name)
+            ValidationIssue((*path, misspelled), f'unknown key. Did you mean "{name}"?', kind="unknown key", meant=name)
         ]
     return [ValidationIssue((*path, name), f"is required, but missing; one of: {', '.join(tags)}", kind="missing")]
 
 
 def _without_tags(values: Any, path: KeyPath, name: str) -> Any:
-    """The values with the tag at a path taken out, so that it picks no member."""
+    """Return the values without the tag at a path, so that it selects no union member."""
     if not path:
         return {key: item for key, item in values.items() if key != name} if isinstance(values, dict) else values
     if isinstance(values, list):
@@ -154,15 +154,15 @@ def _wrong_value(error: Mapping[str, Any], path: KeyPath, value: Any) -> Validat
     return ValidationIssue(path, f"{message[:1].lower()}{message[1:]}{suffix}")
 
 
-def _one_for_each(findings: list[ValidationIssue]) -> list[ValidationIssue]:
-    """The findings without those that only say again, for another member of a union, what one of them says."""
-    inner = {finding.path[:end] for finding in findings for end in range(len(finding.path))}
+def _one_for_each(issues: list[ValidationIssue]) -> list[ValidationIssue]:
+    """Drop issues that repeat another one for a different member of a union."""
+    inner = {issue.path[:end] for issue in issues for end in range(len(issue.path))}
     grouped: dict[KeyPath, list[ValidationIssue]] = {}
-    for finding in findings:
+    for issue in issues:
         # A union that takes text or a list complains twice about a list's wrong item.
-        if finding.kind != "type" or finding.path not in inner:
-            grouped.setdefault(finding.path, []).append(finding)
-    meant = {(*finding.path[:-1], finding.meant) for finding in findings if finding.kind == "unknown key"}
+        if issue.kind != "type" or issue.path not in inner:
+            grouped.setdefault(issue.path, []).append(issue)
+    meant = {(*issue.path[:-1], issue.meant) for issue in issues if issue.kind == "unknown key"}
     result = []
     for path, group in grouped.items():
         if group[0].kind == "missing" and path in meant:
@@ -172,9 +172,9 @@ def _one_for_each(findings: list[ValidationIssue]) -> list[ValidationIssue]:
 
 
 def _either(group: list[ValidationIssue]) -> ValidationIssue:
-    """One finding for what the members of a union say about one value."""
-    words = list(dict.fromkeys(_expectation(finding.message) for finding in group if finding.kind == "type"))
-    others = [finding for finding in group if finding.kind != "type"]
+    """Merge the issues that the members of a union report for one value."""
+    words = list(dict.fromkeys(_expectation(issue.message) for issue in group if issue.kind == "type"))
+    others = [issue for issue in group if issue.kind != "type"]
     if len(words) < 2 or others:
         return others[0] if others else group[0]
     _, got, value = group[0].message.partition(" (got ")

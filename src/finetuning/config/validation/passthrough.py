@@ -1,4 +1,4 @@
-"""The keys that pass through to a library: checked against what it accepts."""
+"""Check keys that are passed through to a library against the fields that the library accepts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SET_BY_OTHER_KEYS = {
     "chat_template_path": "data_conf.chat_template",
     "chat_template_kwargs": "the rows' own column chat_template_kwargs",
 }
-"""Fields of the trainers' configs that another section decides."""
+"""Fields of the trainers' configs that another key of the config sets."""
 
-# What the library takes besides what its annotation says.
+# The library accepts more than its annotation says.
 _WIDER: Fields = {"fsdp": bool | str | list[str] | None}
 _WITHOUT_KWARGS = ("NO_PEFT", "PRETRAINED_PEFT")
 _PEFT_SET_ELSEWHERE = {"peft_type": "peft_conf.peft_type", "task_type": "peft_conf.task_type"}
@@ -36,7 +36,7 @@ _PEFT_NOT_SETTINGS = ("auto_mapping", "peft_version", "inference_mode")
 
 @dataclass(frozen=True)
 class PassthroughResult:
-    """What was found in the pass-through sections, and the document with their values as the library wants them."""
+    """The issues of the pass-through sections, and the document with values coerced to the types of the library."""
 
     document: ConfigDocument
     findings: list[ValidationIssue]
@@ -45,7 +45,7 @@ class PassthroughResult:
 
 @dataclass(frozen=True)
 class CoercedValue:
-    """What a value at a path means to the library."""
+    """A value at a path, coerced to the type that the library expects."""
 
     path: KeyPath
     value: Any
@@ -57,9 +57,9 @@ Found = Iterator[ValidationIssue | CoercedValue]
 def check_passthrough(
     document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
 ) -> PassthroughResult:
-    """The pass-through keys of a document checked: unknown names, wrong types, keys that another section owns.
+    """Check the pass-through keys of a document: unknown keys, invalid values, keys that another section sets.
 
-    A value that is right but written otherwise, such as `yes` for a boolean, is replaced by what it means.
+    Valid values in another notation, such as `yes` for a boolean, are coerced in the returned document.
     """
     found: list[ValidationIssue | CoercedValue] = []
     for check in (_training_args, _peft_conf, _model_args, _generation):
@@ -86,7 +86,7 @@ def _training_args(
         owner = SET_BY_OTHER_KEYS[key]
         verb = "is worked out from" if key in _BATCH_FIELDS else "is decided by"
         yield ValidationIssue((*path, key), f"{verb} {owner}.", "Remove it here.")
-    yield from _names_that_the_library_lists(document, root, libraries)
+    yield from _check_listed_names(document, root, libraries)
     if not extras:
         return
     fields = libraries.trainer_fields(root.trainer_config)
@@ -97,8 +97,8 @@ def _training_args(
     yield from _check_keys(document, path, extras, known, usable, elsewhere)
 
 
-def _names_that_the_library_lists(document: ConfigDocument, root: type[Experiment], libraries: LibraryFields) -> Found:
-    """Own fields whose allowed names are the library's: schedules, optimizers, trackers, DPO losses."""
+def _check_listed_names(document: ConfigDocument, root: type[Experiment], libraries: LibraryFields) -> Found:
+    """Check fields of ours whose values the library lists: schedules, optimizers, trackers, DPO losses."""
     listed = {key: key for key in ("lr_scheduler_type", "optim", "report_to")}
     if root.method_name == "dpo":
         listed["loss_type"] = "dpo_loss_type"
@@ -160,14 +160,14 @@ def _model_args(
         model = document.get((parent, "model"), "")
         fields = libraries.model_fields(model) if unknown and isinstance(model, str) and model else None
         if fields is None:
-            yield from _not_knowing_the_model(path, unknown, [*own, *known], elsewhere)
+            yield from _unknown_model_keys(path, unknown, [*own, *known], elsewhere)
             continue
         known = {**{name: kind for name, kind in fields.items() if name not in own}, **known}
         yield from _check_keys(document, path, extras, known, [*own, *known], elsewhere)
 
 
-def _not_knowing_the_model(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: KeyIndex) -> Found:
-    """Keys that only the model's own config, which is not on this machine, could know."""
+def _unknown_model_keys(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: KeyIndex) -> Found:
+    """Report keys that may belong to a model config which is not on this machine."""
     for key in unknown:
         found = unknown_key((*path, key), usable, elsewhere())
         if found.hint is not None:
@@ -196,7 +196,7 @@ def _check_keys(
     usable: list[str],
     elsewhere: KeyIndex,
 ) -> Found:
-    """Unknown keys and values of a wrong type among some keys of a section; what the right ones mean."""
+    """Report unknown keys and invalid values among the given keys of a section; yield coerced values."""
     for key in keys:
         if key not in known:
             yield unknown_key((*path, key), usable, elsewhere())
@@ -205,7 +205,7 @@ def _check_keys(
             continue
         value = document.get((*path, key))
         if isinstance(value, bool) and known[key] in (int, float):
-            yield from validation_issues([{"type": "number_wanted", "loc": (key,)}], {key: value})
+            yield from validation_issues([{"type": "number_expected", "loc": (key,)}], {key: value})
             continue
         try:
             meant = _adapter(known[key]).validate_python(value)
@@ -223,7 +223,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def library_keys(document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields) -> dict[str, list[str]]:
-    """The keys that libraries know, with the pass-through section that each belongs under."""
+    """Return the pass-through section of each key that a library accepts."""
     found: dict[str, list[str]] = {}
     if not issubclass(root, Experiment):
         return found

@@ -1,4 +1,4 @@
-"""Names that transformers, TRL or PEFT have changed or dropped: the one place that knows the old ones."""
+"""Keys that transformers, TRL or PEFT renamed or removed, and how to translate them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _GONE = "has no equivalent any more and is ignored"
 
 @dataclass(frozen=True)
 class RenamedKey:
-    """A key that is called otherwise today; its value is converted, None from the conversion drops it."""
+    """A renamed key. Its value is converted; the key is dropped if the conversion returns None."""
 
     to: tuple[str, ...]
     convert: Convert = lambda value: value
     unset: Any = None
-    """The value of today's key that leaves the word to the old one."""
+    """Value of the new key that counts as not set, so that the old key takes effect."""
 
 
 @dataclass(frozen=True)
 class RemovedKey:
-    """A key that changes nothing any more."""
+    """A key that no longer has an effect."""
 
     why: str = ""
     though_known: bool = False
-    """Whether it is dropped even where the trainer's config still has it."""
+    """Drop the key even if the trainer's config still has it."""
 
 
 @dataclass(frozen=True)
 class RejectedKey:
-    """A key that would change the outcome and cannot be honoured."""
+    """A key that would change the result and is no longer supported."""
 
     instead: str
 
@@ -52,7 +52,7 @@ def _is_true(value: Any) -> bool:
 
 
 def _share(value: Any) -> Any:
-    """A share of the steps; 0 is the default and 1.0 would mean one step."""
+    """Return a fraction of all steps; None for the default 0."""
     return None if value == 0 else value
 
 
@@ -123,16 +123,16 @@ TABLES: dict[KeyPath, dict[str, Change]] = {
     ("run_conf", "model_args"): MODEL_ARGS,
     ("model_conf", "model_args"): MODEL_ARGS,
 }
-"""For each section, its old names and what has become of them."""
+"""Old keys by section."""
 OLD_VALUES: dict[KeyPath, dict[str, str]] = {
     ("training_args", "optim"): {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"},
 }
-"""For each key, names of values that are gone and those that mean the same today."""
+"""Old values by key, with their replacements."""
 
 
 @dataclass(frozen=True)
 class RenamedResult:
-    """A document in today's names, what was changed, and what could not be."""
+    """A document with current names, warnings about what was renamed, and issues that could not be resolved."""
 
     document: ConfigDocument
     warnings: list[Problem]
@@ -140,10 +140,10 @@ class RenamedResult:
 
 
 def apply_renames(document: ConfigDocument, known: Callable[[], Container[str]] = frozenset) -> RenamedResult:
-    """The document with old names replaced by today's; a warning for each that names today's key.
+    """Replace old keys by current ones, with a warning for each.
 
     Args:
-        known: works out the names that this method's trainer still knows; what is old to one is today's to another.
+        known: returns the fields of this algorithm's trainer; a name that is old for one may be current for another.
     """
     written = document
     findings: list[ValidationIssue] = []

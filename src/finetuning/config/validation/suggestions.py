@@ -1,12 +1,12 @@
-"""The right name for a wrong one."""
+"""Suggest the right key or value for a misspelled or misplaced one."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-# What people write who come from other engines, and the key that means it here.
-_ELSEWHERE_CALLED = {
+# Keys of other engines and libraries, with the equivalent key.
+_KEYS_OF_OTHER_ENGINES = {
     "lr": "training_args.learning_rate",
     "epochs": "training_args.num_train_epochs",
     "num_epochs": "training_args.num_train_epochs",
@@ -35,7 +35,7 @@ _MANY = 8
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate that a name was probably meant to be, or None.
+    """Return the most similar candidate, or None if none is similar enough.
 
     >>> nearest("modl", ["model", "tokenizer"])
     'model'
@@ -45,25 +45,25 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     plain: dict[str, str] = {}
     for candidate in candidates:
         plain.setdefault(_plain(candidate), candidate)
-    wanted = _plain(name[:100])
-    if wanted in plain:
-        return plain[wanted]
-    found = difflib.get_close_matches(wanted, plain, n=1, cutoff=cutoff)
-    return plain[found[0]] if found else None
+    plain_name = _plain(name[:100])
+    if plain_name in plain:
+        return plain[plain_name]
+    matches = difflib.get_close_matches(plain_name, plain, n=1, cutoff=cutoff)
+    return plain[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """`Did you mean "…"?`, or None when no candidate is near."""
-    found = nearest(name, candidates, cutoff)
-    return f'Did you mean "{found}"?' if found is not None else None
+    """Return `Did you mean "…"?`, or None if no candidate is similar."""
+    match = nearest(name, candidates, cutoff)
+    return f'Did you mean "{match}"?' if match is not None else None
 
 
 def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]) -> str | None:
-    """What to do about an unknown key: the nearest key of its section, or the section where it belongs.
+    """Return a hint for an unknown key: the nearest key of its section, or the section that has the key.
 
     Args:
-        siblings: the keys that its section knows.
-        elsewhere: for each key of the whole schema, the sections that know it, as dotted paths; "" is the top.
+        siblings: the keys of its section.
+        elsewhere: the sections that have each key of the schema, as dotted paths; "" is the top level.
     """
     siblings = list(siblings)
     close = nearest(name, siblings, cutoff=0.85)
@@ -71,8 +71,8 @@ def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]
         return f'Did you mean "{close}"?'
     if name in elsewhere:
         return belongs_to(elsewhere[name])
-    if name.lower() in _ELSEWHERE_CALLED:
-        full = _ELSEWHERE_CALLED[name.lower()]
+    if name.lower() in _KEYS_OF_OTHER_ENGINES:
+        full = _KEYS_OF_OTHER_ENGINES[name.lower()]
         section, _, key = full.rpartition(".")
         if key in siblings:
             return f'Did you mean "{key}"?'
@@ -80,15 +80,15 @@ def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]
             return f'Did you mean "{full}"?'
     hint = did_you_mean(name, siblings)
     if hint is None:
-        found = nearest(name, elsewhere, cutoff=0.85)
-        hint = None if found is None else f'Did you mean "{found}"? It {belongs_to(elsewhere[found])[3:]}'
+        match = nearest(name, elsewhere, cutoff=0.85)
+        hint = None if match is None else f'Did you mean "{match}"? It {belongs_to(elsewhere[match])[3:]}'
     return hint
 
 
 def belongs_to(sections: Sequence[str]) -> str:
-    """`It belongs under …`.
+    """Return `It belongs under …`.
 
-    >>> belongs(["sft_args"])
+    >>> belongs_to(["sft_args"])
     'It belongs under sft_args.'
     """
     named = [section or "the top level" for section in sections]
@@ -97,9 +97,10 @@ def belongs_to(sections: Sequence[str]) -> str:
     return f"It belongs under {' or '.join(named)}."
 
 
-def unknown_value(what: str, shown: str | None, allowed: Sequence[str], hint: str | None) -> str:
-    """`unknown …`, with the values that are allowed, unless they are many and the hint names the right one."""
-    named = f"unknown {what} {shown}" if shown else f"unknown {what}"
+def unknown_value(what: str, displayed: str | None, allowed: Sequence[str], hint: str | None) -> str:
+    """Return `unknown …` with the allowed values, which are left out if there are many and the hint names the
+    nearest."""
+    named = f"unknown {what} {displayed}" if displayed else f"unknown {what}"
     return f"{named}." if hint and len(allowed) > _MANY else f"{named}; one of: {', '.join(allowed)}."
 
 

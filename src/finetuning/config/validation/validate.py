@@ -1,6 +1,4 @@
-"""A Document to a validated experiment: every problem of the file at once, each with its place.
-
-The rules of a run, whether they stand in its YAML or in a file of their own."""
+"""Validate a config document: schema, library fields, cross-field rules. Reports all problems of the file at once."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 @dataclass(frozen=True)
 class ValidatedConfig(Generic[Config]):
-    """A config that is right, what is worth knowing about it, and the document in today's names behind it."""
+    """A valid config, warnings about it, and the document that it was read from, with current key names."""
 
     experiment: Config
     warnings: list[Problem]
@@ -47,15 +45,15 @@ def validate(
     methods: Mapping[str, type[Experiment]] = EXPERIMENTS,
     libraries: LibraryFields | None = None,
 ) -> ValidatedConfig[Config]:
-    """The document as a config of the given class, checked in itself, against the libraries and the rules.
+    """Validate a document as a config of the given class.
 
     Args:
-        passthrough: whether keys that pass through to a library are checked.
-        methods: the configs of all methods, so that one given to the wrong command is recognised.
-        libraries: what the libraries accept; the table in the package by default.
+        passthrough: whether to check keys that are passed through to a library.
+        methods: the configs of all algorithms, to detect a config for another subcommand.
+        libraries: the fields that the libraries accept; by default the packaged table.
 
     Raises:
-        ConfigError: everything that is wrong, in the file's order.
+        ConfigError: the document is invalid. Lists all problems in file order.
     """
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
@@ -93,7 +91,8 @@ def validate(
 def _check_sections(
     values: Any, config: type[Config], elsewhere: KeyIndex
 ) -> tuple[Config, list[ValidationIssue], Mapping[str, Any]]:
-    """The config, or one of its right sections only; what is wrong; the right sections by name."""
+    """Return the config (with its valid sections only, if some are invalid), the issues, and the valid sections by
+    name."""
     try:
         experiment = config.model_validate(values)
     except ValidationError as error:
@@ -114,7 +113,7 @@ def _check_sections(
 
 
 def _without_empty_sections(document: ConfigDocument, root: type[BaseModel]) -> ConfigDocument:
-    """The document with `section:`, whose every line is commented out, read as a section of defaults."""
+    """Treat a section whose lines are all commented out (`section:`) as a section of defaults."""
     empty = [
         (path, field)
         for path, field, value in _written_fields(document.values, root)
@@ -129,7 +128,8 @@ def _without_empty_sections(document: ConfigDocument, root: type[BaseModel]) -> 
 
 
 def _booleans_for_numbers(document: ConfigDocument, root: type[BaseModel]) -> Iterator[ValidationIssue]:
-    """Python's booleans are whole numbers: `max_steps: true` would mean one step."""
+    """Report booleans where numbers are expected: bool is a subclass of int, so `max_steps: true` would mean one
+    step."""
     for path, field, value in _written_fields(document.values, root):
         kinds = members(field.annotation)
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
@@ -137,7 +137,7 @@ def _booleans_for_numbers(document: ConfigDocument, root: type[BaseModel]) -> It
 
 
 def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mapping[str, Any]:
-    """The fields of `training_args`, ours and the trainer's."""
+    """Return the fields of `training_args`: ours and the trainer's."""
     if not issubclass(config, Experiment):
         return {}
     own = sections_of(config.model_fields["training_args"].annotation)[0].model_fields
@@ -145,7 +145,7 @@ def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mappin
 
 
 def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo, Any]]:
-    """Every field of the schema that is written: its path, the field, its value."""
+    """Yield the path, the field and the value of every schema field that the document sets."""
     for model in chosen_section([root], values) if isinstance(values, dict) else ():
         for name in model.model_fields.keys() & values.keys():
             field, value = model.model_fields[name], values[name]
@@ -164,7 +164,7 @@ def _checked_method(
     methods: Mapping[str, type[Experiment]],
     libraries: LibraryFields,
 ) -> list[ValidationIssue]:
-    """The findings, or one alone where the file is plainly meant for another method's command."""
+    """Return the issues, or a single one if the file is clearly meant for another algorithm."""
     if not issubclass(config, Experiment):
         return findings
     named = document.get(("method",))
@@ -185,13 +185,13 @@ def _checked_method(
 
 
 def _other_method(method: str, verb: str, what: str, document: ConfigDocument) -> str:
-    # The names are read letter by letter.
+    # Acronyms are spelled out: an SFT config, a DPO config.
     article = "an" if method[0] in "aefhilmnorsx" else "a"
     return f"this looks like {article} {method} config ({verb} {what}); run: finetuning {method} {document.file or '…'}"
 
 
 def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], libraries: LibraryFields) -> list[KeyPath]:
-    """Those of the unknown keys that another method knows at that very place."""
+    """Return the unknown keys that another algorithm has at the same path."""
     found = []
     fields: Mapping[str, Any] | None = None
     for path in paths:
@@ -207,15 +207,15 @@ def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], librarie
 
 
 def _keys_only_here(document: ConfigDocument, config: type[Experiment], other: type[Experiment]) -> bool:
-    """Whether the document has a section that this method knows and the other does not."""
+    """Return whether the document has a section that this algorithm has and the other one does not."""
     return any(name in config.model_fields and name not in other.model_fields for name in document.values)
 
 
 def read_controllers(section: TrainerController | str | None) -> TrainerController | None:
-    """The section itself, or the one that a file holds; None when there is none.
+    """Return the section, read from a file if it is a path; None if there is none.
 
     Raises:
-        ConfigError: every mistake of the file, each with its line.
+        ConfigError: the file is invalid. Lists all problems with their lines.
     """
     if not isinstance(section, str):
         return section
