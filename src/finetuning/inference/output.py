@@ -13,7 +13,7 @@ import yaml
 from finetuning.errors import ConfigError, Location, StorageError
 
 
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+class _RecordDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """YAML without anchors, and with multi-line text as a block."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -26,13 +26,13 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if is_block else None)
 
 
-_Dumper.add_representer(str, _represent_text)
+_RecordDumper.add_representer(str, _represent_text)
 
 
 def _write_yaml(records: list[dict[str, Any]], stream: TextIO) -> None:
     # One record at a time: the document tree of all records would take many times their memory.
     for record in records:
-        yaml.dump([record], stream, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        yaml.dump([record], stream, Dumper=_RecordDumper, sort_keys=False, allow_unicode=True, width=120)
     if not records:
         stream.write("[]\n")
 

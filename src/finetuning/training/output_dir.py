@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuning import __version__
 from finetuning.atomic_io import remove_staging_directories
@@ -25,11 +27,27 @@ from finetuning.plan.plan import format_bytes
 from finetuning.report.run_folder import CONFIG_NAME, RECORD_NAME, read_run_record
 from finetuning.training.resume.find import checkpoints_of
 
+if TYPE_CHECKING:
+    from finetuning.training.final_model import FinalModel
+
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "mlflow")
 _KEY = "training_args.output_dir"
 _LOCK_NAME = ".finetuning.lock"
 # Keys that may differ between a completed run and the same command run again.
 _INCIDENTAL = ("run_conf.resume_from_checkpoint", "tracking", "telemetry", "logging_dir", "save_model_dir")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    status: str
+    model: FinalModel | None = None
+    """None if the run was already complete, and on processes other than the main one."""
+    steps: int = 0
+    final_loss: float | None = None
+    training_s: float | None = None
+    """Duration of the training loop in seconds."""
 
 
 class RunRecord:

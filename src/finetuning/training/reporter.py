@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from finetuning.tracking.tracker import TrackerGroup
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.training.final_model import FinalModel
+    from finetuning.training.output_dir import RunResult
     from finetuning.training.resume.config_changes import ResumeTerms
     from finetuning.training.resume.find import ResumePoint
-    from finetuning.training.run import RunResult
     from finetuning.training.setup import LoadedModel
     from finetuning.training.signals import StopOnSignal
 

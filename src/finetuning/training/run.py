@@ -20,14 +20,20 @@ from finetuning.distributed import ProcessTopology, read_job_end_time
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
-from finetuning.training.output_dir import RunRecord, check_free_space, is_complete, lock_output_dir, status_of
+from finetuning.training.output_dir import (
+    RunRecord,
+    RunResult,
+    check_free_space,
+    is_complete,
+    lock_output_dir,
+    status_of,
+)
 from finetuning.training.resume.config_changes import compare_with_checkpoint
 from finetuning.training.resume.find import ResumePoint, find_resume_point
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from finetuning.training.final_model import FinalModel
     from finetuning.training.reporter import RunReporter
 
 
@@ -51,19 +57,6 @@ class TrainingJob:
     @property
     def final_folder(self) -> Path:
         return self.output_dir / self.experiment.run_conf.final_checkpoint_name
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended."""
-
-    status: str
-    model: FinalModel | None = None
-    """None if the run was already complete, and on processes other than the main one."""
-    steps: int = 0
-    final_loss: float | None = None
-    training_s: float | None = None
-    """Duration of the training loop in seconds."""
 
 
 def run_training(job: TrainingJob) -> RunResult:

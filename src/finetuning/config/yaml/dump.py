@@ -18,7 +18,7 @@ ENVIRONMENT_DEFAULTS: dict[KeyPath, str] = {("training_args", "output_dir"): "CH
 """Keys whose default is set by an environment variable."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _ConfigDumper(yaml.SafeDumper):
     """Quotes every text that our reader, whose scalars differ from those of YAML 1.1, would not read as text."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
@@ -31,7 +31,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(str, _Dumper.represent_text)
+_ConfigDumper.add_representer(str, _ConfigDumper.represent_text)
 
 
 def dump_values(config: BaseModel) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def dump_values(config: BaseModel) -> dict[str, Any]:
 
 def dump_yaml(config: BaseModel) -> str:
     """Return the config as YAML that validates to an equal config. Secrets are left out."""
-    return yaml.dump(dump_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dump_values(config), Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def provenance(config: BaseModel, document: ConfigDocument, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
