@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -20,6 +20,7 @@ from finetuning.model.stop_tokens import StopTokens, fix_sampling_config, save_t
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from typing_extensions import TypeIs
 
     from finetuning.model.embeddings import EmbeddingInfo
 
@@ -138,6 +139,6 @@ def has_extended_base(folder: Path, model: PreTrainedModel, tokenizer: PreTraine
     return torch.equal(saved, weight.detach().to("cpu", saved.dtype))
 
 
-def is_peft_model(model: object) -> TypeGuard[PeftModel]:
+def is_peft_model(model: object) -> TypeIs[PeftModel]:
     """Whether a model has a PEFT adapter; by its attributes, so that PEFT need not be imported."""
     return hasattr(model, "peft_config") and hasattr(model, "active_peft_config")
