@@ -113,8 +113,8 @@ def quoted_annotations(tree: ast.Module) -> Iterator[ast.AST]:
             places = [node.annotation]
         elif isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] == "cast":
             places = [node.args[0]]
-        for place in filter(None, places):
-            for inner in ast.walk(place):
+        for location in filter(None, places):
+            for inner in ast.walk(location):
                 if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
                     try:
                         yield from ast.walk(ast.parse(inner.value, mode="eval"))

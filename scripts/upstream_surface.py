@@ -166,12 +166,12 @@ UPSTREAM_ATTRIBUTES = {"_signature_columns"}
 def missing_entries(entries: list[Entry]) -> list[str]:
     """Return what is used and not in the table."""
     names = {entry.name for entry in entries}
-    missing = [f"{place}: {name}" for name, place in used_names() if name not in names]
-    for owners, name, place in overridden_methods():
+    missing = [f"{location}: {name}" for name, location in used_names() if name not in names]
+    for owners, name, location in overridden_methods():
         listed = {entry.owner for entry in entries if entry.name == name}
-        is_mixin = place.startswith("src/finetuning/trainer/")
+        is_mixin = location.startswith("src/finetuning/trainer/")
         for owner in sorted(owners - listed) if is_mixin or not owners & listed else ():
-            missing.append(f"{place}: {name} of {owner}")
+            missing.append(f"{location}: {name} of {owner}")
     return missing
 
 

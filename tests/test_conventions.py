@@ -294,7 +294,7 @@ MACHINE_PATHS = re.compile(r"(?<![\w.])(/home/(?!finetuning\b|<)|/Users/(?!<)|/m
 
 def machine_paths(text: str, of_this_machine: list[str]) -> list[str]:
     """Places in a text that name a folder of one person's or one machine's."""
-    here = [place for place in of_this_machine if place in text]
+    here = [location for location in of_this_machine if location in text]
     return here + [match.group() for match in MACHINE_PATHS.finditer(text)]
 
 
@@ -305,7 +305,7 @@ def tracked_files() -> list[Path]:
 
 def test_no_path_of_a_machine_is_in_the_repository() -> None:
     configured = [os.environ.get(name, "") for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")]
-    local = [place for value in configured for place in value.split() if place.startswith(("/", "file:"))]
+    local = [location for value in configured for location in value.split() if location.startswith(("/", "file:"))]
     here = [f"{ROOT}/", f"{sys.prefix}/", *local]
     found = {}
     for path in tracked_files():

@@ -82,7 +82,7 @@ from finetuning.data.samples import Conversation
 
 def parse(row, options=PLAIN):
     question, answer = row.values["q"], row.values["a"]
-    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], row.place)
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], row.location)
 
 
 DUMMY = RowFormat("dummy", ("q", "a"), parse)

@@ -42,11 +42,11 @@ class Problem:
     """A problem: message, location, and a hint on how to fix it."""
 
     message: str
-    place: Location = Location()
+    location: Location = Location()
     hint: str | None = None
 
     def __str__(self) -> str:
-        location = str(self.place)
+        location = str(self.location)
         text = f"{location}: {self.message}" if location else self.message
         if not self.hint:
             return text
@@ -58,9 +58,9 @@ class FinetuningError(Exception):
 
     exit_code = EXIT_USER
 
-    def __init__(self, message: str | Sequence[Problem], *, place: Location | None = None, hint: str | None = None):
+    def __init__(self, message: str | Sequence[Problem], *, location: Location | None = None, hint: str | None = None):
         if isinstance(message, str):
-            self.problems: tuple[Problem, ...] = (Problem(message, place or Location(), hint),)
+            self.problems: tuple[Problem, ...] = (Problem(message, location or Location(), hint),)
         else:
             self.problems = tuple(message)
         super().__init__("\n".join(str(problem) for problem in self.problems))

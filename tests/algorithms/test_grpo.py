@@ -234,11 +234,11 @@ def test_pairs_are_told_where_they_belong(train: Any, grpo_values: Any, sft_valu
 
 
 def test_a_row_keeps_its_other_columns() -> None:
-    place = Location(file="a.jsonl", line=1)
+    location = Location(file="a.jsonl", line=1)
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [], "id": 7, "correct_answers": ["b"]}
-    found = FORMATS["prompt"].parse(Row(row, place))
+    found = FORMATS["prompt"].parse(Row(row, location))
     assert isinstance(found, Prompt)
     assert found.columns == {"id": 7, "correct_answers": ["b"]}
-    taken = FORMATS["prompt"].parse(Row({**row, "completions": 1}, place))
+    taken = FORMATS["prompt"].parse(Row({**row, "completions": 1}, location))
     assert isinstance(taken, Problem)
     assert "rename the column" in str(taken)

@@ -106,13 +106,13 @@ def test_each_prompt_meets_the_answer_of_its_neighbour() -> None:
 
 
 def test_a_preference_is_two_rated_answers(dpo_rows: Any) -> None:
-    place = Location(file="a.jsonl", line=7)
-    good, bad = FORMATS["unpaired"].parse(Row(dpo_rows(1)[0], place))
+    location = Location(file="a.jsonl", line=7)
+    good, bad = FORMATS["unpaired"].parse(Row(dpo_rows(1)[0], location))
     assert isinstance(good, UnpairedPreference)
     assert (good.label, bad.label) == (True, False)
     assert good.completion[0]["content"] == "Number 0 is red."
     assert good.prompt == bad.prompt
-    assert bad.place == place
+    assert bad.location == location
 
 
 @pytest.mark.parametrize(

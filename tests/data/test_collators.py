@@ -17,9 +17,9 @@ ROWS = [
 def test_padding_is_masked_and_never_a_target(side: str) -> None:
     batch = PaddingCollator(pad_token_id=7, side=side)(ROWS)
     assert batch["attention_mask"].sum(1).tolist() == [3, 5]
-    place = slice(0, 3) if side == "right" else slice(2, 5)
-    assert batch["input_ids"][0, place].tolist() == [5, 6, 7]
-    assert batch["labels"][0, place].tolist() == [UNTRAINED, 6, 7]
+    location = slice(0, 3) if side == "right" else slice(2, 5)
+    assert batch["input_ids"][0, location].tolist() == [5, 6, 7]
+    assert batch["labels"][0, location].tolist() == [UNTRAINED, 6, 7]
     assert (batch["labels"][batch["attention_mask"] == 0] == UNTRAINED).all()
     targets = batch["shift_labels"]
     assert [row[row != UNTRAINED].tolist() for row in targets] == [[6, 7], [10, 11, 12]]

@@ -32,7 +32,7 @@ def test_all_fields_of_a_conversation_are_kept() -> None:
     assert parsed.tools == tools
     assert parsed.template_kwargs == {"documents": [{"title": "t"}]}
     assert parsed.meta == {"id": 7, "tags": ["a"]}
-    assert parsed.place == Location("train.jsonl", 6)
+    assert parsed.location == Location("train.jsonl", 6)
 
 
 def test_tools_can_be_a_json_string() -> None:

@@ -77,7 +77,7 @@ def test_how_many_processes_share_the_work_changes_nothing(prepare: Any, monkeyp
     assert shared.statistics == alone.statistics
     assert shared.preview == alone.preview
     part = alone.statistics.splits[0]
-    assert [(fate.place.line, fate.reason) for fate in part.outcomes] == [
+    assert [(fate.location.line, fate.reason) for fate in part.outcomes] == [
         (BAD + 1, "bad row"),
         (LONG + 1, "longer than the limit"),
     ]
@@ -87,7 +87,7 @@ def test_how_many_processes_share_the_work_changes_nothing(prepare: Any, monkeyp
 def test_a_bad_row_that_another_process_finds_stops_the_run(prepare: Any, path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare(2, on_bad_row="error")
-    assert str(caught.value.problems[0].place) == f"{path}:{BAD + 1}"
+    assert str(caught.value.problems[0].location) == f"{path}:{BAD + 1}"
 
 
 def test_processes_answer_in_order_and_tell_what_went_wrong() -> None:

@@ -31,8 +31,8 @@ GOOD = {"messages": [{"role": "user", "content": "ä"}]}
 def test_jsonl_rows_keep_their_line(write_lines: Callable[..., str]) -> None:
     path = write_lines("a.jsonl", GOOD, b"", GOOD)
     rows = list(read_rows(path))
-    assert [row.place.line for row in rows if isinstance(row, Row)] == [1, 3]
-    assert {str(row.place.file) for row in rows if isinstance(row, Row)} == {path}
+    assert [row.location.line for row in rows if isinstance(row, Row)] == [1, 3]
+    assert {str(row.location.file) for row in rows if isinstance(row, Row)} == {path}
 
 
 def test_byte_order_mark_and_crlf_are_not_part_of_rows(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_json_file_can_be_one_object_or_one_array(indent: int | None, tmp_path: 
     assert [row.values for row in read_rows(str(single)) if isinstance(row, Row)] == [GOOD]
     rows = [row for row in read_rows(str(several)) if isinstance(row, Row)]
     assert [row.values for row in rows] == [GOOD, GOOD]
-    assert [row.place.line for row in rows] == ([1, 1] if indent is None else [2, 10])
+    assert [row.location.line for row in rows] == ([1, 1] if indent is None else [2, 10])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_compressed_files_are_read(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.jsonl{ending}"
     with OPENERS[ending](path, "wb") as stream:
         stream.write(b'{"a": 1}\n\n{"a": 2}\n{\n')
-    assert [(str(row.place), getattr(row, "values", None)) for row in read_rows(str(path))] == [
+    assert [(str(row.location), getattr(row, "values", None)) for row in read_rows(str(path))] == [
         (f"{path}:1", {"a": 1}),
         (f"{path}:3", {"a": 2}),
         (f"{path}:4", None),
@@ -218,7 +218,7 @@ def test_columnar_rows_have_numbers_and_no_nulls(tmp_path: Path) -> None:
     for name in ("a.parquet", "stream.arrow", "file.arrow"):
         found = list(read_rows(str(tmp_path / name)))
         assert [row.values for row in found if isinstance(row, Row)] == table_rows(table)
-        assert [row.place.line for row in found] == [1, 2, 3]
+        assert [row.location.line for row in found] == [1, 2, 3]
 
 
 def table_rows(table: pa.Table) -> list[dict[str, object]]:
@@ -243,7 +243,7 @@ def test_csv_rows_have_their_first_line(tmp_path: Path) -> None:
         codecs.BOM_UTF8 + f'input,output\r\n"two\r\nlines",ä\r\n\r\n{long},b\nonly one\n"c ""d""",\n'.encode()
     )
     found = list(read_rows(str(path)))
-    assert [(row.place.line, row.values) for row in found if isinstance(row, Row)] == [
+    assert [(row.location.line, row.values) for row in found if isinstance(row, Row)] == [
         (2, {"input": "two\r\nlines", "output": "ä"}),
         (5, {"input": long, "output": "b"}),
         (7, {"input": 'c "d"', "output": ""}),
@@ -281,7 +281,7 @@ def test_text_files_are_split_into_units(unit: str, rows: list[tuple[int, str]],
     path = tmp_path / name
     path.write_text("first line\n  second\n\n \nthird\n")
     found = [row for row in read_rows(str(path), text_unit=unit) if isinstance(row, Row)]
-    assert [(row.place.line, row.values["text"]) for row in found] == rows
+    assert [(row.location.line, row.values["text"]) for row in found] == rows
 
 
 def source(path: str | list[str], **more: object) -> DatasetSource:
@@ -347,7 +347,7 @@ def test_hub_dataset_is_read_by_split(tmp_path: Path) -> None:
     shard = HubShard(str(tmp_path / "hub"), "test")
     (row,) = shard.rows()
     assert isinstance(row, Row)
-    assert (row.values, str(row.place)) == ({"a": 1}, f"{tmp_path}/hub/test:1")
+    assert (row.values, str(row.location)) == ({"a": 1}, f"{tmp_path}/hub/test:1")
     fed = hashlib.sha256()
     shard.update_digest(fed)
     assert fed.digest() != hashlib.sha256().digest()

@@ -9,7 +9,7 @@ from finetuning.data.statistics import TOO_LONG, DatasetStatistics, RowCounts, S
 from finetuning.errors import DataError, Location, Problem
 
 
-def place(line: int) -> Location:
+def location(line: int) -> Location:
     return Location("train.jsonl", line)
 
 
@@ -17,9 +17,9 @@ def test_lines_say_what_became_of_the_rows() -> None:
     part = SplitStatistics(RowCounts("training", limit=8))
     for _ in range(17):
         part.keep(tokens=4, trained=2)
-    part.truncate(place(18), tokens=8, trained=3, tokens_cut=5, answer_cut=True)
-    part.drop(place(19), TOO_LONG, "61 tokens, the limit is 8", is_invalid=False, tokens=61)
-    part.drop(place(20), TOO_LONG, "70 tokens, the limit is 8", is_invalid=False, tokens=70)
+    part.truncate(location(18), tokens=8, trained=3, tokens_cut=5, answer_cut=True)
+    part.drop(location(19), TOO_LONG, "61 tokens, the limit is 8", is_invalid=False, tokens=61)
+    part.drop(location(20), TOO_LONG, "70 tokens, the limit is 8", is_invalid=False, tokens=70)
     part.warn("something odd", 2)
     text = "\n".join(part.counts.lines())
     assert "training: 18 rows of 20 kept, 76 tokens, 37 trained" in text
@@ -32,8 +32,8 @@ def test_lines_say_what_became_of_the_rows() -> None:
 def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
     part = SplitStatistics(RowCounts("training", limit=8))
     part.keep(4, 2)
-    part.truncate(place(2), tokens=8, trained=3, tokens_cut=5, answer_cut=False)
-    part.drop(place(3), "bad row", "ä")
+    part.truncate(location(2), tokens=8, trained=3, tokens_cut=5, answer_cut=False)
+    part.drop(location(3), "bad row", "ä")
     DatasetStatistics((part,)).write(tmp_path)
     (report,) = json.loads((tmp_path / "data_report.json").read_text("utf-8"))
     assert report["rows"] == 3
@@ -48,13 +48,13 @@ def test_too_many_faults_stop_the_run_and_filtered_rows_do_not() -> None:
     part = SplitStatistics(RowCounts("training", limit=8))
     for line in range(1, 20):
         part.keep(4, 2)
-        part.drop(place(100 + line), TOO_LONG, is_invalid=False, tokens=9)
+        part.drop(location(100 + line), TOO_LONG, is_invalid=False, tokens=9)
     part.counts.check(0.05)
-    part.drop(place(7), "bad row", "expected text")
+    part.drop(location(7), "bad row", "expected text")
     part.counts.check(0.05)
-    part.drop(place(8), "bad row", "expected text")
+    part.drop(location(8), "bad row", "expected text")
     part.counts.check(0.05)
-    part.drop(place(9), "bad row", "expected text")
+    part.drop(location(9), "bad row", "expected text")
     with pytest.raises(DataError) as caught:
         part.counts.check(0.05)
     assert "3 of 41 training rows (7.3%)" in str(caught.value)
@@ -64,7 +64,7 @@ def test_too_many_faults_stop_the_run_and_filtered_rows_do_not() -> None:
 def test_all_rows_gone_says_how_long_the_shortest_is() -> None:
     part = SplitStatistics(RowCounts("training", limit=8))
     for tokens in (70, 61, 64, 80, 90):
-        part.drop(place(1), TOO_LONG, is_invalid=False, tokens=tokens)
+        part.drop(location(1), TOO_LONG, is_invalid=False, tokens=tokens)
     with pytest.raises(DataError, match=r"train\.jsonl: all 5 rows dropped: shortest is 61 tokens, max_seq_length 8"):
         part.counts.check(1.0)
 
@@ -72,7 +72,7 @@ def test_all_rows_gone_says_how_long_the_shortest_is() -> None:
 def test_bad_rows_are_listed_ten_at_most_with_their_number() -> None:
     raise_bad_rows([])
     with pytest.raises(DataError) as caught:
-        raise_bad_rows([Problem("bad", place(line)) for line in range(1, 15)])
+        raise_bad_rows([Problem("bad", location(line)) for line in range(1, 15)])
     text = str(caught.value)
     assert "train.jsonl:10: bad" in text
     assert "train.jsonl:11" not in text
@@ -82,7 +82,7 @@ def test_bad_rows_are_listed_ten_at_most_with_their_number() -> None:
 def test_state_dicts_of_earlier_versions_are_read() -> None:
     split = SplitStatistics(RowCounts("training", limit=8))
     split.keep(4, 2)
-    split.drop(place(3), "bad row", "expected text")
+    split.drop(location(3), "bad row", "expected text")
     split.warn("odd")
     outcome = {"place": {"file": "train.jsonl", "line": 3, "column": None, "key": None}} | {
         "what": "dropped", "reason": "bad row", "detail": "expected text", "is_fault": True,

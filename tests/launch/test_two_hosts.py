@@ -34,8 +34,8 @@ class Host:
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def launch(self, config: Path, *overrides: str) -> None:
-        place = ["--node-rank", str(self.rank), "--main-address", "10.77.0.1:29511"]
-        command = [*LAUNCH, *place, "--max-restarts", "3", "sft", str(config), *overrides]
+        location = ["--node-rank", str(self.rank), "--main-address", "10.77.0.1:29511"]
+        command = [*LAUNCH, *location, "--max-restarts", "3", "sft", str(config), *overrides]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command], stdout=log, stderr=subprocess.STDOUT

@@ -123,7 +123,7 @@ def test_incompatible_features_are_rejected(plan: Any, incompatibility: Incompat
     with pytest.raises(ConfigError) as caught:
         plan(incompatibility.first.name, incompatibility.second.name)
     keys = {incompatibility.first.key, incompatibility.second.key}
-    problem = next(problem for problem in caught.value.problems if problem.place.key in keys)
+    problem = next(problem for problem in caught.value.problems if problem.location.key in keys)
     assert problem.hint
 
 

@@ -221,7 +221,7 @@ def test_versions_are_compared_one_by_one(resume_across: Any) -> None:
 
     with pytest.raises(CheckpointError, match=r"versions.torch was 2.0, is") as refused:
         resume_across(age)
-    assert [problem.place.key for problem in refused.value.problems] == ["versions.torch"]
+    assert [problem.location.key for problem in refused.value.problems] == ["versions.torch"]
 
 
 def test_a_checkpoint_with_the_old_file_name_of_its_run_config_is_compared(train: Any, sft_values: Any) -> None:

@@ -90,7 +90,7 @@ def reraise_as_config_error(name: str) -> Iterator[None]:
         yield
     except (ValueError, NotImplementedError, ImportError) as error:
         raise ConfigError(
-            f"the {name} trainer rejects this config: {error}", place=Location(key="training_args")
+            f"the {name} trainer rejects this config: {error}", location=Location(key="training_args")
         ) from error
 
 

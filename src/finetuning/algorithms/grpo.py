@@ -188,7 +188,7 @@ def _check_num_prompts(num_prompts: int, needed: int) -> None:
     if num_prompts < needed:
         raise ConfigError(
             f"a batch needs {needed} prompts, but there are {num_prompts}",
-            place=Location(key="batchsize_conf.total_train_batch_size"),
+            location=Location(key="batchsize_conf.total_train_batch_size"),
             hint="It counts completions: lower it, or raise training_args.num_generations.",
         )
 

@@ -130,10 +130,10 @@ def make_uploader(address: str | None, is_main: bool) -> CheckpointUploader | No
     try:
         fsspec.get_filesystem_class(fsspec.core.split_protocol(address)[0] or "file")
     except ValueError as error:
-        raise ConfigError(str(error), place=Location(key=_KEY)) from error
+        raise ConfigError(str(error), location=Location(key=_KEY)) from error
     except ImportError as error:
         raise MissingPackageError(
-            f"{address} needs a package: {error}", place=Location(key=_KEY), hint="pip install 'finetuning[s3]'"
+            f"{address} needs a package: {error}", location=Location(key=_KEY), hint="pip install 'finetuning[s3]'"
         ) from error
     return CheckpointUploader(address)
 

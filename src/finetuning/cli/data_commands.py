@@ -89,8 +89,8 @@ def _preview(argv: Sequence[str]) -> int:
 
 def _first_rows(preview: Sequence[PreviewRow], count: int) -> list[PreviewRow]:
     """Return the parts of the first `count` input rows; a preference has two parts, chosen and rejected."""
-    places = list(dict.fromkeys(row.place for row in preview))[:count]
-    return [row for row in preview if row.place in set(places)]
+    places = list(dict.fromkeys(row.location for row in preview))[:count]
+    return [row for row in preview if row.location in set(places)]
 
 
 def _limit_rows(data: DataConfig, count: int) -> DataConfig:
@@ -167,7 +167,7 @@ def _prepare(argv: Sequence[str]) -> int:
         if experiment.data_conf.streaming:
             raise ConfigError(
                 "rows are streamed during training, and there is nothing to prepare",
-                place=Location(key="data_conf.streaming"),
+                location=Location(key="data_conf.streaming"),
                 hint="Set data_conf.streaming=false to prepare all rows.",
             )
         data = prepare(experiment, method, load_tokenizer(experiment), 1)

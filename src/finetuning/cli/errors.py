@@ -45,10 +45,10 @@ class Failure:
             "exit_code": self.exit_code,
             "problems": [
                 {
-                    "file": problem.place.file,
-                    "line": problem.place.line,
-                    "column": problem.place.column,
-                    "key": problem.place.key,
+                    "file": problem.location.file,
+                    "line": problem.location.line,
+                    "column": problem.location.column,
+                    "key": problem.location.key,
                     "message": problem.message,
                     "hint": problem.hint,
                 }
@@ -237,11 +237,11 @@ def locate_errors(document: ConfigDocument) -> Iterator[None]:
 
 def _locate(problem: Problem, document: ConfigDocument) -> Problem:
     """Return the problem with the location of its key, unless it has a file already."""
-    if problem.place.key is None or problem.place.file is not None:
+    if problem.location.key is None or problem.location.file is not None:
         return replace(problem, hint=_replace_keys_by_flags(problem.hint, document))
-    parts = problem.place.key.replace("[", ".").replace("]", "").split(".")
+    parts = problem.location.key.replace("[", ".").replace("]", "").split(".")
     path = tuple(int(part) if part.isdecimal() else part for part in parts)
-    return replace(problem, place=document.location_of(path), hint=_replace_keys_by_flags(problem.hint, document))
+    return replace(problem, location=document.location_of(path), hint=_replace_keys_by_flags(problem.hint, document))
 
 
 def _replace_keys_by_flags(hint: str | None, document: ConfigDocument) -> str | None:

@@ -113,7 +113,7 @@ def _check_resumes(command: Sequence[str]) -> None:
     if str(resume).lower() != "auto":
         raise ConfigError(
             "--max-restarts requires a run that resumes from its newest checkpoint",
-            place=document.location_of(("run_conf", "resume_from_checkpoint")),
+            location=document.location_of(("run_conf", "resume_from_checkpoint")),
             hint="Set run_conf.resume_from_checkpoint: auto, and save checkpoints (training_args.save_strategy).",
         )
 

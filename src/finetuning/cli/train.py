@@ -41,11 +41,11 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
         experiment.tracking,
         os.environ,
     )
-    place = document.location_of(("batchsize_conf", "total_train_batch_size"))
+    location = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
-        plan = make_plan(experiment, topology, place=place)
+        plan = make_plan(experiment, topology, location=location)
         if topology.is_main:
-            for warning in [*validated.warnings, *(Problem(text, place) for text in plan.warnings)]:
+            for warning in [*validated.warnings, *(Problem(text, location) for text in plan.warnings)]:
                 print(f"warning: {warning}", file=sys.stderr)
         if options.dry_run:
             if topology.is_main:

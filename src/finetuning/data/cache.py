@@ -163,7 +163,9 @@ def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:
 
 def _preview(values: dict[str, Any]) -> PreviewRow:
     segments = tuple((text, trained) for text, trained in values["segments"])
-    fields: dict[str, Any] = {**values, "place": Location(**values["place"]), "segments": segments}
+    fields: dict[str, Any] = {**values, "segments": segments}
+    location = fields.pop("location", None) or fields.pop("place")  # old name
+    fields["location"] = Location(**location)
     return PreviewRow(**fields)
 
 
@@ -207,7 +209,7 @@ def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]
     except OSError as error:
         raise StorageError(
             f"cannot write the cache of prepared rows {folder}: {error}",
-            place=Location(key="data_conf.cache"),
+            location=Location(key="data_conf.cache"),
             hint=f"Set data_conf.cache: off, or set {VARIABLE} to a writable folder.",
         ) from error
     if isinstance(entry, str):
@@ -234,8 +236,8 @@ def read_prepared(folder: Path, key: CacheKey) -> CacheResult:
     earlier = CacheKey({}, entry.key.template, entry.key.tokenizer, _method_rules(entry.key), {})
     changes = CacheKey({}, key.template, key.tokenizer, _method_rules(key), {}).changes_since(earlier)
     if changes:
-        place = Location(key="data_conf.prepared")
-        raise DataError(f"{folder} was prepared with other settings: {'; '.join(changes)}", place=place)
+        location = Location(key="data_conf.prepared")
+        raise DataError(f"{folder} was prepared with other settings: {'; '.join(changes)}", location=location)
     return CacheResult(entry, f"prepared ahead of time in {folder}")
 
 
@@ -245,12 +247,12 @@ def read_prepared_folder(folder: Path) -> CacheEntry:
     Raises:
         DataError: it is missing or incomplete.
     """
-    place = Location(key="data_conf.prepared")
+    location = Location(key="data_conf.prepared")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder", place=place)
+        raise DataError(f"{folder}: no such folder", location=location)
     entry = read_entry(folder)
     if isinstance(entry, str):
-        raise DataError(f"{folder}: {entry}", place=place, hint="Prepare it again: finetuning prepare --output.")
+        raise DataError(f"{folder}: {entry}", location=location, hint="Prepare it again: finetuning prepare --output.")
     return entry
 
 

@@ -134,7 +134,7 @@ def used_datasets(data: Concatenation | WeightedMix, key: str) -> list[tuple[str
     ]
     if not used:
         raise DataError(
-            "all sampling weights are 0: there is nothing to train on", place=Location(key=f"{key}.datasets")
+            "all sampling weights are 0: there is nothing to train on", location=Location(key=f"{key}.datasets")
         )
     return used
 
@@ -166,7 +166,7 @@ def arrange(
     rows = np.concatenate(held_out)
     if not len(rows) or not len(train):
         missing = "train on" if len(rows) else "validate on: no dataset has a validation_ratio"
-        raise DataError(f"no row is left to {missing}", place=Location(key="data_conf.validation_data"))
+        raise DataError(f"no row is left to {missing}", location=Location(key="data_conf.validation_data"))
     return train, rows
 
 
@@ -201,11 +201,11 @@ def _mix(training: TrainingData, sources: Sequence[DatasetSource], rows_of: Sequ
     try:
         return rows[weighted_mix(sizes, weights, training.seed, training.stopping)]
     except ValueError as error:
-        raise DataError(str(error), place=Location(key="data_conf.training_data.datasets")) from None
+        raise DataError(str(error), location=Location(key="data_conf.training_data.datasets")) from None
 
 
 def _split(count: int, ratio: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         return split(count, ratio, seed)
     except ValueError as error:
-        raise DataError(str(error), place=Location(key=key)) from None
+        raise DataError(str(error), location=Location(key=key)) from None

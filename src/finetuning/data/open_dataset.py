@@ -125,7 +125,7 @@ def _check_columns(source: DatasetSource, head: Sequence[Row | Problem | Line], 
     if values and not any(old in row for old in source.columns for row in values):
         raise ConfigError(
             f"none of {', '.join(source.columns)} is a column of the first rows; their columns: {', '.join(values[0])}",
-            place=Location(key=f"{key}.columns"),
+            location=Location(key=f"{key}.columns"),
         )
 
 
@@ -135,24 +135,24 @@ def _choose_format(
     formats = {row_format.name: row_format for row_format in KINDS[kind]}
     used = [option for option in _TEXT_OPTIONS if getattr(source, option)]
     if used and "text" not in formats:
-        raise ConfigError("only valid for sft", place=Location(key=f"{key}.{used[0]}"))
+        raise ConfigError("only valid for sft", location=Location(key=f"{key}.{used[0]}"))
     name = source.format.value if source.format else transforms.format
     if source.response_template and name in (None, "text"):
         name = "response_template"
     elif (used or transforms.text_field) and name is None:
         name = "text"
     if name == "response_template" and not source.response_template:
-        raise ConfigError("requires response_template", place=Location(key=f"{key}.format"))
+        raise ConfigError("requires response_template", location=Location(key=f"{key}.format"))
     if name is not None:
         if name not in formats:
             raise ConfigError(
                 f'"{name}" is not supported by this method; it supports {", ".join(formats)}',
-                place=Location(key=f"{key}.format"),
+                location=Location(key=f"{key}.format"),
             )
         if used and head and FORMATS["tokens"].matches(head[0]):
             raise DataError(
                 f"{used[0]} is not supported for rows that are already tokenized",
-                place=Location(file=head[0].place.file, key=f"{key}.{used[0]}"),
+                location=Location(file=head[0].location.file, key=f"{key}.{used[0]}"),
             )
         return formats[name], True
     for row in head:

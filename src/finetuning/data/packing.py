@@ -61,7 +61,7 @@ def pack(lengths: np.ndarray, capacity: int) -> PackingResult:
     packs = _Packs(capacity)
     pack_of_row = np.empty(len(lengths), dtype=np.int64)
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        pack_of_row[by_length[start:end]] = packs.place(int(sorted_lengths[start]), end - start)
+        pack_of_row[by_length[start:end]] = packs.location(int(sorted_lengths[start]), end - start)
     rows = np.argsort(pack_of_row, kind="stable")
     borders = np.append(0, np.cumsum(np.bincount(pack_of_row, minlength=packs.count)))
     return PackingResult(rows, borders, float(lengths.sum() / (packs.count * capacity)))
@@ -76,7 +76,7 @@ class _Packs:
         self._counts = np.zeros(capacity + 1, dtype=np.int64)
         self.count = 0
 
-    def place(self, length: int, number: int) -> np.ndarray:
+    def location(self, length: int, number: int) -> np.ndarray:
         """Place `number` rows of this length; returns the pack of each, int64, (number,)."""
         pack_groups: list[np.ndarray] = []
         while number:

@@ -197,7 +197,7 @@ def _check_no_dataset_is_empty(
         if rows:
             continue
         files = {shard.name for shard in find_shards(source, key)}
-        first = next((row for row in statistics.outcomes if row.place.file in files), None)
+        first = next((row for row in statistics.outcomes if row.location.file in files), None)
         example = f"; first at {first.problem()}" if first else ""
         problems.append(Problem(f"every row of {source_title(source)} was dropped{example}", Location(key=key)))
     if problems:

@@ -138,19 +138,21 @@ def make_batch(rows: Sequence[Any], processor: Processor, statistics: SplitStati
             sample = DroppedSample(row.reason, is_invalid=False) if isinstance(row, SkippedRow) else next(processed)
         if isinstance(sample, DroppedSample):
             if sample.is_bad:
-                batch.problems.append(row if isinstance(row, Problem) else Problem(_message(sample), row.place))
-            statistics.drop(row.place, sample.reason, sample.detail, is_invalid=sample.is_invalid, tokens=sample.tokens)
+                batch.problems.append(row if isinstance(row, Problem) else Problem(_message(sample), row.location))
+            statistics.drop(
+                row.location, sample.reason, sample.detail, is_invalid=sample.is_invalid, tokens=sample.tokens
+            )
             continue
         kept_mask[index] = True
         kept.append(sample)
         if sample.tokens_cut:
-            statistics.truncate(row.place, sample.tokens, sample.trained, sample.tokens_cut, sample.answer_cut)
+            statistics.truncate(row.location, sample.tokens, sample.trained, sample.tokens_cut, sample.answer_cut)
         else:
             statistics.keep(sample.tokens, sample.trained)
         for warning in sample.warnings:
             statistics.warn(warning)
         if len(kept) <= num_preview_rows:
-            batch.preview_samples.append((sample, row.place))
+            batch.preview_samples.append((sample, row.location))
     if kept:
         batch.sizes = np.array([(sample.tokens, sample.trained) for sample in kept], dtype=np.int64)
         batch.columns = {name: Column.of([sample.columns[name] for sample in kept]) for name in kept[0].columns}
@@ -273,8 +275,8 @@ class Preprocessor:
 
     def add_preview(self, batch: Batch) -> None:
         """Add the first rows of a batch to the preview, until it is full."""
-        for sample, place in batch.preview_samples[: self.num_preview_rows]:
-            self.preview.append(preview_of(sample, place, self.label_builder))
+        for sample, location in batch.preview_samples[: self.num_preview_rows]:
+            self.preview.append(preview_of(sample, location, self.label_builder))
 
     def _batches(self, opened: OpenDataset, split: str) -> Generator[Batch, None, None]:
         """The batches of a dataset, in order.

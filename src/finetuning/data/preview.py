@@ -25,7 +25,7 @@ _CUT = "✂"
 class PreviewRow:
     """One row as segments of text, each trained or not. `title` names the part of a row that has several."""
 
-    place: Location
+    location: Location
     title: str
     segments: tuple[tuple[str, bool], ...]
     tokens: int
@@ -33,7 +33,7 @@ class PreviewRow:
     tokens_cut: int = 0
 
 
-def preview_of(sample: TokenizedSample, place: Location, label_builder: LabelBuilder) -> list[PreviewRow]:
+def preview_of(sample: TokenizedSample, location: Location, label_builder: LabelBuilder) -> list[PreviewRow]:
     """Decode a sample from its token ids.
 
     Gives one row for SFT, KTO and GRPO, and two for preferences: chosen and rejected.
@@ -41,7 +41,7 @@ def preview_of(sample: TokenizedSample, place: Location, label_builder: LabelBui
     columns = sample.columns
     if "labels" in columns:
         mask = columns["labels"] != UNTRAINED
-        return [_row(place, "row", columns["input_ids"], mask, sample.tokens_cut, label_builder)]
+        return [_row(location, "row", columns["input_ids"], mask, sample.tokens_cut, label_builder)]
     prompt = columns["prompt_ids"]
     if "completion_ids" in columns:
         answers = {"desirable" if columns["label"] else "undesirable": columns["completion_ids"]}
@@ -52,12 +52,12 @@ def preview_of(sample: TokenizedSample, place: Location, label_builder: LabelBui
     rows: list[PreviewRow] = []
     for name, answer in answers.items():
         mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
-        rows.append(_row(place, name, np.concatenate([prompt, answer]), mask, sample.tokens_cut, label_builder))
+        rows.append(_row(location, name, np.concatenate([prompt, answer]), mask, sample.tokens_cut, label_builder))
     return rows
 
 
 def _row(
-    place: Location, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, label_builder: LabelBuilder
+    location: Location, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, label_builder: LabelBuilder
 ) -> PreviewRow:
     boundaries = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
     segments = tuple(
@@ -65,7 +65,7 @@ def _row(
         for start, end in pairwise(boundaries)
         if end > start
     )
-    return PreviewRow(place, title, segments, len(ids), int(mask.sum()), tokens_cut)
+    return PreviewRow(location, title, segments, len(ids), int(mask.sum()), tokens_cut)
 
 
 def to_text(rows: Sequence[PreviewRow], *, color: bool = False, special_tokens: Sequence[str] = ()) -> str:
@@ -86,7 +86,7 @@ def to_text(rows: Sequence[PreviewRow], *, color: bool = False, special_tokens: 
 def head_of(row: PreviewRow) -> str:
     """The heading of a row: its location and its counts."""
     cut = f", {row.tokens_cut} tokens cut off" if row.tokens_cut else ""
-    return f"{row.place} ({row.title}): {row.tokens} tokens, {row.trained} trained{cut}"
+    return f"{row.location} ({row.title}): {row.tokens} tokens, {row.trained} trained{cut}"
 
 
 def pattern_of(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
@@ -120,7 +120,7 @@ def _html_row(row: PreviewRow, special_tokens: Sequence[str]) -> str:
     )
     cut = f'<span class="cut">✂ {row.tokens_cut:,} tokens cut off here</span>' if row.tokens_cut else ""
     return (
-        f'<article><header><b>{html.escape(str(row.place))}</b><span class="kind">{html.escape(row.title)}</span>'
+        f'<article><header><b>{html.escape(str(row.location))}</b><span class="kind">{html.escape(row.title)}</span>'
         f'<span class="count">{row.tokens:,} tokens</span>'
         f'<span class="count on">{row.trained:,} trained · {share}</span>'
         f"</header><pre>{body}{cut}</pre></article>"

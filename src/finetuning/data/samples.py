@@ -21,7 +21,7 @@ class Row:
     """One input row as it was read."""
 
     values: JsonObject
-    place: Location
+    location: Location
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Conversation:
     """A chat to train on."""
 
     messages: list[Message]
-    place: Location
+    location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=dict[str, Any])
     meta: JsonObject = field(default_factory=dict[str, Any])
@@ -45,7 +45,7 @@ class Text:
     """
 
     text: str
-    place: Location
+    location: Location
     spans: tuple[tuple[int, int], ...] | None = None
     add_eos: bool = True
     warnings: frozenset[str] = frozenset()
@@ -59,7 +59,7 @@ class TokenIds:
 
     input_ids: list[int]
     labels: list[int]
-    place: Location
+    location: Location
     warnings: frozenset[str] = frozenset()
 
 
@@ -67,7 +67,7 @@ class TokenIds:
 class SkippedRow:
     """A row that was filtered out as configured, and why."""
 
-    place: Location
+    location: Location
     reason: str
 
 
@@ -78,7 +78,7 @@ class Preference:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-    place: Location
+    location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=dict[str, Any])
     meta: JsonObject = field(default_factory=dict[str, Any])
@@ -92,7 +92,7 @@ class UnpairedPreference:
     prompt: list[Message]
     completion: list[Message]
     label: bool
-    place: Location
+    location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=dict[str, Any])
     meta: JsonObject = field(default_factory=dict[str, Any])
@@ -105,7 +105,7 @@ class Prompt:
 
     messages: list[Message]
     columns: JsonObject
-    place: Location
+    location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=dict[str, Any])
 

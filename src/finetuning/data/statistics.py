@@ -30,7 +30,7 @@ MAX_SHOWN = 10
 _FILTERED_WARNING = 0.05
 # Names in cache entries and stream states that earlier versions wrote.
 _OLD_COUNTS = {"part": "split", "noticed": "warnings", "firsts": "first_dropped"}  # old name
-_OLD_OUTCOME = {"what": "outcome", "is_fault": "is_invalid"}
+_OLD_OUTCOME = {"place": "location", "what": "outcome", "is_fault": "is_invalid"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RowOutcome:
     `is_invalid` separates a row that could not be used from one that was filtered by length, as configured.
     """
 
-    place: Location
+    location: Location
     outcome: str
     reason: str = ""
     detail: str = ""
@@ -50,7 +50,7 @@ class RowOutcome:
     answer_cut: bool = False
 
     def problem(self) -> Problem:
-        return Problem(f"{self.reason}: {self.detail}" if self.detail else self.reason, self.place)
+        return Problem(f"{self.reason}: {self.detail}" if self.detail else self.reason, self.location)
 
 
 @dataclass
@@ -126,7 +126,7 @@ class RowCounts:
         for reason, count in self.dropped.most_common():
             example = self.first_dropped[reason]
             detail = f": {example.detail}" if example.detail else ""
-            lines.append(f"  dropped: {counted(count, 'row')}, {reason}; first {example.place}{detail}")
+            lines.append(f"  dropped: {counted(count, 'row')}, {reason}; first {example.location}{detail}")
         lines += [f"  note: {counted(count, 'row')}: {warning}" for warning, count in sorted(self.warnings.items())]
         share = self.filtered / self.rows if self.rows else 0.0
         if share > _FILTERED_WARNING:
@@ -158,7 +158,7 @@ class RowCounts:
         """Raise DataError if no row is left, or if more than `max_lost_fraction` of the rows are invalid."""
         if self.rows and not self.kept and self.first_dropped:
             first = next(iter(self.first_dropped.values()))
-            raise DataError(self._nothing_left(first), place=Location(file=first.place.file))
+            raise DataError(self._nothing_left(first), location=Location(file=first.location.file))
         if self.rows and self.invalid > max_lost_fraction * self.rows:
             share = self.invalid / self.rows
             head = Problem(
@@ -173,7 +173,7 @@ class RowCounts:
                 f"all {self.rows} rows dropped: shortest is {self.shortest_dropped} tokens, max_seq_length {self.limit}"
             )
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.most_common())
-        return f"all {self.rows} rows dropped: {reasons}; first at {first.place}: {first.detail or first.reason}"
+        return f"all {self.rows} rows dropped: {reasons}; first at {first.location}: {first.detail or first.reason}"
 
     def state_dict(self) -> dict[str, Any]:
         """The counts as JSON types, for `from_state_dict`."""
@@ -206,7 +206,7 @@ def _minimum(*numbers: int | None) -> int | None:
 def outcome_of(values: Mapping[str, Any]) -> RowOutcome:
     """The outcome that `asdict` turned into JSON types; the names of earlier versions are understood."""
     renamed: dict[str, Any] = {_OLD_OUTCOME.get(key, key): value for key, value in values.items()}
-    renamed["place"] = Location(**renamed["place"])
+    renamed["location"] = Location(**renamed["location"])
     return RowOutcome(**renamed)
 
 
@@ -234,20 +234,22 @@ class SplitStatistics:
         """Count a row that is trained on unchanged, with its tokens and its trained tokens."""
         self.counts.keep(tokens, trained)
 
-    def truncate(self, place: Location, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
+    def truncate(self, location: Location, tokens: int, trained: int, tokens_cut: int, answer_cut: bool) -> None:
         """Count a row that is trained on without its end."""
         self.counts.keep(tokens, trained)
         detail = f"{tokens_cut} tokens cut off" + (", including part of the answer" if answer_cut else "")
         self._record(
             RowOutcome(
-                place, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut
+                location, TRUNCATED, "truncated", detail, tokens=tokens, tokens_cut=tokens_cut, answer_cut=answer_cut
             )
         )
 
-    def drop(self, place: Location, reason: str, detail: str = "", *, is_invalid: bool = True, tokens: int = 0) -> None:
+    def drop(
+        self, location: Location, reason: str, detail: str = "", *, is_invalid: bool = True, tokens: int = 0
+    ) -> None:
         """Count a row that is not trained on."""
         self.counts.rows += 1
-        self._record(RowOutcome(place, DROPPED, reason, detail, is_invalid=is_invalid, tokens=tokens))
+        self._record(RowOutcome(location, DROPPED, reason, detail, is_invalid=is_invalid, tokens=tokens))
 
     def _record(self, row: RowOutcome) -> None:
         self.outcomes.append(row)
@@ -321,9 +323,9 @@ def reject_lines(split: SplitStatistics) -> Iterator[str]:
     """The lines of `rejects.jsonl` for the rows of a split that were truncated or dropped."""
     for row in split.outcomes:
         values = {
-            "file": row.place.file,
-            "line": row.place.line,
-            "key": row.place.key,
+            "file": row.location.file,
+            "line": row.location.line,
+            "key": row.location.key,
             "split": split.split,
             "outcome": row.outcome,
             "reason": row.reason,

@@ -59,10 +59,10 @@ class TransformChain:
             for transform in self.steps:
                 values = transform(values, special_tokens)
         except (TransformError, TextTemplateError) as error:
-            return Problem(str(error), row.place)
+            return Problem(str(error), row.location)
         except SkipRow as skip:
-            return SkippedRow(row.place, str(skip))
-        return Row(values, row.place)
+            return SkippedRow(row.location, str(skip))
+        return Row(values, row.location)
 
 
 def make_transforms(source: DatasetSource, key: str) -> TransformChain:
@@ -78,7 +78,7 @@ def make_transforms(source: DatasetSource, key: str) -> TransformChain:
         try:
             chain = _add(chain, handler)
         except TransformError as error:
-            raise ConfigError(str(error), place=Location(key=f"{key}.handlers[{index}]")) from None
+            raise ConfigError(str(error), location=Location(key=f"{key}.handlers[{index}]")) from None
     return chain
 
 

@@ -86,8 +86,8 @@ def verify_saved(
 
 
 def _guard_stopped(folder: Path, failures: Sequence[str]) -> FinetuningError:
-    place = Location(file=str(folder))
-    return GuardStopped([Problem(f"the saved model failed verification: {failure}", place) for failure in failures])
+    location = Location(file=str(folder))
+    return GuardStopped([Problem(f"the saved model failed verification: {failure}", location) for failure in failures])
 
 
 def _loading_failures(folder: Path) -> list[str] | None:

@@ -58,7 +58,7 @@ def encode_prompts(
     ):
         ids = tokens.ids.tolist()
         if not ids:
-            problems.append(Problem("the prompt is empty, and the tokenizer adds no token to it", prompt.place))
+            problems.append(Problem("the prompt is empty, and the tokenizer adds no token to it", prompt.location))
         encoded.append(EncodedPrompt(text, tuple(ids[-max_tokens:]), len(ids) > max_tokens))
     _raise_if_any(problems)
     return encoded
@@ -81,7 +81,7 @@ def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBa
         try:
             texts.append(renderer.text(prompt.messages, prompt=True, tools=prompt.tools, kwargs=prompt.template_kwargs))
         except TemplateRenderError as error:
-            problems.append(Problem(f"the chat template rejects these messages: {error}", prompt.place))
+            problems.append(Problem(f"the chat template rejects these messages: {error}", prompt.location))
     _raise_if_any(problems)
     return texts
 

@@ -48,11 +48,11 @@ def check_parameters(user: Mapping[str, Any]) -> None:
     """
     for key in _RESERVED:
         if user.get(key):
-            raise ConfigError("is not supported: it changes the return value of generate", place=_location(key))
+            raise ConfigError("is not supported: it changes the return value of generate", location=_location(key))
     for key in ("max_length", "max_new_tokens", "num_return_sequences"):
         value = user.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"must be a positive integer, not {value!r}", place=_location(key))
+            raise ConfigError(f"must be a positive integer, not {value!r}", location=_location(key))
     _lengths(user, None)
 
 
@@ -85,7 +85,7 @@ def build_parameters(
         config = GenerationConfig(**values)
         config.validate()
     except (ValueError, TypeError) as error:
-        raise ConfigError(str(error).strip().splitlines()[0], place=Location(key="hf_gen_params")) from None
+        raise ConfigError(str(error).strip().splitlines()[0], location=Location(key="hf_gen_params")) from None
     inherited = {key: getattr(defaults, key, None) for key in _REPORTED}
     reported = {key: value for key, value in inherited.items() if value is not None}
     return GenerationParameters(
@@ -110,7 +110,7 @@ def _lengths(user: Mapping[str, Any], context: int | None) -> tuple[int, int]:
         raise ConfigError(
             f"{max_new_tokens} leaves no tokens for the prompt: max_length, for prompt plus answer, is"
             f" {max_length}{origin}",
-            place=_location("max_new_tokens"),
+            location=_location("max_new_tokens"),
             hint="Raise max_length or lower max_new_tokens.",
         )
     return max_length, max_new_tokens

@@ -50,18 +50,18 @@ def model_conf_of(model: str, base: str | None, attn_implementation: str | None 
     if not config.is_file():
         if base is not None:
             raise ConfigError(
-                f"{model} is not an adapter; it has no base model", place=Location(key="model_conf.model")
+                f"{model} is not an adapter; it has no base model", location=Location(key="model_conf.model")
             )
         return GenerationModel(model=model, model_args=args)
     if base is None:
         try:
             base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"cannot read {config}: {error}", place=Location(key="model_conf.adapter")) from None
+            raise ModelError(f"cannot read {config}: {error}", location=Location(key="model_conf.adapter")) from None
         if not base:
             raise ModelError(
                 f"{config} does not name its base model",
-                place=Location(key="model_conf.adapter"),
+                location=Location(key="model_conf.adapter"),
                 hint="Set --base_model_name_or_path.",
             )
     return GenerationModel(model=base, model_args=args, adapter=model)
@@ -138,19 +138,19 @@ def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) 
     from finetuning.model.peft.adapter_files import check_adapter_base, check_adapter_tensors
     from finetuning.model.resolve import resolve_model
 
-    place = Location(key="model_conf.adapter")
-    location = resolve_model(adapter, "adapter", key=place.key)
-    if location.folder is not None:
-        if not (location.folder / _ADAPTER_WEIGHTS).is_file():
-            raise ModelError(f"{location.folder} contains no {_ADAPTER_WEIGHTS}", place=place)
-        check_adapter_base(model, location.folder, place)
+    location = Location(key="model_conf.adapter")
+    source = resolve_model(adapter, "adapter", key=location.key)
+    if source.folder is not None:
+        if not (source.folder / _ADAPTER_WEIGHTS).is_file():
+            raise ModelError(f"{source.folder} contains no {_ADAPTER_WEIGHTS}", location=location)
+        check_adapter_base(model, source.folder, location)
     # An adapter with new tokens contains their embeddings; the base model's must have the same size.
     resize_embeddings(model, tokenizer)
     try:
-        wrapped = PeftModel.from_pretrained(model, location.name, is_trainable=False, **location.hub_kwargs)
+        wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=False, **source.hub_kwargs)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot load the adapter {location}: {' '.join(lines[:2])}", place=place) from error
-    if location.folder is not None:
-        check_adapter_tensors(wrapped, location.folder, place)
+        raise ModelError(f"cannot load the adapter {source}: {' '.join(lines[:2])}", location=location) from error
+    if source.folder is not None:
+        check_adapter_tensors(wrapped, source.folder, location)
     return wrapped

@@ -65,7 +65,7 @@ def check_output(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(
             f"{path}: the extension selects the format; it must be one of {', '.join(FORMATS)}",
-            place=Location(key="OUT"),
+            location=Location(key="OUT"),
         )
     if path.is_dir():
         raise StorageError(f"{path} is a folder; the output must be a file")

@@ -45,7 +45,7 @@ class GenerationPrompt:
     data_collection: str | None = None
     carried: dict[str, Any] = field(default_factory=dict)
     """Columns that are copied to the output."""
-    place: Location = field(default_factory=Location)
+    location: Location = field(default_factory=Location)
 
 
 def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
@@ -61,7 +61,7 @@ def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
     if unsupported:
         raise ConfigError(
             f"only applies to training data; supported for prompts: {', '.join(_DATASET_KEYS)}",
-            place=Location(key=f"{_KEY}.{unsupported[0]}"),
+            location=Location(key=f"{_KEY}.{unsupported[0]}"),
         )
     transforms = make_transforms(conf.data, _KEY)
     rows = ((shard, row) for shard in find_shards(conf.data, _KEY) for row in shard.rows())
@@ -71,10 +71,10 @@ def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
     )
 
 
-def text_prompts(texts: Sequence[str], place: Location = _UNKNOWN) -> list[GenerationPrompt]:
-    """Return a prompt for each text; `place` is where the texts come from."""
+def text_prompts(texts: Sequence[str], location: Location = _UNKNOWN) -> list[GenerationPrompt]:
+    """Return a prompt for each text; `location` is where the texts come from."""
     return [
-        GenerationPrompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, place=place)
+        GenerationPrompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, location=location)
         for index, text in enumerate(texts)
     ]
 
@@ -89,10 +89,10 @@ def read_lines(path: str, key: str) -> list[str]:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"cannot read {path}: {reason}", place=Location(key=key)) from None
+        raise ConfigError(f"cannot read {path}: {reason}", location=Location(key=key)) from None
     lines = [line for line in lines if line]
     if not lines:
-        raise ConfigError(f"{path} contains no prompt", place=Location(key=key))
+        raise ConfigError(f"{path} contains no prompt", location=Location(key=key))
     return lines
 
 
@@ -133,7 +133,7 @@ def _eval_prompt(
             dataset=_stem(shard.name) if dataset is None else str(dataset),
             data_collection=str(row.values.get("data_collection") or shard.name),
             carried=meta,
-            place=row.place,
+            location=row.location,
         )
     except FieldError as error:
         return problem_of(row, error)

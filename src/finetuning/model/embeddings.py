@@ -104,7 +104,7 @@ def resize_embeddings(
         if is_quantized(model):
             raise ModelError(
                 f"{needed - rows_before} tokens have no embedding row, and a quantized model cannot be resized",
-                place=Location(key="quant_conf"),
+                location=Location(key="quant_conf"),
                 hint="Choose a chat template whose tokens the tokenizer has, or run once without quantization and"
                 " train on the extended base model that the run saves.",
             )

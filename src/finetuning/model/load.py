@@ -156,11 +156,11 @@ def load_model(
     check_attn_implementation(args.attn_implementation, key)
     hub_arguments = {name: getattr(args, name) for name in _HUB_ARGUMENTS if name != "token"}
     token = args.token.get_secret_value() if args.token else None
-    location = resolve_model(run_conf.model, "model", key=key, token=token, **hub_arguments)
+    source = resolve_model(run_conf.model, "model", key=key, token=token, **hub_arguments)
     arguments: dict[str, object] = {
         "dtype": default_dtype if args.dtype == "auto" else args.dtype,
         "device_map": _device_map(args, topology or ProcessTopology(), sharded_by, key),
-        "use_safetensors": _safetensors_only(location, args, key),
+        "use_safetensors": _safetensors_only(source, args, key),
         "trust_remote_code": args.trust_remote_code,
     }
     arguments |= {name: value for name in _FORWARDED_ARGUMENTS if (value := getattr(args, name)) is not None}
@@ -168,22 +168,22 @@ def load_model(
         from finetuning.model.quantization import to_quantization_config
 
         arguments["quantization_config"] = to_quantization_config(quant_conf, sharded_by=sharded_by)
-    config, loader_arguments = load_pretrained_config(location, args, key)
+    config, loader_arguments = load_pretrained_config(source, args, key)
     config.update(dict(head.config_fields))
     if getattr(config, "quantization_config", None) is not None:
         from finetuning.model.quantization import select_trainable_gptq_kernel
 
         select_trainable_gptq_kernel(config)
-    model = _load_pretrained(location, head, key, {"config": config, **arguments, **loader_arguments})
+    model = _load_pretrained(source, head, key, {"config": config, **arguments, **loader_arguments})
     if model.can_generate():
         # Every checkpoint saves the generation config, and transformers refuses to save contradictory sampling flags.
         for change in fix_sampling_config(model.generation_config):
-            logger.info("%s: %s", location, change)
+            logger.info("%s: %s", source, change)
     return model
 
 
 def _load_pretrained(
-    location: ModelLocation, head: TaskHead, key: str, arguments: Mapping[str, object]
+    source: ModelLocation, head: TaskHead, key: str, arguments: Mapping[str, object]
 ) -> PreTrainedModel:
     """Call `from_pretrained` and check which weights it loaded.
 
@@ -192,13 +192,13 @@ def _load_pretrained(
     """
     try:
         model, loading_info = head.auto_class.from_pretrained(
-            location.name, output_loading_info=True, **arguments, **location.hub_kwargs
+            source.name, output_loading_info=True, **arguments, **source.hub_kwargs
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        _raise_load_error(error, location, key)
-    _check_loading_info(loading_info, location, Location(key=key), head)
+        _raise_load_error(error, source, key)
+    _check_loading_info(loading_info, source, Location(key=key), head)
     if head.zero_initialize(model, sorted(loading_info["missing_keys"])):
-        logger.info("%s has no score head: a new one is initialized to zero", location)
+        logger.info("%s has no score head: a new one is initialized to zero", source)
     return model
 
 
@@ -211,13 +211,13 @@ def check_attn_implementation(implementation: str | None, key: str = _KEY) -> No
     """
     if implementation is None:
         return
-    place = Location(key=f"{_model_args_key(key)}.attn_implementation")
+    location = Location(key=f"{_model_args_key(key)}.attn_implementation")
     supported = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if "/" in implementation:
         if find_spec("kernels") is None:
             raise MissingPackageError(
                 f"{implementation} is a kernel on the hub, which needs the package kernels; it is not installed",
-                place=place,
+                location=location,
                 hint="A kernel runs code from the hub. Use sdpa, or install it with: pip install kernels",
             )
         return
@@ -225,7 +225,7 @@ def check_attn_implementation(implementation: str | None, key: str = _KEY) -> No
         near = get_close_matches(implementation, supported, 1)
         raise ModelError(
             f"unknown attention implementation {implementation!r}",
-            place=place,
+            location=location,
             hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(supported))}.",
         )
     if implementation in FLASH_ATTENTION_PACKAGES:
@@ -233,11 +233,13 @@ def check_attn_implementation(implementation: str | None, key: str = _KEY) -> No
         if not package.is_installed:
             raise MissingPackageError(
                 f"{implementation} needs the package {package.distribution}, which is not installed",
-                place=place,
+                location=location,
                 hint=f"Install it with: {package.install}; or use sdpa.",
             )
         if not torch.cuda.is_available():
-            raise ModelError(f"{implementation} needs a CUDA or ROCm device; use sdpa on this machine", place=place)
+            raise ModelError(
+                f"{implementation} needs a CUDA or ROCm device; use sdpa on this machine", location=location
+            )
 
 
 def _model_args_key(key: str) -> str:
@@ -249,17 +251,17 @@ def _device_map(
     args: ModelArgs, topology: ProcessTopology, sharded_by: Sharding | None, key: str
 ) -> dict[str, int | str] | str | None:
     if args.device_map is not None:
-        place = Location(key=f"{_model_args_key(key)}.device_map")
+        location = Location(key=f"{_model_args_key(key)}.device_map")
         if sharded_by is not None:
             raise ConfigError(
                 f"device_map cannot be combined with {sharded_by}, which places the weights itself; remove device_map",
-                place=place,
+                location=location,
             )
         if topology.is_distributed and isinstance(args.device_map, str) and not _is_device(args.device_map):
             raise ConfigError(
                 f"device_map: {args.device_map} spreads the model over all devices, in each of {topology.world_size}"
                 " processes; remove device_map, or run a single process",
-                place=place,
+                location=location,
             )
         return args.device_map
     if sharded_by is None and torch.cuda.is_available():
@@ -271,7 +273,7 @@ def _is_device(name: str) -> bool:
     return name == "cpu" or name.startswith(("cuda", "xpu", "mps"))
 
 
-def _safetensors_only(location: ModelLocation, args: ModelArgs, key: str) -> bool | None:
+def _safetensors_only(source: ModelLocation, args: ModelArgs, key: str) -> bool | None:
     """Return `use_safetensors` for `from_pretrained`; None lets it load pickled weights too.
 
     Unpickling can execute code, so pickled weights are only loaded when the user asks for them.
@@ -281,9 +283,9 @@ def _safetensors_only(location: ModelLocation, args: ModelArgs, key: str) -> boo
     """
     allows_pickle = args.use_safetensors is False
     extra = args.model_extra or {}
-    if location.folder is None or args.variant or "gguf_file" in extra or "key_mapping" in extra:
+    if source.folder is None or args.variant or "gguf_file" in extra or "key_mapping" in extra:
         return None if allows_pickle else True
-    folder = location.folder
+    folder = source.folder
     if any((folder / name).is_file() for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)):
         # Reading the headers finds truncated and missing shards in milliseconds, before minutes of loading.
         read_model_headers(folder)
@@ -294,7 +296,7 @@ def _safetensors_only(location: ModelLocation, args: ModelArgs, key: str) -> boo
     if pickles:
         raise ModelError(
             f"{folder} has only pickled weights ({pickles[0]}), which can execute code when they are loaded",
-            place=Location(key=key),
+            location=Location(key=key),
             hint=f"Convert them to safetensors, or set {_model_args_key(key)}.use_safetensors: false if you trust"
             " them.",
         )
@@ -302,12 +304,12 @@ def _safetensors_only(location: ModelLocation, args: ModelArgs, key: str) -> boo
         return True
     raise ModelError(
         f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} exists",
-        place=Location(key=key),
+        location=Location(key=key),
     )
 
 
 def load_pretrained_config(
-    location: ModelLocation, args: ModelArgs, key: str = _KEY
+    source: ModelLocation, args: ModelArgs, key: str = _KEY
 ) -> tuple[PreTrainedConfig, dict[str, object]]:
     """Return the model's config with the user's fields applied, and the extra arguments for `from_pretrained`.
 
@@ -321,28 +323,28 @@ def load_pretrained_config(
         fields["gguf_file"] = loader_arguments["gguf_file"]
     try:
         config, unused = AutoConfig.from_pretrained(
-            location.name,
+            source.name,
             return_unused_kwargs=True,
             trust_remote_code=args.trust_remote_code,
             code_revision=args.code_revision,
             **fields,
-            **location.hub_kwargs,
+            **source.hub_kwargs,
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        _raise_load_error(error, location, key)
+        _raise_load_error(error, source, key)
     unknown = [name for name in unused if name in extras]
     if unknown:
         supported = [*ModelArgs.model_fields, *_LOADER_ARGUMENTS, *config.to_dict()]
         near = get_close_matches(unknown[0], supported, 1)
         raise ModelError(
             f"{unknown[0]!r} is neither an argument of from_pretrained nor a field of a {config.model_type} config",
-            place=Location(key=f"{_model_args_key(key)}.{unknown[0]}"),
+            location=Location(key=f"{_model_args_key(key)}.{unknown[0]}"),
             hint=f"Did you mean {near[0]}?" if near else None,
         )
     return config, loader_arguments
 
 
-def _raise_load_error(error: Exception, location: ModelLocation, key: str) -> NoReturn:
+def _raise_load_error(error: Exception, source: ModelLocation, key: str) -> NoReturn:
     """Raise a ModelError with the essence of `error`; out-of-memory errors pass through for the caller's retry."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
@@ -354,11 +356,11 @@ def _raise_load_error(error: Exception, location: ModelLocation, key: str) -> No
     elif "trust_remote_code" in text:
         text = "it needs custom code from its repository"
         hint = f"Set {_model_args_key(key)}.trust_remote_code: true to run it, and pin revision to a commit."
-    raise ModelError(f"{location} cannot be loaded: {text}", place=Location(key=key), hint=hint) from error
+    raise ModelError(f"{source} cannot be loaded: {text}", location=Location(key=key), hint=hint) from error
 
 
 def _check_loading_info(
-    loading_info: Mapping[str, Sequence[object]], location: ModelLocation, place: Location, head: TaskHead
+    loading_info: Mapping[str, Sequence[object]], source: ModelLocation, location: Location, head: TaskHead
 ) -> None:
     missing = head.required_missing(sorted(str(name) for name in loading_info["missing_keys"]))
     mismatched = sorted(str(item) for item in loading_info["mismatched_keys"])
@@ -371,15 +373,15 @@ def _check_loading_info(
             else "has weights whose shapes differ from its config"
         )
         raise ModelError(
-            f"{location} {what}: {', '.join(wrong[:4])}{more}",
-            place=place,
+            f"{source} {what}: {', '.join(wrong[:4])}{more}",
+            location=location,
             hint="They would be initialized randomly. Check that config.json and the weight files belong together.",
         )
     unexpected = head.unexpected(sorted(str(name) for name in loading_info["unexpected_keys"]))
     if unexpected:
         logger.warning(
             "%s has %d tensors that its architecture does not use, such as %s; they are ignored",
-            location,
+            source,
             len(unexpected),
             unexpected[0],
         )

@@ -69,13 +69,13 @@ def summarize_modules(
     args = run_conf.model_args
     token = args.token.get_secret_value() if args.token else None
     hub_arguments = {name: getattr(args, name) for name in _HUB_ARGUMENTS}
-    location = resolve_model(run_conf.model, "model", key="run_conf.model", token=token, **hub_arguments)
-    model = _build_on_meta(location, args, head)
+    source = resolve_model(run_conf.model, "model", key="run_conf.model", token=token, **hub_arguments)
+    model = _build_on_meta(source, args, head)
     modules = {name: module for name, module in model.named_modules() if name}
-    tensor_sizes = _tensor_sizes(location)
+    tensor_sizes = _tensor_sizes(source)
     all_linear = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": "all-linear"})
-    linear = _trained_by_module(location, args, head, all_linear)
-    trained = _trained_by_module(location, args, head, peft_conf) if isinstance(peft_conf, NewPeft) else {}
+    linear = _trained_by_module(source, args, head, all_linear)
+    trained = _trained_by_module(source, args, head, peft_conf) if isinstance(peft_conf, NewPeft) else {}
     members: dict[tuple[str, str], list[str]] = {}
     seen: set[int] = set()
     parameters: dict[str, list[torch.nn.Parameter]] = {}
@@ -100,7 +100,7 @@ def summarize_modules(
         for (suffix, kind), names in members.items()
     )
     return ModuleSummary(
-        model=str(location),
+        model=str(source),
         architecture=type(model).__name__,
         parameters=sum(weight.numel() for weight in model.parameters()),
         groups=groups,
@@ -108,9 +108,9 @@ def summarize_modules(
     )
 
 
-def _build_on_meta(location: ModelLocation, args: ModelArgs, head: TaskHead) -> PreTrainedModel:
+def _build_on_meta(source: ModelLocation, args: ModelArgs, head: TaskHead) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes, no memory."""
-    config, _ = load_pretrained_config(location, args)
+    config, _ = load_pretrained_config(source, args)
     config.update(dict(head.config_fields))
     try:
         with torch.device("meta"):
@@ -118,11 +118,11 @@ def _build_on_meta(location: ModelLocation, args: ModelArgs, head: TaskHead) -> 
     except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         text = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"the model class of {location} cannot be built: {text}", place=Location(key="run_conf.model")
+            f"the model class of {source} cannot be built: {text}", location=Location(key="run_conf.model")
         ) from error
 
 
-def _trained_by_module(location: ModelLocation, args: ModelArgs, head: TaskHead, conf: NewPeft) -> dict[str, int]:
+def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, conf: NewPeft) -> dict[str, int]:
     """Return the number of parameters that an adapter trains, by module of the base model.
 
     Raises:
@@ -132,7 +132,7 @@ def _trained_by_module(location: ModelLocation, args: ModelArgs, head: TaskHead,
 
     from finetuning.model.peft.adapters import make_peft_config
 
-    model = _build_on_meta(location, args, head)
+    model = _build_on_meta(source, args, head)
     module_names = {name for name, _ in model.named_modules() if name}
     kwargs = {key: _WEIGHT_FREE_INIT.get(key, value) for key, value in conf.peft_kwargs.items()}
     config = make_peft_config(model, conf.model_copy(update={"peft_kwargs": kwargs}), total_steps=1)
@@ -143,7 +143,7 @@ def _trained_by_module(location: ModelLocation, args: ModelArgs, head: TaskHead,
         text = str(error).strip().splitlines()[0]
         raise ModelError(
             f"cannot determine what {conf.peft_type} trains without loading the weights: {text}",
-            place=Location(key="peft_conf"),
+            location=Location(key="peft_conf"),
         ) from error
     trained: dict[str, int] = {}
     for name, weight in adapted.named_parameters():
@@ -174,9 +174,9 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _tensor_sizes(location: ModelLocation) -> dict[str, int]:
+def _tensor_sizes(source: ModelLocation) -> dict[str, int]:
     """Return the size in bytes of each tensor in the checkpoint's files; empty if they are not local."""
-    folder = location.folder
+    folder = source.folder
     if folder is None or not any((folder / name).is_file() for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)):
         return {}
     return {name: entry.num_bytes for name, entry in read_model_headers(folder).items()}

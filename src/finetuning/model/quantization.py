@@ -40,7 +40,7 @@ def to_torchao_config(conf: TorchAO) -> TorchAoConfig:
     if find_spec("torchao") is None:
         raise MissingPackageError(
             "torchao is not installed",
-            place=Location(key="quant_conf.quantization_type"),
+            location=Location(key="quant_conf.quantization_type"),
             hint="Install it with: pip install 'finetuning[torchao]'",
         )
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -70,12 +70,12 @@ def to_bitsandbytes_config(conf: BitsAndBytes, *, sharded_by: Sharding | None = 
         which = "both" if conf.load_in_4bit else "neither"
         raise ConfigError(
             f"{which} of load_in_4bit and load_in_8bit are true; bits-and-bytes quantization needs exactly one",
-            place=Location(key="quant_conf"),
+            location=Location(key="quant_conf"),
         )
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(
             "bitsandbytes is not installed",
-            place=Location(key="quant_conf.quantization_type"),
+            location=Location(key="quant_conf.quantization_type"),
             hint="Install it with: pip install bitsandbytes",
         )
     fields = conf.model_dump(exclude={"quantization_type"}, exclude_none=True)

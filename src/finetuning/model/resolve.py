@@ -62,27 +62,33 @@ def resolve_model(
     Raises:
         ModelError: there is no such folder or repository, or the hub is unreachable and the files are not cached.
     """
-    place = Location(key=key)
+    location = Location(key=key)
     path = Path(name).expanduser()
     folder = path / subfolder if subfolder else path
     # A folder has no revisions. The argument is dropped, not refused, so that one config works for both.
     arguments: dict[str, object] = {"subfolder": subfolder} if subfolder else {}
     if path.is_dir():
-        _check_folder(folder, kind, place)
+        _check_folder(folder, kind, location)
         return ModelLocation(str(path), folder, arguments | {"local_files_only": True})
     if path.exists():
-        raise ModelError(f"{path} is a file; expected the folder of a {kind}, or a hub id", place=place)
+        raise ModelError(f"{path} is a file; expected the folder of a {kind}, or a hub id", location=location)
     if _looks_like_path(name):
         is_default = name == DEFAULT_MODEL
         raise ModelError(
             f"there is no folder {path.absolute()} to load the {kind} from"
             + (" (the default; set run_conf.model to a folder or hub id)" if is_default else ""),
-            place=place,
+            location=location,
         )
     optional = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
     arguments |= {key: value for key, value in optional.items() if value is not None}
     offline = _must_use_cache(
-        name, kind, place, revision=revision, cache_dir=cache_dir, token=token, local_files_only=bool(local_files_only)
+        name,
+        kind,
+        location,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=bool(local_files_only),
     )
     return ModelLocation(name, None, arguments | {"local_files_only": True} if offline else arguments)
 
@@ -96,24 +102,24 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~", ".")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
 
-def _check_folder(folder: Path, kind: RepoKind, place: Location) -> None:
+def _check_folder(folder: Path, kind: RepoKind, location: Location) -> None:
     if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}", place=place)
+        raise ModelError(f"there is no folder {folder}", location=location)
     if kind == "model" and (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder} contains an adapter, not a base model",
-            place=place,
-            hint=_ADAPTER_HINTS.get(place.key or "", "Name the base model that the adapter was trained on."),
+            location=location,
+            hint=_ADAPTER_HINTS.get(location.key or "", "Name the base model that the adapter was trained on."),
         )
     if not any((folder / name).is_file() for name in _REQUIRED_FILES[kind]):
         names = " or ".join(_REQUIRED_FILES[kind][:2])
-        raise ModelError(f"{folder} contains no {kind}: {names} is missing", place=place)
+        raise ModelError(f"{folder} contains no {kind}: {names} is missing", location=location)
 
 
 def _must_use_cache(
     name: str,
     kind: RepoKind,
-    place: Location,
+    location: Location,
     *,
     revision: str | None,
     cache_dir: str | None,
@@ -138,29 +144,29 @@ def _must_use_cache(
             HfApi().model_info(name, revision=revision, timeout=PROBE_TIMEOUT_S, token=token)
             return False
     except HFValidationError:
-        raise ModelError(f"{name!r} is neither a local folder nor a valid hub id", place=place) from None
+        raise ModelError(f"{name!r} is neither a local folder nor a valid hub id", location=location) from None
     except GatedRepoError:
         raise ModelError(
             f"{name} is a gated repository on the hub",
-            place=place,
+            location=location,
             hint="Request access on its page, then set HF_TOKEN to a token of that account.",
         ) from None
     except RepositoryNotFoundError:
         raise ModelError(
             f"{name!r} is neither a local folder nor a model on the hub",
-            place=place,
+            location=location,
             hint="A private model needs HF_TOKEN.",
         ) from None
     except (HfHubHTTPError, OSError, _transport_error()) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 404:
-            raise ModelError(f"{name} has no revision {revision!r} on the hub", place=place) from None
+            raise ModelError(f"{name} has no revision {revision!r} on the hub", location=location) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_cached:
         return True
     cache = cache_dir or "the hub cache (HF_HOME)"
     raise ModelError(
         f"{name} is not a local folder, is not in {cache}, and the hub is unreachable: {reason.rstrip('.')}",
-        place=place,
+        location=location,
         hint="Set the path of a local folder, or download the model on a machine that can reach the hub.",
     )
 

@@ -63,7 +63,7 @@ def load_tokenizer(
     Raises:
         ModelError: there is no fast tokenizer, no chat template although one is needed, or no token to pad with.
     """
-    location = resolve_model(
+    source = resolve_model(
         path,
         "tokenizer",
         key=key,
@@ -74,51 +74,53 @@ def load_tokenizer(
         force_download=force_download,
         token=token,
     )
-    tokenizer = _load_fast_tokenizer(location, trust_remote_code, Location(key=key))
+    tokenizer = _load_fast_tokenizer(source, trust_remote_code, Location(key=key))
     warnings: list[str] = []
     if template_source is None:
         if needs_template and not tokenizer.chat_template:
             raise ModelError(
-                f"the tokenizer of {location} has no chat template",
-                place=Location(key=_TEMPLATE_KEY),
+                f"the tokenizer of {source} has no chat template",
+                location=Location(key=_TEMPLATE_KEY),
                 hint="Set data_conf.chat_template_name to a template by name, such as chat-ml.",
             )
     else:
         if tokenizer.chat_template and tokenizer.chat_template != template_source:
             warnings.append(
-                f"the configured chat template replaces the one of {location}; {_TEMPLATE_KEY}: keep-original keeps it"
+                f"the configured chat template replaces the one of {source}; {_TEMPLATE_KEY}: keep-original keeps it"
             )
         tokenizer.chat_template = template_source
     tokenizer.padding_side = padding_side
     new_tokens = _add_special_tokens(tokenizer, special_tokens)
-    pad_description, pad_input_id, pad_warning = _choose_padding(tokenizer, missing_pad_token_strategy, str(location))
+    pad_description, pad_input_id, pad_warning = _choose_padding(tokenizer, missing_pad_token_strategy, str(source))
     return LoadedTokenizer(tokenizer, new_tokens, pad_description, pad_input_id, tuple(warnings + pad_warning))
 
 
-def _load_fast_tokenizer(location: ModelLocation, trust_remote_code: bool, place: Location) -> PreTrainedTokenizerBase:
+def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, location: Location) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    name = location.name
+    name = source.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, use_fast=True, trust_remote_code=trust_remote_code, **location.hub_kwargs
+            name, use_fast=True, trust_remote_code=trust_remote_code, **source.hub_kwargs
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"the tokenizer of {name} cannot be loaded: {lines[0]}",
-            place=place,
+            location=location,
             hint="A tokenizer.json is needed (a fast tokenizer).",
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {name} is not a fast tokenizer ({type(tokenizer).__name__})",
-            place=place,
+            location=location,
             hint="The loss mask is computed from character offsets, which only fast tokenizers (tokenizer.json) have.",
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # From a config without a vocabulary transformers builds a tokenizer that has nothing but special tokens.
-        raise ModelError(f"the tokenizer of {name} has no vocabulary: tokenizer.json is missing or empty", place=place)
+        raise ModelError(
+            f"the tokenizer of {name} has no vocabulary: tokenizer.json is missing or empty", location=location
+        )
     return tokenizer
 
 
@@ -153,13 +155,13 @@ def _choose_padding(
     if converts and tokens["eos"] is None:
         raise ModelError(
             f"unk-convert-to-eos needs an end-of-sequence token, which the tokenizer of {source} does not have",
-            place=Location(key="data_conf.missing_pad_token_strategy"),
+            location=Location(key="data_conf.missing_pad_token_strategy"),
         )
     chosen = next((name for name in (preferred, "eos", "unk", "bos") if tokens[name] is not None), None)
     if chosen is None:
         raise ModelError(
             f"the tokenizer of {source} has no padding, BOS, EOS or unknown token to pad with",
-            place=Location(key="data_conf.missing_pad_token_strategy"),
+            location=Location(key="data_conf.missing_pad_token_strategy"),
             hint="Set pad_token in its tokenizer_config.json.",
         )
     tokenizer.pad_token = tokens[chosen]

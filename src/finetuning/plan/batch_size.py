@@ -26,7 +26,7 @@ class BatchPlan:
     warning: str | None = None
 
 
-def plan_batches(config: BatchSizeConfig, world_size: int, place: Location | None = None) -> BatchPlan:
+def plan_batches(config: BatchSizeConfig, world_size: int, location: Location | None = None) -> BatchPlan:
     """Choose the largest per-device batch size within the maximum that gives exactly the total batch size.
 
     Raises:
@@ -46,7 +46,7 @@ def plan_batches(config: BatchSizeConfig, world_size: int, place: Location | Non
                 Problem(
                     f"{total} rows cannot be divided among {world_size} processes;"
                     f" the nearest total{'s that can are' if lower else ' that can is'} {nearest}",
-                    place or Location(key=_KEY),
+                    location or Location(key=_KEY),
                 )
             ]
         )

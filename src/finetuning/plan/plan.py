@@ -125,7 +125,7 @@ class Plan:
 
 
 def make_plan(
-    experiment: Experiment, topology: ProcessTopology, rows: int | None = None, place: Location | None = None
+    experiment: Experiment, topology: ProcessTopology, rows: int | None = None, location: Location | None = None
 ) -> Plan:
     """Plan an experiment on the given processes. The plan has no steps if `rows` is None.
 
@@ -133,7 +133,7 @@ def make_plan(
         ConfigError: the total batch size is not divisible by the number of processes, or features are incompatible.
         MissingPackageError: an optional package that the experiment needs is not installed.
     """
-    batch = plan_batches(experiment.batchsize_conf, topology.world_size, place)
+    batch = plan_batches(experiment.batchsize_conf, topology.world_size, location)
     context = RunContext(experiment, topology, batch.accumulation)
     check_compatibility(context)
     check_packages(context)

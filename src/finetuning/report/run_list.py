@@ -45,7 +45,7 @@ def list_runs(folder: Path) -> list[RunState]:
         ConfigError: there is no such directory.
     """
     if not folder.is_dir():
-        raise ConfigError("no such directory", place=Location(str(folder)))
+        raise ConfigError("no such directory", location=Location(str(folder)))
     states = [state for path in _records(folder) if (state := read_state(path.parent)) is not None]
     return sorted(states, key=lambda state: (state.started or "", state.folder), reverse=True)
 

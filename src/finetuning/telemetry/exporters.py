@@ -219,7 +219,7 @@ class OtlpExport:
         except ImportError as error:
             raise MissingPackageError(
                 f"telemetry.otlp needs {error.name}",
-                place=Location(key="telemetry.otlp"),
+                location=Location(key="telemetry.otlp"),
                 hint="Install it with: pip install 'finetuning[otlp]'",
             ) from error
         # The exporter logs a warning for each retry; `_Guard` reports the failure once instead.

@@ -109,7 +109,7 @@ def resolve_tracking(cli: TrackingOptions, section: TrackingConfig | None, envir
     elif uri.value is None and "mlflow" in file.get("trackers", ()):
         raise ConfigError(
             "includes mlflow, which needs an address",
-            place=Location(key="tracking.trackers"),
+            location=Location(key="tracking.trackers"),
             hint="Set tracking.mlflow_server_uri, --mlflow-server-uri or MLFLOW_TRACKING_URI.",
         )
     run_id, parent = first("", "run_id", "MLFLOW_RUN_ID"), first("", "parent_run_id", "MLFLOW_PARENT_RUN_ID")
@@ -224,7 +224,7 @@ def _absolute_sqlite(setting: ResolvedValue, text: str) -> str:
 
 def _error(setting: ResolvedValue, message: str, hint: str) -> ConfigError:
     if setting.origin.startswith("file: "):
-        return ConfigError(message, place=Location(key=setting.origin.removeprefix("file: ")), hint=hint)
+        return ConfigError(message, location=Location(key=setting.origin.removeprefix("file: ")), hint=hint)
     return ConfigError(f"{setting.origin}: {message}", hint=hint)
 
 

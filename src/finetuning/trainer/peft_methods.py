@@ -57,7 +57,7 @@ def init_eva(model: nn.Module, rows: Iterable[Row], collate: Callable[[list[Row]
         )
     except (ValueError, RuntimeError) as error:
         text = f"EVA initialization failed: {str(error).partition(chr(10))[0]}"
-        raise ModelError(text, place=Location(key="peft_conf.peft_kwargs.init_lora_weights")) from error
+        raise ModelError(text, location=Location(key="peft_conf.peft_kwargs.init_lora_weights")) from error
     finally:
         model.train(was_training)
 

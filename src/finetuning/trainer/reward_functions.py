@@ -37,7 +37,7 @@ class NamedReward:
     """A reward function that checks what the function returns, and has a name for logs and error messages."""
 
     name: str
-    place: Location
+    location: Location
     function: Callable[..., Any]
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class NamedReward:
         return number
 
     def error(self, message: str) -> ConfigError:
-        return ConfigError(f"the reward function {self.name} {message}", place=self.place)
+        return ConfigError(f"the reward function {self.name} {message}", location=self.location)
 
 
 class _RewardErrors(AbstractContextManager["_RewardErrors"]):
@@ -112,11 +112,11 @@ def build_rewards(args: GRPOArgs) -> list[NamedReward]:
     """
     rewards = []
     for index, conf in enumerate(args.rewards):
-        place = Location(key=f"grpo_args.rewards[{index}]")
+        location = Location(key=f"grpo_args.rewards[{index}]")
         if isinstance(conf, FunctionReward):
-            rewards.append(NamedReward(conf.path, place, load_function(conf.path, place), dict(conf.arguments)))
+            rewards.append(NamedReward(conf.path, location, load_function(conf.path, location), dict(conf.arguments)))
         else:
-            rewards.append(NamedReward(conf.type, place, _BUILT_IN[type(conf)](conf)))
+            rewards.append(NamedReward(conf.type, location, _BUILT_IN[type(conf)](conf)))
     return _with_unique_names(rewards)
 
 
@@ -124,7 +124,7 @@ def _with_unique_names(rewards: list[NamedReward]) -> list[NamedReward]:
     """Number the rewards that share a name, because TRL logs their means by name."""
     names = [reward.name for reward in rewards]
     return [
-        NamedReward(f"{reward.name}-{index}", reward.place, reward.function, reward.arguments)
+        NamedReward(f"{reward.name}-{index}", reward.location, reward.function, reward.arguments)
         if names.count(reward.name) > 1
         else reward
         for index, reward in enumerate(rewards)
@@ -136,7 +136,7 @@ def needed_columns(args: GRPOArgs) -> dict[str, str]:
     return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatchReward)}
 
 
-def load_function(path: str, place: Location) -> Callable[..., Any]:
+def load_function(path: str, location: Location) -> Callable[..., Any]:
     """Return the function at `package.module:function` or `path/to/file.py:function`.
 
     Raises:
@@ -146,9 +146,9 @@ def load_function(path: str, place: Location) -> Callable[..., Any]:
     if where.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(where).stem, where)
         if not Path(where).is_file() or spec is None or spec.loader is None:
-            raise ConfigError(f"there is no file {where}", place=place)
+            raise ConfigError(f"there is no file {where}", location=location)
         module = importlib.util.module_from_spec(spec)
-        with _RewardErrors(NamedReward(path, place, load_function)):
+        with _RewardErrors(NamedReward(path, location, load_function)):
             spec.loader.exec_module(module)
     else:
         try:
@@ -156,15 +156,17 @@ def load_function(path: str, place: Location) -> Callable[..., Any]:
         except ImportError as error:
             raise ConfigError(
                 f"cannot import the reward function {path}: {error}",
-                place=place,
+                location=location,
                 hint=f"Install its package, set PYTHONPATH, or give the path of its file: path/to/rewards.py:{name}.",
             ) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"{where} has no function {name}", place=place, hint=f"It has: {', '.join(names) or 'none'}.")
+        raise ConfigError(
+            f"{where} has no function {name}", location=location, hint=f"It has: {', '.join(names) or 'none'}."
+        )
     if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"the reward function {path} is async; async functions are not supported", place=place)
+        raise ConfigError(f"the reward function {path} is async; async functions are not supported", location=location)
     return function
 
 

@@ -55,7 +55,7 @@ def build_arguments(experiment: Experiment, plan: Plan) -> transformers.Training
     try:
         arguments = getattr(importlib.import_module(module), name)(**fields)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(str(error), place=Location(key="training_args")) from error
+        raise ConfigError(str(error), location=Location(key="training_args")) from error
     if experiment.data_conf.streaming:
         # With dispatch_batches the main process would read for all, and cannot slice padding-free batches.
         arguments.accelerator_config.dispatch_batches = False

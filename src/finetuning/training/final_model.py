@@ -133,8 +133,8 @@ def _name_target(folder: Path) -> Iterator[None]:
     try:
         yield
     except GuardStopped as error:
-        place = Location(file=str(folder))
-        problems = [replace(problem, place=place, hint="It was not published.") for problem in error.problems]
+        location = Location(file=str(folder))
+        problems = [replace(problem, location=location, hint="It was not published.") for problem in error.problems]
         raise GuardStopped(problems) from error
 
 
@@ -167,7 +167,7 @@ def check_save_model_dir(experiment: Experiment) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StorageError(f"{experiment.save_model_dir} is not writable", place=Location(key=_KEY))
+        raise StorageError(f"{experiment.save_model_dir} is not writable", location=Location(key=_KEY))
 
 
 def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
@@ -189,7 +189,7 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
     except OSError as error:
         raise StorageError(
             f"cannot copy the final model to {target}: {error.strerror or error}",
-            place=Location(key=_KEY),
+            location=Location(key=_KEY),
             hint=f"It is in {final}.",
         ) from error
     return target

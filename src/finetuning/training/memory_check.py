@@ -52,7 +52,7 @@ def check_memory_at_start(trainer: TrainerMixin, experiment: Experiment) -> None
     if experiment.batchsize_conf.max_per_device_train_batch_size == "auto" and not trainer.supports_batch_splitting:
         raise ConfigError(
             "auto is not supported for this loss: the rows of a batch depend on each other, so it cannot be split",
-            place=Location(key="batchsize_conf.max_per_device_train_batch_size"),
+            location=Location(key="batchsize_conf.max_per_device_train_batch_size"),
             hint="Set a number.",
         )
     requested = experiment.run_conf.memory_check

@@ -120,7 +120,7 @@ def is_complete(experiment: Experiment) -> bool:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StorageError(f"{output_dir} is not writable (user id {os.getuid()})", place=Location(key=_KEY))
+        raise StorageError(f"{output_dir} is not writable (user id {os.getuid()})", location=Location(key=_KEY))
     final = output_dir / run_conf.final_checkpoint_name
     has_final = final.is_dir() and any(final.iterdir())
     if str(run_conf.resume_from_checkpoint).lower() == "false":
@@ -128,7 +128,7 @@ def is_complete(experiment: Experiment) -> bool:
         if existing_runs:
             raise StorageError(
                 f"{output_dir} holds an earlier run ({', '.join(existing_runs)})",
-                place=Location(key=_KEY),
+                location=Location(key=_KEY),
                 hint="Set run_conf.resume_from_checkpoint: auto to resume it, choose another output_dir, or remove it.",
             )
         return False
@@ -141,7 +141,7 @@ def is_complete(experiment: Experiment) -> bool:
     why = f"saved with a different config: {'; '.join(changes)}" if changes else "and no completed run is recorded"
     raise StorageError(
         f"{final} already exists, {why}",
-        place=Location(key="run_conf.final_checkpoint_name"),
+        location=Location(key="run_conf.final_checkpoint_name"),
         hint="Choose another final_checkpoint_name to resume from the last checkpoint, or another output_dir.",
     )
 
@@ -162,7 +162,7 @@ def check_free_space(experiment: Experiment, memory: MemoryEstimate | None) -> N
         raise StorageError(
             f"{output_dir}: {format_bytes(free)} free; {'a checkpoint and ' * saves_checkpoints}the final model need"
             f" about {format_bytes(needed)}",
-            place=Location(key=_KEY),
+            location=Location(key=_KEY),
         )
 
 
@@ -180,14 +180,14 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / _LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     except OSError as error:
-        raise StorageError(f"{output_dir} is not writable: {error.strerror}", place=Location(key=_KEY)) from error
+        raise StorageError(f"{output_dir} is not writable: {error.strerror}", location=Location(key=_KEY)) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
             raise StorageError(
-                f"another run ({lock.read().strip() or 'unknown'}) is using {output_dir}", place=Location(key=_KEY)
+                f"another run ({lock.read().strip() or 'unknown'}) is using {output_dir}", location=Location(key=_KEY)
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")

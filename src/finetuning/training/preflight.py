@@ -63,7 +63,7 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
     if implementation == "flex_attention" and device.kind == "cpu":
         raise ConfigError(
             "flex_attention has no backward pass on a CPU",
-            place=Location(key="run_conf.model_args.attn_implementation"),
+            location=Location(key="run_conf.model_args.attn_implementation"),
             hint="Use sdpa on a CPU.",
         )
 
@@ -133,7 +133,7 @@ def check_positions(model: Any, experiment: Any, data: PreparedData) -> tuple[st
         has = "of a stream may have" if is_stream else "has"
         raise ConfigError(
             f"a row {has} {longest} tokens, but the model has {learned} learned positions",
-            place=Location(key=key),
+            location=Location(key=key),
             hint=f"Set it to {learned} or less.",
         )
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -188,16 +188,16 @@ def resolve_invocation(experiment: Experiment, tokenizer: PreTrainedTokenizerBas
     if not isinstance(conf, NewPeft) or conf.alora_invocation_string is None:
         return experiment
     if conf.peft_type.upper() != "LORA":
-        raise ConfigError(f"is only valid for LORA, not for {conf.peft_type}", place=Location(key=_INVOCATION_KEY))
+        raise ConfigError(f"is only valid for LORA, not for {conf.peft_type}", location=Location(key=_INVOCATION_KEY))
     if _INVOCATION_IDS in conf.peft_kwargs:
         raise ConfigError(
             f"cannot be combined with peft_kwargs.{_INVOCATION_IDS}",
-            place=Location(key=_INVOCATION_KEY),
+            location=Location(key=_INVOCATION_KEY),
             hint="Remove one of them.",
         )
     ids = tokenizer.encode(conf.alora_invocation_string, add_special_tokens=False)
     if not ids:
-        raise ConfigError("has no token", place=Location(key=_INVOCATION_KEY))
+        raise ConfigError("has no token", location=Location(key=_INVOCATION_KEY))
     conf = conf.model_copy(update={"peft_kwargs": {**conf.peft_kwargs, _INVOCATION_IDS: ids}})
     return experiment.model_copy(update={"peft_conf": conf})
 
@@ -219,7 +219,7 @@ def check_alora_invocation(experiment: Experiment, tokenizer: PreTrainedTokenize
             raise DataError(
                 f"{missing:,} of {len(rows):,} rows never activate the adapter: {where} do not contain"
                 f" {tokenizer.decode(ids)!r} as the tokens {ids}",
-                place=Location(key=_INVOCATION_KEY),
+                location=Location(key=_INVOCATION_KEY),
                 hint="Choose a string that starts and ends at token borders, such as the start of an assistant turn in"
                 " the chat template.",
             )

@@ -56,7 +56,7 @@ def sync_resume_point(output_dir: Path, resume: ResumePoint) -> ResumePoint:
     if separate:
         raise StorageError(
             f"{output_dir} is not shared by all hosts: {', '.join(separate)} cannot see what {main_host} writes there",
-            place=Location(key="training_args.output_dir"),
+            location=Location(key="training_args.output_dir"),
             hint="Choose a folder on a file system that all of them mount; all of them write and read checkpoints.",
         )
     return resume
@@ -198,10 +198,10 @@ def watch_heartbeats(trainer: TrainerMixin, output_dir: Path, after_s: float) ->
             with suppress(OSError):
                 os.utime(file)
             hang = find_hung_rank(output_dir, trainer.args.world_size, after_s) if rank == 0 else None
-            place = hang.partition(" for ")[0] if hang else None
-            if hang and place != reported:
+            location = hang.partition(" for ")[0] if hang else None
+            if hang and location != reported:
                 logger.warning("%s", hang)
-            reported = place
+            reported = location
 
     threading.Thread(target=watch, name="heartbeat", daemon=True).start()
     try:

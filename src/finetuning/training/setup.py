@@ -220,7 +220,7 @@ def _check_new_tokens_are_trained(config: PeftConfig, vocabulary: EmbeddingInfo,
         raise ConfigError(
             f"the chat template adds {len(vocabulary.new_ids)} tokens, whose output embeddings an adapter does not"
             f" train under {algorithm.name}",
-            place=Location(key="data_conf.chat_template_name"),
+            location=Location(key="data_conf.chat_template_name"),
             hint="Train them by sft first, or add the embeddings to peft_conf.peft_kwargs:"
             f" modules_to_save: [{', '.join(trained)}].",
         )
@@ -354,11 +354,11 @@ def choose_layout(
     if packing:
         raise ConfigError(
             f"rows cannot be packed: {reason}",
-            place=Location(key="sft_args.packing"),
+            location=Location(key="sft_args.packing"),
             hint="Set sft_args.packing: false.",
         )
     if batching == "padding-free":
-        raise ConfigError(f"batches cannot be padding-free: {reason}", place=Location(key="sft_args.batching"))
+        raise ConfigError(f"batches cannot be padding-free: {reason}", location=Location(key="sft_args.batching"))
     return BatchLayout(True, reason), attention
 
 

@@ -232,7 +232,7 @@ def trackers_are_configured(run: Experiment) -> Iterator[ValidationIssue]:
         return
     tracking = run.tracking
     places = [tracking.aim_repo, tracking.aim_remote_server_ip] if tracking else []
-    if len([place for place in places if place]) != 1:
+    if len([location for location in places if location]) != 1:
         yield ValidationIssue(
             ("tracking", "trackers") if tracking and "aim" in tracking.trackers else ("training_args", "report_to"),
             "holds aim, which needs either tracking.aim_repo or tracking.aim_remote_server_ip.",

@@ -73,7 +73,7 @@ def unknown_key(path: KeyPath, siblings: Sequence[str], elsewhere: dict[str, lis
     """Return the issue for a key that its section does not have."""
     name = str(path[-1])
     section = ".".join(str(part) for part in path[:-1] if isinstance(part, str))
-    places = {key: [place for place in sections if place != section] for key, sections in elsewhere.items()}
+    places = {key: [location for location in sections if location != section] for key, sections in elsewhere.items()}
     hint = key_hint(name, siblings, {key: sections for key, sections in places.items() if sections})
     meant = nearest(name, siblings)
     return ValidationIssue(path, "unknown key.", hint, kind="unknown key", meant=meant)

@@ -57,7 +57,7 @@ def validate(
     """
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
-        raise ConfigError(f"is empty; required: {required}", place=Location(document.file))
+        raise ConfigError(f"is empty; required: {required}", location=Location(document.file))
     known = libraries or table_fields()
     translated = apply_renames(document, functools.partial(_trainer_fields, config, known))
     document = _without_empty_sections(translated.document, config)

@@ -146,7 +146,7 @@ def to_problems(findings: Sequence[ValidationIssue], document: ConfigDocument) -
             message += "."
         problem = Problem(message, document.location_of(finding.path), finding.hint)
         problems.setdefault(str(problem), problem)
-    ordered = sorted(problems.values(), key=lambda problem: (problem.place.line or 0, problem.place.column or 0))
+    ordered = sorted(problems.values(), key=lambda problem: (problem.location.line or 0, problem.location.column or 0))
     if len(ordered) <= MAX_ISSUES:
         return ordered
     rest = len(ordered) - MAX_ISSUES

@@ -86,7 +86,7 @@ def _displayed(text: str, parts: list[str]) -> str:
 
 
 def _error(message: str, displayed: str) -> ConfigError:
-    return ConfigError(message, place=Location(file=f'{COMMAND_LINE} "{displayed}"'))
+    return ConfigError(message, location=Location(file=f'{COMMAND_LINE} "{displayed}"'))
 
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}

@@ -107,7 +107,7 @@ class _Composer:
 
     def _error(self, message: str, event: yaml.Event) -> ConfigError:
         mark = event.start_mark
-        return ConfigError(message, place=Location(self.file, mark.line + 1, mark.column + 1))
+        return ConfigError(message, location=Location(self.file, mark.line + 1, mark.column + 1))
 
 
 def compose(text: str, file: str | None) -> Node | None:
@@ -126,7 +126,7 @@ def compose(text: str, file: str | None) -> Node | None:
             if documents > 1:
                 line = event.start_mark.line + 1
                 raise ConfigError(
-                    f"one document expected, the second starts at line {line}", place=Location(file, line, 1)
+                    f"one document expected, the second starts at line {line}", location=Location(file, line, 1)
                 )
         composer.take(event)
     root = composer.root
@@ -203,15 +203,15 @@ def read_document(path: str | Path) -> ConfigDocument:
         with open(path, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError("no such file", place=Location(file)) from None
+        raise ConfigError("no such file", location=Location(file)) from None
     except IsADirectoryError:
-        raise ConfigError("is a directory, not a YAML file", place=Location(file)) from None
+        raise ConfigError("is a directory, not a YAML file", location=Location(file)) from None
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror or error}", place=Location(file)) from None
+        raise ConfigError(f"cannot be read: {error.strerror or error}", location=Location(file)) from None
     except ValueError:
-        raise ConfigError("is not the name of a file", place=Location(repr(file))) from None
+        raise ConfigError("is not the name of a file", location=Location(repr(file))) from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes: this is no config", place=Location(file))
+        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes: this is no config", location=Location(file))
     return parse_document(_decode(content, file), file)
 
 
@@ -226,7 +226,7 @@ def parse_document(text: str, file: str | None = None) -> ConfigDocument:
         return ConfigDocument({}, file=file)
     if root.kind != "mapping":
         kind = "a list" if root.kind == "list" else "a single value"
-        raise ConfigError(f"expected sections (keys and values), found {kind}", place=Location(file, root.line))
+        raise ConfigError(f"expected sections (keys and values), found {kind}", location=Location(file, root.line))
     builder = _Builder(file)
     values = builder.value(root, ())
     return ConfigDocument(values, builder.marks, file)
@@ -248,13 +248,13 @@ def _parse(text: str, file: str | None) -> Node | None:
     if forbidden:
         line, column = _line_and_column(text, forbidden.start())
         name = f"U+{ord(forbidden.group()):04X}"
-        raise ConfigError(f"the character {name} is not allowed in YAML", place=Location(file, line, column))
+        raise ConfigError(f"the character {name} is not allowed in YAML", location=Location(file, line, column))
     try:
         return compose(text, file)
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, text, file) from None
     except (yaml.YAMLError, UnicodeError) as error:
-        raise ConfigError(f"is not YAML: {error}", place=Location(file)) from None
+        raise ConfigError(f"is not YAML: {error}", location=Location(file)) from None
 
 
 def _decode(content: bytes, file: str) -> str:
@@ -265,7 +265,7 @@ def _decode(content: bytes, file: str) -> str:
         column = error.start - content.rfind(b"\n", 0, error.start)
         raise ConfigError(
             f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8.",
-            place=Location(file, line, column),
+            location=Location(file, line, column),
             hint="Save the file as UTF-8.",
         ) from None
 
@@ -278,7 +278,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
     """Return the parser's error with the line in question, and a caret below the column."""
     mark = error.problem_mark or error.context_mark
     if mark is None:
-        return ConfigError(f"is not YAML: {error.problem or error.context}", place=Location(file))
+        return ConfigError(f"is not YAML: {error.problem or error.context}", location=Location(file))
     lines = text.splitlines() or [""]
     row, column = mark.line, mark.column
     if row >= len(lines):
@@ -292,7 +292,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str | None) -> C
         message = f"{message}, {error.context} that begins at line {error.context_mark.line + 1}"
     excerpt = redact_line(line.expandtabs(1))[:160]
     caret = " " * min(column, len(excerpt)) + "^"
-    return ConfigError(f"{message}\n    {excerpt}\n    {caret}", place=Location(file, row + 1, column + 1))
+    return ConfigError(f"{message}\n    {excerpt}\n    {caret}", location=Location(file, row + 1, column + 1))
 
 
 class _Builder:
@@ -364,4 +364,4 @@ class _Builder:
         return self._error(f'"{key}" is written twice, at line {first.line} and at line {second.line}', second)
 
     def _error(self, message: str, node: Node) -> ConfigError:
-        return ConfigError(message, place=Location(self.file, node.line, node.column))
+        return ConfigError(message, location=Location(self.file, node.line, node.column))

@@ -295,6 +295,6 @@ def configured_template(data_conf: DataConfig) -> ChatTemplate | None:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise DataError(
-                f"{data_conf.chat_template} cannot be read: {reason}", place=Location(key="data_conf.chat_template")
+                f"{data_conf.chat_template} cannot be read: {reason}", location=Location(key="data_conf.chat_template")
             ) from None
     return ChatTemplate(None, source, tuple(data_conf.special_tokens), None)

@@ -78,7 +78,7 @@ def join(row: Row, prompt: str, completion: str, options: Options) -> Text:
     """Return a prompt and its completion as one text, of which the completion is trained."""
     text = prompt + completion
     spans = None if options.completions == "all" else ((len(prompt), len(text)),)
-    return Text(text, row.place, spans, options.add_eos)
+    return Text(text, row.location, spans, options.add_eos)
 
 
 def _chat(row: Row, options: Options) -> Conversation:

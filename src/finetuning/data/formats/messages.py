@@ -150,7 +150,7 @@ def chat_field(row: Row, column: str) -> list[Message]:
         return value
     if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
         messages = [_from_sharegpt(message, f"{column}[{index}]") for index, message in enumerate(value)]
-        row = Row({**row.values, column: messages}, row.place)
+        row = Row({**row.values, column: messages}, row.location)
     return messages_field(row, column)
 
 

@@ -86,7 +86,7 @@ _RECOGNIZED_COLUMNS = {
 
 def problem_of(row: Row, error: FieldError) -> Problem:
     """Return a field's error as a Problem of its row."""
-    return Problem(str(error), Location(file=row.place.file, line=row.place.line, key=error.key or None))
+    return Problem(str(error), Location(file=row.location.file, line=row.location.line, key=error.key or None))
 
 
 def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> None:
@@ -237,7 +237,7 @@ def meta_fields(row: Row) -> JsonObject:
 class OtherFields(TypedDict):
     """The fields that typed rows of messages have in addition to their messages."""
 
-    place: Location
+    location: Location
     tools: list[JsonObject] | None
     template_kwargs: JsonObject
     meta: JsonObject
@@ -246,7 +246,7 @@ class OtherFields(TypedDict):
 def other_fields(row: Row) -> OtherFields:
     """Return what a row has in addition to its messages, by the field names of its type."""
     return {
-        "place": row.place,
+        "location": row.location,
         "tools": tools_field(row),
         "template_kwargs": template_kwargs_field(row),
         "meta": meta_fields(row),

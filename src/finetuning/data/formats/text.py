@@ -32,7 +32,7 @@ TEXT_COLUMNS = ("text",)
 def parse_text(row: Row, options: Options = DEFAULT_OPTIONS) -> Text | Problem:
     """Return the text of a row, all of it trained."""
     try:
-        return Text(text_of(row, options), row.place, None, options.add_eos)
+        return Text(text_of(row, options), row.location, None, options.add_eos)
     except FieldError as error:
         return problem_of(row, error)
 
@@ -78,10 +78,12 @@ def parse_response_template(row: Row, options: Options = DEFAULT_OPTIONS) -> Tex
     elif not any(text[start:end].strip() for start, end in spans):
         fault = EMPTY_RESPONSE
     if options.completions == "all" and fault is None:
-        return Text(text, row.place, None, options.add_eos)
+        return Text(text, row.location, None, options.add_eos)
     if options.completions == "last":
         spans = spans[-1:]
-    return Text(text, row.place, spans, options.add_eos, frozenset({SEVERAL_RESPONSES} if has_several else ()), fault)
+    return Text(
+        text, row.location, spans, options.add_eos, frozenset({SEVERAL_RESPONSES} if has_several else ()), fault
+    )
 
 
 def _responses(text: str, response: str, instruction: str) -> tuple[tuple[int, int], ...]:
@@ -127,7 +129,7 @@ def parse_tokens(row: Row, options: Options = DEFAULT_OPTIONS) -> TokenIds | Pro
                 raise FieldError(
                     f"labels[{index}]", f"is {label}; expected -100 or {token}, the token at this position"
                 )
-        return TokenIds(ids, labels, row.place)
+        return TokenIds(ids, labels, row.location)
     except FieldError as error:
         return problem_of(row, error)
 
@@ -173,7 +175,7 @@ def parse_prompt(row: Row, options: Options = DEFAULT_OPTIONS) -> Prompt | Probl
         return Prompt(
             messages=messages,
             columns={name: value for name, value in row.values.items() if name not in (*_PROMPT_FIELDS, key)},
-            place=row.place,
+            location=row.location,
             tools=tools_field(row),
             template_kwargs=template_kwargs_field(row),
         )

@@ -59,7 +59,7 @@ def as_unpaired(preference: Preference | Problem) -> list[UnpairedPreference] | 
             prompt=preference.prompt,
             completion=completion,
             label=label,
-            place=preference.place,
+            location=preference.location,
             tools=preference.tools,
             template_kwargs=preference.template_kwargs,
             meta=preference.meta,

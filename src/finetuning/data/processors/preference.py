@@ -57,7 +57,8 @@ class AnswerProcessor:
                 for row, answer in answers
             ]
         conversations = [
-            Conversation([*row.prompt, *answer], row.place, row.tools, row.template_kwargs) for row, answer in answers
+            Conversation([*row.prompt, *answer], row.location, row.tools, row.template_kwargs)
+            for row, answer in answers
         ]
         turns = [range(len(row.prompt), len(row.prompt) + len(answer)) for row, answer in answers]
         return [self._as_one_span(result) for result in self.mask_builder.find_turns(conversations, turns)]

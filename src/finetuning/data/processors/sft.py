@@ -182,7 +182,7 @@ class SFTProcessor:
 
     def _chunks(self, ids: list[int], row: Text) -> list[TokenIds]:
         chunks = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
-        return [TokenIds(chunk, chunk, row.place, row.warnings | {SPLIT_TEXT}) for chunk in chunks]
+        return [TokenIds(chunk, chunk, row.location, row.warnings | {SPLIT_TEXT}) for chunk in chunks]
 
     def _check_ids(self, row: TokenIds) -> TokenizedSample | DroppedSample:
         ids = np.array(row.input_ids, dtype=np.int64)

@@ -57,12 +57,12 @@ def open_file(path: str) -> Generator[BinaryIO, None, None]:
         try:
             yield cast("BinaryIO", stream)
         except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"the compressed file is damaged: {error}", place=Location(file=path)) from None
+            raise DataError(f"the compressed file is damaged: {error}", location=Location(file=path)) from None
         except OSError as error:
             # bz2 raises a bare OSError without an error number for damaged data.
             if error.errno is not None:
                 raise
-            raise DataError(f"the compressed file is damaged: {error}", place=Location(file=path)) from None
+            raise DataError(f"the compressed file is damaged: {error}", location=Location(file=path)) from None
 
 
 def _zstd_opener(path: str) -> _Opener:
@@ -70,7 +70,7 @@ def _zstd_opener(path: str) -> _Opener:
         import zstandard  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MissingPackageError(
-            "reading .zst files needs the package zstandard", place=Location(file=path), hint="pip install zstandard"
+            "reading .zst files needs the package zstandard", location=Location(file=path), hint="pip install zstandard"
         ) from None
     return cast("_Opener", zstandard.open)  # pyright: ignore[reportUnknownMemberType]
 
@@ -88,7 +88,7 @@ TEXT_COLUMN = "text"
 def read_text(path: str, stream: BinaryIO, unit: str) -> Iterator[Row | Problem]:
     """Yield the rows of a text file, each a `line`, `paragraph` or `document` (`unit`) in the column `text`.
 
-    Paragraphs end at empty lines. Rows of white space only are skipped. `place` is the first line of a row.
+    Paragraphs end at empty lines. Rows of white space only are skipped. `location` is the first line of a row.
     """
     lines: list[str] = []
     first_line = 1
@@ -98,8 +98,8 @@ def read_text(path: str, stream: BinaryIO, unit: str) -> Iterator[Row | Problem]
         try:
             line = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            place = Location(file=path, line=number)
-            yield Problem(f"invalid UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})", place)
+            location = Location(file=path, line=number)
+            yield Problem(f"invalid UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})", location)
             continue
         if unit == "line" or (unit == "paragraph" and not line.strip()):
             yield from _text_row(path, lines, first_line)
@@ -153,15 +153,15 @@ def check_source(path: str, key: str) -> None:
     Raises:
         DataError: it is missing, a folder, unreadable or empty.
     """
-    place = Location(key=key)
+    location = Location(key=key)
     if os.path.isdir(path):
-        raise DataError(f"{path} is a directory; expected a file (working directory {os.getcwd()})", place=place)
+        raise DataError(f"{path} is a directory; expected a file (working directory {os.getcwd()})", location=location)
     if not os.path.exists(path):
-        raise DataError(f"{path}: no such file (working directory {os.getcwd()})", place=place)
+        raise DataError(f"{path}: no such file (working directory {os.getcwd()})", location=location)
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: no permission to read it", place=place)
+        raise DataError(f"{path}: no permission to read it", location=location)
     if os.path.getsize(path) == 0:
-        raise DataError("0 rows: the file is empty", place=Location(file=path))
+        raise DataError("0 rows: the file is empty", location=Location(file=path))
 
 
 def read_rows(path: str, *, text_unit: str = "line") -> Iterator[Row | Problem]:
@@ -182,14 +182,14 @@ def _not_empty(path: str, rows: Iterator[Row | Problem | Line]) -> Iterator[Row 
         count += 1
         yield row
     if count == 0:
-        raise DataError("0 rows", place=Location(file=path))
+        raise DataError("0 rows", location=Location(file=path))
 
 
 def _read(path: str, text_unit: str) -> Iterator[Row | Problem | Line]:
     kind = file_format(path)
     if kind in _COLUMNAR:
         if path.lower().endswith(COMPRESSED):
-            raise DataError(f"{kind} files must not be compressed; decompress it", place=Location(file=path))
+            raise DataError(f"{kind} files must not be compressed; decompress it", location=Location(file=path))
         yield from _COLUMNAR[kind](path)
         return
     with open_file(path) as stream:
@@ -206,7 +206,7 @@ def _check_encoding(path: str, stream: BinaryIO) -> None:
     head = stream.read(4)
     for byte_order_mark, name in _BYTE_ORDER_MARKS:
         if head.startswith(byte_order_mark):
-            raise DataError(f"the file is {name}; expected UTF-8", place=Location(file=path))
+            raise DataError(f"the file is {name}; expected UTF-8", location=Location(file=path))
     stream.seek(0)
 
 
@@ -265,7 +265,7 @@ def _find(path: str, source: DatasetSource, key: str, streaming: bool) -> list[S
     elif not os.path.exists(path) and glob.has_magic(path):
         files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not files:
-            raise DataError(f"{path}: no file matches (working directory {os.getcwd()})", place=Location(key=key))
+            raise DataError(f"{path}: no file matches (working directory {os.getcwd()})", location=Location(key=key))
     elif (
         not os.path.exists(path)
         and _HUB_DATASET.fullmatch(path)
@@ -281,7 +281,7 @@ def _find(path: str, source: DatasetSource, key: str, streaming: bool) -> list[S
 
 def _files_below(folder: Path, split: str | None, key: str) -> list[str]:
     """Return the data files of a folder, of the split if one is set. Text files count only if there are no others."""
-    place = Location(key=key)
+    location = Location(key=key)
     paths = [
         path
         for path in sorted(folder.rglob("*"))
@@ -294,17 +294,19 @@ def _files_below(folder: Path, split: str | None, key: str) -> list[str]:
     if not files:
         raise DataError(
             f"{folder}: no data file in this folder; supported are {', '.join((*TABLE_FORMATS, *TEXT_FORMATS))}",
-            place=place,
+            location=location,
         )
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
     names = sorted({name for name in splits.values() if name})
     if split is not None:
         selected = [path for path in files if split in _words(path.relative_to(folder))]
         if not selected:
-            raise DataError(f"{folder}: no file of the split {split}; found {', '.join(names) or 'none'}", place=place)
+            raise DataError(
+                f"{folder}: no file of the split {split}; found {', '.join(names) or 'none'}", location=location
+            )
         return [str(path) for path in selected]
     if len(names) > 1:
-        raise DataError(f"{folder} has several splits ({', '.join(names)}); select one with `split`", place=place)
+        raise DataError(f"{folder} has several splits ({', '.join(names)}); select one with `split`", location=location)
     return [str(path) for path in files]
 
 

@@ -80,7 +80,7 @@ class _Window:
 
     def error(self, message: str, position: int) -> DataError:
         """Return an error with the line of a position."""
-        return DataError(message, place=Location(file=self._path, line=self.line_of(position)))
+        return DataError(message, location=Location(file=self._path, line=self.line_of(position)))
 
     def next_character(self, position: int) -> tuple[str, int]:
         """Return the first character that is not white space, and its position; empty at the end of the file."""
@@ -158,9 +158,9 @@ class Line(NamedTuple):
 
     def row(self) -> Row | Problem:
         """Parse the line: return its row, or what is wrong with it."""
-        place = Location(file=self.file, line=self.number)
-        text = _to_text(self.data, place, self.offset)
-        return text if isinstance(text, Problem) else _parse_line(text, place)
+        location = Location(file=self.file, line=self.number)
+        text = _to_text(self.data, location, self.offset)
+        return text if isinstance(text, Problem) else _parse_line(text, location)
 
 
 def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
@@ -222,27 +222,27 @@ def _read_lines(path: str, stream: BinaryIO, offset: int) -> Iterator[Line]:
         offset += len(line)
 
 
-def _parse_line(text: str, place: Location) -> Row | Problem:
+def _parse_line(text: str, location: Location) -> Row | Problem:
     try:
         values, end = _DECODER.raw_decode(text)
         if not (end == len(text) or text[end:].isspace()):
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError:
-        return _parse_strictly(text, place)
+        return _parse_strictly(text, location)
     except RecursionError:
-        return Problem("invalid JSON: nested too deeply", place)
-    return _to_row(values, text, place)
+        return Problem("invalid JSON: nested too deeply", location)
+    return _to_row(values, text, location)
 
 
-def _parse_strictly(text: str, place: Location) -> Row | Problem:
+def _parse_strictly(text: str, location: Location) -> Row | Problem:
     """Parse a line that begins with white space, or is invalid."""
     try:
         values = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
-        return Problem(f"invalid JSON at column {error.colno}: {error.msg}", place)
+        return Problem(f"invalid JSON at column {error.colno}: {error.msg}", location)
     except RecursionError:
-        return Problem("invalid JSON: nested too deeply", place)
-    return _to_row(values, text, place)
+        return Problem("invalid JSON: nested too deeply", location)
+    return _to_row(values, text, location)
 
 
 def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
@@ -260,28 +260,28 @@ def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
     return _to_row(values, text, Location(file=path, line=1 + text.count("\n", 0, position)))
 
 
-def _to_text(line: bytes, place: Location, offset: int) -> str | Problem:
+def _to_text(line: bytes, location: Location, offset: int) -> str | Problem:
     if b"\0" in line:
-        return Problem(f"NUL byte at byte {offset + line.index(0)}; the file is damaged or not text", place)
+        return Problem(f"NUL byte at byte {offset + line.index(0)}; the file is damaged or not text", location)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        line_number = (place.line or 1) + line.count(b"\n", 0, error.start)
-        where = Location(file=place.file, line=line_number)
+        line_number = (location.line or 1) + line.count(b"\n", 0, error.start)
+        where = Location(file=location.file, line=line_number)
         return Problem(f"invalid UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x})", where)
 
 
-def _to_row(values: JsonValue, text: str, place: Location) -> Row | Problem:
+def _to_row(values: JsonValue, text: str, location: Location) -> Row | Problem:
     if not isinstance(values, dict):
-        return Problem(f"expected an object, got {json_type(values)}", place)
+        return Problem(f"expected an object, got {json_type(values)}", location)
     # Only a JSON escape can produce these in UTF-8 input, and no tokenizer accepts half of a surrogate pair.
     if "\\u" in text:
         strings = "".join(_strings(values))
         if "\0" in strings:
-            return Problem("a string holds a NUL character (\\u0000)", place)
+            return Problem("a string holds a NUL character (\\u0000)", location)
         if any("\ud800" <= character <= "\udfff" for character in strings):
-            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is not text", place)
-    return Row(values, place)
+            return Problem("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is not text", location)
+    return Row(values, location)
 
 
 def _strings(value: JsonValue) -> Iterator[str]:

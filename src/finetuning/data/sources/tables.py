@@ -29,7 +29,7 @@ def read_parquet(path: str) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             yield from _rows(path, file.iter_batches(batch_size=_BATCH))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"not a Parquet file, or damaged: {error}", place=Location(file=path)) from None
+        raise DataError(f"not a Parquet file, or damaged: {error}", location=Location(file=path)) from None
 
 
 def read_arrow(path: str) -> Iterator[Row]:
@@ -46,7 +46,7 @@ def read_arrow(path: str) -> Iterator[Row]:
             else:
                 yield from _rows(path, pa.ipc.open_stream(source))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"not an Arrow file, or damaged: {error}", place=Location(file=path)) from None
+        raise DataError(f"not an Arrow file, or damaged: {error}", location=Location(file=path)) from None
 
 
 def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
@@ -80,20 +80,20 @@ def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row 
         repeated = sorted({name for name in header if header.count(name) > 1})
         if repeated:
             raise DataError(
-                f"duplicate columns in the header: {', '.join(repeated)}", place=Location(file=path, line=1)
+                f"duplicate columns in the header: {', '.join(repeated)}", location=Location(file=path, line=1)
             )
         line = reader.line_num + 1
         for fields in reader:
-            place = Location(file=path, line=line)
+            location = Location(file=path, line=line)
             line = reader.line_num + 1
             if not fields:
                 continue
             if len(fields) == len(header):
-                yield Row(dict(zip(header, fields, strict=True)), place)
+                yield Row(dict(zip(header, fields, strict=True)), location)
             else:
-                yield Problem(f"{len(fields)} fields, but the header has {len(header)}", place)
+                yield Problem(f"{len(fields)} fields, but the header has {len(header)}", location)
     except csv.Error as error:
-        raise DataError(f"invalid CSV: {error}", place=Location(file=path, line=reader.line_num)) from None
+        raise DataError(f"invalid CSV: {error}", location=Location(file=path, line=reader.line_num)) from None
 
 
 def _decoded(path: str, stream: BinaryIO) -> Iterator[str]:
@@ -102,4 +102,4 @@ def _decoded(path: str, stream: BinaryIO) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             message = f"invalid UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x})"
-            raise DataError(message, place=Location(file=path, line=number)) from None
+            raise DataError(message, location=Location(file=path, line=number)) from None

@@ -170,7 +170,7 @@ class RowStream:
             statistics.counts.check(self._conf.max_lost_fraction)
         if block.ends_epoch:
             if not statistics.counts.kept:
-                raise DataError("no training row is left", place=Location(key="data_conf.training_data"))
+                raise DataError("no training row is left", location=Location(key="data_conf.training_data"))
             statistics.epochs = block.position.epoch + 1
 
     def _blocks_from(self, position: Position) -> Iterator[_Block]:

@@ -42,7 +42,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_adapter_tensors(model: PeftModel, folder: Path, place: Location | None = None) -> None:
+def check_adapter_tensors(model: PeftModel, folder: Path, location: Location | None = None) -> None:
     """Check that the adapter on the model has the tensors of the adapter's file.
 
     PEFT loads a file with missing or extra tensors without an error, for example one trained on a model with another
@@ -65,11 +65,11 @@ def check_adapter_tensors(model: PeftModel, folder: Path, place: Location | None
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
                 f"the adapter {folder} {what} {', '.join(names[:3])}{more}; it was trained on another model",
-                place=place,
+                location=location,
             )
 
 
-def check_adapter_base(model: PreTrainedModel, folder: Path, place: Location | None = None) -> None:
+def check_adapter_base(model: PreTrainedModel, folder: Path, location: Location | None = None) -> None:
     """Check that the adapter in `folder` was trained on this base model, if it has a fingerprint of its base.
 
     Raises:
@@ -82,5 +82,5 @@ def check_adapter_base(model: PreTrainedModel, folder: Path, place: Location | N
     difference = describe_difference(recorded, compute_fingerprint(base))
     if difference:
         raise ModelError(
-            f"the adapter {folder} was trained on another base model than {base}: {difference}", place=place
+            f"the adapter {folder} was trained on another base model than {base}: {difference}", location=location
         )

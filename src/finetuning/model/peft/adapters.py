@@ -75,7 +75,7 @@ def apply_peft(
         if is_quantized(model):
             raise ModelError(
                 "quantized weights cannot be trained",
-                place=Location(key="peft_conf.peft_type"),
+                location=Location(key="peft_conf.peft_type"),
                 hint="Use an adapter, such as LORA, or remove quant_conf.",
             )
         return _summarize(model, None, {}, ())
@@ -115,13 +115,13 @@ def make_peft_config(
         near = get_close_matches(name, peft_types, 1)
         raise ModelError(
             f"PEFT has no adapter type {conf.peft_type!r}",
-            place=Location(key="peft_conf.peft_type"),
+            location=Location(key="peft_conf.peft_type"),
             hint=f"Did you mean {near[0]}?" if near else "See `python -c 'import peft; print(list(peft.PeftType))'`.",
         )
     if name in NEEDS_TASK_IDS:
         raise ModelError(
             f"{name} needs a task id with each row, which training rows here do not have",
-            place=Location(key="peft_conf.peft_type"),
+            location=Location(key="peft_conf.peft_type"),
             hint="For a single task use LORA or PROMPT_TUNING.",
         )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_types[name]]
@@ -132,7 +132,7 @@ def make_peft_config(
             near = get_close_matches(key, field_names, 1)
             raise ModelError(
                 f"{name} has no argument {key!r}",
-                place=Location(key=f"{_KWARGS}.{key}"),
+                location=Location(key=f"{_KWARGS}.{key}"),
                 hint=f"Did you mean {near[0]}?" if near else None,
             )
     kwargs = _resolve_targets(model, kwargs, is_prompt_learning=_is_prompt_learning(config_class))
@@ -180,23 +180,23 @@ def _resolve_targets(model: PreTrainedModel, kwargs: Mapping[str, Any], *, is_pr
     return resolved
 
 
-def _check_pattern(pattern: str, names: Sequence[str], place: Location) -> None:
+def _check_pattern(pattern: str, names: Sequence[str], location: Location) -> None:
     try:
         matches = any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
-        raise ModelError(f"{pattern!r} is not a valid regular expression: {error}", place=place) from None
+        raise ModelError(f"{pattern!r} is not a valid regular expression: {error}", location=location) from None
     if not matches:
         example = max(names, key=lambda name: name.count("."))
         raise ModelError(
             f"the pattern {pattern!r} matches no module of the model",
-            place=place,
+            location=location,
             hint=f"It must match a whole name, such as {example}. {_suggest(pattern, names)}",
         )
 
 
-def _check_module_name(module: str, names: Sequence[str], place: Location) -> None:
+def _check_module_name(module: str, names: Sequence[str], location: Location) -> None:
     if not any(name == module or name.endswith(f".{module}") for name in names):
-        raise ModelError(f"the model has no module {module!r}", place=place, hint=_suggest(module, names))
+        raise ModelError(f"the model has no module {module!r}", location=location, hint=_suggest(module, names))
 
 
 def _suggest(module: str, names: Sequence[str]) -> str:
@@ -238,7 +238,7 @@ def _train_new_tokens(
     tied = ", whose input and output embeddings are tied" if embeddings.is_tied else ""
     raise ModelError(
         f"{name} cannot train the rows of {len(ids)} new tokens of this model{tied}",
-        place=Location(key="peft_conf.peft_type"),
+        location=Location(key="peft_conf.peft_type"),
         hint="Use LORA or NO_PEFT, or a chat template whose tokens the tokenizer already has.",
     )
 
@@ -262,35 +262,35 @@ def _load_adapter(
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    place = Location(key="peft_conf.name_or_path")
-    location = resolve_model(conf.name_or_path, "adapter", key=place.key)
+    location = Location(key="peft_conf.name_or_path")
+    source = resolve_model(conf.name_or_path, "adapter", key=location.key)
     if embeddings is not None and embeddings.new_ids:
         raise ModelError(
-            f"{len(embeddings.new_ids)} tokens are new to the tokenizer, and the adapter {location} cannot train them",
-            place=place,
+            f"{len(embeddings.new_ids)} tokens are new to the tokenizer, and the adapter {source} cannot train them",
+            location=location,
             hint="Train on the base model and tokenizer that were saved with the adapter (run_conf.model,"
             " run_conf.tokenizer), or keep the tokenizer's own chat template.",
         )
-    if location.folder is not None:
-        _refuse_pickle(location.folder, place)
-        check_adapter_base(model, location.folder, place)
+    if source.folder is not None:
+        _refuse_pickle(source.folder, location)
+        check_adapter_base(model, source.folder, location)
     try:
         adapted = PeftModel.from_pretrained(
             model,
-            location.name,
+            source.name,
             is_trainable=True,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            **location.hub_kwargs,
+            **source.hub_kwargs,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"the adapter {location} cannot be loaded: {' '.join(lines[:2])}", place=place) from error
-    if location.folder is not None:
-        check_adapter_tensors(adapted, location.folder, place)
+        raise ModelError(f"the adapter {source} cannot be loaded: {' '.join(lines[:2])}", location=location) from error
+    if source.folder is not None:
+        check_adapter_tensors(adapted, source.folder, location)
     _register_missing_bias(adapted)
     summary = _summarize(adapted, adapted.active_peft_config, adapter_digests(adapted), ())
     if summary.trainable_parameters == 0:
-        raise ModelError(f"the adapter {location} has no trainable parameters", place=place)
+        raise ModelError(f"the adapter {source} has no trainable parameters", location=location)
     return summary
 
 
@@ -306,11 +306,11 @@ def _register_missing_bias(adapted: PeftModel) -> None:
         head.register_parameter("bias", None)
 
 
-def _refuse_pickle(folder: Path, place: Location) -> None:
+def _refuse_pickle(folder: Path, location: Location) -> None:
     if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"{folder} has a pickled adapter (adapter_model.bin), which can execute code when it is loaded",
-            place=place,
+            location=location,
             hint="If you trust it, convert it to safetensors: PeftModel.from_pretrained(…).save_pretrained(…).",
         )
 
@@ -325,7 +325,7 @@ def _rejected_by_peft(error: Exception, name: str) -> ModelError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ModelError(
         f"PEFT rejects the arguments of {name}: {' '.join(line.strip() for line in lines[:3])}",
-        place=Location(key=_KWARGS),
+        location=Location(key=_KWARGS),
     )
 
 

@@ -39,7 +39,7 @@ def sync_run(folder: Path, *, patience_s: float = 30.0) -> list[SyncResult]:
     """Upload what is left in the queues of a run's folder; give up after `patience_s` without an answer."""
     queues = list_queues(folder) if folder.is_dir() else []
     if not queues:
-        raise ConfigError("no run with an MLflow queue here; nothing to send", place=Location(file=str(folder)))
+        raise ConfigError("no run with an MLflow queue here; nothing to send", location=Location(file=str(folder)))
     results = []
     for queue in queues:
         (run, ended), before, code = latest_run(queue), _waiting(queue), _EXIT_UPLOADED

@@ -46,7 +46,7 @@ def find_resume_point(output_dir: Path, requested: bool | str) -> ResumePoint:
     if mode not in ("auto", "true"):
         path = Path(str(requested))
         if problem := _problem(path):
-            raise CheckpointError(f"cannot resume from {path}: {problem}", place=Location(key=_KEY))
+            raise CheckpointError(f"cannot resume from {path}: {problem}", location=Location(key=_KEY))
         return ResumePoint(path)
     notes = []
     for checkpoint in checkpoints_of(output_dir):
@@ -58,7 +58,7 @@ def find_resume_point(output_dir: Path, requested: bool | str) -> ResumePoint:
         skipped = f" ({'; '.join(notes)})" if notes else ""
         raise CheckpointError(
             f"no valid checkpoint in {output_dir}{skipped}",
-            place=Location(key=_KEY),
+            location=Location(key=_KEY),
             hint="Set auto to start a new run when there is none.",
         )
     return ResumePoint(None, tuple(notes))
