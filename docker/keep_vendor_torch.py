@@ -39,14 +39,14 @@ def vendor_packages() -> dict[str, Distribution]:
     Raises:
         SystemExit: torch is not installed.
     """
-    found: dict[str, Distribution] = {}
+    packages: dict[str, Distribution] = {}
     for distribution in distributions():
         name = canonical(distribution.metadata["Name"])
         if VENDOR.fullmatch(name):
-            found.setdefault(name, distribution)
-    if "torch" not in found:
+            packages.setdefault(name, distribution)
+    if "torch" not in packages:
         raise SystemExit("keep_vendor_torch: no torch is installed here; the base image must bring the vendor's build")
-    return dict(sorted(found.items()))
+    return dict(sorted(packages.items()))
 
 
 def build_of(torch: Distribution) -> str:

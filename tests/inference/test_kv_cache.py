@@ -1,4 +1,4 @@
-"""The cache with room: the same keys and values as transformers' own, and left off where those know better."""
+"""The preallocated cache: same keys and values as the cache of transformers, and not used where it does not apply."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_keys_and_values_are_those_of_a_layer_that_copies() -> None:
     torch.manual_seed(0)
     ours, theirs = PreallocatedLayer(), DynamicLayer()
     for step, tokens in enumerate([5, *[1] * (2 * GROWTH), 3]):
-        given = states(tokens)
-        for left, right in zip(ours.update(*given), theirs.update(*given), strict=True):
+        new_states = states(tokens)
+        for left, right in zip(ours.update(*new_states), theirs.update(*new_states), strict=True):
             assert torch.equal(left, right), step
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
@@ -46,8 +46,8 @@ def test_what_is_done_to_a_layer_from_outside_is_kept(change: Any) -> None:
     change(ours)
     change(theirs)
     for _ in range(2):
-        given = states(1)
-        for left, right in zip(ours.update(*given), theirs.update(*given), strict=True):
+        new_states = states(1)
+        for left, right in zip(ours.update(*new_states), theirs.update(*new_states), strict=True):
             assert torch.equal(left, right)
 
 

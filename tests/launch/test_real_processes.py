@@ -1,4 +1,4 @@
-"""Launchers as they are: accelerate's, on the CPU, with real processes and real jobs."""
+"""Launchers and jobs with real processes, on the CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(sft_values: Any, write_config: Any, tmp_path: Path) -> Path:
     return write_config(sft_values(changes), "experiment.yaml")
 
 
-def test_two_processes_by_the_verb(run_cli: Any, config: Path, tmp_path: Path) -> None:
+def test_launch_runs_two_processes(run_cli: Any, config: Path, tmp_path: Path) -> None:
     result = run_cli(["launch", "--nproc", "2", "sft", config])
     assert result.returncode == 0, result.stderr
     assert "4 = 2 x 2 x 1" in result.stdout
@@ -97,18 +97,18 @@ def test_a_process_that_was_killed_is_spoken_for(sft_values: Any, write_config: 
     assert "was killed" in json.loads(error.read_text())["message"]
 
 
-def test_what_goes_wrong_is_told_to_programs(run_cli: Any, tmp_path: Path) -> None:
+def test_failures_are_written_for_other_programs(run_cli: Any, tmp_path: Path) -> None:
     config = tmp_path / "bad.yaml"
     config.write_text("training_arg: {}\n")
     log, error = tmp_path / "log", tmp_path / "error.json"
     log.write_text("before\n")
-    told = {"TERMINATION_LOG_FILE": str(log), "FINETUNING_ERROR_FILE": str(error)}
-    result = run_cli(["launch", "--nproc", "2", "sft", config], env=told)
+    report_files = {"TERMINATION_LOG_FILE": str(log), "FINETUNING_ERROR_FILE": str(error)}
+    result = run_cli(["launch", "--nproc", "2", "sft", config], env=report_files)
     assert result.returncode == 1
     assert log.read_text().startswith("before\n") and "training_arg" in log.read_text()
     document = json.loads(error.read_text())
     assert (document["class"], document["exit_code"]) == ("ConfigError", 1)
-    (first,) = (one for one in document["problems"] if one["key"] == "training_arg")
+    (first,) = (problem for problem in document["problems"] if problem["key"] == "training_arg")
     assert (first["file"], first["line"], first["key"]) == (str(config), 1, "training_arg")
     assert "training_args" in first["hint"]
     unwritable = run_cli(["sft", config], env={"TERMINATION_LOG_FILE": str(tmp_path / "no" / "log")})
@@ -147,7 +147,9 @@ def test_a_job_by_the_entry_point_of_the_image(run_cli: Any, job: dict[str, Any]
     assert "4 = 2 x 2 x 1" in result.stdout, "per-device batch x accumulation x processes"
     out, model = tmp_path / "out", tmp_path / "cos" / "model"
     assert (out / ".complete").exists()
-    assert {"adapter_config.json", "adapter_model.safetensors", "serving.json"} <= {one.name for one in model.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "serving.json"} <= {
+        path.name for path in model.iterdir()
+    }
     (line,) = (tmp_path / "logs" / "training_logs.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "training_loss"
     assert not (out / "training_logs.jsonl").exists()
@@ -175,12 +177,12 @@ def test_multipack_trains_on_the_same_steps(
     assert losses["balanced"] != losses["plain"], "the rows are summed up in another order"
 
 
-def test_full_tuning_saved_into_the_output_directory_itself(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+def test_full_fine_tuning_saved_to_the_output_directory(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job | {"save_model_dir": job["output_dir"], "save_strategy": "no"}))
     result = run_cli(["job"], env={"SFT_TRAINER_CONFIG_JSON_PATH": str(file)})
     assert result.returncode == 0, result.stderr
-    names = {one.name for one in (tmp_path / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "training_logs.jsonl", ".complete"} <= names
     assert not [name for name in names if name.startswith("checkpoint-") and name != "checkpoint-final"]
     again = run_cli(["job"], env={"SFT_TRAINER_CONFIG_JSON_PATH": str(file)})
@@ -188,7 +190,7 @@ def test_full_tuning_saved_into_the_output_directory_itself(run_cli: Any, job: d
     assert "already complete" in again.stdout
 
 
-def test_an_import_is_printed_with_its_notes(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+def test_import_prints_the_yaml_with_its_notes(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job | {"use_flash_attn": True}))
     result = run_cli(["import", file])
@@ -200,20 +202,20 @@ def test_an_import_is_printed_with_its_notes(run_cli: Any, job: dict[str, Any], 
     assert checked.returncode == 0, checked.stderr
 
 
-def test_two_machines_meet(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
-    """Two launchers on one machine, one told by the command line and one as Kubeflow tells it."""
+def test_two_machines_rendezvous(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+    """Two launchers on one machine: one configured by flags, one by the variables of Kubeflow."""
     changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 2, "peft_conf": LORA}
     config = write_config(sft_values(changes), "experiment.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [str(SCRIPTS / "finetuning"), "launch"]
-    given = ["--nproc", "1", "--nnodes", "2", "--node-rank", "1", "--main-address", f"127.0.0.1:{port}"]
+    flags = ["--nproc", "1", "--nnodes", "2", "--node-rank", "1", "--main-address", f"127.0.0.1:{port}"]
     kubeflow = {
         **{"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"},
         **{"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)},
     }
-    second = subprocess.Popen([*launch, *given, "sft", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    second = subprocess.Popen([*launch, *flags, "sft", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = subprocess.run(
         [*launch, "sft", str(config)],
         env=os.environ | kubeflow,
@@ -222,7 +224,7 @@ def test_two_machines_meet(sft_values: Any, write_config: Any, tmp_path: Path) -
         check=False,
         timeout=200,
     )
-    told, _ = second.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + told.decode()
-    said = first.stdout + told.decode()
+    output, _ = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + output.decode()
+    said = first.stdout + output.decode()
     assert said.count("4 = 2 x 2 x 1") == said.count("Completed after 2 steps") == 1, "one process of the job speaks"

@@ -1,4 +1,4 @@
-"""Two machines, as far as a network can tell: two namespaces of it, joined by a cable that can be pulled."""
+"""Two machines, simulated by two network namespaces whose link can be cut."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def values(sft_values: Any) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """The loss of each step; of a step that was done twice, the later one."""
+    """Return the loss of each step; the last one if a step was repeated."""
     lines = (folder / "training_logs.jsonl").read_text().splitlines()
     data = [json.loads(line)["data"] for line in lines]
-    return {one["step"]: one["value"] for one in data}
+    return {record["step"]: record["value"] for record in data}
 
 
 @pytest.mark.slow
