@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DENY_LIST = Path(__file__).with_name("vocabulary_denylist.toml")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**/*.md", "configs/**/*.md")
-KEPT = re.compile(r"#\s*old name\b")
+KEPT = re.compile(r"#\s*(old name|PEFT's name)\b")
 # Lower-case runs, capitalized words and acronyms: `RowFate`, `row_fate`, `HTTPRoad`.
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 CODE_IN_MARKDOWN = re.compile(r"^(`{3,}|~{3,}).*?^\1|`[^`\n]+`|\]\([^)]*\)|<!--.*?-->", re.MULTILINE | re.DOTALL)

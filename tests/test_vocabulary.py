@@ -10,7 +10,6 @@ from vocabulary import DenyList, private_words, uses_in_document, uses_in_module
 DENIED = DenyList.read()
 
 
-@pytest.mark.xfail(reason="the rename is under way: `make metrics` counts what is left", strict=True)
 def test_no_private_word_is_left() -> None:
     uses = {package: len(items) for package, items in private_words().items() if items}
     assert not uses, "python scripts/vocabulary.py lists them"

@@ -133,7 +133,7 @@ def test_scores_are_centred_and_validated(train: Any, dpo_values: Any) -> None:
     [
         ({"peft_conf": {**LORA, "task_type": "CAUSAL_LM"}}, "peft_conf.task_type"),
         ({"training_args.beta": 0.1}, "looks like a dpo config"),
-        ({"training_args.chat_template_path": "x"}, "is decided by data_conf.chat_template"),
+        ({"training_args.chat_template_path": "x"}, "is set by data_conf.chat_template"),
     ],
 )
 def test_what_does_not_apply_is_refused(train: Any, dpo_values: Any, changes: Any, message: str) -> None:

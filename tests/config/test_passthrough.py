@@ -39,9 +39,9 @@ def test_training_args_take_the_trainers_fields(check: Callable, changed: Change
         ("{neftune_noise_alpha: .nan}", "sft", "must be a finite number (got nan)"),
         ("{hub_strategy: every}", "sft", "must be one of end, every_save, checkpoint, all_checkpoints (got"),
         ("{train_sampling_strategy: randm}", "sft", 'Did you mean "random"?'),
-        ("{per_device_train_batch_size: 2}", "sft", "is worked out from batchsize_conf. Remove it here."),
-        ("{per_device_eval_batch_size: 2}", "sft", "is worked out from batchsize_conf. Remove it here."),
-        ("{gradient_accumulation_steps: 2}", "sft", "is worked out from batchsize_conf. Remove it here."),
+        ("{per_device_train_batch_size: 2}", "sft", "is computed from batchsize_conf. Remove it here."),
+        ("{per_device_eval_batch_size: 2}", "sft", "is computed from batchsize_conf. Remove it here."),
+        ("{gradient_accumulation_steps: 2}", "sft", "is computed from batchsize_conf. Remove it here."),
         ("{optim: adamw_torc}", "sft", 'unknown optim "adamw_torc". Did you mean "adamw_torch"?'),
         ("{lr_scheduler_type: cosin}", "sft", 'unknown lr_scheduler_type "cosin". Did you mean "cosine"?'),
         ("{report_to: [tensorbord]}", "sft", 'unknown report_to "tensorbord". Did you mean "tensorboard"?'),
@@ -49,7 +49,7 @@ def test_training_args_take_the_trainers_fields(check: Callable, changed: Change
         ("{loss_type: [sigmoid, ippo]}", "dpo", 'unknown loss_type "ippo". Did you mean "ipo"?'),
         ("{loss_type: dpo}", "dpo", 'unknown loss_type "dpo"'),
         ("{sync_ref_modl: true}", "dpo", 'unknown key. Did you mean "sync_ref_model"?'),
-        ("{model_init_kwargs: {}}", "dpo", "is decided by run_conf.model_args. Remove it here."),
+        ("{model_init_kwargs: {}}", "dpo", "is set by run_conf.model_args. Remove it here."),
     ],
 )
 def test_wrong_training_args(training_args: str, method: str, line: str, messages: Messages, changed: Changed) -> None:
@@ -88,7 +88,7 @@ def test_peft_kwargs_are_the_chosen_types(check: Callable, changed: Changed) -> 
         ("{peft_type: LORA, peft_kwargs: {target_modules: 5}}", "expected a list or text (got 5)"),
         (
             "{peft_type: LORA, peft_kwargs: {task_type: CAUSAL_LM}}",
-            "is decided by peft_conf.task_type. Remove it here.",
+            "is set by peft_conf.task_type. Remove it here.",
         ),
         ("{peft_type: IA3, peft_kwargs: {r: 8}}", "peft_kwargs.r: unknown key."),
         ("{peft_type: PROMPT_TUNING, peft_kwargs: {num_virtual_token: 8}}", 'Did you mean "num_virtual_tokens"?'),
@@ -124,8 +124,8 @@ def test_model_args_of_a_model_that_is_here(
 def test_model_args_of_a_model_that_is_elsewhere(check: Callable, messages: Messages, changed: Changed) -> None:
     validated = check(changed(run_conf="{model: some/model, model_args: {resid_pdrop: 0.1}}"))
     assert [str(warning) for warning in validated.warnings] == [
-        "config.yaml:15:44: run_conf.model_args.resid_pdrop: is no argument of from_pretrained; whether the model's"
-        " config knows it cannot be seen from here. It is passed on unchecked."
+        "config.yaml:15:44: run_conf.model_args.resid_pdrop: is not an argument of from_pretrained, and the model's"
+        " config is not on this machine. It is passed on without a check."
     ]
     lines = messages(changed(run_conf="{model: some/model, model_args: {trust_remote_cod: true, load_in_4bit: true}}"))
     assert 'Did you mean "trust_remote_code"?' in lines[0]

@@ -22,7 +22,7 @@ from finetuning.config.yaml.reader import parse_document
 Changed = Callable[..., str]
 
 
-def known_today(libraries: LibraryFields) -> set[str]:
+def current_fields(libraries: LibraryFields) -> set[str]:
     names: set[str] = set()
     for experiment in (SFTExperiment, DPOExperiment):
         names |= libraries.trainer_fields(experiment.trainer_config).keys()
@@ -31,10 +31,10 @@ def known_today(libraries: LibraryFields) -> set[str]:
 
 
 def test_the_table_agrees_with_the_installed_libraries() -> None:
-    """Old names are unknown today (but for those that another section owns); new ones are known."""
+    """Old names are unknown to the libraries, except those that another section sets; new ones are known."""
     libraries = table_fields()
-    known = known_today(libraries)
-    owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, RemovedKey) and change.though_known}
+    known = current_fields(libraries)
+    owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, RemovedKey) and change.always}
     assert not (TRAINING_ARGS.keys() - owned) & known
     assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, RenamedKey)} <= known
     arguments = {*libraries.from_pretrained_arguments(), *ModelArgs.model_fields}
@@ -43,7 +43,7 @@ def test_the_table_agrees_with_the_installed_libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "today"),
+    ("old", "current"),
     [
         ("evaluation_strategy: no", {"eval_strategy": "no"}),
         ("warmup_ratio: 0.03", {"warmup_steps": 0.03}),
@@ -67,28 +67,28 @@ def test_the_table_agrees_with_the_installed_libraries() -> None:
         ("resume_from_checkpoint: x", {}),
     ],
 )
-def test_old_training_args(old: str, today: dict[str, object], check: Callable, changed: Changed) -> None:
+def test_old_training_args(old: str, current: dict[str, object], check: Callable, changed: Changed) -> None:
     text = changed(training_args=f"{old}\nseed: 1\n")
     translated = apply_renames(parse_document(text, "config.yaml"))
-    assert translated.document.values["training_args"] == {**today, "seed": 1}
+    assert translated.document.values["training_args"] == {**current, "seed": 1}
     validated = check(text)
     name = old.partition(":")[0]
     assert [str(warning).split(": ")[1] for warning in validated.warnings] == [f"training_args.{name}"]
 
 
-def test_warnings_name_todays_key_at_its_place(check: Callable, changed: Changed) -> None:
+def test_warnings_name_the_current_key_at_its_location(check: Callable, changed: Changed) -> None:
     training_args = "warmup_ratio: 0.03\noverwrite_output_dir: true\npush_to_hub_token: hf_secret\nno_cuda: yes\n"
     run_conf = "model_args:\n  torch_dtype: bfloat16\n  use_auth_token: hf_secret\n  use_flash_attention_2: true\n"
     validated = check(changed(training_args=training_args, run_conf=run_conf))
     assert [str(warning) for warning in validated.warnings] == [
-        'config.yaml:14:3: training_args.warmup_ratio: is called "warmup_steps" today. Write "warmup_steps: 0.03".',
-        "config.yaml:15:3: training_args.overwrite_output_dir: has no equivalent any more and is ignored:"
-        " nothing that was published is overwritten. Remove it.",
-        'config.yaml:16:3: training_args.push_to_hub_token: is called "hub_token" today. Write "hub_token" instead.',
-        'config.yaml:17:3: training_args.no_cuda: is called "use_cpu" today. Write "use_cpu: yes".',
-        'config.yaml:20:5: run_conf.model_args.torch_dtype: is called "dtype" today. Write "dtype: bfloat16".',
-        'config.yaml:21:5: run_conf.model_args.use_auth_token: is called "token" today. Write "token" instead.',
-        'config.yaml:22:5: run_conf.model_args.use_flash_attention_2: is called "attn_implementation" today.'
+        'config.yaml:14:3: training_args.warmup_ratio: was renamed to "warmup_steps". Write "warmup_steps: 0.03".',
+        "config.yaml:15:3: training_args.overwrite_output_dir: no longer has an effect and is ignored:"
+        " a run never overwrites another one. Remove it.",
+        'config.yaml:16:3: training_args.push_to_hub_token: was renamed to "hub_token". Write "hub_token" instead.',
+        'config.yaml:17:3: training_args.no_cuda: was renamed to "use_cpu". Write "use_cpu: yes".',
+        'config.yaml:20:5: run_conf.model_args.torch_dtype: was renamed to "dtype". Write "dtype: bfloat16".',
+        'config.yaml:21:5: run_conf.model_args.use_auth_token: was renamed to "token". Write "token" instead.',
+        'config.yaml:22:5: run_conf.model_args.use_flash_attention_2: was renamed to "attn_implementation".'
         ' Write "attn_implementation: flash_attention_2".',
     ]
     model_args = validated.experiment.run_conf.model_args
@@ -97,7 +97,7 @@ def test_warnings_name_todays_key_at_its_place(check: Callable, changed: Changed
     assert validated.document.origin_of(("training_args", "warmup_steps")) == "config.yaml:14"
 
 
-def test_what_is_old_to_one_trainer_is_todays_to_another(changed: Changed) -> None:
+def test_a_name_that_is_old_for_one_trainer_is_current_for_another(changed: Changed) -> None:
     class WithCompletions(Experiment):
         trainer_config = "trl.trainer.grpo_config:GRPOConfig"
 
@@ -111,27 +111,27 @@ def test_values_that_are_gone(check: Callable, changed: Changed) -> None:
     validated = check(changed(training_args="{optim: adamw_hf}"))
     assert validated.experiment.training_args.optim == "adamw_torch"
     assert str(validated.warnings[0]).endswith(
-        'training_args.optim: "adamw_hf" is gone; "adamw_torch" is used. Write "optim: adamw_torch".'
+        'training_args.optim: "adamw_hf" was removed; "adamw_torch" is used instead. Write "optim: adamw_torch".'
     )
     allowed = table_fields().choices("optim")
     assert not OLD_VALUES["training_args", "optim"].keys() & set(allowed)
     assert set(OLD_VALUES["training_args", "optim"].values()) <= set(allowed)
 
 
-def test_todays_key_wins(check: Callable, changed: Changed) -> None:
+def test_current_key_wins(check: Callable, changed: Changed) -> None:
     validated = check(changed(run_conf="{model_args: {torch_dtype: float16, dtype: bfloat16}}"))
     assert validated.experiment.run_conf.model_args.dtype == "bfloat16"
-    assert 'is today\'s "dtype", which is given too and wins. Remove it.' in str(validated.warnings[0])
+    assert 'was renamed to "dtype", which is also set and takes precedence. Remove it.' in str(validated.warnings[0])
 
 
 def test_what_cannot_be_honoured_is_refused(messages: Callable[..., list[str]], changed: Changed) -> None:
     text = "rpo_alpha: 1.0\nreference_free: true\nper_gpu_train_batch_size: 2\nwarmup_ratio: 3\n"
     assert messages(changed(training_args=text), "dpo") == [
-        "config.yaml:14:3: training_args.rpo_alpha: is no setting any more."
+        "config.yaml:14:3: training_args.rpo_alpha: is no longer supported."
         " Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead.",
-        "config.yaml:15:3: training_args.reference_free: is no setting any more."
+        "config.yaml:15:3: training_args.reference_free: is no longer supported."
         " Every loss of the installed release has a reference.",
-        "config.yaml:16:3: training_args.per_gpu_train_batch_size: is no setting any more. Use batchsize_conf instead.",
-        "config.yaml:17:3: training_args.warmup_ratio: must be a share of the steps, below 1 (got 3)."
-        ' Today it is called "warmup_steps".',
+        "config.yaml:16:3: training_args.per_gpu_train_batch_size: is no longer supported. Use batchsize_conf instead.",
+        "config.yaml:17:3: training_args.warmup_ratio: must be a fraction of the steps, below 1 (got 3)."
+        ' It was renamed to "warmup_steps".',
     ]

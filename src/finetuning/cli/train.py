@@ -31,7 +31,9 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
 
     _check_options(options)
     algorithm = ALGORITHMS[options.method]
-    document = apply_overrides(read_document(options.config), options.overrides)
+    document = read_document(options.config)
+    if options.overrides:
+        document = apply_overrides(document, options.overrides)
     validated = validate(document, algorithm.experiment)
     experiment = validated.experiment
     read_controllers(experiment.trainer_controller)

@@ -73,7 +73,7 @@ def open_dataset(
 
     def transform(unparsed: Row | Problem | Line) -> Row | Problem | SkippedRow:
         row = unparsed.row() if isinstance(unparsed, Line) else unparsed
-        return transforms(row, special_tokens) if isinstance(row, Row) else row
+        return transforms(row, special_tokens) if transforms.steps and isinstance(row, Row) else row
 
     rows = unparsed_rows(source, key, streaming=streaming)
     head = list(islice(rows, _NUM_HEAD_ROWS))

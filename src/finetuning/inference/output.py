@@ -108,7 +108,7 @@ class RecordJournal:
         Args:
             fingerprint: hash of everything the records depend on; a journal with another one is discarded.
         """
-        self.path = output.with_name(f".{output.name}.spool.jsonl")
+        self.path = output.with_name(f".{output.name}.spool.jsonl")  # old name
         self.records: dict[int, list[dict[str, Any]]] = {}
         records_by_prompt = self._read(fingerprint)
         self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`

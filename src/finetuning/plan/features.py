@@ -16,7 +16,8 @@ VIRTUAL_TOKEN_ADAPTERS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX
 """Adapter types that prepend virtual tokens to the sequence."""
 TOKENWISE_ADAPTERS = (
     "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
-    "LORA", "MISS", "OFT", "OSF", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+    "LORA", "MISS", "OFT", "OSF", "PVERA", "RANDLORA", "ROAD",  # PEFT's name
+    "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
 """Adapters that treat each token independently: the only ones that padding-free batches are compatible with."""
 INCOMPATIBLE_WITH_8BIT = (

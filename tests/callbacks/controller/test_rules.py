@@ -145,8 +145,8 @@ def test_a_rule_whose_result_is_not_a_boolean_is_an_error(rule: str) -> None:
         ("loss.__class__ == 1", '"__" is not allowed'),
         ("loss < 1", 'cannot be compared. Write loss["…"].'),
         ("lambda: True", "a lambda is not allowed"),
-        ("loss.loss <", "it is no expression"),
-        ("loss.loss - 1", "it gives a value, not true or false"),
+        ("loss.loss <", "it is not an expression"),
+        ("loss.loss - 1", "it evaluates to a value, not to true or false"),
         ("9 ** 9999 > 1", "9 ** 9999 is too large"),
     ],
 )

@@ -20,25 +20,25 @@ from finetuning.config.validation.section_tree import sections_of, walk
 
 
 def field_docstrings(section: type[BaseModel]) -> dict[str, str]:
-    """For each field of a section, the docstring below it, on one line; a base's where it has none itself.
+    """Return the docstring below each field of a section on one line, that of a base class where it has none.
 
-    A field whose name is a word of Python, which no source can declare, has its description in the field.
+    A field that is named after a Python keyword has its description in the `Field` instead.
     """
-    found = {name: field.description for name, field in section.model_fields.items() if field.description}
+    descriptions = {name: field.description for name, field in section.model_fields.items() if field.description}
     for base in reversed(section.__mro__):
         if base is not BaseModel and issubclass(base, BaseModel):
-            found.update(_own_docstrings(base))
-    return {name: found[name] for name in section.model_fields if name in found}
+            descriptions.update(_class_docstrings(base))
+    return {name: descriptions[name] for name in section.model_fields if name in descriptions}
 
 
 def one_line(text: str) -> str:
-    """A text with its line breaks taken out, but for empty lines."""
+    """Join the lines of each paragraph of a text."""
     return "\n\n".join(re.sub(r"\s*\n\s*", " ", part).strip() for part in re.split(r"\n\s*\n", text.strip()))
 
 
-def _own_docstrings(section: type[BaseModel]) -> dict[str, str]:
+def _class_docstrings(section: type[BaseModel]) -> dict[str, str]:
     tree = ast.parse(Path(inspect.getfile(section)).read_text(encoding="utf-8"))
-    found: dict[str, str] = {}
+    docstrings: dict[str, str] = {}
     for node in tree.body:
         if not (isinstance(node, ast.ClassDef) and node.name == section.__name__):
             continue
@@ -46,8 +46,8 @@ def _own_docstrings(section: type[BaseModel]) -> dict[str, str]:
             is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
             if is_field and is_text and isinstance(text.value.value, str):
-                found[field.target.id] = one_line(inspect.cleandoc(text.value.value))
-    return found
+                docstrings[field.target.id] = one_line(inspect.cleandoc(text.value.value))
+    return docstrings
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -93,7 +93,7 @@ def _describe(schema: dict[str, Any], section: type[BaseModel]) -> None:
         schema["description"] = one_line(schema["description"])
     for name, described in schema.get("properties", {}).items():
         described.pop("title", None)
-        # OpenAPI's; a JSON Schema tells the members apart by their constant tags.
+        # An OpenAPI keyword. JSON Schema distinguishes the members by their constant tags.
         described.pop("discriminator", None)
         if name in docstrings:
             described["description"] = docstrings[name]

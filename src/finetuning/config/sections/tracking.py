@@ -125,7 +125,7 @@ class TrackingConfig(ConfigSection):
     trackers: list[TrackerName] = Field(default_factory=list)
     """Additional trackers: `tensorboard`, `wandb`, `aim`, `clearml`, `trackio`, `swanlab`, `comet_ml`, `dvclive`, and
     `hf_resource_scanner`, which writes time and memory of a training step to a file. `mlflow` requires
-    `mlflow_server_uri`; `file_logger` stands for `training_logs.jsonl`, which is always written."""
+    `mlflow_server_uri`; `file_logger` means `training_logs.jsonl`, which is always written."""
     exp_metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Custom names and values to record with every tracker: as tags in MLflow, as parameters in others."""
     aim_repo: str | None = None

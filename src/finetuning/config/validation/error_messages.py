@@ -174,9 +174,9 @@ def _one_for_each(issues: list[ValidationIssue]) -> list[ValidationIssue]:
 def _either(group: list[ValidationIssue]) -> ValidationIssue:
     """Merge the issues that the members of a union report for one value."""
     words = list(dict.fromkeys(_expectation(issue.message) for issue in group if issue.kind == "type"))
-    others = [issue for issue in group if issue.kind != "type"]
-    if len(words) < 2 or others:
-        return others[0] if others else group[0]
+    specific = [issue for issue in group if issue.kind != "type"]
+    if len(words) < 2 or specific:
+        return specific[0] if specific else group[0]
     _, got, value = group[0].message.partition(" (got ")
     return ValidationIssue(group[0].path, f"expected {' or '.join(words)}{got}{value.rstrip('.')}", kind="type")
 

@@ -135,7 +135,7 @@ def _type_text(hint: Any) -> str:
     if origin is Annotated:
         return _type_text(arguments[0])
     if origin is Literal:
-        # `pissa_niter_[number of iters]` stands for a pattern that only the library knows.
+        # `pissa_niter_[number of iters]` is a pattern that only the library knows.
         return _literal(arguments) + (" | str" if "[" in "".join(map(str, arguments)) else "")
     if origin in (Union, types.UnionType):
         texts = {_type_text(item) for item in arguments}

@@ -25,7 +25,7 @@ Fields = dict[str, Any]
 
 LIBRARIES = ("transformers", "trl", "peft")
 SHARED_BY_METHODS = "trl.trainer.sft_config:SFTConfig"
-"""Fields such as `max_length`, which TRL's trainers share, do not tell which method a config is for."""
+"""Fields such as `max_length`, which TRL's trainers share, do not identify the method of a config."""
 TABLE = Path(__file__).with_name("library_fields.json")
 
 _TYPES: dict[str, Any] = {"Any": Any, "str": str, "int": int, "float": float, "bool": bool}
@@ -71,8 +71,8 @@ class LibraryFields:
             return None
         base = self._table["pretrained_config"]
         written = dict.fromkeys((key for key in config if isinstance(key, str)), "Any")
-        own = self._table["model_configs"].get(str(config.get("model_type")))
-        return _typed({**base, **written} if own is None else {**base, **written, **base, **own})
+        by_type = self._table["model_configs"].get(str(config.get("model_type")))
+        return _typed({**base, **written} if by_type is None else {**base, **written, **base, **by_type})
 
 
 @functools.cache

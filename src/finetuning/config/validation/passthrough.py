@@ -23,7 +23,7 @@ SET_BY_OTHER_KEYS = {
     "trust_remote_code": "run_conf.model_args.trust_remote_code",
     "reward_weights": "grpo_args.rewards",
     "chat_template_path": "data_conf.chat_template",
-    "chat_template_kwargs": "the rows' own column chat_template_kwargs",
+    "chat_template_kwargs": "the column chat_template_kwargs of the rows",
 }
 """Fields of the trainers' configs that another key of the config sets."""
 
@@ -51,7 +51,7 @@ class CoercedValue:
     value: Any
 
 
-Found = Iterator[ValidationIssue | CoercedValue]
+Findings = Iterator[ValidationIssue | CoercedValue]
 
 
 def check_passthrough(
@@ -61,51 +61,51 @@ def check_passthrough(
 
     Valid values in another notation, such as `yes` for a boolean, are coerced in the returned document.
     """
-    found: list[ValidationIssue | CoercedValue] = []
+    results: list[ValidationIssue | CoercedValue] = []
     for check in (_training_args, _peft_conf, _model_args, _generation):
-        found.extend(check(document, root, libraries, elsewhere))
-    for item in found:
+        results.extend(check(document, root, libraries, elsewhere))
+    for item in results:
         if isinstance(item, CoercedValue):
             document = document.with_value(item.path, item.value)
-    findings = [item for item in found if isinstance(item, ValidationIssue)]
+    findings = [item for item in results if isinstance(item, ValidationIssue)]
     warnings = [item for item in findings if item.kind == "warning"]
     return PassthroughResult(document, [item for item in findings if item.kind != "warning"], warnings)
 
 
 def _training_args(
     document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
-) -> Found:
+) -> Findings:
     path: KeyPath = ("training_args",)
     section = document.get(path)
     if not isinstance(section, dict) or not issubclass(root, Experiment):
         return
-    own = set(root.model_fields["training_args"].annotation.model_fields)  # type: ignore[union-attr]
-    extras = [key for key in section if key not in own]
+    ours = set(root.model_fields["training_args"].annotation.model_fields)  # type: ignore[union-attr]
+    extras = [key for key in section if key not in ours]
     for key in [key for key in extras if key in SET_BY_OTHER_KEYS]:
         extras.remove(key)
         owner = SET_BY_OTHER_KEYS[key]
-        verb = "is worked out from" if key in _BATCH_FIELDS else "is decided by"
-        yield ValidationIssue((*path, key), f"{verb} {owner}.", "Remove it here.")
+        origin = "is computed from" if key in _BATCH_FIELDS else "is set by"
+        yield ValidationIssue((*path, key), f"{origin} {owner}.", "Remove it here.")
     yield from _check_listed_names(document, root, libraries)
     if not extras:
         return
     fields = libraries.trainer_fields(root.trainer_config)
     if fields is None:
         return
-    known = {**{name: kind for name, kind in fields.items() if name not in own}, **_WIDER}
-    usable = [*own, *(name for name in known if name not in SET_BY_OTHER_KEYS)]
-    yield from _check_keys(document, path, extras, known, usable, elsewhere)
+    accepted = {**{name: kind for name, kind in fields.items() if name not in ours}, **_WIDER}
+    usable = [*ours, *(name for name in accepted if name not in SET_BY_OTHER_KEYS)]
+    yield from _check_keys(document, path, extras, accepted, usable, elsewhere)
 
 
-def _check_listed_names(document: ConfigDocument, root: type[Experiment], libraries: LibraryFields) -> Found:
+def _check_listed_names(document: ConfigDocument, root: type[Experiment], libraries: LibraryFields) -> Findings:
     """Check fields of ours whose values the library lists: schedules, optimizers, trackers, DPO losses."""
     listed = {key: key for key in ("lr_scheduler_type", "optim", "report_to")}
     if root.method_name == "dpo":
         listed["loss_type"] = "dpo_loss_type"
     for key, name in listed.items():
         value = document.get(("training_args", key))
-        given = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        unusual = [item for item in given if isinstance(item, str) and item not in ("none", "linear", "adamw_torch")]
+        values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        unusual = [item for item in values if isinstance(item, str) and item not in ("none", "linear", "adamw_torch")]
         allowed = libraries.choices(name)
         for item in unusual:
             if item not in allowed:
@@ -113,7 +113,9 @@ def _check_listed_names(document: ConfigDocument, root: type[Experiment], librar
                 yield ValidationIssue(("training_args", key), unknown_value(key, redact(item), allowed, hint), hint)
 
 
-def _peft_conf(document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex) -> Found:
+def _peft_conf(
+    document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
+) -> Findings:
     peft_type = document.get(("peft_conf", "peft_type"))
     if not isinstance(peft_type, str) or peft_type in _WITHOUT_KWARGS:
         return
@@ -133,10 +135,10 @@ def _peft_conf(document: ConfigDocument, root: type[BaseModel], libraries: Libra
     extras = []
     for key in kwargs:
         if key in _PEFT_SET_ELSEWHERE:
-            yield ValidationIssue((*path, key), f"is decided by {_PEFT_SET_ELSEWHERE[key]}.", "Remove it here.")
+            yield ValidationIssue((*path, key), f"is set by {_PEFT_SET_ELSEWHERE[key]}.", "Remove it here.")
         else:
             extras.append(key)
-    # Alphas are scales: PEFT annotates them as whole numbers and takes any.
+    # PEFT annotates alphas as int and accepts float.
     fields = {name: float | kind if "alpha" in name and kind is int else kind for name, kind in fields.items()}
     usable = [name for name in fields if name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS]
     yield from _check_keys(document, path, extras, fields, usable, elsewhere)
@@ -144,42 +146,42 @@ def _peft_conf(document: ConfigDocument, root: type[BaseModel], libraries: Libra
 
 def _model_args(
     document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
-) -> Found:
+) -> Findings:
     for parent in ("run_conf", "model_conf"):
         path: KeyPath = (parent, "model_args")
         section = document.get(path)
         sections = sections_at(root, document.values, path)
         if not isinstance(section, dict) or not sections:
             continue
-        own = set(sections[0].model_fields)
-        extras = [key for key in section if key not in own]
+        ours = set(sections[0].model_fields)
+        extras = [key for key in section if key not in ours]
         if not extras:
             continue
-        known: Fields = {name: Any for name in libraries.from_pretrained_arguments() if name not in own}
-        unknown = [key for key in extras if key not in known]
+        accepted: Fields = {name: Any for name in libraries.from_pretrained_arguments() if name not in ours}
+        unknown = [key for key in extras if key not in accepted]
         model = document.get((parent, "model"), "")
         fields = libraries.model_fields(model) if unknown and isinstance(model, str) and model else None
         if fields is None:
-            yield from _unknown_model_keys(path, unknown, [*own, *known], elsewhere)
+            yield from _unknown_model_keys(path, unknown, [*ours, *accepted], elsewhere)
             continue
-        known = {**{name: kind for name, kind in fields.items() if name not in own}, **known}
-        yield from _check_keys(document, path, extras, known, [*own, *known], elsewhere)
+        accepted = {**{name: kind for name, kind in fields.items() if name not in ours}, **accepted}
+        yield from _check_keys(document, path, extras, accepted, [*ours, *accepted], elsewhere)
 
 
-def _unknown_model_keys(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: KeyIndex) -> Found:
+def _unknown_model_keys(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: KeyIndex) -> Findings:
     """Report keys that may belong to a model config which is not on this machine."""
     for key in unknown:
-        found = unknown_key((*path, key), usable, elsewhere())
-        if found.hint is not None:
-            yield found
+        issue = unknown_key((*path, key), usable, elsewhere())
+        if issue.hint is not None:
+            yield issue
         else:
-            message = "is no argument of from_pretrained; whether the model's config knows it cannot be seen from here."
-            yield ValidationIssue((*path, key), message, "It is passed on unchecked.", kind="warning")
+            message = "is not an argument of from_pretrained, and the model's config is not on this machine."
+            yield ValidationIssue((*path, key), message, "It is passed on without a check.", kind="warning")
 
 
 def _generation(
     document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields, elsewhere: KeyIndex
-) -> Found:
+) -> Findings:
     path: KeyPath = ("hf_gen_params",)
     section = document.get(path)
     if not isinstance(section, dict) or not section or "hf_gen_params" not in root.model_fields:
@@ -192,30 +194,30 @@ def _check_keys(
     document: ConfigDocument,
     path: KeyPath,
     keys: list[Any],
-    known: Mapping[str, Any],
+    accepted: Mapping[str, Any],
     usable: list[str],
     elsewhere: KeyIndex,
-) -> Found:
+) -> Findings:
     """Report unknown keys and invalid values among the given keys of a section; yield coerced values."""
     for key in keys:
-        if key not in known:
+        if key not in accepted:
             yield unknown_key((*path, key), usable, elsewhere())
             continue
-        if known[key] is Any:
+        if accepted[key] is Any:
             continue
         value = document.get((*path, key))
-        if isinstance(value, bool) and known[key] in (int, float):
+        if isinstance(value, bool) and accepted[key] in (int, float):
             yield from validation_issues([{"type": "number_expected", "loc": (key,)}], {key: value})
             continue
         try:
-            meant = _adapter(known[key]).validate_python(value)
+            coerced = _adapter(accepted[key]).validate_python(value)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_input=False)
-            for found in validation_issues([{**item, "loc": (key, *item["loc"])} for item in errors], {key: value}):
-                yield ValidationIssue((*path, *found.path), found.message, found.hint, found.kind)
+            for issue in validation_issues([{**item, "loc": (key, *item["loc"])} for item in errors], {key: value}):
+                yield ValidationIssue((*path, *issue.path), issue.message, issue.hint, issue.kind)
             continue
-        if meant != value or type(meant) is not type(value):
-            yield CoercedValue((*path, key), meant)
+        if coerced != value or type(coerced) is not type(value):
+            yield CoercedValue((*path, key), coerced)
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
@@ -224,9 +226,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def library_keys(document: ConfigDocument, root: type[BaseModel], libraries: LibraryFields) -> dict[str, list[str]]:
     """Return the pass-through section of each key that a library accepts."""
-    found: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}
     if not issubclass(root, Experiment):
-        return found
+        return sections
     peft_type = document.get(("peft_conf", "peft_type"))
     is_new = isinstance(peft_type, str) and peft_type.isupper() and peft_type not in _WITHOUT_KWARGS
     for section, fields in (
@@ -235,5 +237,5 @@ def library_keys(document: ConfigDocument, root: type[BaseModel], libraries: Lib
     ):
         for name in fields or ():
             if name not in SET_BY_OTHER_KEYS and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:
-                found.setdefault(name, []).append(section)
-    return found
+                sections.setdefault(name, []).append(section)
+    return sections

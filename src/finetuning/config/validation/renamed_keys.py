@@ -11,7 +11,7 @@ from finetuning.errors import Problem
 
 Convert = Callable[[Any], Any]
 
-_GONE = "has no equivalent any more and is ignored"
+_GONE = "no longer has an effect and is ignored"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class RenamedKey:
 class RemovedKey:
     """A key that no longer has an effect."""
 
-    why: str = ""
-    though_known: bool = False
+    reason: str = ""
+    always: bool = False
     """Drop the key even if the trainer's config still has it."""
 
 
@@ -44,7 +44,7 @@ Change = RenamedKey | RemovedKey | RejectedKey
 
 
 def _if_true(value: Any) -> Convert:
-    return lambda given: value if _is_true(given) else None
+    return lambda old: value if _is_true(old) else None
 
 
 def _is_true(value: Any) -> bool:
@@ -70,10 +70,10 @@ TRAINING_ARGS: dict[str, Change] = {
     "split_batches": RenamedKey(("accelerator_config", "split_batches")),
     "fsdp_min_num_params": RenamedKey(("fsdp_config", "min_num_params"), lambda value: value or None),
     "fsdp_transformer_layer_cls_to_wrap": RenamedKey(("fsdp_config", "transformer_layer_cls_to_wrap")),
-    "overwrite_output_dir": RemovedKey("nothing that was published is overwritten"),
+    "overwrite_output_dir": RemovedKey("a run never overwrites another one"),
     "save_safetensors": RemovedKey("weights are always saved as safetensors"),
     "logging_dir": RemovedKey("TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR"),
-    "include_tokens_per_second": RemovedKey("tokens per second are always shown"),
+    "include_tokens_per_second": RemovedKey("tokens per second are always logged"),
     "max_prompt_length": RemovedKey("max_length limits prompt and answer together"),
     "max_completion_length": RemovedKey("max_length limits prompt and answer together"),
     "max_target_length": RemovedKey("max_length limits prompt and answer together"),
@@ -87,15 +87,15 @@ TRAINING_ARGS: dict[str, Change] = {
     "model_adapter_name": RemovedKey(),
     "ref_adapter_name": RemovedKey(),
     "force_use_ref_model": RemovedKey("the reference is always the model before training"),
-    "resume_from_checkpoint": RemovedKey("run_conf.resume_from_checkpoint decides", though_known=True),
-    "do_train": RemovedKey(though_known=True),
-    "do_eval": RemovedKey("eval_strategy decides", though_known=True),
-    "do_predict": RemovedKey(though_known=True),
+    "resume_from_checkpoint": RemovedKey("run_conf.resume_from_checkpoint decides", always=True),
+    "do_train": RemovedKey(always=True),
+    "do_eval": RemovedKey("eval_strategy decides", always=True),
+    "do_predict": RemovedKey(always=True),
     "half_precision_backend": RemovedKey(),
     "fp16_backend": RemovedKey(),
     "fp16_opt_level": RemovedKey(),
     "past_index": RemovedKey(),
-    "use_mps_device": RemovedKey("the device is found without it"),
+    "use_mps_device": RemovedKey("the device is detected"),
     "use_ipex": RemovedKey(),
     "jit_mode_eval": RemovedKey(),
     "tpu_num_cores": RemovedKey(),
@@ -104,7 +104,7 @@ TRAINING_ARGS: dict[str, Change] = {
     "ray_scope": RemovedKey(),
     "torchdynamo": RemovedKey("torch_compile_backend names a compiler"),
     "use_legacy_prediction_loop": RemovedKey(),
-    "push_to_hub_organization": RemovedKey("hub_model_id names the organisation"),
+    "push_to_hub_organization": RemovedKey("hub_model_id names the organization"),
     "per_gpu_train_batch_size": RejectedKey("Use batchsize_conf instead."),
     "per_gpu_eval_batch_size": RejectedKey("Use batchsize_conf.per_device_eval_batch_size instead."),
     "rpo_alpha": RejectedKey("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
@@ -139,31 +139,32 @@ class RenamedResult:
     findings: list[ValidationIssue]
 
 
-def apply_renames(document: ConfigDocument, known: Callable[[], Container[str]] = frozenset) -> RenamedResult:
+def apply_renames(document: ConfigDocument, trainer_fields: Callable[[], Container[str]] = frozenset) -> RenamedResult:
     """Replace old keys by current ones, with a warning for each.
 
     Args:
-        known: returns the fields of this algorithm's trainer; a name that is old for one may be current for another.
+        trainer_fields: returns the fields of this algorithm's trainer. A name that is old for one may be current for
+            another.
     """
     written = document
     findings: list[ValidationIssue] = []
     for section, table in TABLES.items():
         values = document.get(section)
         for key in [key for key in values if key in table] if isinstance(values, dict) else []:
-            is_dropped = isinstance(table[key], RemovedKey) and table[key].though_known
-            if section == ("training_args",) and not is_dropped and key in known():
+            is_dropped = isinstance(table[key], RemovedKey) and table[key].always
+            if section == ("training_args",) and not is_dropped and key in trainer_fields():
                 continue
-            for found in _change(document, section, key, table[key]):
-                if isinstance(found, ConfigDocument):
-                    document = found
+            for result in _change(document, section, key, table[key]):
+                if isinstance(result, ConfigDocument):
+                    document = result
                 else:
-                    findings.append(found)
+                    findings.append(result)
     for path, names in OLD_VALUES.items():
         value = document.get(path)
         if isinstance(value, str) and value in names:
             hint = f'Write "{path[-1]}: {names[value]}".'
             findings.append(
-                ValidationIssue(path, f'"{value}" is gone; "{names[value]}" is used.', hint, kind="warning")
+                ValidationIssue(path, f'"{value}" was removed; "{names[value]}" is used instead.', hint, kind="warning")
             )
             document = document.with_value(path, names[value])
     warnings = [finding for finding in findings if finding.kind == "warning"]
@@ -177,11 +178,11 @@ def _change(
 ) -> Iterator[ValidationIssue | ConfigDocument]:
     old = (*section, key)
     if isinstance(change, RejectedKey):
-        yield ValidationIssue(old, "is no setting any more.", change.instead)
+        yield ValidationIssue(old, "is no longer supported.", change.instead)
         yield document.without(old)
     elif isinstance(change, RemovedKey):
-        why = f": {change.why}" if change.why else ""
-        yield ValidationIssue(old, f"{_GONE}{why}.", "Remove it.", kind="warning")
+        reason = f": {change.reason}" if change.reason else ""
+        yield ValidationIssue(old, f"{_GONE}{reason}.", "Remove it.", kind="warning")
         yield document.without(old)
     else:
         yield from _rename(document, section, old, change)
@@ -190,25 +191,27 @@ def _change(
 def _rename(
     document: ConfigDocument, section: KeyPath, old: KeyPath, change: RenamedKey
 ) -> Iterator[ValidationIssue | ConfigDocument]:
-    today = ".".join(change.to)
+    new_name = ".".join(change.to)
     new = (*section, *change.to)
-    given = document.get(old)
-    value = change.convert(given)
+    old_value = document.get(old)
+    value = change.convert(old_value)
     mark = document.mark_of(old)
     outer, without = document.get(new[:-1]), document.without(old)
-    if change.to == ("warmup_steps",) and isinstance(given, int | float) and given >= 1:
+    if change.to == ("warmup_steps",) and isinstance(old_value, int | float) and old_value >= 1:
         yield ValidationIssue(
-            old, f"must be a share of the steps, below 1 (got {given})", f'Today it is called "{today}".'
+            old, f"must be a fraction of the steps, below 1 (got {old_value})", f'It was renamed to "{new_name}".'
         )
         yield without
     elif document.get(new) not in (None, change.unset):
-        yield ValidationIssue(old, f'is today\'s "{today}", which is given too and wins.', "Remove it.", kind="warning")
+        yield ValidationIssue(
+            old, f'was renamed to "{new_name}", which is also set and takes precedence.', "Remove it.", kind="warning"
+        )
         yield without
     elif outer is not None and not isinstance(outer, dict):
-        yield ValidationIssue(old, f'is today\'s "{today}", but "{dotted(new[:-1])}" is no section.')
+        yield ValidationIssue(old, f'was renamed to "{new_name}", but "{dotted(new[:-1])}" is not a section.')
         yield without
     else:
-        yield ValidationIssue(old, f'is called "{today}" today.', f"Write {_example(change, value)}.", kind="warning")
+        yield ValidationIssue(old, f'was renamed to "{new_name}".', f"Write {_example(change, value)}.", kind="warning")
         if value is not None:
             if outer is None:
                 without = without.with_value(new[:-1], {})
@@ -221,5 +224,5 @@ def _rename(
 def _example(change: RenamedKey, value: Any) -> str:
     name = ".".join(change.to)
     plain = isinstance(value, str | int | float) and name not in ("hub_token", "token")
-    shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return f'"{name}: {shown}"' if plain else f'"{name}" instead'
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f'"{name}: {text}"' if plain else f'"{name}" instead'

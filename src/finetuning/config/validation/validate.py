@@ -58,31 +58,31 @@ def validate(
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
         raise ConfigError(f"is empty; required: {required}", location=Location(document.file))
-    known = libraries or table_fields()
-    translated = apply_renames(document, functools.partial(_trainer_fields, config, known))
+    fields = libraries or table_fields()
+    translated = apply_renames(document, functools.partial(_trainer_fields, config, fields))
     document = _without_empty_sections(translated.document, config)
     findings, warnings = list(translated.findings), []
 
     @functools.cache
     def elsewhere() -> dict[str, list[str]]:
-        passed_on = library_keys(document, config, known) if passthrough else {}
+        passed_on = library_keys(document, config, fields) if passthrough else {}
         return {**passed_on, **key_index(config)}
 
     if passthrough:
-        checked = check_passthrough(document, config, known, elsewhere)
-        if checked.findings and not known.is_current():
-            # The table is of other versions, so that what it refuses may be right for the installed ones.
-            known = installed_fields()
+        checked = check_passthrough(document, config, fields, elsewhere)
+        if checked.findings and not fields.is_current():
+            # The table was generated from other versions: the installed ones may accept what it rejects.
+            fields = installed_fields()
             elsewhere.cache_clear()
-            checked = check_passthrough(document, config, known, elsewhere)
+            checked = check_passthrough(document, config, fields, elsewhere)
         document, warnings = checked.document, list(checked.warnings)
         findings.extend(checked.findings)
-    experiment, errors, right = _check_sections(document.values, config, elsewhere)
+    experiment, errors, valid_sections = _check_sections(document.values, config, elsewhere)
     findings.extend(errors)
     findings.extend(_booleans_for_numbers(document, config))
-    for finding in check_rules(experiment, right):
+    for finding in check_rules(experiment, valid_sections):
         (warnings if finding.kind == "warning" else findings).append(finding)
-    findings = _checked_method(findings, document, config, methods, known)
+    findings = _check_method(findings, document, config, methods, fields)
     if findings:
         raise ConfigError(to_problems(findings, document))
     return ValidatedConfig(experiment, [*translated.warnings, *to_problems(warnings, document)], document)
@@ -99,17 +99,17 @@ def _check_sections(
         findings = validation_issues(error.errors(include_url=False, include_input=False), values, config, elsewhere)
     else:
         return experiment, [], {name: getattr(experiment, name) for name in config.model_fields}
-    right: dict[str, Any] = {}
+    valid: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         if name not in values:
             if not field.is_required():
-                right[name] = field.get_default(call_default_factory=True)
+                valid[name] = field.get_default(call_default_factory=True)
             continue
         try:
-            right[name] = TypeAdapter(Annotated[field.annotation, field]).validate_python(values[name])
+            valid[name] = TypeAdapter(Annotated[field.annotation, field]).validate_python(values[name])
         except ValidationError:
             continue
-    return config.model_construct(**right), findings, right
+    return config.model_construct(**valid), findings, valid
 
 
 def _without_empty_sections(document: ConfigDocument, root: type[BaseModel]) -> ConfigDocument:
@@ -140,8 +140,8 @@ def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mappin
     """Return the fields of `training_args`: ours and the trainer's."""
     if not issubclass(config, Experiment):
         return {}
-    own = sections_of(config.model_fields["training_args"].annotation)[0].model_fields
-    return {**own, **(libraries.trainer_fields(config.trainer_config) or {})}
+    ours = sections_of(config.model_fields["training_args"].annotation)[0].model_fields
+    return {**ours, **(libraries.trainer_fields(config.trainer_config) or {})}
 
 
 def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo, Any]]:
@@ -157,7 +157,7 @@ def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> I
                     yield from _written_fields(item, section, inner)
 
 
-def _checked_method(
+def _check_method(
     findings: list[ValidationIssue],
     document: ConfigDocument,
     config: type[BaseModel],
@@ -177,38 +177,39 @@ def _checked_method(
         hint = did_you_mean(named, methods)
         return [*findings, ValidationIssue(("method",), f'unknown method "{named}"; one of: {allowed}.', hint)]
     unknown = [finding.path for finding in findings if finding.kind == "unknown key"]
-    for name, other in methods.items():
-        telling = _keys_of_method(unknown, other, libraries) if other is not config else []
-        if telling and not _keys_only_here(document, config, other):
-            return [ValidationIssue(telling[0], _other_method(name, "has", str(telling[0][-1]), document))]
+    for name, candidate in methods.items():
+        matches = _keys_of_method(unknown, candidate, libraries) if candidate is not config else []
+        if matches and not _has_exclusive_section(document, config, candidate):
+            return [ValidationIssue(matches[0], _other_method(name, "has", str(matches[0][-1]), document))]
     return findings
 
 
-def _other_method(method: str, verb: str, what: str, document: ConfigDocument) -> str:
+def _other_method(method: str, relation: str, what: str, document: ConfigDocument) -> str:
     # Acronyms are spelled out: an SFT config, a DPO config.
     article = "an" if method[0] in "aefhilmnorsx" else "a"
-    return f"this looks like {article} {method} config ({verb} {what}); run: finetuning {method} {document.file or '…'}"
+    command = f"finetuning {method} {document.file or '…'}"
+    return f"this looks like {article} {method} config ({relation} {what}); run: {command}"
 
 
 def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], libraries: LibraryFields) -> list[KeyPath]:
     """Return the unknown keys that another algorithm has at the same path."""
-    found = []
+    matches: list[KeyPath] = []
     fields: Mapping[str, Any] | None = None
     for path in paths:
         if len(path) == 1 and path[0] in method.model_fields:
-            found.append(path)
+            matches.append(path)
         elif len(path) == 2 and path[0] == "training_args":
             if fields is None:
                 shared = libraries.trainer_fields(SHARED_BY_METHODS) or {}
                 fields = {name: kind for name, kind in _trainer_fields(method, libraries).items() if name not in shared}
             if path[1] in fields:
-                found.append(path)
-    return found
+                matches.append(path)
+    return matches
 
 
-def _keys_only_here(document: ConfigDocument, config: type[Experiment], other: type[Experiment]) -> bool:
+def _has_exclusive_section(document: ConfigDocument, config: type[Experiment], candidate: type[Experiment]) -> bool:
     """Return whether the document has a section that this algorithm has and the other one does not."""
-    return any(name in config.model_fields and name not in other.model_fields for name in document.values)
+    return any(name in config.model_fields and name not in candidate.model_fields for name in document.values)
 
 
 def read_controllers(section: TrainerController | str | None) -> TrainerController | None:

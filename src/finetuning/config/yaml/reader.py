@@ -73,7 +73,7 @@ class _Composer:
     def _node(self, kind: str, event: Any) -> Node:
         mark = event.start_mark
         if event.tag not in (None, "!") and event.tag not in _PLAIN_TAGS:
-            raise self._error(f'the tag "{event.tag}" is not allowed: only plain values are', event)
+            raise self._error(f'the tag "{event.tag}" is not allowed: write a plain value', event)
         node = Node(kind, mark.line + 1, mark.column + 1, tag=event.tag)
         if event.anchor is not None:
             self.anchors[event.anchor] = node
@@ -83,9 +83,11 @@ class _Composer:
     def _aliased(self, event: yaml.AliasEvent) -> Node:
         node = self.anchors.get(event.anchor)
         if node is None:
-            raise self._error(f'"*{event.anchor}" stands for nothing: there is no "&{event.anchor}" before it', event)
+            raise self._error(
+                f'undefined alias "*{event.anchor}": there is no anchor "&{event.anchor}" before it', event
+            )
         if node.is_open:
-            raise self._error(f'"*{event.anchor}" stands inside of what it stands for', event)
+            raise self._error(f'recursive alias "*{event.anchor}"', event)
         self._count(node.nodes, event)
         if len(self.open) + node.levels > MAX_DEPTH:
             raise self._error(f"sections are nested more than {MAX_DEPTH} levels deep", event)
@@ -103,7 +105,7 @@ class _Composer:
     def _count(self, nodes: int, event: yaml.Event) -> None:
         self.total += nodes
         if self.total > MAX_NODES:
-            raise self._error(f"more than {MAX_NODES:,} values, aliases counted in: this is no config", event)
+            raise self._error(f"more than {MAX_NODES:,} values, aliases included: this is not a config", event)
 
     def _error(self, message: str, event: yaml.Event) -> ConfigError:
         mark = event.start_mark
@@ -119,7 +121,7 @@ def compose(text: str, file: str | None) -> Node | None:
     """
     composer = _Composer(file)
     documents = 0
-    # Events, and not the loader's own tree: the limits must stop the parser while it reads.
+    # Events, and not the loader's tree: the limits must stop the parser while it reads.
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
@@ -318,9 +320,9 @@ class _Builder:
         return result
 
     def _entries(self, node: Node) -> dict[str | int, tuple[Node, Node]]:
-        """Return a mapping's keys with their key and value nodes. Its own keys take precedence over merged ones
+        """Return a mapping's keys with their key and value nodes. Direct keys take precedence over merged ones
         (`<<`)."""
-        own: dict[str | int, tuple[Node, Node]] = {}
+        entries: dict[str | int, tuple[Node, Node]] = {}
         merged: list[Node] = []
         merge_node: Node | None = None
         for key_node, item in zip(node.items[::2], node.items[1::2], strict=True):
@@ -331,15 +333,15 @@ class _Builder:
                 merged = item.items if item.kind == "list" else [item]
                 continue
             key = self._key(key_node)
-            if key in own:
-                raise self._duplicate(key, own[key][0], key_node)
-            own[key] = (key_node, item)
+            if key in entries:
+                raise self._duplicate(key, entries[key][0], key_node)
+            entries[key] = (key_node, item)
         for section in merged:
             if section.kind != "mapping":
                 raise self._error('"<<" takes a section, or a list of sections', merge_node or node)
             for key, entry in self._entries(section).items():
-                own.setdefault(key, entry)
-        return own
+                entries.setdefault(key, entry)
+        return entries
 
     def _key(self, node: Node) -> str | int:
         key = self._scalar(node) if node.kind == "scalar" else None

@@ -134,7 +134,7 @@ def state_path(queue: Path) -> Path:
 def list_queues(folder: Path) -> list[Path]:
     """Return the queues in a run's folder, the current one last; those of earlier versions are renamed."""
     for path in folder.glob("mlflow_spool*.jsonl"):
-        if not (renamed := path.with_name(path.name.replace("spool", "queue"))).exists():
+        if not (renamed := path.with_name(path.name.replace("spool", "queue"))).exists():  # old name
             path.rename(renamed)
     return sorted(folder.glob("mlflow_queue*.jsonl"))
 

@@ -123,9 +123,11 @@ class Uploader:
 
     def _log_params(self, values: Mapping[str, str]) -> None:
         """Log the new parameters. MLflow cannot change one, so a tag lists what a resumed job has changed."""
-        known = self.client.get_run(str(self.state.run_id)).data.params
-        self._log("params", [Param(key, value) for key, value in values.items() if key not in known])
-        changed = [f"{key}: {known[key]} -> {value}" for key, value in values.items() if known.get(key, value) != value]
+        logged = self.client.get_run(str(self.state.run_id)).data.params
+        self._log("params", [Param(key, value) for key, value in values.items() if key not in logged])
+        changed = [
+            f"{key}: {logged[key]} -> {value}" for key, value in values.items() if logged.get(key, value) != value
+        ]
         if changed:
             self._log("tags", [RunTag(_CHANGED_TAG, "\n".join(changed)[:5000])])
 
