@@ -76,11 +76,11 @@ ROW_FORMAT = Extension(
         "data/formats/dummy.py": '''
 """Rows with `q` and `a`."""
 
-from finetuning.data.formats.row_format import PLAIN, RowFormat
+from finetuning.data.formats.row_format import DEFAULT_OPTIONS, RowFormat
 from finetuning.data.samples import Conversation
 
 
-def parse(row, options=PLAIN):
+def parse(row, options=DEFAULT_OPTIONS):
     question, answer = row.values["q"], row.values["a"]
     return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], row.location)
 

@@ -112,7 +112,7 @@ def test_vllm_conversion(chatml_llama_dir: Path, adapter: Path, run_cli: Run, tm
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     done = run_cli([folder, "--output", tmp_path / "out"], program="create_vllm_compatible_adapter")
     assert done.returncode == 1 and not (tmp_path / "out").exists()
-    assert "vLLM does not serve DoRA" in done.stderr and "Merge it instead: merge_adapter" in done.stderr
+    assert "vLLM does not support DoRA" in done.stderr and "Merge it instead: merge_adapter" in done.stderr
     done = run_cli([chatml_llama_dir], program="create_vllm_compatible_adapter")
     assert done.returncode == 1 and "holds a whole model, not an adapter" in done.stderr
 

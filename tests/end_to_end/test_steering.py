@@ -55,7 +55,7 @@ def test_a_rule_ends_a_run_that_is_told_about(config: Path, run_cli: Callable, t
     assert [(run["state"], run["step"], run["steps"]) for run in listed] == [("completed", 3, 8)]
     other = run_cli(["report", str(out), "--compare", str(out), "--output", str(tmp_path / "both.html")])
     assert other.stdout.strip() == str(tmp_path / "both.html")
-    assert "What differs" in (tmp_path / "both.html").read_text()
+    assert "Config differences" in (tmp_path / "both.html").read_text()
 
 
 def test_the_guard_is_on_by_default(config: Path, run_cli: Callable, tmp_path: Path) -> None:

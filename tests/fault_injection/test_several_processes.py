@@ -142,7 +142,7 @@ def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, logged_losses: Any
     assert len(logged_losses(out)) == 3
     assert (out / "checkpoint-final").is_dir()
     if rank == 0:
-        assert told.count("telemetry is incomplete, training goes on: end: RuntimeError: no folder") == 1
+        assert told.count("telemetry is incomplete, training continues: end: RuntimeError: no folder") == 1
         faults = json.loads((out / "run.json").read_text())["telemetry"]["faults"]
         assert faults == ["end: RuntimeError: no folder to look at"]
 

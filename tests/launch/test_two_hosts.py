@@ -137,5 +137,5 @@ def test_hosts_that_do_not_share_the_output_directory_are_refused(
     hosts[0].launch(config)
     hosts[1].launch(config, f"training_args.output_dir={tmp_path / 'elsewhere'}")
     assert [host.code() for host in hosts] == [1, 1], hosts[0].said() + hosts[1].said()
-    assert "is not one folder for all machines" in hosts[0].said()
+    assert "is not shared by all hosts" in hosts[0].said()
     assert "restart" not in hosts[0].said()

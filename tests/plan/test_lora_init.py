@@ -78,7 +78,7 @@ def test_eva_needs_enough_rows(train: Any, sft_values: Any, write_jsonl: Any, sf
     values = sft_values(lora(init_lora_weights="eva", eva_config={"rho": 16.0}))
     write_jsonl(Path(values["data_conf"]["training_data"]["datasets"][0]["path"]), sft_rows(4)[1:3])
     with pytest.raises(
-        ModelError, match="EVA finds no beginning in these rows: they have fewer than 64 trained tokens"
+        ModelError, match=r"EVA initialization failed: the rows have fewer trained tokens than directions \(64\)"
     ):
         train(values)
 
@@ -137,17 +137,17 @@ def test_alora_is_active_from_its_invocation_on(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (alora("### Answer:"), DataError, r"24 of 24 rows never switch the adapter on.*'### Answer:'"),
-        ({**lora(alora_invocation_tokens=[400, 401])}, DataError, "24 of 24 rows never switch the adapter on"),
+        (alora("### Answer:"), DataError, r"24 of 24 rows never activate the adapter.*'### Answer:'"),
+        ({**lora(alora_invocation_tokens=[400, 401])}, DataError, "24 of 24 rows never activate the adapter"),
         (
             {**lora(alora_invocation_tokens=[1]), "peft_conf.alora_invocation_string": "a"},
             ConfigError,
-            "excludes peft_kwargs.alora_invocation_tokens",
+            "cannot be combined with peft_kwargs.alora_invocation_tokens",
         ),
         (
             {"peft_conf": {"peft_type": "IA3", "alora_invocation_string": ASSISTANT}},
             ConfigError,
-            "alora_invocation_string: is for LORA, not for IA3",
+            "alora_invocation_string: is only valid for LORA, not for IA3",
         ),
     ],
 )

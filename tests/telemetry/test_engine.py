@@ -155,12 +155,12 @@ def test_an_exception_in_a_step_is_recorded(run: Any, recorded: Any, tmp_path: P
 
 
 def test_a_failed_checkpoint_is_not_a_success(run: Any, recorded: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    from finetuning.trainer import mixin as trainer
+    from finetuning.trainer import checkpointing
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "publish", full)
+    monkeypatch.setattr(checkpointing, "publish", full)
     run({"training_args.save_strategy": "steps", "training_args.save_steps": 2})
     output = recorded(tmp_path / "out")
     saves = output.spans("checkpoint_save_sync")
