@@ -114,7 +114,7 @@ def test_vllm_conversion(chatml_llama_dir: Path, adapter: Path, run_cli: Run, tm
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert "vLLM does not support DoRA" in done.stderr and "Merge it instead: merge_adapter" in done.stderr
     done = run_cli([chatml_llama_dir], program="create_vllm_compatible_adapter")
-    assert done.returncode == 1 and "holds a whole model, not an adapter" in done.stderr
+    assert done.returncode == 1 and "contains a whole model, not an adapter" in done.stderr
 
 
 def test_tokens_are_replaced(chatml_llama_dir: Path, run_cli: Run, tmp_path: Path) -> None:
