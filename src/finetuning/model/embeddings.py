@@ -90,11 +90,10 @@ def resize_embeddings(
     Raises:
         ModelError: the base is quantized and would have to be resized.
     """
-    embeddings = model.get_input_embeddings()
-    rows_before = _num_rows(embeddings.weight)
+    rows_before = _num_rows(input_weight(model))
     tied = _is_tied(model)
-    ids = tuple(sorted(tokenizer.convert_tokens_to_ids(list(new_tokens))))
     vocabulary = tokenizer.get_vocab()
+    ids = tuple(sorted(vocabulary[token] for token in new_tokens))
     # Ids may have gaps, so the largest one counts as well as their number.
     needed = max(len(tokenizer), max(vocabulary.values()) + 1)
     rows = rows_before
@@ -120,13 +119,20 @@ def resize_embeddings(
     return EmbeddingInfo(ids, rows_before, rows, tied)
 
 
+def input_weight(model: PreTrainedModel) -> torch.Tensor:
+    """Return the weight of the input embeddings, (vocabulary, hidden)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def _distinct_weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """Yield the input embeddings, the output embeddings unless they are tied, and the output bias if there is one."""
-    yield model.get_input_embeddings().weight
+    yield input_weight(model)
     output = model.get_output_embeddings()
     if output is None:
         return
-    if output.weight is not model.get_input_embeddings().weight:
+    if output.weight is not input_weight(model):
         yield output.weight
     if getattr(output, "bias", None) is not None:
         yield output.bias
@@ -142,7 +148,7 @@ def _set_to_mean(weight: torch.Tensor, rows: Sequence[int], averaged: Sequence[i
 
 def _is_tied(model: PreTrainedModel) -> bool:
     output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
+    return output is not None and output.weight is input_weight(model)
 
 
 def _num_rows(weight: torch.Tensor) -> int:
@@ -156,7 +162,7 @@ def _gathered(weight: torch.Tensor) -> Iterator[None]:
     if not hasattr(weight, "ds_shape"):
         yield
         return
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]  # an optional dependency
 
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
         yield

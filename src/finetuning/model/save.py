@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.atomic_io import atomic_directory
 from finetuning.errors import StorageError
+from finetuning.model.embeddings import EmbeddingInfo, input_weight
 from finetuning.model.fingerprint import Fingerprint, write_fingerprint
 from finetuning.model.safetensors_io import UNTRAINED_TOKENS_FILE, read_model_headers
 from finetuning.model.stop_tokens import StopTokens, fix_sampling_config, save_tokenizer
@@ -21,8 +22,6 @@ from finetuning.model.stop_tokens import StopTokens, fix_sampling_config, save_t
 if TYPE_CHECKING:
     from peft import PeftModel
     from typing_extensions import TypeIs
-
-    from finetuning.model.embeddings import EmbeddingInfo
 
 
 def save_model(
@@ -77,14 +76,14 @@ def _write_model(
     if is_peft_model(model):
         # By default PEFT would save the whole embeddings of a resized vocabulary with every adapter. They are in the
         # extended base model, and the rows of new tokens are part of the adapter's own tensors.
-        arguments = {} if state_dict is None else {"state_dict": dict(state_dict)}
-        model.save_pretrained(str(folder), save_embedding_layers=False, **arguments)
+        gathered = None if state_dict is None else dict(state_dict)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=gathered)
         if stop_tokens is not None:
             stop_tokens.generation_config.save_pretrained(folder)
         return
-    arguments = {} if state_dict is None else {"state_dict": _without_tied_weights(model, state_dict)}
+    weights = None if state_dict is None else _without_tied_weights(model, state_dict)
     if not model.can_generate():
-        model.save_pretrained(folder, **arguments)
+        model.save_pretrained(folder, state_dict=weights)
         return
     original = model.generation_config
     saved = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(original)
@@ -93,7 +92,7 @@ def _write_model(
     # `save_pretrained` writes the generation config that the model has, so it is swapped while saving.
     model.generation_config = saved
     try:
-        model.save_pretrained(folder, **arguments)
+        model.save_pretrained(folder, state_dict=weights)
     finally:
         model.generation_config = original
 
@@ -129,7 +128,7 @@ def has_extended_base(folder: Path, model: PreTrainedModel, tokenizer: PreTraine
     if not (folder / "config.json").is_file():
         return False
     vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
-    weight = model.get_input_embeddings().weight
+    weight = input_weight(model)
     name = next((name for name, parameter in model.named_parameters() if parameter is weight), "")
     entry = read_model_headers(folder).get(name)
     if vocabulary != tokenizer.get_vocab() or entry is None:
