@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from finetuning.model.tokenizer import special_token, special_token_id
+
 # Sampling parameters, with the values at which they have no effect.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
 
@@ -50,7 +52,7 @@ def align_stop_tokens(
     """
     generation = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     changes: list[str] = []
-    before = eos_token = tokenizer.eos_token
+    before = eos_token = special_token(tokenizer, "eos")
     turn_ends_with = (end_of_turn or "").strip()
     if turn_ends_with and turn_ends_with != before:
         if _single_id(tokenizer, turn_ends_with) is None:
@@ -60,13 +62,14 @@ def align_stop_tokens(
             eos_token = turn_ends_with
     base = generation.eos_token_id
     base_ids = [] if base is None else [base] if isinstance(base, int) else list(base)
-    eos_id = tokenizer.convert_tokens_to_ids(eos_token) if eos_token is not None else None
+    eos_id = _token_id(tokenizer, eos_token) if eos_token is not None else None
     # The base's own stop ids stay: an instruct model may stop at several, such as <|eot_id|> and <|end_of_text|>.
     ids = tuple(dict.fromkeys(token_id for token_id in (eos_id, *base_ids) if token_id is not None))
     if set(ids) != set(base_ids):
         changes.append(f"generation_config.eos_token_id is {list(ids)}, was {base}")
-        generation.eos_token_id = list(ids) if len(ids) > 1 else ids[0]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
+        generation.eos_token_id = ids[0] if len(ids) == 1 else list(ids)
+    own_pad = special_token_id(tokenizer, "pad")
+    pad = own_pad if own_pad is not None else eos_id
     if pad is not None and generation.pad_token_id != pad:
         changes.append(f"generation_config.pad_token_id is {pad}, was {generation.pad_token_id}")
         generation.pad_token_id = pad
@@ -99,6 +102,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens
         config.pop(key, None)
     config |= {"add_bos_token": adds_bos, "add_eos_token": False}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id if isinstance(token_id, int) else None
 
 
 def _single_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +12,7 @@ from finetuning.config.sections.data import MissingPadTokenStrategy
 from finetuning.errors import Location, ModelError
 from finetuning.model.resolve import ModelLocation, resolve_model
 
+SpecialTokenName: TypeAlias = Literal["bos", "eos", "pad", "unk"]
 _TEMPLATE_KEY = "data_conf.chat_template_name"
 
 
@@ -124,6 +125,21 @@ def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, locatio
     return tokenizer
 
 
+def special_token(tokenizer: PreTrainedTokenizerBase, name: SpecialTokenName) -> str | None:
+    """Return a special token; None if the tokenizer has none of that name.
+
+    The type that transformers infers for `tokenizer.eos_token` includes lists and ids.
+    """
+    token = getattr(tokenizer, f"{name}_token")
+    return None if token is None else str(token)
+
+
+def special_token_id(tokenizer: PreTrainedTokenizerBase, name: SpecialTokenName) -> int | None:
+    """Return the id of a special token; None if the tokenizer has none of that name."""
+    token_id = getattr(tokenizer, f"{name}_token_id")
+    return None if token_id is None else int(token_id)
+
+
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[str, ...]:
     """Mark tokens as special, and return those that had to be added to the vocabulary."""
     vocabulary = tokenizer.get_vocab()
@@ -144,10 +160,10 @@ def _choose_padding(
     """
     if tokenizer.pad_token is not None:
         return f"{tokenizer.pad_token}, its own padding token", None, []
-    tokens: Mapping[str, str | None] = {
-        "bos": tokenizer.bos_token,
-        "eos": tokenizer.eos_token,
-        "unk": tokenizer.unk_token,
+    tokens = {
+        "bos": special_token(tokenizer, "bos"),
+        "eos": special_token(tokenizer, "eos"),
+        "unk": special_token(tokenizer, "unk"),
     }
     names = {"bos": "beginning-of-sequence", "eos": "end-of-sequence", "unk": "unknown"}
     converts = strategy is MissingPadTokenStrategy.UNK_CONVERT_TO_EOS
@@ -173,5 +189,5 @@ def _choose_padding(
         )
     description = f"{tokens[chosen]}, its {names[chosen]} token"
     if converts and chosen == "unk":
-        return f"{description}, replaced by {tokens['eos']} in input_ids", tokenizer.eos_token_id, warnings
+        return f"{description}, replaced by {tokens['eos']} in input_ids", special_token_id(tokenizer, "eos"), warnings
     return description, None, warnings

@@ -8,9 +8,8 @@ fields change (patterns, variants, trained tokens) would be silently lost.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import PREFIX, VARIANTS, scaling_of
@@ -35,7 +34,7 @@ class VllmCheck:
     """Tensors to serve, by the names that vLLM expects."""
     dropped: list[str] = field(default_factory=list)
     """Tensors that are bit-identical to the base's."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
     """The adapter config for vLLM."""
     rank: int = 0
     blockers: list[str] = field(default_factory=list)
@@ -79,7 +78,7 @@ def _sort_tensor(
     check: VllmCheck,
     key: str,
     entry: TensorEntry,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     base: BaseModel | None,
     modules: dict[str, dict[str, TensorEntry]],
 ) -> None:
@@ -109,12 +108,18 @@ def _sort_tensor(
         check.blockers.append(f"{key} is not a LoRA tensor and differs from the base's")
 
 
-def _equals_base(name: str, entry: TensorEntry, config: Mapping[str, Any], base: BaseModel) -> bool:
+def _equals_base(name: str, entry: TensorEntry, config: Mapping[str, object], base: BaseModel) -> bool:
     if name.endswith(_TOKEN_ROWS):
         indices = config.get("trainable_token_indices")
         rows = next(iter(indices.values())) if isinstance(indices, Mapping) else indices
         tensor = base_tensor(base, name.removesuffix(_TOKEN_ROWS) + ".weight")
-        if tensor is None or not rows or len(rows) != entry.shape[0] or tensor.dtype != entry.dtype:
+        if (
+            tensor is None
+            or not isinstance(rows, Sequence)
+            or not rows
+            or len(rows) != entry.shape[0]
+            or tensor.dtype != entry.dtype
+        ):
             return False
         return b"".join(_row(tensor, row) for row in rows) == b"".join(bytes(part) for part in read_chunks(entry))
     tensor = base_tensor(base, name.replace(".base_layer.", "."))

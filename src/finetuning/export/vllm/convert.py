@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from finetuning.atomic_io import atomic_directory, require_empty
 from finetuning.config.yaml.reader import read_document
@@ -59,6 +59,24 @@ class VllmAdapter:
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     command: str
+
+
+class ServedAdapter(TypedDict):
+    """The adapter in serving.json."""
+
+    name: str
+    path: str
+    rank: int
+
+
+class Serving(TypedDict):
+    """The content of serving.json: how to start vLLM with an adapter."""
+
+    command: str
+    base_model: str
+    adapter: ServedAdapter
+    max_lora_rank: int
+    notes: list[str]
 
 
 def make_vllm_compatible(
@@ -130,7 +148,7 @@ def find_base(adapter: Adapter, base_name: str | None) -> BaseModel | None:
     return read_base(named) if named and (Path(named) / "config.json").is_file() else None
 
 
-def _serving(adapter: Adapter, check: VllmCheck, base: BaseModel | None, target: Path) -> dict[str, Any]:
+def _serving(adapter: Adapter, check: VllmCheck, base: BaseModel | None, target: Path) -> Serving:
     """Return the content of serving.json: how to start vLLM with this adapter."""
     named = adapter.config.get("base_model_name_or_path")
     model = str(base.folder.absolute()) if base is not None else named
@@ -143,8 +161,12 @@ def _serving(adapter: Adapter, check: VllmCheck, base: BaseModel | None, target:
     words += ["--lora-modules", f"{name}={path}"]
     template = adapter.folder / "chat_template.jinja"
     base_template = base.folder / "chat_template.jinja" if base is not None else None
-    is_same = template.is_file() and base_template and base_template.is_file()
-    is_same = is_same and base_template.read_bytes() == template.read_bytes()
+    is_same = (
+        template.is_file()
+        and base_template is not None
+        and base_template.is_file()
+        and base_template.read_bytes() == template.read_bytes()
+    )
     if template.is_file() and not is_same:
         words += ["--chat-template", f"{path}/chat_template.jinja"]
     return {
@@ -170,7 +192,7 @@ def _not_servable(model_path: Path, adapter: Adapter, check: VllmCheck) -> Model
 
 
 def _replace_in_place(
-    folder: Path, write_weights: Callable[[Path], None], config: Mapping[str, Any], before: Mapping[str, Any]
+    folder: Path, write_weights: Callable[[Path], None], config: Mapping[str, object], before: Mapping[str, object]
 ) -> None:
     """Replace weights and config; the original stays under another name. Every step leaves a complete adapter.
 
@@ -194,7 +216,7 @@ def _replace_in_place(
         _publish_file(folder / ADAPTER_CONFIG, lambda file: _write_json(file, config))
 
 
-def _publish_file(target: Path, write: Callable[[Path], Any]) -> None:
+def _publish_file(target: Path, write: Callable[[Path], object]) -> None:
     """Write a file atomically, with the permissions of the umask: under a temporary name, flushed, then renamed."""
     staging = target.with_name(f".{target.name}.partial")
     try:
@@ -210,7 +232,7 @@ def _publish_file(target: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+def _write_json(file: Path, value: Mapping[str, object]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
