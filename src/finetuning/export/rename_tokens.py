@@ -120,7 +120,7 @@ def _pieces_of_merges(content: Mapping[str, Any]) -> set[str]:
     return pieces
 
 
-def _renamed_json(file: Path, renames: Mapping[str, str], ids: Mapping[str, int], keep_template: bool) -> Any:
+def _renamed_json(file: Path, renames: Mapping[str, str], ids: Mapping[str, int], keep_template: bool) -> object:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -134,18 +134,18 @@ def _renamed_json(file: Path, renames: Mapping[str, str], ids: Mapping[str, int]
     return content
 
 
-def _renamed_tokenizer(content: dict[str, Any], renames: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, Any]:
+def _renamed_tokenizer(content: Mapping[str, Any], renames: Mapping[str, str], ids: Mapping[str, int]) -> object:
     model = dict(content.get("model") or {})
     vocabulary = model.pop("vocab", {})
     merges = model.pop("merges", None)
-    content = _rename_in_json({**content, "model": model}, renames, keep_template=True)
+    renamed = _rename_in_json({**content, "model": model}, renames, keep_template=True)
     if isinstance(vocabulary, Mapping):
-        content["model"]["vocab"] = {renames.get(piece, piece): index for piece, index in vocabulary.items()}
+        renamed["model"]["vocab"] = {renames.get(piece, piece): index for piece, index in vocabulary.items()}
     else:
-        content["model"]["vocab"] = [[renames.get(piece, piece), score] for piece, score in vocabulary]
+        renamed["model"]["vocab"] = [[renames.get(piece, piece), score] for piece, score in vocabulary]
     if merges is not None:
-        content["model"]["merges"] = merges
-    added = content.setdefault("added_tokens", [])
+        renamed["model"]["merges"] = merges
+    added = renamed.setdefault("added_tokens", [])
     existing = {token["content"] for token in added}
     # The model splits text before it looks up its vocabulary. Only an added token is matched as a whole.
     for old, new in renames.items():
@@ -153,10 +153,10 @@ def _renamed_tokenizer(content: dict[str, Any], renames: Mapping[str, str], ids:
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
             added.append({"id": ids[old], "content": new, **flags})
     added.sort(key=lambda token: token["id"])
-    return content
+    return renamed
 
 
-def _rename_in_json(value: Any, renames: Mapping[str, str], keep_template: bool, key: str = "") -> Any:
+def _rename_in_json(value: object, renames: Mapping[str, str], keep_template: bool, key: str = "") -> Any:
     """Replace every string and key that equals an old name; in template texts, every occurrence."""
     if isinstance(value, dict):
         return {renames.get(k, k): _rename_in_json(v, renames, keep_template, k) for k, v in value.items()}
@@ -186,7 +186,7 @@ def _rename_in_text(text: str, renames: Mapping[str, str]) -> str:
     return "".join(parts)
 
 
-def _write(file: Path, content: Any) -> None:
+def _write(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.errors import Location, ModelError
 from finetuning.model.safetensors_io import ADDED_TOKENS_FILE, UNTRAINED_TOKENS_FILE
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def resize_embeddings(
     return EmbeddingInfo(ids, rows_before, rows, tied)
 
 
-def input_weight(model: PreTrainedModel) -> torch.Tensor:
+def input_weight(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """Return the weight of the input embeddings, (vocabulary, hidden)."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)

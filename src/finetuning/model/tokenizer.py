@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetuning.config.sections.data import MissingPadTokenStrategy
 from finetuning.errors import Location, ModelError
@@ -20,7 +20,7 @@ _TEMPLATE_KEY = "data_conf.chat_template_name"
 class LoadedTokenizer:
     """A tokenizer with its template and padding set. It is not modified after this."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     new_tokens: tuple[str, ...]
     """Tokens that were added to the vocabulary: their embedding rows are untrained."""
     pad_description: str
@@ -96,7 +96,7 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, new_tokens, pad_description, pad_input_id, tuple(warnings + pad_warning))
 
 
-def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, location: Location) -> PreTrainedTokenizerBase:
+def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, location: Location) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     name = source.name
@@ -111,7 +111,7 @@ def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, locatio
             location=location,
             hint="A tokenizer.json is needed (a fast tokenizer).",
         ) from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
             f"the tokenizer of {name} is not a fast tokenizer ({type(tokenizer).__name__})",
             location=location,

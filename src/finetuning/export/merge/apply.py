@@ -47,13 +47,13 @@ def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch
     if entry.dtype not in DTYPES:
         raise ModelError(f"{entry.file} has tensors of dtype {entry.dtype}, which cannot be merged")
     raw = torch.empty(entry.num_bytes, dtype=torch.uint8) if memory is None else memory[: entry.num_bytes]
-    read_into(entry, memoryview(raw.numpy()))
+    read_into(entry, raw.numpy().data)
     return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor as safetensors stores them."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def apply_deltas(name: str, weight: torch.Tensor, deltas: Sequence[WeightDelta]) -> torch.Tensor:

@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetuning.errors import ModelError
 from finetuning.export.inputs import Adapter
 from finetuning.export.safetensors_writer import same_bytes
 from finetuning.model.safetensors_io import TensorEntry
+
+_Number = TypeVar("_Number", int, float)
 
 # Suffixes of tensor names: r rank, O out_features, I in_features, V vocabulary, H hidden.
 
@@ -207,11 +209,11 @@ def scaling_of(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _token_rows(config: Mapping[str, Any], module: str, entry: TensorEntry) -> tuple[int, ...]:
+def _token_rows(config: Mapping[str, object], module: str, entry: TensorEntry) -> tuple[int, ...]:
     """Return the token ids of the rows in `entry`, in order.
 
     Raises:

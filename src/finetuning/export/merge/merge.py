@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetuning.atomic_io import atomic_directory, require_empty
 from finetuning.errors import ModelError
@@ -110,7 +109,7 @@ def _write_model(
     progress: Progress | None,
 ) -> int | None:
     """Write weights and auxiliary files into `folder`; return the rows of the input embeddings if they are known."""
-    changes: Mapping[str, Any] | None = None
+    changes: Mapping[str, int] | None = None
     folders = [adapter.folder for adapter in adapters]
     tokenizer = select_tokenizer_folder(tokenizer, folders, base.folder)
     if isinstance(plan, MergePlan):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from finetuning.errors import ModelError
 from finetuning.export.inputs import Adapter, BaseModel
@@ -34,7 +33,7 @@ class MergePlan:
     """New tensors, each with the existing tensor that it starts as a copy of."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The new shapes of tensors that are resized."""
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    config_changes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -183,7 +183,9 @@ def compute_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
     """Return logits_TV of each prompt, in float32 on the CPU."""
     import torch
 
-    device = model.get_input_embeddings().weight.device
+    from finetuning.model.embeddings import input_weight
+
+    device = input_weight(model).device
     logits: dict[int, torch.Tensor] = {}
     with torch.inference_mode():
         for batch in _batches_by_length(prompts):
@@ -205,7 +207,9 @@ def compute_scores(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
     """
     import torch
 
-    device = model.get_input_embeddings().weight.device
+    from finetuning.model.embeddings import input_weight
+
+    device = input_weight(model).device
     with torch.inference_mode():
         rows = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts]
     return [torch.stack(rows, dim=1)]

@@ -53,14 +53,14 @@ def check_mergeable(adapter: Adapter) -> None:
     """Raise ModelError if this type of adapter cannot be merged into weights."""
     if adapter.peft_type in _INPUT_DEPENDENT:
         raise _unmergeable(adapter, _INPUT_DEPENDENT[adapter.peft_type])
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(adapter.peft_type)
-    if kind is None:
+    peft_type = PeftType.__members__.get(adapter.peft_type)
+    if peft_type is None or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ModelError(f"{adapter.folder} is of type {adapter.peft_type}, which the installed PEFT does not support")
     config = PeftConfig.from_pretrained(str(adapter.folder))
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     if config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
         raise _unmergeable(adapter, "it changes the input or the layers, not the weights")
     if getattr(config, "alora_invocation_tokens", None):
@@ -78,6 +78,8 @@ def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHea
 
 def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
     """Load the base in the dtype of its files, dequantized, with the task head that the adapters need."""
+    from finetuning.model.embeddings import input_weight
+
     head = task_head_for_merge(base, adapters)
     heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
     fields = {"num_labels": heads[-1].shape[0]} if "num_labels" in head.config_fields and heads else {}
@@ -95,7 +97,7 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
                 hint="Merge into the unquantized base model.",
             ) from error
     rows = _max_embedding_rows(adapters)
-    if rows > model.get_input_embeddings().weight.shape[0]:
+    if rows > input_weight(model).shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return model.eval()
 
@@ -173,6 +175,8 @@ def merge_with_peft(
     device_map: DeviceMap = None,
 ) -> int:
     """Merge in memory, save weights and config to `folder`, and return the rows of the input embeddings."""
+    from finetuning.model.embeddings import input_weight
+
     for adapter in adapters:
         check_mergeable(adapter)
     model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
@@ -182,7 +186,7 @@ def merge_with_peft(
         # transformers takes the score at the last token that is not padding, so the config must name the padding id.
         model.config.pad_token_id = AutoTokenizer.from_pretrained(tokenizer).pad_token_id
     model.save_pretrained(folder)
-    return model.get_input_embeddings().weight.shape[0]
+    return input_weight(model).shape[0]
 
 
 def _unmergeable(adapter: Adapter, reason: str, target: str = "") -> ModelError:

@@ -38,7 +38,7 @@ def adapter_digests(model: PeftModel) -> dict[str, str]:
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the first 16 hex digits of SHA-256 over the tensor's bytes."""
     # Viewed as bytes, because numpy has no bfloat16.
-    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
     return hashlib.sha256(data).hexdigest()[:16]
 
 
