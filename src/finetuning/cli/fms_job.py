@@ -6,15 +6,16 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import TERMINATION_LOG, report_for_processes, reported_errors, run_command
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
 if TYPE_CHECKING:
     from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.importers.translation import Translation
 
 _KUBERNETES_LOG = Path("/dev/termination-log")
 _LEVELS = {"debug": "DEBUG", "info": "INFO", "warning": "WARNING", "error": "ERROR", "critical": "CRITICAL"}
@@ -64,7 +65,7 @@ def _run_job(argv: Sequence[str]) -> int:
         report_for_processes(code, before)
         return code
     if not options.dry_run and translation.boolean("lora_post_process_for_vllm", False):
-        _convert_for_vllm(translation.values)
+        _convert_for_vllm(translation)
     return EXIT_OK
 
 
@@ -74,10 +75,11 @@ def _level(job: ConfigDocument) -> str:
     return _LEVELS.get(str(level).lower(), "INFO")
 
 
-def _convert_for_vllm(values: Mapping[str, Any]) -> None:
+def _convert_for_vllm(translation: Translation) -> None:
     """Convert the saved adapters for vLLM in place, with the embeddings of new tokens in a separate file."""
     from finetuning.export.vllm.convert import make_vllm_compatible
 
+    values = translation.values
     final = Path(values["training_args"]["output_dir"]) / "checkpoint-final"
     for folder in dict.fromkeys([final, Path(values.get("save_model_dir") or final)]):
         if not (folder / "adapter_config.json").is_file():

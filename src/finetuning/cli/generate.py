@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning import __version__
 from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
+    from finetuning.config.sections.generation import GenerationModel
+    from finetuning.config.sections.model import NoQuantization, Quantized
     from finetuning.config.yaml.document import ConfigDocument
-    from finetuning.inference.runner import GenerationJob, GenerationProgress, ProgressCallback
+    from finetuning.inference.output import Record
+    from finetuning.inference.prompts import GenerationPrompt
+    from finetuning.inference.runner import GenerationJob, GenerationProgress, ProgressCallback, RecordMaker
+    from finetuning.inference.scoring import ScoreName
 
 _DESCRIPTION = """\
 Generate answers with a model or an adapter.
@@ -189,7 +194,13 @@ def _flag_document(options: argparse.Namespace) -> ConfigDocument:
     return ConfigDocument({}, {path: SourceSpan(source=location) for path, location in locations.items()})
 
 
-def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf: Any, gen_params: Any) -> GenerationJob:
+def _job(
+    options: argparse.Namespace,
+    prompts: Sequence[GenerationPrompt],
+    model_conf: GenerationModel,
+    quant_conf: NoQuantization | Quantized,
+    gen_params: Mapping[str, object],
+) -> GenerationJob:
     from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
     from finetuning.inference.runner import GenerationJob
 
@@ -204,7 +215,7 @@ def _job(options: argparse.Namespace, prompts: Any, model_conf: Any, quant_conf:
     )
 
 
-def _run(job: GenerationJob, output: Path, make_record: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
+def _run(job: GenerationJob, output: Path, make_record: RecordMaker) -> list[Record]:
     """Generate the records of a job, and display progress on the terminal."""
     from finetuning.cli.status import quiet_libraries
 
@@ -265,15 +276,14 @@ def _speed(progress: GenerationProgress) -> str:
     return f"{progress.tokens / progress.seconds:,.0f} tokens/s" if progress.seconds else ""
 
 
-def _score(records: list[dict[str, Any]], name: Any, output: Path) -> None:
+def _score(records: Sequence[Record], name: ScoreName, output: Path) -> None:
     from finetuning.inference.output import write_atomically
     from finetuning.inference.scoring import score
 
     scores = score(records, name)
     path = output.with_name(f"{output.name}.scores.json")
-    write_atomically(
-        path, lambda stream: stream.write(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    )
+    text = json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda stream: stream.write(text))
     print(scores.table())
 
 

@@ -252,7 +252,7 @@ def summary_lines(summary: ModuleSummary) -> list[str]:
     from finetuning.plan.plan import format_bytes
 
     header = ("module", "class", "count", "shape", "parameters", "size", "all-linear", "trained by peft_conf")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for group in summary.groups:
         shapes = " ".join("x".join(map(str, shape)) for shape in group.shapes[:3])
         trained = f"{group.trained:,}" if group.trained else "-"

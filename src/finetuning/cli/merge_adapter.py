@@ -7,10 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetuning.export.merge.with_peft import DeviceMap
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +86,7 @@ def _merge(argv: list[str]) -> int:
     return 0
 
 
-def _read_device_map(text: str | None) -> str | dict[str, Any] | None:
+def _read_device_map(text: str | None) -> DeviceMap:
     if text is None or not text.lstrip().startswith("{"):
         return text
     try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
+from finetuning.data.samples import MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, InternalError, ModelError, Problem
 from finetuning.inference.generation_params import GenerationParameters
@@ -14,7 +15,7 @@ from finetuning.inference.load import LoadedGenerator
 from finetuning.inference.prompts import MAX_REPORTED_PROBLEMS, GenerationPrompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedTokenizerFast, TextStreamer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Generation:
 
 
 def encode_prompts(
-    prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> list[EncodedPrompt]:
     """Tokenize prompts with the same functions as training rows.
 
@@ -56,6 +57,7 @@ def encode_prompts(
     for prompt, text, tokens in zip(
         prompts, texts, LabelBuilder(tokenizer).encode(texts, [None] * len(texts)), strict=True
     ):
+        assert not isinstance(tokens, MaskError), "a text without spans has no mask to verify"
         ids = tokens.ids.tolist()
         if not ids:
             problems.append(Problem("the prompt is empty, and the tokenizer adds no token to it", prompt.location))
@@ -64,7 +66,7 @@ def encode_prompts(
     return encoded
 
 
-def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     has_messages = any(prompt.text is None for prompt in prompts)
     if has_messages and not tokenizer.chat_template:
         raise ModelError(
@@ -148,14 +150,15 @@ def _generate_batch(
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
     tokenizer = generator.tokenizer
-    extra: dict[str, Any] = {"tokenizer": tokenizer} if parameters.config.stop_strings else {}
+    extra: dict[str, object] = {"tokenizer": tokenizer} if parameters.config.stop_strings else {}
     if on_text is not None:
         extra["streamer"] = _streamer(tokenizer, on_text)
     cache = preallocated_cache(generator.model, parameters.config)
     if cache is not None:
         extra["past_key_values"] = cache
+    generate = cast("Callable[..., torch.Tensor]", generator.model.generate)
     with torch.inference_mode():
-        output = generator.model.generate(
+        output = generate(
             input_ids=input_ids.to(generator.device),
             attention_mask=mask.to(generator.device),
             generation_config=parameters.config,
@@ -174,9 +177,10 @@ def _answer(
     prompt: EncodedPrompt, generated: list[int], generator: LoadedGenerator, stop_ids: frozenset[int]
 ) -> Generation:
     ids = _strip_padding(generated, stop_ids, generator.pad_token_id)
-    decode = generator.tokenizer.decode
-    raw = decode([*prompt.ids, *ids], skip_special_tokens=False)
-    return Generation(text=decode(ids, skip_special_tokens=True), raw=raw, tokens=len(ids))
+    text = generator.tokenizer.decode(ids, skip_special_tokens=True)
+    raw = generator.tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=False)
+    assert isinstance(text, str) and isinstance(raw, str), "decode returns a list only for a batch"
+    return Generation(text=text, raw=raw, tokens=len(ids))
 
 
 def _strip_padding(ids: list[int], stop_ids: frozenset[int], pad_token_id: int) -> list[int]:
@@ -190,7 +194,7 @@ def _strip_padding(ids: list[int], stop_ids: frozenset[int], pad_token_id: int) 
     return ids[:end]
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> TextStreamer:
+def _streamer(tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]) -> TextStreamer:
     from transformers import TextStreamer
 
     class CallbackStreamer(TextStreamer):

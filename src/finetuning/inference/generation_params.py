@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -36,11 +37,11 @@ class GenerationParameters:
     stop_ids: frozenset[int]
     """Ids of the tokens that end an answer."""
     answers_per_prompt: int
-    reported: dict[str, Any]
+    reported: dict[str, object]
     """JSON values for `gen_params` in the output."""
 
 
-def check_parameters(user: Mapping[str, Any]) -> None:
+def check_parameters(user: Mapping[str, object]) -> None:
     """Check `hf_gen_params` as far as possible before the model is loaded.
 
     Raises:
@@ -57,7 +58,10 @@ def check_parameters(user: Mapping[str, Any]) -> None:
 
 
 def build_parameters(
-    user: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: Any, pad_token_id: int
+    user: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | PeftModel,
+    pad_token_id: int,
 ) -> GenerationParameters:
     """Return the parameters of a run.
 
@@ -69,14 +73,16 @@ def build_parameters(
     """
     from transformers import GenerationConfig
 
+    from finetuning.model.tokenizer import special_token_id
+
     defaults = model.generation_config
     max_length, max_new_tokens = _lengths(
         user, getattr(model.config.get_text_config(), "max_position_embeddings", None)
     )
     values: dict[str, Any] = {
-        "eos_token_id": _ids(tokenizer.eos_token_id, defaults.eos_token_id) or None,
+        "eos_token_id": _ids(special_token_id(tokenizer, "eos"), defaults.eos_token_id) or None,
         "pad_token_id": pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
+        "bos_token_id": special_token_id(tokenizer, "bos"),
         **{key: value for key, value in user.items() if value is not None},
         "max_new_tokens": max_new_tokens,
     }
@@ -87,14 +93,17 @@ def build_parameters(
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error).strip().splitlines()[0], location=Location(key="hf_gen_params")) from None
     inherited = {key: getattr(defaults, key, None) for key in _REPORTED}
-    reported = {key: value for key, value in inherited.items() if value is not None}
     return GenerationParameters(
         config=config,
         max_prompt_tokens=max_length - max_new_tokens,
         max_new_tokens=max_new_tokens,
         stop_ids=frozenset(_ids(values["eos_token_id"])),
         answers_per_prompt=values.get("num_return_sequences") or 1,
-        reported=reported | values | {"max_length": max_length},
+        reported={
+            **{key: value for key, value in inherited.items() if value is not None},
+            **values,
+            "max_length": max_length,
+        },
     )
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+
+from finetuning.model.peft.adapters import base_model_of
+from finetuning.model.save import is_peft_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 GROWTH = 128
 """Number of tokens by which a layer's buffers grow."""
@@ -25,7 +32,7 @@ class PreallocatedLayer(DynamicLayer):
         self._view: torch.Tensor | None = None
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -42,26 +49,24 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _grow(old: torch.Tensor, new: torch.Tensor, kept: int, needed: int) -> torch.Tensor:
+def _grow(old: torch.Tensor | None, new: torch.Tensor, kept: int, needed: int) -> torch.Tensor:
     """Return a buffer for more than `needed` tokens that starts with the first `kept` tokens of `old`."""
     *outer, _, features = new.shape
     buffer = new.new_empty((*outer, needed + GROWTH, features))
-    if kept:
+    if old is not None and kept:
         buffer[..., :kept, :] = old
     return buffer
 
 
-def preallocated_cache(model: Any, config: GenerationConfig) -> Cache | None:
+def preallocated_cache(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> Cache | None:
     """Return a preallocated cache for a model with full attention in all layers; None to let transformers choose.
 
     transformers chooses the cache for sliding-window attention, other kinds of state, virtual tokens, beam search, and
     if the user configures a cache.
     """
-    base = model
-    if hasattr(model, "peft_config"):
-        if model.active_peft_config.is_prompt_learning:
-            return None
-        base = model.get_base_model()
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        return None
+    base = base_model_of(model)
     if config.use_cache is False or config.cache_implementation is not None or (config.num_beams or 1) > 1:
         return None
     if "past_key_values" not in inspect.signature(base.forward).parameters:

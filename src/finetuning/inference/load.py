@@ -5,35 +5,48 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from finetuning.config.sections.generation import GenerationModel
 from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantized, RunConfig
 from finetuning.errors import ConfigError, Location, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "local_files_only", "force_download")
+
+
+class _HubOptions(TypedDict, total=False):
+    """The options that locate files on the hub."""
+
+    revision: str | None
+    subfolder: str | None
+    cache_dir: str | None
+    local_files_only: bool | None
+    force_download: bool | None
+    token: str | None
 
 
 @dataclass(frozen=True)
 class LoadedGenerator:
     """A model in evaluation mode with its tokenizer."""
 
-    model: Any
-    """A PreTrainedModel or a peft.PeftModel."""
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerFast
     pad_token_id: int
     """Padding on the left of shorter rows; masked in attention."""
 
     @property
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         """The device of the input embeddings, to which input ids must be moved."""
-        return self.model.get_input_embeddings().weight.device
+        from finetuning.model.embeddings import input_weight
+
+        return input_weight(self.model).device
 
 
 def model_conf_of(model: str, base: str | None, attn_implementation: str | None = None) -> GenerationModel:
@@ -83,22 +96,21 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     from finetuning.model.load import load_model
 
     tokenizer, pad_token_id = _load_tokenizer(conf)
-    model = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
-    if conf.adapter is not None:
-        model = _with_adapter(model, conf.adapter, tokenizer)
+    base = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
+    model = base if conf.adapter is None else _with_adapter(base, conf.adapter, tokenizer)
     return LoadedGenerator(model.eval(), tokenizer, pad_token_id)
 
 
-def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int]:
+def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerFast, int]:
     """Return the tokenizer and a padding id: any token will do, because padding is masked."""
     from finetuning.config.sections.data import MissingPadTokenStrategy
-    from finetuning.model.tokenizer import load_tokenizer
+    from finetuning.model.tokenizer import load_tokenizer, special_token_id
 
     source, key = _tokenizer_source(conf)
     options = _hub_options(conf)
     if source != conf.model:
         # Revision and subfolder are those of the model.
-        options = {"token": options["token"]}
+        options = _HubOptions(token=options.get("token"))
     loaded = load_tokenizer(
         source,
         template_source=None,
@@ -109,14 +121,22 @@ def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerBase, int
         key=key,
         **options,
     )
-    return loaded.tokenizer, loaded.tokenizer.pad_token_id
+    pad_token_id = special_token_id(loaded.tokenizer, "pad")
+    assert pad_token_id is not None, "load_tokenizer sets a padding token"
+    return loaded.tokenizer, pad_token_id
 
 
-def _hub_options(conf: GenerationModel) -> dict[str, Any]:
+def _hub_options(conf: GenerationModel) -> _HubOptions:
     """Return the options that locate the model's files on the hub."""
     args = conf.model_args
-    token = args.token.get_secret_value() if args.token else None
-    return {**{name: getattr(args, name) for name in _HUB_OPTIONS}, "token": token}
+    return {
+        "revision": args.revision,
+        "subfolder": args.subfolder,
+        "cache_dir": args.cache_dir,
+        "local_files_only": args.local_files_only,
+        "force_download": args.force_download,
+        "token": args.token.get_secret_value() if args.token else None,
+    }
 
 
 def _tokenizer_source(conf: GenerationModel) -> tuple[str, str]:
@@ -130,7 +150,7 @@ def _tokenizer_source(conf: GenerationModel) -> tuple[str, str]:
     return conf.model, "model_conf.model"
 
 
-def _with_adapter(model: Any, adapter: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _with_adapter(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 

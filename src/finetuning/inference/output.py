@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypeAlias
 
 import yaml
 
 from finetuning.errors import ConfigError, Location, StorageError
 
+Record: TypeAlias = dict[str, object]
+"""An answer with its prompt, as JSON values."""
+
 
 class _RecordDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """YAML without anchors, and with multi-line text as a block."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -29,7 +32,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _RecordDumper.add_representer(str, _represent_text)
 
 
-def _write_yaml(records: list[dict[str, Any]], stream: TextIO) -> None:
+def _write_yaml(records: list[Record], stream: TextIO) -> None:
     # One record at a time: the document tree of all records would take many times their memory.
     for record in records:
         yaml.dump([record], stream, Dumper=_RecordDumper, sort_keys=False, allow_unicode=True, width=120)
@@ -37,17 +40,17 @@ def _write_yaml(records: list[dict[str, Any]], stream: TextIO) -> None:
         stream.write("[]\n")
 
 
-def _write_json(records: list[dict[str, Any]], stream: TextIO) -> None:
+def _write_json(records: list[Record], stream: TextIO) -> None:
     json.dump(records, stream, ensure_ascii=False, indent=4)
     stream.write("\n")
 
 
-def _write_jsonl(records: list[dict[str, Any]], stream: TextIO) -> None:
+def _write_jsonl(records: list[Record], stream: TextIO) -> None:
     for record in records:
         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-FORMATS: dict[str, Callable[[list[dict[str, Any]], TextIO], None]] = {
+FORMATS: dict[str, Callable[[list[Record], TextIO], None]] = {
     ".yaml": _write_yaml,
     ".yml": _write_yaml,
     ".json": _write_json,
@@ -77,12 +80,12 @@ def check_output(path: Path) -> None:
         raise StorageError(f"{path.parent} is not writable")
 
 
-def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+def write_records(path: Path, records: list[Record]) -> None:
     """Write the records atomically, in the format of the file's extension."""
     write_atomically(path, lambda stream: FORMATS[path.suffix.lower()](records, stream))
 
 
-def write_atomically(path: Path, write: Callable[[TextIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[TextIO], object]) -> None:
     """Write a text file atomically: to a temporary file in the same folder, flushed to disk and renamed."""
     staging = path.with_name(f".{path.name}.partial")
     try:
@@ -109,19 +112,19 @@ class RecordJournal:
             fingerprint: hash of everything the records depend on; a journal with another one is discarded.
         """
         self.path = output.with_name(f".{output.name}.spool.jsonl")  # old name
-        self.records: dict[int, list[dict[str, Any]]] = {}
+        self.records: dict[int, list[Record]] = {}
         records_by_prompt = self._read(fingerprint)
         self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._write_line({"fingerprint": fingerprint})
         for index, records in records_by_prompt.items():
             self.add({index: records})
 
-    def _read(self, fingerprint: str) -> dict[int, list[dict[str, Any]]]:
+    def _read(self, fingerprint: str) -> dict[int, list[Record]]:
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return {}
-        records_by_prompt: dict[int, list[dict[str, Any]]] = {}
+        records_by_prompt: dict[int, list[Record]] = {}
         for number, text in enumerate(lines):
             try:
                 line = json.loads(text)
@@ -135,17 +138,17 @@ class RecordJournal:
                 records_by_prompt[line["prompt"]] = line["records"]
         return records_by_prompt
 
-    def add(self, done: Mapping[int, list[dict[str, Any]]]) -> None:
+    def add(self, done: Mapping[int, list[Record]]) -> None:
         """Add the records of prompts, by prompt index."""
         for index, records in done.items():
             self.records[index] = records
             self._write_line({"prompt": index, "records": records})
         self._stream.flush()
 
-    def _write_line(self, value: Mapping[str, Any]) -> None:
+    def _write_line(self, value: Mapping[str, object]) -> None:
         self._stream.write(json.dumps(value, ensure_ascii=False) + "\n")
 
-    def in_order(self) -> list[dict[str, Any]]:
+    def in_order(self) -> list[Record]:
         """Return all records so far, in the order of the prompts."""
         return [record for index in sorted(self.records) for record in self.records[index]]
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from finetuning.config.sections.generation import EvalData, OpenInput
 from finetuning.data.formats.row_format import (
@@ -18,7 +17,7 @@ from finetuning.data.formats.row_format import (
     template_kwargs_field,
     tools_field,
 )
-from finetuning.data.samples import Message, Row
+from finetuning.data.samples import JsonObject, Message, Row, SkippedRow
 from finetuning.data.sources import Shard, find_shards, json_type
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
@@ -38,12 +37,12 @@ class GenerationPrompt:
     id: str | int
     text: str | None = None
     messages: tuple[Message, ...] = ()
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: list[JsonObject] | None = None
+    template_kwargs: JsonObject = field(default_factory=dict)
     correct_answers: tuple[str, ...] = ()
     dataset: str | None = None
     data_collection: str | None = None
-    carried: dict[str, Any] = field(default_factory=dict)
+    carried: JsonObject = field(default_factory=dict)
     """Columns that are copied to the output."""
     location: Location = field(default_factory=Location)
 
@@ -116,7 +115,8 @@ def _eval_prompt(
     shard: Shard, item: Row | Problem, number: int, transforms: TransformChain
 ) -> GenerationPrompt | Problem:
     row = item if isinstance(item, Problem) else transforms(item, {})
-    if not isinstance(row, Row):
+    assert not isinstance(row, SkippedRow), "the options that filter rows do not apply to prompts"
+    if isinstance(row, Problem):
         return row
     try:
         text, messages, reference = _prompt_and_reference(row)

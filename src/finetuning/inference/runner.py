@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TypeAlias
 
 from finetuning.config.sections.generation import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantized
@@ -19,11 +20,10 @@ from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_paddi
 from finetuning.inference.generate import EncodedPrompt, Generation, encode_prompts, generate_batches
 from finetuning.inference.generation_params import build_parameters, check_parameters
 from finetuning.inference.load import load_generator
-from finetuning.inference.output import RecordJournal, check_output, write_records
+from finetuning.inference.output import Record, RecordJournal, check_output, write_records
 from finetuning.inference.prompts import GenerationPrompt
 
-Record = dict[str, Any]
-RecordMaker = Callable[[GenerationPrompt, EncodedPrompt, Generation, Mapping[str, Any]], Record]
+RecordMaker: TypeAlias = Callable[[GenerationPrompt, EncodedPrompt, Generation, Mapping[str, object]], Record]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GenerationJob:
     prompts: Sequence[GenerationPrompt]
     model_conf: GenerationModel
     quant_conf: NoQuantization | Quantized
-    gen_params: Mapping[str, Any]
+    gen_params: Mapping[str, object]
     seed: int = 42
     batch_size: int | None = None
     """Maximum rows of a batch; None for as many as the token budget allows."""
@@ -86,7 +86,7 @@ class ProgressCallback:
 
 
 def answer_record(
-    prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, Any]
+    prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, object]
 ) -> Record:
     """Return a record of the output in the format of Silogen's inference tools."""
     return {
@@ -105,7 +105,7 @@ def answer_record(
 
 
 def input_output_record(
-    prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, Any]
+    prompt: GenerationPrompt, encoded: EncodedPrompt, answer: Generation, gen_params: Mapping[str, object]
 ) -> Record:
     """Return a record in the format of fms-hf-tuning: the output includes the prompt and special tokens."""
     return {"input": encoded.text, "output": answer.raw}
@@ -193,5 +193,5 @@ def _raise_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _interrupt(signal_number: int, frame: Any) -> None:
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise Interrupted("terminated", signal_number)

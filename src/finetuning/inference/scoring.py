@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from finetuning.errors import DataError
 
@@ -43,17 +43,25 @@ class ScoreCounts:
         return self.correct / self.total
 
 
+class ScoredAnswer(TypedDict):
+    """Whether an answer is correct, with the dataset and the id of its prompt."""
+
+    dataset: str | None
+    id: str | int
+    right: bool
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy overall and per dataset; `rows` holds dataset, id and correctness of each answer, in order."""
+    """Accuracy overall and per dataset; `rows` holds the scored answers in order."""
 
     name: str
     overall: ScoreCounts
     by_dataset: dict[str, ScoreCounts]
     unscored: int
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[ScoredAnswer, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the values that are written as JSON."""
         datasets = {
             name: {"correct": count.correct, "total": count.total, "accuracy": count.accuracy}
@@ -104,7 +112,7 @@ def score(records: Sequence[Mapping[str, Any]], name: ScoreName) -> Scores:
     """Return the accuracy of records; an `answer` is correct if it agrees with any of its `correct_answers`."""
     is_correct = METRICS[name]
     counts: dict[str, list[int]] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[ScoredAnswer] = []
     for record in records:
         if not record["correct_answers"]:
             continue

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.reader import read_document
@@ -77,7 +76,7 @@ def preset_file(name: str) -> Path:
     return path
 
 
-def require_deepspeed(config_file: Path) -> dict[str, Any]:
+def require_deepspeed(config_file: Path) -> Mapping[str, object]:
     """Return the values of an accelerate config, after checking that DeepSpeed is installed if it uses it.
 
     Raises:
@@ -94,7 +93,7 @@ def require_deepspeed(config_file: Path) -> dict[str, Any]:
     return values
 
 
-def to_flags(values: Mapping[str, Any], where: str = "accelerate_launch_args") -> list[str]:
+def to_flags(values: Mapping[str, object], where: str = "accelerate_launch_args") -> list[str]:
     """Return flags of `accelerate launch` for a mapping of long flag names; true sets a flag that takes no value.
 
     Raises:

@@ -332,6 +332,7 @@ def load_pretrained_config(
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         _raise_load_error(error, source, key)
+    assert isinstance(config, PreTrainedConfig)
     unknown = [name for name in unused if name in extras]
     if unknown:
         supported = [*ModelArgs.model_fields, *_LOADER_ARGUMENTS, *config.to_dict()]

@@ -131,9 +131,9 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
         if hasattr(module, "qweight") and hasattr(module, "linear_mode"):
-            module.linear_mode = "train"
+            module.linear_mode = "train"  # pyright: ignore[reportArgumentType]
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

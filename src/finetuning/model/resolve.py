@@ -134,6 +134,7 @@ def _must_use_cache(
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+    is_cached = False
     try:
         is_cached = any(
             isinstance(try_to_load_from_cache(name, file, cache_dir, revision), str) for file in _REQUIRED_FILES[kind]

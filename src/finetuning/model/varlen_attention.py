@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
-from finetuning.model.save import is_peft_model
+from finetuning.model.peft.adapters import base_model_of, peft_type_of
 from finetuning.plan.features import TOKENWISE_ADAPTERS
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def enable_varlen(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None
     Returns:
         None if padding-free attention is on; otherwise the reason why it is not.
     """
-    base = _base_model(model)
-    before = base.config._attn_implementation
+    base = base_model_of(model)
+    before = str(base.config._attn_implementation)
     reason = _unsupported_reason(base, before, adapter)
     if reason:
         return reason
@@ -102,8 +102,8 @@ def enable_varlen_kernel(
     Returns:
         None if the implementation is on; otherwise the reason why it is not.
     """
-    base = _base_model(model)
-    before = base.config._attn_implementation
+    base = base_model_of(model)
+    before = str(base.config._attn_implementation)
     if before != "sdpa":
         return f"the model uses {before} attention"
     reason = _unsupported_reason(base, before, adapter)
@@ -134,7 +134,7 @@ def enable_varlen_kernel(
 
 def use_varlen(model: PreTrainedModel | PeftModel, name: str = SDPA_VARLEN) -> None:
     """Switch a model to a padding-free implementation that was verified, here or by another process."""
-    base = _base_model(model)
+    base = base_model_of(model)
     if base.config._attn_implementation == "sdpa":
         if name == SDPA_VARLEN:
             AttentionInterface.register(SDPA_VARLEN, varlen_attention)
@@ -238,10 +238,6 @@ def varlen_mask(
     return sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
 
 
-def _base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
-
-
 def _unsupported_reason(base: PreTrainedModel, implementation: str, adapter: PeftConfig | None) -> str | None:
     """Return why padding-free attention is ruled out without trying; None if it is worth a try."""
     if implementation != "sdpa" and implementation not in FLASH_ATTENTION_PACKAGES:
@@ -255,7 +251,7 @@ def _unsupported_reason(base: PreTrainedModel, implementation: str, adapter: Pef
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model soft-caps its attention scores, which sdpa does not support"
     if adapter is not None:
-        peft_type = adapter.peft_type.value
+        peft_type = peft_type_of(adapter)
         # Adapters such as prompt tuning add virtual tokens to each row, and aLoRA depends on the tokens before.
         if peft_type not in TOKENWISE_ADAPTERS or getattr(adapter, "alora_invocation_tokens", None):
             return f"the adapter ({peft_type}) does not treat tokens independently"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from finetuning.config.pretrained_config import quantization_method
 from finetuning.config.sections.experiment import Experiment
@@ -50,7 +49,7 @@ class RunContext:
         return conf.peft_type.upper() if isinstance(conf, NewPeft) else ""
 
     @property
-    def peft_kwargs(self) -> dict[str, Any]:
+    def peft_kwargs(self) -> Mapping[str, object]:
         """The arguments of a new adapter's PEFT config; empty if no new adapter is trained."""
         conf = self.experiment.peft_conf
         return conf.peft_kwargs if isinstance(conf, NewPeft) else {}
@@ -83,7 +82,7 @@ def _quantized(bits: str) -> Callable[[RunContext], bool]:
     return lambda run: isinstance(run.experiment.quant_conf, BitsAndBytes) and getattr(run.experiment.quant_conf, bits)
 
 
-def _sft(name: str, value: Any) -> Callable[[RunContext], bool]:
+def _sft(name: str, value: object) -> Callable[[RunContext], bool]:
     return lambda run: getattr(getattr(run.experiment, "sft_args", None), name, None) == value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.training import GRPOTrainingArgs, TrainingArgs
@@ -119,7 +118,7 @@ class Plan:
         """Return the plan of the same experiment with the steps for this many training rows."""
         return replace(self, steps=_steps(rows, self.batch, experiment))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return plain values for run.json."""
         return asdict(self)
 

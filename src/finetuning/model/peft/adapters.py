@@ -15,6 +15,7 @@ from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
 from finetuning.errors import Location, ModelError
 from finetuning.model.peft.adapter_files import adapter_digests, check_adapter_base, check_adapter_tensors
 from finetuning.model.resolve import resolve_model
+from finetuning.model.save import is_peft_model
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +44,25 @@ class AdaptedModel:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        what = f"{self.peft_config.peft_type.value} adapter" if self.peft_config is not None else "all weights"
+        what = f"{peft_type_of(self.peft_config)} adapter" if self.peft_config is not None else "all weights"
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         return (
             f"{what}: {self.trainable_parameters:,} of {self.total_parameters:,} parameters are trained ({share:.3g} %)"
         )
+
+
+def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model under the adapter, or the model itself if it has none."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def peft_type_of(config: PeftConfig) -> str:
+    """Return the adapter type of a config, such as `LORA`."""
+    from peft import PeftType
+
+    return PeftType(config.peft_type).value
 
 
 def apply_peft(
@@ -84,7 +99,7 @@ def apply_peft(
     from peft import get_peft_model
 
     config = make_peft_config(model, conf, embeddings=embeddings, total_steps=total_steps)
-    if config.peft_type.value == "XLORA":
+    if peft_type_of(config) == "XLORA":
         # X-LoRA's first pass reads hidden states, and PEFT refuses it with a key-value cache.
         model.config.use_cache = False
     try:
@@ -124,7 +139,7 @@ def make_peft_config(
             location=Location(key="peft_conf.peft_type"),
             hint="For a single task use LORA or PROMPT_TUNING.",
         )
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_types[name]]
+    config_class: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[peft_types[name]]
     field_names = [field.name for field in fields(config_class)]
     kwargs = dict(conf.peft_kwargs)
     for key in kwargs:
@@ -148,7 +163,9 @@ def make_peft_config(
         raise _rejected_by_peft(error, name) from error
 
 
-def _resolve_targets(model: PreTrainedModel, kwargs: Mapping[str, Any], *, is_prompt_learning: bool) -> dict[str, Any]:
+def _resolve_targets(
+    model: PreTrainedModel, kwargs: Mapping[str, object], *, is_prompt_learning: bool
+) -> dict[str, Any]:
     """Return the arguments with `target_modules` as PEFT expects it, after checking that every module name exists.
 
     A list that contains `all-linear` means all linear layers except the output layer. PEFT expands only the plain
@@ -343,8 +360,9 @@ def _summarize(
 ) -> AdaptedModel:
     def numel(parameter: torch.nn.Parameter) -> int:
         # bitsandbytes packs two 4-bit weights into a byte, and a ZeRO-3 shard is empty: neither shows in numel().
-        if hasattr(parameter, "ds_numel"):
-            return parameter.ds_numel
+        full_numel: int | None = getattr(parameter, "ds_numel", None)
+        if full_numel is not None:
+            return full_numel
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
         return parameter.numel() if shape is None else shape.numel()
 
