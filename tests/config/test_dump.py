@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuning.config.redaction import is_secret_key
-from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
-from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, GenerationConfig, SFTExperiment
 from finetuning.config.validation.library_fields import table_fields
 from finetuning.config.validation.section_tree import walk
 from finetuning.config.validation.validate import validate

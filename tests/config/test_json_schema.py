@@ -9,8 +9,7 @@ import pytest
 
 from finetuning.config.schema.json_schema import field_docstrings, json_schema, schema_text
 from finetuning.config.schema.reference import reference
-from finetuning.config.sections.experiment import EXPERIMENTS, SFTExperiment
-from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig, SFTExperiment
 from finetuning.config.sections.training import DPOTrainingArgs
 from finetuning.config.validation.library_fields import LibraryFields, table_fields
 from finetuning.config.validation.section_tree import sections_of, walk

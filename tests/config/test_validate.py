@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, SFTExperiment
-from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.sections.experiment import EXPERIMENTS, DPOExperiment, GenerationConfig, SFTExperiment
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
@@ -219,7 +218,7 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.dump import dump_yaml, provenance
 from finetuning.config.sections.experiment import DPOExperiment
 from finetuning.config.yaml.overrides import apply_overrides
-import finetuning.config.schema.json_schema, finetuning.config.schema.reference, finetuning.config.sections.generation
+import finetuning.config.schema.json_schema, finetuning.config.schema.reference, finetuning.config.sections.experiment
 text = '''
 data_conf: {training_data: {type: CONCATENATION, datasets: [{path: a}]}, validation_data: {type: NONE}}
 training_args: {output_dir: o, dataloader_num_workers: 2, loss_type: ipo, optim: adafactor, report_to: wandb}

@@ -24,8 +24,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from finetuning.config.sections.data import DataConfig, DatasetSource
-from finetuning.config.sections.experiment import EXPERIMENTS
-from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.overrides import apply_overrides
 from finetuning.config.yaml.reader import parse_document

@@ -12,8 +12,8 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.document import ConfigDocument
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
-from finetuning.importers import ENGINES, detect_engine
-from finetuning.importers.translation import Translation, to_yaml
+from finetuning.importers import ENGINES, detect_engine, to_yaml
+from finetuning.importers.translation import Translation
 
 AXOLOTL = """
 base_model: /m

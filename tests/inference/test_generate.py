@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization
 from finetuning.errors import DataError, ModelError
 from finetuning.inference.batching import plan_batches

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization
 from finetuning.errors import ConfigError, ModelError
 from finetuning.inference.load import load_generator, model_conf_of

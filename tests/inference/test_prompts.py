@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetuning.config.sections.data import DatasetSource
-from finetuning.config.sections.generation import EvalData, OpenInput
+from finetuning.config.sections.experiment import EvalData, OpenInput
 from finetuning.errors import ConfigError, DataError
 from finetuning.inference.prompts import GenerationPrompt, read_lines, read_prompts
 

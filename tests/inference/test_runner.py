@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization
 from finetuning.errors import ConfigError, FinetuningError, Interrupted
 from finetuning.inference.prompts import GenerationPrompt, text_prompts

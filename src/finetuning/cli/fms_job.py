@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_job(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
     from finetuning.config.yaml.reader import read_document
+    from finetuning.importers import to_yaml
     from finetuning.importers.fms.environment import plan_launch, read_job
     from finetuning.importers.fms.job import from_fms
-    from finetuning.importers.translation import to_yaml
     from finetuning.launch.processes import start, visible_gpus
 
     job = read_document(options.config) if options.config else read_job()

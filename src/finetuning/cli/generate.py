@@ -118,7 +118,7 @@ def _check_form(options: argparse.Namespace) -> None:
 
 def _from_config(options: argparse.Namespace) -> int:
     from finetuning.cli.errors import locate_errors
-    from finetuning.config.sections.generation import GenerationConfig
+    from finetuning.config.sections.experiment import GenerationConfig
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document

@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _import(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
     from finetuning.config.yaml.reader import read_document
-    from finetuning.importers import ENGINES, detect_engine
-    from finetuning.importers.translation import to_yaml
+    from finetuning.importers import ENGINES, detect_engine, to_yaml
 
     if options.processes < 1:
         raise ConfigError(f"--processes {options.processes}: must be at least 1")

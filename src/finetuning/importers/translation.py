@@ -1,4 +1,4 @@
-"""The result of translating another engine's config, and the YAML it is printed as."""
+"""The result of translating another engine's config, while it is collected."""
 
 from __future__ import annotations
 
@@ -12,17 +12,6 @@ from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
 """Part of a YAML file."""
-
-SECTION_ORDER = (
-    "method",
-    "data_conf",
-    "batchsize_conf",
-    "training_args",
-    "peft_conf",
-    "quant_conf",
-    "run_conf",
-    "sft_args",
-)
 
 
 @dataclass
@@ -108,36 +97,3 @@ class Readers:
     """Translates the data config at a path to the values of `data_conf`."""
     training_fields: Callable[[], Collection[str]] = frozenset
     """Returns the field names of the installed trainer's config class."""
-
-
-def to_yaml(translation: Translation, engine: str) -> str:
-    """Return the YAML file, with a comment at the top that lists the notes."""
-    import yaml
-
-    method = translation.values.get("method", "sft")
-    lines = [f"# Imported from {engine}. Run it: finetuning {method} THIS_FILE"]
-    if translation.notes:
-        notes = (" ".join(note.split()) for note in translation.notes)
-        lines += ["# Not carried over, or different here:", *(f"# - {note}" for note in notes)]
-    values = dict(sorted(translation.values.items(), key=_section_position))
-    body = yaml.dump(values, Dumper=_make_dumper(), sort_keys=False, allow_unicode=True, width=110)
-    return "\n".join(lines) + "\n\n" + body
-
-
-def _section_position(item: tuple[str, object]) -> int:
-    name, _ = item
-    return SECTION_ORDER.index(name) if name in SECTION_ORDER else len(SECTION_ORDER)
-
-
-def _make_dumper() -> type:
-    """Return a dumper that writes newlines in text as \\n, as the templates of jobs contain them."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """A subclass, so that the representer is not added to PyYAML's own dumper."""
-
-    def represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
-
-    Dumper.add_representer(str, represent_text)
-    return Dumper

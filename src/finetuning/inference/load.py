@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantized, RunConfig
 from finetuning.errors import ConfigError, Location, ModelError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from finetuning.config.sections.generation import EvalData, OpenInput
+from finetuning.config.sections.experiment import EvalData, OpenInput
 from finetuning.data.formats.row_format import (
     FieldError,
     messages_field,

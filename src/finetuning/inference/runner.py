@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from finetuning.config.sections.generation import GenerationModel
+from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.errors import Interrupted
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches

@@ -11,7 +11,6 @@ from finetuning.telemetry import names
 from finetuning.telemetry.config import JobIdentity, ProcessTotals, ResolvedTrainingConfig, TrainingConfig
 from finetuning.telemetry.error_guard import TelemetryErrors, guarded
 from finetuning.telemetry.metrics import (
-    TRACKED_METRICS,
     CheckpointMeter,
     CheckpointProgress,
     IterationMeter,
@@ -30,7 +29,7 @@ _EVALUATION_ITERATIONS = {
     names.TESTING_LOOP: names.TESTING_SINGLE_ITERATION,
 }
 _SUMMARY = (
-    *TRACKED_METRICS,
+    *names.TRACKED_METRICS,
     "avg_iteration_time_sec",
     "steady_avg_iteration_time_sec",
     "avg_data_wait_share",
@@ -232,7 +231,7 @@ class TelemetryCallbacks(StandardSpans):
         self.recorder.event(names.TRAINING_METRICS_UPDATE, attributes, self.active(names.TRAINING_LOOP))
         self.progress = replace(self.progress, updated=self.progress.step, last_totals=window.totals)
         self.latest = attributes
-        return {metric: attributes[name] for name, metric in TRACKED_METRICS.items() if name in attributes}
+        return {metric: attributes[name] for name, metric in names.TRACKED_METRICS.items() if name in attributes}
 
     # Validation and testing
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.telemetry.config import ProcessTotals, ResolvedTrainingConfig, Strategy
-from finetuning.telemetry.names import DATA_LOADING, MODEL_BACKWARD, MODEL_FORWARD, OPTIMIZER_UPDATE, ZERO_GRAD
+from finetuning.telemetry.names import DATA_LOADING, MODEL_FORWARD, PHASE_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -27,33 +27,9 @@ PROGRESS = struct.Struct("<4q4d")
 in iterations, in data loading, in the first iteration, and in iterations up to the last checkpoint."""
 _PROGRESS_FIELDS = ("start", "step", "time_ns", "saved", "iterations_s", "data_s", "first_s", "saved_s")
 
-PHASE_NAMES = {
-    DATA_LOADING: "dataloader",
-    MODEL_FORWARD: "forward",
-    MODEL_BACKWARD: "backward",
-    OPTIMIZER_UPDATE: "optimizer",
-    ZERO_GRAD: "zero_grad",
-}
-"""The phases of an iteration, and their names in attributes."""
-
 SAMPLE_FIELDS = ("iteration", "dataloader", "forward", "tokens", "window_tokens", "flops")
 """What processes exchange at an update: mean seconds of the window's iterations, of data loading and of forward passes;
 tokens of the job and of the window; FLOPs of the job. -1 for what is not known."""
-
-TRACKED_METRICS = {
-    "tokens_per_second_per_device": "tokens_per_second_per_device",
-    "tokens_per_second": "tokens_per_second",
-    "train_throughput_per_gpu": "tflops_per_device",
-    "mfu": "mfu",
-    "window_avg_iteration_time_sec": "step_time_s",
-    "first_iteration_time_sec": "first_step_s",
-    "data_wait_share": "data_wait_share",
-    "peak_memory_allocated_bytes": "peak_memory_allocated_bytes",
-    "peak_memory_reserved_bytes": "peak_memory_reserved_bytes",
-    "peak_host_memory_bytes": "peak_host_memory_bytes",
-    "straggler_ratio": "straggler_ratio",
-}
-"""Attributes that also go to trackers, and their names there."""
 
 
 class RunningStats:

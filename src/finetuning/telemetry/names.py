@@ -1,4 +1,4 @@
-"""Names of spans and events: those of One Logger's training telemetry, and a few of ours.
+"""Names of spans, events and metrics: those of One Logger's training telemetry, and a few of ours.
 
 Source: nv-one-logger-training-telemetry 2.3.1. Ours are `data_preparation` and `model_publication`. One Logger writes
 `TESTING_SINGLE_ITERATION` in upper case; here it is lower case like the other names.
@@ -50,3 +50,26 @@ VALIDATION_METRICS_UPDATE = "validation_metrics_update"
 TESTING_METRICS_UPDATE = "testing_metrics_update"
 SAVE_CHECKPOINT_SUCCESS = "save_checkpoint_success"
 SYNC_CHECKPOINT_METRICS_UPDATE = "sync_checkpoint_metrics_update"
+
+PHASE_NAMES = {
+    DATA_LOADING: "dataloader",
+    MODEL_FORWARD: "forward",
+    MODEL_BACKWARD: "backward",
+    OPTIMIZER_UPDATE: "optimizer",
+    ZERO_GRAD: "zero_grad",
+}
+"""The phases of an iteration, and their names in attributes."""
+TRACKED_METRICS = {
+    "tokens_per_second_per_device": "tokens_per_second_per_device",
+    "tokens_per_second": "tokens_per_second",
+    "train_throughput_per_gpu": "tflops_per_device",
+    "mfu": "mfu",
+    "window_avg_iteration_time_sec": "step_time_s",
+    "first_iteration_time_sec": "first_step_s",
+    "data_wait_share": "data_wait_share",
+    "peak_memory_allocated_bytes": "peak_memory_allocated_bytes",
+    "peak_memory_reserved_bytes": "peak_memory_reserved_bytes",
+    "peak_host_memory_bytes": "peak_host_memory_bytes",
+    "straggler_ratio": "straggler_ratio",
+}
+"""Attributes that also go to trackers, and their names there."""

@@ -13,8 +13,9 @@ from finetuning.config.sections.experiment import SFTExperiment
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError
+from finetuning.importers import to_yaml
 from finetuning.importers.fms.job import Readers, to_experiment
-from finetuning.importers.translation import Translation, to_yaml
+from finetuning.importers.translation import Translation
 
 MINIMAL = {
     "model_name_or_path": "/model",

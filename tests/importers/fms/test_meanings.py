@@ -14,9 +14,10 @@ from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.data.pipeline import prepare_sft
 from finetuning.errors import ConfigError
+from finetuning.importers import to_yaml
 from finetuning.importers.fms.data_config import read_data_config
 from finetuning.importers.fms.job import Readers, to_experiment
-from finetuning.importers.translation import Translation, to_yaml
+from finetuning.importers.translation import Translation
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
 CHAT += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]

@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetuning.config.schema.json_schema import json_schema
-from finetuning.config.sections.experiment import EXPERIMENTS
-from finetuning.config.sections.generation import GenerationConfig
+from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig
 
 _INTRODUCTION = """# Config
 

@@ -1,14 +1,21 @@
-"""The top level of the config: one `Experiment` class per algorithm."""
+"""The top level of a config: one `Experiment` class per algorithm, and `GenerationConfig` for `generate`."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from finetuning.config.sections.controller import LossGuardConfig, TrainerController
-from finetuning.config.sections.data import DataConfig
-from finetuning.config.sections.model import NoQuantization, PeftConfig, QuantConfig, RunConfig, ScorePeftConfig
+from finetuning.config.sections.data import DataConfig, DatasetSource
+from finetuning.config.sections.model import (
+    ModelArgs,
+    NoQuantization,
+    PeftConfig,
+    QuantConfig,
+    RunConfig,
+    ScorePeftConfig,
+)
 from finetuning.config.sections.rewards import GRPOArgs
 from finetuning.config.sections.section import ConfigSection
 from finetuning.config.sections.tracking import TelemetryConfig, TrackingConfig
@@ -153,3 +160,48 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     )
 }
 """The config class of each algorithm."""
+
+
+class OpenInput(ConfigSection):
+    """A single prompt."""
+
+    type: Literal["open-input"]
+    input: str = ""
+    """Text of the prompt."""
+    num_samples: int = Field(default=1, gt=0)
+    """Number of completions to generate."""
+
+
+class EvalData(ConfigSection):
+    """Prompts from a dataset."""
+
+    type: Literal["eval-data"]
+    data: DatasetSource
+    """Dataset of prompts, read like a training dataset. Rows have a column `messages`, `prompt_messages` or `prompt`,
+    and optionally `correct_answers`."""
+
+
+class GenerationModel(ConfigSection):
+    """Model, adapter and tokenizer to generate with."""
+
+    model: str = Field(min_length=1)
+    """Local path or Hugging Face Hub id of the model."""
+    model_args: ModelArgs = ModelArgs()
+    """Arguments passed to `AutoModelForCausalLM.from_pretrained`."""
+    adapter: str | None = None
+    """Local path or Hub id of a PEFT adapter to load on top of the model."""
+    tokenizer: str | None = None
+    """Local path or Hub id of the tokenizer. Defaults to the adapter's tokenizer if present, otherwise the model's."""
+
+
+class GenerationConfig(ConfigSection):
+    """Prompts, model and generation parameters."""
+
+    prompt_conf: Annotated[OpenInput | EvalData, Field(discriminator="type")]
+    """Prompts to complete."""
+    model_conf: GenerationModel
+    """Model, adapter and tokenizer to generate with."""
+    hf_gen_params: dict[str, Any] = Field(default_factory=dict)
+    """Generation parameters: the fields of `transformers.GenerationConfig`, such as `max_new_tokens`."""
+    quant_conf: QuantConfig = NoQuantization()
+    """Quantization of the model."""

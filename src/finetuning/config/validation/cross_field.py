@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+
+from pydantic import BaseModel
 
 from finetuning.config.sections.controller import TrainerController
-from finetuning.config.sections.experiment import Experiment, SFTExperiment
+from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, FromDatasets, WeightedMix
+from finetuning.config.sections.experiment import Experiment, GenerationConfig, SFTExperiment
 from finetuning.config.sections.model import BitsAndBytes, NoPeft
+from finetuning.config.sections.tracking import report_to_trackers, requested_trackers
 from finetuning.config.sections.training import BatchSizeConfig, DPOTrainingArgs, GRPOTrainingArgs, KTOTrainingArgs
 from finetuning.config.validation.controller_rules import check_controllers
-from finetuning.config.validation.cross_field_data import (
-    STREAM_RULES,
-    dataset_text_options_are_consistent,
-    only_one_chat_template,
-    trackers_are_configured,
-    tracking_uri_has_no_credentials,
-    train_on_is_unambiguous,
-    validation_ratios_match_split_type,
-)
-from finetuning.config.yaml.document import ValidationIssue
+from finetuning.config.validation.streaming_rules import STREAMING_RULES
+from finetuning.config.yaml.document import KeyPath, ValidationIssue
 
-Rule = Callable[[Any], Iterator[ValidationIssue]]
+Rule = Callable[[Experiment], Iterator[ValidationIssue]]
+
+_TOLERANCE = 1e-9
+_USER_INFO = re.compile(r"^[\w+.-]+://[^/?#]*@")
 
 
 def evaluation_requires_validation_data(run: Experiment) -> Iterator[ValidationIssue]:
@@ -78,9 +76,9 @@ def quantized_weights_are_frozen(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-def packing_is_padding_free(run: SFTExperiment) -> Iterator[ValidationIssue]:
+def packing_is_padding_free(run: Experiment) -> Iterator[ValidationIssue]:
     """Reject packing with padded batches."""
-    if run.sft_args.packing and run.sft_args.batching == "padded":
+    if isinstance(run, SFTExperiment) and run.sft_args.packing and run.sft_args.batching == "padded":
         yield ValidationIssue(
             ("sft_args", "packing"),
             "is true, but sft_args.batching is padded: packing requires padding-free batches to keep rows isolated.",
@@ -88,7 +86,7 @@ def packing_is_padding_free(run: SFTExperiment) -> Iterator[ValidationIssue]:
         )
 
 
-def exactly_one_bit_width(run: Experiment) -> Iterator[ValidationIssue]:
+def exactly_one_bit_width(run: Experiment | GenerationConfig) -> Iterator[ValidationIssue]:
     """Reject 4 and 8 bits at the same time, or neither."""
     quant = run.quant_conf
     if isinstance(quant, BitsAndBytes) and quant.load_in_4bit == quant.load_in_8bit:
@@ -256,6 +254,116 @@ def _deepspeed_limits(batch: BatchSizeConfig) -> list[tuple[str, Callable[[int],
     ]
 
 
+def shuffle_buffer_requires_streaming(run: Experiment) -> Iterator[ValidationIssue]:
+    """Warn about a shuffle buffer without streaming."""
+    conf = run.data_conf
+    if not conf.streaming and conf.shuffle_buffer != type(conf).model_fields["shuffle_buffer"].default:
+        yield ValidationIssue(
+            ("data_conf", "shuffle_buffer"),
+            "is ignored without data_conf.streaming: prepared rows are shuffled as a whole.",
+            "Remove it, or set data_conf.streaming: true.",
+            kind="warning",
+        )
+
+
+def train_on_is_unambiguous(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject contradictory options for the loss mask."""
+    if isinstance(run, SFTExperiment) and run.sft_args.train_on == "all" and run.sft_args.train_on_completions_only:
+        yield ValidationIssue(
+            ("sft_args", "train_on"),
+            "is all, but sft_args.train_on_completions_only is true.",
+            "Leave one of them out.",
+        )
+
+
+def validation_ratios_match_split_type(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject validation ratios that are not used, missing or too large."""
+    validation = run.data_conf.validation_data
+    sources = run.data_conf.training_data.datasets
+    uses_ratios = isinstance(validation, FromDatasets)
+    for index, source in enumerate(sources):
+        path = ("data_conf", "training_data", "datasets", index, "validation_ratio")
+        if source.validation_ratio and not uses_ratios:
+            yield ValidationIssue(
+                path,
+                f"is set, but data_conf.validation_data.type is {validation.type}.",
+                "Set validation_data.type: FROM_DATASETS.",
+            )
+        elif source.validation_ratio + (source.train_ratio or 0) > 1 + _TOLERANCE:
+            yield ValidationIssue(
+                path, f"is {source.validation_ratio:g}, and train_ratio {source.train_ratio:g}: more than all."
+            )
+    if uses_ratios and not any(source.validation_ratio for source in sources):
+        yield ValidationIssue(
+            ("data_conf", "validation_data", "type"), "is FROM_DATASETS, but no dataset has a validation_ratio."
+        )
+
+
+def dataset_text_options_are_consistent(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject contradictory options of a dataset."""
+    for path, source in _all_sources(run.data_conf):
+        if source.instruction_template and not source.response_template:
+            yield ValidationIssue((*path, "instruction_template"), "requires response_template.")
+        if source.data_formatter_template and source.dataset_text_field:
+            yield ValidationIssue(
+                (*path, "data_formatter_template"), "is set, and so is dataset_text_field; set one of them."
+            )
+        if source.format == "response_template" and not source.response_template:
+            yield ValidationIssue((*path, "format"), "is response_template, but the dataset has no response_template.")
+
+
+def only_one_chat_template(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a custom chat template together with a built-in one."""
+    conf = run.data_conf
+    named = conf.chat_template_name if "chat_template_name" in conf.model_fields_set else "keep-original"
+    if conf.chat_template and named != "keep-original":
+        yield ValidationIssue(("data_conf", "chat_template"), "is set, and so is chat_template_name; set one of them.")
+
+
+def _all_sources(data_conf: DataConfig) -> Iterator[tuple[KeyPath, DatasetSource]]:
+    for name, section in (("training_data", data_conf.training_data), ("validation_data", data_conf.validation_data)):
+        if isinstance(section, Concatenation | WeightedMix):
+            for index, source in enumerate(section.datasets):
+                yield ("data_conf", name, "datasets", index), source
+
+
+def tracking_uri_has_no_credentials(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject credentials in the tracking URI, which is logged."""
+    uri = run.tracking.mlflow_server_uri if run.tracking else None
+    if has_user_info(uri):
+        yield ValidationIssue(
+            ("tracking", "mlflow_server_uri"),
+            "holds a user name or password.",
+            "Take it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+        )
+
+
+def trackers_are_configured(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject Aim without exactly one repository, and `all`, which depends on the installed packages."""
+    if "all" in report_to_trackers(run.training_args.report_to):
+        yield ValidationIssue(
+            ("training_args", "report_to"), "must name its trackers; all is none.", "Write [tensorboard]."
+        )
+    if "aim" not in requested_trackers(run):
+        return
+    tracking = run.tracking
+    places = [tracking.aim_repo, tracking.aim_remote_server_ip] if tracking else []
+    if len([location for location in places if location]) != 1:
+        yield ValidationIssue(
+            ("tracking", "trackers") if tracking and "aim" in tracking.trackers else ("training_args", "report_to"),
+            "holds aim, which needs either tracking.aim_repo or tracking.aim_remote_server_ip.",
+        )
+
+
+def has_user_info(uri: str | None) -> bool:
+    """Return whether a URL contains `user@` or `user:password@`.
+
+    >>> has_user_info("http://me:pw@host"), has_user_info("http://host/a@b"), has_user_info(None)
+    (True, False, False)
+    """
+    return bool(uri and _USER_INFO.match(uri))
+
+
 RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf", "training_args"), evaluation_requires_validation_data),
     (("data_conf", "training_args"), validation_data_requires_evaluation),
@@ -263,7 +371,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data_conf",), validation_ratios_match_split_type),
     (("data_conf",), dataset_text_options_are_consistent),
     (("data_conf",), only_one_chat_template),
-    *STREAM_RULES,
+    (("data_conf",), shuffle_buffer_requires_streaming),
     (("sft_args",), train_on_is_unambiguous),
     (("peft_conf", "quant_conf"), quantized_weights_are_frozen),
     (("sft_args",), packing_is_padding_free),
@@ -285,16 +393,21 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
 """The rules and the sections that each of them reads."""
 
 
-def check_rules(run: Any, valid: Mapping[str, Any]) -> list[ValidationIssue]:
+def check_rules(run: BaseModel, valid: Collection[str]) -> list[ValidationIssue]:
     """Return the issues of all rules whose sections are valid.
 
     Args:
-        run: an experiment, or a partial one that has its valid sections only.
-        valid: the valid sections by name.
+        run: a config, or a partial one that has its valid sections only.
+        valid: the names of the valid sections.
     """
+    if isinstance(run, GenerationConfig) and "quant_conf" in valid:
+        return list(exactly_one_bit_width(run))
+    if not isinstance(run, Experiment):
+        return []
+    streams = "data_conf" in valid and run.data_conf.streaming
     return [
         issue
-        for sections, rule in RULES
-        if all(name in valid and hasattr(run, name) for name in sections)
+        for sections, rule in (*RULES, *(STREAMING_RULES if streams else ()))
+        if all(name in valid for name in sections)
         for issue in rule(run)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, dotted, to_problems
@@ -43,12 +44,9 @@ class RejectedKey:
 Change = RenamedKey | RemovedKey | RejectedKey
 
 
-def _if_true(value: Any) -> Convert:
-    return lambda old: value if _is_true(old) else None
-
-
-def _is_true(value: Any) -> bool:
-    return value is True or str(value).lower() in ("true", "yes", "on", "1")
+def _if_true(new: object, old: object) -> object:
+    """Return the new value if the old one was true, else None."""
+    return new if old is True or str(old).lower() in ("true", "yes", "on", "1") else None
 
 
 def _share(value: Any) -> Any:
@@ -59,10 +57,10 @@ def _share(value: Any) -> Any:
 TRAINING_ARGS: dict[str, Change] = {
     "evaluation_strategy": RenamedKey(("eval_strategy",)),
     "warmup_ratio": RenamedKey(("warmup_steps",), _share, unset=0),
-    "group_by_length": RenamedKey(("train_sampling_strategy",), _if_true("group_by_length")),
+    "group_by_length": RenamedKey(("train_sampling_strategy",), partial(_if_true, "group_by_length")),
     "no_cuda": RenamedKey(("use_cpu",)),
-    "adafactor": RenamedKey(("optim",), _if_true("adafactor")),
-    "include_inputs_for_metrics": RenamedKey(("include_for_metrics",), _if_true(["inputs"])),
+    "adafactor": RenamedKey(("optim",), partial(_if_true, "adafactor")),
+    "include_inputs_for_metrics": RenamedKey(("include_for_metrics",), partial(_if_true, ["inputs"])),
     "xpu_backend": RenamedKey(("ddp_backend",)),
     "push_to_hub_token": RenamedKey(("hub_token",)),
     "push_to_hub_model_id": RenamedKey(("hub_model_id",)),
@@ -113,7 +111,7 @@ TRAINING_ARGS: dict[str, Change] = {
 MODEL_ARGS: dict[str, Change] = {
     "torch_dtype": RenamedKey(("dtype",)),
     "use_auth_token": RenamedKey(("token",)),
-    "use_flash_attention_2": RenamedKey(("attn_implementation",), _if_true("flash_attention_2")),
+    "use_flash_attention_2": RenamedKey(("attn_implementation",), partial(_if_true, "flash_attention_2")),
     "from_tf": RemovedKey(),
     "from_flax": RemovedKey(),
     "mirror": RemovedKey(),

@@ -18,7 +18,7 @@ from finetuning.config.validation.cross_field import check_rules
 from finetuning.config.validation.error_messages import KeyIndex, validation_issues
 from finetuning.config.validation.library_fields import SHARED_BY_METHODS, LibraryFields, installed_fields, table_fields
 from finetuning.config.validation.passthrough import check_passthrough, library_keys
-from finetuning.config.validation.renamed_keys import apply_renames
+from finetuning.config.validation.renamed_keys import OLD_VALUES, TABLES, apply_renames
 from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, to_problems
@@ -59,9 +59,14 @@ def validate(
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
         raise ConfigError(f"is empty; required: {required}", location=Location(document.file))
     fields = libraries or table_fields()
-    translated = apply_renames(document, functools.partial(_trainer_fields, config, fields))
-    document = _without_empty_sections(translated.document, config)
-    findings, warnings = list(translated.findings), []
+    findings: list[ValidationIssue] = []
+    warnings: list[ValidationIssue] = []
+    renamed: list[Problem] = []
+    if _has_old_names(document):
+        translated = apply_renames(document, functools.partial(_trainer_fields, config, fields))
+        document, renamed = translated.document, translated.warnings
+        findings.extend(translated.findings)
+    document = _without_empty_sections(document, config)
 
     @functools.cache
     def elsewhere() -> dict[str, list[str]]:
@@ -75,7 +80,8 @@ def validate(
             fields = installed_fields()
             elsewhere.cache_clear()
             checked = check_passthrough(document, config, fields, elsewhere)
-        document, warnings = checked.document, list(checked.warnings)
+        document = checked.document
+        warnings.extend(checked.warnings)
         findings.extend(checked.findings)
     experiment, errors, valid_sections = _check_sections(document.values, config, elsewhere)
     findings.extend(errors)
@@ -85,7 +91,16 @@ def validate(
     findings = _check_method(findings, document, config, methods, fields)
     if findings:
         raise ConfigError(to_problems(findings, document))
-    return ValidatedConfig(experiment, [*translated.warnings, *to_problems(warnings, document)], document)
+    return ValidatedConfig(experiment, [*renamed, *to_problems(warnings, document)], document)
+
+
+def _has_old_names(document: ConfigDocument) -> bool:
+    """Return whether the document has a key or a value that `apply_renames` replaces or reports."""
+    sections = [(document.get(section), table) for section, table in TABLES.items()]
+    values = [(document.get(path), names) for path, names in OLD_VALUES.items()]
+    return any(
+        isinstance(section, dict) and not table.keys().isdisjoint(section) for section, table in sections
+    ) or any(isinstance(value, str) and value in names for value, names in values)
 
 
 def _check_sections(
