@@ -15,7 +15,7 @@ from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
-    from finetuning.config.sections.generation import GenerationModel
+    from finetuning.config.sections.experiment import GenerationModel
     from finetuning.config.sections.model import NoQuantization, Quantized
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.inference.output import Record
