@@ -217,7 +217,7 @@ def _job(
 
 def _run(job: GenerationJob, output: Path, make_record: RecordMaker) -> list[Record]:
     """Generate the records of a job, and display progress on the terminal."""
-    from finetuning.cli.status import quiet_libraries
+    from finetuning.report.console import quiet_libraries
 
     quiet_libraries(bars=sys.stderr.isatty())
     from finetuning.inference.runner import ProgressCallback, generate_records

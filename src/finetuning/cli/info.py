@@ -1,4 +1,4 @@
-"""`finetuning doctor`, `finetuning targets` and `finetuning schema`: information about machine, model and config."""
+"""`finetuning doctor` and `finetuning targets`: information about the machine and the model."""
 
 from __future__ import annotations
 
@@ -212,9 +212,9 @@ def _targets(argv: Sequence[str]) -> int:
     experiment = read_experiment(apply_overrides(read_document(options.config), options.overrides))
 
     from finetuning.algorithms import ALGORITHMS
-    from finetuning.cli.status import quiet_libraries
     from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
     from finetuning.model.module_summary import summarize_modules
+    from finetuning.report.console import quiet_libraries
 
     quiet_libraries()
     head = SEQUENCE_CLASSIFICATION if ALGORITHMS[experiment.method_name].has_score_head else CAUSAL_LM
@@ -277,22 +277,3 @@ def summary_lines(summary: ModuleSummary) -> list[str]:
         share = 100 * summary.trained / max(summary.parameters, 1)
         total += f"; peft_conf trains {summary.trained:,} ({share:.3g} %)"
     return [total, "", *lines]
-
-
-def schema_main(argv: Sequence[str] | None = None) -> int:
-    """Run `finetuning schema` and return its exit code."""
-    return run_command(_schema, argv)
-
-
-def _schema(argv: Sequence[str]) -> int:
-    from finetuning.algorithms import ALGORITHMS
-    from finetuning.config.schema.json_schema import schema_text
-
-    parser = argparse.ArgumentParser(
-        prog="finetuning schema",
-        description="Print the JSON Schema of a method's YAML file. Editors read it from a first line such as"
-        " '# yaml-language-server: $schema=sft.json'.",
-    )
-    parser.add_argument("method", choices=list(ALGORITHMS), help="the method")
-    print(schema_text(ALGORITHMS[parser.parse_args(argv).method].experiment), end="")
-    return 0

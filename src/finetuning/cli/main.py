@@ -29,7 +29,7 @@ SUBCOMMANDS = {
     "preview": Subcommand("finetuning.cli.data_commands:preview_main", "show tokenized rows and their loss mask"),
     "prepare": Subcommand("finetuning.cli.data_commands:prepare_main", "tokenize the data before a run"),
     "targets": Subcommand("finetuning.cli.info:targets_main", "list the modules that target_modules can name"),
-    "schema": Subcommand("finetuning.cli.info:schema_main", "print the JSON Schema of a method's YAML"),
+    "schema": Subcommand("finetuning.cli.config_commands:schema_main", "print the JSON Schema of a method's YAML"),
     "doctor": Subcommand("finetuning.cli.info:doctor_main", "check hardware and installed packages"),
     "runs": Subcommand("finetuning.cli.runs:runs_main", "list runs and their state"),
     "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
@@ -41,7 +41,9 @@ SUBCOMMANDS = {
         "finetuning.cli.create_vllm_compatible_adapter:main", "convert an adapter for vLLM"
     ),
     "replace_tokens": Subcommand("finetuning.cli.replace_tokens:main", "rename tokens of a tokenizer, keep their ids"),
-    "import": Subcommand("finetuning.cli.import_config:main", "translate another engine's config to YAML for this one"),
+    "import": Subcommand(
+        "finetuning.cli.config_commands:import_main", "translate another engine's config to YAML for this one"
+    ),
     "job": Subcommand("finetuning.cli.fms_job:main", "run an fms-hf-tuning JSON job"),
 }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     device_map = _read_device_map(options.device_map)
-    from finetuning.cli.status import quiet_libraries, transfer_bar
     from finetuning.export.merge.merge import merge_adapters
+    from finetuning.report.console import quiet_libraries
 
     quiet_libraries()
-    with transfer_bar("merging") as progress:
+    with _progress_bar() as progress:
         result = merge_adapters(
             options.basemodel,
             [options.peftmodel, *options.then],
@@ -84,6 +85,30 @@ def _merge(argv: list[str]) -> int:
     print(f"merged model: {result.out} ({result.num_bytes / 1e9:.2f} GB)")
     print(f"verified: {result.verification}" if result.verification else "not verified (--no-verify)")
     return 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Display a progress bar while the block runs.
+
+    Yields a function to call with the bytes done and the total; None if stderr is not a terminal.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _read_device_map(text: str | None) -> DeviceMap:

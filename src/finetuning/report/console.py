@@ -61,6 +61,18 @@ def configure_logging(level: str, *, is_main: bool) -> None:
         os.environ.setdefault(name, value)
 
 
+def quiet_libraries(bars: bool = False) -> None:
+    """Silence the warnings that libraries address to programmers and, unless `bars`, their progress bars."""
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not bars:
+        transformers_logging.disable_progress_bar()
+
+
 UNKNOWN = "–"
 
 

@@ -206,10 +206,10 @@ def test_packed_rows_are_masked_by_the_response_template(
 def test_a_job_with_a_data_config_is_detected_by_its_keys(
     tmp_path: Path, chatml_llama_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from finetuning.cli.import_config import main
+    from finetuning.cli.config_commands import import_main
 
     (tmp_path / "data.json").write_text(json.dumps({"datasets": [{"name": "d", "data_paths": ["a.jsonl"]}]}))
     values = {"model_name_or_path": str(chatml_llama_dir), "output_dir": "out"}
     (tmp_path / "job.json").write_text(json.dumps(values | {"data_config_path": str(tmp_path / "data.json")}))
-    assert main([str(tmp_path / "job.json")]) == 0
+    assert import_main([str(tmp_path / "job.json")]) == 0
     assert "path: a.jsonl" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`finetuning import`: translate another engine's config to a YAML file for this one."""
+"""`finetuning schema` and `finetuning import`: the JSON Schema of a config, and configs of other engines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,26 @@ from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `finetuning import`."""
+def schema_main(argv: Sequence[str] | None = None) -> int:
+    """Run `finetuning schema` and return its exit code."""
+    return run_command(_schema, argv)
+
+
+def _schema(argv: Sequence[str]) -> int:
+    from finetuning.algorithms import ALGORITHMS
+    from finetuning.config.schema.json_schema import schema_text
+
+    parser = argparse.ArgumentParser(
+        prog="finetuning schema",
+        description="Print the JSON Schema of a method's YAML file. Editors read it from a first line such as"
+        " '# yaml-language-server: $schema=sft.json'.",
+    )
+    parser.add_argument("method", choices=list(ALGORITHMS), help="the method")
+    print(schema_text(ALGORITHMS[parser.parse_args(argv).method].experiment), end="")
+    return 0
+
+
+def _import_parser() -> argparse.ArgumentParser:
     from finetuning.importers import ENGINES
 
     parser = argparse.ArgumentParser(
@@ -34,13 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand and return its exit code."""
+def import_main(argv: Sequence[str] | None = None) -> int:
+    """Run `finetuning import` and return its exit code."""
     return run_command(_import, argv)
 
 
 def _import(argv: Sequence[str]) -> int:
-    options = build_parser().parse_args(argv)
+    options = _import_parser().parse_args(argv)
     from finetuning.config.yaml.reader import read_document
     from finetuning.importers import ENGINES, detect_engine, to_yaml
 
