@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,11 +71,24 @@ def publish(staging: Path, target: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json` with the size and the digest of every file in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sampled_sha256": _digest(path)}
-        for path in files
-    }
+    entries = {path.relative_to(folder).as_posix(): _manifest_entry(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def update_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Record the files of these names again in the folder's manifest, if it has one; other entries stay."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    entries |= {name: _manifest_entry(folder / name) for name in names}
+    staging = staging_path(file)
+    staging.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    os.replace(staging, file)
+
+
+def _manifest_entry(file: Path) -> dict[str, int | str]:
+    return {"bytes": file.stat().st_size, "sampled_sha256": _digest(file)}
 
 
 def find_manifest_mismatch(folder: Path) -> str | None:

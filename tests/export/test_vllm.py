@@ -67,6 +67,65 @@ def test_a_plain_adapter_is_compatible_already(tiny_llama_dir: Path, make_adapte
     assert words[words.index("--lora-modules") + 1] == f"adapter={adapter.absolute()}"
 
 
+SERVED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def served_words(folder: Path) -> list[str]:
+    return shlex.split(json.loads((folder / "serving.json").read_text())["command"])
+
+
+def test_the_command_names_what_vllm_would_read_from_the_base(
+    chatml_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(chatml_llama_dir, lora(), tmp_path / "adapter")
+    for name in SERVED_FILES:
+        shutil.copyfile(chatml_llama_dir / name, adapter / name)
+    make_vllm_compatible(adapter)
+    flags = {"--tokenizer", "--generation-config", "--chat-template"}
+    assert not flags & set(served_words(adapter))
+    generation = json.loads((adapter / "generation_config.json").read_text())
+    (adapter / "generation_config.json").write_text(json.dumps(generation | {"transformers_version": "0"}))
+    make_vllm_compatible(adapter)
+    assert not flags & set(served_words(adapter))
+
+    (adapter / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [0, 2]}))
+    make_vllm_compatible(adapter)
+    words = served_words(adapter)
+    assert words[words.index("--generation-config") + 1] == str(adapter) and "--tokenizer" not in words
+
+    tokenizer = json.loads((adapter / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<|endoftext|>"}))
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    make_vllm_compatible(adapter)
+    words = served_words(adapter)
+    assert words[words.index("--tokenizer") + 1] == str(adapter)
+    assert words[words.index("--chat-template") + 1] == f"{adapter}/chat_template.jinja"
+
+
+def test_a_base_that_is_not_here_is_said(
+    chatml_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(chatml_llama_dir, lora(), tmp_path / "adapter")
+    for name in SERVED_FILES:
+        shutil.copyfile(chatml_llama_dir / name, adapter / name)
+    for named in ("/gone/base", "some/base"):
+        (adapter / "adapter_config.json").write_text(
+            json.dumps(read_config(adapter) | {"base_model_name_or_path": named})
+        )
+        (note,) = make_vllm_compatible(adapter).notes
+        assert note.startswith(f"the base model {named} was not found on this machine")
+        words = served_words(adapter)
+        assert words[2] == named and {"--tokenizer", "--generation-config", "--chat-template"} <= set(words)
+    # The same id in the hub's cache is a base to compare with.
+    snapshot = tmp_path / "hub" / "models--some--base" / "snapshots" / "1"
+    shutil.copytree(chatml_llama_dir, snapshot)
+    (tmp_path / "hub" / "models--some--base" / "refs").mkdir()
+    (tmp_path / "hub" / "models--some--base" / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert make_vllm_compatible(adapter).notes == ()
+    assert served_words(adapter)[2] == "some/base" and "--tokenizer" not in served_words(adapter)
+
+
 def test_copies_of_the_base_are_dropped(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     import torch
 

@@ -223,7 +223,7 @@ def _run(job: GenerationJob, output: Path, make_record: RecordMaker) -> list[Rec
     from finetuning.inference.runner import ProgressCallback, generate_records
 
     if len(job.prompts) == 1 and sys.stdout.isatty():
-        records = generate_records(job, output, ProgressCallback(on_text=_print_text), make_record)
+        records = generate_records(job, output, ProgressCallback(on_text=_print_text, on_note=_print_note), make_record)
         print()
     else:
         with _progress() as progress:
@@ -236,13 +236,17 @@ def _print_text(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _print_note(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _progress() -> Iterator[ProgressCallback]:
     """Yield a callback that updates a progress bar on a terminal, or else prints a line for every 10%."""
     from finetuning.inference.runner import ProgressCallback
 
     if not sys.stderr.isatty():
-        yield ProgressCallback(on_progress=_ProgressLines())
+        yield ProgressCallback(on_progress=_ProgressLines(), on_note=_print_note)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -255,7 +259,7 @@ def _progress() -> Iterator[ProgressCallback]:
         def update(progress: GenerationProgress) -> None:
             bar.update(task, total=progress.prompts_total, completed=progress.prompts_done, speed=_speed(progress))
 
-        yield ProgressCallback(on_progress=update)
+        yield ProgressCallback(on_progress=update, on_note=_print_note)
 
 
 class _ProgressLines:

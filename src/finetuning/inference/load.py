@@ -40,6 +40,8 @@ class LoadedGenerator:
     tokenizer: PreTrainedTokenizerFast
     pad_token_id: int
     """Padding on the left of shorter rows; masked in attention."""
+    notes: tuple[str, ...] = ()
+    """What was repaired."""
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +85,8 @@ def model_conf_of(model: str, base: str | None, attn_implementation: str | None 
 def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized) -> LoadedGenerator:
     """Load the model, its adapter if one is configured, and the tokenizer.
 
-    The tokenizer's saved chat template and end-of-sequence token are used, as a server would use them.
+    The saved chat template, end-of-sequence token and generation config are used, as a server would use them; an
+    adapter's come before its base model's.
 
     Raises:
         ModelError: a file is missing or corrupt, or the adapter was trained on another model.
@@ -98,7 +101,25 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     tokenizer, pad_token_id = _load_tokenizer(conf)
     base = load_model(RunConfig(model=conf.model, model_args=conf.model_args), quant_conf, key="model_conf.model")
     model = base if conf.adapter is None else _with_adapter(base, conf.adapter, tokenizer)
-    return LoadedGenerator(model.eval(), tokenizer, pad_token_id)
+    notes = _set_generation_config(base, Path(conf.adapter or conf.model).expanduser())
+    return LoadedGenerator(model.eval(), tokenizer, pad_token_id, notes)
+
+
+def _set_generation_config(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
+    """Set an adapter's generation config on the model, and the stop tokens of a checkpoint that lacks its own.
+
+    Returns:
+        Notes on what was repaired.
+    """
+    from finetuning.export.older_checkpoint import find_stop_token_repair, read_generation_config
+
+    repair = find_stop_token_repair(folder, model.generation_config)
+    if repair is not None:
+        model.generation_config = repair.stop_tokens.generation_config
+        return (repair.note,)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model.generation_config = read_generation_config(folder) or model.generation_config
+    return ()
 
 
 def _load_tokenizer(conf: GenerationModel) -> tuple[PreTrainedTokenizerFast, int]:

@@ -83,6 +83,7 @@ class ProgressCallback:
 
     on_progress: Callable[[GenerationProgress], None] = lambda progress: None
     on_text: Callable[[str], None] | None = None
+    on_note: Callable[[str], None] = lambda note: None
 
 
 def answer_record(
@@ -126,6 +127,8 @@ def generate_records(
     check_output(output)
     check_parameters(job.gen_params)
     generator = load_generator(job.model_conf, job.quant_conf)
+    for note in generator.notes:
+        progress.on_note(note)
     parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
     prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
     gen_params = parameters.reported | job.provenance()

@@ -17,10 +17,11 @@ from finetuning.errors import StorageError
 from finetuning.model.embeddings import EmbeddingInfo, input_weight
 from finetuning.model.fingerprint import Fingerprint, write_fingerprint
 from finetuning.model.safetensors_io import UNTRAINED_TOKENS_FILE, read_model_headers
-from finetuning.model.stop_tokens import StopTokens, fix_sampling_config, save_tokenizer
+from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, fix_sampling_config, save_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from typing_extensions import TypeIs
 
 
@@ -52,17 +53,55 @@ def save_model(
     try:
         with atomic_directory(folder) as staging:
             _write_model(model, staging, stop_tokens=stop_tokens, state_dict=state_dict)
-            save_tokenizer(tokenizer, staging, stop_tokens)
-            if base_fingerprint is not None:
-                write_fingerprint(base_fingerprint, staging)
-            if embeddings is not None:
-                embeddings.write_added_tokens_info(staging)
+            write_companion_files(
+                tokenizer,
+                staging,
+                stop_tokens=stop_tokens,
+                base_fingerprint=base_fingerprint,
+                embeddings=embeddings,
+            )
             if untrained_tokens:
                 content = json.dumps({"tokens": list(untrained_tokens)}) + "\n"
                 (staging / UNTRAINED_TOKENS_FILE).write_text(content, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
+
+
+def write_companion_files(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    stop_tokens: StopTokens | None = None,
+    base_fingerprint: Fingerprint | None = None,
+    embeddings: EmbeddingInfo | None = None,
+) -> None:
+    """Write what belongs to the weights of a checkpoint or a final model into their folder.
+
+    That is the tokenizer with its chat template, the stop tokens in every config, and for an adapter what identifies
+    its base model and its new tokens.
+    """
+    save_tokenizer(tokenizer, folder, stop_tokens)
+    if stop_tokens is not None:
+        stop_tokens.write_configs(folder)
+    if base_fingerprint is not None:
+        write_fingerprint(base_fingerprint, folder)
+    if embeddings is not None:
+        embeddings.write_added_tokens_info(folder)
+
+
+def find_stop_tokens(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None
+) -> StopTokens | None:
+    """Return the stop tokens to save with a model or adapter; None for a model that does not generate text.
+
+    Args:
+        end_of_turn: as in `align_stop_tokens`.
+    """
+    base = model.get_base_model() if is_peft_model(model) else model
+    if not isinstance(base, PreTrainedModel) or not base.can_generate():
+        return None
+    return align_stop_tokens(tokenizer, base.generation_config, end_of_turn)
 
 
 def _write_model(
@@ -72,14 +111,12 @@ def _write_model(
     stop_tokens: StopTokens | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the weights, config and generation config of a model or adapter into an existing folder."""
+    """Write the weights and config of a model or adapter into an existing folder."""
     if is_peft_model(model):
         # By default PEFT would save the whole embeddings of a resized vocabulary with every adapter. They are in the
         # extended base model, and the rows of new tokens are part of the adapter's own tensors.
         gathered = None if state_dict is None else dict(state_dict)
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=gathered)
-        if stop_tokens is not None:
-            stop_tokens.generation_config.save_pretrained(folder)
         return
     weights = None if state_dict is None else _without_tied_weights(model, state_dict)
     if not model.can_generate():

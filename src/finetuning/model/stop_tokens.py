@@ -39,6 +39,11 @@ class StopTokens:
     def __str__(self) -> str:
         return self.report
 
+    def write_configs(self, folder: Path) -> None:
+        """Write generation_config.json, and the same ids into config.json if the folder has one."""
+        self.generation_config.save_pretrained(folder)
+        copy_ids_to_model_config(folder)
+
 
 def align_stop_tokens(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
@@ -78,6 +83,28 @@ def align_stop_tokens(
     if adds_eos:
         changes.append("the saved tokenizer no longer adds an end-of-sequence token to each text")
     return StopTokens(eos_token, ids, pad, adds_bos, generation, tuple(changes))
+
+
+def copy_ids_to_model_config(folder: Path) -> None:
+    """Set the ids in config.json, if the folder has one, to those in generation_config.json.
+
+    Engines that find no generation config, and converters to other formats, read the ids of config.json.
+    """
+    path, source = folder / "config.json", folder / "generation_config.json"
+    if not path.is_file() or not source.is_file():
+        return
+    config, generation = (json.loads(file.read_text(encoding="utf-8")) for file in (path, source))
+    eos, pad = generation.get("eos_token_id"), generation.get("pad_token_id")
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict) or (part is not config and "eos_token_id" not in part):
+            continue
+        if eos is not None:
+            # Some architectures accept a single id only.
+            has_list = isinstance(part.get("eos_token_id"), list)
+            part["eos_token_id"] = eos[0] if isinstance(eos, list) and not has_list else eos
+        if pad is not None:
+            part["pad_token_id"] = pad
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens: StopTokens | None = None) -> None:

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
 from finetuning.errors import GuardStopped
+from finetuning.model.save import find_stop_tokens, write_companion_files
 from finetuning.trainer.base import TrainerBase
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from finetuning.model.embeddings import EmbeddingInfo
+    from finetuning.model.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,12 @@ class CheckpointMixin(TrainerBase):
 
     additional_files: dict[str, str]
     """Texts that are written into each checkpoint, by file name."""
+    end_of_turn: str | None = None
+    """What ends an assistant's turn in the chat template; None for the tokenizer's end-of-sequence token."""
+    base_fingerprint: Fingerprint | None = None
+    """The base model of an adapter."""
+    embeddings: EmbeddingInfo | None = None
+    """What `resize_embeddings` returned, to record new tokens."""
     override_optimizer_settings = False
     """Whether the run's optimizer settings replace those of the checkpoint that it resumes from."""
     _staging: Path | None = None
@@ -177,8 +188,20 @@ class CheckpointMixin(TrainerBase):
                 super()._save(output_dir, state_dict)
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 write_adapter_state(self.model, folder)
+        if not self.args.should_save:
+            return
         # A pickle that may contain a Hub token; the config is kept as YAML.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            # The Trainer has saved the tokenizer and the generation config with the base model's stop tokens.
+            model = self.accelerator.unwrap_model(self.model)
+            write_companion_files(
+                self.processing_class,
+                folder,
+                stop_tokens=find_stop_tokens(model, self.processing_class, self.end_of_turn),
+                base_fingerprint=self.base_fingerprint,
+                embeddings=self.embeddings,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}

@@ -18,8 +18,7 @@ from finetuning.config.pretrained_config import quantization_method
 from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import FinetuningError, GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
-from finetuning.model.save import is_peft_model, save_model
-from finetuning.model.stop_tokens import align_stop_tokens
+from finetuning.model.save import find_stop_tokens, is_peft_model, save_model
 from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
 
@@ -69,8 +68,6 @@ def save_final_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    end_of_turn: str | None,
-    loaded: LoadedModel,
     initial: Mapping[str, str],
 ) -> FinalModel | None:
     """Save the model or adapter, and rename it to `folder` after it was reopened and verified.
@@ -93,16 +90,16 @@ def save_final_model(
     if adapted and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
     base: Any = model.get_base_model() if adapted else model
-    stop_tokens = align_stop_tokens(tokenizer, base.generation_config, end_of_turn) if base.can_generate() else None
+    stop_tokens = find_stop_tokens(model, tokenizer, trainer.end_of_turn)
     with _explain_full_disk(folder), atomic_directory(folder) as candidate:
         save_model(
             model,
             tokenizer,
             candidate,
             stop_tokens=stop_tokens,
-            base_fingerprint=loaded.fingerprint if adapted else None,
+            base_fingerprint=trainer.base_fingerprint,
             state_dict=state_dict,
-            embeddings=loaded.vocabulary,
+            embeddings=trainer.embeddings,
         )
         with _name_target(folder):
             verified = verify_saved(

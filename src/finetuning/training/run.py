@@ -85,7 +85,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
         from finetuning.training.arguments import build_arguments
         from finetuning.training.final_model import initial_digests, save_final_model
         from finetuning.training.preflight import check_device
-        from finetuning.training.setup import build_trainer, end_of_turn, load_model, load_tokenizer, prepare
+        from finetuning.training.setup import build_trainer, load_model, load_tokenizer, prepare
         from finetuning.training.signals import StopOnSignal
 
         check_device(experiment)
@@ -124,14 +124,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     record.update(**reporter.training_ended(data, plan))
 
     with reporter.stage("model_publication"):
-        final = save_final_model(
-            trainer,
-            tokenizer.tokenizer,
-            job.final_folder,
-            end_of_turn=end_of_turn(experiment, tokenizer),
-            loaded=loaded,
-            initial=initial,
-        )
+        final = save_final_model(trainer, tokenizer.tokenizer, job.final_folder, initial=initial)
     if final is not None:
         record.update(artifact=final.as_dict())
         reporter.model_saved(final)

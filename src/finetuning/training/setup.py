@@ -115,16 +115,14 @@ def prepare(experiment: Experiment, algorithm: Algorithm, tokenizer: LoadedToken
 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
     """Return the text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
-    from finetuning.data.chat.end_of_turn import EndOfTurnFinder
-    from finetuning.data.chat.template import TemplateRenderer, configured_template
+    from finetuning.data.chat.end_of_turn import detect_end_of_turn
+    from finetuning.data.chat.template import configured_template
 
     template = configured_template(experiment.data_conf)
     if template is not None and template.name is not None:
         return template.end_of_turn
-    if not tokenizer.tokenizer.chat_template:
-        return None
     fast_tokenizer: Any = tokenizer.tokenizer
-    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).end_of_turn.strip() or None
+    return detect_end_of_turn(fast_tokenizer)
 
 
 def load_model(
@@ -426,6 +424,7 @@ def build_trainer(
     """
     from finetuning.training.memory_check import check_memory_at_start
 
+    turn_ends_with = end_of_turn(experiment, tokenizer)
     trainer: Any = algorithm.build_trainer(
         TrainerInputs(
             experiment=experiment,
@@ -437,10 +436,14 @@ def build_trainer(
             load_reference=loaded.load_reference,
             layout=loaded.layout,
             callbacks=callbacks,
-            end_of_turn=end_of_turn(experiment, tokenizer),
+            end_of_turn=turn_ends_with,
         )
     )
     trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
+    trainer.end_of_turn = turn_ends_with
+    trainer.embeddings = loaded.vocabulary
+    if experiment.peft_conf.peft_type != "NO_PEFT":
+        trainer.base_fingerprint = loaded.fingerprint
     if experiment.data_conf.streaming:
         from finetuning.training.resume.stream_state import attach_stream_state
 

@@ -20,8 +20,10 @@ from finetuning.export.merge.with_peft import (
     check_mergeable,
     merge_with_peft,
 )
+from finetuning.export.older_checkpoint import find_stop_token_repair, read_generation_config
 from finetuning.export.safetensors_writer import check_free_space
 from finetuning.model import fingerprint
+from finetuning.model.stop_tokens import copy_ids_to_model_config
 
 _SMALL_FILES_BYTES = 64 << 20
 _MAX_ROUNDING_LOSS = 0.5
@@ -88,7 +90,7 @@ def merge_adapters(
     tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
     verification = None
     with atomic_directory(out) as folder:
-        num_rows = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, progress)
+        num_rows = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, log, progress)
         if verify:
             log("verifying the merged model against base and adapter")
             verification = verify_merge(
@@ -106,6 +108,7 @@ def _write_model(
     folder: Path,
     tokenizer: Path | None,
     device_map: DeviceMap,
+    log: Callable[[str], None],
     progress: Progress | None,
 ) -> int | None:
     """Write weights and auxiliary files into `folder`; return the rows of the input embeddings if they are known."""
@@ -118,6 +121,11 @@ def _write_model(
     else:
         num_rows = merge_with_peft(base, adapters, folder, tokenizer, device_map)
     write_auxiliary_files(folder, base, folders, tokenizer, changes, num_rows)
+    repair = find_stop_token_repair(folders[-1], read_generation_config(base.folder))
+    if repair is not None:
+        log(f"note: {repair.note}")
+        repair.write(folder, tokenizer=tokenizer == folders[-1])
+    copy_ids_to_model_config(folder)
     return num_rows
 
 

@@ -10,12 +10,13 @@ import json
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING
 
-from finetuning.atomic_io import atomic_directory, require_empty
+from finetuning.atomic_io import atomic_directory, require_empty, update_manifest
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ModelError, StorageError
 from finetuning.export.auxiliary_files import max_token_id
@@ -24,11 +25,11 @@ from finetuning.export.inputs import (
     Adapter,
     BaseModel,
     read_adapter,
-    read_base,
     read_json,
 )
 from finetuning.export.safetensors_writer import check_free_space, copied_tensor, read_metadata, write_tensor_file
 from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
+from finetuning.export.vllm.serving import SERVING, Serving, describe_serving, find_base
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     ADDED_TOKENS_FILE,
@@ -37,9 +38,11 @@ from finetuning.model.safetensors_io import (
     read_model_headers,
 )
 
+if TYPE_CHECKING:
+    from finetuning.export.older_checkpoint import StopTokenRepair
+
 ORIGINAL = "old_with_extra_layers_adapter_model.safetensors"
 ORIGINAL_CONFIG = "old_with_extra_layers_adapter_config.json"
-SERVING = "serving.json"
 _SMALL_FILES_BYTES = 16 << 20
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
 _KINDS = {
@@ -59,24 +62,6 @@ class VllmAdapter:
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     command: str
-
-
-class ServedAdapter(TypedDict):
-    """The adapter in serving.json."""
-
-    name: str
-    path: str
-    rank: int
-
-
-class Serving(TypedDict):
-    """The content of serving.json: how to start vLLM with an adapter."""
-
-    command: str
-    base_model: str
-    adapter: ServedAdapter
-    max_lora_rank: int
-    notes: list[str]
 
 
 def make_vllm_compatible(
@@ -100,9 +85,12 @@ def make_vllm_compatible(
     check = check_for_vllm(adapter, base)
     if check.blockers:
         raise _not_servable(model_path, adapter, check)
-    target = output or model_path
-    serving = _serving(adapter, check, base, target)
+    repair = _find_stop_token_repair(model_path, base)
     changed = extra is not None or not check.is_unchanged(adapter)
+    target = output or model_path
+
+    def describe(files: Path) -> Serving:
+        return describe_serving(adapter, check, base, base_name=base_name, files=files, target=target)
 
     def write_weights(file: Path) -> None:
         tensors = [
@@ -114,8 +102,11 @@ def make_vllm_compatible(
         check_free_space(output, sum(entry.num_bytes for entry in check.kept.values()) + _SMALL_FILES_BYTES)
         with atomic_directory(output) as folder:
             _copy_auxiliary_files(model_path, folder)
+            if repair is not None:
+                repair.write(folder)
             write_weights(folder / ADAPTER_WEIGHTS)
             _write_json(folder / ADAPTER_CONFIG, check.config)
+            serving = describe(folder)
             _write_json(folder / SERVING, serving)
             if extra is not None:
                 extra.write(folder / NEW_EMBEDDINGS)
@@ -124,9 +115,34 @@ def make_vllm_compatible(
             _replace_in_place(model_path, write_weights, check.config, adapter.config)
         if extra is not None:
             _publish_file(model_path / NEW_EMBEDDINGS, extra.write)
+        if repair is not None:
+            _repair_in_place(model_path, repair)
+        serving = describe(model_path)
         _publish_file(model_path / SERVING, lambda file: _write_json(file, serving))
     dropped = tuple(check.dropped) + (extra.moved if extra is not None else ())
-    return VllmAdapter(target, changed, dropped, tuple(check.notes), serving["command"])
+    notes = (*serving["notes"], *([repair.note] if repair is not None else []))
+    return VllmAdapter(target, changed, dropped, notes, serving["command"])
+
+
+def _find_stop_token_repair(folder: Path, base: BaseModel | None) -> StopTokenRepair | None:
+    """Return how to repair a checkpoint of an earlier version; None for any other adapter."""
+    if not (folder / "trainer_state.json").is_file():
+        return None
+    # It needs transformers, which most conversions do without.
+    from finetuning.export.older_checkpoint import find_stop_token_repair, read_generation_config
+
+    return find_stop_token_repair(folder, read_generation_config(base.folder) if base is not None else None)
+
+
+def _repair_in_place(folder: Path, repair: StopTokenRepair) -> None:
+    """Replace the checkpoint's configs and tokenizer one by one, and their entries in its manifest."""
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        repair.write(Path(staging))
+        names = sorted(file.name for file in Path(staging).iterdir())
+        for name in names:
+            source = Path(staging, name)
+            _publish_file(folder / name, lambda file, source=source: shutil.copyfile(source, file))
+    update_manifest(folder, names)
 
 
 def _require_adapter(model_path: Path) -> None:
@@ -138,44 +154,6 @@ def _require_adapter(model_path: Path) -> None:
             f"{model_path} contains a whole model, not an adapter; vLLM serves it unchanged:"
             f" vllm serve {shlex.quote(str(model_path.absolute()))}"
         )
-
-
-def find_base(adapter: Adapter, base_name: str | None) -> BaseModel | None:
-    """Return the named base, or the one in the adapter's config if that is a local folder; else None."""
-    if base_name is not None:
-        return read_base(base_name)
-    named = adapter.config.get("base_model_name_or_path")
-    return read_base(named) if named and (Path(named) / "config.json").is_file() else None
-
-
-def _serving(adapter: Adapter, check: VllmCheck, base: BaseModel | None, target: Path) -> Serving:
-    """Return the content of serving.json: how to start vLLM with this adapter."""
-    named = adapter.config.get("base_model_name_or_path")
-    model = str(base.folder.absolute()) if base is not None else named
-    if not model:
-        raise ModelError(
-            f"{adapter.folder / ADAPTER_CONFIG} does not name the base model.", hint="Name it with --base."
-        )
-    path, name = str(target.absolute()), target.absolute().name
-    words = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(check.max_lora_rank)]
-    words += ["--lora-modules", f"{name}={path}"]
-    template = adapter.folder / "chat_template.jinja"
-    base_template = base.folder / "chat_template.jinja" if base is not None else None
-    is_same = (
-        template.is_file()
-        and base_template is not None
-        and base_template.is_file()
-        and base_template.read_bytes() == template.read_bytes()
-    )
-    if template.is_file() and not is_same:
-        words += ["--chat-template", f"{path}/chat_template.jinja"]
-    return {
-        "command": shlex.join(words),
-        "base_model": model,
-        "adapter": {"name": name, "path": path, "rank": check.rank},
-        "max_lora_rank": check.max_lora_rank,
-        "notes": check.notes,
-    }
 
 
 def _not_servable(model_path: Path, adapter: Adapter, check: VllmCheck) -> ModelError:
