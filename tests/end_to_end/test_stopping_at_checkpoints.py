@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from finetuning.atomic_io import find_manifest_mismatch, write_manifest
-from finetuning.export.older_checkpoint import find_stop_token_repair
+from finetuning.config.sections.data import ChatTemplateName
+from finetuning.data.chat.template import get_template
 from finetuning.export.vllm.convert import make_vllm_compatible
+from finetuning.model.older_checkpoint import _token_after_answer, find_stop_token_repair
 from finetuning.training.resume.config_changes import RUN_CONFIG_NAME
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -172,6 +174,15 @@ def test_an_older_checkpoint_converted_in_place_stays_a_valid_checkpoint(
     assert answer_of(older, endoftext_llama_dir) == ANSWER + END_OF_TURN
     assert find_manifest_mismatch(older) is None
     assert make_vllm_compatible(older).notes == ()
+
+
+@pytest.mark.parametrize("name", [name for name in ChatTemplateName if get_template(name)])
+def test_the_repair_detects_the_end_of_turn_that_a_run_trains(name: ChatTemplateName, tiny_tokenizer: Any) -> None:
+    template = get_template(name)
+    assert template is not None
+    tiny_tokenizer.add_special_tokens({"extra_special_tokens": list(template.special_tokens)})
+    tiny_tokenizer.chat_template = template.source
+    assert _token_after_answer(tiny_tokenizer) == (template.end_of_turn or tiny_tokenizer.eos_token)
 
 
 def test_only_checkpoints_of_this_engine_are_repaired(

@@ -111,7 +111,7 @@ def _set_generation_config(model: PreTrainedModel, folder: Path) -> tuple[str, .
     Returns:
         Notes on what was repaired.
     """
-    from finetuning.export.older_checkpoint import find_stop_token_repair, read_generation_config
+    from finetuning.model.older_checkpoint import find_stop_token_repair, read_generation_config
 
     repair = find_stop_token_repair(folder, model.generation_config)
     if repair is not None:

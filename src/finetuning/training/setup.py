@@ -115,14 +115,16 @@ def prepare(experiment: Experiment, algorithm: Algorithm, tokenizer: LoadedToken
 
 def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
     """Return the text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
-    from finetuning.data.chat.end_of_turn import detect_end_of_turn
-    from finetuning.data.chat.template import configured_template
+    from finetuning.data.chat.end_of_turn import EndOfTurnFinder
+    from finetuning.data.chat.template import TemplateRenderer, configured_template
 
     template = configured_template(experiment.data_conf)
     if template is not None and template.name is not None:
         return template.end_of_turn
+    if not tokenizer.tokenizer.chat_template:
+        return None
     fast_tokenizer: Any = tokenizer.tokenizer
-    return detect_end_of_turn(fast_tokenizer)
+    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).end_of_turn.strip() or None
 
 
 def load_model(

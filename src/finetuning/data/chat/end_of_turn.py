@@ -11,13 +11,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from finetuning.data.chat.template import DEFAULT_MARKERS, TemplateRenderer, TemplateRenderError
 from finetuning.data.samples import MaskNotFound, Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _EXAMPLE: list[Message] = [
     {"role": "user", "content": "first"},
@@ -172,14 +168,3 @@ class EndOfTurnFinder:
             return tail[len(end_of_user) :]
         # The template closes the conversation when no prompt is asked for, for example with the end of sequence.
         return tail[len(self._common_prefix(tail, end_of_user)) :].lstrip()
-
-
-def detect_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Return the text with which the tokenizer's chat template ends an assistant's turn; None if there is none.
-
-    Raises:
-        DataError: the chat template is not valid Jinja.
-    """
-    if not tokenizer.chat_template:
-        return None
-    return EndOfTurnFinder(TemplateRenderer(tokenizer)).end_of_turn.strip() or None

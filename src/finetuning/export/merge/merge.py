@@ -20,9 +20,9 @@ from finetuning.export.merge.with_peft import (
     check_mergeable,
     merge_with_peft,
 )
-from finetuning.export.older_checkpoint import find_stop_token_repair, read_generation_config
 from finetuning.export.safetensors_writer import check_free_space
 from finetuning.model import fingerprint
+from finetuning.model.older_checkpoint import find_stop_token_repair, read_generation_config
 from finetuning.model.stop_tokens import copy_ids_to_model_config
 
 _SMALL_FILES_BYTES = 64 << 20

@@ -39,7 +39,7 @@ from finetuning.model.safetensors_io import (
 )
 
 if TYPE_CHECKING:
-    from finetuning.export.older_checkpoint import StopTokenRepair
+    from finetuning.model.older_checkpoint import StopTokenRepair
 
 ORIGINAL = "old_with_extra_layers_adapter_model.safetensors"
 ORIGINAL_CONFIG = "old_with_extra_layers_adapter_config.json"
@@ -129,7 +129,7 @@ def _find_stop_token_repair(folder: Path, base: BaseModel | None) -> StopTokenRe
     if not (folder / "trainer_state.json").is_file():
         return None
     # It needs transformers, which most conversions do without.
-    from finetuning.export.older_checkpoint import find_stop_token_repair, read_generation_config
+    from finetuning.model.older_checkpoint import find_stop_token_repair, read_generation_config
 
     return find_stop_token_repair(folder, read_generation_config(base.folder) if base is not None else None)
 

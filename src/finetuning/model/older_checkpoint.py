@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.errors import DataError, ModelError
+import jinja2
+
+from finetuning.errors import ModelError
 from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, save_tokenizer
 
 if TYPE_CHECKING:
@@ -60,12 +62,10 @@ def find_stop_token_repair(
         return None
     from transformers import AutoTokenizer
 
-    from finetuning.data.chat.end_of_turn import detect_end_of_turn
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        end_of_turn = detect_end_of_turn(tokenizer)
-    except (OSError, ValueError, DataError) as error:
+        end_of_turn = _token_after_answer(tokenizer)
+    except (OSError, ValueError, jinja2.TemplateError) as error:
         raise ModelError(f"the tokenizer of {folder} cannot be read: {error}") from error
     generation_config = read_generation_config(folder) or base_generation_config
     stop_tokens = align_stop_tokens(tokenizer, generation_config, end_of_turn)
@@ -74,6 +74,21 @@ def find_stop_token_repair(
     if stop_tokens.eos_token == tokenizer.eos_token and set(stop_tokens.eos_token_ids) == set(saved_ids):
         return None
     return StopTokenRepair(folder, tokenizer, stop_tokens)
+
+
+def _token_after_answer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the added token that the chat template writes after an answer; None if it writes none there.
+
+    Only a single token can be an end-of-sequence token. For a template that ends turns with other text, nothing needs
+    repair.
+    """
+    if not tokenizer.chat_template:
+        return None
+    question, answer = {"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}
+    text = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+    rest = text.rpartition("second")[2].lstrip()
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return max((token for token in tokens if rest.startswith(token)), key=len, default=None)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
