@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, cast
+
+_Json: TypeAlias = dict[str, object] | list[object] | str | float | None
 
 
-def read_pretrained_config(model: str) -> dict[str, Any] | None:
+def read_pretrained_config(model: str) -> dict[str, object] | None:
     """Return the `config.json` of a model in a local folder; None if there is none or it is not valid JSON."""
     return _read(Path(model))
 
 
-def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) -> dict[str, object] | None:
     """Return a model's `config.json` from a local folder or from the Hub cache; None if neither has it."""
     if Path(model, "config.json").is_file():
         return read_pretrained_config(model)
@@ -27,13 +29,15 @@ def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) 
 
 def quantization_method(model: str) -> str | None:
     """Return the quantization method of a model in a local folder, such as `gptq`; None if it is not quantized."""
-    quantization = (read_pretrained_config(model) or {}).get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+    config = read_pretrained_config(model) or {}
+    quantization = config.get("quantization_config")
+    method = cast("dict[str, object]", quantization).get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> dict[str, object] | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: _Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+
+from finetuning.config.yaml.document import YamlValue
 
 _SECRET_KEY = re.compile(
     r"(?:^|[_.-])(?:token|tokens|password|passwd|pwd|secret|api_?key|access_?key|private_?key|credentials?|authorization)$",
@@ -22,7 +23,7 @@ _KEY = re.compile(r"([\w.-]+)[\"']?\s*:")
 _LONGEST = 60
 
 
-def is_secret_key(key: Any) -> bool:
+def is_secret_key(key: object) -> bool:
     """Whether a key of this name is likely to hold a secret.
 
     >>> is_secret_key("hub_token"), is_secret_key("eos_token"), is_secret_key("max_new_tokens")
@@ -31,7 +32,7 @@ def is_secret_key(key: Any) -> bool:
     return isinstance(key, str) and bool(_SECRET_KEY.search(key)) and not _VOCABULARY_KEY.match(key)
 
 
-def is_secret_path(path: Iterable[Any]) -> bool:
+def is_secret_path(path: Iterable[object]) -> bool:
     """Whether a value at this path must never be shown."""
     return any(is_secret_key(part) for part in path)
 
@@ -57,7 +58,7 @@ def redact_line(line: str) -> str:
     return strip_user_info(line)
 
 
-def redact(value: Any, path: Iterable[Any] = ()) -> str | None:
+def redact(value: object, path: Iterable[object] = ()) -> str | None:
     """A value in a few characters, for a message; None where it must not be shown or is too large to help."""
     if is_secret_path(path):
         return None
@@ -76,7 +77,7 @@ def redact(value: Any, path: Iterable[Any] = ()) -> str | None:
     return "keys and values" if isinstance(value, dict) else None
 
 
-def drop_secrets(value: Any) -> Any:
+def drop_secrets(value: YamlValue) -> YamlValue:
     """The same plain values, but without any key that is likely to hold a secret."""
     if isinstance(value, dict):
         return {key: drop_secrets(item) for key, item in value.items() if not is_secret_key(key)}

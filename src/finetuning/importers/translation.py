@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import ConfigDocument
+from finetuning.config.yaml.document import ConfigDocument, YamlSection
 from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
@@ -24,12 +24,12 @@ class Translation:
     """Settings that are not carried over, or have a different meaning here."""
     problems: list[Problem] = field(default_factory=list)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str | int, default: Any = None) -> Any:
         """Return the source's value, or the default if it is missing, null or an empty string."""
         value = self.source.values.get(key)
         return default if value is None or value == "" else value
 
-    def has(self, key: str) -> bool:
+    def has(self, key: str | int) -> bool:
         return self.get(key) is not None
 
     def put(self, path: str, value: Any) -> None:
@@ -46,7 +46,7 @@ class Translation:
         """Note that a key of the source is not carried over, or has a different meaning here."""
         self.notes.append(f"{key}: {text}")
 
-    def add_error(self, key: str, message: str, hint: str | None = None) -> None:
+    def add_error(self, key: str | int, message: str, hint: str | None = None) -> None:
         """Add an error about a key of the source; `finish` raises it."""
         self.problems.append(Problem(message, self.source.location_of((key,)), hint))
 
@@ -93,7 +93,7 @@ class Translation:
 class Readers:
     """What the translation of a job reads outside of the job itself."""
 
-    data_config: Callable[[str], Mapping[str, Any]]
+    data_config: Callable[[str], YamlSection]
     """Translates the data config at a path to the values of `data_conf`."""
     training_fields: Callable[[], Collection[str]] = frozenset
     """Returns the field names of the installed trainer's config class."""

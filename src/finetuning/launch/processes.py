@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from finetuning.config.validation.suggestions import did_you_mean
+from finetuning.config.yaml.document import YamlSection
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_USER, ConfigError, MissingPackageError
 from finetuning.launch.restarts import retry_rendezvous
@@ -76,7 +77,7 @@ def preset_file(name: str) -> Path:
     return path
 
 
-def require_deepspeed(config_file: Path) -> Mapping[str, object]:
+def require_deepspeed(config_file: Path) -> YamlSection:
     """Return the values of an accelerate config, after checking that DeepSpeed is installed if it uses it.
 
     Raises:

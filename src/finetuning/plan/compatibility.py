@@ -352,10 +352,11 @@ def required_packages(context: RunContext) -> Iterator[DependencyRequirement]:
             yield DependencyRequirement(module, "pip install 'finetuning[gptq]'", "run_conf.model")
     if context.args.deepspeed:
         yield DependencyRequirement("deepspeed", "pip install 'finetuning[deepspeed]'", "training_args.deepspeed")
-    for name in trackers.requested_trackers(context.experiment):
+    tracking = context.experiment.tracking
+    for name in trackers.requested_trackers(tracking, context.args.report_to):
         package = (trackers.ACCELERATE_TRACKERS | trackers.TRANSFORMERS_TRACKERS).get(name)
         if package is not None:
-            yield DependencyRequirement(package.module, package.install, trackers.tracker_key(context.experiment, name))
+            yield DependencyRequirement(package.module, package.install, trackers.tracker_key(tracking, name))
 
 
 def check_packages(context: RunContext) -> None:

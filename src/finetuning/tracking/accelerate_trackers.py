@@ -69,7 +69,11 @@ def make_trackers(
     experiment: Experiment, method: str, parameters: Mapping[str, str], *, resumed: bool
 ) -> list[Tracker]:
     """Return a tracker for each one that the experiment requests and accelerate has a class for."""
-    names = [name for name in requested_trackers(experiment) if name in ACCELERATE_TRACKERS]
+    names = [
+        name
+        for name in requested_trackers(experiment.tracking, experiment.training_args.report_to)
+        if name in ACCELERATE_TRACKERS
+    ]
     if not names:
         return []
     section = experiment.tracking or TrackingConfig()

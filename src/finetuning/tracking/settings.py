@@ -242,7 +242,11 @@ def parameters(config: Mapping[str, Any], *, flatten: bool = True) -> dict[str, 
     >>> parameters({"run_conf": {"model": "m", "token": "hf_x"}, "seeds": [1, 2]})
     {'run_conf.model': 'm', 'seeds': '[1, 2]'}
     """
-    pairs = _leaves(config, ()) if flatten else drop_secrets(dict(config)).items()
+    pairs = (
+        _leaves(config, ())
+        if flatten
+        else [(key, drop_secrets(value)) for key, value in config.items() if not is_secret_key(key)]
+    )
     return {str(key)[:MAX_KEY_LENGTH]: _truncate(strip_user_info(_text(value))) for key, value in pairs}
 
 
@@ -273,7 +277,8 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
-        return json.dumps(drop_secrets(value), ensure_ascii=False, default=str)
+        plain = drop_secrets(value) if isinstance(value, dict | list) else value
+        return json.dumps(plain, ensure_ascii=False, default=str)
     return str(value)
 
 

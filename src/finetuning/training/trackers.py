@@ -43,7 +43,7 @@ class TrackerSet:
         self._is_main = is_main
         self._output_dir = Path(experiment.training_args.output_dir)
         self._section = experiment.tracking or TrackingConfig()
-        self._names = requested_trackers(experiment)
+        self._names = requested_trackers(experiment.tracking, experiment.training_args.report_to)
         self._mlflow: MlflowTracker | None = None
         self._is_resumed = False
         self.errors: dict[str, str] = {}

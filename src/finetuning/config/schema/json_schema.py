@@ -9,13 +9,13 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.library_fields import LibraryFields
-from finetuning.config.validation.passthrough import SET_BY_OTHER_KEYS
+from finetuning.config.validation.passthrough import SET_BY_OTHER_KEYS, type_adapter
 from finetuning.config.validation.section_tree import sections_of, walk
 
 
@@ -43,24 +43,50 @@ def _class_docstrings(section: type[BaseModel]) -> dict[str, str]:
         if not (isinstance(node, ast.ClassDef) and node.name == section.__name__):
             continue
         for field, text in zip(node.body, node.body[1:], strict=False):
-            is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if is_field and is_text and isinstance(text.value.value, str):
-                docstrings[field.target.id] = one_line(inspect.cleandoc(text.value.value))
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
+                    docstrings[name] = one_line(inspect.cleandoc(docstring))
+                case _:
+                    pass
     return docstrings
 
+
+JsonSchema = TypedDict(
+    "JsonSchema",
+    {
+        "$schema": str,
+        "$defs": "dict[str, JsonSchema]",
+        "$ref": str,
+        "title": str,
+        "description": str,
+        "type": str,
+        "properties": "dict[str, JsonSchema]",
+        "required": list[str],
+        "additionalProperties": "bool | JsonSchema",
+        "items": "JsonSchema",
+        "anyOf": "list[JsonSchema]",
+        "oneOf": "list[JsonSchema]",
+        "allOf": "list[JsonSchema]",
+        "discriminator": object,
+        "enum": list[object],
+        "const": object,
+        "default": object,
+    },
+    total=False,
+)
+"""The keywords of JSON Schema that are read here. A schema may have others."""
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def json_schema(config: type[BaseModel], libraries: LibraryFields | None = None) -> dict[str, Any]:
+def json_schema(config: type[BaseModel], libraries: LibraryFields | None = None) -> JsonSchema:
     """The JSON Schema of a config, each key described.
 
     Args:
         libraries: their trainer's fields are then listed under `training_args`, and any other key there is an error.
             Without it that section stays open, and the schema is the same everywhere.
     """
-    schema = config.model_json_schema(mode="validation")
+    schema = cast("JsonSchema", config.model_json_schema(mode="validation"))
     definitions = schema.get("$defs", {})
     sections = {config.__name__: config}
     sections |= {part.__name__: part for _, _, field in walk(config) for part in sections_of(field.annotation)}
@@ -74,7 +100,8 @@ def json_schema(config: type[BaseModel], libraries: LibraryFields | None = None)
         _list_trainer_fields(config, definitions, libraries)
     method = getattr(config, "method_name", "") or config.__name__
     schema["title"] = f"finetuning {method}" if issubclass(config, Experiment) else "generate"
-    return {"$schema": DIALECT, **{key: schema[key] for key in sorted(schema, key=_order)}}
+    ordered = dict(sorted(schema.items(), key=lambda item: _order(item[0])))
+    return cast("JsonSchema", {"$schema": DIALECT, **ordered})
 
 
 def schema_text(config: type[BaseModel], libraries: LibraryFields | None = None) -> str:
@@ -87,7 +114,7 @@ def _order(key: str) -> int:
     return order.index(key) if key in order else len(order)
 
 
-def _describe(schema: dict[str, Any], section: type[BaseModel]) -> None:
+def _describe(schema: JsonSchema, section: type[BaseModel]) -> None:
     docstrings = field_docstrings(section)
     if "description" in schema:
         schema["description"] = one_line(schema["description"])
@@ -99,14 +126,17 @@ def _describe(schema: dict[str, Any], section: type[BaseModel]) -> None:
             described["description"] = docstrings[name]
 
 
-def _list_trainer_fields(config: type[Experiment], definitions: dict[str, Any], libraries: LibraryFields) -> None:
+def _list_trainer_fields(
+    config: type[Experiment], definitions: dict[str, JsonSchema], libraries: LibraryFields
+) -> None:
     """Name the trainer's fields under `training_args`, and close the section."""
     fields = libraries.trainer_fields(config.trainer_config)
     section = sections_of(config.model_fields["training_args"].annotation)[0]
     definition = definitions.get(section.__name__)
     if fields is None or definition is None:
         return
+    properties = definition.setdefault("properties", {})
     for name, kind in fields.items():
-        if name not in definition["properties"] and name not in SET_BY_OTHER_KEYS:
-            definition["properties"][name] = TypeAdapter(kind).json_schema()
+        if name not in properties and name not in SET_BY_OTHER_KEYS:
+            properties[name] = cast("JsonSchema", type_adapter(kind).json_schema())
     definition["additionalProperties"] = False

@@ -6,11 +6,10 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
-from finetuning.config.schema.json_schema import json_schema
+from finetuning.config.schema.json_schema import JsonSchema, json_schema
 from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig
 
 _INTRODUCTION = """# Config
@@ -57,7 +56,7 @@ def _sections(config: type[BaseModel], described: set[str]) -> Iterator[str]:
             yield _keys(definition, definitions)
 
 
-def _tag(definition: dict[str, Any]) -> str:
+def _tag(definition: JsonSchema) -> str:
     """Return the key that selects this member of a union; empty for a section that is no union member."""
     for name, field in definition.get("properties", {}).items():
         if name in ("type", "peft_type", "quantization_type"):
@@ -66,7 +65,7 @@ def _tag(definition: dict[str, Any]) -> str:
 
 
 def _definitions(
-    schema: dict[str, Any], definitions: dict[str, Any], path: str = "", within: str = ""
+    schema: JsonSchema, definitions: dict[str, JsonSchema], path: str = "", within: str = ""
 ) -> Iterator[tuple[str, str]]:
     """Yield each definition that a schema refers to, with a heading that names the key that refers to it."""
     for key, field in schema.get("properties", {}).items():
@@ -77,35 +76,32 @@ def _definitions(
             yield from _definitions(definitions[name], definitions, inner, tag)
 
 
-def _references(field: Any) -> Iterator[str]:
-    if isinstance(field, dict):
-        if "$ref" in field:
-            yield field["$ref"].rpartition("/")[2]
-        for key in ("anyOf", "oneOf", "items", "allOf"):
-            yield from _references(field.get(key))
-    elif isinstance(field, list):
-        for item in field:
-            yield from _references(item)
+def _references(field: JsonSchema) -> Iterator[str]:
+    if "$ref" in field:
+        yield field["$ref"].rpartition("/")[2]
+    members = [*field.get("anyOf", []), *field.get("oneOf", [])]
+    for item in (*members, *([field["items"]] if "items" in field else []), *field.get("allOf", [])):
+        yield from _references(item)
 
 
-def _keys(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+def _keys(schema: JsonSchema, definitions: dict[str, JsonSchema]) -> str:
     """Return one list item per key. A table would not fit a narrow screen."""
     required = schema.get("required", [])
-    lines = []
-    for name, field in schema["properties"].items():
+    lines: list[str] = []
+    for name, field in schema.get("properties", {}).items():
         facts = [f"**`{name}`**", _type(field, definitions), "*required*" if name in required else _default(field)]
         text = field.get("description", "").replace("\n\n", " ")
         lines.append("- " + " · ".join(fact for fact in facts if fact) + (f"<br>{text}" if text else ""))
     return "\n".join(lines) + "\n"
 
 
-def _default(field: dict[str, Any]) -> str:
+def _default(field: JsonSchema) -> str:
     if "default" not in field or isinstance(field["default"], dict):
         return ""
     return f"default `{json.dumps(field['default'], ensure_ascii=False)}`"
 
 
-def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+def _type(field: JsonSchema, definitions: dict[str, JsonSchema]) -> str:
     """Return a JSON Schema type in words."""
     if "const" in field:
         return f"`{field['const']}`"
@@ -114,15 +110,14 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "$ref" in field:
         definition = definitions[field["$ref"].rpartition("/")[2]]
         return _type(definition, definitions) if "enum" in definition else "section"
-    for key in ("anyOf", "oneOf"):
-        if key in field:
-            words = [_type(item, definitions) for item in field[key] if item.get("type") != "null"]
-            return " or ".join(dict.fromkeys(words))
+    if members := field.get("anyOf") or field.get("oneOf"):
+        words = [_type(item, definitions) for item in members if item.get("type") != "null"]
+        return " or ".join(dict.fromkeys(words))
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}), definitions)}"
     if field.get("type") == "object":
         return "mapping"
-    limits = ", ".join(f"{sign} {field[key]}" for key, sign in _LIMITS.items() if key in field)
+    limits = ", ".join(f"{sign} {field.get(key)}" for key, sign in _LIMITS.items() if key in field)
     name = _NAMES.get(field.get("type", ""), "any")
     return f"{name} {limits}".strip()
 

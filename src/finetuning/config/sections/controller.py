@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, create_model
 
@@ -74,37 +74,42 @@ class Component(ConfigSection):
         return getattr(self, "class")
 
 
-# `class` cannot be declared in a class body, so these two sections are created by call.
-ControllerMetric: type[Component] = create_model(
-    "ControllerMetric",
-    __base__=Component,
-    __module__=__name__,
-    __doc__="A metric that rules can use.",
-    **{
-        "class": (
-            NonEmpty,
-            Field(
-                description=f"Metric class: one of {', '.join(METRIC_CLASSES)}, or the import path"
-                " `package.module.Class` of your own."
-            ),
-        )
-    },  # pyright: ignore[reportArgumentType]
-)
-ControllerOperation: type[Component] = create_model(
-    "ControllerOperation",
-    __base__=Component,
-    __module__=__name__,
-    __doc__="An operation that controllers can run.",
-    **{
-        "class": (
-            NonEmpty,
-            Field(
-                description=f"Operation class: one of {', '.join(OPERATION_CLASSES)}, or the import path"
-                " `package.module.Class` of your own."
-            ),
-        )
-    },  # pyright: ignore[reportArgumentType]
-)
+# `class` cannot be declared in a class body, so these two sections are created by call. To a type checker they are
+# their base class.
+if TYPE_CHECKING:
+    ControllerMetric = Component
+    ControllerOperation = Component
+else:
+    ControllerMetric = create_model(
+        "ControllerMetric",
+        __base__=Component,
+        __module__=__name__,
+        __doc__="A metric that rules can use.",
+        **{
+            "class": (
+                NonEmpty,
+                Field(
+                    description=f"Metric class: one of {', '.join(METRIC_CLASSES)}, or the import path"
+                    " `package.module.Class` of your own."
+                ),
+            )
+        },
+    )
+    ControllerOperation = create_model(
+        "ControllerOperation",
+        __base__=Component,
+        __module__=__name__,
+        __doc__="An operation that controllers can run.",
+        **{
+            "class": (
+                NonEmpty,
+                Field(
+                    description=f"Operation class: one of {', '.join(OPERATION_CLASSES)}, or the import path"
+                    " `package.module.Class` of your own."
+                ),
+            )
+        },
+    )
 
 
 class Patience(ConfigSection):
@@ -143,12 +148,11 @@ class Controller(ConfigSection):
 class TrainerController(ConfigSection):
     """Rules that are evaluated while the model trains, and the operations that they run."""
 
-    # Pydantic builds the item types from these variables, which the type checker sees as plain values.
-    controller_metrics: list[ControllerMetric] = Field(default_factory=list)  # pyright: ignore[reportInvalidTypeForm]
+    controller_metrics: list[ControllerMetric] = Field(default_factory=list[Component])
     """Metrics that rules can use."""
-    operations: list[ControllerOperation] = Field(default_factory=list)  # pyright: ignore[reportInvalidTypeForm]
+    operations: list[ControllerOperation] = Field(default_factory=list[Component])
     """Operations that controllers can run, in addition to `hfcontrols`, which is always available."""
-    controllers: list[Controller] = Field(default_factory=list)
+    controllers: list[Controller] = Field(default_factory=list[Controller])
     """Controllers: rules with their triggers and operations."""
 
 

@@ -80,7 +80,7 @@ class DatasetSource(ConfigSection):
     """Format of the rows. By default detected from the first rows, and logged."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns to rename, from the dataset's name to the engine's: `{question: prompt, answer: completion}`."""
-    handlers: list[Handler] = Field(default_factory=list)
+    handlers: list[Handler] = Field(default_factory=list[Handler])
     """Transformations applied to each row, in order, after `columns` were renamed."""
     dataset_text_field: str | None = None
     """Column that holds the text of plain-text rows. Defaults to `text`."""

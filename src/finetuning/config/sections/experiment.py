@@ -72,12 +72,16 @@ class Experiment(ConfigSection):
     it, or other storage, such as storage that is too slow for checkpoints."""
 
 
+# An algorithm narrows the types of some sections. That is sound because sections are frozen, which a type checker does
+# not see in `model_config`.
+
+
 class SFTExperiment(Experiment):
     """Supervised fine-tuning."""
 
     method_name: ClassVar[str] = "sft"
 
-    training_args: SFTTrainingArgs
+    training_args: SFTTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the trainer."""
     sft_args: SFTArgs = SFTArgs()
     """Sequence length, loss mask and batching."""
@@ -89,7 +93,7 @@ class DPOExperiment(Experiment):
     method_name: ClassVar[str] = "dpo"
     trainer_config: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
 
-    training_args: DPOTrainingArgs
+    training_args: DPOTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the DPO trainer."""
 
 
@@ -99,7 +103,7 @@ class KTOExperiment(Experiment):
     method_name: ClassVar[str] = "kto"
     trainer_config: ClassVar[str] = "trl.trainer.kto_config:KTOConfig"
 
-    training_args: KTOTrainingArgs
+    training_args: KTOTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the KTO trainer."""
 
 
@@ -109,9 +113,9 @@ class RewardExperiment(Experiment):
     method_name: ClassVar[str] = "reward"
     trainer_config: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
 
-    training_args: RewardTrainingArgs
+    training_args: RewardTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the reward trainer."""
-    peft_conf: ScorePeftConfig
+    peft_conf: ScorePeftConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     """Full fine-tuning, or the adapter to train together with the score head."""
 
 
@@ -121,7 +125,7 @@ class GRPOExperiment(Experiment):
     method_name: ClassVar[str] = "grpo"
     trainer_config: ClassVar[str] = "trl.trainer.grpo_config:GRPOConfig"
 
-    training_args: GRPOTrainingArgs
+    training_args: GRPOTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the GRPO trainer."""
     grpo_args: GRPOArgs
     """Reward functions and prompt length."""
@@ -133,7 +137,7 @@ class ORPOExperiment(Experiment):
     method_name: ClassVar[str] = "orpo"
     trainer_config: ClassVar[str] = "trl.experimental.orpo.orpo_config:ORPOConfig"
 
-    training_args: ORPOTrainingArgs
+    training_args: ORPOTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the ORPO trainer."""
 
 
@@ -143,7 +147,7 @@ class CPOExperiment(Experiment):
     method_name: ClassVar[str] = "cpo"
     trainer_config: ClassVar[str] = "trl.experimental.cpo.cpo_config:CPOConfig"
 
-    training_args: CPOTrainingArgs
+    training_args: CPOTrainingArgs  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of the CPO trainer."""
 
 

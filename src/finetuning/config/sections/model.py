@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, SecretStr, Tag
 
 from finetuning.config.sections.section import ConfigSection, PathName
+from finetuning.config.yaml.document import YamlValue
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -129,7 +130,7 @@ class NewPeft(ConfigSection):
     reused."""
 
 
-def peft_kind(value: Any) -> str:
+def peft_kind(value: YamlValue | NoPeft | PretrainedPeft | NewPeft) -> str:
     """Return the tag of the `PeftConfig` member that a value selects."""
     peft_type = value.get("peft_type") if isinstance(value, dict) else getattr(value, "peft_type", None)
     return peft_type if peft_type in ("NO_PEFT", "PRETRAINED_PEFT") else "NEW_PEFT"
@@ -146,7 +147,8 @@ PeftConfig = Annotated[
 class NewScorePeft(NewPeft):
     """Train a new adapter, of any PEFT type that supports sequence classification, together with the score head."""
 
-    task_type: Literal["SEQ_CLS"] = "SEQ_CLS"
+    # Sound because sections are frozen, which a type checker does not see in `model_config`.
+    task_type: Literal["SEQ_CLS"] = "SEQ_CLS"  # pyright: ignore[reportIncompatibleVariableOverride]
     """PEFT task type. Always SEQ_CLS, so that the score head is trained and saved with the adapter."""
 
 

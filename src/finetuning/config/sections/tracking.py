@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, SecretStr, StringConstraints
 
@@ -70,9 +70,9 @@ class TelemetryConfig(ConfigSection):
     spans: Literal["default", "per_step", "all", "none"] = "default"
     """Spans to record: `default` all but those inside a training step, `per_step` also the steps themselves, `all`, or
     `none` only `include_spans`. Does not affect the metrics."""
-    include_spans: list[SpanName] = Field(default_factory=list)
+    include_spans: list[SpanName] = Field(default_factory=list[SpanName])
     """Spans to record in addition."""
-    exclude_spans: list[SpanName] = Field(default_factory=list)
+    exclude_spans: list[SpanName] = Field(default_factory=list[SpanName])
     """Spans not to record."""
     ranks: Literal["zero", "local_zero", "all"] = "zero"
     """Processes that record telemetry: rank `zero`, local rank zero of each node (`local_zero`), or `all`."""
@@ -122,7 +122,7 @@ class TrackingConfig(ConfigSection):
     first, is a child run of one parent run."""
     log_system_metrics: bool = False
     """Log CPU, memory, disk, network and GPU usage to MLflow, with MLflow's own system metrics."""
-    trackers: list[TrackerName] = Field(default_factory=list)
+    trackers: list[TrackerName] = Field(default_factory=list[TrackerName])
     """Additional trackers: `tensorboard`, `wandb`, `aim`, `clearml`, `trackio`, `swanlab`, `comet_ml`, `dvclive`, and
     `hf_resource_scanner`, which writes time and memory of a training step to a file. `mlflow` requires
     `mlflow_server_uri`; `file_logger` means `training_logs.jsonl`, which is always written."""
@@ -183,13 +183,13 @@ def report_to_trackers(report_to: str | Iterable[str]) -> list[str]:
     return [name for name in names if name not in ("none", "mlflow")]
 
 
-def requested_trackers(run: Any) -> list[str]:
+def requested_trackers(tracking: TrackingConfig | None, report_to: str | Iterable[str]) -> list[str]:
     """Return the trackers of an experiment: those of `tracking.trackers`, then those of `training_args.report_to`."""
-    named = run.tracking.trackers if run.tracking else []
-    return list(dict.fromkeys([*named, *report_to_trackers(run.training_args.report_to)]))
+    named = tracking.trackers if tracking else []
+    return list(dict.fromkeys([*named, *report_to_trackers(report_to)]))
 
 
-def tracker_key(run: Any, name: str) -> str:
+def tracker_key(tracking: TrackingConfig | None, name: str) -> str:
     """Return the config key that requests a tracker."""
-    named = run.tracking is not None and name in run.tracking.trackers
+    named = tracking is not None and name in tracking.trackers
     return "tracking.trackers" if named else "training_args.report_to"

@@ -47,7 +47,7 @@ _ALLOWED = (
     *(ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.comprehension, ast.expr_context),
     *(ast.boolop, ast.operator, ast.unaryop, ast.cmpop),
 )
-_NAMED = {
+_NAMED: dict[type[ast.AST], str] = {
     ast.Lambda: "a lambda",
     ast.NamedExpr: "an assignment (:=)",
     ast.JoinedStr: "an f-string",
@@ -101,7 +101,9 @@ def _check_components(
 
 def _check_metric_arguments(metric: Component, path: KeyPath) -> Iterator[ValidationIssue]:
     arguments = METRIC_CLASSES.get(metric.class_name)
-    for key, value in metric.arguments.items() if arguments is not None else ():
+    if arguments is None:
+        return
+    for key, value in metric.arguments.items():
         where = (*path, "arguments", key)
         if key not in arguments:
             yield ValidationIssue(where, f'unknown argument of "{metric.class_name}".', did_you_mean(key, arguments))

@@ -344,7 +344,7 @@ def trackers_are_configured(run: Experiment) -> Iterator[ValidationIssue]:
         yield ValidationIssue(
             ("training_args", "report_to"), "must name its trackers; all is none.", "Write [tensorboard]."
         )
-    if "aim" not in requested_trackers(run):
+    if "aim" not in requested_trackers(run.tracking, run.training_args.report_to):
         return
     tracking = run.tracking
     places = [tracking.aim_repo, tracking.aim_remote_server_ip] if tracking else []

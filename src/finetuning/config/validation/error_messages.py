@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from finetuning.config.redaction import is_secret_path, redact
 from finetuning.config.validation.section_tree import keys_of, sections_at, tag_of
 from finetuning.config.validation.suggestions import did_you_mean, key_hint, nearest, unknown_value
-from finetuning.config.yaml.document import MAX_ISSUES, KeyPath, ValidationIssue
+from finetuning.config.yaml.document import MAX_ISSUES, Absent, KeyPath, ValidationIssue, YamlValue, child_of, value_at
 
 _EXPECTED = {
     "string_type": "text",
@@ -44,8 +44,8 @@ KeyIndex = Callable[[], dict[str, list[str]]]
 
 
 def validation_issues(
-    errors: Sequence[Mapping[str, Any]],
-    values: Any,
+    errors: Sequence[ErrorDetails],
+    values: YamlValue,
     root: type[BaseModel] | None = None,
     elsewhere: KeyIndex = dict,
 ) -> list[ValidationIssue]:
@@ -65,7 +65,7 @@ def validation_issues(
         elif error["type"] in ("union_tag_not_found", "union_tag_invalid") and root is not None:
             issues.extend(_wrong_tag(error, path, values, root))
         else:
-            issues.append(_wrong_value(error, path, _value_at(values, path)))
+            issues.append(_wrong_value(error["type"], path, value_at(values, path), error.get("ctx"), error["msg"]))
     return _one_for_each(issues)
 
 
@@ -79,28 +79,21 @@ def unknown_key(path: KeyPath, siblings: Sequence[str], elsewhere: dict[str, lis
     return ValidationIssue(path, "unknown key.", hint, kind="unknown key", meant=meant)
 
 
-def _document_path(loc: Sequence[str | int], values: Any) -> KeyPath:
+def _document_path(loc: Sequence[str | int], values: YamlValue) -> KeyPath:
     """Return the part of pydantic's location that exists in the document. It also contains names of union members."""
     path: list[str | int] = []
     for part in loc:
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, list) and isinstance(part, int) and 0 <= part < len(values)
-        ):
+        child = child_of(values, part)
+        if child is not Absent.ABSENT:
             path.append(part)
-            values = values[part]
+            values = child
     return tuple(path)
 
 
-def _value_at(values: Any, path: KeyPath) -> Any:
-    for part in path:
-        values = values[part]
-    return values
-
-
-def _wrong_tag(error: Mapping[str, Any], path: KeyPath, values: Any, root: type[BaseModel]) -> list[ValidationIssue]:
+def _wrong_tag(error: ErrorDetails, path: KeyPath, values: YamlValue, root: type[BaseModel]) -> list[ValidationIssue]:
     """Return one issue for a union whose tag is missing, misspelled or unknown, instead of one per member."""
-    name = re.sub(r"\W", "", str(error["ctx"]["discriminator"]))
-    section = _value_at(values, path)
+    name = re.sub(r"\W", "", str(error.get("ctx", {})["discriminator"]))
+    section = value_at(values, path)
     members = sections_at(root, _without_tags(values, path, name), path)
     tags = [tag for member in members if (tag := tag_of(member, name))]
     if error["type"] == "union_tag_invalid":
@@ -108,7 +101,7 @@ def _wrong_tag(error: Mapping[str, Any], path: KeyPath, values: Any, root: type[
         hint = did_you_mean(str(tag), tags)
         return [ValidationIssue((*path, name), unknown_value(name, redact(tag), tags, hint), hint)]
     if not isinstance(section, dict):
-        return [_wrong_value({"type": "model_type"}, path, section)]
+        return [_wrong_value("model_type", path, section)]
     keys = keys_of(members)
     misspelled = next((key for key in section if key not in keys and nearest(str(key), [name])), None)
     if misspelled is not None:
@@ -118,17 +111,26 @@ def _wrong_tag(error: Mapping[str, Any], path: KeyPath, values: Any, root: type[
     return [ValidationIssue((*path, name), f"is required, but missing; one of: {', '.join(tags)}", kind="missing")]
 
 
-def _without_tags(values: Any, path: KeyPath, name: str) -> Any:
+def _without_tags(values: YamlValue, path: KeyPath, name: str) -> YamlValue:
     """Return the values without the tag at a path, so that it selects no union member."""
     if not path:
         return {key: item for key, item in values.items() if key != name} if isinstance(values, dict) else values
     if isinstance(values, list):
         return [_without_tags(item, path[1:], name) if index == path[0] else item for index, item in enumerate(values)]
-    return {key: _without_tags(item, path[1:], name) if key == path[0] else item for key, item in values.items()}
+    if isinstance(values, dict):
+        return {key: _without_tags(item, path[1:], name) if key == path[0] else item for key, item in values.items()}
+    return values
 
 
-def _wrong_value(error: Mapping[str, Any], path: KeyPath, value: Any) -> ValidationIssue:
-    kind, context = error["type"], error.get("ctx") or {}
+def _wrong_value(
+    kind: str,
+    path: KeyPath,
+    value: YamlValue,
+    context: Mapping[str, object] | None = None,
+    message: str = "is not valid",
+) -> ValidationIssue:
+    """Return the issue for one of pydantic's error types and its context."""
+    context = context or {}
     got = redact(value, path)
     suffix = f" (got {got})" if got else ""
     if kind in _EXPECTED:
@@ -150,7 +152,7 @@ def _wrong_value(error: Mapping[str, Any], path: KeyPath, value: Any) -> Validat
         return ValidationIssue(
             path, f"must be the name of one folder: letters, digits, dots, dashes, underscores{suffix}"
         )
-    message = str(error.get("msg", "is not valid")).removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ")
     return ValidationIssue(path, f"{message[:1].lower()}{message[1:]}{suffix}")
 
 
@@ -163,7 +165,7 @@ def _one_for_each(issues: list[ValidationIssue]) -> list[ValidationIssue]:
         if issue.kind != "type" or issue.path not in inner:
             grouped.setdefault(issue.path, []).append(issue)
     meant = {(*issue.path[:-1], issue.meant) for issue in issues if issue.kind == "unknown key"}
-    result = []
+    result: list[ValidationIssue] = []
     for path, group in grouped.items():
         if group[0].kind == "missing" and path in meant:
             continue

@@ -18,14 +18,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, cast, get_args, get_origin
 
 from finetuning.config.sections.experiment import EXPERIMENTS
-from finetuning.config.validation.library_fields import LIBRARIES, SHARED_BY_METHODS
+from finetuning.config.validation.library_fields import LIBRARIES, SHARED_BY_METHODS, FieldTypes, LibraryTable
 
-_PLAIN: dict[Any, str] = {
+_PLAIN: dict[type, str] = {
     **{kind: kind.__name__ for kind in (str, int, float, bool)},
     **dict.fromkeys((list, set, tuple), "list[Any]"),
     dict: "dict[str, Any]",
@@ -47,12 +47,12 @@ _DOCUMENTED = re.compile(r"^ *(\w+) \((`.+?)(?:, \*|, default|\)+:)", re.MULTILI
 _TAKEN_FROM_KWARGS = re.compile(r'\w*kwargs\.(?:pop|get)\(\s*"(\w+)"')
 
 
-def library_table() -> dict[str, Any]:
+def library_table() -> LibraryTable:
     """Return what the installed libraries accept: names of fields, types as annotations of plain values."""
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from transformers import PreTrainedConfig
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # pyright: ignore[reportUnknownVariableType]
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -75,10 +75,10 @@ def library_table() -> dict[str, Any]:
     }
 
 
-def table_text(table: Mapping[str, Any]) -> str:
+def table_text(table: LibraryTable) -> str:
     """Return the table as JSON with one class per line, so that a diff shows which classes changed."""
-    sections = []
-    for section, content in table.items():
+    sections: list[str] = []
+    for section, content in cast("dict[str, dict[str, object] | list[str]]", table).items():
         if isinstance(content, dict) and any(isinstance(value, dict | list) for value in content.values()):
             lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
             sections.append(f"  {json.dumps(section)}: {{\n{lines}\n  }}")
@@ -152,7 +152,7 @@ def _type_text(hint: Any) -> str:
     return "Any"
 
 
-def _is_text_enum(hint: Any) -> TypeGuard[type[enum.Enum]]:
+def _is_text_enum(hint: object) -> TypeGuard[type[enum.Enum]]:
     return isinstance(hint, type) and issubclass(hint, enum.Enum) and all(isinstance(item.value, str) for item in hint)
 
 
@@ -161,7 +161,7 @@ def _rank(text: str) -> tuple[int, str]:
     return _UNION_ORDER.index(re.split(r"\W", text)[0]), text
 
 
-def _literal(values: Iterable[Any]) -> str:
+def _literal(values: Iterable[object]) -> str:
     return f"Literal[{', '.join(map(repr, values))}]"
 
 
@@ -176,7 +176,8 @@ def _generation_fields() -> dict[str, str]:
     """Return what GenerationConfig takes out of its `kwargs`, with the types that its docstring names."""
     from transformers import GenerationConfig
 
-    names = _argument_names(GenerationConfig.__init__) - {"kwargs", "transformers_version"}
+    init = cast("Callable[..., object]", GenerationConfig.__init__)  # pyright: ignore[reportUnknownMemberType]
+    names = _argument_names(init) - {"kwargs", "transformers_version"}
     fields = dict.fromkeys(sorted(name for name in names if not name.startswith("_")), "Any")
     for name, text in _DOCUMENTED.findall(inspect.getdoc(GenerationConfig) or ""):
         parts = re.findall(r"`([^`]+)`", text)
@@ -201,7 +202,7 @@ def _from_pretrained_arguments() -> list[str]:
     return sorted(name for name in names - _NOT_FOR_YAML if not name.startswith("_"))
 
 
-def _argument_names(function: Any) -> set[str]:
+def _argument_names(function: Callable[..., object]) -> set[str]:
     """Return the parameters of a function, and the names that it takes out of its `kwargs`."""
     function = inspect.unwrap(getattr(function, "__func__", function))
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -209,7 +210,7 @@ def _argument_names(function: Any) -> set[str]:
     return {*parameters, *_TAKEN_FROM_KWARGS.findall(inspect.getsource(function))} - {"self", "cls"}
 
 
-def _model_configs() -> dict[str, dict[str, str]]:
+def _model_configs() -> dict[str, FieldTypes]:
     """Return for each type of model that can be trained here what its config adds to PreTrainedConfig or retypes."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
     from transformers.models.auto import modeling_auto

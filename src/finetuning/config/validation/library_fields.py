@@ -16,11 +16,11 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from finetuning.config.pretrained_config import find_pretrained_config
 
-Fields = dict[str, Any]
+Fields = dict[str, object]
 """For each name that a class accepts, the type of its value; `Any` where no type is known that YAML could write."""
 
 LIBRARIES = ("transformers", "trl", "peft")
@@ -31,10 +31,27 @@ TABLE = Path(__file__).with_name("library_fields.json")
 _TYPES: dict[str, Any] = {"Any": Any, "str": str, "int": int, "float": float, "bool": bool}
 
 
+FieldTypes = dict[str, str]
+"""For each name that a class accepts, its type, written as an annotation."""
+
+
+class LibraryTable(TypedDict):
+    """The content of `library_fields.json`."""
+
+    versions: dict[str, str]
+    choices: dict[str, list[str]]
+    trainer_configs: dict[str, FieldTypes]
+    peft_configs: dict[str, FieldTypes]
+    generation_config: FieldTypes
+    from_pretrained: list[str]
+    pretrained_config: FieldTypes
+    model_configs: dict[str, FieldTypes]
+
+
 class LibraryFields:
     """What the libraries accept, as a table of `introspection.py` says."""
 
-    def __init__(self, table: Mapping[str, Any]) -> None:
+    def __init__(self, table: LibraryTable) -> None:
         self._table = table
 
     def is_current(self) -> bool:
@@ -70,7 +87,7 @@ class LibraryFields:
         if config is None:
             return None
         base = self._table["pretrained_config"]
-        written = dict.fromkeys((key for key in config if isinstance(key, str)), "Any")
+        written = dict.fromkeys(config, "Any")
         by_type = self._table["model_configs"].get(str(config.get("model_type")))
         return _typed({**base, **written} if by_type is None else {**base, **written, **base, **by_type})
 
@@ -129,4 +146,5 @@ def _type(node: ast.expr) -> Any:
             return list[_type(item)]  # type: ignore[misc]
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
             return dict[_type(key), _type(value)]  # type: ignore[misc]
-    raise ValueError(f"{TABLE.name}: no type: {ast.unparse(node)}")
+        case _:
+            raise ValueError(f"{TABLE.name}: no type: {ast.unparse(node)}")

@@ -12,9 +12,9 @@ from finetuning.config.redaction import redact
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.error_messages import KeyIndex, unknown_key, validation_issues
 from finetuning.config.validation.library_fields import Fields, LibraryFields
-from finetuning.config.validation.section_tree import sections_at
+from finetuning.config.validation.section_tree import sections_at, sections_of
 from finetuning.config.validation.suggestions import did_you_mean, nearest, unknown_value
-from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, YamlValue
 
 _BATCH_FIELDS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 SET_BY_OTHER_KEYS = {
@@ -48,7 +48,7 @@ class CoercedValue:
     """A value at a path, coerced to the type that the library expects."""
 
     path: KeyPath
-    value: Any
+    value: YamlValue
 
 
 Findings = Iterator[ValidationIssue | CoercedValue]
@@ -79,7 +79,7 @@ def _training_args(
     section = document.get(path)
     if not isinstance(section, dict) or not issubclass(root, Experiment):
         return
-    ours = set(root.model_fields["training_args"].annotation.model_fields)  # type: ignore[union-attr]
+    ours = set(sections_of(root.model_fields["training_args"].annotation)[0].model_fields)
     extras = [key for key in section if key not in ours]
     for key in [key for key in extras if key in SET_BY_OTHER_KEYS]:
         extras.remove(key)
@@ -129,17 +129,19 @@ def _peft_conf(
         return
     path = ("peft_conf", "peft_kwargs")
     kwargs = document.get(path)
-    fields = libraries.peft_fields(peft_type) if isinstance(kwargs, dict) and kwargs else None
+    if not isinstance(kwargs, dict) or not kwargs:
+        return
+    fields = libraries.peft_fields(peft_type)
     if fields is None:
         return
-    extras = []
+    extras: list[str | int] = []
     for key in kwargs:
         if key in _PEFT_SET_ELSEWHERE:
             yield ValidationIssue((*path, key), f"is set by {_PEFT_SET_ELSEWHERE[key]}.", "Remove it here.")
         else:
             extras.append(key)
     # PEFT annotates alphas as int and accepts float.
-    fields = {name: float | kind if "alpha" in name and kind is int else kind for name, kind in fields.items()}
+    fields = {name: float | int if "alpha" in name and kind is int else kind for name, kind in fields.items()}
     usable = [name for name in fields if name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS]
     yield from _check_keys(document, path, extras, fields, usable, elsewhere)
 
@@ -168,7 +170,7 @@ def _model_args(
         yield from _check_keys(document, path, extras, accepted, [*ours, *accepted], elsewhere)
 
 
-def _unknown_model_keys(path: KeyPath, unknown: list[Any], usable: list[str], elsewhere: KeyIndex) -> Findings:
+def _unknown_model_keys(path: KeyPath, unknown: list[str | int], usable: list[str], elsewhere: KeyIndex) -> Findings:
     """Report keys that may belong to a model config which is not on this machine."""
     for key in unknown:
         issue = unknown_key((*path, key), usable, elsewhere())
@@ -193,24 +195,25 @@ def _generation(
 def _check_keys(
     document: ConfigDocument,
     path: KeyPath,
-    keys: list[Any],
-    accepted: Mapping[str, Any],
+    keys: list[str | int],
+    accepted: Mapping[str, object],
     usable: list[str],
     elsewhere: KeyIndex,
 ) -> Findings:
     """Report unknown keys and invalid values among the given keys of a section; yield coerced values."""
     for key in keys:
-        if key not in accepted:
+        if not isinstance(key, str) or key not in accepted:
             yield unknown_key((*path, key), usable, elsewhere())
             continue
-        if accepted[key] is Any:
+        kind = accepted[key]
+        if kind is Any:
             continue
         value = document.get((*path, key))
-        if isinstance(value, bool) and accepted[key] in (int, float):
-            yield from validation_issues([{"type": "number_expected", "loc": (key,)}], {key: value})
+        if isinstance(value, bool) and (kind is int or kind is float):
+            yield ValidationIssue((*path, key), f"expected a number (got {redact(value, (*path, key))})", kind="type")
             continue
         try:
-            coerced = _adapter(accepted[key]).validate_python(value)
+            coerced = type_adapter(kind).validate_python(value)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_input=False)
             for issue in validation_issues([{**item, "loc": (key, *item["loc"])} for item in errors], {key: value}):
@@ -220,7 +223,8 @@ def _check_keys(
             yield CoercedValue((*path, key), coerced)
 
 
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def type_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return a validator for a type of `LibraryFields`."""
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
@@ -230,10 +234,11 @@ def library_keys(document: ConfigDocument, root: type[BaseModel], libraries: Lib
     if not issubclass(root, Experiment):
         return sections
     peft_type = document.get(("peft_conf", "peft_type"))
-    is_new = isinstance(peft_type, str) and peft_type.isupper() and peft_type not in _WITHOUT_KWARGS
+    if not isinstance(peft_type, str) or not peft_type.isupper() or peft_type in _WITHOUT_KWARGS:
+        peft_type = "LORA"
     for section, fields in (
         ("training_args", libraries.trainer_fields(root.trainer_config)),
-        ("peft_conf.peft_kwargs", libraries.peft_fields(peft_type if is_new else "LORA")),
+        ("peft_conf.peft_kwargs", libraries.peft_fields(peft_type)),
     ):
         for name in fields or ():
             if name not in SET_BY_OTHER_KEYS and name not in _PEFT_SET_ELSEWHERE and name not in _PEFT_NOT_SETTINGS:

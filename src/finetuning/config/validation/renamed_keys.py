@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, dotted, to_problems
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, YamlValue, dotted, to_problems
 from finetuning.errors import Problem
 
-Convert = Callable[[Any], Any]
+Convert = Callable[[YamlValue], YamlValue]
 
 _GONE = "no longer has an effect and is ignored"
 
@@ -21,7 +20,7 @@ class RenamedKey:
 
     to: tuple[str, ...]
     convert: Convert = lambda value: value
-    unset: Any = None
+    unset: YamlValue = None
     """Value of the new key that counts as not set, so that the old key takes effect."""
 
 
@@ -44,12 +43,12 @@ class RejectedKey:
 Change = RenamedKey | RemovedKey | RejectedKey
 
 
-def _if_true(new: object, old: object) -> object:
+def _if_true(new: YamlValue, old: YamlValue) -> YamlValue:
     """Return the new value if the old one was true, else None."""
     return new if old is True or str(old).lower() in ("true", "yes", "on", "1") else None
 
 
-def _share(value: Any) -> Any:
+def _share(value: YamlValue) -> YamlValue:
     """Return a fraction of all steps; None for the default 0."""
     return None if value == 0 else value
 
@@ -148,11 +147,12 @@ def apply_renames(document: ConfigDocument, trainer_fields: Callable[[], Contain
     findings: list[ValidationIssue] = []
     for section, table in TABLES.items():
         values = document.get(section)
-        for key in [key for key in values if key in table] if isinstance(values, dict) else []:
-            is_dropped = isinstance(table[key], RemovedKey) and table[key].always
+        for key in [key for key in table if key in values] if isinstance(values, dict) else []:
+            change = table[key]
+            is_dropped = isinstance(change, RemovedKey) and change.always
             if section == ("training_args",) and not is_dropped and key in trainer_fields():
                 continue
-            for result in _change(document, section, key, table[key]):
+            for result in _change(document, section, key, change):
                 if isinstance(result, ConfigDocument):
                     document = result
                 else:
@@ -219,7 +219,7 @@ def _rename(
         yield without
 
 
-def _example(change: RenamedKey, value: Any) -> str:
+def _example(change: RenamedKey, value: YamlValue) -> str:
     name = ".".join(change.to)
     plain = isinstance(value, str | int | float) and name not in ("hub_token", "token")
     text = str(value).lower() if isinstance(value, bool) else str(value)

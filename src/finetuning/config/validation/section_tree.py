@@ -5,15 +5,15 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Union
+from typing import Annotated, Union
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finetuning.config.yaml.document import KeyPath
+from finetuning.config.yaml.document import KeyPath, YamlValue
 
 
-def members(annotation: Any) -> list[Any]:
+def members(annotation: object) -> list[object]:
     """Return the types that an annotation allows, with `Annotated` and unions resolved."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
@@ -23,7 +23,7 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def sections_of(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: object) -> list[type[BaseModel]]:
     """Return the section models that a value of this annotation can be; for a list, those of its items."""
     sections: list[type[BaseModel]] = []
     for member in members(annotation):
@@ -34,7 +34,7 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return sections
 
 
-def is_list(annotation: Any) -> bool:
+def is_list(annotation: object) -> bool:
     return any(typing.get_origin(member) is list for member in members(annotation))
 
 
@@ -51,7 +51,7 @@ def tag_of(section: type[BaseModel], discriminator: str) -> str | None:
     return str(typing.get_args(field.annotation)[0])
 
 
-def chosen_section(sections: list[type[BaseModel]], values: Any) -> list[type[BaseModel]]:
+def chosen_section(sections: list[type[BaseModel]], values: YamlValue) -> list[type[BaseModel]]:
     """Return the union members that the tag in the values selects; all members if it selects none."""
     if not isinstance(values, dict):
         return sections
@@ -70,7 +70,7 @@ def _is_open_tag(section: type[BaseModel], discriminator: str) -> bool:
     return discriminator in section.model_fields and tag_of(section, discriminator) is None
 
 
-def sections_at(root: type[BaseModel], values: Any, path: KeyPath) -> list[type[BaseModel]]:
+def sections_at(root: type[BaseModel], values: YamlValue, path: KeyPath) -> list[type[BaseModel]]:
     """Return the section models that are possible at a path of the document, given the tags in the values."""
     current = [root]
     for part in path:

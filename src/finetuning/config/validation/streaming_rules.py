@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import NewPeft
-from finetuning.config.yaml.document import ValidationIssue
+from finetuning.config.yaml.document import ValidationIssue, YamlValue
 
 _SHARE = "a fraction of a dataset requires its length, which is not known"
 _LOADER = {
@@ -72,7 +72,7 @@ def streaming_needs_no_full_pass(run: Experiment) -> Iterator[ValidationIssue]:
 
 def streaming_dataloader_args_are_supported(run: Experiment) -> Iterator[ValidationIssue]:
     """Reject dataloader options that streaming does not support."""
-    extra = run.training_args.model_extra or {}
+    extra: Mapping[str, YamlValue] = run.training_args.model_extra or {}
     strategy = extra.get("train_sampling_strategy", "random")
     if strategy != "random":
         yield ValidationIssue(
@@ -85,7 +85,7 @@ def streaming_dataloader_args_are_supported(run: Experiment) -> Iterator[Validat
             yield ValidationIssue(
                 ("training_args", name), f"does not go with data_conf.streaming: {reason}.", "Leave it out."
             )
-    accelerator = extra.get("accelerator_config")
+    accelerator: YamlValue = extra.get("accelerator_config")
     named = [
         name
         for name in ("dispatch_batches", "split_batches")

@@ -21,7 +21,14 @@ from finetuning.config.validation.passthrough import check_passthrough, library_
 from finetuning.config.validation.renamed_keys import OLD_VALUES, TABLES, apply_renames
 from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import ConfigDocument, KeyPath, ValidationIssue, to_problems
+from finetuning.config.yaml.document import (
+    ConfigDocument,
+    KeyPath,
+    ValidationIssue,
+    YamlSection,
+    YamlValue,
+    to_problems,
+)
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, Location, Problem
 
@@ -104,8 +111,8 @@ def _has_old_names(document: ConfigDocument) -> bool:
 
 
 def _check_sections(
-    values: Any, config: type[Config], elsewhere: KeyIndex
-) -> tuple[Config, list[ValidationIssue], Mapping[str, Any]]:
+    values: YamlSection, config: type[Config], elsewhere: KeyIndex
+) -> tuple[Config, list[ValidationIssue], Mapping[str, object]]:
     """Return the config (with its valid sections only, if some are invalid), the issues, and the valid sections by
     name."""
     try:
@@ -121,7 +128,9 @@ def _check_sections(
                 valid[name] = field.get_default(call_default_factory=True)
             continue
         try:
-            valid[name] = TypeAdapter(Annotated[field.annotation, field]).validate_python(values[name])
+            # The annotation is a value here, which a type checker cannot read as a type.
+            annotation: Any = Annotated[field.annotation, field]  # pyright: ignore[reportInvalidTypeForm, reportUnknownMemberType]
+            valid[name] = TypeAdapter[object](annotation).validate_python(values[name])
         except ValidationError:
             continue
     return config.model_construct(**valid), findings, valid
@@ -151,7 +160,7 @@ def _booleans_for_numbers(document: ConfigDocument, root: type[BaseModel]) -> It
             yield ValidationIssue(path, f"expected a number (got {redact(value, path)})", kind="type")
 
 
-def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mapping[str, Any]:
+def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mapping[str, object]:
     """Return the fields of `training_args`: ours and the trainer's."""
     if not issubclass(config, Experiment):
         return {}
@@ -159,15 +168,23 @@ def _trainer_fields(config: type[BaseModel], libraries: LibraryFields) -> Mappin
     return {**ours, **(libraries.trainer_fields(config.trainer_config) or {})}
 
 
-def _written_fields(values: Any, root: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo, Any]]:
+def _written_fields(
+    values: YamlValue, root: type[BaseModel], path: KeyPath = ()
+) -> Iterator[tuple[KeyPath, FieldInfo, YamlValue]]:
     """Yield the path, the field and the value of every schema field that the document sets."""
-    for model in chosen_section([root], values) if isinstance(values, dict) else ():
+    if not isinstance(values, dict):
+        return
+    for model in chosen_section([root], values):
         for name in model.model_fields.keys() & values.keys():
             field, value = model.model_fields[name], values[name]
             yield (*path, name), field, value
-            items = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for index, item in items:
-                inner = (*path, name) if index is None else (*path, name, index)
+            key: KeyPath = (*path, name)
+            items = (
+                [((*key, index), item) for index, item in enumerate(value)]
+                if isinstance(value, list)
+                else [(key, value)]
+            )
+            for inner, item in items:
                 for section in chosen_section(sections_of(field.annotation), item):
                     yield from _written_fields(item, section, inner)
 
@@ -209,7 +226,7 @@ def _other_method(method: str, relation: str, what: str, document: ConfigDocumen
 def _keys_of_method(paths: Sequence[KeyPath], method: type[Experiment], libraries: LibraryFields) -> list[KeyPath]:
     """Return the unknown keys that another algorithm has at the same path."""
     matches: list[KeyPath] = []
-    fields: Mapping[str, Any] | None = None
+    fields: Mapping[str, object] | None = None
     for path in paths:
         if len(path) == 1 and path[0] in method.model_fields:
             matches.append(path)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from enum import Enum
+from typing import Literal, TypeAlias
 
 from finetuning.errors import Location, Problem
+
+YamlValue: TypeAlias = "str | int | float | bool | list[YamlValue] | dict[str | int, YamlValue] | None"
+"""A plain value of a YAML file."""
+YamlSection: TypeAlias = "dict[str | int, YamlValue]"
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indexes from the top of the file down to a value."""
@@ -39,8 +44,8 @@ class ConfigDocument:
     """The plain values of a YAML file (mappings, lists, text, numbers, booleans and null) and the position of each
     key."""
 
-    values: dict[str, Any]
-    marks: Mapping[KeyPath, SourceSpan] = field(default_factory=dict)
+    values: YamlSection
+    marks: Mapping[KeyPath, SourceSpan] = field(default_factory=dict[KeyPath, SourceSpan])
     file: str | None = None
 
     def mark_of(self, path: KeyPath) -> SourceSpan | None:
@@ -72,52 +77,68 @@ class ConfigDocument:
         return ":".join(str(part) for part in (self.file, mark.line if mark else None) if part is not None) or "given"
 
     def has(self, path: KeyPath) -> bool:
-        return _find(self.values, path) is not _ABSENT
+        return _find(self.values, path) is not Absent.ABSENT
 
-    def get(self, path: KeyPath, default: Any = None) -> Any:
+    def get(self, path: KeyPath, default: YamlValue = None) -> YamlValue:
         """Return the value at a path, or the default."""
         value = _find(self.values, path)
-        return default if value is _ABSENT else value
+        return default if value is Absent.ABSENT else value
 
-    def with_value(self, path: KeyPath, value: Any) -> ConfigDocument:
+    def with_value(self, path: KeyPath, value: YamlValue) -> ConfigDocument:
         """Return a copy with a different value at a path whose enclosing section exists. Spans do not change."""
-        return replace(self, values=_replaced(self.values, path, value))
+        return replace(self, values=_with_value(self.values, path, value))
 
     def without(self, path: KeyPath) -> ConfigDocument:
         """Return a copy without a key. Its span is kept, so that messages can still refer to it."""
-        section = {key: value for key, value in self.get(path[:-1]).items() if key != path[-1]}
-        return replace(self, values=_replaced(self.values, path[:-1], section))
+        section = self.get(path[:-1])
+        kept = {key: value for key, value in section.items() if key != path[-1]} if isinstance(section, dict) else {}
+        return replace(self, values=kept if len(path) == 1 else _with_value(self.values, path[:-1], kept))
 
     def with_marks(self, marks: Mapping[KeyPath, SourceSpan]) -> ConfigDocument:
         """Return a copy with additional spans."""
         return replace(self, marks={**self.marks, **marks})
 
 
-_ABSENT = object()
+class Absent(Enum):
+    """The value at a path that is not set, because None is a value."""
+
+    ABSENT = 0
 
 
-def _find(values: Any, path: KeyPath) -> Any:
+def child_of(values: YamlValue, part: str | int) -> YamlValue | Literal[Absent.ABSENT]:
+    """Return the value of a key or the item at an index, `ABSENT` if there is none."""
+    if isinstance(values, dict):
+        return values.get(part, Absent.ABSENT)
+    if isinstance(values, list) and isinstance(part, int) and 0 <= part < len(values):
+        return values[part]
+    return Absent.ABSENT
+
+
+def _find(values: YamlValue, path: KeyPath) -> YamlValue | Literal[Absent.ABSENT]:
     for part in path:
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, list) and isinstance(part, int) and 0 <= part < len(values)
-        ):
-            values = values[part]
-        else:
-            return _ABSENT
+        child = child_of(values, part)
+        if child is Absent.ABSENT:
+            return child
+        values = child
     return values
 
 
-def _replaced(values: Any, path: KeyPath, value: Any) -> Any:
+def value_at(values: YamlValue, path: KeyPath) -> YamlValue:
+    """Return the value at a path; None if it is not set."""
+    value = _find(values, path)
+    return None if value is Absent.ABSENT else value
+
+
+def _with_value(section: YamlSection, path: KeyPath, value: YamlValue) -> YamlSection:
+    return {**section, path[0]: _replaced(section.get(path[0]), path[1:], value)}
+
+
+def _replaced(old: YamlValue, path: KeyPath, value: YamlValue) -> YamlValue:
     if not path:
         return value
-    head, rest = path[0], path[1:]
-    if isinstance(values, list):
-        copy = list(values)
-        copy[head] = _replaced(copy[head], rest, value)  # type: ignore[index]
-        return copy
-    copy = dict(values)
-    copy[head] = _replaced(copy.get(head), rest, value)
-    return copy
+    if isinstance(old, list):
+        return [_replaced(item, path[1:], value) if index == path[0] else item for index, item in enumerate(old)]
+    return _with_value(old if isinstance(old, dict) else {}, path, value)
 
 
 Kind = Literal["unknown key", "missing", "type", "value", "warning"]
@@ -139,7 +160,7 @@ class ValidationIssue:
 
 def to_problems(findings: Sequence[ValidationIssue], document: ConfigDocument) -> list[Problem]:
     """Return the issues as problems with locations, in file order and without duplicates. At most 50 are listed."""
-    problems = {}
+    problems: dict[str, Problem] = {}
     for finding in findings:
         message = finding.message
         if finding.hint and message[-1] not in ".;:":

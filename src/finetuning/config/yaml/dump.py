@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from finetuning.config.redaction import drop_secrets
-from finetuning.config.yaml.document import ConfigDocument, KeyPath, dotted
+from finetuning.config.redaction import drop_secrets, is_secret_key
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, YamlValue, dotted
 from finetuning.config.yaml.reader import read_scalar
 
 ENVIRONMENT_DEFAULTS: dict[KeyPath, str] = {("training_args", "output_dir"): "CHECKPOINTS_PATH"}
@@ -25,18 +24,19 @@ class _ConfigDumper(yaml.SafeDumper):
         style = None if isinstance(read_scalar(text), str) and text != "<<" else "'"
         if not text.isprintable():
             style = '"'
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)  # pyright: ignore[reportUnknownMemberType]
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 _ConfigDumper.add_representer(str, _ConfigDumper.represent_text)
 
 
-def dump_values(config: BaseModel) -> dict[str, Any]:
+def dump_values(config: BaseModel) -> dict[str, YamlValue]:
     """Return the config as plain values, including defaults and without secrets."""
-    return drop_secrets(_plain(config.model_dump(mode="python")))
+    values = {key: item for key, item in config.model_dump(mode="python").items() if not is_secret_key(key)}
+    return {key: drop_secrets(_plain(item)) for key, item in values.items() if not isinstance(item, SecretStr)}
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -46,8 +46,8 @@ def dump_yaml(config: BaseModel) -> str:
 
 def provenance(config: BaseModel, document: ConfigDocument, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the origin of each dotted key: `file:line`, `command line`, `environment variable NAME` or `default`."""
-    origins = {}
-    for path in _leaves(dump_values(config)):
+    origins: dict[str, str] = {}
+    for path in (leaf for key, item in dump_values(config).items() for leaf in _leaves(item, (key,))):
         origin = document.origin_of(path)
         variable = ENVIRONMENT_DEFAULTS.get(path, "")
         if origin is None and environ.get(variable):
@@ -56,7 +56,7 @@ def provenance(config: BaseModel, document: ConfigDocument, environ: Mapping[str
     return origins
 
 
-def _leaves(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+def _leaves(values: YamlValue, path: KeyPath) -> Iterator[KeyPath]:
     """Yield the paths of scalars and of lists of scalars."""
     if isinstance(values, dict) and values:
         for key, item in values.items():
@@ -68,7 +68,7 @@ def _leaves(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
         yield path
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: YamlValue | Enum | tuple[YamlValue, ...]) -> YamlValue:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from finetuning.config.redaction import is_secret_path, strip_user_info
-from finetuning.config.yaml.document import COMMAND_LINE, ConfigDocument, KeyPath, SourceSpan, dotted
+from finetuning.config.yaml.document import (
+    COMMAND_LINE,
+    ConfigDocument,
+    KeyPath,
+    SourceSpan,
+    YamlSection,
+    YamlValue,
+    dotted,
+)
 from finetuning.config.yaml.reader import parse_value
 from finetuning.errors import ConfigError, Location, Problem
 
@@ -44,7 +51,7 @@ def _apply(document: ConfigDocument, text: str) -> ConfigDocument:
         reason = error.problems[0].message.split("\n", 1)[0]
         why = "" if is_secret_path(parts) else f": {reason}"
         raise _error(f"the value is not YAML{why}", displayed) from None
-    values, path = _set(document.values, parts, value, (), displayed)
+    values, path = _set_in_section(document.values, parts, value, (), displayed)
     marks = {key: mark for key, mark in document.marks.items() if key[: len(path)] != path}
     mark = SourceSpan(override=displayed)
     for end in range(1, len(path) + 1):
@@ -53,7 +60,9 @@ def _apply(document: ConfigDocument, text: str) -> ConfigDocument:
     return ConfigDocument(values, marks, document.file)
 
 
-def _set(values: Any, parts: list[str], value: Any, done: KeyPath, displayed: str) -> tuple[Any, KeyPath]:
+def _set(
+    values: YamlValue, parts: list[str], value: YamlValue, done: KeyPath, displayed: str
+) -> tuple[YamlValue, KeyPath]:
     """Return a copy of the values with one value set, and the path that it was set at."""
     if not parts:
         return value, done
@@ -69,7 +78,14 @@ def _set(values: Any, parts: list[str], value: Any, done: KeyPath, displayed: st
         return copy, path
     if values is not None and not isinstance(values, dict):
         raise _error(f'"{dotted(done)}" is a value, not a section', displayed)
-    copy = dict(values or {})
+    return _set_in_section(values or {}, parts, value, done, displayed)
+
+
+def _set_in_section(
+    section: YamlSection, parts: list[str], value: YamlValue, done: KeyPath, displayed: str
+) -> tuple[YamlSection, KeyPath]:
+    head, rest = parts[0], parts[1:]
+    copy = dict(section)
     key: str | int = head
     if head not in copy and head.isdecimal() and int(head) in copy:
         key = int(head)

@@ -6,14 +6,15 @@ Events are composed into a tree of nodes, nodes are resolved to Python values, a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import yaml
 
 from finetuning.config.redaction import redact_line
-from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan, YamlSection, YamlValue
 from finetuning.errors import ConfigError, Location
 
 MAX_NODES = 10_000
@@ -35,7 +36,7 @@ class Node:
     text: str = ""
     is_plain: bool = False
     tag: str | None = None
-    items: list[Node] = field(default_factory=list)
+    items: list[Node] = field(default_factory=list["Node"])
     """The items of a list; keys and values of a mapping, alternating."""
     nodes: int = 1
     levels: int = 0
@@ -70,7 +71,7 @@ class _Composer:
             node.is_open = False
             self._add(node)
 
-    def _node(self, kind: str, event: Any) -> Node:
+    def _node(self, kind: str, event: yaml.ScalarEvent | yaml.SequenceStartEvent | yaml.MappingStartEvent) -> Node:
         mark = event.start_mark
         if event.tag not in (None, "!") and event.tag not in _PLAIN_TAGS:
             raise self._error(f'the tag "{event.tag}" is not allowed: write a plain value', event)
@@ -122,7 +123,9 @@ def compose(text: str, file: str | None) -> Node | None:
     composer = _Composer(file)
     documents = 0
     # Events, and not the loader's tree: the limits must stop the parser while it reads.
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    events = cast("Iterator[yaml.Event]", yaml.parse(text, Loader=loader))  # pyright: ignore[reportUnknownMemberType]
+    for event in events:
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -230,11 +233,11 @@ def parse_document(text: str, file: str | None = None) -> ConfigDocument:
         kind = "a list" if root.kind == "list" else "a single value"
         raise ConfigError(f"expected sections (keys and values), found {kind}", location=Location(file, root.line))
     builder = _Builder(file)
-    values = builder.value(root, ())
+    values = builder.section(root, ())
     return ConfigDocument(values, builder.marks, file)
 
 
-def parse_value(text: str, source: str) -> Any:
+def parse_value(text: str, source: str) -> YamlValue:
     """Parse a short YAML text, such as the right side of an override.
 
     Raises:
@@ -304,16 +307,19 @@ class _Builder:
         self.file = file
         self.marks: dict[KeyPath, SourceSpan] = {}
 
-    def value(self, node: Node, path: KeyPath) -> Any:
+    def value(self, node: Node, path: KeyPath) -> YamlValue:
         if node.kind == "scalar":
             return self._scalar(node)
         if node.kind == "list":
-            values = []
+            values: list[YamlValue] = []
             for index, item in enumerate(node.items):
                 self.marks[(*path, index)] = SourceSpan(item.line, item.column)
                 values.append(self.value(item, (*path, index)))
             return values
-        result = {}
+        return self.section(node, path)
+
+    def section(self, node: Node, path: KeyPath) -> YamlSection:
+        result: YamlSection = {}
         for key, (key_node, item) in self._entries(node).items():
             self.marks[(*path, key)] = SourceSpan(key_node.line, key_node.column)
             result[key] = self.value(item, (*path, key))
@@ -349,7 +355,7 @@ class _Builder:
             raise self._error("a key must be text or a whole number", node)
         return key
 
-    def _scalar(self, node: Node) -> Any:
+    def _scalar(self, node: Node) -> str | int | float | bool | None:
         if node.tag is None or node.tag == "!":
             return read_scalar(node.text) if node.is_plain else node.text
         expected = node.tag.removeprefix(_TAG)
@@ -360,7 +366,7 @@ class _Builder:
         is_right = isinstance(value, kinds.get(expected, ())) and (expected == "bool" or not isinstance(value, bool))
         if not is_right:
             raise self._error(f"does not fit its tag !!{expected}", node)
-        return float(value) if expected == "float" else value
+        return float(value) if expected == "float" and isinstance(value, int) else value
 
     def _duplicate(self, key: str | int, first: Node, second: Node) -> ConfigError:
         return self._error(f'"{key}" is written twice, at line {first.line} and at line {second.line}', second)

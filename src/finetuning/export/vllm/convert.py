@@ -302,12 +302,13 @@ def extra_layers_reason(config_file: str, folder: Path) -> str | None:
         ConfigError: the training config is not valid YAML.
         ModelError: a file in the folder is damaged.
     """
-    peft = read_document(config_file).values.get("peft_conf") or {}
-    if peft.get("peft_type") == "NO_PEFT":
+    config = read_document(config_file)
+    if config.get(("peft_conf", "peft_type")) == "NO_PEFT":
         return "NO_PEFT trained the whole model; vLLM serves it unchanged"
-    modules = (peft.get("peft_kwargs") or {}).get("modules_to_save")
+    modules = config.get(("peft_conf", "peft_kwargs", "modules_to_save"))
     if modules:
-        return f"modules_to_save trained {', '.join(map(str, modules))}; {_MERGE}"
+        named = modules if isinstance(modules, list) else [modules]
+        return f"modules_to_save trained {', '.join(map(str, named))}; {_MERGE}"
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import ConfigDocument
+from finetuning.config.yaml.document import ConfigDocument, YamlSection, YamlValue
 from finetuning.config.yaml.reader import read_document
 from finetuning.data.sources.files import file_format
 from finetuning.errors import ConfigError, Problem
@@ -44,14 +44,14 @@ class _Errors:
     def add(self, path: Sequence[str | int], message: str) -> None:
         self.problems.append(Problem(message, self._document.location_of(tuple(path))))
 
-    def check_keys(self, values: Mapping[str, Any], supported: set[str], path: Sequence[str | int]) -> None:
+    def check_keys(self, values: YamlSection, supported: set[str], path: Sequence[str | int]) -> None:
         for key in values:
             if key not in supported:
                 hint = did_you_mean(str(key), sorted(supported))
                 self.add((*path, key), f"unknown key. {hint}" if hint else "unknown key")
 
 
-def read_data_config(path: str | Path) -> dict[str, Any]:
+def read_data_config(path: str | Path) -> YamlSection:
     """Return the values of our `data_conf` for a data config file in YAML or JSON.
 
     Datasets with `sampling` become a weighted mix, others a concatenation. `split` becomes each dataset's
@@ -65,57 +65,67 @@ def read_data_config(path: str | Path) -> dict[str, Any]:
     values = document.values
     errors.check_keys(values, {"dataprocessor", "datasets"}, ())
     processor = values.get("dataprocessor") or {}
-    datasets = values.get("datasets")
+    listed = values.get("datasets")
+    datasets = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     if not isinstance(processor, dict):
         errors.add(("dataprocessor",), "must be a mapping")
         processor = {}
-    if not isinstance(datasets, list) or not datasets or not all(isinstance(dataset, dict) for dataset in datasets):
+    if not datasets or not isinstance(listed, list) or len(datasets) < len(listed):
         errors.add(("datasets",) if "datasets" in values else (), "at least one dataset is required")
         raise ConfigError(errors.problems)
     template = _chat_template(errors, processor, Path(path).parent)
     seed = processor.get("seed", _SEED)
+    if not isinstance(seed, int):
+        errors.add(("dataprocessor", "seed"), "must be an integer")
+        seed = _SEED
     sources = [_dataset(errors, dataset, index) for index, dataset in enumerate(datasets)]
     weights = _weights(errors, datasets, sources)
     if errors.problems:
         raise ConfigError(errors.problems)
-    training: dict[str, Any] = {"type": "CONCATENATION", "datasets": sources}
+    mix: YamlSection = {"type": "CONCATENATION"}
     if weights is not None:
-        weighted = [{**source, "sampling_weight": weight} for source, weight in zip(sources, weights, strict=True)]
+        sources = [{**source, "sampling_weight": weight} for source, weight in zip(sources, weights, strict=True)]
         stopping = processor.get("sampling_stopping_strategy", "all_exhausted")
-        training = {"type": "PRECOMPUTE_WEIGHTED_MIX", "datasets": weighted, "seed": seed, "stopping": stopping}
+        mix = {"type": "PRECOMPUTE_WEIGHTED_MIX", "seed": seed, "stopping": stopping}
     # fms-hf-tuning reads a stream in the order of its files; a buffer of one row does not shuffle.
-    streaming = {"streaming": True, "shuffle_buffer": 1} if processor.get("streaming") else {}
+    streaming: YamlSection = {"streaming": True, "shuffle_buffer": 1} if processor.get("streaming") else {}
     return {
-        **_split_validation(training, seed, streaming=bool(streaming)),
+        **_split_validation(mix, sources, seed, streaming=bool(streaming)),
         "chat_template_name": "keep-original",
         **({"chat_template": template} if template else {}),
         **streaming,
     }
 
 
-def _split_validation(training: dict[str, Any], seed: int, *, streaming: bool) -> dict[str, Any]:
-    """Return `training_data` and `validation_data`.
+def _split_validation(mix: YamlSection, sources: list[YamlSection], seed: int, *, streaming: bool) -> YamlSection:
+    """Return `training_data`, with the type and options of the mix, and `validation_data`.
 
     A stream cannot be split: with streaming, datasets that are used for validation only move to `validation_data`.
     """
-    ratios = [source.get("validation_ratio", 0.0) for source in training["datasets"]]
+    ratios = [_validation_ratio(source) for source in sources]
+    training: YamlSection = {"type": mix["type"], "datasets": [*sources], **mix}
     if not any(ratios):
         return {"training_data": training, "validation_data": {"type": "NONE"}}
     if not streaming or set(ratios) - {0.0, 1.0}:
         return {"training_data": training, "validation_data": {"type": "FROM_DATASETS", "seed": seed}}
-    held_out = [source for source in training["datasets"] if "validation_ratio" in source]
-    validation = [
+    held_out = [source for source in sources if "validation_ratio" in source]
+    validation: list[YamlValue] = [
         {key: value for key, value in source.items() if key not in ("validation_ratio", "sampling_weight")}
         for source in held_out
     ]
-    kept = [source for source in training["datasets"] if source not in held_out]
+    kept: list[YamlValue] = [source for source in sources if source not in held_out]
     return {
         "training_data": {**training, "datasets": kept},
         "validation_data": {"type": "CONCATENATION", "datasets": validation},
     }
 
 
-def _chat_template(errors: _Errors, processor: Mapping[str, Any], folder: Path) -> str | None:
+def _validation_ratio(source: YamlSection) -> float:
+    ratio = source.get("validation_ratio")
+    return ratio if isinstance(ratio, float) else 0.0
+
+
+def _chat_template(errors: _Errors, processor: YamlSection, folder: Path) -> str | None:
     """Check the section `dataprocessor`, and return its chat template, if any."""
     section = ("dataprocessor",)
     errors.check_keys(processor, _PROCESSOR, section)
@@ -123,8 +133,6 @@ def _chat_template(errors: _Errors, processor: Mapping[str, Any], folder: Path) 
         errors.add((*section, "type"), f'"{processor["type"]}" is not supported; only "default" is')
     if processor.get("odm") is not None:
         errors.add((*section, "odm"), "online data mixing is not supported; sampling weights stay constant")
-    if not isinstance(processor.get("seed", _SEED), int):
-        errors.add((*section, "seed"), "must be an integer")
     strategy = processor.get("sampling_stopping_strategy", "all_exhausted")
     if strategy not in ("all_exhausted", "first_exhausted"):
         errors.add((*section, "sampling_stopping_strategy"), "must be all_exhausted or first_exhausted")
@@ -147,36 +155,38 @@ def _chat_template(errors: _Errors, processor: Mapping[str, Any], folder: Path) 
     return None
 
 
-def _dataset(errors: _Errors, values: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _dataset(errors: _Errors, values: YamlSection, index: int) -> YamlSection:
     section = ("datasets", index)
     errors.check_keys(values, _DATASET, section)
-    paths = values.get("data_paths")
-    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
+    listed = values.get("data_paths")
+    paths = [path for path in listed if isinstance(path, str) and path] if isinstance(listed, list) else []
+    if not paths or not isinstance(listed, list) or len(paths) < len(listed):
         errors.add(
             (*section, "data_paths") if "data_paths" in values else section, "data_paths: a list of paths is required"
         )
         paths = ["missing"]
-    source: dict[str, Any] = {"path": paths[0] if len(paths) == 1 else list(paths)}
+    source: YamlSection = {"path": paths[0] if len(paths) == 1 else [*paths]}
     if values.get("dataset_split_name"):
         source["split"] = values["dataset_split_name"]
     _check_builder(errors, values.get("builder"), paths, (*section, "builder"))
     split = _split(errors, values.get("split"), (*section, "split"))
     if values.get("shuffle") is False and ("train_ratio" in split or 0 < split.get("validation_ratio", 0) < 1):
         errors.add((*section, "shuffle"), "splits are always random; put the validation rows in a separate file")
-    source |= split
-    handlers = values.get("data_handlers") or []
+    source.update(split)
+    handlers = values.get("data_handlers")
     if handlers:
+        items = handlers if isinstance(handlers, list) else [None]
         source["handlers"] = [
-            _handler(errors, handler, (*section, "data_handlers", at)) for at, handler in enumerate(handlers)
+            _handler(errors, handler, (*section, "data_handlers", at)) for at, handler in enumerate(items)
         ]
     return source
 
 
-def _check_builder(errors: _Errors, builder: Any, paths: Sequence[str], path: Sequence[str | int]) -> None:
+def _check_builder(errors: _Errors, builder: YamlValue, paths: Sequence[str], path: Sequence[str | int]) -> None:
     """Add an error unless the extension of each file, which selects its reader here, agrees with the builder."""
     if builder is None:
         return
-    if builder not in _BUILDERS:
+    if not isinstance(builder, str) or builder not in _BUILDERS:
         errors.add(path, f"unknown builder {builder!r}; supported: {', '.join(_BUILDERS)}")
         return
     all_extensions = {extension for extensions in _BUILDERS.values() for extension in extensions}
@@ -189,7 +199,7 @@ def _check_builder(errors: _Errors, builder: Any, paths: Sequence[str], path: Se
             errors.add(path, f"{builder} cannot read {file}: the extension selects the reader; rename it to {expected}")
 
 
-def _handler(errors: _Errors, values: Any, path: Sequence[str | int]) -> dict[str, Any]:
+def _handler(errors: _Errors, values: YamlValue, path: Sequence[str | int]) -> YamlSection:
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):
         errors.add(path, "name is required")
         return {"name": "missing"}
@@ -197,22 +207,23 @@ def _handler(errors: _Errors, values: Any, path: Sequence[str | int]) -> dict[st
     return {"name": values["name"], "arguments": values.get("arguments") or {}}
 
 
-def _split(errors: _Errors, split: Any, path: Sequence[str | int]) -> dict[str, float]:
+def _split(errors: _Errors, split: YamlValue, path: Sequence[str | int]) -> dict[str, float]:
     if split is None:
         return {}
     if not isinstance(split, dict):
         errors.add(path, "must be a mapping with train and validation")
         return {}
     errors.check_keys(split, {"train", "validation"}, path)
-    fractions = {name: split.get(name, 0.0) for name in ("train", "validation")}
-    if not all(_is_fraction(value) for value in fractions.values()):
+    written = {name: split.get(name, 0.0) for name in ("train", "validation")}
+    fractions = {name: value for name, value in written.items() if _is_fraction(value)}
+    if len(fractions) < len(written):
         errors.add(path, "train and validation must be numbers from 0 to 1")
         return {}
     total = sum(fractions.values())
     if not 0 < total <= 1 + _TOLERANCE:
         errors.add(path, f"train plus validation is {total:g}; it must be above 0 and at most 1")
         return {}
-    ratios = {}
+    ratios: dict[str, float] = {}
     if fractions["validation"]:
         ratios["validation_ratio"] = float(fractions["validation"])
     if fractions["train"] > 0 and total < 1 - _TOLERANCE:
@@ -222,15 +233,13 @@ def _split(errors: _Errors, split: Any, path: Sequence[str | int]) -> dict[str, 
     return ratios
 
 
-def _is_fraction(value: Any) -> bool:
+def _is_fraction(value: YamlValue) -> TypeGuard[int | float]:
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= 1
 
 
-def _weights(
-    errors: _Errors, datasets: Sequence[Mapping[str, Any]], sources: Sequence[Mapping[str, Any]]
-) -> list[float] | None:
+def _weights(errors: _Errors, datasets: Sequence[YamlSection], sources: Sequence[YamlSection]) -> list[float] | None:
     """Return the sampling weights, if any: each dataset that is trained on must have one, and no other."""
-    trains = [source.get("validation_ratio", 0.0) < 1 for source in sources]
+    trains = [_validation_ratio(source) < 1 for source in sources]
     weights = [dataset.get("sampling") for dataset in datasets]
     if all(weight is None for weight in weights):
         return None
@@ -244,8 +253,9 @@ def _weights(
             errors.add(path, "must be a number above 0, up to 1; remove datasets that are not used")
     if errors.problems:
         return None
-    total = sum(weight for weight in weights if weight is not None)
+    numbers = [weight if isinstance(weight, int | float) else None for weight in weights]
+    total = sum(number for number in numbers if number is not None)
     if abs(total - 1) > _TOLERANCE:
         errors.add(("datasets",), f"the sampling weights sum to {total:g}; they must sum to 1")
     # Validation datasets are read whatever their weight is, as long as it is positive.
-    return [1.0 if weight is None else float(weight) for weight in weights]
+    return [1.0 if number is None else float(number) for number in numbers]

@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from finetuning.config.yaml.document import ConfigDocument
+from finetuning.config.yaml.document import ConfigDocument, YamlSection
 from finetuning.config.yaml.reader import parse_document, read_document
 from finetuning.errors import ConfigError
 from finetuning.importers.translation import Translation
@@ -101,11 +100,12 @@ def _sharding_config(gpus: int, environ: Mapping[str, str]) -> Path | None:
     return preset_file("fsdp2") if gpus else None
 
 
-def _count(key: str, requested: object, config: Mapping[str, Any]) -> int:
+def _count(key: str, requested: object, config: YamlSection) -> int:
     value = requested if requested is not None else config.get(key, 1)
-    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+    count = int(str(value)) if str(value).isdecimal() else 0
+    if count < 1:
         raise ConfigError(f"accelerate_launch_args: {key} must be a positive integer, not {value!r}")
-    return int(value)
+    return count
 
 
 def _environment(value: object) -> dict[str, str]:
