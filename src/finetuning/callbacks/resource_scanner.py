@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainerState
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, TrainerCallback, TrainerState
     from transformers import TrainerControl as Control
     from transformers import TrainingArguments as Args
 
@@ -27,7 +30,7 @@ class ResourceScan:
     are of the last micro-batch.
     """
 
-    def __init__(self, model: Any, device: Any):
+    def __init__(self, model: PreTrainedModel, device: torch.device):
         self._model = model
         self._device = device
         self._began = 0
@@ -51,12 +54,12 @@ class ResourceScan:
         self.times[f"{name}_absolute"] = now
         self.times[f"{name}_relative"] = now - self._began
 
-    def _forward_begins(self, module: Any, arguments: Any, more: dict[str, Any]) -> None:
+    def _forward_begins(self, module: nn.Module, arguments: object, more: Mapping[str, torch.Tensor]) -> None:
         self.mark("fwd_begin")
         ids = more.get("input_ids")
         self._tokens += 0 if ids is None else ids.numel()
 
-    def _forward_ended(self, module: Any, arguments: Any, output: Any) -> None:
+    def _forward_ended(self, module: nn.Module, arguments: object, output: object) -> None:
         self.mark("fwd_end")
         self.mark("bwd_begin")
         self.memory["after_forward"] = self._allocated()
@@ -68,7 +71,7 @@ class ResourceScan:
         self.memory["gradients"] = sum(grad.numel() * grad.element_size() for grad in grads)
         self.mark("opt_begin")
 
-    def finished(self, optimizer: Any) -> dict[str, Any]:
+    def finished(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """Remove the hooks and return the content of the file."""
         import torch
 
@@ -109,22 +112,32 @@ def scanner_callback(path: Path) -> TrainerCallback:
 
         scan: ResourceScan | None = None
 
-        def on_step_begin(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+        def on_step_begin(
+            self, args: Args, state: TrainerState, control: Control, *, model: PreTrainedModel, **kwargs: object
+        ) -> None:
             if state.is_world_process_zero and state.global_step == SCANNED_STEP - 1:
-                self.scan = ResourceScan(more["model"], args.device)
+                self.scan = ResourceScan(model, args.device)
 
-        def on_pre_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+        def on_pre_optimizer_step(self, args: Args, state: TrainerState, control: Control, **kwargs: object) -> None:
             if self.scan:
                 self.scan.backward_ended()
 
-        def on_optimizer_step(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+        def on_optimizer_step(self, args: Args, state: TrainerState, control: Control, **kwargs: object) -> None:
             if self.scan:
                 self.scan.mark("opt_end")
 
-        def on_step_end(self, args: Args, state: TrainerState, control: Control, **more: Any) -> None:
+        def on_step_end(
+            self,
+            args: Args,
+            state: TrainerState,
+            control: Control,
+            *,
+            optimizer: torch.optim.Optimizer,
+            **kwargs: object,
+        ) -> None:
             scan, self.scan = self.scan, None
             if scan:
-                path.write_text(json.dumps(scan.finished(more["optimizer"]), indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(scan.finished(optimizer), indent=1) + "\n", encoding="utf-8")
 
     return Scanner()
 

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from finetuning.callbacks.controller.expressions import Expression, MetricUnavailable
 from finetuning.callbacks.controller.metrics import METRICS, Event, Metric
@@ -22,7 +22,7 @@ from finetuning.config.sections.controller import (
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _Base = TypeVar("_Base", Metric, Operation)
 
@@ -157,7 +157,7 @@ class ControllerSet:
         self._metrics = loaded.metrics
         self._controllers = loaded.controllers
         self._triggers = frozenset[str]().union(*(controller.triggers for controller in loaded.controllers))
-        self._values: dict[str, Any] = {metric.name: None for metric in loaded.metrics}
+        self._values: dict[str, object] = {metric.name: None for metric in loaded.metrics}
         self._reported: set[tuple[str, str]] = set()
         self.actions: list[Action] = []
 
@@ -239,7 +239,9 @@ def controller_callback(controllers: ControllerSet) -> TrainerCallback:
 
     # transformers looks handlers up by name: define one per event that a rule may use.
     def handler(name: str) -> Callable[..., None]:
-        def handle(self: Any, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        def handle(
+            self: object, args: TrainingArguments, state: TrainerState, control: TrainerControl, **extra: object
+        ) -> None:
             details = {key: extra[key] for key in ("metrics", "logs") if key in extra}
             if name == "on_save":
                 details |= {"path": f"{args.output_dir}/checkpoint-{state.global_step}", "is_final": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from random import random
 from typing import Any
 
@@ -45,7 +45,7 @@ class Expression:
             raise ConfigError(f'rule of controller "{controller}" is invalid: {error.msg}') from error
         self.names = frozenset(node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name))
 
-    def evaluate(self, metrics: Mapping[str, Any]) -> bool:
+    def evaluate(self, metrics: Mapping[str, object]) -> bool:
         """Return whether the rule is true. A metric that was not computed yet is None.
 
         Raises:
@@ -72,7 +72,7 @@ class Expression:
 class _Evaluator(simpleeval.EvalWithCompoundTypes):
     """simpleeval's evaluator, with None as unavailable, limited time and size, and no methods that change a value."""
 
-    def __init__(self, metrics: Mapping[str, Any]):
+    def __init__(self, metrics: Mapping[str, object]):
         operators = {kind: _require_available(kind, function) for kind, function in _OPERATORS.items()}
         super().__init__(operators=operators, functions=dict(_FUNCTIONS), names=dict(metrics))
         self._nodes_left = _MOST_NODES
@@ -83,12 +83,12 @@ class _Evaluator(simpleeval.EvalWithCompoundTypes):
             raise simpleeval.IterableTooLong("the evaluation takes too long")
         return super()._eval(node)
 
-    def _check_disallowed_items(self, item: Any) -> None:
+    def _check_disallowed_items(self, item: object) -> None:
         # The base class searches every container for forbidden functions: quadratic for a long history.
         if callable(item) and item in simpleeval.DISALLOW_FUNCTIONS:
             raise simpleeval.FeatureNotAvailable("This function is forbidden")
 
-    def _eval_subscript(self, node: ast.Subscript) -> Any:
+    def _eval_subscript(self, node: ast.Subscript) -> object:
         container = self._eval(node.value)
         if container is None:
             raise MetricUnavailable(_metric_of(node))
@@ -97,7 +97,7 @@ class _Evaluator(simpleeval.EvalWithCompoundTypes):
         except LookupError:
             raise MetricUnavailable(_metric_of(node)) from None
 
-    def _eval_attribute(self, node: ast.Attribute) -> Any:
+    def _eval_attribute(self, node: ast.Attribute) -> object:
         value, name = self._eval(node.value), node.attr
         if name.startswith("_"):
             raise simpleeval.FeatureNotAvailable(f'"{name}" is not allowed')
@@ -118,12 +118,12 @@ def _metric_of(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ast.unparse(node)
 
 
-def _require_available(kind: type, function: Callable[..., Any]) -> Callable[..., Any]:
+def _require_available(kind: type, function: Callable[..., object]) -> Callable[..., object]:
     """Make an operator raise MetricUnavailable for a None operand, unless it compares with None."""
     if kind in _COMPARES_WITH_NONE:
         return function
 
-    def checked(*values: Any) -> Any:
+    def checked(*values: object) -> object:
         if any(value is None for value in values):
             raise MetricUnavailable("value")
         return function(*values)
@@ -131,10 +131,10 @@ def _require_available(kind: type, function: Callable[..., Any]) -> Callable[...
     return checked
 
 
-def _require_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+def _require_numbers(function: Callable[..., object]) -> Callable[..., object]:
     """Restrict an operator to numbers: with text or a list its result could be huge."""
 
-    def checked(*values: Any) -> Any:
+    def checked(*values: object) -> object:
         if not all(isinstance(value, int | float) for value in values):
             raise TypeError("a number is required here")
         return function(*values)
@@ -142,18 +142,18 @@ def _require_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _power(base: float, exponent: float) -> float:
     if is_huge_power(base, exponent):
         raise simpleeval.NumberTooHigh(f"{base} ** {exponent} is too large")
     return base**exponent
 
 
-def _sum(values: Any) -> Any:
+def _sum(values: Iterable[object]) -> float:
     """Return the sum of numbers only: a sum of lists can be huge."""
     return sum(_number(value) for value in values)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> float:
     if value is None:
         raise MetricUnavailable("value")
     if not isinstance(value, int | float):
@@ -161,13 +161,13 @@ def _number(value: Any) -> Any:
     return value
 
 
-_OPERATORS: dict[type, Callable[..., Any]] = {
+_OPERATORS: dict[type, Callable[..., object]] = {
     **simpleeval.DEFAULT_OPERATORS,
     ast.Pow: _require_numbers(_power),
     ast.Mult: _require_numbers(operator.mul),
     ast.Mod: _require_numbers(operator.mod),
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_FUNCTIONS: dict[str, Callable[..., object]] = {
     name: _require_available(ast.Call, function)
     for name, function in {
         "abs": abs,

@@ -9,12 +9,15 @@ import dataclasses
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+LogEntry: TypeAlias = dict[str, float]
+"""An entry of the trainer's `log_history`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Event:
     args: TrainingArguments
     state: TrainerState
     control: TrainerControl
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 class Metric:
@@ -39,7 +42,7 @@ class Metric:
     def __init__(self, name: str):
         self.name = name
 
-    def compute(self, event: Event) -> Any:
+    def compute(self, event: Event) -> object:
         """Return the value after this event; None while it is not available."""
         raise NotImplementedError
 
@@ -49,7 +52,7 @@ class Loss(Metric):
 
     events = frozenset({"on_log"})
 
-    def compute(self, event: Event) -> dict[str, Any] | None:
+    def compute(self, event: Event) -> dict[str, object] | None:
         return next((dict(entry) for entry in reversed(event.state.log_history) if "loss" in entry), None)
 
 
@@ -64,7 +67,7 @@ class TrainingState(Metric):
         }
     )
 
-    def compute(self, event: Event) -> dict[str, Any]:
+    def compute(self, event: Event) -> dict[str, object]:
         state = event.state
         values = {field.name: getattr(state, field.name, None) for field in dataclasses.fields(state)}
         return {**values, "is_final": bool(event.extra.get("is_final", False))}
@@ -79,9 +82,9 @@ class EvalMetrics(Metric):
             raise ConfigError(f"Specified source event [{source_event}] is invalid for EvalMetrics")
         self.events = frozenset({source_event})
 
-    def compute(self, event: Event) -> dict[str, Any] | None:
+    def compute(self, event: Event) -> dict[str, object] | None:
         metrics = event.extra.get("metrics")
-        return dict(metrics) if metrics is not None else None
+        return dict(metrics) if isinstance(metrics, Mapping) else None
 
 
 class HistoryBasedMetric(Metric):
@@ -98,11 +101,11 @@ class HistoryBasedMetric(Metric):
         super().__init__(name)
         self._window_size = window_size
         length = window_size if window_size > 0 else None
-        self._losses: deque[dict[str, Any]] = deque(maxlen=length)
-        self._evaluations: deque[dict[str, Any]] = deque(maxlen=length)
+        self._losses: deque[LogEntry] = deque(maxlen=length)
+        self._evaluations: deque[LogEntry] = deque(maxlen=length)
         self._entries_read = 0
 
-    def compute(self, event: Event) -> dict[str, Any]:
+    def compute(self, event: Event) -> dict[str, object]:
         history = event.state.log_history
         for entry in history[self._entries_read :]:
             if "loss" in entry:
@@ -116,13 +119,13 @@ class HistoryBasedMetric(Metric):
             "window_size": self._window_size,
         }
 
-    def _add_loss(self, entry: dict[str, Any]) -> None:
+    def _add_loss(self, entry: LogEntry) -> None:
         last = self._losses[-1] if self._losses else {}
         if (entry["loss"], entry.get("epoch")) != (last.get("loss"), last.get("epoch")):
             self._losses.append(entry)
 
     @staticmethod
-    def _only_loss(entry: dict[str, Any]) -> dict[str, Any]:
+    def _only_loss(entry: LogEntry) -> LogEntry:
         return {key: entry[key] for key in ("loss", "step", "epoch") if key in entry}
 
 
@@ -145,7 +148,7 @@ METRICS: dict[str, type[Metric]] = {
 """The metrics by the names of their classes in the YAML."""
 
 
-def _columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def _columns(entries: list[LogEntry]) -> dict[str, list[float | None]]:
     """Return a list per key with one item per entry, None where an entry lacks the key."""
     keys = dict.fromkeys(key for entry in entries for key in entry)
     columns = {("steps" if key == "step" else key): [entry.get(key) for entry in entries] for key in keys}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import string
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from finetuning.callbacks.controller.metrics import Event
 from finetuning.errors import ConfigError
@@ -27,7 +26,7 @@ class Operation:
     def __init__(self, name: str):
         self.name = name
 
-    def action(self, name: str) -> Callable[[Event, Mapping[str, Any]], None]:
+    def action(self, name: str) -> Callable[[Event, Mapping[str, object]], None]:
         """Return the action of this name: a function of the event and of the metrics by name.
 
         Raises:
@@ -42,19 +41,19 @@ class Operation:
 class HFControls(Operation):
     """Sets the flags of `TrainerControl`: the trainer stops, saves, evaluates or logs at its next check."""
 
-    def should_training_stop(self, event: Event, metrics: Mapping[str, Any]) -> None:
+    def should_training_stop(self, event: Event, metrics: Mapping[str, object]) -> None:
         event.control.should_training_stop = True
 
-    def should_epoch_stop(self, event: Event, metrics: Mapping[str, Any]) -> None:
+    def should_epoch_stop(self, event: Event, metrics: Mapping[str, object]) -> None:
         event.control.should_epoch_stop = True
 
-    def should_save(self, event: Event, metrics: Mapping[str, Any]) -> None:
+    def should_save(self, event: Event, metrics: Mapping[str, object]) -> None:
         event.control.should_save = True
 
-    def should_evaluate(self, event: Event, metrics: Mapping[str, Any]) -> None:
+    def should_evaluate(self, event: Event, metrics: Mapping[str, object]) -> None:
         event.control.should_evaluate = True
 
-    def should_log(self, event: Event, metrics: Mapping[str, Any]) -> None:
+    def should_log(self, event: Event, metrics: Mapping[str, object]) -> None:
         event.control.should_log = True
 
 
@@ -72,7 +71,7 @@ class LogControl(Operation):
         self._level = level
         self._format = log_format
 
-    def should_log(self, event: Event, metrics: Mapping[str, Any]) -> None:
+    def should_log(self, event: Event, metrics: Mapping[str, object]) -> None:
         values = {"event_name": event.name, "args": event.args, "state": event.state, **event.extra, **metrics}
         try:
             text = _PublicFormatter().vformat(self._format, (), values)
@@ -84,12 +83,12 @@ class LogControl(Operation):
 class _PublicFormatter(string.Formatter):
     """Python's format strings, without private attributes and large widths."""
 
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+    def get_field(self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         if any(part.startswith("_") for part in field_name.replace("[", ".").split(".")):
             raise ValueError(f'"{field_name}" is private')
         return super().get_field(field_name, args, kwargs)
 
-    def format_field(self, value: Any, format_spec: str) -> str:
+    def format_field(self, value: object, format_spec: str) -> str:
         digits = "".join(character if character.isdigit() else " " for character in format_spec).split()
         if any(len(number) > 3 or int(number) > _MAX_WIDTH for number in digits):
             raise ValueError(f'the width of "{format_spec}" is above {_MAX_WIDTH}')
