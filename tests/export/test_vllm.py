@@ -169,7 +169,7 @@ def test_a_copy_leaves_the_original_alone(tiny_llama_dir: Path, make_adapter: Ma
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight is not a LoRA tensor and differs"),
         ({"trainable_token_indices": [3, 5]}, "trainable_tokens_delta is not a LoRA tensor and differs"),
-        ({"rank_pattern": {"v_proj": 2}}, "scales all modules by the same factor"),
+        ({"lora_bias": True, "target_modules": ["o_proj"]}, "a bias in LoRA"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
         ({"r": 600, "target_modules": ["q_proj"]}, "vLLM's maximum is 512"),
     ],
@@ -183,6 +183,16 @@ def test_what_would_be_lost_is_refused(
         make_vllm_compatible(adapter)
     assert "Merge it instead: merge_adapter" in str(caught.value)
     assert files(adapter) == before
+
+
+def test_different_factors_need_a_recent_vllm_and_the_largest_rank(
+    tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(r=32, rank_pattern={"q_proj": 2, "v_proj": 4}), tmp_path / "adapter")
+    result = make_vllm_compatible(adapter)
+    assert not result.changed and "vLLM 0.32 serves them" in result.notes[0]
+    # vLLM compares the unused r of the config with its maximum as well.
+    assert "--max-lora-rank 32" in result.command
 
 
 def test_another_type_is_refused(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:

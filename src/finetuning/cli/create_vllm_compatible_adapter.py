@@ -28,6 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="write to this folder instead of changing the adapter in place")
     parser.add_argument("--base", help="path of the base model, if it is not at the path in the adapter's config")
     parser.add_argument(
+        "--initial-adapter",
+        help="path of the adapter as it was saved before training, if its initialization changed the base model's"
+        " weights (PiSSA, OLoRA, CorDA, LoRA-GA); PiSSA and OLoRA need it only if the base model is not there",
+    )
+    parser.add_argument(
         "--new-embeddings",
         action="store_true",
         help="write the embeddings of added tokens to new_embeddings.safetensors, for vLLM before November 2025",
@@ -58,6 +63,7 @@ def _convert(argv: list[str]) -> int:
         base_name=options.base,
         output=Path(options.output) if options.output else None,
         new_embeddings=options.new_embeddings,
+        initial_adapter=options.initial_adapter,
     )
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from finetuning.errors import ModelError
 from finetuning.export.inputs import Adapter
 from finetuning.export.safetensors_writer import same_bytes
+from finetuning.model.peft.lora_support import lora_init, used_options
 from finetuning.model.safetensors_io import TensorEntry
 
 _Number = TypeVar("_Number", int, float)
@@ -74,21 +75,6 @@ class NeedsPeft:
 
 PREFIX = "base_model.model."
 """PEFT's prefix of tensor names."""
-# Initializations that leave the base unchanged. PiSSA, OLoRA and the like subtract the initial adapter from the base.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Fields of a LoRA config that turn on a variant with other tensors or another formula.
-VARIANTS = {
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "layer_replication": "replicated layers",
-    "megatron_config": "Megatron layers",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "adapted parameters (fused experts)",
-    "use_bdlora": "BD-LoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
-}
 # Models with transformers' Conv1D layers, which store the weight as (in_features, out_features).
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<kind>\.weight|)$")
@@ -104,11 +90,11 @@ def needs_peft(adapter: Adapter) -> NeedsPeft | None:
         return NeedsPeft("its weights are pickled")
     if adapter.peft_type != "LORA":
         return NeedsPeft(f"it is of type {adapter.peft_type}")
-    for field, label in VARIANTS.items():
-        if config.get(field):
-            return NeedsPeft(f"it uses {label}")
-    init = config.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
+    for option in used_options(config):
+        if not option.is_streamed:
+            return NeedsPeft(f"it uses {option.label}")
+    if lora_init(config).changes_base:
+        init = config["init_lora_weights"]
         return NeedsPeft(f"init_lora_weights: {init} changes the base before the adapter is added")
     return None
 

@@ -14,6 +14,7 @@ from finetuning.errors import ConfigError, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import unwrapped_name
 from finetuning.export.merge.merge_plan import is_embedding_weight
+from finetuning.model.peft.lora_support import lora_init
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,6 +66,14 @@ def check_mergeable(adapter: Adapter) -> None:
         raise _unmergeable(adapter, "it changes the input or the layers, not the weights")
     if getattr(config, "alora_invocation_tokens", None):
         raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
+    init = lora_init(adapter.config)
+    if adapter.peft_type == "LORA" and init.changes_base and not init.is_repeated:
+        raise ModelError(
+            f"{adapter.folder} cannot be merged: {init.label} changed the base's weights in training, and loading the"
+            " adapter does not repeat the change.",
+            hint="Convert it first, with the initial adapter that was saved before training:"
+            f" create_vllm_compatible_adapter {adapter.folder} --initial-adapter INITIAL --output OUT.",
+        )
 
 
 def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:

@@ -1,8 +1,7 @@
 """Check whether vLLM can serve an adapter, by names, shapes and bytes, without torch.
 
-Source: vllm 0.27, vllm/lora/peft_helper.py (config), lora_model.py and utils.py (names), vllm/config/lora.py (ranks).
-vLLM reads r, lora_alpha, use_rslora, use_dora, bias and modules_to_save from the config and nothing else. What other
-fields change (patterns, variants, trained tokens) would be silently lost.
+Source: vllm 0.32, vllm/lora/peft_helper.py (config), lora_model.py and utils.py (names), vllm/config/lora.py (ranks).
+What each option of LoRA means is in `model/peft/lora_support.py`. Fields that vLLM does not read are silently lost.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetuning.export.inputs import Adapter, BaseModel
-from finetuning.export.merge.deltas import PREFIX, VARIANTS, scaling_of
+from finetuning.export.merge.deltas import PREFIX, scaling_of
 from finetuning.export.merge.merge_plan import has_tied_embeddings
 from finetuning.export.safetensors_writer import read_chunks, same_bytes
+from finetuning.model.peft.lora_support import VLLM_VERSION, lora_init, used_options
 from finetuning.model.safetensors_io import TensorEntry
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -57,9 +57,14 @@ def check_for_vllm(adapter: Adapter, base: BaseModel | None) -> VllmCheck:
         check.blockers.append(f"vLLM serves only LoRA, and this is {adapter.peft_type}")
         return check
     config = adapter.config
-    check.blockers += [f"vLLM does not support {label}" for name, label in VARIANTS.items() if config.get(name)]
-    if config.get("use_dora"):
-        check.blockers.append("vLLM does not support DoRA")
+    options = used_options(config)
+    check.blockers += [f"vLLM does not support {option.label}" for option in options if option.vllm == "no"]
+    init = lora_init(config)
+    if init.changes_base:
+        check.blockers.append(
+            f"it belongs to a base whose weights its initialization changed"
+            f" (init_lora_weights: {config.get('init_lora_weights')}), which vLLM does not do"
+        )
     modules: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in adapter.entries.items():
         _sort_tensor(check, key, entry, config, base, modules)
@@ -68,9 +73,7 @@ def check_for_vllm(adapter: Adapter, base: BaseModel | None) -> VllmCheck:
     _check_ranks(check, modules)
     _check_embeddings(check, modules, base)
     if not check.blockers:
-        for name, plain in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
-            if check.config.get(name) not in (None, plain, []):
-                check.config[name] = plain
+        check.config |= {option.field: option.unused for option in options if option.vllm == "if equal"}
     return check
 
 
@@ -149,7 +152,7 @@ def _row(entry: TensorEntry, row: int) -> bytes:
 
 
 def _check_ranks(check: VllmCheck, modules: Mapping[str, Mapping[str, TensorEntry]]) -> None:
-    """Check ranks, and that all modules have one scaling factor: vLLM computes it from r and lora_alpha alone."""
+    """Check ranks and scaling factors. Releases before 0.32 may compute one factor from r and lora_alpha alone."""
     config = check.config
     factors: dict[float, str] = {}
     for module, parts in modules.items():
@@ -166,17 +169,21 @@ def _check_ranks(check: VllmCheck, modules: Mapping[str, Mapping[str, TensorEntr
             check.blockers.append(f"{module} has rank {a.shape[0]}, but rank {rank} in its config")
         check.rank = max(check.rank, rank)
         factors.setdefault(factor, module)
+    patterns = [pattern for pattern in (config.get("rank_pattern"), config.get("alpha_pattern")) if pattern]
+    if patterns and len(factors) > 1:
+        # vLLM compares every rank that the config names with its maximum, whether a module has it or not.
+        ranks = config.get("rank_pattern")
+        named = [config.get("r", 8), *(ranks.values() if isinstance(ranks, Mapping) else ())]
+        check.rank = max(check.rank, *(rank for rank in named if isinstance(rank, int)))
+        check.notes.append(
+            f"modules have different scaling factors: vLLM {VLLM_VERSION} serves them, older releases may apply one"
+            " factor to all and give wrong text without an error"
+        )
+    elif patterns and factors:
+        _replace_patterns(check, next(iter(factors)))
     if check.rank > MAX_LORA_RANKS[-1]:
         check.blockers.append(f"its rank is {check.rank}, and vLLM's maximum is {MAX_LORA_RANKS[-1]}")
         check.rank = MAX_LORA_RANKS[-1]
-    if len(factors) > 1:
-        first, second, *_ = factors.items()
-        check.blockers.append(
-            f"vLLM scales all modules by the same factor, which is {first[0]:g} for {first[1]} but {second[0]:g} for"
-            f" {second[1]}"
-        )
-    elif factors and (config.get("rank_pattern") or config.get("alpha_pattern")):
-        _replace_patterns(check, next(iter(factors)))
 
 
 def _replace_patterns(check: VllmCheck, factor: float) -> None:

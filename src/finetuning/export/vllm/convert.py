@@ -30,6 +30,7 @@ from finetuning.export.inputs import (
 from finetuning.export.safetensors_writer import check_free_space, copied_tensor, read_metadata, write_tensor_file
 from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
 from finetuning.export.vllm.serving import SERVING, Serving, describe_serving, find_base
+from finetuning.model.peft.lora_support import lora_init
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     ADDED_TOKENS_FILE,
@@ -65,9 +66,19 @@ class VllmAdapter:
 
 
 def make_vllm_compatible(
-    model_path: Path, *, base_name: str | None = None, output: Path | None = None, new_embeddings: bool = False
+    model_path: Path,
+    *,
+    base_name: str | None = None,
+    output: Path | None = None,
+    new_embeddings: bool = False,
+    initial_adapter: str | None = None,
 ) -> VllmAdapter:
     """Convert the adapter in `model_path` in place, keeping the original under another name, or into `output`.
+
+    Args:
+        base_name: the base model, if not the one that the adapter's config names.
+        new_embeddings: whether to move the rows of new tokens to `new_embeddings.safetensors`.
+        initial_adapter: the adapter before training, for an initialization that changed the base's weights.
 
     Raises:
         ModelError: it cannot be served as an adapter without loss; nothing is changed.
@@ -76,52 +87,95 @@ def make_vllm_compatible(
     _require_adapter(model_path)
     if output is not None:
         require_empty(output)
-    adapter = read_adapter(str(model_path))
-    base = find_base(adapter, base_name)
-    extra = None
-    if new_embeddings:
-        extra = split_new_embeddings(adapter, base)
-        adapter = extra.rest if extra is not None else adapter
-    check = check_for_vllm(adapter, base)
-    if check.blockers:
-        raise _not_servable(model_path, adapter, check)
-    repair = _find_stop_token_repair(model_path, base)
-    changed = extra is not None or not check.is_unchanged(adapter)
-    target = output or model_path
-
-    def describe(files: Path) -> Serving:
-        return describe_serving(adapter, check, base, base_name=base_name, files=files, target=target)
-
-    def write_weights(file: Path) -> None:
-        tensors = [
-            copied_tensor(name, entry) for name, entry in sorted(check.kept.items(), key=lambda item: item[1].start)
-        ]
-        write_tensor_file(file, tensors, read_metadata(model_path / ADAPTER_WEIGHTS))
-
-    if output is not None:
-        check_free_space(output, sum(entry.num_bytes for entry in check.kept.values()) + _SMALL_FILES_BYTES)
-        with atomic_directory(output) as folder:
-            _copy_auxiliary_files(model_path, folder)
-            if repair is not None:
-                repair.write(folder)
-            write_weights(folder / ADAPTER_WEIGHTS)
-            _write_json(folder / ADAPTER_CONFIG, check.config)
-            serving = describe(folder)
-            _write_json(folder / SERVING, serving)
-            if extra is not None:
-                extra.write(folder / NEW_EMBEDDINGS)
-    else:
-        if changed:
-            _replace_in_place(model_path, write_weights, check.config, adapter.config)
-        if extra is not None:
-            _publish_file(model_path / NEW_EMBEDDINGS, extra.write)
-        if repair is not None:
-            _repair_in_place(model_path, repair)
-        serving = describe(model_path)
-        _publish_file(model_path / SERVING, lambda file: _write_json(file, serving))
+    original = read_adapter(str(model_path))
+    base = find_base(original, base_name)
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = _as_plain_lora(original, base, initial_adapter, Path(scratch))
+        extra = split_new_embeddings(adapter, base) if new_embeddings else None
+        check = check_for_vllm(extra.rest if extra is not None else adapter, base)
+        if check.blockers:
+            raise _not_servable(original, check)
+        conversion = _Conversion(original, base, base_name, check, extra, _find_stop_token_repair(model_path, base))
+        serving = conversion.write_in_place() if output is None else conversion.write_to(output)
     dropped = tuple(check.dropped) + (extra.moved if extra is not None else ())
+    repair = conversion.repair
     notes = (*serving["notes"], *([repair.note] if repair is not None else []))
-    return VllmAdapter(target, changed, dropped, notes, serving["command"])
+    return VllmAdapter(output or model_path, conversion.is_changed, dropped, notes, serving["command"])
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What to write for vLLM."""
+
+    adapter: Adapter
+    """The adapter as it is."""
+    base: BaseModel | None
+    base_name: str | None
+    check: VllmCheck
+    extra: NewEmbeddings | None
+    repair: StopTokenRepair | None
+
+    @property
+    def is_changed(self) -> bool:
+        return self.extra is not None or not self.check.is_unchanged(self.adapter)
+
+    def write_to(self, output: Path) -> Serving:
+        """Write a new folder, and return the content of its serving.json."""
+        check_free_space(output, sum(entry.num_bytes for entry in self.check.kept.values()) + _SMALL_FILES_BYTES)
+        with atomic_directory(output) as folder:
+            _copy_auxiliary_files(self.adapter.folder, folder)
+            if self.repair is not None:
+                self.repair.write(folder)
+            self._write_weights(folder / ADAPTER_WEIGHTS)
+            _write_json(folder / ADAPTER_CONFIG, self.check.config)
+            serving = self._describe(folder, output)
+            _write_json(folder / SERVING, serving)
+            if self.extra is not None:
+                self.extra.write(folder / NEW_EMBEDDINGS)
+        return serving
+
+    def write_in_place(self) -> Serving:
+        """Replace the files that change, and return the content of serving.json."""
+        folder = self.adapter.folder
+        if self.is_changed:
+            _replace_in_place(folder, self._write_weights, self.check.config, self.adapter.config)
+        if self.extra is not None:
+            _publish_file(folder / NEW_EMBEDDINGS, self.extra.write)
+        if self.repair is not None:
+            _repair_in_place(folder, self.repair)
+        serving = self._describe(folder, folder)
+        _publish_file(folder / SERVING, lambda file: _write_json(file, serving))
+        return serving
+
+    def _write_weights(self, file: Path) -> None:
+        kept = sorted(self.check.kept.items(), key=lambda item: item[1].start)
+        metadata = read_metadata(self.adapter.folder / ADAPTER_WEIGHTS)
+        write_tensor_file(file, [copied_tensor(name, entry) for name, entry in kept], metadata)
+
+    def _describe(self, files: Path, target: Path) -> Serving:
+        return describe_serving(
+            self.adapter, self.check, self.base, base_name=self.base_name, files=files, target=target
+        )
+
+
+def _as_plain_lora(adapter: Adapter, base: BaseModel | None, initial_name: str | None, scratch: Path) -> Adapter:
+    """Return the adapter converted to a plain LoRA if its initialization changed the base, and that is possible.
+
+    Raises:
+        ModelError: the initial adapter is not one, or was named for nothing.
+    """
+    init = lora_init(adapter.config)
+    if adapter.peft_type != "LORA" or not init.is_convertible:
+        if initial_name is not None:
+            raise ModelError(
+                f"{adapter.folder} needs no initial adapter: its initialization ({init.label}) did not change the base"
+                " in a way that can be converted"
+            )
+        return adapter
+    from finetuning.export.plain_lora import convert_to_plain_lora, find_initial_adapter
+
+    initial = find_initial_adapter(adapter, base, initial_name)
+    return adapter if initial is None else convert_to_plain_lora(adapter, initial, scratch)
 
 
 def _find_stop_token_repair(folder: Path, base: BaseModel | None) -> StopTokenRepair | None:
@@ -156,17 +210,20 @@ def _require_adapter(model_path: Path) -> None:
         )
 
 
-def _not_servable(model_path: Path, adapter: Adapter, check: VllmCheck) -> ModelError:
+def _not_servable(adapter: Adapter, check: VllmCheck) -> ModelError:
     base = adapter.config.get("base_model_name_or_path") or "BASE"
     reasons = "; ".join(check.blockers[:3]) + (
         f"; and {len(check.blockers) - 3} more" if len(check.blockers) > 3 else ""
     )
-    folder = model_path.resolve()
+    init = lora_init(adapter.config)
+    folder = adapter.folder.resolve()
     command = shlex.join(["merge_adapter", str(base), str(folder), f"{folder}-merged"])
-    return ModelError(
-        f"vLLM cannot serve {model_path} as an adapter without loss: {reasons}.",
-        hint=f"Merge it instead: {command}",
-    )
+    hint = f"Merge it instead: {command}"
+    if adapter.peft_type == "LORA" and init.is_convertible:
+        hint = "Name the adapter as it was saved before training with --initial-adapter."
+        if init.is_repeated:
+            hint = f"Name the base with --base, and it is converted, or merge it instead: {command}"
+    return ModelError(f"vLLM cannot serve {adapter.folder} as an adapter without loss: {reasons}.", hint=hint)
 
 
 def _replace_in_place(
