@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
-from finetuning.errors import GuardStopped
-from finetuning.model.save import find_stop_tokens, write_companion_files
+from finetuning.errors import CheckpointError, GuardStopped
+from finetuning.model.save import find_stop_tokens, is_peft_model, write_companion_files
+from finetuning.model.saved_weights import compare_with_files, load_saved_weights
 from finetuning.trainer.base import TrainerBase
+from finetuning.trainer.loaded_state import OPTIMIZER_FILE, optimizer_differences, rng_differences
 
 if TYPE_CHECKING:
     from torch import nn
@@ -204,22 +206,91 @@ class CheckpointMixin(TrainerBase):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint, and verify that those in memory are those in its files.
+
+        Raises:
+            CheckpointError: they are not, or the checkpoint is another model's.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Sharded checkpoints have the names that the weights have in memory, and loading them is strict.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        weights = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(weights):
+            self._load_adapter(folder, model)
+        else:
+            load_saved_weights(weights, folder)
+        _check_loaded(folder, self._differences_from_files(folder))
+
+    def _load_adapter(self, folder: Path, model: nn.Module | None) -> None:
         dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(str(folder), model)
         if has_additional_state(self.model):
             from finetuning.trainer.peft_methods import read_adapter_state
 
-            read_adapter_state(self.model, Path(resume_from_checkpoint))
+            read_adapter_state(self.model, folder)
         # PEFT loads adapters in float32, even those that were trained in a smaller dtype.
         for name, weight in self.model.named_parameters():
             if weight.dtype != dtypes.get(name, weight.dtype):
                 weight.data = weight.data.to(dtypes[name])
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        assert self.state.best_model_checkpoint is not None
+        logger.info("loading the best model from %s", self.state.best_model_checkpoint)
+        CheckpointMixin._load_from_checkpoint(self, self.state.best_model_checkpoint)
+
+    def _differences_from_files(self, folder: Path, state_dict: dict[str, Any] | None = None) -> list[str]:
+        """Return how the weights in memory differ from those of a checkpoint; [] if they are equal."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not has_additional_state(model):
+            return compare_with_files(model, folder, state_dict)
+        from finetuning.trainer.peft_methods import keep_all_ranks
+
+        with keep_all_ranks(model):
+            return compare_with_files(model, folder, state_dict)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = optimizer_settings(self.optimizer) if self.override_optimizer_settings else []
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.override_optimizer_settings:
+        if checkpoint is None:
+            return
+        if self.override_optimizer_settings:
             restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)
+        folder = Path(checkpoint)
+        # Sharded optimizer states have a format of their own, and loading them is strict.
+        if (folder / OPTIMIZER_FILE).is_file() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            differences = optimizer_differences(
+                self.optimizer, self.lr_scheduler, folder, settings_replaced=self.override_optimizer_settings
+            )
+            _check_loaded(folder, differences)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        suffix = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        file = Path(checkpoint) / f"rng_state{suffix}.pth"
+        if file.is_file():
+            _check_loaded(file.parent, [f"{file.name}: {name}" for name in rng_differences(file)])
+        else:
+            logger.warning(
+                "%s has no %s: dropout and other random values are not those of an uninterrupted run.",
+                file.parent,
+                file.name,
+            )
+
+
+def _check_loaded(checkpoint: Path, differences: list[str]) -> None:
+    """Raise CheckpointError if there are differences between the state in memory and a checkpoint's files."""
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} was not loaded as it was saved: {'; '.join(differences)}",
+            hint="Resume from another checkpoint or start a new run, and report this as a bug.",
+        )
 
 
 def has_additional_state(model: nn.Module) -> bool:

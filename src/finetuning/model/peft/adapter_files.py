@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # PEFT may save whole embeddings with an adapter when the vocabulary was resized.
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
-def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return the tensors of the active adapter, by the names they are saved under."""
+def adapter_state_dict(
+    model: PeftModel, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the active adapter, by the names they are saved under.
+
+    Args:
+        state_dict: the gathered weights of a sharded model.
+    """
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    gathered = None if state_dict is None else dict(state_dict)
+    return get_peft_model_state_dict(
+        model, gathered, adapter_name=model.active_adapters[0], save_embedding_layers=False
+    )
 
 
 def adapter_digests(model: PeftModel) -> dict[str, str]:
@@ -54,7 +64,7 @@ def check_adapter_tensors(model: PeftModel, folder: Path, location: Location | N
     stored = {name: entry.shape for name, entry in read_header(folder / ADAPTER_WEIGHTS).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}
     missing = sorted(set(expected) - set(stored))
-    extra = sorted(name for name in set(stored) - set(expected) if not any(part in name for part in _EMBEDDINGS))
+    extra = sorted(name for name in set(stored) - set(expected) if not any(part in name for part in EMBEDDING_NAMES))
     mismatched = sorted(name for name in set(stored) & set(expected) if stored[name] != expected[name])
     for names, what in (
         (missing, "does not have"),
