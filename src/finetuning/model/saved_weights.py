@@ -1,6 +1,6 @@
 """Load saved weights into a model in memory, and compare the two value by value.
 
-transformers renames and fuses weights when it loads a model (the experts of a layer become one tensor, for example), and
+transformers renames and fuses weights when it loads a model (the experts of a layer become one tensor, say), and
 reverts that when it saves. Names in memory and in the file are therefore different for many architectures. Loading goes
 through `from_pretrained`, comparing through the conversion of `save_pretrained`: each is the other's check.
 """
@@ -20,6 +20,7 @@ from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_h
 from finetuning.model.save import is_peft_model
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -34,7 +35,7 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
         CheckpointError: the folder does not have each weight of the model, or has others.
     """
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    loaded, info = type(model).from_pretrained(
+    result: object = type(model).from_pretrained(
         folder,
         config=model.config,
         # float32 holds the values of every smaller dtype, so a model of several dtypes gets them all unchanged.
@@ -42,6 +43,8 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
         local_files_only=True,
         output_loading_info=True,
     )
+    assert isinstance(result, tuple)
+    loaded, info = result
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(key):
             first = sorted(str(name) for name in info[key])[0]
@@ -50,7 +53,7 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def tensors_as_saved(
-    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel | PeftModel, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a model or of its adapter under the names, and in the form, that they are saved in.
 
@@ -64,12 +67,13 @@ def tensors_as_saved(
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    weights = {name: tensor for name, tensor in (state_dict or model.state_dict()).items() if name not in ignored}
+    gathered = model.state_dict() if state_dict is None else state_dict
+    weights = {name: tensor for name, tensor in gathered.items() if name not in ignored}
     return revert_weight_conversion(model, remove_tied_weights_from_state_dict(weights, model))
 
 
 def compare_with_files(
-    model: torch.nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel | PeftModel, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> list[str]:
     """Return how the weights in memory differ from those in a folder; [] if every name, dtype and value is equal.
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
+
+class HasState(Protocol):
+    """An optimizer or a learning rate schedule."""
+
+    def state_dict(self) -> Mapping[str, object]: ...
+
 
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 _PARAM_GROUPS = "param_groups"
 
 
 def optimizer_differences(
-    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: Path, *, settings_replaced: bool
+    optimizer: HasState, scheduler: HasState, checkpoint: Path, *, settings_replaced: bool
 ) -> list[str]:
     """Return where the states of optimizer and scheduler differ from those in a checkpoint's files; [] if nowhere.
 
@@ -27,7 +31,7 @@ def optimizer_differences(
         settings_replaced: whether the run's own settings replaced those of the parameter groups and of the schedule.
     """
     saved = _read(checkpoint / OPTIMIZER_FILE)
-    state = optimizer.state_dict()
+    state: Mapping[str, object] = optimizer.state_dict()
     if settings_replaced:
         saved, state = ({key: value for key, value in item.items() if key != _PARAM_GROUPS} for item in (saved, state))
     difference = first_difference(saved, state)
