@@ -263,7 +263,6 @@ class CheckpointMixin(TrainerBase):
         folder = Path(checkpoint)
         # Sharded optimizer states have a format of their own, and loading them is strict.
         if (folder / OPTIMIZER_FILE).is_file() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            assert hasattr(self.lr_scheduler, "state_dict")
             differences = optimizer_differences(
                 self.optimizer, self.lr_scheduler, folder, settings_replaced=self.override_optimizer_settings
             )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
 
+@runtime_checkable
 class HasState(Protocol):
     """An optimizer or a learning rate schedule."""
 
@@ -23,7 +24,7 @@ _PARAM_GROUPS = "param_groups"
 
 
 def optimizer_differences(
-    optimizer: HasState, scheduler: HasState, checkpoint: Path, *, settings_replaced: bool
+    optimizer: HasState, scheduler: object, checkpoint: Path, *, settings_replaced: bool
 ) -> list[str]:
     """Return where the states of optimizer and scheduler differ from those in a checkpoint's files; [] if nowhere.
 
@@ -37,6 +38,7 @@ def optimizer_differences(
     difference = first_difference(saved, state)
     differences = [] if difference is None else [f"{OPTIMIZER_FILE}{difference}"]
     if not settings_replaced:
+        assert isinstance(scheduler, HasState)
         difference = first_difference(_read(checkpoint / SCHEDULER_FILE), scheduler.state_dict())
         differences += [] if difference is None else [f"{SCHEDULER_FILE}{difference}"]
     return differences
