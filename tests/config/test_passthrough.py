@@ -34,7 +34,7 @@ def test_training_args_take_the_trainers_fields(check: Callable, changed: Change
     [
         ("{dataloader_num_worker: 2}", "sft", 'unknown key. Did you mean "dataloader_num_workers"?'),
         ("{dataloader_num_workers: two}", "sft", 'expected a whole number (got "two")'),
-        ("{dataloader_num_workers: true}", "sft", "expected a number (got true)"),
+        ("{dataloader_num_workers: true}", "sft", "training_args.dataloader_num_workers: expected a number (got true)"),
         ("{dataloader_drop_last: 7}", "sft", "expected true or false (got 7)"),
         ("{neftune_noise_alpha: .nan}", "sft", "must be a finite number (got nan)"),
         ("{hub_strategy: every}", "sft", "must be one of end, every_save, checkpoint, all_checkpoints (got"),
