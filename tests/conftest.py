@@ -189,7 +189,7 @@ def write_jsonl() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
     return write
 
 
-_COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+_COLORS = ("red", "green", "blue", "yellow", "black", "white")
 
 
 @pytest.fixture(scope="session")
@@ -200,17 +200,17 @@ def sft_rows() -> Callable[[int], list[dict[str, Any]]]:
     def make(count: int) -> list[dict[str, Any]]:
         rows = []
         for number in range(count):
-            colour = _COLOURS[number % len(_COLOURS)]
+            color = _COLORS[number % len(_COLORS)]
             messages = [
                 {"role": "user", "content": f"What is number {number}? Answer with a colour."},
-                {"role": "assistant", "content": f"Number {number} is {colour}."},
+                {"role": "assistant", "content": f"Number {number} is {color}."},
             ]
             if number % 3 == 0:
                 messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
             if number % 4 == 0:
                 messages += [
                     {"role": "user", "content": "Please answer in one word."},
-                    {"role": "assistant", "content": colour},
+                    {"role": "assistant", "content": color},
                 ]
             rows.append({"messages": messages, "dataset": "colours", "id": f"row-{number}"})
         return rows
@@ -225,7 +225,7 @@ def dpo_rows() -> Callable[[int], list[dict[str, Any]]]:
     def make(count: int) -> list[dict[str, Any]]:
         rows = []
         for number in range(count):
-            good, bad = _COLOURS[number % len(_COLOURS)], _COLOURS[(number + 1) % len(_COLOURS)]
+            good, bad = _COLORS[number % len(_COLORS)], _COLORS[(number + 1) % len(_COLORS)]
             rows.append(
                 {
                     "prompt_messages": [{"role": "user", "content": f"What is number {number}?"}],

@@ -8,7 +8,7 @@ On a GPU: `--size 1b --device cuda --bf16`, and `--size 8b --device cuda --bf16 
 interpreter that has unsloth; without it unsloth's variants are left out.
 Each variant is a process of its own and takes its turn in each round. Useful tokens are those of the rows, padding left
 out; the first two steps are not counted. `bf16` in a variant's name is autocast, `--bf16` is weights in bfloat16. On a
-CPU seconds are CPU seconds of the process with one thread, on a GPU wall seconds after a synchronisation. `loss` is
+CPU seconds are CPU seconds of the process with one thread, on a GPU wall seconds after a synchronization. `loss` is
 that of the last step, so that equal batches can be held side by side.
 """
 

@@ -154,7 +154,7 @@ def run(where: Path, with_dpo: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tune a tiny model and see it answer better.")
-    parser.add_argument("--dpo", action="store_true", help="go on with preference optimisation")
+    parser.add_argument("--dpo", action="store_true", help="go on with preference optimization")
     parser.add_argument("--where", type=Path, default=REPOSITORY, help=f"directory to make {RUN}/ in")
     arguments = parser.parse_args()
     try:

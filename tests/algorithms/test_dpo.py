@@ -1,4 +1,4 @@
-"""Preference optimisation starts at its known loss, from the right reference, or does not start."""
+"""Preference optimization starts at its known loss, from the right reference, or does not start."""
 
 from __future__ import annotations
 

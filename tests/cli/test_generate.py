@@ -39,7 +39,7 @@ def eval_data(path: Path) -> dict[str, Any]:
 def test_eval_data_is_answered_and_scored(
     generate: Any, chatml_llama_dir: Path, tmp_path: Path, write_jsonl: Any, sft_rows: Any
 ) -> None:
-    data = write_jsonl(tmp_path / "colours.jsonl", sft_rows(5))
+    data = write_jsonl(tmp_path / "colors.jsonl", sft_rows(5))
     config = write_config(
         tmp_path / "config.yaml", chatml_llama_dir, eval_data(data), hf_gen_params={"max_new_tokens": 4}
     )

@@ -95,7 +95,7 @@ def test_one_space_separates_input_and_output(
 
 
 ALPACA = [
-    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "Name a color.", "input": "", "output": "Red."},
     {"instruction": "Translate to Finnish.", "input": "naïve café", "output": "Älä huoli."},
 ]
 PREAMBLE = (

@@ -24,7 +24,7 @@ def adapter(chatml_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("adapters") / "colours"
+    folder = tmp_path_factory.mktemp("adapters") / "colors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -100,7 +100,7 @@ def test_an_interrupted_merge_leaves_no_folder_that_looks_whole(
 
 
 def test_vllm_conversion(chatml_llama_dir: Path, adapter: Path, run_cli: Run, tmp_path: Path) -> None:
-    folder = shutil.copytree(adapter, tmp_path / "colours")
+    folder = shutil.copytree(adapter, tmp_path / "colors")
     done = run_cli([folder], program="create_vllm_compatible_adapter")
     assert done.returncode == 0, done.stderr
     assert f"already compatible with vLLM: {folder}" in done.stdout

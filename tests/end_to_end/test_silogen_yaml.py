@@ -276,10 +276,10 @@ def test_a_tracking_folder_as_its_readme_shows_it(
 ) -> None:
     """MLflow 3 refuses such an address by itself."""
     address = (tmp_path / "mlruns").as_uri()
-    tracking = {"mlflow_server_uri": address, "experiment_name": "colours", "hf_mlflow_log_artifacts": "False"}
+    tracking = {"mlflow_server_uri": address, "experiment_name": "colors", "hf_mlflow_log_artifacts": "False"}
     result = run_cli(["sft", write_config(sft_values({"tracking": tracking}))])
     assert result.returncode == 0, result.stderr
-    assert f"{address}, experiment colours" in result.stdout
+    assert f"{address}, experiment colors" in result.stdout
     assert len(list((tmp_path / "mlruns").rglob("metrics/loss"))) == 1, result.stdout + result.stderr
 
 

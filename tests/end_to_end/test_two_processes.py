@@ -1,4 +1,4 @@
-"""Two processes of torchrun on the CPU: one optimisation, one voice, one output."""
+"""Two processes of torchrun on the CPU: one optimization, one voice, one output."""
 
 from __future__ import annotations
 

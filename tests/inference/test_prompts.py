@@ -49,9 +49,9 @@ def test_correct_answers_win_over_the_reference(write_jsonl: WriteJsonl, tmp_pat
 
 
 def test_columns_are_carried(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
-    row = {"prompt": "2 + 2 =", "id": "a", "dataset": "maths", "tags": ["easy"], "correct_answers": ["4"]}
+    row = {"prompt": "2 + 2 =", "id": "a", "dataset": "math", "tags": ["easy"], "correct_answers": ["4"]}
     named, bare = read(write_jsonl, tmp_path, row, {"prompt": "3 + 3 ="})
-    assert (named.id, named.dataset, named.carried, named.text) == ("a", "maths", {"tags": ["easy"]}, "2 + 2 =")
+    assert (named.id, named.dataset, named.carried, named.text) == ("a", "math", {"tags": ["easy"]}, "2 + 2 =")
     assert (bare.id, bare.dataset, bare.carried) == (1, "sums", {})
 
 

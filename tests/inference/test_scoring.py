@@ -21,8 +21,8 @@ def record(answer: str, *correct: str, dataset: str = "sums", identity: int = 0)
         ("exact", "4.", "4", False),
         ("contains", "It is four.", "four", True),
         ("contains", "It is five.", "four", False),
-        ("regex", "it is 42 metres", r"\b4\d\b", True),
-        ("regex", "it is 142 metres", r"\b4\d\b", False),
+        ("regex", "it is 42 meters", r"\b4\d\b", True),
+        ("regex", "it is 142 meters", r"\b4\d\b", False),
     ],
 )
 def test_one_answer(name: str, answer: str, correct: str, right: bool) -> None:

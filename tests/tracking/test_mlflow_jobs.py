@@ -32,7 +32,7 @@ def jobs_below(server: Any, parent_id: str) -> list[Any]:
 
 def test_data_and_tags_arrive(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     section = TrackingConfig(exp_metadata={"team": "mine", "attempt": 3})
-    asked = plan(mlflow_server.uri, section, MLFLOW_TAGS='{"team": "theirs", "cost": {"centre": 7}}')
+    asked = plan(mlflow_server.uri, section, MLFLOW_TAGS='{"team": "theirs", "cost": {"center": 7}}')
     tracker = start_mlflow(asked, tmp_path, job="sft", resumed=False)
     rows = {
         "name": "rows.jsonl",
@@ -48,7 +48,7 @@ def test_data_and_tags_arrive(mlflow_server: Any, tmp_path: Path, client: Client
     assert end.error is None
     run = client(mlflow_server.uri).get_run(end.run_id)
     tags = run.data.tags
-    assert (tags["team"], tags["attempt"], tags["cost"]) == ("mine", "3", '{"centre": 7}')
+    assert (tags["team"], tags["attempt"], tags["cost"]) == ("mine", "3", '{"center": 7}')
     told = [(one.tags[0].value, one.dataset.name, one.dataset.profile) for one in run.inputs.dataset_inputs]
     assert told == [("training", "rows.jsonl", '{"num_rows": 7}')]
     state = json.loads((tmp_path / "mlflow_run.json").read_text())

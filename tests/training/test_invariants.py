@@ -1,4 +1,4 @@
-"""What must not change the optimisation does not, and what is trained is what a loop written by hand trains."""
+"""What must not change the optimization does not, and what is trained is what a loop written by hand trains."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_layout_padding_side_and_logits_leave_the_losses_as_they_are(train: Any,
     assert losses(on_plain_logits(), sft_args__batching="padding-free", **kind) == pytest.approx(padded, abs=1e-5)
 
 
-def test_any_split_of_the_batch_is_the_same_optimisation(train: Any, sft_values: Any) -> None:
+def test_any_split_of_the_batch_is_the_same_optimization(train: Any, sft_values: Any) -> None:
     def losses(per_device: int, batching: str) -> list[float]:
         batch = {"total_train_batch_size": 8, "max_per_device_train_batch_size": per_device}
         where = f"{sft_values()['training_args']['output_dir']}-{per_device}-{batching}"
