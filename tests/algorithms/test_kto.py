@@ -1,4 +1,4 @@
-"""KTO starts at its known loss, from the right reference, on rated answers and on preferences taken apart."""
+"""KTO starts at its known loss, from the right reference, on unpaired preferences and on pairs split into them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_BATCH = {"batchsize_conf": {"total_train_batch_size": 4, "max_per_device_tra
 
 @pytest.fixture
 def kto_values(tmp_path: Path, dpo_values: Any, write_jsonl: Any, dpo_rows: Any) -> Callable[..., dict[str, Any]]:
-    """Values of a KTO config on rated answers, three of four of which are good."""
+    """Values of a KTO config on unpaired preferences, three of four of which are good."""
     rows = [
         {
             "prompt_messages": pair["prompt_messages"],

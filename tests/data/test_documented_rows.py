@@ -87,7 +87,7 @@ def test_documented_preferences_are_read(tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_documented_unpaired_rows_are_read(tokenizer: Any, tmp_path: Path) -> None:
-    for row in rows_below("## Rated answers"):
+    for row in rows_below("## Unpaired preferences"):
         (tmp_path / "a.jsonl").write_text(row)
         assert len(prepare_kto(config(tmp_path / "a.jsonl"), 99, 0, tokenizer).train) == 1
 

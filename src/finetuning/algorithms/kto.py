@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization: learn from single answers rated good or bad, close to the reference model."""
+"""Kahneman-Tversky optimization: learn from unpaired preferences, close to the reference model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
 
 ALGORITHM = Algorithm(
-    title="Kahneman-Tversky optimization, on answers rated good or bad",
+    title="Kahneman-Tversky optimization, on unpaired preferences",
     experiment=KTOExperiment,
     prepare=prepare,
     build_trainer=build_trainer,
