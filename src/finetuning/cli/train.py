@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from finetuning.errors import ConfigError, Problem
@@ -59,9 +61,10 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
         # Before the imports below: the libraries read these settings when they are imported.
         configure_logging(options.logging_level.upper(), is_main=topology.is_main)
 
-        from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
-        from finetuning.training.reporter import RunReporter
-        from finetuning.training.run import TrainingJob, run_training
+        with _gc_paused():
+            from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
+            from finetuning.training.reporter import RunReporter
+            from finetuning.training.run import TrainingJob, run_training
 
         check_save_model_dir(experiment)
         reporter = RunReporter(experiment, algorithm.name, topology, tracking)
@@ -71,6 +74,21 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
             copy_to_save_model_dir(experiment)
         reporter.print_result(result)
     return 0
+
+
+@contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Pause garbage collection in the block, and exclude what is alive at its end from later collections.
+
+    For imports only: they create hundreds of thousands of objects that live as long as the process. Scanning them
+    repeatedly takes about a tenth of the CPU time before the first step.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ and into its record, is up to `RunReporter`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from finetuning.distributed import ProcessTopology, read_job_end_time
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
+from finetuning.training.arguments import build_arguments
+from finetuning.training.final_model import initial_digests, save_final_model
 from finetuning.training.output_dir import (
     RunRecord,
     RunResult,
@@ -28,8 +29,11 @@ from finetuning.training.output_dir import (
     lock_output_dir,
     status_of,
 )
+from finetuning.training.preflight import check_device
 from finetuning.training.resume.config_changes import compare_with_checkpoint
 from finetuning.training.resume.find import ResumePoint, find_resume_point
+from finetuning.training.setup import build_trainer, load_model, load_tokenizer, prepare
+from finetuning.training.signals import StopOnSignal
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -81,27 +85,20 @@ def run_training(job: TrainingJob) -> RunResult:
 
 def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     experiment, algorithm, reporter = job.experiment, job.algorithm, job.reporter
-    with _infrequent_gc():
-        from finetuning.training.arguments import build_arguments
-        from finetuning.training.final_model import initial_digests, save_final_model
-        from finetuning.training.preflight import check_device
-        from finetuning.training.setup import build_trainer, load_model, load_tokenizer, prepare
-        from finetuning.training.signals import StopOnSignal
+    check_device(experiment)
+    resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
+    reporter.run_started(resume)
+    tokenizer = load_tokenizer(experiment)
+    reporter.tokenizer_loaded(tokenizer)
+    with reporter.stage("data_preparation"):
+        data = prepare(experiment, algorithm, tokenizer, job.workers)
+    reporter.data_prepared(data)
 
-        check_device(experiment)
-        resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
-        reporter.run_started(resume)
-        tokenizer = load_tokenizer(experiment)
-        reporter.tokenizer_loaded(tokenizer)
-        with reporter.stage("data_preparation"):
-            data = prepare(experiment, algorithm, tokenizer, job.workers)
-        reporter.data_prepared(data)
-
-        plan = job.plan.with_steps(experiment, data.rows)
-        arguments = build_arguments(experiment, plan)
-        reporter.planned(plan, arguments)
-        resume = _sync_resume_point(job, resume)
-        resume_terms = compare_with_checkpoint(experiment, plan, data.fingerprint, resume.checkpoint)
+    plan = job.plan.with_steps(experiment, data.rows)
+    arguments = build_arguments(experiment, plan)
+    reporter.planned(plan, arguments)
+    resume = _sync_resume_point(job, resume)
+    resume_terms = compare_with_checkpoint(experiment, plan, data.fingerprint, resume.checkpoint)
 
     set_seed(arguments.seed, experiment.run_conf.determinism)
     with reporter.stage("model_initialization"):
@@ -171,22 +168,6 @@ def _complete_record(job: TrainingJob) -> None:
         uploads = job.reporter.upload(job.final_folder)
         record = RunRecord(job.output_dir, job.algorithm.name, writes=True)
         record.finish("completed", error=None, found=str(job.final_folder), **uploads)
-
-
-@contextmanager
-def _infrequent_gc() -> Iterator[None]:
-    """Collect garbage rarely in the block, and exclude what is alive at its end from later collections.
-
-    Imports create hundreds of thousands of objects that live as long as the process. Scanning them repeatedly takes
-    a fifth of the CPU time before the first step. A model must not be loaded in the block: it could never be freed.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(1_000_000, *before[1:])
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.set_threshold(*before)
 
 
 def set_seed(seed: int, determinism: str) -> None:
