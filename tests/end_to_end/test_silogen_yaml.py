@@ -297,3 +297,32 @@ def test_another_models_grown_base_is_neither_used_nor_overwritten(
     assert refused.returncode == 1
     assert f"{stale} exists and is not empty" in refused.stderr
     assert {path.name: path.read_bytes() for path in stale.iterdir()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FlashAttention may run")
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+def test_attention_that_cannot_run_here_trains_as_sdpa(
+    sft_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    runs = {}
+    for attention in (name, "sdpa"):
+        out = tmp_path / attention.replace("/", "-")
+        values = sft_values(
+            {
+                "peft_conf": LORA,
+                "run_conf.model_args.attn_implementation": attention,
+                "training_args.output_dir": str(out),
+                "training_args.max_steps": 2,
+            }
+        )
+        config = str(write_config(values, f"{out.name}.yaml"))
+        expected = 1 if attention == name else 0
+        for arguments in (["sft", config, "--dry-run"], ["sft", config]):
+            assert finetuning.main(arguments) == 0
+            stderr = capsys.readouterr().err
+            assert stderr.count("; sdpa is used instead") == expected
+            assert stderr.count(f"attn_implementation: {name} needs ") == expected
+            assert "pip install" not in stderr
+        runs[attention] = losses(out)
+    assert runs[name] == runs["sdpa"]
+    assert len(runs["sdpa"]) > 0

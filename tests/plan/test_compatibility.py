@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
@@ -164,15 +163,6 @@ def test_missing_package_is_reported_before_weights_load(plan: Any) -> None:
     with pytest.raises(MissingPackageError, match=r"training_args.optim: needs the package apollo_torch.*pip install"):
         CONFIG_CHANGES["apollo"] = {"training_args.optim": "apollo_adamw"}
         plan("apollo")
-
-
-@pytest.mark.parametrize(
-    "name", [name for name, package in FLASH_ATTENTION_PACKAGES.items() if not package.is_installed]
-)
-def test_missing_attention_package_is_reported_before_weights_load(plan: Any, name: str) -> None:
-    CONFIG_CHANGES[name] = {"run_conf.model_args.attn_implementation": name}
-    with pytest.raises(MissingPackageError, match=r"attn_implementation: needs the package flash-attn.*pip install"):
-        plan(name)
 
 
 def test_gptq_checkpoint_requires_its_packages(sft_values: Any, write_config: Any, gptq_config_dir: Path) -> None:

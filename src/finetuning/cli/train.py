@@ -28,6 +28,7 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
     from finetuning.distributed import read_topology
+    from finetuning.plan.attention import replace_unavailable_attention
     from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 
@@ -37,7 +38,8 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
     if options.overrides:
         document = apply_overrides(document, options.overrides)
     validated = validate(document, algorithm.experiment)
-    experiment = validated.experiment
+    experiment, attention_warning = replace_unavailable_attention(validated.experiment)
+    attention_location = document.location_of(("run_conf", "model_args", "attn_implementation"))
     read_controllers(experiment.trainer_controller)
     topology = read_topology()
     tracking = resolve_tracking(
@@ -49,7 +51,8 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
     with locate_errors(validated.document):
         plan = make_plan(experiment, topology, location=location)
         if topology.is_main:
-            for warning in [*validated.warnings, *(Problem(text, location) for text in plan.warnings)]:
+            attention = [Problem(attention_warning, attention_location)] if attention_warning else []
+            for warning in [*validated.warnings, *attention, *(Problem(text, location) for text in plan.warnings)]:
                 print(f"warning: {warning}", file=sys.stderr)
         if options.dry_run:
             if topology.is_main:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -74,8 +75,21 @@ class FlashAttentionPackage:
 
 
 FLASH_ATTENTION_PACKAGES = {
-    "flash_attention_2": FlashAttentionPackage("flash_attn", "flash-attn", "pip install 'finetuning[flash-attention]'"),
+    "flash_attention_2": FlashAttentionPackage("flash_attn", "flash-attn", "pip install flash-attn"),
     "flash_attention_3": FlashAttentionPackage("flash_attn_interface", "flash-attn-3", "pip install flash-attn-3"),
     "flash_attention_4": FlashAttentionPackage("flash_attn", "flash-attn-4", "pip install flash-attn-4"),
 }
 """By the names that transformers uses for `run_conf.model_args.attn_implementation`."""
+
+
+def missing_attention_package(implementation: str | None) -> str | None:
+    """Return the package that an attention implementation needs and that is not installed; None if none is missing.
+
+    A name with a slash is a kernel on the Hub.
+    """
+    if implementation is None:
+        return None
+    if "/" in implementation:
+        return "kernels" if find_spec("kernels") is None else None
+    package = FLASH_ATTENTION_PACKAGES.get(implementation)
+    return package.distribution if package is not None and not package.is_installed else None

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,10 +19,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES, missing_attention_package
 from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantized, RunConfig
 from finetuning.distributed import ProcessTopology
-from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError
+from finetuning.errors import ConfigError, Location, ModelError
 from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
 from finetuning.model.stop_tokens import fix_sampling_config
@@ -150,10 +149,12 @@ def load_model(
         ModelError: the model does not exist, is damaged or pickled, lacks weights that its config requires, or does
             not take one of the arguments.
         ConfigError: the device map conflicts with the launcher.
-        MissingPackageError: the attention implementation or the quantization backend is not installed.
+        MissingPackageError: the quantization backend is not installed.
     """
     args = run_conf.model_args
-    check_attn_implementation(args.attn_implementation, key)
+    attention = usable_attn_implementation(args.attn_implementation, key)
+    if attention != args.attn_implementation:
+        args = args.model_copy(update={"attn_implementation": attention})
     hub_arguments = {name: getattr(args, name) for name in _HUB_ARGUMENTS if name != "token"}
     token = args.token.get_secret_value() if args.token else None
     source = resolve_model(run_conf.model, "model", key=key, token=token, **hub_arguments)
@@ -202,44 +203,32 @@ def _load_pretrained(
     return model
 
 
-def check_attn_implementation(implementation: str | None, key: str = _KEY) -> None:
-    """Check, before weights are loaded, that the attention implementation can run here.
+def usable_attn_implementation(implementation: str | None, key: str = _KEY) -> str | None:
+    """Return the attention implementation, or None with a warning if it cannot run here: transformers then chooses.
 
     Raises:
-        MissingPackageError: its package is not installed; the message has the install command.
-        ModelError: it is unknown, or needs a GPU and there is none.
+        ModelError: it is unknown.
     """
     if implementation is None:
-        return
-    location = Location(key=f"{_model_args_key(key)}.attn_implementation")
+        return None
+    setting = f"{_model_args_key(key)}.attn_implementation"
     supported = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if "/" in implementation:
-        if find_spec("kernels") is None:
-            raise MissingPackageError(
-                f"{implementation} is a kernel on the hub, which needs the package kernels; it is not installed",
-                location=location,
-                hint="A kernel runs code from the hub. Use sdpa, or install it with: pip install kernels",
-            )
-        return
-    if implementation not in supported:
+    if "/" not in implementation and implementation not in supported:
         near = get_close_matches(implementation, supported, 1)
         raise ModelError(
             f"unknown attention implementation {implementation!r}",
-            location=location,
+            location=Location(key=setting),
             hint=f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(sorted(supported))}.",
         )
-    if implementation in FLASH_ATTENTION_PACKAGES:
-        package = FLASH_ATTENTION_PACKAGES[implementation]
-        if not package.is_installed:
-            raise MissingPackageError(
-                f"{implementation} needs the package {package.distribution}, which is not installed",
-                location=location,
-                hint=f"Install it with: {package.install}; or use sdpa.",
-            )
-        if not torch.cuda.is_available():
-            raise ModelError(
-                f"{implementation} needs a CUDA or ROCm device; use sdpa on this machine", location=location
-            )
+    missing = missing_attention_package(implementation)
+    if missing is not None:
+        why = f"needs the package {missing}, which is not installed"
+    elif implementation in FLASH_ATTENTION_PACKAGES and not torch.cuda.is_available():
+        why = "needs a CUDA or ROCm device, and there is none"
+    else:
+        return implementation
+    logger.warning("%s: %s %s; sdpa is used instead", setting, implementation, why)
+    return None
 
 
 def _model_args_key(key: str) -> str:

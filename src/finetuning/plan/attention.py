@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
+from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES, missing_attention_package
+from finetuning.config.sections.experiment import Experiment
 
 RowLayout = Literal["padded", "padding-free", "packed"]
 
@@ -57,6 +58,36 @@ def choose_attention(context: AttentionContext) -> AttentionChoice:
     return AttentionChoice(
         (*usable, DEFAULT_ATTENTION), "installed, one varlen kernel for all rows; same logits as sdpa on separate rows"
     )
+
+
+def replace_unavailable_attention(experiment: Experiment) -> tuple[Experiment, str | None]:
+    """Remove an attention implementation that cannot run here, so that the run chooses one itself.
+
+    Returns:
+        The experiment, and the warning that says what runs instead; None if nothing was removed.
+    """
+    name = experiment.run_conf.model_args.attn_implementation
+    missing = missing_attention_package(name)
+    if missing is not None:
+        why = f"needs the package {missing}, which is not installed"
+    elif name in FLASH_ATTENTION_PACKAGES and not _has_gpu():
+        why = "needs a CUDA or ROCm device, and there is none"
+    else:
+        return experiment, None
+    others = [other for other in FLASH_ATTENTION_PACKAGES if other != name and missing_attention_package(other) is None]
+    instead = DEFAULT_ATTENTION
+    if others and _has_gpu():
+        instead = f"the fastest of {', '.join(others)} and {DEFAULT_ATTENTION} that is verified for this model"
+    args = experiment.run_conf.model_args.model_copy(update={"attn_implementation": None})
+    run_conf = experiment.run_conf.model_copy(update={"model_args": args})
+    replaced = experiment.model_copy(update={"run_conf": run_conf})
+    return replaced, f"{name} {why}; {instead} is used instead"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _obstacle(context: AttentionContext, usable: tuple[str, ...]) -> str | None:

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
-from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections import tracking as trackers
 from finetuning.config.sections.model import BitsAndBytes, TorchAO
 from finetuning.errors import ConfigError, Location, MissingPackageError, Problem
@@ -329,7 +328,6 @@ _OPTIMIZERS = {
     "adamw_torch_4bit": ("torchao", "pip install 'finetuning[torchao]'"),
     "adamw_torch_8bit": ("torchao", "pip install 'finetuning[torchao]'"),
 }
-_ATTENTION = "run_conf.model_args.attn_implementation"
 _BITSANDBYTES_OPTIMIZERS = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 
 
@@ -366,9 +364,6 @@ def check_packages(context: RunContext) -> None:
         MissingPackageError: some are not. Lists each with its install command.
     """
     missing = [need for need in required_packages(context) if find_spec(need.module) is None]
-    attention = FLASH_ATTENTION_PACKAGES.get(context.experiment.run_conf.model_args.attn_implementation or "")
-    if attention is not None and not attention.is_installed:
-        missing.append(DependencyRequirement(attention.distribution, f"{attention.install}; or use sdpa", _ATTENTION))
     if missing:
         raise MissingPackageError(
             [

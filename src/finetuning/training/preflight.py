@@ -57,9 +57,9 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
     implementation = experiment.run_conf.model_args.attn_implementation
     if implementation is None:
         return
-    from finetuning.model.load import check_attn_implementation
+    from finetuning.model.load import usable_attn_implementation
 
-    check_attn_implementation(implementation)
+    usable_attn_implementation(implementation)
     if implementation == "flex_attention" and device.kind == "cpu":
         raise ConfigError(
             "flex_attention has no backward pass on a CPU",

@@ -31,7 +31,7 @@ class ModelArgs(ConfigSection):
     attn_implementation: str | None = None
     """Attention implementation: `eager`, `sdpa`, `flash_attention_2`, …. By default FlashAttention if it is installed,
     the batches are padding-free and its logits match those of `sdpa`; otherwise `sdpa`, or `eager` for models without
-    `sdpa`."""
+    `sdpa`. One that cannot run on this machine is replaced in the same way, with a warning."""
     offload_folder: str | None = None
     """Folder for weights that `device_map` offloads to disk."""
     offload_state_dict: bool | None = None
