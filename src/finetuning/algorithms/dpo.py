@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
@@ -16,7 +16,10 @@ from finetuning.algorithms.algorithm import (
 from finetuning.config.sections.experiment import DPOExperiment
 
 if TYPE_CHECKING:
+    import torch
     import transformers
+    from datasets import Dataset, IterableDataset
+    from trl.trainer.dpo_config import DPOConfig
 
     from finetuning.data.prepared import PreparedData
     from finetuning.trainer.initial_loss import ExpectedLoss
@@ -84,12 +87,15 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from finetuning.trainer.mixin import TrainerMixin
 
     class CheckedDPOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+        args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         supports_batch_splitting = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
 
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        def _prepare_dataset(
+            self, dataset: Dataset | IterableDataset, *args: object, **kwargs: object
+        ) -> Dataset | IterableDataset:
             return dataset
 
-        def expected_first_loss(self, inputs: Mapping[str, Any]) -> ExpectedLoss | None:
+        def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
             args = self.args
             if args.use_weighting or args.f_divergence_type != "reverse_kl" or self.aux_loss_enabled:
                 return None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import transformers
     from torch import nn
     from transformers import PreTrainedModel
+    from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from finetuning.data.prepared import PreparedData
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     class GRPOBase(GRPOTrainer):
         """The trainer that the mixin below is typed against."""
 
-        args: Any
+        args: GRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         model: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
         _token_count: torch.Tensor | int
 else:
     GRPOBase = object
 
-Message = dict[str, Any]
+Message = dict[str, object]
 
 
 def prepare(
@@ -91,16 +92,16 @@ class TokenizedPromptsMixin(GRPOBase):
     def _count_tokens(self, inputs: object) -> int:
         return 0  # There are no completions yet; they are counted below.
 
-    def _tokenize_prompts(self, prompts: list[TokenizedPrompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
+    def _tokenize_prompts(self, prompts: list[TokenizedPrompt]) -> tuple[list[list[int]], None, dict[str, object]]:
         return [prompt.ids for prompt in prompts], None, {}
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         output = super()._generate_and_score_completions([_as_trl_row(row, self.reward_columns) for row in inputs])
         if self.model.training:
             self._token_count = self._token_count + output["prompt_mask"].sum() + output["completion_mask"].sum()
         return output
 
-    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         from finetuning.trainer.initial_loss import ExpectedLoss, check_initial_loss, has_dropout
 
         loss = super()._compute_loss(model, inputs)
@@ -166,7 +167,7 @@ def _prepare_reference(reference: PreTrainedModel, trainer: transformers.Trainer
     return trainer.accelerator.prepare_model(reference, evaluation_mode=True)
 
 
-def _as_trl_row(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+def _as_trl_row(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, object]:
     """Return a prepared row as TRL takes it: the prompt, and the columns of the reward functions."""
     values = json.loads(row["row"])
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
@@ -15,7 +15,10 @@ from finetuning.algorithms.algorithm import (
 from finetuning.config.sections.experiment import KTOExperiment
 
 if TYPE_CHECKING:
+    import torch
     import transformers
+    from datasets import Dataset
+    from trl.trainer.kto_config import KTOConfig
 
     from finetuning.data.prepared import PreparedData
     from finetuning.trainer.initial_loss import ExpectedLoss
@@ -60,10 +63,12 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from finetuning.trainer.mixin import TrainerMixin
 
     class CheckedKTOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-        def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        def _prepare_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, dataset: Dataset, processing_class: object, args: KTOConfig, dataset_name: str
+        ) -> Dataset:
             return with_kl_completions(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
-        def expected_first_loss(self, inputs: Mapping[str, Any]) -> ExpectedLoss | None:
+        def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
             if self.aux_loss_enabled:
                 return None
             desirable = int(inputs["label"].sum())

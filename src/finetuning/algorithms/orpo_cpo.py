@@ -49,7 +49,7 @@ class PairCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         from finetuning.data.collators import UNTRAINED, PaddingCollator
 
         pad = PaddingCollator(self.pad_token_id)
@@ -106,7 +106,7 @@ def as_tokenized_dataset(dataset: datasets.Dataset) -> datasets.Dataset:
     import datasets
 
     class TokenizedDataset(datasets.Dataset):
-        def map(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
+        def map(self, *args: object, **kwargs: object) -> datasets.Dataset:
             return self
 
     return TokenizedDataset(dataset.data, info=dataset.info)

@@ -10,7 +10,9 @@ from finetuning.algorithms.algorithm import Algorithm, TrainerInputs, reraise_as
 from finetuning.config.sections.experiment import RewardExperiment
 
 if TYPE_CHECKING:
+    import torch
     import transformers
+    from datasets import Dataset, IterableDataset
     from torch import nn
 
     from finetuning.data.prepared import PreparedData
@@ -51,19 +53,21 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     class PromptAnswerCollator(DataCollatorForPreference):
         """Concatenates prompts and answers, which TRL's collator takes as one sequence."""
 
-        def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        def torch_call(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
             return super().torch_call(
                 [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in examples]
             )
 
     class CheckedRewardTrainer(TrainerMixin, InitialLossMixin, RewardTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        def _prepare_dataset(
+            self, dataset: Dataset | IterableDataset, *args: object, **kwargs: object
+        ) -> Dataset | IterableDataset:
             return dataset
 
         def _set_signature_columns_if_needed(self) -> None:
             self._signature_columns = COLUMNS
 
-        def expected_first_loss(self, inputs: Mapping[str, Any]) -> ExpectedLoss | None:
+        def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
             if not has_zero_head:
                 return None
             return ExpectedLoss(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from torch import nn
+    from transformers.utils.generic import ModelOutput
 
     from finetuning.data.prepared import PreparedData
     from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
@@ -51,7 +52,9 @@ class SelectedLogitsMixin(Trainer):
     chunked_loss: ChunkedCrossEntropy
     offload_activations: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
+    def _get_train_sampler(
+        self, train_dataset: torch.utils.data.Dataset[object] | None = None
+    ) -> torch.utils.data.Sampler[int] | None:
         from finetuning.trainer.data_loading import BatchRebalanceSampler, TokenBalancedSampler
 
         sampler = super()._get_train_sampler(train_dataset)
@@ -63,7 +66,7 @@ class SelectedLogitsMixin(Trainer):
     def training_step(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         with self.offload_activations():
@@ -75,7 +78,7 @@ class SelectedLogitsMixin(Trainer):
         inputs: dict[str, torch.Tensor | Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         inputs = dict(inputs)
         targets = inputs.pop("shift_labels")
         has_label = targets.ne(-100)
@@ -155,7 +158,9 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     return trainer
 
 
-def _summed_loss(model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def _summed_loss(
+    model: nn.Module, inputs: dict[str, object], targets: torch.Tensor
+) -> tuple[ModelOutput, torch.Tensor]:
     """Return the model's outputs and the loss summed over the labels, computed from all logits at once."""
     from torch.nn.functional import cross_entropy
 

@@ -19,11 +19,12 @@ from finetuning.atomic_io import is_disk_full, publish, staging_path, write_mani
 from finetuning.errors import CheckpointError, GuardStopped
 from finetuning.model.save import find_stop_tokens, is_peft_model, write_companion_files
 from finetuning.model.saved_weights import compare_with_files, load_saved_weights
-from finetuning.trainer.base import TrainerBase
+from finetuning.trainer import TrainerBase
 from finetuning.trainer.loaded_state import OPTIMIZER_FILE, optimizer_differences, rng_differences
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
 
     from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
@@ -54,10 +55,10 @@ class CheckpointMixin(TrainerBase):
         self.additional_files = {}
         super().__init__(*args, **kwargs)
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         # With save_strategy "best" the Trainer resets should_save, which would lose the checkpoint of a run that was
         # asked to save and stop at a step with an evaluation.
         is_stopping = self.control.should_save and self.control.should_training_stop
@@ -71,7 +72,7 @@ class CheckpointMixin(TrainerBase):
         if (switch := getattr(self.optimizer, "eval", None)) is not None:
             switch()
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Write a checkpoint into a staging folder, flush it, and have one rank rename it.
 
         When the disk is full, log a warning, skip this checkpoint and go on training.
@@ -103,7 +104,7 @@ class CheckpointMixin(TrainerBase):
             return
         self.accelerator.wait_for_everyone()
 
-    def _write_staged(self, model: nn.Module, trial: Any, staging: Path) -> None:
+    def _write_staged(self, model: nn.Module, trial: object, staging: Path) -> None:
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
@@ -179,7 +180,7 @@ class CheckpointMixin(TrainerBase):
                 hint="Lower the learning rate.",
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if not has_additional_state(self.model):
             super()._save(output_dir, state_dict)
@@ -332,12 +333,14 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def optimizer_settings(optimizer: Any) -> OptimizerSettings:
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> OptimizerSettings:
     """Return the settings of each parameter group: learning rate, weight decay, betas and so on."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
-def restore_optimizer_settings(optimizer: Any, scheduler: Any, settings: OptimizerSettings) -> None:
+def restore_optimizer_settings(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, settings: OptimizerSettings
+) -> None:
     """Replace the settings that a checkpoint loaded, and set the learning rate that the schedule has at this step."""
     factors = [
         group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0 for group in optimizer.param_groups

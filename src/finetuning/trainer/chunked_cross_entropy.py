@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +54,8 @@ class ChunkedCrossEntropy:
         return None if is_small else per_chunk
 
     def __call__(
-        self, model: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor
-    ) -> tuple[Any, torch.Tensor] | None:
+        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor
+    ) -> tuple[ModelOutput, torch.Tensor] | None:
         """Return the model's outputs without logits and the loss summed over the labels; None when not chunked.
 
         Args:
@@ -92,7 +95,7 @@ class ChunkedCrossEntropy:
         base = self._model.get_base_model() if getattr(self._model, "peft_config", None) else self._model
         return base.get_output_embeddings()
 
-    def _is_supported(self, inputs: Mapping[str, Any]) -> bool:
+    def _is_supported(self, inputs: Mapping[str, torch.Tensor]) -> bool:
         if not self._is_checked:
             self._is_checked = True
             if self._unsupported is None and not self._logits_are_head_output(inputs):
@@ -105,15 +108,19 @@ class ChunkedCrossEntropy:
         self._is_checked = True
         logger.warning("computing the logits of all labels at once: %s", self._unsupported)
 
-    def _logits_are_head_output(self, inputs: Mapping[str, Any]) -> bool:
+    def _logits_are_head_output(self, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the model returns what its head does, without scaling or capping, for the first label."""
         head = self._head()
         if head is None:
             return False
-        head_outputs: list[Any] = []
+        head_outputs: list[torch.Tensor] = []
+
+        def keep_output(module: nn.Module, arguments: object, output: torch.Tensor) -> None:
+            head_outputs.append(output)
+
         mask = inputs["logits_to_keep"]
         first = torch.zeros_like(mask).view(-1).scatter_(0, mask.view(-1).int().argmax()[None], True)
-        hook = head.register_forward_hook(lambda module, arguments, logits: head_outputs.append(logits))
+        hook = head.register_forward_hook(keep_output)
         was_training = self._model.training
         self._model.eval()
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from finetuning.trainer.base import TrainerBase
+from finetuning.trainer import TrainerBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ class TrainerHooksMixin(TrainerBase):
             raise
         self.hooks.end(name)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[object]:
         with self._phase("data_loader_initialization"):
             return super().get_train_dataloader()
 
@@ -98,8 +98,8 @@ class TrainerHooksMixin(TrainerBase):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
+    ) -> tuple[list[object], torch.Tensor | int | None]:
         with self._phase("data_loading"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -112,7 +112,7 @@ class TrainerHooksMixin(TrainerBase):
     def training_step(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self._is_stepping, self._is_backward = True, False
@@ -145,7 +145,7 @@ class TrainerHooksMixin(TrainerBase):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[object],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -164,7 +164,7 @@ class TrainerHooksMixin(TrainerBase):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -174,7 +174,7 @@ class TrainerHooksMixin(TrainerBase):
         self.hooks.end(name)
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         with self._phase("checkpoint_save"):
             super()._save_checkpoint(model, trial)
 

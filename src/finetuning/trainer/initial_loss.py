@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuning.errors import GuardStopped, ModelError
-from finetuning.trainer.base import TrainerBase
+from finetuning.trainer import TrainerBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,17 +36,17 @@ class InitialLossMixin(TrainerBase):
 
     _is_first_loss_checked = False
 
-    def expected_first_loss(self, inputs: Mapping[str, Any]) -> ExpectedLoss | None:
+    def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
         """Return the loss of the first batch; None where it is unknown."""
         raise NotImplementedError
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step == 0 and self.model.training and not self._is_first_loss_checked:
             self._is_first_loss_checked = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuning.errors import GuardStopped
-from finetuning.trainer.base import TrainerBase
+from finetuning.trainer import TrainerBase
 from finetuning.trainer.checkpointing import CheckpointMixin, has_additional_state
 from finetuning.trainer.hooks import TrainerHooksMixin
 from finetuning.trainer.oom_retry import OOMRetryMixin
@@ -58,7 +58,7 @@ class TrainingLoopMixin(TrainerBase):
         count = torch.as_tensor(self._token_count, device=self.args.device)
         return int(self.accelerator.reduce(count, "sum"))
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+    def _build_accelerator_args(self, **kwargs: object) -> dict[str, object]:
         if self.args.world_size > 1:
             from finetuning.trainer.ddp import set_ddp_defaults
 
@@ -81,7 +81,7 @@ class TrainingLoopMixin(TrainerBase):
     def training_step(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self._token_count = self._token_count + self._count_tokens(inputs)
@@ -89,14 +89,16 @@ class TrainingLoopMixin(TrainerBase):
         self._running_loss = self._running_loss + loss
         return loss
 
-    def _count_tokens(self, inputs: Mapping[str, Any]) -> torch.Tensor | int:
+    def _count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
         """Return the tokens of a batch without padding, on its device: copying the sum would synchronize a GPU."""
         mask = inputs.get("attention_mask")
         return inputs["input_ids"].numel() if mask is None else mask.sum()
 
     # Called once per optimizer step, before the weights change, whether or not gradients are clipped.
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: torch.Tensor | float | None = None
+    ) -> torch.Tensor | float | None:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, self._running_loss = float(self._running_loss), 0.0
         self.step_loss = loss
         # Under fp16 infinite gradients are expected: the loss scaler skips the step and lowers its scale.
@@ -115,14 +117,14 @@ class TrainingLoopMixin(TrainerBase):
         """Return how many processes gradients are averaged over after their token counts were summed."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
+    def _get_num_items_in_batch(self, batch_samples: list[object], device: torch.device) -> torch.Tensor | int | None:
         # The only method that both training and evaluation call before they compute anything of a batch. Prompts that
         # are still to be completed (GRPO) come as a list.
         if batch_samples and isinstance(batch_samples[-1], Mapping):
             self._mask_repeated_rows(batch_samples[-1])
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def _mask_repeated_rows(self, batch: Mapping[str, Any]) -> None:
+    def _mask_repeated_rows(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Set the labels of rows that occur twice in the last batch of an epoch to -100.
 
         All processes get the same number of rows, so accelerate fills up the last batch with rows from the start of the
@@ -152,7 +154,7 @@ class TrainingLoopMixin(TrainerBase):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[object],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,

@@ -7,20 +7,22 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from finetuning.errors import InternalError, is_out_of_memory
-from finetuning.trainer.base import TrainerBase
+from finetuning.trainer import TrainerBase
 from finetuning.trainer.ddp import average_gradients, defers_gradients
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
-Batch = dict[str, Any]
-RandomState = tuple[Any, ...]
+Batch: TypeAlias = dict[str, torch.Tensor]
+Split: TypeAlias = dict[str, torch.Tensor | int]
+"""Some rows of a batch; the maximum lengths of padding-free rows are numbers."""
 logger = logging.getLogger(__name__)
 
 _HINT = (
@@ -29,14 +31,14 @@ _HINT = (
 )
 
 
-def num_rows(inputs: Mapping[str, Any]) -> int:
+def num_rows(inputs: Mapping[str, torch.Tensor]) -> int:
     """Return the rows of a batch that can be split: single rows of a pack, and pairs where rows are preferences."""
     if "cu_seq_lens_q" in inputs:
         return len(inputs["cu_seq_lens_q"]) - 1
     return len(inputs["input_ids"]) // (2 if "completion_mask" in inputs else 1)
 
 
-def split_batch(inputs: Mapping[str, Any], num_splits: int) -> Iterator[tuple[Batch, float]]:
+def split_batch(inputs: Mapping[str, torch.Tensor], num_splits: int) -> Iterator[tuple[Split, float]]:
     """Yield at most `num_splits` smaller batches of about as many rows each, and their share of the rows.
 
     Handles the batches of `data/collators.py`, padded and padding-free, and TRL's preference batches, which hold all
@@ -59,11 +61,11 @@ def split_batch(inputs: Mapping[str, Any], num_splits: int) -> Iterator[tuple[Ba
             yield take(inputs, start, end), (end - start) / rows
 
 
-def _take_padded(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
+def _take_padded(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
     return {name: value[start:end] for name, value in inputs.items()}
 
 
-def _take_pairs(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
+def _take_pairs(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
     rows = num_rows(inputs)
     return {
         name: torch.cat([value[start:end], value[rows + start : rows + end]])
@@ -73,7 +75,7 @@ def _take_pairs(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
     }
 
 
-def _take_padding_free(inputs: Mapping[str, Any], start: int, end: int) -> Batch:
+def _take_padding_free(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
     borders = inputs["cu_seq_lens_q"][start : end + 1]
     first, last = int(borders[0]), int(borders[-1])
     max_length = int(borders.diff().max())
@@ -100,18 +102,18 @@ class OOMRetryMixin(TrainerBase):
     oom_retries: tuple[str, ...] = ()
     """What was split, when and why."""
     _step_batches: tuple[Batch, ...] = ()
-    _random_state: RandomState = ()
+    _random_state: RandomState
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
+    ) -> tuple[list[object], torch.Tensor | int | None]:
         self._step_batches = ()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         defers = self.args.world_size > 1 and self.loss_is_local and defers_gradients(model)
@@ -178,7 +180,7 @@ class OOMRetryMixin(TrainerBase):
         self.oom_retries = (*self.oom_retries, retry)
         logger.warning("%s (%s)", retry, reason)
 
-    def check_memory(self, train_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> None:
+    def check_memory(self, train_rows: list[dict[str, object]], eval_rows: list[dict[str, object]]) -> None:
         """Compute a training and a validation batch and discard them; split both until they fit into memory.
 
         All processes agree on the outcome. Skipped under FSDP and DeepSpeed, where a process that runs out of memory
@@ -223,7 +225,7 @@ class OOMRetryMixin(TrainerBase):
             for metrics in getattr(self, "_metrics", {}).values():
                 metrics.clear()
 
-    def _try_training(self, rows: list[dict[str, Any]]) -> None:
+    def _try_training(self, rows: list[dict[str, object]]) -> None:
         batch = self.data_collator(rows)
         # The first step allocates two optimizer states for each weight; reserve their memory now.
         assert self.optimizer is not None
@@ -237,7 +239,7 @@ class OOMRetryMixin(TrainerBase):
         del states
         self.model_wrapped.zero_grad()
 
-    def _try_evaluation(self, rows: list[dict[str, Any]]) -> None:
+    def _try_evaluation(self, rows: list[dict[str, object]]) -> None:
         self.model_wrapped.eval()
         try:
             self.prediction_step(self.model_wrapped, self.data_collator(rows), prediction_loss_only=True)
@@ -267,9 +269,18 @@ def _empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+class RandomState(NamedTuple):
+    """The states of all random number generators that a step may use."""
+
+    torch: torch.Tensor
+    device: torch.Tensor | None
+    python: tuple[object, ...]
+    numpy: dict[str, object] | tuple[str, NDArray[np.uint32], int, int, float]
+
+
 def _random_state(device: torch.device) -> RandomState:
     device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), device_state, random.getstate(), np.random.get_state()
+    return RandomState(torch.get_rng_state(), device_state, random.getstate(), np.random.get_state())
 
 
 def _set_random_state(state: RandomState, device: torch.device) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -20,13 +20,14 @@ from finetuning.errors import Location, ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Sequence[int]]
+Collate: TypeAlias = Callable[[list[Row]], Mapping[str, object]]
 
 
 _MAX_EPOCHS = 20
 
 
-def init_eva(model: nn.Module, rows: Iterable[Row], collate: Callable[[list[Row]], Any], batch_size: int) -> None:
+def init_eva(model: nn.Module, rows: Iterable[Row], collate: Collate, batch_size: int) -> None:
     """Set the A matrices of LoRA with `init_lora_weights: eva`; do nothing for other models.
 
     Reads rows in order until the directions converge (`eva_config.tau`), so a resumed run starts with the same ranks.
@@ -44,8 +45,11 @@ def init_eva(model: nn.Module, rows: Iterable[Row], collate: Callable[[list[Row]
     was_training = model.training
     ranks = (config.r, *config.rank_pattern.values())
 
-    def collate_on_device(batch: list[Row]) -> dict[str, Any]:
-        return {name: value.to(device) if hasattr(value, "to") else value for name, value in collate(batch).items()}
+    def collate_on_device(batch: list[Row]) -> dict[str, object]:
+        return {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in collate(batch).items()
+        }
 
     try:
         initialize_lora_eva_weights(
@@ -68,13 +72,19 @@ class _EvaBatches:
     PEFT would loop forever where a batch is too small or the directions do not converge.
     """
 
-    def __init__(self, rows: Iterable[Row], collate: Callable[[list[Row]], Any], batch_size: int, num_directions: int):
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        collate: Collate,
+        batch_size: int,
+        num_directions: int,
+    ):
         self._rows, self._collate, self._batch_size, self._num_directions = rows, collate, batch_size, num_directions
 
     def __len__(self) -> int:
         return 1
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Mapping[str, object]]:
         for _ in range(_MAX_EPOCHS):
             num_batches = 0
             for batch in self._epoch():
@@ -86,7 +96,7 @@ class _EvaBatches:
             f"the {self._num_directions} directions did not converge in {_MAX_EPOCHS} epochs; lower r or rho"
         )
 
-    def _epoch(self) -> Iterator[dict[str, Any]]:
+    def _epoch(self) -> Iterator[Mapping[str, object]]:
         batch: list[Row] = []
         num_tokens = 0
         for row in self._rows:
@@ -98,7 +108,7 @@ class _EvaBatches:
                 batch, num_tokens = [], 0
 
 
-def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def _forward(model: nn.Module, inputs: Mapping[str, object]) -> object:
     return model(**{name: value for name, value in inputs.items() if "labels" not in name}, use_cache=False)
 
 

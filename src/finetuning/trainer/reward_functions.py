@@ -9,12 +9,12 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from finetuning.config.sections.rewards import (
     ExactMatchReward,
@@ -26,10 +26,17 @@ from finetuning.config.sections.rewards import (
 )
 from finetuning.errors import ConfigError, FinetuningError, Location, is_out_of_memory
 
-Completion = list[dict[str, Any]]
+Completion = list[dict[str, str]]
 """A completion as chat messages: a single message of the assistant."""
 Rewards = list[float | None]
 RewardFunction = Callable[..., Rewards]
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """A NumPy array or a tensor."""
+
+    def tolist(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,14 @@ class NamedReward:
 
     name: str
     location: Location
-    function: Callable[..., Any]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    function: Callable[..., object]
+    arguments: Mapping[str, object] = field(default_factory=dict[str, object])
 
     @property
     def __name__(self) -> str:
         return self.name
 
-    def __call__(self, prompts: list[Any], completions: list[Completion], **kwargs: Any) -> Rewards:
+    def __call__(self, prompts: list[object], completions: list[Completion], **kwargs: object) -> Rewards:
         """Return one reward per completion, None for a completion that is not judged.
 
         `kwargs` holds `completion_ids`, the rows' columns as lists, and what the trainer adds to them. The function
@@ -56,10 +63,10 @@ class NamedReward:
         """
         available = {"prompts": prompts, "completions": completions, **kwargs}
         with _RewardErrors(self):
-            returned: Any = self.function(**_accepted(self.function, available), **self.arguments)
-        if not isinstance(returned, Sequence) and not hasattr(returned, "tolist"):
+            returned = self.function(**_accepted(self.function, available), **self.arguments)
+        if not isinstance(returned, Sequence | _Array):
             raise self.error(f"returned {type(returned).__name__}, not a list of numbers")
-        values: Any = returned.tolist() if hasattr(returned, "tolist") else list(returned)  # pyright: ignore[reportAttributeAccessIssue]
+        values: object = returned.tolist() if isinstance(returned, _Array) else list(returned)
         if not isinstance(values, list) or len(values) != len(completions):
             count = len(values) if isinstance(values, list) else 1
             raise self.error(f"returned {count} rewards for {len(completions)} completions")
@@ -96,7 +103,7 @@ class _RewardErrors(AbstractContextManager["_RewardErrors"]):
         raise self._reward.error(text) from error
 
 
-def _accepted(function: Callable[..., Any], available: dict[str, Any]) -> dict[str, Any]:
+def _accepted(function: Callable[..., object], available: dict[str, object]) -> dict[str, object]:
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return available
@@ -136,7 +143,7 @@ def needed_columns(args: GRPOArgs) -> dict[str, str]:
     return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatchReward)}
 
 
-def load_function(path: str, location: Location) -> Callable[..., Any]:
+def load_function(path: str, location: Location) -> Callable[..., object]:
     """Return the function at `package.module:function` or `path/to/file.py:function`.
 
     Raises:
@@ -188,7 +195,7 @@ def exact_match(conf: ExactMatchReward) -> RewardFunction:
         matches = list(re.finditer(conf.pattern, text, re.DOTALL))
         return normalize(matches[-1][min(1, matches[-1].re.groups)] or "") if matches else None
 
-    def reward(completions: list[Completion], **columns: list[Any]) -> Rewards:
+    def reward(completions: list[Completion], **columns: list[object]) -> Rewards:
         values: Rewards = []
         for completion, expected in zip(completions, columns[conf.column], strict=True):
             answers = expected if isinstance(expected, list) else [expected]
