@@ -94,7 +94,7 @@ def reraise_as_config_error(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_reference_model(inputs: TrainerInputs) -> transformers.PreTrainedModel | None:
+def load_reference_if_needed(inputs: TrainerInputs) -> transformers.PreTrainedModel | None:
     """Return a frozen copy of the model as it is before training, if the trainer needs one.
 
     It needs none when the model without its adapter is the reference, or when the reference log-probabilities are

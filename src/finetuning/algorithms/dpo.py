@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from finetuning.algorithms.algorithm import (
     Algorithm,
     TrainerInputs,
-    load_reference_model,
+    load_reference_if_needed,
     reraise_as_config_error,
     trainer_kwargs,
 )
@@ -105,7 +105,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
     with reraise_as_config_error("DPO"):
         return CheckedDPOTrainer(
-            ref_model=load_reference_model(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
+            ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
 
 

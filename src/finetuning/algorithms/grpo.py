@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.algorithms.algorithm import (
     Algorithm,
     TrainerInputs,
-    load_reference_model,
+    load_reference_if_needed,
     reraise_as_config_error,
     trainer_kwargs,
 )
@@ -142,7 +142,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         inputs.tokenizer.tokenizer, base.generation_config, inputs.end_of_turn
     ).generation_config
     args.reward_weights = [conf.weight for conf in grpo_args.rewards]
-    reference = load_reference_model(inputs) if args.beta else None
+    reference = load_reference_if_needed(inputs) if args.beta else None
     beta, sync = args.beta, args.sync_ref_model
     if reference is not None:
         # With beta TRL would load the reference by the model's name, in another dtype and without our options.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from finetuning.algorithms.algorithm import (
     Algorithm,
     TrainerInputs,
-    load_reference_model,
+    load_reference_if_needed,
     reraise_as_config_error,
     trainer_kwargs,
 )
@@ -78,7 +78,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
     with reraise_as_config_error("KTO"):
         return CheckedKTOTrainer(
-            ref_model=load_reference_model(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
+            ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
 
 
