@@ -146,11 +146,6 @@ def needs_kbit_preparation(model: PreTrainedModel) -> bool:
     return getattr(model, "quantization_method", None) in ("bitsandbytes", "torchao", "gptq")
 
 
-def is_gptq(model: PreTrainedModel) -> bool:
-    """Whether the model is a GPTQ checkpoint, whose linear layers are not `torch.nn.Linear`."""
-    return getattr(model, "quantization_method", None) == "gptq"
-
-
 def linear_layer_names(model: PreTrainedModel) -> list[str]:
     """Return the names of all linear layers, GPTQ's included, except the output layer."""
     from torch.nn import Linear

@@ -260,9 +260,11 @@ def _fingerprint(model: PreTrainedModel) -> Fingerprint | None:
 def _prepare_quantized(
     model: PreTrainedModel, arguments: TrainingArguments, topology: ProcessTopology
 ) -> PreTrainedModel:
+    # The model's own attributes decide, not the config: a checkpoint may already be quantized.
+    if getattr(model, "quantization_method", None) is None:
+        return model
     from finetuning.model.quantization import needs_kbit_preparation, prepare_quantized_model
 
-    # The model's own attributes decide, not the config: a checkpoint may already be quantized.
     if not needs_kbit_preparation(model):
         return model
     kwargs: Any = arguments.gradient_checkpointing_kwargs

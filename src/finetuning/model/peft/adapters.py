@@ -180,12 +180,11 @@ def _resolve_targets(
         resolved["target_modules"] = targets = ALL_LINEAR
     if is_prompt_learning:
         return resolved
-    if targets == ALL_LINEAR:
-        from finetuning.model.quantization import is_gptq, linear_layer_names
+    if targets == ALL_LINEAR and getattr(model, "quantization_method", None) == "gptq":
+        from finetuning.model.quantization import linear_layer_names
 
-        if is_gptq(model):
-            # PEFT expands all-linear to instances of torch.nn.Linear, which GPTQ's layers are not.
-            resolved["target_modules"] = linear_layer_names(model)
+        # PEFT expands all-linear to instances of torch.nn.Linear, which GPTQ's layers are not.
+        resolved["target_modules"] = linear_layer_names(model)
     names = [name for name, _ in model.named_modules() if name]
     for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
         value = resolved.get(key)
