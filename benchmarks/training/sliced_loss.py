@@ -29,6 +29,7 @@ def run_one(options: argparse.Namespace) -> None:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+    from finetuning.algorithms.sft import chunk_sizes
     from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
 
     on_gpu = options.device == "cuda"
@@ -43,10 +44,12 @@ def run_one(options: argparse.Namespace) -> None:
     wanted = torch.ones_like(ids, dtype=torch.bool)
     inputs = {"input_ids": ids, "logits_to_keep": wanted, "use_cache": False}
     targets = ids.roll(-1, 1)[wanted]
-    slices = ChunkedCrossEntropy(model, int(options.one) if options.one.isdecimal() else options.one, None)
+    at_once = int(options.one) if options.one.isdecimal() else options.one
+    most, per_chunk = chunk_sizes(at_once, options.vocabulary)
+    slices = ChunkedCrossEntropy(model, per_chunk, None)
 
     def step() -> Any:
-        sliced = slices(model, inputs, targets)
+        sliced = slices(model, inputs, targets) if len(targets) > most else None
         if sliced is None:
             total = cross_entropy(model(**inputs).logits.flatten(0, -2).float(), targets, reduction="sum")
         else:

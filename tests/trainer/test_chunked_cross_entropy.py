@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from finetuning.trainer.chunked_cross_entropy import CHUNKING_THRESHOLD, LOGITS_PER_CHUNK, ChunkedCrossEntropy
+from finetuning.algorithms.sft import CHUNKING_THRESHOLD, LOGITS_PER_CHUNK, chunk_sizes
+from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
 
 ROWS = 7
 VOCABULARY = 320
@@ -149,15 +150,10 @@ def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:
     assert len(model.lm_head._forward_hooks) == 1
 
 
-def test_few_labels_are_computed_at_once(tiny_llama_dir: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    vocabulary = model.config.vocab_size
-    auto = ChunkedCrossEntropy(model, "auto", None)
-    assert auto.labels_per_chunk(CHUNKING_THRESHOLD // vocabulary) is None
-    assert auto.labels_per_chunk(CHUNKING_THRESHOLD // vocabulary + 1) == LOGITS_PER_CHUNK // vocabulary
-    assert ChunkedCrossEntropy(model, 24, None).labels_per_chunk(24) is None
-    assert ChunkedCrossEntropy(model, 24, None).labels_per_chunk(25) == 24
-    assert ChunkedCrossEntropy(model, "all", None).labels_per_chunk(1 << 40) is None
+def test_few_labels_are_computed_at_once() -> None:
+    assert chunk_sizes("auto", 32_000) == (CHUNKING_THRESHOLD // 32_000, LOGITS_PER_CHUNK // 32_000)
+    assert chunk_sizes(24, 32_000) == (24, 24)
+    assert chunk_sizes("all", 32_000)[0] > 1 << 40
 
 
 def test_a_model_that_scales_its_logits_keeps_them_whole(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,6 +198,6 @@ def test_a_run_with_slices_trains_as_without(train: Any, sft_values: Any, tmp_pa
         histories.append(
             [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
         )
-        assert (trainer.chunked_loss.labels_per_chunk(100) is None) is (at_once == "all")
+        assert (trainer.max_labels_at_once >= 100) is (at_once == "all")
     assert len(histories[0]) > 3
     assert histories[1] == pytest.approx(histories[0], rel=1e-5)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetuning.algorithms.algorithm import Algorithm, TrainerInputs
 from finetuning.config.sections.experiment import SFTExperiment
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
         pass
 else:
     Trainer = object
+
+CHUNKING_THRESHOLD = 1 << 28
+"""Logits of a batch above which `auto` computes them in chunks: 1 GiB in float32."""
+LOGITS_PER_CHUNK = 1 << 27
+"""Logits that `auto` holds at a time: 512 MiB in float32."""
 
 
 def prepare(
@@ -49,7 +55,10 @@ class SelectedLogitsMixin(Trainer):
     uses_logits_to_keep = False
     """Whether the model computes logits at the labels only."""
     is_padded = True
-    chunked_loss: ChunkedCrossEntropy
+    max_labels_at_once: float = math.inf
+    """Batches with more labels have their loss computed in chunks, where the run supports it."""
+    labels_per_chunk = 0
+    _chunked_loss: ChunkedCrossEntropy | None = None
     offload_activations: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def _get_train_sampler(
@@ -92,9 +101,7 @@ class SelectedLogitsMixin(Trainer):
             return output
         inputs.pop("labels")
         inputs |= {"logits_to_keep": has_label, "use_cache": False}
-        outputs, total = self.chunked_loss(model, inputs, targets[has_label]) or _summed_loss(
-            model, inputs, targets[has_label]
-        )
+        outputs, total = self._sum_loss(model, inputs, targets[has_label])
         if num_items_in_batch is None:
             loss = total / has_label.sum().clamp(min=1)
         else:
@@ -102,6 +109,24 @@ class SelectedLogitsMixin(Trainer):
             loss = total / num_items_in_batch * self._num_averaging_processes()
         self._add_eval_loss(total, has_label.sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _sum_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """Return the model's outputs and the loss summed over the labels, in chunks where there are many labels."""
+        in_chunks = None
+        if len(targets) > self.max_labels_at_once:
+            in_chunks = self.chunked_loss()(model, inputs, targets)
+        return in_chunks or _sum_loss_at_once(model, inputs, targets)
+
+    def chunked_loss(self) -> ChunkedCrossEntropy:
+        """Return the loss in chunks. Log a warning, the first time, where this run cannot compute it."""
+        if self._chunked_loss is None:
+            from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
+
+            unsupported = _why_not_chunked(self, self.uses_logits_to_keep)
+            self._chunked_loss = ChunkedCrossEntropy(self.model, self.labels_per_chunk, unsupported)
+        return self._chunked_loss
 
 
 def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
@@ -115,7 +140,6 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
     from finetuning.data.collators import FlatteningCollator, PaddingCollator
     from finetuning.data.streaming.dataset import RowStream
-    from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
     from finetuning.trainer.mixin import TrainerMixin
 
     can_select = _supports_logits_to_keep(inputs)
@@ -148,9 +172,11 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         data_collator=collator,
         callbacks=list(inputs.callbacks),
     )
-    trainer.chunked_loss = ChunkedCrossEntropy(
-        trainer.model, sft_args.logits_at_once, _why_not_chunked(trainer, can_select)
-    )
+    vocab_size = inputs.model.config.get_text_config().vocab_size
+    trainer.max_labels_at_once, trainer.labels_per_chunk = chunk_sizes(sft_args.logits_at_once, vocab_size)
+    if isinstance(sft_args.logits_at_once, int):
+        # The user asked for chunks: warn before training, not at the first large batch.
+        trainer.chunked_loss()
     trainer.offload_activations = _activation_offloading(inputs)
     if can_select:
         # The Trainer inspects the model's signature for whether the loss takes a token count; this loss does.
@@ -158,8 +184,21 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     return trainer
 
 
-def _summed_loss(
-    model: nn.Module, inputs: dict[str, object], targets: torch.Tensor
+def chunk_sizes(logits_at_once: Literal["auto", "all"] | int, vocab_size: int) -> tuple[float, int]:
+    """Return the number of labels above which the loss is computed in chunks, and the number of labels per chunk.
+
+    Args:
+        logits_at_once: `sft_args.logits_at_once`; a number counts labels.
+    """
+    if logits_at_once == "all":
+        return math.inf, 0
+    if isinstance(logits_at_once, int):
+        return logits_at_once, logits_at_once
+    return CHUNKING_THRESHOLD // vocab_size, max(LOGITS_PER_CHUNK // vocab_size, 1)
+
+
+def _sum_loss_at_once(
+    model: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor
 ) -> tuple[ModelOutput, torch.Tensor]:
     """Return the model's outputs and the loss summed over the labels, computed from all logits at once."""
     from torch.nn.functional import cross_entropy

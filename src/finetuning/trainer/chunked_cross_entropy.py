@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHUNKING_THRESHOLD = 1 << 28
-"""Logits of a batch above which `auto` computes them in chunks: 1 GiB in float32."""
-LOGITS_PER_CHUNK = 1 << 27
-"""Logits that `auto` holds at a time: 512 MiB in float32."""
-
 
 class ChunkedCrossEntropy:
     """Compute the loss of large batches without holding all their logits.
@@ -29,42 +24,29 @@ class ChunkedCrossEntropy:
     without chunks. `torch.nn.functional.linear_cross_entropy` accepts a weight only.
     """
 
-    def __init__(self, model: nn.Module, logits_at_once: Literal["auto", "all"] | int, unsupported: str | None):
+    def __init__(self, model: nn.Module, labels_per_chunk: int, unsupported: str | None):
         """
         Args:
-            logits_at_once: `sft_args.logits_at_once`; a number counts labels.
             unsupported: why this run cannot compute logits in chunks; None when it can.
         """
         self._model: Any = model
-        self._logits_at_once = logits_at_once
+        self._labels_per_chunk = labels_per_chunk
         self._unsupported = unsupported
         self._is_checked = False
-        if unsupported and isinstance(logits_at_once, int):
+        if unsupported:
             self._warn()
-
-    def labels_per_chunk(self, num_labels: int) -> int | None:
-        """Return the number of labels per chunk; None when all logits may be computed at once."""
-        if self._logits_at_once == "all":
-            return None
-        vocab_size = self._model.config.get_text_config().vocab_size
-        if isinstance(self._logits_at_once, int):
-            is_small, per_chunk = num_labels <= self._logits_at_once, self._logits_at_once
-        else:
-            is_small, per_chunk = num_labels * vocab_size <= CHUNKING_THRESHOLD, max(LOGITS_PER_CHUNK // vocab_size, 1)
-        return None if is_small else per_chunk
 
     def __call__(
         self, model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor
     ) -> tuple[ModelOutput, torch.Tensor] | None:
-        """Return the model's outputs without logits and the loss summed over the labels; None when not chunked.
+        """Return the model's outputs without logits and the loss summed over the labels; None where it is unsupported.
 
         Args:
             model: the model as the trainer wraps it.
             inputs: with `logits_to_keep`, a bool mask of shape (batch, tokens) with as many True as there are labels.
             targets: shape (labels,), token ids.
         """
-        per_chunk = self.labels_per_chunk(len(targets))
-        if per_chunk is None or not self._is_supported(inputs):
+        if not self._is_supported(inputs):
             return None
         head = self._head()
         hidden_states: list[torch.Tensor] = []
@@ -78,7 +60,7 @@ class ChunkedCrossEntropy:
             # Before the chunks are computed, because they call the same module.
             pre_hook.remove()
             hook.remove()
-            return _chunked_losses(module, hidden_states[0], targets, per_chunk)
+            return _chunked_losses(module, hidden_states[0], targets, self._labels_per_chunk)
 
         pre_hook = head.register_forward_pre_hook(keep_hidden_states)
         hook = head.register_forward_hook(replace_output)
