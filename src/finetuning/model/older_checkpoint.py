@@ -17,7 +17,7 @@ from finetuning.errors import ModelError
 from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 GENERATION_CONFIG = "generation_config.json"
 _STATE = "trainer_state.json"
@@ -30,7 +30,7 @@ class StopTokenRepair:
     """The stop tokens that a checkpoint should have been saved with."""
 
     checkpoint: Path
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     stop_tokens: StopTokens
 
     @property
@@ -76,7 +76,7 @@ def find_stop_token_repair(
     return StopTokenRepair(folder, tokenizer, stop_tokens)
 
 
-def _token_after_answer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _token_after_answer(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Return the added token that the chat template writes after an answer; None if it writes none there.
 
     Only a single token can be an end-of-sequence token. For a template that ends turns with other text, nothing needs

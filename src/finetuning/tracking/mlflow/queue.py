@@ -90,7 +90,7 @@ class UploadState:
         values: dict[str, Any] = {}
         with suppress(OSError, ValueError, AttributeError):
             saved = json.loads(state_path(queue).read_text(encoding="utf-8"))
-            values = {_OLD_KEYS.get(key, key): value for key, value in saved.items()}
+            values = {_OLD_KEYS.get(str(key), str(key)): value for key, value in saved.items()}
         state = cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
         if "files_sent" in values and queue.exists():
             records = read_records(queue, values["files_sent"])
