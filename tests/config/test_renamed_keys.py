@@ -124,14 +124,46 @@ def test_current_key_wins(check: Callable, changed: Changed) -> None:
     assert 'was renamed to "dtype", which is also set and takes precedence. Remove it.' in str(validated.warnings[0])
 
 
+@pytest.mark.parametrize(
+    ("old", "loss", "weights", "smoothing"),
+    [
+        ("loss_type: aot_pair", "aot_unpaired", None, 0.0),
+        ("loss_type: [aot_pair, sigmoid]", ["aot_unpaired", "sigmoid"], None, 0.0),
+        ("loss_type: exo_pair", "exo_pair", None, 0.001),
+        ("loss_type: exo_pair, label_smoothing: 0.1", "exo_pair", None, 0.1),
+        ("rpo_alpha: 0.5", ["sigmoid", "sft"], [1.0, 0.5], 0.0),
+        ("loss_type: ipo, rpo_alpha: 1", ["ipo", "sft"], [1.0, 1.0], 0.0),
+        ("rpo_alpha: null", ["sigmoid"], None, 0.0),
+    ],
+)
+def test_old_preference_losses_are_translated(
+    check: Callable, changed: Changed, old: str, loss: str | list[str], weights: list[float] | None, smoothing: float
+) -> None:
+    validated = check(changed(training_args=f"{{{old}}}"), "dpo")
+    arguments = validated.experiment.training_args
+    assert (arguments.loss_type, arguments.loss_weights, arguments.label_smoothing) == (loss, weights, smoothing)
+    is_current = "null" in old or "0.1" in old
+    assert len(validated.warnings) == (0 if is_current else 1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5])
+def test_label_smoothing_of_the_cross_entropy_is_bounded(
+    messages: Callable[..., list[str]], changed: Changed, value: float
+) -> None:
+    assert (
+        "training_args.label_smoothing_factor"
+        in messages(changed(training_args=f"{{label_smoothing_factor: {value}}}"))[0]
+    )
+
+
 def test_what_cannot_be_honoured_is_refused(messages: Callable[..., list[str]], changed: Changed) -> None:
-    text = "rpo_alpha: 1.0\nreference_free: true\nper_gpu_train_batch_size: 2\nwarmup_ratio: 3\n"
+    text = "loss_weights: [1.0]\nrpo_alpha: 1.0\nreference_free: true\nper_gpu_train_batch_size: 2\nwarmup_ratio: 3\n"
     assert messages(changed(training_args=text), "dpo") == [
-        "config.yaml:14:3: training_args.rpo_alpha: is no longer supported."
+        "config.yaml:15:3: training_args.rpo_alpha: is no longer supported."
         " Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead.",
-        "config.yaml:15:3: training_args.reference_free: is no longer supported."
+        "config.yaml:16:3: training_args.reference_free: is no longer supported."
         " Every loss of the installed release has a reference.",
-        "config.yaml:16:3: training_args.per_gpu_train_batch_size: is no longer supported. Use batchsize_conf instead.",
-        "config.yaml:17:3: training_args.warmup_ratio: must be a fraction of the steps, below 1 (got 3)."
+        "config.yaml:17:3: training_args.per_gpu_train_batch_size: is no longer supported. Use batchsize_conf instead.",
+        "config.yaml:18:3: training_args.warmup_ratio: must be a fraction of the steps, below 1 (got 3)."
         ' It was renamed to "warmup_steps".',
     ]

@@ -54,6 +54,8 @@ class TrainingArgs(ConfigSection):
     """Adam epsilon, added to the denominator for numerical stability."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum gradient norm for gradient clipping. 0 disables clipping."""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing of the cross-entropy: the share of the probability that is spread over all tokens."""
     optim: str = "adamw_torch"
     """Name of the optimizer, as in `transformers.TrainingArguments`."""
     seed: int = Field(default=42, ge=0, lt=2**32)

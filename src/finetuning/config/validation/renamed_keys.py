@@ -71,7 +71,9 @@ TRAINING_ARGS: dict[str, Change] = {
     "save_safetensors": RemovedKey("weights are always saved as safetensors"),
     "logging_dir": RemovedKey("TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR"),
     "include_tokens_per_second": RemovedKey("tokens per second are always logged"),
-    "max_prompt_length": RemovedKey("max_length limits prompt and answer together"),
+    "max_prompt_length": RemovedKey(
+        "prompts are not shortened by themselves; max_length limits prompt and answer together"
+    ),
     "max_completion_length": RemovedKey("max_length limits prompt and answer together"),
     "max_target_length": RemovedKey("max_length limits prompt and answer together"),
     "label_pad_token_id": RemovedKey("padding is never trained on"),
@@ -104,6 +106,7 @@ TRAINING_ARGS: dict[str, Change] = {
     "push_to_hub_organization": RemovedKey("hub_model_id names the organization"),
     "per_gpu_train_batch_size": RejectedKey("Use batchsize_conf instead."),
     "per_gpu_eval_batch_size": RejectedKey("Use batchsize_conf.per_device_eval_batch_size instead."),
+    # Translated for DPO by `_translate_preference_loss`, except beside loss_weights.
     "rpo_alpha": RejectedKey("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
     "reference_free": RejectedKey("Every loss of the installed release has a reference."),
 }
@@ -145,6 +148,8 @@ def apply_renames(document: ConfigDocument, trainer_fields: Callable[[], Contain
     """
     written = document
     findings: list[ValidationIssue] = []
+    if "loss_weights" in trainer_fields():
+        document, findings = _translate_preference_loss(document)
     for section, table in TABLES.items():
         values = document.get(section)
         for key in [key for key in table if key in values] if isinstance(values, dict) else []:
@@ -169,6 +174,48 @@ def apply_renames(document: ConfigDocument, trainer_fields: Callable[[], Contain
     return RenamedResult(
         document, to_problems(warnings, written), [item for item in findings if item.kind != "warning"]
     )
+
+
+def _translate_preference_loss(document: ConfigDocument) -> tuple[ConfigDocument, list[ValidationIssue]]:
+    """Replace losses of earlier releases of TRL's DPO trainer by their equivalents, with a warning for each.
+
+    Source: TRL 0.13, `DPOTrainer.dpo_loss` and `get_batch_loss_metrics`: `aot_pair` sorted chosen and rejected
+    log-ratios separately, `exo_pair` replaced a label smoothing of 0 by 0.001, and `rpo_alpha` added the cross-entropy
+    of the chosen answers with that weight.
+    """
+    issues: list[ValidationIssue] = []
+    section = ("training_args",)
+    loss, smoothing, alpha = ((*section, key) for key in ("loss_type", "label_smoothing", "rpo_alpha"))
+
+    def warn(path: KeyPath, message: str, hint: str) -> None:
+        issues.append(ValidationIssue(path, message, hint, kind="warning"))
+
+    value = document.get(loss)
+    names = value if isinstance(value, list) else [value]
+    if "aot_pair" in names:
+        names = ["aot_unpaired" if name == "aot_pair" else name for name in names]
+        document = document.with_value(loss, names if isinstance(value, list) else names[0])
+        warn(loss, '"aot_pair" was renamed to "aot_unpaired".', 'Write "aot_unpaired".')
+    if "exo_pair" in names and document.get(smoothing) in (None, 0):
+        document = document.with_value(smoothing, 0.001)
+        warn(
+            loss, '"exo_pair" needs label smoothing; label_smoothing: 0.001 is used.', 'Write "label_smoothing: 0.001".'
+        )
+    weight = document.get(alpha)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if is_number and document.get((*section, "loss_weights")) is None and "sft" not in names:
+        mixed: list[YamlValue] = [*("sigmoid" if name is None else name for name in names), "sft"]
+        weights: list[YamlValue] = [*(1.0 for _ in names), float(weight)]
+        mark = document.mark_of(alpha)
+        document = document.without(alpha)
+        document = document.with_value(loss, mixed).with_value((*section, "loss_weights"), weights)
+        if mark is not None:
+            document = document.with_marks({(*section, "loss_weights"): mark})
+        written = f"loss_type: [{', '.join(map(str, mixed))}] with loss_weights: {weights}"
+        warn(alpha, "was replaced by a weighted sft loss.", f"Write {written}.")
+    elif weight is None:
+        document = document.without(alpha)
+    return document, issues
 
 
 def _change(

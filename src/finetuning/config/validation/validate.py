@@ -103,6 +103,9 @@ def validate(
 
 def _has_old_names(document: ConfigDocument) -> bool:
     """Return whether the document has a key or a value that `apply_renames` replaces or reports."""
+    loss = document.get(("training_args", "loss_type"))
+    if not {"aot_pair", "exo_pair"}.isdisjoint(str(name) for name in (loss if isinstance(loss, list) else [loss])):
+        return True
     sections = [(document.get(section), table) for section, table in TABLES.items()]
     values = [(document.get(path), names) for path, names in OLD_VALUES.items()]
     return any(
