@@ -122,3 +122,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if any(base.__name__ in ("OutOfMemoryError", "MemoryError") for base in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that has text, or the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetuning.config.yaml.document import ConfigDocument, dotted
-from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem, is_out_of_memory
+from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem, first_line, is_out_of_memory
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
 ERROR_FILE = "FINETUNING_ERROR_FILE"
@@ -174,12 +174,12 @@ def _report_unexpected(error: Exception, debug: bool) -> int:
         return _report("StorageError", EXIT_USER, message)
     if is_lost_connection(error):
         # The lost process reports its own error, or was killed. A traceback of this one would not help.
-        message = f"the connection to another process of the job was lost: {_first_line(error)}"
+        message = f"the connection to another process of the job was lost: {first_line(error)}"
         return _report("InternalError", EXIT_INTERNAL, message)
     if is_out_of_memory(error):
-        name, message = "OutOfMemory", f"out of memory: {_first_line(error)}"
+        name, message = "OutOfMemory", f"out of memory: {first_line(error)}"
     else:
-        name, message = "InternalError", f"internal error: {type(error).__name__}: {_first_line(error)}"
+        name, message = "InternalError", f"internal error: {type(error).__name__}: {first_line(error)}"
     code = _report(name, EXIT_INTERNAL, message)
     _save_traceback(error)
     return code
@@ -205,11 +205,6 @@ def _print_error(message: str) -> None:
         "error: " + "".join(f"\n{line}" if line.startswith("    ") else f" {line}" for line in lines)[1:],
         file=sys.stderr,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "(no message)"
 
 
 def _save_traceback(error: BaseException) -> None:

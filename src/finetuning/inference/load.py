@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -178,12 +177,13 @@ def _with_adapter(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTok
     from finetuning.model.embeddings import resize_embeddings
     from finetuning.model.peft.adapter_files import check_adapter_base, check_adapter_tensors
     from finetuning.model.resolve import resolve_model
+    from finetuning.model.safetensors_io import ADAPTER_WEIGHTS
 
     location = Location(key="model_conf.adapter")
     source = resolve_model(adapter, "adapter", key=location.key)
     if source.folder is not None:
-        if not (source.folder / _ADAPTER_WEIGHTS).is_file():
-            raise ModelError(f"{source.folder} contains no {_ADAPTER_WEIGHTS}", location=location)
+        if not (source.folder / ADAPTER_WEIGHTS).is_file():
+            raise ModelError(f"{source.folder} contains no {ADAPTER_WEIGHTS}", location=location)
         check_adapter_base(model, source.folder, location)
     # An adapter with new tokens contains their embeddings; the base model's must have the same size.
     resize_embeddings(model, tokenizer)

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
+from finetuning.errors import first_line
 from finetuning.model.peft.adapters import base_model_of, peft_type_of
 from finetuning.plan.features import TOKENWISE_ADAPTERS
 
@@ -74,7 +75,7 @@ def enable_varlen(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None
         raise
     except (RuntimeError, ValueError) as error:
         # Some kernels run on GPUs only, and under FSDP the model is still on the CPU here.
-        reason = f"isolation cannot be verified on {base.device}: {_first_line(error)}"
+        reason = f"isolation cannot be verified on {base.device}: {first_line(error)}"
     else:
         if difference <= tolerance:
             return None
@@ -117,7 +118,7 @@ def enable_varlen_kernel(
         raise
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         # An installed package may be built for another version of torch, and a kernel for another GPU.
-        reason = _first_line(error)
+        reason = first_line(error)
     else:
         # transformers may fall back to another implementation with only a warning.
         if base.config._attn_implementation != name:
@@ -315,7 +316,3 @@ def _has_finite_gradient(model: PreTrainedModel | PeftModel) -> bool:
         loss = model(use_cache=False, **varlen_inputs(_probe_rows(model))).logits.float().square().mean()
         (gradient,) = torch.autograd.grad(loss, min(trained, key=torch.Tensor.numel), allow_unused=True)
     return gradient is None or bool(gradient.isfinite().all())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from finetuning.atomic_io import atomic_directory, is_disk_full, staging_path
 from finetuning.config.pretrained_config import quantization_method
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import FinetuningError, GuardStopped, Location, StorageError
+from finetuning.errors import GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
 from finetuning.model.save import find_stop_tokens, is_peft_model, save_model
 from finetuning.report.terminal import NextCommand
@@ -208,6 +208,8 @@ def _copy(final: Path, target: Path) -> None:
 
 def next_commands(model: FinalModel) -> list[NextCommand]:
     """Return commands that try, merge, serve or evaluate a final model."""
+    from finetuning.model.peft.adapter_files import mergeable_type
+
     if model.stop_tokens is None:
         return []
     folder = shlex.quote(model.folder)
@@ -218,7 +220,7 @@ def next_commands(model: FinalModel) -> list[NextCommand]:
             NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
             NextCommand(f"lm_eval --model hf --model_args pretrained={folder} --tasks arc_easy", "evaluate it"),
         ]
-    peft_type = _mergeable_type(model.folder)
+    peft_type = mergeable_type(Path(model.folder))
     if peft_type is None:
         return [generate]
     merged = shlex.quote(f"{model.folder}-merged")
@@ -229,16 +231,3 @@ def next_commands(model: FinalModel) -> list[NextCommand]:
     merge = NextCommand(f"merge_adapter {base} {folder} {merged}", purpose)
     serve = NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")
     return [generate, merge, *([serve] if peft_type == "LORA" else [])]
-
-
-def _mergeable_type(folder: str) -> str | None:
-    """Return the PEFT type of an adapter that can be merged into its base model; None for other adapters."""
-    from finetuning.export.inputs import read_adapter
-    from finetuning.export.merge.with_peft import check_mergeable
-
-    try:
-        adapter = read_adapter(folder)
-        check_mergeable(adapter)
-    except FinetuningError:
-        return None
-    return adapter.peft_type

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from finetuning.data.samples import Row
 from finetuning.data.sources.tables import without_nulls
-from finetuning.errors import DataError, Location
+from finetuning.errors import DataError, Location, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -83,17 +83,13 @@ class HubShard:
         except (OfflineModeIsEnabled, ConnectionError) as error:
             raise DataError(
                 f"{self.path}: no such file or folder, and as a dataset of the Hugging Face Hub it cannot be"
-                f" fetched: {_first_line(error)}",
+                f" fetched: {first_line(error)}",
                 hint="Download it first, or set the path of a file.",
             ) from None
         except DatasetNotFoundError as error:
             raise DataError(
                 f"{self.path}: no such file or folder, and no dataset of this name on the Hugging Face Hub, or no"
-                f" access to it: {_first_line(error)}"
+                f" access to it: {first_line(error)}"
             ) from None
         except (DatasetsError, HfHubHTTPError, ValueError, OSError) as error:
-            raise DataError(f"{self.name} cannot be read: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+            raise DataError(f"{self.name} cannot be read: {first_line(error)}") from None

@@ -17,12 +17,12 @@ from finetuning.export.merge.verification import MergeVerification, check_free_m
 from finetuning.export.merge.with_peft import (
     DeviceMap,
     check_device_map,
-    check_mergeable,
     merge_with_peft,
 )
 from finetuning.export.safetensors_writer import check_free_space
 from finetuning.model import fingerprint
 from finetuning.model.older_checkpoint import find_stop_token_repair, read_generation_config
+from finetuning.model.peft.adapter_files import check_mergeable
 from finetuning.model.stop_tokens import copy_ids_to_model_config
 
 _SMALL_FILES_BYTES = 64 << 20
@@ -79,7 +79,7 @@ def merge_adapters(
     plan = plan_merge(base, adapters, force=force)
     if isinstance(plan, NeedsPeft):
         for adapter in adapters:
-            check_mergeable(adapter)
+            check_mergeable(adapter.folder, adapter.config)
     if verify or isinstance(plan, NeedsPeft):
         check_device_map(device_map)
     for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):

@@ -14,7 +14,7 @@ from finetuning.errors import ConfigError, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import unwrapped_name
 from finetuning.export.merge.merge_plan import is_embedding_weight
-from finetuning.model.peft.lora_support import lora_init
+from finetuning.model.peft.adapter_files import check_mergeable, unmergeable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from finetuning.model.load import TaskHead
 
 DeviceMap = str | dict[str, int | str] | None
-# Adapters whose change of the weights depends on the input, so that no fixed weights are equivalent.
-_INPUT_DEPENDENT = {
-    "LILY": "a router chooses its weights for each token",
-    "POLY": "its weights are mixed for the task of each row",
-    "SHADOW": "what it adds to a layer is computed from each input",
-    "XLORA": "it mixes several adapters for each token",
-}
 _PLACED_BY_SIZE = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight")
 
@@ -45,35 +38,9 @@ def check_device_map(device_map: DeviceMap) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
-                f"--device_map: cannot use {device!r}: {_first_line(error)}",
+                f"--device_map: cannot use {device!r}: {_first_two_lines(error)}",
                 hint="Use cpu, auto, or a device of this machine, such as cuda:0.",
             ) from error
-
-
-def check_mergeable(adapter: Adapter) -> None:
-    """Raise ModelError if this type of adapter cannot be merged into weights."""
-    if adapter.peft_type in _INPUT_DEPENDENT:
-        raise _unmergeable(adapter, _INPUT_DEPENDENT[adapter.peft_type])
-    from peft import PeftConfig, PeftType
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-    peft_type = PeftType.__members__.get(adapter.peft_type)
-    if peft_type is None or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ModelError(f"{adapter.folder} is of type {adapter.peft_type}, which the installed PEFT does not support")
-    config = PeftConfig.from_pretrained(str(adapter.folder))
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
-    if config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
-        raise _unmergeable(adapter, "it changes the input or the layers, not the weights")
-    if getattr(config, "alora_invocation_tokens", None):
-        raise _unmergeable(adapter, "activated LoRA is switched on by tokens at run time")
-    init = lora_init(adapter.config)
-    if adapter.peft_type == "LORA" and init.changes_base and not init.is_repeated:
-        raise ModelError(
-            f"{adapter.folder} cannot be merged: {init.label} changed the base's weights in training, and loading the"
-            " adapter does not repeat the change.",
-            hint="Convert it first, with the initial adapter that was saved before training:"
-            f" create_vllm_compatible_adapter {adapter.folder} --initial-adapter INITIAL --output OUT.",
-        )
 
 
 def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:
@@ -100,7 +67,7 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
             model = _without_quantizer(model.dequantize())
         except (NotImplementedError, ValueError) as error:
             method = base.config["quantization_config"].get("quant_method", "its method")
-            reason = "" if isinstance(error, NotImplementedError) else f": {_first_line(error)}"
+            reason = "" if isinstance(error, NotImplementedError) else f": {_first_two_lines(error)}"
             raise ModelError(
                 f"{base.folder} is quantized with {method}, which cannot be dequantized{reason}",
                 hint="Merge into the unquantized base model.",
@@ -146,7 +113,7 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, str(adapter.folder))
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
-            f"the adapter {adapter.folder} does not fit the base: {_first_line(error)}.",
+            f"the adapter {adapter.folder} does not fit the base: {_first_two_lines(error)}.",
             hint="Is this the base model that it was trained on?",
         ) from error
     if adapter.entries:
@@ -172,7 +139,7 @@ def merge_in_memory(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PreT
         try:
             model = adapted.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
-            raise _unmergeable(adapter, _first_line(error), "into this base") from error
+            raise unmergeable(adapter.peft_type, _first_two_lines(error), "into this base") from error
     return model
 
 
@@ -187,7 +154,7 @@ def merge_with_peft(
     from finetuning.model.embeddings import input_weight
 
     for adapter in adapters:
-        check_mergeable(adapter)
+        check_mergeable(adapter.folder, adapter.config)
     model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
     if not model.can_generate() and tokenizer is not None and model.config.pad_token_id is None:
         from transformers import AutoTokenizer
@@ -198,13 +165,6 @@ def merge_with_peft(
     return input_weight(model).shape[0]
 
 
-def _unmergeable(adapter: Adapter, reason: str, target: str = "") -> ModelError:
-    return ModelError(
-        f"an adapter of type {adapter.peft_type} cannot be merged{target and ' ' + target}: {reason.rstrip('.')}.",
-        hint="Serve base model and adapter unmerged, with PEFT.",
-    )
-
-
-def _first_line(error: BaseException) -> str:
+def _first_two_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -1,8 +1,9 @@
-"""Compare an adapter's tensors in memory and on disk: names, shapes, digests, and the base it was trained on."""
+"""Check saved adapters: their tensors against those in memory, their base model, and whether they can be merged."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,20 @@ import torch
 
 from finetuning.errors import Location, ModelError
 from finetuning.model.fingerprint import compute_fingerprint, describe_difference, read_fingerprint
+from finetuning.model.peft.lora_support import lora_init
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, read_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+# Adapters whose change of the weights depends on the input, so that no fixed weights are equivalent.
+_INPUT_DEPENDENT = {
+    "LILY": "a router chooses its weights for each token",
+    "POLY": "its weights are mixed for the task of each row",
+    "SHADOW": "what it adds to a layer is computed from each input",
+    "XLORA": "it mixes several adapters for each token",
+}
 # PEFT may save whole embeddings with an adapter when the vocabulary was resized.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
@@ -94,3 +103,48 @@ def check_adapter_base(model: PreTrainedModel, folder: Path, location: Location 
         raise ModelError(
             f"the adapter {folder} was trained on another base model than {base}: {difference}", location=location
         )
+
+
+def check_mergeable(folder: Path, config: Mapping[str, object]) -> None:
+    """Raise ModelError if the adapter in `folder`, with this `adapter_config.json`, cannot be merged into weights."""
+    peft_type = str(config.get("peft_type", "")).upper()
+    if peft_type in _INPUT_DEPENDENT:
+        raise unmergeable(peft_type, _INPUT_DEPENDENT[peft_type])
+    from peft import PeftConfig, PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    known_type = PeftType.__members__.get(peft_type)
+    if known_type is None or known_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(f"{folder} is of type {peft_type}, which the installed PEFT does not support")
+    peft_config = PeftConfig.from_pretrained(str(folder))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(known_type)
+    if peft_config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
+        raise unmergeable(peft_type, "it changes the input or the layers, not the weights")
+    if getattr(peft_config, "alora_invocation_tokens", None):
+        raise unmergeable(peft_type, "activated LoRA is switched on by tokens at run time")
+    init = lora_init(config)
+    if peft_type == "LORA" and init.changes_base and not init.is_repeated:
+        raise ModelError(
+            f"{folder} cannot be merged: {init.label} changed the base's weights in training, and loading the"
+            " adapter does not repeat the change.",
+            hint="Convert it first, with the initial adapter that was saved before training:"
+            f" create_vllm_compatible_adapter {folder} --initial-adapter INITIAL --output OUT.",
+        )
+
+
+def unmergeable(peft_type: str, reason: str, target: str = "") -> ModelError:
+    """Return the error for an adapter that cannot be merged."""
+    return ModelError(
+        f"an adapter of type {peft_type} cannot be merged{target and ' ' + target}: {reason.rstrip('.')}.",
+        hint="Serve base model and adapter unmerged, with PEFT.",
+    )
+
+
+def mergeable_type(folder: Path) -> str | None:
+    """Return the PEFT type of a saved adapter that can be merged into its base model; None for other adapters."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        check_mergeable(folder, config)
+    except ModelError:
+        return None
+    return str(config["peft_type"]).upper()

@@ -15,6 +15,7 @@ from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
 from finetuning.errors import Location, ModelError
 from finetuning.model.peft.adapter_files import adapter_digests, check_adapter_base, check_adapter_tensors
 from finetuning.model.resolve import resolve_model
+from finetuning.model.safetensors_io import ADAPTER_WEIGHTS
 from finetuning.model.save import is_peft_model
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def _register_missing_bias(adapted: PeftModel) -> None:
 
 
 def _refuse_pickle(folder: Path, location: Location) -> None:
-    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+    if (folder / "adapter_model.bin").is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(
             f"{folder} has a pickled adapter (adapter_model.bin), which can execute code when it is loaded",
             location=location,

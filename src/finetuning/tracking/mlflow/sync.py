@@ -9,18 +9,16 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from finetuning.errors import ConfigError, Location
 from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, read_records
+from finetuning.tracking.mlflow.tracker import start_uploader
 
-Process = subprocess.Popen[bytes]
 _EXIT_UPLOADED, _EXIT_NOT_UPLOADED, _EXIT_BUSY = 0, 1, 3
 _ORPHAN_S, _POLL_S, _LONGEST_PAUSE_S = 10.0, 0.1, 5.0
 
@@ -58,19 +56,6 @@ def sync_run(folder: Path, *, patience_s: float = 30.0) -> list[SyncResult]:
 def _waiting(queue: Path) -> int:
     state = UploadState.read(queue)
     return len(list(read_records(queue, state.offset))) + len(state.pending_files)
-
-
-def start_uploader(queue: Path, uri: str, uploads: bool, parent: int = 0, patience_s: float = math.inf) -> Process:
-    """Start the process in a session of its own, so that Ctrl-C reaches the training process alone."""
-    store = urlsplit(uri)  # MLflow puts the files of a SQLite store below the working directory
-    folder = Path(store.path.removeprefix("/")).parent if store.scheme == "sqlite" else queue.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60" if uploads else "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    forced = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": uri, "PYTHONSAFEPATH": "1"}
-    environ = {**defaults, "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, **forced}
-    command = [sys.executable, "-m", __name__, str(queue.absolute()), str(parent), str(patience_s)]
-    null = subprocess.DEVNULL
-    return Process(command, stdin=null, stdout=null, stderr=null, cwd=folder, env=environ, start_new_session=True)
 
 
 def main(queue: Path, parent: int, patience_s: float) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import getpass
 import logging
+import math
 import os
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from finetuning.tracking.mlflow.queue import (
     QUEUE_NAME,
@@ -18,15 +21,15 @@ from finetuning.tracking.mlflow.queue import (
     UploadState,
     latest_run,
     list_queues,
-    metric_values,
     rotate,
 )
-from finetuning.tracking.mlflow.sync import start_uploader
 from finetuning.tracking.settings import TrackingPlan
 from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
 
 logger = logging.getLogger(__name__)
 
+_UPLOADER = "finetuning.tracking.mlflow.sync"
+"""The module that the uploading process runs."""
 _SERVER_WAIT_S, _LOCAL_WAIT_S, _UPLOAD_WAIT_S, _CHECK_S = 10.0, 60.0, 3600.0, 30.0
 
 
@@ -47,7 +50,7 @@ class MlflowTracker(Tracker):
         values = summary_totals(event.values) if event.kind == "summary" else dict(event.values)
         if event.kind == "training":
             values |= {"tokens_per_second": event.metrics.tokens_per_s, "tokens_seen": event.metrics.tokens_seen}
-        self.queue.append("metrics", values=metric_values(values), step=event.metrics.step)
+        self.queue.append_metrics(values, event.metrics.step)
         if time.monotonic() > self._next_check:
             error = UploadState.read(self.queue.path).error
             self._next_check = float("inf") if error else time.monotonic() + _CHECK_S
@@ -139,3 +142,20 @@ def start_mlflow(
         logger.warning("MLflow: tracking cannot start: %s. Training continues untracked.", error)
         return None
     return MlflowTracker(plan, queue, process)
+
+
+def start_uploader(
+    queue: Path, uri: str, uploads: bool, parent: int = 0, patience_s: float = math.inf
+) -> subprocess.Popen[bytes]:
+    """Start the process in a session of its own, so that Ctrl-C reaches the training process alone."""
+    store = urlsplit(uri)  # MLflow puts the files of a SQLite store below the working directory
+    folder = Path(store.path.removeprefix("/")).parent if store.scheme == "sqlite" else queue.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60" if uploads else "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    forced = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": uri, "PYTHONSAFEPATH": "1"}
+    environ = {**defaults, "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, **forced}
+    command = [sys.executable, "-m", _UPLOADER, str(queue.absolute()), str(parent), str(patience_s)]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(
+        command, stdin=null, stdout=null, stderr=null, cwd=folder, env=environ, start_new_session=True
+    )
