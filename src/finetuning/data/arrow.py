@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+Result = TypeVar("Result")
 _MAX_ROWS = 1 << 14
 _MAX_BYTES = 1 << 23
 
@@ -33,8 +35,8 @@ class ArrowTableWriter:
     def __init__(self, folder: Path | None = None):
         """Open a file in `folder`, by default in the folder for temporary files."""
         self._folder = str(folder) if folder is not None and folder.is_dir() else tempfile.gettempdir()
-        self._file: Any = self._guarded(lambda: tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
-        self._writer: Any = None
+        self._file: IO[bytes] = self._guarded(lambda: tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
+        self._writer: pa.ipc.RecordBatchStreamWriter | None = None
 
     def add(self, table: pa.Table) -> None:
         """Append the rows of a table.
@@ -46,7 +48,7 @@ class ArrowTableWriter:
 
         if self._writer is None:
             self._writer = pa.ipc.new_stream(self._file, table.schema)
-        self._guarded(lambda: self._writer.write_table(table))
+        self._guarded(partial(self._writer.write_table, table))
 
     def table(self) -> pa.Table:
         """All rows, memory-mapped. No rows can be added afterwards."""
@@ -60,7 +62,7 @@ class ArrowTableWriter:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
 
-    def _guarded(self, step: Any) -> Any:
+    def _guarded(self, step: Callable[[], Result]) -> Result:
         try:
             return step()
         except OSError as error:

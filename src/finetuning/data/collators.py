@@ -74,7 +74,7 @@ class FlatteningCollator:
     the rows that it consists of.
     """
 
-    def __call__(self, rows: Rows) -> dict[str, Any]:
+    def __call__(self, rows: Rows) -> dict[str, torch.Tensor | int]:
         import torch
 
         lengths = np.concatenate([np.asarray(row.get("lengths") or [len(row["input_ids"])]) for row in rows])

@@ -19,6 +19,8 @@ from finetuning.data.text_template import TextTemplate
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
 
+UnparsedRow = Row | Problem | Line
+"""A row as its source yields it: a line of JSON Lines is parsed later."""
 _NUM_HEAD_ROWS = 32
 """Rows from which the format is detected."""
 _TEXT_OPTIONS = ("response_template", "instruction_template", "data_formatter_template", "dataset_text_field")
@@ -31,8 +33,8 @@ class OpenDataset:
     row_format: RowFormat
     is_configured: bool
     """Whether the config sets the format; otherwise it was detected from the first rows."""
-    unparsed: Iterator[Row | Problem | Line]
-    parse: Callable[[Row | Problem | Line], ParsedRow | SkippedRow]
+    unparsed: Iterator[UnparsedRow]
+    parse: Callable[[UnparsedRow], ParsedRow | SkippedRow]
     """From an unparsed row to a typed row, a list of them, a Problem, or a SkippedRow."""
 
     @property
@@ -71,7 +73,7 @@ def open_dataset(
     transforms = make_transforms(source, key) if source.columns or source.handlers else TransformChain()
     special_tokens = options.special_tokens
 
-    def transform(unparsed: Row | Problem | Line) -> Row | Problem | SkippedRow:
+    def transform(unparsed: UnparsedRow) -> Row | Problem | SkippedRow:
         row = unparsed.row() if isinstance(unparsed, Line) else unparsed
         return transforms(row, special_tokens) if transforms.steps and isinstance(row, Row) else row
 
@@ -82,7 +84,7 @@ def open_dataset(
     row_format, is_configured = _choose_format(source, transforms, kind, transformed, key)
     dataset_options = _dataset_options(source, transforms, options)
 
-    def parse(unparsed: Row | Problem | Line) -> ParsedRow | SkippedRow:
+    def parse(unparsed: UnparsedRow) -> ParsedRow | SkippedRow:
         row = transform(unparsed)
         return row_format.parse(row, dataset_options) if isinstance(row, Row) else row
 
@@ -96,7 +98,7 @@ def source_title(source: DatasetSource) -> str:
     return f"{name} ({source.split})" if source.split else name
 
 
-def unparsed_rows(source: DatasetSource, key: str, *, streaming: bool = False) -> Iterator[Row | Problem | Line]:
+def unparsed_rows(source: DatasetSource, key: str, *, streaming: bool = False) -> Iterator[UnparsedRow]:
     """Yield the rows as they are in their files, at most `max_rows` of the dataset."""
     shards = find_shards(source, key, streaming=streaming)
     return islice(chain.from_iterable(shard.unparsed() for shard in shards), source.max_rows)
@@ -114,7 +116,7 @@ def _dataset_options(source: DatasetSource, transforms: TransformChain, options:
     )
 
 
-def _check_columns(source: DatasetSource, head: Sequence[Row | Problem | Line], key: str) -> None:
+def _check_columns(source: DatasetSource, head: Sequence[UnparsedRow], key: str) -> None:
     """Check that at least one column to rename is in the first rows; a dataset's files may have different columns.
 
     Raises:

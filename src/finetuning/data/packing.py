@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -126,11 +126,11 @@ class _Packs:
 _TOKENS_PER_WRITE = 1 << 19
 
 
-def pack_rows(rows: Sequence[Mapping[str, np.ndarray]], capacity: int) -> list[dict[str, Any]]:
+def pack_rows(rows: Sequence[Mapping[str, np.ndarray]], capacity: int) -> list[Mapping[str, object]]:
     """`pack_dataset` for rows in memory."""
     lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     packing = pack(lengths, capacity)
-    packs: list[dict[str, Any]] = []
+    packs: list[Mapping[str, object]] = []
     for start, end in pairwise(packing.borders):
         members = packing.rows[start:end]
         columns = {name: np.concatenate([rows[row][name] for row in members]) for name in ("input_ids", "labels")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -190,7 +190,7 @@ def _shuffle(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
     return as_dataset(take_rows(cast("pa.Table", dataset.with_format("arrow")[:]), order))
 
 
-def _rules(method: str, max_length: int | None, stop_tokens: Sequence[str]) -> dict[str, Any]:
+def _rules(method: str, max_length: int | None, stop_tokens: Sequence[str]) -> dict[str, object]:
     """The settings that the rows depend on, in addition to those in `data_conf`; they are part of the cache key."""
     return {"method": method, "max_length": max_length, "stop tokens": list(stop_tokens)}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class PreparedData:
 
 
 def prepare_rows(
-    data_conf: DataConfig, preprocessor: Preprocessor, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]
+    data_conf: DataConfig, preprocessor: Preprocessor, tokenizer: PreTrainedTokenizerFast, rules: Mapping[str, object]
 ) -> PreparedData:
     """Read the rows from the folder that the config names or from the cache, or prepare them now.
 
@@ -127,7 +127,7 @@ def _from_entry(entry: CacheEntry, origin: str) -> PreparedData:
     )
 
 
-def cache_key_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any]) -> CacheKey:
+def cache_key_for(data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, rules: Mapping[str, object]) -> CacheKey:
     """The cache key without the data's digests."""
     return CacheKey(
         data={},
@@ -204,7 +204,7 @@ def _check_no_dataset_is_empty(
         raise DataError(problems)
 
 
-def _settings(data_conf: DataConfig) -> dict[str, Any]:
+def _settings(data_conf: DataConfig) -> dict[str, object]:
     """The settings of `data_conf` that rows depend on. Not the padding; and the template is a part of its own."""
     values = data_conf.model_dump(
         mode="json",

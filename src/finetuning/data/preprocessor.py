@@ -15,17 +15,17 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.data.arrow import ArrowTableWriter, as_dataset, take_rows
 from finetuning.data.formats import Options
-from finetuning.data.open_dataset import OpenDataset, open_dataset, source_title
+from finetuning.data.open_dataset import OpenDataset, UnparsedRow, open_dataset, source_title
 from finetuning.data.preview import PreviewRow, preview_of
 from finetuning.data.processors.base import DroppedSample, Processor, TokenizedSample
-from finetuning.data.samples import Row, SkippedRow
+from finetuning.data.samples import ParsedRow, Row, RowToTokenize, SkippedRow
 from finetuning.data.sources import Line
 from finetuning.data.statistics import RowCounts, SplitStatistics
 from finetuning.data.tokenization.labels import LabelBuilder
@@ -35,6 +35,8 @@ from finetuning.errors import DataError, Location, Problem
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+Item = TypeVar("Item")
 
 DUPLICATE_ROW = "the same as an earlier row"
 MAX_PREVIEW_ROWS = 100
@@ -74,7 +76,7 @@ class Batch:
 class Column:
     """The values of all rows; lists are concatenated, with the length of each in `sizes`."""
 
-    values: np.ndarray | list[Any]
+    values: np.ndarray | list[bool] | list[str]
     sizes: np.ndarray | None
 
     @classmethod
@@ -92,12 +94,12 @@ class Column:
         return pa.array(self.values, type=pa.bool_() if isinstance(self.values[0], bool) else pa.large_string())
 
 
-def in_batches(rows: Iterable[Any], row_of: Callable[[Any], Any] | None = None) -> Iterator[list[Any]]:
+def in_batches(rows: Iterable[Item], row_of: Callable[[Item], UnparsedRow] | None = None) -> Iterator[list[Item]]:
     """Split rows into lists of at most 1024, or fewer where rows are long.
 
     `row_of` extracts the row from an item that wraps it.
     """
-    batch: list[Any] = []
+    batch: list[Item] = []
     size = 0
     for row in rows:
         batch.append(row)
@@ -109,23 +111,25 @@ def in_batches(rows: Iterable[Any], row_of: Callable[[Any], Any] | None = None) 
         yield batch
 
 
-def _num_bytes(row: Any) -> int:
+def _num_bytes(row: object) -> int:
     """The size of an unparsed line, or of the strings of a parsed row."""
     if isinstance(row, Line):
         return len(row.data)
     return sum(len(value) for value in row.values.values() if isinstance(value, str)) if isinstance(row, Row) else 0
 
 
-def parse_rows(rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
+def parse_rows(rows: Iterable[Item], parse: Callable[[Item], ParsedRow | SkippedRow]) -> list[RowToTokenize]:
     """Parse the rows of a file. One row may become several."""
-    parsed: list[Any] = []
+    parsed: list[RowToTokenize] = []
     for row in rows:
         result = parse(row)
-        parsed += result if isinstance(result, list) else (result,)
+        parsed += result if isinstance(result, Sequence) else (result,)
     return parsed
 
 
-def make_batch(rows: Sequence[Any], processor: Processor, statistics: SplitStatistics, num_preview_rows: int) -> Batch:
+def make_batch(
+    rows: Sequence[RowToTokenize], processor: Processor, statistics: SplitStatistics, num_preview_rows: int
+) -> Batch:
     """Tokenize parsed rows and count their outcomes in `statistics`, which holds nothing else yet."""
     processed = iter(processor([row for row in rows if not isinstance(row, _NOT_TOKENIZED)]))
     kept_mask = np.zeros(len(rows), dtype=bool)
@@ -226,7 +230,7 @@ class Preprocessor:
     """Longest row in tokens."""
     num_workers: int = 1
     """Processes to use where there are many rows."""
-    split_rows: Callable[[Sequence[Any]], list[Any]] | None = None
+    split_rows: Callable[[Sequence[RowToTokenize]], list[RowToTokenize]] | None = None
     """Replaces rows that are too long by several shorter ones."""
     problems: list[Problem] = field(default_factory=list[Problem])
     preview: list[list[PreviewRow]] = field(default_factory=list[list[PreviewRow]])
@@ -292,7 +296,7 @@ class Preprocessor:
             return
         yield self._make(self.parse(head[0], opened.parse), split)
 
-        def make(task: tuple[list[Any], int]) -> Batch:
+        def make(task: tuple[list[UnparsedRow], int]) -> Batch:
             rows, num_preview_rows = task
             parsed = self.parse(rows, opened.parse)
             return make_batch(parsed, self.processor, SplitStatistics(RowCounts(split, self.limit)), num_preview_rows)
@@ -301,7 +305,7 @@ class Preprocessor:
             tasks = ((rows, self.num_preview_rows) for rows in chain(head[1:], unparsed))
             yield from workers.map(tasks)
 
-    def _one_ahead(self, opened: OpenDataset, unparsed: Iterator[list[Any]], split: str) -> Iterator[Batch]:
+    def _one_ahead(self, opened: OpenDataset, unparsed: Iterator[list[UnparsedRow]], split: str) -> Iterator[Batch]:
         """The batches, made in a thread while the next one is parsed: the tokenizer releases the GIL."""
         pending: Future[Batch] | None = None
         with ThreadPoolExecutor(1, "prepare") as thread:
@@ -313,12 +317,12 @@ class Preprocessor:
             if pending:
                 yield pending.result()
 
-    def parse(self, rows: Iterable[Any], parse: Callable[[Any], Any]) -> list[Any]:
+    def parse(self, rows: Iterable[Item], parse: Callable[[Item], ParsedRow | SkippedRow]) -> list[RowToTokenize]:
         """Parse the rows of a file, and split those that are too long where that is configured."""
         parsed = parse_rows(rows, parse)
         return self.split_rows(parsed) if self.split_rows else parsed
 
-    def _make(self, rows: Sequence[Any], split: str) -> Batch:
+    def _make(self, rows: Sequence[RowToTokenize], split: str) -> Batch:
         statistics = SplitStatistics(RowCounts(split, self.limit))
         return make_batch(rows, self.processor, statistics, self.num_preview_rows)
 

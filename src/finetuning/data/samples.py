@@ -31,8 +31,8 @@ class Conversation:
     messages: list[Message]
     location: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
-    meta: JsonObject = field(default_factory=dict[str, Any])
+    template_kwargs: JsonObject = field(default_factory=JsonObject)
+    meta: JsonObject = field(default_factory=JsonObject)
     turns: tuple[int, ...] | Literal["all"] | None = None
     """Indices of the messages to train on, or `all` for the whole text; None for the setting of the run."""
 
@@ -80,8 +80,8 @@ class Preference:
     rejected: list[Message]
     location: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
-    meta: JsonObject = field(default_factory=dict[str, Any])
+    template_kwargs: JsonObject = field(default_factory=JsonObject)
+    meta: JsonObject = field(default_factory=JsonObject)
     is_text: bool = False
 
 
@@ -94,8 +94,8 @@ class UnpairedPreference:
     label: bool
     location: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
-    meta: JsonObject = field(default_factory=dict[str, Any])
+    template_kwargs: JsonObject = field(default_factory=JsonObject)
+    meta: JsonObject = field(default_factory=JsonObject)
     is_text: bool = False
 
 
@@ -107,13 +107,15 @@ class Prompt:
     columns: JsonObject
     location: Location
     tools: list[JsonObject] | None = None
-    template_kwargs: JsonObject = field(default_factory=dict[str, Any])
+    template_kwargs: JsonObject = field(default_factory=JsonObject)
 
 
 Sample = Conversation | Text | TokenIds | Preference | UnpairedPreference | Prompt
 """A row that was parsed by a row format."""
 ParsedRow = Sample | Sequence[Sample] | Problem
 """What a row format makes of a row: some make several samples of one."""
+RowToTokenize = Sample | Problem | SkippedRow
+"""A sample, or a row that is not trained on."""
 Span = tuple[int, int]
 """Start and end of a part of a text, in characters, or of a sequence, in tokens; the end is exclusive."""
 MISSING_PROMPT = "the turn does not begin with all of the generation prompt"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -51,6 +51,26 @@ class RowOutcome:
 
     def problem(self) -> Problem:
         return Problem(f"{self.reason}: {self.detail}" if self.detail else self.reason, self.location)
+
+
+class SplitReport(TypedDict):
+    """The counts of one split in `data_report.json`."""
+
+    split: str
+    formats: dict[str, str]
+    rows: int
+    kept: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    tokens_cut: int
+    answers_cut: int
+    dropped: dict[str, int]
+    invalid_rows: int
+    filtered_by_length: int
+    warnings: dict[str, int]
+    epochs: NotRequired[int]
+    """How often all rows of a stream were read."""
 
 
 @dataclass
@@ -136,7 +156,7 @@ class RowCounts:
             )
         return lines
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> SplitReport:
         """The counts as JSON types, for `data_report.json`."""
         return {
             "split": self.split,
@@ -175,9 +195,9 @@ class RowCounts:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.most_common())
         return f"all {self.rows} rows dropped: {reasons}; first at {first.location}: {first.detail or first.reason}"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The counts as JSON types, for `from_state_dict`."""
-        return asdict(self) | {"dropped": dict(self.dropped), "warnings": dict(self.warnings)}
+        return {**asdict(self), "dropped": dict(self.dropped), "warnings": dict(self.warnings)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RowCounts:
@@ -265,7 +285,7 @@ class SplitStatistics:
         self.counts.add(more.counts)
         self.outcomes += more.outcomes
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The statistics as JSON types, for `from_state_dict`."""
         return {"counts": self.counts.state_dict(), "outcomes": [asdict(row) for row in self.outcomes]}
 
@@ -286,7 +306,7 @@ class DatasetStatistics:
         """The statistics as text for the console."""
         return [line for split in self.splits for line in split.counts.lines()]
 
-    def report(self) -> list[dict[str, Any]]:
+    def report(self) -> list[SplitReport]:
         """The statistics as JSON types."""
         return [split.counts.report() for split in self.splits]
 
@@ -314,7 +334,7 @@ def raise_bad_rows(problems: Sequence[Problem]) -> None:
     raise DataError(listed)
 
 
-def write_report(folder: Path, report: list[dict[str, Any]]) -> None:
+def write_report(folder: Path, report: list[SplitReport]) -> None:
     """Write `data_report.json` atomically."""
     _write_atomically(folder / REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 

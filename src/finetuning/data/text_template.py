@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jinja2
 from jinja2.exceptions import SecurityError
@@ -32,7 +31,7 @@ class TextTemplate:
 
     template: str
 
-    def __call__(self, values: Mapping[str, Any], special_tokens: Mapping[str, str]) -> str:
+    def __call__(self, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         """Return the text of a row.
 
         Raises:
@@ -42,13 +41,13 @@ class TextTemplate:
             return self._render(self.template, values, special_tokens)
         return _FIELD.sub(lambda match: self._field(match.group(1), values, special_tokens), self.template)
 
-    def _field(self, name: str, values: Mapping[str, Any], special_tokens: Mapping[str, str]) -> str:
+    def _field(self, name: str, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         for key in (name, name.strip()):
             if key in values:
                 return _to_text(key, values[key])
         return self._render("{{" + name + "}}", values, special_tokens)
 
-    def _render(self, source: str, values: Mapping[str, Any], special_tokens: Mapping[str, str]) -> str:
+    def _render(self, source: str, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         try:
             if source not in self._compiled:
                 self._compiled[source] = self._environment.from_string(source)

@@ -13,11 +13,11 @@ from typing import Any
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import MESSAGE_COLUMN_NAMES
 from finetuning.data.formats.row_format import TrainOn
-from finetuning.data.samples import JsonValue, Row, SkippedRow
+from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.errors import ConfigError, Location, Problem
 
-Values = dict[str, Any]
+Values = JsonObject
 Arguments = Mapping[str, Any]
 _MAP_ARGUMENTS = ("remove_columns", "batched", "num_proc", "load_from_cache_file", "fn_kwargs")
 """Arguments of `datasets.Dataset.map`; all but `remove_columns` and `fn_kwargs` are accepted and ignored."""
@@ -251,7 +251,7 @@ def _renaming_for_format(renames: Mapping[str, str]) -> Transform:
     return run
 
 
-def _column(values: Values, name: str) -> Any:
+def _column(values: Values, name: str) -> JsonValue:
     if name not in values:
         raise TransformError(f"no column {name}; columns: {', '.join(values) or 'none'}")
     return values[name]

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, cast
+from typing import Generic, TypeVar, cast
 
 from finetuning.errors import FinetuningError, InternalError, Problem
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 _THREADS = "TOKENIZERS_PARALLELISM"
 _AHEAD = 2
 """Batches in flight per process."""
@@ -35,10 +38,10 @@ class _Failed:
     problems: tuple[Problem, ...]
 
 
-class WorkerPool:
+class WorkerPool(Generic[Task, Result]):
     """Forked copies of this process, each applying `work` to batches."""
 
-    def __init__(self, work: Callable[[Any], Any], count: int):
+    def __init__(self, work: Callable[[Task], Result], count: int):
         """`work` is inherited through the fork with everything that it refers to; batches and results are pickled."""
         context = multiprocessing.get_context("fork")
         self._processes: dict[Connection, BaseProcess] = {}
@@ -52,7 +55,7 @@ class WorkerPool:
                 child_end.close()
                 self._processes[parent_end] = process
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> WorkerPool[Task, Result]:
         return self
 
     def __exit__(
@@ -65,14 +68,14 @@ class WorkerPool:
         for process in self._processes.values():
             process.join()
 
-    def map(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def map(self, batches: Iterable[Task]) -> Iterator[Result]:
         """The result of each batch, in order.
 
         Raises:
             FinetuningError: raised by `work`, or InternalError if a process died.
         """
         pending = iter(batches)
-        idle, busy, done = list(self._processes), dict[Connection, int](), dict[int, Any]()
+        idle, busy, done = list(self._processes), dict[Connection, int](), dict[int, Result]()
         sent = yielded = 0
         has_more = True
         while has_more or busy or done:
@@ -95,7 +98,7 @@ class WorkerPool:
                 done[busy.pop(pipe)] = result
                 idle.append(pipe)
 
-    def _exchange(self, pipe: Any, step: Callable[..., Any], *values: Any) -> Any:
+    def _exchange(self, pipe: Connection, step: Callable[..., Returned], *values: object) -> Returned:
         try:
             return step(*values)
         except (EOFError, OSError):
@@ -106,7 +109,7 @@ class WorkerPool:
             raise InternalError(f"a data worker process {reason}") from None
 
 
-def _serve(work: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _serve(work: Callable[[Task], object], pipe: Connection, inherited: Sequence[Connection]) -> None:
     """Serve batches until the other end of the pipe is closed, which also happens when the parent is killed."""
     # Inherited ends of the other pipes would keep them open after the parent has gone.
     for connection in inherited:

@@ -149,11 +149,11 @@ def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: object) -> str:
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(values: object, prefix: str = "") -> dict[str, object]:
     """Return nested mappings and lists as one mapping with dotted keys.
 
     >>> flatten({"a": {"b": 1}, "c": [2]})
@@ -162,7 +162,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
     if items is None:
         return {prefix: values}
-    result: dict[str, Any] = {}
+    result: dict[str, object] = {}
     for key, item in items:
         result |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return result

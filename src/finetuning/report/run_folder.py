@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetuning.errors import ConfigError, Location
 from finetuning.tracking.tracker import LOSS_LOG_NAME, METRICS_LOG_NAME
 
+Value = TypeVar("Value")
 Series = dict[str, list[tuple[int, float]]]
 """For each metric, (step, value) in the order of steps."""
 
@@ -67,7 +68,7 @@ def _value(point: tuple[int, float]) -> float:
     return point[1]
 
 
-def _collect(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Series:
+def _collect(rows: Iterable[tuple[int, Mapping[str, object]]]) -> Series:
     by_name: dict[str, dict[int, float]] = {}
     for step, values in rows:
         for name, value in values.items():
@@ -76,13 +77,13 @@ def _collect(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Series:
     return {name: sorted(points.items()) for name, points in by_name.items()}
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     for row in read_json_lines(path):
         if isinstance(row.get("step"), int):
             yield row["step"], {key: value for key, value in row.items() if key not in _NO_VALUES}
 
 
-def _state_rows(folder: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _state_rows(folder: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _number(path.parent) >= 0]
     for path in sorted(states, key=lambda path: _number(path.parent))[-1:]:
         try:
@@ -93,7 +94,7 @@ def _state_rows(folder: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield int(entry.get("step", 0)), {key: value for key, value in entry.items() if key not in _NO_VALUES}
 
 
-def _loss_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _loss_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     names = {"training_loss": "loss", "validation_loss": "eval_loss"}
     for row in read_json_lines(path):
         data = row.get("data")
@@ -227,11 +228,11 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _rename_keys(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+def _rename_keys(values: Mapping[str, Value], renamed: Mapping[str, str]) -> dict[str, Value]:
     return {renamed.get(key, key): value for key, value in values.items()}
 
 
-def parse_time(text: Any) -> datetime | None:
+def parse_time(text: object) -> datetime | None:
     """A time of the record, in UTC."""
     try:
         return datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
@@ -239,7 +240,7 @@ def parse_time(text: Any) -> datetime | None:
         return None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -55,7 +55,7 @@ class TrackerRun:
 class Backend:
     """How a tracker's run is opened, and what identifies it to a resumed job."""
 
-    settings: Callable[[TrackerRun, RunIdentity], dict[str, Any]] = lambda run, identity: {"run_name": run.project}
+    settings: Callable[[TrackerRun, RunIdentity], dict[str, object]] = lambda run, identity: {"run_name": run.project}
     """Keyword arguments of accelerate's class, from the run and the identity to continue (empty for a new run)."""
     identity: Callable[[Any], RunIdentity] = lambda run: {}
     """The identity of the opened run, from accelerate's `GeneralTracker.tracker`."""
@@ -218,14 +218,14 @@ def _group_name(name: str) -> str:
     return f"train/{name}"
 
 
-def _tensorboard(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
+def _tensorboard(run: TrackerRun, identity: RunIdentity) -> dict[str, object]:
     shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
     if shared:
         return {"run_name": run.output_dir.absolute().name, "logging_dir": shared}
     return {"run_name": "", "logging_dir": str(run.output_dir / "tensorboard")}
 
 
-def _wandb(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
+def _wandb(run: TrackerRun, identity: RunIdentity) -> dict[str, object]:
     import wandb
 
     resume = {"id": identity["run_id"], "resume": "allow"} if identity.get("run_id") else {}
@@ -241,20 +241,22 @@ def _wandb(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
     }
 
 
-def _aim(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
+def _aim(run: TrackerRun, identity: RunIdentity) -> dict[str, object]:
     section = run.section
     port = section.aim_remote_server_port or 53800
     target = {"run_hash": identity["run_hash"]} if identity.get("run_hash") else {"experiment": run.project}
-    return target | {
+    return {
+        **target,
         "run_name": run.name,
         "logging_dir": section.aim_repo or f"aim://{section.aim_remote_server_ip}:{port}",
         "capture_terminal_logs": False,
     }
 
 
-def _clearml(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
+def _clearml(run: TrackerRun, identity: RunIdentity) -> dict[str, object]:
     resume = {"continue_last_task": identity["task_id"]} if identity.get("task_id") else {}
-    return resume | {
+    return {
+        **resume,
         "project_name": run.section.clearml_project or os.environ.get("CLEARML_PROJECT") or run.project,
         "task_name": run.section.clearml_task or os.environ.get("CLEARML_TASK") or run.name,
         "auto_connect_arg_parser": False,
@@ -263,7 +265,7 @@ def _clearml(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
     }
 
 
-def _dvclive(run: TrackerRun, identity: RunIdentity) -> dict[str, Any]:
+def _dvclive(run: TrackerRun, identity: RunIdentity) -> dict[str, object]:
     return {"dir": str(run.output_dir / "dvclive"), "resume": bool(identity), "save_dvc_exp": False}
 
 

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from finetuning.config.redaction import drop_secrets, is_secret_key, strip_user_info
 from finetuning.config.sections.tracking import TrackingConfig
+from finetuning.config.yaml.document import YamlValue
 from finetuning.errors import ConfigError, Location
 
 _TRUE = {"1", "true", "yes", "on"}
@@ -92,7 +93,7 @@ def resolve_tracking(cli: TrackingOptions, section: TrackingConfig | None, envir
     """
     file = {name: getattr(section, name) for name in section.model_fields_set} if section else {}
 
-    def first(option: str, key: str, variable: str, default: Any = None) -> ResolvedValue:
+    def first(option: str, key: str, variable: str, default: object = None) -> ResolvedValue:
         return _first(
             (getattr(cli, key, None), f"{_COMMAND_LINE}: {option}"),
             (file.get(key), f"file: tracking.{key}"),
@@ -134,7 +135,7 @@ def resolve_tracking(cli: TrackingOptions, section: TrackingConfig | None, envir
     )
 
 
-def _first(*candidates: tuple[Any, str], default: Any) -> ResolvedValue:
+def _first(*candidates: tuple[object, str], default: object) -> ResolvedValue:
     for value, origin in candidates:
         if value is not None and value != "":
             return ResolvedValue(value, origin)
@@ -187,7 +188,7 @@ def _checked_uri(setting: ResolvedValue) -> ResolvedValue:
     return ResolvedValue(text, setting.origin)
 
 
-def _split(setting: ResolvedValue, text: str) -> Any:
+def _split(setting: ResolvedValue, text: str) -> SplitResult:
     """Split the address. Raise ConfigError if it contains a password; no message prints it, as it may contain one."""
     try:
         parts = urlsplit(text)
@@ -233,7 +234,7 @@ MAX_KEY_LENGTH = 250
 _PACKAGES = ("finetuning", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
-def parameters(config: Mapping[str, Any], *, flatten: bool = True) -> dict[str, str]:
+def parameters(config: Mapping[str, YamlValue], *, flatten: bool = True) -> dict[str, str]:
     """Return text values by dotted keys, at most 6000 characters each; without `flatten`, one JSON text per section.
 
     Keys that look like secrets are left out, and user names and passwords are removed from addresses. The full config
@@ -261,7 +262,7 @@ def version_tags() -> dict[str, str]:
     return tags
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             if not is_secret_key(key):
@@ -273,7 +274,7 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         yield ".".join(path), value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, bytes)):

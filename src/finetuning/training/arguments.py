@@ -65,7 +65,7 @@ def build_arguments(experiment: Experiment, plan: Plan) -> transformers.Training
     return arguments
 
 
-def _deepspeed_config(config: str | dict[str, Any] | None, plan: Plan) -> str | dict[str, Any] | None:
+def _deepspeed_config(config: str | dict[str, object] | None, plan: Plan) -> str | dict[str, object] | None:
     """Return DeepSpeed's config; an inline one gets the batch size fields that DeepSpeed requires."""
     if not isinstance(config, dict):
         return config

@@ -49,7 +49,7 @@ class FinalModel:
     stop_tokens: str | None
     """What generation stops at; None for a model with a score head."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
 

@@ -108,7 +108,7 @@ class RunReporter:
 
     def model_loaded(
         self, loaded: LoadedModel, plan: Plan, data: PreparedData, resume: ResumePoint, resume_terms: ResumeTerms
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Add what is trained to the summary. Return the inputs of the run for its record."""
         from finetuning.training.preflight import check_positions, compute_precision
 
@@ -184,7 +184,7 @@ class RunReporter:
 
         return watch_heartbeats(self._trainer, self._output_dir, self._experiment.run_conf.name_hung_after)
 
-    def training_ended(self, data: PreparedData, plan: Plan) -> dict[str, Any]:
+    def training_ended(self, data: PreparedData, plan: Plan) -> dict[str, object]:
         """Return the memory usage and the final row statistics for the record. Collective."""
         from finetuning.training.memory_check import measure_memory, memory_summary
 
@@ -202,7 +202,7 @@ class RunReporter:
         if self._uploader:
             self._uploader.add_last(folder)
 
-    def run_ended(self, error: BaseException | None) -> dict[str, Any]:
+    def run_ended(self, error: BaseException | None) -> dict[str, object]:
         """Wait for uploads, end telemetry and trackers, and return what belongs into the record."""
         record = self._finish_uploads()
         telemetry = self._telemetry.end(error, self._log_telemetry)
@@ -260,7 +260,7 @@ class RunReporter:
             ),
         )
 
-    def upload(self, folder: Path) -> dict[str, Any]:
+    def upload(self, folder: Path) -> dict[str, object]:
         """Upload a final model that an earlier job saved. Return the outcome for the record."""
         self._upload_callbacks()
         if self._uploader:
@@ -275,7 +275,7 @@ class RunReporter:
             self._uploader = make_uploader(address, self._topology.is_main)
         return [self._uploader] if self._uploader else []
 
-    def _finish_uploads(self) -> dict[str, Any]:
+    def _finish_uploads(self) -> dict[str, object]:
         uploader, stop = self._uploader, self._stop
         if uploader is None:
             return {}
@@ -300,7 +300,7 @@ class RunReporter:
         self._console.print(f"{text} ...", style="dim", markup=False)
 
 
-def _data_record(data: PreparedData) -> dict[str, Any]:
+def _data_record(data: PreparedData) -> dict[str, object]:
     """Return the rows for the record, as far as they are known at this point of a stream."""
     return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "statistics": data.statistics.report()}
 

@@ -18,6 +18,7 @@ from finetuning.training.output_dir import installed_versions
 from finetuning.training.resume.find import ResumePoint
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainerCallback, TrainingArguments
 
     from finetuning.telemetry.config import ProcessTotals, TrainingConfig
@@ -46,7 +47,7 @@ class TelemetrySession:
         self._started = time.monotonic()
         self._job: TelemetryJob | None = None
         self._telemetry: Telemetry | None = None
-        self._device: Any = None
+        self._device: torch.device | None = None
         self._trainer: Any = None
 
     def begin(self, resume: ResumePoint) -> None:
@@ -220,7 +221,7 @@ class TelemetrySession:
     def _folder(self, step: int) -> Path | None:
         return self._output_dir / f"checkpoint-{step}" if self._topology.is_main else None
 
-    def end(self, error: BaseException | None, log: LogValues) -> dict[str, Any] | None:
+    def end(self, error: BaseException | None, log: LogValues) -> dict[str, object] | None:
         """End the job's telemetry. Return what belongs into the record; None without telemetry."""
         telemetry, self._telemetry = self._telemetry, None
         job = self._job
@@ -231,10 +232,10 @@ class TelemetrySession:
             return None
         return telemetry.errors.attempt("summing up", lambda: self._summary(telemetry, job, log))
 
-    def _summary(self, telemetry: Telemetry, job: TelemetryJob, log: LogValues) -> dict[str, Any]:
+    def _summary(self, telemetry: Telemetry, job: TelemetryJob, log: LogValues) -> dict[str, object]:
         from finetuning.telemetry.goodput import try_session_goodput
 
-        summary: dict[str, Any] = {
+        summary: dict[str, object] = {
             "job_id": job.job_id,
             "session_tag": job.session_tag,
             "perf_tag": telemetry.config.perf_tag,

@@ -113,15 +113,15 @@ _ROLE_ALIASES = {
 }
 
 
-def has_messages(values: Mapping[str, Any]) -> bool:
+def has_messages(values: Mapping[str, object]) -> bool:
     """Return whether a row has a column of messages."""
     return messages_column(values) is not None
 
 
-def messages_column(values: Mapping[str, Any]) -> str | None:
+def messages_column(values: Mapping[str, object]) -> str | None:
     """Return the first column with one of the known names that holds a list, or the JSON text of one."""
     for name in MESSAGE_COLUMN_NAMES:
-        value: JsonValue = values.get(name)
+        value = values.get(name)
         if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[")):
             return name
     return None

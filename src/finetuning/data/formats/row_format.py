@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
 from finetuning.data.text_template import TextTemplate
@@ -48,7 +48,7 @@ class RowFormat:
     columns: tuple[str, ...]
     parse: Callable[..., ParsedRow]
     """From a row, and Options, to one typed row, a list of them, or a Problem if the row has another format."""
-    has_format: Callable[[Mapping[str, Any]], bool] | None = None
+    has_format: Callable[[Mapping[str, object]], bool] | None = None
     """Whether values look like this format; by default they do if all columns are present."""
 
     def matches(self, row: Row) -> bool:
@@ -129,7 +129,7 @@ def messages_field(row: Row, key: str) -> list[Message]:
     ]
 
 
-def is_plain(message: Any) -> bool:
+def is_plain(message: object) -> bool:
     """Return whether a message has a known role, a text, and nothing else, as nearly all do."""
     return (
         isinstance(message, dict)

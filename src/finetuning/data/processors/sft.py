@@ -20,7 +20,7 @@ from finetuning.data.processors.base import (
     truncate,
     unverified_mask,
 )
-from finetuning.data.samples import RENDER_ERROR, Conversation, MaskedText, MaskError, Text, TokenIds
+from finetuning.data.samples import RENDER_ERROR, Conversation, MaskedText, MaskError, RowToTokenize, Text, TokenIds
 from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
 
 NO_TURN_SELECTED = "no assistant message is selected for training"
@@ -159,7 +159,7 @@ class SFTProcessor:
             warnings.add(EMPTY_COMPLETION)
         return replace(sample, text=row.text, warnings=frozenset(warnings))
 
-    def split_rows(self, rows: Sequence[object]) -> list[object]:
+    def split_rows(self, rows: Sequence[RowToTokenize]) -> list[RowToTokenize]:
         """Replace each text that is trained whole and is too long by rows of at most `max_length` tokens."""
         texts: dict[int, str] = {}
         for index, row in enumerate(rows):
@@ -171,7 +171,7 @@ class SFTProcessor:
         tokenized: dict[int, TokenizedText | MaskError] = dict(
             zip(texts, self.label_builder.encode(list(texts.values()), [None] * len(texts)), strict=True)
         )
-        result: list[object] = []
+        result: list[RowToTokenize] = []
         for index, row in enumerate(rows):
             tokens = tokenized.get(index)
             if isinstance(row, Text) and isinstance(tokens, TokenizedText) and len(tokens.ids) > self.max_length:

@@ -206,7 +206,7 @@ def _is_unclosed(line: bytes) -> bool:
     return _decode(line.decode("utf-8", "replace")) is _INCOMPLETE
 
 
-def _decode(text: str) -> Any:
+def _decode(text: str) -> object:
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -14,9 +14,10 @@ import numpy as np
 from finetuning.config.sections.data import Concatenation, DataConfig, WeightedDatasetSource
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.mixing import used_datasets
-from finetuning.data.open_dataset import open_dataset, source_title
+from finetuning.data.open_dataset import UnparsedRow, open_dataset, source_title
 from finetuning.data.packing import pack_rows
 from finetuning.data.preprocessor import Batch, Preprocessor, in_batches, make_batch
+from finetuning.data.samples import ParsedRow, SkippedRow
 from finetuning.data.statistics import RowCounts, SplitStatistics, raise_bad_rows
 from finetuning.data.streaming.interleave import chain_datasets, interleave, shuffle_buffer
 from finetuning.data.streaming.stream_statistics import StreamStatistics
@@ -46,7 +47,7 @@ class _Block:
 
     position: Position
     ends_epoch: bool
-    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    rows: Sequence[Mapping[str, object]] = ()
     batch: Batch | None = None
 
 
@@ -57,7 +58,7 @@ class _BlockState:
     num_yielded: int
     """Rows yielded before, over all epochs."""
     position: Position
-    counts: dict[str, Any]
+    counts: dict[str, object]
     rejects_bytes: int
     """Size of `rejects.jsonl`."""
 
@@ -84,7 +85,7 @@ class RowStream:
         self._seed = seed
         self._capacity = capacity
         self._datasets = used_datasets(data_conf.training_data, "data_conf.training_data")
-        self._parsers: dict[int, Any] = {}
+        self._parsers: dict[int, Callable[[UnparsedRow], ParsedRow | SkippedRow]] = {}
         self._formats: dict[str, str] = {}
         for number in range(len(self._datasets)):
             # Report a dataset that cannot be read now, not when its first row is due.
@@ -108,7 +109,7 @@ class RowStream:
         """The columns of each row."""
         return ["input_ids", "labels", *(["lengths"] if self._capacity is not None else [])]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Mapping[str, object]]:
         self.statistics.open_rejects()
         for _ in range(self._num_placeholders):
             yield _PLACEHOLDER
@@ -125,7 +126,7 @@ class RowStream:
                     self._num_yielded += 1
                     yield row
 
-    def state_dict(self, num_yielded: int) -> dict[str, Any]:
+    def state_dict(self, num_yielded: int) -> dict[str, object]:
         """The state from which `load_state_dict` continues after the first `num_yielded` rows; JSON types only."""
         state = next(state for state in reversed(self._block_states) if state.num_yielded <= num_yielded)
         return {**asdict(state), "num_skipped": num_yielded - state.num_yielded}
@@ -184,7 +185,7 @@ class RowStream:
             yield _Block(position, ends_epoch=True)
             position = Position(position.epoch + 1)
 
-    def _unparsed(self, epoch: int) -> Iterator[tuple[int, Any]]:
+    def _unparsed(self, epoch: int) -> Iterator[tuple[int, UnparsedRow]]:
         """The unparsed rows of an epoch in their training order, each with the number of its dataset."""
         data = self._conf.training_data
         sources = [lambda number=number: self._open(number) for number in range(len(self._datasets))]
@@ -195,14 +196,14 @@ class RowStream:
             rows = interleave(sources, weights, data.seed + epoch, data.stopping)
         return shuffle_buffer(rows, self._conf.shuffle_buffer, (self._seed, epoch))
 
-    def _open(self, number: int) -> Iterator[Any]:
+    def _open(self, number: int) -> Iterator[UnparsedRow]:
         key, source = self._datasets[number]
         opened = open_dataset(source, key, self._preprocessor.kind, self._preprocessor.options, streaming=True)
         self._parsers[number] = opened.parse
         self._formats[source_title(source)] = str(opened)
         return opened.unparsed
 
-    def _make_block(self, numbered_rows: list[tuple[int, Any]], position: Position) -> _Block:
+    def _make_block(self, numbered_rows: list[tuple[int, UnparsedRow]], position: Position) -> _Block:
         preprocessor = self._preprocessor
         parsed = preprocessor.parse(numbered_rows, lambda numbered: self._parsers[numbered[0]](numbered[1]))
         statistics = SplitStatistics(RowCounts(_SPLIT, preprocessor.limit, formats=dict(self._formats)))
@@ -214,11 +215,11 @@ class RowStream:
             generator = np.random.default_rng((self._seed, position.epoch, position.rows))
             packs = pack_rows(rows, self._capacity)
             order: list[int] = generator.permutation(len(packs)).tolist()
-            rows = [packs[index] for index in order]
+            return _Block(position, ends_epoch=False, rows=[packs[index] for index in order], batch=batch)
         return _Block(position, ends_epoch=False, rows=rows, batch=batch)
 
 
-def _rows_of(batch: Batch) -> list[dict[str, Any]]:
+def _rows_of(batch: Batch) -> list[dict[str, np.ndarray]]:
     """The rows of a batch, as views of its columns."""
     columns = {
         name: np.split(column.values, np.cumsum(cast("np.ndarray", column.sizes))[:-1])

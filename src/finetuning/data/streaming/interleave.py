@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -12,11 +12,10 @@ from finetuning.data.mixing import sampled_datasets, shares
 from finetuning.errors import DataError
 
 Row = TypeVar("Row")
-Open = Callable[[], Iterator[Any]]
-_END = object()
+Open = Callable[[], Iterator[Row]]
 
 
-def chain_datasets(sources: Sequence[Open]) -> Iterator[tuple[int, Any]]:
+def chain_datasets(sources: Sequence[Open[Row]]) -> Iterator[tuple[int, Row]]:
     """All rows of one dataset after the other, each with the number of its dataset."""
     for number, source in enumerate(sources):
         for row in source():
@@ -24,8 +23,8 @@ def chain_datasets(sources: Sequence[Open]) -> Iterator[tuple[int, Any]]:
 
 
 def interleave(
-    sources: Sequence[Open], weights: Sequence[float], seed: int, stopping: str
-) -> Iterator[tuple[int, Any]]:
+    sources: Sequence[Open[Row]], weights: Sequence[float], seed: int, stopping: str
+) -> Iterator[tuple[int, Row]]:
     """The rows of `mixing.weighted_mix` in its order, each with the number of its dataset. All weights are above 0.
 
     Raises:
@@ -46,24 +45,24 @@ def interleave(
             return
 
 
-class _RepeatedRows:
+class _RepeatedRows(Generic[Row]):
     """The rows of a dataset, starting over when it is exhausted."""
 
-    def __init__(self, source: Open):
+    def __init__(self, source: Open[Row]):
         self._source = source
         self._rows = source()
-        self._next = next(self._rows, _END)
+        self._next = next(self._rows, None)
         self.is_exhausted = False
         """Whether every row was taken at least once."""
 
-    def take(self) -> Any:
-        if self._next is _END:
+    def take(self) -> Row:
+        if self._next is None:
             self._rows = self._source()
-            self._next = next(self._rows, _END)
-            if self._next is _END:
+            self._next = next(self._rows, None)
+            if self._next is None:
                 raise DataError("a dataset of the mix has no rows")
-        row, self._next = self._next, next(self._rows, _END)
-        self.is_exhausted = self.is_exhausted or self._next is _END
+        row, self._next = self._next, next(self._rows, None)
+        self.is_exhausted = self.is_exhausted or self._next is None
         return row
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource
 from finetuning.data.mixing import concatenate
@@ -26,7 +26,7 @@ def stream_rows(
     data_conf: DataConfig,
     preprocessor: Preprocessor,
     tokenizer: PreTrainedTokenizerFast,
-    rules: dict[str, Any],
+    rules: Mapping[str, object],
     seed: int,
     capacity: int | None,
 ) -> PreparedData:

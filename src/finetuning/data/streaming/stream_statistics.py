@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from finetuning.data.statistics import (
     REJECTS_NAME,
     DatasetStatistics,
     RowCounts,
+    SplitReport,
     SplitStatistics,
     reject_lines,
     write_report,
@@ -55,9 +55,9 @@ class StreamStatistics:
         epoch = [f"  all rows were read; this is epoch {self.epochs + 1}"] if self.epochs else []
         return [*self.counts.lines(), *epoch, *self._other_splits.lines()]
 
-    def report(self) -> list[dict[str, Any]]:
+    def report(self) -> list[SplitReport]:
         """The statistics as JSON types."""
-        return [self.counts.report() | {"epochs": self.epochs}, *self._other_splits.report()]
+        return [{**self.counts.report(), "epochs": self.epochs}, *self._other_splits.report()]
 
     def write(self, directory: str | Path) -> None:
         """Write `data_report.json` with the counts so far, and from now on `rejects.jsonl` in this folder."""

@@ -52,7 +52,7 @@ class Queue:
         """Append the numbers among the values; see `metric_values`."""
         self.append("metrics", values=metric_values(values), step=step)
 
-    def append(self, kind: str, **values: Any) -> None:
+    def append(self, kind: str, **values: object) -> None:
         """Append a record, stamped with the time in milliseconds."""
         if self.error:
             return
@@ -80,7 +80,7 @@ class UploadState:
     run_name: str | None = None
     url: str | None = None
     offset: int = 0
-    pending_files: list[dict[str, Any]] = field(default_factory=list)
+    pending_files: list[dict[str, str]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -89,8 +89,8 @@ class UploadState:
         """Return the saved state of this queue; an empty one if there is none."""
         values: dict[str, Any] = {}
         with suppress(OSError, ValueError, AttributeError):
-            saved = json.loads(state_path(queue).read_text(encoding="utf-8"))
-            values = {_OLD_KEYS.get(str(key), str(key)): value for key, value in saved.items()}
+            saved: dict[str, Any] = json.loads(state_path(queue).read_text(encoding="utf-8"))
+            values = {_OLD_KEYS.get(key, key): value for key, value in saved.items()}
         state = cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
         if "files_sent" in values and queue.exists():
             records = read_records(queue, values["files_sent"])

@@ -139,7 +139,7 @@ class Uploader:
                 for item in batch:
                     self._accepted(f"{kind} {item.key}", self.client.log_batch, **{kind: [item]})
 
-    def _accepted(self, name: str | None, log: Callable[..., Any], **items: Any) -> bool:
+    def _accepted(self, name: str | None, log: Callable[..., object], **items: object) -> bool:
         """Return False if MLflow rejects the items as invalid; note the rejection if they have a name."""
         try:
             log(str(self.state.run_id), **items)
@@ -152,7 +152,7 @@ class Uploader:
             return False
         return True
 
-    def _upload_file(self, file: dict[str, Any]) -> None:
+    def _upload_file(self, file: dict[str, str]) -> None:
         """Upload a file, or make the files of a folder pending. A file that fails goes to the end of the line."""
         path, folder = Path(file["path"]), file["to"]
         if path.is_dir():

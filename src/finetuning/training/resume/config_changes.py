@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
@@ -26,12 +26,13 @@ from finetuning.training.output_dir import installed_versions
 
 if TYPE_CHECKING:
     from finetuning.data.prepared import DataFingerprint
+    from finetuning.trainer.mixin import TrainerMixin
 
 
 RUN_CONFIG_NAME = "run_config.json"
 _OLD_RUN_CONFIG_NAME = "contract.json"  # old name
 Effect = Literal["safe", "trajectory", "incompatible"]
-RunConfig = dict[str, Any]
+RunConfig = dict[str, object]
 """Plain values by dotted key."""
 
 INCOMPATIBLE = ("method", "model.parameters", "model.trained", "peft_conf.peft_type", "peft_conf.peft_kwargs.r")
@@ -99,8 +100,8 @@ class ConfigDifference:
     """A value that differs from the one that the checkpoint was saved with."""
 
     key: str
-    before: Any
-    now: Any
+    before: object
+    now: object
     effect: Effect
     is_known: bool = True
     """Whether this version of finetuning knows the key."""
@@ -129,7 +130,7 @@ class ResumeTerms:
     has_allowed_changes: bool = False
     """Whether values changed that the optimizer settings in the checkpoint would overwrite."""
 
-    def apply(self, trainer: Any) -> None:
+    def apply(self, trainer: TrainerMixin) -> None:
         """Have the trainer write the run config into its checkpoints, and keep this run's optimizer settings."""
         trainer.additional_files[RUN_CONFIG_NAME] = run_config_text(self.run_config)
         trainer.override_optimizer_settings = self.has_allowed_changes
@@ -185,12 +186,14 @@ def read_run_config(checkpoint: Path) -> RunConfig | None:
     return None
 
 
-def run_config_text(config: Mapping[str, Any]) -> str:
+def run_config_text(config: Mapping[str, object]) -> str:
     """Return the text of `run_config.json`."""
     return json.dumps(config, indent=1, sort_keys=True, default=str) + "\n"
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment) -> list[ConfigDifference]:
+def differences(
+    before: Mapping[str, object], now: Mapping[str, object], experiment: Experiment
+) -> list[ConfigDifference]:
     """Return what differs, by key, with its effect.
 
     A field that is newer than the checkpoint differs where it is not at its default, because the default of a new field
@@ -279,10 +282,10 @@ def _has_safe_prefix(key: str) -> bool:
     return any(prefix.endswith("_") and key.startswith(prefix) for prefix in SAFE)
 
 
-def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+def _without_paths(values: Mapping[str, object]) -> RunConfig:
     """Return the config without the paths of its data, whose contents are fingerprinted."""
 
-    def strip(value: Any) -> Any:
+    def strip(value: object) -> object:
         if isinstance(value, dict):
             return {key: strip(item) for key, item in value.items() if key not in ("path", "name_or_path")}
         return [strip(item) for item in value] if isinstance(value, list) else value
@@ -290,12 +293,12 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
     return {key: strip(item) if key == "data_conf" else item for key, item in values.items()}
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = "not set" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:24]}…{text[-24:]}"
 
 
-def flatten(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the leaves of nested mappings by dotted key; a list is a leaf."""
     if isinstance(values, Mapping) and values:
         for key, item in values.items():
@@ -304,7 +307,7 @@ def flatten(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def expand_lists(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[RunConfig, RunConfig]:
+def expand_lists(before: Mapping[str, object], now: Mapping[str, object]) -> tuple[RunConfig, RunConfig]:
     """Return both run configs with lists of equally many sections as keys of their own: `datasets.0.format`."""
     before, now = dict(before), dict(now)
     pending = [*now]
@@ -312,7 +315,8 @@ def expand_lists(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Run
         key = pending.pop()
         if _are_section_lists(before.get(key), now[key]):
             for config in (before, now):
-                for index, item in enumerate(config.pop(key)):
+                items = config.pop(key)
+                for index, item in enumerate(items if isinstance(items, list) else ()):
                     config |= dict(flatten(item, f"{key}.{index}"))
             pending += [name for name in now if name.startswith(f"{key}.")]
     return before, now
@@ -327,7 +331,7 @@ def _are_section_lists(before: object, now: object) -> bool:
     )
 
 
-def missing_defaults(before: Mapping[str, Any], config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def missing_defaults(before: Mapping[str, object], config: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the defaults of the fields of a config that a run config lacks, by dotted key.
 
     Only of fields that a section declares, and only of sections that the run config has. An optional section that was
@@ -345,7 +349,7 @@ def missing_defaults(before: Mapping[str, Any], config: BaseModel, prefix: str =
                 yield from missing_defaults(before, item, f"{prefix}{name}.{index}.")
 
 
-def _has(config: Mapping[str, Any], key: str) -> bool:
+def _has(config: Mapping[str, object], key: str) -> bool:
     return key in config or any(name.startswith(f"{key}.") for name in config)
 
 
