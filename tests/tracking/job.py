@@ -40,7 +40,7 @@ def main() -> None:
     calls = []
     for step in range(options.first_step, options.first_step + options.steps):
         began = time.perf_counter()
-        tracker.queue.append_metrics({"loss": 1.0 / (step + 1), "learning_rate": 5e-5}, step)
+        tracker.queue.append("metrics", values={"loss": 1.0 / (step + 1), "learning_rate": 5e-5}, step=step)
         calls.append(time.perf_counter() - began)
         if step == options.pause_at:
             (options.output / "paused").touch()

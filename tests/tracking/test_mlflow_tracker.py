@@ -79,14 +79,14 @@ def test_a_resumed_job_goes_on_with_its_run_and_a_fresh_one_does_not(
 ) -> None:
     first = start(mlflow_server.uri, tmp_path)
     first.queue.append("params", values={"lr": "0.1", "same": "1"})
-    first.queue.append_metrics({"loss": 2.0}, 1)
+    first.queue.append("metrics", values={"loss": 2.0}, step=1)
     begun = first.finish("FAILED", wait_s=60)
     server = client(mlflow_server.uri)
     assert server.get_run(begun.run_id).info.status == "FAILED"
 
     again = start(mlflow_server.uri, tmp_path, resumed=True)
     again.queue.append("params", values={"lr": "0.2", "same": "1", "new": "x"})
-    again.queue.append_metrics({"loss": 1.0}, 2)
+    again.queue.append("metrics", values={"loss": 1.0}, step=2)
     resumed = again.finish("FINISHED", wait_s=60)
     assert (resumed.run_id, resumed.run_name) == (begun.run_id, begun.run_name)
     run = server.get_run(begun.run_id)
@@ -107,9 +107,9 @@ def test_a_resumed_job_goes_on_with_its_run_and_a_fresh_one_does_not(
 def test_closing_the_sink_does_not_end_the_run(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     tracker = start(mlflow_server.uri, tmp_path)
     tracker.close()
-    tracker.queue.append_metrics({"loss": 2.0}, 1)
+    tracker.queue.append("metrics", values={"loss": 2.0}, step=1)
     end = tracker.finish("FINISHED", wait_s=60)
-    tracker.queue.append_metrics({"loss": 1.0}, 2)
+    tracker.queue.append("metrics", values={"loss": 1.0}, step=2)
     assert tracker.finish("FAILED") == end
     server = client(mlflow_server.uri)
     assert server.get_run(end.run_id).info.status == "FINISHED"
@@ -129,7 +129,7 @@ def test_a_deleted_run_costs_nothing_but_the_tracking(mlflow_server: Any, tmp_pa
     run_id = server.create_run("0").info.run_id
     server.delete_run(run_id)
     tracker = start(mlflow_server.uri, tmp_path, MLFLOW_RUN_ID=run_id)
-    tracker.queue.append_metrics({"loss": 1.0}, 1)
+    tracker.queue.append("metrics", values={"loss": 1.0}, step=1)
     end = tracker.finish("FINISHED", wait_s=5)
     assert end.error is not None
     assert "deleted" in end.error
@@ -137,9 +137,9 @@ def test_a_deleted_run_costs_nothing_but_the_tracking(mlflow_server: Any, tmp_pa
 
 def test_what_mlflow_refuses_is_noted_and_the_rest_arrives(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     tracker = start(mlflow_server.uri, tmp_path)
-    tracker.queue.append_metrics({"../outside": 1.0, "loss": 2.0}, 1)
+    tracker.queue.append("metrics", values={"../outside": 1.0, "loss": 2.0}, step=1)
     tracker.log_file(tmp_path / "never-there.yaml", "config")
-    tracker.queue.append_metrics({"loss": 3.0}, 2)
+    tracker.queue.append("metrics", values={"loss": 3.0}, step=2)
     end = tracker.finish("FINISHED", wait_s=60)
     assert end.error is None
     assert len(end.rejected) == 2
@@ -171,7 +171,7 @@ def test_local_stores_work(kind: str, tmp_path: Path, client: Client, migrated_d
     note.write_text("here")
     before = dict(os.environ)
     tracker = start(uri, tmp_path / "out")
-    tracker.queue.append_metrics({"loss": 2.0}, 1)
+    tracker.queue.append("metrics", values={"loss": 2.0}, step=1)
     tracker.log_file(note, "notes")
     end = tracker.finish("FINISHED", wait_s=60)
     assert end.error is None

@@ -122,8 +122,10 @@ def check_mergeable(folder: Path, config: Mapping[str, object]) -> None:
         raise unmergeable(peft_type, "it changes the input or the layers, not the weights")
     if getattr(peft_config, "alora_invocation_tokens", None):
         raise unmergeable(peft_type, "activated LoRA is switched on by tokens at run time")
+    if peft_type != "LORA" or config.get("init_lora_weights", True) is True:
+        return
     init = lora_init(config)
-    if peft_type == "LORA" and init.changes_base and not init.is_repeated:
+    if init.changes_base and not init.is_repeated:
         raise ModelError(
             f"{folder} cannot be merged: {init.label} changed the base's weights in training, and loading the"
             " adapter does not repeat the change.",

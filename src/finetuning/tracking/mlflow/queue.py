@@ -48,10 +48,6 @@ class Queue:
         if os.fstat(self._file).st_size:
             os.write(self._file, b"\n")  # a killed process may have left an incomplete line
 
-    def append_metrics(self, values: Mapping[str, object], step: int) -> None:
-        """Append the numbers among the values; see `metric_values`."""
-        self.append("metrics", values=metric_values(values), step=step)
-
     def append(self, kind: str, **values: object) -> None:
         """Append a record, stamped with the time in milliseconds."""
         if self.error:

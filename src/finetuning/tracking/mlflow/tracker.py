@@ -21,6 +21,7 @@ from finetuning.tracking.mlflow.queue import (
     UploadState,
     latest_run,
     list_queues,
+    metric_values,
     rotate,
 )
 from finetuning.tracking.settings import TrackingPlan
@@ -50,7 +51,7 @@ class MlflowTracker(Tracker):
         values = summary_totals(event.values) if event.kind == "summary" else dict(event.values)
         if event.kind == "training":
             values |= {"tokens_per_second": event.metrics.tokens_per_s, "tokens_seen": event.metrics.tokens_seen}
-        self.queue.append_metrics(values, event.metrics.step)
+        self.queue.append("metrics", values=metric_values(values), step=event.metrics.step)
         if time.monotonic() > self._next_check:
             error = UploadState.read(self.queue.path).error
             self._next_check = float("inf") if error else time.monotonic() + _CHECK_S
@@ -58,7 +59,7 @@ class MlflowTracker(Tracker):
                 logger.warning("MLflow: %s. Training continues; metrics wait in %s.", error, self.queue.path)
 
     def log_telemetry(self, values: Mapping[str, float], step: int) -> None:
-        self.queue.append_metrics(self._telemetry_names.rename(values), step)
+        self.queue.append("metrics", values=metric_values(self._telemetry_names.rename(values)), step=step)
 
     def on_save(self, step: int, folder: Path) -> None:
         self.log_model_files(folder)
