@@ -16,7 +16,7 @@ from finetuning.errors import ModelError
 from finetuning.model import fingerprint
 from finetuning.model.load import load_model
 from finetuning.model.peft.adapter_files import adapter_digests
-from finetuning.model.peft.adapters import NEEDS_TASK_IDS, apply_peft
+from finetuning.model.peft.adapters import NEEDS_TASK_IDS, apply_peft, make_peft_config
 from finetuning.model.save import save_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 20, 21], [1, 5, 6, 7, 30, 31, 32, 33]])
@@ -132,7 +132,7 @@ def test_all_weights_are_trained_without_an_adapter(model):
         ("LORA", {"rank": 4}, r"peft_kwargs\.rank: LORA has no argument 'rank'\. ?.*|no argument 'rank'"),
         ("LORA", {"lora_alhpa": 4}, r"Did you mean lora_alpha\?"),
         ("LORA", {"target_modules": ["q_prj"]}, r"no module 'q_prj'.*Did you mean q_proj"),
-        ("LORA", {"target_modules": ["q_proj", "Wqkv"]}, r"no module 'Wqkv'.*down_proj"),
+        ("LORA", {"target_modules": ["Wqkv", "zzz"]}, r"no module 'Wqkv'.*down_proj"),
         ("LORA", {"target_modules": r".*\.q_prj"}, r"matches no module.*whole name"),
         ("LORA", {"target_modules": "(q_proj"}, "not a valid regular expression"),
         ("LORA", {**QV, "modules_to_save": ["lm_haed"]}, r"no module 'lm_haed'.*Did you mean lm_head"),
@@ -203,3 +203,13 @@ def test_what_is_no_adapter_is_refused(tiny_llama_dir: Path, adapter: Path, mode
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled adapter"):
         apply_peft(model, pretrained(adapter))
+
+
+def test_a_target_that_matches_nothing_among_others_is_a_warning(
+    chatml_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
+    make_peft_config(model, NewPeft(peft_type="LORA", peft_kwargs={"target_modules": ["q_proj", "embed_token"]}))
+    (message,) = [record.message for record in caplog.records if "no module" in record.message]
+    assert "target_modules" in message
+    assert "no module 'embed_token', which is ignored. Did you mean embed_tokens" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from finetuning.model.embeddings import EmbeddingInfo
 
+logger = logging.getLogger(__name__)
 _KWARGS = "peft_conf.peft_kwargs"
 NEEDS_TASK_IDS = ("MULTITASK_PROMPT_TUNING", "POLY")
 """PEFT types that need a task id with each row; no row format has one."""
@@ -192,8 +194,15 @@ def _resolve_targets(
         if isinstance(value, str) and value != ALL_LINEAR and key == "target_modules":
             _check_pattern(value, names, Location(key=f"{_KWARGS}.{key}"))
         elif isinstance(value, (list, tuple)):
-            for name in value:
-                _check_module_name(str(name), names, Location(key=f"{_KWARGS}.{key}"))
+            unmatched = [str(name) for name in value if not _has_module(str(name), names)]
+            for name in unmatched:
+                location = Location(key=f"{_KWARGS}.{key}")
+                if key != "target_modules" or len(unmatched) == len(value):
+                    raise ModelError(f"the model has no module {name!r}", location=location, hint=_suggest(name, names))
+                # PEFT ignores a name that matches nothing if another one matches.
+                logger.warning(
+                    "%s: the model has no module %r, which is ignored. %s", location, name, _suggest(name, names)
+                )
     return resolved
 
 
@@ -211,9 +220,8 @@ def _check_pattern(pattern: str, names: Sequence[str], location: Location) -> No
         )
 
 
-def _check_module_name(module: str, names: Sequence[str], location: Location) -> None:
-    if not any(name == module or name.endswith(f".{module}") for name in names):
-        raise ModelError(f"the model has no module {module!r}", location=location, hint=_suggest(module, names))
+def _has_module(module: str, names: Sequence[str]) -> bool:
+    return any(name == module or name.endswith(f".{module}") for name in names)
 
 
 def _suggest(module: str, names: Sequence[str]) -> str:
