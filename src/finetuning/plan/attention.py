@@ -74,10 +74,10 @@ def replace_unavailable_attention(experiment: Experiment) -> tuple[Experiment, s
         why = "needs a CUDA or ROCm device, and there is none"
     else:
         return experiment, None
-    others = [other for other in FLASH_ATTENTION_PACKAGES if other != name and missing_attention_package(other) is None]
+    installed = [key for key in FLASH_ATTENTION_PACKAGES if key != name and missing_attention_package(key) is None]
     instead = DEFAULT_ATTENTION
-    if others and _has_gpu():
-        instead = f"the fastest of {', '.join(others)} and {DEFAULT_ATTENTION} that is verified for this model"
+    if installed and _has_gpu():
+        instead = f"the fastest of {', '.join(installed)} and {DEFAULT_ATTENTION} that is verified for this model"
     args = experiment.run_conf.model_args.model_copy(update={"attn_implementation": None})
     run_conf = experiment.run_conf.model_copy(update={"model_args": args})
     replaced = experiment.model_copy(update={"run_conf": run_conf})

@@ -106,7 +106,7 @@ TRAINING_ARGS: dict[str, Change] = {
     "push_to_hub_organization": RemovedKey("hub_model_id names the organization"),
     "per_gpu_train_batch_size": RejectedKey("Use batchsize_conf instead."),
     "per_gpu_eval_batch_size": RejectedKey("Use batchsize_conf.per_device_eval_batch_size instead."),
-    # Translated for DPO by `_translate_preference_loss`, except beside loss_weights.
+    # Translated for DPO by `_translate_preference_loss`, except with loss_weights.
     "rpo_alpha": RejectedKey("Use loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha] instead."),
     "reference_free": RejectedKey("Every loss of the installed release has a reference."),
 }
