@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heapreplace
 from typing import Any
 
@@ -59,7 +59,7 @@ class TokenBalancedSampler(BatchRebalanceSampler):
         ]
 
 
-class StreamedRows(IterableDataset[dict[str, Any]]):
+class StreamedRows(IterableDataset[Mapping[str, object]]):
     """The rows of a stream as the Trainer takes them.
 
     Every process iterates over all rows, and accelerate keeps this process's slice of each global batch. That is the
@@ -71,7 +71,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         self.stream = stream
         self._max_length = max_length
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Mapping[str, object]]:
         return iter(self.stream)
 
     def longest_rows(self, count: int) -> list[dict[str, Any]]:

@@ -202,10 +202,12 @@ def _translate_preference_loss(document: ConfigDocument) -> tuple[ConfigDocument
             loss, '"exo_pair" needs label smoothing; label_smoothing: 0.001 is used.', 'Write "label_smoothing: 0.001".'
         )
     weight = document.get(alpha)
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if is_number and document.get((*section, "loss_weights")) is None and "sft" not in names:
+    if isinstance(weight, bool):
+        return document, issues
+    if isinstance(weight, int | float) and document.get((*section, "loss_weights")) is None and "sft" not in names:
         mixed: list[YamlValue] = [*("sigmoid" if name is None else name for name in names), "sft"]
-        weights: list[YamlValue] = [*(1.0 for _ in names), float(weight)]
+        weights: list[YamlValue] = [1.0 for _ in names]
+        weights.append(float(weight))
         mark = document.mark_of(alpha)
         document = document.without(alpha)
         document = document.with_value(loss, mixed).with_value((*section, "loss_weights"), weights)
