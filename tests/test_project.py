@@ -82,7 +82,7 @@ def test_the_tests_and_the_quickstart_install_first() -> None:
 def test_ci_runs_what_the_readme_promises() -> None:
     commands = set(re.findall(r"^(make [a-z]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
     promised = re.findall(r"^(make (?:test|quickstart))\b", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert commands - {"make check", "make lint", "make spelling"} == {*promised, "make audit"}
+    assert commands == {"make check", *promised, "make audit"}
 
 
 def test_an_audit_that_looked_nothing_up_is_not_green() -> None:
