@@ -139,7 +139,6 @@ def adapter_of(folder: Path, base: str | None) -> Path:
         ),
         (["--model", "TINY", "--base_model_name_or_path", "TINY"], "--base_model_name_or_path: TINY is not an adapter"),
         (["--model", "adapter", "--base_model_name_or_path", "TINY"], "--model: adapter contains no adapter_model"),
-        (["--model", "TINY", "--use_flash_attn"], "--use_flash_attn: flash_attention_2 needs"),
         (["--model", "TINY", "--max_new_tokens", "4000"], "--max_new_tokens: 4000 leaves no tokens for the prompt"),
         (["--model", "TINY", "--out_file", "out.txt"], "--out_file: out.txt: the extension selects"),
         (["--model", "CHAT", "--text", ""], "--text: the prompt is empty"),

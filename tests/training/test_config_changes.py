@@ -167,7 +167,7 @@ def test_a_checkpoint_of_an_engine_with_fewer_keys_is_resumed_where_the_new_ones
         ("sft_args.packing", "False", {"sft_args.packing": True}),
         ("overrides.loraplus_lr_ratio", "not set", {"overrides": {"loraplus_lr_ratio": 16}}),
         # What passes through: there, no key means the default of the library that was installed then.
-        ("training_args.label_smoothing_factor", "not set", {"training_args.label_smoothing_factor": 0.1}),
+        ("training_args.neftune_noise_alpha", "not set", {"training_args.neftune_noise_alpha": 5.0}),
         ("peft_conf.peft_kwargs.lora_alpha", "not set", {"peft_conf.peft_kwargs.lora_alpha": 8}),
     ],
     ids=["declared", "not set by default", "the trainer's", "the adapter's"],
