@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetuning.atomic_io import MANIFEST
 from finetuning.errors import CheckpointError
 
 SMALL = {
@@ -158,3 +159,21 @@ def test_weights_that_differ_from_the_file_after_loading_stop_the_run(
     )
     with pytest.raises(CheckpointError, match=r"1 of \d+ tensors differ from those in memory"):
         trainer._load_from_checkpoint(str(folder))
+
+
+def test_weights_of_a_stock_trainer_that_are_not_safetensors_load_with_a_warning(
+    train: Any, sft_values: Any, read_tensors: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uninterrupted = train(sft_values(SAVED))
+    values = sft_values({**SAVED, "run_conf.resume_from_checkpoint": "auto"})
+    values["training_args"]["output_dir"] += "-resumed"
+    checkpoint = Path(values["training_args"]["output_dir"]) / "checkpoint-2"
+    checkpoint.parent.mkdir()
+    shutil.move(uninterrupted.output_dir / "checkpoint-2", checkpoint)
+    torch.save(read_tensors(checkpoint), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / "training_args.bin").write_bytes(b"")
+
+    assert train(values).losses == uninterrupted.losses
+    assert "not compared after loading" in caplog.text + capsys.readouterr().err

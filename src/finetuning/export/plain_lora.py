@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.errors import ModelError
+from finetuning.errors import ModelError, first_line
 from finetuning.export.inputs import Adapter, BaseModel, read_adapter
 from finetuning.export.merge.deltas import scaling_of
 from finetuning.model.peft.lora_support import lora_init
@@ -104,8 +104,7 @@ def find_initial_adapter(
     try:
         model = get_peft_model(load_base(base, [adapter]), config)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"the adapter {adapter.folder} does not fit the base: {lines[0]}") from error
+        raise ModelError(f"the adapter {adapter.folder} does not fit the base: {first_line(error)}") from error
     return {
         name: tensor.detach().cpu()
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from finetuning.errors import FinetuningError, GuardStopped, Location, ModelError, Problem
+from finetuning.errors import FinetuningError, GuardStopped, Location, ModelError, Problem, first_line
 from finetuning.model.peft.adapter_files import tensor_digest
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_header, read_model_headers
 
@@ -113,7 +113,7 @@ def _loading_failures(folder: Path) -> list[str] | None:
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        return [f"transformers cannot load it: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"]
+        return [f"transformers cannot load it: {first_line(error)}"]
     return _name_failures(
         missing=sorted(loading_info["missing_keys"]),
         extra=sorted(loading_info["unexpected_keys"]),

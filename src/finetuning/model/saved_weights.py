@@ -16,7 +16,14 @@ from safetensors import safe_open
 
 from finetuning.errors import CheckpointError
 from finetuning.model.peft.adapter_files import EMBEDDING_NAMES, adapter_state_dict
-from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_header, read_model_headers
+from finetuning.model.safetensors_io import (
+    ADAPTER_WEIGHTS,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TensorEntry,
+    read_header,
+    read_model_headers,
+)
 from finetuning.model.save import is_peft_model
 
 if TYPE_CHECKING:
@@ -52,39 +59,35 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
 
 
-def tensors_as_saved(
-    model: PreTrainedModel | PeftModel, state_dict: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model or of its adapter under the names, and in the form, that they are saved in.
-
-    Args:
-        state_dict: the gathered weights of a sharded model.
-    """
+def tensors_as_saved(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model or of its adapter under the names, and in the form, that they are saved in."""
     if is_peft_model(model):
-        return adapter_state_dict(model, state_dict)
+        return adapter_state_dict(model)
     # Functions that `save_pretrained` calls in the same order. Both may change the dictionary they are given.
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    gathered = model.state_dict() if state_dict is None else state_dict
-    weights = {name: tensor for name, tensor in gathered.items() if name not in ignored}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     return revert_weight_conversion(model, remove_tied_weights_from_state_dict(weights, model))
 
 
-def compare_with_files(
-    model: PreTrainedModel | PeftModel, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
-) -> list[str]:
+def has_safetensors(folder: Path) -> bool:
+    """Return whether the weights of a checkpoint are in safetensors files, and can be compared with memory."""
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_WEIGHTS))
+
+
+def compare_with_files(model: PreTrainedModel | PeftModel, folder: Path) -> list[str]:
     """Return how the weights in memory differ from those in a folder; [] if every name, dtype and value is equal.
 
     Reads one tensor at a time.
 
-    Args:
-        state_dict: the gathered weights of a sharded model.
+    Raises:
+        ModelError: a safetensors file is missing or damaged.
     """
     adapter = is_peft_model(model)
     entries = read_header(folder / ADAPTER_WEIGHTS) if adapter else read_model_headers(folder)
-    expected = tensors_as_saved(model, state_dict)
+    expected = tensors_as_saved(model)
     # PEFT may save whole embeddings with an adapter; they are the base model's, which is verified by its fingerprint.
     extra = [
         name

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
 from finetuning.errors import CheckpointError, GuardStopped
 from finetuning.model.save import find_stop_tokens, is_peft_model, write_companion_files
-from finetuning.model.saved_weights import compare_with_files, load_saved_weights
+from finetuning.model.saved_weights import compare_with_files, has_safetensors, load_saved_weights
 from finetuning.trainer import TrainerBase
 from finetuning.trainer.loaded_state import OPTIMIZER_FILE, optimizer_differences, rng_differences
 
@@ -213,7 +213,7 @@ class CheckpointMixin(TrainerBase):
             CheckpointError: they are not, or the checkpoint is another model's.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Sharded checkpoints have the names that the weights have in memory, and loading them is strict.
+            # Sharded checkpoints have the names that the weights have in memory. They are not compared.
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)
@@ -222,7 +222,10 @@ class CheckpointMixin(TrainerBase):
             self._load_adapter(folder, model)
         else:
             load_saved_weights(weights, folder)
-        _check_loaded(folder, self._differences_from_files(folder))
+        if has_safetensors(folder):
+            _check_loaded(folder, self._differences_from_files(folder))
+        else:
+            logger.warning("the weights of %s are not in safetensors files: not compared after loading", folder)
 
     def _load_adapter(self, folder: Path, model: nn.Module | None) -> None:
         dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
@@ -244,15 +247,15 @@ class CheckpointMixin(TrainerBase):
         logger.info("loading the best model from %s", self.state.best_model_checkpoint)
         CheckpointMixin._load_from_checkpoint(self, self.state.best_model_checkpoint)
 
-    def _differences_from_files(self, folder: Path, state_dict: dict[str, Any] | None = None) -> list[str]:
+    def _differences_from_files(self, folder: Path) -> list[str]:
         """Return how the weights in memory differ from those of a checkpoint; [] if they are equal."""
         model = self.accelerator.unwrap_model(self.model)
         if not has_additional_state(model):
-            return compare_with_files(model, folder, state_dict)
+            return compare_with_files(model, folder)
         from finetuning.trainer.peft_methods import keep_all_ranks
 
         with keep_all_ranks(model):
-            return compare_with_files(model, folder, state_dict)
+            return compare_with_files(model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = optimizer_settings(self.optimizer) if self.override_optimizer_settings else []
@@ -262,7 +265,7 @@ class CheckpointMixin(TrainerBase):
         if self.override_optimizer_settings:
             restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)
         folder = Path(checkpoint)
-        # Sharded optimizer states have a format of their own, and loading them is strict.
+        # Sharded optimizer states have a format of their own, which is not compared.
         if (folder / OPTIMIZER_FILE).is_file() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             differences = optimizer_differences(
                 self.optimizer, self.lr_scheduler, folder, settings_replaced=self.override_optimizer_settings

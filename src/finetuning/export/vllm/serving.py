@@ -121,8 +121,10 @@ def _has_same(file: Path, base: BaseModel | None) -> bool:
     base_file = base.folder / file.name if base is not None else None
     if base_file is None or not base_file.is_file():
         return False
-    if file.suffix != ".json" or file.read_bytes() == base_file.read_bytes():
-        return file.read_bytes() == base_file.read_bytes()
+    if file.read_bytes() == base_file.read_bytes():
+        return True
+    if file.suffix != ".json":
+        return False
     mine, theirs = read_json(file), read_json(base_file)
     for values in (mine, theirs):
         values.pop("transformers_version", None)

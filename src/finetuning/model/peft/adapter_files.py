@@ -30,20 +30,11 @@ _INPUT_DEPENDENT = {
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
-def adapter_state_dict(
-    model: PeftModel, state_dict: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of the active adapter, by the names they are saved under.
-
-    Args:
-        state_dict: the gathered weights of a sharded model.
-    """
+def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the active adapter, by the names they are saved under."""
     from peft import get_peft_model_state_dict
 
-    gathered = None if state_dict is None else dict(state_dict)
-    return get_peft_model_state_dict(
-        model, gathered, adapter_name=model.active_adapters[0], save_embedding_layers=False
-    )
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
 
 
 def adapter_digests(model: PeftModel) -> dict[str, str]:
