@@ -63,6 +63,6 @@ def test_flash_attention_requires_a_gpu_and_its_package() -> None:
         return attention_support(Hardware("3", "2", "b", 1, None, None, 0, (device,)), installed)["flash_attention_2"]
 
     assert support("cpu", "flash_attention_2") == "needs a CUDA or ROCm device"
-    assert support("cuda") == "pip install 'finetuning[flash-attention]'"
-    assert support("cuda", "flash_attention_4") == "pip install 'finetuning[flash-attention]'"
+    assert support("cuda") == "pip install flash-attn"
+    assert support("cuda", "flash_attention_4") == "pip install flash-attn"
     assert support("cuda", "flash_attention_2") is None
