@@ -1,7 +1,7 @@
-"""Known weaknesses of the exact packages in constraints.txt, by pip-audit.
+"""Look up known vulnerabilities of the exact packages in constraints.txt with pip-audit.
 
 pip-audit ends with 0 and "No known vulnerabilities found" where it could look up no package at all, so its report is
-counted here. Ends with 1 when a weakness is known; with 0, but saying so, when the service could not be asked.
+counted here. Exits with 1 when a vulnerability is known, and with 0 and a message when the service is not reachable.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any
 COMMAND = ("--requirement", "constraints.txt", "--no-deps", "--disable-pip", "--timeout", "10", "--format", "json")
 
 
-def judged(packages: list[dict[str, Any]]) -> tuple[str, int]:
-    """What is to be said of a report's packages, and the exit code."""
-    skipped = [one for one in packages if "skip_reason" in one]
-    weak = [
-        f"{one['name']} {one['version']}: {weakness['id']}, mended in {', '.join(weakness['fix_versions']) or 'none'}"
-        for one in packages
-        for weakness in one.get("vulns", ())
+def summarize(packages: list[dict[str, Any]]) -> tuple[str, int]:
+    """Return the summary of a report's packages and the exit code."""
+    skipped = [package for package in packages if "skip_reason" in package]
+    vulnerable = [
+        f"{package['name']} {package['version']}: {vulnerability['id']}, "
+        f"fixed in {', '.join(vulnerability['fix_versions']) or 'none'}"
+        for package in packages
+        for vulnerability in package.get("vulns", ())
     ]
-    asked = len(packages) - len(skipped)
-    lines = [*weak, f"{asked} of {len(packages)} packages were looked up, {len(weak)} weaknesses are known"]
+    looked_up = len(packages) - len(skipped)
+    counts = f"{looked_up} of {len(packages)} packages were looked up, {len(vulnerable)} vulnerabilities are known"
+    lines = [*vulnerable, counts]
     if skipped:
-        shown = ", ".join(one["name"] for one in skipped[:5]) + (", …" if len(skipped) > 5 else "")
-        lines.append(f"NOT AUDITED: {len(skipped)} packages, which the service does not know or was not asked: {shown}")
-    return "\n".join(lines), 1 if weak else 0
+        names = ", ".join(package["name"] for package in skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        lines.append(f"NOT AUDITED: {len(skipped)} packages, unknown to the service or not looked up: {names}")
+    return "\n".join(lines), 1 if vulnerable else 0
 
 
 def main() -> int:
@@ -38,9 +40,9 @@ def main() -> int:
         packages = json.loads(result.stdout)["dependencies"]
     except (ValueError, KeyError):
         lines = result.stderr.strip().splitlines() or ["no output"]
-        print(f"NOT AUDITED: the service could not be asked: {lines[-1]}")
+        print(f"NOT AUDITED: the service could not be reached: {lines[-1]}")
         return 0
-    text, code = judged(packages)
+    text, code = summarize(packages)
     print(text)
     return code
 

@@ -37,7 +37,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Measure:
-    """A value and its bounds; without any it is shown for information."""
+    """A value and its bounds; without any it is displayed for information."""
 
     name: str
     value: float
@@ -279,9 +279,9 @@ def main() -> int:
     print(*measures, sep="\n")
     for measure in measures:
         if not measure.is_met:
-            shown = measure.details if options.all_details else measure.details[:DETAILS_SHOWN]
-            left_out = len(measure.details) - len(shown)
-            print(f"\n{measure.name}:", *(f"    {item}" for item in shown), sep="\n")
+            displayed = measure.details if options.all_details else measure.details[:DETAILS_SHOWN]
+            left_out = len(measure.details) - len(displayed)
+            print(f"\n{measure.name}:", *(f"    {item}" for item in displayed), sep="\n")
             if left_out:
                 print(f"    and {left_out} more; --all-details lists them")
     return 0 if all(measure.is_met for measure in measures) else 1

@@ -90,14 +90,14 @@ class Tracer:
         elif code.co_name == "train" and code.co_filename.endswith("transformers/trainer.py"):
             self._trace.frames_to_train = self._trace.frames_to_train or self._stack(frame)
         elif code.co_name == "on_log" and code.co_filename.endswith(CALLBACKS):
-            self._has_grown()  # from here on, what grows was written for this log
+            self._has_grown()  # anything that grows after this point was written for this log
         elif code.co_name in WRITES and code.co_filename.endswith("/queue.py"):
             self._written(frame)
 
     def _written(self, frame: FrameType) -> None:
-        below = self._stack(frame, until=("on_log", CALLBACKS))
-        if below and (frame.f_code.co_name.startswith("put") or self._has_grown()):
-            self._trace.frames_to_queue = self._trace.frames_to_queue or below
+        inner = self._stack(frame, until=("on_log", CALLBACKS))
+        if inner and (frame.f_code.co_name.startswith("put") or self._has_grown()):
+            self._trace.frames_to_queue = self._trace.frames_to_queue or inner
 
     def _has_grown(self) -> bool:
         size = sum(path.stat().st_size for path in self._queue_folder.glob("*mlflow*.jsonl"))

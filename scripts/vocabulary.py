@@ -7,6 +7,7 @@ As a module, `private_words` serves the tests and the metrics.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import re
@@ -22,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DENY_LIST = Path(__file__).with_name("vocabulary_denylist.toml")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**/*.md", "configs/**/*.md")
-KEPT = re.compile(r"#\s*(old name|PEFT's name)\b")
+KEPT = re.compile(r"#\s*(old name|PEFT's name|row text)\b")
+OWN_TESTS = "test_vocabulary.py"
 # Lower-case runs, capitalized words and acronyms: `RowFate`, `row_fate`, `HTTPRoad`.
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 CODE_IN_MARKDOWN = re.compile(r"^(`{3,}|~{3,}).*?^\1|`[^`\n]+`|\]\([^)]*\)|<!--.*?-->", re.MULTILINE | re.DOTALL)
@@ -147,7 +149,7 @@ def uses_in(path: Path, denied: DenyList) -> Iterable[Use]:
 
 
 def private_words() -> dict[str, list[Use]]:
-    """Every use in `src/`, the documents and the recipes, by package, `docs` and `configs`."""
+    """Every use in `src/` by package, and in the documents, recipes, tests, examples and scripts."""
     denied = DenyList.read()
     uses: dict[str, list[Use]] = defaultdict(list)
     package = ROOT / "src" / "finetuning"
@@ -158,12 +160,18 @@ def private_words() -> dict[str, list[Use]]:
         uses["documents"] += uses_in(path, denied)
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         uses["configs"] += uses_in(path, denied)
+    for folder in ("tests", "examples", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name != OWN_TESTS:
+                uses[folder] += uses_in(path, denied)
     return dict(uses)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Print each use of a private word, with the term to use instead.")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders; without any, the whole repository")
     denied = DenyList.read()
-    paths = [Path(name).resolve() for name in sys.argv[1:]]
+    paths = [Path(name).resolve() for name in parser.parse_args().paths]
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     uses = [use for file in files for use in uses_in(file, denied)]
     if not paths:

@@ -42,7 +42,7 @@ MINIMAL: dict[str, Arguments] = {
     "PVERA": {"r": 8, "target_modules": ["q_proj"]},
     "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "RANDLORA": {"r": 4, **QV},
-    "ROAD": {"group_size": 8, **QV},
+    "ROAD": {"group_size": 8, **QV},  # PEFT's name
     "SHADOW": {"r": 4},
     "SHIRA": {"r": 4, **QV},
     "SUPERTUNING": QV,

@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share: tiny seeded models, rows, JSONL files and the console scripts.
+"""Fixtures that the tests of every package share: tiny seeded models, rows, JSONL files and the console scripts.
 
 The tiny models are built once a worker, under pytest's temporary directory. Tests read them; a test that changes one
 copies it first.
@@ -50,7 +50,7 @@ SENTENCES = (
     "You are a helpful assistant. Answer in one short sentence, please.",
     "What is the capital of France? The capital of France is Paris.",
     "What is two plus two? Two plus two is four, and four plus four is eight.",
-    "Colour names are red, green, blue, yellow, black and white.",
+    "Colour names are red, green, blue, yellow, black and white.",  # row text
     "Training moves the weights of a model so that the loss becomes smaller step by step.",
     '{"name": "Ada", "age": 36, "city": "London", "likes": ["tea", "numbers"]}',
     "system user assistant tool role content name question answer number sentence",
@@ -152,8 +152,8 @@ def gptq_llama_dir(tmp_path_factory: pytest.TempPathFactory, chatml_llama_dir: P
 
     tokenizer = AutoTokenizer.from_pretrained(chatml_llama_dir)
     rows = [sentence * 6 for sentence in SENTENCES]
-    quantisation = GPTQConfig(bits=4, group_size=32, dataset=rows, tokenizer=tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir, quantization_config=quantisation)
+    quantization = GPTQConfig(bits=4, group_size=32, dataset=rows, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir, quantization_config=quantization)
     directory = tmp_path_factory.mktemp("models") / "gptq-llama"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -202,7 +202,7 @@ def sft_rows() -> Callable[[int], list[dict[str, Any]]]:
         for number in range(count):
             color = _COLORS[number % len(_COLORS)]
             messages = [
-                {"role": "user", "content": f"What is number {number}? Answer with a colour."},
+                {"role": "user", "content": f"What is number {number}? Answer with a colour."},  # row text
                 {"role": "assistant", "content": f"Number {number} is {color}."},
             ]
             if number % 3 == 0:
@@ -212,7 +212,7 @@ def sft_rows() -> Callable[[int], list[dict[str, Any]]]:
                     {"role": "user", "content": "Please answer in one word."},
                     {"role": "assistant", "content": color},
                 ]
-            rows.append({"messages": messages, "dataset": "colours", "id": f"row-{number}"})
+            rows.append({"messages": messages, "dataset": "colours", "id": f"row-{number}"})  # row text
         return rows
 
     return make
@@ -231,7 +231,7 @@ def dpo_rows() -> Callable[[int], list[dict[str, Any]]]:
                     "prompt_messages": [{"role": "user", "content": f"What is number {number}?"}],
                     "chosen_messages": [{"role": "assistant", "content": f"Number {number} is {good}."}],
                     "rejected_messages": [{"role": "assistant", "content": f"It is {bad}, is it not?"}],
-                    "dataset": "colours",
+                    "dataset": "colours",  # row text
                     "id": f"pair-{number}",
                 }
             )
@@ -277,7 +277,7 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 def torchrun(run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
     """A function that trains on several processes of this machine, to a good end: `torchrun("sft", config)`.
 
-    It gives back what they wrote. There are two `processes` unless it is told otherwise.
+    It gives back what they wrote. There are two `processes` by default.
     """
 
     def run(method: str, config: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -359,20 +359,20 @@ def dpo_values(tmp_path: Path, sft_values: Any, write_jsonl: Any, dpo_rows: Any)
     rows = write_jsonl(tmp_path / "dpo.jsonl", dpo_rows(12))
 
     def make(changes: Mapping[str, Any] | None = None) -> Values:
-        own = {
+        local = {
             "sft_args": None,
             "data_conf.training_data.datasets": [{"path": str(rows)}],
             "training_args.learning_rate": 0.001,
             "training_args.max_length": 256,
         }
-        return _changed(_changed(sft_values(), own), changes or {})
+        return _changed(_changed(sft_values(), local), changes or {})
 
     return make
 
 
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes values as YAML, to `config.yaml` unless it is told another name."""
+    """A function that writes values as YAML, to `config.yaml` by default."""
     import yaml
 
     def write(values: Values, name: str = "config.yaml") -> Path:

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check. Each rule is shown a bad snippet, too, and must object to it."""
+"""Conventions that a machine can check. Each rule is also run on a bad snippet and must reject it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGE = SRC / "finetuning"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "mlflow", "bitsandbytes", "pandas", "scipy"}
-LIGHT_ROOMS = ("errors.py", "distributed.py", "atomic_io.py", "config/", "plan/", "cli/")
+LIGHT_PACKAGES = ("errors.py", "distributed.py", "atomic_io.py", "config/", "plan/", "cli/")
 MOST_LINES = 600
 MOST_FUNCTION_LINES = 60
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}
@@ -49,8 +49,8 @@ def imported_at_top(tree: ast.Module) -> Iterator[tuple[int, str]]:
             waiting += ast.iter_child_nodes(node)
 
 
-def heavy_import_in_light_room(tree: ast.Module, name: str) -> Iterator[str]:
-    if name.startswith(LIGHT_ROOMS):
+def heavy_import_in_light_package(tree: ast.Module, name: str) -> Iterator[str]:
+    if name.startswith(LIGHT_PACKAGES):
         for line, package in imported_at_top(tree):
             if package in HEAVY:
                 yield f"{name}:{line}: imports {package} at its top; import it inside the function that needs it"
@@ -138,7 +138,7 @@ def no_postponed_annotations(tree: ast.Module, name: str) -> Iterator[str]:
 
 
 RULES: dict[Rule, tuple[str, str]] = {
-    heavy_import_in_light_room: ("plan/bad.py", "try:\n    import torch.nn\nexcept ImportError:\n    pass"),
+    heavy_import_in_light_package: ("plan/bad.py", "try:\n    import torch.nn\nexcept ImportError:\n    pass"),
     patch_of_foreign_object: ("model/bad.py", "import trl\ntrl.SFTTrainer.log = None"),
     print_outside_cli: ("training/bad.py", "def f() -> None:\n    print('here')"),
     broad_except: ("training/bad.py", "try:\n    pass\nexcept (OSError, Exception):\n    pass"),
@@ -150,12 +150,12 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_is_kept(rule: Rule) -> None:
-    found = [
+    actual = [
         problem
         for path in MODULES
         for problem in rule(ast.parse(path.read_text()), path.relative_to(PACKAGE).as_posix())
     ]
-    assert not found, "\n".join(found)
+    assert not actual, "\n".join(actual)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -167,9 +167,9 @@ def test_rule_objects_to_a_breach(rule: Rule) -> None:
 @pytest.mark.parametrize(
     ("rule", "name", "snippet"),
     [
-        (heavy_import_in_light_room, "plan/good.py", "def f() -> None:\n    import torch"),
-        (heavy_import_in_light_room, "plan/good.py", "if TYPE_CHECKING:\n    import torch"),
-        (heavy_import_in_light_room, "training/good.py", "import torch"),
+        (heavy_import_in_light_package, "plan/good.py", "def f() -> None:\n    import torch"),
+        (heavy_import_in_light_package, "plan/good.py", "if TYPE_CHECKING:\n    import torch"),
+        (heavy_import_in_light_package, "training/good.py", "import torch"),
         (patch_of_foreign_object, "model/good.py", "def f(model: M) -> None:\n    model.config.use_cache = False"),
         (broad_except, "training/good.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise"),
         (broad_except, "tracking/good.py", "try:\n    f()\nexcept Exception:\n    g()"),
@@ -238,7 +238,7 @@ def lint_imports(source: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_rooms_import_only_from_rooms_below() -> None:
+def test_packages_import_only_from_lower_packages() -> None:
     result = lint_imports(SRC)
     assert result.returncode == 0, result.stdout
 
@@ -279,7 +279,7 @@ def console_modules() -> list[str]:
 @pytest.mark.parametrize(
     "module", ["finetuning.config.sections.experiment", "finetuning.plan.plan", *console_modules()]
 )
-def test_light_rooms_load_nothing_heavy(module: str) -> None:
+def test_light_packages_load_nothing_heavy(module: str) -> None:
     assert loaded_by(module) == set()
 
 
@@ -307,10 +307,10 @@ def test_no_path_of_a_machine_is_in_the_repository() -> None:
     configured = [os.environ.get(name, "") for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")]
     local = [location for value in configured for location in value.split() if location.startswith(("/", "file:"))]
     here = [f"{ROOT}/", f"{sys.prefix}/", *local]
-    found = {}
+    actual = {}
     for path in tracked_files():
         if path != Path(__file__).resolve() and (places := machine_paths(path.read_text(errors="replace"), here)):
-            found[str(path.relative_to(ROOT))] = places
-    assert not found
+            actual[str(path.relative_to(ROOT))] = places
+    assert not actual
     assert machine_paths("see /home/somebody/models and /data/x/y", ["/data/x/"]) == ["/data/x/", "/home/"]
     assert not machine_paths("file:///home/<USERNAME>/mlruns, HOME=/home/finetuning", [])

@@ -86,14 +86,14 @@ def test_ci_runs_what_the_readme_promises() -> None:
 
 
 def test_an_audit_that_looked_nothing_up_is_not_green() -> None:
-    judged = runpy.run_path(str(ROOT / ".ci" / "audit.py"))["judged"]
+    summarize = runpy.run_path(str(ROOT / ".ci" / "audit.py"))["summarize"]
     sound, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}
-    weak = {"name": "c", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
-    assert judged([sound]) == ("1 of 1 packages were looked up, 0 weaknesses are known", 0)
-    text, code = judged([unknown])
+    vulnerable = {"name": "c", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+    assert summarize([sound]) == ("1 of 1 packages were looked up, 0 vulnerabilities are known", 0)
+    text, code = summarize([unknown])
     assert "0 of 1" in text and "NOT AUDITED: 1 packages" in text and code == 0
-    text, code = judged([sound, weak])
-    assert "c 1: CVE-1, mended in 2" in text and code == 1
+    text, code = summarize([sound, vulnerable])
+    assert "c 1: CVE-1, fixed in 2" in text and code == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)

@@ -37,16 +37,16 @@ IGNORED = -100
 def text_of(order: Order, rng: random.Random) -> tuple[str, str]:
     """A text about the things in `order`, in two parts: what is only read, and what is learned.
 
-    What a customer says cannot be foretold, and a loss on it is noise that hides the rest: it is only read.
+    What a customer says cannot be predicted, and a loss on it is noise that hides the rest: it is only read.
     """
     name, place = rng.choice(NAMES), rng.choice(PLACES)
-    one, many = order.item, ITEMS[order.item]
+    item, many = order.item, ITEMS[order.item]
     words = " ".join(rng.choices(WORDS, k=rng.randint(2, 6)))
     kinds = (
         lambda: turns(spoken(order, rng), small_talk(order, rng)),
         lambda: turns(f"say again: {words}", words),
         lambda: ("", f"{order.when} {name} saw {order.goods(rng)} in the {place}."),
-        lambda: ("", f'one {one}, two {many}. a word for it is "{one}", and for more of them "{many}".'),
+        lambda: ("", f'one {item}, two {many}. a word for it is "{item}", and for more of them "{many}".'),
         lambda: ("", f"{rng.choice(NUMBERS[order.quantity])} is {order.quantity}."),
         lambda: ("", json.dumps({"name": name, "place": place, "day": order.day, "age": rng.randint(1, 12)})),
     )

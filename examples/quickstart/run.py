@@ -50,27 +50,27 @@ class Steps:
 
     def python(self, title: str, script: str, *arguments: str) -> None:
         path = HERE / script
-        self._run(title, [sys.executable, str(path), *arguments], ["python", self._shown(path), *arguments])
+        self._run(title, [sys.executable, str(path), *arguments], ["python", self._displayed(path), *arguments])
 
     def tool(self, title: str, name: str, *arguments: str | Path) -> None:
         program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if program is None:
             raise Failed(f"{name} is not installed here; run: pip install -e .")
-        shown = [self._shown(argument) for argument in arguments]
-        self._run(title, [program, *map(str, arguments)], [name, *shown])
+        displayed = [self._displayed(argument) for argument in arguments]
+        self._run(title, [program, *map(str, arguments)], [name, *displayed])
 
-    def _shown(self, argument: str | Path) -> str:
+    def _displayed(self, argument: str | Path) -> str:
         if isinstance(argument, Path) and argument.is_relative_to(self.where):
             return str(argument.relative_to(self.where))
         return str(argument)
 
-    def _run(self, title: str, command: list[str], shown: list[str]) -> None:
-        print(f"\n== {title}\n$ {shlex.join(shown)}", flush=True)
+    def _run(self, title: str, command: list[str], displayed: list[str]) -> None:
+        print(f"\n== {title}\n$ {shlex.join(displayed)}", flush=True)
         started = time.monotonic()
         result = subprocess.run(command, cwd=self.where, env={**ENVIRONMENT, **os.environ}, check=False)
         self.times.append((title, time.monotonic() - started))
         if result.returncode != 0:
-            raise Failed(f"{shown[0]} ended with exit code {result.returncode}")
+            raise Failed(f"{displayed[0]} ended with exit code {result.returncode}")
 
     def measure(self, title: str, model: str) -> Measured:
         """Generates with the model and reads what `generate` wrote."""
@@ -125,7 +125,7 @@ def run(where: Path, with_dpo: bool) -> None:
     """All steps.
 
     Raises:
-        Failed: a command failed, or the tuned model is not far better than the base model.
+        Failed: a command failed, or the fine-tuned model is not far better than the base model.
     """
     fresh_folder(where)
     steps = Steps(where)
@@ -135,7 +135,7 @@ def run(where: Path, with_dpo: bool) -> None:
     steps.tool("tune it", "finetuning", "sft", REPOSITORY / "configs/sft/quickstart.yaml")
     final = f"{RUN}/tuned/checkpoint-final"
     steps.tool("merge the adapter into the base model", "merge_adapter", f"{RUN}/base", final, f"{RUN}/merged")
-    results.append(steps.measure("tuned model", f"{RUN}/merged"))
+    results.append(steps.measure("fine-tuned model", f"{RUN}/merged"))
     if with_dpo:
         steps.tool("prefer right to wrong", "finetuning", "dpo", REPOSITORY / "configs/dpo/quickstart.yaml")
         final = f"{RUN}/tuned-dpo/checkpoint-final"
@@ -146,7 +146,7 @@ def run(where: Path, with_dpo: bool) -> None:
     gain = results[1].accuracy - results[0].accuracy
     if gain < LEAST_GAIN:
         raise Failed(
-            f"the tuned model is only {gain:.1%} better than the base model; expected {LEAST_GAIN:.0%} or more"
+            f"the fine-tuned model is only {gain:.1%} better than the base model; expected {LEAST_GAIN:.0%} or more"
         )
     if with_dpo and results[2].accuracy < results[1].accuracy - 0.05:
         raise Failed("the model answers worse after DPO than before it")

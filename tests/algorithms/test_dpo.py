@@ -61,8 +61,8 @@ def test_all_losses_at_once_train(train: Any, dpo_values: Any) -> None:
     mix = {"training_args.loss_type": list(LOSSES), "training_args.loss_weights": weights}
     run = train(dpo_values({**TWO_STEPS, **mix, "training_args.label_smoothing": 0.1}))
     assert all(math.isfinite(loss) for loss in run.losses)
-    known = [pair for pair in zip(LOSSES, weights, strict=True) if pair[0] != "sft"]
-    without = initial_loss([name for name, _ in known], [weight for _, weight in known], 0.1, 0.1)
+    without_sft = [pair for pair in zip(LOSSES, weights, strict=True) if pair[0] != "sft"]
+    without = initial_loss([name for name, _ in without_sft], [weight for _, weight in without_sft], 0.1, 0.1)
     supervised = (run.losses[0] - without) / weights[LOSSES.index("sft")]
     assert supervised == pytest.approx(6.2, abs=0.2)  # A model that knows nothing of 500 tokens.
 
@@ -119,12 +119,12 @@ def test_an_sft_adapter_is_its_own_reference(
         sft_values({"peft_conf": LORA, "training_args.output_dir": str(tmp_path / "sft"), "training_args.max_steps": 4})
     )
     on_top = {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(tuned.final)}
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
 
     def build(parts: Any) -> Any:
         trainer = DPO.build_trainer(parts)
-        found["reference"] = logits_of(trainer.model, "ref")
-        found["policy"] = logits_of(trainer.model, "default")
+        result["reference"] = logits_of(trainer.model, "ref")
+        result["policy"] = logits_of(trainer.model, "default")
         return trainer
 
     changes = {"peft_conf": on_top, "training_args.max_steps": 3, "training_args.save_strategy": "epoch"}
@@ -132,8 +132,8 @@ def test_an_sft_adapter_is_its_own_reference(
     base = AutoModelForCausalLM.from_pretrained(chatml_llama_dir)
     plain = logits_of(base)
     supervised = logits_of(PeftModel.from_pretrained(base, tuned.final))
-    assert torch.equal(found["reference"], supervised)
-    assert torch.equal(found["policy"], supervised)
+    assert torch.equal(result["reference"], supervised)
+    assert torch.equal(result["policy"], supervised)
     assert not torch.allclose(plain, supervised, atol=1e-3)
     assert run.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     first = run.trainer.state.log_history[0]

@@ -21,11 +21,11 @@ LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 32, "lora_alpha": 64, "target_
 VOWELS = """
 import json
 
-def vowels(completions, correct_answers, **told):
+def vowels(completions, correct_answers, **columns):
     texts = [one[0]["content"] for one in completions]
     return [sum(letter in "aeiou" for letter in text) / (len(text) or 1) for text in texts]
 
-def seen(prompts, completions, correct_answers, note, rare, **told):
+def seen(prompts, completions, correct_answers, note, rare, **columns):
     with open(note[0]["file"], "a") as stream:
         stream.write(json.dumps([prompts[0], completions[0], correct_answers[0], rare[0]]) + "\\n")
     return [0.0] * len(completions)
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused(
         train(grpo_values(changes), GRPO)
 
 
-def test_pairs_are_told_where_they_belong(train: Any, grpo_values: Any, sft_values: Any) -> None:
+def test_pairs_are_reported_where_they_belong(train: Any, grpo_values: Any, sft_values: Any) -> None:
     rows = sft_values({})["data_conf"]["training_data"]["datasets"]
     with pytest.raises(DataError, match=r"messages\[\d\]: is an answer, but the model generates the answer"):
         train(grpo_values({"data_conf.training_data.datasets": rows}), GRPO)
@@ -236,9 +236,9 @@ def test_pairs_are_told_where_they_belong(train: Any, grpo_values: Any, sft_valu
 def test_a_row_keeps_its_other_columns() -> None:
     location = Location(file="a.jsonl", line=1)
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [], "id": 7, "correct_answers": ["b"]}
-    found = FORMATS["prompt"].parse(Row(row, location))
-    assert isinstance(found, Prompt)
-    assert found.columns == {"id": 7, "correct_answers": ["b"]}
-    taken = FORMATS["prompt"].parse(Row({**row, "completions": 1}, location))
-    assert isinstance(taken, Problem)
-    assert "rename the column" in str(taken)
+    result = FORMATS["prompt"].parse(Row(row, location))
+    assert isinstance(result, Prompt)
+    assert result.columns == {"id": 7, "correct_answers": ["b"]}
+    problem = FORMATS["prompt"].parse(Row({**row, "completions": 1}, location))
+    assert isinstance(problem, Problem)
+    assert "rename the column" in str(problem)

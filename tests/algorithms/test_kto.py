@@ -47,8 +47,8 @@ def test_the_first_loss_is_known(train: Any, kto_values: Any, peft_conf: Any, lo
     weights = {"training_args.desirable_weight": 1.0, "training_args.undesirable_weight": 3.0}
     run = train(kto_values({**weights, "peft_conf": peft_conf, "training_args.loss_type": loss_type}), KTO)
     good = sum(run.trainer.train_dataset["label"][:4]) if loss_type == "kto" else None
-    expected = {initial_loss(one, 4 - one, 1.0, 3.0) for one in ([good] if good is not None else range(5))}
-    assert any(run.losses[0] == pytest.approx(one, abs=1e-5) for one in expected)
+    expected = {initial_loss(item, 4 - item, 1.0, 3.0) for item in ([good] if good is not None else range(5))}
+    assert any(run.losses[0] == pytest.approx(item, abs=1e-5) for item in expected)
     assert run.losses[1] != run.losses[0]
 
 
@@ -98,7 +98,7 @@ def test_validation_and_precomputed_references(train: Any, kto_values: Any) -> N
     assert any("eval_loss" in entry for entry in run.trainer.state.log_history)
 
 
-def test_each_prompt_meets_the_answer_of_its_neighbour() -> None:
+def test_each_prompt_meets_the_answer_of_its_neighbor() -> None:
     rows = datasets.Dataset.from_dict({"completion_ids": [[1], [2, 2], [3], [4], [5]], "label": [True] * 5})
     assert with_kl_completions(rows, 2)["KL_completion_ids"][:] == [[2, 2], [1], [4], [3], [4]]
     assert with_kl_completions(rows, 5)["KL_completion_ids"][:] == [[5], [1], [2, 2], [3], [4]]
@@ -131,12 +131,12 @@ def test_a_wrong_row_is_named(change: dict[str, Any], message: str) -> None:
         "completion_messages": [{"role": "assistant", "content": "b"}],
         "label": True,
     }
-    found = FORMATS["unpaired"].parse(Row({**row, **change}, Location(file="a.jsonl", line=1)))
-    assert isinstance(found, Problem)
-    assert re.search(message, str(found))
+    result = FORMATS["unpaired"].parse(Row({**row, **change}, Location(file="a.jsonl", line=1)))
+    assert isinstance(result, Problem)
+    assert re.search(message, str(result))
 
 
-def test_rows_of_another_method_are_recognised(train: Any, kto_values: Any, dpo_values: Any, sft_values: Any) -> None:
+def test_rows_of_another_method_are_recognized(train: Any, kto_values: Any, dpo_values: Any, sft_values: Any) -> None:
     rated = kto_values({})["data_conf"]["training_data"]["datasets"]
     with pytest.raises(DataError, match="run `finetuning kto`"):
         train(dpo_values({"data_conf.training_data.datasets": rated}))
@@ -152,7 +152,7 @@ def test_one_row_at_a_time_is_refused_before_anything_is_loaded(train: Any, kto_
     assert run.losses[0] == pytest.approx(0.5, abs=1e-5)
 
 
-def test_what_the_trainer_refuses_is_told_in_one_line(train: Any, kto_values: Any) -> None:
+def test_what_the_trainer_refuses_is_reported_in_one_line(train: Any, kto_values: Any) -> None:
     head = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["lm_head"]}}
     with pytest.raises(ConfigError, match=r"the KTO trainer rejects this config: .*lm_head"):
         train(kto_values({"peft_conf": head}), KTO)

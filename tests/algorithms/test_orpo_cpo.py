@@ -1,4 +1,4 @@
-"""ORPO and CPO compute, on rows that are tokenised here, the losses of their papers."""
+"""ORPO and CPO compute, on rows that are tokenized here, the losses of their papers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def log_probabilities(folder: Any, dataset: Any) -> list[dict[str, tuple[torch.T
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found = []
+    actual = []
     for row in dataset:
         both = {}
         for kind in ("chosen", "rejected"):
@@ -37,8 +37,8 @@ def log_probabilities(folder: Any, dataset: Any) -> list[dict[str, tuple[torch.T
                 logits = model(input_ids=ids).logits[0, :-1].double()
             tokens = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             both[kind] = (tokens[len(row["prompt_ids"]) - 1 :], tokens)
-        found.append(both)
-    return found
+        actual.append(both)
+    return actual
 
 
 def cpo_by_hand(rows: Any, beta: float, gamma: float, alpha: float, *, mean: bool) -> float:

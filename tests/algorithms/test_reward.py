@@ -19,13 +19,13 @@ LEARNS = {"training_args.max_steps": 12, "training_args.learning_rate": 5e-3}
 def scores(model: Any, run: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of the chosen and the rejected answers of a run's rows, one row at a time."""
     model.eval()
-    found: dict[str, list[float]] = {"chosen_ids": [], "rejected_ids": []}
+    result: dict[str, list[float]] = {"chosen_ids": [], "rejected_ids": []}
     for row in run.trainer.train_dataset:
-        for name, values in found.items():
+        for name, values in result.items():
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([row["prompt_ids"] + row[name]])).logits
             values.append(float(logits[0, 0]))
-    return torch.tensor(found["chosen_ids"]), torch.tensor(found["rejected_ids"])
+    return torch.tensor(result["chosen_ids"]), torch.tensor(result["rejected_ids"])
 
 
 @pytest.mark.parametrize("peft_conf", [{"peft_type": "NO_PEFT"}, LORA], ids=["full", "lora"])

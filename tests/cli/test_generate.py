@@ -71,11 +71,11 @@ def test_open_input_and_overrides(generate: Any, tiny_llama_dir: Path, tmp_path:
 
 
 def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("The quick\n\nColour names are\n", encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("The quick\n\nNames of rows are\n", encoding="utf-8")
     result = generate("--model", tiny_llama_dir, "--text_file", "texts.txt", "--max_new_tokens", "3")
     assert result.returncode == 0, result.stderr
     records = json.loads((tmp_path / "inference_result.json").read_text())
-    assert [record["input"] for record in records] == ["The quick", "Colour names are"]
+    assert [record["input"] for record in records] == ["The quick", "Names of rows are"]
     assert all(record["output"].startswith(f"<s>{record['input']}") for record in records)
 
     result = generate("--model", tiny_llama_dir, "--text", "The quick", "--out_file", "one.json")
@@ -161,9 +161,9 @@ def test_errors_name_the_flag_that_caused_them(
     names = {"TINY": str(tiny_llama_dir), "CHAT": str(chatml_llama_dir)}
     text = [] if "--text" in flags or "--text_file" in flags else ["--text_file", "texts.txt"]
     assert main([names.get(flag, flag) for flag in flags] + text) == 1
-    told = capsys.readouterr().err.replace(str(tiny_llama_dir), "TINY")
-    assert f"error: {message}" in told
-    assert "model_conf" not in told and "hf_gen_params" not in told
+    reported = capsys.readouterr().err.replace(str(tiny_llama_dir), "TINY")
+    assert f"error: {message}" in reported
+    assert "model_conf" not in reported and "hf_gen_params" not in reported
 
 
 @pytest.mark.parametrize("args", [["--help"], ["config.yaml", "out.yaml", "hf_gen_params.max_new_token=3"]])
@@ -189,9 +189,9 @@ def test_ctrl_c_leaves_what_is_done(tiny_llama_dir: Path, tmp_path: Path, write_
     process = subprocess.Popen(
         [script, config, "out.json", "--batch-size", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    spool = tmp_path / ".out.json.spool.jsonl"
+    partial = tmp_path / ".out.json.spool.jsonl"  # old name
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (spool.exists() and spool.read_text().count("\n") > 3):
+    while time.monotonic() < deadline and not (partial.exists() and partial.read_text().count("\n") > 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)

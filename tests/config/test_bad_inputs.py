@@ -24,7 +24,7 @@ run_conf:
 """
 REQUIRED = "data_conf, training_args, batchsize_conf, peft_conf"
 MIX = "{type: PRECOMPUTE_WEIGHTED_MIX, datasets: [{path: a.jsonl, sampling_weight: 0}]}"
-QUANTISED = "quant_conf: {quantization_type: bits-and-bytes, load_in_4bit: true}\n"
+QUANTIZED = "quant_conf: {quantization_type: bits-and-bytes, load_in_4bit: true}\n"
 
 CASES: dict[str, tuple[str, str]] = {
     "02 empty": ("", f"config.yaml: is empty; required: {REQUIRED}"),
@@ -77,8 +77,8 @@ CASES: dict[str, tuple[str, str]] = {
         "config.yaml:2:77: data_conf.training_data.datasets.0.sampling_weight:"
         ' is 0 for "a.jsonl", as for every dataset: no row would be drawn.',
     ),
-    "17 quantised, all weights trained": (
-        RIGHT.replace("LORA", "NO_PEFT") + QUANTISED,
+    "17 quantized, all weights trained": (
+        RIGHT.replace("LORA", "NO_PEFT") + QUANTIZED,
         "config.yaml:11:3: peft_conf.peft_type: is NO_PEFT, but quant_conf quantizes the model: quantized weights"
         " cannot be trained. Choose an adapter such as LORA, or quantization_type: no-quantization.",
     ),

@@ -46,11 +46,11 @@ def of_other_versions(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 
     def put() -> LibraryFields:
         table["versions"]["transformers"] = "5.22.0"
-        other = LibraryFields(table)
-        monkeypatch.setattr(validation, "table_fields", lambda: other)
-        monkeypatch.setattr(library_fields, "table_fields", lambda: other)
+        second = LibraryFields(table)
+        monkeypatch.setattr(validation, "table_fields", lambda: second)
+        monkeypatch.setattr(library_fields, "table_fields", lambda: second)
         installed_fields.cache_clear()
-        return other
+        return second
 
     yield put
     installed_fields.cache_clear()

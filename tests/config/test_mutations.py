@@ -66,8 +66,8 @@ def outcome(document: Any, method: str, secret: str = "hf_secret") -> None:
 
 def sections(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    found = [value] if isinstance(value, dict | list) and value else []
-    return found + [section for item in inner for section in sections(item)]
+    result = [value] if isinstance(value, dict | list) and value else []
+    return result + [section for item in inner for section in sections(item)]
 
 
 def mutate(values: dict[str, Any], data: st.DataObject) -> None:

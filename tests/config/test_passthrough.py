@@ -16,8 +16,8 @@ def extras(check: Callable, changed: Changed, training_args: str, method: str = 
 
 def test_training_args_take_the_trainers_fields(check: Callable, changed: Changed) -> None:
     text = "{dataloader_num_workers: '2', eval_delay: 5, lr_scheduler_kwargs: {num_cycles: 1}, hub_strategy: end,"
-    found = extras(check, changed, text + " include_num_input_tokens_seen: yes, dataloader_drop_last: no, fsdp: true}")
-    assert found == {
+    result = extras(check, changed, text + " include_num_input_tokens_seen: yes, dataloader_drop_last: no, fsdp: true}")
+    assert result == {
         "dataloader_num_workers": 2,
         "eval_delay": 5,
         "lr_scheduler_kwargs": {"num_cycles": 1},

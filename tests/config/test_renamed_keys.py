@@ -33,10 +33,10 @@ def current_fields(libraries: LibraryFields) -> set[str]:
 def test_the_table_agrees_with_the_installed_libraries() -> None:
     """Old names are unknown to the libraries, except those that another section sets; new ones are known."""
     libraries = table_fields()
-    known = current_fields(libraries)
+    supported = current_fields(libraries)
     owned = {name for name, change in TRAINING_ARGS.items() if isinstance(change, RemovedKey) and change.always}
-    assert not (TRAINING_ARGS.keys() - owned) & known
-    assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, RenamedKey)} <= known
+    assert not (TRAINING_ARGS.keys() - owned) & supported
+    assert {change.to[0] for change in TRAINING_ARGS.values() if isinstance(change, RenamedKey)} <= supported
     arguments = {*libraries.from_pretrained_arguments(), *ModelArgs.model_fields}
     assert not MODEL_ARGS.keys() & arguments
     assert {change.to[0] for change in MODEL_ARGS.values() if isinstance(change, RenamedKey)} <= arguments

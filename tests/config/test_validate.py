@@ -107,9 +107,9 @@ peft_config:
         ({"method": "sfd"}, 'method: unknown method "sfd"; one of: sft, dpo'),
     ],
 )
-def test_each_message_stands_once(sections: dict[str, str], line: str, messages: Messages, changed: Changed) -> None:
+def test_each_message_appears_once(sections: dict[str, str], line: str, messages: Messages, changed: Changed) -> None:
     lines = messages(changed(**sections))
-    assert len([found for found in lines if line in found]) == 1, lines
+    assert len([result for result in lines if line in result]) == 1, lines
 
 
 @pytest.mark.parametrize("typo", ["peft_typ: LORA", "peft_type: lora", "peft_type: LORA\npeft_kwarg: {r: 8}"])

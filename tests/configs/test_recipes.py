@@ -89,7 +89,7 @@ def test_header_says_what_a_reader_needs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_stands_in_the_table(path: Path) -> None:
+def test_recipe_is_in_the_table(path: Path) -> None:
     table = (ROOT / "configs" / "README.md").read_text()
     (row,) = re.findall(
         rf"^\| `{path.parent.name}/{re.escape(path.stem)}`(?: \(experimental\))? \|.*$", table, re.MULTILINE
@@ -155,9 +155,9 @@ def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
         trained = shape.parameters * 12
     else:
         assert experiment.peft_conf.peft_kwargs["target_modules"] == "all-linear"
-        quantised = isinstance(experiment.quant_conf, BitsAndBytes) and experiment.quant_conf.load_in_4bit
+        quantized = isinstance(experiment.quant_conf, BitsAndBytes) and experiment.quant_conf.load_in_4bit
         rest = shape.parameters - shape.linear
-        weights = shape.linear * 0.516 + rest * 4 if quantised else shape.parameters * 2
+        weights = shape.linear * 0.516 + rest * 4 if quantized else shape.parameters * 2
         trained = shape.inputs_and_outputs * experiment.peft_conf.peft_kwargs["r"] * 16
     length = longest_row(experiment)
     tokens = experiment.batchsize_conf.max_per_device_train_batch_size * length * (2 if method in PAIRS else 1)

@@ -64,8 +64,8 @@ def context() -> list[str]:
 
 
 def test_there_are_two_images_for_each_platform() -> None:
-    found = {str(path.relative_to(ROOT / "docker")) for path in DOCKERFILES}
-    assert found == {f"{platform}/{kind}.Dockerfile" for platform in ("cuda", "rocm") for kind in ("base", "worker")}
+    result = {str(path.relative_to(ROOT / "docker")) for path in DOCKERFILES}
+    assert result == {f"{platform}/{kind}.Dockerfile" for platform in ("cuda", "rocm") for kind in ("base", "worker")}
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=name_of)
@@ -128,8 +128,8 @@ def test_the_base_image_installs_what_the_package_needs_and_not_torch(path: Path
 @pytest.mark.parametrize("path", BASES, ids=name_of)
 def test_nothing_phones_home_and_caches_can_be_mounted(path: Path) -> None:
     environment = dict(pair.split("=", 1) for line in values_of(path, "ENV") for pair in line.split())
-    wanted = {"HF_HUB_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "USE_HUB_KERNELS": "0"}
-    assert wanted.items() <= environment.items()
+    expected = {"HF_HUB_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "USE_HUB_KERNELS": "0"}
+    assert expected.items() <= environment.items()
     for name in ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME"):
         assert environment[name].startswith("/cache"), name
 

@@ -65,7 +65,7 @@ def sentencepiece(special: tuple[str, ...] = (), *, add_bos: bool = False, schem
 
 def _without_added_bytes(state: str) -> str:
     values = json.loads(state)
-    values["added_tokens"] = [one for one in values["added_tokens"] if not one["content"].startswith("<0x")]
+    values["added_tokens"] = [item for item in values["added_tokens"] if not item["content"].startswith("<0x")]
     return json.dumps(values)
 
 
@@ -91,10 +91,10 @@ def _trained(kind: str, special: tuple[str, ...], add_bos: bool) -> str:
 
 def special_tokens_of(source: str) -> tuple[str, ...]:
     """What looks like a special token in a template: `<|…|>`, `<｜…｜>`, `<start_of_turn>`, `[INST]`, …"""
-    found = re.findall(
+    result = re.findall(
         r"<[|｜][^|｜<>'\"\s]{1,40}[|｜]>|<[a-z_]+_of_[a-z_]+>|<\|[a-z_]+>|<[a-z_]+\|>|</?think>", source
     )
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(result)))
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def prepare(tmp_path: Path, tokenizer: Any, write_lines: Callable[..., str]) -> 
     """A function that prepares `a.jsonl` with the cache in `cache`."""
     path = write_lines("a.jsonl", *(chat(index) for index in range(40)), chat(1), {"messages": [user("Hi")]})
 
-    def call(other: Any = None, conf: dict[str, Any] | None = None, **args: Any) -> PreparedData:
+    def call(another: Any = None, conf: dict[str, Any] | None = None, **args: Any) -> PreparedData:
         values = {
             "training_data": {"type": "CONCATENATION", "datasets": [{"path": path}]},
             "validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
@@ -50,14 +50,14 @@ def prepare(tmp_path: Path, tokenizer: Any, write_lines: Callable[..., str]) -> 
             "cache": str(tmp_path / "cache"),
             **(conf or {}),
         }
-        given = {"train_on_completions_only": True, "max_seq_length": 64, **args}
-        return prepare_sft(DataConfig.model_validate(values), SFTArgs.model_validate(given), other or tokenizer)
+        inputs = {"train_on_completions_only": True, "max_seq_length": 64, **args}
+        return prepare_sft(DataConfig.model_validate(values), SFTArgs.model_validate(inputs), another or tokenizer)
 
     return call
 
 
 def entries(folder: Path) -> list[Path]:
-    return [one for one in (folder / "cache").iterdir() if one.is_dir()]
+    return [item for item in (folder / "cache").iterdir() if item.is_dir()]
 
 
 def test_a_second_run_reads_what_the_first_wrote(prepare: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -93,8 +93,8 @@ def test_a_change_is_named(prepare: Any, tmp_path: Path, tokenizer: Any, make_to
     assert "the chat template" not in prepare().origin
     tokenizer.chat_template += " "
     assert prepare().origin.endswith("changed since the most similar entry: the chat template")
-    other = make_tokenizer("byte-level", tokenizer.chat_template, (), add_bos=True)
-    assert prepare(other).origin.endswith("changed since the most similar entry: the tokenizer")
+    another = make_tokenizer("byte-level", tokenizer.chat_template, (), add_bos=True)
+    assert prepare(another).origin.endswith("changed since the most similar entry: the tokenizer")
     monkeypatch.setattr("finetuning.data.prepared.RULES", "x")
     assert 'rules ("1" before, "x" now)' in prepare().origin
 
@@ -109,7 +109,7 @@ def test_settings_that_touch_no_row_change_nothing(prepare: Any) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "change", "remove", "meta"])
-def test_a_damaged_entry_is_made_anew(harm: str, prepare: Any, tmp_path: Path) -> None:
+def test_a_damaged_entry_is_made_again(harm: str, prepare: Any, tmp_path: Path) -> None:
     rows = prepare().train.to_list()
     (entry,) = entries(tmp_path)
     file = entry / ("prepared.json" if harm == "meta" else "train-00000-of-00001.arrow")
@@ -195,7 +195,7 @@ print(len(data.train), data.origin, flush=True)
 
 @pytest.fixture
 def start(tmp_path: Path, tokenizer: Any, write_lines: Any) -> Any:
-    """A function that starts a process which prepares as soon as it is told to."""
+    """A function that starts a process which prepares on a signal."""
     write_lines("a.jsonl", *(chat(index) for index in range(3000)))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     running = []
@@ -221,11 +221,11 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(start: Any,
     process.send_signal(signal.SIGKILL)
     process.wait()
     left = entries(tmp_path)
-    assert [one.name.endswith(".partial") for one in left] == [True]
+    assert [item.name.endswith(".partial") for item in left] == [True]
     again = start()
     out, _ = again.communicate("\n")
     assert out.startswith("3000 prepared now")
-    assert [one.name.endswith(".partial") for one in entries(tmp_path)] == [False]
+    assert [item.name.endswith(".partial") for item in entries(tmp_path)] == [False]
 
 
 def test_processes_that_want_the_same_rows_prepare_them_once(start: Any, tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_processes_that_want_the_same_rows_prepare_them_once(start: Any, tmp_pat
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    told = [process.communicate()[0] for process in processes]
-    assert sorted("prepared now" in one for one in told) == [False, False, True]
-    assert all(one.startswith("3000 ") for one in told)
+    reported = [process.communicate()[0] for process in processes]
+    assert sorted("prepared now" in item for item in reported) == [False, False, True]
+    assert all(item.startswith("3000 ") for item in reported)
     assert len(entries(tmp_path)) == 1
 
 
@@ -245,7 +245,7 @@ def test_pruning_takes_the_longest_unused_and_what_was_left_half_made(prepare: A
         prepare(max_seq_length=length)
     order = sorted(
         entries(tmp_path),
-        key=lambda one: int(json.loads((one / cache.META).read_text())["inputs"]["rules"]["sft_args.max_seq_length"]),
+        key=lambda item: int(json.loads((item / cache.META).read_text())["inputs"]["rules"]["sft_args.max_seq_length"]),
     )
     for age, entry in enumerate(order):
         os.utime(entry / cache.META, (time.time() - 1000 + age,) * 2)

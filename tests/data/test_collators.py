@@ -23,7 +23,7 @@ def test_padding_is_masked_and_never_a_target(side: str) -> None:
     assert (batch["labels"][batch["attention_mask"] == 0] == UNTRAINED).all()
     targets = batch["shift_labels"]
     assert [row[row != UNTRAINED].tolist() for row in targets] == [[6, 7], [10, 11, 12]]
-    # Each target stands where the token before it is seen.
+    # Each target is at the position of the token before it.
     for row, target in zip(batch["input_ids"], targets, strict=True):
         for at in (target != UNTRAINED).nonzero().flatten().tolist():
             assert row[at + 1] == target[at]
@@ -36,25 +36,25 @@ def test_a_token_that_pads_is_trained_where_it_is_real() -> None:
 
 def test_what_the_model_is_shown_at_padding_is_chosen(tiny_tokenizer: object) -> None:
     tiny_tokenizer.pad_token = "<unk>"
-    shown = PaddingCollator.for_tokenizer(tiny_tokenizer, tiny_tokenizer.eos_token_id)(ROWS)["input_ids"]
-    assert shown[0, 3:].tolist() == [tiny_tokenizer.eos_token_id] * 2
+    displayed = PaddingCollator.for_tokenizer(tiny_tokenizer, tiny_tokenizer.eos_token_id)(ROWS)["input_ids"]
+    assert displayed[0, 3:].tolist() == [tiny_tokenizer.eos_token_id] * 2
 
 
 def test_rows_end_to_end_have_borders_positions_and_the_same_targets() -> None:
-    flat, padded = FlatteningCollator()(ROWS), PaddingCollator(0)(ROWS)
-    assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
-    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
-    assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 3, 8]
-    assert (flat["max_length_q"], flat["max_length_k"]) == (5, 5)
-    assert flat["cu_seq_lens_q"].dtype == torch.int32
+    flattened, padded = FlatteningCollator()(ROWS), PaddingCollator(0)(ROWS)
+    assert flattened["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert flattened["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert flattened["cu_seq_lens_q"].tolist() == flattened["cu_seq_lens_k"].tolist() == [0, 3, 8]
+    assert (flattened["max_length_q"], flattened["max_length_k"]) == (5, 5)
+    assert flattened["cu_seq_lens_q"].dtype == torch.int32
     for name in ("labels", "shift_labels"):
-        kept = [batch[name][batch[name] != UNTRAINED].tolist() for batch in (flat, padded)]
+        kept = [batch[name][batch[name] != UNTRAINED].tolist() for batch in (flattened, padded)]
         assert kept[0] == kept[1]
 
 
 def test_a_packed_row_keeps_the_borders_inside_it() -> None:
     packed = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "lengths": [3, 1]}
-    flat = FlatteningCollator()([packed, ROWS[0]])
-    assert flat["cu_seq_lens_q"].tolist() == [0, 3, 4, 7]
-    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2]]
-    assert flat["shift_labels"].tolist() == [[6, 7, -100, -100, 6, 7, -100]]
+    flattened = FlatteningCollator()([packed, ROWS[0]])
+    assert flattened["cu_seq_lens_q"].tolist() == [0, 3, 4, 7]
+    assert flattened["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2]]
+    assert flattened["shift_labels"].tolist() == [[6, 7, -100, -100, 6, 7, -100]]

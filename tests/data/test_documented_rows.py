@@ -30,7 +30,7 @@ def blocks() -> list[tuple[str, str]]:
 
 def examples() -> list[tuple[str, str, str]]:
     """Settings, rows and texts of each example with texts."""
-    found = []
+    result = []
     settings, rows = "", ""
     for kind, body in blocks():
         if kind == "yaml":
@@ -38,10 +38,10 @@ def examples() -> list[tuple[str, str, str]]:
         elif kind == "jsonl":
             rows = body
         elif kind == "text":
-            found.append((settings if "data_conf" not in settings else "", rows, body))
+            result.append((settings if "data_conf" not in settings else "", rows, body))
         if kind != "yaml" and kind != "jsonl":
             settings = ""
-    return found
+    return result
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def config(path: Path, **source: Any) -> DataConfig:
     return DataConfig.model_validate(values)
 
 
-def shown(settings: str, rows: str, tokenizer: Any, folder: Path) -> str:
+def displayed(settings: str, rows: str, tokenizer: Any, folder: Path) -> str:
     path = folder / "rows.jsonl"
     path.write_text(rows, "utf-8")
     args = SFTArgs(train_on_completions_only=True)
@@ -69,7 +69,7 @@ def shown(settings: str, rows: str, tokenizer: Any, folder: Path) -> str:
 @pytest.mark.parametrize("number", range(len(examples())))
 def test_documented_examples_show_what_is_trained(number: int, tokenizer: Any, tmp_path: Path) -> None:
     settings, rows, text = examples()[number]
-    assert shown(settings, rows, tokenizer, tmp_path) == text
+    assert displayed(settings, rows, tokenizer, tmp_path) == text
 
 
 def rows_below(heading: str) -> list[str]:

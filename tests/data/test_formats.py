@@ -150,7 +150,7 @@ def test_from_and_value_become_role_and_content() -> None:
 def test_alpaca_rows_are_chats() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "S", "history": [["a", "b"]]}
     parsed = parse(row, "alpaca")
-    assert [(one["role"], one["content"]) for one in parsed.messages] == [
+    assert [(item["role"], item["content"]) for item in parsed.messages] == [
         ("system", "S"),
         ("user", "a"),
         ("assistant", "b"),
@@ -197,7 +197,7 @@ def test_turns_are_chosen_by_train_on(train_on: str, chosen: Any) -> None:
     ],
 )
 def test_message_flags_override_train_on(flags: Any, train_on: str, chosen: Any) -> None:
-    messages = [{**one, **flag} for one, flag in zip([USER, ANSWER, USER, ANSWER], flags, strict=True)]
+    messages = [{**item, **flag} for item, flag in zip([USER, ANSWER, USER, ANSWER], flags, strict=True)]
     parsed = FORMATS["messages"].parse(Row({"messages": messages}, Location("a")), Options(chats=train_on))
     assert parsed.turns == chosen
     assert parsed.messages == [USER, ANSWER, USER, ANSWER], "templates do not see the flags"
@@ -215,7 +215,7 @@ def test_message_flags_override_train_on(flags: Any, train_on: str, chosen: Any)
     ],
 )
 def test_contradictory_flags_are_errors(index: int, flag: Any, train_on: str, message: str) -> None:
-    messages = [{**one, **(flag if at == index else {})} for at, one in enumerate([USER, ANSWER])]
+    messages = [{**item, **(flag if at == index else {})} for at, item in enumerate([USER, ANSWER])]
     assert turns({"messages": messages}, chats=train_on).startswith(f"train.jsonl:6: {message}")
 
 
@@ -243,7 +243,7 @@ def test_trl_preferences_of_messages(row: dict[str, Any], pair: Any) -> None:
 )
 def test_trl_preferences_of_text(row: dict[str, Any], pair: Any) -> None:
     parsed = parse(row, "chosen_rejected")
-    assert tuple(one[0]["content"] for one in (parsed.prompt, parsed.chosen, parsed.rejected)) == pair
+    assert tuple(item[0]["content"] for item in (parsed.prompt, parsed.chosen, parsed.rejected)) == pair
     assert parsed.is_text
 
 
@@ -269,9 +269,9 @@ def test_unpaired_rows_come_from_labels_and_pairs() -> None:
     assert "label: expected true or false, got text" in str(
         parse({"prompt": "a", "completion": " b", "label": "yes"}, "completion_label")
     )
-    pair = next(one for one in KINDS["unpaired"] if one.name == "chosen_rejected")
-    found = pair.parse(Row({"chosen": [USER, ANSWER], "rejected": [USER, CALL]}, Location("a")))
-    assert [(one.label, one.completion) for one in found] == [(True, [ANSWER]), (False, [CALL])]
+    pair = next(item for item in KINDS["unpaired"] if item.name == "chosen_rejected")
+    result = pair.parse(Row({"chosen": [USER, ANSWER], "rejected": [USER, CALL]}, Location("a")))
+    assert [(item.label, item.completion) for item in result] == [(True, [ANSWER]), (False, [CALL])]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ SIZES = (7, 3, 40)
 
 
 def sources(*sizes: int) -> list:
-    """Datasets whose rows are their places in all datasets laid end to end."""
+    """Datasets whose rows are their places in all datasets concatenated."""
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
     return [
         lambda start=start, size=size: iter(range(start, start + size))
@@ -27,18 +27,18 @@ def sources(*sizes: int) -> list:
 @pytest.mark.parametrize("stopping", ["all_exhausted", "first_exhausted"])
 def test_a_mix_has_the_order_of_prepared_rows(weights: tuple[float, ...], stopping: str) -> None:
     for seed in (0, 5, 19851243):
-        wanted = weighted_mix(SIZES, weights, seed, stopping).tolist()
-        found = list(interleave(sources(*SIZES), weights, seed, stopping))
-        assert [row for _, row in found] == wanted
+        expected = weighted_mix(SIZES, weights, seed, stopping).tolist()
+        result = list(interleave(sources(*SIZES), weights, seed, stopping))
+        assert [row for _, row in result] == expected
         borders = np.cumsum(SIZES)
-        assert [number for number, _ in found] == [int(np.searchsorted(borders, row, "right")) for row in wanted]
+        assert [number for number, _ in result] == [int(np.searchsorted(borders, row, "right")) for row in expected]
 
 
 def test_a_mix_of_more_than_a_block_of_draws_has_it_too() -> None:
     sizes, weights = (2500, 10), (0.9, 0.1)
-    found = [row for _, row in interleave(sources(*sizes), weights, 3, "all_exhausted")]
-    assert found == weighted_mix(sizes, weights, 3).tolist()
-    assert len(found) > 2000
+    result = [row for _, row in interleave(sources(*sizes), weights, 3, "all_exhausted")]
+    assert result == weighted_mix(sizes, weights, 3).tolist()
+    assert len(result) > 2000
 
 
 def test_datasets_come_one_after_another() -> None:
@@ -51,23 +51,23 @@ def test_a_dataset_without_rows_is_an_error() -> None:
 
 
 def test_shuffling_gives_each_row_once_and_holds_no_more_than_its_buffer() -> None:
-    taken = 0
+    consumed = 0
 
     def rows() -> object:
-        nonlocal taken
+        nonlocal consumed
         for row in range(500):
-            taken += 1
+            consumed += 1
             yield row
 
-    given = []
+    emitted = []
     for row in shuffle_buffer(rows(), 20, (1, 0)):
-        given.append(row)
-        assert taken - len(given) <= 20
-        assert row <= len(given) + 20, "no row comes before it was read"
-    assert Counter(given) == Counter(range(500))
-    assert given != sorted(given)
-    assert given == list(shuffle_buffer(iter(range(500)), 20, (1, 0)))
-    assert given != list(shuffle_buffer(iter(range(500)), 20, (1, 1)))
+        emitted.append(row)
+        assert consumed - len(emitted) <= 20
+        assert row <= len(emitted) + 20, "no row comes before it was read"
+    assert Counter(emitted) == Counter(range(500))
+    assert emitted != sorted(emitted)
+    assert emitted == list(shuffle_buffer(iter(range(500)), 20, (1, 0)))
+    assert emitted != list(shuffle_buffer(iter(range(500)), 20, (1, 1)))
     assert list(shuffle_buffer(iter(range(9)), 1, (1, 0))) == list(range(9))
     assert sorted(shuffle_buffer(iter(range(9)), 100, (1, 0))) == list(range(9))
 

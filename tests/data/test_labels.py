@@ -14,15 +14,15 @@ from .conftest import byte_level, sentencepiece, wrap
 
 def encode(tokenizer: Any, text: str, *spans: str) -> TokenizedText | MaskError:
     """Tokenize a text with spans that are given by their text."""
-    places = [(text.index(one), text.index(one) + len(one)) for one in spans]
+    places = [(text.index(item), text.index(item) + len(item)) for item in spans]
     return LabelBuilder(tokenizer).encode([text], [places])[0]
 
 
 def trained(tokenizer: Any, tokens: TokenizedText | MaskError) -> list[str]:
     assert isinstance(tokens, TokenizedText), tokens
     labels = tokens.labels(-100).tolist()
-    assert [one for one in labels if one != -100] == [
-        one for first, last in tokens.runs for one in tokens.ids[first:last].tolist()
+    assert [item for item in labels if item != -100] == [
+        item for first, last in tokens.runs for item in tokens.ids[first:last].tolist()
     ]
     return [tokenizer.decode(tokens.ids[first:last].tolist()) for first, last in tokens.runs]
 

@@ -69,13 +69,13 @@ def test_cached_layouts_do_not_change_results(name: str, make_tokenizer: Callabl
     label_builder = LabelBuilder(tokenizer)
     cached = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split)
     rows = conversations(60)
-    for row, found in zip(rows, cached.find(rows), strict=True):
+    for row, result in zip(rows, cached.find(rows), strict=True):
         (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split).find([row])
         if isinstance(alone, MaskError):
-            assert found == alone
+            assert result == alone
         else:
-            assert isinstance(found, MaskedText)
-            assert (found.text, found.spans, found.warnings) == (alone.text, alone.spans, alone.warnings)
+            assert isinstance(result, MaskedText)
+            assert (result.text, result.spans, result.warnings) == (alone.text, alone.spans, alone.warnings)
     texts = zip(cached.texts(rows), TemplateRenderer(tokenizer).texts(rows), strict=True)
     assert all(str(left) == str(right) for left, right in texts)
 
@@ -120,9 +120,9 @@ def test_templates_that_depend_on_a_content_are_rendered_for_each_row(
         for question in contents
         for answer in contents
     ]
-    found = AssistantMaskBuilder(TemplateRenderer(tokenizer), split).find(rows)
-    assert any(isinstance(marked, MaskedText) for marked in found)
-    for row, text, marked in zip(rows, TemplateRenderer(tokenizer).texts(rows), found, strict=True):
+    result = AssistantMaskBuilder(TemplateRenderer(tokenizer), split).find(rows)
+    assert any(isinstance(marked, MaskedText) for marked in result)
+    for row, text, marked in zip(rows, TemplateRenderer(tokenizer).texts(rows), result, strict=True):
         if isinstance(marked, MaskedText):
             assert marked.text == text
             (alone,) = AssistantMaskBuilder(TemplateRenderer(tokenizer), split).find([row])
@@ -151,14 +151,14 @@ def test_alignment_by_bytes_equals_alignment_by_offsets(
     quick, slow = LabelBuilder(tokenizer), LabelBuilder(tokenizer)
     assert quick._token_bytes is not None
     slow.__dict__["_token_bytes"] = None
-    found = [
+    result = [
         masked
         for masked in AssistantMaskBuilder(TemplateRenderer(tokenizer), quick.split).find(conversations(60))
         if isinstance(masked, MaskedText)
     ]
-    texts = [masked.text for masked in found]
-    spans = [masked.spans for masked in found]
-    headers = [masked.headers for masked in found]
+    texts = [masked.text for masked in result]
+    spans = [masked.spans for masked in result]
+    headers = [masked.headers for masked in result]
     assert any(headers)
     by_bytes = quick._align_by_bytes(texts, spans, headers, quick._token_bytes)
     assert bool(by_bytes) == (kind == "byte-level" or name not in WITH_PREFIX_SPACE)

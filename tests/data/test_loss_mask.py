@@ -32,9 +32,9 @@ def find(make_tokenizer: Callable[..., Any]) -> Callable[..., MaskedText | MaskE
     return call
 
 
-def spans(found: MaskedText | MaskError) -> list[str]:
-    assert isinstance(found, MaskedText), found
-    return [found.text[start:end] for start, end in found.spans]
+def spans(result: MaskedText | MaskError) -> list[str]:
+    assert isinstance(result, MaskedText), result
+    return [result.text[start:end] for start, end in result.spans]
 
 
 def test_spans_start_after_the_prompt_and_end_with_end_of_turn(find: Callable[..., Any]) -> None:
@@ -47,8 +47,8 @@ def test_conversation_without_assistant_has_no_spans(find: Callable[..., Any]) -
 
 def test_special_and_private_use_characters_do_not_move_spans(find: Callable[..., Any]) -> None:
     for text in ("<|im_end|>\n<|im_start|>assistant\nfake", "\U000f0000\U000f0001\U000f0003 x", "Bye", "assistant\n"):
-        found = find(CHATML, [user(text), assistant(text), user(text), assistant("Bye")])
-        assert spans(found) == [f"{text}<|im_end|>", "Bye<|im_end|>"]
+        result = find(CHATML, [user(text), assistant(text), user(text), assistant("Bye")])
+        assert spans(result) == [f"{text}<|im_end|>", "Bye<|im_end|>"]
 
 
 def test_templates_that_read_contents_are_rejected_or_correct(find: Callable[..., Any]) -> None:
@@ -62,9 +62,9 @@ def test_templates_that_read_contents_are_rejected_or_correct(find: Callable[...
 
 def test_template_that_rewrites_history_is_rejected(find: Callable[..., Any]) -> None:
     rewriting = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:2] }}")
-    found = find(rewriting, TALK)
-    assert isinstance(found, MaskError)
-    assert found.turn == 1
+    result = find(rewriting, TALK)
+    assert isinstance(result, MaskError)
+    assert result.turn == 1
 
 
 def test_template_without_end_of_turn_is_rejected_with_the_reason(find: Callable[..., Any]) -> None:
@@ -72,8 +72,8 @@ def test_template_without_end_of_turn_is_rejected_with_the_reason(find: Callable
         "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}\nassistant: {% endif %}"
     )
-    found = find(endless, TALK)
-    assert str(found) == (
+    result = find(endless, TALK)
+    assert str(result) == (
         "messages[1]: the template writes nothing after an answer, so the model could not learn to stop"
     )
 
@@ -118,5 +118,5 @@ def test_invalid_jinja_is_rejected_at_construction(make_tokenizer: Callable[...,
 
 
 def test_template_error_message_is_reported(find: Callable[..., Any]) -> None:
-    found = find("{{ raise_exception('no thanks') }}", TALK)
-    assert str(found) == "the chat template failed on this conversation: no thanks"
+    result = find("{{ raise_exception('no thanks') }}", TALK)
+    assert str(result) == "the chat template failed on this conversation: no thanks"

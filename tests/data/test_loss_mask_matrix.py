@@ -38,10 +38,10 @@ def mask_all(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[s
     label_builder = LabelBuilder(tokenizer)
     mask_builder = AssistantMaskBuilder(TemplateRenderer(tokenizer), label_builder.split, STOPS)
     results = {}
-    for one in CONVERSATIONS:
-        found = mask_builder.find([conversation(one)])[0]
-        tokens = label_builder.encode([found.text], [found.spans])[0] if isinstance(found, MaskedText) else found
-        results[one] = (tokenizer, found, tokens)
+    for item in CONVERSATIONS:
+        result = mask_builder.find([conversation(item)])[0]
+        tokens = label_builder.encode([result.text], [result.spans])[0] if isinstance(result, MaskedText) else result
+        results[item] = (tokenizer, result, tokens)
     return results
 
 
@@ -51,17 +51,17 @@ def test_each_conversation_is_masked_or_rejected_with_the_reason(
     name: str, kind: str, make_tokenizer: Callable[..., Any]
 ) -> None:
     rejected = {}
-    for one, (tokenizer, found, tokens) in mask_all(name, kind, make_tokenizer).items():
+    for item, (tokenizer, result, tokens) in mask_all(name, kind, make_tokenizer).items():
         if isinstance(tokens, MaskError):
-            rejected[one] = str(tokens)
+            rejected[item] = str(tokens)
             continue
-        assert isinstance(found, MaskedText)
+        assert isinstance(result, MaskedText)
         assert isinstance(tokens, TokenizedText)
-        check_trained_words(one, tokenizer, found, tokens)
+        check_trained_words(item, tokenizer, result, tokens)
     assert rejected == REJECTED.get(name, {})
 
 
-def check_trained_words(one: str, tokenizer: Any, found: MaskedText, tokens: TokenizedText) -> None:
+def check_trained_words(item: str, tokenizer: Any, result: MaskedText, tokens: TokenizedText) -> None:
     """Check that the trained tokens decode to all words of the assistant, and to none of another role."""
     mask = np.zeros(len(tokens.ids), dtype=bool)
     for first, last in tokens.runs:
@@ -69,18 +69,18 @@ def check_trained_words(one: str, tokenizer: Any, found: MaskedText, tokens: Tok
     trained = " | ".join(tokenizer.decode(tokens.ids[first:last].tolist()) for first, last in tokens.runs)
     assert speakers(trained) <= {"A"}
     position, rest = 0, ""
-    for start, end in found.spans:
-        rest += found.text[position:start] + "|"
+    for start, end in result.spans:
+        rest += result.text[position:start] + "|"
         position = end
-    assert "A" not in speakers(rest + found.text[position:])
-    said = [word for word in words(one) if word in found.text]
+    assert "A" not in speakers(rest + result.text[position:])
+    said = [word for word in words(item) if word in result.text]
     assert [word for word in said if word not in trained] == []
-    turns = [message for message in CONVERSATIONS[one] if message["role"] == "assistant"]
-    assert len(found.spans) == len(turns)
-    ends = {found.text[start:end].rstrip()[-4:] for start, end in found.spans}
-    assert len(ends) == 1 or "tools" in one
+    turns = [message for message in CONVERSATIONS[item] if message["role"] == "assistant"]
+    assert len(result.spans) == len(turns)
+    ends = {result.text[start:end].rstrip()[-4:] for start, end in result.spans}
+    assert len(ends) == 1 or "tools" in item
     whole = tokenizer.decode(tokens.ids.tolist())
-    assert re.sub("[ ▁]", "", whole) == re.sub("[ ▁]", "", found.text)
+    assert re.sub("[ ▁]", "", whole) == re.sub("[ ▁]", "", result.text)
 
 
 WITH_BLOCKS = [name for name in NAMES if re.search(r"{%-?\s*generation", source_of(name))]
@@ -91,21 +91,21 @@ EXTRA_IN_BLOCKS: dict[str, list[str]] = json.loads(Path(__file__).with_name("ext
 def extra_in_blocks(name: str, make_tokenizer: Callable[..., Any]) -> set[str]:
     """Return the text that is in generation blocks but in none of our spans, without white space."""
     more: set[str] = set()
-    for one, (tokenizer, found, _) in mask_all(name, "byte-level", make_tokenizer).items():
-        if isinstance(found, MaskedText):
-            row = conversation(one)
-            theirs = char_mask(found.text, TemplateRenderer(tokenizer).generation_spans(row.messages, row.tools, {}))
-            ours = char_mask(found.text, found.spans)
+    for item, (tokenizer, result, _) in mask_all(name, "byte-level", make_tokenizer).items():
+        if isinstance(result, MaskedText):
+            row = conversation(item)
+            theirs = char_mask(result.text, TemplateRenderer(tokenizer).generation_spans(row.messages, row.tools, {}))
+            ours = char_mask(result.text, result.spans)
             # DiffusionGemma stops at a token that is outside of its blocks, and writes a header that no prompt gives.
-            assert pieces(found.text, ours & ~theirs) <= {"<|tool_response>", "<|turn>model"}, one
-            more |= pieces(found.text, theirs & ~ours)
+            assert pieces(result.text, ours & ~theirs) <= {"<|tool_response>", "<|turn>model"}, item
+            more |= pieces(result.text, theirs & ~ours)
     return more
 
 
 def pieces(text: str, mask: np.ndarray) -> set[str]:
     """Return the parts of a text under a mask, without outer white space."""
-    shown = "".join(one if masked else "\0" for one, masked in zip(text, mask, strict=True))
-    return {piece.strip() for piece in shown.split("\0")} - {""}
+    displayed = "".join(item if masked else "\0" for item, masked in zip(text, mask, strict=True))
+    return {piece.strip() for piece in displayed.split("\0")} - {""}
 
 
 def char_mask(text: str, spans: Iterable[tuple[int, int]]) -> np.ndarray:

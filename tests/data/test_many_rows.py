@@ -77,7 +77,7 @@ def test_how_many_processes_share_the_work_changes_nothing(prepare: Any, monkeyp
     assert shared.statistics == alone.statistics
     assert shared.preview == alone.preview
     part = alone.statistics.splits[0]
-    assert [(fate.location.line, fate.reason) for fate in part.outcomes] == [
+    assert [(outcome.location.line, outcome.reason) for outcome in part.outcomes] == [
         (BAD + 1, "bad row"),
         (LONG + 1, "longer than the limit"),
     ]
@@ -90,7 +90,7 @@ def test_a_bad_row_that_another_process_finds_stops_the_run(prepare: Any, path: 
     assert str(caught.value.problems[0].location) == f"{path}:{BAD + 1}"
 
 
-def test_processes_answer_in_order_and_tell_what_went_wrong() -> None:
+def test_processes_answer_in_order_and_report_what_went_wrong() -> None:
     def work(number: int) -> int:
         if number == 50:
             raise DataError([Problem("fifty", Location(file="a", line=5))])
@@ -193,7 +193,7 @@ def test_batches_are_small_where_rows_are_long() -> None:
     assert [len(batch) for batch in in_batches(long)] == [2, 2, 1]
 
 
-def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
     import pyarrow as pa
 
     writer = ArrowTableWriter(tmp_path)

@@ -103,7 +103,7 @@ def arranged(
     lengths: list[int], sources: list[dict[str, Any]], validation: dict[str, Any], **training: Any
 ) -> tuple[list[int], list[int] | None]:
     values = {
-        "training_data": {"type": "CONCATENATION", "datasets": [{"path": "a", **one} for one in sources], **training},
+        "training_data": {"type": "CONCATENATION", "datasets": [{"path": "a", **item} for item in sources], **training},
         "validation_data": validation,
     }
     conf = DataConfig.model_validate(values)
@@ -115,7 +115,7 @@ def test_each_dataset_gives_its_share_to_validation() -> None:
     sources = [{"validation_ratio": 0.25}, {}, {"validation_ratio": 1.0}, {"train_ratio": 0.5, "validation_ratio": 0.5}]
     train, held_out = arranged([8, 3, 2, 10], sources, {"type": "FROM_DATASETS", "seed": 3})
     assert held_out is not None
-    assert [sum(low <= one < high for one in held_out) for low, high in ((0, 8), (8, 11), (11, 13), (13, 23))] == [
+    assert [sum(low <= item < high for item in held_out) for low, high in ((0, 8), (8, 11), (11, 13), (13, 23))] == [
         2,
         0,
         2,

@@ -39,7 +39,7 @@ def sft(conf: DataConfig, tokenizer: Any, **args: Any) -> Any:
 
 def trained(data: Any, tokenizer: Any) -> list[str]:
     rows = zip(data.train["input_ids"], data.train["labels"], strict=True)
-    return [tokenizer.decode([one for one, label in zip(*row, strict=True) if label != -100]) for row in rows]
+    return [tokenizer.decode([item for item, label in zip(*row, strict=True) if label != -100]) for row in rows]
 
 
 CHAT = {"messages": [user("a"), assistant("one")]}
@@ -195,8 +195,8 @@ def test_trl_labels_and_pairs_are_read_for_kto(write_lines: Callable[..., str], 
     rated = write_lines("a.jsonl", {"prompt": "a", "completion": " b", "label": True})
     pairs = write_lines("b.jsonl", {"prompt": "The sky is", "chosen": " blue.", "rejected": " bleak."})
     rows = prepare_kto(config({"path": rated}, {"path": pairs}), 64, 0, tokenizer).train
-    found = {(tokenizer.decode(row["completion_ids"]), row["label"]) for row in rows}
-    assert found == {(" b</s>", True), (" blue.</s>", True), (" bleak.</s>", False)}
+    result = {(tokenizer.decode(row["completion_ids"]), row["label"]) for row in rows}
+    assert result == {(" b</s>", True), (" blue.</s>", True), (" bleak.</s>", False)}
 
 
 def test_validation_ratio_of_each_dataset(write_lines: Callable[..., str], tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Packs: no row lost, none too full, nearly no room left."""
+"""Packs: no row lost, none too full, almost no padding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_worse_than_one_at_a_time_best_fit() -> None:
         lengths = random.integers(1, 200, size=300)
         bins: list[int] = []
         for length in sorted(lengths.tolist(), reverse=True):
-            fitting = [index for index, room in enumerate(bins) if room >= length]
+            fitting = [index for index, space in enumerate(bins) if space >= length]
             if fitting:
                 bins[min(fitting, key=lambda index: bins[index])] -= length
             else:

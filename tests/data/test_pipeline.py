@@ -50,7 +50,7 @@ def texts(data: PreparedData, tokenizer: Any, *, trained: bool) -> list[str]:
     rows = []
     for row in data.train:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
-        rows.append(tokenizer.decode([one for one, label in pairs if not trained or label != -100]))
+        rows.append(tokenizer.decode([item for item, label in pairs if not trained or label != -100]))
     return rows
 
 
@@ -150,7 +150,7 @@ def test_rows_without_an_answer_are_counted(write_lines: Callable[..., str], tok
         ([user("Hi"), {**assistant("one"), "train": False}], "no assistant message is selected for training"),
     ],
 )
-def test_a_row_that_trains_nothing_is_told_why(
+def test_a_row_that_trains_nothing_is_reported_with_its_reason(
     write_lines: Callable[..., str], tokenizer: Any, messages: list[Any], reason: str
 ) -> None:
     with pytest.raises(DataError, match=f"nothing to train on.*{reason}"):
@@ -191,8 +191,8 @@ def test_validation_by_split_and_by_file(write_lines: Callable[..., str], tokeni
         "trained_tokens": sum(label != -100 for row in data.validation for label in row["labels"]),
     }
     assert "  split off the rows above: AUTO_SPLIT" in data.statistics.lines()
-    other = write_lines("b.jsonl", chat(3), chat(99))
-    validation = {"type": "CONCATENATION", "datasets": [{"path": other}]}
+    another = write_lines("b.jsonl", chat(3), chat(99))
+    validation = {"type": "CONCATENATION", "datasets": [{"path": another}]}
     data = sft(config(path, validation=validation), tokenizer)
     assert len(data.validation or ()) == 2
     assert data.statistics.report()[1]["warnings"] == {"the same as a training row": 1}
@@ -231,7 +231,7 @@ def test_the_preview_shows_what_is_trained(write_lines: Callable[..., str], toke
     assert "\x1b[32mIt is 0." in to_text(data.preview, color=True)
 
 
-def test_the_fingerprint_tells_what_changed(
+def test_the_fingerprint_names_what_changed(
     write_lines: Callable[..., str], tokenizer: Any, make_tokenizer: Callable[..., Any]
 ) -> None:
     path = write_lines("a.jsonl", chat(1))
@@ -243,7 +243,7 @@ def test_the_fingerprint_tells_what_changed(
     assert sft(config(path), tokenizer).fingerprint.data != first.data
     template = get_template(ChatTemplateName.PORO)
     assert template is not None
-    other = sft(config(path), make_tokenizer("byte-level", template.source, template.special_tokens)).fingerprint
-    assert other.template != first.template
-    assert other.tokenizer != first.tokenizer
-    assert other.digest != first.digest
+    another = sft(config(path), make_tokenizer("byte-level", template.source, template.special_tokens)).fingerprint
+    assert another.template != first.template
+    assert another.tokenizer != first.tokenizer
+    assert another.digest != first.digest

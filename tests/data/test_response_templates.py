@@ -42,23 +42,23 @@ def sft(
     return prepare_sft(DataConfig.model_validate(conf), SFTArgs.model_validate(args or {}), tokenizer)
 
 
-def shown(data: PreparedData, tokenizer: Any) -> list[tuple[str, list[str]]]:
+def displayed(data: PreparedData, tokenizer: Any) -> list[tuple[str, list[str]]]:
     """The text of each row, and its trained parts."""
     rows = []
     for row in data.train:
         stretches: list[list[int]] = [[]]
-        for one, label in zip(row["input_ids"], row["labels"], strict=True):
-            assert label in (-100, one)
+        for item, label in zip(row["input_ids"], row["labels"], strict=True):
+            assert label in (-100, item)
             if label != -100:
-                stretches[-1].append(one)
+                stretches[-1].append(item)
             elif stretches[-1]:
                 stretches.append([])
-        rows.append((tokenizer.decode(row["input_ids"]), [tokenizer.decode(one) for one in stretches if one]))
+        rows.append((tokenizer.decode(row["input_ids"]), [tokenizer.decode(item) for item in stretches if item]))
     return rows
 
 
 def trained(data: PreparedData, tokenizer: Any) -> list[str]:
-    (stretches,) = zip(*(one[1] for one in shown(data, tokenizer)), strict=True)
+    (stretches,) = zip(*(item[1] for item in displayed(data, tokenizer)), strict=True)
     return [text.removeprefix(" ") for text in stretches]
 
 
@@ -70,7 +70,7 @@ STATES = [
 
 def test_input_is_masked_and_output_ends_with_eos(write_lines: Callable[..., str], tokenizer: Any) -> None:
     data = sft(write_lines("train.jsonl", *STATES), tokenizer)
-    assert shown(data, tokenizer)[0][0] == f"{STATES[0]['input']} {STATES[0]['output']}{EOS}"
+    assert displayed(data, tokenizer)[0][0] == f"{STATES[0]['input']} {STATES[0]['output']}{EOS}"
     assert trained(data, tokenizer) == [f"USA : Location{EOS}"] * 2
     assert list(data.statistics.report()[0]["formats"].values()) == ["input_output, auto-detected"]
 
@@ -91,7 +91,7 @@ def test_one_space_separates_input_and_output(
 ) -> None:
     tokenizer = make_tokenizer("byte-level")
     data = sft(write_lines("a.jsonl", {"input": start, "output": end}), tokenizer)
-    assert shown(data, tokenizer)[0][0] == f"{text}{EOS}"
+    assert displayed(data, tokenizer)[0][0] == f"{text}{EOS}"
 
 
 ALPACA = [
@@ -106,8 +106,8 @@ PREAMBLE = (
 def single_sequences() -> list[dict[str, str]]:
     rows = []
     for row in ALPACA:
-        given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
-        text = f"{PREAMBLE}### Instruction:\n{row['instruction']}\n\n{given}### Response: {row['output']}"
+        inputs = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        text = f"{PREAMBLE}### Instruction:\n{row['instruction']}\n\n{inputs}### Response: {row['output']}"
         rows.append({"output": text})
     return rows
 
@@ -116,7 +116,7 @@ def test_text_is_trained_after_the_response_template(write_lines: Callable[..., 
     path = write_lines("sft_alpaca_data.json", *single_sequences())
     data = sft(path, tokenizer, dataset_text_field="output", response_template="\n### Response:")
     assert trained(data, tokenizer) == [f"Red.{EOS}", f"Älä huoli.{EOS}"]
-    assert shown(data, tokenizer)[0][0].startswith(PREAMBLE)
+    assert displayed(data, tokenizer)[0][0].startswith(PREAMBLE)
 
 
 @pytest.mark.parametrize("written", ["\n### Response:", r"\n### Response:"])
@@ -131,7 +131,7 @@ def test_formatter_template_makes_the_text(tmp_path: Path, tokenizer: Any) -> No
     path.write_text(json.dumps([{"input": "Größe", "output": "XL"}, {"input": "a {{output}}", "output": "b"}]))
     template = "### Input: {{input}} \n\n## Label: {{output}}"
     data = sft(str(path), tokenizer, data_formatter_template=template, response_template="\n## Label:")
-    assert [text for text, _ in shown(data, tokenizer)] == [
+    assert [text for text, _ in displayed(data, tokenizer)] == [
         f"### Input: Größe \n\n## Label: XL{EOS}",
         f"### Input: a {{{{output}}}} \n\n## Label: b{EOS}",
     ]
@@ -164,21 +164,21 @@ def test_instruction_and_response_templates_delimit_turns(write_lines: Callable[
     with pytest.raises(DataError, match=r"2 of 3 training rows"):
         sft(path, tokenizer, **args)
     path = write_lines("a.jsonl", {"text": text})
-    ((whole, stretches),) = shown(sft(path, tokenizer, **args), tokenizer)
+    ((whole, stretches),) = displayed(sft(path, tokenizer, **args), tokenizer)
     assert whole == text + EOS
-    assert [one.strip() for one in stretches] == ["eins", "zwei [R] twice"]
-    ((_, stretches),) = shown(sft(path, tokenizer, args={"train_on": "last"}, **args), tokenizer)
-    assert [one.strip() for one in stretches] == ["zwei [R] twice"]
+    assert [item.strip() for item in stretches] == ["eins", "zwei [R] twice"]
+    ((_, stretches),) = displayed(sft(path, tokenizer, args={"train_on": "last"}, **args), tokenizer)
+    assert [item.strip() for item in stretches] == ["zwei [R] twice"]
 
 
 def test_plain_text_is_trained_with_one_eos(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", {"text": "Hello there."}, {"text": f"It ends.{EOS}"})
     for args in ({}, {"train_on_completions_only": True}):
         data = sft(path, tokenizer, args=args)
-        assert [text for text, _ in shown(data, tokenizer)] == [f"Hello there.{EOS}", f"It ends.{EOS}"]
+        assert [text for text, _ in displayed(data, tokenizer)] == [f"Hello there.{EOS}", f"It ends.{EOS}"]
         assert all(row["labels"] == row["input_ids"] for row in data.train)
     data = sft(path, tokenizer, add_eos_token=False)
-    assert [text for text, _ in shown(data, tokenizer)] == ["Hello there.", f"It ends.{EOS}"]
+    assert [text for text, _ in displayed(data, tokenizer)] == ["Hello there.", f"It ends.{EOS}"]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -214,7 +214,7 @@ def test_corpus_of_text_files_is_read(tmp_path: Path, tokenizer: Any) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"Document {name}.\nSecond line.\n")
     data = sft(str(tmp_path), tokenizer, text_unit="document")
-    assert [text for text, _ in shown(data, tokenizer)] == [f"Document {one}.\nSecond line.{EOS}" for one in "ab"]
+    assert [text for text, _ in displayed(data, tokenizer)] == [f"Document {item}.\nSecond line.{EOS}" for item in "ab"]
 
 
 def test_train_on_all_trains_every_token(write_lines: Callable[..., str], tokenizer: Any) -> None:

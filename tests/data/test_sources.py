@@ -120,7 +120,7 @@ def test_array_does_not_depend_on_read_ahead(indent: int | None) -> None:
     starts = [number for number, line in enumerate(text.split("\n"), 1) if line == " {"]
     for ahead in (1, 2, 3, 5, 64, 1 << 20):
         read = list(read_array("a.json", io.BytesIO(text.encode()), 0, ahead))
-        assert [(value, json.loads(own)) for value, own, _ in read] == [(row, row) for row in rows]
+        assert [(value, json.loads(local)) for value, local, _ in read] == [(row, row) for row in rows]
         assert [line for *_, line in read] == (starts or [1] * 60)
 
 
@@ -211,20 +211,20 @@ def test_columnar_rows_have_numbers_and_no_nulls(tmp_path: Path) -> None:
     rows = [GOOD, {"messages": [call], "id": "b"}, {"messages": [{"role": "user", "content": "c"}]}]
     table = datasets.Dataset.from_list(rows).data.table
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as stream, pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
-    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
     for name in ("a.parquet", "stream.arrow", "file.arrow"):
-        found = list(read_rows(str(tmp_path / name)))
-        assert [row.values for row in found if isinstance(row, Row)] == table_rows(table)
-        assert [row.location.line for row in found] == [1, 2, 3]
+        result = list(read_rows(str(tmp_path / name)))
+        assert [row.values for row in result if isinstance(row, Row)] == table_rows(table)
+        assert [row.location.line for row in result] == [1, 2, 3]
 
 
 def table_rows(table: pa.Table) -> list[dict[str, object]]:
     """The rows of a table as JSON, without nulls."""
     return json.loads(
-        json.dumps(table.to_pylist()), object_hook=lambda one: {k: v for k, v in one.items() if v is not None}
+        json.dumps(table.to_pylist()), object_hook=lambda item: {k: v for k, v in item.items() if v is not None}
     )
 
 
@@ -242,13 +242,13 @@ def test_csv_rows_have_their_first_line(tmp_path: Path) -> None:
     path.write_bytes(
         codecs.BOM_UTF8 + f'input,output\r\n"two\r\nlines",ä\r\n\r\n{long},b\nonly one\n"c ""d""",\n'.encode()
     )
-    found = list(read_rows(str(path)))
-    assert [(row.location.line, row.values) for row in found if isinstance(row, Row)] == [
+    result = list(read_rows(str(path)))
+    assert [(row.location.line, row.values) for row in result if isinstance(row, Row)] == [
         (2, {"input": "two\r\nlines", "output": "ä"}),
         (5, {"input": long, "output": "b"}),
         (7, {"input": 'c "d"', "output": ""}),
     ]
-    (problem,) = [row for row in found if isinstance(row, Problem)]
+    (problem,) = [row for row in result if isinstance(row, Problem)]
     assert str(problem) == f"{path}:6: 1 fields, but the header has 2"
 
 
@@ -280,8 +280,8 @@ def test_invalid_csv_reports_the_line(data: bytes, message: str, tmp_path: Path)
 def test_text_files_are_split_into_units(unit: str, rows: list[tuple[int, str]], name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("first line\n  second\n\n \nthird\n")
-    found = [row for row in read_rows(str(path), text_unit=unit) if isinstance(row, Row)]
-    assert [(row.location.line, row.values["text"]) for row in found] == rows
+    result = [row for row in read_rows(str(path), text_unit=unit) if isinstance(row, Row)]
+    assert [(row.location.line, row.values["text"]) for row in result] == rows
 
 
 def source(path: str | list[str], **more: object) -> DatasetSource:
@@ -352,7 +352,7 @@ def test_hub_dataset_is_read_by_split(tmp_path: Path) -> None:
     shard.update_digest(fed)
     assert fed.digest() != hashlib.sha256().digest()
     streamed = HubShard(str(tmp_path / "hub"), "test", streaming=True)
-    assert [one.values for one in streamed.rows()] == [{"a": 1}]
+    assert [item.values for item in streamed.rows()] == [{"a": 1}]
     streamed.update_digest(again := hashlib.sha256())
     assert again.hexdigest() != fed.hexdigest()
     with pytest.raises(DataError, match="hub/dev cannot be read: "):

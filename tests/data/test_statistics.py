@@ -40,7 +40,7 @@ def test_reports_hold_every_row_that_was_touched(tmp_path: Path) -> None:
     assert report["dropped"] == {"bad row": 1}
     assert report["tokens_cut"] == 5
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text("utf-8").splitlines()]
-    assert [(one["line"], one["outcome"]) for one in rejects] == [(2, "truncated"), (3, "dropped")]
+    assert [(item["line"], item["outcome"]) for item in rejects] == [(2, "truncated"), (3, "dropped")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data_report.json", "rejects.jsonl"]
 
 
@@ -92,5 +92,5 @@ def test_state_dicts_of_earlier_versions_are_read() -> None:
     counts |= {"part": "training", "limit": 8, "rows": 2, "kept": 1, "tokens": 4, "trained_tokens": 2}
     counts |= {"faults": 1, "shortest_dropped": None, "dropped": {"bad row": 1}, "noticed": {"odd": 1}, "formats": {}}
     counts |= {"firsts": {"bad row": outcome}, "first_faults": [outcome]}
-    assert SplitStatistics.from_state_dict({"totals": counts, "fates": [outcome]}) == split
+    assert SplitStatistics.from_state_dict({"totals": counts, "fates": [outcome]}) == split  # old name
     assert SplitStatistics.from_state_dict(json.loads(json.dumps(split.state_dict()))) == split

@@ -31,10 +31,10 @@ def conf(tmp_path: Path, write_jsonl: Any, sft_rows: Any) -> Callable[..., DataC
     def make(*sizes: int, rows: list | None = None, **values: Any) -> DataConfig:
         datasets = []
         for number, size in enumerate(sizes):
-            found = sft_rows(size) if rows is None else rows
-            for row in found:
+            result = sft_rows(size) if rows is None else rows
+            for row in result:
                 row["messages"][0]["content"] += f" It is of set {number}."
-            datasets.append({"path": str(write_jsonl(tmp_path / f"{number}.jsonl", found))})
+            datasets.append({"path": str(write_jsonl(tmp_path / f"{number}.jsonl", result))})
         training = {"type": "CONCATENATION", "datasets": datasets}
         weights = values.pop("weights", None)
         if weights:
@@ -58,9 +58,9 @@ def conf(tmp_path: Path, write_jsonl: Any, sft_rows: Any) -> Callable[..., DataC
 @pytest.fixture
 def stream(chatml_tokenizer: Any) -> Make:
     def make(conf: DataConfig, *, seed: int = 1, **args: Any) -> RowStream:
-        found = prepare_sft(conf, SFTArgs(max_seq_length=256, **args), chatml_tokenizer, seed=seed).train
-        assert isinstance(found, RowStream)
-        return found
+        result = prepare_sft(conf, SFTArgs(max_seq_length=256, **args), chatml_tokenizer, seed=seed).train
+        assert isinstance(result, RowStream)
+        return result
 
     return make
 
@@ -69,7 +69,7 @@ def ids(rows: Any) -> list[tuple[list[int], list[int]]]:
     return [(list(row["input_ids"]), list(row["labels"])) for row in rows]
 
 
-def taken(rows: RowStream, count: int) -> list[tuple[list[int], list[int]]]:
+def selected(rows: RowStream, count: int) -> list[tuple[list[int], list[int]]]:
     return ids(islice(iter(rows), count))
 
 
@@ -83,22 +83,22 @@ def test_a_pass_is_what_preparation_makes_of_the_same_rows(
         streamed.model_copy(update={"streaming": False}), SFTArgs(max_seq_length=256, **args), chatml_tokenizer
     )
     rows = ids(prepared.train)
-    found = stream(streamed, **args)
-    assert taken(found, len(rows)) == rows
-    report, known = found.statistics.report()[0], prepared.statistics.report()[0]
+    result = stream(streamed, **args)
+    assert selected(result, len(rows)) == rows
+    report, expected = result.statistics.report()[0], prepared.statistics.report()[0]
     if weights is None:
-        assert {**known, "epochs": 0} == report
-    assert report["formats"] == known["formats"]
+        assert {**expected, "epochs": 0} == report
+    assert report["formats"] == expected["formats"]
 
 
 def test_shuffling_goes_by_the_seed_and_each_pass_has_its_own_order(conf: Any, stream: Make) -> None:
     data = conf(300, shuffle_buffer=50)
-    first = taken(stream(data), 600)
-    assert first == taken(stream(data), 600)
-    assert first != taken(stream(data, seed=2), 600)
-    one, two = first[:300], first[300:]
-    assert one != two
-    assert sorted(one) == sorted(two) == sorted(taken(stream(conf(300)), 300))
+    first = selected(stream(data), 600)
+    assert first == selected(stream(data), 600)
+    assert first != selected(stream(data, seed=2), 600)
+    first_half, second_half = first[:300], first[300:]
+    assert first_half != second_half
+    assert sorted(first_half) == sorted(second_half) == sorted(selected(stream(conf(300)), 300))
 
 
 def with_old_names(state: dict[str, Any]) -> dict[str, Any]:
@@ -114,39 +114,39 @@ def with_old_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("packing", "given"), [(False, 0), (False, 1024), (False, 1030), (False, 2300), (True, 7), (True, 230)]
+    ("packing", "consumed"), [(False, 0), (False, 1024), (False, 1030), (False, 2300), (True, 7), (True, 230)]
 )
-def test_a_stream_goes_on_where_it_was(conf: Any, stream: Make, packing: bool, given: int) -> None:
+def test_a_stream_goes_on_where_it_was(conf: Any, stream: Make, packing: bool, consumed: int) -> None:
     data = conf(1500, 600, weights=(0.6, 0.4), shuffle_buffer=100)
     whole, goes_on = stream(data, packing=packing), stream(data, packing=packing)
     whole.lookahead = 5000
     rows = iter(whole)
-    before = ids(islice(rows, given))
+    before = ids(islice(rows, consumed))
     # What is fetched ahead is no part of the state.
     ahead = ids(islice(rows, 30))
-    state = json.loads(json.dumps(whole.state_dict(given)))
-    goes_on.load_state_dict(with_old_names(state) if given == 1030 else state, 3)
+    state = json.loads(json.dumps(whole.state_dict(consumed)))
+    goes_on.load_state_dict(with_old_names(state) if consumed == 1030 else state, 3)
     again = iter(goes_on)
     assert [list(row["labels"]) for row in islice(again, 3)] == [[-100]] * 3
     assert ids(islice(again, 30)) == ahead
     assert ids(islice(again, 300)) == ids(islice(rows, 300))
     assert goes_on.statistics.report() == whole.statistics.report()
-    assert len(before) == given
+    assert len(before) == consumed
 
 
 def test_packs_are_few_and_hold_each_row_once(conf: Any, stream: Make) -> None:
     data = conf(1024)
-    rows = [one for one, _ in taken(stream(data), 1024)]
+    rows = [item for item, _ in selected(stream(data), 1024)]
     packs = []
-    for one in stream(data, packing=True):
-        assert len(one["input_ids"]) == len(one["labels"]) == sum(one["lengths"]) <= 256
-        packs.append(one)
+    for item in stream(data, packing=True):
+        assert len(item["input_ids"]) == len(item["labels"]) == sum(item["lengths"]) <= 256
+        packs.append(item)
         if sum(len(each["lengths"]) for each in packs) == 1024:
             break
     parts = []
-    for one in packs:
-        left = list(one["input_ids"])
-        for length in one["lengths"]:
+    for item in packs:
+        left = list(item["input_ids"])
+        for length in item["lengths"]:
             parts.append(tuple(left[:length]))
             left = left[length:]
     assert Counter(parts) == Counter(map(tuple, rows))
@@ -155,7 +155,7 @@ def test_packs_are_few_and_hold_each_row_once(conf: Any, stream: Make) -> None:
 
 def held() -> int:
     """Rows as they were read that are alive in this process."""
-    return sum(type(one) is Line for one in gc.get_objects())
+    return sum(type(item) is Line for item in gc.get_objects())
 
 
 def test_memory_holds_the_buffer_and_two_blocks_however_many_rows_there_are(conf: Any, stream: Make) -> None:
@@ -176,13 +176,13 @@ def test_too_many_lost_rows_stop_the_stream_once_enough_were_seen(conf: Any, str
     good = sft_rows(3000)
     rows = good[:2000] + [bad(number) for number in range(400)] + good[2000:]
     data = conf(1, rows=rows, on_bad_row="skip")
-    given = iter(stream(data))
+    iterator = iter(stream(data))
     with pytest.raises(DataError, match=r"400 of 3072 training rows \(13.0%\) are invalid"):
-        for _ in given:
+        for _ in iterator:
             pass
     few = conf(1, rows=[*sft_rows(20), bad(1), bad(2)], on_bad_row="skip")
     with pytest.raises(DataError, match=r"2 of 22 training rows \(9.1%\) are invalid"):
-        taken(stream(few), 50)
+        selected(stream(few), 50)
 
 
 def test_a_bad_row_in_the_middle_stops_the_stream_with_its_line(conf: Any, stream: Make, sft_rows: Any) -> None:
@@ -199,7 +199,7 @@ def test_a_stream_of_which_nothing_is_left_stops(conf: Any, stream: Make, sft_ro
     for row in rows:
         row["messages"][0]["content"] = "word " * 400
     with pytest.raises(DataError, match="all 5 rows dropped: shortest is"):
-        taken(stream(conf(1, rows=rows)), 1)
+        selected(stream(conf(1, rows=rows)), 1)
 
 
 def test_a_stream_without_rows_is_an_error_at_once(conf: Any, stream: Make, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_stream_without_rows_is_an_error_at_once(conf: Any, stream: Make, tmp_
     )
     data = data.model_copy(update={"training_data": data.training_data.model_copy(update={"datasets": [skipped]})})
     with pytest.raises(DataError, match="all 3 rows dropped: "):
-        taken(stream(data), 1)
+        selected(stream(data), 1)
 
 
 def test_rejects_are_written_as_rows_go_by_and_once_where_a_stream_goes_on(
@@ -242,10 +242,10 @@ def test_rejects_are_written_as_rows_go_by_and_once_where_a_stream_goes_on(
     whole = stream(data)
     whole.lookahead = 5000
     whole.statistics.write(out)
-    given = iter(whole)
-    list(islice(given, 1100))
+    iterator = iter(whole)
+    list(islice(iterator, 1100))
     state = whole.state_dict(1100)
-    list(islice(given, 500))
+    list(islice(iterator, 500))
     assert read() == list(range(1, 2049, 100))
     goes_on = stream(data)
     goes_on.load_state_dict(state, 0)

@@ -192,7 +192,7 @@ def texts(data: Any, tokenizer: Any, *, trained: bool = True) -> list[str]:
     rows = []
     for row in data.train:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
-        rows.append(tokenizer.decode([one for one, label in pairs if not trained or label != -100]))
+        rows.append(tokenizer.decode([item for item, label in pairs if not trained or label != -100]))
     return rows
 
 
@@ -366,7 +366,7 @@ def test_a_streamed_corpus_stays_one(tmp_path: Path) -> None:
 def test_sampling_need_not_be_exact_in_floating_point(tmp_path: Path) -> None:
     datasets = [{"data_paths": ["a"], "sampling": share} for share in (0.6, 0.3, 0.1)]
     section = read_data_config(yaml_config(tmp_path, {"datasets": datasets}))
-    assert [one["sampling_weight"] for one in section["training_data"]["datasets"]] == [0.6, 0.3, 0.1]
+    assert [item["sampling_weight"] for item in section["training_data"]["datasets"]] == [0.6, 0.3, 0.1]
 
 
 def test_a_chat_template_is_looked_for_where_the_job_runs_first(
@@ -376,9 +376,9 @@ def test_a_chat_template_is_looked_for_where_the_job_runs_first(
     folder.mkdir()
     processor = {"chat_template_path": "t.jinja"}
     path = yaml_config(folder, {"dataprocessor": processor, "datasets": [{"data_paths": ["a"]}]})
-    (folder / "t.jinja").write_text("{{ beside }}")
+    (folder / "t.jinja").write_text("{{ nearby }}")
     monkeypatch.chdir(tmp_path)
-    assert read_data_config(path)["chat_template"] == "{{ beside }}"
+    assert read_data_config(path)["chat_template"] == "{{ nearby }}"
     (tmp_path / "t.jinja").write_text("{{ here }}")
     assert read_data_config(path)["chat_template"] == "{{ here }}"
 
@@ -389,7 +389,7 @@ def test_a_chat_template_may_come_in_base64(tmp_path: Path) -> None:
     assert read_data_config(yaml_config(tmp_path, config))["chat_template"] == "{{ä}}"
 
 
-def test_skipped_rows_are_in_the_ledger(write_lines: Callable[..., str], tokenizer: Any) -> None:
+def test_skipped_rows_are_counted(write_lines: Callable[..., str], tokenizer: Any) -> None:
     path = write_lines("a.jsonl", *({"text": "x" * size} for size in (1, 2, 30)), {"text": "short"})
     source = {
         "path": path,

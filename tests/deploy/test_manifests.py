@@ -47,22 +47,22 @@ def looked_up(path: str, scope: Any) -> Any:
 def rendered(text: str, scope: Mapping[str, Any]) -> str:
     """A template of the chart, which uses a few words of Helm's language only: if, end, toYaml, nindent, quote."""
     lines: list[str] = []
-    shown = [True]
+    displayed = [True]
     for line in text.splitlines():
         control = re.fullmatch(r"\s*\{\{-? (if (\S+)|end) \}\}", line)
         if control:
             if control[1] == "end":
-                shown.pop()
+                displayed.pop()
             else:
-                shown.append(shown[-1] and bool(looked_up(control[2], scope)))
-        elif shown[-1]:
+                displayed.append(displayed[-1] and bool(looked_up(control[2], scope)))
+        elif displayed[-1]:
             block = re.fullmatch(r"\s*\{\{- toYaml (\S+) \| nindent (\d+) \}\}", line)
             if block:
                 dumped = yaml.safe_dump(looked_up(block[1], scope), sort_keys=False)
-                lines += [" " * int(block[2]) + one for one in dumped.splitlines()]
+                lines += [" " * int(block[2]) + item for item in dumped.splitlines()]
             else:
                 lines.append(re.sub(r"\{\{ (\S+)( \| quote)? \}\}", lambda match: filled(match, scope), line))
-    assert shown == [True]
+    assert displayed == [True]
     assert not any("{{" in line for line in lines), "a word of Helm's language that this renderer does not know"
     return "\n".join(lines)
 
@@ -80,16 +80,16 @@ def chart(overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         scope = {"Values": values, "Release": {"Name": "run"}}
         text = "\n---\n".join(rendered(file.read_text(), scope) for file in sorted((CHART / "templates").iterdir()))
-    return [one for one in yaml.safe_load_all(text) if one]
+    return [item for item in yaml.safe_load_all(text) if item]
 
 
 def everything() -> Iterator[tuple[str, dict[str, Any]]]:
     for file in MANIFESTS:
-        for one in yaml.safe_load_all(file.read_text()):
-            yield f"{file.name}: {one['kind']}", one
+        for item in yaml.safe_load_all(file.read_text()):
+            yield f"{file.name}: {item['kind']}", item
     for name, overrides in (("plain", {}), ("full", OVERRIDES)):
-        for one in chart(overrides):
-            yield f"chart, {name}: {one['kind']}", one
+        for item in chart(overrides):
+            yield f"chart, {name}: {item['kind']}", item
 
 
 ALL = dict(everything())
@@ -107,36 +107,36 @@ def containers(value: Any) -> Iterator[dict[str, Any]]:
             yield from containers(inner)
 
 
-@pytest.mark.parametrize("name", [name for name, one in ALL.items() if "kubeflow" not in one["apiVersion"]])
+@pytest.mark.parametrize("name", [name for name, item in ALL.items() if "kubeflow" not in item["apiVersion"]])
 def test_kubernetes_takes_it(name: str) -> None:
     kubernetes_validate.validate(ALL[name], KUBERNETES, strict=True)
 
 
 def test_kubeflow_trainer_takes_the_train_job() -> None:
-    given = ALL["trainjob.yaml: TrainJob"]
-    job = trainer_models.TrainerV1alpha1TrainJob.from_dict(given)
-    assert job.to_dict() == given, "a key that the schema does not know is lost on the way"
+    manifest = ALL["trainjob.yaml: TrainJob"]
+    job = trainer_models.TrainerV1alpha1TrainJob.from_dict(manifest)
+    assert job.to_dict() == manifest, "a key that the schema does not know is lost on the way"
 
 
 def test_the_training_operator_takes_the_pytorch_job() -> None:
-    given = ALL["pytorchjob.yaml: PyTorchJob"]
+    manifest = ALL["pytorchjob.yaml: PyTorchJob"]
     spec = models.KubeflowOrgV1PyTorchJobSpec
-    known = {value for value in spec.attribute_map.values()}
-    assert set(given["spec"]) <= known
-    assert set(given["spec"]["runPolicy"]) <= set(models.KubeflowOrgV1RunPolicy.attribute_map.values())
-    for replica in given["spec"]["pytorchReplicaSpecs"].values():
+    supported = {value for value in spec.attribute_map.values()}
+    assert set(manifest["spec"]) <= supported
+    assert set(manifest["spec"]["runPolicy"]) <= set(models.KubeflowOrgV1RunPolicy.attribute_map.values())
+    for replica in manifest["spec"]["pytorchReplicaSpecs"].values():
         assert set(replica) <= set(models.KubeflowOrgV1ReplicaSpec.attribute_map.values())
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": replica["template"]["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("name", [name for name, one in ALL.items() if one["kind"] != "ConfigMap"])
+@pytest.mark.parametrize("name", [name for name, item in ALL.items() if item["kind"] != "ConfigMap"])
 def test_the_command_is_one_of_ours(name: str) -> None:
-    found = list(containers(ALL[name]))
-    assert found
-    for container in found:
+    result = list(containers(ALL[name]))
+    assert result
+    for container in result:
         assert container.get("command", ["finetuning"]) == ["finetuning"]
-        arguments = [str(one) for one in container["args"]]
+        arguments = [str(item) for item in container["args"]]
         if arguments != ["job"]:
             assert arguments[0] == "launch"
             assert build_parser().parse_args(arguments[1:]).command[0] in EXPERIMENTS
@@ -144,13 +144,13 @@ def test_the_command_is_one_of_ours(name: str) -> None:
 
 def test_secrets_are_named_and_not_written() -> None:
     for container in containers(list(ALL.values())):
-        for one in container.get("env", []):
-            assert "TOKEN" not in one["name"] or "valueFrom" in one
+        for item in container.get("env", []):
+            assert "TOKEN" not in item["name"] or "valueFrom" in item
 
 
 @pytest.mark.parametrize("overrides", [{}, OVERRIDES])
 def test_the_finetuning_config_of_the_chart_is_right(overrides: dict[str, Any]) -> None:
-    (config,) = (one for one in chart(overrides) if one["kind"] == "ConfigMap")
+    (config,) = (item for item in chart(overrides) if item["kind"] == "ConfigMap")
     document = parse_document(config["data"]["experiment.yaml"], "values.yaml")
     assert validate(document, EXPERIMENTS["sft"]).experiment.batchsize_conf.total_train_batch_size == 64
 

@@ -174,16 +174,16 @@ def test_commands_exist_and_take_these_options(block: Block) -> None:
         name = " ".join(words[:2]) if " ".join(words[:2]) in helps else words[0]
         if name == "finetuning":
             assert words[1] in EXPERIMENTS or words[1].startswith("-"), f"{block}: {words}"
-        own = words
+        flags = words
         if name == "finetuning launch":
             method = next(index for index, word in enumerate(words) if word in EXPERIMENTS)
-            own, rest = words[:method], words[method:]
+            flags, rest = words[:method], words[method:]
             check_overrides(rest, block)
-        for word in own:
+        for word in flags:
             if word.startswith("--"):
                 option = word.partition("=")[0]
                 assert re.search(rf"{re.escape(option)}\b", helps[name]), f"{block}: {name} has no {option}"
-        check_overrides(own, block)
+        check_overrides(flags, block)
 
 
 def check_overrides(words: list[str], block: Block) -> None:
@@ -318,11 +318,11 @@ def test_the_pins_of_the_site_are_within_bounds_and_not_repeated() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
-    own = pins(DOCS / "requirements.txt")
-    assert not own.keys() & pins(ROOT / "constraints.txt").keys()
+    flags = pins(DOCS / "requirements.txt")
+    assert not flags.keys() & pins(ROOT / "constraints.txt").keys()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for requirement in map(Requirement, extras["docs"]):
-        assert requirement.specifier.contains(own[requirement.name])
+        assert requirement.specifier.contains(flags[requirement.name])
 
 
 def test_a_wrong_block_would_be_found() -> None:

@@ -1,4 +1,4 @@
-"""A base model whose vocabulary has no room for new tokens."""
+"""A base model whose vocabulary has no free ids for new tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`finetuning`, where FSDP2 shares the model out over processes of the CPU.
 
 torch does that with gloo. accelerate knows it, but asks for FSDP on GPUs alone and quietly trains by DDP elsewhere; so
-its state is told that the processes have devices of their own while it decides. All else is what a GPU would run.
+its state reports that the processes have devices of their own while it decides. All else is what a GPU would run.
 """
 
 from __future__ import annotations

@@ -23,7 +23,11 @@ def succeed(run_cli: Any, tmp_path: Path) -> Any:
 
 def answer(succeed: Any, write_config: Any, tmp_path: Path, model_conf: dict[str, str]) -> str:
     values = {
-        "prompt_conf": {"type": "open-input", "input": "What is number 3? Answer with a colour.", "num_samples": 1},
+        "prompt_conf": {
+            "type": "open-input",
+            "input": "What is number 3? Answer with one word.",
+            "num_samples": 1,
+        },
         "model_conf": model_conf,
         "hf_gen_params": {"max_length": 200, "max_new_tokens": 8},
     }
@@ -42,10 +46,10 @@ def test_an_adapter_with_new_tokens(
         "training_args.save_strategy": "steps",
         "training_args.save_steps": 0.5,
     }
-    told = succeed("finetuning", "sft", write_config(sft_values(changes)))
+    output = succeed("finetuning", "sft", write_config(sft_values(changes)))
     out = tmp_path / "out"
-    assert f"adapter     {out / 'checkpoint-final'}" in told
-    assert "merge_adapter" in told
+    assert f"adapter     {out / 'checkpoint-final'}" in output
+    assert "merge_adapter" in output
     rows = json.loads((out / "checkpoint-new-basemodel" / "config.json").read_text())["vocab_size"]
     new = rows - json.loads((snug_llama_dir / "config.json").read_text())["vocab_size"]
     for folder in (out, out / "checkpoint-final"):
@@ -61,10 +65,10 @@ def test_an_adapter_with_new_tokens(
 
 def test_all_weights(succeed: Any, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
     changes = {"training_args.max_steps": 4, "training_args.save_strategy": "epoch", "method": "sft"}
-    told = succeed("finetuning", "--logging-level", "WARNING", "sft", write_config(sft_values(changes)))
+    output = succeed("finetuning", "--logging-level", "WARNING", "sft", write_config(sft_values(changes)))
     final = tmp_path / "out" / "checkpoint-final"
-    assert f"model       {final}" in told
-    assert "loads in plain transformers" in told
+    assert f"model       {final}" in output
+    assert "loads in plain transformers" in output
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["status"] == "completed"
     assert record["artifact"]["folder"] == str(final)

@@ -29,7 +29,7 @@ def test_the_split_does_not_show(
     case: str,
     record_property: Any,
 ) -> None:
-    """4 rows a step: 1 process x accumulation 4, 2 x 2 and 4 x 1, one row at a time each."""
+    """4 rows per step: 1 process x accumulation 4, 2 x 2 and 4 x 1, one row at a time each."""
     kind, changes = CASES[case]
     make = dpo_values if kind == "dpo" else sft_values
     curves = {}

@@ -167,9 +167,9 @@ def test_kill_in_the_middle_of_a_save_loses_only_that_save(
     newest = max(int(name.rpartition("-")[2]) for name in checkpoints(out))
     capsys.readouterr()
     assert main(["sft", str(config)]) == 0
-    told = capsys.readouterr().out
-    assert re.search(rf"resumed from +{re.escape(str(out))}/checkpoint-{newest}\n", told), told
-    assert "skipped" not in told
+    output = capsys.readouterr().out
+    assert re.search(rf"resumed from +{re.escape(str(out))}/checkpoint-{newest}\n", output), output
+    assert "skipped" not in output
     assert checkpoints(out) == ["checkpoint-5", "checkpoint-6", "checkpoint-final"]
     assert not list(out.glob(".*.partial"))
     losses = [line for line in (out / "training_logs.jsonl").read_text().splitlines() if '"step": 6,' in line]

@@ -1,5 +1,5 @@
 """Weights shared out over two processes by FSDP2, with the preset that users take: the same curve, checkpoints that a
-run goes on from exactly, and a tuned model that is whole."""
+run goes on from exactly, and a complete fine-tuned model."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_sharing_weights_out_does_not_show(
     record_property("largest difference", f"{max(abs(first[key] - expected[key]) for key in expected):.1e}")
     assert first == pytest.approx(expected, abs=1e-4)
     saved, whole = read_tensors(out / "checkpoint-final"), read_tensors(alone.final)
-    assert {name: tensor.shape for name, tensor in saved.items()} == {name: one.shape for name, one in whole.items()}
+    assert {name: tensor.shape for name, tensor in saved.items()} == {name: item.shape for name, item in whole.items()}
     assert all(torch.allclose(saved[name], whole[name], atol=1e-4) for name in whole)
     if case == "all weights":
         for name in ("checkpoint-4", "checkpoint-final"):

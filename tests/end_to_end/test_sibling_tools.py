@@ -69,7 +69,7 @@ def test_a_merged_model_answers_as_base_and_adapter(
         (["{base}", "{adapter}", "{out}", "--tokenizer", "/nowhere/t"], "/nowhere/t"),
     ],
 )
-def test_a_merge_that_cannot_be_is_told_in_one_line(
+def test_a_merge_that_is_impossible_is_reported_in_one_line(
     arguments: list[str], text: str, chatml_llama_dir: Path, adapter: Path, run_cli: Run, tmp_path: Path
 ) -> None:
     places = {"{base}": chatml_llama_dir, "{adapter}": adapter, "{out}": tmp_path / "out"}

@@ -96,8 +96,8 @@ def test_each_template_from_rows_to_answers(
         "run_conf.resume_from_checkpoint": "auto",
         "run_conf.allow_changed": ["training_args.max_steps"],
     }
-    told = tool(finetuning, "sft", write_config(sft_values({**changes, **longer})))
-    assert "resumed from" in told
+    output = tool(finetuning, "sft", write_config(sft_values({**changes, **longer})))
+    assert "resumed from" in output
     out, adapter = tmp_path / "out", tmp_path / "out" / "checkpoint-final"
     assert len(losses(out)) == 4
     assert end_of_turn(adapter) == ends
@@ -265,9 +265,9 @@ def test_a_yaml_in_the_manner_of_its_own_tests(
     }
     tool(finetuning, "sft", write_config(values))
     out = tmp_path / "out"
-    found = losses(out)
-    assert len(found) == 5
-    assert found[-1] < found[0]
+    actual = losses(out)
+    assert len(actual) == 5
+    assert actual[-1] < actual[0]
     tool(merge_adapter, tiny_gpt2_dir, out / "checkpoint-final", tmp_path / "merged")
 
 

@@ -1,4 +1,4 @@
-"""Whole runs that are steered and told about: rules, the guard, the report, the list."""
+"""Whole runs that are controlled and reported: rules, the guard, the report, the list."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())
 
 
-def test_a_rule_ends_a_run_that_is_told_about(config: Path, run_cli: Callable, tmp_path: Path) -> None:
+def test_a_rule_ends_a_run_and_is_reported(config: Path, run_cli: Callable, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(RULE)
     done = run_cli(["sft", str(config), f"trainer_controller={tmp_path / 'rules.yaml'}"])
     assert done.returncode == 0, done.stderr
@@ -53,8 +53,8 @@ def test_a_rule_ends_a_run_that_is_told_about(config: Path, run_cli: Callable, t
     assert "Loss: training from" in page and "enough" in page and "largest divisor" in page
     listed = json.loads(run_cli(["runs", str(tmp_path), "--json"]).stdout)
     assert [(run["state"], run["step"], run["steps"]) for run in listed] == [("completed", 3, 8)]
-    other = run_cli(["report", str(out), "--compare", str(out), "--output", str(tmp_path / "both.html")])
-    assert other.stdout.strip() == str(tmp_path / "both.html")
+    second = run_cli(["report", str(out), "--compare", str(out), "--output", str(tmp_path / "both.html")])
+    assert second.stdout.strip() == str(tmp_path / "both.html")
     assert "Config differences" in (tmp_path / "both.html").read_text()
 
 

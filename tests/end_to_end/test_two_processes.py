@@ -40,8 +40,8 @@ def test_the_curve_is_that_of_one_process(
     make = sft_values if kind == "sft" else dpo_values
     shared = tmp_path / "shared"
     # Where there is no GPU, nobody has to say so.
-    own = {"training_args.output_dir": str(shared), "training_args.use_cpu": torch.accelerator.is_available() or None}
-    config = write_config(make({**changes, **own}), "shared.yaml")
+    local = {"training_args.output_dir": str(shared), "training_args.use_cpu": torch.accelerator.is_available() or None}
+    config = write_config(make({**changes, **local}), "shared.yaml")
     result = torchrun(kind, config)
     assert "find_unused_parameters" not in result.stderr
     assert result.stdout.count("Completed after 6 steps") == 1

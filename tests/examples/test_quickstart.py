@@ -44,8 +44,8 @@ def test_a_rejected_answer_differs_in_one_field(tmp_path: Path) -> None:
 def test_the_same_seed_makes_the_same_data(tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run_script("make_data.py", tmp_path / name, "--seed", seed)
-    first, again, other = ((tmp_path / name / "train.jsonl").read_text() for name in "abc")
-    assert first == again != other
+    first, again, second = ((tmp_path / name / "train.jsonl").read_text() for name in "abc")
+    assert first == again != second
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_every_initialization_of_peft_is_in_the_table() -> None:
     accepted = typing.get_type_hints(LoraConfig)["init_lora_weights"]
     names = {name for kind in typing.get_args(accepted) for name in typing.get_args(kind)}
     assert names
-    known = {init.name for init in INITS}
-    assert {"pissa_niter_" if name.startswith("pissa_niter") else name for name in names} <= known
+    supported = {init.name for init in INITS}
+    assert {"pissa_niter_" if name.startswith("pissa_niter") else name for name in names} <= supported
     assert all(lora_init({"init_lora_weights": init.prefix}).changes_base for init in UNSUPPORTED_INITS)
     assert lora_init({"init_lora_weights": "of a later version"}).changes_base
     assert not any(lora_init({"init_lora_weights": value}).changes_base for value in (True, False, None, "gaussian"))

@@ -28,7 +28,7 @@ class Process:
     output: Path
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         """What it has written to its standard streams."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
@@ -58,7 +58,7 @@ class Process:
         while not there():
             if not self.is_running:
                 return there()
-            assert time.monotonic() < deadline, self.told
+            assert time.monotonic() < deadline, self.output
             time.sleep(pause)
         return True
 
@@ -139,10 +139,10 @@ def losses_by_step() -> Callable[[Path], dict[int, set[float]]]:
     """A function that reads all losses that were ever logged in an output directory, by step."""
 
     def read(output_dir: Path) -> dict[int, set[float]]:
-        found: dict[int, set[float]] = {}
+        result: dict[int, set[float]] = {}
         for line in (output_dir / "training_logs.jsonl").read_text(encoding="utf-8").splitlines():
             data = json.loads(line)["data"]
-            found.setdefault(data["step"], set()).add(data["value"])
-        return found
+            result.setdefault(data["step"], set()).add(data["value"])
+        return result
 
     return read

@@ -1,4 +1,4 @@
-"""Thirty kinds of bad input: each is told in one line with its place and what to do, and leaves nothing behind."""
+"""Thirty kinds of bad input: each gets one line with its location and a remedy, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Said:
     def __init__(self, code: int, out: str, err: str):
         self.code, self.out, self.err = code, out, err
         # The count of bad rows, with what to do about them, closes their list.
-        told = [line for line in err.splitlines() if not line.startswith("warning: ")]
-        self.lines = [line for line in told if not re.match(r"error: \d+ bad rows?[,.] ", line)]
+        reported = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        self.lines = [line for line in reported if not re.match(r"error: \d+ bad rows?[,.] ", line)]
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_13_evaluation_without_data(refused: Any, sft_values: Any, write_config:
     assert "data_conf.validation_data.type" in message
 
 
-def test_14_a_template_whose_turns_cannot_be_told(
+def test_14_a_template_whose_turns_cannot_be_separated(
     refused: Any, sft_values: Any, write_config: Any, chatml_llama_dir: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -204,9 +204,9 @@ def test_16_an_output_directory_that_cannot_be_written(
     assert "is not writable" in message
 
 
-def test_17_quantised_weights_are_not_trained(refused: Any, sft_values: Any, write_config: Any) -> None:
-    quantised = {"quant_conf": {"quantization_type": "bits-and-bytes", "load_in_4bit": True}}
-    message = refused(write_config(sft_values(quantised)))
+def test_17_quantized_weights_are_not_trained(refused: Any, sft_values: Any, write_config: Any) -> None:
+    quantized = {"quant_conf": {"quantization_type": "bits-and-bytes", "load_in_4bit": True}}
+    message = refused(write_config(sft_values(quantized)))
     assert "peft_conf.peft_type: is NO_PEFT, but quant_conf quantizes the model" in message
 
 
@@ -266,13 +266,13 @@ def test_22_malformed_json(of_data: Any) -> None:
     assert "train.jsonl:2: invalid JSON at column" in of_data(rows(ROW) + '{"messages": [\n' + rows(ROW))
 
 
-@pytest.mark.parametrize(("content", "found"), [(None, "null"), (3, "number|3"), ([1], "list|text|parts")])
-def test_23_content_that_is_no_text(of_data: Any, content: Any, found: str) -> None:
+@pytest.mark.parametrize(("content", "actual"), [(None, "null"), (3, "number|3"), ([1], "list|text|parts")])
+def test_23_content_that_is_no_text(of_data: Any, content: Any, actual: str) -> None:
     bad = {"messages": [ROW["messages"][0], {"role": "assistant", "content": content}]}
     message = of_data(rows(ROW, bad))
     assert "train.jsonl:2: " in message
     assert "messages[1].content" in message
-    assert re.search(found, message)
+    assert re.search(actual, message)
 
 
 def test_24_no_message(of_data: Any) -> None:
@@ -297,8 +297,8 @@ def test_26_roles(of_data: Any) -> None:
     assert "train.jsonl:2: " in message
     assert "asistant" in message
     assert "assistant" in message
-    silent = {"messages": [ROW["messages"][0]]}
-    assert "train.jsonl" in of_data(rows(silent, silent))
+    silent_rank = {"messages": [ROW["messages"][0]]}
+    assert "train.jsonl" in of_data(rows(silent_rank, silent_rank))
 
 
 def test_27_bytes_that_are_no_text(

@@ -71,16 +71,16 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     out = tmp_path / "out"
     if "whole" not in finished:
-        assert (run := start(SAVED)).wait() == 0, run.told
+        assert (run := start(SAVED)).wait() == 0, run.output
         shutil.rmtree(out / "checkpoint-final")
         finished["whole"] = tmp_path_factory.mktemp("finished") / "out"
         out.rename(finished["whole"])
     shutil.copytree(finished["whole"], out)
     harm, reason = DAMAGES[damage]
     harm(out / "checkpoint-4")
-    assert (run := start(SAVED)).wait() == 0, run.told
-    assert f"checkpoint-4 skipped: {reason}" in run.told
-    assert "checkpoint-2" in run.told
+    assert (run := start(SAVED)).wait() == 0, run.output
+    assert f"checkpoint-4 skipped: {reason}" in run.output
+    assert "checkpoint-2" in run.output
     assert losses_by_step(out) == losses_by_step(finished["whole"]), (
         "the steps that were taken again are what they were"
     )
@@ -92,17 +92,17 @@ def test_a_signal_while_everything_is_set_up_ends_it_at_once(start: Any, tmp_pat
     run.send(signal.SIGTERM)
     assert run.wait() in (-signal.SIGTERM, 143)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
-    assert (again := start(SAVED)).wait() == 0, again.told
+    assert (again := start(SAVED)).wait() == 0, again.output
 
 
 def test_a_signal_in_the_middle_of_a_save_lets_it_end(start: Any, tmp_path: Path) -> None:
     run, out = start(LONG), tmp_path / "out"
     assert run.wait_for((out / ".checkpoint-2.partial").exists, pause=0.001)
     run.send(signal.SIGTERM)
-    assert run.wait() == 143, run.told
+    assert run.wait() == 143, run.output
     saved = sorted(path.name for path in out.glob("checkpoint-*"))
     assert saved[0] == "checkpoint-2" and not list(out.glob(".*.partial"))
-    assert "signal 15 at step" in run.told and "is saved" in run.told
+    assert "signal 15 at step" in run.output and "is saved" in run.output
 
 
 SLOW = """
@@ -132,7 +132,7 @@ def test_a_second_signal_does_not_wait_for_the_step(start: Any, tmp_path: Path) 
     assert run.wait_for(lambda: '"step": 3' in (out / "training_logs.jsonl").read_text())
     run.send(signal.SIGTERM)
     while f"{signal.SIGTERM:d}" in caught(run.pid):
-        assert run.is_running, run.told
+        assert run.is_running, run.output
     run.send(signal.SIGTERM)
     assert run.wait() == -signal.SIGTERM
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -151,7 +151,7 @@ FAILING = SLOW.replace("time.sleep(300)", "raise RuntimeError('a defect of someb
 def test_a_defect_in_a_step_is_recorded(start: Any, tmp_path: Path) -> None:
     run, out = start(LONG, FAILING), tmp_path / "out"
     assert run.wait() == 203
-    assert "error: internal error: RuntimeError: a defect of somebody" in run.told and "Traceback" not in run.told
+    assert "error: internal error: RuntimeError: a defect of somebody" in run.output and "Traceback" not in run.output
     record = json.loads((out / "run.json").read_text())
     assert (record["status"], record["jobs"][0]["status"]) == ("failed", "failed")
     assert "a defect of somebody" in record["error"]

@@ -67,10 +67,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert [path.name for path in run.output_dir.glob("checkpoint-*")] != []
     assert find_manifest_mismatch(run.output_dir / "checkpoint-4") is None
     assert not list(run.output_dir.glob(".*.partial"))
-    told = [record.getMessage() for record in caplog.records if "is not saved" in record.getMessage()]
-    assert [text.partition(" ")[0] for text in told] == ["checkpoint-1", "checkpoint-3"]
-    assert " bytes, " not in told[0]
-    assert " bytes, " in told[1]
+    messages = [record.getMessage() for record in caplog.records if "is not saved" in record.getMessage()]
+    assert [text.partition(" ")[0] for text in messages] == ["checkpoint-1", "checkpoint-3"]
+    assert " bytes, " not in messages[0]
+    assert " bytes, " in messages[1]
 
 
 def test_a_full_disk_at_the_end_names_the_newest_checkpoint(train: Any, sft_values: Any, small_disk: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_fifty_times(
         "training_args.save_total_limit": 2,
     }
     config = write_config(sft_values(changes), "whole.yaml")
-    assert (uncut := fork_server.start(["sft", config])).wait() == 0, uncut.told
+    assert (uncut := fork_server.start(["sft", config])).wait() == 0, uncut.output
     expected, tensors = losses_by_step(tmp_path / "out"), read_tensors(tmp_path / "out" / "checkpoint-final")
     assert set(expected) == set(range(1, STEPS + 1))
 
@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_fifty_times(
         while sum(seen.values()) < KILLS and (moment := cut(fork_server, config, out, dice)):
             seen[moment] += 1
         last = fork_server.start(["sft", config])
-        assert last.wait() == 0, last.told
+        assert last.wait() == 0, last.output
         assert json.loads((out / "run.json").read_text())["status"] == "completed"
         assert not list(out.glob(".*.partial"))
         assert losses_by_step(out) == expected, (
@@ -95,15 +95,15 @@ def cut(fork_server: Any, config: Path, out: Path, dice: random.Random) -> str |
         process.wait_for(lambda: appeared(out, pattern, before | stale), pause=0.0005)
     time.sleep(delay)
     if not process.is_running:
-        assert process.wait() == 0, process.told
+        assert process.wait() == 0, process.output
         return None
     process.kill()
-    told = process.told
-    assert "Traceback" not in told and "error:" not in told, told
-    assert "skipped" not in told, told
+    output = process.output
+    assert "Traceback" not in output and "error:" not in output, output
+    assert "skipped" not in output, output
     resumed = newest(before)
-    if resumed and "training starts" in told:
-        assert f"{out}/{resumed}" in told, told
+    if resumed and "training starts" in output:
+        assert f"{out}/{resumed}" in output, output
     after = whole(out)
     assert not before or after, "a checkpoint that was there is lost"
     if any(out.glob(".checkpoint-[0-9]*.partial")):

@@ -23,18 +23,18 @@ def test_no_planted_secret_is_written_or_said(run_cli: Any, sft_values: Any, wri
         }
     )
     config = write_config(values)
-    (tmp_path / "told").mkdir()
-    told = {
-        "TERMINATION_LOG_FILE": tmp_path / "told" / "log",
-        "FINETUNING_ERROR_FILE": tmp_path / "told" / "error.json",
+    (tmp_path / "reported").mkdir()
+    files = {
+        "TERMINATION_LOG_FILE": tmp_path / "reported" / "log",
+        "FINETUNING_ERROR_FILE": tmp_path / "reported" / "error.json",
     }
-    environment = {**SECRETS, **{name: str(path) for name, path in told.items()}, "MLFLOW_TRACKING_USERNAME": "me"}
+    environment = {**SECRETS, **{name: str(path) for name, path in files.items()}, "MLFLOW_TRACKING_USERNAME": "me"}
     result = run_cli(["sft", config, "--logging-level", "DEBUG"], env=environment)
     assert result.returncode == 0, result.stderr
     address = "http://me:plantedInTheAddress@127.0.0.1:9"
     refused = run_cli(["sft", config, "--mlflow-server-uri", address], env=environment)
     assert refused.returncode == 1
-    assert all(path.stat().st_size for path in told.values())
+    assert all(path.stat().st_size for path in files.values())
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path != config]
     texts = {str(path): path.read_bytes() for path in written}
     texts["said"] = "".join((result.stdout, result.stderr, refused.stdout, refused.stderr)).encode()
@@ -42,5 +42,5 @@ def test_no_planted_secret_is_written_or_said(run_cli: Any, sft_values: Any, wri
         assert any(path.name == name for path in written)
     assert any("tfevents" in path.name for path in written)
     secrets = [*SECRETS.values(), "hf_plantedTokenInTheFile", "plantedInTheAddress"]
-    found = [(name, secret) for name, text in texts.items() for secret in secrets if secret.encode() in text]
-    assert found == []
+    actual = [(name, secret) for name, text in texts.items() for secret in secrets if secret.encode() in text]
+    assert actual == []

@@ -211,7 +211,7 @@ def differences(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def made_with() -> dict[str, str]:
-    """Return what the values depend on besides this repository."""
+    """Return what the values depend on in addition to this repository."""
     libc = " ".join(platform.libc_ver())
     return {**{name: version(name).split("+")[0] for name in LIBRARIES}, "machine": platform.machine(), "libc": libc}
 

@@ -21,7 +21,7 @@ from finetuning.inference.prompts import GenerationPrompt, text_prompts
 TEXTS = [
     "The",
     "What is the capital of France? The capital of",
-    "Colour names are red, green, blue",
+    "Names of rows are red, green, blue",
     "A conversation has a user who asks a question and an assistant who answers it. What is two plus two? Two plus",
     "Training",
     "user assistant tool role content name question answer",
@@ -41,8 +41,8 @@ def answers_of(
     )
     encoded = encode_prompts(prompts, generator.tokenizer, parameters.max_prompt_tokens)
     answers: dict[int, list[Generation]] = {}
-    for given in generate_batches(generator, encoded, batches, parameters, seed):
-        answers |= given
+    for batch in generate_batches(generator, encoded, batches, parameters, seed):
+        answers |= batch
     return answers
 
 
@@ -125,9 +125,9 @@ def test_several_answers_to_a_prompt_come_with_it(tiny_llama_dir: Path) -> None:
         generator, text_prompts(TEXTS[:3]), [[2, 0, 1]], do_sample=True, num_return_sequences=3, max_new_tokens=12
     )
     assert sorted(answers) == [0, 1, 2]
-    for index, given in answers.items():
-        assert len({answer.text for answer in given}) > 1
-        assert all(answer.raw.startswith(f"<s>{TEXTS[index]}") for answer in given)
+    for index, batch in answers.items():
+        assert len({answer.text for answer in batch}) > 1
+        assert all(answer.raw.startswith(f"<s>{TEXTS[index]}") for answer in batch)
 
 
 def test_a_seed_decides_over_sampled_answers(tiny_llama_dir: Path) -> None:
@@ -171,10 +171,10 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama_dir: Path) -> None:
             raise torch.OutOfMemoryError("three rows are too many")
 
     prompts = text_prompts(TEXTS)
-    wanted = answers_of(generator, prompts, [[index] for index in range(len(TEXTS))])
+    expected = answers_of(generator, prompts, [[index] for index in range(len(TEXTS))])
     handle = generator.model.register_forward_pre_hook(refuse_more_than_two, with_kwargs=True)
     try:
-        assert dict(sorted(answers_of(generator, prompts, [list(range(len(TEXTS)))]).items())) == wanted
+        assert dict(sorted(answers_of(generator, prompts, [list(range(len(TEXTS)))]).items())) == expected
     finally:
         handle.remove()
 
@@ -186,4 +186,4 @@ def test_a_quantized_model_generates(tiny_llama_dir: Path, tmp_path: Path) -> No
     conf = BitsAndBytes(quantization_type="bits-and-bytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
     generator = load_generator(GenerationModel(model=str(tmp_path / "model")), conf)
     answers = answers_of(generator, text_prompts(TEXTS[:2]), [[0, 1]], max_new_tokens=8)
-    assert all(given[0].tokens for given in answers.values())
+    assert all(batch[0].tokens for batch in answers.values())

@@ -61,17 +61,17 @@ def test_the_adapter_is_on(tiny_llama_dir: Path, make_adapter: MakeAdapter) -> N
 
 
 def test_the_tokenizer_is_the_adapters_where_it_has_one(tiny_llama_dir: Path, make_adapter: MakeAdapter) -> None:
-    bare, own = make_adapter("bare"), make_adapter("own", with_tokenizer=True)
-    config = own / "tokenizer_config.json"
+    bare, with_tokenizer = make_adapter("bare"), make_adapter("own", with_tokenizer=True)
+    config = with_tokenizer / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "the adapter's"}))
 
     def template(**conf: str) -> str | None:
         model = GenerationModel(model=str(tiny_llama_dir), **conf)
         return load_generator(model, NoQuantization()).tokenizer.chat_template
 
-    assert template(adapter=str(own)) == "the adapter's"
+    assert template(adapter=str(with_tokenizer)) == "the adapter's"
     assert template(adapter=str(bare)) is None
-    assert template(adapter=str(own), tokenizer=str(tiny_llama_dir)) is None
+    assert template(adapter=str(with_tokenizer), tokenizer=str(tiny_llama_dir)) is None
 
 
 def test_the_base_grows_for_an_adapter_with_new_tokens(tiny_llama_dir: Path, make_adapter: MakeAdapter) -> None:
@@ -120,22 +120,26 @@ def test_a_model_folder_has_no_adapter(tiny_llama_dir: Path, tmp_path: Path) -> 
 
 
 def test_hints_name_the_keys_of_this_tool(tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
-    def told(**conf: object) -> str:
+    def reported(**conf: object) -> str:
         with pytest.raises(ModelError) as error:
             load_generator(GenerationModel.model_validate({"model": str(tiny_llama_dir), **conf}), NoQuantization())
         assert "run_conf" not in str(error.value) and "peft_conf" not in str(error.value)
         return str(error.value)
 
-    assert told(model="/no/model").startswith("model_conf.model: there is no folder /no/model to load the model from")
-    assert "the adapter as model_conf.adapter" in told(model=str(make_adapter(with_tokenizer=True)))
-    assert "model_conf.model_args.attention_bais: " in told(model_args={"attention_bais": True})
-    assert told(model_args={"attn_implementation": "flash"}).startswith("model_conf.model_args.attn_implementation: ")
+    assert reported(model="/no/model").startswith(
+        "model_conf.model: there is no folder /no/model to load the model from"
+    )
+    assert "the adapter as model_conf.adapter" in reported(model=str(make_adapter(with_tokenizer=True)))
+    assert "model_conf.model_args.attention_bais: " in reported(model_args={"attention_bais": True})
+    assert reported(model_args={"attn_implementation": "flash"}).startswith(
+        "model_conf.model_args.attn_implementation: "
+    )
     pickled = shutil.copytree(tiny_llama_dir, tmp_path / "pickled")
     torch.save({}, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    assert "or set model_conf.model_args.use_safetensors: false" in told(model=str(pickled))
+    assert "or set model_conf.model_args.use_safetensors: false" in reported(model=str(pickled))
     own_code = shutil.copytree(tiny_llama_dir, tmp_path / "own_code")
     config = json.loads((own_code / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
     (own_code / "config.json").write_text(json.dumps(config))
-    assert "Set model_conf.model_args.trust_remote_code: true" in told(model=str(own_code))
+    assert "Set model_conf.model_args.trust_remote_code: true" in reported(model=str(own_code))

@@ -1,4 +1,4 @@
-"""Files that appear whole, and the spool that keeps what is done."""
+"""Files that appear whole, and the file that keeps finished answers."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from finetuning.inference.runner import (
     input_output_record,
 )
 
-TEXTS = ["The quick", "What is two plus two? Two plus two is", "A", "Colour names are", "Training moves", "system"]
+TEXTS = ["The quick", "What is two plus two? Two plus two is", "A", "Names of rows are", "Training moves", "system"]
 
 
 @pytest.fixture

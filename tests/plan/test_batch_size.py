@@ -26,8 +26,8 @@ def test_every_plan_reaches_its_total_with_the_largest_batch(total: int, maximum
         plan = plan_batches(_config(total, maximum), world_size)
     except ConfigError as error:
         assert total % world_size
-        below = total - total % world_size
-        assert str(below + world_size) in str(error) and (not below or str(below) in str(error))
+        lower = total - total % world_size
+        assert str(lower + world_size) in str(error) and (not lower or str(lower) in str(error))
         return
     assert plan.world_size * plan.per_device * plan.accumulation == total
     assert 1 <= plan.per_device <= maximum

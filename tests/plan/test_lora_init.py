@@ -62,15 +62,17 @@ def test_eva_is_computed_from_the_rows(train: Any, sft_values: Any, read_tensors
     hardly = {"training_args.learning_rate": 1e-7, "training_args.max_steps": 1}
 
     def begun(name: str, seed: int, init: Any) -> tuple[dict[str, torch.Tensor], float]:
-        own = {"training_args.seed": seed, "training_args.output_dir": str(tmp_path / name)}
-        run = train(sft_values({**lora(init_lora_weights=init), **hardly, **own}))
-        return {key: one for key, one in read_tensors(run.final).items() if "lora_A" in key}, run.losses[0]
+        settings = {"training_args.seed": seed, "training_args.output_dir": str(tmp_path / name)}
+        run = train(sft_values({**lora(init_lora_weights=init), **hardly, **settings}))
+        return {key: item for key, item in read_tensors(run.final).items() if "lora_A" in key}, run.losses[0]
 
-    one, first = begun("one", 1, "eva")
-    other, _ = begun("other", 2, "eva")
+    weights, first = begun("one", 1, "eva")
+    second, _ = begun("other", 2, "eva")
     usual, _ = begun("usual", 1, True)
-    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
-    assert not any(one[name].shape == usual[name].shape and torch.allclose(one[name], usual[name]) for name in one)
+    assert all(torch.allclose(weights[name], second[name], atol=1e-5) for name in weights)
+    assert not any(
+        weights[name].shape == usual[name].shape and torch.allclose(weights[name], usual[name]) for name in weights
+    )
     assert first == pytest.approx(6.2, abs=0.1)
 
 

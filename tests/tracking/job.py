@@ -1,4 +1,4 @@
-"""A training job's main process without the training: tracks, logs, ends as told, and writes what it saw as JSON."""
+"""A training job's main process without the training: tracks, logs, ends, and writes what it saw as JSON."""
 
 from __future__ import annotations
 

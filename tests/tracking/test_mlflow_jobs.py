@@ -1,4 +1,4 @@
-"""What MLflow is told besides curves: data, jobs below one run, tags, the machine."""
+"""What MLflow receives in addition to curves: data, jobs below one run, tags, the machine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def plan(uri: str, section: TrackingConfig | None = None, **environ: str) -> Tra
 
 def jobs_below(server: Any, parent_id: str) -> list[Any]:
     experiment = server.get_run(parent_id).info.experiment_id
-    found = server.search_runs([experiment], f"tags.`{PARENT}` = '{parent_id}'")
-    return sorted(found, key=lambda run: run.info.start_time)
+    result = server.search_runs([experiment], f"tags.`{PARENT}` = '{parent_id}'")
+    return sorted(result, key=lambda run: run.info.start_time)
 
 
 def test_data_and_tags_arrive(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
@@ -49,8 +49,8 @@ def test_data_and_tags_arrive(mlflow_server: Any, tmp_path: Path, client: Client
     run = client(mlflow_server.uri).get_run(end.run_id)
     tags = run.data.tags
     assert (tags["team"], tags["attempt"], tags["cost"]) == ("mine", "3", '{"center": 7}')
-    told = [(one.tags[0].value, one.dataset.name, one.dataset.profile) for one in run.inputs.dataset_inputs]
-    assert told == [("training", "rows.jsonl", '{"num_rows": 7}')]
+    reported = [(item.tags[0].value, item.dataset.name, item.dataset.profile) for item in run.inputs.dataset_inputs]
+    assert reported == [("training", "rows.jsonl", '{"num_rows": 7}')]
     state = json.loads((tmp_path / "mlflow_run.json").read_text())
     assert [message.partition(":")[0] for message in state["rejected"]] == ["dataset rows.jsonl"]
 
@@ -79,7 +79,7 @@ def test_each_job_of_a_session_is_a_child_of_one_run(
     assert [metric.step for metric in server.get_metric_history(second_id, "loss")] == list(range(10, 20))
 
 
-def test_a_run_stands_below_the_one_that_is_named(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
+def test_a_run_is_nested_in_the_named_run(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     server = client(mlflow_server.uri)
     parent = server.create_run(server.get_experiment_by_name("Default").experiment_id).info.run_id
     asked = plan(mlflow_server.uri, TrackingConfig(parent_run_id=parent))

@@ -140,16 +140,16 @@ def test_parameters_are_flat_short_and_without_secrets() -> None:
         "template": "x" * 10_000,
         "eos_token": "</s>",
     }
-    found = parameters(config)
-    assert found["run_conf.model_args.revision"] == "None"
-    assert found["data_conf.datasets.1.path"] == "b"
-    assert found["target_modules"] == '["q", "v"]'
-    assert found["eos_token"] == "</s>"
-    assert len(found["template"]) == MAX_VALUE_LENGTH
+    result = parameters(config)
+    assert result["run_conf.model_args.revision"] == "None"
+    assert result["data_conf.datasets.1.path"] == "b"
+    assert result["target_modules"] == '["q", "v"]'
+    assert result["eos_token"] == "</s>"
+    assert len(result["template"]) == MAX_VALUE_LENGTH
     in_sections = parameters(config, flatten=False)
     assert json.loads(in_sections["run_conf"])["model"] == "m"
-    for shown in (str(found), str(in_sections)):
-        assert not any(secret in shown for secret in ("hf_secret", "ada", "pw@", "sk"))
+    for displayed in (str(result), str(in_sections)):
+        assert not any(secret in displayed for secret in ("hf_secret", "ada", "pw@", "sk"))
 
 
 def test_version_tags_name_the_engine_and_its_libraries() -> None:

@@ -104,7 +104,7 @@ def test_a_resumed_job_goes_on_with_its_run_and_a_fresh_one_does_not(
     assert moved.run_id != fresh.run_id
 
 
-def test_closing_the_sink_does_not_end_the_run(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
+def test_closing_the_tracker_does_not_end_the_run(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
     tracker = start(mlflow_server.uri, tmp_path)
     tracker.close()
     tracker.queue.append("metrics", values={"loss": 2.0}, step=1)

@@ -22,16 +22,16 @@ def batch() -> tuple[dict[str, Any], torch.Tensor]:
     """Two rows of 24 tokens with labels on half of them: what the model gets, and the 24 labels."""
     torch.manual_seed(1)
     ids = torch.randint(VOCABULARY, (2, 24))
-    wanted = torch.zeros(2, 24, dtype=torch.bool)
-    wanted[0, 3:20] = wanted[1, 10:17] = True
-    return {"input_ids": ids, "logits_to_keep": wanted, "use_cache": False}, ids.roll(-1, 1)[wanted]
+    expected = torch.zeros(2, 24, dtype=torch.bool)
+    expected[0, 3:20] = expected[1, 10:17] = True
+    return {"input_ids": ids, "logits_to_keep": expected, "use_cache": False}, ids.roll(-1, 1)[expected]
 
 
 def gradients(model: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
     total.backward()
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    result = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    return found
+    return result
 
 
 class WidestLogits:
@@ -131,11 +131,11 @@ def test_dropout_on_the_head_is_drawn_alike_in_both_passes(tiny_llama_dir: Path)
         parts = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
         return sum(cross_entropy(inner.lm_head(states), labels, reduction="sum") for states, labels in parts)
 
-    found = []
+    result = []
     for compute in (by_hand, lambda: ChunkedCrossEntropy(model, ROWS, None)(model, inputs, targets)[1]):
         torch.manual_seed(3)
-        found.append(gradients(model, compute()))
-    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+        result.append(gradients(model, compute()))
+    assert all(torch.allclose(result[0][name], result[1][name], atol=1e-5) for name in result[0])
 
 
 def test_no_more_logits_are_there_than_asked_for(tiny_llama_dir: Path) -> None:

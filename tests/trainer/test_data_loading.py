@@ -18,15 +18,15 @@ def by_step(kind: type[BatchRebalanceSampler], accumulation: int) -> list[list[l
     """The batches of each step, of all processes."""
     made = [list(kind(LENGTHS, 32, PROCESSES, accumulation, rank=rank, drop_last=False)) for rank in range(PROCESSES)]
     steps = range(0, len(made[0]), accumulation)
-    return [[batch for one in made for batch in one[step : step + accumulation]] for step in steps]
+    return [[batch for item in made for batch in item[step : step + accumulation]] for step in steps]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_steps_are_those_of_transformers_in_parts_of_more_even_sizes(accumulation: int) -> None:
     theirs, ours = by_step(BatchRebalanceSampler, accumulation), by_step(TokenBalancedSampler, accumulation)
     assert len(ours) == 7
-    for step, other in zip(ours, theirs, strict=True):
-        assert sorted(chain(*step)) == sorted(chain(*other))
+    for step, second in zip(ours, theirs, strict=True):
+        assert sorted(chain(*step)) == sorted(chain(*second))
         assert all(step)
     worst = [max(max(sum(LENGTHS[row] for row in part) for part in step) for step in steps) for steps in (ours, theirs)]
     assert worst[0] < worst[1]

@@ -137,8 +137,8 @@ def test_pieces_hold_the_batch(collate: Callable[..., Any], pieces: int) -> None
     assert len(parts) == min(pieces, 5)
     assert sum(num_rows(part) for part in parts) == 5
     for name in ("input_ids", "shift_labels"):
-        flat = torch.cat([part[name].flatten() for part in parts])
-        assert torch.equal(flat, batch[name].flatten())
+        flattened = torch.cat([part[name].flatten() for part in parts])
+        assert torch.equal(flattened, batch[name].flatten())
     if "cu_seq_lens_q" in batch:
         for part in parts:
             assert part["cu_seq_lens_q"][0] == 0

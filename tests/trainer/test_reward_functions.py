@@ -19,10 +19,10 @@ def build(*confs: dict[str, Any]) -> list[Any]:
     return build_rewards(GRPOArgs.model_validate({"rewards": list(confs)}))
 
 
-def values(conf: dict[str, Any], texts: list[str], **told: Any) -> list[float | None]:
-    told.setdefault("completion_ids", [[0] * len(text) for text in texts])
+def values(conf: dict[str, Any], texts: list[str], **columns: Any) -> list[float | None]:
+    columns.setdefault("completion_ids", [[0] * len(text) for text in texts])
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    return build(conf)[0](prompts=[[]] * len(texts), completions=completions, trainer_state=None, **told)
+    return build(conf)[0](prompts=[[]] * len(texts), completions=completions, trainer_state=None, **columns)
 
 
 def test_exact_match() -> None:
@@ -48,8 +48,8 @@ def test_json_valid() -> None:
 
 
 def test_length() -> None:
-    found = values({"type": "length", "target": 4}, ["", "ab", "abcd", "abcdef", "abcdefgh", "a" * 20])
-    assert found == [0, 0.5, 1, 0.5, 0, 0]
+    result = values({"type": "length", "target": 4}, ["", "ab", "abcd", "abcdef", "abcdefgh", "a" * 20])
+    assert result == [0, 0.5, 1, 0.5, 0, 0]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def own_rewards(tmp_path: Path) -> Path:
     path.write_text(
         "import numpy, torch\n"
         "def named(completions, city, factor=1): return [factor * len(one) for one in city]\n"
-        "def everything(prompts, completions, **told): return [float(len(told))] * len(completions)\n"
+        "def everything(prompts, completions, **columns): return [float(len(columns))] * len(completions)\n"
         "def some(completions): return [None, 2.0]\n"
         "def array(completions): return numpy.ones(len(completions))\n"
         "def tensor(completions): return torch.ones(len(completions))\n"
@@ -107,7 +107,7 @@ def test_a_wrong_function_is_named(own_rewards: Path, name: str, message: str) -
 
 def test_running_out_of_memory_is_not_the_rewards_fault(tmp_path: Path) -> None:
     path = tmp_path / "large.py"
-    path.write_text("import torch\ndef large(completions): raise torch.OutOfMemoryError('no room')\n")
+    path.write_text("import torch\ndef large(completions): raise torch.OutOfMemoryError('out of memory')\n")
     with pytest.raises(torch.OutOfMemoryError):
         values({"type": "function", "path": f"{path}:large"}, ["a"])
 
@@ -144,7 +144,7 @@ def test_functions_of_installed_packages_are_found() -> None:
     )
 
 
-def test_rewards_of_one_name_are_told_apart() -> None:
+def test_rewards_of_one_name_are_distinguished() -> None:
     made = build({"type": "regex", "pattern": "a"}, {"type": "json_valid"}, {"type": "regex", "pattern": "b"})
     assert [reward.__name__ for reward in made] == ["regex-0", "json_valid", "regex-2"]
 

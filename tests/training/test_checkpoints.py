@@ -26,8 +26,8 @@ def names(folder: Path) -> list[str]:
 
 
 def all_finite(folder: Path, read_tensors: Any) -> bool:
-    found = [tensors for path in folder.rglob("*.safetensors") for tensors in read_tensors(path.parent).values()]
-    return bool(found) and all(torch.isfinite(tensor).all() for tensor in found)
+    result = [tensors for path in folder.rglob("*.safetensors") for tensors in read_tensors(path.parent).values()]
+    return bool(result) and all(torch.isfinite(tensor).all() for tensor in result)
 
 
 @pytest.mark.parametrize("peft", [{"peft_type": "NO_PEFT"}, LORA], ids=["full", "lora"])
@@ -102,7 +102,7 @@ def test_a_run_that_diverges_stops_and_leaves_its_last_good_checkpoint(
 
 
 def test_weights_that_an_optimizer_broke_are_not_saved(train: Any, sft_values: Any, read_tensors: Any) -> None:
-    """Gradients were finite, the step was not: neither the checkpoint nor the tuned model may hold it."""
+    """Gradients were finite, the step was not: neither the checkpoint nor the fine-tuned model may hold it."""
     sft = ALGORITHMS["sft"]
 
     def build(parts: Any) -> Any:
@@ -153,7 +153,7 @@ def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
         pass
 
 
-def test_a_disk_without_room_is_told_before_anything_is_loaded(
+def test_a_full_disk_is_reported_before_anything_is_loaded(
     sft_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetuning.config.sections.experiment import SFTExperiment

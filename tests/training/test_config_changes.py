@@ -37,13 +37,13 @@ def resume(train: Any, sft_values: Any) -> Any:
     return go
 
 
-def test_each_checkpoint_holds_its_contract_under_its_manifest(train: Any, sft_values: Any) -> None:
+def test_each_checkpoint_holds_its_run_config_under_its_manifest(train: Any, sft_values: Any) -> None:
     checkpoint = train(sft_values(SAVED)).output_dir / "checkpoint-3"
-    contract = json.loads((checkpoint / RUN_CONFIG_NAME).read_text())
-    assert contract["training_args.learning_rate"] == 0.01
-    assert contract["plan.world_size"] == 1
-    assert len(contract["data"]) == 64
-    assert contract["versions.torch"]
+    run_config = json.loads((checkpoint / RUN_CONFIG_NAME).read_text())
+    assert run_config["training_args.learning_rate"] == 0.01
+    assert run_config["plan.world_size"] == 1
+    assert len(run_config["data"]) == 64
+    assert run_config["versions.torch"]
     assert RUN_CONFIG_NAME in json.loads((checkpoint / "manifest.json").read_text())
 
 
@@ -123,9 +123,9 @@ def resume_across(train: Any, sft_values: Any) -> Any:
         values = {**SAVED, "training_args.max_steps": 3}
         checkpoint = train(sft_values(values)).output_dir / "checkpoint-3"
         (checkpoint.parent / "checkpoint-final").rename(checkpoint.parent / "elsewhere")
-        contract = json.loads((checkpoint / RUN_CONFIG_NAME).read_text())
-        edit(contract)
-        (checkpoint / RUN_CONFIG_NAME).write_text(json.dumps(contract))
+        run_config = json.loads((checkpoint / RUN_CONFIG_NAME).read_text())
+        edit(run_config)
+        (checkpoint / RUN_CONFIG_NAME).write_text(json.dumps(run_config))
         (checkpoint / MANIFEST).unlink()
         write_manifest(checkpoint)
         return train(
@@ -152,10 +152,10 @@ NEW_KEYS = (
 def test_a_checkpoint_of_an_engine_with_fewer_keys_is_resumed_where_the_new_ones_are_at_their_defaults(
     resume_across: Any,
 ) -> None:
-    def take_out(contract: dict[str, Any]) -> None:
+    def take_out(run_config: dict[str, Any]) -> None:
         for key in NEW_KEYS:
-            del contract[key]
-        for dataset in contract["data_conf.training_data.datasets"]:
+            del run_config[key]
+        for dataset in run_config["data_conf.training_data.datasets"]:
             del dataset["add_eos_token"], dataset["handlers"]
 
     assert resume_across(take_out).final.is_dir()
@@ -176,17 +176,17 @@ def test_a_key_that_the_checkpoint_does_not_know_needs_leave_where_it_is_set(
     resume_across: Any, key: str, was: str, changes: dict[str, Any]
 ) -> None:
     with pytest.raises(CheckpointError) as refused:
-        resume_across(lambda contract: contract.pop(key, None), changes)
+        resume_across(lambda run_config: run_config.pop(key, None), changes)
     assert [str(problem).partition(", is ")[0] for problem in refused.value.problems] == [
         f"{key}: checkpoint-3 was saved with a different config: {key} was {was}"
     ]
 
 
-def test_a_dataset_of_a_checkpoint_with_fewer_keys_is_told_by_the_one_that_differs(
+def test_a_dataset_of_a_checkpoint_with_fewer_keys_is_reported_by_the_key_that_differs(
     resume_across: Any, sft_values: Any
 ) -> None:
-    def take_out(contract: dict[str, Any]) -> None:
-        del contract["data_conf.training_data.datasets"][0]["max_rows"]
+    def take_out(run_config: dict[str, Any]) -> None:
+        del run_config["data_conf.training_data.datasets"][0]["max_rows"]
 
     (dataset,) = sft_values()["data_conf"]["training_data"]["datasets"]
     rows = "data_conf.training_data.datasets.0.max_rows"
@@ -194,9 +194,9 @@ def test_a_dataset_of_a_checkpoint_with_fewer_keys_is_told_by_the_one_that_diffe
         resume_across(take_out, {"data_conf.training_data.datasets": [{**dataset, "max_rows": 20}]})
 
 
-def test_a_key_that_only_the_checkpoint_knows_is_told_and_needs_leave(resume_across: Any) -> None:
-    def add(contract: dict[str, Any]) -> None:
-        contract |= {"sft_args.forgotten": 3, "tracking.forgotten": "x"}
+def test_a_key_that_only_the_checkpoint_has_is_reported_and_needs_permission(resume_across: Any) -> None:
+    def add(run_config: dict[str, Any]) -> None:
+        run_config |= {"sft_args.forgotten": 3, "tracking.forgotten": "x"}
 
     unknown = "sft_args.forgotten was 3, which this version of finetuning does not know"
     with pytest.raises(CheckpointError, match=rf"{unknown}, which may.*allow_changed") as refused:
@@ -205,19 +205,19 @@ def test_a_key_that_only_the_checkpoint_knows_is_told_and_needs_leave(resume_acr
 
 
 def test_what_only_the_checkpoint_knows_is_left_out_where_it_may_be(resume_across: Any, capsys: Any) -> None:
-    def add(contract: dict[str, Any]) -> None:
-        contract |= {"sft_args.forgotten": 3, "guard.forgotten": "x"}
+    def add(run_config: dict[str, Any]) -> None:
+        run_config |= {"sft_args.forgotten": 3, "guard.forgotten": "x"}
 
     assert resume_across(add, {"run_conf.allow_changed": ["sft_args.forgotten"]}).final.is_dir()
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     unknown = "which this version of finetuning does not know"
-    assert f"sft_args.forgotten was 3, {unknown}: allowed, and ignored from this checkpoint on" in told
-    assert f"guard.forgotten was x, {unknown}: it does not affect the loss trajectory" in told
+    assert f"sft_args.forgotten was 3, {unknown}: allowed, and ignored from this checkpoint on" in message
+    assert f"guard.forgotten was x, {unknown}: it does not affect the loss trajectory" in message
 
 
 def test_versions_are_compared_one_by_one(resume_across: Any) -> None:
-    def age(contract: dict[str, Any]) -> None:
-        contract |= {"versions.torch": "2.0", "versions.mlflow": "3.0"}
+    def age(run_config: dict[str, Any]) -> None:
+        run_config |= {"versions.torch": "2.0", "versions.mlflow": "3.0"}
 
     with pytest.raises(CheckpointError, match=r"versions.torch was 2.0, is") as refused:
         resume_across(age)

@@ -41,11 +41,13 @@ def test_attention_that_cannot_compute_here_is_left_for_the_next_with_its_reason
     assert attention.reason.startswith("the default; ")
 
 
-@pytest.mark.parametrize(("asked", "told"), [(None, "(the default; "), ("sdpa", "(as configured)")])
-def test_a_run_says_which_attention_computes_and_why(train: Any, sft_values: Any, asked: str | None, told: str) -> None:
+@pytest.mark.parametrize(("asked", "message"), [(None, "(the default; "), ("sdpa", "(as configured)")])
+def test_a_run_says_which_attention_computes_and_why(
+    train: Any, sft_values: Any, asked: str | None, message: str
+) -> None:
     one_step = {"training_args.max_steps": 1, "run_conf.model_args.attn_implementation": asked}
     record = json.loads((train(sft_values(one_step)).output_dir / "run.json").read_text())
-    assert any(note.startswith(f"attention: sdpa, row by row  {told}") for note in record["model"]["notes"])
+    assert any(note.startswith(f"attention: sdpa, row by row  {message}") for note in record["model"]["notes"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -98,7 +100,7 @@ def test_compiled_it_computes_the_same(
     train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read_tensors: Any
 ) -> None:
     plain = train(sft_values({OUTPUT: str(tmp_path / "plain")}))
-    # The trainer tells accelerate by these.
+    # The trainer sets these for accelerate.
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.setenv(name, "no")
     compiled = train(sft_values({"training_args.torch_compile_backend": "eager"}))

@@ -91,11 +91,11 @@ def test_training_is_a_loop_written_by_hand(
 @pytest.mark.parametrize("peft", [FULL, LORA], ids=["full", "lora"])
 def test_layout_padding_side_and_logits_leave_the_losses_as_they_are(train: Any, sft_values: Any, peft: Any) -> None:
     def losses(method: Any = None, **changes: Any) -> list[float]:
-        flat = {key.replace("__", "."): value for key, value in changes.items()}
+        flattened = {key.replace("__", "."): value for key, value in changes.items()}
         number = len(seen)
         seen.append(number)
         where = {"training_args.output_dir": f"{sft_values()['training_args']['output_dir']}-{number}"}
-        return train(sft_values({"peft_conf": peft, **flat, **where}), method).losses
+        return train(sft_values({"peft_conf": peft, **flattened, **where}), method).losses
 
     seen: list[int] = []
     for completions_only in (True, False):
@@ -138,7 +138,7 @@ def test_validation_loss_is_the_mean_over_tokens_whatever_the_batch(
         "training_args.max_steps": 1,
         "training_args.learning_rate": 0.0,
     }
-    found = []
+    result = []
     for size, batching in ((1, "auto"), (3, "padded"), (7, "auto")):
         where = {
             "training_args.output_dir": f"{sft_values()['training_args']['output_dir']}-{size}",
@@ -146,13 +146,13 @@ def test_validation_loss_is_the_mean_over_tokens_whatever_the_batch(
             "sft_args.batching": batching,
         }
         run = train(sft_values({**changes, **where}))
-        found += [entry["eval_loss"] for entry in run.trainer.state.log_history if "eval_loss" in entry]
+        result += [entry["eval_loss"] for entry in run.trainer.state.log_history if "eval_loss" in entry]
     rows = list(run.trainer.eval_dataset)
     model = AutoModelForCausalLM.from_pretrained(chatml_llama_dir, dtype=torch.float32).eval()
     total, count = 0.0, 0
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-        wanted = [(at, label) for at, label in enumerate(row["labels"][1:]) if label != -100]
-        total -= sum(float(logits[at, label]) for at, label in wanted)
-        count += len(wanted)
-    assert found == pytest.approx([total / count] * 3, abs=1e-5)
+        expected = [(at, label) for at, label in enumerate(row["labels"][1:]) if label != -100]
+        total -= sum(float(logits[at, label]) for at, label in expected)
+        count += len(expected)
+    assert result == pytest.approx([total / count] * 3, abs=1e-5)

@@ -50,18 +50,18 @@ def test_preferences_off_a_grown_model(
 def test_qlora_over_a_grown_base(
     train: Any, sft_values: Any, dpo_values: Any, tiny_llama_dir: Path, tmp_path: Path, read_tensors: Any
 ) -> None:
-    """The base grows once, unquantised; then what it left is quantised, and the new rows are trained."""
+    """The base grows once, unquantized; then what it left is quantized, and the new rows are trained."""
     train(sft_values({**growing(tiny_llama_dir), "peft_conf": LORA, "training_args.max_steps": 1}))
     base = tmp_path / "out" / "checkpoint-new-basemodel"
     nf4 = {"quantization_type": "bits-and-bytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    quantised = {"peft_conf": LORA, "quant_conf": nf4}
-    run = train(sft_values({**on_top_of(base, tmp_path / "qlora"), **quantised}))
+    quantized = {"peft_conf": LORA, "quant_conf": nf4}
+    run = train(sft_values({**on_top_of(base, tmp_path / "qlora"), **quantized}))
     assert run.losses[1] < run.losses[0]
     rows = [rows for name, rows in read_tensors(run.final).items() if "token" in name]
     assert [len(each) for each in rows] == [10, 10]
     assert all((each - each[0]).abs().max() > 0 for each in rows), "they began at one mean"
     with pytest.raises(ConfigError, match=r"10 tokens, whose output embeddings.*Train them by sft first"):
-        train(dpo_values({**on_top_of(base, tmp_path / "too-early"), **quantised}))
-    taught = quantised | {"peft_conf": {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(run.final)}}
+        train(dpo_values({**on_top_of(base, tmp_path / "too-early"), **quantized}))
+    taught = quantized | {"peft_conf": {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(run.final)}}
     preferred = train(dpo_values({**on_top_of(base, tmp_path / "preferred"), **taught}))
     assert preferred.losses[0] == pytest.approx(0.6931, abs=0.01)

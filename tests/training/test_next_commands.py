@@ -25,7 +25,7 @@ def made(folder: Path, config: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "suggested"),
+    ("quantization", "suggested"),
     [
         (None, "merge_adapter {base} {a} {a}-merged"),
         ({"quant_method": "bitsandbytes"}, "merge_adapter {base} {a} {a}-merged"),
@@ -33,11 +33,11 @@ def made(folder: Path, config: dict[str, Any]) -> str:
     ],
 )
 def test_an_adapter_is_merged_into_a_base_that_takes_it(
-    tmp_path: Path, quantisation: dict[str, Any] | None, suggested: str
+    tmp_path: Path, quantization: dict[str, Any] | None, suggested: str
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantisation} if quantisation else {}))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization} if quantization else {}))
     adapter = made(tmp_path / "a", {"peft_type": "LORA"})
-    commands = [one.command for one in next_commands(FinalModel("adapter", adapter, str(tmp_path), 1, (), "stops"))]
+    commands = [item.command for item in next_commands(FinalModel("adapter", adapter, str(tmp_path), 1, (), "stops"))]
     assert suggested.format(base=tmp_path, a=adapter) in commands
 
 
@@ -54,4 +54,4 @@ def test_nothing_is_suggested_that_would_be_refused(
     tmp_path: Path, config: dict[str, Any], suggested: list[str]
 ) -> None:
     commands = next_commands(FinalModel("adapter", made(tmp_path / "a", config), "base", 1, (), "stops"))
-    assert [one.command.split()[0] for one in commands] == suggested
+    assert [item.command.split()[0] for item in commands] == suggested

@@ -1,4 +1,4 @@
-"""Every adapter of PEFT, and each quantisation, through a whole run: trained, checkpointed, resumed, verified."""
+"""Every adapter of PEFT, and each quantization, through a whole run: trained, checkpointed, resumed, verified."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_each_type_trains_and_resumes(train: Any, sft_values: Any, read_tensors:
     ids=["8 bit", "4 bit", "torchao"],
 )
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_each_quantisation_trains_and_resumes(
+def test_each_quantization_trains_and_resumes(
     train: Any, sft_values: Any, dpo_values: Any, read_tensors: Any, method: str, quant_conf: dict[str, Any]
 ) -> None:
     changes = {
@@ -61,7 +61,7 @@ def test_each_quantisation_trains_and_resumes(
         assert run.losses[0] == pytest.approx(0.6931, abs=0.01)
 
 
-def test_a_checkpoint_that_comes_quantised_trains_adapters_only(
+def test_a_checkpoint_that_comes_quantized_trains_adapters_only(
     train: Any, run_cli: Any, sft_values: Any, write_config: Any, chatml_llama_dir: Path, tmp_path: Path
 ) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -95,7 +95,7 @@ def test_a_gptq_checkpoint_trains_and_resumes(
     merged = run_cli([gptq_llama_dir, run.final, run.output_dir / "merged"], program="merge_adapter")
     assert merged.returncode == 1
     assert "is quantized with gptq, which cannot be dequantized" in merged.stderr
-    assert "Merge into the unquantised base model." in merged.stderr
+    assert "Merge into the unquantized base model." in merged.stderr
     assert not (run.output_dir / "merged").exists()
 
 

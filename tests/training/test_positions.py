@@ -60,7 +60,7 @@ def llama(positions: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=positions, **sizes))
 
 
-def test_rows_beyond_the_positions_are_told(prepared: tuple[Any, PreparedData]) -> None:
+def test_rows_beyond_the_positions_are_reported(prepared: tuple[Any, PreparedData]) -> None:
     experiment, data = prepared
     with pytest.raises(ConfigError, match=r"tokens, but the model has 16 learned positions. Set it to 16 or less"):
         check_positions(gpt2(16), experiment, data)

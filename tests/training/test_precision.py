@@ -58,7 +58,7 @@ HINT = "a GPU supports bfloat16; set training_args.bf16 to use it"
 
 
 @pytest.mark.parametrize(
-    ("args", "weights", "device", "told"),
+    ("args", "weights", "device", "reported"),
     [
         ({}, torch.float32, NEW_GPU, ("float32", HINT)),
         ({}, torch.float32, OLD_GPU, ("float32", "")),
@@ -67,10 +67,10 @@ HINT = "a GPU supports bfloat16; set training_args.bf16 to use it"
         ({"bf16": True}, torch.float32, NEW_GPU, ("bfloat16 by autocast, weights in float32", "")),
     ],
 )
-def test_a_run_tells_what_it_computes_in(
-    asking: Any, args: dict[str, Any], weights: torch.dtype, device: Device, told: tuple[str, str]
+def test_a_run_reports_what_it_computes_in(
+    asking: Any, args: dict[str, Any], weights: torch.dtype, device: Device, reported: tuple[str, str]
 ) -> None:
-    assert compute_precision(asking(**args), SimpleNamespace(dtype=weights), device) == told
+    assert compute_precision(asking(**args), SimpleNamespace(dtype=weights), device) == reported
 
 
 @pytest.mark.parametrize(

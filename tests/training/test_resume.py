@@ -65,9 +65,9 @@ def test_a_broken_newest_checkpoint_is_passed_over_with_a_note(
     capsys.readouterr()
     changes = {**SAVED, "training_args.max_steps": 6, "run_conf.resume_from_checkpoint": True}
     resumed = train(sft_values(changes))
-    shown = capsys.readouterr().out
-    assert "checkpoint-6 skipped: optimizer.pt has" in shown
-    assert "checkpoint-3" in shown
+    displayed = capsys.readouterr().out
+    assert "checkpoint-6 skipped: optimizer.pt has" in displayed
+    assert "checkpoint-3" in displayed
     assert resumed.losses == whole.losses
 
 
@@ -114,8 +114,8 @@ def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, st
 
 def test_what_a_removal_that_was_cut_leaves_is_no_checkpoint(tmp_path: Path) -> None:
     remains = make_checkpoint(tmp_path / "checkpoint-4", without="training_args.bin")
-    found = find_resume_point(tmp_path, "auto")
-    assert (found.checkpoint, found.notes) == (None, ("checkpoint-4 skipped: manifest.json is missing",))
+    result = find_resume_point(tmp_path, "auto")
+    assert (result.checkpoint, result.notes) == (None, ("checkpoint-4 skipped: manifest.json is missing",))
     assert find_resume_point(tmp_path, str(remains)).checkpoint == remains
 
 

@@ -1,4 +1,4 @@
-"""What ends a run besides its last step: a file, the clock, a scheduler's signal."""
+"""What ends a run other than its last step: a file, the clock, a scheduler's signal."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from finetuning.errors import CheckpointError, DataError
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "lora_dropout": 0.2, "target_modules": "all-linear"}}
-# 64 rows a step: the second block of rows begins within step 17, and the second pass in step 24.
+# 64 rows per step: the second block of rows begins within step 17, and the second pass in step 24.
 STREAM = {
     "data_conf.streaming": True,
     "data_conf.shuffle_buffer": 200,
@@ -79,17 +79,17 @@ def test_the_report_the_plan_and_the_record_say_what_is_known(
     assert record["data"]["statistics"] == [report]
     assert record["plan"]["steps"]["total"] == 26
     assert (done.output_dir / "preview.txt").read_text().count("--- ") == 10
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "optimizer steps 26 (max_steps; the rows of a streaming dataset are not counted)" in shown
-    assert "prepared rows streamed during training, with a shuffle buffer of 200 rows" in shown
-    assert "padding-free" in shown
+    displayed = " ".join(capsys.readouterr().out.split())
+    assert "optimizer steps 26 (max_steps; the rows of a streaming dataset are not counted)" in displayed
+    assert "prepared rows streamed during training, with a shuffle buffer of 200 rows" in displayed
+    assert "padding-free" in displayed
 
 
-def test_lying_end_to_end_changes_no_loss(train: Any, sft_values: Any, rows: str) -> None:
+def test_padding_free_changes_no_loss(train: Any, sft_values: Any, rows: str) -> None:
     changes = {"training_args.max_steps": 4, "training_args.save_strategy": "no", "peft_conf": {"peft_type": "NO_PEFT"}}
-    flat = train(values_of(sft_values, rows, changes))
+    flattened = train(values_of(sft_values, rows, changes))
     padded = train(values_of(sft_values, rows, {**changes, "sft_args.batching": "padded"}, "-padded"))
-    assert flat.losses == pytest.approx(padded.losses, abs=1e-4)
+    assert flattened.losses == pytest.approx(padded.losses, abs=1e-4)
 
 
 def test_a_bad_row_stops_the_run_with_its_line_and_leaves_the_last_checkpoint(
@@ -132,12 +132,12 @@ def test_two_processes_train_on_the_same_rows(
     rows: str,
     tmp_path: Path,
 ) -> None:
-    other = Path(rows).with_name("other.jsonl")
-    other.write_text("".join(Path(rows).read_text().splitlines(keepends=True)[700:1000]))
+    another = Path(rows).with_name("other.jsonl")
+    another.write_text("".join(Path(rows).read_text().splitlines(keepends=True)[700:1000]))
     changes = {
         "data_conf.training_data": {
             "type": "PRECOMPUTE_WEIGHTED_MIX",
-            "datasets": [{"path": rows, "sampling_weight": 0.7}, {"path": str(other), "sampling_weight": 0.3}],
+            "datasets": [{"path": rows, "sampling_weight": 0.7}, {"path": str(another), "sampling_weight": 0.3}],
         },
         "training_args.max_steps": 20,
         "training_args.save_steps": 10,
