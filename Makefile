@@ -1,5 +1,6 @@
 # make quickstart   fine-tune a tiny model on the CPU and compare its answers before and after
 # make test         run the tests
+# make test-full    run the tests and all cases of their matrices
 # make check        run every check that is not a test
 # make test-serving serve what the engine makes with a real vLLM on the CPU
 # Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
@@ -9,10 +10,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SERVING_VENV := .venv-serving
 PIP_OPTIONS ?= $(if $(CI),--quiet)
-PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist loadfile
+# worksteal: neighboring tests stay together, and no process is left alone with the last long file.
+PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-serving coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full test-serving coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -33,6 +35,10 @@ quickstart: venv ## tune, merge and try a tiny model on the CPU
 
 test: venv ## run the tests
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS)
+
+# `make test` takes a sample of these matrices, such as the adapter types of PEFT.
+test-full: venv ## run the tests, with all cases of their matrices
+	$(PYTHON) -m pytest $(PYTEST_OPTIONS) -m ''
 
 # Not part of `make test`: an environment of 3.4 GB, and half a minute for each start of a server.
 test-serving: venv $(SERVING_VENV)/.installed ## serve what the engine makes with vLLM, and compare

@@ -1,6 +1,6 @@
 """Fixtures that the tests of every package share: tiny seeded models, rows, JSONL files and the console scripts.
 
-The tiny models are built once a worker, under pytest's temporary directory. Tests read them; a test that changes one
+The tiny models are built once per worker, under pytest's temporary directory. Tests read them; a test that changes one
 copies it first.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import SECONDS, ForkServer, wait_all
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -241,11 +242,29 @@ def dpo_rows() -> Callable[[int], list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
-def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """A function that runs a console script of this package as a process of its own and gives its result back.
+def shared_fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """The fork server of a worker: see `processes.py`."""
+    fork_server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield fork_server
+    fork_server.close()
+
+
+@pytest.fixture
+def fork_server(shared_fork_server: ForkServer) -> Iterator[ForkServer]:
+    """Starts console scripts as processes that are gone when the test is."""
+    yield shared_fork_server
+    shared_fork_server.clear()
+
+
+@pytest.fixture(scope="session")
+def run_cli(request: pytest.FixtureRequest) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs a console script of this package as a process of its own and returns its result.
 
     `run_cli(["sft", "config.yaml"])` runs `finetuning`; `program="merge_adapter"` another script. `env` adds to the
     environment; None removes a variable. After `timeout` seconds the process is killed and the test fails.
+
+    The process is forked from a server that has imported the engine. `fresh=True` starts a new interpreter, which takes
+    seconds: for scripts of other packages, and for what depends on the imports or on variables that they read.
     """
 
     def run(
@@ -254,8 +273,17 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         env: Mapping[str, str | None] | None = None,
         *,
         program: str = "finetuning",
-        timeout: float = 300,
+        timeout: float = SECONDS,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
+        if not fresh:
+            server: ForkServer = request.getfixturevalue("shared_fork_server")
+            process = server.start(args, {**OFFLINE, **(env or {})}, program=program, cwd=cwd)
+            try:
+                code = process.wait(timeout)
+            finally:
+                process.kill()
+            return subprocess.CompletedProcess(process.args, code, process.stdout, process.stderr)
         script = Path(sys.executable).parent / program
         assert script.exists(), f"{script} is missing: install the package first"
         merged = {**os.environ, **OFFLINE, "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -274,19 +302,26 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def torchrun(run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
-    """A function that trains on several processes of this machine, to a good end: `torchrun("sft", config)`.
+def torchrun(run_cli: Any, shared_fork_server: ForkServer) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that trains on several processes of this machine and expects success: `torchrun("sft", config)`.
 
-    It gives back what they wrote. There are two `processes` by default.
+    Returns what they wrote. There are two `processes` by default. They are forked, with the variables that torchrun
+    sets; `fresh=True` runs torchrun itself.
     """
 
-    def run(method: str, config: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
-        rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        program = Path(sys.executable).parent / "finetuning"
-        command = ["--nproc_per_node", str(processes), *rendezvous, "--no-python", program, method, config]
-        result = run_cli(command, env={"OMP_NUM_THREADS": "1"}, program="torchrun")
-        assert result.returncode == 0, result.stderr
-        return result
+    def run(method: str, config: Path, processes: int = 2, *, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+        if fresh:
+            rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+            program = Path(sys.executable).parent / "finetuning"
+            command = ["--nproc_per_node", str(processes), *rendezvous, "--no-python", program, method, config]
+            result = run_cli(command, env={"OMP_NUM_THREADS": "1"}, program="torchrun", fresh=True)
+            assert result.returncode == 0, result.stderr
+            return result
+        ranks = shared_fork_server.start_all([method, config], [""] * processes, OFFLINE)
+        codes = wait_all(ranks)
+        stdout, stderr = ("".join(getattr(rank, name) for rank in ranks) for name in ("stdout", "stderr"))
+        assert codes == [0] * processes, stderr
+        return subprocess.CompletedProcess(ranks[0].args, 0, stdout, stderr)
 
     return run
 

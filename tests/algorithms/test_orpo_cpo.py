@@ -135,7 +135,7 @@ def test_it_says_that_it_is_experimental(train: Any, pair_values: Any, method: s
 
 
 def test_it_says_so_in_our_words_only(run_cli: Any, pair_values: Any, write_config: Any) -> None:
-    result = run_cli(["cpo", write_config(pair_values({"training_args.max_steps": 1}))])
+    result = run_cli(["cpo", write_config(pair_values({"training_args.max_steps": 1}))], fresh=True)
     assert result.returncode == 0, result.stderr
     assert "cpo is experimental" in result.stderr + result.stdout
     assert "trl.experimental" not in result.stderr + result.stdout

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import ForkServer
 
 from finetuning.cli.generate import main
 
@@ -180,25 +179,21 @@ def test_neither_help_nor_a_typo_needs_torch(tmp_path: Path, args: list[str]) ->
     assert result.stdout.splitlines()[-1] == "set()"
 
 
-def test_ctrl_c_leaves_what_is_done(tiny_llama_dir: Path, tmp_path: Path, write_jsonl: Any, generate: Any) -> None:
+def test_ctrl_c_leaves_what_is_done(
+    tiny_llama_dir: Path, tmp_path: Path, write_jsonl: Any, generate: Any, fork_server: ForkServer
+) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": f"number {number}"} for number in range(400)])
     config = write_config(
         tmp_path / "config.yaml", tiny_llama_dir, eval_data(data), hf_gen_params={"min_new_tokens": 30}
     )
-    script = Path(sys.executable).parent / "generate"
-    process = subprocess.Popen(
-        [script, config, "out.json", "--batch-size", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+    arguments = [config, "out.json", "--batch-size", "2"]
+    process = fork_server.start(arguments, program="generate", cwd=tmp_path)
     partial = tmp_path / ".out.json.spool.jsonl"  # old name
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (partial.exists() and partial.read_text().count("\n") > 3):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "interrupted: out.json contains" in errors
-    assert "Traceback" not in errors
+    assert process.wait_for(lambda: partial.exists() and partial.read_text().count("\n") > 3), process.output
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert "interrupted: out.json contains" in process.stderr
+    assert "Traceback" not in process.stderr
     records = json.loads((tmp_path / "out.json").read_text())
     assert 0 < len(records) < 400
     positions = [record["id"] for record in records]

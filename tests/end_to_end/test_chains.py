@@ -1,4 +1,4 @@
-"""Whole chains of console scripts, each a process of its own."""
+"""Whole chains of console scripts, each a process of its own; the first ones of a kind in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 
 @pytest.fixture
 def succeed(run_cli: Any, tmp_path: Path) -> Any:
-    def run(program: str, *arguments: str | Path) -> str:
-        result = run_cli([str(argument) for argument in arguments], cwd=tmp_path, program=program)
+    def run(program: str, *arguments: str | Path, fresh: bool = False) -> str:
+        result = run_cli([str(argument) for argument in arguments], cwd=tmp_path, program=program, fresh=fresh)
         assert result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr
         return result.stdout
@@ -21,7 +21,7 @@ def succeed(run_cli: Any, tmp_path: Path) -> Any:
     return run
 
 
-def answer(succeed: Any, write_config: Any, tmp_path: Path, model_conf: dict[str, str]) -> str:
+def answer(succeed: Any, write_config: Any, tmp_path: Path, model_conf: dict[str, str], *, fresh: bool = False) -> str:
     values = {
         "prompt_conf": {
             "type": "open-input",
@@ -32,7 +32,7 @@ def answer(succeed: Any, write_config: Any, tmp_path: Path, model_conf: dict[str
         "hf_gen_params": {"max_length": 200, "max_new_tokens": 8},
     }
     out = tmp_path / f"answers-{len(list(tmp_path.glob('answers-*')))}.yaml"
-    succeed("generate", write_config(values, "generate.yaml"), out)
+    succeed("generate", write_config(values, "generate.yaml"), out, fresh=fresh)
     return yaml.safe_load(out.read_text())[0]["answer"]
 
 
@@ -46,7 +46,7 @@ def test_an_adapter_with_new_tokens(
         "training_args.save_strategy": "steps",
         "training_args.save_steps": 0.5,
     }
-    output = succeed("finetuning", "sft", write_config(sft_values(changes)))
+    output = succeed("finetuning", "sft", write_config(sft_values(changes)), fresh=True)
     out = tmp_path / "out"
     assert f"adapter     {out / 'checkpoint-final'}" in output
     assert "merge_adapter" in output
@@ -56,9 +56,9 @@ def test_an_adapter_with_new_tokens(
         info = json.loads((folder / "added_tokens_info.json").read_text())
         assert info == {"num_new_tokens": new, "new_embedding_size": rows}
     merged = tmp_path / "merged"
-    succeed("merge_adapter", out / "checkpoint-new-basemodel", out / "checkpoint-final", merged)
+    succeed("merge_adapter", out / "checkpoint-new-basemodel", out / "checkpoint-final", merged, fresh=True)
     base = {"model": str(out / "checkpoint-new-basemodel"), "adapter": str(out / "checkpoint-final")}
-    assert answer(succeed, write_config, tmp_path, base) == answer(
+    assert answer(succeed, write_config, tmp_path, base, fresh=True) == answer(
         succeed, write_config, tmp_path, {"model": str(merged)}
     )
 

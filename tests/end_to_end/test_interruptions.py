@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ForkServer, Process
 
 from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.cli.main import main
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}}
-SECONDS = 120
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+def start(fork_server: ForkServer) -> Callable[[Path], Process]:
     """A function that starts `finetuning sft` on a config, in a process that is gone when the test is."""
-    started = []
-
-    def run(config: Path) -> subprocess.Popen[str]:
-        command = [str(Path(sys.executable).with_name("finetuning")), "sft", str(config)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    return lambda config: fork_server.start(["sft", config])
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[str], pause: float = 0.02) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not there():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(pause)
+def wait_for(condition: Callable[[], bool], process: Process, pause: float = 0.005) -> None:
+    assert process.wait_for(condition, pause), process.output
 
 
 def logged(out: Path) -> int:
@@ -73,8 +48,8 @@ def test_sigterm_saves_and_the_rerun_ends_as_if_nothing_had_been(
     assert main(["sft", str(config)]) == 1, "the directory is taken while the run lives"
     assert f"another run (process {process.pid} on " in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 143
+    assert process.wait() == 143
+    errors = process.stderr
     saved = checkpoints(out)
     assert len(saved) == 1
     step = int(saved[0].rpartition("-")[2])
@@ -109,9 +84,8 @@ def test_sigint_saves_even_where_only_the_best_is_kept(
     process = start(write_config(sft_values(changes)))
     wait_for(lambda: logged(out) >= 6, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
-    step = int(errors.partition("at step ")[2].partition(":")[0])
+    assert process.wait() == 130
+    step = int(process.stderr.partition("at step ")[2].partition(":")[0])
     assert checkpoints(out) == sorted(["checkpoint-2", f"checkpoint-{step}"])
 
 
@@ -158,9 +132,7 @@ def test_kill_in_the_middle_of_a_save_loses_only_that_save(
     for step, name in ((2, "model.safetensors"), (4, "optimizer.pt")):
         process = start(config)
         wait_for(half_written(step, name).exists, process, pause=0.0005)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.kill() == -signal.SIGKILL
         whole = [path for path in out.glob("checkpoint-*") if path.is_dir()]
         assert whole
         assert all(find_manifest_mismatch(path) is None and (path / "manifest.json").is_file() for path in whole)

@@ -7,11 +7,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import SECONDS, ForkServer, wait_all
 
 from finetuning.launch.processes import preset_file
 
@@ -28,19 +32,37 @@ LAYOUTS = {
 """How the rows of each case lie in a batch."""
 
 
-def shared_out(kind: str, config: Path) -> str:
-    """What a run on two processes says."""
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(preset_file("fsdp2"))]
-    result = subprocess.run(
-        [*launch, "--num_processes", "2", "--main_process_port", "0", str(PROGRAM), kind, str(config)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("shared out by FSDP2: True") == 2, "or this was DDP"
-    return result.stdout
+OPTIONS = ["--config_file", str(preset_file("fsdp2")), "--num_processes", "2", "--main_process_port", "0", str(PROGRAM)]
+
+
+@pytest.fixture
+def run_sharded(fork_server: ForkServer) -> Callable[..., str]:
+    """A function that trains on two processes and returns their standard output.
+
+    The processes have the environment that `accelerate launch` gives them; `fresh=True` runs that program itself.
+    """
+
+    def run(kind: str, config: Path, *, fresh: bool = False) -> str:
+        if fresh:
+            command = [str(Path(sys.executable).with_name("accelerate")), "launch", *OPTIONS, kind, str(config)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+            assert result.returncode == 0, result.stderr
+            stdout = result.stdout
+        else:
+            ranks = fork_server.start_all([kind, config], ["", ""], fsdp_environment(), program=str(PROGRAM))
+            assert wait_all(ranks) == [0, 0], "".join(rank.output for rank in ranks)
+            stdout = "".join(rank.stdout for rank in ranks)
+        assert stdout.count("shared out by FSDP2: True") == 2, "or this was DDP"
+        return stdout
+
+    return run
+
+
+def fsdp_environment() -> dict[str, str]:
+    """Return the variables that `accelerate launch` sets for the preset."""
+    options = launch_command_parser().parse_args(OPTIONS)
+    environment = prepare_multi_gpu_env(_validate_launch_command(options)[0])
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def losses(folder: Path) -> dict[tuple[str, int], float]:
@@ -58,6 +80,7 @@ def test_sharing_weights_out_does_not_show(
     sft_values: Any,
     dpo_values: Any,
     train: Any,
+    run_sharded: Any,
     snug_llama_dir: Path,
     write_config: Any,
     read_tensors: Any,
@@ -88,7 +111,7 @@ def test_sharing_weights_out_does_not_show(
         changes |= {"sft_args.packing": True, "sft_args.max_seq_length": 120}
     out = tmp_path / "shared"
     config = write_config(make({**changes, "training_args.output_dir": str(out)}), "shared.yaml")
-    said = shared_out(kind, config)
+    said = run_sharded(kind, config, fresh=case == "an adapter and new tokens")
     assert ("4 = 2 x 2 x 1" if case == "all weights" else "4 = 2 x 1 x 2") in said
     alone = train(make({**changes, "training_args.output_dir": str(tmp_path / "alone")}))
     assert layout(out) == layout(alone.output_dir)
@@ -102,5 +125,5 @@ def test_sharing_weights_out_does_not_show(
     if case == "all weights":
         for name in ("checkpoint-4", "checkpoint-final"):
             shutil.rmtree(out / name)
-        assert "resumed after step 2" in shared_out(kind, config)
+        assert "resumed after step 2" in run_sharded(kind, config)
         assert losses(out) == first, "bit by bit"

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ForkServer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -81,21 +81,18 @@ def test_a_merge_that_is_impossible_is_reported_in_one_line(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_merge_leaves_no_folder_that_looks_whole(
-    sent: signal.Signals, chatml_llama_dir: Path, adapter: Path, tmp_path: Path
+    sent: signal.Signals, chatml_llama_dir: Path, adapter: Path, fork_server: ForkServer, run_cli: Run, tmp_path: Path
 ) -> None:
-    script = Path(sys.executable).parent / "merge_adapter"
     out = tmp_path / "out"
-    process = subprocess.Popen([script, chatml_llama_dir, adapter, out], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = fork_server.start([chatml_llama_dir, adapter, out], program="merge_adapter")
+    assert process.wait_for(lambda: any(tmp_path.iterdir()), pause=0.001), process.output
     process.send_signal(sent)
-    process.communicate(timeout=120)
-    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert process.wait() == (130 if sent == signal.SIGINT else -signal.SIGKILL)
     assert not out.exists()
     if sent == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []
-    subprocess.run([script, chatml_llama_dir, adapter, out, "--no-verify"], check=True, capture_output=True)
+    done = run_cli([chatml_llama_dir, adapter, out, "--no-verify"], program="merge_adapter")
+    assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

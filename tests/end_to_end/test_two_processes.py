@@ -42,7 +42,7 @@ def test_the_curve_is_that_of_one_process(
     # Where there is no GPU, nobody has to say so.
     local = {"training_args.output_dir": str(shared), "training_args.use_cpu": torch.accelerator.is_available() or None}
     config = write_config(make({**changes, **local}), "shared.yaml")
-    result = torchrun(kind, config)
+    result = torchrun(kind, config, fresh=kind == "sft")
     assert "find_unused_parameters" not in result.stderr
     assert result.stdout.count("Completed after 6 steps") == 1
     assert result.stdout.count("rows in a batch") == 1

@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_signal_while_everything_is_set_up_ends_it_at_once(start: Any, tmp_path: Path) -> None:
     run = start(SAVED)
     assert run.wait_for((tmp_path / "out" / "config.resolved.yaml").exists, pause=0.001)
-    run.send(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     assert run.wait() in (-signal.SIGTERM, 143)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert (again := start(SAVED)).wait() == 0, again.output
@@ -98,7 +98,7 @@ def test_a_signal_while_everything_is_set_up_ends_it_at_once(start: Any, tmp_pat
 def test_a_signal_in_the_middle_of_a_save_lets_it_end(start: Any, tmp_path: Path) -> None:
     run, out = start(LONG), tmp_path / "out"
     assert run.wait_for((out / ".checkpoint-2.partial").exists, pause=0.001)
-    run.send(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     assert run.wait() == 143, run.output
     saved = sorted(path.name for path in out.glob("checkpoint-*"))
     assert saved[0] == "checkpoint-2" and not list(out.glob(".*.partial"))
@@ -130,10 +130,10 @@ def test_a_second_signal_does_not_wait_for_the_step(start: Any, tmp_path: Path) 
     run, out = start(LONG, SLOW), tmp_path / "out"
     assert run.wait_for((out / "checkpoint-2").exists)
     assert run.wait_for(lambda: '"step": 3' in (out / "training_logs.jsonl").read_text())
-    run.send(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     while f"{signal.SIGTERM:d}" in caught(run.pid):
         assert run.is_running, run.output
-    run.send(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     assert run.wait() == -signal.SIGTERM
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 

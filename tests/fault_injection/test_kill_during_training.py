@@ -1,4 +1,4 @@
-"""A run is killed fifty times, at any moment and above all while it saves, and ends as one that was not."""
+"""A run that is killed many times, at any moment and above all while it saves, ends like one that was not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 
 from finetuning.atomic_io import find_manifest_mismatch
 
-KILLS = 50
 STEPS = 12
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}}
 # Where a kill waits for, how long after that it comes at most, and how many of a hundred are such.
@@ -41,7 +40,8 @@ def newest(names: set[str]) -> str | None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_fifty_times(
+@pytest.mark.parametrize("kills", [16, pytest.param(50, marks=pytest.mark.full)])
+def test_a_run_that_is_killed_many_times(
     fork_server: Any,
     sft_values: Any,
     write_config: Any,
@@ -49,6 +49,7 @@ def test_a_run_that_is_killed_fifty_times(
     losses_by_step: Any,
     tmp_path: Path,
     record_property: Any,
+    kills: int,
 ) -> None:
     changes = {
         "peft_conf": LORA,
@@ -64,11 +65,11 @@ def test_a_run_that_is_killed_fifty_times(
     assert set(expected) == set(range(1, STEPS + 1))
 
     dice, lives, seen = random.Random(7), 0, Counter()
-    while sum(seen.values()) < KILLS:
+    while sum(seen.values()) < kills:
         lives += 1
         out = tmp_path / f"life-{lives}"
         config = write_config(sft_values(changes | {"training_args.output_dir": str(out)}), f"{lives}.yaml")
-        while sum(seen.values()) < KILLS and (moment := cut(fork_server, config, out, dice)):
+        while sum(seen.values()) < kills and (moment := cut(fork_server, config, out, dice)):
             seen[moment] += 1
         last = fork_server.start(["sft", config])
         assert last.wait() == 0, last.output
@@ -82,7 +83,7 @@ def test_a_run_that_is_killed_fifty_times(
         assert all(torch.equal(final[name], tensors[name]) for name in tensors)
     record_property("kills", dict(seen))
     record_property("lives", lives)
-    assert seen["in a save"] >= KILLS / 4, seen
+    assert seen["in a save"] >= kills / 4, seen
 
 
 def cut(fork_server: Any, config: Path, out: Path, dice: random.Random) -> str | None:

@@ -153,13 +153,13 @@ def test_a_process_that_hangs_is_named_with_what_it_does(
     changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 1}
     main, second = fork_server.start_all(["sft", write_config(sft_values(changes))], ["", ""])
     assert main.wait_for(lambda: '"step": 3' in _log(tmp_path)), main.output
-    second.send(signal.SIGSTOP)
+    second.send_signal(signal.SIGSTOP)
     assert second.wait_for(lambda: second.state == "T")
     beat = json.loads((tmp_path / "out" / "heartbeat" / "rank-1.json").read_text())
     named = f"rank 1 hangs: {beat['phase']} of step {beat['step']} for"
     assert main.wait_for(lambda: named in main.output), main.output
-    second.send(signal.SIGCONT)
-    main.send(signal.SIGUSR1)
+    second.send_signal(signal.SIGCONT)
+    main.send_signal(signal.SIGUSR1)
     assert (main.wait(), second.wait()) == (138, 138), "it goes on, and what is asked of one is done by all"
     assert "signal 10 at step" in main.output
 

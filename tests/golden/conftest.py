@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from golden.golden_inputs import write_inputs
-from golden.golden_runs import VALUES, made_with
+from golden.golden_runs import VALUES, RunProgram, child_environment, made_with
+from processes import ForkServer
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,18 @@ def golden_values() -> dict[str, Any]:
     if changed:
         pytest.skip(f"the golden losses were made with {', '.join(changed)}; regenerate them with `make golden`")
     return values["cases"]
+
+
+@pytest.fixture(scope="session")
+def run_portably(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunProgram]:
+    """A function that runs `finetuning` in a folder, in a process that has imported torch with portable arithmetic."""
+    fork_server = ForkServer(tmp_path_factory.mktemp("golden-processes"), child_environment())
+
+    def run(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        process = fork_server.start(arguments, cwd=folder)
+        code = process.wait()
+        return subprocess.CompletedProcess(process.args, code, process.stdout, process.stderr)
+
+    yield run
+    fork_server.clear()
+    fork_server.close()

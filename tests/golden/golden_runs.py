@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 import yaml
 from golden.golden_inputs import write_inputs
 from safetensors.torch import load_file
+
+RunProgram = Callable[[Sequence[str], Path], "subprocess.CompletedProcess[str]"]
 
 VALUES = Path(__file__).with_name("losses.json")
 STEPS = 4
@@ -177,14 +180,11 @@ def digest(folder: Path) -> str:
     return result.hexdigest()
 
 
-def run_case(case: str, inputs: Path) -> dict[str, Any]:
-    """Run a case in the folder of `write_inputs` and return its log and the digest of its weights."""
-    config = inputs / f"{case}.yaml"
-    config.write_text(yaml.safe_dump(config_of(case), sort_keys=False), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("finetuning")), case.split("-")[0], config.name]
-    done = subprocess.run(
-        command,
-        cwd=inputs,
+def start_program(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `finetuning` in a folder, in an interpreter of its own."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("finetuning")), *arguments],
+        cwd=folder,
         env=child_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -192,6 +192,20 @@ def run_case(case: str, inputs: Path) -> dict[str, Any]:
         timeout=300,
         check=False,
     )
+
+
+def run_case(case: str, inputs: Path, run_program: RunProgram = start_program) -> dict[str, Any]:
+    """Run a case in the folder of `write_inputs` and return its log and the digest of its weights.
+
+    Args:
+        case: the name of the case
+        inputs: the folder
+        run_program: runs `finetuning` with arguments in a folder, in a process whose environment was that of
+            `child_environment` when torch was imported
+    """
+    config = inputs / f"{case}.yaml"
+    config.write_text(yaml.safe_dump(config_of(case), sort_keys=False), encoding="utf-8")
+    done = run_program([case.split("-")[0], config.name], inputs)
     printed = done.stdout[-2000:] + done.stderr[-4000:]
     assert done.returncode == 0, f"{case} ended with code {done.returncode}:\n{printed}"
     output = inputs / f"out-{case}"

@@ -10,5 +10,7 @@ from golden.golden_runs import PREFERENCE_CASES, differences, run_case
 
 
 @pytest.mark.parametrize("case", PREFERENCE_CASES)
-def test_losses_and_weights_are_bit_identical(case: str, golden_inputs: Path, golden_values: dict[str, Any]) -> None:
-    assert differences(run_case(case, golden_inputs), golden_values[case]) == []
+def test_losses_and_weights_are_bit_identical(
+    case: str, golden_inputs: Path, golden_values: dict[str, Any], run_portably: Any
+) -> None:
+    assert differences(run_case(case, golden_inputs, run_portably), golden_values[case]) == []

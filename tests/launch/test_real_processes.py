@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import SECONDS, ForkServer, wait_all
 
 SCRIPTS = Path(sys.executable).parent
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
@@ -26,7 +26,7 @@ def config(sft_values: Any, write_config: Any, tmp_path: Path) -> Path:
 
 
 def test_launch_runs_two_processes(run_cli: Any, config: Path, tmp_path: Path) -> None:
-    result = run_cli(["launch", "--nproc", "2", "sft", config])
+    result = run_cli(["launch", "--nproc", "2", "sft", config], fresh=True)
     assert result.returncode == 0, result.stderr
     assert "4 = 2 x 2 x 1" in result.stdout
     assert result.stdout.count("Completed after 2 steps") == 1
@@ -41,7 +41,7 @@ def test_under_accelerate_launch(config: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=SECONDS,
     )
     assert result.returncode == 0, result.stderr
     assert "4 = 2 x 2 x 1" in result.stdout
@@ -57,43 +57,28 @@ def test_a_step_of_slurm(run_cli: Any, config: Path) -> None:
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_signal_reaches_the_processes_and_its_code_comes_back(
-    sft_values: Any, write_config: Any, tmp_path: Path, processes: str
+    fork_server: ForkServer, sft_values: Any, write_config: Any, tmp_path: Path, processes: str
 ) -> None:
     changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 5000, "peft_conf": LORA}
     config = write_config(sft_values(changes | {"training_args.logging_steps": 1}), "long.yaml")
-    process = subprocess.Popen(
-        [str(SCRIPTS / "finetuning"), "launch", "--nproc", processes, "sft", str(config)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "out" / "training_logs.jsonl"
-    while process.poll() is None and not log.exists():
-        time.sleep(0.2)
+    process = fork_server.start(["launch", "--nproc", processes, "sft", config])
+    assert process.wait_for((tmp_path / "out" / "training_logs.jsonl").exists), process.output
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert process.wait() == 128 + signal.SIGTERM, process.output
     assert list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_a_process_that_was_killed_is_spoken_for(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+def test_a_process_that_was_killed_is_spoken_for(
+    fork_server: ForkServer, sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
     changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 5000, "peft_conf": LORA}
     config = write_config(sft_values(changes | {"training_args.logging_steps": 1}), "long.yaml")
     error = tmp_path / "error.json"
-    process = subprocess.Popen(
-        [str(SCRIPTS / "finetuning"), "launch", "--nproc", "1", "sft", str(config)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"FINETUNING_ERROR_FILE": str(error)},
-    )
-    log = tmp_path / "out" / "training_logs.jsonl"
-    while process.poll() is None and not log.exists():
-        time.sleep(0.2)
+    process = fork_server.start(["launch", "--nproc", "1", "sft", config], {"FINETUNING_ERROR_FILE": str(error)})
+    assert process.wait_for((tmp_path / "out" / "training_logs.jsonl").exists), process.output
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 203, errors
+    assert process.wait() == 203, process.output
     assert "was killed" in json.loads(error.read_text())["message"]
 
 
@@ -202,29 +187,20 @@ def test_import_prints_the_yaml_with_its_notes(run_cli: Any, job: dict[str, Any]
     assert checked.returncode == 0, checked.stderr
 
 
-def test_two_machines_rendezvous(sft_values: Any, write_config: Any, tmp_path: Path) -> None:
+def test_two_machines_rendezvous(fork_server: ForkServer, sft_values: Any, write_config: Any, tmp_path: Path) -> None:
     """Two launchers on one machine: one configured by flags, one by the variables of Kubeflow."""
     changes = {"training_args.output_dir": str(tmp_path / "out"), "training_args.max_steps": 2, "peft_conf": LORA}
     config = write_config(sft_values(changes), "experiment.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [str(SCRIPTS / "finetuning"), "launch"]
     flags = ["--nproc", "1", "--nnodes", "2", "--node-rank", "1", "--main-address", f"127.0.0.1:{port}"]
     kubeflow = {
         **{"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"},
         **{"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)},
     }
-    second = subprocess.Popen([*launch, *flags, "sft", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    first = subprocess.run(
-        [*launch, "sft", str(config)],
-        env=os.environ | kubeflow,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    output, _ = second.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + output.decode()
-    said = first.stdout + output.decode()
+    second = fork_server.start(["launch", *flags, "sft", config])
+    first = fork_server.start(["launch", "sft", config], kubeflow)
+    assert wait_all([first, second]) == [0, 0], first.output + second.output
+    said = first.stdout + second.output
     assert said.count("4 = 2 x 2 x 1") == said.count("Completed after 2 steps") == 1, "one process of the job speaks"

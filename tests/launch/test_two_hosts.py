@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import SECONDS
 
 LAUNCH = [str(Path(sys.executable).parent / "finetuning"), "launch", "--nproc", "1", "--nnodes", "2"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
@@ -53,7 +54,7 @@ class Host:
 
     def code(self) -> int:
         assert self.process
-        return self.process.wait(timeout=200)
+        return self.process.wait(timeout=SECONDS)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -105,7 +106,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1], ids=["the-first", "the-second"])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.full)], ids=["the-first", "the-second"])
 def test_a_host_that_is_lost_and_comes_back_leaves_the_curve_of_one_process(
     hosts: tuple[Host, Host], values: Any, train: Any, write_config: Any, tmp_path: Path, lost: int
 ) -> None:

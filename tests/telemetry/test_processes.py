@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ForkServer, Process
 
 from finetuning.telemetry.goodput import session_goodput
 from finetuning.telemetry.metrics import read_progress
@@ -21,33 +21,19 @@ TRAINED = {"training_args.save_strategy": "steps", "telemetry": {"log_every_n_tr
 
 
 @pytest.fixture
-def begin(write_config: Any) -> Iterator[Any]:
+def begin(fork_server: ForkServer, write_config: Any) -> Callable[[Any], Process]:
     """A function that starts a run in a process and returns the process."""
-    running = []
-
-    def start(values: Any, *options: str) -> subprocess.Popen[str]:
-        script = Path(sys.executable).with_name("finetuning")
-        command = [str(script), values["method"], str(write_config(values)), *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
+    return lambda values: fork_server.start([values["method"], write_config(values)])
 
 
-def wait_for_step(process: subprocess.Popen[str], output_dir: Path, step: int) -> None:
+def wait_for_step(process: Process, output_dir: Path, step: int) -> None:
     """Wait until a run has done this many steps."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        done = [read_progress(path) for path in output_dir.glob("telemetry/*/rank0.progress")]
-        if any(progress and progress["step"] >= step for progress in done):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    raise AssertionError("the step was never reached")
+
+    def is_done() -> bool:
+        files = [read_progress(path) for path in output_dir.glob("telemetry/*/rank0.progress")]
+        return any(progress and progress["step"] >= step for progress in files)
+
+    assert process.wait_for(is_done), process.output
 
 
 def test_a_killed_run_keeps_its_events_and_a_resumed_run_its_session(
@@ -60,7 +46,6 @@ def test_a_killed_run_keeps_its_events_and_a_resumed_run_its_session(
     process = begin(values)
     wait_for_step(process, output_dir, 57)
     process.kill()
-    process.wait()
     [file] = output_dir.glob("telemetry/*/rank0.jsonl")
     killed, before = recorded(output_dir), file.read_bytes()
     progress = read_progress(file.with_suffix(".progress"))
@@ -72,8 +57,7 @@ def test_a_killed_run_keeps_its_events_and_a_resumed_run_its_session(
     assert not killed.spans("training_loop")
 
     resumed_process = begin(values)
-    output, _ = resumed_process.communicate(timeout=200)
-    assert resumed_process.returncode == 0, output
+    assert resumed_process.wait() == 0, resumed_process.output
     resumed = recorded(output_dir)
     assert file.read_bytes() == before
     assert resumed.resource["session_tag"] == killed.resource["session_tag"]
@@ -99,8 +83,7 @@ def test_an_interrupted_run_closes_its_spans(
     process = begin(sft_values(TRAINED | {"training_args.max_steps": 100_000}) | {"method": "sft"})
     wait_for_step(process, tmp_path / "out", 5)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == code, output
+    assert process.wait() == code, process.output
     records = recorded(tmp_path / "out")
     assert records.span("training_loop")["status"] == "OK"
     assert records.span("application")["status"] == "ERROR"
@@ -135,7 +118,7 @@ def test_nothing_is_sent_anywhere_and_no_secret_is_written(
     environment = {"PYTHONPATH": path, "HF_TOKEN": "hf_s3cret", "HF_HUB_DISABLE_TELEMETRY": None, "CI": None}
     for values in (sft_values(), dpo_values({"training_args.output_dir": str(tmp_path / "dpo")})):
         method = "sft" if "sft_args" in values else "dpo"
-        result = run_cli([method, write_config(values)], env=environment, cwd=tmp_path)
+        result = run_cli([method, write_config(values)], env=environment, cwd=tmp_path, fresh=True)
         assert result.returncode == 0, result.stderr
     assert not marks.exists(), marks.read_text()
     files = [path for folder in ("out", "dpo") for path in (tmp_path / folder / "telemetry").rglob("*.jsonl")]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_types import MINIMAL
+from matrix import sample
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetuning.errors import ConfigError
@@ -31,7 +32,15 @@ def cut_and_resumed_equals(train: Any, make: Any, changes: dict[str, Any], read_
     return whole
 
 
-@pytest.mark.parametrize("peft_type", sorted(MINIMAL))
+# One of each kind: added to the weights or the activations, virtual tokens, norms, single tokens, shared projections,
+# a rank that shrinks, a basis that is rotated, a type that keeps no separate adapter.
+SAMPLE = (
+    *("ADALORA", "ADAPTION_PROMPT", "IA3", "LN_TUNING", "LORA", "OFT", "OSF", "PREFIX_TUNING", "PROMPT_TUNING"),
+    *("SHADOW", "TRAINABLE_TOKENS", "VERA"),
+)
+
+
+@pytest.mark.parametrize("peft_type", sample(sorted(MINIMAL), SAMPLE))
 def test_each_type_trains_and_resumes(train: Any, sft_values: Any, read_tensors: Any, peft_type: str) -> None:
     adapter = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "peft_kwargs": MINIMAL[peft_type]}
     run = cut_and_resumed_equals(train, sft_values, {"peft_conf": adapter}, read_tensors)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import ForkServer, wait_all
 
 from finetuning.callbacks.controller.callback import ControllerSet, controller_callback, make_controllers
 from finetuning.callbacks.controller.metrics import METRICS, Event, Metric
@@ -250,10 +249,10 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         read_controllers(str(tmp_path / "none.yaml"))
 
 
-def test_all_processes_act_alike(tmp_path: Path) -> None:
+def test_all_processes_act_alike(fork_server: ForkServer, tmp_path: Path) -> None:
     """A rule that is true on one process stops both at the same step; log lines are per process."""
     script = Path(__file__).with_name("agree.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, str(script), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    ranks = fork_server.start_all([tmp_path], ["", ""], program=str(script))
+    assert wait_all(ranks) == [0, 0], "".join(rank.output for rank in ranks)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert results == [{"stops": [False, True, True], "talked": 3}, {"stops": [False, True, True], "talked": 0}]

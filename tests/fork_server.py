@@ -1,0 +1,115 @@
+"""A fork server: runs the console scripts in processes that inherit the imports of their parent.
+
+The parent imports the engine and does nothing else. A process that it forks is a process like any other, with its own
+id, environment, signals and exit code, but it does not spend seconds on the import of torch, transformers and TRL.
+
+Reads one JSON request per line:
+
+- `{"program": ..., "args": [...], "environ": {...}, "cwd": ..., "stdout": path, "stderr": path, "before": code}` starts
+  a console script or a Python file in a new process and answers with its process id; `environ` is the whole
+  environment, and `before` is executed first.
+- `{"wait": pid}` answers with the exit code once the process has ended, negative for a signal.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import sys
+import threading
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NoReturn
+
+PACKAGES = (
+    "algorithms",
+    "callbacks",
+    "data",
+    "export",
+    "inference",
+    "launch",
+    "model",
+    "report",
+    "telemetry",
+    "tracking",
+    "trainer",
+    "training",
+)
+LIBRARIES = ("torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "trl", "datasets")
+
+
+def import_all() -> None:
+    """Import everything that a run imports, apart from its trackers."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    import finetuning
+
+    for module in pkgutil.walk_packages(finetuning.__path__, "finetuning."):
+        if module.name.split(".")[1] in PACKAGES:
+            # Modules for optional packages that are not installed.
+            with suppress(ImportError):
+                importlib.import_module(module.name)
+
+
+def run_program(program: str, args: list[str]) -> Any:
+    """Run a console script or a file, and return the exit code."""
+    if program.endswith(".py"):
+        sys.argv = [program, *args]
+        runpy.run_path(program, run_name="__main__")
+        return 0
+    sys.argv = [str(Path(sys.executable).with_name(program)), *args]
+    [script] = entry_points(group="console_scripts", name=program)
+    return script.load()()
+
+
+def run_request(request: dict[str, Any]) -> NoReturn:
+    """Turn this process into a console script."""
+    for stream, path in ((1, request["stdout"]), (2, request["stderr"])):
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(target, stream)
+        os.close(target)
+    # The standard input of the parent carries the requests.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.stdout.reconfigure(write_through=True)
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
+    exec(request["before"], {"__name__": "before"})
+    try:
+        code = run_program(request["program"], request["args"])
+    except SystemExit as exit:
+        code = exit.code
+    # Exit without collecting all imported objects, which takes seconds after a fork.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def serve() -> None:
+    import_all()
+    assert threading.active_count() == 1, "a thread would not be there after a fork"
+    gc.freeze()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                run_request(request)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
