@@ -244,8 +244,7 @@ def test_an_imported_config_is_what_the_page_shows(page: str, tmp_path: Path, ru
     assert yaml.safe_load(result.stdout) == yaml.safe_load(ours.body)
 
 
-# A minute of CPU time; the tests below validate the configs and commands of the page.
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_tutorial_prints_what_it_shows(tmp_path: Path) -> None:
     base = [sys.executable, str(ROOT / "examples" / "quickstart" / "make_base_model.py"), "base", "--steps", "1"]
     subprocess.run(base, cwd=tmp_path, check=True, capture_output=True)

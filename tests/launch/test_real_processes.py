@@ -143,7 +143,7 @@ def test_a_job_by_the_entry_point_of_the_image(run_cli: Any, job: dict[str, Any]
 
 
 def test_multipack_trains_on_the_same_steps(
-    run_cli: Any, torchrun: Any, job: dict[str, Any], write_jsonl: Any, tmp_path: Path
+    run_cli: Any, job: dict[str, Any], write_jsonl: Any, tmp_path: Path
 ) -> None:
     rows = [{"output": f"### Text:{' number' * (1 + 7 * n % 13)}\n\n### Label:{' a' * (1 + n % 5)}"} for n in range(11)]
     job |= {"training_data_path": str(write_jsonl(tmp_path / "lengths.jsonl", rows)), "padding_free": ["huggingface"]}
@@ -151,12 +151,10 @@ def test_multipack_trains_on_the_same_steps(
     losses = {}
     for name, more in (("plain", {}), ("balanced", {"multipack": [16]})):
         file, out = tmp_path / f"{name}.json", tmp_path / name
-        file.write_text(json.dumps(job | more | {"output_dir": str(out)}))
-        imported = run_cli(["import", file, "--processes", "2"])
-        assert imported.returncode == 0, imported.stderr
-        experiment = tmp_path / f"{name}.yaml"
-        experiment.write_text(imported.stdout)
-        torchrun("sft", experiment)
+        launch = {"output_dir": str(out), "accelerate_launch_args": {"num_processes": 2}}
+        file.write_text(json.dumps(job | more | launch))
+        result = run_cli(["job", file])
+        assert result.returncode == 0, result.stderr
         lines = map(json.loads, (out / "training_logs.jsonl").read_text().splitlines())
         losses[name] = [line["data"]["value"] for line in lines if line["name"] == "training_loss"]
     assert len(losses["plain"]) == 6

@@ -31,6 +31,9 @@ SUBCOMMANDS = {
     "targets": Subcommand("finetuning.cli.info:targets_main", "list the modules that target_modules can name"),
     "schema": Subcommand("finetuning.cli.config_commands:schema_main", "print the JSON Schema of a method's YAML"),
     "doctor": Subcommand("finetuning.cli.info:doctor_main", "check hardware and installed packages"),
+    "selftest": Subcommand(
+        "finetuning.cli.selftest:main", "check that a config computes the same in different ways on this machine"
+    ),
     "runs": Subcommand("finetuning.cli.runs:runs_main", "list runs and their state"),
     "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
     "sync": Subcommand("finetuning.cli.runs:sync_main", "upload metrics that were queued while MLflow was unreachable"),

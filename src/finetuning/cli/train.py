@@ -13,14 +13,24 @@ from typing import TYPE_CHECKING
 from finetuning.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from finetuning.config.sections.experiment import Experiment
     from finetuning.plan.plan import Plan
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Sequence[str]) -> int:
-    """Check the config, then train or, with `--dry-run`, print the plan. Return the exit code."""
+def train(
+    parse_options: Callable[[Sequence[str]], argparse.Namespace],
+    argv: Sequence[str],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> int:
+    """Check the config, then train or, with `--dry-run`, print the plan. Return the exit code.
+
+    Args:
+        callbacks: of the trainer, in addition to those of the run.
+    """
     options = parse_options(argv)
     from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
@@ -72,7 +82,8 @@ def train(parse_options: Callable[[Sequence[str]], argparse.Namespace], argv: Se
         check_save_model_dir(experiment)
         reporter = RunReporter(experiment, algorithm.name, topology, tracking)
         workers = options.num_preprocess_workers
-        result = run_training(TrainingJob(experiment, algorithm, plan, topology, reporter, workers))
+        job = TrainingJob(experiment, algorithm, plan, topology, reporter, workers, callbacks)
+        result = run_training(job)
         if topology.is_main:
             copy_to_save_model_dir(experiment)
         reporter.print_result(result)

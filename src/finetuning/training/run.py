@@ -6,7 +6,7 @@ and into its record, is up to `RunReporter`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from finetuning.training.setup import build_trainer, load_model, load_tokenizer,
 from finetuning.training.signals import StopOnSignal
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     from finetuning.training.reporter import RunReporter
 
@@ -53,6 +53,8 @@ class TrainingJob:
     reporter: RunReporter
     workers: int
     """Processes that prepare the data."""
+    callbacks: Sequence[TrainerCallback] = ()
+    """Callbacks of the trainer in addition to those of the run."""
 
     @property
     def output_dir(self) -> Path:
@@ -106,7 +108,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
 
     stop = StopOnSignal(job.output_dir, max_time=experiment.run_conf.max_time, end_time=read_job_end_time())
-    callbacks = [stop, *reporter.callbacks()]
+    callbacks = [stop, *job.callbacks, *reporter.callbacks()]
     trainer = build_trainer(
         experiment, algorithm, plan, arguments, data, tokenizer, loaded, callbacks, resume.checkpoint
     )
