@@ -44,10 +44,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection(("127.0.0.1", port), timeout=10).close()
             break
         except OSError:
             assert time.monotonic() < deadline and server.poll() is None

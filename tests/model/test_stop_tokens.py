@@ -105,7 +105,7 @@ def test_a_plain_process_stops_at_the_end_of_turn(tiny_llama_dir: Path, tmp_path
     stop = align_stop_tokens(loaded.tokenizer, model.generation_config, "<|im_end|>")
     save_model(model, loaded.tokenizer, tmp_path / "tuned", stop_tokens=stop)
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path / "tuned")], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", PLAIN, str(tmp_path / "tuned")], capture_output=True, text=True, check=False, timeout=400
     )
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")] or [done.stderr]
     assert line.endswith("'<|im_end|>']") and line.count("im_end") == 1

@@ -32,22 +32,23 @@ class Server:
 
     folder: Path
     port: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def signal(self, number: int) -> None:
+        assert self.process
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
+        if self.process and self.process.poll() is None:
             self.signal(signal.SIGKILL)
             self.process.wait()
 
     def start_again(self) -> None:
-        """A new server on the same port and database."""
+        """Start a new server on the same port and database."""
         self.process = _spawn(self.folder, self.port)
         _await_health(self)
 
@@ -56,15 +57,17 @@ def _spawn(folder: Path, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
     with (folder / "server.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        # The processes that run jobs of the server's own would import MLflow several times.
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def _await_health(server: Server) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
-        assert server.process.poll() is None, (server.folder / "server.log").read_text()
+        assert server.process and server.process.poll() is None, (server.folder / "server.log").read_text()
         try:
-            with urllib.request.urlopen(f"{server.uri}/health", timeout=2):
+            with urllib.request.urlopen(f"{server.uri}/health", timeout=20):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
@@ -82,13 +85,16 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mlflow.db"
 
 
-def _launch(folder: Path, database: Path) -> Server:
+def _prepare(folder: Path, database: Path) -> Server:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(database, folder / "mlflow.db")
-    port = free_port()
-    server = Server(folder, port, _spawn(folder, port))
+    return Server(folder, free_port())
+
+
+def _launch(folder: Path, database: Path) -> Server:
+    server = _prepare(folder, database)
     try:
-        _await_health(server)
+        server.start_again()
     except BaseException:
         server.stop()
         raise
@@ -104,12 +110,13 @@ def mlflow_server(migrated_database: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def launch_server(migrated_database: Path, tmp_path: Path) -> Iterator[Callable[[], Server]]:
-    """Starts servers that a test may kill or freeze."""
+def launch_server(migrated_database: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """A function that makes servers that a test may kill or freeze; `running=False`: one that is started later."""
     servers: list[Server] = []
 
-    def launch() -> Server:
-        servers.append(_launch(tmp_path / f"server-{len(servers)}", migrated_database))
+    def launch(*, running: bool = True) -> Server:
+        make = _launch if running else _prepare
+        servers.append(make(tmp_path / f"server-{len(servers)}", migrated_database))
         return servers[-1]
 
     yield launch
@@ -162,7 +169,7 @@ def run_job(start_job: JobStarter) -> Callable[..., dict[str, Any]]:
 
 
 def finished(job: subprocess.Popen[str]) -> dict[str, Any]:
-    output, errors = job.communicate(timeout=120)
+    output, errors = job.communicate(timeout=400)
     report = json.loads(output) if output else {}
     return report | {"stderr": errors, "code": job.returncode}
 
@@ -186,7 +193,7 @@ def paused_job(start_job: JobStarter) -> Callable[..., tuple[subprocess.Popen[st
     return start
 
 
-def await_true(condition: Callable[[], bool], seconds: float = 60) -> None:
+def await_true(condition: Callable[[], bool], seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -195,7 +202,7 @@ def await_true(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Waits until a condition holds; fails after a minute."""
+    """Waits until a condition holds; fails after some minutes."""
     return await_true
 
 

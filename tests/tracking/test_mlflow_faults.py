@@ -1,12 +1,14 @@
 """A server that is dead, frozen, closed or mute costs training nothing, and nothing of what it is owed is lost.
 
-Times are bounded far above what is measured and far below what stock MLflow takes (5 to 20 minutes).
+Times are bounded far above what is measured, on a busy machine as well, and far below what stock MLflow takes (5 to 20
+minutes).
 """
 
 from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ import pytest
 from finetuning.tracking.mlflow.queue import read_records
 from finetuning.tracking.mlflow.sync import sync_run
 
-CALL_S = 0.5
-MEDIAN_CALL_S = 0.005
-FINISH_S = 10 + 4
+CALL_S = 5
+MEDIAN_CALL_S = 0.05
+FINISH_S = 10 + 50
 
 Job = Callable[..., dict[str, Any]]
 Paused = Callable[..., tuple[subprocess.Popen[str], Path]]
@@ -63,7 +65,7 @@ def test_a_server_that_never_was_there(
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_server_killed_or_frozen_in_mid_run_is_caught_up_with_once(
     number: int,
-    launch_server: Callable[[], Any],
+    launch_server: Callable[..., Any],
     tmp_path: Path,
     paused_job: Paused,
     finish_job: Finish,
@@ -103,19 +105,18 @@ def test_a_server_killed_or_frozen_in_mid_run_is_caught_up_with_once(
 
 @pytest.mark.slow
 def test_a_server_that_comes_back_in_mid_run_needs_no_sync(
-    launch_server: Callable[[], Any],
+    launch_server: Callable[..., Any],
     tmp_path: Path,
     paused_job: Paused,
     finish_job: Finish,
     client: Callable[[str], Any],
+    eventually: Callable[[Callable[[], bool]], None],
 ) -> None:
-    server = launch_server()
-    server.stop()
+    server = launch_server(running=False)
     job, mark = paused_job(server.uri, tmp_path / "out")
     server.start_again()
     store = client(server.uri)
-    while store.get_experiment_by_name("faults") is None:
-        assert job.poll() is None
+    eventually(lambda: store.get_experiment_by_name("faults") is not None)
     mark.unlink()
     report = finish_job(job)
     assert report["delivered"], report
@@ -147,10 +148,9 @@ def test_a_killed_training_process_leaves_a_run_that_is_marked_and_can_be_gone_o
 
 @pytest.mark.slow
 def test_what_an_unreachable_server_missed_is_delivered_by_the_resumed_job(
-    launch_server: Callable[[], Any], tmp_path: Path, run_job: Job, client: Callable[[str], Any]
+    launch_server: Callable[..., Any], tmp_path: Path, run_job: Job, client: Callable[[str], Any]
 ) -> None:
-    server = launch_server()
-    server.stop()
+    server = launch_server(running=False)
     output = tmp_path / "out"
     assert_unharmed(run_job(server.uri, output, "--steps", 20, "--status", "FAILED"), output, 20)
     server.start_again()
@@ -176,17 +176,17 @@ def sync_run_when_free(folder: Path) -> list[Any]:
         results = sync_run(folder)
         if all(result.error != "the run is uploading it right now" for result in results):
             return results
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
 def test_model_files_that_did_not_arrive_are_sent_by_sync(
-    launch_server: Callable[[], Any], tmp_path: Path, run_job: Job, client: Callable[[str], Any]
+    launch_server: Callable[..., Any], tmp_path: Path, run_job: Job, client: Callable[[str], Any]
 ) -> None:
     model = tmp_path / "checkpoint-final"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights" * 1000)
-    server = launch_server()
-    server.stop()
+    server = launch_server(running=False)
     report = run_job(server.uri, tmp_path / "out", "--artifacts", "true", "--model", model)
     assert report["finish_s"] < FINISH_S
     server.start_again()
