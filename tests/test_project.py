@@ -152,6 +152,16 @@ def test_the_workflows_run_every_check_on_every_declared_python() -> None:
     assert declared <= set(jobs["test"]["strategy"]["matrix"]["python"])
 
 
+def test_what_an_ordinary_run_leaves_out_is_run_by_the_workflow() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    assert options[options.index("-m") + 1] == "not full"
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^test-full: .*\n\t\$\(PYTHON\) -m pytest \$\(PYTEST_OPTIONS\) -m ''$", makefile, re.MULTILINE)
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    assert {"run": "make test-full"} in jobs["test-full"]["steps"]
+    assert {"run": "make coverage"} in jobs["coverage"]["steps"]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.name)
 def test_issue_forms_are_valid(path: Path) -> None:
     form = yaml.safe_load(path.read_text())
