@@ -226,11 +226,11 @@ def locate_errors(document: ConfigDocument) -> Iterator[None]:
     try:
         yield
     except FinetuningError as error:
-        error.problems = tuple(_locate(problem, document) for problem in error.problems)
+        error.problems = tuple(locate(problem, document) for problem in error.problems)
         raise
 
 
-def _locate(problem: Problem, document: ConfigDocument) -> Problem:
+def locate(problem: Problem, document: ConfigDocument) -> Problem:
     """Return the problem with the location of its key, unless it has a file already."""
     if problem.location.key is None or problem.location.file is not None:
         return replace(problem, hint=_replace_keys_by_flags(problem.hint, document))

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetuning.errors import ConfigError, Problem
@@ -15,10 +16,26 @@ from finetuning.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from finetuning.algorithms.algorithm import Algorithm
     from finetuning.config.sections.experiment import Experiment
+    from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.distributed import ProcessTopology
     from finetuning.plan.plan import Plan
+    from finetuning.tracking.settings import TrackingPlan
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+@dataclass(frozen=True)
+class _CheckedConfig:
+    """A config that was read, checked and planned."""
+
+    document: ConfigDocument
+    experiment: Experiment
+    algorithm: Algorithm
+    topology: ProcessTopology
+    tracking: TrackingPlan
+    plan: Plan
 
 
 def train(
@@ -32,6 +49,41 @@ def train(
         callbacks: of the trainer, in addition to those of the run.
     """
     options = parse_options(argv)
+    _check_options(options)
+    checked = _check_config(options)
+    experiment, algorithm, topology = checked.experiment, checked.algorithm, checked.topology
+    from finetuning.cli.errors import locate_errors
+    from finetuning.report.console import configure_logging
+
+    # Before the imports below: the libraries read these settings when they are imported.
+    configure_logging(options.logging_level.upper(), is_main=topology.is_main)
+    with locate_errors(checked.document):
+        if options.dry_run:
+            if topology.is_main:
+                _print_plan(checked, _look_up_modules(checked))
+            return 0
+
+        with _gc_paused():
+            from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
+            from finetuning.training.reporter import RunReporter
+            from finetuning.training.run import TrainingJob, run_training
+
+            names_checked = not _look_up_modules(checked).startswith(_NOT_LOOKED_UP)
+        check_save_model_dir(experiment)
+        reporter = RunReporter(experiment, algorithm.name, topology, checked.tracking)
+        workers = options.num_preprocess_workers
+        job = TrainingJob(
+            experiment, algorithm, checked.plan, topology, reporter, workers, callbacks, names_checked=names_checked
+        )
+        result = run_training(job)
+        if topology.is_main:
+            copy_to_save_model_dir(experiment)
+        reporter.print_result(result)
+    return 0
+
+
+def _check_config(options: argparse.Namespace) -> _CheckedConfig:
+    """Read, check and plan the config, and print its warnings."""
     from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import read_controllers, validate
@@ -42,7 +94,6 @@ def train(
     from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 
-    _check_options(options)
     algorithm = ALGORITHMS[options.method]
     document = read_document(options.config)
     if options.overrides:
@@ -60,34 +111,11 @@ def train(
     location = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
         plan = make_plan(experiment, topology, location=location)
-        if topology.is_main:
-            attention = [Problem(attention_warning, attention_location)] if attention_warning else []
-            for warning in [*validated.warnings, *attention, *(Problem(text, location) for text in plan.warnings)]:
-                print(f"warning: {warning}", file=sys.stderr)
-        if options.dry_run:
-            if topology.is_main:
-                _print_plan(experiment, plan, str(tracking))
-            return 0
-
-        from finetuning.report.console import configure_logging
-
-        # Before the imports below: the libraries read these settings when they are imported.
-        configure_logging(options.logging_level.upper(), is_main=topology.is_main)
-
-        with _gc_paused():
-            from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
-            from finetuning.training.reporter import RunReporter
-            from finetuning.training.run import TrainingJob, run_training
-
-        check_save_model_dir(experiment)
-        reporter = RunReporter(experiment, algorithm.name, topology, tracking)
-        workers = options.num_preprocess_workers
-        job = TrainingJob(experiment, algorithm, plan, topology, reporter, workers, callbacks)
-        result = run_training(job)
-        if topology.is_main:
-            copy_to_save_model_dir(experiment)
-        reporter.print_result(result)
-    return 0
+    if topology.is_main:
+        attention = [Problem(attention_warning, attention_location)] if attention_warning else []
+        batch = [Problem(text, location) for text in plan.warnings]
+        _print_warnings([*validated.warnings, *attention, *batch], document)
+    return _CheckedConfig(validated.document, experiment, algorithm, topology, tracking, plan)
 
 
 @contextmanager
@@ -112,15 +140,57 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--num-preprocess-workers {options.num_preprocess_workers}: must be at least 1")
 
 
-def _print_plan(experiment: Experiment, plan: Plan, tracking: str) -> None:
+_NOT_LOOKED_UP = "not looked up"
+
+
+def _look_up_modules(checked: _CheckedConfig) -> str:
+    """Compare the module names of a new adapter with the model, and print a warning for each that matches nothing.
+
+    torch and transformers are imported only if the headers of the checkpoint do not show that every name exists.
+
+    Returns:
+        What the adapter trains, or why that was not looked up; empty if nothing had to be looked up.
+
+    Raises:
+        ModelError: no target module exists, or PEFT rejects the adapter.
+    """
+    from finetuning.config.pretrained_config import find_pretrained_config
+    from finetuning.config.sections.model import NewPeft
+    from finetuning.plan.memory_estimate import has_adapter_modules
+
+    run_conf, peft_conf = checked.experiment.run_conf, checked.experiment.peft_conf
+    if not isinstance(peft_conf, NewPeft) or has_adapter_modules(checked.experiment):
+        return ""
+    if find_pretrained_config(run_conf.model) is None:
+        return f"{_NOT_LOOKED_UP}: the config of {run_conf.model} is not on this machine; checked after loading"
+    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+    from finetuning.model.module_summary import look_up_modules
+
+    head = SEQUENCE_CLASSIFICATION if checked.algorithm.has_score_head else CAUSAL_LM
+    lookup = look_up_modules(run_conf, peft_conf, head=head)
+    if checked.topology.is_main:
+        _print_warnings(lookup.warnings, checked.document)
+    return "; ".join(lookup.notes)
+
+
+def _print_warnings(warnings: Sequence[Problem], document: ConfigDocument) -> None:
+    from finetuning.cli.errors import locate
+
+    for warning in warnings:
+        print(f"warning: {locate(warning, document)}", file=sys.stderr)
+
+
+def _print_plan(checked: _CheckedConfig, adapter: str) -> None:
     from finetuning.data.prepared import count_training_rows
     from finetuning.plan.plan import Decision
 
+    experiment = checked.experiment
     count = count_training_rows(experiment.data_conf, unpaired=experiment.method_name == "kto")
     decisions = [
-        *plan.with_steps(experiment, count.rows).decisions,
+        *checked.plan.with_steps(experiment, count.rows).decisions,
+        *([Decision("adapter", adapter, "module names of peft_kwargs")] if adapter else []),
         Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.reason),
-        Decision("tracking", tracking, "command line over file over environment"),
+        Decision("tracking", str(checked.tracking), "command line over file over environment"),
         Decision("output", experiment.training_args.output_dir, "training_args.output_dir"),
     ]
     width = max(len(decision.name) for decision in decisions)

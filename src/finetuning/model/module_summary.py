@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuning.config.sections.model import ModelArgs, NewPeft, NoPeft, PretrainedPeft, RunConfig
-from finetuning.errors import Location, ModelError
+from finetuning.errors import Location, ModelError, Problem
 from finetuning.model.load import CAUSAL_LM, TaskHead, load_pretrained_config
 from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
@@ -67,9 +67,7 @@ def summarize_modules(
         ModelError: the model does not exist, its class is unknown, or it lacks a target module.
     """
     args = run_conf.model_args
-    token = args.token.get_secret_value() if args.token else None
-    hub_arguments = {name: getattr(args, name) for name in _HUB_ARGUMENTS}
-    source = resolve_model(run_conf.model, "model", key="run_conf.model", token=token, **hub_arguments)
+    source = _resolve(run_conf.model, args)
     model = _build_on_meta(source, args, head)
     modules = {name: module for name, module in model.named_modules() if name}
     tensor_sizes = _tensor_sizes(source)
@@ -108,6 +106,59 @@ def summarize_modules(
     )
 
 
+@dataclass(frozen=True)
+class ModuleLookup:
+    """What the module names in an adapter's config match."""
+
+    warnings: tuple[Problem, ...]
+    """One for each name that matches nothing and is ignored."""
+    notes: tuple[str, ...]
+    """What is trained."""
+
+
+def look_up_modules(run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUSAL_LM) -> ModuleLookup:
+    """Check the module names of a new adapter on the model without weights.
+
+    Raises:
+        ModelError: no target exists, PEFT rejects the adapter, or the model's class cannot be built.
+    """
+    from peft import get_peft_model
+
+    from finetuning.model.peft import adapters
+    from finetuning.model.peft.module_names import check_module_names
+
+    args = run_conf.model_args
+    args = args.model_copy(update={"local_files_only": True})
+    source = _resolve(run_conf.model, args)
+    model = _build_on_meta(source, args, head)
+    conf = _without_weight_based_init(conf)
+    config = adapters.make_peft_config(model, conf, total_steps=1, check_names=False)
+    warnings = check_module_names(model, config)
+    if adapters.peft_type_of(config) != "LORA":
+        return ModuleLookup(tuple(warnings), ())
+    targets = adapters.target_names(config)
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
+        raise adapters.rejected_by_peft(error, conf.peft_type) from error
+    parameters = sum(weight.numel() for weight in adapted.parameters())
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    notes = [f"{trained:,} of {parameters:,} parameters ({100 * trained / max(parameters, 1):.3g} %)"]
+    return ModuleLookup(tuple(warnings), (*notes, *adapters.fused_targets_note(targets, adapters.target_names(config))))
+
+
+def _resolve(model: str, args: ModelArgs) -> ModelLocation:
+    token = args.token.get_secret_value() if args.token else None
+    hub_arguments = {name: getattr(args, name) for name in _HUB_ARGUMENTS}
+    return resolve_model(model, "model", key="run_conf.model", token=token, **hub_arguments)
+
+
+def _without_weight_based_init(conf: NewPeft) -> NewPeft:
+    kwargs = {key: _WEIGHT_FREE_INIT.get(key, value) for key, value in conf.peft_kwargs.items()}
+    return conf.model_copy(update={"peft_kwargs": kwargs})
+
+
 def _build_on_meta(source: ModelLocation, args: ModelArgs, head: TaskHead) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes, no memory."""
     config, _ = load_pretrained_config(source, args)
@@ -134,8 +185,7 @@ def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, c
 
     model = _build_on_meta(source, args, head)
     module_names = {name for name, _ in model.named_modules() if name}
-    kwargs = {key: _WEIGHT_FREE_INIT.get(key, value) for key, value in conf.peft_kwargs.items()}
-    config = make_peft_config(model, conf.model_copy(update={"peft_kwargs": kwargs}), total_steps=1)
+    config = make_peft_config(model, _without_weight_based_init(conf), total_steps=1)
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)

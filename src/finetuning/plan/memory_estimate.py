@@ -8,12 +8,22 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from finetuning.config.pretrained_config import read_pretrained_config
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_MODULE_KEYS = (
+    "target_modules", "target_parameters", "modules_to_save", "exclude_modules", "feedforward_modules",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+_DIFFERENT_MODULES = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "text_config", "vision_config",
+)  # fmt: skip
+"""Fields of a model's config that mean that its modules and the tensors of its checkpoint have different names."""
 _PACKED = (".qweight", ".qzeros", ".g_idx")
 _MAX_HEADER = 100 * 2**20
 
@@ -99,6 +109,32 @@ def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
         gradients=(trainable or 0) * trainable_size,
         optimizer=(trainable or 0) * trainable_size * states,
     )
+
+
+def has_adapter_modules(experiment: Experiment) -> bool:
+    """Return whether the headers of the checkpoint show that each module in `peft_kwargs` exists.
+
+    False does not mean that one is missing: patterns, layer indices, and models whose modules differ from their tensors
+    (mixtures of experts, which transformers fuses, and multimodal models) need the model itself.
+    """
+    conf = experiment.peft_conf
+    if not isinstance(conf, NewPeft) or not any(key in conf.peft_kwargs for key in _MODULE_KEYS):
+        return True
+    requested: set[str] = set()
+    for key in _MODULE_KEYS:
+        value = conf.peft_kwargs.get(key)
+        if value is not None and key not in ("target_modules", "modules_to_save"):
+            return False
+        if isinstance(value, str) and value != "all-linear":
+            return False
+        if isinstance(value, list):
+            requested |= {str(name) for name in cast("list[object]", value)} - {"all-linear"}
+    if not (read_pretrained_config(experiment.run_conf.model) or {}).keys().isdisjoint(_DIFFERENT_MODULES):
+        return False
+    if not requested:
+        return True
+    tensors = read_shapes(Path(experiment.run_conf.model))
+    return requested <= {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in tensors}
 
 
 def _quantized_bits(experiment: Experiment) -> int | None:

@@ -55,6 +55,8 @@ class TrainingJob:
     """Processes that prepare the data."""
     callbacks: Sequence[TrainerCallback] = ()
     """Callbacks of the trainer in addition to those of the run."""
+    names_checked: bool = False
+    """Whether the module names of the adapter were compared with the model before loading."""
 
     @property
     def output_dir(self) -> Path:
@@ -104,7 +106,9 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
 
     set_seed(arguments.seed, experiment.run_conf.determinism)
     with reporter.stage("model_initialization"):
-        loaded = load_model(experiment, algorithm, tokenizer, arguments, job.topology, total_steps=plan.num_steps)
+        loaded = load_model(
+            experiment, algorithm, tokenizer, arguments, job.topology, plan.num_steps, check_names=not job.names_checked
+        )
     record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
 
     stop = StopOnSignal(job.output_dir, max_time=experiment.run_conf.max_time, end_time=read_job_end_time())

@@ -134,6 +134,7 @@ def load_model(
     arguments: TrainingArguments,
     topology: ProcessTopology,
     total_steps: int,
+    check_names: bool = True,
 ) -> LoadedModel:
     """Return the model to train.
 
@@ -161,7 +162,9 @@ def load_model(
         return load_base()[0]
 
     if algorithm.trainer_adds_adapter and isinstance(peft_conf, NewPeft):
-        config = adapters.make_peft_config(model, peft_conf, embeddings=vocabulary, total_steps=total_steps)
+        config = adapters.make_peft_config(
+            model, peft_conf, embeddings=vocabulary, total_steps=total_steps, check_names=check_names
+        )
         _check_new_tokens_are_trained(config, vocabulary, algorithm)
         layout = BatchLayout(True, f"{algorithm.name} pads its rows")
         notes.append(describe_attention(model, attention.reason))
@@ -172,6 +175,7 @@ def load_model(
         embeddings=vocabulary,
         total_steps=total_steps,
         autocast_adapter_dtype=topology.sharded_by is None,
+        check_names=check_names,
     )
     adapted_model: Any = adapted.model
     initial = adapter_digests(adapted_model) if adapted.peft_config is not None else {}

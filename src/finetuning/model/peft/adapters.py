@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -75,6 +74,7 @@ def apply_peft(
     embeddings: EmbeddingInfo | None = None,
     total_steps: int | None = None,
     autocast_adapter_dtype: bool = True,
+    check_names: bool = True,
 ) -> AdaptedModel:
     """Return the model to train, with the adapter of `conf` on it.
 
@@ -83,9 +83,10 @@ def apply_peft(
         total_steps: length of the run, for adapter types with a schedule (AdaLoRA).
         autocast_adapter_dtype: keep adapter weights in float32 on a 16-bit base. Must be off under FSDP, which shards
             weights of one dtype only.
+        check_names: warn of module names in `conf` that match nothing. Off if that was done before loading.
 
     Raises:
-        ModelError: the adapter does not fit the model, or its type, an argument or a target module does not exist.
+        ModelError: the adapter does not fit the model, or its type, an argument or every target module does not exist.
     """
     if isinstance(conf, NoPeft):
         from finetuning.model.quantization import is_quantized
@@ -101,15 +102,17 @@ def apply_peft(
         return _load_adapter(model, conf, embeddings, autocast_adapter_dtype)
     from peft import get_peft_model
 
-    config = make_peft_config(model, conf, embeddings=embeddings, total_steps=total_steps)
+    config = make_peft_config(model, conf, embeddings=embeddings, total_steps=total_steps, check_names=check_names)
+    targets = target_names(config)
     if peft_type_of(config) == "XLORA":
         # X-LoRA's first pass reads hidden states, and PEFT refuses it with a key-value cache.
         model.config.use_cache = False
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, ImportError) as error:
-        raise _rejected_by_peft(error, conf.peft_type) from error
-    return _summarize(adapted, config, adapter_digests(adapted), _notes(embeddings))
+        raise rejected_by_peft(error, conf.peft_type) from error
+    notes = [*fused_targets_note(targets, target_names(config)), *_notes(embeddings)]
+    return _summarize(adapted, config, adapter_digests(adapted), tuple(notes))
 
 
 def make_peft_config(
@@ -118,6 +121,7 @@ def make_peft_config(
     *,
     embeddings: EmbeddingInfo | None = None,
     total_steps: int | None = None,
+    check_names: bool = True,
 ) -> PeftConfig:
     """Return the PEFT config of a new adapter, checked against the model, with the rows of new tokens made trainable.
 
@@ -161,74 +165,35 @@ def make_peft_config(
     if embeddings is not None and embeddings.new_ids:
         kwargs = _train_new_tokens(model, name, config_class, kwargs, embeddings)
     try:
-        return config_class(task_type=conf.task_type, **kwargs)
+        config = config_class(task_type=conf.task_type, **kwargs)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise _rejected_by_peft(error, name) from error
+        raise rejected_by_peft(error, name) from error
+    if check_names:
+        from finetuning.model.peft.module_names import check_module_names
+
+        for problem in check_module_names(model, config):
+            logger.warning("%s", problem)
+    return config
 
 
 def _resolve_targets(
     model: PreTrainedModel, kwargs: Mapping[str, object], *, is_prompt_learning: bool
 ) -> dict[str, Any]:
-    """Return the arguments with `target_modules` as PEFT expects it, after checking that every module name exists.
+    """Return the arguments with `target_modules` as PEFT expects it.
 
     A list that contains `all-linear` means all linear layers except the output layer. PEFT expands only the plain
     string; in a list it would take `all-linear` for a module name and silently adapt only the others.
-
-    Raises:
-        ModelError: a name matches no module.
     """
     resolved = dict(kwargs)
     targets = resolved.get("target_modules")
     if isinstance(targets, (list, tuple)) and ALL_LINEAR in targets:
         resolved["target_modules"] = targets = ALL_LINEAR
-    if is_prompt_learning:
-        return resolved
-    if targets == ALL_LINEAR and getattr(model, "quantization_method", None) == "gptq":
+    if targets == ALL_LINEAR and not is_prompt_learning and getattr(model, "quantization_method", None) == "gptq":
         from finetuning.model.quantization import linear_layer_names
 
         # PEFT expands all-linear to instances of torch.nn.Linear, which GPTQ's layers are not.
         resolved["target_modules"] = linear_layer_names(model)
-    names = [name for name, _ in model.named_modules() if name]
-    for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
-        value = resolved.get(key)
-        if isinstance(value, str) and value != ALL_LINEAR and key == "target_modules":
-            _check_pattern(value, names, Location(key=f"{_KWARGS}.{key}"))
-        elif isinstance(value, (list, tuple)):
-            unmatched = [str(name) for name in value if not _has_module(str(name), names)]
-            for name in unmatched:
-                location = Location(key=f"{_KWARGS}.{key}")
-                if key != "target_modules" or len(unmatched) == len(value):
-                    raise ModelError(f"the model has no module {name!r}", location=location, hint=_suggest(name, names))
-                # PEFT ignores a name that matches nothing if another one matches.
-                logger.warning(
-                    "%s: the model has no module %r, which is ignored. %s", location, name, _suggest(name, names)
-                )
     return resolved
-
-
-def _check_pattern(pattern: str, names: Sequence[str], location: Location) -> None:
-    try:
-        matches = any(re.fullmatch(pattern, name) for name in names)
-    except re.error as error:
-        raise ModelError(f"{pattern!r} is not a valid regular expression: {error}", location=location) from None
-    if not matches:
-        example = max(names, key=lambda name: name.count("."))
-        raise ModelError(
-            f"the pattern {pattern!r} matches no module of the model",
-            location=location,
-            hint=f"It must match a whole name, such as {example}. {_suggest(pattern, names)}",
-        )
-
-
-def _has_module(module: str, names: Sequence[str]) -> bool:
-    return any(name == module or name.endswith(f".{module}") for name in names)
-
-
-def _suggest(module: str, names: Sequence[str]) -> str:
-    # Layer indices are the last part of many names.
-    suffixes = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(10_000)})
-    near = get_close_matches(module.rpartition(".")[2], suffixes, 3, 0.5)
-    return f"Did you mean {' or '.join(near)}?" if near else f"Its modules: {', '.join(suffixes)}."
 
 
 def _train_new_tokens(
@@ -340,13 +305,33 @@ def _refuse_pickle(folder: Path, location: Location) -> None:
         )
 
 
+def target_names(config: PeftConfig) -> tuple[set[str], set[str]]:
+    """Return the targeted modules and parameters of a config, as far as it lists them."""
+    modules, parameters = (getattr(config, key, None) for key in ("target_modules", "target_parameters"))
+    return set() if isinstance(modules, str) else set(modules or ()), set(parameters or ())
+
+
+def fused_targets_note(before: tuple[set[str], set[str]], after: tuple[set[str], set[str]]) -> list[str]:
+    """Return a note on the target modules that PEFT replaced by parameters in which the model has fused them.
+
+    Args:
+        before, after: names of the targeted modules and parameters before and after PEFT adapted the model.
+    """
+    modules, parameters = sorted(before[0] - after[0]), sorted(after[1] - before[1])
+    if not parameters:
+        return []
+    fused = f"{', '.join(modules)}: " if modules else ""
+    return [f"{fused}trained in the model's fused parameters {', '.join(parameters)} (mixture of experts)"]
+
+
 def _is_prompt_learning(config_class: type) -> bool:
     from peft.config import PromptLearningConfig
 
     return issubclass(config_class, PromptLearningConfig)
 
 
-def _rejected_by_peft(error: Exception, name: str) -> ModelError:
+def rejected_by_peft(error: Exception, name: str) -> ModelError:
+    """Return the error for arguments of an adapter type that PEFT does not accept."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ModelError(
         f"PEFT rejects the arguments of {name}: {' '.join(line.strip() for line in lines[:3])}",
