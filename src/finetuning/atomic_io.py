@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,9 @@ MANIFEST = "manifest.json"
 _PREFIX, _SUFFIX = ".", ".partial"
 _MIN_FREE_BYTES = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
+_SUM_BLOCK_BYTES = 2**20
+_SUM_SEGMENT_BYTES = 2**26
+_SUM_THREADS = 4
 
 
 def staging_path(target: Path) -> Path:
@@ -88,32 +92,59 @@ def update_manifest(folder: Path, names: Iterable[str]) -> None:
 
 
 def _manifest_entry(file: Path) -> dict[str, int | str]:
-    return {"bytes": file.stat().st_size, "sampled_sha256": _digest(file)}
+    size = file.stat().st_size
+    entry: dict[str, int | str] = {"bytes": size, "sampled_sha256": _digest(file)}
+    if size > _SAMPLES * _SAMPLE_BYTES:
+        entry["sums_sha256"] = hashlib.sha256(block_sums(file, 0, size)).hexdigest()
+    return entry
 
 
-def find_manifest_mismatch(folder: Path) -> str | None:
-    """Return how a folder differs from its manifest; None if it does not, or has no manifest."""
+def find_manifest_mismatch(folder: Path, patterns: Iterable[str] = ()) -> str | None:
+    """Return how a folder differs from its manifest; None if it does not.
+
+    Args:
+        patterns: files that match one of these must be listed: they are read, so an unlisted one is not trusted.
+    """
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries: object = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return f"{MANIFEST} is missing"
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
-    for name, entry in entries.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written"
-        if _digest(file) != entry["sampled_sha256"]:
-            return f"{name} is not what was written"
+    if not isinstance(entries, dict) or not entries:
+        return f"{MANIFEST} lists no files"
+    try:
+        for name, entry in entries.items():
+            if (mismatch := _entry_mismatch(folder, name, entry)) is not None:
+                return mismatch
+        read = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
+    unlisted = sorted(read - set(entries))
+    return f"{unlisted[0]} is not listed in {MANIFEST}" if unlisted else None
+
+
+def _entry_mismatch(folder: Path, name: str, entry: object) -> str | None:
+    file = folder / name
+    if not isinstance(entry, Mapping) or not isinstance(size := entry.get("bytes"), int):
+        return f"{MANIFEST} has no size of {name}"
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != size:
+        return f"{name} has {file.stat().st_size:,} bytes, {size:,} were written"
+    # Manifests of earlier versions have no sums.
+    sums = entry.get("sums_sha256")
+    if _digest(file) != entry.get("sampled_sha256") or (
+        sums is not None and hashlib.sha256(block_sums(file, 0, size)).hexdigest() != sums
+    ):
+        return f"{name} is not what was written"
     return None
 
 
 def _digest(file: Path) -> str:
     """Return the SHA-256 of a file; above 64 MiB, that of 64 chunks of 1 MiB at equal distances, including both ends.
 
-    This way a checkpoint of hundreds of gigabytes is checked in seconds. Truncated files are detected by their size.
+    This way a checkpoint of hundreds of gigabytes is hashed in seconds. `block_sums` covers the bytes in between.
     """
     size, digest = file.stat().st_size, hashlib.sha256()
     with open(file, "rb") as stream:
@@ -124,6 +155,38 @@ def _digest(file: Path) -> str:
                 stream.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def block_sums(file: Path, start: int, stop: int) -> bytes:
+    """Return the sum of each MiB of a range of bytes in a file, as little-endian 64-bit words modulo 2^64.
+
+    One changed value always changes its block's sum. Words that swap places within a MiB leave it as it is. The sums
+    take about a quarter of the time of SHA-256, which makes it affordable to read every byte of a large file.
+    """
+    segments = [(begin, min(begin + _SUM_SEGMENT_BYTES, stop)) for begin in range(start, stop, _SUM_SEGMENT_BYTES)]
+    if len(segments) <= 1:
+        return b"".join(_segment_sums(file, *segment) for segment in segments)
+    with ThreadPoolExecutor(_SUM_THREADS) as pool:
+        return b"".join(pool.map(lambda segment: _segment_sums(file, *segment), segments))
+
+
+def _segment_sums(file: Path, start: int, stop: int) -> bytes:
+    import numpy as np
+
+    buffer, sums = bytearray(_SUM_BLOCK_BYTES), bytearray()
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(start)
+        for begin in range(start, stop, _SUM_BLOCK_BYTES):
+            length = min(_SUM_BLOCK_BYTES, stop - begin)
+            filled = 0
+            with memoryview(buffer) as view:
+                while filled < length and (count := stream.readinto(view[filled:length])):
+                    filled += count
+            # The last block ends with zeros up to a whole word.
+            buffer[filled : -(-filled // 8) * 8] = bytes(-filled % 8)
+            words = np.frombuffer(buffer, "<u8", -(-filled // 8))
+            sums += int(words.sum(dtype=np.uint64)).to_bytes(8, "little")
+    return bytes(sums)
 
 
 def remove_staging_directories(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,20 +109,116 @@ def test_settings_that_touch_no_row_change_nothing(prepare: Any) -> None:
     assert packed.fingerprint != prepare().fingerprint
 
 
-@pytest.mark.parametrize("harm", ["cut", "change", "remove", "meta"])
-def test_a_damaged_entry_is_made_again(harm: str, prepare: Any, tmp_path: Path) -> None:
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def replace_by_json(file: Path) -> None:
+    file.write_text('{"inputs": [], "form": 2, "statistics": 3}')
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = [remove, truncate, empty, flip_a_bit, replace_by_json, replace_by_folder]
+ENTRY_FILES = [cache.META, MANIFEST, "train-00000-of-00001.arrow", "validation-00000-of-00001.arrow"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ENTRY_FILES)
+def test_a_damaged_entry_is_prepared_again(
+    damage: Callable[[Path], None], name: str, prepare: Any, tmp_path: Path
+) -> None:
     rows = prepare().train.to_list()
     (entry,) = entries(tmp_path)
-    file = entry / ("prepared.json" if harm == "meta" else "train-00000-of-00001.arrow")
-    data = file.read_bytes()
-    if harm == "remove":
-        file.unlink()
-    else:
-        file.write_bytes(data[:-1] if harm in ("cut", "meta") else bytes([data[0] ^ 1]) + data[1:])
+    assert sorted(file.name for file in entry.iterdir()) == sorted(ENTRY_FILES)
+    damage(entry / name)
     again = prepare()
-    assert "the entry could not be used" in again.origin
+    assert f"prepared now and cached in {entry}: the entry could not be used: " in again.origin
     assert again.train.to_list() == rows
     assert "read from the cache" in prepare().origin
+
+
+@pytest.mark.parametrize("damage", [remove, empty, flip_a_bit, replace_by_json])
+@pytest.mark.parametrize("name", ENTRY_FILES)
+def test_a_damaged_folder_of_prepared_rows_is_refused(
+    damage: Callable[[Path], None], name: str, prepare: Any, tmp_path: Path
+) -> None:
+    prepare()
+    (entry,) = entries(tmp_path)
+    damage(entry / name)
+    with pytest.raises(DataError, match=r"finetuning prepare --output"):
+        prepare(conf={"prepared": str(entry)})
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"prepared.json": null}', '{"prepared.json": {"bytes": 1}}'])
+def test_a_manifest_that_lists_too_little_is_no_proof(content: str, prepare: Any, tmp_path: Path) -> None:
+    prepare()
+    (entry,) = entries(tmp_path)
+    (entry / MANIFEST).write_text(content)
+    assert "the entry could not be used" in prepare().origin
+
+
+def test_rows_that_the_manifest_does_not_list_are_not_read(prepare: Any, tmp_path: Path) -> None:
+    rows = prepare().train.to_list()
+    (entry,) = entries(tmp_path)
+    shutil.copyfile(entry / "train-00000-of-00001.arrow", entry / "train-00001-of-00001.arrow")
+    again = prepare()
+    assert "train-00001-of-00001.arrow is not listed in manifest.json" in again.origin
+    assert again.train.to_list() == rows
+
+
+def test_an_entry_under_the_name_of_another_is_not_read(prepare: Any, tmp_path: Path) -> None:
+    prepare()
+    (first,) = entries(tmp_path)
+    prepare(max_seq_length=32)
+    (second,) = [entry for entry in entries(tmp_path) if entry != first]
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    again = prepare(max_seq_length=32)
+    assert "it holds the rows of another cache key" in again.origin
+    assert again.entry.key.rules["sft_args.max_seq_length"] == "32"
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(prepare: Any, tmp_path: Path) -> None:
+    prepare()
+    (entry,) = entries(tmp_path)
+    shutil.rmtree(entry)
+    entry.write_text("x")
+    assert "the entry could not be used" in prepare().origin
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "3",
+        '{"inputs": null}',
+        '{"inputs": {"data": 1, "template": 2, "tokenizer": 3, "rules": 4, "versions": 5}}',
+    ],
+)
+def test_a_damaged_entry_does_not_disturb_others(content: str, prepare: Any, tmp_path: Path) -> None:
+    prepare()
+    (entry,) = entries(tmp_path)
+    (entry / cache.META).write_text(content)
+    assert "prepared now" in prepare(max_seq_length=32).origin
 
 
 def rewrite_in_an_old_form(entry: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from finetuning.errors import CheckpointError
+from finetuning.training.resume.find import find_resume_point
+
 SAVED = {
     "run_conf.resume_from_checkpoint": "auto",
     "training_args.save_strategy": "steps",
@@ -84,6 +87,83 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert losses_by_step(out) == losses_by_step(finished["whole"]), (
         "the steps that were taken again are what they were"
     )
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+BYTE_DAMAGES = [remove, truncate, empty, flip_a_bit]
+
+
+def test_every_file_of_a_checkpoint_is_compared(train: Any, sft_values: Any) -> None:
+    out = train(sft_values(SAVED)).output_dir
+    checkpoint = out / "checkpoint-4"
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    assert {"manifest.json", "optimizer.pt", "rng_state.pth", "run_config.json"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        for damage in BYTE_DAMAGES:
+            damage(file)
+            skipped = find_resume_point(out, "auto")
+            assert skipped.checkpoint == out / "checkpoint-2", (file.name, damage.__name__)
+            assert len(skipped.notes) == 1 and skipped.notes[0].startswith("checkpoint-4 skipped: ")
+            with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-4: "):
+                find_resume_point(out, str(checkpoint))
+            file.write_bytes(content)
+    assert find_resume_point(out, "auto").checkpoint == checkpoint
+
+
+STOCK_FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+# A checkpoint of transformers' Trainer has no checksum of safetensors weights, and a missing random state is a warning.
+NOT_NOTICED = [("model.safetensors", flip_a_bit), ("trainer_state.json", flip_a_bit), ("rng_state.pth", remove)]
+
+
+@pytest.mark.parametrize("name", STOCK_FILES)
+def test_a_damaged_checkpoint_of_the_stock_trainer_never_ends_in_an_internal_error(
+    train: Any, sft_values: Any, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    whole = train(sft_values({**SAVED, "training_args.max_steps": 3}))
+    checkpoint = whole.output_dir / "checkpoint-2"
+    shutil.rmtree(whole.final)
+    shutil.rmtree(whole.output_dir / "checkpoint-3", ignore_errors=True)
+    for extra in ("manifest.json", "run_config.json"):
+        (checkpoint / extra).unlink()
+    (checkpoint / "training_args.bin").write_bytes(b"")
+    file = checkpoint / name
+    content = file.read_bytes()
+    values = sft_values({**SAVED, "training_args.max_steps": 3, "run_conf.resume_from_checkpoint": str(checkpoint)})
+    for number, damage in enumerate([None, *BYTE_DAMAGES]):
+        file.write_bytes(content)
+        if damage is not None:
+            damage(file)
+        values["training_args"]["output_dir"] = f"{whole.output_dir}-{number}"
+        if damage is None or (name, damage) in NOT_NOTICED:
+            try:
+                train(values)
+            except CheckpointError:
+                assert (name, damage) == ("trainer_state.json", flip_a_bit), "the bit may be one of a name"
+            assert "checkpoint-2 has no manifest.json: transformers' Trainer saved it" in capsys.readouterr().out
+            continue
+        with pytest.raises(CheckpointError) as raised:
+            train(values)
+        assert raised.value.exit_code == 1
+        # What the file is called, or what was found missing.
+        assert name.partition(".")[0] in str(raised.value) or "it has no" in str(raised.value)
 
 
 def test_a_signal_while_everything_is_set_up_ends_it_at_once(start: Any, tmp_path: Path) -> None:

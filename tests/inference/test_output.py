@@ -93,6 +93,25 @@ def test_a_journal_of_the_same_job_is_continued(tmp_path: Path) -> None:
     assert not third.path.exists()
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b"\xff\xfe", b"[]", b"3", b'{"prompt": 1}', b'{"prompt": 1, "records": 3}', b'{"prompt": [], "records": []}',
+     b'{"prompt": 1, "records": ["text"]}'],
+)  # fmt: skip
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_damaged_line_of_a_journal_ends_what_is_continued(tmp_path: Path, damaged: bytes, number: int) -> None:
+    first = RecordJournal(tmp_path / "out.yaml", "job")
+    for index in range(3):
+        first.add({index: [RECORDS[index]]})
+    first.close(remove=False)
+    lines = first.path.read_bytes().splitlines()
+    lines[number] = damaged
+    first.path.write_bytes(b"\n".join(lines))
+    second = RecordJournal(tmp_path / "out.yaml", "job")
+    assert second.records == ({0: [RECORDS[0]]} if number else {})
+    second.close(remove=True)
+
+
 def test_a_journal_of_another_job_is_discarded(tmp_path: Path) -> None:
     first = RecordJournal(tmp_path / "out.yaml", "job")
     first.add({0: [{"id": 0}]})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetuning.atomic_io import write_manifest
 from finetuning.errors import CheckpointError, StorageError
 from finetuning.training.resume.find import find_resume_point
 
@@ -71,12 +72,15 @@ def test_a_broken_newest_checkpoint_is_passed_over_with_a_note(
     assert resumed.losses == whole.losses
 
 
-def make_checkpoint(folder: Path, *, without: str = "", state: str = '{"global_step": 4}') -> Path:
+def make_checkpoint(folder: Path, *, without: str = "", state: str | None = None) -> Path:
     folder.mkdir(parents=True)
-    files = {"trainer_state.json": state, "model.safetensors": "w", "optimizer.pt": "o", "training_args.bin": "a"}
+    state = state or json.dumps({"global_step": int(folder.name.rpartition("-")[2])})
+    files = {"trainer_state.json": state, "model.safetensors": "w", "optimizer.pt": "o", "scheduler.pt": "s"}
     for name, text in files.items():
         if name != without:
             (folder / name).write_text(text)
+    if without != "manifest.json":
+        write_manifest(folder)
     return folder
 
 
@@ -99,6 +103,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
         ({"state": "{}"}, "trainer_state.json has no global_step"),
         ({"without": "model.safetensors"}, "it has no weights"),
         ({"without": "optimizer.pt"}, "it has no optimizer state"),
+        ({"without": "scheduler.pt"}, "scheduler.pt is missing"),
     ],
 )
 def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, str], reason: str) -> None:
@@ -112,11 +117,27 @@ def test_each_fault_of_a_checkpoint_is_named(tmp_path: Path, fault: dict[str, st
     assert find_resume_point(tmp_path, "auto").checkpoint == whole
 
 
-def test_what_a_removal_that_was_cut_leaves_is_no_checkpoint(tmp_path: Path) -> None:
-    remains = make_checkpoint(tmp_path / "checkpoint-4", without="training_args.bin")
-    result = find_resume_point(tmp_path, "auto")
-    assert (result.checkpoint, result.notes) == (None, ("checkpoint-4 skipped: manifest.json is missing",))
-    assert find_resume_point(tmp_path, str(remains)).checkpoint == remains
+@pytest.mark.parametrize("requested", ["auto", "path"])
+def test_a_checkpoint_without_its_manifest_is_refused(tmp_path: Path, requested: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-4", without="manifest.json")
+    if requested == "auto":
+        assert find_resume_point(tmp_path, "auto").notes == ("checkpoint-4 skipped: manifest.json is missing",)
+    else:
+        with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-4: manifest.json is missing"):
+            find_resume_point(tmp_path, str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00002.safetensors", "scaler.pt", "rng_state.pth", "run_config.json", "stream.json"]
+)
+def test_a_file_that_the_manifest_does_not_list_is_not_trusted(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-4")
+    (checkpoint / "serving.json").write_text("{}")
+    assert find_resume_point(tmp_path, "auto").checkpoint == checkpoint
+    (checkpoint / name).write_text("x")
+    assert find_resume_point(tmp_path, "auto").notes == (
+        f"checkpoint-4 skipped: {name} is not listed in manifest.json",
+    )
 
 
 def test_true_needs_a_checkpoint_and_auto_does_not(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, write
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics
-from finetuning.errors import DataError, Location, StorageError
+from finetuning.errors import DataError, Location, StorageError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -113,35 +113,52 @@ def write_entry(
 
 def read_entry(folder: Path) -> CacheEntry | str:
     """The contents of a folder, or why it cannot be used."""
-    fault = find_manifest_mismatch(folder)
-    if fault:
-        return fault
+    mismatch = find_manifest_mismatch(folder, (META, "*.arrow"))
+    if mismatch:
+        return mismatch
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{META} is missing or damaged"
-    if meta.get("form") != FORM:
-        return "it was written by another version of finetuning"
-    train, validation = (_read_tables(folder, name) for name in ("train", "validation"))
-    if train is None:
-        return "there are no training rows in it"
-    return CacheEntry(
-        train,
-        validation,
-        DatasetStatistics(
-            tuple(map(SplitStatistics.from_state_dict, meta.get("statistics") or meta["ledger"]))  # old name
-        ),
-        [_preview(row) for row in meta["preview"]],
-        CacheKey(**meta["inputs"]),
-    )
+        if meta.get("form") != FORM:
+            return "it was written by another version of finetuning"
+        train, validation = (_read_tables(folder, name) for name in ("train", "validation"))
+        if train is None:
+            return "there are no training rows in it"
+        return CacheEntry(
+            train,
+            validation,
+            DatasetStatistics(
+                tuple(map(SplitStatistics.from_state_dict, meta.get("statistics") or meta["ledger"]))  # old name
+            ),
+            [_preview(row) for row in meta["preview"]],
+            _parse_key(meta),
+        )
+    except _MALFORMED as error:
+        return f"its content is malformed: {first_line(error)}"
+
+
+_MALFORMED = (OSError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+"""What reading JSON and Arrow files of another form raises; pyarrow's errors are among them."""
 
 
 def cache_key_of(folder: Path) -> CacheKey | None:
     """The cache key of a folder; None if it cannot be read."""
     try:
-        return CacheKey(**json.loads((folder / META).read_text(encoding="utf-8"))["inputs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _parse_key(json.loads((folder / META).read_text(encoding="utf-8")))
+    except _MALFORMED:
         return None
+
+
+def _parse_key(meta: Mapping[str, Any]) -> CacheKey:
+    """The cache key in the content of `prepared.json`.
+
+    Raises:
+        TypeError, ValueError, LookupError: it has another form.
+    """
+    key = CacheKey(**meta["inputs"])
+    sections: tuple[Mapping[str, object], ...] = (key.data, key.rules, key.versions)
+    if not all(isinstance(text, str) for section in sections for text in section.values()):
+        raise ValueError(f"{META} has a cache key of another form")
+    return key
 
 
 def _write_table(path: Path, dataset: datasets.Dataset) -> None:
@@ -198,12 +215,17 @@ def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock"):
-            entry = read_entry(path) if path.is_dir() else "no entry"
+            entry = read_entry(path) if path.exists() else "no entry"
+            if isinstance(entry, CacheEntry) and digest_of(entry.key) != name:
+                entry = "it holds the rows of another cache key"
             if isinstance(entry, CacheEntry):
                 os.utime(path / META)
                 return CacheResult(entry, f"read from the cache: same data, template, tokenizer and rules ({path})")
             reason = _why_prepared(folder, key) if entry == "no entry" else f"the entry could not be used: {entry}"
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
             prepare(path)
             entry = read_entry(path)
     except OSError as error:

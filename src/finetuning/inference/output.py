@@ -121,21 +121,21 @@ class RecordJournal:
 
     def _read(self, fingerprint: str) -> dict[int, list[Record]]:
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return {}
         records_by_prompt: dict[int, list[Record]] = {}
         for number, text in enumerate(lines):
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
-                # The last line is incomplete if the run was killed while it wrote it.
-                break
-            if number == 0:
-                if line.get("fingerprint") != fingerprint:
+                if number > 0:
+                    records_by_prompt[int(line["prompt"])] = [dict(record) for record in line["records"]]
+                elif line["fingerprint"] != fingerprint:
                     return {}
-            else:
-                records_by_prompt[line["prompt"]] = line["records"]
+            except (ValueError, TypeError, LookupError):
+                # The last line is incomplete if the run was killed while it wrote it. After a damaged one, the rest is
+                # generated again.
+                break
         return records_by_prompt
 
     def add(self, done: Mapping[int, list[Record]]) -> None:

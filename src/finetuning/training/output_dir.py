@@ -211,7 +211,7 @@ def _changes(experiment: Experiment, resolved_config: Path) -> list[str]:
     try:
         before = _flatten(read_document(resolved_config).values)
     except (OSError, ConfigError):
-        return []
+        return [f"{resolved_config.name} cannot be read"]
     now = _flatten(dump_values(experiment))
     return [
         f"{key} was {before.get(key)}, is {now.get(key)}"

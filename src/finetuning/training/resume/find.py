@@ -1,16 +1,17 @@
-"""Find the checkpoint that a run resumes from."""
+"""Find the checkpoint that a run resumes from, and verify it."""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.atomic_io import MANIFEST, find_manifest_mismatch
-from finetuning.errors import CheckpointError, Location
+from finetuning.errors import CheckpointError, Location, ModelError
 
 _KEY = "run_conf.resume_from_checkpoint"
-_STATE, _OPTIMIZER = "trainer_state.json", ("optimizer.pt", "optimizer.bin")
+_STATE, _SCHEDULE, _OPTIMIZER = "trainer_state.json", "scheduler.pt", ("optimizer.pt", "optimizer.bin")
 # Every stock Trainer writes it. Ours removes it, and writes a manifest instead.
 _STOCK_TRAINER_FILE = "training_args.bin"
 _WEIGHTS = (
@@ -21,6 +22,10 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
     "adapter_model.bin",
 )
+_READ_ON_RESUME = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", _STATE, "run_config.json", "stream.json",
+    "reference/*.safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,12 @@ class ResumePoint:
     notes: tuple[str, ...] = ()
 
 
-def find_resume_point(output_dir: Path, requested: bool | str) -> ResumePoint:
+def find_resume_point(output_dir: Path, requested: bool | str, *, compares_content: bool = True) -> ResumePoint:
     """Return the newest valid checkpoint of an output directory, or the requested one.
 
     Args:
         requested: `run_conf.resume_from_checkpoint`: false, true, auto, or a path.
+        compares_content: whether to compare the content of the files with the manifest. One process of a run does.
 
     Raises:
         CheckpointError: the requested checkpoint does not exist or is invalid.
@@ -45,14 +51,14 @@ def find_resume_point(output_dir: Path, requested: bool | str) -> ResumePoint:
         return ResumePoint(None)
     if mode not in ("auto", "true"):
         path = Path(str(requested))
-        if problem := _problem(path):
+        if problem := _problem(path, compares_content):
             raise CheckpointError(f"cannot resume from {path}: {problem}", location=Location(key=_KEY))
-        return ResumePoint(path)
-    notes = []
+        return ResumePoint(path, _notes(path))
+    notes: list[str] = []
     for checkpoint in checkpoints_of(output_dir):
-        problem = _problem(checkpoint) or _interrupted_removal(checkpoint)
+        problem = _problem(checkpoint, compares_content)
         if problem is None:
-            return ResumePoint(checkpoint, tuple(notes))
+            return ResumePoint(checkpoint, (*notes, *_notes(checkpoint)))
         notes.append(f"{checkpoint.name} skipped: {problem}")
     if mode == "true":
         skipped = f" ({'; '.join(notes)})" if notes else ""
@@ -69,18 +75,12 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
     numbered = [
         (int(path.name.rpartition("-")[2]), path)
         for path in output_dir.glob("checkpoint-*")
-        if path.is_dir() and path.name.rpartition("-")[2].isdigit()
+        if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def _interrupted_removal(checkpoint: Path) -> str | None:
-    """Return why a folder looks as if its removal was interrupted; None when it does not."""
-    names = {path.name for path in checkpoint.iterdir()}
-    return None if names & {MANIFEST, _STOCK_TRAINER_FILE} else f"{MANIFEST} is missing"
-
-
-def _problem(checkpoint: Path) -> str | None:
+def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     """Return why a folder cannot be resumed from; None when it can."""
     if not checkpoint.is_dir():
         return "no such folder"
@@ -88,9 +88,11 @@ def _problem(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{_STATE} is missing"
+    except OSError as error:
+        return f"{_STATE} cannot be read: {error.strerror}"
     except ValueError:
         return f"{_STATE} is truncated"
-    if not isinstance(state, dict) or "global_step" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
         return f"{_STATE} has no global_step"
     names = {path.name for path in checkpoint.iterdir()}
     sharded = any(name.startswith(("global_step", "pytorch_model_fsdp", "optimizer_")) for name in names)
@@ -98,4 +100,63 @@ def _problem(checkpoint: Path) -> str | None:
         return "it has no weights"
     if not sharded and not names & set(_OPTIMIZER):
         return "it has no optimizer state (saved with save_only_model)"
-    return find_manifest_mismatch(checkpoint)
+    if not sharded and _SCHEDULE not in names:
+        # Without it transformers loads neither the schedule nor the optimizer, and goes on.
+        return f"{_SCHEDULE} is missing"
+    if _is_from_stock_trainer(checkpoint):
+        return _stock_problem(checkpoint, state["global_step"]) if compares_content else None
+    if MANIFEST not in names:
+        # An interrupted copy or removal leaves such a folder.
+        return f"{MANIFEST} is missing"
+    return find_manifest_mismatch(checkpoint, _READ_ON_RESUME) if compares_content else None
+
+
+def _is_from_stock_trainer(checkpoint: Path) -> bool:
+    """Return whether transformers' own Trainer saved the checkpoint: it never had a manifest."""
+    return not (checkpoint / MANIFEST).exists() and (checkpoint / _STOCK_TRAINER_FILE).is_file()
+
+
+def _notes(checkpoint: Path) -> tuple[str, ...]:
+    if not _is_from_stock_trainer(checkpoint):
+        return ()
+    return (
+        f"{checkpoint.name} has no {MANIFEST}: transformers' Trainer saved it. The checksums of optimizer, schedule and"
+        " random states were verified; of safetensors weights only names, shapes and sizes",
+    )
+
+
+def _stock_problem(checkpoint: Path, global_step: int) -> str | None:
+    """Return what is wrong with a checkpoint that has no manifest, as far as its files show it themselves."""
+    from transformers import TrainerState
+
+    from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, read_header, read_model_headers
+
+    step = checkpoint.name.rpartition("-")[2]
+    if step.isdecimal() and int(step) != global_step:
+        return f"{_STATE} is of step {global_step}"
+    try:
+        TrainerState.load_from_json(str(checkpoint / _STATE))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        return f"{_STATE} is not the state of a trainer: {error}"
+    try:
+        if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            read_model_headers(checkpoint)
+        for file in checkpoint.glob("*.safetensors"):
+            read_header(file)
+    except ModelError as error:
+        return str(error)
+    for pattern in ("*.pt", "*.pth", "*.bin"):
+        for file in sorted(checkpoint.glob(pattern)):
+            if file.name != _STOCK_TRAINER_FILE and (problem := _archive_problem(file)) is not None:
+                return problem
+    return None
+
+
+def _archive_problem(file: Path) -> str | None:
+    """Return what is wrong with a file of torch.save, whose zip archive has a checksum of each tensor."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+        return f"{file.name} is damaged: {error}"
+    return None if damaged is None else f"{file.name} is damaged: {damaged} has another checksum"
