@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from adapter_types import LORA_KINDS, LORA_OF_GPT2
 
+from finetuning.errors import GuardStopped
 from finetuning.export.merge.merge import MergeResult, merge_adapters
 
 
@@ -16,6 +18,12 @@ def lora(**arguments: Any) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", **arguments)
+
+
+def loha() -> Any:
+    from peft import LoHaConfig
+
+    return LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -185,11 +193,58 @@ def test_a_grown_vocabulary(
         assert model.get_output_embeddings().weight.shape[0] == model.get_input_embeddings().weight.shape[0] == rows
 
 
-def test_an_adapter_lost_to_rounding_is_a_warning(
-    tiny_llama_dir: Path, copy_in_dtype: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+LOST = r"rounding to the base's dtype loses what the adapter changes: of [\d,]+ changed .* \([\d.]+%\) still differ"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("kind", ["streamed", "by PEFT"])
+def test_an_adapter_lost_to_rounding_is_refused(
+    tiny_llama_dir: Path,
+    copy_in_dtype: Callable[..., Path],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    verify: bool,
 ) -> None:
     base = copy_in_dtype(tiny_llama_dir, "bfloat16")
-    adapter = make_adapter(base, lora(**LORA_KINDS["plain"]), tmp_path / "adapter", scale=1e-6)
+    config = lora(**LORA_KINDS["plain"]) if kind == "streamed" else loha()
+    adapter = make_adapter(base, config, tmp_path / "adapter", scale=1e-6)
+    with pytest.raises(GuardStopped, match=LOST):
+        merge(base, [adapter], tmp_path / "out", verify=verify)
+    assert not (tmp_path / "out").exists()
     logged: list[str] = []
-    merge(base, [adapter], tmp_path / "out", log=logged.append)
-    assert any("rounding to bfloat16 loses" in line for line in logged)
+    result = merge(base, [adapter], tmp_path / "out", verify=verify, force=True, log=logged.append)
+    assert result.streamed == (kind == "streamed")
+    assert any(re.search(LOST, line) for line in logged)
+    if verify:
+        assert result.verification.surviving_share < 0.5
+        assert any("rounding to bfloat16 loses" in line for line in logged)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "by PEFT"])
+@pytest.mark.parametrize("scale", [0.05, 0.003])
+def test_the_share_of_changes_that_survive_rounding_is_recorded(
+    tiny_llama_dir: Path,
+    copy_in_dtype: Callable[..., Path],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    scale: float,
+) -> None:
+    base = copy_in_dtype(tiny_llama_dir, "bfloat16")
+    config = loha() if kind == "by PEFT" else lora(**LORA_KINDS[kind])
+    adapter = make_adapter(base, config, tmp_path / "adapter", scale=scale)
+    exact = copy_in_dtype(base, "float32")
+    share = merge(base, [adapter], tmp_path / "out", force=True).verification.surviving_share
+    merge(exact, [adapter], tmp_path / "exact", force=True)
+    before, rounded, changed = tensors(base), tensors(tmp_path / "out"), tensors(tmp_path / "exact")
+    num_changed = sum(int((changed[name] != before[name].float()).sum()) for name in before)
+    num_surviving = sum(int((rounded[name] != before[name]).sum()) for name in before)
+    assert share == pytest.approx(num_surviving / num_changed, abs=0.01)
+
+
+def test_a_float32_merge_is_not_counted(
+    tiny_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(**LORA_KINDS["plain"]), tmp_path / "adapter")
+    assert merge(tiny_llama_dir, [adapter], tmp_path / "out").verification.surviving_share is None

@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="merge even if the base model differs from that of training, or has layers without adapter weights",
+        help="merge even if the base model differs from that of training, has layers without adapter weights, or rounds"
+        " off most of what the adapter changes",
     )
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickled (.bin) weights, which can execute arbitrary code"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import ModelError
+from finetuning.model.fingerprint import check_adapter_fingerprint
 from finetuning.model.resolve import RepoKind, resolve_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_header, read_model_headers
 
@@ -26,6 +27,8 @@ class Adapter:
     entries: Mapping[str, TensorEntry]
     """Tensors by their names in the file; empty if the weights are pickled."""
     pickled: bool = False
+    has_fingerprint: bool = False
+    """Whether weights and config were compared with the fingerprint that was written when they were saved."""
 
     @property
     def peft_type(self) -> str:
@@ -81,7 +84,7 @@ def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:
         allow_pickle: whether pickled weights are accepted; None for commands without the option --allow-pickle.
 
     Raises:
-        ModelError: it is missing or damaged, or pickled although that is not allowed.
+        ModelError: it is missing or damaged, differs from its fingerprint, or is pickled although that is not allowed.
     """
     folder = resolve_folder(name, "adapter")
     config = read_json(folder / ADAPTER_CONFIG)
@@ -92,7 +95,7 @@ def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:
         # X-LoRA saves its weights under other file names.
         if not entries and str(config["peft_type"]).upper() != "XLORA":
             raise ModelError(f"{folder / ADAPTER_WEIGHTS} contains no tensors: the adapter was not saved completely")
-        return Adapter(folder, config, entries)
+        return Adapter(folder, config, entries, has_fingerprint=check_adapter_fingerprint(folder))
     pickle = next((folder / name for name in PICKLED_ADAPTER if (folder / name).is_file()), None)
     if pickle is None:
         raise ModelError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")

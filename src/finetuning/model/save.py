@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from finetuning.atomic_io import atomic_directory
 from finetuning.errors import StorageError
 from finetuning.model.embeddings import EmbeddingInfo, input_weight
-from finetuning.model.fingerprint import Fingerprint, write_fingerprint
-from finetuning.model.safetensors_io import UNTRAINED_TOKENS_FILE, read_model_headers
+from finetuning.model.fingerprint import Fingerprint, write_adapter_fingerprint, write_fingerprint
+from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, UNTRAINED_TOKENS_FILE, read_model_headers
 from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, fix_sampling_config, save_tokenizer
 
 if TYPE_CHECKING:
@@ -79,13 +79,15 @@ def write_companion_files(
     """Write what belongs to the weights of a checkpoint or a final model into their folder.
 
     That is the tokenizer with its chat template, the stop tokens in every config, and for an adapter what identifies
-    its base model and its new tokens.
+    its base model, its own tensors and its new tokens.
     """
     save_tokenizer(tokenizer, folder, stop_tokens)
     if stop_tokens is not None:
         stop_tokens.write_configs(folder)
     if base_fingerprint is not None:
         write_fingerprint(base_fingerprint, folder)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        write_adapter_fingerprint(folder)
     if embeddings is not None:
         embeddings.write_added_tokens_info(folder)
 

@@ -38,6 +38,7 @@ from finetuning.training.signals import StopOnSignal
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
+    from finetuning.model.fingerprint import Fingerprint
     from finetuning.training.reporter import RunReporter
 
 
@@ -90,7 +91,9 @@ def run_training(job: TrainingJob) -> RunResult:
 def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     experiment, algorithm, reporter = job.experiment, job.algorithm, job.reporter
     check_device(experiment)
-    resume = find_resume_point(job.output_dir, experiment.run_conf.resume_from_checkpoint)
+    resume = find_resume_point(
+        job.output_dir, experiment.run_conf.resume_from_checkpoint, compares_content=job.topology.is_main
+    )
     reporter.run_started(resume)
     tokenizer = load_tokenizer(experiment)
     reporter.tokenizer_loaded(tokenizer)
@@ -102,12 +105,20 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     arguments = build_arguments(experiment, plan)
     reporter.planned(plan, arguments)
     resume = _sync_resume_point(job, resume)
-    resume_terms = compare_with_checkpoint(experiment, plan, data.fingerprint, resume.checkpoint)
+    base = _base_fingerprint(job)
+    resume_terms = compare_with_checkpoint(experiment, plan, data.fingerprint, base, resume.checkpoint)
 
     set_seed(arguments.seed, experiment.run_conf.determinism)
     with reporter.stage("model_initialization"):
         loaded = load_model(
-            experiment, algorithm, tokenizer, arguments, job.topology, plan.num_steps, check_names=not job.names_checked
+            experiment,
+            algorithm,
+            tokenizer,
+            arguments,
+            job.topology,
+            plan.num_steps,
+            check_names=not job.names_checked,
+            fingerprint=base,
         )
     record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
 
@@ -134,6 +145,25 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     return RunResult(
         "completed", final, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
     )
+
+
+def _base_fingerprint(job: TrainingJob) -> Fingerprint | None:
+    """Return the fingerprint of the model in `run_conf.model`; None when it cannot be taken.
+
+    One process reads the weights.
+    """
+    from finetuning.model.fingerprint import can_fingerprint, compute_fingerprint
+
+    folder = Path(job.experiment.run_conf.model)
+
+    def compute() -> Fingerprint | None:
+        return compute_fingerprint(folder) if can_fingerprint(folder) else None
+
+    if not job.topology.is_distributed:
+        return compute()
+    from finetuning.training.process_sync import broadcast_from_main
+
+    return broadcast_from_main(compute)
 
 
 def _sync_resume_point(job: TrainingJob, resume: ResumePoint) -> ResumePoint:

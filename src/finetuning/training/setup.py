@@ -135,10 +135,14 @@ def load_model(
     topology: ProcessTopology,
     total_steps: int,
     check_names: bool = True,
+    fingerprint: Fingerprint | None = None,
 ) -> LoadedModel:
     """Return the model to train.
 
     When the vocabulary grows under an adapter, the resized base model is saved first: the adapter belongs to it.
+
+    Args:
+        fingerprint: that of the model in `run_conf.model`.
     """
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import adapter_digests
@@ -153,7 +157,8 @@ def load_model(
     load_base = partial(_load_base_model, experiment, algorithm, tokenizer, topology, dtype)
     model, vocabulary = load_base()
     notes = _save_resized_base(experiment, model, tokenizer, vocabulary, topology)
-    fingerprint = _fingerprint(model)
+    if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
+        fingerprint = _fingerprint(model)
     attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
     if not isinstance(peft_conf, NoPeft):
         model = _prepare_quantized(model, arguments, topology)

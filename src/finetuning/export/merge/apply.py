@@ -10,6 +10,7 @@ tuners/trainable_tokens/layer.py (merge). tests/export/test_merge.py compares th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +37,34 @@ _BLOCK_ELEMENTS = 1 << 19
 # BLAS kernels sum in an order that depends on the position of a row within a tile of 16 to 64 rows. Blocks that start
 # at a multiple of all of these (192) get the same bits as one product of the whole matrix.
 _TILE_ROWS = 192
+# Counting takes as long as adding: a quarter of the blocks is a large enough sample.
+_COUNTED_EVERY = 4
+
+
+@dataclass
+class ChangedElements:
+    """How many elements of the base an adapter changes, and how many still differ after rounding to its dtype.
+
+    Counted in a quarter of the blocks of large tensors.
+    """
+
+    changed: int = 0
+    surviving: int = 0
+
+    @property
+    def surviving_share(self) -> float | None:
+        """The share that survives rounding; None where no element was counted."""
+        return self.surviving / self.changed if self.changed else None
+
+    def count(self, changed: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a block of elements: whether each changes before rounding, and its value before and after the merge."""
+        self.changed += int(torch.count_nonzero(changed))
+        self.surviving += int(torch.count_nonzero(before != after))
+
+
+def is_rounded(dtype: torch.dtype) -> bool:
+    """Whether a merge into this dtype rounds off much: in float32, only changes of a ten-millionth are lost."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,12 +85,19 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def apply_deltas(name: str, weight: torch.Tensor, deltas: Sequence[WeightDelta]) -> torch.Tensor:
+def apply_deltas(
+    name: str, weight: torch.Tensor, deltas: Sequence[WeightDelta], elements: ChangedElements | None = None
+) -> torch.Tensor:
     """Return the tensor with the deltas applied in order; `weight` is changed in place if its shape stays.
+
+    Args:
+        elements: counts what rounding loses of low-rank updates, if the tensor's dtype rounds off much.
 
     Raises:
         ModelError: the result is not finite.
     """
+    if not is_rounded(weight.dtype):
+        elements = None
     for delta in deltas:
         if isinstance(delta, ReplaceWeight):
             weight = load_tensor(delta.value).to(weight.dtype)
@@ -70,28 +106,41 @@ def apply_deltas(name: str, weight: torch.Tensor, deltas: Sequence[WeightDelta])
         elif isinstance(delta, BiasUpdate):
             weight = (weight + _load_upcast(delta.value) * delta.scaling).to(weight.dtype)
         elif delta.magnitude is not None:
+            before = weight.clone() if elements is not None else weight
             _add_dora(weight, delta)
+            if elements is not None:
+                # DoRA rescales whole rows, which changes every element.
+                elements.count(torch.ones_like(weight, dtype=torch.bool), before, weight)
         else:
-            _add_lora(weight, delta)
+            _add_lora(weight, delta, elements)
         _check_finite(name, weight)
     return weight
 
 
-def _add_lora(weight_OI: torch.Tensor, update: LowRankUpdate) -> None:
+def _add_lora(weight_OI: torch.Tensor, update: LowRankUpdate, elements: ChangedElements | None) -> None:
     a_rI, b_Or = _load_upcast(update.a), _load_upcast(update.b)
     if update.transposed:
         # The weight is (I, O) here. The product is computed as PEFT does, then transposed, to get the same bits.
         delta_IO = torch.mm(b_Or, a_rI).mul_(update.scaling).t()
-        for rows in _blocks(weight_OI):
-            weight_OI[rows].add_(delta_IO[rows].to(weight_OI.dtype))
+        for index, rows in enumerate(_blocks(weight_OI)):
+            _add_block(weight_OI[rows], delta_IO[rows], elements if index % _COUNTED_EVERY == 0 else None)
         return
     scratch: torch.Tensor | None = None
-    for rows in _blocks(weight_OI):
+    for index, rows in enumerate(_blocks(weight_OI)):
         b_block = b_Or[rows]
         if scratch is None or len(scratch) != len(b_block):
             scratch = torch.empty(len(b_block), a_rI.shape[1])
         torch.mm(b_block, a_rI, out=scratch).mul_(update.scaling)
-        weight_OI[rows].add_(scratch.to(weight_OI.dtype))
+        _add_block(weight_OI[rows], scratch, elements if index % _COUNTED_EVERY == 0 else None)
+
+
+def _add_block(weight: torch.Tensor, delta: torch.Tensor, elements: ChangedElements | None) -> None:
+    if elements is None:
+        weight.add_(delta.to(weight.dtype))
+        return
+    before = weight.clone()
+    weight.add_(delta.to(weight.dtype))
+    elements.count(delta, before, weight)
 
 
 def _add_dora(weight: torch.Tensor, update: LowRankUpdate) -> None:

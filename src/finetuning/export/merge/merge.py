@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.atomic_io import atomic_directory, require_empty
-from finetuning.errors import ModelError
+from finetuning.errors import GuardStopped, ModelError
 from finetuning.export.auxiliary_files import select_tokenizer_folder, write_auxiliary_files
 from finetuning.export.inputs import Adapter, BaseModel, read_adapter, read_base, resolve_folder
+from finetuning.export.merge.apply import ChangedElements
 from finetuning.export.merge.deltas import NeedsPeft
 from finetuning.export.merge.merge_plan import MergePlan, plan_merge
 from finetuning.export.merge.shard_stream import Progress, write_merged
@@ -27,6 +28,7 @@ from finetuning.model.stop_tokens import copy_ids_to_model_config
 
 _SMALL_FILES_BYTES = 64 << 20
 _MAX_ROUNDING_LOSS = 0.5
+_MIN_SURVIVING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,16 @@ def merge_adapters(
         tokenizer: tokenizer to save with the model; by default the last adapter's, or else the base's.
         device_map: where models are loaded, for verification and for merges by PEFT.
         verify: compare the merged model with base and adapters before it is published.
-        force: merge even if the base is not the recorded one, or the adapter leaves out layers.
+        force: merge even if the base is not the recorded one, the adapter leaves out layers, or rounding loses most of
+            what it changes.
         log: called with each note and warning.
         progress: called with the bytes written and the total.
 
     Raises:
         ModelError: the base or an adapter is missing, damaged, of an unsupported kind, or they do not fit together.
         StorageError: `out` is not empty, or the disk is full; nothing is left behind.
-        GuardStopped: the merged model differs from base and adapters; nothing is left behind.
+        GuardStopped: the merged model differs from base and adapters, or rounding loses most of what the adapters
+            change; nothing is left behind.
     """
     require_empty(out)
     base = read_base(base_name, allow_pickle=allow_pickle)
@@ -90,11 +94,18 @@ def merge_adapters(
     tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
     verification = None
     with atomic_directory(out) as folder:
-        num_rows = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, log, progress)
+        num_rows, elements = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, log, progress)
+        _check_surviving_share(elements, force, log)
         if verify:
             log("verifying the merged model against base and adapter")
             verification = verify_merge(
-                base, adapters, folder, device_map=device_map, base_fingerprint=base_fingerprint, num_rows=num_rows
+                base,
+                adapters,
+                folder,
+                device_map=device_map,
+                base_fingerprint=base_fingerprint,
+                surviving_share=elements.surviving_share,
+                num_rows=num_rows,
             )
             _warn_of_rounding_loss(verification, log)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -110,23 +121,45 @@ def _write_model(
     device_map: DeviceMap,
     log: Callable[[str], None],
     progress: Progress | None,
-) -> int | None:
-    """Write weights and auxiliary files into `folder`; return the rows of the input embeddings if they are known."""
+) -> tuple[int | None, ChangedElements]:
+    """Write weights and auxiliary files into `folder`.
+
+    Returns:
+        The rows of the input embeddings if they are known; how many changed elements survive rounding.
+    """
     changes: Mapping[str, int] | None = None
     folders = [adapter.folder for adapter in adapters]
     tokenizer = select_tokenizer_folder(tokenizer, folders, base.folder)
     if isinstance(plan, MergePlan):
-        write_merged(base, plan, folder, progress)
+        elements = write_merged(base, plan, folder, progress)
         changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
     else:
-        num_rows = merge_with_peft(base, adapters, folder, tokenizer, device_map)
+        num_rows, elements = merge_with_peft(base, adapters, folder, tokenizer, device_map)
     write_auxiliary_files(folder, base, folders, tokenizer, changes, num_rows)
     repair = find_stop_token_repair(folders[-1], read_generation_config(base.folder))
     if repair is not None:
         log(f"note: {repair.note}")
         repair.write(folder, tokenizer=tokenizer == folders[-1])
     copy_ids_to_model_config(folder)
-    return num_rows
+    return num_rows, elements
+
+
+def _check_surviving_share(elements: ChangedElements, force: bool, log: Callable[[str], None]) -> None:
+    """Raise GuardStopped if most changes are smaller than what the base's dtype resolves, unless `force` is set."""
+    share = elements.surviving_share
+    if share is None or share >= _MIN_SURVIVING_SHARE:
+        return
+    message = (
+        f"rounding to the base's dtype loses what the adapter changes: of {elements.changed:,} changed elements that"
+        f" were counted, {elements.surviving:,} ({share:.1%}) still differ from the base after rounding"
+    )
+    if not force:
+        raise GuardStopped(
+            f"{message}.",
+            hint="Nothing was published. Serve the adapter unmerged, merge into a copy of the base in float32, or merge"
+            " anyway with --force.",
+        )
+    log(f"warning: {message}")
 
 
 def _warn_of_rounding_loss(verification: MergeVerification, log: Callable[[str], None]) -> None:

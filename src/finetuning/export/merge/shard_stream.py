@@ -21,7 +21,7 @@ import torch
 
 from finetuning.atomic_io import fsync
 from finetuning.export.inputs import BaseModel
-from finetuning.export.merge.apply import DTYPES, apply_deltas, load_tensor, raw_bytes
+from finetuning.export.merge.apply import DTYPES, ChangedElements, apply_deltas, load_tensor, raw_bytes
 from finetuning.export.merge.deltas import WeightDelta
 from finetuning.export.merge.merge_plan import MergePlan
 from finetuning.export.safetensors_writer import OutputTensor, copied_tensor, read_metadata, write_tensor_file
@@ -37,8 +37,12 @@ MergeTask = tuple[str, TensorEntry, tuple[WeightDelta, ...]]
 """A tensor that changes: its name, the base's tensor, and the deltas to apply."""
 
 
-def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progress | None = None) -> int:
-    """Write the merged weights into `folder`, with the base's shards and names; return their size in bytes."""
+def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progress | None = None) -> ChangedElements:
+    """Write the merged weights into `folder`, with the base's shards and names.
+
+    Returns:
+        How many elements the adapters change, and how many of the changes survive rounding.
+    """
     by_file: dict[Path, Tensors] = {}
     for name, entry in sorted(base.entries.items(), key=lambda item: (item[1].file, item[1].start)):
         tensors = by_file.setdefault(entry.file, [])
@@ -69,13 +73,14 @@ def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progr
             # Raises what went wrong in the thread.
             future.result()
     _write_index(base, by_file, total, folder)
-    return total
+    return prefetcher.elements
 
 
 class _Prefetcher:
     """Compute changed tensors in the order they are written, one ahead of the writer."""
 
     def __init__(self, tasks: Sequence[MergeTask], worker: ThreadPoolExecutor):
+        self.elements = ChangedElements()
         self._tasks = iter(tasks)
         self._worker = worker
         largest = max((entry.num_bytes for _, entry, _ in tasks), default=0)
@@ -91,11 +96,13 @@ class _Prefetcher:
 
     def _start(self) -> Future[memoryview] | None:
         task = next(self._tasks, None)
-        return None if task is None else self._worker.submit(_compute, *task, next(self._memory))
+        return None if task is None else self._worker.submit(_compute, *task, next(self._memory), self.elements)
 
 
-def _compute(name: str, entry: TensorEntry, deltas: tuple[WeightDelta, ...], memory: torch.Tensor) -> memoryview:
-    return raw_bytes(apply_deltas(name, load_tensor(entry, memory), deltas))
+def _compute(
+    name: str, entry: TensorEntry, deltas: tuple[WeightDelta, ...], memory: torch.Tensor, elements: ChangedElements
+) -> memoryview:
+    return raw_bytes(apply_deltas(name, load_tensor(entry, memory), deltas, elements))
 
 
 def _output(name: str, entry: TensorEntry, plan: MergePlan, prefetcher: _Prefetcher) -> OutputTensor:

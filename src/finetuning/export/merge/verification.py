@@ -88,6 +88,8 @@ class MergeVerification:
     max_allowed: dict[str, float]
     problems: tuple[str, ...]
     base_fingerprint: str
+    surviving_share: float | None = None
+    """The share of the elements changed by the adapter that survive rounding; None where they were not counted."""
 
     @property
     def rounding_loss(self) -> float:
@@ -109,11 +111,13 @@ def verify_merge(
     *,
     device_map: DeviceMap = None,
     base_fingerprint: str = "not recorded at training",
+    surviving_share: float | None = None,
     num_rows: int | None = None,
 ) -> MergeVerification:
     """Compare the model in `merged` with base and adapters, and write the result there as merge_verification.json.
 
     Args:
+        surviving_share: the share of the elements changed by the adapters that survive rounding, to record.
         num_rows: rows of the merged input embeddings, if they are known; an adapter may have resized them.
 
     Raises:
@@ -147,6 +151,7 @@ def verify_merge(
         spread,
         reference,
         base_fingerprint,
+        surviving_share,
     )
     (merged / VERIFICATION_FILE).write_text(json.dumps(asdict(verification), indent=2) + "\n", encoding="utf-8")
     if not verification.passed:
@@ -282,6 +287,7 @@ def _check_tolerances(
     spread: float,
     reference: Sequence[torch.Tensor],
     base_fingerprint: str,
+    surviving_share: float | None,
 ) -> MergeVerification:
     tolerance = logit_tolerance(dtype, layers)
     largest = max((logits - logits.mean(-1, keepdim=True)).abs().max().item() for logits in reference)
@@ -308,4 +314,5 @@ def _check_tolerances(
         max_allowed=allowed,
         problems=tuple(problems),
         base_fingerprint=base_fingerprint,
+        surviving_share=surviving_share,
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import ConfigError, ModelError
 from finetuning.export.inputs import Adapter, BaseModel
+from finetuning.export.merge.apply import ChangedElements, is_rounded
 from finetuning.export.merge.deltas import unwrapped_name
 from finetuning.export.merge.merge_plan import is_embedding_weight
 from finetuning.model.peft.adapter_files import check_mergeable, unmergeable
@@ -128,8 +129,13 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     return adapted.eval()
 
 
-def merge_in_memory(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PreTrainedModel:
+def merge_in_memory(
+    model: PreTrainedModel, adapters: Sequence[Adapter], elements: ChangedElements | None = None
+) -> PreTrainedModel:
     """Return the model with all adapters merged, one after the other.
+
+    Args:
+        elements: counts what rounding loses.
 
     Raises:
         ModelError: an adapter does not fit or cannot be merged.
@@ -137,10 +143,35 @@ def merge_in_memory(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PreT
     for adapter in adapters:
         adapted = load_adapter(model, adapter)
         try:
+            if elements is not None:
+                _count_changed_elements(adapted, elements)
             model = adapted.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
             raise unmergeable(adapter.peft_type, _first_two_lines(error), "into this base") from error
     return model
+
+
+def _count_changed_elements(adapted: PeftModel, elements: ChangedElements) -> None:
+    """Count what the merge changes by merging a copy of each layer in float32, one at a time."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in adapted.modules():
+        if not isinstance(layer, BaseTunerLayer) or not isinstance(layer, torch.nn.Module):
+            continue
+        weights = {
+            name: weight
+            for name, weight in layer.get_base_layer().named_parameters()
+            if is_rounded(weight.dtype) and "lora_" not in name
+        }
+        if not weights:
+            continue
+        exact: Any = copy.deepcopy(layer).float()
+        exact.merge(safe_merge=True)
+        merged = dict(exact.get_base_layer().named_parameters())
+        for name, weight in weights.items():
+            changed = merged[name] != weight.float()
+            elements.count(changed, weight, merged[name].to(weight.dtype))
 
 
 def merge_with_peft(
@@ -149,20 +180,25 @@ def merge_with_peft(
     folder: Path,
     tokenizer: Path | None = None,
     device_map: DeviceMap = None,
-) -> int:
-    """Merge in memory, save weights and config to `folder`, and return the rows of the input embeddings."""
+) -> tuple[int, ChangedElements]:
+    """Merge in memory, and save weights and config to `folder`.
+
+    Returns:
+        The rows of the input embeddings; how many elements change, and how many of the changes survive rounding.
+    """
     from finetuning.model.embeddings import input_weight
 
     for adapter in adapters:
         check_mergeable(adapter.folder, adapter.config)
-    model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters)
+    elements = ChangedElements()
+    model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters, elements)
     if not model.can_generate() and tokenizer is not None and model.config.pad_token_id is None:
         from transformers import AutoTokenizer
 
         # transformers takes the score at the last token that is not padding, so the config must name the padding id.
         model.config.pad_token_id = AutoTokenizer.from_pretrained(tokenizer).pad_token_id
     model.save_pretrained(folder)
-    return input_weight(model).shape[0]
+    return input_weight(model).shape[0], elements
 
 
 def _first_two_lines(error: BaseException) -> str:

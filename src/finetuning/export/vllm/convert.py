@@ -30,6 +30,7 @@ from finetuning.export.inputs import (
 from finetuning.export.safetensors_writer import check_free_space, copied_tensor, read_metadata, write_tensor_file
 from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
 from finetuning.export.vllm.serving import SERVING, Serving, describe_serving, find_base
+from finetuning.model.fingerprint import ADAPTER_FINGERPRINT_FILE, write_adapter_fingerprint
 from finetuning.model.peft.lora_support import lora_init
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
@@ -128,6 +129,7 @@ class _Conversion:
                 self.repair.write(folder)
             self._write_weights(folder / ADAPTER_WEIGHTS)
             _write_json(folder / ADAPTER_CONFIG, self.check.config)
+            write_adapter_fingerprint(folder)
             serving = self._describe(folder, output)
             _write_json(folder / SERVING, serving)
             if self.extra is not None:
@@ -138,7 +140,10 @@ class _Conversion:
         """Replace the files that change, and return the content of serving.json."""
         folder = self.adapter.folder
         if self.is_changed:
+            # A conversion that is interrupted leaves a complete adapter without a fingerprint.
+            (folder / ADAPTER_FINGERPRINT_FILE).unlink(missing_ok=True)
             _replace_in_place(folder, self._write_weights, self.check.config, self.adapter.config)
+            write_adapter_fingerprint(folder)
         if self.extra is not None:
             _publish_file(folder / NEW_EMBEDDINGS, self.extra.write)
         if self.repair is not None:
@@ -278,7 +283,7 @@ def _copy_auxiliary_files(source: Path, folder: Path) -> None:
         if (
             file.is_file()
             and file.suffix not in weights
-            and file.name not in (ADAPTER_CONFIG, ORIGINAL_CONFIG, SERVING)
+            and file.name not in (ADAPTER_CONFIG, ORIGINAL_CONFIG, SERVING, ADAPTER_FINGERPRINT_FILE)
         ):
             shutil.copyfile(file, folder / file.name)
 

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuning.errors import Location, ModelError
-from finetuning.model.fingerprint import compute_fingerprint, describe_difference, read_fingerprint
+from finetuning.model.fingerprint import (
+    check_adapter_fingerprint,
+    compute_fingerprint,
+    describe_difference,
+    read_fingerprint,
+)
 from finetuning.model.peft.lora_support import lora_init
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, read_header
 
@@ -80,11 +85,14 @@ def check_adapter_tensors(model: PeftModel, folder: Path, location: Location | N
 
 
 def check_adapter_base(model: PreTrainedModel, folder: Path, location: Location | None = None) -> None:
-    """Check that the adapter in `folder` was trained on this base model, if it has a fingerprint of its base.
+    """Check that the adapter in `folder` is the one that was saved, and was trained on this base model.
+
+    Both only as far as the adapter has a fingerprint of itself and of its base.
 
     Raises:
-        ModelError: the fingerprint is that of another model.
+        ModelError: a fingerprint is another one.
     """
+    check_adapter_fingerprint(folder)
     base = Path(getattr(model.config, "_name_or_path", "") or "")
     recorded = read_fingerprint(folder)
     if recorded is None or not (base / "config.json").is_file():

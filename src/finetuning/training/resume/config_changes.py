@@ -26,6 +26,7 @@ from finetuning.training.output_dir import installed_versions
 
 if TYPE_CHECKING:
     from finetuning.data.prepared import DataFingerprint
+    from finetuning.model.fingerprint import Fingerprint
     from finetuning.trainer.mixin import TrainerMixin
 
 
@@ -92,6 +93,7 @@ SAFE = (
 """Keys, or prefixes of keys, that do not change the loss trajectory beyond the rounding of sums.
 
 The paths of the model and tokenizer are among them because their contents are fingerprinted."""
+_CONTENT = "model.content"
 _DURATION = ("training_args.max_steps", "training_args.num_train_epochs")
 
 
@@ -127,35 +129,46 @@ class ResumeTerms:
 
     run_config: RunConfig
     notes: tuple[str, ...] = ()
-    has_allowed_changes: bool = False
-    """Whether values changed that the optimizer settings in the checkpoint would overwrite."""
+    allowed_changes: tuple[str, ...] = ()
+    """The keys that changed with permission. The optimizer settings in the checkpoint would overwrite their values."""
 
     def apply(self, trainer: TrainerMixin) -> None:
         """Have the trainer write the run config into its checkpoints, and keep this run's optimizer settings."""
         trainer.additional_files[RUN_CONFIG_NAME] = run_config_text(self.run_config)
-        trainer.override_optimizer_settings = self.has_allowed_changes
+        trainer.override_optimizer_settings = bool(self.allowed_changes)
+        trainer.allowed_changes = self.allowed_changes
 
 
 def compare_with_checkpoint(
-    experiment: Experiment, plan: Plan, data: DataFingerprint, checkpoint: Path | None
+    experiment: Experiment, plan: Plan, data: DataFingerprint, base: Fingerprint | None, checkpoint: Path | None
 ) -> ResumeTerms:
     """Compare a run with the checkpoint that it resumes from, if any.
+
+    Args:
+        base: the base model's fingerprint; None where it cannot be taken.
 
     Raises:
         CheckpointError: the checkpoint is incompatible, or the loss trajectory would change without permission.
     """
-    from finetuning.model.fingerprint import can_fingerprint, compute_fingerprint
-
-    folder = Path(experiment.run_conf.model)
-    run_config = make_run_config(
-        experiment, plan, data, compute_fingerprint(folder) if can_fingerprint(folder) else None
-    )
+    run_config = make_run_config(experiment, plan, data, base)
     if checkpoint is None:
         return ResumeTerms(run_config)
+    _check_step(checkpoint, plan)
     return compare(checkpoint, run_config, experiment)
 
 
-def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, base: object) -> RunConfig:
+def _check_step(checkpoint: Path, plan: Plan) -> None:
+    """Raise CheckpointError if the run has fewer steps than the checkpoint has taken."""
+    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if plan.num_steps is not None and step > plan.num_steps:
+        raise CheckpointError(
+            f"{checkpoint.name} is at step {step}, and this run ends after step {plan.num_steps}",
+            location=Location(key="training_args.max_steps"),
+            hint="Raise training_args.max_steps or num_train_epochs, or resume from an earlier checkpoint by its path.",
+        )
+
+
+def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, base: Fingerprint | None) -> RunConfig:
     """Return the config, and fingerprints of the data and the model, by dotted key.
 
     Args:
@@ -168,6 +181,7 @@ def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, b
         "data.template": data.template,
         "data.tokenizer": data.tokenizer,
         "model": str(base) if base is not None else experiment.run_conf.model,
+        _CONTENT: base.content if base is not None else None,
         "model.parameters": plan.memory.parameters if plan.memory else None,
         "model.trained": plan.memory.trainable if plan.memory else None,
         "training_args.learning_rate": plan.learning_rate,
@@ -202,13 +216,16 @@ def differences(
     before, now = expand_lists(before, json.loads(run_config_text(now)))
     defaults = json.loads(run_config_text(dict(missing_defaults(before, experiment))))
     before |= {key: value for key, value in defaults.items() if key in now}
+    if _CONTENT not in before:
+        # Written before the fingerprint covered the content.
+        del now[_CONTENT]
     has_constant_lr = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
     return [
         ConfigDifference(
             key,
             before.get(key),
             now.get(key),
-            _effect(key, has_constant_lr),
+            "incompatible" if _has_other_state(key, before.get(key), now.get(key)) else _effect(key, has_constant_lr),
             key in now or is_known_key(type(experiment), key),
         )
         for key in sorted({*before, *now})
@@ -257,13 +274,26 @@ def compare(checkpoint: Path, now: RunConfig, experiment: Experiment) -> ResumeT
         for difference in changes
         if difference.effect == "safe" and not difference.is_known
     ]
-    return ResumeTerms(now, tuple(notes), has_allowed_changes=bool(allowed))
+    return ResumeTerms(now, tuple(notes), tuple(difference.key for difference in allowed))
 
 
 _EXPLANATIONS = {
     "plan.world_size": "same rows per step; random numbers of each process, such as for dropout, differ",
     "plan.accumulation": "same rows per step, summed in a different order",
 }
+
+
+_SAME_STATE = ({"adamw_torch", "adamw_torch_fused"}, {"adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"})
+"""Optimizers whose states are interchangeable."""
+_OTHER_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules with a state of their own. All others compute the rate from the step."""
+
+
+def _has_other_state(key: str, before: object, now: object) -> bool:
+    """Whether a change is one of an optimizer or schedule whose saved state the new one cannot continue from."""
+    if key == "training_args.optim":
+        return not any({before, now} <= names for names in _SAME_STATE)
+    return key == "training_args.lr_scheduler_type" and bool({before, now} & set(_OTHER_SCHEDULES))
 
 
 def _effect(key: str, has_constant_lr: bool) -> Effect:
