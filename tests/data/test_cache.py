@@ -168,7 +168,7 @@ def test_a_damaged_folder_of_prepared_rows_is_refused(
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"prepared.json": null}', '{"prepared.json": {"bytes": 1}}'])
-def test_a_manifest_that_lists_too_little_is_no_proof(content: str, prepare: Any, tmp_path: Path) -> None:
+def test_a_manifest_that_lists_too_little_is_not_trusted(content: str, prepare: Any, tmp_path: Path) -> None:
     prepare()
     (entry,) = entries(tmp_path)
     (entry / MANIFEST).write_text(content)

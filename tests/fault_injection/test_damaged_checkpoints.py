@@ -129,8 +129,9 @@ def test_every_file_of_a_checkpoint_is_compared(train: Any, sft_values: Any) -> 
 
 
 STOCK_FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
-# A checkpoint of transformers' Trainer has no checksum of safetensors weights, and a missing random state is a warning.
-NOT_NOTICED = [("model.safetensors", flip_a_bit), ("trainer_state.json", flip_a_bit), ("rng_state.pth", remove)]
+# A checkpoint of transformers' Trainer has no checksum of safetensors weights and logs, and the bit of a small archive
+# may be one of its padding. A missing random state is a warning.
+NOT_NOTICED = [*((name, flip_a_bit) for name in STOCK_FILES if name != "optimizer.pt"), ("rng_state.pth", remove)]
 
 
 @pytest.mark.parametrize("name", STOCK_FILES)
@@ -156,7 +157,8 @@ def test_a_damaged_checkpoint_of_the_stock_trainer_never_ends_in_an_internal_err
             try:
                 train(values)
             except CheckpointError:
-                assert (name, damage) == ("trainer_state.json", flip_a_bit), "the bit may be one of a name"
+                assert damage is flip_a_bit
+                continue
             assert "checkpoint-2 has no manifest.json: transformers' Trainer saved it" in capsys.readouterr().out
             continue
         with pytest.raises(CheckpointError) as raised:

@@ -77,10 +77,20 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
         "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
     },
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
+    "resuming": {"run_conf.resume_from_checkpoint": "auto"},
+    "layer-wise optimizers and AdaLomo": {"training_args.optim": "adalomo"},
+    "a moving reference under FSDP or DeepSpeed": {
+        "training_args.sync_ref_model": True,
+        "training_args.deepspeed": {"zero_optimization": {"stage": 2}},
+    },
 }
 NEED_LORA = ({"8-bit quantization", "FSDP"}, {"quantization on load", "GPTQ"})
 """Pairs that would be rejected for another reason without an adapter."""
-METHODS = {features.REFERENCE_MODEL.name: "dpo", features.REWARD.name: "reward"}
+METHODS = {
+    features.REFERENCE_MODEL.name: "dpo",
+    features.REWARD.name: "reward",
+    features.SHARDED_MOVING_REFERENCE.name: "dpo",
+}
 """The algorithm that shows a feature; all others are shown with sft."""
 TOPOLOGIES = {
     "FSDP": ProcessTopology(world_size=2, sharded_by="fsdp"),

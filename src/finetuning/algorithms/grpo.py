@@ -32,6 +32,10 @@ if TYPE_CHECKING:
         args: GRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         model: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
         _token_count: torch.Tensor | int
+
+        def run_state(self) -> dict[str, Any]: ...
+        def load_run_state(self, state: Mapping[str, Any]) -> None: ...
+        def batch_split(self) -> list[int]: ...
 else:
     GRPOBase = object
 
@@ -85,6 +89,23 @@ class TokenizedPromptsMixin(GRPOBase):
         if sync:
             self.args.sync_ref_model = True
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    def run_state(self) -> dict[str, Any]:
+        """Return the state with the completions that later steps still train on."""
+        buffered = None if self._buffered_inputs is None else [dict(batch) for batch in self._buffered_inputs]
+        return {**super().run_state(), "micro_step": self._step, "buffered_inputs": buffered}
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the completions that later steps still train on, where the batch is split as it was."""
+        super().load_run_state(state)
+        if state["split"] != self.batch_split():
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            return
+        self._step = state["micro_step"]
+        if state["buffered_inputs"] is not None:
+            from accelerate.utils import send_to_device
+
+            self._buffered_inputs = send_to_device(state["buffered_inputs"], self.args.device)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "row"]

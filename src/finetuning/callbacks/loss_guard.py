@@ -81,11 +81,20 @@ class LossGuardCallback(transformers.TrainerCallback):
         self._guard = guard
         self._spike = LossSpike()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # The log of a resumed run may end in a spike.
+        self._find_spike(state)
+
+    def _find_spike(self, state: TrainerState) -> None:
         # Evaluation and summary entries are in between: look at twice the entries that are needed.
         recent = state.log_history[-6 * WINDOW :]
         losses = [(int(entry.get("step", 0)), float(entry["loss"])) for entry in recent if "loss" in entry]
         self._spike = find_loss_spike(losses, self._guard.explode_factor)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self._find_spike(state)
         self._suppress_save(state, control)
         if len(self._spike) >= self._guard.patience:
             message = _stop_message(self._spike, Path(args.output_dir or "."))

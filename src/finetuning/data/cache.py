@@ -154,11 +154,10 @@ def _parse_key(meta: Mapping[str, Any]) -> CacheKey:
     Raises:
         TypeError, ValueError, LookupError: it has another form.
     """
-    key = CacheKey(**meta["inputs"])
-    sections: tuple[Mapping[str, object], ...] = (key.data, key.rules, key.versions)
-    if not all(isinstance(text, str) for section in sections for text in section.values()):
+    inputs: Mapping[str, Any] = meta["inputs"]
+    if not all(isinstance(text, str) for name in ("data", "rules", "versions") for text in inputs[name].values()):
         raise ValueError(f"{META} has a cache key of another form")
-    return key
+    return CacheKey(**inputs)
 
 
 def _write_table(path: Path, dataset: datasets.Dataset) -> None:

@@ -210,6 +210,18 @@ INCOMPATIBILITIES = (
         "Use the optimizer without _layerwise.",
     ),
     Incompatibility(
+        features.SHARDED_MOVING_REFERENCE,
+        features.RESUMING,
+        "sharded weights of the reference are not in checkpoints, so a resumed run would start from others",
+        "Set run_conf.resume_from_checkpoint: false, or sync_ref_model: false.",
+    ),
+    Incompatibility(
+        features.UNSAVED_OPTIMIZER_STATE,
+        features.RESUMING,
+        "it keeps states that checkpoints do not hold",
+        "Set run_conf.resume_from_checkpoint: false, or use the optimizer without _layerwise.",
+    ),
+    Incompatibility(
         features.LORAPLUS,
         features.NOT_LORA,
         "it sets a separate learning rate for the B matrices of LoRA",

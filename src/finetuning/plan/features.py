@@ -210,6 +210,24 @@ GRADIENT_CHECKPOINTING = Feature(
     "training_args.gradient_checkpointing",
     lambda run: run.args.gradient_checkpointing,
 )
+RESUMING = Feature(
+    "checkpoints",
+    "resuming",
+    "run_conf.resume_from_checkpoint",
+    lambda run: str(run.experiment.run_conf.resume_from_checkpoint).lower() != "false",
+)
+SHARDED_MOVING_REFERENCE = Feature(
+    "method",
+    "a moving reference under FSDP or DeepSpeed",
+    "training_args.sync_ref_model",
+    lambda run: bool((run.args.model_extra or {}).get("sync_ref_model")) and run.sharded_by is not None,
+)
+UNSAVED_OPTIMIZER_STATE = Feature(
+    "optimizer",
+    "layer-wise optimizers and AdaLomo",
+    _OPTIM,
+    lambda run: run.args.optim.endswith("layerwise") or run.args.optim == "adalomo",
+)
 LOAD_BEST_MODEL = Feature(
     "checkpoints",
     "load_best_model_at_end",
@@ -230,6 +248,6 @@ FEATURES = (
     OPTIMIZER_8BIT, LOW_RANK_OPTIMIZER, LAYERWISE_OPTIMIZER, LORAPLUS,
     FP16,
     GRADIENT_CHECKPOINTING, ACCUMULATION, CHUNKED_LOGITS,
-    LOAD_BEST_MODEL,
+    LOAD_BEST_MODEL, RESUMING,
 )  # fmt: skip
 """All features, grouped by axis."""

@@ -12,6 +12,7 @@ from finetuning.errors import GuardStopped
 from finetuning.trainer import TrainerBase
 from finetuning.trainer.checkpointing import CheckpointMixin, has_additional_state
 from finetuning.trainer.hooks import TrainerHooksMixin
+from finetuning.trainer.loaded_state import RunStateMixin
 from finetuning.trainer.oom_retry import OOMRetryMixin
 
 if TYPE_CHECKING:
@@ -171,5 +172,5 @@ class TrainingLoopMixin(TrainerBase):
         return output
 
 
-class TrainerMixin(TrainerHooksMixin, TrainingLoopMixin, CheckpointMixin, OOMRetryMixin):
+class TrainerMixin(TrainerHooksMixin, TrainingLoopMixin, RunStateMixin, CheckpointMixin, OOMRetryMixin):
     """All mixins in the order that they must have: hooks measure everything, and a retried step counts once."""

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from finetuning.callbacks.controller.expressions import Expression, MetricUnavailable
 from finetuning.callbacks.controller.metrics import METRICS, Event, Metric
@@ -38,16 +38,17 @@ class PatienceCounter:
     def __init__(self, patience: Patience | None):
         self._threshold = patience.patience_threshold if patience else 0
         self._resets = patience is None or patience.mode == "reset_on_failure"
-        self._count = 0
+        self.count = 0
+        """How often the rule was true since the controller last acted."""
 
     def update(self, is_true: bool) -> bool:
         """Add a result of the rule. Return whether it has now been true more often than the threshold."""
         if is_true:
-            self._count += 1
+            self.count += 1
         elif self._resets:
-            self._count = 0
-        if self._count > self._threshold:
-            self._count = 0
+            self.count = 0
+        if self.count > self._threshold:
+            self.count = 0
             return True
         return False
 
@@ -156,10 +157,33 @@ class ControllerSet:
     def __init__(self, loaded: LoadedControllers):
         self._metrics = loaded.metrics
         self._controllers = loaded.controllers
+        self._operations = {
+            operation.name: operation for item in loaded.controllers for _, operation, _ in item.actions
+        }
         self._triggers = frozenset[str]().union(*(controller.triggers for controller in loaded.controllers))
         self._values: dict[str, object] = {metric.name: None for metric in loaded.metrics}
         self._reported: set[tuple[str, str]] = set()
         self.actions: list[Action] = []
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the counters of patience, the values of metrics, and what metrics and operations keep themselves."""
+        components = [*self._metrics, *self._operations.values()]
+        return {
+            "counts": {controller.name: controller.counter.count for controller in self._controllers},
+            "values": {
+                metric.name: _plain(self._values[metric.name]) for metric in self._metrics if metric.keeps_value
+            },
+            "components": {component.name: _plain(component.state_dict()) for component in components},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; controllers and metrics that it does not know start again."""
+        for controller in self._controllers:
+            controller.counter.count = state["counts"].get(controller.name, 0)
+        self._values |= {name: value for name, value in state["values"].items() if name in self._values}
+        for component in (*self._metrics, *self._operations.values()):
+            if component.name in state["components"]:
+                component.load_state_dict(state["components"][component.name])
 
     def handle(self, event: Event, *, on_all_processes: bool = True) -> None:
         """Compute the metrics of this event, evaluate its rules and run their actions.
@@ -221,6 +245,20 @@ def _agree(controllers: list[LoadedController], results: list[bool], event: Even
     return [agreed.get(index, result) for index, result in enumerate(results)]
 
 
+def _plain(value: object) -> object:
+    """Return a value in the types that a checkpoint can hold; numbers of numpy and tensors become Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | bytes | bool | int | float | None):
+        return value
+    item = getattr(value, "item", None)
+    if not callable(item):
+        raise ConfigError(f"trainer_controller: a {type(value).__name__} cannot be saved in a checkpoint: {value!r}")
+    return item()
+
+
 def make_controllers(section: TrainerController) -> ControllerSet:
     """Create the controllers of a section.
 
@@ -249,4 +287,7 @@ def controller_callback(controllers: ControllerSet) -> TrainerCallback:
 
         return handle
 
-    return type("ControllerCallback", (TrainerCallback,), {name: handler(name) for name in get_args(TriggerName)})()
+    methods: dict[str, Callable[..., object]] = {name: handler(name) for name in get_args(TriggerName)}
+    methods["state_dict"] = lambda self: controllers.state_dict()
+    methods["load_state_dict"] = lambda self, state: controllers.load_state_dict(state)
+    return type("ControllerCallback", (TrainerCallback,), methods)()

@@ -38,9 +38,18 @@ class Metric:
     """
 
     events: frozenset[str] = frozenset()
+    keeps_value = True
+    """Whether checkpoints hold the value: until the next of its events a resumed run has no other."""
 
     def __init__(self, name: str):
         self.name = name
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Return what a resumed run needs: numbers, texts, and lists and dictionaries of them. By default nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` returned."""
 
     def compute(self, event: Event) -> object:
         """Return the value after this event; None while it is not available."""
@@ -66,6 +75,7 @@ class TrainingState(Metric):
             *("on_prediction_step", "on_save"),
         }
     )
+    keeps_value = False
 
     def compute(self, event: Event) -> dict[str, object]:
         state = event.state

@@ -26,6 +26,13 @@ class Operation:
     def __init__(self, name: str):
         self.name = name
 
+    def state_dict(self) -> Mapping[str, object]:
+        """Return what a resumed run needs: numbers, texts, and lists and dictionaries of them. By default nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+
     def action(self, name: str) -> Callable[[Event, Mapping[str, object]], None]:
         """Return the action of this name: a function of the event and of the metrics by name.
 

@@ -81,11 +81,7 @@ def merge_adapters(
     # whose fingerprint is not recorded.
     base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
     plan = plan_merge(base, adapters, force=force)
-    if isinstance(plan, NeedsPeft):
-        for adapter in adapters:
-            check_mergeable(adapter.folder, adapter.config)
-    if verify or isinstance(plan, NeedsPeft):
-        check_device_map(device_map)
+    _check_plan(plan, adapters, verify, device_map)
     for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
         log(note)
     check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
@@ -99,17 +95,20 @@ def merge_adapters(
         if verify:
             log("verifying the merged model against base and adapter")
             verification = verify_merge(
-                base,
-                adapters,
-                folder,
-                device_map=device_map,
-                base_fingerprint=base_fingerprint,
-                surviving_share=elements.surviving_share,
-                num_rows=num_rows,
-            )
+                base, adapters, folder, device_map=device_map, num_rows=num_rows,
+                base_fingerprint=base_fingerprint, surviving_share=elements.surviving_share,
+            )  # fmt: skip
             _warn_of_rounding_loss(verification, log)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return MergeResult(out, num_bytes, isinstance(plan, MergePlan), verification)
+
+
+def _check_plan(plan: MergePlan | NeedsPeft, adapters: Sequence[Adapter], verify: bool, device_map: DeviceMap) -> None:
+    if isinstance(plan, NeedsPeft):
+        for adapter in adapters:
+            check_mergeable(adapter.folder, adapter.config)
+    if verify or isinstance(plan, NeedsPeft):
+        check_device_map(device_map)
 
 
 def _write_model(
