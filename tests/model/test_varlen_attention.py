@@ -13,6 +13,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     BambaConfig,
+    BertConfig,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -30,9 +31,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from finetuning.errors import ModelError
 from finetuning.model.varlen_attention import (
     SDPA_VARLEN,
+    check_causality,
     describe_attention,
+    describe_isolation_check,
     enable_varlen,
     enable_varlen_kernel,
     use_varlen,
@@ -142,6 +146,13 @@ def test_capped_scores_are_refused_under_sdpa() -> None:
     assert "soft-caps its attention scores" in str(enable_varlen(model))
 
 
+def test_a_bias_on_attention_scores_is_refused_even_while_it_is_0() -> None:
+    """Doge's bias is computed from the hidden states by weights that start at 0."""
+    from transformers import DogeConfig
+
+    assert "no bias on attention scores" in str(enable_varlen(make(DogeConfig(**GROUPED))))
+
+
 def test_eager_attention_and_prompt_adapters_are_refused() -> None:
     from peft import PromptTuningConfig, get_peft_model
 
@@ -238,6 +249,171 @@ def test_an_implementation_that_fails_leaves_the_model_to_sdpa(name: str, attent
     assert model.config._attn_implementation == "sdpa"
     assert model.training
     assert enable_varlen(model) is None
+
+
+def leak_back(distance: int, weight: float, only_above: int = 0) -> Any:
+    """Attention that adds the value of the token `distance` back, where that token is in another row.
+
+    Rows of up to `only_above` tokens are computed correctly.
+    """
+
+    def attention(*args: Any, cu_seq_lens_q: Any = None, sliding_window: Any = None, **kwargs: Any) -> Any:
+        query, value = args[1], args[3]
+        output, _ = varlen_attention(*args, cu_seq_lens_q=cu_seq_lens_q, sliding_window=sliding_window, **kwargs)
+        if cu_seq_lens_q is None or int(cu_seq_lens_q.diff().max()) <= (sliding_window or only_above):
+            return output, None
+        row = torch.bucketize(torch.arange(value.shape[2]), cu_seq_lens_q[1:], right=True)
+        is_other = row != row.roll(distance)
+        is_other[:distance] = False
+        earlier = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).roll(distance, dims=2)
+        return output + weight * (earlier * is_other[:, None]).transpose(1, 2), None
+
+    return attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [1.0, 0.002])
+@pytest.mark.parametrize("distance", [1, 17, 64, 80])
+def test_a_leak_into_another_row_is_caught(distance: int, weight: float, dtype: torch.dtype) -> None:
+    name = registered("leaks_back", leak_back(distance, weight))
+    reason = enable_varlen_kernel(make(VERIFIED["llama"]).to(dtype), name)
+    assert re.search("it (changes the logits|lets a row depend on other rows)", str(reason))
+
+
+def test_a_leak_below_the_rounding_of_logits_is_caught_by_its_gradient() -> None:
+    name = registered("leaks_back", leak_back(64, 0.002))
+    model = make(VERIFIED["llama"]).to(torch.bfloat16)
+    reason = enable_varlen_kernel(model, name)
+    assert "lets a row depend on other rows or on later tokens (gradient" in str(reason)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("window", [50, 128, 4096, 100_000])
+def test_a_leak_of_rows_longer_than_the_window_is_caught(window: int) -> None:
+    config = MistralConfig(**GROUPED, sliding_window=window, max_position_embeddings=200_000)
+    name = registered("leaks_beyond_window", leak_back(1, 1.0))
+    assert "it " in str(enable_varlen_kernel(make(config), name))
+    right = registered("keeps_rows_apart", varlen_attention)
+    model = make(config)
+    assert enable_varlen_kernel(model, right) is None
+    assert model.config.sliding_window == window
+    assert ("reduced to" in describe_isolation_check(model)) == (window > 64)
+
+
+def test_a_window_that_cannot_be_reduced_gets_rows_that_are_longer() -> None:
+    """Of a model whose attention does not read the window from its config."""
+    model = make(VERIFIED["llama"])
+    model.config.sliding_window = 300
+    name = registered("leaks_beyond_300", leak_back(1, 1.0, only_above=300))
+    assert "it " in str(enable_varlen_kernel(model, name))
+    assert enable_varlen(model) is None
+    unused = make(VERIFIED["llama"])
+    unused.config.sliding_window = 1_000_000
+    assert enable_varlen(unused) is None
+
+
+def test_the_cost_is_bounded_and_what_was_not_verified_is_described() -> None:
+    model = make(VERIFIED["llama"])
+    model.config.window_size = 300
+    assert describe_isolation_check(model) == "rows of up to 335 tokens"
+    model.config.window_size = 5000
+    assert describe_isolation_check(model) == "rows of up to 99 tokens, shorter than window_size 5000"
+
+
+def test_isolation_is_verified_in_the_dtype_of_autocast() -> None:
+    def leaks_in_half(*args: Any, **kwargs: Any) -> Any:
+        attention = leak_back(1, 1.0) if torch.is_autocast_enabled("cpu") else varlen_attention
+        return attention(*args, **kwargs)
+
+    name = registered("leaks_in_half", leaks_in_half)
+    assert enable_varlen_kernel(make(VERIFIED["llama"]), name) is None
+    assert "it " in str(enable_varlen_kernel(make(VERIFIED["llama"]), name, autocast=torch.bfloat16))
+
+
+def test_a_convolution_over_rows_is_caught() -> None:
+    """A depthwise causal convolution of kernel 80, of which only the oldest tap is not 0."""
+
+    class Convolution(torch.nn.Module):
+        def __init__(self, mlp: torch.nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+            self.conv = torch.nn.Conv1d(32, 32, kernel_size=80, groups=32, bias=False)
+            torch.nn.init.zeros_(self.conv.weight)
+            torch.nn.init.constant_(self.conv.weight[:, :, 0], 1e-3)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            padded = torch.nn.functional.pad(hidden.transpose(1, 2), (79, 0))
+            return self.mlp(hidden) + self.conv(padded).transpose(1, 2)
+
+    model = make(VERIFIED["llama"])
+    model.model.layers[0].mlp = Convolution(model.model.layers[0].mlp).eval()
+    assert "rows of up to 115 tokens" in describe_isolation_check(model)
+    assert "concatenating rows" in str(enable_varlen(model.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*VERIFIED, *REFUSED])
+def test_causal_models_are_recognized(name: str, dtype: torch.dtype) -> None:
+    model = make(VERIFIED[name] if name in VERIFIED else REFUSED[name][0]).to(dtype).train()
+    assert check_causality(model) is None
+    assert model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+BERT = {**SIZES, "max_position_embeddings": 512}
+
+
+def test_bidirectional_models_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"BertLMHeadModel is not a causal language model.*is_decoder: true"):
+        check_causality(make(BertConfig(**BERT)))
+    assert check_causality(make(BertConfig(**BERT, is_decoder=True))) is None
+
+
+def look_ahead(distance: int, weight: float, *, detached: bool = False) -> Any:
+    """A hook that adds to each token the hidden state of one that comes later."""
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        later = output.roll(-distance, dims=1)
+        later[:, -distance:] = 0
+        return output + weight * (later.detach() if detached else later)
+
+    return hook
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("distance", "weight"), [(1, 1.0), (1, 1e-3), (20, 1e-3)])
+def test_a_look_ahead_is_refused(distance: int, weight: float, dtype: torch.dtype) -> None:
+    model = make(VERIFIED["llama"]).to(dtype)
+    model.model.layers[0].mlp.register_forward_hook(look_ahead(distance, weight))
+    with pytest.raises(ModelError, match="later tokens change the logits of earlier ones"):
+        check_causality(model)
+
+
+def test_a_model_that_computes_nothing_here_is_reported() -> None:
+    model = make(VERIFIED["llama"])
+    model.model.layers[1].mlp.double()
+    assert "dtype" in str(check_causality(model))
+
+
+def test_a_look_ahead_without_gradient_is_refused() -> None:
+    """Such as experts that choose the tokens of a row."""
+    model = make(VERIFIED["llama"])
+    model.model.layers[0].mlp.register_forward_hook(look_ahead(1, 1.0, detached=True))
+    with pytest.raises(ModelError, match="later tokens change the logits of earlier ones"):
+        check_causality(model)
+
+
+def test_a_run_refuses_a_bidirectional_model(train: Any, sft_values: Any, tmp_path: Any, chatml_llama_dir: Any) -> None:
+    from transformers import AutoTokenizer
+
+    make(BertConfig(**{**BERT, "vocab_size": 504})).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(chatml_llama_dir).save_pretrained(tmp_path / "bert")
+    bert = {"run_conf.model": str(tmp_path / "bert"), "training_args.max_steps": 1}
+    with pytest.raises(ModelError, match=r"run_conf\.model: BertLMHeadModel is not a causal language model") as refused:
+        train(sft_values(bert))
+    assert refused.value.exit_code == 1
+    run = train(sft_values({**bert, "run_conf.model_args": {"is_decoder": True}}))
+    assert run.result.steps == 1
 
 
 def test_no_implementation_is_tried_on_what_cannot_lie_end_to_end() -> None:

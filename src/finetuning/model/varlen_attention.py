@@ -6,13 +6,19 @@ implementation with transformers, which computes row by row.
 
 Whether a model keeps rows apart depends on all of its layers, not only on attention: positions from a buffer, a
 convolution or a recurrent state would leak. So support is not taken from a list of architectures. It is verified on
-the model itself, by comparing the logits of rows alone with those of the same rows concatenated.
+the model itself, on the device and in the dtype that it trains in:
+
+- The logits of rows alone and of the same rows concatenated must agree. This finds wrong positions and wrong values,
+  down to the rounding errors of the dtype.
+- The gradient of a row's logits with respect to the embeddings of all other rows must be 0. It has no rounding error,
+  so it finds a leak of any size. The same gradient shows that a model is causal, which every run verifies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
-from finetuning.errors import first_line
+from finetuning.errors import Location, ModelError, first_line
 from finetuning.model.peft.adapters import base_model_of, peft_type_of
 from finetuning.plan.features import TOKENWISE_ADAPTERS
 
@@ -35,6 +41,25 @@ SDPA_VARLEN = "sdpa_varlen"
 
 # Other layer types, such as linear attention and Mamba, carry a state from one row into the next.
 _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+_REDUCIBLE_WINDOWS = ("sliding_window", "attention_chunk_size")
+_OTHER_WINDOWS = (
+    *("window_size", "local_attention", "attention_window", "keep_window_size", "chunk_size", "mamba_chunk_size"),
+    *("conv_kernel", "conv_L_cache", "d_conv", "mamba_d_conv", "linear_conv_kernel_dim", "conv1d_width"),
+)
+"""Fields of configs: how many tokens a layer looks at."""
+_MIN_REACH = 64
+"""Rows for the checks are longer than this, and than every window, chunk and convolution of the model."""
+_MAX_REACH = 1024
+"""Rows are longer than windows that cannot be reduced up to this size, and not beyond."""
+_REDUCED_WINDOW = 32
+"""What larger windows are set to during a check, so that short rows are longer than them."""
+_MAX_LEAK = 1e-5
+"""Relative to the largest gradient that is allowed. 0 up to the rounding of convolutions by Fourier transform."""
+
+
+_FAILED_PASS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NotImplementedError)
+"""What models raise that cannot compute the rows of a check here, such as those with kernels for GPUs only."""
 
 
 class VarlenInputs(TypedDict):
@@ -51,14 +76,17 @@ class VarlenInputs(TypedDict):
     max_length_k: int
 
 
-def enable_varlen(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None = None) -> str | None:
-    """Switch a model to padding-free attention if its own logits show that it keeps rows apart.
+def enable_varlen(
+    model: PreTrainedModel | PeftModel, adapter: PeftConfig | None = None, autocast: torch.dtype | None = None
+) -> str | None:
+    """Switch a model to padding-free attention if its own logits and gradients show that it keeps rows apart.
 
-    The logits of rows alone and of the same rows concatenated must agree. The comparison runs on the device of the
-    weights, before training; the weights must not be sharded yet. A model that fails it is left unchanged.
+    The check runs on the device of the weights, before training; the weights must not be sharded yet. A model that
+    fails it is left unchanged.
 
     Args:
         adapter: config of the PEFT adapter on the model, if there is one.
+        autocast: the autocast dtype of the run; None without autocast.
 
     Returns:
         None if padding-free attention is on; otherwise the reason why it is not.
@@ -68,20 +96,18 @@ def enable_varlen(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None
     reason = _unsupported_reason(base, before, adapter)
     if reason:
         return reason
-    use_varlen(model)
     try:
-        difference, tolerance = _isolation_error(model)
+        with _autocast(autocast, base.device):
+            reason = _leak_between_rows(model, lambda: use_varlen(model), autocast)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
         # Some kernels run on GPUs only, and under FSDP the model is still on the CPU here.
         reason = f"isolation cannot be verified on {base.device}: {first_line(error)}"
-    else:
-        if difference <= tolerance:
-            return None
-        reason = f"concatenating rows changes the logits by {difference:.1e} (tolerance {tolerance:.1e})"
-    base.set_attn_implementation(before)
-    return reason
+    if reason:
+        base.set_attn_implementation(before)
+        return f"concatenating rows {reason}" if not reason.startswith("isolation") else reason
+    return None
 
 
 def enable_varlen_kernel(
@@ -93,7 +119,7 @@ def enable_varlen_kernel(
     """Switch a model from `sdpa` to another implementation with varlen support, such as FlashAttention, if it agrees.
 
     The logits of concatenated rows under `name` must agree with those of rows alone under `sdpa`, and the gradient must
-    be finite. A model that fails this is left unchanged.
+    be finite, and 0 between rows. A model that fails this is left unchanged.
 
     Args:
         name: the implementation, by transformers' name.
@@ -112,8 +138,8 @@ def enable_varlen_kernel(
         return reason
     try:
         with _autocast(autocast, base.device):
-            difference, tolerance = _isolation_error(model, lambda: base.set_attn_implementation(name), autocast)
-            has_finite_gradient = _has_finite_gradient(model)
+            leak = _leak_between_rows(model, lambda: base.set_attn_implementation(name), autocast)
+            has_finite_gradient = bool(leak) or _has_finite_gradient(model)
     except torch.OutOfMemoryError:
         raise
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -123,8 +149,8 @@ def enable_varlen_kernel(
         # transformers may fall back to another implementation with only a warning.
         if base.config._attn_implementation != name:
             reason = f"transformers uses {base.config._attn_implementation} instead"
-        elif not difference <= tolerance:
-            reason = f"it changes the logits by {difference:.1e} (tolerance {tolerance:.1e})"
+        elif leak:
+            reason = f"it {leak}"
         elif not has_finite_gradient:
             reason = "its gradient is not finite"
         else:
@@ -197,6 +223,9 @@ def varlen_attention(
         )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("varlen sdpa attention supports neither soft-capping nor attention sinks")
+    if attention_mask is not None and attention_mask.is_floating_point():
+        # A bias that the model computes, such as Doge's from its hidden states, which training may move away from 0.
+        raise ValueError("varlen sdpa attention supports no bias on attention scores")
     boundaries = cu_seq_lens_q.tolist()
     lengths = [end - start for start, end in pairwise(boundaries)]
     groups = query.shape[1] // key.shape[1]
@@ -263,48 +292,247 @@ def _autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _probe_rows(model: PreTrainedModel | PeftModel) -> list[torch.Tensor]:
-    """Return three rows of different lengths, one of a single token, with ids spread over the vocabulary."""
-    vocabulary = model.config.get_text_config().vocab_size
+def check_causality(
+    model: PreTrainedModel, autocast: torch.dtype | None = None, key: str = "run_conf.model"
+) -> str | None:
+    """Check that no token changes the logits of earlier ones: the loss would reward copying the next token.
+
+    The gradient with respect to later tokens must be 0, and other later tokens must leave the logits as they were, up
+    to rounding. The weights must not be sharded yet.
+
+    Returns:
+        None if the model is causal; the reason if it cannot be verified, because the model computes no logits here.
+
+    Raises:
+        ModelError: the model is not causal.
+    """
+    (row,) = _probe_rows(model, (_MIN_REACH + 33,))
+    cut = max(len(row) * 5 // 8, 1)
+    changed = torch.cat([row[:cut], (row[cut:] + 1) % model.config.get_text_config().vocab_size])
+    with _evaluation(model), _autocast(autocast, model.device):
+        try:
+            with torch.no_grad():
+                before, after = (
+                    model(input_ids=ids[None], use_cache=False).logits[0, :cut].float() for ids in (row, changed)
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILED_PASS as error:
+            return first_line(error)
+        try:
+            leak = _gradient_leak(model, {"input_ids": row[None]}, [(range(cut), range(cut))])
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILED_PASS:
+            leak = 0.0  # Kernels of quantized weights may have no backward pass.
+    difference, tolerance = float((before - after).abs().max()), _logit_tolerance(model, before, autocast)
+    if leak <= _MAX_LEAK and not difference > tolerance:
+        return None
+    raise ModelError(
+        f"{type(model).__name__} is not a causal language model: later tokens change the logits of earlier ones by"
+        f" {difference:.1e} (tolerance {tolerance:.1e}; gradient {leak:.1e} of the largest). It would learn to copy the"
+        " tokens that it has to predict",
+        location=Location(key=key),
+        hint="Choose a decoder-only model, or set run_conf.model_args.is_decoder: true (BERT and others).",
+    )
+
+
+def describe_isolation_check(model: PreTrainedModel | PeftModel) -> str:
+    """Return what `enable_varlen` has verified the model on."""
+    base = base_model_of(model)
+    reduced = [f"with {name} {window} reduced to {_REDUCED_WINDOW}" for name, window in _large_windows(base)]
+    config = base.config.get_text_config()
+    fields: list[tuple[str, object]] = [(name, getattr(config, name, None)) for name in _OTHER_WINDOWS]
+    larger = [f"shorter than {name} {size}" for name, size in fields if isinstance(size, int) and size > _MAX_REACH]
+    longest = max(map(len, _probe_rows(base)))
+    return ", ".join([f"rows of up to {longest} tokens", *reduced, *larger])
+
+
+def _probe_rows(model: PreTrainedModel | PeftModel, lengths: Sequence[int] = ()) -> list[torch.Tensor]:
+    """Return rows with ids spread over the vocabulary: by default three, longer than what any layer looks at.
+
+    The last one has a single token.
+    """
+    base = base_model_of(model)
+    config = base.config.get_text_config()
+    reach = _reach(base)
+    lengths = lengths or (reach + 7, reach + 35, 1)
+    positions = getattr(config, "max_position_embeddings", None)
+    # XLNet has -1 for no limit.
+    max_length = positions if isinstance(positions, int) and positions > 0 else max(lengths)
     device = next(model.parameters()).device
     return [
-        (torch.arange(length, device=device) * 7919 + offset) % vocabulary
-        for length, offset in ((5, 11), (9, 3), (1, 5))
+        (torch.arange(min(length, max_length), device=device) * 7919 + offset) % config.vocab_size
+        for length, offset in zip(lengths, (11, 3, 5), strict=False)
     ]
 
 
-@torch.no_grad()
-def _isolation_error(
-    model: PreTrainedModel | PeftModel,
-    switch_implementation: Callable[[], None] = lambda: None,
-    dtype: torch.dtype | None = None,
-) -> tuple[float, float]:
-    """Return the largest difference between the logits of rows alone and concatenated, and the tolerance for it.
+def _reach(base: PreTrainedModel) -> int:
+    """Return how many tokens back a single layer looks, other than full attention, and at least 64."""
+    config = base.config.get_text_config()
+    fields: list[object] = [getattr(config, name, None) for name in (*_REDUCIBLE_WINDOWS, *_OTHER_WINDOWS)]
+    windows = [field for field in fields if isinstance(field, int)]
+    kernels = [
+        (module.kernel_size[0] - 1) * module.dilation[0] + 1
+        for module in base.modules()
+        if isinstance(module, torch.nn.Conv1d)
+    ]
+    large = {window for _, window in _large_windows(base)}
+    return max([_MIN_REACH, *(size for size in (*windows, *kernels) if size not in large and size <= _MAX_REACH)])
 
-    The tolerance is 8 units of the compute dtype's machine epsilon (at least 1e-5), relative to the largest logit:
-    kernels for other shapes sum in another order, and so round differently. A leak between rows is larger by orders of
-    magnitude.
 
-    Args:
-        switch_implementation: called between the two passes.
-        dtype: the compute dtype, if it is not that of the weights.
+def _large_windows(base: PreTrainedModel) -> list[tuple[str, int]]:
+    """Return the attention windows and chunks, by field of the config, that are reduced during a check."""
+    config = base.config.get_text_config()
+    windows: list[tuple[str, object]] = [(name, getattr(config, name, None)) for name in _REDUCIBLE_WINDOWS]
+    return [(name, window) for name, window in windows if isinstance(window, int) and window > _MIN_REACH]
+
+
+@contextmanager
+def _reduced_windows(base: PreTrainedModel) -> Iterator[None]:
+    """Reduce large attention windows of a model in the block, in its config and in its modules.
+
+    So a row of 100 tokens is longer than the window of any model: the kernels take the same way as with a row that is
+    longer than the real window, at a fraction of its cost.
     """
-    rows = _probe_rows(model)
+    owners: list[Any] = [base.config.get_text_config(), *base.modules()]
+    large = dict(_large_windows(base))
+    sliding = [owner for owner in owners if getattr(owner, "sliding_window", None) == large.get("sliding_window", ())]
+    chunked = [
+        owner
+        for owner in owners
+        if getattr(owner, "attention_chunk_size", None) == large.get("attention_chunk_size", ())
+    ]
+    try:
+        for owner in sliding:
+            owner.sliding_window = _REDUCED_WINDOW
+        for owner in chunked:
+            owner.attention_chunk_size = _REDUCED_WINDOW
+        yield
+    finally:
+        for owner in sliding:
+            owner.sliding_window = large["sliding_window"]
+        for owner in chunked:
+            owner.attention_chunk_size = large["attention_chunk_size"]
+
+
+@contextmanager
+def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode in the block: dropout would make passes differ."""
     was_training = model.training
-    # Dropout would make the two passes differ.
     model.eval()
     try:
-        alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
-        switch_implementation()
-        together = model(use_cache=False, **varlen_inputs(rows)).logits[0].float()
+        yield
     finally:
         model.train(was_training)
-    reference = torch.cat(alone)
+
+
+def _leak_between_rows(
+    model: PreTrainedModel | PeftModel,
+    switch_implementation: Callable[[], None],
+    dtype: torch.dtype | None,
+) -> str | None:
+    """Return how concatenating rows changes them; None if it does not.
+
+    Args:
+        switch_implementation: called before the rows are concatenated.
+        dtype: the compute dtype, if it is not that of the weights.
+    """
+    base = base_model_of(model)
+    rows = _probe_rows(model)
+    with _evaluation(model):
+        with torch.no_grad(), _reduced_windows(base):
+            alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        longest = max((window for _, window in _large_windows(base)), default=0)
+        reducing = _reduced_windows
+        if 0 < longest <= _MAX_REACH and not _window_changes(model, rows[1], alone[1]):
+            # The window is stored elsewhere, or not used: only rows that are longer than it show what happens.
+            reducing, rows = nullcontext, _probe_rows(model, (longest + 7, longest + 35, 1))
+            with torch.no_grad():
+                alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        switch_implementation()
+        inputs = varlen_inputs(rows)
+        with reducing(base):
+            with torch.no_grad():
+                together = model(use_cache=False, **inputs).logits[0].float()
+            difference = float((torch.cat(alone) - together).abs().max())
+            tolerance = _logit_tolerance(model, together, dtype)
+            if not difference <= tolerance:
+                return f"changes the logits by {difference:.1e} (tolerance {tolerance:.1e})"
+            leak = _gradient_leak(model, inputs, _own_tokens(inputs["cu_seq_lens_q"].tolist()))
+    if not leak <= _MAX_LEAK:
+        return f"lets a row depend on other rows or on later tokens (gradient {leak:.1e} of the largest)"
+    return None
+
+
+def _window_changes(model: PreTrainedModel | PeftModel, row: torch.Tensor, reduced: torch.Tensor) -> bool:
+    """Return whether the logits of a row differ from those with reduced windows."""
+    with torch.no_grad():
+        return not torch.equal(model(input_ids=row[None], use_cache=False).logits[0].float(), reduced)
+
+
+def _own_tokens(borders: list[int]) -> list[tuple[range, range]]:
+    """Return spans of tokens, each with the span of all tokens that their logits may depend on."""
+    rows = [range(start, end) for start, end in pairwise(borders)]
+    longest = max(rows, key=len)
+    first_half = range(longest.start, longest.start + max(len(longest) // 2, 1))
+    return [*((row, row) for row in rows), (first_half, first_half)]
+
+
+def _gradient_leak(
+    model: PreTrainedModel | PeftModel, inputs: VarlenInputs | dict[str, torch.Tensor], spans: list[tuple[range, range]]
+) -> float:
+    """Return the largest gradient with respect to a token that must not matter, divided by the largest one that may.
+
+    Args:
+        spans: tokens whose logits are summed with changing signs, and the tokens that these may depend on.
+
+    Raises:
+        RuntimeError: the gradient cannot be computed.
+    """
+    embeddings: list[torch.Tensor] = []
+
+    def detach(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        # A copy, which the model may change in place.
+        return embeddings[-1].clone()
+
+    handle = base_model_of(model).get_input_embeddings().register_forward_hook(detach)
+    try:
+        with torch.enable_grad():
+            logits = model(use_cache=False, **inputs).logits[0]
+    finally:
+        handle.remove()
+    if not embeddings:
+        raise RuntimeError("the model does not use its input embeddings")
+    signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 7919 % 97 % 2)
+    leak = 0.0
+    for tokens, allowed in spans:
+        with torch.enable_grad():
+            target = (logits[tokens.start : tokens.stop].float() * signs).sum()
+        gradients = torch.autograd.grad(target, embeddings, retain_graph=True)
+        size = torch.stack([gradient[0].float().abs().amax(-1) for gradient in gradients]).amax(0)
+        largest = float(size[allowed.start : allowed.stop].max())
+        if not math.isfinite(largest) or largest == 0:
+            raise RuntimeError(f"its gradient is {'0' if largest == 0 else 'not finite'}")
+        size[allowed.start : allowed.stop] = 0
+        leak = max(leak, float(size.max()) / largest)
+    return leak
+
+
+def _logit_tolerance(model: PreTrainedModel | PeftModel, logits: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """Return the difference between logits that rounding explains.
+
+    8 units of the compute dtype's machine epsilon (at least 1e-5), relative to the largest logit: kernels for other
+    shapes sum in another order, and so round differently.
+
+    Args:
+        dtype: the compute dtype, if it is not that of the weights.
+    """
     weight = next(model.parameters())
     # Quantized weights are stored as integers, which have no epsilon.
     epsilon = torch.finfo(dtype or weight.dtype).eps if dtype or weight.is_floating_point() else 1e-2
-    scale = float(reference.abs().max().clamp(min=1.0))
-    return float((reference - together).abs().max()), max(epsilon * 8, 1e-5) * scale
+    return max(epsilon * 8, 1e-5) * float(logits.abs().max().clamp(min=1.0))
 
 
 def _has_finite_gradient(model: PreTrainedModel | PeftModel) -> bool:

@@ -160,6 +160,8 @@ def load_model(
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
         fingerprint = _fingerprint(model)
     attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
+    if not algorithm.has_score_head:
+        notes.append(verify_causality(model, topology, attention, sharded_by_deepspeed=bool(arguments.deepspeed)))
     if not isinstance(peft_conf, NoPeft):
         model = _prepare_quantized(model, arguments, topology)
 
@@ -295,9 +297,9 @@ def choose_attention_candidates(
     """Return the attention implementations to try; none when the config names one."""
     import torch
 
-    if experiment.run_conf.model_args.attn_implementation:
-        return AttentionSetup((), "as configured")
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    if experiment.run_conf.model_args.attn_implementation:
+        return AttentionSetup((), "as configured", autocast)
     choice = _rank_attention(experiment, algorithm, model, arguments, topology, autocast or model.dtype)
     return AttentionSetup(tuple(name for name in choice.ranked if name != DEFAULT_ATTENTION), choice.reason, autocast)
 
@@ -338,6 +340,40 @@ def _intended_layout(experiment: Any, algorithm: Algorithm) -> RowLayout:
     return "packed" if experiment.sft_args.packing else "padding-free"
 
 
+def verify_causality(
+    model: PreTrainedModel, topology: ProcessTopology, attention: AttentionSetup, *, sharded_by_deepspeed: bool
+) -> str:
+    """Return a note that the model is causal, or why that is not verified.
+
+    Raises:
+        ModelError: it is not. Raised on every process.
+    """
+    from finetuning.errors import ModelError
+    from finetuning.model.varlen_attention import check_causality
+
+    if sharded_by_deepspeed or topology.sharded_by == "deepspeed":
+        return "causality: not verified under DeepSpeed, which may have partitioned the weights"
+
+    def check() -> ModelError | str | None:
+        try:
+            return check_causality(model, attention.autocast)
+        except ModelError as error:
+            return error
+
+    if topology.is_distributed:
+        from finetuning.training.process_sync import broadcast_from_main
+
+        # Under FSDP with `cpu_ram_efficient_loading` only the main process holds the weights at this point.
+        result = broadcast_from_main(check)
+    else:
+        result = check()
+    if isinstance(result, ModelError):
+        raise result
+    if result is not None:
+        return f"causality: not verified, as the model computes no logits here: {result}"
+    return "causality: no token changes the logits of earlier ones, verified on this model"
+
+
 def choose_layout(
     experiment: Any,
     algorithm: Algorithm,
@@ -350,6 +386,8 @@ def choose_layout(
     Raises:
         ConfigError: the config asks for packing or padding-free batches, and the model does not isolate rows.
     """
+    from finetuning.model.varlen_attention import describe_isolation_check
+
     if not algorithm.supports_padding_free:
         return BatchLayout(True, f"{algorithm.name} pads its rows"), attention
     batching, packing = experiment.sft_args.batching, experiment.sft_args.packing
@@ -361,7 +399,8 @@ def choose_layout(
     else:
         reason, attention = enable_padding_free(adapted, attention, topology)
     if reason is None:
-        return BatchLayout(False, "each row attends only to itself, verified on this model's logits"), attention
+        verified = f"verified on this model's logits, with {describe_isolation_check(adapted.model)}"
+        return BatchLayout(False, f"each row attends only to itself, {verified}"), attention
     if packing:
         raise ConfigError(
             f"rows cannot be packed: {reason}",
@@ -392,7 +431,7 @@ def enable_padding_free(
             if why_not is None:
                 return None, name, tuple(rejected)
             rejected.append(f"{name} was not used: {why_not}")
-        return enable_varlen(model, peft_config), SDPA_VARLEN, tuple(rejected)
+        return enable_varlen(model, peft_config, attention.autocast), SDPA_VARLEN, tuple(rejected)
 
     if topology.is_distributed:
         from finetuning.training.process_sync import broadcast_from_main
