@@ -27,3 +27,18 @@ def with_wrong_reference() -> Callable[[Any], Any]:
         return replace(method, build_trainer=build)
 
     return make
+
+
+@pytest.fixture
+def move_base_into_adapter() -> Callable[[Any], None]:
+    """A function that initializes the LoRA of a trainer as PiSSA does: what it adds is subtracted from the base."""
+    import torch
+
+    @torch.no_grad()
+    def move(trainer: Any) -> None:
+        for module in trainer.model.modules():
+            if hasattr(module, "lora_B"):
+                module.lora_B["default"].weight.normal_(std=0.1)
+                module.get_base_layer().weight -= module.get_delta_weight("default")
+
+    return move

@@ -76,18 +76,21 @@ def initial_loss(loss_types: list[str], weights: list[float], beta: float, smoot
 
 
 def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
-    """Return TRL's DPOTrainer on tokenized rows, with a check of the first loss.
+    """Return TRL's DPOTrainer on tokenized rows, with a check of its reference and of the first loss.
 
     Raises:
         ConfigError: TRL rejects the combination of model and options.
     """
+    import torch
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, InitialLossMixin
+    from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
 
-    class CheckedDPOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    class CheckedDPOTrainer(TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
         args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+        load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
         supports_batch_splitting = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
 
         def _prepare_dataset(
@@ -102,6 +105,18 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             value = initial_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
             name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"
             return None if value is None else ExpectedLoss(value, name)
+
+        def precomputed_log_probs(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+            return [torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])]
+
+        def weigh_log_probs(self, log_probs: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            mask = inputs["completion_mask"][:, 1:]
+            # Virtual tokens of prompt tuning come first.
+            log_probs = log_probs[:, -mask.shape[1] :]
+            if self.ld_alpha is None:
+                return log_probs
+            shared = torch.minimum(*mask.sum(-1).chunk(2)).repeat(2)[:, None]
+            return torch.where(mask.cumsum(-1) > shared, self.ld_alpha * log_probs, log_probs)
 
     with reraise_as_config_error("DPO"):
         return CheckedDPOTrainer(

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.trainer.reference import ReferenceMixin
 
-    class GRPOBase(GRPOTrainer):
+    class GRPOBase(ReferenceMixin, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
         """The trainer that the mixin below is typed against."""
 
         args: GRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -70,11 +71,10 @@ class TokenizedPrompt(list[Message]):
 
 
 class TokenizedPromptsMixin(GRPOBase):
-    """Use tokenized prompts and our own reference model, and check the first divergence from it."""
+    """Use tokenized prompts and our own reference model, and compare it with the policy before the first update."""
 
     reward_columns: Sequence[str] = ()
     """The columns of all rows. A reward function gets each of them at every call, None where a row lacks it."""
-    _is_divergence_checked = False
 
     def set_reference(self, reference: PreTrainedModel, beta: float, *, sync: bool) -> None:
         """Set the reference model and the weight of the divergence from it, as TRL 1.16 does in its constructor."""
@@ -85,10 +85,10 @@ class TokenizedPromptsMixin(GRPOBase):
         if self.args.disable_dropout:
             disable_dropout_in_model(reference)
         add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
-        self.ref_model = _prepare_reference(reference, self)
+        self.ref_model = prepared = _prepare_reference(reference, self)
         if sync:
             self.args.sync_ref_model = True
-            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+            self.add_callback(SyncRefModelCallback(ref_model=prepared, accelerator=self.accelerator))
 
     def run_state(self) -> dict[str, Any]:
         """Return the state with the completions that later steps still train on."""
@@ -123,22 +123,52 @@ class TokenizedPromptsMixin(GRPOBase):
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        from finetuning.trainer.initial_loss import ExpectedLoss, check_initial_loss, has_dropout
+        if self.beta and self.state.global_step == 0 and self.model.training:
+            with self.evaluation_pass(model):
+                policy = self._completion_log_probs(model, inputs)
+                reference = self._reference_log_probs(model, inputs)
+            self.compare_with_reference([policy], [reference], lambda fresh: [self._fresh_log_probs(fresh, inputs)])
+        return super()._compute_loss(model, inputs)
 
-        loss = super()._compute_loss(model, inputs)
-        if self.beta and self.state.global_step == 0 and self.model.training and not self._is_divergence_checked:
-            self._is_divergence_checked = True
-            expected = ExpectedLoss(0.0, "the divergence from the reference")
-            divergence = self._metrics["train"]["kl"][-1]
-            check_initial_loss(divergence, expected, has_dropout=has_dropout(self.model))
-        return loss
+    def _completion_log_probs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the log-probabilities of the completions, (rows, tokens), 0 at padding."""
+        import torch
+
+        log_probs, _, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+        )
+        return log_probs.float() * inputs["completion_mask"]
+
+    def _reference_log_probs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the log-probabilities that the loss compares with; computed again where they contain dropout."""
+        from trl.trainer.utils import use_adapter
+
+        from finetuning.trainer.reference import has_dropout
+
+        if self.ref_model is not None or not has_dropout(self.model):
+            return inputs["ref_per_token_logps"].float() * inputs["completion_mask"]
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+            return self._completion_log_probs(model, inputs)
+
+    def _fresh_log_probs(self, fresh: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+        from trl.trainer.utils import add_fused_lm_head
+
+        model: Any = fresh
+        add_fused_lm_head(model, self.temperature, self.args.cast_lm_head_to_fp32)
+        with torch.no_grad():
+            return self._completion_log_probs(model.to(self.args.device).eval(), inputs)
 
 
 def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     """Return TRL's GRPOTrainer on tokenized prompts.
 
     Completions end where the chat template ends a turn, as they will when the model is served. The reference is loaded
-    like the model, and the first divergence from it must be 0.
+    like the model, and must equal it before the first update.
 
     Raises:
         ConfigError: TRL rejects the combination of model and options, or there are fewer prompts than a batch needs.
@@ -146,14 +176,15 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from finetuning.model.stop_tokens import align_stop_tokens
-    from finetuning.trainer.initial_loss import CompleteReferenceMixin
     from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceMixin
     from finetuning.trainer.reward_functions import build_rewards
 
     class TokenizedGRPOTrainer(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
-        TokenizedPromptsMixin, TrainerMixin, CompleteReferenceMixin, GRPOTrainer
+        TokenizedPromptsMixin, TrainerMixin, ReferenceMixin, CompleteReferenceMixin, GRPOTrainer
     ):
         reward_columns = _reward_columns(inputs.data)
+        load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
 
     args, grpo_args = inputs.arguments, inputs.experiment.grpo_args
     train: Any = inputs.data.train

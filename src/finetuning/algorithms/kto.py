@@ -51,7 +51,7 @@ def initial_loss(desirable: int, undesirable: int, desirable_weight: float, unde
 
 
 def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
-    """Return TRL's KTOTrainer on tokenized rows, with a check of the first loss.
+    """Return TRL's KTOTrainer on tokenized rows, with a check of its reference and of the first loss.
 
     Raises:
         ConfigError: TRL rejects the combination of model and options.
@@ -59,10 +59,13 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from trl.trainer.kto_trainer import KTOTrainer
 
     from finetuning.data.processors.preference import with_kl_completions
-    from finetuning.trainer.initial_loss import CompleteReferenceMixin, ExpectedLoss, InitialLossMixin
+    from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
 
-    class CheckedKTOTrainer(TrainerMixin, InitialLossMixin, CompleteReferenceMixin, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    class CheckedKTOTrainer(TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
+
         def _prepare_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, dataset: Dataset, processing_class: object, args: KTOConfig, dataset_name: str
         ) -> Dataset:
@@ -75,6 +78,10 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             weights = (self.desirable_weight, self.undesirable_weight)
             value = initial_loss(desirable, len(inputs["label"]) - desirable, *weights)
             return ExpectedLoss(value, f"{self.loss_type} with weights {weights[0]:g} and {weights[1]:g}")
+
+        def precomputed_log_probs(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+            kl_log_probs = [inputs["ref_KL_logps"]] if self.calculate_KL else []
+            return [*kl_log_probs, inputs["ref_logps"]]
 
     with reraise_as_config_error("KTO"):
         return CheckedKTOTrainer(

@@ -76,7 +76,6 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
                 reason="every score is 0",
                 likely_cause="the head is not the one that was initialized",
                 hint="This is a bug in finetuning; please report it.",
-                requires_no_dropout=False,
             )
 
     pad_token_id: Any = inputs.tokenizer.tokenizer.pad_token_id

@@ -213,14 +213,13 @@ class OOMRetryMixin(TrainerBase):
     @contextmanager
     def _preserve_state(self) -> Iterator[None]:
         """Leave gradients, random state and metrics as they were."""
-        state = _random_state(self.args.device)
         self.current_gradient_accumulation_steps = 1
         try:
-            yield
+            with preserve_random_state(self.args.device):
+                yield
         finally:
             self.model_wrapped.zero_grad()
             _empty_cache(self.args.device)
-            _set_random_state(state, self.args.device)
             # TRL's trainers collect what they log in here.
             for metrics in getattr(self, "_metrics", {}).values():
                 metrics.clear()
@@ -281,6 +280,16 @@ class RandomState(NamedTuple):
 def _random_state(device: torch.device) -> RandomState:
     device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return RandomState(torch.get_rng_state(), device_state, random.getstate(), np.random.get_state())
+
+
+@contextmanager
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the random number generators as they were before the block."""
+    state = _random_state(device)
+    try:
+        yield
+    finally:
+        _set_random_state(state, device)
 
 
 def _set_random_state(state: RandomState, device: torch.device) -> None:

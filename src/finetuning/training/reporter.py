@@ -185,13 +185,16 @@ class RunReporter:
         return watch_heartbeats(self._trainer, self._output_dir, self._experiment.run_conf.name_hung_after)
 
     def training_ended(self, data: PreparedData, plan: Plan) -> dict[str, object]:
-        """Return the memory usage and the final row statistics for the record. Collective."""
+        """Return the memory usage, the final row statistics and the check of the reference. Collective."""
         from finetuning.training.memory_check import measure_memory, memory_summary
 
         usage = measure_memory(self._trainer, plan.memory)
         for text in (memory_summary(usage), *usage["oom_retries"]):
             self._results.append(("memory", text))
-        return {"memory": usage, "data": _data_record(data)}
+        reference: str | None = getattr(self._trainer, "reference_summary", None)
+        if reference is not None:
+            self._results.append(("reference", reference))
+        return {"memory": usage, "data": _data_record(data), "reference": reference}
 
     def model_saved(self, final: FinalModel) -> None:
         """The final model is saved and verified."""
