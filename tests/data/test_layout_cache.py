@@ -14,7 +14,7 @@ from tokenizers import decoders
 
 from finetuning.config.sections.data import ChatTemplateName
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
-from finetuning.data.chat.template import TemplateRenderer, get_template
+from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError, get_template
 from finetuning.data.samples import Conversation, MaskedText, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import Location
@@ -61,6 +61,43 @@ def conversations(count: int) -> list[Conversation]:
             Conversation([{"role": role, "content": draw.choice(CONTENTS)} for role in roles], Location("x", 1))
         )
     return made
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_faster_sandbox_renders_the_same_texts(name: str, make_tokenizer: Callable[..., Any]) -> None:
+    renderer = TemplateRenderer(make_tokenizer("byte-level", SOURCES[name]))
+    rows = conversations(60)
+    expected = renderer.texts(rows)
+    assert renderer.plain_texts(rows) == [text if isinstance(text, str) else None for text in expected]
+    # This template reads the parts of a content that is a list.
+    assert any(isinstance(text, str) for text in expected) or name == "llava_next"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "messages[0].__class__.__mro__",
+        "messages[0]['content'].__class__.__mro__",
+        "messages[0]['content'].format.__self__.__class__.__mro__",
+        "messages.append(1)",
+        "messages[0].update(role='x')",
+        "messages[0].pop('role')",
+        "'{0.__class__.__mro__}'.format(messages)",
+        "'{m.__class__.__mro__}'.format_map({'m': messages})",
+        "namespace(a='{0.__class__.__mro__}').a.format(messages)",
+        "namespace.__init__.__globals__",
+        "dict.__class__.__mro__",
+        "raise_exception.__globals__['json']",
+    ],
+)
+def test_the_faster_sandbox_is_as_strict(expression: str, make_tokenizer: Callable[..., Any]) -> None:
+    # The first expression of each type is safe: what is remembered of it must not extend to the second.
+    source = "{{ messages[0].get('role') ~ messages[0].content.strip() ~ namespace(a=1).a }}{{ EXPRESSION }}"
+    source = source.replace("EXPRESSION", expression)
+    renderer = TemplateRenderer(make_tokenizer("byte-level", source))
+    rows = [Conversation([{"role": "user", "content": "{0} a"}], Location("x", 1))] * 2
+    assert all(isinstance(text, TemplateRenderError) for text in renderer.texts(rows))
+    assert renderer.plain_texts(rows) == [None, None]
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -82,7 +82,7 @@ class LayoutCache:
             for key, conversation in zip(keys, conversations, strict=True)
         ]
         filled = [(index, result) for index, result in enumerate(results) if result is not None]
-        texts = self._renderer.texts([conversations[index] for index, _ in filled])
+        texts = self._renderer.plain_texts([conversations[index] for index, _ in filled])
         for (index, result), text in zip(filled, texts, strict=True):
             if result.text != text:
                 results[index] = None

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import BuiltinMethodType
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.data.samples import Conversation, JsonObject, Message, Span
@@ -33,6 +36,50 @@ _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, Attribu
 
 class TemplateRenderError(ValueError):
     """The chat template failed on a conversation; the message is the template's own."""
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_SAFE_ATTRIBUTES = {
+    *((str, name) for name in dir(str) if not name.startswith(("_", "format"))),
+    *((LoopContext, name) for name in ("index", "index0", "revindex", "revindex0", "first", "last", "length")),
+}
+"""Attributes that a template may always read: nothing but text comes of them, or a number or truth value of a loop."""
+
+
+class _FastSandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, faster for what chat templates read most: keys of messages, methods of texts, and loops.
+
+    For each attribute that a template reads, the sandbox tests an object against some twenty types, and for each call
+    it looks for marks on the function. That takes most of the time of rendering.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._is_safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
+        # The tests are of the object's type and the attribute's name: made once for each pair.
+        key = (type(obj), attr)
+        if key not in self._is_safe:
+            self._is_safe[key] = super().is_safe_attribute(obj, attr, value)
+        return self._is_safe[key]
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # `message.role`: a key that is not also a method of dictionaries.
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            message: JsonObject = obj
+            return message[attribute] if attribute in message else self.undefined(obj=obj, name=attribute)
+        if (type(obj), attribute) in _SAFE_ATTRIBUTES:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
+            # Variables of the surrounding loop or block, which compiled templates pass with each call.
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            return __obj(*args, **kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
 
 
 class TemplateRenderer:
@@ -114,6 +161,42 @@ class TemplateRenderer:
             return self.text(conversation.messages, tools=conversation.tools, kwargs=conversation.template_kwargs)
         except TemplateRenderError as error:
             return error
+
+    def plain_texts(self, conversations: Sequence[Conversation]) -> list[str | None]:
+        """Render conversations whose messages have a role and a text only, without tools or template arguments.
+
+        The texts are those of `texts`, in a quarter of the time. None for those on which the template failed.
+        """
+        template, variables = self._plain_template
+        texts: list[str | None] = []
+        for conversation in conversations:
+            # Not `render`, which copies the variables several times and takes longer for it than a short template.
+            context = template.new_context({**variables, "messages": conversation.messages}, shared=True)
+            try:
+                texts.append("".join(template.root_render_func(context)))
+            except _RENDER_ERRORS:
+                texts.append(None)
+        return texts
+
+    @cached_property
+    def _plain_template(self) -> tuple[jinja2.Template, JsonObject]:
+        """The chat template, compiled for a faster sandbox, and the variables that each conversation has."""
+        from transformers.utils.chat_template_utils import (
+            _cached_compile_jinja_template,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+        )
+
+        source = self.tokenizer.get_chat_template(None, None)
+        original = cast("jinja2.Template", _cached_compile_jinja_template(source)).environment
+        sandbox = _FastSandbox(
+            trim_blocks=original.trim_blocks,
+            lstrip_blocks=original.lstrip_blocks,
+            extensions=[type(extension) for extension in original.extensions.values()],
+        )
+        sandbox.filters = original.filters
+        sandbox.globals = original.globals
+        template = sandbox.from_string(source)
+        variables: JsonObject = {**template.globals, **self.tokenizer.special_tokens_map}
+        return template, {**variables, "tools": None, "documents": None, "add_generation_prompt": False}
 
     def generation_spans(
         self, messages: Sequence[Message], tools: list[JsonObject] | None, kwargs: JsonObject
