@@ -9,7 +9,7 @@ from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
 from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_dpo, prepare_sft
-from finetuning.data.preview import to_text
+from finetuning.data.preview import parse_text, to_text
 from finetuning.errors import DataError
 
 from .conversations import assistant, user
@@ -229,6 +229,11 @@ def test_the_preview_shows_what_is_trained(write_lines: Callable[..., str], toke
     assert "<|im_start|>assistant\n⟦It is 0.<|im_end|>⟧\n" in text
     assert f"{path}:1 (row)" in text
     assert "\x1b[32mIt is 0." in to_text(data.preview, color=True)
+    for row, parsed in zip(data.preview, parse_text(text), strict=True):
+        assert (parsed.location, parsed.title) == (row.location, row.title)
+        assert (parsed.tokens, parsed.trained, parsed.tokens_cut) == (row.tokens, row.trained, row.tokens_cut)
+        assert to_text([parsed]).rstrip("\n") == to_text([row]).rstrip("\n")
+        assert parsed.segments[:2] == row.segments[:2]
 
 
 def test_the_fingerprint_names_what_changed(

@@ -31,7 +31,7 @@ RECORD = {
     "data": {"rows": 3, "statistics": [{"split": "training"}]},
     "memory": {"peak_bytes": 1, "oom_retries": ["step 2: out of memory"]},
 }
-PREVIEW = "--- training row 1: 3 tokens, 2 trained\n<user>⟦Hello⟧\n"
+PREVIEW = "--- rows.jsonl:1 (row): 3 tokens, 2 trained\n<user>⟦Hello⟧\n"
 
 
 @pytest.mark.parametrize("written", [OLD_RECORD, RECORD], ids=["old keys", "current keys"])
@@ -52,4 +52,4 @@ def test_the_preview_is_read_under_its_old_name_too(tmp_path: Path, name: str) -
     (tmp_path / "run.json").write_text(json.dumps(RECORD))
     (tmp_path / name).write_text(PREVIEW)
     [row] = read_run(tmp_path).rows
-    assert row.pieces == (("<user>", False), ("Hello", True))
+    assert row.segments == (("<user>", False), ("Hello", True))

@@ -11,7 +11,6 @@ from finetuning.tracking.mlflow.queue import (
     UploadState,
     latest_run,
     list_queues,
-    metric_values,
     read_records,
     rotate,
     state_path,
@@ -119,11 +118,7 @@ def test_the_queue_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 def test_numbers_that_json_lacks_are_words(tmp_path: Path) -> None:
     queue = Queue(tmp_path / "mlflow_queue.jsonl")
-    queue.append(
-        "metrics",
-        values=metric_values({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1, "e": "text", "f": None}),
-        step=7,
-    )
+    queue.append_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1, "e": "text", "f": None}, 7)
     line = queue.path.read_text()
     record = json.loads(line, parse_constant=pytest.fail)
     assert record["values"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 1.0}

@@ -236,6 +236,8 @@ def _supports_logits_to_keep(inputs: TrainerInputs) -> bool:
     Not with virtual tokens, which shift positions, and not where the model's own loss has other terms than the
     cross-entropy (label smoothing, the load balancing of a mixture of experts).
     """
+    from finetuning.model.peft.adapters import peft_type_of
+
     model = inputs.model
     adapters = getattr(model, "peft_config", {}).values()
     base = model.get_base_model() if adapters else model
@@ -243,7 +245,7 @@ def _supports_logits_to_keep(inputs: TrainerInputs) -> bool:
         # Models that import this helper accept a mask of positions; custom code may accept a count only.
         hasattr(inspect.getmodule(type(base)), "slice_logits_to_keep")
         and "logits_to_keep" in inspect.signature(base.forward).parameters
-        and not any(config.is_prompt_learning or config.peft_type.value == "CPT" for config in adapters)
+        and not any(config.is_prompt_learning or peft_type_of(config) == "CPT" for config in adapters)
         and not getattr(base.config.get_text_config(), "output_router_logits", False)
         and not inputs.arguments.label_smoothing_factor
         and not _has_fused_liger_loss(inputs)

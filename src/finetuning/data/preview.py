@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -19,6 +19,11 @@ from finetuning.errors import Location
 _OPEN, _CLOSE = "⟦", "⟧"
 _GREEN, _DIM, _RESET, _REVERSE, _FORWARD = "\x1b[32m", "\x1b[2m", "\x1b[0m", "\x1b[7m", "\x1b[27m"
 _CUT = "✂"
+_HEADING = re.compile(
+    r"^--- (?P<file>.*?)(?::(?P<line>\d+))? \((?P<title>[^()\n]*)\): (?P<tokens>\d+) tokens, (?P<trained>\d+) trained"
+    r"(?:, (?P<cut>\d+) tokens cut off)?$",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,31 @@ def to_text(rows: Sequence[PreviewRow], *, color: bool = False, special_tokens: 
         cut = f"{_CUT} {row.tokens_cut} tokens cut off here" if row.tokens_cut else ""
         parts.append(f"--- {head_of(row)}\n{_DIM + body + _RESET if color else body}{cut}\n")
     return "\n".join(parts)
+
+
+def parse_text(text: str) -> list[PreviewRow]:
+    """Read the rows that `to_text` wrote without color, but for line breaks at the end of a row.
+
+    A marker in the text of a row is taken for one of ours.
+    """
+    headings = list(_HEADING.finditer(text))
+    ends = [*(heading.start() for heading in headings[1:]), len(text)]
+    rows: list[PreviewRow] = []
+    for heading, end in zip(headings, ends, strict=True):
+        location = Location(file=heading["file"], line=int(heading["line"]) if heading["line"] else None)
+        counts = int(heading["tokens"]), int(heading["trained"]), int(heading["cut"] or 0)
+        body = text[heading.end() : end].strip("\n")
+        rows.append(PreviewRow(location, heading["title"], tuple(_marked_segments(body)), *counts))
+    return rows
+
+
+def _marked_segments(body: str) -> Iterator[tuple[str, bool]]:
+    trained = False
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", body):
+        if part in (_OPEN, _CLOSE):
+            trained = part == _OPEN
+        elif part:
+            yield part, trained
 
 
 def head_of(row: PreviewRow) -> str:

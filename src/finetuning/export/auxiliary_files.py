@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetuning.errors import ModelError
 from finetuning.export.inputs import BaseModel, read_json
+from finetuning.model.safetensors_io import GENERATION_CONFIG
 
 _TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = (
@@ -33,7 +34,6 @@ _MODEL_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-_GENERATION_CONFIG = "generation_config.json"
 
 
 def select_tokenizer_folder(requested: Path | None, adapters: Iterable[Path], base: Path) -> Path | None:
@@ -66,8 +66,8 @@ def write_auxiliary_files(
         write_config(base, out, config_changes)
     # An adapter's generation config has the stop tokens it was trained with, which the base's may lack.
     for folder in (*reversed(list(adapters)), base.folder):
-        if (folder / _GENERATION_CONFIG).is_file():
-            shutil.copyfile(folder / _GENERATION_CONFIG, out / _GENERATION_CONFIG)
+        if (folder / GENERATION_CONFIG).is_file():
+            shutil.copyfile(folder / GENERATION_CONFIG, out / GENERATION_CONFIG)
             break
     if tokenizer is not None:
         copy_tokenizer(tokenizer, out)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from finetuning.errors import ModelError
+from finetuning.model.safetensors_io import GENERATION_CONFIG
 from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-GENERATION_CONFIG = "generation_config.json"
 _STATE = "trainer_state.json"
 # The config of the run, which every checkpoint holds; see `training/resume/config_changes.py`.
 _RUN_CONFIGS = ("run_config.json", "contract.json")  # old name

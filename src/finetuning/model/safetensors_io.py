@@ -18,6 +18,7 @@ from finetuning.errors import ModelError
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 SAFE_WEIGHTS_NAME = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 ADDED_TOKENS_FILE = "added_tokens_info.json"
 """How many tokens a fine-tuned model has in addition to its base; the file format is fms-hf-tuning's."""
 UNTRAINED_TOKENS_FILE = "untrained_tokens.json"

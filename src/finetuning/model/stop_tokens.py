@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from finetuning.model.safetensors_io import GENERATION_CONFIG
 from finetuning.model.tokenizer import special_token, special_token_id
 
 # Sampling parameters, with the values at which they have no effect.
@@ -90,7 +91,7 @@ def copy_ids_to_model_config(folder: Path) -> None:
 
     Engines that find no generation config, and converters to other formats, read the ids of config.json.
     """
-    path, source = folder / "config.json", folder / "generation_config.json"
+    path, source = folder / "config.json", folder / GENERATION_CONFIG
     if not path.is_file() or not source.is_file():
         return
     config, generation = (json.loads(file.read_text(encoding="utf-8")) for file in (path, source))

@@ -14,6 +14,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from finetuning.data.preview import head_of
 from finetuning.report.charts import HEIGHT, WIDTH, Chart, timeline
 from finetuning.report.console import shortened
 from finetuning.report.run_folder import RunData, parse_time, read_run
@@ -68,6 +69,7 @@ def render(runs: Sequence[RunData]) -> str:
     started = parse_time(jobs[-1].get("started")) if jobs else None
     return template.render(
         run=run,
+        head_of=head_of,
         runs=runs,
         title=title_of(run),
         status=record.get("status", "unknown"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetuning.errors import ConfigError, Location
 from finetuning.tracking.tracker import LOSS_LOG_NAME, METRICS_LOG_NAME
+
+if TYPE_CHECKING:
+    from finetuning.data.preview import PreviewRow
 
 Value = TypeVar("Value")
 Series = dict[str, list[tuple[int, float]]]
@@ -128,8 +130,6 @@ _RENAMED_NESTED_KEYS = {
 }
 _RENAMED_STATISTICS_KEYS = {"part": "split", "lost_to_faults": "invalid_rows", "noticed": "warnings"}
 _MOST_BYTES = 2_000_000
-_HEAD = re.compile(r"^--- (?P<head>.*: \d+ tokens, \d+ trained.*)$", re.MULTILINE)
-_MARK = re.compile("([⟦⟧])")
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class ReportPreviewRow:
-    """A row as the model sees it: its heading, and its text in pieces, each trained or not."""
-
-    head: str
-    pieces: tuple[tuple[str, bool], ...]
-
-
-@dataclass(frozen=True)
 class RunData:
     """One run, as recorded in its output directory."""
 
@@ -158,7 +150,7 @@ class RunData:
     record: Mapping[str, Any]
     series: Series
     config: str
-    rows: tuple[ReportPreviewRow, ...]
+    rows: tuple[PreviewRow, ...]
     jobs: tuple[tuple[Span, ...], ...]
     """The recorded spans of each job, oldest job first."""
     merge_checks: Mapping[str, Any]
@@ -255,23 +247,10 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _preview(text: str) -> tuple[ReportPreviewRow, ...]:
-    """The rows of `preview.txt`, whose trained text is in ⟦ ⟧."""
-    parts = _HEAD.split(text)[1:]
-    return tuple(
-        ReportPreviewRow(head, tuple(_pieces(body.strip("\n"))))
-        for head, body in zip(parts[::2], parts[1::2], strict=True)
-    )
+def _preview(text: str) -> tuple[PreviewRow, ...]:
+    from finetuning.data.preview import parse_text
 
-
-def _pieces(body: str) -> list[tuple[str, bool]]:
-    pieces, trained = [], False
-    for part in _MARK.split(body):
-        if part in ("⟦", "⟧"):
-            trained = part == "⟦"
-        elif part:
-            pieces.append((part, trained))
-    return pieces
+    return tuple(parse_text(text))
 
 
 def _spans(folder: Path) -> tuple[tuple[Span, ...], ...]:

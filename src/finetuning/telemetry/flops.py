@@ -76,8 +76,12 @@ def count_flops(model: PreTrainedModel) -> FlopsCount | None:
 
 def _is_full_or_lora(model: PreTrainedModel) -> bool:
     adapters = getattr(model, "peft_config", None)
-    return not adapters or all(
-        adapter.peft_type.value == "LORA" and not getattr(adapter, "use_dora", False) for adapter in adapters.values()
+    if not adapters:
+        return True
+    from finetuning.model.peft.adapters import peft_type_of
+
+    return all(
+        peft_type_of(adapter) == "LORA" and not getattr(adapter, "use_dora", False) for adapter in adapters.values()
     )
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from finetuning.model.peft.adapters import peft_type_of
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainingArguments
@@ -47,7 +49,7 @@ def uses_all_weights(model: nn.Module) -> bool:
     if config is None or getattr(config, "sub_configs", None):
         return False
     return (
-        all(adapter.peft_type.value == "LORA" for adapter in adapters)
+        all(peft_type_of(adapter) == "LORA" for adapter in adapters)
         and not any(getattr(config, name, None) for name in _EXPERTS)
         and not any(value for name, value in vars(config).items() if name.endswith("layerdrop"))
     )

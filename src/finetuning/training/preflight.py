@@ -59,6 +59,7 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
         return
     from finetuning.model.load import usable_attn_implementation
 
+    # Its result is used when the model is loaded. Called here, it refuses and warns in `--dry-run` as well.
     usable_attn_implementation(implementation)
     if implementation == "flex_attention" and device.kind == "cpu":
         raise ConfigError(

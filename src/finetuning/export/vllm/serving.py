@@ -15,11 +15,11 @@ from typing import TypedDict
 from finetuning.errors import ModelError
 from finetuning.export.inputs import ADAPTER_CONFIG, Adapter, BaseModel, read_base, read_json
 from finetuning.export.vllm.checks import VllmCheck
+from finetuning.model.safetensors_io import GENERATION_CONFIG
 
 SERVING = "serving.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _CHAT_TEMPLATE = "chat_template.jinja"
-_GENERATION_CONFIG = "generation_config.json"
 
 
 class ServedAdapter(TypedDict):
@@ -93,7 +93,7 @@ def describe_serving(
     words += ["--lora-modules", f"{name}={path}"]
     if _differs(files, base, *_TOKENIZER_FILES):
         words += ["--tokenizer", path]
-    if _differs(files, base, _GENERATION_CONFIG):
+    if _differs(files, base, GENERATION_CONFIG):
         words += ["--generation-config", path]
     if _differs(files, base, _CHAT_TEMPLATE):
         words += ["--chat-template", f"{path}/{_CHAT_TEMPLATE}"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetuning.errors import ConfigError, Location
-from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, metric_values, read_records
+from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, read_records
 from finetuning.tracking.mlflow.tracker import start_uploader
 
 _EXIT_UPLOADED, _EXIT_NOT_UPLOADED, _EXIT_BUSY = 0, 1, 3
@@ -126,11 +126,10 @@ def _measure_system(path: Path, stop: threading.Event) -> None:
     prefix = f"system/{monitor.node_id}/" if monitor.node_id else "system/"
     while not stop.wait(monitor.sampling_interval):
         monitor.collect_metrics()
-        values = {prefix + name: value for name, value in monitor.aggregate_metrics().items()}
+        step = int((time.time() - began_ms / 1000) / monitor.sampling_interval)
+        queue.append_metrics({prefix + name: value for name, value in monitor.aggregate_metrics().items()}, step)
         for source in monitor.monitors:
             source.clear_metrics()
-        step = int((time.time() - began_ms / 1000) / monitor.sampling_interval)
-        queue.append("metrics", values=metric_values(values), step=step)
 
 
 if __name__ == "__main__":

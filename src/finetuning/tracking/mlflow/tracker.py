@@ -15,22 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetuning.tracking.mlflow.queue import (
-    QUEUE_NAME,
-    Queue,
-    UploadState,
-    latest_run,
-    list_queues,
-    metric_values,
-    rotate,
-)
+from finetuning.tracking.mlflow.queue import QUEUE_NAME, Queue, UploadState, latest_run, list_queues, rotate
 from finetuning.tracking.settings import TrackingPlan
 from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
 
 logger = logging.getLogger(__name__)
 
-_UPLOADER = "finetuning.tracking.mlflow.sync"
-"""The module that the uploading process runs."""
 _SERVER_WAIT_S, _LOCAL_WAIT_S, _UPLOAD_WAIT_S, _CHECK_S = 10.0, 60.0, 3600.0, 30.0
 
 
@@ -41,8 +31,7 @@ class MlflowTracker(Tracker):
 
     def __init__(self, plan: TrackingPlan, queue: Queue, process: subprocess.Popen[bytes]):
         self.queue = queue
-        self._plan = plan
-        self._process = process
+        self._plan, self._process = plan, process
         self._telemetry_names = TelemetryNames()
         self._next_check = time.monotonic() + _CHECK_S
         self._end: UploadState | None = None
@@ -51,7 +40,7 @@ class MlflowTracker(Tracker):
         values = summary_totals(event.values) if event.kind == "summary" else dict(event.values)
         if event.kind == "training":
             values |= {"tokens_per_second": event.metrics.tokens_per_s, "tokens_seen": event.metrics.tokens_seen}
-        self.queue.append("metrics", values=metric_values(values), step=event.metrics.step)
+        self.queue.append_metrics(values, event.metrics.step)
         if time.monotonic() > self._next_check:
             error = UploadState.read(self.queue.path).error
             self._next_check = float("inf") if error else time.monotonic() + _CHECK_S
@@ -59,7 +48,7 @@ class MlflowTracker(Tracker):
                 logger.warning("MLflow: %s. Training continues; metrics wait in %s.", error, self.queue.path)
 
     def log_telemetry(self, values: Mapping[str, float], step: int) -> None:
-        self.queue.append("metrics", values=metric_values(self._telemetry_names.rename(values)), step=step)
+        self.queue.append_metrics(self._telemetry_names.rename(values), step)
 
     def on_save(self, step: int, folder: Path) -> None:
         self.log_model_files(folder)
@@ -120,8 +109,7 @@ def start_mlflow(
         record = latest_run(path)[0] if resumed else None
         previous = record.fields if record else {}
         same_run = plan.run_id.value in (None, UploadState.read(path).run_id, previous.get("run_id"))
-        if not (same_run and target.items() <= previous.items()):
-            previous = {}
+        previous = previous if same_run and target.items() <= previous.items() else {}
         key, name, parent = previous.get("key"), previous.get("run_name"), None
         if plan.child_runs:
             parent = previous.get("parent") or {"key": secrets.token_hex(16), "name": plan.run_name.value, "jobs": 0}
@@ -155,8 +143,8 @@ def start_uploader(
     defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60" if uploads else "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     forced = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": uri, "PYTHONSAFEPATH": "1"}
     environ = {**defaults, "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, **forced}
-    command = [sys.executable, "-m", _UPLOADER, str(queue.absolute()), str(parent), str(patience_s)]
-    null = subprocess.DEVNULL
+    uploader = [sys.executable, "-m", "finetuning.tracking.mlflow.sync"]
+    command, null = [*uploader, str(queue.absolute()), str(parent), str(patience_s)], subprocess.DEVNULL
     return subprocess.Popen(
         command, stdin=null, stdout=null, stderr=null, cwd=folder, env=environ, start_new_session=True
     )

@@ -125,9 +125,7 @@ class Uploader:
         """Log the new parameters. MLflow cannot change one, so a tag lists what a resumed job has changed."""
         logged = self.client.get_run(str(self.state.run_id)).data.params
         self._log("params", [Param(key, value) for key, value in values.items() if key not in logged])
-        changed = [
-            f"{key}: {logged[key]} -> {value}" for key, value in values.items() if logged.get(key, value) != value
-        ]
+        changed = [f"{key}: {logged[key]} -> {new}" for key, new in values.items() if logged.get(key, new) != new]
         if changed:
             self._log("tags", [RunTag(_CHANGED_TAG, "\n".join(changed)[:5000])])
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from finetuning.atomic_io import MANIFEST, find_manifest_mismatch
 from finetuning.errors import CheckpointError, Location, ModelError
+from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 _KEY = "run_conf.resume_from_checkpoint"
 _STATE, _SCHEDULE, _OPTIMIZER = "trainer_state.json", "scheduler.pt", ("optimizer.pt", "optimizer.bin")
 # Every stock Trainer writes it. Ours removes it, and writes a manifest instead.
 _STOCK_TRAINER_FILE = "training_args.bin"
 _WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    ADAPTER_WEIGHTS,
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "adapter_model.bin",
