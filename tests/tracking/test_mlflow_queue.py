@@ -11,6 +11,7 @@ from finetuning.tracking.mlflow.queue import (
     UploadState,
     latest_run,
     list_queues,
+    numbers_in,
     read_records,
     rotate,
     state_path,
@@ -118,7 +119,8 @@ def test_the_queue_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 def test_numbers_that_json_lacks_are_words(tmp_path: Path) -> None:
     queue = Queue(tmp_path / "mlflow_queue.jsonl")
-    queue.append_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1, "e": "text", "f": None}, 7)
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1, "e": "text", "f": None}
+    queue.append("metrics", values=numbers_in(values), step=7)
     line = queue.path.read_text()
     record = json.loads(line, parse_constant=pytest.fail)
     assert record["values"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 1.0}

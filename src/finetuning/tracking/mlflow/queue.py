@@ -61,11 +61,11 @@ class Queue:
         if self.error:
             logger.warning("MLflow: cannot write %s: %s. Training continues untracked.", self.path, self.error)
 
-    def append_metrics(self, values: Mapping[str, object], step: int) -> None:
-        """Append the numbers among the values; those that JSON lacks as "NaN", "Infinity" and "-Infinity"."""
-        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
-        encoded = {key: value if math.isfinite(value) else json.dumps(value) for key, value in numbers.items()}
-        self.append("metrics", values=encoded, step=step)
+
+def numbers_in(values: Mapping[str, object]) -> dict[str, float | str]:
+    """Return the numbers among the values; those that JSON lacks as "NaN", "Infinity" and "-Infinity"."""
+    numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+    return {key: value if math.isfinite(value) else json.dumps(value) for key, value in numbers.items()}
 
 
 @dataclass

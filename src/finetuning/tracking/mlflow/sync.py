@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetuning.errors import ConfigError, Location
-from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, read_records
+from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, numbers_in, read_records
 from finetuning.tracking.mlflow.tracker import start_uploader
 
 _EXIT_UPLOADED, _EXIT_NOT_UPLOADED, _EXIT_BUSY = 0, 1, 3
@@ -127,7 +127,8 @@ def _measure_system(path: Path, stop: threading.Event) -> None:
     while not stop.wait(monitor.sampling_interval):
         monitor.collect_metrics()
         step = int((time.time() - began_ms / 1000) / monitor.sampling_interval)
-        queue.append_metrics({prefix + name: value for name, value in monitor.aggregate_metrics().items()}, step)
+        values = {prefix + name: value for name, value in monitor.aggregate_metrics().items()}
+        queue.append("metrics", values=numbers_in(values), step=step)
         for source in monitor.monitors:
             source.clear_metrics()
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetuning.tracking.mlflow.queue import QUEUE_NAME, Queue, UploadState, latest_run, list_queues, rotate
+from finetuning.tracking.mlflow.queue import QUEUE_NAME, Queue, UploadState, latest_run, list_queues, numbers_in, rotate
 from finetuning.tracking.settings import TrackingPlan
 from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
 
@@ -40,7 +40,7 @@ class MlflowTracker(Tracker):
         values = summary_totals(event.values) if event.kind == "summary" else dict(event.values)
         if event.kind == "training":
             values |= {"tokens_per_second": event.metrics.tokens_per_s, "tokens_seen": event.metrics.tokens_seen}
-        self.queue.append_metrics(values, event.metrics.step)
+        self.queue.append("metrics", values=numbers_in(values), step=event.metrics.step)
         if time.monotonic() > self._next_check:
             error = UploadState.read(self.queue.path).error
             self._next_check = float("inf") if error else time.monotonic() + _CHECK_S
@@ -48,7 +48,7 @@ class MlflowTracker(Tracker):
                 logger.warning("MLflow: %s. Training continues; metrics wait in %s.", error, self.queue.path)
 
     def log_telemetry(self, values: Mapping[str, float], step: int) -> None:
-        self.queue.append_metrics(self._telemetry_names.rename(values), step)
+        self.queue.append("metrics", values=numbers_in(self._telemetry_names.rename(values)), step=step)
 
     def on_save(self, step: int, folder: Path) -> None:
         self.log_model_files(folder)
