@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from finetuning.config.sections.training import BatchSizeConfig, TrainingArgs
 from finetuning.errors import ConfigError
-from finetuning.plan.batch_size import plan_batches
-from finetuning.plan.plan import plan_steps
+from finetuning.plan.plan import plan_batches, plan_steps
 
 
 def _config(total: int, maximum: int, evaluation: int | None = None) -> BatchSizeConfig:
