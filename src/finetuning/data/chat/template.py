@@ -66,10 +66,10 @@ class _FastSandbox(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         # `message.role`: a key that is not also a method of dictionaries.
-        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
-            message: JsonObject = obj
-            return message[attribute] if attribute in message else self.undefined(obj=obj, name=attribute)
-        if (type(obj), attribute) in _SAFE_ATTRIBUTES:
+        kind: type = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if (kind, attribute) in _SAFE_ATTRIBUTES:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
@@ -186,7 +186,7 @@ class TemplateRenderer:
         )
 
         source = self.tokenizer.get_chat_template(None, None)
-        original = cast("jinja2.Template", _cached_compile_jinja_template(source)).environment
+        original = _cached_compile_jinja_template(source).environment
         sandbox = _FastSandbox(
             trim_blocks=original.trim_blocks,
             lstrip_blocks=original.lstrip_blocks,
