@@ -163,6 +163,18 @@ def test_an_adapter_that_goes_on_is_its_own_reference(
     assert read_tensors(run.final).keys() == read_tensors(tuned.final).keys()
 
 
+@pytest.mark.parametrize("constant", [True, False])
+def test_rewards_that_never_vary_are_reported(
+    train: Any, grpo_values: Any, tmp_path: Path, caplog: Any, constant: bool
+) -> None:
+    rewards = [{"type": "function", "path": f"{tmp_path}/own.py:{'seen' if constant else 'vowels'}"}]
+    run = train(grpo_values({"grpo_args.rewards": rewards, "training_args.max_steps": 3}), GRPO)
+    warnings = json.loads((run.output_dir / "run.json").read_text())["warnings"]
+    reported = [text for text in warnings if text.startswith("step ")]
+    assert len(reported) == constant
+    assert all(text.startswith("step 3: in the last 3 steps all completions") for text in reported)
+
+
 def test_resuming_goes_on(train: Any, grpo_values: Any) -> None:
     saves = {"training_args.save_strategy": "steps", "training_args.save_steps": 1}
     train(grpo_values({**saves, "training_args.max_steps": 2, "run_conf.final_checkpoint_name": "first"}), GRPO)

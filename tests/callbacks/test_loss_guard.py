@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from finetuning.callbacks.loss_guard import LossGuardCallback, find_loss_spike
+from finetuning.callbacks.loss_guard import (
+    CONSTANT_REWARD_STEPS,
+    LossGuardCallback,
+    NoSignalCallback,
+    find_loss_spike,
+    steps_of_equal_rewards,
+)
 from finetuning.config.sections.controller import LossGuardConfig
 from finetuning.errors import EXIT_GUARD, GuardStopped
 
@@ -102,3 +110,104 @@ def test_a_resumed_run_keeps_its_normal_range() -> None:
     """The spike is computed from the trainer's log, which is part of a checkpoint."""
     before = list(enumerate(falling(30)))
     assert len(find_loss_spike([*before, (30, 9.0)], 3.0)) == 1
+
+
+def warnings_of(log: list[dict[str, float]], max_steps: int = 1000) -> dict[str, str]:
+    """The warnings of a run with these logged values, one log per step."""
+    import transformers
+
+    callback = NoSignalCallback()
+    state = transformers.TrainerState(max_steps=max_steps)
+    for step, values in enumerate(log, start=1):
+        state.global_step = step
+        state.log_history.append({**values, "step": step})
+        callback.on_log(None, state, None)
+    return callback.warnings
+
+
+def test_a_loss_that_collapses_to_0_is_reported_once_with_its_step(caplog: Any) -> None:
+    log = [{"loss": 0.5, "grad_norm": 1.0}, {"loss": 0.0, "grad_norm": 1e-9}, {"loss": 0.0, "grad_norm": 1e-9}]
+    with caplog.at_level(logging.WARNING, logger="finetuning"):
+        warnings = warnings_of(log)
+    assert list(warnings) == ["loss"]
+    assert warnings["loss"].startswith("step 2: the loss is exactly 0.")
+    assert "`finetuning preview`" in warnings["loss"]
+    assert len(caplog.messages) == 1
+
+
+def test_gradients_of_0_are_reported_once_with_their_step() -> None:
+    log = [{"loss": 0.5, "grad_norm": 1.0}, {"loss": 0.4, "grad_norm": 0.0}, {"loss": 0.4, "grad_norm": 0.0}]
+    warnings = warnings_of(log)
+    assert list(warnings) == ["gradient"]
+    assert warnings["gradient"].startswith("step 2: every gradient is exactly 0")
+
+
+def rewarded(zero_std: float, loss: float = 0.0, grad_norm: float = 1.0) -> dict[str, float]:
+    return {"loss": loss, "grad_norm": grad_norm, "reward": 1.0, "frac_reward_zero_std": zero_std}
+
+
+def test_rewards_that_never_vary_are_reported_with_the_step() -> None:
+    warnings = warnings_of([rewarded(1.0, grad_norm=0.0)] * (CONSTANT_REWARD_STEPS + 3))
+    assert list(warnings) == ["reward"], "a loss and gradients of 0 follow from equal rewards"
+    assert warnings["reward"].startswith(
+        "step 10: in the last 10 steps all completions of each prompt had equal rewards"
+    )
+    assert "grpo_args.rewards" in warnings["reward"]
+    late = warnings_of([rewarded(0.5)] * 5 + [rewarded(1.0)] * CONSTANT_REWARD_STEPS)
+    assert late["reward"].startswith("step 15:")
+    assert warnings_of([rewarded(1.0)] * 3, max_steps=3)["reward"].startswith("step 3:")
+
+
+def test_rewards_that_vary_now_and_then_are_no_reason_to_warn() -> None:
+    assert warnings_of([rewarded(1.0)] * 9 + [rewarded(0.75)] + [rewarded(1.0)] * 9) == {}
+    assert warnings_of([rewarded(1.0)] * 3) == {}
+    without_generation = {"loss": 0.0, "grad_norm": 0.0}
+    assert warnings_of([rewarded(0.5), without_generation, rewarded(0.0)]) == {}
+
+
+def test_gradients_of_0_despite_varying_rewards_are_reported() -> None:
+    assert list(warnings_of([rewarded(0.5, grad_norm=0.0)])) == ["gradient"]
+
+
+def test_steps_between_logs_count() -> None:
+    log = [{"step": 4, "frac_reward_zero_std": 0.9}, {"step": 5}, {"step": 16, "frac_reward_zero_std": 1.0}]
+    assert steps_of_equal_rewards(log) == 12
+    assert steps_of_equal_rewards([{"step": 3, "loss": 1.0}]) == 0
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_run_that_trains_nothing_is_reported_in_its_record(
+    train: Any, sft_values: Any, dpo_values: Any, method: str
+) -> None:
+    """Of full training, whose gradients underflow."""
+    import json
+    from dataclasses import replace
+
+    from finetuning.algorithms import ALGORITHMS
+
+    algorithm = ALGORITHMS[method]
+
+    def build(inputs: Any) -> Any:
+        trainer = algorithm.build_trainer(inputs)
+        for weight in trainer.model.parameters():
+            weight.register_hook(lambda gradient: gradient * 0.0)
+        return trainer
+
+    values = sft_values() if method == "sft" else dpo_values()
+    run = train(values, replace(algorithm, build_trainer=build))
+    warnings = json.loads((run.output_dir / "run.json").read_text())["warnings"]
+    assert sum("step 1: every gradient is exactly 0" in text for text in warnings) == 1
+    assert not any("the loss is exactly 0" in text for text in warnings)
+
+
+def test_clean_runs_are_not_reported(train: Any, sft_values: Any, dpo_values: Any) -> None:
+    import json
+
+    for values in (sft_values(), dpo_values()):
+        run = train({**values, "training_args": {**values["training_args"], "output_dir": str(run_dir(values))}})
+        warnings = json.loads((run.output_dir / "run.json").read_text())["warnings"]
+        assert not any(text.startswith("step ") for text in warnings)
+
+
+def run_dir(values: dict[str, Any]) -> str:
+    return f"{values['training_args']['output_dir']}-{'sft' if 'sft_args' in values else 'dpo'}"

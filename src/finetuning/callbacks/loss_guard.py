@@ -1,9 +1,10 @@
-"""The loss guard: stops a run whose loss has exploded, and keeps its last good checkpoint the newest one."""
+"""The loss guard: stops a run whose loss has exploded, and warns of one that has nothing to learn from."""
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.config.sections.controller import LossGuardConfig
 from finetuning.errors import GuardStopped
+
+logger = logging.getLogger("finetuning")
 
 WINDOW = 50
 """The number of logged losses that a new one is compared with."""
@@ -67,6 +70,73 @@ def find_loss_spike(losses: Sequence[tuple[int, float]], factor: float) -> LossS
             spike = []
         last = step
     return LossSpike(tuple(value for _, value in spike), tuple(step for step, _ in spike), median, limit, last_good)
+
+
+CONSTANT_REWARD_STEPS = 10
+"""Rewards that vary in no group of completions for so many steps are reported. Single steps are not unusual."""
+_ZERO_STD = "frac_reward_zero_std"
+"""TRL's metric: the fraction of groups of completions in which all rewards are equal."""
+
+
+class NoSignalCallback(transformers.TrainerCallback):
+    """Warns, once each, of a loss of exactly 0, of gradients that are all 0 and of rewards that do not vary.
+
+    Looks at what is logged, which is the mean over all processes. Under GRPO a loss of 0 is usual, and gradients of 0
+    follow from rewards that are equal.
+    """
+
+    def __init__(self) -> None:
+        self.warnings: dict[str, str] = {}
+        """By what the warning is about."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        entry = state.log_history[-1] if state.log_history else {}
+        if "loss" not in entry:
+            return
+        uses_rewards = any(_ZERO_STD in earlier for earlier in state.log_history)
+        if entry["loss"] == 0.0 and not uses_rewards:
+            self._warn(
+                state,
+                "loss",
+                "the loss is exactly 0. The model has nothing left to learn, or no token of these rows is trained."
+                " Stop earlier, lower training_args.learning_rate, and look at the labels with `finetuning preview`",
+            )
+        if entry.get("grad_norm") == 0.0 and not (uses_rewards and entry.get(_ZERO_STD, 1.0) == 1.0):
+            self._warn(
+                state,
+                "gradient",
+                "every gradient is exactly 0, so this step trained nothing. Check that the loss depends on trained"
+                " weights: the labels of these rows (`finetuning preview`), peft_conf, and the dtype (fp16 underflows;"
+                " use bf16)",
+            )
+        since = steps_of_equal_rewards(state.log_history)
+        if since >= CONSTANT_REWARD_STEPS or (since and since == state.global_step == state.max_steps):
+            self._warn(
+                state,
+                "reward",
+                f"in the last {since} steps all completions of each prompt had equal rewards, so nothing is learned"
+                " from them. Check the functions of grpo_args.rewards, raise training_args.temperature or"
+                " num_generations, or choose prompts that the model solves sometimes",
+            )
+
+    def _warn(self, state: TrainerState, subject: str, text: str) -> None:
+        if subject not in self.warnings:
+            self.warnings[subject] = f"step {state.global_step}: {text}"
+            if state.is_world_process_zero:
+                logger.warning("%s", self.warnings[subject])
+
+
+def steps_of_equal_rewards(log: Sequence[Mapping[str, float]]) -> int:
+    """Return the number of steps at the end of a training log in which no rewards varied within a group.
+
+    >>> steps_of_equal_rewards([{"step": 1, _ZERO_STD: 0.5}, {"step": 2, _ZERO_STD: 1.0}, {"step": 4, _ZERO_STD: 1.0}])
+    3
+    """
+    entries = [entry for entry in log if _ZERO_STD in entry]
+    if not entries:
+        return 0
+    last_varying = next((int(entry["step"]) for entry in reversed(entries) if entry[_ZERO_STD] < 1.0), 0)
+    return int(entries[-1]["step"]) - last_varying
 
 
 class LossGuardCallback(transformers.TrainerCallback):

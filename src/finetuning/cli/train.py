@@ -67,6 +67,7 @@ def train(
             from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
             from finetuning.training.reporter import RunReporter
             from finetuning.training.run import TrainingJob, run_training
+            from finetuning.training.signals import finish_despite_signal
 
             names_checked = not _look_up_modules(checked).startswith(_NOT_LOOKED_UP)
         check_save_model_dir(experiment)
@@ -77,7 +78,8 @@ def train(
         )
         result = run_training(job)
         if topology.is_main:
-            copy_to_save_model_dir(experiment)
+            with finish_despite_signal():
+                copy_to_save_model_dir(experiment)
         reporter.print_result(result)
     return 0
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from finetuning.callbacks.checkpoint_upload import CheckpointUploader
     from finetuning.callbacks.controller.callback import ControllerSet
+    from finetuning.callbacks.loss_guard import NoSignalCallback
     from finetuning.data.prepared import PreparedData
     from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.tracking.settings import TrackingPlan
@@ -216,7 +217,7 @@ class RunReporter:
             record["telemetry"] = telemetry
         return record | {
             "summary": [[line.label, line.value, line.reason] for line in self._summary],
-            "warnings": self._warnings,
+            "warnings": [*self._warnings, *self._controllers.warnings()],
             "controller_actions": self._controllers.actions(),
             "trackers": self._tracker_set.identities() if self._topology.is_main else {},
             "tracker_errors": (dict(self._trackers.failures) if self._trackers else {}) | self._tracker_set.errors,
@@ -314,6 +315,7 @@ class ControllerCallbacks:
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
         self._controllers: ControllerSet | None = None
+        self._no_signal: NoSignalCallback | None = None
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callbacks of the controllers and the guard that are configured.
@@ -329,10 +331,15 @@ class ControllerCallbacks:
             self._controllers = make_controllers(section)
             callbacks.append(controller_callback(self._controllers))
         if self._experiment.guard.enabled:
-            from finetuning.callbacks.loss_guard import LossGuardCallback
+            from finetuning.callbacks.loss_guard import LossGuardCallback, NoSignalCallback
 
-            callbacks.append(LossGuardCallback(self._experiment.guard))
+            self._no_signal = NoSignalCallback()
+            callbacks += [LossGuardCallback(self._experiment.guard), self._no_signal]
         return callbacks
+
+    def warnings(self) -> list[str]:
+        """Return the warnings that the guard gave."""
+        return list(self._no_signal.warnings.values()) if self._no_signal else []
 
     def model_saved(self, trainer: Trainer, folder: Path) -> None:
         """Trigger the last `on_save`: the final model is saved. Only the main process calls this."""

@@ -132,16 +132,18 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     initial = initial_digests(trainer, loaded)
     record.update(training_started=True)
 
-    with stop.handle_signals(), reporter.watch_processes():
-        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
-    stop.raise_if_interrupted(trainer)
-    record.update(**reporter.training_ended(data, plan))
-
-    with reporter.stage("model_publication"):
-        final = save_final_model(trainer, tokenizer.tokenizer, job.final_folder, initial=initial)
-    if final is not None:
-        record.update(artifact=final.as_dict())
-        reporter.model_saved(final)
+    with stop.handle_signals():
+        with reporter.watch_processes():
+            output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
+        stop.raise_if_interrupted(trainer)
+        record.update(**reporter.training_ended(data, plan))
+        # Signals stay handled: after the last step the first one lets the final model be saved.
+        with reporter.stage("model_publication"):
+            final = save_final_model(trainer, tokenizer.tokenizer, job.final_folder, initial=initial)
+        if final is not None:
+            record.update(artifact=final.as_dict())
+            reporter.model_saved(final)
+        stop.log_late_signal()
     return RunResult(
         "completed", final, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
     )

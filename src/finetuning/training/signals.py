@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import time
@@ -15,6 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from finetuning.errors import Interrupted
 
+logger = logging.getLogger("finetuning")
+
 STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Above every signal number: the processes of a run agree on the maximum of what each of them received.
@@ -27,7 +30,8 @@ SCHEDULER_MARGIN_S = 120
 class StopOnSignal(TrainerCallback):
     """Save and stop at the next step after SIGTERM, SIGINT or SIGUSR1, a time limit, or a file `STOP` in `output_dir`.
 
-    All processes stop at the same step. A second signal ends the process at once.
+    All processes stop at the same step. After the last step a signal stops nothing: the final model is saved first. A
+    second signal ends the process at once.
 
     Args:
         max_time: a duration such as `1h30m`.
@@ -81,6 +85,11 @@ class StopOnSignal(TrainerCallback):
             self.received,
         )
 
+    def log_late_signal(self) -> None:
+        """Log that a signal arrived too late to stop training."""
+        if self.received:
+            logger.warning("%s after the last step: the final model was saved, and the run is complete", self.reason)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         for handled in _SIGNALS:
@@ -106,6 +115,22 @@ class StopOnSignal(TrainerCallback):
             # At its end the Trainer would remove this checkpoint if the limit is 1 and another one is the best.
             args.save_total_limit = None
             args.load_best_model_at_end = False
+
+
+@contextmanager
+def finish_despite_signal() -> Iterator[None]:
+    """Let the block finish when a signal arrives in it. A second signal ends the process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for handled in _SIGNALS:
+            signal.signal(handled, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def parse_duration(text: str) -> float:
