@@ -1,13 +1,21 @@
-"""Rank, world size and sharding, read from the environment variables of the launcher."""
+"""Rank, world size and sharding, read from the launcher's environment variables; saying what a process waits for."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from finetuning.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+WAIT_S, WAIT_AGAIN_S = 5.0, 60.0
 
 # In order of precedence: torchrun and accelerate, then srun, Open MPI, and other MPI launchers.
 _NAMES = {
@@ -81,3 +89,21 @@ def _sharding(environ: Mapping[str, str]) -> Literal["fsdp", "deepspeed"] | None
         return environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
     return "fsdp" if is_set("ACCELERATE_USE_FSDP") else "deepspeed" if is_set("ACCELERATE_USE_DEEPSPEED") else None
+
+
+@contextmanager
+def announce_wait(what: str, after_s: float = WAIT_S) -> Iterator[None]:
+    """Log what the block waits for: after some seconds, and then every minute. A short wait is not mentioned."""
+    began, is_over = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        pause_s = after_s
+        while not is_over.wait(pause_s):
+            logger.warning("waiting for %s, for %.0f s so far", what, time.monotonic() - began)
+            pause_s = WAIT_AGAIN_S
+
+    threading.Thread(target=report, name="announce wait", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()

@@ -14,8 +14,13 @@ FinetuningError                exit code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_USER = 1
@@ -127,3 +132,57 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that has text, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def reading(
+    problem: str,
+    error_class: type[FinetuningError] = ModelError,
+    *,
+    location: Location | None = None,
+    hint: str | None = None,
+) -> Iterator[None]:
+    """Turn whatever a parser raises on input from outside into `error_class`, whose message is "PROBLEM: why".
+
+    Wraps every call that parses a file, a template or a row that this package did not write in this process. Parsers
+    raise whatever their code runs into, so a list of exception types is never complete. Our own errors, a device that
+    is out of memory, and a full disk are not errors of the input: they are raised as they are.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if is_input_error(error):
+            raise error_class(f"{problem}: {_describe(error)}", location=location, hint=hint) from error
+        raise
+
+
+def is_input_error(error: BaseException) -> bool:
+    """Return whether an error, raised while input from outside was parsed, is one of that input; see `reading`."""
+    # torch's class and that of a panic in Rust (safetensors, tokenizers), which is no Exception, are known by name.
+    name = type(error).__name__
+    if isinstance(error, FinetuningError) or name == "OutOfMemoryError":
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    return isinstance(error, Exception) or name == "PanicException"
+
+
+def _describe(error: BaseException) -> str:
+    """Return the first lines of an error's message; with its class where they alone say too little."""
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])[:500]
+    if not text:
+        return type(error).__name__
+    says_too_little = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError)
+    return f"{type(error).__name__}: {text}" if says_too_little else text
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Call it within `reading`.
+
+    Raises:
+        Exception: the file cannot be read, or holds something else.
+    """
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value

@@ -15,7 +15,8 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.atomic_io import MANIFEST, staging_path, write_manifest
-from finetuning.config.redaction import strip_user_info
+from finetuning.config.redaction import redact_text
+from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location, MissingPackageError
 
 logger = logging.getLogger(__name__)
@@ -78,12 +79,13 @@ class CheckpointUploader(TrainerCallback):
             if left <= 0:
                 self._failed("remaining files", f"not done after {timeout_s:.0f} s")
                 return
-            self._thread.join(left)
+            with announce_wait(f"uploads to {redact_text(self._address)}"):
+                self._thread.join(left)
 
     def summary(self) -> str:
         """Return the outcome in one line."""
         failed = f"; {self.errors[-1]}" if self.errors else ""
-        return strip_user_info(f"{', '.join(self.uploaded[-2:]) or 'nothing'} to {self._address}{failed}")
+        return redact_text(f"{', '.join(self.uploaded[-2:]) or 'nothing'} to {self._address}{failed}")
 
     def _upload_all(self) -> None:
         while True:
@@ -111,7 +113,7 @@ class CheckpointUploader(TrainerCallback):
             self._last_progress = time.monotonic()
 
     def _failed(self, name: str, reason: str) -> None:
-        message = strip_user_info(f"{name} was not uploaded to {self._address}: {reason}")
+        message = redact_text(f"{name} was not uploaded to {self._address}: {reason}")
         self.errors.append(message)
         logger.warning("%s", message)
 

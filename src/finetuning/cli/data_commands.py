@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
+from finetuning.config.redaction import redact_text
 from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _preview(argv: Sequence[str]) -> int:
         ("rows read", "\n".join(line.strip() for line in statistics)),
     ]
     page = to_html(rows, f"finetuning {options.method}: first rows", facts, special_tokens)
-    options.html.write_text(page, encoding="utf-8")
+    options.html.write_text(redact_text(page), encoding="utf-8")
     print(f"{options.html}: {len(rows)} rows")
     return 0
 

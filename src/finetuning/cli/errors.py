@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import errno
-import json
+import io
 import os
 import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
+from finetuning.config.redaction import redact_text, redacted_json
 from finetuning.config.yaml.document import ConfigDocument, dotted
 from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem, first_line, is_out_of_memory
 
@@ -27,7 +29,7 @@ ERROR_FILE = "FINETUNING_ERROR_FILE"
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure of a console script."""
+    """The failure of a console script. Secrets in its texts are redacted when they are written."""
 
     name: str
     """Class name of the error."""
@@ -36,7 +38,7 @@ class Failure:
 
     @property
     def message(self) -> str:
-        return "\n".join(str(problem) for problem in self.problems)
+        return redact_text("\n".join(str(problem) for problem in self.problems))
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -85,7 +87,7 @@ def report_failure(failure: Failure, environ: Mapping[str, str] = os.environ) ->
         path = Path(environ[ERROR_FILE])
         try:
             if rank == "0" or not path.exists():
-                _write(path, json.dumps(failure.as_dict(), indent=2, ensure_ascii=False) + "\n", rank)
+                _write(path, redacted_json(failure.as_dict(), indent=2, ensure_ascii=False) + "\n", rank)
         except OSError as error:
             _warn(ERROR_FILE, error)
 
@@ -124,6 +126,45 @@ def _warn(name: str, error: OSError) -> None:
     print(f"warning: {name}: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
 
 
+class RedactedStream(io.TextIOBase):
+    """A standard stream that redacts secrets, whoever writes to it: our console, a logger or a library."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        self._stream.write(redact_text(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Do nothing: the stream belongs to the process."""
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._stream.errors
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """The binary stream, which nothing redacts."""
+        return self._stream.buffer
+
+
 EXIT_SIGINT = 130
 DEBUG_OPTION = "--debug"
 DEBUG_VARIABLE = "FINETUNING_DEBUG"
@@ -137,12 +178,17 @@ def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence
 
     `--debug` is removed from the arguments. It, or FINETUNING_DEBUG=1, prints the traceback of an error. The traceback
     of an unexpected error is always written to a temporary file. Errors are also written to the files that
-    TERMINATION_LOG_FILE and FINETUNING_ERROR_FILE name.
+    TERMINATION_LOG_FILE and FINETUNING_ERROR_FILE name. Secrets are redacted in all of them and in all other output.
     """
     reset_error_file()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != DEBUG_OPTION]
+    with redirect_stdout(RedactedStream(sys.stdout)), redirect_stderr(RedactedStream(sys.stderr)):
+        return _run(main_function, arguments, debug)
+
+
+def _run(main_function: Callable[[list[str]], int | None], arguments: list[str], debug: bool) -> int:
     try:
         return main_function(arguments) or EXIT_OK
     except KeyboardInterrupt:
@@ -213,7 +259,7 @@ def _save_traceback(error: BaseException) -> None:
     try:
         handle, path = tempfile.mkstemp(prefix="finetuning-traceback-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(redact_text(text))
     except OSError as problem:
         print(f"error: cannot save the traceback: {problem}", file=sys.stderr)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,9 +9,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
-_Json: TypeAlias = dict[str, object] | list[object] | str | float | None
+from finetuning.errors import ModelError, read_json_object, reading
 
 
 def read_pretrained_config(model: str) -> dict[str, object] | None:
@@ -28,6 +27,48 @@ def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) 
     return None if snapshot is None else _read(snapshot)
 
 
+# Largest values, by the last word of a key: about a hundred times those of the largest models.
+_MOST = {
+    "layer": 10_000,
+    "layers": 10_000,
+    "blocks": 10_000,
+    "experts": 100_000,
+    "head": 100_000,
+    "heads": 100_000,
+    "labels": 1_000_000,
+    "codebooks": 10_000,
+    "size": 2**31,
+    "dim": 2**31,
+    "embd": 2**31,
+    "model": 2**31,
+    "ff": 2**31,
+}
+
+
+def find_excessive_size(config: Mapping[str, object], num_tensors: int | None = None) -> str | None:
+    """Return what a `config.json` asks for that no machine could build, such as a billion layers; None if nothing.
+
+    transformers creates a Python object for each layer, expert and label, before it looks at the weights.
+
+    Args:
+        num_tensors: how many tensors the weight files have, if known. Each layer has at least one of its own.
+    """
+    waiting: list[Mapping[str, object]] = [config]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(cast("dict[str, object]", value))
+            most = _MOST.get(key.rpartition("_")[2])
+            if most is None or not isinstance(value, int) or isinstance(value, bool):
+                continue
+            is_layers = most == _MOST["layers"] and "codebooks" not in key
+            if num_tensors and is_layers and key.startswith(("num_", "n_")) and num_tensors < value <= most:
+                return f"{key} is {value:,}, but the weight files hold {num_tensors:,} tensors"
+            if value > most:
+                return f"{key} is {value:,}, more than {most:,}"
+    return None
+
+
 def quantization_method(model: str) -> str | None:
     """Return the quantization method of a model in a local folder, such as `gptq`; None if it is not quantized."""
     config = read_pretrained_config(model) or {}
@@ -38,10 +79,10 @@ def quantization_method(model: str) -> str | None:
 
 def _read(folder: Path) -> dict[str, object] | None:
     try:
-        config: _Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with reading(f"{folder / 'config.json'} cannot be read"):
+            return read_json_object(folder / "config.json")
+    except ModelError:
         return None
-    return config if isinstance(config, dict) else None
 
 
 def _cached_snapshot(model: str, environ: Mapping[str, str]) -> Path | None:

@@ -27,6 +27,7 @@ from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, write
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics
+from finetuning.distributed import announce_wait
 from finetuning.errors import DataError, Location, StorageError, first_line
 
 if TYPE_CHECKING:
@@ -329,8 +330,11 @@ def _locked(path: Path, wait: bool = True) -> Generator[bool, None, None]:
     """Hold a lock that the operating system releases when the process ends; False if it is taken and `wait` is off."""
     with open(path, "a", encoding="utf-8") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
+            if not wait:
+                yield False
+                return
+            with announce_wait(f"another process that prepares the same rows (it holds {path})"):
+                fcntl.flock(stream, fcntl.LOCK_EX)
         yield True

@@ -58,7 +58,8 @@ def pack(lengths: np.ndarray, capacity: int) -> PackingResult:
     sorted_lengths = lengths[by_length]
     starts = np.flatnonzero(np.diff(sorted_lengths, prepend=capacity + 1))
     ends = np.append(starts[1:], len(lengths))
-    packs = _Packs(capacity)
+    # More space than all rows fill is never used, and lists of packs by their free space would be as long as it.
+    packs = _Packs(min(capacity, int(lengths.sum())))
     pack_of_row = np.empty(len(lengths), dtype=np.int64)
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         pack_of_row[by_length[start:end]] = packs.location(int(sorted_lengths[start]), end - start)

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from finetuning.config.redaction import redact_text
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.processors.base import TokenizedSample
 from finetuning.data.tokenization.labels import LabelBuilder
@@ -39,7 +40,7 @@ class PreviewRow:
 
 
 def preview_of(sample: TokenizedSample, location: Location, label_builder: LabelBuilder) -> list[PreviewRow]:
-    """Decode a sample from its token ids.
+    """Decode a sample from its token ids. Secrets in its text are redacted.
 
     Gives one row for SFT, KTO and GRPO, and two for preferences: chosen and rejected.
     """
@@ -66,7 +67,7 @@ def _row(
 ) -> PreviewRow:
     boundaries = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
     segments = tuple(
-        (label_builder.decode(ids[start:end].tolist()), bool(mask[start]))
+        (redact_text(label_builder.decode(ids[start:end].tolist())), bool(mask[start]))
         for start, end in pairwise(boundaries)
         if end > start
     )

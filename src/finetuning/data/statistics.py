@@ -6,7 +6,6 @@ the truncated and dropped rows to `rejects.jsonl`. A limit on invalid rows stops
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
+from finetuning.config.redaction import redacted_json
 from finetuning.data.arrow import row_lengths
 from finetuning.errors import DataError, Location, Problem
 
@@ -336,7 +336,7 @@ def raise_bad_rows(problems: Sequence[Problem]) -> None:
 
 def write_report(folder: Path, report: list[SplitReport]) -> None:
     """Write `data_report.json` atomically."""
-    _write_atomically(folder / REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    _write_atomically(folder / REPORT_NAME, redacted_json(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def reject_lines(split: SplitStatistics) -> Iterator[str]:
@@ -355,7 +355,7 @@ def reject_lines(split: SplitStatistics) -> Iterator[str]:
             "invalid": row.is_invalid,
         }
         present = {key: value for key, value in values.items() if value not in (None, "", 0)}
-        yield json.dumps(present, ensure_ascii=False) + "\n"
+        yield redacted_json(present, ensure_ascii=False) + "\n"
 
 
 def _write_atomically(path: Path, text: str) -> None:

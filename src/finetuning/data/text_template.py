@@ -9,9 +9,10 @@ from functools import cached_property
 
 import jinja2
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetuning.data.samples import json_type
+from finetuning.errors import is_input_error
+from finetuning.templates import LimitedEnvironment
 
 _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 
@@ -50,8 +51,9 @@ class TextTemplate:
     def _render(self, source: str, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         try:
             if source not in self._compiled:
-                self._compiled[source] = self._environment.from_string(source)
-            return self._compiled[source].render({**special_tokens, **values, "element": values})
+                self._compiled[source] = self._environment.compiled(source)
+            variables = {**special_tokens, **values, "element": values}
+            return self._environment.render(self._compiled[source], variables)
         except (jinja2.TemplateSyntaxError, jinja2.UndefinedError) as error:
             columns = ", ".join(values) or "none"
             raise TextTemplateError(
@@ -60,12 +62,14 @@ class TextTemplate:
             ) from None
         except SecurityError as error:
             raise TextTemplateError(f"the template uses something that the Jinja sandbox forbids: {error}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-            raise TextTemplateError(f"the template failed on this row: {error}") from None
+        except BaseException as error:
+            if is_input_error(error):
+                raise TextTemplateError(f"the template failed on this row: {error}") from None
+            raise
 
     @cached_property
-    def _environment(self) -> jinja2.Environment:
-        return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    def _environment(self) -> LimitedEnvironment:
+        return LimitedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
     @cached_property
     def _compiled(self) -> dict[str, jinja2.Template]:

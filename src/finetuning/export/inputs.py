@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import ModelError
+from finetuning.errors import ModelError, read_json_object, reading
 from finetuning.model.fingerprint import check_adapter_fingerprint
 from finetuning.model.resolve import RepoKind, resolve_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_header, read_model_headers
@@ -124,15 +123,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file is missing, or is not a JSON object.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return value
+    if not file.is_file():
+        raise ModelError(f"{file} is missing")
+    with reading(f"{file} cannot be read"):
+        return read_json_object(file)
 
 
 def _refuse_pickle(file: Path, allowed: bool | None) -> None:

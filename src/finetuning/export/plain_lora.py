@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.errors import ModelError, first_line
+from finetuning.errors import ModelError, reading
 from finetuning.export.inputs import Adapter, BaseModel, read_adapter
 from finetuning.export.merge.deltas import scaling_of
 from finetuning.model.peft.lora_support import lora_init
@@ -100,11 +100,9 @@ def find_initial_adapter(
 
     from finetuning.export.merge.with_peft import load_base
 
-    config = PeftConfig.from_pretrained(str(adapter.folder))
-    try:
+    with reading(f"the adapter {adapter.folder} does not fit the base"):
+        config = PeftConfig.from_pretrained(str(adapter.folder))
         model = get_peft_model(load_base(base, [adapter]), config)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"the adapter {adapter.folder} does not fit the base: {first_line(error)}") from error
     return {
         name: tensor.detach().cpu()
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.atomic_io import atomic_directory
-from finetuning.errors import ConfigError, ModelError, Problem
+from finetuning.errors import ConfigError, ModelError, Problem, read_json_object, reading
 from finetuning.export.inputs import read_json, resolve_folder
 
 TOKENIZER = "tokenizer.json"
@@ -121,10 +121,8 @@ def _pieces_of_merges(content: Mapping[str, Any]) -> set[str]:
 
 
 def _renamed_json(file: Path, renames: Mapping[str, str], ids: Mapping[str, int], keep_template: bool) -> object:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
+    with reading(f"{file} cannot be read"):
+        content = read_json_object(file)
     if file.name == TOKENIZER:
         content = _renamed_tokenizer(content, renames, ids)
     elif file.name in ("vocab.json", "added_tokens.json"):

@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from finetuning.errors import StorageError
+from finetuning.errors import StorageError, reading
 from finetuning.model.safetensors_io import TensorEntry
 
 _CHUNK_BYTES = 8 << 20
@@ -78,9 +78,9 @@ def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the `__metadata__` of a safetensors file."""
-    with file.open("rb") as stream:
+    with reading(f"{file} is not a valid safetensors file"), file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        return json.loads(stream.read(length)).get("__metadata__") or {}
+        return json.loads(stream.read(min(length, file.stat().st_size))).get("__metadata__") or {}
 
 
 def write_tensor_file(file: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:

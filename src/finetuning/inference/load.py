@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantized, RunConfig
-from finetuning.errors import ConfigError, Location, ModelError
+from finetuning.errors import ConfigError, Location, ModelError, read_json_object, reading
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +67,9 @@ def model_conf_of(model: str, base: str | None, attn_implementation: str | None 
             )
         return GenerationModel(model=model, model_args=args)
     if base is None:
-        try:
-            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"cannot read {config}: {error}", location=Location(key="model_conf.adapter")) from None
-        if not base:
+        with reading(f"cannot read {config}", location=Location(key="model_conf.adapter")):
+            base = read_json_object(config).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
             raise ModelError(
                 f"{config} does not name its base model",
                 location=Location(key="model_conf.adapter"),
@@ -172,7 +169,6 @@ def _tokenizer_source(conf: GenerationModel) -> tuple[str, str]:
 
 def _with_adapter(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     from finetuning.model.embeddings import resize_embeddings
     from finetuning.model.peft.adapter_files import check_adapter_base, check_adapter_tensors
@@ -187,11 +183,8 @@ def _with_adapter(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTok
         check_adapter_base(model, source.folder, location)
     # An adapter with new tokens contains their embeddings; the base model's must have the same size.
     resize_embeddings(model, tokenizer)
-    try:
+    with reading(f"cannot load the adapter {source}", location=location):
         wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=False, **source.hub_kwargs)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot load the adapter {source}: {' '.join(lines[:2])}", location=location) from error
     if source.folder is not None:
         check_adapter_tensors(wrapped, source.folder, location)
     return wrapped

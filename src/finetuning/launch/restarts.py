@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable
 
 from finetuning.errors import EXIT_INTERNAL, InternalError
+
+logger = logging.getLogger(__name__)
 
 _PAUSE_S = 1.0
 _CONNECT_TIMEOUT_S = 65.0
@@ -52,6 +55,7 @@ def retry_rendezvous(attempt: Callable[[], int], timeout_s: float) -> int:
                 waiting_since = now
             if now - waiting_since > timeout_s:
                 raise _rendezvous_failed(timeout_s, error) from error
+        logger.warning("waiting for the other machines of the job, for %.0f s so far", now - waiting_since)
         # torch keeps the last attempt's store alive in a reference cycle; the next attempt would reuse it.
         gc.collect()
         time.sleep(_PAUSE_S)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.errors import Location, ModelError
+from finetuning.errors import Location, ModelError, read_json_object, reading
 from finetuning.model.safetensors_io import ADDED_TOKENS_FILE, UNTRAINED_TOKENS_FILE
 
 if TYPE_CHECKING:
@@ -64,12 +64,9 @@ def read_untrained_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> l
     file = folder / UNTRAINED_TOKENS_FILE
     if not file.is_file():
         return []
-    try:
-        tokens = json.loads(file.read_text(encoding="utf-8"))["tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from None
     vocabulary = tokenizer.get_vocab()
-    return [token for token in tokens if token in vocabulary]
+    with reading(f"{file} cannot be read"):
+        return [token for token in read_json_object(file)["tokens"] if token in vocabulary]
 
 
 def resize_embeddings(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetuning.atomic_io import block_sums
-from finetuning.errors import ModelError
+from finetuning.errors import ModelError, read_json_object, reading
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -74,11 +74,9 @@ def compute_fingerprint(folder: Path) -> Fingerprint:
     Raises:
         ModelError: config.json or weights are missing or damaged.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        relevant = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_FIELDS}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    with reading(f"{folder / 'config.json'} cannot be read"):
+        config = read_json_object(folder / "config.json")
+    relevant = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_FIELDS}
     entries = read_model_headers(folder)
     shapes = [(name, entry.dtype, list(entry.shape)) for name, entry in sorted(entries.items())]
     samples = hashlib.sha256()
@@ -160,10 +158,8 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     path = folder / FINGERPRINT_FILE
     if not path.is_file():
         return None
-    try:
-        return Fingerprint(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; delete it to skip this check") from error
+    with reading(f"{path} cannot be read", hint="Delete it to skip this check."):
+        return Fingerprint(**read_json_object(path))
 
 
 def _sample_names(entries: Mapping[str, TensorEntry]) -> list[str]:

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES, missing_attention_package
+from finetuning.config.pretrained_config import (
+    FLASH_ATTENTION_PACKAGES,
+    find_excessive_size,
+    missing_attention_package,
+    read_pretrained_config,
+)
 from finetuning.config.sections.model import Dtype, ModelArgs, NoQuantization, Quantized, RunConfig
-from finetuning.distributed import ProcessTopology
-from finetuning.errors import ConfigError, Location, ModelError
+from finetuning.distributed import ProcessTopology, announce_wait
+from finetuning.errors import ConfigError, Location, ModelError, reading
 from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
 from finetuning.model.stop_tokens import fix_sampling_config
@@ -191,12 +198,10 @@ def _load_pretrained(
     Raises:
         ModelError: the checkpoint cannot be loaded, or weights are missing.
     """
-    try:
+    with _loading(source, key):
         model, loading_info = head.auto_class.from_pretrained(
             source.name, output_loading_info=True, **arguments, **source.hub_kwargs
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        _raise_load_error(error, source, key)
     _check_loading_info(loading_info, source, Location(key=key), head)
     if head.zero_initialize(model, sorted(loading_info["missing_keys"])):
         logger.info("%s has no score head: a new one is initialized to zero", source)
@@ -310,7 +315,9 @@ def load_pretrained_config(
     fields = extras | ({} if args.use_cache is None else {"use_cache": args.use_cache})
     if "gguf_file" in loader_arguments:
         fields["gguf_file"] = loader_arguments["gguf_file"]
-    try:
+    if source.folder is not None:
+        check_config_size(source.folder, key)
+    with _loading(source, key):
         config, unused = AutoConfig.from_pretrained(
             source.name,
             return_unused_kwargs=True,
@@ -319,8 +326,6 @@ def load_pretrained_config(
             **fields,
             **source.hub_kwargs,
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        _raise_load_error(error, source, key)
     assert isinstance(config, PreTrainedConfig)
     unknown = [name for name in unused if name in extras]
     if unknown:
@@ -334,19 +339,33 @@ def load_pretrained_config(
     return config, loader_arguments
 
 
-def _raise_load_error(error: Exception, source: ModelLocation, key: str) -> NoReturn:
-    """Raise a ModelError with the essence of `error`; out-of-memory errors pass through for the caller's retry."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
-    hint = None
-    if isinstance(error, UnpicklingError):
-        text = "its pickle file contains more than weights, so it was not loaded"
-        hint = "If you trust its author, convert it to safetensors."
-    elif "trust_remote_code" in text:
-        text = "it needs custom code from its repository"
-        hint = f"Set {_model_args_key(key)}.trust_remote_code: true to run it, and pin revision to a commit."
-    raise ModelError(f"{source} cannot be loaded: {text}", location=Location(key=key), hint=hint) from error
+def check_config_size(folder: Path, key: str = _KEY) -> None:
+    """Raise ModelError if the config.json in a folder asks for a model that no machine could build."""
+    has_weights = any((folder / name).is_file() for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    num_tensors = len(read_model_headers(folder)) if has_weights else None
+    excess = find_excessive_size(read_pretrained_config(str(folder)) or {}, num_tensors)
+    if excess:
+        raise ModelError(f"{folder / 'config.json'} cannot be right: {excess}", location=Location(key=key))
+
+
+@contextmanager
+def _loading(source: ModelLocation, key: str) -> Iterator[None]:
+    """Turn errors of the block into a ModelError that says what to do; see `reading`."""
+    problem = f"{source} cannot be loaded"
+    try:
+        # From the hub this may be a download.
+        with reading(problem, location=Location(key=key)), announce_wait(f"{source} to load", after_s=30.0):
+            yield
+    except ModelError as error:
+        if isinstance(error.__cause__, UnpicklingError):
+            text = "its pickle file contains more than weights, so it was not loaded"
+            hint = "If you trust its author, convert it to safetensors."
+        elif "trust_remote_code" in str(error):
+            text = "it needs custom code from its repository"
+            hint = f"Set {_model_args_key(key)}.trust_remote_code: true to run it, and pin revision to a commit."
+        else:
+            raise
+        raise ModelError(f"{problem}: {text}", location=Location(key=key), hint=hint) from error.__cause__
 
 
 def _check_loading_info(

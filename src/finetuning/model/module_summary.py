@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuning.config.sections.model import ModelArgs, NewPeft, NoPeft, PretrainedPeft, RunConfig
-from finetuning.errors import Location, ModelError, Problem
+from finetuning.errors import Location, Problem, reading
 from finetuning.model.load import CAUSAL_LM, TaskHead, load_pretrained_config
 from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
@@ -163,14 +163,9 @@ def _build_on_meta(source: ModelLocation, args: ModelArgs, head: TaskHead) -> Pr
     """Build the model on the meta device: names and shapes, no memory."""
     config, _ = load_pretrained_config(source, args)
     config.update(dict(head.config_fields))
-    try:
-        with torch.device("meta"):
-            return head.auto_class.from_config(config, trust_remote_code=args.trust_remote_code)
-    except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"the model class of {source} cannot be built: {text}", location=Location(key="run_conf.model")
-        ) from error
+    location = Location(key="run_conf.model")
+    with reading(f"the model class of {source} cannot be built", location=location), torch.device("meta"):
+        return head.auto_class.from_config(config, trust_remote_code=args.trust_remote_code)
 
 
 def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, conf: NewPeft) -> dict[str, int]:
@@ -186,15 +181,9 @@ def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, c
     model = _build_on_meta(source, args, head)
     module_names = {name for name, _ in model.named_modules() if name}
     config = make_peft_config(model, _without_weight_based_init(conf), total_steps=1)
-    try:
-        with torch.device("meta"):
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"cannot determine what {conf.peft_type} trains without loading the weights: {text}",
-            location=Location(key="peft_conf"),
-        ) from error
+    problem = f"cannot determine what {conf.peft_type} trains without loading the weights"
+    with reading(problem, location=Location(key="peft_conf")), torch.device("meta"):
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     trained: dict[str, int] = {}
     for name, weight in adapted.named_parameters():
         if weight.requires_grad:

@@ -6,16 +6,14 @@ model that learned to end a turn with another token never stops.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
-from finetuning.errors import ModelError
+from finetuning.errors import read_json_object, reading
 from finetuning.model.safetensors_io import GENERATION_CONFIG
 from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, save_tokenizer
+from finetuning.templates import ChatRenderer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -62,11 +60,9 @@ def find_stop_token_repair(
         return None
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"the tokenizer of {folder} cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         end_of_turn = _token_after_answer(tokenizer)
-    except (OSError, ValueError, jinja2.TemplateError) as error:
-        raise ModelError(f"the tokenizer of {folder} cannot be read: {error}") from error
     generation_config = read_generation_config(folder) or base_generation_config
     stop_tokens = align_stop_tokens(tokenizer, generation_config, end_of_turn)
     saved = generation_config.eos_token_id if generation_config is not None else None
@@ -85,7 +81,7 @@ def _token_after_answer(tokenizer: PreTrainedTokenizerFast) -> str | None:
     if not tokenizer.chat_template:
         return None
     question, answer = {"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}
-    text = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+    text = ChatRenderer(tokenizer).text([question, answer])
     rest = text.rpartition("second")[2].lstrip()
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     return max((token for token in tokens if rest.startswith(token)), key=len, default=None)
@@ -101,20 +97,14 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     from transformers import GenerationConfig
 
-    try:
+    with reading(f"{folder / GENERATION_CONFIG} cannot be read"):
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / GENERATION_CONFIG} cannot be read: {error}") from error
 
 
 def _method(folder: Path) -> str | None:
     """Return the algorithm that a checkpoint was trained with; None for a checkpoint of another engine."""
     for name in _RUN_CONFIGS:
-        try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder / name} cannot be read: {error}") from error
-        return str(values.get("method")) if isinstance(values, dict) else None
+        if (folder / name).is_file():
+            with reading(f"{folder / name} cannot be read"):
+                return str(read_json_object(folder / name).get("method"))
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetuning.config.pretrained_config import find_excessive_size, read_pretrained_config
 from finetuning.errors import Location, ModelError
 
 RepoKind = Literal["model", "tokenizer", "adapter"]
@@ -114,6 +115,10 @@ def _check_folder(folder: Path, kind: RepoKind, location: Location) -> None:
     if not any((folder / name).is_file() for name in _REQUIRED_FILES[kind]):
         names = " or ".join(_REQUIRED_FILES[kind][:2])
         raise ModelError(f"{folder} contains no {kind}: {names} is missing", location=location)
+    # A tokenizer is loaded with the config of its model.
+    excess = find_excessive_size(read_pretrained_config(str(folder)) or {})
+    if excess:
+        raise ModelError(f"{folder / 'config.json'} cannot be right: {excess}", location=location)
 
 
 def _must_use_cache(

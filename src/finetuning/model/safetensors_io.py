@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.errors import ModelError
+from finetuning.errors import ModelError, read_json_object, reading
 
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 SAFE_WEIGHTS_NAME = "model.safetensors"
@@ -52,7 +52,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         ModelError: the file is missing, truncated, or not in safetensors format.
     """
-    try:
+    if not file.is_file():
+        raise ModelError(f"{file} is missing")
+    with reading(f"{file} is not a valid safetensors file"):
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -64,14 +66,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         base = 8 + length
         entries = {
             name: TensorEntry(
-                file, item["dtype"], tuple(item["shape"]), *(base + offset for offset in item["data_offsets"])
+                file, item["dtype"], _integers(item["shape"]), *(base + at for at in _integers(item["data_offsets"]))
             )
             for name, item in header.items()
         }
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing") from None
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is not a valid safetensors file: {error}") from error
     end = max((entry.stop for entry in entries.values()), default=base)
     if end > size:
         raise ModelError(f"{file} is truncated: it has {size} of {end} bytes")
@@ -80,6 +78,13 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if bits is not None and math.prod(entry.shape) * bits // 8 != entry.num_bytes:
             raise ModelError(f"{file} is damaged: the size of {name} does not match its shape {list(entry.shape)}")
     return entries
+
+
+def _integers(values: object) -> tuple[int, ...]:
+    """Return a list of a header as sizes; json accepts anything there."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"expected a list of sizes, found {str(values)[:60]}")
+    return tuple(values)
 
 
 def read_model_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -110,11 +115,9 @@ def read_model_headers(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _read_weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with reading(f"{index} cannot be read"):
+        weight_map = read_json_object(index)["weight_map"]
         # A path from an untrusted index must not reach files elsewhere.
         if any(Path(name).name != name for name in weight_map.values()):
             raise ValueError("it lists files outside its folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} cannot be read: {error}") from error
-    return weight_map
+        return weight_map

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from finetuning.errors import read_json_object, reading
 from finetuning.model.safetensors_io import GENERATION_CONFIG
 from finetuning.model.tokenizer import special_token, special_token_id
 
@@ -94,7 +95,8 @@ def copy_ids_to_model_config(folder: Path) -> None:
     path, source = folder / "config.json", folder / GENERATION_CONFIG
     if not path.is_file() or not source.is_file():
         return
-    config, generation = (json.loads(file.read_text(encoding="utf-8")) for file in (path, source))
+    with reading(f"config.json or generation_config.json of {folder} cannot be read"):
+        config, generation = read_json_object(path), read_json_object(source)
     eos, pad = generation.get("eos_token_id"), generation.get("pad_token_id")
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict) or (part is not config and "eos_token_id" not in part):

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetuning.config.sections.data import MissingPadTokenStrategy
-from finetuning.errors import Location, ModelError
+from finetuning.errors import Location, ModelError, reading
 from finetuning.model.resolve import ModelLocation, resolve_model
 
 SpecialTokenName: TypeAlias = Literal["bos", "eos", "pad", "unk"]
@@ -100,17 +100,11 @@ def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, locatio
     from transformers import AutoTokenizer
 
     name = source.name
-    try:
+    hint = "A tokenizer.json is needed (a fast tokenizer)."
+    with reading(f"the tokenizer of {name} cannot be loaded", location=location, hint=hint):
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=True, trust_remote_code=trust_remote_code, **source.hub_kwargs
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"the tokenizer of {name} cannot be loaded: {lines[0]}",
-            location=location,
-            hint="A tokenizer.json is needed (a fast tokenizer).",
-        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
             f"the tokenizer of {name} is not a fast tokenizer ({type(tokenizer).__name__})",

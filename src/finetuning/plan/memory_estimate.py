@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from finetuning.config.pretrained_config import read_pretrained_config
+from finetuning.config.pretrained_config import find_excessive_size, read_pretrained_config
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
+from finetuning.errors import Location, ModelError, reading
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -74,19 +75,27 @@ def read_shapes(folder: Path) -> Shapes:
             if not 0 < size <= _MAX_HEADER:
                 return {}
             try:
-                header = json.loads(stream.read(size))
-            except ValueError:
+                with reading(f"{file} cannot be read"):
+                    header = json.loads(stream.read(size))
+                    for name, entry in header.items():
+                        if name != "__metadata__":
+                            shapes[name] = ([int(size) for size in entry["shape"]], _BYTES.get(entry["dtype"], 2))
+            except ModelError:
                 return {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                shapes[name] = (entry["shape"], _BYTES.get(entry["dtype"], 2))
     return shapes
 
 
 def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
-    """Return the estimate for a model in a local folder; None for any other."""
+    """Return the estimate for a model in a local folder; None for any other.
+
+    Raises:
+        ModelError: its config.json asks for a model that no machine could build.
+    """
     folder = Path(experiment.run_conf.model)
     shapes = read_shapes(folder) if folder.is_dir() else {}
+    excess = find_excessive_size(read_pretrained_config(str(folder)) or {}, len(shapes) or None)
+    if excess:
+        raise ModelError(f"{folder / 'config.json'} cannot be right: {excess}", location=Location(key="run_conf.model"))
     if not shapes:
         return None
     forced = _DTYPE_BYTES.get(experiment.run_conf.model_args.dtype)

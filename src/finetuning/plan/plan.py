@@ -15,7 +15,7 @@ from finetuning.plan.memory_estimate import MemoryEstimate, estimate_memory
 
 AUTO_ROWS = 16
 """Per-device batch size that `auto` starts from, before the memory check."""
-_TOTAL_KEY = "batchsize_conf.total_train_batch_size"
+_BATCH_KEY = "batchsize_conf.total_train_batch_size"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def plan_batches(config: BatchSizeConfig, world_size: int, location: Location | 
                 Problem(
                     f"{total} rows cannot be divided among {world_size} processes;"
                     f" the nearest total{'s that can are' if lower else ' that can is'} {nearest}",
-                    location or Location(key=_TOTAL_KEY),
+                    location or Location(key=_BATCH_KEY),
                 )
             ]
         )

@@ -15,6 +15,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from finetuning.config.redaction import redact_text
 from finetuning.data.preview import head_of
 from finetuning.report.charts import HEIGHT, WIDTH, Chart, Series, line_chart, timeline
 from finetuning.report.console import UNKNOWN, duration, loss, rate, shortened
@@ -43,9 +44,7 @@ def write_report(folder: Path, compared: Sequence[Path] = (), output: Path | Non
     path = output or folder / FILE_NAME
     text = render([read_run(item) for item in (folder, *compared)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
+    _write(path, text)
     return path
 
 
@@ -298,7 +297,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, encoding="utf-8")
+    staging.write_text(redact_text(text), encoding="utf-8")
     os.replace(staging, path)
 
 

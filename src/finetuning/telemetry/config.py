@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from finetuning.config.redaction import redact_values
+
 Strategy = Literal["sync", "async"]
 ValueOr = Callable[[], Any]
 """A function that returns the value, for what is not known when the config is created."""
@@ -144,5 +146,5 @@ class ProcessTotals:
 
 
 def _metadata(values: Mapping[str, str]) -> list[str]:
-    """Return custom metadata in One Logger's form, `key:value`."""
-    return [f"{key}:{value}" for key, value in values.items()]
+    """Return custom metadata in One Logger's form, `key:value`, without secrets."""
+    return [f"{key}:{value}" for key, value in redact_values(values).items()]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
+from finetuning.config.redaction import redact_text
 from finetuning.errors import FinetuningError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class TelemetryErrors:
 
     def record(self, action: str, error: BaseException | str) -> None:
         """Record that `action` failed. Only the first error is logged as a warning."""
-        message = f"{action}: {error}" if isinstance(error, str) else f"{action}: {type(error).__name__}: {error}"
+        text = f"{action}: {error}" if isinstance(error, str) else f"{action}: {type(error).__name__}: {error}"
+        message = redact_text(text)
         self.count += 1
         if message in self.messages:
             return

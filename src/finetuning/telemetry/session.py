@@ -19,6 +19,7 @@ from typing import Any
 from opentelemetry.sdk._logs import LogRecordProcessor
 from opentelemetry.sdk.trace import SpanProcessor
 
+from finetuning.config.redaction import redact_values
 from finetuning.config.sections.tracking import TelemetryConfig
 from finetuning.distributed import ProcessTopology
 from finetuning.telemetry.config import JobIdentity
@@ -219,7 +220,7 @@ def open_telemetry(
     """
     errors, clock = errors or TelemetryErrors(), clock or Clock()
     processors: list[tuple[SpanProcessor, LogRecordProcessor]] = []
-    resource = identity.resource_attributes()
+    resource = redact_values(identity.resource_attributes())
     progress = None
     if folder is not None:
         try:

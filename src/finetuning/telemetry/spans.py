@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from finetuning.config.redaction import strip_user_info
+from finetuning.config.redaction import redact_text, redact_values
 from finetuning.telemetry import names
 from finetuning.telemetry.config import Attributes
 from finetuning.telemetry.error_guard import TelemetryErrors, guarded
@@ -110,8 +110,9 @@ class OpenSpan:
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Set an attribute, which is exported when the span ends. None is ignored."""
-        if self._otel_span is not None and value is not None:
-            self._otel_span.set_attribute(key, value)
+        if self._otel_span is not None:
+            for name, redacted in (_clean({key: value}) or {}).items():
+                self._otel_span.set_attribute(name, redacted)
 
     def set_attributes(self, values: Attributes) -> None:
         """Set several attributes."""
@@ -194,7 +195,7 @@ class SpanRecorder:
             return self._open_span(OpenSpan(name, start_ns, parent, None, context))
         parent_id = trace.get_current_span(context).get_span_context().span_id
         otel_span = self._tracer.start_span(
-            name, context, SpanKind.INTERNAL, _without_none(attributes), start_time=start_ns, record_exception=False
+            name, context, SpanKind.INTERNAL, _clean(attributes), start_time=start_ns, record_exception=False
         )
         context = trace.set_span_in_context(otel_span, context)
         span = self._open_span(OpenSpan(name, start_ns, parent, otel_span, context))
@@ -243,7 +244,7 @@ class SpanRecorder:
             observed_timestamp=now,
             context=span.context if span else self._root_context,
             severity_number=severity,
-            attributes={"timestamp_msec": now // 1_000_000, **(_without_none(attributes) or {})},
+            attributes={"timestamp_msec": now // 1_000_000, **(_clean(attributes) or {})},
             event_name=name,
         )
 
@@ -252,13 +253,13 @@ class SpanRecorder:
         if self._last_error_id == id(error):
             return
         self._last_error_id = id(error)
-        message = strip_user_info(str(error))
+        message = redact_text(str(error))
         lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         attributes = {
             "error_message": message or type(error).__name__,
             "exception_type": type(error).__name__,
             "exception_message": message,
-            "exception_traceback": strip_user_info(lines[-_MAX_TRACEBACK:]),
+            "exception_traceback": redact_text(lines[-_MAX_TRACEBACK:]),
         }
         self.event(names.ERROR, attributes, span, severity=SeverityNumber.ERROR)
 
@@ -348,7 +349,7 @@ def _status(error: BaseException | str | None) -> Status:
     if error is None:
         return Status(StatusCode.OK)
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return Status(StatusCode.ERROR, strip_user_info(text))
+    return Status(StatusCode.ERROR, redact_text(text))
 
 
 def _is_inside(span: OpenSpan, ancestor: OpenSpan) -> bool:
@@ -358,8 +359,10 @@ def _is_inside(span: OpenSpan, ancestor: OpenSpan) -> bool:
     return parent is ancestor
 
 
-def _without_none(attributes: Attributes | None) -> Mapping[str, Any] | None:
-    return {key: value for key, value in attributes.items() if value is not None} if attributes else None
+def _clean(attributes: Attributes | None) -> Mapping[str, Any] | None:
+    """Return the attributes without None and without secrets."""
+    present = {key: value for key, value in (attributes or {}).items() if value is not None}
+    return redact_values(present) if present else None
 
 
 def _parse_traceparent(traceparent: str | None) -> Context:

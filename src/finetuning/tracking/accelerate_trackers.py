@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.config.redaction import redact_values
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, TrackingConfig, requested_trackers
 from finetuning.tracking.tracker import (
@@ -78,7 +79,7 @@ def make_trackers(
         return []
     section = experiment.tracking or TrackingConfig()
     output_dir = Path(experiment.training_args.output_dir)
-    metadata = {f"exp_metadata.{key}": value for key, value in section.exp_metadata.items()}
+    metadata = {f"exp_metadata.{key}": value for key, value in redact_values(section.exp_metadata).items()}
     run = TrackerRun(
         output_dir=output_dir,
         project=section.experiment_name or "finetuning",

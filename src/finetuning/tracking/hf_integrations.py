@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from finetuning.config.redaction import redact_text
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ class GuardedCallback(TrainerCallback):
         try:
             getattr(self._callback, event)(*arguments, **kwargs)
         except Exception as error:  # noqa: BLE001  a tracker may raise anything, and training must continue
-            self._failures[self._name] = f"{type(error).__name__}: {error}"
+            self._failures[self._name] = redact_text(f"{type(error).__name__}: {error}")
             logger.warning("%s failed and is disabled: %s", self._name, self._failures[self._name])
 
     def on_train_begin(self, *arguments: object, **kwargs: object) -> None:
@@ -73,6 +75,6 @@ def integration_callbacks(names: Sequence[str], failures: dict[str, str]) -> lis
         try:
             callbacks.append(GuardedCallback(name, callback_class(), failures))
         except Exception as error:  # noqa: BLE001  a tracker may raise anything, and training must continue
-            failures[name] = f"{type(error).__name__}: {error}"
+            failures[name] = redact_text(f"{type(error).__name__}: {error}")
             logger.warning("%s cannot be used: %s", name, failures[name])
     return callbacks

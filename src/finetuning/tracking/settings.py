@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from finetuning.config.redaction import drop_secrets, is_secret_key, strip_user_info
+from finetuning.config.redaction import is_secret_key, redact_values
 from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.config.yaml.document import YamlValue
 from finetuning.errors import ConfigError, Location
@@ -237,18 +237,14 @@ _PACKAGES = ("finetuning", "torch", "transformers", "trl", "peft", "accelerate",
 def parameters(config: Mapping[str, YamlValue], *, flatten: bool = True) -> dict[str, str]:
     """Return text values by dotted keys, at most 6000 characters each; without `flatten`, one JSON text per section.
 
-    Keys that look like secrets are left out, and user names and passwords are removed from addresses. The full config
-    is uploaded as a file; parameters are for sorting and filtering runs.
+    Secrets are redacted. The full config is uploaded as a file; parameters are for sorting and filtering runs.
 
     >>> parameters({"run_conf": {"model": "m", "token": "hf_x"}, "seeds": [1, 2]})
     {'run_conf.model': 'm', 'seeds': '[1, 2]'}
     """
-    pairs = (
-        _leaves(config, ())
-        if flatten
-        else [(key, drop_secrets(value)) for key, value in config.items() if not is_secret_key(key)]
-    )
-    return {str(key)[:MAX_KEY_LENGTH]: _truncate(strip_user_info(_text(value))) for key, value in pairs}
+    redacted = redact_values(config)
+    pairs = _leaves(redacted, ()) if flatten else redacted.items()
+    return {str(key)[:MAX_KEY_LENGTH]: _truncate(_text(value)) for key, value in pairs}
 
 
 def version_tags() -> dict[str, str]:
@@ -265,8 +261,7 @@ def version_tags() -> dict[str, str]:
 def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            if not is_secret_key(key):
-                yield from _leaves(item, (*path, str(key)))
+            yield from _leaves(item, (*path, str(key)))
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, str(index)))
@@ -278,8 +273,7 @@ def _text(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
-        plain = drop_secrets(value) if isinstance(value, dict | list) else value
-        return json.dumps(plain, ensure_ascii=False, default=str)
+        return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
 
 

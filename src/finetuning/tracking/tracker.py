@@ -16,7 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Literal
 
+from finetuning.config.redaction import redact_text, redacted_json
 from finetuning.config.sections.tracking import TrackingConfig
+from finetuning.distributed import announce_wait
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,9 @@ class TrackerGroup:
 
     def close(self) -> None:
         """Close every tracker. A second call does nothing."""
-        self.call("close")
+        names = ", ".join(tracker.name for tracker in self._trackers)
+        with announce_wait(f"trackers to close ({names})"):
+            self.call("close")
         self._trackers.clear()
 
     def _disable(self, tracker: Tracker, error: Exception, *, close: bool) -> None:
@@ -121,7 +125,7 @@ class TrackerGroup:
         if tracker not in self._trackers:
             return
         self._trackers.remove(tracker)
-        self.failures[tracker.name] = f"{type(error).__name__}: {error}"
+        self.failures[tracker.name] = redact_text(f"{type(error).__name__}: {error}")
         logger.warning("%s failed and is disabled: %s", tracker.name, self.failures[tracker.name])
         if close:
             try:
@@ -166,7 +170,7 @@ def write_identity(output_dir: Path, section: TrackingConfig, name: str, identit
     folders = [output_dir, *([Path(section.run_uri_export_path)] if section.run_uri_export_path else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}_tracker.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{name}_tracker.json").write_text(redacted_json(identity, indent=1) + "\n", encoding="utf-8")
 
 
 def read_identities(output_dir: Path, names: Sequence[str]) -> dict[str, RunIdentity]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
-from finetuning.errors import CheckpointError, GuardStopped
+from finetuning.distributed import announce_wait
+from finetuning.errors import CheckpointError, GuardStopped, reading
 from finetuning.model.save import find_stop_tokens, is_peft_model, write_companion_files
 from finetuning.model.saved_weights import compare_with_files, has_safetensors, load_saved_weights
 from finetuning.trainer import TrainerBase
@@ -90,7 +91,7 @@ class CheckpointMixin(TrainerBase):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+        self._wait_for_everyone()
         if self._skip_checkpoint(name, self._disk_full_in(lambda: self._write_staged(model, trial, staging))):
             self._discard(staging)
             return
@@ -102,7 +103,11 @@ class CheckpointMixin(TrainerBase):
         if self._skip_checkpoint(name, self._disk_full_in(lambda: self._publish(staging / name, target))):
             self._discard(staging)
             return
-        self.accelerator.wait_for_everyone()
+        self._wait_for_everyone()
+
+    def _wait_for_everyone(self) -> None:
+        with announce_wait(f"the other processes, to save checkpoint-{self.state.global_step}"):
+            self.accelerator.wait_for_everyone()
 
     def _write_staged(self, model: nn.Module, trial: object, staging: Path) -> None:
         self._staging = staging
@@ -163,7 +168,7 @@ class CheckpointMixin(TrainerBase):
     def _discard(self, staging: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self._wait_for_everyone()
 
     def _check_weights(self) -> None:
         """Raise GuardStopped unless every trained weight of every process is finite. Collective."""
@@ -218,10 +223,11 @@ class CheckpointMixin(TrainerBase):
             return
         folder = Path(resume_from_checkpoint)
         weights = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(weights):
-            self._load_adapter(folder, model)
-        else:
-            load_saved_weights(weights, folder)
+        with reading(f"the weights of {folder} cannot be loaded", CheckpointError):
+            if is_peft_model(weights):
+                self._load_adapter(folder, model)
+            else:
+                load_saved_weights(weights, folder)
         if has_safetensors(folder):
             _check_loaded(folder, self._differences_from_files(folder))
         else:
@@ -259,7 +265,8 @@ class CheckpointMixin(TrainerBase):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = optimizer_settings(self.optimizer) if self.override_optimizer_settings else []
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(f"the optimizer and scheduler states of {checkpoint} cannot be loaded", CheckpointError):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if self.override_optimizer_settings:
@@ -273,7 +280,8 @@ class CheckpointMixin(TrainerBase):
             _check_loaded(folder, differences)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with reading(f"the random states of {checkpoint} cannot be loaded", CheckpointError):
+            super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
         suffix = f"_{self.args.process_index}" if self.args.world_size > 1 else ""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.trainer_pt_utils import safe_globals
 
-from finetuning.errors import CheckpointError, first_line, is_out_of_memory
+from finetuning.errors import CheckpointError, first_line, is_out_of_memory, reading
 from finetuning.trainer import TrainerBase
 
 if TYPE_CHECKING:
@@ -353,5 +353,5 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _read(file: Path) -> dict[str, object]:
-    with safe_globals():
+    with reading(f"{file} cannot be read", CheckpointError), safe_globals():
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
+from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location
 from finetuning.plan.plan import Plan
 
@@ -52,8 +54,11 @@ def build_arguments(experiment: Experiment, plan: Plan) -> transformers.Training
         fields["use_cpu"] = True
     if args.max_steps > 0 and args.num_train_epochs <= 0:
         fields.pop("num_train_epochs")
+    # In a distributed run this creates the process group.
+    waits = announce_wait("the other processes of the job to connect") if plan.batch.world_size > 1 else nullcontext()
     try:
-        arguments = getattr(importlib.import_module(module), name)(**fields)
+        with waits:
+            arguments = getattr(importlib.import_module(module), name)(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(str(error), location=Location(key="training_args")) from error
     if experiment.data_conf.streaming:

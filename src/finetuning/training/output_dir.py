@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from finetuning import __version__
 from finetuning.atomic_io import remove_staging_directories
+from finetuning.config.redaction import redacted_json
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
 from finetuning.config.yaml.reader import read_document
@@ -78,7 +78,7 @@ class RunRecord:
         if not self._writes:
             return
         temporary = self._path.with_name(f".{RECORD_NAME}.partial")
-        temporary.write_text(json.dumps(self._values, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(redacted_json(self._values, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self._path)
 
     def finish(self, status: str, **values: object) -> None:

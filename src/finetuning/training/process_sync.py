@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
+from finetuning.distributed import announce_wait
 from finetuning.errors import Location, StorageError
 from finetuning.trainer.hooks import TrainerHooks
 from finetuning.training.resume.find import ResumePoint
@@ -46,10 +47,11 @@ def sync_resume_point(output_dir: Path, resume: ResumePoint) -> ResumePoint:
     message = [f".shared-{uuid.uuid4().hex}", resume, socket.gethostname()]
     if state.is_main_process:
         (output_dir / message[0]).touch()
-    broadcast_object_list(message, from_process=0)
-    name, resume, main_host = message
-    marker = output_dir / name
-    hosts = gather_object([(socket.gethostname(), _wait_for_file(marker))])
+    with announce_wait("the other processes of the job, which prepare their data"):
+        broadcast_object_list(message, from_process=0)
+        name, resume, main_host = message
+        marker = output_dir / name
+        hosts = gather_object([(socket.gethostname(), _wait_for_file(marker))])
     if state.is_main_process:
         marker.unlink(missing_ok=True)
     separate = sorted({host for host, is_visible in hosts if not is_visible})
@@ -71,7 +73,8 @@ def broadcast_from_main(compute: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     message = [compute() if PartialState().is_main_process else None]
-    broadcast_object_list(message, from_process=0)
+    with announce_wait("the main process of the job"):
+        broadcast_object_list(message, from_process=0)
     [result] = message
     return result  # pyright: ignore[reportReturnType]
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.config.redaction import redact_text
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.validate import read_controllers
 from finetuning.distributed import ProcessTopology
@@ -96,7 +97,8 @@ class RunReporter:
             from finetuning.data.preview import to_text
 
             data.statistics.write(self._output_dir)
-            (self._output_dir / PREVIEW_NAME).write_text(to_text(data.preview[:_NUM_PREVIEW_ROWS]), encoding="utf-8")
+            preview = redact_text(to_text(data.preview[:_NUM_PREVIEW_ROWS]))
+            (self._output_dir / PREVIEW_NAME).write_text(preview, encoding="utf-8")
             files = [self._output_dir / name for name in (PREVIEW_NAME, "data_report.json")]
             self._tracker_set.log_data(data, files)
 
@@ -173,7 +175,7 @@ class RunReporter:
         self._stop = stop
         self._telemetry.watch(trainer)
         trainer.remove_callback(PrinterCallback)
-        print_start(self._console, f"finetuning {self._method}", self._summary)
+        print_start(self._console, f"finetuning {self._method}", self._redacted_summary())
         for warning in self._warnings:
             print_warning(self._console, warning)
 
@@ -216,7 +218,7 @@ class RunReporter:
         if telemetry is not None:
             record["telemetry"] = telemetry
         return record | {
-            "summary": [[line.label, line.value, line.reason] for line in self._summary],
+            "summary": [[line.label, line.value, line.reason] for line in self._redacted_summary()],
             "warnings": [*self._warnings, *self._controllers.warnings()],
             "controller_actions": self._controllers.actions(),
             "trackers": self._tracker_set.identities() if self._topology.is_main else {},
@@ -297,8 +299,12 @@ class RunReporter:
     def _add_line(self, label: str, value: str, reason: str = "") -> None:
         self._summary.append(SummaryLine(label, value, reason))
 
+    def _redacted_summary(self) -> list[SummaryLine]:
+        # Before they are printed: a secret that is wrapped in a table would not be recognized.
+        return [SummaryLine(line.label, redact_text(line.value), redact_text(line.reason)) for line in self._summary]
+
     def _warn(self, *warnings: str) -> None:
-        self._warnings += warnings
+        self._warnings += [redact_text(warning) for warning in warnings]
 
     def _print_stage(self, text: str) -> None:
         self._console.print(f"{text} ...", style="dim", markup=False)

@@ -13,7 +13,7 @@ from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
 from finetuning.distributed import ProcessTopology
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, ModelError, reading
 from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
 
 if TYPE_CHECKING:
@@ -91,12 +91,15 @@ def stop_tokens(experiment: Experiment, tokenizer: LoadedTokenizer) -> tuple[str
     run, args = experiment.run_conf, experiment.run_conf.model_args
     token = args.token.get_secret_value() if args.token else None
     try:
-        config = GenerationConfig.from_pretrained(
-            run.model, revision=args.revision, cache_dir=args.cache_dir, token=token,
-            local_files_only=bool(args.local_files_only), subfolder=args.subfolder or "",
-        )  # fmt: skip
-    except OSError:
-        return ()
+        with reading(f"the generation config of {run.model} cannot be read", location=Location(key="run_conf.model")):
+            config = GenerationConfig.from_pretrained(
+                run.model, revision=args.revision, cache_dir=args.cache_dir, token=token,
+                local_files_only=bool(args.local_files_only), subfolder=args.subfolder or "",
+            )  # fmt: skip
+    except ModelError as error:
+        if isinstance(error.__cause__, OSError):
+            return ()
+        raise
     eos = config.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     tokens: list[Any] = [tokenizer.tokenizer.convert_ids_to_tokens(token_id) for token_id in ids]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from finetuning.config.redaction import redact
+from finetuning.config.redaction import redact, remember_secrets
 from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
 from finetuning.config.validation.controller_rules import check_controllers
@@ -62,6 +62,7 @@ def validate(
     Raises:
         ConfigError: the document is invalid. Lists all problems in file order.
     """
+    remember_secrets(document.values)
     if not document.values:
         required = ", ".join(name for name, field in config.model_fields.items() if field.is_required())
         raise ConfigError(f"is empty; required: {required}", location=Location(document.file))

@@ -9,7 +9,7 @@ from enum import Enum
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from finetuning.config.redaction import drop_secrets, is_secret_key
+from finetuning.config.redaction import redact_values
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, YamlValue, dotted
 from finetuning.config.yaml.reader import read_scalar
 
@@ -35,8 +35,8 @@ _ConfigDumper.add_representer(str, _ConfigDumper.represent_text)
 
 def dump_values(config: BaseModel) -> dict[str, YamlValue]:
     """Return the config as plain values, including defaults and without secrets."""
-    values = {key: item for key, item in config.model_dump(mode="python").items() if not is_secret_key(key)}
-    return {key: drop_secrets(_plain(item)) for key, item in values.items() if not isinstance(item, SecretStr)}
+    values = config.model_dump(mode="python")
+    return redact_values({key: _plain(item) for key, item in values.items() if not isinstance(item, SecretStr)})
 
 
 def dump_yaml(config: BaseModel) -> str:

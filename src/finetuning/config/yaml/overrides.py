@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from finetuning.config.redaction import is_secret_path, strip_user_info
+from finetuning.config.redaction import is_secret_path, redact_text
 from finetuning.config.yaml.document import (
     COMMAND_LINE,
     ConfigDocument,
@@ -97,7 +97,7 @@ def _displayed(text: str, parts: list[str]) -> str:
     """Return the override as it may be displayed, without secrets."""
     if is_secret_path(parts):
         return f"{'.'.join(parts)}=…"
-    displayed = strip_user_info(text)
+    displayed = redact_text(text)
     return displayed if len(displayed) <= 100 else displayed[:99] + "…"
 
 

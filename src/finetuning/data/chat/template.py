@@ -21,17 +21,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.data.samples import Conversation, JsonObject, Message, Span
-from finetuning.errors import DataError, Location
+from finetuning.errors import DataError, Location, is_input_error
+from finetuning.templates import ChatRenderer, LimitedEnvironment, transformers_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# What a template can raise on a conversation that it was not written for.
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
 
 
 class TemplateRenderError(ValueError):
@@ -46,15 +43,15 @@ _SAFE_ATTRIBUTES = {
 """Attributes that a template may always read: nothing but text comes of them, or a number or truth value of a loop."""
 
 
-class _FastSandbox(ImmutableSandboxedEnvironment):
+class _FastSandbox(LimitedEnvironment):
     """Jinja's sandbox, faster for what chat templates read most: keys of messages, methods of texts, and loops.
 
     For each attribute that a template reads, the sandbox tests an object against some twenty types, and for each call
     it looks for marks on the function. That takes most of the time of rendering.
     """
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
+    def __init__(self, like: jinja2.Environment):
+        super().__init__(like)
         self._is_safe: dict[tuple[type, str], bool] = {}
 
     def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
@@ -66,10 +63,10 @@ class _FastSandbox(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         # `message.role`: a key that is not also a method of dictionaries.
-        kind: type = type(obj)
-        if kind is dict and attribute not in _DICT_ATTRIBUTES:
-            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if (kind, attribute) in _SAFE_ATTRIBUTES:
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            message: JsonObject = obj
+            return message[attribute] if attribute in message else self.undefined(obj=obj, name=attribute)
+        if (type(obj), attribute) in _SAFE_ATTRIBUTES:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
@@ -78,12 +75,13 @@ class _FastSandbox(ImmutableSandboxedEnvironment):
             # Variables of the surrounding loop or block, which compiled templates pass with each call.
             kwargs.pop("_loop_vars", None)
             kwargs.pop("_block_vars", None)
+            __self.count_method(__obj.__name__, __obj.__self__, *args, **kwargs)
             return __obj(*args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
 
 class TemplateRenderer:
-    """Renders conversations with the tokenizer's `apply_chat_template`, which is also what inference servers call."""
+    """Renders conversations as the tokenizer's `apply_chat_template` does, which is what inference servers call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         """Check the syntax of the tokenizer's chat template.
@@ -97,6 +95,7 @@ class TemplateRenderer:
                 " choose a named template"
             )
         self.tokenizer = tokenizer
+        self._chat = ChatRenderer(tokenizer)
         self._check_syntax()
 
     def _check_syntax(self) -> None:
@@ -122,39 +121,17 @@ class TemplateRenderer:
             TemplateRenderError: the template failed on these messages.
         """
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,  # pyright: ignore[reportArgumentType]
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **(kwargs or {}),
-            )
-        except jinja2.TemplateSyntaxError:
+            return self._chat.text(messages, prompt=prompt, tools=tools, kwargs=kwargs)
+        except BaseException as error:
+            # A template fails in any way on a conversation that it was not written for.
+            if is_input_error(error) and not isinstance(error, jinja2.TemplateSyntaxError):
+                text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+                raise TemplateRenderError(text or type(error).__name__) from None
             raise
-        except _RENDER_ERRORS as error:
-            raise TemplateRenderError(
-                f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-            ) from None
-        return cast("str", rendered)
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str | TemplateRenderError]:
         """Render conversations; those on which the template failed give the error instead of a text."""
-        # One call for all that need no tools or arguments: the cost of a call is that of rendering several rows.
-        plain = [index for index, row in enumerate(conversations) if not row.tools and not row.template_kwargs]
-        rendered: dict[int, str] = {}
-        if len(plain) > 1:
-            try:
-                texts = self.tokenizer.apply_chat_template(
-                    [conversations[index].messages for index in plain], tokenize=False
-                )
-                rendered = dict(zip(plain, cast("list[str]", texts), strict=True))
-            except _RENDER_ERRORS:
-                # The call does not say which conversation it failed on: each is rendered alone below.
-                rendered = {}
-        return [
-            rendered[index] if index in rendered else self._text_or_error(row)
-            for index, row in enumerate(conversations)
-        ]
+        return [self._text_or_error(row) for row in conversations]
 
     def _text_or_error(self, conversation: Conversation) -> str | TemplateRenderError:
         try:
@@ -167,52 +144,35 @@ class TemplateRenderer:
 
         The texts are those of `texts`, in a quarter of the time. None for those on which the template failed.
         """
-        template, variables = self._plain_template
+        sandbox, template, variables = self._plain_template
         texts: list[str | None] = []
         for conversation in conversations:
             # Not `render`, which copies the variables several times and takes longer for it than a short template.
             context = template.new_context({**variables, "messages": conversation.messages}, shared=True)
+            sandbox.start()
             try:
-                texts.append("".join(template.root_render_func(context)))
-            except _RENDER_ERRORS:
+                text = "".join(template.root_render_func(context))
+                # Half a surrogate pair is no character, and no tokenizer takes it.
+                texts.append(text if text.isascii() or text.encode("utf-8") else None)
+            except BaseException as error:
+                if not is_input_error(error):
+                    raise
                 texts.append(None)
         return texts
 
     @cached_property
-    def _plain_template(self) -> tuple[jinja2.Template, JsonObject]:
+    def _plain_template(self) -> tuple[_FastSandbox, jinja2.Template, JsonObject]:
         """The chat template, compiled for a faster sandbox, and the variables that each conversation has."""
-        from transformers.utils.chat_template_utils import (
-            _cached_compile_jinja_template,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-        )
-
-        source = self.tokenizer.get_chat_template(None, None)
-        original = _cached_compile_jinja_template(source).environment
-        sandbox = _FastSandbox(
-            trim_blocks=original.trim_blocks,
-            lstrip_blocks=original.lstrip_blocks,
-            extensions=[type(extension) for extension in original.extensions.values()],
-        )
-        sandbox.filters = original.filters
-        sandbox.globals = original.globals
-        template = sandbox.from_string(source)
+        sandbox = _FastSandbox(like=transformers_environment())
+        template = sandbox.compiled(self.tokenizer.get_chat_template(None, None))
         variables: JsonObject = {**template.globals, **self.tokenizer.special_tokens_map}
-        return template, {**variables, "tools": None, "documents": None, "add_generation_prompt": False}
+        return sandbox, template, {**variables, "tools": None, "documents": None, "add_generation_prompt": False}
 
     def generation_spans(
         self, messages: Sequence[Message], tools: list[JsonObject] | None, kwargs: JsonObject
     ) -> list[Span]:
         """Return the character spans that the template encloses in `{% generation %}` blocks."""
-        from transformers.utils.chat_template_utils import (
-            render_jinja_template,  # pyright: ignore[reportUnknownVariableType]
-        )
-
-        template = self.tokenizer.get_chat_template(None, tools)  # pyright: ignore[reportArgumentType]
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        variables: JsonObject = {"tools": tools, **self.tokenizer.special_tokens_map, **kwargs}
-        _, spans = render_jinja_template(
-            conversations=[present], chat_template=template, return_assistant_tokens_mask=True, **variables
-        )
-        return [(start, end) for start, end in cast("list[list[Span]]", spans)[0]]
+        return self._chat.generation_spans(messages, tools, kwargs)
 
     @cached_property
     def has_generation_blocks(self) -> bool:

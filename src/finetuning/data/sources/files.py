@@ -13,7 +13,6 @@ import gzip
 import lzma
 import os
 import re
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from finetuning.data.samples import Row
 from finetuning.data.sources.hub import Digest, HubShard
 from finetuning.data.sources.json_reader import Line, read_json
 from finetuning.data.sources.tables import read_arrow, read_csv, read_parquet
-from finetuning.errors import DataError, Location, MissingPackageError, Problem
+from finetuning.errors import DataError, Location, MissingPackageError, Problem, reading
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _Opener = Callable[[str, str], AbstractContextManager[IO[bytes]]]
@@ -54,15 +53,9 @@ def open_file(path: str) -> Generator[BinaryIO, None, None]:
     ending = os.path.splitext(path.lower())[1]
     opener = _zstd_opener(path) if ending == ".zst" else _OPENERS.get(ending, open)
     with opener(path, "rb") as stream:
-        try:
+        problem = "cannot be read" if opener is open else "the compressed file is damaged"
+        with reading(problem, DataError, location=Location(file=path)):
             yield cast("BinaryIO", stream)
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"the compressed file is damaged: {error}", location=Location(file=path)) from None
-        except OSError as error:
-            # bz2 raises a bare OSError without an error number for damaged data.
-            if error.errno is not None:
-                raise
-            raise DataError(f"the compressed file is damaged: {error}", location=Location(file=path)) from None
 
 
 def _zstd_opener(path: str) -> _Opener:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from finetuning.data.samples import Row
 from finetuning.data.sources.tables import without_nulls
+from finetuning.distributed import announce_wait
 from finetuning.errors import DataError, Location, first_line
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class HubShard:
     def _load(self) -> datasets.Dataset | datasets.IterableDataset:
         import datasets
 
-        with self._errors():
+        with self._errors(), announce_wait(f"the download of {self.name}"):
             return datasets.load_dataset(
                 self.path, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetuning.data.samples import Row
-from finetuning.errors import DataError, Location, Problem
+from finetuning.errors import DataError, Location, Problem, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,31 +22,26 @@ _LARGEST_FIELD = 1 << 28
 
 def read_parquet(path: str) -> Iterator[Row]:
     """Yield the rows of a Parquet file; `line` is the number of the row, from 1."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from _rows(path, file.iter_batches(batch_size=_BATCH))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"not a Parquet file, or damaged: {error}", location=Location(file=path)) from None
+    problem = "not a Parquet file, or damaged"
+    with reading(problem, DataError, location=Location(file=path)), pq.ParquetFile(path) as file:
+        yield from _rows(path, file.iter_batches(batch_size=_BATCH))
 
 
 def read_arrow(path: str) -> Iterator[Row]:
     """Yield the rows of an Arrow IPC file, of the stream or file format; `line` is the number of the row, from 1."""
     import pyarrow as pa
 
-    try:
-        with pa.memory_map(path) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            if is_file:
-                reader = pa.ipc.open_file(source)
-                yield from _rows(path, (reader.get_batch(index) for index in range(reader.num_record_batches)))
-            else:
-                yield from _rows(path, pa.ipc.open_stream(source))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"not an Arrow file, or damaged: {error}", location=Location(file=path)) from None
+    problem = "not an Arrow file, or damaged"
+    with reading(problem, DataError, location=Location(file=path)), pa.memory_map(path) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(source)
+            yield from _rows(path, (reader.get_batch(index) for index in range(reader.num_record_batches)))
+        else:
+            yield from _rows(path, pa.ipc.open_stream(source))
 
 
 def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:

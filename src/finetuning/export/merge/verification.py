@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.errors import GuardStopped, ModelError
+from finetuning.errors import GuardStopped, ModelError, reading
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.with_peft import DeviceMap, load_adapter, load_base, merge_in_memory, task_head_for_merge
 
@@ -173,11 +173,15 @@ def sample_prompts(folder: Path, rows: int) -> list[list[int]]:
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        from finetuning.templates import ChatRenderer
+
+        with reading(f"the tokenizer of {folder} cannot be read"):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         prompts = [tokenizer(text)["input_ids"][:_MAX_TOKENS] for text in _TEXTS]
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": _TEXTS[1]}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            with reading(f"the chat template of {folder} fails"):
+                text = ChatRenderer(tokenizer).text(chat, prompt=True)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS])
         prompts = [[token for token in ids if token < rows] for ids in prompts]
     prompts += [[generator.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(2)]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import ConfigError, ModelError
+from finetuning.config.pretrained_config import find_excessive_size
+from finetuning.errors import ConfigError, ModelError, reading
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.apply import ChangedElements, is_rounded
 from finetuning.export.merge.deltas import unwrapped_name
@@ -60,9 +61,13 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
     head = task_head_for_merge(base, adapters)
     heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
     fields = {"num_labels": heads[-1].shape[0]} if "num_labels" in head.config_fields and heads else {}
-    model = head.auto_class.from_pretrained(
-        base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
-    )
+    excess = find_excessive_size(base.config, len(base.entries) or None)
+    if excess:
+        raise ModelError(f"{base.folder / 'config.json'} cannot be right: {excess}")
+    with reading(f"{base.folder} cannot be loaded"):
+        model = head.auto_class.from_pretrained(
+            base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
+        )
     if base.config.get("quantization_config"):
         try:
             model = _without_quantizer(model.dequantize())
@@ -110,13 +115,9 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    try:
+    hint = "Is this the base model that it was trained on?"
+    with reading(f"the adapter {adapter.folder} does not fit the base", hint=hint):
         adapted = PeftModel.from_pretrained(model, str(adapter.folder))
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"the adapter {adapter.folder} does not fit the base: {_first_two_lines(error)}.",
-            hint="Is this the base model that it was trained on?",
-        ) from error
     if adapter.entries:
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         missing = sorted(expected - set(adapter.entries))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from finetuning.errors import Location, ModelError
+from finetuning.errors import Location, ModelError, read_json_object, reading
 from finetuning.model.fingerprint import (
     check_adapter_fingerprint,
     compute_fingerprint,
@@ -115,7 +114,8 @@ def check_mergeable(folder: Path, config: Mapping[str, object]) -> None:
     known_type = PeftType.__members__.get(peft_type)
     if known_type is None or known_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ModelError(f"{folder} is of type {peft_type}, which the installed PEFT does not support")
-    peft_config = PeftConfig.from_pretrained(str(folder))
+    with reading(f"{folder / 'adapter_config.json'} cannot be read"):
+        peft_config = PeftConfig.from_pretrained(str(folder))
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(known_type)
     if peft_config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
         raise unmergeable(peft_type, "it changes the input or the layers, not the weights")
@@ -143,9 +143,10 @@ def unmergeable(peft_type: str, reason: str, target: str = "") -> ModelError:
 
 def mergeable_type(folder: Path) -> str | None:
     """Return the PEFT type of a saved adapter that can be merged into its base model; None for other adapters."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    with reading(f"{folder / 'adapter_config.json'} cannot be read"):
+        config = read_json_object(folder / "adapter_config.json")
     try:
         check_mergeable(folder, config)
     except ModelError:
         return None
-    return str(config["peft_type"]).upper()
+    return str(config.get("peft_type")).upper()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
-from finetuning.errors import Location, ModelError
+from finetuning.errors import Location, ModelError, reading
 from finetuning.model.peft.adapter_files import adapter_digests, check_adapter_base, check_adapter_tensors
 from finetuning.model.resolve import resolve_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS
@@ -250,7 +250,6 @@ def _load_adapter(
         ModelError: it is missing or damaged, belongs to another base, or has nothing to train.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     location = Location(key="peft_conf.name_or_path")
     source = resolve_model(conf.name_or_path, "adapter", key=location.key)
@@ -264,7 +263,7 @@ def _load_adapter(
     if source.folder is not None:
         _refuse_pickle(source.folder, location)
         check_adapter_base(model, source.folder, location)
-    try:
+    with reading(f"the adapter {source} cannot be loaded", location=location):
         adapted = PeftModel.from_pretrained(
             model,
             source.name,
@@ -272,9 +271,6 @@ def _load_adapter(
             autocast_adapter_dtype=autocast_adapter_dtype,
             **source.hub_kwargs,
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"the adapter {source} cannot be loaded: {' '.join(lines[:2])}", location=location) from error
     if source.folder is not None:
         check_adapter_tensors(adapted, source.folder, location)
     _register_missing_bias(adapted)

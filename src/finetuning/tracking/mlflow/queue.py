@@ -19,8 +19,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from finetuning.config.redaction import redact_values
+
 logger = logging.getLogger(__name__)
 
+# What the uploader opens. `resolve_tracking` refuses an address with a password.
+_NEEDED_AS_IS = frozenset({"uri", "path", "to", "run_id", "parent_run_id", "key", "parent"})
 QUEUE_NAME = "mlflow_queue.jsonl"
 # Keys of the upload state in earlier versions, which called the queue `mlflow_spool.jsonl`.
 _OLD_KEYS = {"records_sent": "offset", "files_left": "pending_files"}
@@ -52,7 +56,8 @@ class Queue:
         """Append a record, stamped with the time in milliseconds."""
         if self.error:
             return
-        record = {"kind": kind, "time": time.time_ns() // 1_000_000, **values}
+        redacted = {key: value if key in _NEEDED_AS_IS else redact_values(value) for key, value in values.items()}
+        record = {"kind": kind, "time": time.time_ns() // 1_000_000, **redacted}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
             self.error = "No space left on device" if os.write(self._file, line) < len(line) else None
@@ -96,7 +101,8 @@ class UploadState:
     def write(self, queue: Path) -> None:
         del self.rejected[100:]
         staging = state_path(queue).with_suffix(".partial")
-        staging.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        values = asdict(self) | {"rejected": redact_values(self.rejected), "error": redact_values(self.error)}
+        staging.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         staging.replace(state_path(queue))
 
 

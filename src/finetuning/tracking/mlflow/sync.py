@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location
 from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, numbers_in, read_records
 from finetuning.tracking.mlflow.tracker import start_uploader
@@ -44,7 +45,8 @@ def sync_run(folder: Path, *, patience_s: float = 30.0) -> list[SyncResult]:
         if run and (before or not ended):
             process = start_uploader(queue, run.fields["uri"], run.fields["uploads"], patience_s=patience_s)
             try:
-                code = process.wait()
+                with announce_wait(f"MLflow at {run.fields['uri']} to take what is queued"):
+                    code = process.wait()
             finally:
                 process.kill()
         state = UploadState.read(queue)

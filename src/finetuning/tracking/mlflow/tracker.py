@@ -15,7 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetuning.tracking.mlflow.queue import QUEUE_NAME, Queue, UploadState, latest_run, list_queues, numbers_in, rotate
+from finetuning.distributed import announce_wait
+from finetuning.tracking.mlflow.queue import (
+    QUEUE_NAME,
+    Queue,
+    UploadState,
+    latest_run,
+    list_queues,
+    numbers_in,
+    rotate,
+)
 from finetuning.tracking.settings import TrackingPlan
 from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
 
@@ -72,15 +81,8 @@ class MlflowTracker(Tracker):
             return self._end
         self.queue.append("end", status=status)
         wait_s = wait_s or (_LOCAL_WAIT_S if self._plan.is_local else _SERVER_WAIT_S)
-        size, began = self.queue.path.stat().st_size, time.monotonic()
-        while True:
-            state = UploadState.read(self.queue.path)
-            is_uploading_files = state.offset >= size and state.error is None and self._plan.log_artifacts.value
-            longest_s = _UPLOAD_WAIT_S if is_uploading_files else wait_s
-            delivered = state.offset >= size and not state.pending_files
-            if delivered or self._process.poll() is not None or time.monotonic() - began > longest_s:
-                break
-            time.sleep(0.05)
+        with announce_wait(f"MLflow at {self._plan.uri.value} to take what is queued"):
+            state, delivered = self._wait_for_uploads(wait_s)
         if delivered or not self._plan.is_local:
             self._process.kill()  # what it was uploading is still in the queue
             self._process.wait()
@@ -91,6 +93,18 @@ class MlflowTracker(Tracker):
         self._end = state
         self.queue.error = "the run has ended"
         return state
+
+    def _wait_for_uploads(self, wait_s: float) -> tuple[UploadState, bool]:
+        """Return the state after everything, or all that can be, was uploaded, and whether it was everything."""
+        size, began = self.queue.path.stat().st_size, time.monotonic()
+        while True:
+            state = UploadState.read(self.queue.path)
+            is_uploading_files = state.offset >= size and state.error is None and self._plan.log_artifacts.value
+            longest_s = _UPLOAD_WAIT_S if is_uploading_files else wait_s
+            delivered = state.offset >= size and not state.pending_files
+            if delivered or self._process.poll() is not None or time.monotonic() - began > longest_s:
+                return state, delivered
+            time.sleep(0.05)
 
 
 def start_mlflow(

@@ -13,7 +13,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
-from finetuning.config.redaction import strip_user_info
 from finetuning.tracking.mlflow.queue import QUEUE_NAME, QueuedRecord, UploadState, latest_run, read_records
 from finetuning.tracking.settings import MAX_KEY_LENGTH
 
@@ -59,7 +58,7 @@ class Uploader:
 
     def note_error(self, error: Exception) -> None:
         """Save why the last attempt failed."""
-        self.state.error = strip_user_info(" ".join(str(error).split()) or type(error).__name__)[:500]
+        self.state.error = (" ".join(str(error).split()) or type(error).__name__)[:500]
         self.state.write(self.queue)
 
     def close_run(self, status: str, at_ms: int | None = None) -> None:
@@ -146,7 +145,7 @@ class Uploader:
                 raise
             self._set_running(str(self.state.run_id))  # raises if the run was deleted: it may be restored
             if name is not None:
-                self.state.rejected.append(f"{name}: {strip_user_info(str(error))[:300]}")
+                self.state.rejected.append(f"{name}: {str(error)[:300]}")
             return False
         return True
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
+from finetuning.config.redaction import redacted_json
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.section_tree import members, sections_of
 from finetuning.config.yaml.dump import dump_values
@@ -202,7 +203,7 @@ def read_run_config(checkpoint: Path) -> RunConfig | None:
 
 def run_config_text(config: Mapping[str, object]) -> str:
     """Return the text of `run_config.json`."""
-    return json.dumps(config, indent=1, sort_keys=True, default=str) + "\n"
+    return redacted_json(config, indent=1, sort_keys=True) + "\n"
 
 
 def differences(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.atomic_io import MANIFEST, find_manifest_mismatch
-from finetuning.errors import CheckpointError, Location, ModelError
+from finetuning.errors import CheckpointError, Location, ModelError, read_json_object, reading
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 _KEY = "run_conf.resume_from_checkpoint"
@@ -85,15 +84,14 @@ def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     """Return why a folder cannot be resumed from; None when it can."""
     if not checkpoint.is_dir():
         return "no such folder"
-    try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (checkpoint / _STATE).is_file():
         return f"{_STATE} is missing"
-    except OSError as error:
-        return f"{_STATE} cannot be read: {error.strerror}"
-    except ValueError:
-        return f"{_STATE} is truncated"
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+    try:
+        with reading(f"{_STATE} is truncated or damaged", CheckpointError):
+            state = read_json_object(checkpoint / _STATE)
+    except CheckpointError as error:
+        return str(error)
+    if type(state.get("global_step")) is not int:
         return f"{_STATE} has no global_step"
     names = {path.name for path in checkpoint.iterdir()}
     sharded = any(name.startswith(("global_step", "pytorch_model_fsdp", "optimizer_")) for name in names)

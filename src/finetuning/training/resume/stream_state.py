@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.data.streaming.dataset import RowStream
-from finetuning.errors import CheckpointError
+from finetuning.errors import CheckpointError, read_json_object, reading
 
 if TYPE_CHECKING:
     from finetuning.data.prepared import PreparedData
@@ -34,17 +34,14 @@ class StreamStateCallback(TrainerCallback):
         Raises:
             CheckpointError: the checkpoint does not contain it.
         """
-        try:
-            state = json.loads((checkpoint / STREAM_NAME).read_text(encoding="utf-8"))
-            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint.name} does not contain the position in the stream of rows: {error}",
-                hint="Start a new run in another output_dir: data_conf.streaming cannot be enabled when resuming.",
-            ) from None
-        # The Trainer skips as many rows as its past steps would have at the current batch size: the stream yields
-        # placeholders for them.
-        self._first_row = self._stream.load_state_dict(state, step * self._total_batch_size)
+        problem = f"{checkpoint.name} does not contain the position in the stream of rows"
+        hint = "Start a new run in another output_dir: data_conf.streaming cannot be enabled when resuming."
+        with reading(problem, CheckpointError, hint=hint):
+            state = read_json_object(checkpoint / STREAM_NAME)
+            step = read_json_object(checkpoint / "trainer_state.json")["global_step"]
+            # The Trainer skips as many rows as its past steps would have at the current batch size: the stream yields
+            # placeholders for them.
+            self._first_row = self._stream.load_state_dict(state, step * self._total_batch_size)
         self._first_step = step
 
     def on_step_end(
