@@ -1,10 +1,17 @@
-"""The launcher's environment, however it launched."""
+"""The launcher's environment, however it launched; what a process says while it waits."""
 
 from __future__ import annotations
 
+import ast
+import fcntl
+import functools
+import threading
+import time
+from pathlib import Path
+
 import pytest
 
-from finetuning.distributed import ProcessTopology, read_topology
+from finetuning.distributed import ProcessTopology, announce_wait, read_topology
 from finetuning.errors import ConfigError
 
 
@@ -47,3 +54,81 @@ def test_topology_of(environ: dict[str, str], expected: ProcessTopology) -> None
 def test_an_environment_that_cannot_be(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_topology(environ)
+
+
+def test_a_long_wait_says_what_it_waits_for(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.distributed.WAIT_AGAIN_S", 0.05)
+    with announce_wait("a lock", after_s=0.05):
+        time.sleep(0.4)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) >= 2
+    assert all(message.startswith("waiting for a lock, for 0 s so far") for message in messages)
+    time.sleep(0.2)
+    assert len(caplog.records) == len(messages)
+
+
+def test_a_short_wait_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with announce_wait("a lock", after_s=0.2):
+        pass
+    time.sleep(0.3)
+    assert not caplog.records
+
+
+def test_a_process_that_waits_for_cached_rows_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetuning.data import cache
+
+    monkeypatch.setattr(cache, "announce_wait", functools.partial(announce_wait, after_s=0.05))
+    path = tmp_path / "entry.lock"
+    with path.open("a") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        threading.Timer(0.3, lambda: fcntl.flock(holder, fcntl.LOCK_UN)).start()
+        with cache._locked(path) as acquired:
+            assert acquired
+    assert any("another process that prepares the same rows" in record.getMessage() for record in caplog.records)
+
+
+SOURCES = Path(__file__).parents[1] / "src" / "finetuning"
+BLOCKING = {"wait_for_everyone", "broadcast_object_list", "gather_object", "barrier", "flock", "join", "wait"}
+EXPECTED_WAITS = {
+    "launch/processes.py": "the job itself",
+    "selftest/trials.py": "a trial, which is printed when it starts",
+    "data/worker_pool.py": "worker processes that have ended, or were told to",
+    "tracking/mlflow/tracker.py": "a process that was killed",
+}
+
+
+def unannounced_waits(source: str) -> list[str]:
+    """Calls that block without a time limit, outside of a `with announce_wait(...)` block."""
+    found: list[str] = []
+
+    def visit(node: ast.AST, announced: bool) -> None:
+        if isinstance(node, ast.With):
+            announced = announced or "announce_wait" in "".join(ast.unparse(item) for item in node.items)
+        if isinstance(node, ast.Call) and not announced:
+            name = ast.unparse(node.func).rpartition(".")[2]
+            text = ast.unparse(node)
+            if name in ("join", "wait"):
+                # Of threads, processes and events: those of texts and paths have an argument.
+                if not node.args and not node.keywords:
+                    found.append(text)
+            elif name in BLOCKING and "LOCK_NB" not in text and "LOCK_UN" not in text:
+                found.append(text)
+        for child in ast.iter_child_nodes(node):
+            visit(child, announced)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.rglob("*.py")), ids=lambda path: path.relative_to(SOURCES).as_posix())
+def test_every_wait_without_a_limit_is_announced(path: Path) -> None:
+    if path.relative_to(SOURCES).as_posix() not in EXPECTED_WAITS:
+        assert unannounced_waits(path.read_text(encoding="utf-8")) == []
+
+
+def test_an_unannounced_wait_is_found() -> None:
+    assert unannounced_waits("def f(self):\n    self.accelerator.wait_for_everyone()") != []
+    assert unannounced_waits("fcntl.flock(f, fcntl.LOCK_EX)\nt.join()") == ["fcntl.flock(f, fcntl.LOCK_EX)", "t.join()"]
+    assert unannounced_waits("with announce_wait('x'):\n    t.join()\n','.join(y)") == []

@@ -235,7 +235,7 @@ def test_a_damaged_cache_entry(ends_well: Any, trained: Path, tmp_path: Path) ->
         damage = damaged_json if file.suffix == ".json" else damaged_bytes
         for number in damages(file, damage, "cache"):
             overrides = [f"data_conf.cache={cache}", f"training_args.output_dir={tmp_path / 'out'}"]
-            ends_well(["preview", trained / "config.yaml", *overrides], f"{file.name} {number}")
+            ends_well(["preview", "sft", trained / "config.yaml", *overrides], f"{file.name} {number}")
 
 
 def _data_files(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Callable[[bytes, random.Random], bytes]]:
@@ -265,7 +265,7 @@ def test_damaged_data(ends_well: Any, config: Path, sft_rows: Any, tmp_path: Pat
     damage = _data_files(folder, sft_rows(8))[name]
     for number in damages(folder / name, damage, "data"):
         path = f"data_conf.training_data.datasets.0.path={folder / name}"
-        ends_well(["preview", config, path, "data_conf.on_bad_row=skip"], f"{name} {number}")
+        ends_well(["preview", "sft", config, path, "data_conf.on_bad_row=skip"], f"{name} {number}")
 
 
 @pytest.mark.parametrize("ids", [[4 * 10**9], [2**70], [-1], [0.5], ["a"], [None], [[1]], {"a": 1}, [True], [10**6]])
@@ -301,7 +301,7 @@ def test_strange_templates(ends_well: Any, config: Path, model: Path, source: st
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     (model / "chat_template.jinja").unlink(missing_ok=True)
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": source}))
-    ends_well(["preview", config], source)
+    ends_well(["preview", "sft", config], source)
 
 
 def test_damaged_configs(ends_well: Any, config: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.config.sections.experiment import Experiment
+from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location
 from finetuning.plan.memory_estimate import MemoryEstimate
 from finetuning.plan.plan import format_bytes
@@ -85,7 +86,8 @@ def gather_oom_retries(trainer: TrainerMixin) -> list[str]:
         return list(trainer.oom_retries)
     from accelerate.utils import gather_object
 
-    by_process = gather_object([trainer.oom_retries])
+    with announce_wait("the other processes to end their training"):
+        by_process = gather_object([trainer.oom_retries])
     common = [text for text in by_process[0] if all(text in texts for texts in by_process)]
     return common + [
         f"process {rank}, {text}" for rank, texts in enumerate(by_process) for text in texts if text not in common

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning import __version__
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
-from finetuning.distributed import ProcessTopology
+from finetuning.distributed import ProcessTopology, announce_wait
 from finetuning.plan.plan import Plan
 from finetuning.training.output_dir import installed_versions
 from finetuning.training.resume.find import ResumePoint
@@ -98,7 +98,8 @@ class TelemetrySession:
             return
         from accelerate.utils import broadcast_object_list
 
-        [job] = broadcast_object_list([self._shared_job()])
+        with announce_wait("the other processes of the job, which prepare their data"):
+            [job] = broadcast_object_list([self._shared_job()])
         if job is not None and self._telemetry is None:
             self._start(job)
 

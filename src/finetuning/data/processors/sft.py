@@ -185,17 +185,18 @@ class SFTProcessor:
         return [TokenIds(chunk, chunk, row.location, row.warnings | {SPLIT_TEXT}) for chunk in chunks]
 
     def _check_ids(self, row: TokenIds) -> TokenizedSample | DroppedSample:
-        ids = np.array(row.input_ids, dtype=np.int64)
-        labels = np.array(row.labels, dtype=np.int32)
-        size = len(ids)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            worst = int(ids.max() if ids.max() >= self.vocab_size else ids.min())
+        # Before there is an array: an id may be larger than any type of numpy.
+        lowest, highest = min(row.input_ids), max(row.input_ids)
+        if lowest < 0 or highest >= self.vocab_size:
+            worst = highest if highest >= self.vocab_size else lowest
             return DroppedSample(
                 "bad row",
                 f"token id {worst} is outside the tokenizer's vocabulary of {self.vocab_size}: tokenized with another"
                 " tokenizer?",
                 is_bad=True,
             )
+        ids, labels = np.array(row.input_ids, dtype=np.int64), np.array(row.labels, dtype=np.int32)
+        size = len(ids)
         if not (labels != UNTRAINED).any():
             return DroppedSample("nothing to train on", "every label is -100")
         if size > self.max_length and not self.truncate:

@@ -47,6 +47,8 @@ def read_arrow(path: str) -> Iterator[Row]:
 def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        # Offsets of a damaged file that point elsewhere would end the process.
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, _BATCH):
             for values in batch.slice(start, _BATCH).to_pylist():
                 number += 1
