@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +20,7 @@ from finetuning.config.redaction import redacted_json
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.validation.section_tree import members, sections_of
 from finetuning.config.yaml.dump import dump_values
-from finetuning.errors import CheckpointError, Location, Problem
+from finetuning.errors import CheckpointError, Location, Problem, read_json_object, reading
 from finetuning.plan.plan import Plan
 from finetuning.training.output_dir import installed_versions
 
@@ -196,8 +195,9 @@ def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, b
 def read_run_config(checkpoint: Path) -> RunConfig | None:
     """Return the run config in a checkpoint, under its current or old file name; None if there is none."""
     for name in (RUN_CONFIG_NAME, _OLD_RUN_CONFIG_NAME):
-        with suppress(FileNotFoundError):
-            return json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if (checkpoint / name).is_file():
+            with reading(f"{checkpoint / name} cannot be read", CheckpointError):
+                return read_json_object(checkpoint / name)
     return None
 
 

@@ -82,6 +82,8 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
 
 def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     """Return why a folder cannot be resumed from; None when it can."""
+    from transformers import TrainerState
+
     if not checkpoint.is_dir():
         return "no such folder"
     if not (checkpoint / _STATE).is_file():
@@ -89,6 +91,7 @@ def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     try:
         with reading(f"{_STATE} is truncated or damaged", CheckpointError):
             state = read_json_object(checkpoint / _STATE)
+            TrainerState.load_from_json(str(checkpoint / _STATE))
     except CheckpointError as error:
         return str(error)
     if type(state.get("global_step")) is not int:
