@@ -94,14 +94,14 @@ BLOCKING = {"wait_for_everyone", "broadcast_object_list", "gather_object", "barr
 EXPECTED_WAITS = {
     "launch/processes.py": "the job itself",
     "selftest/trials.py": "a trial, which is printed when it starts",
-    "data/worker_pool.py": "worker processes that have ended, or were told to",
+    "data/worker_pool.py": "worker processes that have ended, or are about to",
     "tracking/mlflow/tracker.py": "a process that was killed",
 }
 
 
 def unannounced_waits(source: str) -> list[str]:
     """Calls that block without a time limit, outside of a `with announce_wait(...)` block."""
-    found: list[str] = []
+    matches: list[str] = []
 
     def visit(node: ast.AST, announced: bool) -> None:
         if isinstance(node, ast.With):
@@ -112,14 +112,14 @@ def unannounced_waits(source: str) -> list[str]:
             if name in ("join", "wait"):
                 # Of threads, processes and events: those of texts and paths have an argument.
                 if not node.args and not node.keywords:
-                    found.append(text)
+                    matches.append(text)
             elif name in BLOCKING and "LOCK_NB" not in text and "LOCK_UN" not in text:
-                found.append(text)
+                matches.append(text)
         for child in ast.iter_child_nodes(node):
             visit(child, announced)
 
     visit(ast.parse(source), False)
-    return found
+    return matches
 
 
 @pytest.mark.parametrize("path", sorted(SOURCES.rglob("*.py")), ids=lambda path: path.relative_to(SOURCES).as_posix())

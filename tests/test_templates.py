@@ -91,7 +91,7 @@ def test_the_limits_hold_in_threads_and_for_each_row_alone() -> None:
         environment.compiled(TOO_LARGE["concat"]),
     )
 
-    def one(number: int) -> str:
+    def render_row(number: int) -> str:
         if number % 4:
             return environment.render(fast, {"n": number})
         with pytest.raises(TemplateLimitError):
@@ -99,7 +99,7 @@ def test_the_limits_hold_in_threads_and_for_each_row_alone() -> None:
         return "0" * 2000
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert [text[0] for text in pool.map(one, range(8))] == ["0", "1", "2", "3", "0", "5", "6", "7"]
+        assert [text[0] for text in pool.map(render_row, range(8))] == ["0", "1", "2", "3", "0", "5", "6", "7"]
 
 
 FEATURES = (

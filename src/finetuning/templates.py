@@ -250,10 +250,10 @@ def _width(value: object) -> int:
 def _format_size(text: str, *arguments: object, **named: object) -> int:
     """Return the most that formatting can make: widths are numbers in the text, or among the arguments."""
     values = [*arguments, *named.values()]
-    flat = [inner for value in values for inner in (value if isinstance(value, list | tuple) else [value])]
+    arguments_of = [inner for value in values for inner in (value if isinstance(value, list | tuple) else [value])]
     # `%9999d` and `{:>9999}`; more digits than any width has are a large number as well.
     widths = [int(number[:12]) for number in re.findall(r"\d+", text)] if re.search(r"[%{]", text) else []
-    widths += [value for value in flat if type(value) is int]
+    widths += [value for value in arguments_of if type(value) is int]
     return len(text) + value_size(list(values)) + sum(widths)
 
 

@@ -2,7 +2,7 @@
 
 Everything that a run writes or prints goes through `redact_text` or `redact_values`. They remove
 
-- what stands under a key that looks like one of a secret, at any depth;
+- what has a key that looks like one of a secret, at any depth;
 - the values of environment variables that hold secrets, and of secret keys of the config, wherever they occur;
 - user names and passwords in addresses, secrets in their queries, authorization headers, and well-known token formats.
 """
@@ -176,9 +176,9 @@ def redact_text(text: str, environ: Mapping[str, str] = os.environ) -> str:
     return _redact_text(text, _known_pattern(environ))
 
 
-def _redact_text(text: str, known: re.Pattern[str] | None) -> str:
-    if known is not None:
-        text = known.sub(PLACEHOLDER, text)
+def _redact_text(text: str, secrets: re.Pattern[str] | None) -> str:
+    if secrets is not None:
+        text = secrets.sub(PLACEHOLDER, text)
     if "://" in text:
         text = _QUERY.sub(rf"\1{PLACEHOLDER}", _USER_INFO.sub(rf"\1{PLACEHOLDER}@", text))
     if "=" in text:
@@ -220,16 +220,16 @@ def redact_values(value: _Value) -> _Value:
     return cast("_Value", _redacted(value, _known_pattern(os.environ)))
 
 
-def _redacted(value: object, known: re.Pattern[str] | None) -> object:
+def _redacted(value: object, secrets: re.Pattern[str] | None) -> object:
     if isinstance(value, str):
-        return _redact_text(value, known)
+        return _redact_text(value, secrets)
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
-        return {key: _redacted(item, known) for key, item in items if not is_secret_key(key) or _is_count(key, item)}
+        return {key: _redacted(item, secrets) for key, item in items if not is_secret_key(key) or _is_count(key, item)}
     if isinstance(value, list):
-        return [_redacted(item, known) for item in cast("list[object]", value)]
+        return [_redacted(item, secrets) for item in cast("list[object]", value)]
     if isinstance(value, tuple):
-        return tuple(_redacted(item, known) for item in cast("tuple[object, ...]", value))
+        return tuple(_redacted(item, secrets) for item in cast("tuple[object, ...]", value))
     return value
 
 
