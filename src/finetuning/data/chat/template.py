@@ -184,7 +184,7 @@ class TemplateRenderer:
         """The tokenizer's special tokens, longest first."""
         added = self.tokenizer.added_tokens_decoder.values()
         names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        return tuple(sorted(names, key=len, reverse=True))
+        return tuple(sorted(names - {""}, key=len, reverse=True))
 
 
 # Unicode's two supplementary private use areas (planes 15 and 16): no text should use them, so a template passes them

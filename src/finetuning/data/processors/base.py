@@ -68,7 +68,7 @@ class MessageWarnings:
 
     @cached_property
     def _first_characters(self) -> tuple[str, ...]:
-        return tuple({token[0] for token in self.special_tokens})
+        return tuple({token[0] for token in self.special_tokens if token})
 
     def of_batch(self, rows: Sequence[Sequence[Message]]) -> Sequence[Collection[str]]:
         """The warnings of each row.

@@ -80,6 +80,9 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
+_NUMBERS = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
+
+
 def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     """Return why a folder cannot be resumed from; None when it can."""
     from transformers import TrainerState
@@ -92,6 +95,10 @@ def _problem(checkpoint: Path, compares_content: bool) -> str | None:
         with reading(f"{_STATE} is truncated or damaged", CheckpointError):
             state = read_json_object(checkpoint / _STATE)
             TrainerState.load_from_json(str(checkpoint / _STATE))
+            # The Trainer divides by some of them before it looks at them.
+            wrong = [name for name in _NUMBERS if not isinstance(state.get(name, 0), int | float)]
+            if wrong or not isinstance(state.get("log_history", []), list):
+                raise ValueError(f"{', '.join(wrong) or 'log_history'} has a value of a wrong type")
     except CheckpointError as error:
         return str(error)
     if type(state.get("global_step")) is not int:
