@@ -4,6 +4,8 @@ run goes on from exactly, and a complete fine-tuned model."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,3 +129,38 @@ def test_sharing_weights_out_does_not_show(
             shutil.rmtree(out / name)
         assert "resumed after step 2" in run_sharded(kind, config)
         assert losses(out) == first, "bit by bit"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["gathered", "sharded"])
+def test_shards_that_are_not_what_is_in_memory_stop_every_process(
+    sft_values: Any, write_config: Any, tmp_path: Path, part: str
+) -> None:
+    changes = {"training_args.max_steps": 1, "training_args.save_strategy": "steps", "training_args.save_steps": 1}
+    preset = preset_file("fsdp2").read_text(encoding="utf-8")
+    if part == "sharded":
+        preset = preset.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+    (tmp_path / "preset.yaml").write_text(preset, encoding="utf-8")
+    launch = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--config_file",
+        str(tmp_path / "preset.yaml"),
+    ]
+    program = [str(PROGRAM.with_name("tampering_on_cpu.py")), "sft"]
+    output = {}
+    for tamper_with in ("none", part):
+        config = write_config(sft_values({**changes, "training_args.output_dir": str(tmp_path / tamper_with)}))
+        result = subprocess.run(
+            [*launch, "--num_processes", "2", "--main_process_port", "0", *program, str(config)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            env={**os.environ, "TAMPER_WITH": tamper_with},
+        )
+        output[tamper_with] = result.stdout + result.stderr
+        assert (result.returncode == 0) == (tamper_with == "none"), output[tamper_with]
+    assert (tmp_path / "none" / "checkpoint-1").is_dir() and not (tmp_path / part / "checkpoint-1").exists()
+    assert re.search(r"checkpoint-1: the saved model failed verification: pytorch_model_fsdp", output[part])
+    assert "1 of 20 tensors differ from those in memory" in output[part] or "1 of 21 tensors differ" in output[part]

@@ -9,8 +9,8 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.model.peft.adapters import base_model_of
-from finetuning.model.save import is_peft_model
 
 if TYPE_CHECKING:
     from peft import PeftModel

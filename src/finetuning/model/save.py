@@ -1,28 +1,42 @@
-"""Save a model or an adapter atomically: weights, tokenizer, generation config, fingerprint of the base."""
+"""Save a model or an adapter atomically, with all its files, and compare them with what is in memory."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.atomic_io import atomic_directory
-from finetuning.errors import StorageError
+from finetuning.errors import GuardStopped, Location, ModelError, StorageError, first_line
 from finetuning.model.embeddings import EmbeddingInfo, input_weight
-from finetuning.model.fingerprint import Fingerprint, write_adapter_fingerprint, write_fingerprint
+from finetuning.model.fingerprint import (
+    FINGERPRINT_FILE,
+    Fingerprint,
+    write_adapter_fingerprint,
+    write_fingerprint,
+)
+from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, UNTRAINED_TOKENS_FILE, read_model_headers
-from finetuning.model.stop_tokens import StopTokens, align_stop_tokens, fix_sampling_config, save_tokenizer
+from finetuning.model.saved_weights import compare_with_files
+from finetuning.model.stop_tokens import (
+    StopTokens,
+    align_stop_tokens,
+    compare_tokenizer,
+    fix_sampling_config,
+    save_tokenizer,
+    set_generation_ids,
+)
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import nn
-    from typing_extensions import TypeIs
 
 
 def save_model(
@@ -38,8 +52,8 @@ def save_model(
 ) -> Path:
     """Save the model, or a PEFT model's adapter, to `folder`, and return `folder`.
 
-    The folder gets its name after every file is flushed to disk; a failure leaves nothing behind. Only one process may
-    call this.
+    The folder gets its name after it was compared with what is in memory, and every file is flushed to disk; a failure
+    leaves nothing behind. Only one process may call this.
 
     Args:
         base_fingerprint: fingerprint of the base model, saved with an adapter.
@@ -49,7 +63,10 @@ def save_model(
 
     Raises:
         StorageError: the folder exists and is not empty, or cannot be written.
+        GuardStopped: what was written differs from what is in memory.
     """
+    if state_dict is not None and not is_peft_model(model):
+        state_dict = _without_tied_weights(model, state_dict)
     try:
         with atomic_directory(folder) as staging:
             _write_model(model, staging, stop_tokens=stop_tokens, state_dict=state_dict)
@@ -63,6 +80,17 @@ def save_model(
             if untrained_tokens:
                 content = json.dumps({"tokens": list(untrained_tokens)}) + "\n"
                 (staging / UNTRAINED_TOKENS_FILE).write_text(content, encoding="utf-8")
+            check_saved(
+                folder,
+                compare_with_saved(
+                    model,
+                    tokenizer,
+                    staging,
+                    stop_tokens=stop_tokens,
+                    base_fingerprint=base_fingerprint,
+                    state_dict=state_dict,
+                ),
+            )
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -90,6 +118,100 @@ def write_companion_files(
         write_adapter_fingerprint(folder)
     if embeddings is not None:
         embeddings.write_added_tokens_info(folder)
+
+
+def compare_with_saved(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    stop_tokens: StopTokens | None = None,
+    base_fingerprint: Fingerprint | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> list[str]:
+    """Return how the files of a model or adapter differ from what is in memory and from what was meant; [] if equal.
+
+    Compared are all tensors, bit by bit, the configs of model, adapters and generation, and the tokenizer.
+
+    Args:
+        tokenizer: None when its files are known to be right.
+        state_dict: the gathered weights of a sharded model.
+    """
+    adapters = model.peft_config if is_peft_model(model) else {}
+    try:
+        differences = compare_with_files(model, folder, state_dict=state_dict, adapters=adapters)
+    except ModelError as error:
+        differences = [str(error)]
+    generation = _generation_config_to_save(model, stop_tokens)
+    # transformers does not save how generation is compiled.
+    meant = json.loads(generation.to_json_string(keys_to_pop=["compile_config"])) if generation is not None else None
+    if meant is not None:
+        differences += _compare_json(folder / "generation_config.json", meant)
+    for name, adapter in adapters.items():
+        # PEFT writes the adapter "default" into the folder itself, and others into folders of their names.
+        file = (folder if name == "default" else folder / name) / "adapter_config.json"
+        differences += _compare_adapter_config(adapter, file)
+    if not adapters and isinstance(model, PreTrainedModel):
+        config = json.loads(model.config.to_json_string())
+        if stop_tokens is not None and meant is not None:
+            set_generation_ids(config, meant)
+        differences += _compare_json(folder / "config.json", config)
+    if base_fingerprint is not None:
+        differences += _compare_json(folder / FINGERPRINT_FILE, asdict(base_fingerprint))
+    return differences + (compare_tokenizer(tokenizer, folder, stop_tokens) if tokenizer is not None else [])
+
+
+def check_saved(folder: Path, differences: Sequence[str]) -> None:
+    """Raise GuardStopped if there are differences between what was to be saved in a folder and its files."""
+    if differences:
+        raise GuardStopped(
+            f"the saved model failed verification: {'; '.join(differences)}",
+            location=Location(file=str(folder)),
+            hint="It was not published. Check the disk and its file system; if they are fine, report this as a bug.",
+        )
+
+
+def _generation_config_to_save(model: nn.Module, stop_tokens: StopTokens | None) -> GenerationConfig | None:
+    """Return the generation config to save with a model or adapter; None for one that does not generate text."""
+    if stop_tokens is not None:
+        return stop_tokens.generation_config
+    if is_peft_model(model) or not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return None
+    generation = copy.deepcopy(model.generation_config)
+    if generation is not None:
+        fix_sampling_config(generation)
+    return generation
+
+
+def _compare_adapter_config(config: PeftConfig, file: Path) -> list[str]:
+    meant = config.to_dict()
+    sets = {key for key, value in meant.items() if isinstance(value, set)}
+    values = json.loads(json.dumps({key: list(value) if key in sets else value for key, value in meant.items()}))
+    # The file is for inference, and names the class of a base model that PEFT does not know.
+    return _compare_json(file, values, unordered=sets, ignored=("inference_mode", "auto_mapping"))
+
+
+def _compare_json(
+    file: Path, meant: Mapping[str, Any], *, unordered: Collection[str] = (), ignored: Collection[str] = ()
+) -> list[str]:
+    """Return how the values of a JSON file differ from what was meant; [] if they are equal.
+
+    Args:
+        unordered: keys of lists whose order is arbitrary.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        for key in unordered:
+            values[key] = sorted(values[key])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{file.name} cannot be read: {first_line(error)}"]
+    meant = {key: sorted(value) if key in unordered else value for key, value in meant.items()}
+    differing = [key for key in sorted(values.keys() | meant.keys()) if values.get(key) != meant.get(key)]
+    return [
+        f"{file.name}: {key} is {json.dumps(values.get(key))} instead of {json.dumps(meant.get(key))}"
+        for key in differing
+        if key not in ignored
+    ]
 
 
 def find_stop_tokens(
@@ -120,15 +242,14 @@ def _write_model(
         gathered = None if state_dict is None else dict(state_dict)
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=gathered)
         return
-    weights = None if state_dict is None else _without_tied_weights(model, state_dict)
+    weights = None if state_dict is None else dict(state_dict)
     if not model.can_generate():
         model.save_pretrained(folder, state_dict=weights)
         return
     original = model.generation_config
-    saved = stop_tokens.generation_config if stop_tokens is not None else copy.deepcopy(original)
-    if saved is not None:
-        fix_sampling_config(saved)
     # `save_pretrained` writes the generation config that the model has, so it is swapped while saving.
+    saved = _generation_config_to_save(model, stop_tokens)
+    assert saved is not None
     model.generation_config = saved
     try:
         model.save_pretrained(folder, state_dict=weights)
@@ -175,8 +296,3 @@ def has_extended_base(folder: Path, model: PreTrainedModel, tokenizer: PreTraine
     with safe_open(entry.file, framework="pt") as tensors:
         saved = tensors.get_tensor(name)
     return torch.equal(saved, weight.detach().to("cpu", saved.dtype))
-
-
-def is_peft_model(model: object) -> TypeIs[PeftModel]:
-    """Whether a model has a PEFT adapter; by its attributes, so that PEFT need not be imported."""
-    return hasattr(model, "peft_config") and hasattr(model, "active_peft_config")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetuning.errors import read_json_object, reading
+from finetuning.errors import first_line, read_json_object, reading
 from finetuning.model.safetensors_io import GENERATION_CONFIG
-from finetuning.model.tokenizer import special_token, special_token_id
+from finetuning.model.tokenizer import SpecialTokenName, special_token, special_token_id
 
 # Sampling parameters, with the values at which they have no effect.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
@@ -97,6 +99,12 @@ def copy_ids_to_model_config(folder: Path) -> None:
         return
     with reading(f"config.json or generation_config.json of {folder} cannot be read"):
         config, generation = read_json_object(path), read_json_object(source)
+    set_generation_ids(config, generation)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_generation_ids(config: dict[str, Any], generation: Mapping[str, Any]) -> None:
+    """Set the end and padding ids of a model config, and of its text model's, to those of a generation config."""
     eos, pad = generation.get("eos_token_id"), generation.get("pad_token_id")
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict) or (part is not config and "eos_token_id" not in part):
@@ -107,7 +115,6 @@ def copy_ids_to_model_config(folder: Path) -> None:
             part["eos_token_id"] = eos[0] if isinstance(eos, list) and not has_list else eos
         if pad is not None:
             part["pad_token_id"] = pad
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens: StopTokens | None = None) -> None:
@@ -132,6 +139,54 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens
         config.pop(key, None)
     config |= {"add_bos_token": adds_bos, "add_eos_token": False}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def compare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens: StopTokens | None = None
+) -> list[str]:
+    """Load the tokenizer that `save_tokenizer` wrote, and return how it differs from what was meant; [] if it does not.
+
+    Compared are the vocabulary, the merges and whatever else splits a text, the special tokens and the chat template.
+    The padding side is the run's, and transformers does not save it.
+    """
+    # A class of its own code is not looked up by name, which would have to run the code again.
+    is_custom = type(tokenizer).__module__.startswith("transformers_modules")
+    auto_class: Any = type(tokenizer) if is_custom else AutoTokenizer
+    try:
+        saved = auto_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"the tokenizer cannot be loaded: {first_line(error)}"]
+    differences = []
+    # Comparing the vocabularies themselves takes longer, and is only needed to say what differs.
+    if _text_to_tokens(saved) != _text_to_tokens(tokenizer):
+        is_same = saved.get_vocab() == tokenizer.get_vocab()
+        what = "the vocabulary is the same, but texts are split differently" if is_same else "the vocabulary is another"
+        differences.append(f"tokenizer.json: {what}")
+    names: tuple[SpecialTokenName, ...] = get_args(SpecialTokenName)
+    end = stop_tokens.eos_token if stop_tokens is not None else None
+    for name in names:
+        token = end if name == "eos" and end is not None else special_token(tokenizer, name)
+        if (saved_token := special_token(saved, name)) != token:
+            differences.append(f"tokenizer_config.json: {name}_token is {saved_token!r} instead of {token!r}")
+    adds_bos, adds_eos = _added_special_tokens(saved)
+    if (adds_bos, adds_eos) != (_added_special_tokens(tokenizer)[0], False):
+        added = " and ".join(name for name, adds in (("a BOS", adds_bos), ("an EOS", adds_eos)) if adds) or "no special"
+        differences.append(f"tokenizer.json: {added} token is added to each text")
+    if missing := set(tokenizer.all_special_tokens) - set(saved.all_special_tokens) - {special_token(tokenizer, "eos")}:
+        differences.append(f"tokenizer_config.json: {sorted(missing)[0]!r} is not a special token")
+    if saved.chat_template != tokenizer.chat_template:
+        differences.append(f"the chat template is {'another one' if saved.chat_template else 'missing'}")
+    return differences
+
+
+def _text_to_tokens(tokenizer: PreTrainedTokenizerBase) -> object:
+    """Return what turns a text into tokens, without the special tokens around it, in a form that can be compared."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer.get_vocab()
+    backend: Any = tokenizer.backend_tokenizer
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.model, backend.decoder)
+    added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+    return [None if part is None else part.__getstate__() for part in parts], added
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
 from finetuning.distributed import announce_wait
 from finetuning.errors import CheckpointError, GuardStopped, reading
-from finetuning.model.save import find_stop_tokens, is_peft_model, write_companion_files
+from finetuning.model.peft.adapter_files import is_peft_model
+from finetuning.model.save import (
+    check_saved,
+    compare_with_saved,
+    find_stop_tokens,
+    write_companion_files,
+)
 from finetuning.model.saved_weights import compare_with_files, has_safetensors, load_saved_weights
 from finetuning.trainer import TrainerBase
 from finetuning.trainer.loaded_state import OPTIMIZER_FILE, optimizer_differences, rng_differences
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 
     from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
+    from finetuning.model.stop_tokens import StopTokens
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +60,10 @@ class CheckpointMixin(TrainerBase):
     """Whether the run's optimizer settings replace those of the checkpoint that it resumes from."""
     _staging: Path | None = None
     _checkpoint_bytes = 0
+    _save_differences: Sequence[str] = ()
+    """How what this process has saved last differs from what it has in memory."""
+    _verified_tokenizer: str | None = None
+    """Digest of the tokenizer's files that were last loaded and compared."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.additional_files = {}
@@ -79,7 +92,8 @@ class CheckpointMixin(TrainerBase):
         When the disk is full, log a warning, skip this checkpoint and go on training.
 
         Raises:
-            GuardStopped: a trained weight is not finite. The last checkpoint stays the last one.
+            GuardStopped: a trained weight is not finite, or what was written is not what is in memory. The last
+            checkpoint stays the last one.
         """
         self.use_eval_weights()
         self._check_weights()
@@ -95,6 +109,7 @@ class CheckpointMixin(TrainerBase):
         if self._skip_checkpoint(name, self._disk_full_in(lambda: self._write_staged(model, trial, staging))):
             self._discard(staging)
             return
+        self._check_written(staging / name, target)
         # The Trainer has recorded the best checkpoint's path inside the staging folder.
         if self.state.best_global_step:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
@@ -111,10 +126,23 @@ class CheckpointMixin(TrainerBase):
 
     def _write_staged(self, model: nn.Module, trial: object, staging: Path) -> None:
         self._staging = staging
+        self._save_differences = []
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+
+    def _check_written(self, staged: Path, target: Path) -> None:
+        """Raise GuardStopped in all processes if any has saved something else than it has in memory. Collective."""
+        differences = self._save_differences
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and not self.args.save_only_model:
+            from finetuning.trainer.fsdp import compare_sharded_weights
+
+            self.accelerator.wait_for_everyone()
+            differences = [*differences, *compare_sharded_weights(self.model, staged)]
+        if self._any_process(bool(differences)):
+            self._discard(staged.parent)
+            check_saved(target, differences or ["another process reports what differs"])
 
     def _publish(self, staged: Path, target: Path) -> None:
         if not self.args.should_save:
@@ -152,10 +180,7 @@ class CheckpointMixin(TrainerBase):
 
     def _skip_checkpoint(self, name: str, reason: str | None) -> bool:
         """Return whether any process has a reason to skip the checkpoint, and log this process's one. Collective."""
-        skips = reason is not None
-        if self.args.world_size > 1:
-            flag = torch.tensor(float(skips), device=self.args.device)
-            skips = float(self.accelerator.reduce(flag, "sum")) > 0
+        skips = self._any_process(reason is not None)
         if reason is not None:
             logger.warning(
                 "%s is not saved: no space left in %s (%s). Training continues; earlier checkpoints are kept.",
@@ -164,6 +189,13 @@ class CheckpointMixin(TrainerBase):
                 reason,
             )
         return skips
+
+    def _any_process(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process. Collective."""
+        if self.args.world_size == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum")
+        return float(total) > 0
 
     def _discard(self, staging: Path) -> None:
         if self.args.should_save:
@@ -187,29 +219,79 @@ class CheckpointMixin(TrainerBase):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        if not has_additional_state(self.model):
+        # The Trainer's may rename the weights and drop tied ones in the dictionary that it is given.
+        gathered = None if state_dict is None else dict(state_dict)
+        with self._all_ranks():
             super()._save(output_dir, state_dict)
-        else:
-            from finetuning.trainer.peft_methods import keep_all_ranks, write_adapter_state
-
-            with keep_all_ranks(self.model):
-                super()._save(output_dir, state_dict)
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                write_adapter_state(self.model, folder)
         if not self.args.should_save:
             return
+        if self._has_adapter_state():
+            from finetuning.trainer.peft_methods import write_adapter_state
+
+            write_adapter_state(self.model, folder)
         # A pickle that may contain a Hub token; the config is kept as YAML.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            # The Trainer has saved the tokenizer and the generation config with the base model's stop tokens.
-            model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
+        # The Trainer has saved the tokenizer and the generation config with the base model's stop tokens.
+        stop_tokens = find_stop_tokens(model, tokenizer, self.end_of_turn) if tokenizer is not None else None
+        if tokenizer is not None:
             write_companion_files(
-                self.processing_class,
+                tokenizer,
                 folder,
-                stop_tokens=find_stop_tokens(model, self.processing_class, self.end_of_turn),
+                stop_tokens=stop_tokens,
                 base_fingerprint=self.base_fingerprint,
                 embeddings=self.embeddings,
             )
+        differences = self._compare_with_saved(model, tokenizer, folder, stop_tokens, gathered)
+        if self._staging is None:
+            check_saved(folder, differences)
+        # `_save_checkpoint` raises in all processes: raising here would leave the others waiting for this one.
+        self._save_differences = differences
+
+    def _compare_with_saved(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        folder: Path,
+        stop_tokens: StopTokens | None,
+        gathered: dict[str, torch.Tensor] | None,
+    ) -> list[str]:
+        """Return how the files that `_save` wrote differ from what is in memory; [] if they do not."""
+        if gathered == {}:
+            # DeepSpeed saves shards of its own when weights are not gathered (`stage3_gather_16bit_weights_on_...`).
+            return []
+        # Loading a tokenizer of 150,000 tokens takes a second. It is done once; later files have to be the same.
+        digest = _tokenizer_digest(folder)
+        is_known = digest == self._verified_tokenizer
+        with self._all_ranks():
+            differences = compare_with_saved(
+                model,
+                None if is_known else tokenizer,
+                folder,
+                stop_tokens=stop_tokens,
+                base_fingerprint=self.base_fingerprint if tokenizer is not None else None,
+                state_dict=gathered,
+            )
+        if self._has_adapter_state():
+            from finetuning.trainer.peft_methods import compare_adapter_state
+
+            differences += compare_adapter_state(self.model, folder)
+        if not differences:
+            self._verified_tokenizer = digest
+        return differences
+
+    def _all_ranks(self) -> AbstractContextManager[None]:
+        """Return a context in which an AdaLoRA adapter has all its ranks; it does nothing for other models."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not has_additional_state(model):
+            return nullcontext()
+        from finetuning.trainer.peft_methods import keep_all_ranks
+
+        return keep_all_ranks(model)
+
+    def _has_adapter_state(self) -> bool:
+        return has_additional_state(self.model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, and verify that those in memory are those in its files.
@@ -255,13 +337,8 @@ class CheckpointMixin(TrainerBase):
 
     def _differences_from_files(self, folder: Path) -> list[str]:
         """Return how the weights in memory differ from those of a checkpoint; [] if they are equal."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not has_additional_state(model):
-            return compare_with_files(model, folder)
-        from finetuning.trainer.peft_methods import keep_all_ranks
-
-        with keep_all_ranks(model):
-            return compare_with_files(model, folder)
+        with self._all_ranks():
+            return compare_with_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = optimizer_settings(self.optimizer) if self.override_optimizer_settings else []
@@ -303,6 +380,15 @@ def _check_loaded(checkpoint: Path, differences: list[str]) -> None:
             f"{checkpoint} was not loaded as it was saved: {'; '.join(differences)}",
             hint="Resume from another checkpoint or start a new run, and report this as a bug.",
         )
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the tokenizer's files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".jinja" or "token" in file.name:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def has_additional_state(model: nn.Module) -> bool:

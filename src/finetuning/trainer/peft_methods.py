@@ -16,6 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetuning.data.collators import UNTRAINED
 from finetuning.errors import Location, ModelError
+from finetuning.model.safetensors_io import read_header
+from finetuning.model.saved_weights import compare_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,15 +153,13 @@ def keep_all_ranks(model: Any) -> Iterator[None]:
         config.rank_pattern = pattern
 
 
-def _write_importance(model: Any, folder: Path) -> None:
+def _importance(model: Any) -> dict[str, torch.Tensor]:
     allocator = model.base_model.rankallocator
-    tensors = {
+    return {
         f"{kind}:{name}": tensor.detach().cpu().contiguous()
         for kind in _IMPORTANCE_KINDS
         for name, tensor in getattr(allocator, kind).items()
     }
-    pattern = model.active_peft_config.rank_pattern
-    save_file(tensors, folder / ADALORA_STATE_NAME, metadata={_RANK_PATTERN: json.dumps(pattern)})
 
 
 def _read_importance(model: Any, folder: Path) -> None:
@@ -184,13 +184,39 @@ def _prompt_encoder_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if "prompt_encoder." in name}
 
 
+def _adapter_state(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the state of AdaLoRA and of prompt encoders that PEFT does not save, by file name."""
+    encoder = {name: weight.detach().cpu().clone() for name, weight in _prompt_encoder_weights(model).items()}
+    state = {PROMPT_ENCODER_NAME: encoder} if encoder else {}
+    return state | ({ADALORA_STATE_NAME: _importance(model)} if is_adalora(model) else {})
+
+
+def _adapter_state_metadata(model: Any, name: str) -> dict[str, str] | None:
+    if name != ADALORA_STATE_NAME:
+        return None
+    return {_RANK_PATTERN: json.dumps(model.active_peft_config.rank_pattern)}
+
+
 def write_adapter_state(model: nn.Module, folder: Path) -> None:
     """Write the state of AdaLoRA and of prompt encoders that a resumed run needs, next to the adapter."""
-    tensors = {name: weight.detach().cpu().clone() for name, weight in _prompt_encoder_weights(model).items()}
-    if tensors:
-        save_file(tensors, folder / PROMPT_ENCODER_NAME)
-    if is_adalora(model):
-        _write_importance(model, folder)
+    for name, tensors in _adapter_state(model).items():
+        save_file(tensors, folder / name, metadata=_adapter_state_metadata(model, name))
+
+
+def compare_adapter_state(model: nn.Module, folder: Path) -> list[str]:
+    """Return how what `write_adapter_state` wrote differs from what is in memory; [] if it does not."""
+    differences: list[str] = []
+    for name, tensors in _adapter_state(model).items():
+        try:
+            differences += compare_tensors(tensors, read_header(folder / name))
+        except ModelError as error:
+            differences.append(str(error))
+            continue
+        with safe_open(folder / name, framework="pt") as stream:
+            meant = _adapter_state_metadata(model, name)
+            if meant is not None and stream.metadata() != meant:
+                differences.append(f"{name}: its metadata is {stream.metadata()} instead of {meant}")
+    return differences
 
 
 def read_adapter_state(model: nn.Module, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuning.errors import GuardStopped, InternalError
-from finetuning.model.save import is_peft_model
+from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.trainer import TrainerBase
 from finetuning.trainer.initial_loss import ExpectedLoss, check_initial_loss
 from finetuning.trainer.oom_retry import preserve_random_state

@@ -18,11 +18,14 @@ from finetuning.config.pretrained_config import quantization_method
 from finetuning.config.sections.experiment import Experiment
 from finetuning.errors import GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
-from finetuning.model.save import find_stop_tokens, is_peft_model, save_model
+from finetuning.model.peft.adapter_files import adapter_digests, is_peft_model
+from finetuning.model.save import find_stop_tokens, save_model
+from finetuning.model.saved_weights import sampled_digests
 from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from finetuning.trainer.mixin import TrainerMixin
@@ -54,13 +57,16 @@ class FinalModel:
 
 
 def initial_digests(trainer: TrainerMixin, loaded: LoadedModel) -> dict[str, str]:
-    """Return digests of the adapter's tensors before training, to verify later that they changed; {} without one."""
-    from finetuning.model.peft.adapter_files import adapter_digests
+    """Return digests of what is trained before training, to verify later that it changed.
 
+    Of an adapter these are the tensors as they are saved, otherwise samples of the weights; {} if they are sharded.
+    """
     if loaded.initial:
         return loaded.initial
-    # The trainer has added the adapter.
-    return adapter_digests(trainer.model) if is_peft_model(trainer.model) else {}
+    if is_peft_model(trainer.model):
+        # The trainer has added the adapter.
+        return adapter_digests(trainer.model)
+    return sampled_digests({name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad})
 
 
 def save_final_model(
@@ -75,11 +81,11 @@ def save_final_model(
     Collective, because a sharded model is gathered by all processes. Returns None except on the main process.
 
     Args:
-        initial: digests of the adapter's tensors before training.
+        initial: digests of the adapter's tensors, or of samples of the weights, before training.
 
     Raises:
         StorageError: the disk is full.
-        GuardStopped: what was written is not valid.
+        GuardStopped: what was written is not valid or not what is in memory, or nothing changed in training.
     """
     trainer.use_eval_weights()
     state_dict = _gather_state_dict(trainer)
@@ -91,7 +97,8 @@ def save_final_model(
         model.delete_adapter(_REFERENCE_ADAPTER)
     base: Any = model.get_base_model() if adapted else model
     stop_tokens = find_stop_tokens(model, tokenizer, trainer.end_of_turn)
-    with _explain_full_disk(folder), atomic_directory(folder) as candidate:
+    checks = ["all files equal what is in memory"]
+    with _explain_full_disk(folder), _name_target(folder), atomic_directory(folder) as candidate:
         save_model(
             model,
             tokenizer,
@@ -101,20 +108,36 @@ def save_final_model(
             state_dict=state_dict,
             embeddings=trainer.embeddings,
         )
-        with _name_target(folder):
-            verified = verify_saved(
-                candidate,
-                initial=initial if adapted and state_dict is None else None,
-                sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
-            )
+        verified = verify_saved(
+            candidate,
+            initial=initial if adapted else None,
+            sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
+        )
+        if not adapted:
+            checks += _check_changed(initial, dict(model.named_parameters()) if state_dict is None else state_dict)
     return FinalModel(
         kind=verified.kind,
         folder=str(folder),
         base=base.name_or_path if adapted else None,
         num_bytes=verified.num_bytes,
-        checks=verified.checks,
+        checks=(*checks, *verified.checks),
         stop_tokens=stop_tokens.report if stop_tokens else None,
     )
+
+
+def _check_changed(initial: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Check that at least one weight changed in training; return the description of the check, [] if there is none.
+
+    Raises:
+        GuardStopped: none changed.
+    """
+    trained = {name: weights[name] for name in initial if name in weights}
+    final = sampled_digests(trained)
+    if not final:
+        return []
+    if all(final[name] == initial[name] for name in final):
+        raise GuardStopped(f"the saved model failed verification: none of its {len(final)} weights changed in training")
+    return ["weights moved from their initial values"]
 
 
 def _gather_state_dict(trainer: TrainerMixin) -> dict[str, Any] | None:
@@ -131,7 +154,8 @@ def _name_target(folder: Path) -> Iterator[None]:
         yield
     except GuardStopped as error:
         location = Location(file=str(folder))
-        problems = [replace(problem, location=location, hint="It was not published.") for problem in error.problems]
+        hint = "It was not published."
+        problems = [replace(problem, location=location, hint=problem.hint or hint) for problem in error.problems]
         raise GuardStopped(problems) from error
 
 

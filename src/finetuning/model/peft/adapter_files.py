@@ -22,6 +22,7 @@ from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, read_header
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+    from typing_extensions import TypeIs
 
 # Adapters whose change of the weights depends on the input, so that no fixed weights are equivalent.
 _INPUT_DEPENDENT = {
@@ -34,11 +35,33 @@ _INPUT_DEPENDENT = {
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
-def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return the tensors of the active adapter, by the names they are saved under."""
+def is_peft_model(model: object) -> TypeIs[PeftModel]:
+    """Whether a model has a PEFT adapter; by its attributes, so that PEFT need not be imported."""
+    return hasattr(model, "peft_config") and hasattr(model, "active_peft_config")
+
+
+def adapter_state_dict(
+    model: PeftModel,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    *,
+    adapter: str | None = None,
+    embeddings: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter, by the names they are saved under.
+
+    Args:
+        state_dict: the gathered weights of a sharded model; the model's own by default.
+        adapter: name of the adapter; the active one by default.
+        embeddings: whether to include the whole embeddings, which PEFT saves with some adapters.
+    """
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    return get_peft_model_state_dict(
+        model,
+        state_dict=None if state_dict is None else dict(state_dict),
+        adapter_name=adapter or model.active_adapters[0],
+        save_embedding_layers=embeddings,
+    )
 
 
 def adapter_digests(model: PeftModel) -> dict[str, str]:

@@ -13,10 +13,14 @@ from transformers import PreTrainedModel
 
 from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
 from finetuning.errors import Location, ModelError, reading
-from finetuning.model.peft.adapter_files import adapter_digests, check_adapter_base, check_adapter_tensors
+from finetuning.model.peft.adapter_files import (
+    adapter_digests,
+    check_adapter_base,
+    check_adapter_tensors,
+    is_peft_model,
+)
 from finetuning.model.resolve import resolve_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS
-from finetuning.model.save import is_peft_model
 
 if TYPE_CHECKING:
     import torch
