@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.cli.replace_tokens import main
 from finetuning.errors import ConfigError, ModelError, StorageError
 from finetuning.export.rename_tokens import pair_token_names, replace_tokens
 
@@ -92,3 +93,10 @@ def test_names_go_in_pairs() -> None:
     for old, new in ((["a"], ["b", "c"]), (["a", "a"], ["b", "c"]), (["a", "b"], ["c", "c"]), (["a"], [""])):
         with pytest.raises(ConfigError):
             pair_token_names(old, new)
+
+
+def test_repeated_options_append(chatml_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["--from", "<|im_start|>", "--to", "<|a|>", "--from", "<|endoftext|>", "--to", "<|b|>"]
+    assert main([str(chatml_llama_dir), str(tmp_path / "out"), *names]) == 0
+    out = capsys.readouterr().out
+    assert "<|im_start|> -> <|a|>" in out and "<|endoftext|> -> <|b|>" in out

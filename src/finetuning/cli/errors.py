@@ -165,6 +165,13 @@ class RedactedStream(io.TextIOBase):
         return self._stream.buffer
 
 
+_USER_ERRNOS = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+        errno.EIO, errno.ESTALE,
+    }
+)  # fmt: skip
+"""Errors of the file system that depend on the user's files and permissions."""
 EXIT_SIGINT = 130
 DEBUG_OPTION = "--debug"
 DEBUG_VARIABLE = "FINETUNING_DEBUG"
@@ -217,6 +224,9 @@ def _report_unexpected(error: Exception, debug: bool) -> int:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         message = f"no space left on the disk{where}. Free some space, or choose another output directory."
+        return _report("StorageError", EXIT_USER, message)
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
         return _report("StorageError", EXIT_USER, message)
     if is_lost_connection(error):
         # The lost process reports its own error, or was killed. A traceback of this one would not help.

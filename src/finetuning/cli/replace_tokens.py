@@ -19,9 +19,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("tokenizer", help="hub id or path of the tokenizer")
     parser.add_argument("outpath", help="folder for the new tokenizer, which must be empty or new")
-    parser.add_argument("--from", dest="old", nargs="+", required=True, metavar="TOKEN", help="tokens to rename")
     parser.add_argument(
-        "--to", dest="new", nargs="+", required=True, metavar="TOKEN", help="their new names, in the same order"
+        "--from", dest="old", nargs="+", action="extend", required=True, metavar="TOKEN", help="tokens to rename"
+    )
+    parser.add_argument(
+        "--to",
+        dest="new",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="TOKEN",
+        help="their new names, in the same order",
     )
     parser.add_argument("--keep-template", action="store_true", help="do not rename the tokens in chat templates")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

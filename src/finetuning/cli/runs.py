@@ -117,7 +117,13 @@ def _report(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="the run's output directory")
     parser.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN", help="other runs to plot in the same charts"
+        "--compare",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RUN",
+        help="other runs to plot in the same charts",
     )
     parser.add_argument(
         "--output", type=Path, help=f"the file to write (default: {FILE_NAME} in the run's output directory)"

@@ -88,12 +88,11 @@ def _read(folder: Path) -> dict[str, object] | None:
 def _cached_snapshot(model: str, environ: Mapping[str, str]) -> Path | None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         return None
-    home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser())
-    cache = Path(environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    folder = cache / f"models--{model.replace('/', '--')}"
     try:
+        home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
+        folder = Path(environ.get("HF_HUB_CACHE") or Path(home, "hub")) / f"models--{model.replace('/', '--')}"
         return folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home directory.
         return None
 
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
 META = "prepared.json"
 FORM = 2
 """Version of the folder's layout. A folder of another version is not read."""
@@ -195,13 +198,32 @@ class CacheResult:
 
 
 def cache_folder(setting: str) -> Path | None:
-    """The folder of the cache by `data_conf.cache`, or by the environment if that is `auto`; None if it is off."""
+    """The folder of the cache by `data_conf.cache`, or by the environment if that is `auto`; None if it is off.
+
+    A default folder that cannot be written is a warning, and the cache is off: the user did not ask for it.
+    """
     chosen = setting if setting != "auto" else os.environ.get(VARIABLE) or "auto"
     if chosen == "off":
         return None
     if chosen == "auto":
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetuning" / "prepared"
+        return _default_folder()
     return Path(chosen).expanduser()
+
+
+def _default_folder() -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetuning" / "prepared"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory.
+        logger.warning(
+            "the default cache of prepared rows cannot be written (%s): the rows are prepared without a cache. Set %s"
+            " to a writable folder.",
+            first_line(error),
+            VARIABLE,
+        )
+        return None
 
 
 def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]) -> CacheResult:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import combinations
@@ -266,8 +267,20 @@ def check_compatibility(context: RunContext) -> None:
     if problems:
         # Several pairs can give the same message.
         raise ConfigError(list(dict.fromkeys(problems)))
+    if (context.args.model_extra or {}).get("push_to_hub") and _is_offline(os.environ):
+        raise ConfigError(
+            "needs the Hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set",
+            location=Location(key="training_args.push_to_hub"),
+            hint="Unset it, or remove push_to_hub and upload the final model later.",
+        )
     if context.adapter == "LORA" and context.peft_kwargs.keys() & {"init_lora_weights", "use_qalora"}:
         check_lora_init(context)
+
+
+def _is_offline(environ: Mapping[str, str]) -> bool:
+    """Return whether huggingface_hub contacts no server. Source: huggingface_hub 1.26, `constants.py`."""
+    values = (environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
 
 
 def compatibility_page() -> str:

@@ -117,6 +117,29 @@ def rows_per_epoch(rows: int, batch: BatchPlan, args: TrainingArgs) -> int:
     return rows // prompts * prompts * args.num_generations * args.num_iterations
 
 
+def check_evaluation_batch(experiment: Experiment, batch: BatchPlan) -> None:
+    """Check that an evaluation batch of GRPO holds complete groups of completions.
+
+    Source: TRL 1.16, `GRPOConfig.__post_init__`.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    args = experiment.training_args
+    if not isinstance(args, GRPOTrainingArgs) or args.eval_strategy == "no":
+        return
+    generations = (args.model_extra or {}).get("num_generations_eval") or args.num_generations
+    rows = batch.per_device_eval * batch.world_size
+    if rows % generations:
+        per_device = math.lcm(generations, batch.world_size) // batch.world_size
+        raise ConfigError(
+            f"an evaluation batch has {rows} completions ({batch.per_device_eval} per device), which is no multiple of"
+            f" the {generations} completions of a prompt",
+            location=Location(key="batchsize_conf.per_device_eval_batch_size"),
+            hint=f"Set it to {per_device} or a multiple, or set training_args.num_generations_eval.",
+        )
+
+
 def plan_steps(rows: int, batch: BatchPlan, args: TrainingArgs) -> StepPlan:
     """Compute the number of steps as the trainer will.
 
@@ -209,6 +232,7 @@ def make_plan(
         MissingPackageError: an optional package that the experiment needs is not installed.
     """
     batch = plan_batches(experiment.batchsize_conf, topology.world_size, location)
+    check_evaluation_batch(experiment, batch)
     context = RunContext(experiment, topology, batch.accumulation)
     check_compatibility(context)
     check_packages(context)

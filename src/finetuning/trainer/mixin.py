@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetuning.errors import GuardStopped
+from finetuning.errors import ConfigError, GuardStopped, Location, first_line
 from finetuning.trainer import TrainerBase
 from finetuning.trainer.checkpointing import CheckpointMixin, has_additional_state
 from finetuning.trainer.hooks import TrainerHooksMixin
@@ -17,10 +18,25 @@ from finetuning.trainer.oom_retry import OOMRetryMixin
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
     from transformers.trainer_utils import EvalLoopOutput
 
 IGNORE_INDEX = -100
+
+
+@contextmanager
+def _reraise_as_config_error(key: str) -> Iterator[None]:
+    """Turn what a library raises about the arguments of an optimizer or a schedule into a ConfigError at `key`.
+
+    Raises:
+        ConfigError: an argument is missing, unknown or invalid, or a package is not installed.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:
+        raise ConfigError(
+            f"is rejected: {first_line(error)}", location=Location(key=key), hint="Check its arguments."
+        ) from error
 
 
 class TrainingLoopMixin(TrainerBase):
@@ -72,12 +88,53 @@ class TrainingLoopMixin(TrainerBase):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        with _reraise_as_config_error("training_args.optim_args" if self.args.optim_args else "training_args.optim"):
+            optimizer = super().create_optimizer(model)
         if is_new and self.loraplus_lr_ratio is not None:
             from finetuning.trainer.peft_methods import set_loraplus_lr
 
             set_loraplus_lr(optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        key = "lr_scheduler_kwargs" if self.args.lr_scheduler_kwargs else "lr_scheduler_type"
+        with _reraise_as_config_error(f"training_args.{key}"):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        from httpx import HTTPError
+
+        try:
+            super().init_hf_repo(token, private)
+        except (OSError, ValueError, HTTPError) as error:
+            raise ConfigError(
+                f"the repository on the Hub cannot be created or reached: {first_line(error)}",
+                location=Location(key="training_args.push_to_hub"),
+                hint="Check HF_TOKEN, training_args.hub_model_id and the network, or remove push_to_hub.",
+            ) from error
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate, and check that `metric_for_best_model` is among the metrics.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        name = self.args.metric_for_best_model
+        if name is not None and metric_key_prefix == "eval" and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            names = ", ".join(sorted(key.removeprefix("eval_") for key in metrics if key.startswith("eval_")))
+            raise ConfigError(
+                f"{name!r} is not among the metrics of the evaluation: {names}",
+                location=Location(key="training_args.metric_for_best_model"),
+            )
+        return metrics
 
     def training_step(
         self,

@@ -19,6 +19,7 @@ from finetuning.config.sections.tracking import report_to_trackers, requested_tr
 from finetuning.config.sections.training import BatchSizeConfig, DPOTrainingArgs, GRPOTrainingArgs, KTOTrainingArgs
 from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.streaming_rules import STREAMING_RULES
+from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import KeyPath, ValidationIssue
 
 Rule = Callable[[Experiment], Iterator[ValidationIssue]]
@@ -146,6 +147,25 @@ def schedule_requires_evaluation(run: Experiment) -> Iterator[ValidationIssue]:
     if schedule in ("reduce_lr_on_plateau", "greedy") and run.training_args.eval_strategy == "no":
         yield ValidationIssue(
             ("training_args", "lr_scheduler_type"), f'"{schedule}" needs training_args.eval_strategy: steps or epoch.'
+        )
+
+
+_SFT_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation of transformers' Trainer reports without `compute_metrics`. TRL's trainers report more."""
+
+
+def metric_for_best_model_is_reported(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a metric that no evaluation of sft reports; other methods are checked at the first evaluation."""
+    args = run.training_args
+    metric = args.metric_for_best_model
+    if run.method_name != "sft" or metric is None or args.eval_strategy == "no":
+        return
+    if metric.removeprefix("eval_") not in _SFT_METRICS:
+        names = ", ".join(_SFT_METRICS)
+        yield ValidationIssue(
+            ("training_args", "metric_for_best_model"),
+            f'"{metric}" is not among the metrics of an evaluation: {names}.',
+            did_you_mean(metric, list(_SFT_METRICS)),
         )
 
 
@@ -377,6 +397,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("sft_args",), packing_is_padding_free),
     (("quant_conf",), exactly_one_bit_width),
     (("training_args",), only_one_mixed_precision_dtype),
+    (("training_args",), metric_for_best_model_is_reported),
     (("run_conf",), remote_code_is_pinned),
     (("training_args",), batch_size_is_not_searched),
     (("training_args",), number_of_steps_is_positive),

@@ -66,12 +66,32 @@ def library_table() -> LibraryTable:
             "dpo_loss_type": _dpo_losses(),
             "peft_type": [item.value for item in PeftType],
         },
+        "schedulers": _schedulers(),
         "trainer_configs": {reference: _fields(_load(reference)) for reference in sorted(trainer_configs)},
         "peft_configs": {item.value: _fields(config) for item, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()},
         "generation_config": _generation_fields(),
         "from_pretrained": _from_pretrained_arguments(),
         "pretrained_config": _fields(PreTrainedConfig),
         "model_configs": _model_configs(),
+    }
+
+
+def _schedulers() -> dict[str, dict[str, bool]]:
+    """Return the arguments of each schedule that `lr_scheduler_kwargs` may set, and whether they are required."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+    from transformers.trainer_utils import SchedulerType
+
+    # Their functions pass all arguments on to a class.
+    classes = {SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau, SchedulerType.GREEDY: GreedyLR}
+    set_by_trainer = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    return {
+        kind.value: {
+            name: parameter.default is inspect.Parameter.empty
+            for name, parameter in inspect.signature(classes.get(kind, function)).parameters.items()
+            if name not in set_by_trainer and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
     }
 
 

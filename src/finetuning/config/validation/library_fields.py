@@ -40,6 +40,7 @@ class LibraryTable(TypedDict):
 
     versions: dict[str, str]
     choices: dict[str, list[str]]
+    schedulers: dict[str, dict[str, bool]]
     trainer_configs: dict[str, FieldTypes]
     peft_configs: dict[str, FieldTypes]
     generation_config: FieldTypes
@@ -77,6 +78,10 @@ class LibraryFields:
     def choices(self, name: str) -> list[str]:
         """Return the values of `lr_scheduler_type`, `optim`, `report_to`, `dpo_loss_type` or `peft_type`."""
         return self._table["choices"][name]
+
+    def scheduler_arguments(self, name: str) -> dict[str, bool] | None:
+        """Return the arguments of a schedule by name, and whether they are required; None if it is unknown."""
+        return self._table["schedulers"].get(name)
 
     def model_fields(self, model: str, environ: Mapping[str, str] = os.environ) -> Fields | None:
         """Return the keys of a model's own config: those of its config.json and the fields of its config class.

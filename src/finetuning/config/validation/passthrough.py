@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ def _training_args(
         origin = "is computed from" if key in _BATCH_FIELDS else "is set by"
         yield ValidationIssue((*path, key), f"{origin} {owner}.", "Remove it here.")
     yield from _check_listed_names(document, root, libraries)
+    yield from _check_schedule(document, libraries)
     if not extras:
         return
     fields = libraries.trainer_fields(root.trainer_config)
@@ -111,6 +112,43 @@ def _check_listed_names(document: ConfigDocument, root: type[Experiment], librar
             if item not in allowed:
                 hint = did_you_mean(item, allowed)
                 yield ValidationIssue(("training_args", key), unknown_value(key, redact(item), allowed, hint), hint)
+
+
+_KWARGS_PATH = ("training_args", "lr_scheduler_kwargs")
+_WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
+"""Schedules whose `lr_scheduler_kwargs` transformers ignores."""
+
+
+def _check_schedule(document: ConfigDocument, libraries: LibraryFields) -> Findings:
+    """Check `lr_scheduler_kwargs` against the arguments of the schedule."""
+    schedule = document.get(("training_args", "lr_scheduler_type"), "linear")
+    kwargs = document.get(_KWARGS_PATH)
+    arguments = libraries.scheduler_arguments(schedule) if isinstance(schedule, str) else None
+    if arguments is None or not isinstance(kwargs, dict | None):
+        return
+    path = _KWARGS_PATH if kwargs else ("training_args", "lr_scheduler_type")
+    kwargs = kwargs or {}
+    for key in kwargs:
+        if schedule in _WITHOUT_ARGUMENTS:
+            message = f'is ignored: the schedule "{schedule}" takes no arguments.'
+            yield ValidationIssue((*_KWARGS_PATH, key), message, kind="warning")
+        elif key not in arguments:
+            message = f'is no argument of the schedule "{schedule}", which takes {_listed(arguments)}.'
+            yield ValidationIssue((*_KWARGS_PATH, key), message, did_you_mean(str(key), list(arguments)))
+    missing = [name for name, is_required in arguments.items() if is_required and name not in kwargs]
+    if missing:
+        message = f'the schedule "{schedule}" needs training_args.lr_scheduler_kwargs with {_listed(missing)}.'
+        yield ValidationIssue(path, message)
+    minimum = [name for name in ("min_lr", "min_lr_rate") if kwargs.get(name) is not None]
+    if {"min_lr", "min_lr_rate"} <= arguments.keys() and len(minimum) != 1:
+        message = (
+            f'the schedule "{schedule}" needs training_args.lr_scheduler_kwargs with either min_lr or min_lr_rate.'
+        )
+        yield ValidationIssue(path, message)
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _peft_conf(

@@ -1,0 +1,166 @@
+"""Errors that a user can fix have exit code 1 and a key, by `--dry-run` where possible; 203 is left for our defects."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from finetuning.cli.main import main
+
+Say = Callable[..., tuple[int, str, str]]
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "cosine": {"num_cycles": 0.5},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0, "lr_end": 0.0},
+    "inverse_sqrt": {"timescale": 10},
+    "reduce_lr_on_plateau": {"factor": 0.5, "patience": 1},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5, "warmup_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 1},
+    "greedy": {"patience": 2},
+}
+EVALUATED = {
+    "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+    "training_args.eval_strategy": "steps",
+    "training_args.eval_steps": 1,
+}
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], write_config: Any) -> Say:
+    """A function that runs values in this process, dry or not: exit code, stdout, stderr."""
+
+    def run(method: str, values: dict[str, Any], *options: str) -> tuple[int, str, str]:
+        shutil.rmtree(values["training_args"]["output_dir"], ignore_errors=True)
+        code = main([method, str(write_config(values)), *options])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def check(say: Say) -> Callable[..., int]:
+    """A function that compares the verdict of `--dry-run` with that of a run of two steps and returns it."""
+
+    def compare(method: str, values: dict[str, Any]) -> int:
+        planned, _, dry_errors = say(method, values, "--dry-run")
+        if planned == 0:
+            code, _, errors = say(method, values)
+            assert code == 0, errors
+        else:
+            assert planned == 1 and "config.yaml:" in dry_errors, dry_errors
+        return planned
+
+    return compare
+
+
+@pytest.mark.parametrize("name", [item.value for item in SchedulerType])
+def test_each_schedule_trains_or_is_refused_by_dry_run(check: Any, say: Say, sft_values: Any, name: str) -> None:
+    evaluated = EVALUATED if name in ("reduce_lr_on_plateau", "greedy") else {}
+    values = {"training_args.max_steps": 2, "training_args.lr_scheduler_type": name, **evaluated}
+    needs_arguments = name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+    assert check("sft", sft_values(values)) == int(needs_arguments)
+    if name in ARGUMENTS:
+        assert check("sft", sft_values({**values, "training_args.lr_scheduler_kwargs": ARGUMENTS[name]})) == 0
+    unknown = sft_values({**values, "training_args.lr_scheduler_kwargs": {**ARGUMENTS.get(name, {}), "zzz": 1}})
+    code, _, err = say("sft", unknown, "--dry-run")
+    if name in ("constant", "constant_with_warmup"):
+        assert code == 0 and "lr_scheduler_kwargs.zzz: is ignored" in err
+    else:
+        assert code == 1 and "zzz: is no argument of the schedule" in err
+
+
+def test_an_invalid_argument_of_a_schedule_is_a_config_error(say: Say, sft_values: Any) -> None:
+    values = {"training_args.lr_scheduler_type": "polynomial", "training_args.lr_scheduler_kwargs": {"lr_end": 1.0}}
+    code, _, err = say("sft", sft_values(values))
+    assert code == 1 and "training_args.lr_scheduler_kwargs: is rejected: lr_end" in err
+
+
+@pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
+def test_each_optimizer_trains_or_is_refused_by_dry_run(check: Any, sft_values: Any, name: str) -> None:
+    check("sft", sft_values({"training_args.max_steps": 2, "training_args.optim": name}))
+
+
+def test_malformed_arguments_of_an_optimizer_are_a_config_error(say: Say, sft_values: Any) -> None:
+    code, _, err = say("sft", sft_values({"training_args.optim_args": "beta1"}))
+    assert code == 1 and "training_args.optim_args: is rejected" in err
+
+
+def test_a_metric_that_is_not_reported_is_refused(check: Any, say: Say, sft_values: Any, dpo_values: Any) -> None:
+    best = {**EVALUATED, "training_args.max_steps": 2, "training_args.metric_for_best_model": "eval_loss"}
+    assert check("sft", sft_values(best)) == 0
+    code, _, err = say("sft", sft_values({**best, "training_args.metric_for_best_model": "accuracy"}), "--dry-run")
+    assert code == 1 and '"accuracy" is not among the metrics of an evaluation: loss, runtime' in err
+
+    preference = {**best, "training_args.metric_for_best_model": "rewards/accuracies"}
+    assert check("dpo", dpo_values(preference)) == 0
+    code, _, err = say("dpo", dpo_values({**best, "training_args.metric_for_best_model": "accuracy"}))
+    assert code == 1 and "'accuracy' is not among the metrics of the evaluation" in err
+    assert "rewards/accuracies" in err and "config.yaml:" in err
+
+
+def test_pushing_to_the_hub_offline_is_refused_by_dry_run(say: Say, sft_values: Any) -> None:
+    code, _, err = say("sft", sft_values({"training_args.push_to_hub": True}), "--dry-run")
+    assert code == 1 and "training_args.push_to_hub: needs the Hub, but HF_HUB_OFFLINE" in err
+
+
+def test_an_unreachable_hub_is_a_config_error(run_cli: Any, sft_values: Any, write_config: Any) -> None:
+    config = write_config(sft_values({"training_args.push_to_hub": True, "training_args.hub_token": "hf_none"}))
+    result = run_cli(["sft", config], env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert result.returncode == 1, result.stderr
+    assert "push_to_hub: the repository on the Hub cannot be created or reached" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["directory", "loop of links"])
+def test_a_model_file_that_cannot_be_read_is_named(
+    say: Say, sft_values: Any, tmp_path: Path, chatml_llama_dir: Path, kind: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(chatml_llama_dir, folder)
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    if kind == "directory":
+        weights.mkdir()
+    else:
+        weights.symlink_to(weights)
+    code, _, err = say("sft", sft_values({"run_conf.model": str(folder)}), "--dry-run")
+    assert code == 1 and str(weights) in err and "permissions" in err
+
+
+def test_a_run_goes_on_without_a_home_for_its_cache(
+    run_cli: Any, sft_values: Any, write_config: Any, tmp_path: Path
+) -> None:
+    environment = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": None, "FINETUNING_CACHE": None}
+    result = run_cli(["sft", write_config(sft_values())], env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "the default cache of prepared rows cannot be written" in result.stderr
+    assert (tmp_path / "out" / "checkpoint-final").is_dir()
+
+
+def test_an_evaluation_batch_of_incomplete_grpo_groups_is_refused_by_dry_run(
+    say: Say, dpo_values: Any, write_jsonl: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt_messages": [{"role": "user", "content": f"What is number {number}?"}]} for number in range(12)]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    values = dpo_values(
+        {
+            "data_conf.training_data.datasets": [{"path": str(path)}],
+            **EVALUATED,
+            "training_args.max_length": None,
+            "training_args.num_generations": 4,
+            "training_args.max_completion_length": 8,
+            "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 2},
+            "grpo_args": {"rewards": [{"type": "length", "target": 5}]},
+        }
+    )
+    code, _, err = say("grpo", values, "--dry-run")
+    assert code == 1, err
+    assert "an evaluation batch has 2 completions (2 per device), which is no multiple of the 4 completions" in err
+    assert "Set it to 4 or a multiple" in err
