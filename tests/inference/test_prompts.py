@@ -100,6 +100,20 @@ def test_prompt_datasets_resolve_like_training_datasets(write_jsonl: WriteJsonl,
         read_data(path="some-one/some-questions", split="test")
 
 
+def test_columns_of_silogen_are_read_and_others_said(
+    write_jsonl: WriteJsonl, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": "1 + 1 =", "response": "2", "dataset": "sums", "id": "s-1", "difficulty": "easy"}
+    (prompt,) = read(write_jsonl, tmp_path, row)
+    assert (prompt.correct_answers, prompt.dataset, prompt.data_collection) == (("2",), "sums", "sums")
+    assert prompt.id == "s-1"
+    (message,) = [record.message for record in caplog.records]
+    assert message == "prompt_conf.data: columns that are not read: difficulty"
+    both = {"prompt": "1 + 1 =", "response": "3", "correct_answers": ["2"], "data_collection": "all"}
+    (prompt,) = read(write_jsonl, tmp_path, both)
+    assert (prompt.correct_answers, prompt.data_collection) == (("2",), "all")
+
+
 def test_columns_of_other_names_and_texts(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "sums.jsonl", [{"question": "1 + 1 =", "answer": "2"}])
     (prompt,) = read_data(path=str(file), columns={"question": "prompt", "answer": "correct_answers"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +23,18 @@ from finetuning.data.sources import Shard, find_shards, json_type
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
 
+logger = logging.getLogger(__name__)
 MAX_REPORTED_PROBLEMS = 10
 OPEN_INPUT = "open-input"
 _KEY = "prompt_conf.data"
 _UNKNOWN = Location()
 _DATASET_KEYS = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
 """Dataset options that apply to prompts; the others are about training."""
+_ANSWER_COLUMNS = ("correct_answers", "response")
+"""Columns with the expected answers, first come first served; `response` is Silogen's."""
+_COLUMNS = {
+    "messages", "prompt_messages", "prompt", "tools", "chat_template_kwargs", "data_collection", *_ANSWER_COLUMNS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,14 @@ def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
         )
     transforms = make_transforms(conf.data, _KEY)
     rows = ((shard, row) for shard in find_shards(conf.data, _KEY) for row in shard.rows())
-    return _raise_problems(
-        _eval_prompt(shard, row, number, transforms)
+    unread: dict[str, None] = {}
+    prompts = _raise_problems(
+        _eval_prompt(shard, row, number, transforms, unread)
         for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
     )
+    if unread:
+        logger.warning("%s: columns that are not read: %s", _KEY, ", ".join(unread))
+    return prompts
 
 
 def text_prompts(texts: Sequence[str], location: Location = _UNKNOWN) -> list[GenerationPrompt]:
@@ -112,8 +123,9 @@ def _raise_problems(results: Iterator[GenerationPrompt | Problem]) -> list[Gener
 
 
 def _eval_prompt(
-    shard: Shard, item: Row | Problem, number: int, transforms: TransformChain
+    shard: Shard, item: Row | Problem, number: int, transforms: TransformChain, unread: dict[str, None]
 ) -> GenerationPrompt | Problem:
+    """Return the prompt of a row, and add the names of columns that nothing reads to `unread`."""
     row = item if isinstance(item, Problem) else transforms(item, {})
     assert not isinstance(row, SkippedRow), "the options that filter rows do not apply to prompts"
     if isinstance(row, Problem):
@@ -121,6 +133,7 @@ def _eval_prompt(
     try:
         text, messages, reference = _prompt_and_reference(row)
         meta = meta_fields(row)
+        unread.update(dict.fromkeys(name for name in row.values if name not in _COLUMNS and name not in meta))
         identity = meta.pop("id", None)
         dataset = meta.pop("dataset", None)
         return GenerationPrompt(
@@ -131,7 +144,7 @@ def _eval_prompt(
             template_kwargs=template_kwargs_field(row),
             correct_answers=_correct_answers(row, reference),
             dataset=_stem(shard.name) if dataset is None else str(dataset),
-            data_collection=str(row.values.get("data_collection") or shard.name),
+            data_collection=str(row.values.get("data_collection") or dataset or shard.name),
             carried=meta,
             location=row.location,
         )
@@ -169,12 +182,13 @@ def _prompt_and_reference(row: Row) -> tuple[str | None, tuple[Message, ...], st
 
 
 def _correct_answers(row: Row, reference: str | None) -> tuple[str, ...]:
-    answers = row.values.get("correct_answers")
+    name = next((name for name in _ANSWER_COLUMNS if row.values.get(name) is not None), "correct_answers")
+    answers = row.values.get(name)
     if answers is None:
         return () if reference is None else (reference,)
     if isinstance(answers, str):
         return (answers,)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         got = json_type(answers) if not isinstance(answers, list) else "a list with other items"
-        raise FieldError("correct_answers", f"expected a list of strings, got {got}")
+        raise FieldError(name, f"expected a list of strings, got {got}")
     return tuple(answers)
