@@ -350,6 +350,9 @@ _OPTIMIZERS = {
     "adalomo": ("lomo_optim", "pip install lomo-optim"),
     "grokadamw": ("grokadamw", "pip install grokadamw"),
     "stable_adamw": ("optimi", "pip install torch-optimi"),
+    "adamw_torch_xla": ("torch_xla", "pip install torch_xla"),
+    "adamw_torch_npu_fused": ("torch_npu", "pip install torch_npu"),
+    "adamw_anyprecision": ("torchdistx", "see https://github.com/pytorch/torchdistx"),
     "adamw_torch_4bit": ("torchao", "pip install 'finetuning[torchao]'"),
     "adamw_torch_8bit": ("torchao", "pip install 'finetuning[torchao]'"),
 }

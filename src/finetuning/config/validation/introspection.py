@@ -79,19 +79,23 @@ def library_table() -> LibraryTable:
 def _schedulers() -> dict[str, dict[str, bool]]:
     """Return the arguments of each schedule that `lr_scheduler_kwargs` may set, and whether they are required."""
     from torch.optim.lr_scheduler import ReduceLROnPlateau
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+    from transformers import optimization
     from transformers.trainer_utils import SchedulerType
 
     # Their functions pass all arguments on to a class.
-    classes = {SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau, SchedulerType.GREEDY: GreedyLR}
+    functions = cast("dict[SchedulerType, Callable[..., object]]", vars(optimization)["TYPE_TO_SCHEDULER_FUNCTION"])
+    functions = functions | {
+        SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau,
+        SchedulerType.GREEDY: cast("Callable[..., object]", optimization.GreedyLR),
+    }
     set_by_trainer = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     return {
         kind.value: {
             name: parameter.default is inspect.Parameter.empty
-            for name, parameter in inspect.signature(classes.get(kind, function)).parameters.items()
+            for name, parameter in inspect.signature(function).parameters.items()
             if name not in set_by_trainer and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+        for kind, function in functions.items()
     }
 
 
