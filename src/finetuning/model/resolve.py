@@ -163,7 +163,7 @@ def _must_use_cache(
             location=location,
             hint="A private model needs HF_TOKEN.",
         ) from None
-    except (HfHubHTTPError, OSError, _transport_error()) as error:
+    except (HfHubHTTPError, OSError, transport_error()) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 404:
             raise ModelError(f"{name} has no revision {revision!r} on the hub", location=location) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -177,7 +177,7 @@ def _must_use_cache(
     )
 
 
-def _transport_error() -> type[Exception]:
+def transport_error() -> type[Exception]:
     """Return the connection error of the HTTP client that huggingface_hub uses, which does not wrap it."""
     try:
         import httpx2 as client

@@ -104,11 +104,11 @@ class TrainingLoopMixin(TrainerBase):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        from httpx import HTTPError
+        from finetuning.model.resolve import transport_error
 
         try:
             super().init_hf_repo(token, private)
-        except (OSError, ValueError, HTTPError) as error:
+        except (OSError, ValueError, transport_error()) as error:
             raise ConfigError(
                 f"the repository on the Hub cannot be created or reached: {first_line(error)}",
                 location=Location(key="training_args.push_to_hub"),
