@@ -157,7 +157,7 @@ PEFT_OPTION = Extension(
         ),
         (
             "model/peft/adapters.py",
-            "    try:\n        return config_class(task_type=conf.task_type",
+            "    try:\n        config = config_class(task_type=conf.task_type",
             '    kwargs["r"] *= 1 + conf.rank_doubled\n',
         ),
     ],

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetuning.errors import StorageError
+from finetuning.errors import StorageError, reading
 
 MANIFEST = "manifest.json"
 _PREFIX, _SUFFIX = ".", ".partial"
@@ -105,11 +105,12 @@ def find_manifest_mismatch(folder: Path, patterns: Iterable[str] = ()) -> str | 
     Args:
         patterns: files that match one of these must be listed: they are read, so an unlisted one is not trusted.
     """
-    try:
-        entries: object = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
+    try:
+        with reading(f"{MANIFEST} cannot be read", StorageError):
+            entries: object = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except StorageError:
         return f"{MANIFEST} cannot be read"
     if not isinstance(entries, dict) or not entries:
         return f"{MANIFEST} lists no files"

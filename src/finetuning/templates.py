@@ -134,7 +134,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def limited(*args: object, **kwargs: object) -> object:
             value = args[skip]
-            if not isinstance(value, _PLAIN) and isinstance(value, Iterable):
+            if not isinstance(value, (*_PLAIN, jinja2.Undefined)) and isinstance(value, Iterable):
                 value = self._items(cast("Iterable[object]", value))
             args = (*args[:skip], value, *args[skip + 1 :])
             self._count_size(size_of(*args[skip:], **kwargs))

@@ -168,7 +168,9 @@ def test_rewards_that_never_vary_are_reported(
     train: Any, grpo_values: Any, tmp_path: Path, caplog: Any, constant: bool
 ) -> None:
     rewards = [{"type": "function", "path": f"{tmp_path}/own.py:{'seen' if constant else 'vowels'}"}]
-    run = train(grpo_values({"grpo_args.rewards": rewards, "training_args.max_steps": 3}), GRPO)
+    # Weight decay moves the weights, which rewards that never vary do not: they would fail verification.
+    changes = {"grpo_args.rewards": rewards, "training_args.max_steps": 3, "training_args.weight_decay": 0.1}
+    run = train(grpo_values(changes), GRPO)
     warnings = json.loads((run.output_dir / "run.json").read_text())["warnings"]
     reported = [text for text in warnings if text.startswith("step ")]
     assert len(reported) == constant

@@ -85,7 +85,9 @@ def test_an_invalid_argument_of_a_schedule_is_a_config_error(say: Say, sft_value
 
 @pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
 def test_each_optimizer_trains_or_is_refused_by_dry_run(check: Any, sft_values: Any, name: str) -> None:
-    check("sft", sft_values({"training_args.max_steps": 2, "training_args.optim": name}))
+    # RAdam takes no step before the variance of its second moment is known: weights that never moved fail verification.
+    steps = 8 if "radam" in name else 2
+    check("sft", sft_values({"training_args.max_steps": steps, "training_args.optim": name}))
 
 
 def test_malformed_arguments_of_an_optimizer_are_a_config_error(say: Say, sft_values: Any) -> None:

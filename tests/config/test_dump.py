@@ -31,7 +31,7 @@ training_args:
   report_to: [none]
   run_name: '2024-05-01'
   optim_args: "a: b\\nc\\td"
-  lr_scheduler_kwargs: {x: '010', y: 'true', z: [1e-7, 3]}
+  gradient_checkpointing_kwargs: {x: '010', y: 'true', z: [1e-7, 3]}
 overrides: {lr_multiplier: 2, lr_batch_size_scaling: sqrt}
 batchsize_conf: {total_train_batch_size: 16, max_per_device_train_batch_size: 4}
 peft_conf: {peft_type: LORA, peft_kwargs: {r: 8, lora_dropout: 1e-1, target_modules: all-linear}}

@@ -16,6 +16,7 @@ def extras(check: Callable, changed: Changed, training_args: str, method: str = 
 
 def test_training_args_take_the_trainers_fields(check: Callable, changed: Changed) -> None:
     text = "{dataloader_num_workers: '2', eval_delay: 5, lr_scheduler_kwargs: {num_cycles: 1}, hub_strategy: end,"
+    text += " lr_scheduler_type: cosine_with_restarts,"
     result = extras(check, changed, text + " include_num_input_tokens_seen: yes, dataloader_drop_last: no, fsdp: true}")
     assert result == {
         "dataloader_num_workers": 2,

@@ -57,7 +57,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "quickstart-run" / "mine.txt").exists()
 
 
-# .ci/run runs `make quickstart`, which fails unless the tuned model answers better; this adds DPO and the numbers.
+# .ci/run runs `make quickstart`, which fails unless the fine-tuned model answers better; this adds DPO and the numbers.
 @pytest.mark.full
 def test_the_tuned_model_answers_far_better(tmp_path: Path) -> None:
     result = run_script("run.py", "--where", tmp_path, "--dpo")

@@ -126,7 +126,7 @@ def test_secrets_are_not_in_errors(
     }
     config = write_config(values, "input/config.yaml")
     (tmp_path / "input" / "leaking.py").write_text(CALLBACK)
-    result = run_cli(["sft", config, *["--debug"] * debug], env=environment)
+    result = run_cli(["sft", config, *["--debug"] * debug], env=environment, fresh=True)
     assert result.returncode != 0
     assert "cannot log in with …" in result.stderr
     refused = run_cli(["sft", config, "--mlflow-server-uri", ADDRESS], env=environment)

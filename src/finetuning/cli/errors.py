@@ -192,29 +192,25 @@ def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence
     debug = DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != DEBUG_OPTION]
     with redirect_stdout(RedactedStream(sys.stdout)), redirect_stderr(RedactedStream(sys.stderr)):
-        return _run(main_function, arguments, debug)
-
-
-def _run(main_function: Callable[[list[str]], int | None], arguments: list[str], debug: bool) -> int:
-    try:
-        return main_function(arguments) or EXIT_OK
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        report_failure(Failure("Interrupted", EXIT_SIGINT, (Problem("interrupted"),)))
-        return EXIT_SIGINT
-    except FinetuningError as error:
-        if debug:
-            traceback.print_exc()
-        for problem in error.problems:
-            _print_error(str(problem))
-        report_failure(Failure(type(error).__name__, error.exit_code, error.problems))
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of stdout is gone. Without the redirection the interpreter would fail again as it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_USER
-    except Exception as error:  # noqa: BLE001 - the outermost frame of a console script
-        return _report_unexpected(error, debug)
+        try:
+            return main_function(arguments) or EXIT_OK
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            report_failure(Failure("Interrupted", EXIT_SIGINT, (Problem("interrupted"),)))
+            return EXIT_SIGINT
+        except FinetuningError as error:
+            if debug:
+                traceback.print_exc()
+            for problem in error.problems:
+                _print_error(str(problem))
+            report_failure(Failure(type(error).__name__, error.exit_code, error.problems))
+            return error.exit_code
+        except BrokenPipeError:
+            # The reader of stdout is gone. Without the redirection the interpreter would fail again when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_USER
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a console script
+            return _report_unexpected(error, debug)
 
 
 def _report_unexpected(error: Exception, debug: bool) -> int:

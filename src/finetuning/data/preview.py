@@ -95,7 +95,7 @@ def parse_text(text: str) -> list[PreviewRow]:
     A marker in the text of a row is taken for one of ours.
     """
     headings = list(_HEADING.finditer(text))
-    ends = [*(heading.start() for heading in headings[1:]), len(text)]
+    ends = [*(heading.start() for heading in headings[1:]), len(text)][: len(headings)]
     rows: list[PreviewRow] = []
     for heading, end in zip(headings, ends, strict=True):
         location = Location(file=heading["file"], line=int(heading["line"]) if heading["line"] else None)

@@ -159,7 +159,10 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     if not path.is_file():
         return None
     with reading(f"{path} cannot be read", hint="Delete it to skip this check."):
-        return Fingerprint(**read_json_object(path))
+        values = read_json_object(path)
+        if not all(isinstance(value, int if key == "num_tensors" else str) for key, value in values.items()):
+            raise ValueError("a value has a wrong type")
+        return Fingerprint(**values)
 
 
 def _sample_names(entries: Mapping[str, TensorEntry]) -> list[str]:

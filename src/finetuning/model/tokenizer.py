@@ -105,6 +105,8 @@ def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, locatio
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=True, trust_remote_code=trust_remote_code, **source.hub_kwargs
         )
+        # Values of a wrong type are not noticed before they are used.
+        tokenizer.encode("a")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
             f"the tokenizer of {name} is not a fast tokenizer ({type(tokenizer).__name__})",

@@ -46,7 +46,6 @@ def set_up(method: str, config: str, overrides: Sequence[str]) -> Setup:
     from finetuning.plan.attention import replace_unavailable_attention
     from finetuning.plan.plan import make_plan
     from finetuning.training import setup
-    from finetuning.training.arguments import build_arguments
     from finetuning.training.run import set_seed
 
     algorithm = ALGORITHMS[method]
@@ -57,7 +56,7 @@ def set_up(method: str, config: str, overrides: Sequence[str]) -> Setup:
     tokenizer = setup.load_tokenizer(experiment)
     data = setup.prepare(experiment, algorithm, tokenizer, workers=1)
     plan = make_plan(experiment, topology).with_steps(experiment, data.rows)
-    arguments = build_arguments(experiment, plan)
+    arguments = setup.build_arguments(experiment, plan)
     set_seed(arguments.seed, experiment.run_conf.determinism)
     loaded = setup.load_model(experiment, algorithm, tokenizer, arguments, topology, plan.num_steps)
     model: Any = loaded.model

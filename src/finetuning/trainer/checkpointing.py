@@ -138,7 +138,7 @@ class CheckpointMixin(TrainerBase):
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and not self.args.save_only_model:
             from finetuning.trainer.fsdp import compare_sharded_weights
 
-            self.accelerator.wait_for_everyone()
+            self._wait_for_everyone()
             differences = [*differences, *compare_sharded_weights(self.model, staged)]
         if self._any_process(bool(differences)):
             self._discard(staged.parent)

@@ -7,7 +7,7 @@ and into its record, is up to `RunReporter`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from finetuning.distributed import ProcessTopology, read_job_end_time
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
-from finetuning.training.arguments import build_arguments
 from finetuning.training.final_model import initial_digests, save_final_model
 from finetuning.training.output_dir import (
     RunRecord,
@@ -32,7 +31,7 @@ from finetuning.training.output_dir import (
 from finetuning.training.preflight import check_device
 from finetuning.training.resume.config_changes import compare_with_checkpoint
 from finetuning.training.resume.find import ResumePoint, find_resume_point
-from finetuning.training.setup import build_trainer, load_model, load_tokenizer, prepare
+from finetuning.training.setup import build_arguments, build_trainer, load_model, load_tokenizer, prepare
 from finetuning.training.signals import StopOnSignal
 
 if TYPE_CHECKING:
@@ -84,11 +83,11 @@ def run_training(job: TrainingJob) -> RunResult:
             check_free_space(job.experiment, job.plan.memory)
             (job.output_dir / CONFIG_NAME).write_text(dump_yaml(job.experiment), encoding="utf-8")
         record = RunRecord(job.output_dir, job.algorithm.name, writes=job.topology.is_main)
-        with _record_end(job, record):
-            return _run_pipeline(job, record)
+        with ExitStack() as signals, _record_end(job, record):
+            return _run_pipeline(job, record, signals)
 
 
-def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
+def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> RunResult:
     experiment, algorithm, reporter = job.experiment, job.algorithm, job.reporter
     check_device(experiment)
     resume = find_resume_point(
@@ -132,18 +131,19 @@ def _run_pipeline(job: TrainingJob, record: RunRecord) -> RunResult:
     initial = initial_digests(trainer, loaded)
     record.update(training_started=True)
 
-    with stop.handle_signals():
-        with reporter.watch_processes():
-            output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
-        stop.raise_if_interrupted(trainer)
-        record.update(**reporter.training_ended(data, plan))
-        # Signals stay handled: after the last step the first one lets the final model be saved.
-        with reporter.stage("model_publication"):
-            final = save_final_model(trainer, tokenizer.tokenizer, job.final_folder, initial=initial)
-        if final is not None:
-            record.update(artifact=final.as_dict())
-            reporter.model_saved(final)
-        stop.log_late_signal()
+    # Handled until the record is complete: after the last step the first signal lets the final model be saved.
+    signals.enter_context(stop.handle_signals())
+    with reporter.watch_processes():
+        output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
+    stop.raise_if_interrupted(trainer)
+    record.update(**reporter.training_ended(data, plan))
+
+    with reporter.stage("model_publication"):
+        final = save_final_model(trainer, tokenizer.tokenizer, job.final_folder, initial=initial)
+    if final is not None:
+        record.update(artifact=final.as_dict())
+        reporter.model_saved(final)
+    stop.log_late_signal()
     return RunResult(
         "completed", final, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
     )

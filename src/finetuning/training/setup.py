@@ -1,8 +1,10 @@
-"""The parts of a run, in the order that they are built: tokenizer, rows, model, attention, trainer."""
+"""The parts of a run, in the order that they are built: arguments, tokenizer, rows, model, attention, trainer."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from finetuning.algorithms.algorithm import Algorithm, BatchLayout, TrainerInput
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
-from finetuning.distributed import ProcessTopology
+from finetuning.distributed import ProcessTopology, announce_wait
 from finetuning.errors import ConfigError, Location, ModelError, reading
 from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
 
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
     from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.plan.plan import Plan
     from finetuning.trainer.mixin import TrainerMixin
+
+
+# Progress, tracking and the check for non-finite losses are ours.
+_FIXED = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_nan_inf_filter": False,
+    "include_num_input_tokens_seen": "no",
+    "label_names": ["labels"],
+}
+# Fields that our trainer has and the config class does not.
+_OWN_FIELDS = {"sft": ("activation_offloading",)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,61 @@ class LoadedModel:
     load_reference: Callable[[], PreTrainedModel]
     layout: BatchLayout
     notes: tuple[str, ...]
+
+
+def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
+    """Return an instance of the experiment's `trainer_config` class.
+
+    Raises:
+        ConfigError: the class rejects a value.
+    """
+    import torch
+
+    module, _, name = experiment.trainer_config.partition(":")
+    args = experiment.training_args
+    fields: dict[str, Any] = {field: getattr(args, field) for field in type(args).model_fields}
+    for field in _OWN_FIELDS.get(experiment.method_name, ()):
+        del fields[field]
+    fields |= args.model_extra or {}
+    fields |= _FIXED | {
+        "learning_rate": plan.learning_rate,
+        "per_device_train_batch_size": plan.batch.per_device,
+        "per_device_eval_batch_size": plan.batch.per_device_eval,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+        "deepspeed": _deepspeed_config(args.deepspeed, plan),
+        "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
+    }
+    if not torch.accelerator.is_available():
+        # Without it transformers rejects bfloat16, and accelerate creates no process group on a machine without GPUs,
+        # so that each process would train by itself.
+        fields["use_cpu"] = True
+    if args.max_steps > 0 and args.num_train_epochs <= 0:
+        fields.pop("num_train_epochs")
+    # In a distributed run this creates the process group.
+    waits = announce_wait("the other processes of the job to connect") if plan.batch.world_size > 1 else nullcontext()
+    try:
+        with waits:
+            arguments = getattr(importlib.import_module(module), name)(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(str(error), location=Location(key="training_args")) from error
+    if experiment.data_conf.streaming:
+        # With dispatch_batches the main process would read for all, and cannot slice padding-free batches.
+        arguments.accelerator_config.dispatch_batches = False
+    if plan.batch.world_size == 1:
+        # A single process uses a single device: torch.nn.DataParallel would give each visible GPU its own batch.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _deepspeed_config(config: str | dict[str, object] | None, plan: Plan) -> str | dict[str, object] | None:
+    """Return DeepSpeed's config; an inline one gets the batch size fields that DeepSpeed requires."""
+    if not isinstance(config, dict):
+        return config
+    return config | {
+        "train_batch_size": plan.batch.total,
+        "train_micro_batch_size_per_gpu": plan.batch.per_device,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+    }
 
 
 def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
@@ -143,22 +212,21 @@ def load_model(
     """Return the model to train.
 
     When the vocabulary grows under an adapter, the resized base model is saved first: the adapter belongs to it.
-
-    Args:
-        fingerprint: that of the model in `run_conf.model`.
+    `fingerprint` is that of the model in `run_conf.model`.
     """
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import adapter_digests
     from finetuning.model.varlen_attention import describe_attention
     from finetuning.training.preflight import resolve_invocation, uses_invocation
 
-    peft_conf = experiment.peft_conf
     if uses_invocation(experiment):
-        peft_conf = resolve_invocation(experiment, tokenizer.tokenizer).peft_conf
+        experiment = resolve_invocation(experiment, tokenizer.tokenizer)
+    peft_conf = experiment.peft_conf
     # Loss scaling needs master weights in float32.
     dtype: Dtype = "float32" if arguments.fp16 else "auto"
     load_base = partial(_load_base_model, experiment, algorithm, tokenizer, topology, dtype)
     model, vocabulary = load_base()
+    load_reference = partial(_load_model_only, load_base)
     notes = _save_resized_base(experiment, model, tokenizer, vocabulary, topology)
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
         fingerprint = _fingerprint(model)
@@ -167,9 +235,6 @@ def load_model(
         notes.append(verify_causality(model, topology, attention, sharded_by_deepspeed=bool(arguments.deepspeed)))
     if not isinstance(peft_conf, NoPeft):
         model = _prepare_quantized(model, arguments, topology)
-
-    def load_reference() -> PreTrainedModel:
-        return load_base()[0]
 
     if algorithm.trainer_adds_adapter and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(
@@ -191,7 +256,13 @@ def load_model(
     initial = adapter_digests(adapted_model) if adapted.peft_config is not None else {}
     layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
-    return LoadedModel(adapted_model, None, initial, fingerprint, vocabulary, load_reference, layout, tuple(notes))
+    return LoadedModel(
+        adapted_model, None, initial, fingerprint, vocabulary, lambda: load_base()[0], layout, tuple(notes)
+    )
+
+
+def _load_model_only(load_base: Callable[[], tuple[PreTrainedModel, EmbeddingInfo]]) -> PreTrainedModel:
+    return load_base()[0]
 
 
 def _load_base_model(

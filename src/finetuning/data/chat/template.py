@@ -62,15 +62,15 @@ class _FastSandbox(LimitedEnvironment):
         return self._is_safe[key]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = cast("type[object]", type(obj))
         # `message.role`: a key that is not also a method of dictionaries.
-        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
-            message: JsonObject = obj
-            return message[attribute] if attribute in message else self.undefined(obj=obj, name=attribute)
-        if (type(obj), attribute) in _SAFE_ATTRIBUTES:
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if (kind, attribute) in _SAFE_ATTRIBUTES:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self: _FastSandbox, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
             # Variables of the surrounding loop or block, which compiled templates pass with each call.
             kwargs.pop("_loop_vars", None)
@@ -96,6 +96,7 @@ class TemplateRenderer:
             )
         self.tokenizer = tokenizer
         self._chat = ChatRenderer(tokenizer)
+        self._plain: dict[str, tuple[_FastSandbox, jinja2.Template, JsonObject]] = {}
         self._check_syntax()
 
     def _check_syntax(self) -> None:
@@ -144,7 +145,7 @@ class TemplateRenderer:
 
         The texts are those of `texts`, in a quarter of the time. None for those on which the template failed.
         """
-        sandbox, template, variables = self._plain_template
+        sandbox, template, variables = self._plain_template()
         texts: list[str | None] = []
         for conversation in conversations:
             # Not `render`, which copies the variables several times and takes longer for it than a short template.
@@ -155,18 +156,22 @@ class TemplateRenderer:
                 # Half a surrogate pair is no character, and no tokenizer takes it.
                 texts.append(text if text.isascii() or text.encode("utf-8") else None)
             except BaseException as error:
-                if not is_input_error(error):
-                    raise
-                texts.append(None)
+                if is_input_error(error):
+                    texts.append(None)
+                    continue
+                raise
         return texts
 
-    @cached_property
     def _plain_template(self) -> tuple[_FastSandbox, jinja2.Template, JsonObject]:
-        """The chat template, compiled for a faster sandbox, and the variables that each conversation has."""
-        sandbox = _FastSandbox(like=transformers_environment())
-        template = sandbox.compiled(self.tokenizer.get_chat_template(None, None))
-        variables: JsonObject = {**template.globals, **self.tokenizer.special_tokens_map}
-        return sandbox, template, {**variables, "tools": None, "documents": None, "add_generation_prompt": False}
+        """Return the chat template, compiled for a faster sandbox, and the variables that each conversation has."""
+        source = self.tokenizer.get_chat_template(None, None)
+        if source not in self._plain:
+            sandbox = _FastSandbox(like=transformers_environment())
+            template = sandbox.compiled(source)
+            variables: JsonObject = {**template.globals, **self.tokenizer.special_tokens_map}
+            variables |= {"tools": None, "documents": None, "add_generation_prompt": False}
+            self._plain[source] = sandbox, template, variables
+        return self._plain[source]
 
     def generation_spans(
         self, messages: Sequence[Message], tools: list[JsonObject] | None, kwargs: JsonObject

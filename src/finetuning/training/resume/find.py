@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.atomic_io import MANIFEST, find_manifest_mismatch
 from finetuning.errors import CheckpointError, Location, ModelError, read_json_object, reading
@@ -80,25 +81,14 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-_NUMBERS = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
-
-
 def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     """Return why a folder cannot be resumed from; None when it can."""
-    from transformers import TrainerState
-
     if not checkpoint.is_dir():
         return "no such folder"
     if not (checkpoint / _STATE).is_file():
         return f"{_STATE} is missing"
     try:
-        with reading(f"{_STATE} is truncated or damaged", CheckpointError):
-            state = read_json_object(checkpoint / _STATE)
-            TrainerState.load_from_json(str(checkpoint / _STATE))
-            # The Trainer divides by some of them before it looks at them.
-            wrong = [name for name in _NUMBERS if not isinstance(state.get(name, 0), int | float)]
-            if wrong or not isinstance(state.get("log_history", []), list):
-                raise ValueError(f"{', '.join(wrong) or 'log_history'} has a value of a wrong type")
+        state = _read_state(checkpoint)
     except CheckpointError as error:
         return str(error)
     if type(state.get("global_step")) is not int:
@@ -120,6 +110,29 @@ def _problem(checkpoint: Path, compares_content: bool) -> str | None:
     return find_manifest_mismatch(checkpoint, _READ_ON_RESUME) if compares_content else None
 
 
+_NUMBERS = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the state of the trainer.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    from transformers import TrainerState
+
+    with reading(f"{_STATE} is truncated or damaged", CheckpointError):
+        state = read_json_object(checkpoint / _STATE)
+        loaded = TrainerState.load_from_json(str(checkpoint / _STATE))
+        # The Trainer calculates with them before it looks at them. A state that it wrote has all of them.
+        is_complete = "log_history" in state
+        values = {name: getattr(loaded, name) if is_complete else state.get(name, 0) for name in _NUMBERS}
+        wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
+        if wrong or not isinstance(state.get("log_history", []), list):
+            raise ValueError(f"{', '.join(wrong) or 'log_history'} has a value of a wrong type")
+    return state
+
+
 def _is_from_stock_trainer(checkpoint: Path) -> bool:
     """Return whether transformers' own Trainer saved the checkpoint: it never had a manifest."""
     return not (checkpoint / MANIFEST).exists() and (checkpoint / _STOCK_TRAINER_FILE).is_file()
@@ -136,17 +149,11 @@ def _notes(checkpoint: Path) -> tuple[str, ...]:
 
 def _stock_problem(checkpoint: Path, global_step: int) -> str | None:
     """Return what is wrong with a checkpoint that has no manifest, as far as its files show it themselves."""
-    from transformers import TrainerState
-
-    from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, read_header, read_model_headers
+    from finetuning.model.safetensors_io import read_header, read_model_headers
 
     step = checkpoint.name.rpartition("-")[2]
     if step.isdecimal() and int(step) != global_step:
         return f"{_STATE} is of step {global_step}"
-    try:
-        TrainerState.load_from_json(str(checkpoint / _STATE))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        return f"{_STATE} is not the state of a trainer: {error}"
     try:
         if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
             read_model_headers(checkpoint)
@@ -164,8 +171,8 @@ def _stock_problem(checkpoint: Path, global_step: int) -> str | None:
 def _archive_problem(file: Path) -> str | None:
     """Return what is wrong with a file of torch.save, whose zip archive has a checksum of each tensor."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with reading(f"{file.name} is damaged", CheckpointError), zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-        return f"{file.name} is damaged: {error}"
+    except CheckpointError as error:
+        return str(error)
     return None if damaged is None else f"{file.name} is damaged: {damaged} has another checksum"
