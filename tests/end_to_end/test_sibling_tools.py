@@ -107,7 +107,7 @@ def test_vllm_conversion(chatml_llama_dir: Path, adapter: Path, run_cli: Run, tm
     assert "unchanged" in run_cli(arguments, program="create_vllm_compatible_adapter").stdout
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    (folder / "adapter_fingerprint.json").unlink()
+    (folder / "adapter_fingerprint.json").unlink(missing_ok=True)
     done = run_cli([folder, "--output", tmp_path / "out"], program="create_vllm_compatible_adapter")
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert "vLLM does not support DoRA" in done.stderr and "Merge it instead: merge_adapter" in done.stderr
