@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +153,21 @@ def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
             pass
     with lock_output_dir(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_not_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:  # as on Lustre without the mount option `flock`
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock_output_dir(tmp_path):
+        pass
+    assert "has no file locks" in caplog.text
+    with lock_output_dir(tmp_path):
+        pass
+    assert f"Last used by process {os.getpid()} on " in caplog.text
 
 
 def test_a_full_disk_is_reported_before_anything_is_loaded(
