@@ -212,6 +212,16 @@ REMOVED_CHECKS = [
         (_STATE + "test_a_moving_reference_resumes_where_it_was", _STATE + "test_a_reference_that_is_missing"),
     ),
     RemovedCheck(
+        "reference of a save",
+        {"finetuning.trainer.loaded_state.compare_tensors": no_differences},
+        (_STATE + "test_a_reference_that_is_not_written",),
+    ),
+    RemovedCheck(
+        "copy of the final model",
+        {"filecmp.cmp": returns(True)},
+        ("training/test_checkpoints.py::test_a_copy_of_the_final_model",),
+    ),
+    RemovedCheck(
         "loss guard after a resume",
         {"finetuning.callbacks.loss_guard.LossGuardCallback.on_train_begin": returns(None)},
         (_STATE + "test_the_guard_knows_the_spike",),
@@ -259,7 +269,7 @@ def check_of(test_id: str) -> RemovedCheck | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of the table, and require that each of its entries selects one in the files that are collected."""
     selected = [item for item in items if check_of(item.nodeid)]
-    for check in REMOVED_CHECKS:
+    for check in REMOVED_CHECKS if not config.option.keyword else ():
         for part in check.tests:
             file = part.partition("::")[0]
             if any(file in item.nodeid for item in items) and not any(part in item.nodeid for item in selected):
