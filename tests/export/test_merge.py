@@ -243,6 +243,16 @@ def test_the_share_of_changes_that_survive_rounding_is_recorded(
     assert share == pytest.approx(num_surviving / num_changed, abs=0.01)
 
 
+def test_an_adapter_that_changes_nothing_in_float32_is_not_blamed_on_rounding(
+    tiny_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(**LORA_KINDS["plain"]), tmp_path / "adapter", scale=1e-8)
+    logged: list[str] = []
+    merge(tiny_llama_dir, [adapter], tmp_path / "out", log=logged.append)
+    assert any("the adapter changes almost nothing" in line for line in logged)
+    assert not any("float32" in line for line in logged)
+
+
 def test_a_float32_merge_is_not_counted(
     tiny_llama_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -192,17 +192,31 @@ def test_a_tokenizer_larger_than_the_embeddings(
     )
 
 
-def test_a_merge_that_is_not_the_trained_model_is_not_published(adapter: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("float32", "trained on this base, or skip the check"),
+        ("bfloat16", "trained on this base, merge into a float32 base, or skip the check"),
+    ],
+)
+def test_a_merge_that_is_not_the_trained_model_is_not_published(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path, dtype: str, hint: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    adapter = make_adapter(base, lora(), tmp_path / "adapter")
+
     def damage(line: str) -> None:
         if line.startswith("verifying"):
             from safetensors.torch import load_file, save_file
 
             file = staging_path(tmp_path / "out") / "model.safetensors"
             weights = load_file(file)
-            weights["model.layers.1.self_attn.v_proj.weight"] *= 1.01
+            weights["model.layers.1.self_attn.v_proj.weight"] *= 1.01 if dtype == "float32" else -1
             save_file(weights, file, {"format": "pt"})
 
-    refused(GuardStopped, "differs from the trained model", base, adapter, tmp_path / "out", log=damage)
+    refused(GuardStopped, f"differs from the trained model.*{hint}", base, adapter, tmp_path / "out", log=damage)
 
 
 @pytest.mark.parametrize("device_map", ["nonsense", {"": "nonsense:0"}])

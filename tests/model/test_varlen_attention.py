@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from typing import Any
 
@@ -65,7 +66,7 @@ VERIFIED = {
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
 }
 REFUSED = {
-    "gemma2 asks for eager": (
+    "gemma2 has no sdpa": (
         Gemma2Config(**GROUPED, head_dim=8),
         "attention eager has no efficient padding-free form",
     ),
@@ -230,6 +231,35 @@ def test_another_implementation_is_taken_where_its_logits_are_those_of_sdpa(auto
     assert all(weight.grad is None for weight in model.parameters())
     use_varlen(empty, name=name)
     assert empty.config._attn_implementation == name
+
+
+def _capped(*args: Any, softcap: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Row by row with soft-capped scores, as FlashAttention computes them."""
+    query, key, value = args[1:4]
+    borders, window = kwargs["cu_seq_lens_q"].tolist(), kwargs.get("sliding_window")
+    outputs = []
+    for start, end in itertools.pairwise(borders):
+        queries, keys, values = (states[0, :, start:end] for states in (query, key, value))
+        groups = queries.shape[0] // keys.shape[0]
+        keys, values = (states.repeat_interleave(groups, dim=0) for states in (keys, values))
+        scores = queries @ keys.transpose(1, 2) * kwargs["scaling"]
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        allowed = (distance >= 0) & (distance < (window or end))
+        outputs.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ values)
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+@pytest.mark.parametrize(("attention", "is_right"), [(_capped, True), (varlen_attention, False)])
+def test_a_class_without_sdpa_takes_another_implementation_with_its_logits(attention: Any, is_right: bool) -> None:
+    name = registered("kernel_for_tests", attention)
+    # Scores of random weights are small: a small cap shows.
+    model = make(Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=1e-4))
+    assert model.config._attn_implementation == "eager"
+    reason = enable_varlen_kernel(model, name)
+    assert (reason is None) is is_right
+    assert model.config._attn_implementation == (name if is_right else "eager")
+    assert "attention eager has no efficient padding-free form" in str(enable_varlen(model)) or is_right
 
 
 @pytest.mark.parametrize(
@@ -418,7 +448,8 @@ def test_a_run_refuses_a_bidirectional_model(train: Any, sft_values: Any, tmp_pa
 
 def test_no_implementation_is_tried_on_what_cannot_lie_end_to_end() -> None:
     name = registered("kernel_for_tests", varlen_attention)
-    assert enable_varlen_kernel(make(REFUSED["gemma2 asks for eager"][0]), name) == "the model uses eager attention"
+    asked = make(VERIFIED["llama"], attn_implementation="eager")
+    assert enable_varlen_kernel(asked, name) == "the model uses eager attention"
     capped = make(VERIFIED["llama"])
     capped.config.attn_logit_softcapping = 50.0
     assert "soft-caps its attention scores" in str(enable_varlen_kernel(capped, name))

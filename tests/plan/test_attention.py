@@ -14,6 +14,7 @@ ALL = (*BOTH, "flash_attention_4")
 A100 = AttentionContext("cuda", (8, 0), BOTH[:1], "bfloat16", "padding-free")
 H100 = replace(A100, capability=(9, 0), installed=ALL)
 ROCM = replace(A100, capability=None)
+EAGER = replace(A100, fallback="eager", supported=("flash_attention", "flex_attention"))
 CPU = AttentionContext()
 
 
@@ -44,6 +45,11 @@ CPU = AttentionContext()
         (H100, {"installed": ALL[1:]}, "flash_attention_3 sdpa", "one varlen kernel for all rows"),
         (H100, {"capability": (10, 0)}, "flash_attention_2 sdpa", "one varlen kernel for all rows"),
         (ROCM, {}, "flash_attention_2 sdpa", "one varlen kernel for all rows"),
+        (EAGER, {}, "flash_attention_2 eager", "same logits as eager on separate rows"),
+        (EAGER, {"installed": ()}, "eager", "has no sdpa; FlashAttention is not installed; run_conf.model_args"),
+        (EAGER, {"dtype": "float32"}, "eager", "the model's class has no sdpa; flash_attention_2 supports bfloat16"),
+        (EAGER, {"layout": "padded"}, "eager", "sft batches are padded, not verified; to use flash_attention_2, set"),
+        (EAGER, {"supported": ("flex_attention",)}, "eager", "the model's class has neither sdpa nor FlashAttention"),
         (ROCM, {"installed": BOTH[1:]}, "sdpa", "not known to train on this GPU; to use it, set run_conf"),
     ],
 )

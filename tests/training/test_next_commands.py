@@ -45,7 +45,8 @@ def test_an_adapter_is_merged_into_a_base_that_takes_it(
     ("config", "suggested"),
     [
         ({"peft_type": "LORA"}, ["generate", "merge_adapter", "create_vllm_compatible_adapter"]),
-        ({"peft_type": "IA3"}, ["generate", "merge_adapter"]),
+        ({"peft_type": "IA3"}, ["generate", "merge_adapter", "vllm"]),
+        ({"peft_type": "LORA", "use_dora": True}, ["generate", "merge_adapter", "vllm"]),
         ({"peft_type": "PROMPT_TUNING"}, ["generate"]),
         ({"peft_type": "LORA", "alora_invocation_tokens": [5]}, ["generate"]),
     ],

@@ -54,6 +54,9 @@ class SelectedLogitsMixin(Trainer):
     collator_columns = ("lengths",)
     uses_logits_to_keep = False
     """Whether the model computes logits at the labels only."""
+    uses_model_loss = True
+    """Whether the loss is the one that the model computes, because it has other terms than the cross-entropy."""
+    takes_use_cache = True
     is_padded = True
     max_labels_at_once: float = math.inf
     """Batches with more labels have their loss computed in chunks, where the run supports it."""
@@ -91,7 +94,7 @@ class SelectedLogitsMixin(Trainer):
         inputs = dict(inputs)
         targets = inputs.pop("shift_labels")
         has_label = targets.ne(-100)
-        if not self.uses_logits_to_keep:
+        if self.uses_model_loss:
             if not model.training:
                 # The mean over this batch; the token counts of other processes do not matter.
                 num_items_in_batch = None
@@ -100,8 +103,13 @@ class SelectedLogitsMixin(Trainer):
             self._add_eval_loss(loss * has_label.sum(), has_label.sum())
             return output
         inputs.pop("labels")
-        inputs |= {"logits_to_keep": has_label, "use_cache": False}
-        outputs, total = self._sum_loss(model, inputs, targets[has_label])
+        if self.takes_use_cache:
+            inputs["use_cache"] = False
+        if self.uses_logits_to_keep:
+            inputs["logits_to_keep"] = has_label
+            outputs, total = self._sum_loss(model, inputs, targets[has_label])
+        else:
+            outputs, total = _sum_loss_at_once(model, inputs, targets.flatten())
         if num_items_in_batch is None:
             loss = total / has_label.sum().clamp(min=1)
         else:
@@ -124,7 +132,7 @@ class SelectedLogitsMixin(Trainer):
         if self._chunked_loss is None:
             from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
 
-            unsupported = _why_not_chunked(self, self.uses_logits_to_keep)
+            unsupported = _why_not_chunked(self)
             self._chunked_loss = ChunkedCrossEntropy(self.model, self.labels_per_chunk, unsupported)
         return self._chunked_loss
 
@@ -142,10 +150,14 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from finetuning.data.streaming.dataset import RowStream
     from finetuning.trainer.mixin import TrainerMixin
 
-    can_select = _supports_logits_to_keep(inputs)
+    has_plain_loss = _has_plain_loss(inputs)
+    can_select = has_plain_loss and _supports_logits_to_keep(inputs.model)
 
     class SFTTrainer(SelectedLogitsMixin, TrainerMixin, transformers.Trainer):
-        uses_logits_to_keep = supports_batch_splitting = loss_is_local = can_select
+        uses_logits_to_keep = can_select
+        uses_model_loss = not has_plain_loss
+        supports_batch_splitting = loss_is_local = has_plain_loss
+        takes_use_cache = "use_cache" in inspect.signature(_base_of(inputs.model).forward).parameters
         is_padded = inputs.layout.padded
 
     tokenizer, sft_args = inputs.tokenizer, inputs.experiment.sft_args
@@ -178,7 +190,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         # The user asked for chunks: warn before training, not at the first large batch.
         trainer.chunked_loss()
     trainer.offload_activations = _activation_offloading(inputs)
-    if can_select:
+    if has_plain_loss:
         # The Trainer inspects the model's signature for whether the loss takes a token count; this loss does.
         trainer.model_accepts_loss_kwargs = True
     return trainer
@@ -208,10 +220,12 @@ def _sum_loss_at_once(
     return outputs, cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _why_not_chunked(trainer: transformers.Trainer, uses_logits_to_keep: bool) -> str | None:
+def _why_not_chunked(trainer: SelectedLogitsMixin) -> str | None:
     """Return why this run cannot compute its logits in chunks, as far as known before the first batch."""
-    if not uses_logits_to_keep:
+    if trainer.uses_model_loss:
         return "the model computes its loss itself"
+    if not trainer.uses_logits_to_keep:
+        return "the model's class computes logits at all positions only"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # Each process would gather the head once per chunk, and processes may have different numbers of chunks.
         return "the model is sharded"
@@ -230,25 +244,36 @@ def _activation_offloading(inputs: TrainerInputs) -> Callable[[], AbstractContex
     return lambda: context
 
 
-def _supports_logits_to_keep(inputs: TrainerInputs) -> bool:
-    """Return whether the model can compute logits only at positions with a label.
+def _base_of(model: Any) -> transformers.PreTrainedModel:
+    """Return the model under its adapter, if there is one."""
+    return model.get_base_model() if getattr(model, "peft_config", None) else model
 
-    Not with virtual tokens, which shift positions, and not where the model's own loss has other terms than the
-    cross-entropy (label smoothing, the load balancing of a mixture of experts).
+
+def _has_plain_loss(inputs: TrainerInputs) -> bool:
+    """Return whether the loss is the cross-entropy of the next token, computed here from the model's logits.
+
+    The loss that a class computes itself is not always that: TrOCR's and Whisper's decoders compare each logit with the
+    token that it has seen, and ProphetNet predicts several tokens. It is used where it has other terms (label
+    smoothing, the load balancing of a mixture of experts), and with virtual tokens, which shift positions.
     """
     from finetuning.model.peft.adapters import peft_type_of
 
-    model = inputs.model
-    adapters = getattr(model, "peft_config", {}).values()
-    base = model.get_base_model() if adapters else model
+    adapters = getattr(inputs.model, "peft_config", {}).values()
     return (
-        # Models that import this helper accept a mask of positions; custom code may accept a count only.
-        hasattr(inspect.getmodule(type(base)), "slice_logits_to_keep")
-        and "logits_to_keep" in inspect.signature(base.forward).parameters
-        and not any(config.is_prompt_learning or peft_type_of(config) == "CPT" for config in adapters)
-        and not getattr(base.config.get_text_config(), "output_router_logits", False)
+        not any(config.is_prompt_learning or peft_type_of(config) == "CPT" for config in adapters)
+        and not getattr(_base_of(inputs.model).config.get_text_config(), "output_router_logits", False)
         and not inputs.arguments.label_smoothing_factor
         and not _has_fused_liger_loss(inputs)
+    )
+
+
+def _supports_logits_to_keep(model: Any) -> bool:
+    """Return whether the model can compute logits only at positions with a label."""
+    base = _base_of(model)
+    # Models that import this helper accept a mask of positions; custom code may accept a count only.
+    return (
+        hasattr(inspect.getmodule(type(base)), "slice_logits_to_keep")
+        and "logits_to_keep" in inspect.signature(base.forward).parameters
     )
 
 

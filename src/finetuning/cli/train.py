@@ -175,6 +175,30 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
     return "; ".join(lookup.notes)
 
 
+def _count_adapter(checked: _CheckedConfig) -> int | None:
+    """Return how many parameters a new adapter trains where the headers of the checkpoint do not show it; else None.
+
+    What `all-linear` selects depends on the model's class, which is built without weights.
+    """
+    from finetuning.config.sections.model import NewPeft
+    from finetuning.errors import ModelError
+
+    conf, memory = checked.experiment.peft_conf, checked.plan.memory
+    if not isinstance(conf, NewPeft) or memory is None:
+        return None
+    if memory.trainable is not None and "all-linear" not in str(conf.peft_kwargs.get("target_modules")):
+        return None
+    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+    from finetuning.model.module_summary import look_up_modules
+
+    head = SEQUENCE_CLASSIFICATION if checked.algorithm.has_score_head else CAUSAL_LM
+    try:
+        return look_up_modules(checked.experiment.run_conf, conf, head=head).trained
+    except ModelError:
+        # The dry run checks the config; what is wrong with the model is reported when it is loaded.
+        return None
+
+
 def _print_warnings(warnings: Sequence[Problem], document: ConfigDocument) -> None:
     from finetuning.cli.errors import locate
 
@@ -188,8 +212,9 @@ def _print_plan(checked: _CheckedConfig, adapter: str) -> None:
 
     experiment = checked.experiment
     count = count_training_rows(experiment.data_conf, unpaired=experiment.method_name == "kto")
+    plan = checked.plan.with_trainable(_count_adapter(checked))
     decisions = [
-        *checked.plan.with_steps(experiment, count.rows).decisions,
+        *plan.with_steps(experiment, count.rows).decisions,
         *([Decision("adapter", adapter, "module names of peft_kwargs")] if adapter else []),
         Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.reason),
         Decision("tracking", str(checked.tracking), "command line over file over environment"),

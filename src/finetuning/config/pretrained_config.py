@@ -133,3 +133,25 @@ def missing_attention_package(implementation: str | None) -> str | None:
         return "kernels" if find_spec("kernels") is None else None
     package = FLASH_ATTENTION_PACKAGES.get(implementation)
     return package.distribution if package is not None and not package.is_installed else None
+
+
+_NOT_IN_ALL_LINEAR = (
+    (re.compile(r"router"), "routers"),
+    # Sparse attention chooses its tokens by them: no gradient reaches them.
+    (re.compile(r"indexer"), "attention indexers"),
+    # Decoders of encoder-decoder models have it, and there is no encoder here.
+    (re.compile(r"encoder_attn"), "cross-attention"),
+    # State-space layers read its weight and call it with no input, so that an adapter on it has no effect.
+    (re.compile(r"dt_proj"), "state-space step projections"),
+    (re.compile(r"vision|visual|image|audio|speech|multi_?modal"), "modules that text does not reach"),
+)
+"""Parts of module names, with what they are: linear layers that `target_modules: all-linear` leaves out."""
+_EXPERT_ROUTER = re.compile(r"gate|shared_expert_gate")
+
+
+def left_out_of_all_linear(name: str, *, has_experts: bool) -> str | None:
+    """Return why `target_modules: all-linear` leaves out the linear layer of this name; None if it does not."""
+    parts = name.split(".")
+    if has_experts and any(_EXPERT_ROUTER.fullmatch(part) for part in parts):
+        return "routers"
+    return next((what for pattern, what in _NOT_IN_ALL_LINEAR if any(map(pattern.search, parts))), None)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
 from finetuning.data.samples import MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
-from finetuning.errors import DataError, InternalError, ModelError, Problem
+from finetuning.errors import DataError, InternalError, ModelError, Problem, first_line
 from finetuning.inference.generation_params import GenerationParameters
 from finetuning.inference.load import LoadedGenerator
 from finetuning.inference.prompts import MAX_REPORTED_PROBLEMS, GenerationPrompt
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast, TextStreamer
 
 
@@ -157,7 +159,7 @@ def _generate_batch(
     if cache is not None:
         extra["past_key_values"] = cache
     generate = cast("Callable[..., torch.Tensor]", generator.model.generate)
-    with torch.inference_mode():
+    with torch.inference_mode(), _explain_unsupported(generator):
         output = generate(
             input_ids=input_ids.to(generator.device),
             attention_mask=mask.to(generator.device),
@@ -171,6 +173,76 @@ def _generate_batch(
         rows = generated[row * count : (row + 1) * count]
         answers[index] = [_answer(prompts[index], ids, generator, parameters.stop_ids) for ids in rows]
     return answers
+
+
+@contextmanager
+def _explain_unsupported(generator: LoadedGenerator) -> Iterator[None]:
+    """Raise ModelError where transformers' own `generate` fails for a class of models.
+
+    Some classes lack what it needs: a field of the config, a kind of cache.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+        from finetuning.model.peft.adapters import base_model_of
+
+        name = type(base_model_of(generator.model)).__name__
+        raise ModelError(f"transformers cannot generate with {name}: {first_line(error)}") from error
+
+
+def describe_padding_error(generator: LoadedGenerator) -> str | None:
+    """Return how the padding of a batch changes what is generated; None if it does not.
+
+    Some classes count positions from the start of the padding, or mask only some of their layers. The logits of three
+    generated tokens in a batch of two rows are compared with those of the shorter row alone.
+    """
+    import torch
+
+    vocabulary = generator.model.config.get_text_config().vocab_size
+    rows = [(torch.arange(length) * 7919 + 3) % vocabulary for length in (9, 4)]
+    padded = torch.full((2, 9), generator.pad_token_id)
+    mask = torch.zeros_like(padded)
+    for index, row in enumerate(rows):
+        padded[index, 9 - len(row) :], mask[index, 9 - len(row) :] = row, 1
+    batch, batch_ids = _probe(generator, padded, mask)
+    alone, alone_ids = _probe(generator, rows[1][None], torch.ones_like(rows[1][None]))
+    # After the first different token the rows have different histories.
+    same = [bool(torch.equal(alone_ids[0, -3:][:step], batch_ids[1, -3:][:step])) for step in range(3)]
+    difference = max(
+        float((single[0] - both[1]).abs().max())
+        for single, both, is_same in zip(alone, batch, same, strict=True)
+        if is_same
+    )
+    weight = next(generator.model.parameters())
+    epsilon = torch.finfo(weight.dtype).eps if weight.is_floating_point() else 1e-2
+    tolerance = max(epsilon * 16, 1e-4) * max(float(alone[0].abs().max()), 1.0)
+    if difference <= tolerance:
+        return None
+    return f"padding changes the logits of this model by {difference:.1e} (tolerance {tolerance:.1e})"
+
+
+def _probe(
+    generator: LoadedGenerator, input_ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return the logits of three generated tokens, each (rows, vocabulary) in float32, and all ids."""
+    import torch
+    from transformers import GenerationConfig
+
+    generate = cast("Callable[..., Any]", generator.model.generate)
+    with torch.inference_mode(), _explain_unsupported(generator):
+        output = generate(
+            input_ids=input_ids.to(generator.device),
+            attention_mask=mask.to(generator.device),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=3,
+                min_new_tokens=3,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=generator.pad_token_id,
+            ),
+        )
+    return [logits.float().cpu() for logits in output.logits], output.sequences.cpu()
 
 
 def _answer(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
@@ -17,7 +18,13 @@ from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.errors import Interrupted
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches
-from finetuning.inference.generate import EncodedPrompt, Generation, encode_prompts, generate_batches
+from finetuning.inference.generate import (
+    EncodedPrompt,
+    Generation,
+    describe_padding_error,
+    encode_prompts,
+    generate_batches,
+)
 from finetuning.inference.generation_params import build_parameters, check_parameters
 from finetuning.inference.load import load_generator
 from finetuning.inference.output import Record, RecordJournal, check_output, write_records
@@ -132,13 +139,15 @@ def generate_records(
     parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
     prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
     gen_params = parameters.reported | job.provenance()
-    batches = plan_batches(
-        [len(prompt.ids) for prompt in prompts],
-        parameters.max_new_tokens,
-        budget=job.batch_tokens,
-        max_rows=job.batch_size,
-        max_padding=max_useful_padding(generator.device.type, parameters.max_new_tokens),
-    )
+    lengths = [len(prompt.ids) for prompt in prompts]
+    max_padding = max_useful_padding(generator.device.type, parameters.max_new_tokens)
+    plan = partial(plan_batches, lengths, parameters.max_new_tokens, budget=job.batch_tokens, max_rows=job.batch_size)
+    batches = plan(max_padding=max_padding)
+    if any(len({lengths[index] for index in batch}) > 1 for batch in batches):
+        error = describe_padding_error(generator)
+        if error is not None:
+            progress.on_note(f"{error}: only prompts of equal length share a batch")
+            batches = plan(max_padding=0)
     journal = RecordJournal(output, job.fingerprint())
     # An unfinished batch is repeated as a whole, so that its answers are sampled from the same random numbers.
     batches = [batch for batch in batches if journal.missing(batch)]

@@ -32,6 +32,7 @@ from finetuning.distributed import ProcessTopology, announce_wait
 from finetuning.errors import ConfigError, Location, ModelError, reading
 from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
+from finetuning.model.saved_weights import has_safetensors, restore_padding_rows
 from finetuning.model.stop_tokens import fix_sampling_config
 
 if TYPE_CHECKING:
@@ -203,6 +204,14 @@ def _load_pretrained(
             source.name, output_loading_info=True, **arguments, **source.hub_kwargs
         )
     _check_loading_info(loading_info, source, Location(key=key), head)
+    if source.folder is not None and has_safetensors(source.folder):
+        for name in restore_padding_rows(model, source.folder):
+            logger.warning(
+                "transformers sets the padding token's row of %s to zero when it loads %s: restored from the file."
+                " Other programs that load it with transformers compute with zeros",
+                name,
+                type(model).__name__,
+            )
     if head.zero_initialize(model, sorted(loading_info["missing_keys"])):
         logger.info("%s has no score head: a new one is initialized to zero", source)
     return model

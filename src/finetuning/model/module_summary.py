@@ -114,6 +114,8 @@ class ModuleLookup:
     """One for each name that matches nothing and is ignored."""
     notes: tuple[str, ...]
     """What is trained."""
+    trained: int | None = None
+    """The number of trained parameters; None if they are not counted."""
 
 
 def look_up_modules(run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUSAL_LM) -> ModuleLookup:
@@ -145,7 +147,8 @@ def look_up_modules(run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUS
     parameters = sum(weight.numel() for weight in adapted.parameters())
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     notes = [f"{trained:,} of {parameters:,} parameters ({100 * trained / max(parameters, 1):.3g} %)"]
-    return ModuleLookup(tuple(warnings), (*notes, *adapters.fused_targets_note(targets, adapters.target_names(config))))
+    notes += adapters.fused_targets_note(targets, adapters.target_names(config))
+    return ModuleLookup(tuple(warnings), tuple(notes), trained)
 
 
 def _resolve(model: str, args: ModelArgs) -> ModelLocation:

@@ -144,11 +144,3 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def needs_kbit_preparation(model: PreTrainedModel) -> bool:
     """Whether `prepare_quantized_model` applies; other quantization methods, such as fp8, train as they are loaded."""
     return getattr(model, "quantization_method", None) in ("bitsandbytes", "torchao", "gptq")
-
-
-def linear_layer_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of all linear layers, GPTQ's included, except the output layer."""
-    from torch.nn import Linear
-
-    names = [name for name, layer in model.named_modules() if hasattr(layer, "qweight") or isinstance(layer, Linear)]
-    return [name for name in names if name.rpartition(".")[2] not in _OUTPUT_LAYERS]

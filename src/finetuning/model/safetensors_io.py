@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ADDED_TOKENS_FILE = "added_tokens_info.json"
 UNTRAINED_TOKENS_FILE = "untrained_tokens.json"
 """Tokens added to an extended base model whose embedding rows are untrained: an adapter on it has to train them."""
 
+_IN_LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<part>.+)$")
 # Same limit as the safetensors library's.
 _MAX_HEADER_BYTES = 100_000_000
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
@@ -121,3 +123,14 @@ def _read_weight_map(index: Path) -> Mapping[str, str]:
         if any(Path(name).name != name for name in weight_map.values()):
             raise ValueError("it lists files outside its folder")
         return weight_map
+
+
+def shared_by_layers(names: Iterable[str], stored: Collection[str]) -> list[str]:
+    """Return the tensors that a model's files have for another layer only, because all layers share them (Zamba).
+
+    A layer that the model does not have at all is not shared.
+    """
+    matches = [match for name in stored if (match := _IN_LAYER.match(name))]
+    layers, parts = {match["layer"] for match in matches}, {match["part"] for match in matches}
+    missing = [match for name in names if name not in stored and (match := _IN_LAYER.match(name))]
+    return [match.group() for match in missing if match["layer"] in layers and match["part"] in parts]

@@ -62,11 +62,46 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
     )
     assert isinstance(result, tuple)
     loaded, info = result
+    restore_padding_rows(loaded, folder)
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(key):
             first = sorted(str(name) for name in info[key])[0]
             raise CheckpointError(f"cannot load {folder}: {len(info[key])} {key.replace('_', ' ')}, such as {first}")
     model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def restore_padding_rows(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Copy the padding token's row of each embedding from a model's files, where loading has set it to zero.
+
+    transformers initializes what the files lack. Some classes (Youtu) take the row for such a part of a loaded tensor.
+
+    Returns:
+        The names of the embeddings.
+    """
+    zeroed = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and _has_zero_padding_row(module)
+    }
+    entries = read_model_headers(folder) if zeroed else {}
+    restored: list[str] = []
+    for name, module in zeroed.items():
+        entry, index = entries.get(name), module.padding_idx
+        if entry is None or index is None or entry.shape != tuple(module.weight.shape):
+            continue
+        with safe_open(entry.file, framework="pt") as tensors, torch.no_grad():
+            row = tensors.get_slice(name)[index : index + 1]
+            if row.any():
+                module.weight[index] = row[0].to(module.weight)
+                restored.append(name)
+    return restored
+
+
+def _has_zero_padding_row(embedding: torch.nn.Embedding) -> bool:
+    weight, index = embedding.weight, embedding.padding_idx
+    # Under ZeRO-3 the weight of a shard is empty.
+    has_row = index is not None and not weight.is_meta and weight.dim() == 2 and len(weight) > index
+    return has_row and not bool(weight[index].any())
 
 
 def tensors_as_saved(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -16,11 +16,12 @@ the model itself, on the device and in the dtype that it trains in:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -93,7 +94,7 @@ def enable_varlen(
     """
     base = base_model_of(model)
     before = str(base.config._attn_implementation)
-    reason = _unsupported_reason(base, before, adapter)
+    reason = _without_varlen_form(before, base.device) or _unsupported_reason(base, before, adapter)
     if reason:
         return reason
     try:
@@ -116,10 +117,11 @@ def enable_varlen_kernel(
     adapter: PeftConfig | None = None,
     autocast: torch.dtype | None = None,
 ) -> str | None:
-    """Switch a model from `sdpa` to another implementation with varlen support, such as FlashAttention, if it agrees.
+    """Switch a model to another implementation with varlen support, such as FlashAttention, if it agrees.
 
-    The logits of concatenated rows under `name` must agree with those of rows alone under `sdpa`, and the gradient must
-    be finite, and 0 between rows. A model that fails this is left unchanged.
+    The logits of concatenated rows under `name` must agree with those of rows alone under `sdpa`, or under `eager` for
+    a class without `sdpa`, and the gradient must be finite, and 0 between rows. A model that fails this is left
+    unchanged.
 
     Args:
         name: the implementation, by transformers' name.
@@ -131,7 +133,7 @@ def enable_varlen_kernel(
     """
     base = base_model_of(model)
     before = str(base.config._attn_implementation)
-    if before != "sdpa":
+    if not _has_default_attention(base):
         return f"the model uses {before} attention"
     reason = _unsupported_reason(base, before, adapter)
     if reason:
@@ -162,11 +164,17 @@ def enable_varlen_kernel(
 def use_varlen(model: PreTrainedModel | PeftModel, name: str = SDPA_VARLEN) -> None:
     """Switch a model to a padding-free implementation that was verified, here or by another process."""
     base = base_model_of(model)
-    if base.config._attn_implementation == "sdpa":
+    if _has_default_attention(base):
         if name == SDPA_VARLEN:
             AttentionInterface.register(SDPA_VARLEN, varlen_attention)
             AttentionMaskInterface.register(SDPA_VARLEN, varlen_mask)
         base.set_attn_implementation(name)
+
+
+def _has_default_attention(base: PreTrainedModel) -> bool:
+    """Whether attention is what transformers chooses for the class: `sdpa`, or `eager` where the class has no sdpa."""
+    name = base.config._attn_implementation
+    return name == "sdpa" or (name == "eager" and not base._supports_sdpa)
 
 
 def varlen_inputs(rows: Sequence[torch.Tensor]) -> VarlenInputs:
@@ -268,17 +276,26 @@ def varlen_mask(
     return sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
 
 
-def _unsupported_reason(base: PreTrainedModel, implementation: str, adapter: PeftConfig | None) -> str | None:
-    """Return why padding-free attention is ruled out without trying; None if it is worth a try."""
+def _without_varlen_form(implementation: str, device: torch.device) -> str | None:
+    """Return why an attention implementation cannot compute concatenated rows on this device; None if it can."""
     if implementation != "sdpa" and implementation not in FLASH_ATTENTION_PACKAGES:
         return f"attention {implementation} has no efficient padding-free form; sdpa and FlashAttention have"
-    if implementation in FLASH_ATTENTION_PACKAGES and base.device.type == "cpu":
+    if implementation in FLASH_ATTENTION_PACKAGES and device.type == "cpu":
         return f"{implementation} runs on GPUs only, and the weights are on the CPU until they are sharded"
+    return None
+
+
+def _unsupported_reason(base: PreTrainedModel, implementation: str, adapter: PeftConfig | None) -> str | None:
+    """Return why padding-free attention is ruled out without trying; None if it is worth a try.
+
+    Args:
+        implementation: the one that computes the rows alone.
+    """
     config = base.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not layers <= _ATTENTION_LAYER_TYPES:
         return f"layers of type {', '.join(sorted(layers - _ATTENTION_LAYER_TYPES))} carry a state from row to row"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model soft-caps its attention scores, which sdpa does not support"
     if adapter is not None:
         peft_type = peft_type_of(adapter)
@@ -306,15 +323,13 @@ def check_causality(
     Raises:
         ModelError: the model is not causal.
     """
-    (row,) = _probe_rows(model, (_MIN_REACH + 33,))
+    (row,) = probe_rows(model, (_MIN_REACH + 33,))
     cut = max(len(row) * 5 // 8, 1)
     changed = torch.cat([row[:cut], (row[cut:] + 1) % model.config.get_text_config().vocab_size])
-    with _evaluation(model), _autocast(autocast, model.device):
+    with evaluation_mode(model), _autocast(autocast, model.device):
         try:
             with torch.no_grad():
-                before, after = (
-                    model(input_ids=ids[None], use_cache=False).logits[0, :cut].float() for ids in (row, changed)
-                )
+                before, after = (logits_of(model, ids[None])[0, :cut] for ids in (row, changed))
         except torch.OutOfMemoryError:
             raise
         except _FAILED_PASS as error:
@@ -325,7 +340,7 @@ def check_causality(
             raise
         except _FAILED_PASS:
             leak = 0.0  # Kernels of quantized weights may have no backward pass.
-    difference, tolerance = float((before - after).abs().max()), _logit_tolerance(model, before, autocast)
+    difference, tolerance = float((before - after).abs().max()), logit_tolerance(model, before, autocast)
     if leak <= _MAX_LEAK and not difference > tolerance:
         return None
     raise ModelError(
@@ -344,11 +359,11 @@ def describe_isolation_check(model: PreTrainedModel | PeftModel) -> str:
     config = base.config.get_text_config()
     fields: list[tuple[str, object]] = [(name, getattr(config, name, None)) for name in _OTHER_WINDOWS]
     larger = [f"shorter than {name} {size}" for name, size in fields if isinstance(size, int) and size > _MAX_REACH]
-    longest = max(map(len, _probe_rows(base)))
+    longest = max(map(len, probe_rows(base)))
     return ", ".join([f"rows of up to {longest} tokens", *reduced, *larger])
 
 
-def _probe_rows(model: PreTrainedModel | PeftModel, lengths: Sequence[int] = ()) -> list[torch.Tensor]:
+def probe_rows(model: PreTrainedModel | PeftModel, lengths: Sequence[int] = ()) -> list[torch.Tensor]:
     """Return rows with ids spread over the vocabulary: by default three, longer than what any layer looks at.
 
     The last one has a single token.
@@ -417,7 +432,7 @@ def _reduced_windows(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode in the block: dropout would make passes differ."""
     was_training = model.training
     model.eval()
@@ -439,15 +454,15 @@ def _leak_between_rows(
         dtype: the compute dtype, if it is not that of the weights.
     """
     base = base_model_of(model)
-    rows = _probe_rows(model)
-    with _evaluation(model):
+    rows = probe_rows(model)
+    with evaluation_mode(model):
         with torch.no_grad(), _reduced_windows(base):
             alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
         longest = max((window for _, window in _large_windows(base)), default=0)
         reducing = _reduced_windows
         if 0 < longest <= _MAX_REACH and not _window_changes(model, rows[1], alone[1]):
             # The window is stored elsewhere, or not used: only rows that are longer than it show what happens.
-            reducing, rows = nullcontext, _probe_rows(model, (longest + 7, longest + 35, 1))
+            reducing, rows = nullcontext, probe_rows(model, (longest + 7, longest + 35, 1))
             with torch.no_grad():
                 alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
         switch_implementation()
@@ -456,7 +471,7 @@ def _leak_between_rows(
             with torch.no_grad():
                 together = model(use_cache=False, **inputs).logits[0].float()
             difference = float((torch.cat(alone) - together).abs().max())
-            tolerance = _logit_tolerance(model, together, dtype)
+            tolerance = logit_tolerance(model, together, dtype)
             if not difference <= tolerance:
                 return f"changes the logits by {difference:.1e} (tolerance {tolerance:.1e})"
             leak = _gradient_leak(model, inputs, _own_tokens(inputs["cu_seq_lens_q"].tolist()))
@@ -500,7 +515,7 @@ def _gradient_leak(
     handle = base_model_of(model).get_input_embeddings().register_forward_hook(detach)
     try:
         with torch.enable_grad():
-            logits = model(use_cache=False, **inputs).logits[0]
+            logits = logits_of(model, **cast("dict[str, Any]", inputs))[0]
     finally:
         handle.remove()
     if not embeddings:
@@ -509,7 +524,7 @@ def _gradient_leak(
     leak = 0.0
     for tokens, allowed in spans:
         with torch.enable_grad():
-            target = (logits[tokens.start : tokens.stop].float() * signs).sum()
+            target = (logits[tokens.start : tokens.stop] * signs).sum()
         gradients = torch.autograd.grad(target, embeddings, retain_graph=True)
         size = torch.stack([gradient[0].float().abs().amax(-1) for gradient in gradients]).amax(0)
         largest = float(size[allowed.start : allowed.stop].max())
@@ -520,7 +535,7 @@ def _gradient_leak(
     return leak
 
 
-def _logit_tolerance(model: PreTrainedModel | PeftModel, logits: torch.Tensor, dtype: torch.dtype | None) -> float:
+def logit_tolerance(model: PreTrainedModel | PeftModel, logits: torch.Tensor, dtype: torch.dtype | None) -> float:
     """Return the difference between logits that rounding explains.
 
     8 units of the compute dtype's machine epsilon (at least 1e-5), relative to the largest logit: kernels for other
@@ -535,12 +550,39 @@ def _logit_tolerance(model: PreTrainedModel | PeftModel, logits: torch.Tensor, d
     return max(epsilon * 8, 1e-5) * float(logits.abs().max().clamp(min=1.0))
 
 
+def logits_of(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Return the logits in float32, computed without a cache: some classes cannot make one from their config."""
+    takes_option = "use_cache" in inspect.signature(base_model_of(model).forward).parameters
+    options = {"use_cache": False} if takes_option else {}
+    return model(input_ids=input_ids, **inputs, **options).logits.float()
+
+
+def check_row_lengths(model: PreTrainedModel) -> None:
+    """Check that a class takes rows of any length in training: Reformer's wants multiples of a fixed length.
+
+    Raises:
+        ModelError: it does not.
+    """
+    (row,) = probe_rows(model, (9,))
+    was_training = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            logits_of(model.train(), row[None])
+    except ValueError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be trained on rows of any length: {first_line(error)}",
+            location=Location(key="run_conf.model"),
+        ) from error
+    finally:
+        model.train(was_training)
+
+
 def _has_finite_gradient(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the backward pass works; computed for the smallest trainable weight, to save memory."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
         return True
     with torch.enable_grad():
-        loss = model(use_cache=False, **varlen_inputs(_probe_rows(model))).logits.float().square().mean()
+        loss = model(use_cache=False, **varlen_inputs(probe_rows(model))).logits.float().square().mean()
         (gradient,) = torch.autograd.grad(loss, min(trained, key=torch.Tensor.numel), allow_unused=True)
     return gradient is None or bool(gradient.isfinite().all())

@@ -35,11 +35,15 @@ class AttentionContext:
     is_deterministic: bool = False
     has_dropout: bool = False
     """Whether the model applies dropout to attention weights in training."""
+    fallback: str = DEFAULT_ATTENTION
+    """What transformers chooses without FlashAttention: `eager` for a class without `sdpa`."""
+    supported: tuple[str, ...] = ()
+    """What else such a class supports: `flash_attention`, `flex_attention`."""
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Implementations to try, best first and `sdpa` last, and the reason for the first."""
+    """Implementations to try, best first and `sdpa` or `eager` last, and the reason for the first."""
 
     ranked: tuple[str, ...]
     reason: str
@@ -50,14 +54,22 @@ def choose_attention(context: AttentionContext) -> AttentionChoice:
 
     Padded batches use `sdpa`, which has flash kernels of its own. Only padding-free batches gain from a single varlen
     kernel, and only for those is an implementation verified on the logits of the model before training.
+
+    A class without `sdpa` falls back to `eager`, whose memory grows with the square of the length.
     """
     usable = tuple(name for name in ("flash_attention_3", "flash_attention_2") if _is_usable(name, context))
-    obstacle = _obstacle(context, usable)
-    if obstacle:
-        return AttentionChoice((DEFAULT_ATTENTION,), f"the default; {obstacle}")
-    return AttentionChoice(
-        (*usable, DEFAULT_ATTENTION), "installed, one varlen kernel for all rows; same logits as sdpa on separate rows"
-    )
+    fallback, obstacle = context.fallback, _obstacle(context, usable)
+    if fallback != DEFAULT_ATTENTION and "flash_attention" not in context.supported:
+        return AttentionChoice((fallback,), "the model's class has neither sdpa nor FlashAttention")
+    if not obstacle:
+        reason = f"installed, one varlen kernel for all rows; same logits as {fallback} on separate rows"
+        return AttentionChoice((*usable, fallback), reason)
+    if fallback == DEFAULT_ATTENTION:
+        return AttentionChoice((fallback,), f"the default; {obstacle}")
+    reason = f"the model's class has no sdpa; {obstacle}"
+    if "flex_attention" in context.supported and context.device == "cuda":
+        reason += f"; {_KEY}: flex_attention needs less memory, and is not verified before training"
+    return AttentionChoice((fallback,), reason)
 
 
 def replace_unavailable_attention(experiment: Experiment) -> tuple[Experiment, str | None]:
@@ -98,7 +110,8 @@ def _obstacle(context: AttentionContext, usable: tuple[str, ...]) -> str | None:
     if context.device != "cuda":
         return f"{names} needs a CUDA or ROCm device"
     if context.layout == "padded":
-        return f"{context.method} batches are padded, which sdpa has flash kernels for; to use {names}, set {_KEY}"
+        why_not = "which sdpa has flash kernels for" if context.fallback == DEFAULT_ATTENTION else "not verified"
+        return f"{context.method} batches are padded, {why_not}; to use {names}, set {_KEY}"
     if context.sharded_by:
         return f"{names} cannot be verified before the weights are sharded; to use it, set {_KEY}"
     if context.is_deterministic:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from finetuning.config.pretrained_config import find_excessive_size, read_pretrained_config
+from finetuning.config.pretrained_config import find_excessive_size, left_out_of_all_linear, read_pretrained_config
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
 from finetuning.errors import Location, ModelError, reading
@@ -25,7 +26,11 @@ _DIFFERENT_MODULES = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "text_config", "vision_config",
 )  # fmt: skip
 """Fields of a model's config that mean that its modules and the tensors of its checkpoint have different names."""
+_ADAPTER_BYTES = 4
+"""PEFT creates adapter weights in float32 even if the base model is in half precision."""
 _PACKED = (".qweight", ".qzeros", ".g_idx")
+_NO_LINEAR_LAYER = re.compile(r"embed|norm|conv1d|\bwte\b|\bwpe\b|a_log")
+_HEADS = ("lm_head", "score", "classifier", "embed_out")
 _MAX_HEADER = 100 * 2**20
 
 
@@ -42,6 +47,13 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
+
+    def with_adapter(self, trainable: int) -> MemoryEstimate:
+        """Return the estimate with an adapter of this many parameters, in float32."""
+        size = trainable * _ADAPTER_BYTES
+        weights = self.weights - (self.trainable or 0) * _ADAPTER_BYTES + size
+        states = self.optimizer // self.gradients if self.gradients else 2
+        return replace(self, trainable=trainable, weights=weights, gradients=size, optimizer=size * states)
 
     @property
     def total(self) -> int:
@@ -159,17 +171,23 @@ def _trainable(experiment: Experiment, shapes: Shapes, counts: Mapping[str, tupl
     if isinstance(experiment.peft_conf, NoPeft):
         return sum(count for count, _ in counts.values()), max(size for _, size in counts.values())
     if not (isinstance(experiment.peft_conf, NewPeft) and experiment.peft_conf.peft_type == "LORA"):
-        return None, 4
+        return None, _ADAPTER_BYTES
     kwargs = experiment.peft_conf.peft_kwargs
     targets, rank = kwargs.get("target_modules"), int(kwargs.get("r", 8))
     if isinstance(targets, list) and "all-linear" in targets:
         targets = "all-linear"
     total = 0
+    has_experts = any("experts" in name.split(".") for name in shapes)
+    if has_experts and targets == "all-linear":
+        # Which of the experts' matrices are adapted, and with which rank, depends on how the model class fuses them.
+        return None, _ADAPTER_BYTES
     for name, (shape, _) in shapes.items():
         module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        linear = len(shape) == 2 and name.endswith(".weight") and "embed" not in name
-        chosen = (targets == "all-linear" and module != "lm_head") or (isinstance(targets, list) and module in targets)
+        linear = len(shape) == 2 and name.endswith(".weight") and not _NO_LINEAR_LAYER.search(name.lower())
+        if targets == "all-linear":
+            chosen = module not in _HEADS and left_out_of_all_linear(name, has_experts=False) is None
+        else:
+            chosen = isinstance(targets, list) and module in targets
         if linear and chosen:
             total += rank * sum(shape)
-    # PEFT creates adapter weights in float32 even if the base model is in half precision.
-    return total or None, 4
+    return total or None, _ADAPTER_BYTES

@@ -217,6 +217,12 @@ class Plan:
         """Return the plan of the same experiment with the steps for this many training rows."""
         return replace(self, steps=_steps(rows, self.batch, experiment))
 
+    def with_trainable(self, trainable: int | None) -> Plan:
+        """Return the plan of the same experiment with the number of parameters that the adapter trains."""
+        if self.memory is None or trainable is None:
+            return self
+        return replace(self, memory=self.memory.with_adapter(trainable))
+
     def as_dict(self) -> dict[str, object]:
         """Return plain values for run.json."""
         return asdict(self)

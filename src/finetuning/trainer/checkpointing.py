@@ -326,6 +326,11 @@ class CheckpointMixin(TrainerBase):
         for name, weight in self.model.named_parameters():
             if weight.dtype != dtypes.get(name, weight.dtype):
                 weight.data = weight.data.to(dtypes[name])
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(unwrapped) and not has_additional_state(unwrapped):
+            from finetuning.model.peft.adapter_files import restore_lora_tensors
+
+            restore_lora_tensors(unwrapped, folder)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 import shlex
 import shutil
@@ -196,7 +195,7 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
     """Copy the final model to `save_model_dir`, if set, and create an empty file `.complete` in `output_dir`.
 
     A new folder appears atomically. In an existing one each file replaces its namesake atomically, weights before the
-    configs that a reader opens first; other files stay. Every file is compared with the original.
+    configs that a reader opens first; other files stay.
 
     Raises:
         StorageError: it is not writable. The final model in `output_dir` is not affected.
@@ -220,31 +219,20 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
 def _copy(final: Path, target: Path) -> None:
     if not target.exists():
         with atomic_directory(target) as folder:
-            shutil.copytree(final, folder, copy_function=_copy_file, dirs_exist_ok=True)
+            shutil.copytree(final, folder, dirs_exist_ok=True)
         return
     files = sorted((path for path in final.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
     for file in files:
         destination = target / file.relative_to(final)
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = staging_path(destination)
-        _copy_file(file, staging)
+        shutil.copyfile(file, staging)
         os.replace(staging, destination)
 
 
-def _copy_file(source: str | Path, target: str | Path) -> None:
-    """Copy a file, and compare every byte: the target may be a mounted bucket, whose program drops or delays writes.
-
-    Raises:
-        OSError: the copy is not equal.
-    """
-    shutil.copyfile(source, target)
-    if not filecmp.cmp(source, target, shallow=False):
-        raise OSError(f"{target} is not what was copied to it")
-
-
 def next_commands(model: FinalModel) -> list[NextCommand]:
-    """Return commands that try, merge, serve or evaluate a final model."""
-    from finetuning.model.peft.adapter_files import mergeable_type
+    """Return commands that try, merge, serve or evaluate a final model, without those that would be refused."""
+    from finetuning.model.peft.adapter_files import is_servable, mergeable_type
 
     if model.stop_tokens is None:
         return []
@@ -256,8 +244,8 @@ def next_commands(model: FinalModel) -> list[NextCommand]:
             NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
             NextCommand(f"lm_eval --model hf --model_args pretrained={folder} --tasks arc_easy", "evaluate it"),
         ]
-    peft_type = mergeable_type(Path(model.folder))
-    if peft_type is None:
+    base_folder = Path(model.base or "")
+    if mergeable_type(Path(model.folder), base_folder) is None:
         return [generate]
     merged = shlex.quote(f"{model.folder}-merged")
     base, purpose = shlex.quote(model.base or "BASE"), "merge it into the base model"
@@ -265,5 +253,6 @@ def next_commands(model: FinalModel) -> list[NextCommand]:
         # GPTQ's packed weights cannot be merged into, and the original model has another fingerprint.
         base, purpose = "--force UNQUANTIZED_BASE", "merge it into the base model before GPTQ"
     merge = NextCommand(f"merge_adapter {base} {folder} {merged}", purpose)
-    serve = NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")
-    return [generate, merge, *([serve] if peft_type == "LORA" else [])]
+    if is_servable(Path(model.folder), base_folder):
+        return [generate, merge, NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")]
+    return [generate, merge, NextCommand(f"vllm serve {merged}", "serve the merged model with vLLM")]

@@ -255,14 +255,24 @@ def load_model(
     adapted_model: Any = adapted.model
     initial = adapter_digests(adapted_model) if adapted.peft_config is not None else {}
     layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention)
+    if layout.padded and algorithm.supports_padding_free:
+        _warn_of_padding(experiment, adapted_model, tokenizer, topology)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
-    return LoadedModel(
-        adapted_model, None, initial, fingerprint, vocabulary, lambda: load_base()[0], layout, tuple(notes)
-    )
+    return LoadedModel(adapted_model, None, initial, fingerprint, vocabulary, load_reference, layout, tuple(notes))
 
 
 def _load_model_only(load_base: Callable[[], tuple[PreTrainedModel, EmbeddingInfo]]) -> PreTrainedModel:
     return load_base()[0]
+
+
+def _warn_of_padding(
+    experiment: Experiment, model: PreTrainedModel, tokenizer: LoadedTokenizer, topology: ProcessTopology
+) -> None:
+    from finetuning.model.padding import warn_of_padding
+
+    # Under FSDP only the main process holds the weights, and DeepSpeed has sharded them.
+    if not (topology.sharded_by or experiment.training_args.deepspeed):
+        warn_of_padding(model, tokenizer)
 
 
 def _load_base_model(
@@ -375,7 +385,8 @@ def choose_attention_candidates(
     if experiment.run_conf.model_args.attn_implementation:
         return AttentionSetup((), "as configured", autocast)
     choice = _rank_attention(experiment, algorithm, model, arguments, topology, autocast or model.dtype)
-    return AttentionSetup(tuple(name for name in choice.ranked if name != DEFAULT_ATTENTION), choice.reason, autocast)
+    # The last one is what the model was loaded with.
+    return AttentionSetup(choice.ranked[:-1], choice.reason, autocast)
 
 
 def _rank_attention(
@@ -389,12 +400,16 @@ def _rank_attention(
     from finetuning.model.hardware import training_device
 
     installed = tuple(name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed)
-    if not installed:
+    fallback = "eager" if model.config._attn_implementation == "eager" else DEFAULT_ATTENTION
+    if not installed and fallback == DEFAULT_ATTENTION:
         return choose_attention(AttentionContext())
     device = training_device(arguments.use_cpu)
     config = model.config.get_text_config()
+    supports = {"flash_attention": model._supports_flash_attn, "flex_attention": model._supports_flex_attn}
     return choose_attention(
         AttentionContext(
+            fallback=fallback,
+            supported=tuple(name for name, is_supported in supports.items() if is_supported),
             device=device.kind,
             capability=device.capability,
             installed=installed,
@@ -420,16 +435,17 @@ def verify_causality(
     """Return a note that the model is causal, or why that is not verified.
 
     Raises:
-        ModelError: it is not. Raised on every process.
+        ModelError: it is not, or it takes rows of some lengths only. Raised on every process.
     """
     from finetuning.errors import ModelError
-    from finetuning.model.varlen_attention import check_causality
+    from finetuning.model.varlen_attention import check_causality, check_row_lengths
 
     if sharded_by_deepspeed or topology.sharded_by == "deepspeed":
         return "causality: not verified under DeepSpeed, which may have partitioned the weights"
 
     def check() -> ModelError | str | None:
         try:
+            check_row_lengths(model)
             return check_causality(model, attention.autocast)
         except ModelError as error:
             return error

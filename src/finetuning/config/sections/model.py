@@ -30,8 +30,8 @@ class ModelArgs(ConfigSection):
     """Accepted for compatibility and ignored: weights are always loaded without a second copy in memory."""
     attn_implementation: str | None = None
     """Attention implementation: `eager`, `sdpa`, `flash_attention_2`, …. By default FlashAttention if it is installed,
-    the batches are padding-free and its logits match those of `sdpa`; otherwise `sdpa`, or `eager` for models without
-    `sdpa`. One that cannot run on this machine is replaced in the same way, with a warning."""
+    the batches are padding-free and its logits match those of `sdpa`, or of `eager` for models without `sdpa`, which
+    are used otherwise. One that cannot run on this machine is replaced in the same way, with a warning."""
     offload_folder: str | None = None
     """Folder for weights that `device_map` offloads to disk."""
     offload_state_dict: bool | None = None

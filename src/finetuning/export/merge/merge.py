@@ -14,7 +14,7 @@ from finetuning.export.merge.apply import ChangedElements
 from finetuning.export.merge.deltas import NeedsPeft
 from finetuning.export.merge.merge_plan import MergePlan, plan_merge
 from finetuning.export.merge.shard_stream import Progress, write_merged
-from finetuning.export.merge.verification import MergeVerification, check_free_memory, verify_merge
+from finetuning.export.merge.verification import EXACT_DTYPES, MergeVerification, check_free_memory, verify_merge
 from finetuning.export.merge.with_peft import (
     DeviceMap,
     check_device_map,
@@ -162,7 +162,12 @@ def _check_surviving_share(elements: ChangedElements, force: bool, log: Callable
 
 
 def _warn_of_rounding_loss(verification: MergeVerification, log: Callable[[str], None]) -> None:
-    if verification.rounding_loss > _MAX_ROUNDING_LOSS:
+    if verification.rounding_loss <= _MAX_ROUNDING_LOSS:
+        return
+    if verification.dtype in EXACT_DTYPES:
+        effect = verification.base_against_adapter.max_logit_difference
+        log(f"warning: the adapter changes almost nothing: logits by at most {effect:.2g}, about what rounding changes")
+    else:
         log(
             f"warning: rounding to {verification.dtype} loses {verification.rounding_loss:.0%} of the adapter's effect;"
             " serve the adapter unmerged, or merge into a base of float32"

@@ -18,6 +18,7 @@ from finetuning.export.merge.deltas import (
     read_deltas,
 )
 from finetuning.export.safetensors_writer import same_bytes
+from finetuning.model.safetensors_io import shared_by_layers
 
 _HEADS = ("lm_head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
@@ -108,6 +109,13 @@ def _checkpoint_names(base: BaseModel, deltas: Mapping[str, Sequence[WeightDelta
                 missing = absent_head
             else:
                 return names
+    shared = shared_by_layers(deltas, base.entries)
+    if shared:
+        raise ModelError(
+            f"the adapter cannot be merged: its layers change {_name_some(shared)} each in their own way, and the base"
+            f" {base.folder} stores one tensor for all of them.",
+            hint="Serve base model and adapter unmerged, with PEFT.",
+        )
     missing = [name for name in deltas if name not in base.entries]
     raise ModelError(
         f"the adapter does not fit the base {base.folder}: it changes {_name_some(missing)},"

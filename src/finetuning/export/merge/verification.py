@@ -23,6 +23,7 @@ share of it, the merge passes the test above but is useless.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import random
@@ -56,6 +57,8 @@ _MAX_TOKENS = 64
 VERIFICATION_FILE = "merge_verification.json"
 SAFETY = {"float64": 64.0, "float32": 64.0, "float16": 8.0, "bfloat16": 8.0}
 PEAK = 8.0
+EXACT_DTYPES = ("float32", "float64")
+"""Dtypes in which the weights of an adapter are stored as well: a merge rounds nothing away."""
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -125,6 +128,8 @@ def verify_merge(
     """
     import torch
 
+    from finetuning.model.saved_weights import restore_padding_rows
+
     prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
     head = task_head_for_merge(base, adapters)
     outputs = compute_scores if "num_labels" in head.config_fields else compute_logits
@@ -139,6 +144,7 @@ def verify_merge(
     # Frees the memory of the first model before the second is loaded.
     del adapted, model
     merged_model = head.auto_class.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
+    restore_padding_rows(merged_model, merged)
     actual = outputs(merged_model, prompts)
     spread = (
         torch.cat([(ref - ref.mean(-1, keepdim=True)).flatten() for ref in reference]).square().mean().sqrt().item()
@@ -157,8 +163,8 @@ def verify_merge(
     if not verification.passed:
         raise GuardStopped(
             f"the merged model differs from the trained model: {'; '.join(verification.problems)} ({verification}).",
-            hint="Nothing was published. Check that the adapter was trained on this base, merge into a float32 base, or"
-            " skip the check with --no-verify.",
+            hint="Nothing was published. Check that the adapter was trained on this base,"
+            f"{'' if dtype in EXACT_DTYPES else ' merge into a float32 base,'} or skip the check with --no-verify.",
         )
     return verification
 
@@ -193,8 +199,11 @@ def compute_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
     import torch
 
     from finetuning.model.embeddings import input_weight
+    from finetuning.model.peft.adapters import base_model_of
 
     device = input_weight(model).device
+    takes_cache = "use_cache" in inspect.signature(base_model_of(model).forward).parameters
+    options = {"use_cache": False} if takes_cache else {}
     logits: dict[int, torch.Tensor] = {}
     with torch.inference_mode():
         for batch in _batches_by_length(prompts):
@@ -202,7 +211,7 @@ def compute_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
             # Right padding is safe: with causal attention no token sees what follows it.
             ids = torch.tensor([[*prompts[index], *[0] * (width - len(prompts[index]))] for index in batch])
             mask = torch.tensor([[int(position < len(prompts[index])) for position in range(width)] for index in batch])
-            logits_BTV = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            logits_BTV = model(input_ids=ids.to(device), attention_mask=mask.to(device), **options).logits
             for row, index in enumerate(batch):
                 logits[index] = logits_BTV[row, : len(prompts[index])].float().cpu()
     return [logits[index] for index in range(len(prompts))]

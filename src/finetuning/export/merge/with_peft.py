@@ -16,7 +16,7 @@ from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.apply import ChangedElements, is_rounded
 from finetuning.export.merge.deltas import unwrapped_name
 from finetuning.export.merge.merge_plan import is_embedding_weight
-from finetuning.model.peft.adapter_files import check_mergeable, unmergeable
+from finetuning.model.peft.adapter_files import check_mergeable, restore_lora_tensors, unmergeable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,6 +57,7 @@ def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHea
 def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
     """Load the base in the dtype of its files, dequantized, with the task head that the adapters need."""
     from finetuning.model.embeddings import input_weight
+    from finetuning.model.saved_weights import restore_padding_rows
 
     head = task_head_for_merge(base, adapters)
     heads = [entry for adapter in adapters for name, entry in adapter.entries.items() if name.endswith(_HEAD_WEIGHTS)]
@@ -68,6 +69,8 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
         model = head.auto_class.from_pretrained(
             base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
         )
+    if not base.pickled:
+        restore_padding_rows(model, base.folder)
     if base.config.get("quantization_config"):
         try:
             model = _without_quantizer(model.dequantize())
@@ -127,6 +130,7 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
             raise ModelError(
                 f"the adapter {adapter.folder} has no tensors for {missing[0]} and {len(missing) - 1} more of the base"
             )
+    restore_lora_tensors(adapted, adapter.folder)
     return adapted.eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,15 @@ from finetuning.model.fingerprint import (
     describe_difference,
     read_fingerprint,
 )
-from finetuning.model.peft.lora_support import lora_init
-from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, read_header
+from finetuning.model.peft.lora_support import lora_init, used_options
+from finetuning.model.safetensors_io import (
+    ADAPTER_WEIGHTS,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    read_header,
+    read_model_headers,
+    shared_by_layers,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +38,7 @@ _INPUT_DEPENDENT = {
     "SHADOW": "what it adds to a layer is computed from each input",
     "XLORA": "it mixes several adapters for each token",
 }
+_PREFIX = "base_model.model."
 # PEFT may save whole embeddings with an adapter when the vocabulary was resized.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
@@ -80,13 +88,13 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def check_adapter_tensors(model: PeftModel, folder: Path, location: Location | None = None) -> None:
-    """Check that the adapter on the model has the tensors of the adapter's file.
+    """Check that the adapter on the model has the tensors of the adapter's file, and their values.
 
     PEFT loads a file with missing or extra tensors without an error, for example one trained on a model with another
     number of layers.
 
     Raises:
-        ModelError: the file has missing or extra tensors, or other shapes.
+        ModelError: the file has missing or extra tensors, or other shapes; or a value was not loaded.
     """
     stored = {name: entry.shape for name, entry in read_header(folder / ADAPTER_WEIGHTS).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}
@@ -104,6 +112,46 @@ def check_adapter_tensors(model: PeftModel, folder: Path, location: Location | N
                 f"the adapter {folder} {what} {', '.join(names[:3])}{more}; it was trained on another model",
                 location=location,
             )
+    restore_lora_tensors(model, folder, location)
+
+
+def restore_lora_tensors(model: PeftModel, folder: Path, location: Location | None = None) -> None:
+    """Copy the LoRA tensors that PEFT left at their initial values from the adapter's file, and compare all of them.
+
+    On loading, PEFT renames tensors by transformers' conversion of the architecture. For some classes (Laguna,
+    Inkling 2) that gives names which the model does not have, and PEFT drops these tensors without an error.
+
+    Raises:
+        ModelError: a tensor in memory differs from the file's.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        return
+    from safetensors.torch import load_file
+
+    stored = {name: tensor for name, tensor in load_file(file).items() if ".lora_" in name}
+    with torch.no_grad():
+        for name, tensor in _differing(model, stored).items():
+            # The tensors of a state dict share the memory of the model's.
+            tensor.copy_(stored[name])
+    remaining = sorted(_differing(model, stored))
+    if remaining:
+        raise ModelError(
+            f"PEFT does not load {remaining[0]} of the adapter {folder} onto this model ({len(remaining)} tensors)",
+            location=location,
+        )
+
+
+def _differing(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors in memory that differ from the stored ones of the same name and shape."""
+    return {
+        name: tensor
+        for name, tensor in adapter_state_dict(model).items()
+        if name in stored
+        and tensor.shape == stored[name].shape
+        and not (tensor.is_meta or hasattr(tensor, "ds_shape"))
+        and not torch.equal(tensor.cpu(), stored[name].to(tensor.dtype))
+    }
 
 
 def check_adapter_base(model: PreTrainedModel, folder: Path, location: Location | None = None) -> None:
@@ -164,12 +212,52 @@ def unmergeable(peft_type: str, reason: str, target: str = "") -> ModelError:
     )
 
 
-def mergeable_type(folder: Path) -> str | None:
-    """Return the PEFT type of a saved adapter that can be merged into its base model; None for other adapters."""
-    with reading(f"{folder / 'adapter_config.json'} cannot be read"):
-        config = read_json_object(folder / "adapter_config.json")
+def mergeable_type(folder: Path, base: Path | None = None) -> str | None:
+    """Return the PEFT type of a saved adapter that can be merged into its base model; None for other adapters.
+
+    Args:
+        base: the base model's folder. If it has no weights here, whether the adapter fits it is not checked.
+    """
+    config = _read_adapter_config(folder)
+    peft_type = str(config.get("peft_type")).upper()
     try:
         check_mergeable(folder, config)
     except ModelError:
         return None
-    return str(config.get("peft_type")).upper()
+    if base is not None and _has_weights(base):
+        names, stored = read_header(folder / ADAPTER_WEIGHTS), read_model_headers(base)
+        modules = [(name.removeprefix(_PREFIX).rpartition(".lora_")[0], name) for name in names if ".lora_" in name]
+        biased = [module for module, name in modules if name.endswith(".lora_B.bias")]
+        biased += [
+            name.removeprefix(_PREFIX).removesuffix(".beft_bias") for name in names if name.endswith(".beft_bias")
+        ]
+        # A bias is added to the base's, which has to have one.
+        with_bias = [name.removesuffix(".bias") for name in stored if name.endswith(".bias")]
+        if not all(any(module.endswith(layer) for layer in with_bias) for module in biased):
+            return None
+        if shared_by_layers((f"{module}.weight" for module, _ in modules), stored):
+            return None
+    return peft_type
+
+
+def is_servable(folder: Path, base: Path) -> bool:
+    """Whether vLLM serves a trained adapter, converted if need be, by its config and the names of its tensors.
+
+    The conversion compares values as well: an untrained tensor that is the base's is dropped.
+    """
+    config = _read_adapter_config(folder)
+    init = lora_init(config)
+    if init.changes_base and not (init.is_convertible and init.is_repeated and _has_weights(base)):
+        return False
+    is_plain = all(option.vllm == "yes" for option in used_options(config))
+    is_lora = str(config.get("peft_type")).upper() == "LORA"
+    return is_lora and is_plain and all(".lora_" in name for name in read_header(folder / ADAPTER_WEIGHTS))
+
+
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    with reading(f"{folder / 'adapter_config.json'} cannot be read"):
+        return read_json_object(folder / "adapter_config.json")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))

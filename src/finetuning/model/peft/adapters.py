@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from finetuning.config.pretrained_config import left_out_of_all_linear
 from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
 from finetuning.errors import Location, ModelError, reading
 from finetuning.model.peft.adapter_files import (
@@ -24,7 +25,7 @@ from finetuning.model.safetensors_io import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
     from finetuning.model.embeddings import EmbeddingInfo
 
@@ -33,6 +34,12 @@ _KWARGS = "peft_conf.peft_kwargs"
 NEEDS_TASK_IDS = ("MULTITASK_PROMPT_TUNING", "POLY")
 """PEFT types that need a task id with each row; no row format has one."""
 ALL_LINEAR = "all-linear"
+# PEFT's check of Mamba layers applies to these types.
+_MAMBA_CHECKED = ("ADALORA", "LORA", "RANDLORA", "XLORA")
+# Packages of modeling code, as opposed to those of quantized layers.
+_MODELING_CODE = ("transformers.models.", "transformers_modules.")
+# Names of the head of a sequence classification model, which PEFT leaves out of all-linear.
+_SCORE_HEADS = ("score", "classifier")
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ def make_peft_config(
                 location=Location(key=f"{_KWARGS}.{key}"),
                 hint=f"Did you mean {near[0]}?" if near else None,
             )
-    kwargs = _resolve_targets(model, kwargs, is_prompt_learning=_is_prompt_learning(config_class))
+    kwargs = _resolve_targets(model, kwargs, name, is_prompt_learning=_is_prompt_learning(config_class))
     if "total_step" in field_names and kwargs.get("total_step") is None and total_steps:
         kwargs["total_step"] = total_steps
     if name == "XLORA":
@@ -181,23 +188,120 @@ def make_peft_config(
 
 
 def _resolve_targets(
-    model: PreTrainedModel, kwargs: Mapping[str, object], *, is_prompt_learning: bool
+    model: PreTrainedModel, kwargs: Mapping[str, object], peft_type: str, *, is_prompt_learning: bool
 ) -> dict[str, Any]:
     """Return the arguments with `target_modules` as PEFT expects it.
 
-    A list that contains `all-linear` means all linear layers except the output layer. PEFT expands only the plain
-    string; in a list it would take `all-linear` for a module name and silently adapt only the others.
+    A list that contains `all-linear` means all linear layers except the output layer and those of
+    `left_out_of_all_linear`. PEFT expands only the plain string; in a list it would take `all-linear` for a module name
+    and silently adapt only the others.
     """
     resolved = dict(kwargs)
     targets = resolved.get("target_modules")
     if isinstance(targets, (list, tuple)) and ALL_LINEAR in targets:
         resolved["target_modules"] = targets = ALL_LINEAR
-    if targets == ALL_LINEAR and not is_prompt_learning and getattr(model, "quantization_method", None) == "gptq":
-        from finetuning.model.quantization import linear_layer_names
-
-        # PEFT expands all-linear to instances of torch.nn.Linear, which GPTQ's layers are not.
-        resolved["target_modules"] = linear_layer_names(model)
+    if targets == ALL_LINEAR and not is_prompt_learning:
+        resolved |= _all_linear(model, peft_type, kwargs)
     return resolved
+
+
+def _all_linear(model: PreTrainedModel, peft_type: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that select all linear layers that can be adapted: `all-linear` if PEFT selects the same.
+
+    PEFT counts the experts that transformers fuses to parameters as linear layers, and their routers as well.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    is_gptq = getattr(model, "quantization_method", None) == "gptq"
+    # PEFT expands all-linear to instances of these, which GPTQ's layers are not.
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) or (is_gptq and hasattr(module, "qweight"))
+    }
+    has_experts = any("experts" in name.split(".") for name, _ in model.named_modules())
+    left_out: dict[str, list[str]] = {}
+    for name, module in layers.items():
+        reason = left_out_of_all_linear(name, has_experts=has_experts) or _why_peft_cannot_adapt(
+            model, name, module, peft_type
+        )
+        if reason is not None:
+            left_out.setdefault(reason, []).append(name)
+    fused = _with_fused_experts(model, peft_type, ALL_LINEAR, kwargs)
+    if not left_out and not is_gptq and not fused.target_parameters:
+        return {"target_modules": ALL_LINEAR}
+    for reason, names in left_out.items():
+        logger.info("%s leaves out %s: %s", ALL_LINEAR, reason, ", ".join(names[:3]) + ("…" if names[3:] else ""))
+    heads = {id(model.get_output_embeddings()), *(id(getattr(model, name, None)) for name in _SCORE_HEADS)}
+    excluded = {name for names in left_out.values() for name in names}
+    included = {name for name, module in layers.items() if name not in excluded and id(module) not in heads}
+    # The last part of a name selects all layers that share it, so it is used where every one of them is included.
+    not_included = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in included}
+    short = ((name, name.rpartition(".")[2]) for name in included)
+    targets = {name if last in not_included or last.isdigit() else last for name, last in short}
+    if not fused.target_parameters:
+        return {"target_modules": sorted(targets)}
+    # PEFT takes the name of an expert's layer, in other layers too, for the fused parameter.
+    layer_names = {str(name).rpartition(".")[2] for name in fused.target_modules or ()}
+    experts: dict[str, Any] = {
+        "target_modules": sorted(name for name in targets if name.rpartition(".")[2] in layer_names),
+        "target_parameters": sorted(name for name in fused.target_parameters if not name.startswith("gate.")),
+    }
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        configured: Any = kwargs.get(pattern) or {}
+        experts[pattern] = {**getattr(fused, pattern), **configured}
+    return experts
+
+
+def _with_fused_experts(
+    model: PreTrainedModel, peft_type: str, targets: Iterable[str] | str, kwargs: Mapping[str, Any]
+) -> LoraConfig:
+    """Return a LoRA config in which PEFT has replaced an expert's layers by the parameters that transformers fused."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(
+        r=kwargs.get("r", 8),
+        lora_alpha=kwargs.get("lora_alpha", 8),
+        target_modules=targets if isinstance(targets, str) else [*targets],
+        target_parameters=kwargs.get("target_parameters"),
+    )
+    if peft_type == "LORA":
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError as error:
+            raise rejected_by_peft(error, peft_type) from error
+    return config
+
+
+def _why_peft_cannot_adapt(model: PreTrainedModel, name: str, module: torch.nn.Module, peft_type: str) -> str | None:
+    """Return why PEFT cannot adapt a linear layer; None if it can."""
+    import torch
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    from peft.utils.peft_types import PeftType
+
+    if peft_type in _MAMBA_CHECKED:
+        config = LoraConfig()
+        config.peft_type = PeftType(peft_type)
+        try:
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+        except ValueError:
+            return "state-space output projections"
+    kind = type(module)
+    if kind.forward is torch.nn.Linear.forward or not kind.__module__.startswith(_MODELING_CODE):
+        return None
+    # Some subclasses of Linear compute something else: a router returns a tuple, a grouped layer other shapes.
+    assert isinstance(module, torch.nn.Linear)
+    sample = torch.zeros(1, 2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            output = module(sample)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        output = None
+    is_linear = isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
+    return None if is_linear else f"layers that are not plain linear layers ({kind.__name__})"
 
 
 def _train_new_tokens(
