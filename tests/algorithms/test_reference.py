@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from finetuning.algorithms import ALGORITHMS
 from finetuning.config.validation.library_fields import table_fields
 from finetuning.errors import GuardStopped
 from finetuning.trainer.reference import largest_difference, tolerance_of
+from finetuning.training.preflight import describe_router_loss
 
 DPO, KTO = ALGORITHMS["dpo"], ALGORITHMS["kto"]
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
@@ -234,6 +236,54 @@ def test_a_router_loss_hides_nothing(train: Any, dpo_values: Any, mixtral_dir: P
         return
     with pytest.raises(GuardStopped, match=WRONG):
         train(values, changed(method, lambda model: add_noise(model, 1e-3)))
+
+
+@pytest.mark.parametrize("is_wrong", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("method", [DPO, KTO], ids=["dpo", "kto"])
+def test_the_first_loss_of_a_mixture_of_experts_is_checked_without_the_routers_loss(
+    train: Any, dpo_values: Any, mixtral_dir: Path, method: Any, is_wrong: bool
+) -> None:
+    values = dpo_values({**STEP, "run_conf.model": str(mixtral_dir), "training_args.router_aux_loss_coef": 0.5})
+    if not is_wrong:
+        run = train(values, method)
+        without = 0.6931 if method is DPO else 0.5
+        assert run.losses[0] > without + 0.1, "the router's loss is part of what is trained on"
+        assert "the first loss was checked without the router's load balancing loss" in run.trainer.reference_summary
+        summary = json.loads((run.output_dir / "run.json").read_text())["summary"]
+        assert ["router loss", "part of the loss, times 0.5", ""] in summary
+        return
+
+    def scaled(trainer: Any) -> None:
+        # A wrong formula, which policy and reference do not show.
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * 1.1
+
+    with pytest.raises(GuardStopped, match=r"without the router's load balancing loss .* must start at"):
+        train(values, changed(method, trainer=scaled))
+
+
+@pytest.mark.parametrize(
+    ("method", "in_config", "coefficient", "described"),
+    [
+        ("sft", False, None, ("not part of the loss", "run_conf.model_args.output_router_logits: true adds it")),
+        ("sft", True, None, ("part of the loss, times 0.001", "")),
+        ("dpo", False, None, ("part of the loss, times 0.001", "")),
+        ("kto", False, 0.0, ("not part of the loss", "training_args.router_aux_loss_coef adds it")),
+        ("orpo", False, None, ("not part of the loss", "run_conf.model_args.output_router_logits: true adds it")),
+        ("reward", True, None, None),
+    ],
+)
+def test_a_run_says_whether_the_routers_loss_is_part_of_its_loss(
+    method: str, in_config: bool, coefficient: float | None, described: tuple[str, str] | None
+) -> None:
+    from transformers import LlamaConfig, MixtralConfig
+
+    extra = {} if coefficient is None else {"router_aux_loss_coef": coefficient}
+    experiment: Any = SimpleNamespace(method_name=method, training_args=SimpleNamespace(model_extra=extra))
+    model: Any = SimpleNamespace(config=MixtralConfig(output_router_logits=in_config))
+    assert describe_router_loss(experiment, model) == described
+    model.config = LlamaConfig()
+    assert describe_router_loss(experiment, model) is None
 
 
 @pytest.fixture

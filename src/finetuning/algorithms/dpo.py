@@ -100,7 +100,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
         def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
             args = self.args
-            if args.use_weighting or args.f_divergence_type != "reverse_kl" or self.aux_loss_enabled:
+            if args.use_weighting or args.f_divergence_type != "reverse_kl":
                 return None
             value = initial_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
             name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"

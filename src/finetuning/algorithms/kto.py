@@ -72,8 +72,6 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             return with_kl_completions(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
         def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
-            if self.aux_loss_enabled:
-                return None
             desirable = int(inputs["label"].sum())
             weights = (self.desirable_weight, self.undesirable_weight)
             value = initial_loss(desirable, len(inputs["label"]) - desirable, *weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,16 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.per_token:.2g} per token in sequence {self.row + 1} of {self.num_rows}"
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What a model returned to the loss in one call."""
+
+    log_probs: torch.Tensor
+    """Log-probabilities per token, float32, (rows, tokens)."""
+    router_loss: float | None
+    """The load balancing loss of a mixture of experts, without its coefficient."""
 
 
 def largest_difference(policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Difference:
@@ -197,6 +207,9 @@ class ReferenceCheckMixin(ReferenceMixin):
     """
 
     precompute_ref_logps: bool
+    aux_loss_enabled: bool
+    """Whether the loss contains the load balancing loss of the router of a mixture of experts."""
+    router_aux_loss_coef: float
     _has_dropout_warning = False
 
     def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
@@ -223,18 +236,20 @@ class ReferenceCheckMixin(ReferenceMixin):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _check_before_update(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-        loss, recorded = self._compute_and_record(model, inputs)
+        loss, calls = self._compute_and_record(model, inputs)
         if self.precompute_ref_logps:
-            policy = [self.weigh_log_probs(log_probs, inputs) for log_probs in recorded]
+            policy = [self.weigh_log_probs(call.log_probs, inputs) for call in calls]
             reference = self.precomputed_log_probs(inputs)
         else:
-            policy, reference = _halves(recorded)
+            calls, of_reference = _halves(calls)
+            policy, reference = ([call.log_probs for call in half] for half in (calls, of_reference))
         are_equal = self.compare_with_reference(
             policy, reference, lambda fresh: self._log_probs_of(fresh, model, inputs)
         )
         expected = self.expected_first_loss(inputs)
         if are_equal and expected is not None:
-            check_initial_loss(loss, expected)
+            # KTO computes the divergence first. Its loss, like DPO's, is made of the last call of the policy.
+            self._check_initial_loss(loss, expected, calls[-1].router_loss)
         if not self._has_dropout_warning and has_dropout(self.model):
             self._has_dropout_warning = True
             logger.warning(
@@ -242,11 +257,22 @@ class ReferenceCheckMixin(ReferenceMixin):
                 " without. Set training_args.disable_dropout: true to train without."
             )
 
-    def _compute_and_record(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor]
-    ) -> tuple[float, list[torch.Tensor]]:
-        """Return the loss and the log-probabilities that it is computed from: the policy's, then the reference's."""
-        with self.evaluation_pass(model), record_log_probs(self.model, self.ref_model) as recorded:
+    def _check_initial_loss(self, loss: float, expected: ExpectedLoss, router_loss: float | None) -> None:
+        """Compare the loss with its known value. TRL adds the router's loss, which is known for this batch as well.
+
+        Raises:
+            GuardStopped: they differ.
+        """
+        if self.aux_loss_enabled and router_loss is not None:
+            router_loss *= self.router_aux_loss_coef
+            term = f"without the router's load balancing loss ({router_loss:.3g})"
+            loss, expected = loss - router_loss, replace(expected, name=f"{expected.name} {term}")
+            self.reference_summary = f"{self.reference_summary}; the first loss was checked {term}"
+        check_initial_loss(loss, expected)
+
+    def _compute_and_record(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[float, list[ModelCall]]:
+        """Return the loss and the calls of models that it is computed from: the policy's, then the reference's."""
+        with self.evaluation_pass(model), record_calls(self.model, self.ref_model) as recorded:
             output = super().compute_loss(model, dict(inputs))
         return float(output[0] if isinstance(output, tuple) else output), recorded
 
@@ -261,21 +287,23 @@ class ReferenceCheckMixin(ReferenceMixin):
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, False
         self.ref_model = reference.to(self.args.device).eval()
         try:
-            log_probs = _halves(self._compute_and_record(model, inputs)[1])[1]
+            log_probs = [call.log_probs for call in _halves(self._compute_and_record(model, inputs)[1])[1]]
         finally:
             self.ref_model, self.precompute_ref_logps = None, precomputed
         return [self.weigh_log_probs(tensor, inputs) for tensor in log_probs] if precomputed else log_probs
 
 
 @contextmanager
-def record_log_probs(*models: nn.Module | None) -> Iterator[list[torch.Tensor]]:
-    """Record the log-probabilities per token that models compute in the block, in the order of the calls."""
-    recorded: list[torch.Tensor] = []
+def record_calls(*models: nn.Module | None) -> Iterator[list[ModelCall]]:
+    """Record the calls of models in the block that return log-probabilities, in their order."""
+    recorded: list[ModelCall] = []
 
     def record(module: nn.Module, arguments: object, output: object) -> None:
         log_probs = getattr(output, "log_probs", None)
+        router_loss = getattr(output, "aux_loss", None)
         if log_probs is not None:
-            recorded.append(log_probs.detach().float())
+            value = None if router_loss is None else float(router_loss)
+            recorded.append(ModelCall(log_probs.detach().float(), value))
 
     handles = [model.register_forward_hook(record) for model in models if model is not None]
     try:
@@ -285,7 +313,7 @@ def record_log_probs(*models: nn.Module | None) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
-def _halves(recorded: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _halves(recorded: list[ModelCall]) -> tuple[list[ModelCall], list[ModelCall]]:
     half, odd = divmod(len(recorded), 2)
     if not half or odd:
         raise InternalError(f"the loss called policy and reference {len(recorded)} times, not equally often")

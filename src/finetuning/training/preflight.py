@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
@@ -111,6 +111,28 @@ def compute_precision(experiment: Experiment, model: PreTrainedModel, device: De
     if not capability.is_supported or capability.note.startswith("emulated"):
         return weights, ""
     return weights, f"{device.name} supports bfloat16; set training_args.bf16 to use it"
+
+
+_ADDS_ROUTER_LOSS = ("dpo", "kto", "grpo")
+"""Methods whose trainer adds the router's loss whatever the model's config says."""
+
+
+def describe_router_loss(experiment: Experiment, model: PreTrainedModel) -> tuple[str, str] | None:
+    """Return whether the loss contains the load balancing loss of a mixture of experts, and how to change that.
+
+    None for models that have no such loss, and for reward models, which train without it.
+    """
+    config: Any = model.config.get_text_config()
+    if not hasattr(config, "output_router_logits") or experiment.method_name == "reward":
+        return None
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    key, is_part = "run_conf.model_args.output_router_logits: true", bool(config.output_router_logits)
+    if experiment.method_name in _ADDS_ROUTER_LOSS:
+        extra: Mapping[str, Any] = experiment.training_args.model_extra or {}
+        configured = extra.get("router_aux_loss_coef")
+        coefficient = coefficient if configured is None else configured
+        key, is_part = "training_args.router_aux_loss_coef", bool(coefficient)
+    return (f"part of the loss, times {coefficient:g}", "") if is_part else ("not part of the loss", f"{key} adds it")
 
 
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings")

@@ -89,7 +89,6 @@ class RunReporter:
     def data_prepared(self, data: PreparedData) -> None:
         """Write the row statistics and the preview into the output directory."""
         self._add_line("prepared rows", data.origin)
-        self._telemetry.data_prepared(data.statistics.report())
         for line in data.statistics.lines():
             label, _, value = line.partition(": ")
             is_split = value and not line.startswith(" ")
@@ -114,7 +113,7 @@ class RunReporter:
         self, loaded: LoadedModel, plan: Plan, data: PreparedData, resume: ResumePoint, resume_terms: ResumeTerms
     ) -> dict[str, object]:
         """Add what is trained to the summary. Return the inputs of the run for its record."""
-        from finetuning.training.preflight import check_positions, compute_precision
+        from finetuning.training.preflight import check_positions, compute_precision, describe_router_loss
 
         for note in resume_terms.notes:
             self._add_line("resumed with", note)
@@ -122,6 +121,8 @@ class RunReporter:
             self._add_line("longest row", "exceeds the model's context length")
             self._warn(*warnings)
         self._add_line("precision", *compute_precision(self._experiment, loaded.model))
+        if (router_loss := describe_router_loss(self._experiment, loaded.model)) is not None:
+            self._add_line("router loss", *router_loss)
         for note in (*loaded.notes, f"rows in a batch: {loaded.layout}"):
             label, _, value = note.partition(": ") if ": " in note else ("", "", note)
             self._add_line(label, value)
