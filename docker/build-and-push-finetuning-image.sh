@@ -5,17 +5,23 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: docker/build-and-push-finetuning-image.sh [options] {cuda|rocm}
+usage: docker/build-and-push-finetuning-image.sh [options] {cuda|rocm} [TAG]
 
   --registry NAME       registry and folder that the images are named after, for example registry.example.com/team
   --tag TAG             tag of both images (default: the current commit, with -dirty if there are local changes)
   --vendor-image IMAGE  build on another torch image than the one that base.Dockerfile names
-  --extras LIST         extras of the package for the worker, for example otlp,liger
+  --extras LIST         more extras of the package for the worker than deepspeed,tensorboard: otlp,liger, say
   --push                push both images after the build; needs --registry
   --dry-run             print the commands and run none of them
   -h, --help            show this text
 
-DOCKER names the program that builds (default: docker).
+Environment:
+  DOCKER     the program that builds (default: docker)
+  REGISTRY   as --registry
+  SKIP_PUSH  true: with TAG as an argument, build only
+
+A TAG as an argument, as in the Silogen engine's script, pushes to REGISTRY unless SKIP_PUSH is true. Every image also
+gets the name that it has there: PLATFORM-silogen-finetuning-base and PLATFORM-silogen-finetuning-worker.
 TEXT
 }
 
@@ -44,7 +50,7 @@ current_tag() {
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 docker=${DOCKER:-docker}
-platform='' registry='' tag='' vendor_image='' extras='' push=false dry_run=false
+platform='' registry=${REGISTRY:-} tag='' vendor_image='' extras='' push=false dry_run=false
 
 while (($#)); do
     case $1 in
@@ -64,7 +70,13 @@ while (($#)); do
             [[ -z $platform ]] || fail "one platform at a time: cuda or rocm"
             platform=$1
             ;;
-        *) fail "unknown argument $1; see --help" ;;
+        -*) fail "unknown option $1; see --help" ;;
+        *)
+            [[ -n $platform ]] || fail "unknown argument $1: name the platform first, cuda or rocm; see --help"
+            [[ -z $tag ]] || fail "two tags: $tag and $1"
+            tag=$1
+            [[ ${SKIP_PUSH:-false} == true || -z $registry ]] || push=true
+            ;;
     esac
     shift
 done
@@ -73,17 +85,20 @@ done
 [[ $push == false || -n $registry ]] || fail "--push needs --registry"
 tag=${tag:-$(current_tag)}
 prefix=${registry:+${registry%/}/}${platform}-finetuning
+alias_prefix=${registry:+${registry%/}/}${platform}-silogen-finetuning
 revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || printf unknown)
 
 base_options=()
 if [[ -n $vendor_image ]]; then
     base_options+=(--build-arg "VENDOR_IMAGE=$vendor_image")
 fi
-run "$docker" build "${base_options[@]}" --file "$root/docker/$platform/base.Dockerfile" --tag "$prefix-base:$tag" "$root"
+run "$docker" build "${base_options[@]}" --file "$root/docker/$platform/base.Dockerfile" --tag "$prefix-base:$tag" \
+    --tag "$alias_prefix-base:$tag" "$root"
 run "$docker" build --build-arg "BASE_IMAGE=$prefix-base:$tag" --build-arg "REVISION=$revision" \
-    --build-arg "EXTRAS=${extras:+[$extras]}" --file "$root/docker/$platform/worker.Dockerfile" \
-    --tag "$prefix-worker:$tag" "$root"
+    --build-arg "EXTRAS=[deepspeed,tensorboard${extras:+,$extras}]" --file "$root/docker/$platform/worker.Dockerfile" \
+    --tag "$prefix-worker:$tag" --tag "$alias_prefix-worker:$tag" "$root"
 if [[ $push == true ]]; then
-    run "$docker" push "$prefix-base:$tag"
-    run "$docker" push "$prefix-worker:$tag"
+    for image in "$prefix-base" "$prefix-worker" "$alias_prefix-base" "$alias_prefix-worker"; do
+        run "$docker" push "$image:$tag"
+    done
 fi

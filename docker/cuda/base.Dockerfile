@@ -5,6 +5,8 @@
 # CUDA 13.0 needs a driver of release 580 or newer. Older drivers:
 #   --build-arg VENDOR_IMAGE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
 ARG VENDOR_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime@sha256:db80a41f8428644cebcb3d75b0b62df334ab6c0e75785951eb25f48bfbd42407
+ARG MC_IMAGE=quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z@sha256:a7fe349ef4bd8521fb8497f55c6042871b2ae640607cf99d9bede5e9bdf11727
+FROM ${MC_IMAGE} AS mc
 FROM ${VENDOR_IMAGE}
 
 LABEL org.opencontainers.image.title="cuda-finetuning-base" \
@@ -29,9 +31,20 @@ RUN python3 keep_vendor_torch.py record vendor-torch.json --build cuda \
         setuptools simpleeval tokenizers transformers trl \
     && python3 keep_vendor_torch.py check vendor-torch.json
 
+# `ps` is what the Silogen engine's chart calls, and so is `mc` below.
+RUN apt-get update && apt-get install --yes --no-install-recommends procps && rm -rf /var/lib/apt/lists/*
+COPY --from=mc /usr/bin/mc /usr/local/bin/mc
+
+# User 1000, with the groups that own the devices of AMD GPUs, unless the host numbers them otherwise.
+RUN { ! getent passwd 1000 || userdel "$(getent passwd 1000 | cut -d: -f1)"; } \
+    && for group in video render; do getent group "$group" || groupadd --system "$group"; done \
+    && useradd --uid 1000 --gid 0 --groups video,render --home-dir /home/finetuning --no-create-home finetuning
+
 # Group 0 owns what is written, so that any user id can run this image with group 0.
-# Nothing outside of /cache, /workspace and /tmp is written: mount those and run with --read-only.
-RUN install -d -m 0775 -o 1000 -g 0 /cache /workspace /home/finetuning
+# Nothing outside of /cache, /workspace, /tmp and the folders of the Silogen engine's chart is written: mount those and
+# run with --read-only. A mount at /HF_HOME, as the Silogen engine has it, lands in HF_HOME through the link.
+RUN install -d -m 0775 -o 1000 -g 0 /cache /cache/huggingface /workspace /home/finetuning /workdir /local_resources \
+    && ln -s /cache/huggingface /HF_HOME
 
 # USER and LOGNAME: torch's compile cache asks for the user's name, which an arbitrary user id does not have.
 # USE_HUB_KERNELS=0 and no package `kernels`: code from the hub is never fetched at import.
@@ -46,9 +59,11 @@ ENV HOME=/home/finetuning \
     HF_HUB_DISABLE_TELEMETRY=1 \
     DO_NOT_TRACK=1 \
     MLFLOW_DISABLE_TELEMETRY=true \
+    MLFLOW_ALLOW_FILE_STORE=true \
     MLFLOW_HTTP_REQUEST_TIMEOUT=10 \
     MLFLOW_HTTP_REQUEST_MAX_RETRIES=2 \
     USE_HUB_KERNELS=0
 
 WORKDIR /workspace
-USER 1000:0
+# Without a group in this line the user keeps the groups of the password file.
+USER 1000

@@ -21,8 +21,8 @@ USER 0
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/finetuning
 
-# Extras in brackets, for example EXTRAS="[otlp]". What they bring is not in the tested set of constraints.txt.
-ARG EXTRAS=""
+# Extras in brackets. What they bring is not in the tested set of constraints.txt.
+ARG EXTRAS="[deepspeed,tensorboard]"
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
 RUN python3 keep_vendor_torch.py pin constraints.txt > pins.txt \
@@ -33,6 +33,6 @@ RUN python3 keep_vendor_torch.py pin constraints.txt > pins.txt \
     && finetuning --version
 
 WORKDIR /workspace
-USER 1000:0
+USER 1000
 ENTRYPOINT ["finetuning"]
 CMD ["--help"]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+DEVICES = Path("/dev")
+
 
 @dataclass(frozen=True)
 class DtypeSupport:
@@ -86,6 +88,36 @@ def training_device(use_cpu: bool) -> Device:
     if not use_cpu and torch.backends.mps.is_available():
         return _describe("Apple GPU", torch.device("mps"), None, None)
     return _describe(platform.processor() or platform.machine(), torch.device("cpu"), None, None)
+
+
+def explain_missing_gpu() -> str | None:
+    """Return why a build of torch for GPUs sees none, as far as it is known; None if it sees one, or is for CPUs."""
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip and f"ROCm {torch.version.hip}"
+    if not build or _has_cuda_api():
+        return None
+    return f"torch is built for {build} but sees no GPU: {_why_no_gpu(bool(torch.version.hip))}"
+
+
+def _why_no_gpu(is_rocm: bool) -> str:
+    hiding = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+    for name in hiding if is_rocm else hiding[-1:]:
+        if os.environ.get(name) in ("", "-1"):
+            return f"{name} hides all of them"
+    if not is_rocm:
+        if not list(DEVICES.glob("nvidia[0-9]*")):
+            return "there is no /dev/nvidia0. Start the container with --gpus all, or check the driver"
+        return "the driver may be too old for it; nvidia-smi shows up to which CUDA release it works"
+    devices = [DEVICES / "kfd", *sorted(DEVICES.glob("dri/renderD*"))]
+    if not devices[0].exists() or len(devices) == 1:
+        return "there is no /dev/kfd or no /dev/dri. Start the container with --device /dev/kfd --device /dev/dri"
+    for device in devices:
+        if not os.access(device, os.R_OK | os.W_OK):
+            group = device.stat().st_gid
+            return (
+                f"user {os.getuid()} may not open {device}, which belongs to group {group}. Start the container with"
+                f" --group-add {group}"
+            )
+    return "rocminfo shows what the driver reports"
 
 
 def _has_cuda_api() -> bool:

@@ -1,0 +1,1 @@
+build-and-push-finetuning-image.sh
