@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +185,46 @@ def test_local_stores_work(kind: str, tmp_path: Path, client: Client, migrated_d
     assert history(store, end.run_id, "loss") == [(1, 2.0)]
     assert [item.path for item in store.list_artifacts(end.run_id, "notes")] == ["notes/note.txt"]
     assert Path(store.get_run(end.run_id).info.artifact_uri.removeprefix("file://")).is_relative_to(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_suggested_command_serves_a_folder(
+    tmp_path: Path, eventually: Callable[..., None], closed_port: int
+) -> None:
+    """As a new user types it: in a shell that has none of the variables that this package sets for itself."""
+    uri = f"file://{tmp_path}/my runs"
+    tracker = start(uri, tmp_path / "out")
+    tracker.queue.append("metrics", values={"loss": 2.0}, step=1)
+    assert tracker.finish("FINISHED", wait_s=60).error is None
+    command = resolve_tracking(TrackingOptions(uri), None, {}).ui_command
+    assert command is not None
+    port = closed_port
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    log = tmp_path / "ui.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", f"{command} --port {port} --workers 1"],
+            cwd=tmp_path, env=environment, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+    def answers(path: str, **body: object) -> str | None:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode() if body else None)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.read().decode()
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None, log.read_text()
+            return None
+
+    try:
+        eventually(lambda: answers("/") is not None)
+        assert "<title>MLflow" in (answers("/") or "")
+        assert '"name": "tests"' in (answers("/api/2.0/mlflow/experiments/search", max_results=5) or "")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_the_training_process_never_imports_mlflow(

@@ -141,3 +141,15 @@ def test_resolving_options_imports_no_large_package() -> None:
         "loaded = {'mlflow', 'torch', 'transformers', 'requests'} & set(sys.modules); assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("uri", "command"),
+    [
+        ("file:///a b/runs", "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri file:///a%20b/runs"),
+        ("sqlite:////a/m.db", "mlflow ui --backend-store-uri sqlite:////a/m.db"),
+        ("http://host:5000", None),
+    ],
+)
+def test_a_local_store_gets_a_command_that_shows_it(uri: str, command: str | None) -> None:
+    assert resolve_tracking(TrackingOptions(uri), None, {}).ui_command == command

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,17 @@ class TrackingPlan:
     def is_local(self) -> bool:
         """Whether the store is a local file or database, without a server."""
         return self.enabled and urlsplit(self.uri.value).scheme in ("file", "sqlite")
+
+    @property
+    def ui_command(self) -> str | None:
+        """The command that shows a local store in a browser; None for a server, which has its own page.
+
+        MLflow 3.17 serves a folder only if an environment variable allows it.
+        """
+        if not self.is_local:
+            return None
+        allowed = "MLFLOW_ALLOW_FILE_STORE=true " if urlsplit(self.uri.value).scheme == "file" else ""
+        return f"{allowed}mlflow ui --backend-store-uri {shlex.quote(self.uri.value)}"
 
     def __str__(self) -> str:
         if not self.enabled:

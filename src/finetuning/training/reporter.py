@@ -16,7 +16,15 @@ from finetuning.distributed import ProcessTopology
 from finetuning.plan.plan import Plan
 from finetuning.report.console import open_console
 from finetuning.report.run_folder import PREVIEW_NAME, RECORD_NAME
-from finetuning.report.terminal import OutputFile, RunSummary, SummaryLine, print_end, print_start, print_warning
+from finetuning.report.terminal import (
+    NextCommand,
+    OutputFile,
+    RunSummary,
+    SummaryLine,
+    print_end,
+    print_start,
+    print_warning,
+)
 from finetuning.training.telemetry import TelemetrySession
 from finetuning.training.trackers import TrackerSet
 
@@ -57,6 +65,7 @@ class RunReporter:
         self._warnings: list[str] = []
         self._results: list[tuple[str, str]] = []
         """Label and value of what is known at the end only."""
+        self._mlflow_ui = tracking.ui_command
         self._tracker_set = TrackerSet(experiment, method, tracking, is_main=topology.is_main)
         self._trackers: TrackerGroup | None = None
         self._telemetry = TelemetrySession(experiment, method, topology)
@@ -89,7 +98,6 @@ class RunReporter:
     def data_prepared(self, data: PreparedData) -> None:
         """Write the row statistics and the preview into the output directory."""
         self._add_line("prepared rows", data.origin)
-        self._telemetry.data_prepared(data.statistics.report())
         for line in data.statistics.lines():
             label, _, value = line.partition(": ")
             is_split = value and not line.startswith(" ")
@@ -265,9 +273,12 @@ class RunReporter:
                 + [("checked", "; ".join(final.checks))]
                 + ([("stops at", final.stop_tokens)] if final.stop_tokens else [])
                 + self._tracker_set.addresses(),
-                commands=next_commands(final),
+                commands=[*next_commands(final), *self._mlflow_command()],
             ),
         )
+
+    def _mlflow_command(self) -> list[NextCommand]:
+        return [NextCommand(self._mlflow_ui, "show the run in MLflow's pages")] if self._mlflow_ui else []
 
     def upload(self, folder: Path) -> dict[str, object]:
         """Upload a final model that an earlier job saved. Return the outcome for the record."""
