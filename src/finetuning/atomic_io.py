@@ -74,9 +74,13 @@ def publish(staging: Path, target: Path) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json` with the size and the digest of every file in a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {path.relative_to(folder).as_posix(): _manifest_entry(path) for path in files}
+    entries = digest_files(folder, (path for path in folder.rglob("*") if path.name != MANIFEST))
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def digest_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, int | str]]:
+    """Return size and digest of the files among some paths in a folder, by their relative names."""
+    return {path.relative_to(folder).as_posix(): _manifest_entry(path) for path in sorted(paths) if path.is_file()}
 
 
 def update_manifest(folder: Path, names: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from finetuning.atomic_io import staging_path
+from finetuning.cli.merge_adapter import main
 from finetuning.errors import ConfigError, FinetuningError, GuardStopped, ModelError, StorageError
 from finetuning.export.merge.merge import merge_adapters
 from finetuning.export.merge.verification import VERIFICATION_FILE
@@ -152,6 +153,37 @@ def test_an_output_that_is_not_empty(adapter: Path, base: Path, tmp_path: Path) 
     (out / "mine.txt").write_text("mine")
     refused(StorageError, "not empty", base, adapter, out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_the_same_merge_again(adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that is retried after its merge ends well. What is there otherwise is never overwritten."""
+    out, moved = tmp_path / "out", tmp_path / "moved-adapter"
+    assert main([str(base), str(adapter), str(out)]) == 0
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()}
+    shutil.copytree(adapter, moved)
+    for arguments in ([str(base), str(adapter)], [str(base), str(moved)], [str(base), str(moved), "--no-verify"]):
+        capsys.readouterr()
+        assert main([*arguments, str(out)]) == 0
+        assert f"{out} holds this merge already, complete and unchanged" in capsys.readouterr().out
+    assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["adapter", "base", "weights of the merge", "a file of the merge", "not verified"])
+def test_another_merge_is_not_the_same(change: str, adapter: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge_adapters(str(base), [str(adapter)], out, verify=change != "not verified")
+    files = {
+        "adapter": adapter / "adapter_config.json",
+        "base": base / "config.json",
+        "weights of the merge": out / "model.safetensors",
+        "a file of the merge": out / "config.json",
+    }
+    if change in files:
+        content = bytearray(files[change].read_bytes())
+        content[-2:] = content[-2:] + b" " if files[change].suffix == ".json" else bytes([content[-2] ^ 1, content[-1]])
+        files[change].write_bytes(content)
+    (adapter / "adapter_fingerprint.json").unlink(missing_ok=True)
+    refused(StorageError, "not empty", base, adapter, out)
 
 
 def test_a_pickled_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("basemodel", help="hub id or path of the base model")
     parser.add_argument("peftmodel", help="hub id or path of the PEFT adapter")
-    parser.add_argument("outpath", help="folder for the merged model, which must be empty or new")
+    parser.add_argument("outpath", help="folder for the merged model: new, empty, or holding the same merge")
     parser.add_argument(
         "--tokenizer",
         help="hub id or path of the tokenizer to save with the model (default: the adapter's, else the base model's)",
@@ -83,6 +83,9 @@ def _merge(argv: list[str]) -> int:
             log=lambda line: print(line, file=sys.stderr),
             progress=progress,
         )
+    if result.existed:
+        print(f"{result.out} holds this merge already, complete and unchanged; nothing to do")
+        return 0
     print(f"merged model: {result.out} ({result.num_bytes / 1e9:.2f} GB)")
     print(f"verified: {result.verification}" if result.verification else "not verified (--no-verify)")
     return 0

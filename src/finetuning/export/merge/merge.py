@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.atomic_io import atomic_directory, require_empty
+from finetuning.atomic_io import (
+    atomic_directory,
+    digest_files,
+    find_manifest_mismatch,
+    require_empty,
+    write_manifest,
+)
 from finetuning.errors import GuardStopped, ModelError
 from finetuning.export.auxiliary_files import select_tokenizer_folder, write_auxiliary_files
-from finetuning.export.inputs import Adapter, BaseModel, read_adapter, read_base, resolve_folder
+from finetuning.export.inputs import Adapter, BaseModel, read_adapter, read_base, read_json, resolve_folder
 from finetuning.export.merge.apply import ChangedElements
 from finetuning.export.merge.deltas import NeedsPeft
 from finetuning.export.merge.merge_plan import MergePlan, plan_merge
 from finetuning.export.merge.shard_stream import Progress, write_merged
-from finetuning.export.merge.verification import EXACT_DTYPES, MergeVerification, check_free_memory, verify_merge
+from finetuning.export.merge.verification import (
+    EXACT_DTYPES,
+    VERIFICATION_FILE,
+    MergeVerification,
+    check_free_memory,
+    verify_merge,
+)
 from finetuning.export.merge.with_peft import (
     DeviceMap,
     check_device_map,
@@ -26,6 +39,11 @@ from finetuning.model.older_checkpoint import find_stop_token_repair, read_gener
 from finetuning.model.peft.adapter_files import check_mergeable
 from finetuning.model.stop_tokens import copy_ids_to_model_config
 
+_INPUTS_FILE = "merge_inputs.json"
+_INPUT_PATTERNS = (
+    "adapter_*", "config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*", "*.model", "*.py",
+    "token*", "special_tokens_map.json", "added_tokens*", "vocab*", "merges.txt", "chat_template*",
+)  # fmt: skip
 _SMALL_FILES_BYTES = 64 << 20
 _MAX_ROUNDING_LOSS = 0.5
 _MIN_SURVIVING_SHARE = 0.5
@@ -42,6 +60,8 @@ class MergeResult:
     """Whether it was merged tensor by tensor; False if PEFT merged it in memory."""
     verification: MergeVerification | None
     """The comparison with base and adapters; None if it was skipped."""
+    existed: bool = False
+    """Whether the folder held this very merge before, complete and unchanged, and nothing was done."""
 
 
 def merge_adapters(
@@ -70,28 +90,29 @@ def merge_adapters(
 
     Raises:
         ModelError: the base or an adapter is missing, damaged, of an unsupported kind, or they do not fit together.
-        StorageError: `out` is not empty, or the disk is full; nothing is left behind.
+        StorageError: `out` holds something else than this merge, or the disk is full; nothing is left behind.
         GuardStopped: the merged model differs from base and adapters, or rounding loses most of what the adapters
             change; nothing is left behind.
     """
-    require_empty(out)
+    _check_output(out)
     base = read_base(base_name, allow_pickle=allow_pickle)
     adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
+    tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
+    inputs = _describe_inputs(base, adapters, tokenizer_source)
+    if _is_merged(out, inputs, verify):
+        return MergeResult(out, _num_bytes(out), streamed=False, verification=None, existed=True)
     # Only the first adapter's base is checked: a later one may have been trained on the result of an earlier merge,
     # whose fingerprint is not recorded.
     base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
     plan = plan_merge(base, adapters, force=force)
-    _check_plan(plan, adapters, verify, device_map)
+    _check_plan(plan, base, adapters, verify, device_map)
     for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
         log(note)
     check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
-    if verify:
-        check_free_memory(base)
-    tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
-    verification = None
     with atomic_directory(out) as folder:
         num_rows, elements = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, log, progress)
         _check_surviving_share(elements, force, log)
+        verification = None
         if verify:
             log("verifying the merged model against base and adapter")
             verification = verify_merge(
@@ -99,16 +120,57 @@ def merge_adapters(
                 base_fingerprint=base_fingerprint, surviving_share=elements.surviving_share,
             )  # fmt: skip
             _warn_of_rounding_loss(verification, log)
-        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return MergeResult(out, num_bytes, isinstance(plan, MergePlan), verification)
+        (folder / _INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
+        write_manifest(folder)
+    return MergeResult(out, _num_bytes(out), isinstance(plan, MergePlan), verification)
 
 
-def _check_plan(plan: MergePlan | NeedsPeft, adapters: Sequence[Adapter], verify: bool, device_map: DeviceMap) -> None:
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _describe_inputs(base: BaseModel, adapters: Sequence[Adapter], tokenizer: Path | None) -> dict[str, object]:
+    """Return digests of all files that a merge reads. Where the folders are makes no difference."""
+    folders = [base.folder, *(adapter.folder for adapter in adapters), *([tokenizer] if tokenizer else [])]
+    contents = [
+        digest_files(folder, {path for pattern in _INPUT_PATTERNS for path in folder.glob(pattern)})
+        for folder in folders
+    ]
+    num_models = 1 + len(adapters)
+    return {"base": contents[0], "adapters": contents[1:num_models], "tokenizer": contents[num_models:]}
+
+
+def _check_output(out: Path) -> None:
+    """Raise StorageError before anything is read, unless a folder is new, empty or a finished merge."""
+    if not (out / _INPUTS_FILE).is_file():
+        require_empty(out)
+
+
+def _is_merged(out: Path, inputs: Mapping[str, object], verify: bool) -> bool:
+    """Return whether a folder holds the complete merge of these inputs, with every file as it was written.
+
+    One that was not verified counts only if no verification is asked for.
+
+    Raises:
+        StorageError: the folder holds anything else.
+    """
+    has_files = (out / _INPUTS_FILE).is_file() and ((out / VERIFICATION_FILE).is_file() or not verify)
+    if has_files and read_json(out / _INPUTS_FILE) == inputs and find_manifest_mismatch(out) is None:
+        return True
+    require_empty(out)
+    return False
+
+
+def _check_plan(
+    plan: MergePlan | NeedsPeft, base: BaseModel, adapters: Sequence[Adapter], verify: bool, device_map: DeviceMap
+) -> None:
     if isinstance(plan, NeedsPeft):
         for adapter in adapters:
             check_mergeable(adapter.folder, adapter.config)
     if verify or isinstance(plan, NeedsPeft):
         check_device_map(device_map)
+    if verify:
+        check_free_memory(base)
 
 
 def _write_model(
