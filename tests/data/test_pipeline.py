@@ -211,6 +211,21 @@ def test_dpo_counts_and_cuts(write_lines: Callable[..., str], tokenizer: Any) ->
     assert [row.title for row in data.preview[:2]] == ["chosen", "rejected"]
 
 
+def test_dpo_keeps_the_last_tokens_of_a_long_prompt(write_lines: Callable[..., str], tokenizer: Any) -> None:
+    long = {**preference(3), "prompt_messages": [user("word " * 99)]}
+    path = write_lines("p.jsonl", preference(1), long)
+    whole, cut = (prepare_dpo(config(path), 512, tokenizer, 1, max_prompt_length=limit) for limit in (None, 16))
+    prompts = [row["prompt_ids"] for row in whole.train]
+    assert [row["prompt_ids"] for row in cut.train] == [prompt[-16:] for prompt in prompts]
+    assert max(map(len, prompts)) > 16
+    for name in ("chosen_ids", "rejected_ids"):
+        assert cut.train[name] == whole.train[name]
+    assert cut.statistics.report()[0]["truncated"] == sum(len(prompt) > 16 for prompt in prompts)
+    # A prompt that fills max_length is dropped, unless it is cut.
+    assert len(prepare_dpo(config(path, max_lost_fraction=1.0), 64, tokenizer, 1).train) == 1
+    assert len(prepare_dpo(config(path), 64, tokenizer, 1, max_prompt_length=16).train) == 2
+
+
 def test_dpo_rows_go_through_trls_collator(write_lines: Callable[..., str], tokenizer: Any) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 

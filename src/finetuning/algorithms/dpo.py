@@ -42,8 +42,14 @@ def prepare(
     """Return token ids of prompts, chosen and rejected answers."""
     from finetuning.data.pipeline import prepare_dpo
 
+    args = experiment.training_args
     return prepare_dpo(
-        experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
+        experiment.data_conf,
+        args.max_length,
+        tokenizer,
+        workers,
+        stop_tokens=stop_tokens,
+        max_prompt_length=args.max_prompt_length,
     )
 
 

@@ -97,20 +97,24 @@ def prepare_dpo(
     num_workers: int = 1,
     *,
     stop_tokens: Sequence[str] = (),
+    max_prompt_length: int | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids`, `chosen_ids` and `rejected_ids` of the training and validation rows, for TRL's collator.
 
-    Answers are truncated where prompt and answer are longer than `max_length`. The arguments are those of
-    `prepare_sft`.
+    Prompts lose their first tokens beyond `max_prompt_length`. Answers are truncated where prompt and answer are longer
+    than `max_length`. The other arguments are those of `prepare_sft`.
 
     Raises:
         DataError: a file, a row or the template is invalid, or too few rows are left.
     """
     label_builder = _make_label_builder(tokenizer)
     renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
-    processor = PreferenceProcessor(renderer, mask_builder, label_builder, max_length)
+    processor = PreferenceProcessor(renderer, mask_builder, label_builder, max_length, max_prompt_length)
     preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers)
-    return prepare_rows(data_conf, preprocessor, tokenizer, _rules("dpo", max_length, stop_tokens))
+    rules = _rules("dpo", max_length, stop_tokens)
+    if max_prompt_length is not None:
+        rules["max_prompt_length"] = max_prompt_length
+    return prepare_rows(data_conf, preprocessor, tokenizer, rules)
 
 
 def prepare_reward(

@@ -118,6 +118,9 @@ class DPOTrainingArgs(TrainingArgs):
     """Label smoothing: the assumed probability that a preference label is flipped (conservative DPO)."""
     max_length: int | None = Field(default=2048, gt=0)
     """Maximum number of tokens of prompt and completion together."""
+    max_prompt_length: int | None = Field(default=None, gt=0)
+    """Maximum number of tokens of the prompt: of a longer one the last tokens are kept, as in earlier releases of TRL.
+    By default prompts are kept whole, and a row whose prompt fills `max_length` is dropped."""
 
 
 class KTOTrainingArgs(TrainingArgs):

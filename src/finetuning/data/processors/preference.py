@@ -89,6 +89,9 @@ class AnswerProcessor:
 class PreferenceProcessor(AnswerProcessor):
     """Preferences to `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
+    max_prompt_length: int | None = None
+    """Of a longer prompt, the last tokens are kept."""
+
     def __call__(self, rows: Sequence[Preference]) -> list[TokenizedSample | DroppedSample]:
         results = iter(self.mask([(row, answer) for row in rows for answer in (row.chosen, row.rejected)]))
         masked = [(next(results), next(results)) for _ in rows]
@@ -122,6 +125,8 @@ class PreferenceProcessor(AnswerProcessor):
             return unverified_mask(MaskError("the prompt is rendered differently before the rejected answer"))
         if np.array_equal(chosen, rejected):
             return DroppedSample("the chosen and the rejected answer are the same")
+        excess = 0 if self.max_prompt_length is None else max(len(prompt) - self.max_prompt_length, 0)
+        prompt = prompt[excess:]
         size = len(prompt) + max(len(chosen), len(rejected))
         max_answer = size if self.max_length is None else self.max_length - len(prompt)
         if max_answer <= 0:
@@ -132,7 +137,7 @@ class PreferenceProcessor(AnswerProcessor):
             *self.warnings([*row.prompt, *row.chosen, *row.rejected]),
             *(result.warning for result in (chosen_tokens, rejected_tokens) if result.warning),
         }
-        tokens_cut = max(len(chosen) - max_answer, 0) + max(len(rejected) - max_answer, 0)
+        answers_cut = max(len(chosen) - max_answer, 0) + max(len(rejected) - max_answer, 0)
         chosen, rejected = chosen[:max_answer], rejected[:max_answer]
         if np.array_equal(chosen, rejected):
             return DroppedSample("nothing left to train on", "the answers differ only after max_length", tokens=size)
@@ -141,8 +146,8 @@ class PreferenceProcessor(AnswerProcessor):
             tokens=2 * len(prompt) + len(chosen) + len(rejected),
             trained=len(chosen) + len(rejected),
             text=f"{chosen_text.text}\0{rejected_text.text}",
-            tokens_cut=tokens_cut,
-            answer_cut=tokens_cut > 0,
+            tokens_cut=2 * excess + answers_cut,
+            answer_cut=answers_cut > 0,
             warnings=frozenset(warnings),
         )
 
