@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_resumed_run_keeps_its_normal_range() -> None:
     assert len(find_loss_spike([*before, (30, 9.0)], 3.0)) == 1
 
 
-def warnings_of(log: list[dict[str, float]], max_steps: int = 1000) -> dict[str, str]:
+def warnings_of(log: list[dict[str, float]], max_steps: int = 1000, *, fp16: bool = False) -> dict[str, str]:
     """The warnings of a run with these logged values, one log per step."""
     import transformers
 
@@ -121,7 +122,7 @@ def warnings_of(log: list[dict[str, float]], max_steps: int = 1000) -> dict[str,
     for step, values in enumerate(log, start=1):
         state.global_step = step
         state.log_history.append({**values, "step": step})
-        callback.on_log(None, state, None)
+        callback.on_log(SimpleNamespace(fp16=fp16), state, None)
     return callback.warnings
 
 
@@ -140,6 +141,8 @@ def test_gradients_of_0_are_reported_once_with_their_step() -> None:
     warnings = warnings_of(log)
     assert list(warnings) == ["gradient"]
     assert warnings["gradient"].startswith("step 2: every gradient is exactly 0")
+    assert "bf16" not in warnings["gradient"]
+    assert "use bf16 instead of fp16" in warnings_of(log, fp16=True)["gradient"]
 
 
 def rewarded(zero_std: float, loss: float = 0.0, grad_norm: float = 1.0) -> dict[str, float]:

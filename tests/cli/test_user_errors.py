@@ -166,3 +166,23 @@ def test_an_evaluation_batch_of_incomplete_grpo_groups_is_refused_by_dry_run(
     assert code == 1, err
     assert "an evaluation batch has 2 completions (2 per device), which is no multiple of the 4 completions" in err
     assert "Set it to 4 or a multiple" in err
+
+
+@pytest.mark.parametrize(
+    ("saved", "code"), [(None, 1), (["embed_tokens"], 0)], ids=["rows of new tokens", "whole embeddings"]
+)
+def test_new_tokens_that_a_dpo_adapter_does_not_train_are_refused_by_dry_run(
+    check: Any, say: Say, dpo_values: Any, saved: list[str] | None, code: int
+) -> None:
+    kwargs = {"r": 4, "target_modules": ["q_proj"], **({"modules_to_save": saved} if saved else {})}
+    values = dpo_values(
+        {
+            "peft_conf": {"peft_type": "LORA", "peft_kwargs": kwargs},
+            "data_conf.special_tokens": ["<|tool|>", "<|call|>"],
+        }
+    )
+    assert check("dpo", values) == code
+    if code:
+        _, _, err = say("dpo", values, "--dry-run")
+        assert "data_conf.chat_template_name: the chat template adds 2 tokens" in err
+        assert "modules_to_save: [embed_tokens]" in err

@@ -15,7 +15,7 @@ from finetuning.errors import GuardStopped
 from finetuning.model import save
 from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.trainer import checkpointing
-from finetuning.training.final_model import save_final_model
+from finetuning.training.final_model import InitialWeights, save_final_model
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
 EMBEDDINGS = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}
@@ -173,7 +173,7 @@ def save_tampered(
             trainer._verified_tokenizer = None
             trainer.save_model(str(folder))
         else:
-            save_final_model(trainer, trainer.processing_class, folder, initial={})
+            save_final_model(trainer, trainer.processing_class, folder, initial=InitialWeights({}, {}))
         return folder
 
     return save_model

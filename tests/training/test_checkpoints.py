@@ -6,14 +6,17 @@ import json
 import stat
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from finetuning.algorithms import ALGORITHMS
 from finetuning.atomic_io import find_manifest_mismatch
 from finetuning.errors import DataError, GuardStopped, StorageError
+from finetuning.trainer.mixin import TrainingLoopMixin
 from finetuning.training import output_dir
 from finetuning.training.output_dir import check_free_space, lock_output_dir
 
@@ -99,6 +102,83 @@ def test_a_run_that_diverges_stops_and_leaves_its_last_good_checkpoint(
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "stopped by a guard"
     assert "not finite" in record["error"]
+
+
+def with_callback(callback: type) -> Any:
+    """SFT with a callback that breaks something."""
+    sft = ALGORITHMS["sft"]
+
+    def build(inputs: Any) -> Any:
+        trainer = sft.build_trainer(inputs)
+        trainer.add_callback(callback())
+        return trainer
+
+    return replace(sft, build_trainer=build)
+
+
+def test_what_is_said_of_a_loss_that_is_not_finite_is_true(
+    train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+
+    class BreaksAfterFirstStep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+            if state.global_step == 1:
+                with torch.no_grad():
+                    model.model.norm.weight[0] = float("nan")
+
+    with pytest.raises(GuardStopped) as stopped:
+        train(sft_values(), with_callback(BreaksAfterFirstStep))
+    (problem,) = stopped.value.problems
+    assert problem.message == (
+        "step 2: loss nan is not finite, and model.norm.weight holds values that are not finite since an earlier step."
+        " No checkpoint was saved before"
+    )
+    assert problem.hint == "Lower the learning rate."
+
+    out = sft_values()["training_args"]["output_dir"]
+    changes = {**EACH_STEP, "training_args.output_dir": f"{out}-2", "training_args.max_steps": 3}
+    step = Trainer.training_step
+    calls: list[int] = []
+
+    def not_finite_in_the_second_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return step(self, *args, **kwargs) * (float("inf") if len(calls) > bad_after else 1.0)
+
+    monkeypatch.setattr(Trainer, "training_step", not_finite_in_the_second_step)
+    bad_after = 2  # micro-batches
+    with pytest.raises(GuardStopped) as stopped:
+        train(sft_values(changes))
+    (problem,) = stopped.value.problems
+    assert problem.message == (
+        "step 2: loss inf is not finite. This step did not change the weights. checkpoint-1 was saved before, with"
+        " finite weights"
+    )
+    assert problem.hint == "Lower the learning rate, or check the rows of this step."
+
+    calls.clear()
+    bad_after = 0
+    with pytest.raises(GuardStopped) as stopped:
+        train(sft_values({"training_args.output_dir": f"{out}-3"}))
+    (problem,) = stopped.value.problems
+    assert problem.message.startswith("step 1: loss inf is not finite. This step did not change the weights. No check")
+    assert problem.hint == (
+        "No step was taken before, so the learning rate is not the reason: check the rows of this step and the base"
+        " model."
+    )
+
+
+@pytest.mark.parametrize(
+    ("fp16", "dtype", "said"),
+    [
+        (False, torch.float16, "Set run_conf.model_args.dtype: float32, as float16 weights become NaN in training. "),
+        (True, torch.float32, "Use training_args.bf16 instead of fp16. "),
+        (False, torch.bfloat16, ""),
+    ],
+)
+def test_a_dtype_is_blamed_only_if_it_is_the_runs(fp16: bool, dtype: torch.dtype, said: str) -> None:
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(fp16=fp16), model=torch.nn.Linear(2, 2, dtype=dtype))
+    assert TrainingLoopMixin._describe_dtype_risk(trainer) == said
 
 
 def test_weights_that_an_optimizer_broke_are_not_saved(train: Any, sft_values: Any, read_tensors: Any) -> None:

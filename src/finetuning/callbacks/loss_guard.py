@@ -106,8 +106,8 @@ class NoSignalCallback(transformers.TrainerCallback):
                 state,
                 "gradient",
                 "every gradient is exactly 0, so this step trained nothing. Check that the loss depends on trained"
-                " weights: the labels of these rows (`finetuning preview`), peft_conf, and the dtype (fp16 underflows;"
-                " use bf16)",
+                " weights: the labels of these rows (`finetuning preview`) and peft_conf"
+                + (", or use bf16 instead of fp16, in which small gradients are 0" if args.fp16 else ""),
             )
         since = steps_of_equal_rewards(state.log_history)
         if since >= CONSTANT_REWARD_STEPS or (since and since == state.global_step == state.max_steps):

@@ -222,7 +222,10 @@ def _report_unexpected(error: Exception, debug: bool) -> int:
         message = f"no space left on the disk{where}. Free some space, or choose another output directory."
         return _report("StorageError", EXIT_USER, message)
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS and error.filename is not None:
-        message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+        message = f"{error.filename}: {error.strerror}. Check the path and its permissions"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            message += f" for user {os.getuid()}, group {os.getgid()}"
+        message += "."
         return _report("StorageError", EXIT_USER, message)
     if is_lost_connection(error):
         # The lost process reports its own error, or was killed. A traceback of this one would not help.

@@ -115,8 +115,7 @@ def _check_config(options: argparse.Namespace) -> _CheckedConfig:
         plan = make_plan(experiment, topology, location=location)
     if topology.is_main:
         attention = [Problem(attention_warning, attention_location)] if attention_warning else []
-        batch = [Problem(text, location) for text in plan.warnings]
-        _print_warnings([*validated.warnings, *attention, *batch], document)
+        _print_warnings([*validated.warnings, *attention, *plan.warnings], validated.document)
     return _CheckedConfig(validated.document, experiment, algorithm, topology, tracking, plan)
 
 
@@ -155,21 +154,35 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
 
     Raises:
         ModelError: no target module exists, or PEFT rejects the adapter.
+        ConfigError: embeddings of new tokens would not be trained.
     """
     from finetuning.config.pretrained_config import find_pretrained_config
     from finetuning.config.sections.model import NewPeft
     from finetuning.plan.memory_estimate import has_adapter_modules
 
     run_conf, peft_conf = checked.experiment.run_conf, checked.experiment.peft_conf
-    if not isinstance(peft_conf, NewPeft) or has_adapter_modules(checked.experiment):
+    if not isinstance(peft_conf, NewPeft):
         return ""
-    if find_pretrained_config(run_conf.model) is None:
+    has_modules = has_adapter_modules(checked.experiment)
+    has_config = find_pretrained_config(run_conf.model) is not None
+    new_ids: list[int] = []
+    if checked.algorithm.trainer_adds_adapter and has_config:
+        from finetuning.training.setup import find_new_ids
+
+        new_ids = find_new_ids(checked.experiment)
+    if has_modules and not new_ids:
+        return ""
+    if not has_config:
         return f"{_NOT_LOOKED_UP}: the config of {run_conf.model} is not on this machine; checked after loading"
     from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
     from finetuning.model.module_summary import look_up_modules
 
     head = SEQUENCE_CLASSIFICATION if checked.algorithm.has_score_head else CAUSAL_LM
-    lookup = look_up_modules(run_conf, peft_conf, head=head)
+    lookup = look_up_modules(run_conf, peft_conf, head=head, new_ids=new_ids)
+    if new_ids:
+        from finetuning.training.preflight import check_new_tokens
+
+        check_new_tokens(lookup.trained_rows, len(new_ids), checked.algorithm)
     if checked.topology.is_main:
         _print_warnings(lookup.warnings, checked.document)
     return "; ".join(lookup.notes)

@@ -27,6 +27,18 @@ def find_pretrained_config(model: str, environ: Mapping[str, str] = os.environ) 
     return None if snapshot is None else _read(snapshot)
 
 
+def pretrained_dtype(config: Mapping[str, object] | None) -> str | None:
+    """Return the dtype of the weights that a `config.json` names, such as `bfloat16`; None if it names none."""
+    for section in (config or {}, (config or {}).get("text_config")):
+        if isinstance(section, dict):
+            fields = cast("dict[str, object]", section)
+            # Releases of transformers before 4.56 wrote `torch_dtype`.
+            value = fields.get("dtype") or fields.get("torch_dtype")
+            if isinstance(value, str):
+                return value.removeprefix("torch.")
+    return None
+
+
 # Largest values, by the last word of a key: about a hundred times those of the largest models.
 _MOST = {
     "layer": 10_000,

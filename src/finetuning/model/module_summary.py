@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 
 from finetuning.config.sections.model import ModelArgs, NewPeft, NoPeft, PretrainedPeft, RunConfig
 from finetuning.errors import Location, Problem, reading
+from finetuning.model.embeddings import EmbeddingInfo
 from finetuning.model.load import CAUSAL_LM, TaskHead, load_pretrained_config
 from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, read_model_headers
@@ -116,10 +117,17 @@ class ModuleLookup:
     """What is trained."""
     trained: int | None = None
     """The number of trained parameters; None if they are not counted."""
+    trained_rows: tuple[str, ...] = ()
+    """Names of the embeddings of which the adapter trains the rows of new tokens only."""
 
 
-def look_up_modules(run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUSAL_LM) -> ModuleLookup:
+def look_up_modules(
+    run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUSAL_LM, new_ids: Sequence[int] = ()
+) -> ModuleLookup:
     """Check the module names of a new adapter on the model without weights.
+
+    Args:
+        new_ids: ids of new tokens, which the adapter has to train.
 
     Raises:
         ModelError: no target exists, PEFT rejects the adapter, or the model's class cannot be built.
@@ -134,10 +142,13 @@ def look_up_modules(run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUS
     source = _resolve(run_conf.model, args)
     model = _build_on_meta(source, args, head)
     conf = _without_weight_based_init(conf)
-    config = adapters.make_peft_config(model, conf, total_steps=1, check_names=False)
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    embeddings = EmbeddingInfo(tuple(new_ids), 0, 0, is_tied)
+    config = adapters.make_peft_config(model, conf, embeddings=embeddings, total_steps=1, check_names=False)
+    trained_rows = tuple(getattr(config, "trainable_token_indices", None) or ()) if new_ids else ()
     warnings = check_module_names(model, config)
-    if adapters.peft_type_of(config) != "LORA":
-        return ModuleLookup(tuple(warnings), ())
+    if trained_rows or adapters.peft_type_of(config) != "LORA":
+        return ModuleLookup(tuple(warnings), (), None, trained_rows)
     targets = adapters.target_names(config)
     try:
         with torch.device("meta"):
@@ -148,7 +159,7 @@ def look_up_modules(run_conf: RunConfig, conf: NewPeft, *, head: TaskHead = CAUS
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     notes = [f"{trained:,} of {parameters:,} parameters ({100 * trained / max(parameters, 1):.3g} %)"]
     notes += adapters.fused_targets_note(targets, adapters.target_names(config))
-    return ModuleLookup(tuple(warnings), tuple(notes), trained)
+    return ModuleLookup(tuple(warnings), tuple(notes), trained, trained_rows)
 
 
 def _resolve(model: str, args: ModelArgs) -> ModelLocation:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 24
 _NUM_THREADS = min(8, os.cpu_count() or 1)
 _MAX_SAMPLES = 1 << 16
+_NUM_VALUES = 1 << 12
 
 # Releases the interpreter's lock, so that threads compare in parallel.
 _memcmp = ctypes.CDLL(None).memcmp
@@ -239,15 +240,50 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_partitioned(weight: torch.Tensor) -> bool:
+    """Return whether this process holds a part of a weight only, or none of it."""
+    return hasattr(weight, "ds_shape") or weight.is_meta or isinstance(weight, DTensor)
+
+
 def sampled_digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return a digest of at most 128 Ki values of each tensor, at equal distances, in float32; {} if they are sharded.
 
     Equal values have equal digests in every dtype that float32 can hold. The cost is bounded whatever the size.
     """
-    if any(hasattr(tensor, "ds_shape") or tensor.is_meta or isinstance(tensor, DTensor) for tensor in weights.values()):
+    if any(is_partitioned(tensor) for tensor in weights.values()):
         return {}
     # The distance is odd, so that the samples of a matrix are not all of the same columns.
     return {
         name: tensor_digest(tensor.detach().reshape(-1)[:: tensor.numel() // _MAX_SAMPLES | 1].float())
         for name, tensor in weights.items()
     }
+
+
+def sample_matrices(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return 2048 to 4096 values of each matrix on the CPU, at equal distances; {} if the weights are sharded.
+
+    Embeddings are left out, as only rows of tokens in the data are trained, and so are norms and biases.
+    """
+    if any(is_partitioned(tensor) for tensor in weights.values()):
+        return {}
+    return {name: _values(weight) for name, weight in weights.items() if weight.ndim > 1 and not _is_embedding(name)}
+
+
+def changed_share(before: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> float | None:
+    """Return the share of the values of `sample_matrices` that are different now; None if there are none."""
+    pairs = [(values, _values(weights[name])) for name, values in before.items() if name in weights]
+    total = sum(values.numel() for values, _ in pairs)
+    return sum(int((values != now).sum()) for values, now in pairs) / total if total else None
+
+
+def _values(weight: torch.Tensor) -> torch.Tensor:
+    step = max(weight.numel() // _NUM_VALUES, 1) | 1
+    return weight.detach().reshape(-1)[::step].float().cpu().clone()
+
+
+def convert_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the floating-point weights of a model in place, except those that transformers keeps in float32."""
+    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not any(kept in name for kept in plan):
+            weight.data = weight.data.to(dtype)

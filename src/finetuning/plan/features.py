@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from finetuning.config.pretrained_config import quantization_method
+from finetuning.config.pretrained_config import find_pretrained_config, pretrained_dtype, quantization_method
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, PretrainedPeft, TorchAO
+from finetuning.config.sections.model import BitsAndBytes, Dtype, NewPeft, NoPeft, PretrainedPeft, TorchAO
 from finetuning.config.sections.training import TrainingArgs
 from finetuning.distributed import ProcessTopology
 
@@ -66,6 +66,47 @@ class RunContext:
     def checkpoint_quantization(self) -> str | None:
         """Quantization method of the checkpoint, such as `gptq`; None if unquantized or not in a local folder."""
         return quantization_method(self.experiment.run_conf.model)
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether the weights of the model itself are trained, not those of an adapter."""
+        return isinstance(self.experiment.peft_conf, NoPeft)
+
+    @property
+    def uses_autocast(self) -> bool:
+        return self.args.bf16 or self.args.fp16
+
+    @property
+    def checkpoint_dtype(self) -> str | None:
+        """The dtype of the checkpoint, such as `bfloat16`; None if its config is not on this machine or names none."""
+        return pretrained_dtype(find_pretrained_config(self.experiment.run_conf.model))
+
+    @property
+    def weights_dtype(self) -> Dtype:
+        """The dtype that the model is loaded in; `auto` for that of the checkpoint.
+
+        With `run_conf.model_args.dtype: auto`, weights that are trained are held in float32 wherever 16 bits would lose
+        what they learn and float32 costs no more than memory: under loss scaling (fp16), which needs it, under autocast
+        (bf16), and for a float16 checkpoint, whose weights Adam turns into NaN. DeepSpeed keeps a float32 copy itself.
+        """
+        configured = self.experiment.run_conf.model_args.dtype
+        if configured != "auto":
+            return configured
+        if self.args.fp16:
+            return "float32"
+        if self.trains_all_weights and self.sharded_by != "deepspeed":
+            return "float32" if self.args.bf16 or self.checkpoint_dtype == "float16" else "auto"
+        return "auto"
+
+    @property
+    def trained_dtype(self) -> str | None:
+        """The dtype that trained weights of the model have in the optimizer step; None if unknown or for an adapter."""
+        if not self.trains_all_weights:
+            return None
+        # accelerate casts what FSDP trains under mixed precision to float32, and DeepSpeed keeps a float32 copy.
+        if self.sharded_by == "deepspeed" or (self.sharded_by == "fsdp" and self.uses_autocast):
+            return "float32"
+        return self.checkpoint_dtype if self.weights_dtype == "auto" else self.weights_dtype
 
 
 @dataclass(frozen=True)
@@ -129,6 +170,10 @@ def _trains_fp16(run: RunContext) -> bool:
     return in_half and (isinstance(run.experiment.peft_conf, NoPeft) or run.sharded_by is not None)
 
 
+def _trains_fp16_unscaled(run: RunContext) -> bool:
+    return run.trained_dtype == "float16" and not run.args.fp16
+
+
 _INIT = "peft_conf.peft_kwargs.init_lora_weights"
 _TYPE, _QUANT, _OPTIM = "peft_conf.peft_type", "quant_conf.quantization_type", "training_args.optim"
 FULL_FINE_TUNING = Feature(
@@ -173,6 +218,9 @@ QUANTIZED_ON_LOAD = Feature(
     lambda run: isinstance(run.experiment.quant_conf, (BitsAndBytes, TorchAO)),
 )
 FLOAT16_TRAINABLE = Feature("weights", "trainable weights in float16", "run_conf.model_args.dtype", _trains_fp16)
+FLOAT16_UNSCALED = Feature(
+    "weights", "float16 weights without loss scaling", "run_conf.model_args.dtype", _trains_fp16_unscaled
+)
 FSDP = Feature("sharding", "FSDP", "training_args.fsdp", lambda run: run.sharded_by == "fsdp")
 DEEPSPEED = Feature("sharding", "DeepSpeed", "training_args.deepspeed", lambda run: run.sharded_by == "deepspeed")
 MULTI_PROCESS = Feature("sharding", "multiple processes", "", lambda run: run.topology.is_distributed)
@@ -242,7 +290,8 @@ FEATURES = (
     REFERENCE_MODEL,
     FULL_FINE_TUNING, LORA, ALORA, ADALORA, PREFIX, VIRTUAL, NO_4BIT_SUPPORT, NO_8BIT_SUPPORT, NOT_TOKENWISE,
     PISSA, OLORA, RANDOM_INIT, WEIGHT_BASED_INIT, DORA,
-    QUANT_8BIT, QUANT_4BIT, TORCHAO, NO_TORCHAO_SUPPORT, GPTQ, NO_GPTQ_SUPPORT, FLOAT16_TRAINABLE, QUANTIZED_ON_LOAD,
+    QUANT_8BIT, QUANT_4BIT, TORCHAO, NO_TORCHAO_SUPPORT, GPTQ, NO_GPTQ_SUPPORT, FLOAT16_TRAINABLE,
+    FLOAT16_UNSCALED, QUANTIZED_ON_LOAD,
     FSDP, DEEPSPEED, MULTI_PROCESS,
     PACKING, PADDING_FREE,
     OPTIMIZER_8BIT, LOW_RANK_OPTIMIZER, LAYERWISE_OPTIMIZER, LORAPLUS,

@@ -13,7 +13,7 @@ from typing import cast
 
 from finetuning.config.pretrained_config import find_excessive_size, left_out_of_all_linear, read_pretrained_config
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.model import BitsAndBytes, NewPeft, NoPeft, TorchAO
+from finetuning.config.sections.model import BitsAndBytes, Dtype, NewPeft, NoPeft, TorchAO
 from finetuning.errors import Location, ModelError, reading
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
@@ -97,8 +97,11 @@ def read_shapes(folder: Path) -> Shapes:
     return shapes
 
 
-def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
+def estimate_memory(experiment: Experiment, dtype: Dtype | None = None) -> MemoryEstimate | None:
     """Return the estimate for a model in a local folder; None for any other.
+
+    Args:
+        dtype: dtype to load the model in; that of the config by default.
 
     Raises:
         ModelError: its config.json asks for a model that no machine could build.
@@ -110,7 +113,7 @@ def estimate_memory(experiment: Experiment) -> MemoryEstimate | None:
         raise ModelError(f"{folder / 'config.json'} cannot be right: {excess}", location=Location(key="run_conf.model"))
     if not shapes:
         return None
-    forced = _DTYPE_BYTES.get(experiment.run_conf.model_args.dtype)
+    forced = _DTYPE_BYTES.get(dtype or experiment.run_conf.model_args.dtype)
     counts = {
         name: (math.prod(shape), size if name.endswith(_PACKED) else forced or size)
         for name, (shape, size) in shapes.items()

@@ -164,6 +164,73 @@ def plan_stream(args: TrainingArgs) -> StepPlan:
 
 
 @dataclass(frozen=True)
+class WeightsPlan:
+    """The dtype of the weights in a full fine-tune, with the reason."""
+
+    dtype: str
+    reason: str
+    warning: Problem | None = None
+    """What this dtype loses."""
+
+
+_KAHAN_OPTIMIZERS = ("stable_adamw",)
+"""Optimizers that keep the rounding errors of 16-bit weights in a buffer, and add them later (Kahan summation)."""
+_LARGEST_TYPICAL_WEIGHT = 0.1
+
+
+def plan_weights(context: RunContext) -> WeightsPlan | None:
+    """Decide the dtype of the weights of a full fine-tune; None for an adapter, which PEFT holds in float32."""
+    dtype = context.trained_dtype
+    if not context.trains_all_weights:
+        return None
+    checkpoint = context.checkpoint_dtype
+    if dtype != "float32":
+        name = "that of the checkpoint" if dtype is None else dtype
+        is_configured = context.experiment.run_conf.model_args.dtype != "auto"
+        return WeightsPlan(
+            name, "as configured" if is_configured else "as in the checkpoint, without autocast", _rounding(context)
+        )
+    if context.experiment.run_conf.model_args.dtype != "auto" or checkpoint == "float32":
+        return WeightsPlan(dtype, "as configured" if checkpoint != "float32" else "as in the checkpoint")
+    if context.sharded_by is not None:
+        return WeightsPlan(dtype, f"as {context.sharded_by} trains them under mixed precision")
+    return WeightsPlan(
+        dtype,
+        f"from {checkpoint or 'the checkpoint'}, as small updates of 16-bit weights are rounded off;"
+        f" {_cost_of_float32(context)}; run_conf.model_args.dtype: bfloat16 turns it off",
+    )
+
+
+def _cost_of_float32(context: RunContext) -> str:
+    memory = [estimate_memory(context.experiment, dtype) for dtype in ("float32", "bfloat16")]
+    if memory[0] is None or memory[1] is None:
+        return "twice the memory of 16 bits for weights, gradients and optimizer"
+    full, half = (format_bytes(estimate.total) for estimate in memory if estimate)
+    return f"{full} instead of {half} for weights, gradients and optimizer"
+
+
+def _rounding(context: RunContext) -> Problem | None:
+    """Return a warning if many updates of bfloat16 weights are too small to change them.
+
+    bfloat16 has 8 significant bits: numbers are 1/128 to 1/256 of their size apart, and a change below half of that is
+    rounded off. Adam changes a weight by about the learning rate, whatever its size.
+    """
+    args = context.args
+    compensates = args.optim.startswith(_KAHAN_OPTIMIZERS) or "kahan" in str((args.model_extra or {}).get("optim_args"))
+    rate, _ = learning_rate(context.experiment)
+    smallest_lost = rate * 512
+    if context.trained_dtype != "bfloat16" or compensates or smallest_lost > _LARGEST_TYPICAL_WEIGHT:
+        return None
+    return Problem(
+        "weights are trained in bfloat16, which rounds off changes below 1/512 of a weight: at a learning rate of"
+        f" {rate:g}, Adam's updates of weights above about {smallest_lost:.2g} are lost",
+        Location(key="run_conf.model_args.dtype"),
+        f"Set run_conf.model_args.dtype: float32 ({_cost_of_float32(context)}) and training_args.bf16: true to compute"
+        " in bfloat16.",
+    )
+
+
+@dataclass(frozen=True)
 class Decision:
     """A value that was chosen automatically, with its reason."""
 
@@ -180,11 +247,14 @@ class Plan:
     learning_rate: float
     learning_rate_reason: str
     memory: MemoryEstimate | None
+    weights: WeightsPlan | None = None
+    """None for an adapter."""
     steps: StepPlan | None = None
 
     @property
-    def warnings(self) -> list[str]:
-        return [self.batch.warning] if self.batch.warning else []
+    def warnings(self) -> list[Problem]:
+        batch = [Problem(self.batch.warning, Location(key=_BATCH_KEY))] if self.batch.warning else []
+        return [*batch, *([self.weights.warning] if self.weights and self.weights.warning else [])]
 
     @property
     def decisions(self) -> list[Decision]:
@@ -200,6 +270,8 @@ class Plan:
             Decision("evaluation batch", f"{batch.per_device_eval} per device", "as configured, or as in training"),
             Decision("learning rate", f"{self.learning_rate:g}", self.learning_rate_reason),
         ]
+        if self.weights:
+            decisions.append(Decision("trained weights", self.weights.dtype, self.weights.reason))
         if self.steps:
             decisions.append(Decision("optimizer steps", f"{self.steps.total:,}", self.steps.reason))
         if self.memory:
@@ -242,12 +314,13 @@ def make_plan(
     context = RunContext(experiment, topology, batch.accumulation)
     check_compatibility(context)
     check_packages(context)
-    learning_rate, reason = _learning_rate(experiment)
+    rate, reason = learning_rate(experiment)
     return Plan(
         batch=batch,
-        learning_rate=learning_rate,
+        learning_rate=rate,
         learning_rate_reason=reason,
-        memory=estimate_memory(experiment),
+        memory=estimate_memory(experiment, context.weights_dtype),
+        weights=plan_weights(context),
         steps=_steps(rows, batch, experiment),
     )
 
@@ -259,7 +332,7 @@ def _steps(rows: int | None, batch: BatchPlan, experiment: Experiment) -> StepPl
     return None if rows is None else plan_steps(rows_per_epoch(rows, batch, args), batch, args)
 
 
-def _learning_rate(experiment: Experiment) -> tuple[float, str]:
+def learning_rate(experiment: Experiment) -> tuple[float, str]:
     """Return the learning rate after `overrides`, and how it was computed."""
     configured, overrides = experiment.training_args.learning_rate, experiment.overrides
     total = experiment.batchsize_conf.total_train_batch_size

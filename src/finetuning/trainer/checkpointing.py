@@ -213,7 +213,7 @@ class CheckpointMixin(TrainerBase):
         if float(bad):
             raise GuardStopped(
                 f"step {self.state.global_step}: a weight is not finite after the optimizer step. This step was not"
-                " saved; the last checkpoint is valid.",
+                f" saved. {describe_last_checkpoint(Path(self.args.output_dir))}",
                 hint="Lower the learning rate.",
             )
 
@@ -459,3 +459,20 @@ def restore_optimizer_settings(
     }
     state = scheduler.state_dict()
     scheduler.load_state_dict(state | {name: rate for name, rate in rates.items() if name in state})
+
+
+def find_not_finite(model: nn.Module) -> str | None:
+    """Return the name of a trained weight of this process that holds NaN or infinity; None if all are finite."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not bool(torch.isfinite(_local_tensor(weight)).all()):
+            return name
+    return None
+
+
+def describe_last_checkpoint(output_dir: Path) -> str:
+    """Return a sentence on what a run that was stopped can continue from. A checkpoint has finite weights only."""
+    suffixes = [path.name.rpartition("-")[2] for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    steps = [int(suffix) for suffix in suffixes if suffix.isdecimal()]
+    if not steps:
+        return "No checkpoint was saved before"
+    return f"checkpoint-{max(steps)} was saved before, with finite weights"

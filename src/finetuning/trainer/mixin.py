@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetuning.errors import ConfigError, GuardStopped, Location, first_line
 from finetuning.trainer import TrainerBase
-from finetuning.trainer.checkpointing import CheckpointMixin, has_additional_state
+from finetuning.trainer.checkpointing import (
+    CheckpointMixin,
+    describe_last_checkpoint,
+    find_not_finite,
+    has_additional_state,
+)
 from finetuning.trainer.hooks import TrainerHooksMixin
 from finetuning.trainer.loaded_state import RunStateMixin
 from finetuning.trainer.oom_retry import OOMRetryMixin
@@ -162,14 +168,38 @@ class TrainingLoopMixin(TrainerBase):
         # Under fp16 infinite gradients are expected: the loss scaler skips the step and lowers its scale.
         gradient_norm = 0.0 if norm is None or self.args.fp16 else float(norm)
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            step = self.state.global_step + 1
             value = f"gradient norm {gradient_norm}" if math.isfinite(loss) else f"loss {loss}"
-            raise GuardStopped(
-                f"step {step}: {value} is not finite. This step did not change the weights and was not saved; the last"
-                " checkpoint is valid.",
-                hint="Lower the learning rate, use bf16 instead of fp16, or check the rows of this step.",
-            )
+            raise self._not_finite_error(value)
         return norm
+
+    def _not_finite_error(self, value: str) -> GuardStopped:
+        """Return the error for a loss or gradient norm that is not finite, found before the optimizer step."""
+        message = f"step {self.state.global_step + 1}: {value} is not finite"
+        broken = find_not_finite(self.model)
+        if broken is not None:
+            since = "since an earlier step" if self.state.global_step else "from the start"
+            message += f", and {broken} holds values that are not finite {since}"
+            hint = f"{self._describe_dtype_risk()}Lower the learning rate."
+        elif self.state.global_step > 0:
+            hint = f"{self._describe_dtype_risk()}Lower the learning rate, or check the rows of this step."
+        else:
+            hint = (
+                f"{self._describe_dtype_risk()}No step was taken before, so the learning rate is not the reason: check"
+                " the rows of this step and the base model."
+            )
+        # DeepSpeed and optimizers that update in the backward pass have taken the step already.
+        updates_early = self.is_deepspeed_enabled or self.args.optim.endswith(("layerwise", "lomo"))
+        if broken is None and not updates_early:
+            message += ". This step did not change the weights"
+        return GuardStopped(f"{message}. {describe_last_checkpoint(Path(self.args.output_dir))}", hint=hint)
+
+    def _describe_dtype_risk(self) -> str:
+        """Return a remedy for the dtype that the run trains in; empty if the dtype is no likely reason."""
+        if self.args.fp16:
+            return "Use training_args.bf16 instead of fp16. "
+        if any(weight.requires_grad and weight.dtype == torch.float16 for weight in self.model.parameters()):
+            return "Set run_conf.model_args.dtype: float32, as float16 weights become NaN in training. "
+        return ""
 
     def _num_averaging_processes(self) -> int:
         """Return how many processes gradients are averaged over after their token counts were summed."""

@@ -26,8 +26,8 @@ Split: TypeAlias = dict[str, torch.Tensor | int]
 logger = logging.getLogger(__name__)
 
 _HINT = (
-    "Lower sft_args.max_seq_length or training_args.max_length, set training_args.gradient_checkpointing: true, or"
-    " train an adapter."
+    "Lower sft_args.max_seq_length or training_args.max_length, set training_args.gradient_checkpointing: true, train"
+    " an adapter, or, if all weights are trained, set run_conf.model_args.dtype: bfloat16."
 )
 
 

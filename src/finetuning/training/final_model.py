@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from finetuning.errors import GuardStopped, Location, StorageError
 from finetuning.export.verify import verify_saved
 from finetuning.model.peft.adapter_files import adapter_digests, is_peft_model
 from finetuning.model.save import find_stop_tokens, save_model
-from finetuning.model.saved_weights import sampled_digests
+from finetuning.model.saved_weights import changed_share, convert_weights, sample_matrices, sampled_digests
 from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
 
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.training.setup import LoadedModel
 
+logger = logging.getLogger("finetuning")
+
 COMPLETE_MARKER = ".complete"
 _KEY = "save_model_dir"
 _REFERENCE_ADAPTER = "ref"
 # Text with accents, digits and punctuation, for the round trip of the tokenizer.
 _SAMPLE_TEXT = "The quick brown fox, 12 × 7 = 84: déjà vu."
+_SMALL_SHARE = 0.5
+"""A share of changed values below it is reported for weights of 16 bits. In float32 nearly all change."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,27 @@ class FinalModel:
         return asdict(self)
 
 
-def initial_digests(trainer: TrainerMixin, loaded: LoadedModel) -> dict[str, str]:
-    """Return digests of what is trained before training, to verify later that it changed.
+@dataclass(frozen=True)
+class InitialWeights:
+    """What is trained as it was before training, by the names of the tensors; empty if the weights are sharded."""
 
-    Of an adapter these are the tensors as they are saved, otherwise samples of the weights; {} if they are sharded.
-    """
+    digests: Mapping[str, str]
+    """Of an adapter's tensors as they are saved, otherwise of samples of the weights."""
+    samples: Mapping[str, torch.Tensor]
+    """A few values of each weight matrix; empty for an adapter."""
+    saved_dtype: torch.dtype | None = None
+    """The dtype that the weights of a full fine-tune are converted to when they are saved; None for their own."""
+
+
+def initial_weights(trainer: TrainerMixin, loaded: LoadedModel) -> InitialWeights:
+    """Return what to compare the weights with after training, to verify that they changed."""
     if loaded.initial:
-        return loaded.initial
+        return InitialWeights(loaded.initial, {})
     if is_peft_model(trainer.model):
         # The trainer has added the adapter.
-        return adapter_digests(trainer.model)
-    return sampled_digests({name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad})
+        return InitialWeights(adapter_digests(trainer.model), {})
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    return InitialWeights(sampled_digests(trained), sample_matrices(trained), loaded.saved_dtype)
 
 
 def save_final_model(
@@ -74,14 +89,14 @@ def save_final_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    initial: Mapping[str, str],
+    initial: InitialWeights,
 ) -> FinalModel | None:
     """Save the model or adapter, and rename it to `folder` after it was reopened and verified.
 
     Collective, because a sharded model is gathered by all processes. Returns None except on the main process.
 
     Args:
-        initial: digests of the adapter's tensors, or of samples of the weights, before training.
+        initial: what `initial_weights` returned before training.
 
     Raises:
         StorageError: the disk is full.
@@ -99,6 +114,12 @@ def save_final_model(
     stop_tokens = find_stop_tokens(model, tokenizer, trainer.end_of_turn)
     checks = ["all files equal what is in memory"]
     with _explain_full_disk(folder), _name_target(folder), atomic_directory(folder) as candidate:
+        if not adapted:
+            weights = dict(model.named_parameters()) if state_dict is None else state_dict
+            checks += _check_changed(initial, weights)
+            if initial.saved_dtype is not None:
+                convert_weights(model, initial.saved_dtype)
+            checks += _describe_change(initial, weights)
         save_model(
             model,
             tokenizer,
@@ -110,11 +131,9 @@ def save_final_model(
         )
         verified = verify_saved(
             candidate,
-            initial=initial if adapted else None,
+            initial=initial.digests if adapted else None,
             sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
         )
-        if not adapted:
-            checks += _check_changed(initial, dict(model.named_parameters()) if state_dict is None else state_dict)
     return FinalModel(
         kind=verified.kind,
         folder=str(folder),
@@ -125,19 +144,34 @@ def save_final_model(
     )
 
 
-def _check_changed(initial: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> list[str]:
+def _check_changed(initial: InitialWeights, weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Check that at least one weight changed in training; return the description of the check, [] if there is none.
 
     Raises:
         GuardStopped: none changed.
     """
-    trained = {name: weights[name] for name in initial if name in weights}
-    final = sampled_digests(trained)
+    final = sampled_digests({name: weights[name] for name in initial.digests if name in weights})
     if not final:
         return []
-    if all(final[name] == initial[name] for name in final):
+    if all(final[name] == initial.digests[name] for name in final):
         raise GuardStopped(f"the saved model failed verification: none of its {len(final)} weights changed in training")
     return ["weights moved from their initial values"]
+
+
+def _describe_change(initial: InitialWeights, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the share of values that training changed, [] if it is unknown. Warn if 16 bits rounded most of it off."""
+    share = changed_share(initial.samples, weights)
+    if share is None:
+        return []
+    dtypes = {str(weights[name].dtype).removeprefix("torch.") for name in initial.samples if name in weights}
+    if share < _SMALL_SHARE and dtypes <= {"bfloat16", "float16"}:
+        logger.warning(
+            "training changed only %.1f %% of the values of the saved weight matrices: the other changes are too small"
+            " for %s. Set run_conf.model_args.dtype: float32, and training_args.bf16: true to compute in bfloat16",
+            100 * share,
+            "/".join(sorted(dtypes)),
+        )
+    return [f"training changed {share:.1%} of the values of the weight matrices"]
 
 
 def _gather_state_dict(trainer: TrainerMixin) -> dict[str, Any] | None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+import logging
+from collections.abc import Iterable, Mapping, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.model import NewPeft
+from finetuning.config.sections.model import Dtype, NewPeft
 from finetuning.errors import ConfigError, DataError, Location, Problem
-from finetuning.model.hardware import Device, training_device
+from finetuning.model.hardware import Device, explain_missing_gpu, training_device
 from finetuning.plan.compatibility import NEEDS_GPU
+from finetuning.plan.features import RunContext
+from finetuning.plan.memory_estimate import estimate_memory
+from finetuning.plan.plan import format_bytes
 
 if TYPE_CHECKING:
     import datasets
+    import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from finetuning.algorithms.algorithm import Algorithm
     from finetuning.data.prepared import PreparedData
+
+logger = logging.getLogger("finetuning")
 
 _ALTERNATIVES = {
     "bf16": "Set bf16: false; fp16: true if the device supports it.",
@@ -34,9 +43,12 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
         ModelError: the attention implementation does not exist, or needs another device.
         MissingPackageError: the attention implementation is not installed.
     """
-    check_precision(experiment, device)
     args = experiment.training_args
     extra = args.model_extra or {}
+    missing_gpu = None if device or extra.get("use_cpu") else explain_missing_gpu()
+    if missing_gpu is not None:
+        logger.warning("%s. This run uses the CPU", missing_gpu)
+    check_precision(experiment, device)
     device = device or training_device(bool(extra.get("use_cpu")))
     _check_attention(experiment, device)
     requested = [key for key in NEEDS_GPU if getattr(args, key, None) or extra.get(key)]
@@ -133,6 +145,63 @@ def describe_router_loss(experiment: Experiment, model: PreTrainedModel) -> tupl
         coefficient = coefficient if configured is None else configured
         key, is_part = "training_args.router_aux_loss_coef", bool(coefficient)
     return (f"part of the loss, times {coefficient:g}", "") if is_part else ("not part of the loss", f"{key} adds it")
+
+
+def choose_dtype(context: RunContext, arguments: TrainingArguments) -> tuple[Dtype, torch.dtype | None, list[str]]:
+    """Return the dtype to load the model in, the dtype to save it in at the end if it is another, and notes.
+
+    float32 was chosen without knowing the device. Where only 16 bits fit, the model stays in bfloat16.
+    """
+    dtype, checkpoint = context.weights_dtype, context.checkpoint_dtype
+    is_raised = context.experiment.run_conf.model_args.dtype == "auto" and dtype == "float32"
+    if not is_raised or not context.trains_all_weights or context.sharded_by or checkpoint in (None, "float32"):
+        return dtype, None, []
+    if checkpoint == "bfloat16" and not arguments.fp16:
+        excess = partial(_excess_of_float32, context, arguments)
+        if context.topology.is_distributed:
+            from finetuning.training.process_sync import broadcast_from_main
+
+            reason = broadcast_from_main(excess)
+        else:
+            reason = excess()
+        if reason is not None:
+            logger.warning("weights are trained in bfloat16, which rounds off small updates: %s", reason)
+            return "auto", None, [f"dtype of the weights: bfloat16, as {reason}"]
+    import torch
+
+    note = f"dtype of the weights: float32 in training, {checkpoint} in the final model"
+    return dtype, getattr(torch, str(checkpoint)), [note]
+
+
+def _excess_of_float32(context: RunContext, arguments: TrainingArguments) -> str | None:
+    """Return why float32 weights do not fit into the device if bfloat16 weights do; None otherwise."""
+    device = training_device(arguments.use_cpu)
+    full, half = (estimate_memory(context.experiment, dtype) for dtype in ("float32", "bfloat16"))
+    if device.memory is None or full is None or half is None or not half.total <= device.memory < full.total:
+        return None
+    return f"float32 needs at least {format_bytes(full.total)}, and {device.name} has {format_bytes(device.memory)}"
+
+
+def check_new_tokens(trained_rows: Iterable[str] | None, num_new: int, algorithm: Algorithm) -> None:
+    """Check that the adapter trains the output embeddings of new tokens.
+
+    TRL multiplies by the output weights itself, which bypasses PEFT's wrapper of single embedding rows.
+
+    Args:
+        trained_rows: names of the embeddings of which the adapter trains single rows.
+
+    Raises:
+        ConfigError: they would not be trained.
+    """
+    names = list(trained_rows or ())
+    if num_new and names:
+        raise ConfigError(
+            f"the chat template adds {num_new} tokens, whose output embeddings an adapter does not train under"
+            f" {algorithm.name}",
+            location=Location(key="data_conf.chat_template_name"),
+            hint="Train them by sft first, or add the embeddings to peft_conf.peft_kwargs:"
+            f" modules_to_save: [{', '.join(names)}].",
+        )
 
 
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings")

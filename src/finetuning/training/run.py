@@ -19,7 +19,7 @@ from finetuning.distributed import ProcessTopology, read_job_end_time
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
-from finetuning.training.final_model import initial_digests, save_final_model
+from finetuning.training.final_model import initial_weights, save_final_model
 from finetuning.training.output_dir import (
     RunRecord,
     RunResult,
@@ -128,7 +128,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
     )
     resume_terms.apply(trainer)
     reporter.trainer_built(trainer, stop)
-    initial = initial_digests(trainer, loaded)
+    initial = initial_weights(trainer, loaded)
     record.update(training_started=True)
 
     # Handled until the record is complete: after the last step the first signal lets the final model be saved.

@@ -17,6 +17,7 @@ from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
 from finetuning.distributed import ProcessTopology, announce_wait
 from finetuning.errors import ConfigError, Location, ModelError, reading
 from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
+from finetuning.plan.features import RunContext
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from finetuning.plan.plan import Plan
     from finetuning.trainer.mixin import TrainerMixin
 
-
 # Progress, tracking and the check for non-finite losses are ours.
 _FIXED = {
     "report_to": "none",
@@ -41,7 +41,7 @@ _FIXED = {
     "label_names": ["labels"],
 }
 # Fields that our trainer has and the config class does not.
-_OWN_FIELDS = {"sft": ("activation_offloading",)}
+_OWN_FIELDS = {"sft": ("activation_offloading",), "dpo": ("max_prompt_length",)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class LoadedModel:
     """Digests of the adapter's tensors before training."""
     fingerprint: Fingerprint | None
     """The fingerprint of the base model; None when it cannot be taken."""
+    saved_dtype: torch.dtype | None
+    """The dtype of the checkpoint, if the run trains its weights in float32 of its own accord; None otherwise."""
     vocabulary: EmbeddingInfo
     load_reference: Callable[[], PreTrainedModel]
     layout: BatchLayout
@@ -217,17 +219,16 @@ def load_model(
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import adapter_digests
     from finetuning.model.varlen_attention import describe_attention
-    from finetuning.training.preflight import resolve_invocation, uses_invocation
+    from finetuning.training import preflight
 
-    if uses_invocation(experiment):
-        experiment = resolve_invocation(experiment, tokenizer.tokenizer)
+    if preflight.uses_invocation(experiment):
+        experiment = preflight.resolve_invocation(experiment, tokenizer.tokenizer)
     peft_conf = experiment.peft_conf
-    # Loss scaling needs master weights in float32.
-    dtype: Dtype = "float32" if arguments.fp16 else "auto"
+    dtype, saved_dtype, dtype_notes = preflight.choose_dtype(RunContext(experiment, topology, 1), arguments)
     load_base = partial(_load_base_model, experiment, algorithm, tokenizer, topology, dtype)
     model, vocabulary = load_base()
     load_reference = partial(_load_model_only, load_base)
-    notes = _save_resized_base(experiment, model, tokenizer, vocabulary, topology)
+    notes = [*dtype_notes, *_save_resized_base(experiment, model, tokenizer, vocabulary, topology)]
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
         fingerprint = _fingerprint(model)
     attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
@@ -240,10 +241,10 @@ def load_model(
         config = adapters.make_peft_config(
             model, peft_conf, embeddings=vocabulary, total_steps=total_steps, check_names=check_names
         )
-        _check_new_tokens_are_trained(config, vocabulary, algorithm)
+        preflight.check_new_tokens(getattr(config, "trainable_token_indices", None), len(vocabulary.new_ids), algorithm)
         layout = BatchLayout(True, f"{algorithm.name} pads its rows")
         notes.append(describe_attention(model, attention.reason))
-        return LoadedModel(model, config, {}, fingerprint, vocabulary, load_reference, layout, tuple(notes))
+        return LoadedModel(model, config, {}, fingerprint, None, vocabulary, load_reference, layout, tuple(notes))
     adapted = adapters.apply_peft(
         model,
         peft_conf,
@@ -258,7 +259,8 @@ def load_model(
     if layout.padded and algorithm.supports_padding_free:
         _warn_of_padding(experiment, adapted_model, tokenizer, topology)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
-    return LoadedModel(adapted_model, None, initial, fingerprint, vocabulary, load_reference, layout, tuple(notes))
+    rest = (fingerprint, saved_dtype, vocabulary, load_reference, layout, tuple(notes))
+    return LoadedModel(adapted_model, None, initial, *rest)
 
 
 def _load_model_only(load_base: Callable[[], tuple[PreTrainedModel, EmbeddingInfo]]) -> PreTrainedModel:
@@ -299,26 +301,27 @@ def _load_base_model(
         default_dtype=default_dtype,
         head=SEQUENCE_CLASSIFICATION if algorithm.has_score_head else CAUSAL_LM,
     )
+    configured = experiment.run_conf.model_args.dtype
+    if isinstance(experiment.peft_conf, NoPeft) and configured == "auto" and str(model.dtype) == "torch.float16":
+        # The plan chose float32 if the config of the checkpoint names its dtype. Adam turns float16 weights into NaN.
+        model = model.float()
     return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens)
 
 
-def _check_new_tokens_are_trained(config: PeftConfig, vocabulary: EmbeddingInfo, algorithm: Algorithm) -> None:
-    """Check that the adapter trains the output embeddings of new tokens.
+def find_new_ids(experiment: Experiment) -> list[int]:
+    """Return the ids of the tokens that the model's embeddings have no trained rows for. Loads the tokenizer."""
+    from finetuning.data.chat.template import configured_template
+    from finetuning.model.embeddings import UNTRAINED_TOKENS_FILE, read_untrained_tokens
 
-    TRL multiplies by the output weights itself, which bypasses PEFT's wrapper of single embedding rows.
-
-    Raises:
-        ConfigError: they would not be trained.
-    """
-    trained = getattr(config, "trainable_token_indices", None)
-    if vocabulary.new_ids and trained:
-        raise ConfigError(
-            f"the chat template adds {len(vocabulary.new_ids)} tokens, whose output embeddings an adapter does not"
-            f" train under {algorithm.name}",
-            location=Location(key="data_conf.chat_template_name"),
-            hint="Train them by sft first, or add the embeddings to peft_conf.peft_kwargs:"
-            f" modules_to_save: [{', '.join(trained)}].",
-        )
+    data, folder = experiment.data_conf, Path(experiment.run_conf.model)
+    template = configured_template(data)
+    asks_for_tokens = bool(data.special_tokens or (template and template.special_tokens))
+    if not asks_for_tokens and not (folder / UNTRAINED_TOKENS_FILE).is_file():
+        return []
+    loaded = load_tokenizer(experiment)
+    tokens = [*loaded.new_tokens, *read_untrained_tokens(folder, loaded.tokenizer)]
+    ids: Any = loaded.tokenizer.convert_tokens_to_ids(tokens)
+    return ids
 
 
 def _save_resized_base(

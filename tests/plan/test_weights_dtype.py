@@ -1,0 +1,119 @@
+"""The dtype of the weights in a full fine-tune: which one is chosen, what it costs and what it loses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from finetuning.config.sections.experiment import EXPERIMENTS
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import read_document
+from finetuning.distributed import ProcessTopology
+from finetuning.errors import ConfigError
+from finetuning.plan.features import RunContext
+from finetuning.plan.plan import Plan, make_plan
+
+LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"]}}
+AUTOCAST = {"training_args.bf16": True}
+BFLOAT16 = {"run_conf.model_args.dtype": "bfloat16"}
+FSDP = ProcessTopology(world_size=2, sharded_by="fsdp")
+ALONE = ProcessTopology()
+
+
+@pytest.fixture
+def plan(sft_values: Any, write_config: Any, tmp_path: Path) -> Callable[..., tuple[RunContext, Plan]]:
+    """A function that plans a run on a checkpoint of a dtype: 1,000 values in one matrix."""
+
+    def make(
+        checkpoint: str | None, changes: dict[str, Any], topology: ProcessTopology = ALONE
+    ) -> tuple[RunContext, Plan]:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"dtype": checkpoint} if checkpoint else {}))
+        save_file({"layer.weight": np.zeros((10, 100), dtype=np.float16)}, folder / "model.safetensors")
+        values = sft_values({"run_conf.model": str(folder), "training_args.learning_rate": 1e-5, **changes})
+        experiment = validate(read_document(write_config(values)), EXPERIMENTS["sft"]).experiment
+        return RunContext(experiment, topology, 2), make_plan(experiment, topology)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "topology", "loaded", "trained"),
+    [
+        ("bfloat16", AUTOCAST, ALONE, "float32", "float32"),
+        ("float16", AUTOCAST, ALONE, "float32", "float32"),
+        (None, AUTOCAST, ALONE, "float32", "float32"),
+        ("float16", {}, ALONE, "float32", "float32"),
+        ("bfloat16", {}, ALONE, "auto", "bfloat16"),
+        ("bfloat16", AUTOCAST | BFLOAT16, ALONE, "bfloat16", "bfloat16"),
+        ("bfloat16", AUTOCAST | BFLOAT16, FSDP, "bfloat16", "float32"),
+        ("bfloat16", AUTOCAST | {"training_args.deepspeed": {"bf16": {"enabled": True}}}, ALONE, "auto", "float32"),
+        ("bfloat16", AUTOCAST | {"peft_conf": LORA}, ALONE, "auto", None),
+    ],
+)
+def test_dtype_of_the_weights(
+    plan: Any, checkpoint: str | None, changes: dict[str, Any], topology: ProcessTopology, loaded: str, trained: str
+) -> None:
+    if "training_args.deepspeed" in changes:
+        pytest.importorskip("deepspeed")
+    context, _ = plan(checkpoint, changes, topology)
+    assert (context.weights_dtype, context.trained_dtype) == (loaded, trained)
+
+
+def test_the_plan_says_what_float32_costs(plan: Any) -> None:
+    _, raised = plan("bfloat16", AUTOCAST)
+    _, kept = plan("bfloat16", AUTOCAST | BFLOAT16)
+    # Weights, gradients and the two moments of Adam.
+    assert (raised.memory.total, kept.memory.total) == (4 * 4 * 1000, 4 * 2 * 1000)
+    decision = next(decision for decision in raised.decisions if decision.name == "trained weights")
+    assert decision.value == "float32"
+    assert "15.6 KiB instead of 7.8 KiB" in decision.reason
+    assert "run_conf.model_args.dtype: bfloat16" in decision.reason
+    assert raised.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        (AUTOCAST | BFLOAT16, True),
+        ({}, True),
+        (AUTOCAST | BFLOAT16 | {"training_args.learning_rate": 1e-3}, False),
+        (AUTOCAST | BFLOAT16 | {"overrides.lr_multiplier": 100.0}, False),
+        (AUTOCAST | BFLOAT16 | {"peft_conf": LORA}, False),
+        (AUTOCAST, False),
+    ],
+)
+def test_updates_that_bfloat16_rounds_off_are_reported(plan: Any, changes: dict[str, Any], warns: bool) -> None:
+    _, made = plan("bfloat16", changes)
+    assert bool(made.warnings) is warns
+    if warns:
+        (warning,) = made.warnings
+        assert warning.location.key == "run_conf.model_args.dtype"
+        assert "at a learning rate of 1e-05, Adam's updates of weights above about 0.0051 are lost" in str(warning)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_float16_weights_are_not_trained(plan: Any, autocast: bool) -> None:
+    changes = {"run_conf.model_args.dtype": "float16", "training_args.bf16": autocast}
+    with pytest.raises(ConfigError, match=r"become NaN within a few steps.*run_conf.model_args.dtype: auto") as caught:
+        plan("bfloat16", changes)
+    assert caught.value.problems[0].location.key == "run_conf.model_args.dtype"
+    plan("bfloat16", changes | {"peft_conf": LORA})
+
+
+def test_the_warning_names_the_line_that_the_user_wrote(
+    run_cli: Any, sft_values: Any, write_config: Any, chatml_llama_dir: Path
+) -> None:
+    config = write_config(sft_values({"run_conf.model_args.torch_dtype": "bfloat16", "training_args.bf16": True}))
+    result = run_cli(["sft", config, "--dry-run", "training_args.learning_rate=1e-5"])
+    line = next(n for n, text in enumerate(config.read_text().splitlines(), 1) if "torch_dtype" in text)
+    assert result.returncode == 0, result.stderr
+    assert f"warning: {config}:{line}:" in result.stderr
+    assert "weights are trained in bfloat16" in result.stderr
