@@ -10,11 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuning.config.sections.model import RunConfig
-from finetuning.errors import ModelError
+from finetuning.atomic_io import staging_path
+from finetuning.config.sections.model import NewPeft, RunConfig
+from finetuning.errors import GuardStopped, ModelError
+from finetuning.export.merge.merge import merge_adapters
 from finetuning.model.load import load_model
 from finetuning.model.padding import describe_padding_error
 from finetuning.model.peft.adapter_files import restore_lora_tensors
+from finetuning.model.peft.adapters import make_peft_config
 from finetuning.model.safetensors_io import shared_by_layers
 from finetuning.model.saved_weights import load_saved_weights, restore_padding_rows
 from finetuning.model.varlen_attention import check_row_lengths
@@ -145,3 +148,52 @@ def test_layers_that_share_a_weight_are_not_those_of_a_base_with_fewer_layers() 
     stored = ["model.layers.0.mamba.weight", "model.layers.1.mamba.weight", "model.layers.0.shared.q_proj.weight"]
     names = [f"model.layers.{layer}.shared.q_proj.weight" for layer in range(3)]
     assert shared_by_layers(names, stored) == ["model.layers.1.shared.q_proj.weight"]
+
+
+@pytest.fixture
+def experts_in_bfloat16(tmp_path: Path, chatml_llama_dir: Path) -> tuple[Path, Path]:
+    """A mixture of experts in bfloat16, and an adapter of all its layers."""
+    from peft import get_peft_model
+
+    from zoo.harness import save_base
+
+    base = tmp_path / "base"
+    save_base("mixtral", base, AutoTokenizer.from_pretrained(chatml_llama_dir))
+    AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16").save_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16")
+    conf = NewPeft(peft_type="LORA", peft_kwargs={"r": 4, "lora_alpha": 8, "target_modules": "all-linear"})
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, make_peft_config(model, conf))
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data += torch.randn_like(weight) * 0.05
+    adapted.save_pretrained(tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def test_a_merge_whose_rounding_exchanges_experts_is_not_refused(
+    tmp_path: Path, experts_in_bfloat16: tuple[Path, Path]
+) -> None:
+    base, adapter = experts_in_bfloat16
+    verification = merge_adapters(str(base), [str(adapter)], tmp_path / "out").verification
+    assert verification is not None and verification.passed
+    assert verification.rounding_noise is not None, "the tolerance alone refuses it: choose another seed if it does not"
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.v_proj.weight", "down_proj of an expert"])
+def test_a_merge_of_experts_that_leaves_something_out_is_refused(
+    tmp_path: Path, experts_in_bfloat16: tuple[Path, Path], lost: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = experts_in_bfloat16
+    original = load_file(base / "model.safetensors")
+    name = lost if lost in original else next(name for name in original if ".experts.1.w2." in name)
+
+    def damage(line: str) -> None:
+        if line.startswith("verifying"):
+            file = staging_path(tmp_path / "out") / "model.safetensors"
+            save_file({**load_file(file), name: original[name]}, file, {"format": "pt"})
+
+    with pytest.raises(GuardStopped, match=r"differs from the trained model.*rounding noise measured on this model"):
+        merge_adapters(str(base), [str(adapter)], tmp_path / "out", log=damage)
