@@ -22,6 +22,7 @@ CONSOLE_SCRIPTS = (
     "generate",
     "replace_tokens",
     "accelerate_launch",
+    "sft_trainer",
 )
 INTRODUCTION = """# Commands
 

@@ -22,11 +22,13 @@ import pkgutil
 import runpy
 import sys
 import threading
+import tomllib
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, NoReturn
 
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 PACKAGES = (
     "algorithms",
     "callbacks",
@@ -64,8 +66,9 @@ def run_program(program: str, args: list[str]) -> Any:
         runpy.run_path(program, run_name="__main__")
         return 0
     sys.argv = [str(Path(sys.executable).with_name(program)), *args]
-    [script] = entry_points(group="console_scripts", name=program)
-    return script.load()()
+    # Not from the metadata of the installed package, which is older than a console script of a checkout.
+    scripts = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["scripts"]
+    return EntryPoint(program, scripts[program], "console_scripts").load()()
 
 
 def run_request(request: dict[str, Any]) -> NoReturn:

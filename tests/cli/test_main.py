@@ -68,7 +68,9 @@ def test_every_subcommand_has_help_with_a_description(say: Any, name: str) -> No
     assert description[0].isupper() and not description.startswith("usage")
 
 
-@pytest.mark.parametrize("name", ["generate", "merge_adapter", "create_vllm_compatible_adapter", "replace_tokens"])
+@pytest.mark.parametrize(
+    "name", ["generate", "merge_adapter", "create_vllm_compatible_adapter", "replace_tokens", "sft_trainer"]
+)
 def test_console_scripts_are_subcommands_with_the_same_help(say: Any, name: str, capsys: Any) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts[name].partition(":")

@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 
+from finetuning.atomic_io import write_manifest
 from finetuning.errors import ModelError, StorageError
-from finetuning.export.vllm.convert import ORIGINAL, extra_layers_reason, make_vllm_compatible
+from finetuning.export.safetensors_writer import write_tensor_file
+from finetuning.export.vllm.convert import (
+    ORIGINAL,
+    ORIGINAL_CONFIG,
+    NotServableError,
+    extra_layers_reason,
+    make_vllm_compatible,
+)
 
 MakeAdapter = Callable[..., Path]
 
@@ -275,6 +283,147 @@ def test_new_embeddings_hold_the_last_rows(tiny_llama_dir: Path, make_adapter: M
     assert torch.equal(rows["input_embeddings"], grown["base_model.model.model.embed_tokens.weight"][-3:])
     assert torch.equal(rows["output_embeddings"], grown["base_model.model.lm_head.weight"][-3:])
     assert all("lora_" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
+GROWN = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def with_new_tokens(base: Path, adapter: Path, count: int = 3) -> dict[str, Any]:
+    """Add embeddings with `count` new rows to an adapter, and return them by their names in the base."""
+    import torch
+
+    tensors = base_tensors(base)
+    grown = {name: torch.cat([tensors[name], torch.randn(count, 64)]) for name in GROWN}
+    add_tensors(adapter, {f"base_model.model.{name}": tensor for name, tensor in grown.items()})
+    config = read_config(adapter) | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return grown
+
+
+@pytest.mark.parametrize("arguments", [{}, {"r": 256, "target_modules": "all-linear"}])
+def test_new_embeddings_are_the_same_in_place_as_in_a_copy(
+    arguments: dict[str, Any], tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """In the larger adapter the old offsets of the new rows lie within the new file."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = make_adapter(tiny_llama_dir, lora(**arguments), tmp_path / "adapter")
+    grown = with_new_tokens(tiny_llama_dir, adapter)
+    before = files(adapter)
+    make_vllm_compatible(adapter, output=tmp_path / "copy", new_embeddings=True)
+    make_vllm_compatible(adapter, new_embeddings=True)
+    rows = load_file(adapter / "new_embeddings.safetensors")
+    assert torch.equal(rows["input_embeddings"], grown[GROWN[0]][-3:])
+    assert torch.equal(rows["output_embeddings"], grown[GROWN[1]][-3:])
+    in_place, copied = files(adapter), files(tmp_path / "copy")
+    assert in_place.pop(ORIGINAL) == before["adapter_model.safetensors"]
+    assert in_place.pop(ORIGINAL_CONFIG) == before["adapter_config.json"]
+    del in_place["serving.json"], copied["serving.json"]
+    assert in_place == copied
+    assert not make_vllm_compatible(adapter, new_embeddings=True).changed
+    assert {**files(adapter), "serving.json": b""} == {
+        **in_place,
+        ORIGINAL: before["adapter_model.safetensors"],
+        ORIGINAL_CONFIG: before["adapter_config.json"],
+        "serving.json": b"",
+    }
+
+
+def extended_base(base: Path, folder: Path, count: int = 3) -> tuple[Path, list[int]]:
+    """Save a base with rows for new tokens, and return its folder and the ids of the rows."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    size = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(size + count, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder, list(range(size, size + count))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_trained_rows_of_an_extended_base_become_new_embeddings_of_the_base(
+    in_place: bool, tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base, ids = extended_base(tiny_llama_dir, tmp_path / "extended")
+    rows = {"embed_tokens": ids, "lm_head": ids}
+    adapter = make_adapter(base, lora(trainable_token_indices=rows), tmp_path / "adapter")
+    trained = load_file(adapter / "adapter_model.safetensors")
+    expected = logits(base, adapter)
+    out = None if in_place else tmp_path / "out"
+    result = make_vllm_compatible(adapter, base_name=str(tiny_llama_dir), output=out, new_embeddings=True)
+    written = load_file(result.folder / "new_embeddings.safetensors")
+    name = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+    assert torch.equal(written["input_embeddings"], trained[name.format("model.embed_tokens")])
+    assert torch.equal(written["output_embeddings"], trained[name.format("lm_head")])
+    config = read_config(result.folder)
+    assert (config["trainable_token_indices"], config["base_model_name_or_path"]) == (None, str(tiny_llama_dir))
+    # Tokens of the base are predicted as before.
+    assert torch.equal(logits(tiny_llama_dir, result.folder), expected[..., : ids[0]])
+    assert any("read by vLLM before November 2025" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("tokens", [[3, 5], None])
+def test_rows_that_the_base_has_are_no_new_embeddings(
+    tokens: list[int] | None, tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """Rows of old tokens, and rows of an adapter whose base was not named without them."""
+    base, ids = extended_base(tiny_llama_dir, tmp_path / "extended")
+    adapter = make_adapter(base, lora(trainable_token_indices=tokens or ids), tmp_path / "adapter")
+    before = files(adapter)
+    with pytest.raises(NotServableError, match="has rows of tokens that the base has rows for"):
+        make_vllm_compatible(adapter, base_name=str(tiny_llama_dir) if tokens else None, new_embeddings=True)
+    assert files(adapter) == before
+
+
+@pytest.mark.parametrize("damaged", ["adapter_model.safetensors", "new_embeddings.safetensors"])
+def test_nothing_is_replaced_by_a_file_that_reads_back_differently(
+    damaged: str, tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    with_new_tokens(tiny_llama_dir, adapter)
+    before = files(adapter)
+
+    def write_and_damage(file: Path, *args: Any) -> None:
+        write_tensor_file(file, *args)
+        if file.name == damaged:
+            with file.open("r+b") as stream:
+                stream.seek(-1, 2)
+                stream.write(b"\x5a")
+
+    monkeypatch.setattr("finetuning.export.vllm.convert.write_tensor_file", write_and_damage)
+    with pytest.raises(StorageError, match=f"{damaged} was read back with other content"):
+        make_vllm_compatible(adapter, new_embeddings=True)
+    assert files(adapter) == before
+    with pytest.raises(StorageError, match="read back"):
+        make_vllm_compatible(adapter, output=tmp_path / "copy", new_embeddings=True)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_nothing_is_replaced_when_the_serving_command_cannot_be_written(
+    tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    with_new_tokens(tiny_llama_dir, adapter)
+    (adapter / "added_tokens_info.json").write_text('{"num_new_tokens": 3, "new_embedding_size": 515}')
+    config = read_config(adapter) | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    before = files(adapter)
+    with pytest.raises(ModelError, match="does not name the base model"):
+        make_vllm_compatible(adapter, new_embeddings=True)
+    assert files(adapter) == before
+
+
+def test_a_copy_has_no_manifest_of_the_original(
+    tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_dir, lora(), tmp_path / "adapter")
+    write_manifest(adapter)
+    make_vllm_compatible(adapter, output=tmp_path / "copy")
+    assert not (tmp_path / "copy" / "manifest.json").exists()
 
 
 def test_new_embeddings_are_refused_where_the_base_has_them(

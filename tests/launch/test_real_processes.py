@@ -116,30 +116,126 @@ def job(tiny_llama_dir: Path, write_jsonl: Any, tmp_path: Path) -> dict[str, Any
     }
 
 
-def test_a_job_by_the_entry_point_of_the_image(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+def without_spare_rows(model_dir: Path, folder: Path) -> Path:
+    """Save a model whose embeddings have as many rows as the tokenizer has tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_job_by_the_entry_point_of_the_image(
+    run_cli: Any, job: dict[str, Any], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    base = without_spare_rows(tiny_llama_dir, tmp_path / "base")
     job |= {
+        "model_name_or_path": str(base),
         "peft_method": "lora",
         "r": 4,
         "target_modules": ["lm_head", "all-linear"],
         "save_model_dir": str(tmp_path / "cos" / "model"),
         "logging_dir": str(tmp_path / "logs"),
         "lora_post_process_for_vllm": True,
+        "add_special_tokens": ["<new>"],
         "accelerate_launch_args": {"num_processes": 2, "env": ["FINETUNING_TEST=1"]},
     }
+    spare = base64.b64encode(json.dumps(job | {"model_name_or_path": str(tiny_llama_dir)}).encode()).decode()
+    refused = run_cli([], program="accelerate_launch", env={"SFT_TRAINER_CONFIG_JSON_ENV_VAR": spare})
+    assert refused.returncode == 1 and not (tmp_path / "out").exists()
+    assert "lora_post_process_for_vllm: cannot be combined with add_special_tokens here" in refused.stderr
     text = base64.b64encode(json.dumps(job).encode()).decode()
     result = run_cli([], program="accelerate_launch", env={"SFT_TRAINER_CONFIG_JSON_ENV_VAR": text})
     assert result.returncode == 0, result.stderr
     assert "4 = 2 x 2 x 1" in result.stdout, "per-device batch x accumulation x processes"
     out, model = tmp_path / "out", tmp_path / "cos" / "model"
     assert (out / ".complete").exists()
-    assert {"adapter_config.json", "adapter_model.safetensors", "serving.json"} <= {
-        path.name for path in model.iterdir()
-    }
+    converted = {path.name for path in model.iterdir()}
+    assert {"adapter_model.safetensors", "new_embeddings.safetensors", "serving.json"} <= converted
+    assert (
+        json.loads((model / "adapter_config.json").read_text())["base_model_name_or_path"] == job["model_name_or_path"]
+    )
     (line,) = (tmp_path / "logs" / "training_logs.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "training_loss"
     assert not (out / "training_logs.jsonl").exists()
-    saved = (out / "checkpoint-final" / "adapter_model.safetensors").read_bytes()
-    assert (model / "adapter_model.safetensors").read_bytes() == saved
+    trained = (out / "checkpoint-final" / "adapter_model.safetensors").read_bytes()
+    assert (model / "old_with_extra_layers_adapter_model.safetensors").read_bytes() == trained
+
+
+def as_flags(job: dict[str, Any]) -> list[str]:
+    return [text for key, value in job.items() for text in (f"--{key}", *([] if value is True else [str(value)]))]
+
+
+def test_sft_trainer_trains_like_the_job_alone_and_in_several_processes(
+    run_cli: Any, fork_server: ForkServer, job: dict[str, Any], tmp_path: Path
+) -> None:
+    job |= {"save_strategy": "no", "gradient_accumulation_steps": 2}
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job))
+    printed = run_cli([*as_flags(job), "--print-config"], program="sft_trainer")
+    assert printed.returncode == 0, printed.stderr
+    imported = run_cli(["import", file])
+    assert printed.stdout == imported.stdout
+    alone = run_cli(as_flags(job), program="sft_trainer")
+    assert alone.returncode == 0, alone.stderr
+    assert "4 = 1 x 2 x 2" in alone.stdout
+    # Under `accelerate launch`, which sets the variables of torchrun: the same rows in a step.
+    flags = as_flags(job | {"gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "two")})
+    both = fork_server.start_all(flags, ["", ""], program="sft_trainer")
+    assert wait_all(both) == [0, 0], both[0].output + both[1].output
+    assert "4 = 2 x 2 x 1" in both[0].stdout and "warning" not in both[1].stderr
+    losses = [
+        json.loads((folder / "training_logs.jsonl").read_text())["data"]["value"]
+        for folder in (tmp_path / "out", tmp_path / "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_data_is_only_processed_and_can_be_trained_on(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+    more = {"do_dataprocessing_only": True, "num_train_dataset_shards": 3, "num_eval_dataset_shards": 1}
+    more |= {"validation_data_path": job["training_data_path"]}
+    done = run_cli(as_flags(job | more), program="sft_trainer")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    names = [f"train_dataset/ds_0000{index}.parquet" for index in range(3)] + ["validation_dataset/ds_00000.parquet"]
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == names
+    unset = {"response_template", "dataset_text_field", "output_dir", "training_data_path"}
+    processed = {key: value for key, value in job.items() if key not in unset}
+    losses = []
+    for folder, changes in (("rows", job), ("shards", processed | {"training_data_path": str(out / "train_dataset")})):
+        flags = as_flags(changes | {"output_dir": str(tmp_path / folder), "save_strategy": "no"})
+        trained = run_cli(flags, program="sft_trainer")
+        assert trained.returncode == 0, trained.stderr
+        losses.append(json.loads((tmp_path / folder / "training_logs.jsonl").read_text())["data"]["value"])
+    assert losses[0] == losses[1]
+    again = run_cli(as_flags(job | more), program="sft_trainer")
+    assert again.returncode == 1 and "train_dataset exists and is not empty" in again.stderr
+
+
+def test_errors_name_the_line_of_the_job(run_cli: Any, job: dict[str, Any], tmp_path: Path) -> None:
+    """At every depth of the translation: its own checks, those of the experiment, and those before training."""
+    log, file = tmp_path / "log", tmp_path / "job.json"
+    for key, value, message in (
+        ("lora_alfa", 3, 'unknown key. Did you mean "lora_alpha"?'),
+        ("learning_rate", -1.0, "learning_rate: "),
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("training_data_path", "/no/such.jsonl", "no such file"),
+        ("model_name_or_path", "/no/model", "/no/model"),
+    ):
+        log.unlink(missing_ok=True)
+        changed = job | {key: value}
+        file.write_text(json.dumps(changed, indent=1))
+        result = run_cli(["job", file, "--worker"], env={"TERMINATION_LOG_FILE": str(log)})
+        line = [*changed].index(key) + 2
+        assert result.returncode == 1, result.stderr
+        assert f"error: {file}:{line}:2: {key}: " in result.stderr and message in result.stderr
+        assert f"{file}:{line}:2: {key}: " in log.read_text()
+        assert "experiment.yaml" not in result.stderr + log.read_text()
+        flags = run_cli(as_flags(changed), program="sft_trainer")
+        assert flags.returncode == 1 and f"error: --{key}: " in flags.stderr
 
 
 def test_multipack_trains_on_the_same_steps(

@@ -170,6 +170,36 @@ def test_a_complete_run_is_left_alone(train: Any, sft_values: Any, capsys: pytes
     assert snapshot(done.output_dir) == before
 
 
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_longer_run_takes_the_place_of_a_shorter_one_and_a_fresh_one_of_both(
+    by_path: bool, train: Any, sft_values: Any
+) -> None:
+    short = train(sft_values({**SAVED, "training_args.max_steps": 3}))
+    final = snapshot(short.final)
+    (short.output_dir / ".complete").touch()
+    changes = {
+        "training_args.max_steps": 6,
+        "run_conf.resume_from_checkpoint": str(short.output_dir / "checkpoint-3") if by_path else "auto",
+        "run_conf.on_existing_run": "move",
+        "run_conf.allow_changed": ["training_args.max_steps"],
+    }
+    longer = train(sft_values({**SAVED, **changes}))
+    assert len(longer.losses) == 6 and longer.losses[:3] == short.losses
+    assert not (short.output_dir / ".complete").exists(), "moved before it is complete again"
+    assert snapshot(short.output_dir / "earlier-1" / "checkpoint-final") == final
+    longer_final = snapshot(longer.final)
+    assert longer_final != final
+    if by_path:
+        return
+    (short.output_dir / "telemetry").rename(short.output_dir / "telemetry-before")
+    fresh = train(sft_values({**SAVED, "training_args.max_steps": 3, "run_conf.on_existing_run": "move"}))
+    assert fresh.losses[:3] == short.losses
+    moved = sorted(path.name for path in (short.output_dir / "earlier-2").iterdir())
+    assert moved == ["checkpoint-3", "checkpoint-6", "checkpoint-final"]
+    assert snapshot(short.output_dir / "earlier-2" / "checkpoint-final") == longer_final
+    assert not (short.output_dir / "checkpoint-6").exists()
+
+
 def test_a_complete_run_goes_on_under_another_name(train: Any, sft_values: Any) -> None:
     short = train(sft_values({**SAVED, "training_args.max_steps": 3, "training_args.lr_scheduler_type": "constant"}))
     changes = {

@@ -295,8 +295,9 @@ def locate(problem: Problem, document: ConfigDocument) -> Problem:
 
 
 def _replace_keys_by_flags(hint: str | None, document: ConfigDocument) -> str | None:
-    """Return the hint with flags in place of the keys that are set by flags."""
+    """Return the hint with flags, or keys of another engine's config, in place of the keys that they set."""
     for path, mark in document.marks.items():
-        if hint and mark.source is not None and len(path) > 1:
-            hint = re.sub(rf"(?<![\w.]){re.escape(dotted(path))}(?!\w|\.\w)", str(mark.source), hint)
+        if hint and mark.source is not None and len(path) > 1 and dotted(path) in hint:
+            source = mark.source.key or str(mark.source)
+            hint = re.sub(rf"(?<![\w.]){re.escape(dotted(path))}(?!\w|\.\w)", lambda _, source=source: source, hint)
     return hint

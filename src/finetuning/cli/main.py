@@ -48,6 +48,7 @@ SUBCOMMANDS = {
         "finetuning.cli.config_commands:import_main", "translate another engine's config to YAML for this one"
     ),
     "job": Subcommand("finetuning.cli.fms_job:main", "run an fms-hf-tuning JSON job"),
+    "sft_trainer": Subcommand("finetuning.cli.fms_job:sft_trainer_main", "train with the flags of fms-hf-tuning"),
 }
 
 

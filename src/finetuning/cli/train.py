@@ -42,15 +42,17 @@ def train(
     parse_options: Callable[[Sequence[str]], argparse.Namespace],
     argv: Sequence[str],
     callbacks: Sequence[TrainerCallback] = (),
+    document: ConfigDocument | None = None,
 ) -> int:
     """Check the config, then train or, with `--dry-run`, print the plan. Return the exit code.
 
     Args:
         callbacks: of the trainer, in addition to those of the run.
+        document: the config, if it is not read from the file that the arguments name.
     """
     options = parse_options(argv)
     _check_options(options)
-    checked = _check_config(options)
+    checked = _check_config(options, document)
     experiment, algorithm, topology = checked.experiment, checked.algorithm, checked.topology
     from finetuning.cli.errors import locate_errors
     from finetuning.report.console import configure_logging
@@ -84,7 +86,7 @@ def train(
     return 0
 
 
-def _check_config(options: argparse.Namespace) -> _CheckedConfig:
+def _check_config(options: argparse.Namespace, document: ConfigDocument | None) -> _CheckedConfig:
     """Read, check and plan the config, and print its warnings."""
     from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
@@ -97,7 +99,7 @@ def _check_config(options: argparse.Namespace) -> _CheckedConfig:
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
 
     algorithm = ALGORITHMS[options.method]
-    document = read_document(options.config)
+    document = document or read_document(options.config)
     if options.overrides:
         document = apply_overrides(document, options.overrides)
     validated = validate(document, algorithm.experiment)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, write_manifest
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
+from finetuning.data.sources.files import PREPARED_META
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics
 from finetuning.distributed import announce_wait
 from finetuning.errors import DataError, Location, StorageError, first_line
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
-META = "prepared.json"
+META = PREPARED_META
 FORM = 2
 """Version of the folder's layout. A folder of another version is not read."""
 VARIABLE = "FINETUNING_CACHE"

@@ -15,7 +15,7 @@ from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
 from finetuning.data.samples import ParsedRow, Row, SkippedRow
 from finetuning.data.sources import Line, find_shards
-from finetuning.data.text_template import TextTemplate
+from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
 
@@ -82,7 +82,10 @@ def open_dataset(
     _check_columns(source, head, key)
     transformed = [row for row in map(transform, head) if isinstance(row, Row)]
     row_format, is_configured = _choose_format(source, transforms, kind, transformed, key)
-    dataset_options = _dataset_options(source, transforms, options)
+    try:
+        dataset_options = _dataset_options(source, transforms, options)
+    except TextTemplateError as error:
+        raise ConfigError(str(error), location=Location(key=f"{key}.data_formatter_template")) from None
 
     def parse(unparsed: UnparsedRow) -> ParsedRow | SkippedRow:
         row = transform(unparsed)

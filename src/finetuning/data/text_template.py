@@ -26,11 +26,27 @@ class TextTemplate:
     """Renders a template for rows.
 
     `{{...}}` is first looked up as the name of a column, which may have spaces, and else evaluated as Jinja in a
-    sandbox. Jinja also sees the whole row as `element`, as in fms-hf-tuning. A template with `{%` or `{#` is Jinja as a
-    whole.
+    sandbox. Jinja also sees the whole row as `element`, as in fms-hf-tuning. A template with `{%` or `{#`, or with `{{`
+    outside of such an expression, is Jinja as a whole.
+
+    Raises:
+        TextTemplateError: the template is not valid: a brace is not closed, for example.
     """
 
     template: str
+
+    def __post_init__(self) -> None:
+        if self._is_jinja:
+            try:
+                self._compiled[self.template] = self._environment.compiled(self.template)
+            except jinja2.TemplateSyntaxError as error:
+                raise TextTemplateError(f"the template is not valid: {error.message}: {self.template!r}") from None
+
+    @property
+    def _is_jinja(self) -> bool:
+        return bool(re.search(r"\{%|\{#|\{\{", _FIELD.sub("", self.template))) or bool(
+            re.search(r"\{%|\{#", self.template)
+        )
 
     def __call__(self, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         """Return the text of a row.
@@ -38,7 +54,7 @@ class TextTemplate:
         Raises:
             TextTemplateError: a column is missing or is not text, number or boolean, or the Jinja fails.
         """
-        if re.search(r"\{%|\{#", self.template):
+        if self._is_jinja:
             return self._render(self.template, values, special_tokens)
         return _FIELD.sub(lambda match: self._field(match.group(1), values, special_tokens), self.template)
 

@@ -202,7 +202,10 @@ def _skip_large(chain: TransformChain, arguments: Arguments) -> TransformChain:
 
 
 def _jinja(chain: TransformChain, arguments: Arguments) -> TransformChain:
-    formatter, column = TextTemplate(arguments["template"]), arguments["formatted_text_column_name"]
+    try:
+        formatter, column = TextTemplate(arguments["template"]), arguments["formatted_text_column_name"]
+    except TextTemplateError as error:
+        raise TransformError(str(error)) from None
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         return {**values, column: formatter(values, special_tokens)}
@@ -284,10 +287,14 @@ _HANDLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Transform
     ),
     "apply_tokenizer_chat_template": (
         ("formatted_text_column_name", "conversation_column_name"),
-        ("formatted_text_column_name",),
+        (),
         _chat_text,
     ),
-    "tokenize_and_apply_chat_template_with_masking": (("conversation_column", *_TOKENIZER_ARGUMENTS), (), _chat_masked),
+    "tokenize_and_apply_chat_template_with_masking": (
+        ("conversation_column", "conversation_column_name", *_TOKENIZER_ARGUMENTS),
+        (),
+        _chat_masked,
+    ),
     "tokenize": (("text_column_name", *_TOKENIZER_ARGUMENTS), ("text_column_name",), _tokenize),
 }
 """The handlers: the supported arguments, the required ones, and the function that adds it to a chain."""

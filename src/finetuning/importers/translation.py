@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import ConfigDocument, YamlSection
+from finetuning.config.yaml.document import ConfigDocument, SourceSpan, YamlSection
 from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
@@ -23,6 +23,8 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     """Settings that are not carried over, or have a different meaning here."""
     problems: list[Problem] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    """For dotted keys of our YAML, the keys of the source that decide them."""
 
     def get(self, key: str | int, default: Any = None) -> Any:
         """Return the source's value, or the default if it is missing, null or an empty string."""
@@ -32,11 +34,16 @@ class Translation:
     def has(self, key: str | int) -> bool:
         return self.get(key) is not None
 
-    def put(self, path: str, value: Any) -> None:
-        """Set a dotted key of our YAML; None leaves it unset."""
+    def put(self, path: str, value: Any, source: str | None = None) -> None:
+        """Set a dotted key of our YAML; None leaves it unset.
+
+        Args:
+            source: the key of the source that decides it, if it has another name.
+        """
+        *sections, name = path.split(".")
+        self.sources[path] = source or name
         if value is None:
             return
-        *sections, name = path.split(".")
         inner = self.values
         for section in sections:
             inner = inner.setdefault(section, {})
@@ -73,10 +80,20 @@ class Translation:
     def positive_int(self, key: str, default: int) -> int:
         """Return an integer of at least 1; 2.0 counts as 2."""
         value = self.get(key, default)
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
             self.add_error(key, f"must be a positive integer, not {value!r}")
             return default
         return int(value)
+
+    def document(self) -> ConfigDocument:
+        """Return our YAML as a document whose errors name the keys of the source, with their lines."""
+        marks = {
+            tuple(path.split(".")): SourceSpan(source=self.source.location_of((key,)))
+            for path, key in self.sources.items()
+        }
+        return ConfigDocument(self.values, marks, self.source.file)
 
     def finish(self) -> Translation:
         """Return the translation itself.

@@ -110,6 +110,8 @@ def _number(folder: Path) -> int:
 
 
 RECORD_NAME = "run.json"
+COMPLETE_MARKER = ".complete"
+"""An empty file in the output directory of a run that has succeeded."""
 CONFIG_NAME = "config.resolved.yaml"
 PREVIEW_NAME = "preview.txt"
 _OLD_PREVIEW_NAME = "first_rows.txt"  # old name

@@ -232,8 +232,8 @@ class LossLog(Tracker):
 
     name = LOSS_LOG_NAME
 
-    def __init__(self, folder: Path):
-        self.path = folder / LOSS_LOG_NAME
+    def __init__(self, folder: Path, file_name: str = LOSS_LOG_NAME):
+        self.path = folder / file_name
         self._lines = LineFile(self.path)
 
     def log(self, event: LogEvent) -> None:

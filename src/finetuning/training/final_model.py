@@ -22,6 +22,7 @@ from finetuning.export.verify import verify_saved
 from finetuning.model.peft.adapter_files import adapter_digests, is_peft_model
 from finetuning.model.save import find_stop_tokens, save_model
 from finetuning.model.saved_weights import changed_share, convert_weights, sample_matrices, sampled_digests
+from finetuning.report.run_folder import COMPLETE_MARKER
 from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("finetuning")
 
-COMPLETE_MARKER = ".complete"
 _KEY = "save_model_dir"
 _REFERENCE_ADAPTER = "ref"
 # Text with accents, digits and punctuation, for the round trip of the tokenizer.

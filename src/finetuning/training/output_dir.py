@@ -24,7 +24,7 @@ from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ConfigError, FinetuningError, GuardStopped, Interrupted, Location, StorageError
 from finetuning.plan.memory_estimate import MemoryEstimate
 from finetuning.plan.plan import format_bytes
-from finetuning.report.run_folder import CONFIG_NAME, RECORD_NAME, read_run_record
+from finetuning.report.run_folder import COMPLETE_MARKER, CONFIG_NAME, RECORD_NAME, read_run_record
 from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,14 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes
 _KEY = "training_args.output_dir"
 _LOCK_NAME = ".finetuning.lock"
 # Keys that may differ between a completed run and the same command run again.
-_INCIDENTAL = ("run_conf.resume_from_checkpoint", "tracking", "telemetry", "logging_dir", "save_model_dir")
+_INCIDENTAL = (
+    "run_conf.resume_from_checkpoint",
+    "run_conf.on_existing_run",
+    "tracking",
+    "telemetry",
+    "logging_dir",
+    "save_model_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,12 @@ def is_complete(experiment: Experiment) -> bool:
     has_final = final.is_dir() and any(final.iterdir())
     if str(run_conf.resume_from_checkpoint).lower() == "false":
         existing_runs = [path.name for path in checkpoints_of(output_dir)[:1]] + [final.name] * has_final
-        if existing_runs:
+        if existing_runs and run_conf.on_existing_run == "error":
             raise StorageError(
                 f"{output_dir} holds an earlier run ({', '.join(existing_runs)})",
                 location=Location(key=_KEY),
-                hint="Set run_conf.resume_from_checkpoint: auto to resume it, choose another output_dir, or remove it.",
+                hint="Set run_conf.resume_from_checkpoint: auto to resume it, run_conf.on_existing_run: move to keep it"
+                " in a subfolder, or choose another output_dir.",
             )
         return False
     if not has_final:
@@ -138,12 +146,38 @@ def is_complete(experiment: Experiment) -> bool:
     # The final model is written atomically. A run that was killed after that has nothing left to do but to record it.
     if _training_started(output_dir) and (output_dir / CONFIG_NAME).is_file() and not changes:
         return True
+    if run_conf.on_existing_run == "move":
+        return False
     why = f"saved with a different config: {'; '.join(changes)}" if changes else "and no completed run is recorded"
     raise StorageError(
         f"{final} already exists, {why}",
         location=Location(key="run_conf.final_checkpoint_name"),
         hint="Choose another final_checkpoint_name to resume from the last checkpoint, or another output_dir.",
     )
+
+
+def move_earlier_run(experiment: Experiment) -> tuple[str, ...]:
+    """Move what an earlier run saved, and this one does not continue, to a new folder `earlier-N`. Return notes on it.
+
+    From scratch, these are its checkpoints and its final model. A run that trains further continues from the
+    checkpoints, and needs the place of the final model only.
+    """
+    output_dir, run_conf = Path(experiment.training_args.output_dir), experiment.run_conf
+    if run_conf.on_existing_run != "move":
+        return ()
+    final = output_dir / run_conf.final_checkpoint_name
+    moved = [final] if final.is_dir() and any(final.iterdir()) else []
+    if str(run_conf.resume_from_checkpoint).lower() == "false":
+        moved += checkpoints_of(output_dir)
+    if not moved:
+        return ()
+    numbers = [path.name.rpartition("-")[2] for path in output_dir.glob("earlier-*")]
+    target = output_dir / f"earlier-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
+    target.mkdir()
+    for path in moved:
+        os.rename(path, target / path.name)
+    (output_dir / COMPLETE_MARKER).unlink(missing_ok=True)
+    return (f"{', '.join(path.name for path in moved)} of an earlier run moved to {target}",)
 
 
 def check_free_space(experiment: Experiment, memory: MemoryEstimate | None) -> None:

@@ -165,7 +165,9 @@ class RunReporter:
 
         trackers = [progress_tracker(self._console)]
         if self._topology.is_main:
-            trackers += [LossLog(Path(self._experiment.logging_dir or self._output_dir)), MetricsLog(self._output_dir)]
+            folder, tracking = Path(self._experiment.logging_dir or self._output_dir), self._experiment.tracking
+            loss_log = LossLog(folder, tracking.training_logs_filename) if tracking else LossLog(folder)
+            trackers += [loss_log, MetricsLog(self._output_dir)]
             trackers += self._tracker_set.trackers()
         self._trackers = TrackerGroup(trackers)
         return [

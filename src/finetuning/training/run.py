@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from finetuning.training.output_dir import (
     check_free_space,
     is_complete,
     lock_output_dir,
+    move_earlier_run,
     status_of,
 )
 from finetuning.training.preflight import check_device
@@ -90,9 +91,7 @@ def run_training(job: TrainingJob) -> RunResult:
 def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> RunResult:
     experiment, algorithm, reporter = job.experiment, job.algorithm, job.reporter
     check_device(experiment)
-    resume = find_resume_point(
-        job.output_dir, experiment.run_conf.resume_from_checkpoint, compares_content=job.topology.is_main
-    )
+    resume = _find_resume_point(job)
     reporter.run_started(resume)
     tokenizer = load_tokenizer(experiment)
     reporter.tokenizer_loaded(tokenizer)
@@ -166,6 +165,14 @@ def _base_fingerprint(job: TrainingJob) -> Fingerprint | None:
     from finetuning.training.process_sync import broadcast_from_main
 
     return broadcast_from_main(compute)
+
+
+def _find_resume_point(job: TrainingJob) -> ResumePoint:
+    """Return where the run resumes, after moving what it does not continue."""
+    is_main, requested = job.topology.is_main, job.experiment.run_conf.resume_from_checkpoint
+    moved = move_earlier_run(job.experiment) if is_main else ()
+    resume = find_resume_point(job.output_dir, requested, compares_content=is_main)
+    return replace(resume, notes=(*moved, *resume.notes))
 
 
 def _sync_resume_point(job: TrainingJob, resume: ResumePoint) -> ResumePoint:

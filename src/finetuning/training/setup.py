@@ -305,7 +305,8 @@ def _load_base_model(
     if isinstance(experiment.peft_conf, NoPeft) and configured == "auto" and str(model.dtype) == "torch.float16":
         # The plan chose float32 if the config of the checkpoint names its dtype. Adam turns float16 weights into NaN.
         model = model.float()
-    return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens)
+    multiple = experiment.run_conf.embedding_size_multiple_of
+    return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens, pad_to_multiple_of=multiple)
 
 
 def find_new_ids(experiment: Experiment) -> list[int]:

@@ -64,13 +64,21 @@ def test_rules_are_evaluated(rule: str, expected: bool) -> None:
     ("rule", "metric"),
     [
         ('later["loss"] < 1', "later"),
-        ("later < 1", "value"),
+        ("later < 1", "later"),
+        ("later != 0.5", "later"),
+        ("0.5 != later", "later"),
+        ("later is not True", "later"),
+        ('state["best_metric"] != 0.5', "state"),
+        ('loss["loss"] < 2 != later', "later"),
+        ("not later", "value"),
+        ("later and later.loss < 1", "value"),
+        ('min(history["training_loss"]["loss"][:0]) < 1', "value"),
         ("later.loss < 1", "later"),
         ("abs(later) < 1", "value"),
         ('history["metrics"]["eval_loss"][-1] < 1', "history"),
         ('history["training_loss"]["loss"][7] < 1', "history"),
         ("history.metrics.eval_loss < 1", "history"),
-        ('state["best_metric"] < 1', "value"),
+        ('state["best_metric"] < 1', "state"),
         ('loss["los"] < 1', "loss"),
         ('sum([state["best_metric"]]) < 1', "value"),
     ],
@@ -78,6 +86,25 @@ def test_rules_are_evaluated(rule: str, expected: bool) -> None:
 def test_a_value_that_does_not_exist_yet_is_unavailable(rule: str, metric: str) -> None:
     with pytest.raises(MetricUnavailable, match=metric):
         Expression(rule, "c").evaluate(VALUES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ('m["eval_loss"] < 2', True),
+        ('m["eval_accuracy"] > 0.5 and m["done"]', True),
+        ('m["done"]', True),
+        ('m["flag"]', False),
+        ('(m["eval_loss"] * 2) ** 2 == 9', True),
+        ('sum([m["eval_loss"], 1]) == 2.5', True),
+    ],
+)
+def test_numbers_and_booleans_of_numpy_and_torch(rule: str, expected: bool) -> None:
+    import numpy as np
+    import torch
+
+    metrics = {"eval_loss": np.float32(1.5), "eval_accuracy": np.float64(0.75), "done": np.True_}
+    assert Expression(rule, "c").evaluate({"m": metrics | {"flag": torch.tensor(False)}}) is expected
 
 
 HOSTILE = [

@@ -10,7 +10,14 @@ import pytest
 
 from finetuning.config.yaml.reader import parse_document
 from finetuning.errors import ConfigError, MissingPackageError
-from finetuning.importers.fms.environment import JSON_PATH, JSON_TEXT, JobLaunch, plan_launch, read_job
+from finetuning.importers.fms.environment import (
+    JSON_PATH,
+    JSON_TEXT,
+    JobLaunch,
+    check_training_script,
+    plan_launch,
+    read_job,
+)
 from finetuning.launch.processes import exit_code_of
 
 
@@ -65,9 +72,57 @@ def test_several_gpus_shard_the_model(tmp_path: Path) -> None:
     defaults.write_text("distributed_type: FSDP")
     assert plan(gpus=2, FSDP_DEFAULTS_FILE_PATH=str(defaults)).launch.config_file == defaults
     custom = tmp_path / "custom.yaml"
-    custom.write_text("num_processes: 3")
+    custom.write_text("distributed_type: MULTI_GPU\nnum_processes: 3")
+    defaults.write_text("distributed_type: MULTI_GPU")
     planned = plan({"config_file": str(custom)}, FSDP_DEFAULTS_FILE_PATH=str(defaults))
     assert (planned.launch.config_file, planned.launch.processes) == (custom, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "preset", "flags"),
+    [
+        ({}, "fsdp2.yaml", ()),
+        ({"fsdp_sharding_strategy": 1}, "fsdp2.yaml", ("--fsdp_reshard_after_forward", "true")),
+        ({"fsdp_sharding_strategy": "SHARD_GRAD_OP"}, "fsdp2.yaml", ("--fsdp_reshard_after_forward", "false")),
+        ({"fsdp_sharding_strategy": "NO_SHARD", "fsdp_offload_params": True}, "ddp.yaml", ()),
+        ({"use_fsdp": True, "fsdp_version": 2}, "fsdp2.yaml", ()),
+        ({"fsdp_offload_params": True}, "fsdp2.yaml", ("--fsdp_offload_params", "true")),
+    ],
+)
+def test_flags_of_fsdp1_are_translated_for_the_preset(args: Any, preset: str, flags: tuple[str, ...]) -> None:
+    planned = plan(args, gpus=2)
+    assert (planned.launch.config_file.name, planned.launch.flags, planned.notes) == (preset, flags, ())
+
+
+def test_flags_that_only_fsdp1_has_are_dropped_with_a_note() -> None:
+    args = {"fsdp_version": 1, "fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_use_orig_params": True}
+    planned = plan(args, gpus=2)
+    assert planned.launch.flags == ()
+    assert [note.split()[1] for note in planned.notes] == [*args]
+    assert all("has no effect with FSDP2" in note for note in planned.notes)
+    with pytest.raises(ConfigError, match="HYBRID_SHARD is not supported without a config_file"):
+        plan({"fsdp_sharding_strategy": 4}, gpus=2)
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_fsdp_without_gpus_is_refused(by_variable: bool, tmp_path: Path) -> None:
+    file = tmp_path / "fsdp.yaml"
+    file.write_text("distributed_type: FSDP\nnum_processes: 2\n")
+    args = {"num_processes": 2} if by_variable else {"config_file": str(file)}
+    environ = {"FSDP_DEFAULTS_FILE_PATH": str(file)} if by_variable else {}
+    with pytest.raises(ConfigError) as caught:
+        plan(args, **environ)
+    (problem,) = caught.value.problems
+    assert "shards the model with FSDP, which needs GPUs, and this machine has none" in problem.message
+    assert str(problem.location) == "job.json:1:2: accelerate_launch_args"
+    assert plan(args, gpus=2, **environ).launch.config_file == file
+
+
+def test_another_training_script_is_refused() -> None:
+    for script in ("", "tuning.sft_trainer", "/app/tuning/sft_trainer.py"):
+        check_training_script({"TRAINING_SCRIPT": script})
+    with pytest.raises(ConfigError, match=r"TRAINING_SCRIPT is /app/mine.py: .* no other script"):
+        check_training_script({"TRAINING_SCRIPT": "/app/mine.py"})
 
 
 def test_flags_and_environment() -> None:
@@ -90,7 +145,9 @@ def test_flags_and_environment() -> None:
 def test_wrong_launch_arguments(args: Any, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(args)
-    assert expected in str(caught.value)
+    (problem,) = caught.value.problems
+    assert expected in str(problem)
+    assert str(problem.location) == "job.json:1:2: accelerate_launch_args"
 
 
 def test_missing_deepspeed_is_reported_with_the_install_command(tmp_path: Path) -> None:

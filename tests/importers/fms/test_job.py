@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from finetuning.cli.errors import locate
 from finetuning.config.sections.experiment import SFTExperiment
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, Location, Problem
 from finetuning.importers import to_yaml
-from finetuning.importers.fms.job import Readers, to_experiment
+from finetuning.importers.fms.job import Readers, converts_for_vllm, to_experiment
 from finetuning.importers.translation import Translation
 
 MINIMAL = {
@@ -110,6 +111,9 @@ def test_multipack_cannot_be_combined_with_streaming() -> None:
         (["lm_head"], ["lm_head"]),
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("q_proj v_proj", ["q_proj", "v_proj"]),
+        (["q_proj v_proj"], ["q_proj", "v_proj"]),
+        ("q_proj", "q_proj"),
     ],
 )
 def test_target_modules(value: Any, expected: Any) -> None:
@@ -125,10 +129,106 @@ def test_resuming(value: Any, expected: Any) -> None:
     assert translate({"resume_from_checkpoint": value}).values["run_conf"]["resume_from_checkpoint"] == expected
 
 
-def test_unsupported_keys_that_are_switched_off_are_accepted() -> None:
+def test_a_longer_run_continues_and_a_fresh_one_keeps_the_earlier() -> None:
+    run_conf = translate({"resume_from_checkpoint": "/out/checkpoint-3"}).values["run_conf"]
+    assert run_conf["on_existing_run"] == "move"
+    assert run_conf["allow_changed"] == ["training_args.num_train_epochs", "training_args.max_steps"]
+    more = translate({"allow_changed": ["learning_rate", "max_seq_length", "versions"], "learning_rate": 1e-3})
+    assert more.values["run_conf"]["allow_changed"][2:] == [
+        "training_args.learning_rate",
+        "sft_args.max_seq_length",
+        "sft_args.length_handling",
+        "versions",
+    ]
+    notes = translate({"resume_from_checkpoint": "False"}).notes
+    assert "resume_from_checkpoint: what an earlier run left in output_dir moves to a folder earlier-N" in notes
+
+
+def test_a_key_at_its_default_is_no_warning() -> None:
+    defaults = {"r": 8, "lora_alpha": 32, "prompt_tuning_init": "TEXT", "num_train_dataset_shards": 1}
+    defaults |= {"embedding_size_multiple_of": 1, "dequantize": False, "training_logs_filename": "training_logs.jsonl"}
     off = {"do_dataprocessing_only": False, "quantization_method": "none", "enable_reduce_loss_sum": False}
-    (flash,) = translate(off | {"fast_moe": None}).notes
-    assert flash.startswith("use_flash_attn")
+    assert translate(defaults | off | {"fast_moe": None}).notes == []
+    assert [note.partition(":")[0] for note in translate(defaults | {"r": 4, "use_flash_attn": True}).notes] == [
+        "r",
+        "use_flash_attn",
+    ]
+
+
+def test_numbers_and_booleans_may_be_texts() -> None:
+    texts = {"num_train_epochs": "3", "learning_rate": "1e-4", "seed": "7", "bf16": "True", "max_seq_length": "128"}
+    texts |= {"per_device_train_batch_size": "2", "peft_method": "lora", "r": "4", "lora_dropout": "0.1"}
+    texts |= {"layers_to_transform": ["0", "1"], "save_total_limit": "2", "gradient_accumulation_steps": "3"}
+    numbers = {"num_train_epochs": 3, "learning_rate": 1e-4, "seed": 7, "bf16": True, "max_seq_length": 128}
+    numbers |= {"per_device_train_batch_size": 2, "peft_method": "lora", "r": 4, "lora_dropout": 0.1}
+    numbers |= {"layers_to_transform": [0, 1], "save_total_limit": 2, "gradient_accumulation_steps": 3}
+    assert translate(texts).values == translate(numbers).values
+    # A text stays a text.
+    kept = translate({"run_name": "2024", "dataset_text_field": "1", "response_template": "2", "trackers": ["wandb"]})
+    (dataset,) = kept.values["data_conf"]["training_data"]["datasets"]
+    assert (dataset["dataset_text_field"], dataset["response_template"]) == ("1", "2")
+    assert kept.values["training_args"]["run_name"] == "2024"
+
+
+def test_names_of_files_and_sizes_are_kept() -> None:
+    values = translate({"training_logs_filename": "mine.jsonl", "embedding_size_multiple_of": "64"}).values
+    assert values["tracking"]["training_logs_filename"] == "mine.jsonl"
+    assert values["run_conf"]["embedding_size_multiple_of"] == 64
+
+
+def test_errors_of_the_experiment_name_the_keys_of_the_job() -> None:
+    """Each key of the experiment that a job decides is located at the job's key, present or not."""
+    job = MINIMAL | {"peft_method": "lora", "r": 4, "learning_rate": 1e-3, "trackers": ["wandb"]}
+    translation = to_experiment(parse_document(json.dumps(job, indent=0), "job.json"), Readers(lambda path: {}))
+    document = translation.document()
+    lines = list(job)
+    for path, key in {
+        "training_args.learning_rate": "learning_rate",
+        "peft_conf.peft_kwargs.r": "r",
+        "peft_conf.peft_type": "peft_method",
+        "run_conf.model": "model_name_or_path",
+        "run_conf.model_args.dtype": "torch_dtype",
+        "data_conf.training_data.datasets.0.path": "training_data_path",
+        "tracking.trackers.0": "trackers",
+    }.items():
+        location = document.location_of(tuple(int(part) if part.isdecimal() else part for part in path.split(".")))
+        assert (location.file, location.line, location.key) == ("job.json", lines.index(key) + 2, key)
+    for path, key in {
+        "training_args.max_steps": "max_steps",
+        "run_conf.resume_from_checkpoint": "resume_from_checkpoint",
+        "data_conf.max_lost_fraction": "max_lost_fraction",
+        "batchsize_conf.total_train_batch_size": "per_device_train_batch_size",
+    }.items():
+        assert document.location_of(tuple(path.split("."))).key == key
+
+
+def test_hints_name_the_keys_of_the_job() -> None:
+    document = translate({"num_train_epochs": 2}).document()
+    hint = "Set run_conf.resume_from_checkpoint: auto, or run_conf.allow_changed: [training_args.learning_rate]."
+    problem = locate(Problem("differs", Location(key="training_args.num_train_epochs"), hint), document)
+    assert problem.location.key == "num_train_epochs"
+    assert problem.hint == "Set resume_from_checkpoint: auto, or allow_changed: [learning_rate]."
+
+
+def test_what_vllm_does_not_serve_is_said_before_training() -> None:
+    vllm = {"lora_post_process_for_vllm": True}
+    for job in ({}, {"peft_method": "pt"}, {"peft_method": "alora", "alora_invocation_string": "x"}):
+        translation = translate(job | vllm)
+        method = job.get("peft_method", "none")
+        assert not converts_for_vllm(translation)
+        assert f"lora_post_process_for_vllm: has no effect with peft_method {method}" in translation.notes
+    plain = translate({"peft_method": "lora"} | vllm)
+    assert converts_for_vllm(plain) and plain.notes == []
+    for option, name in (
+        ({"use_dora": True}, "DoRA (use_dora)"),
+        ({"modules_to_save": ["lm_head"]}, "whole trained modules (modules_to_save)"),
+        ({"init_lora_weights": "loftq"}, "LoftQ initialization"),
+    ):
+        (note,) = translate({"peft_method": "lora"} | vllm | option).notes
+        assert f"vLLM serves no adapter with {name}" in note and "merge_adapter" in note
+
+
+def test_unsupported_keys_that_are_switched_off_are_accepted() -> None:
     notes = translate({"dequantize": True, "num_train_dataset_shards": 4}).notes
     assert any("num_train_dataset_shards: has no effect without do_dataprocessing_only" in note for note in notes)
 
@@ -231,7 +331,6 @@ def test_options_of_other_trackers() -> None:
         ({"multipack": [16]}, "multipack: requires padding_free"),
         ({"padding_free": ["huggingface"], "packing": True}, "cannot be combined with packing"),
         ({"fast_moe": [1]}, "not supported"),
-        ({"do_dataprocessing_only": True}, "`finetuning prepare sft YAML"),
         ({"quantization_method": "mxfp4"}, "not supported"),
         ({"trackers": ["aim"]}, "aim requires aim_repo"),
         ({"exp_metadata": "{"}, "must be a JSON object"),
@@ -250,11 +349,11 @@ def test_all_errors_are_reported_together() -> None:
 
 
 def test_notes_are_at_the_top_of_the_yaml() -> None:
-    job = TEXTS | {"r": 4, "training_logs_filename": "mine.jsonl", "exp_metadata": '{"a": 1}'}
+    job = TEXTS | {"r": 4, "enable_reduce_loss_sum": True, "exp_metadata": '{"a": 1}'}
     text = to_yaml(translate(job), "fms-hf-tuning")
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert any("r: has no effect with peft_method none" in line for line in head)
-    assert any("training_logs_filename: the file" in line for line in head)
+    assert any("enable_reduce_loss_sum: has no effect" in line for line in head)
     assert yaml.safe_load(text)["method"] == "sft"
 
 

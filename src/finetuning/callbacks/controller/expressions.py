@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from random import random
 from typing import Any
 
@@ -22,7 +23,7 @@ _METHODS: dict[type, frozenset[str]] = {
     tuple: frozenset({"count", "index"}),
     str: frozenset({"lower", "upper", "strip", "startswith", "endswith"}),
 }
-_COMPARES_WITH_NONE = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.Not)
+_COMPARISONS = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot)
 
 
 class MetricUnavailable(Exception):
@@ -61,6 +62,9 @@ class Expression:
             raise self._failed(error) from error
         except (TypeError, AttributeError) as error:
             raise self._failed(error, _WRONG_TYPE) from error
+        if result is None:
+            raise MetricUnavailable("value")
+        result = _plain_boolean(result)
         if not isinstance(result, bool):
             raise self._failed(f"the result is {str(result)[:80]}, not true or false", _WRONG_TYPE)
         return result
@@ -87,6 +91,21 @@ class _Evaluator(simpleeval.EvalWithCompoundTypes):
         # The base class searches every container for forbidden functions: quadratic for a long history.
         if callable(item) and item in simpleeval.DISALLOW_FUNCTIONS:
             raise simpleeval.FeatureNotAvailable("This function is forbidden")
+
+    def _eval_compare(self, node: ast.Compare) -> bool:
+        """Return the result of a comparison; only one with a literal None may have a metric that does not exist yet."""
+        operands = [node.left, *node.comparators]
+        asks_for_none = any(isinstance(operand, ast.Constant) and operand.value is None for operand in operands)
+        left = self._eval(node.left)
+        for operator_node, before, after in zip(node.ops, operands, node.comparators, strict=False):
+            right = self._eval(after)
+            for value, operand in ((left, before), (right, after)):
+                if value is None and not asks_for_none:
+                    raise MetricUnavailable(_metric_of(operand))
+            if not self.operators[type(operator_node)](left, right):
+                return False
+            left = right
+        return True
 
     def _eval_subscript(self, node: ast.Subscript) -> object:
         container = self._eval(node.value)
@@ -118,9 +137,17 @@ def _metric_of(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ast.unparse(node)
 
 
+def _plain_boolean(result: object) -> object:
+    """Return a boolean of numpy, or a tensor of one, as Python's."""
+    dtype = getattr(result, "dtype", None)
+    item = getattr(result, "item", None)
+    is_boolean = str(dtype) in ("bool", "torch.bool") and getattr(result, "shape", None) == ()
+    return item() if is_boolean and callable(item) else result
+
+
 def _require_available(kind: type, function: Callable[..., object]) -> Callable[..., object]:
-    """Make an operator raise MetricUnavailable for a None operand, unless it compares with None."""
-    if kind in _COMPARES_WITH_NONE:
+    """Make an operator raise MetricUnavailable for a None operand. `_eval_compare` does so for comparisons."""
+    if kind in _COMPARISONS:
         return function
 
     def checked(*values: object) -> object:
@@ -135,7 +162,7 @@ def _require_numbers(function: Callable[..., object]) -> Callable[..., object]:
     """Restrict an operator to numbers: with text or a list its result could be huge."""
 
     def checked(*values: object) -> object:
-        if not all(isinstance(value, int | float) for value in values):
+        if not all(isinstance(value, Real) for value in values):
             raise TypeError("a number is required here")
         return function(*values)
 
@@ -156,9 +183,20 @@ def _sum(values: Iterable[object]) -> float:
 def _number(value: object) -> float:
     if value is None:
         raise MetricUnavailable("value")
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real):
         raise TypeError("sum needs numbers")
-    return value
+    return float(value) if not isinstance(value, int) else value
+
+
+def _require_values(function: Callable[..., object]) -> Callable[..., object]:
+    """Make the minimum or maximum of an empty list unavailable: a history has no values before the first log."""
+
+    def checked(*values: object) -> object:
+        if len(values) == 1 and isinstance(values[0], list | tuple) and not values[0]:
+            raise MetricUnavailable("value")
+        return function(*values)
+
+    return checked
 
 
 _OPERATORS: dict[type, Callable[..., object]] = {
@@ -176,8 +214,8 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
         "len": len,
         "round": round,
         "sum": _sum,
-        "min": min,
-        "max": max,
+        "min": _require_values(min),
+        "max": _require_values(max),
         "int": int,
         "float": float,
         "str": str,

@@ -99,8 +99,9 @@ class DatasetSource(ConfigSection):
     """What makes up one row of a text file."""
     max_rows: int | None = Field(default=None, gt=0)
     """Maximum number of rows to read from the start of this dataset."""
-    train_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of this dataset to train on. By default everything that is not used for validation."""
+    train_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of this dataset to train on. By default everything that is not used for validation. 0 uses the dataset
+    for validation only."""
     validation_ratio: float = Field(default=0.0, ge=0, le=1)
     """Fraction of this dataset to use as validation data, if `validation_data.type` is `FROM_DATASETS`."""
 

@@ -75,11 +75,17 @@ class RunConfig(ConfigSection):
     """Arguments passed to `AutoModelForCausalLM.from_pretrained`."""
     tokenizer: str | None = None
     """Local path or Hub id of the tokenizer. Defaults to the model's tokenizer."""
+    embedding_size_multiple_of: int = Field(default=1, ge=1)
+    """Round the number of embedding rows up to a multiple of this when new tokens need more rows than there are."""
     use_fast_tokenizer: bool = True
     """Accepted for compatibility: only fast tokenizers are supported, because loss masks need character offsets."""
     resume_from_checkpoint: bool | str = False
     """`auto` resumes from the latest checkpoint if there is one, `true` requires one, `false` starts from scratch, and
     a path resumes from that checkpoint."""
+    on_existing_run: Literal["error", "move"] = "error"
+    """What to do with checkpoints and a final model in `output_dir` that this run does not continue, because it starts
+    from scratch or trains further than the run that ended: `error` stops, `move` moves them to a folder `earlier-N` in
+    `output_dir`."""
     final_checkpoint_name: PathName = "checkpoint-final"
     """Name of the folder in `output_dir` that the final model is saved to."""
     determinism: Literal["no", "half", "full"] = "no"

@@ -138,6 +138,8 @@ class TrackingConfig(ConfigSection):
     """ClearML project. Defaults to `experiment_name`."""
     clearml_task: str | None = None
     """ClearML task. Defaults to `run_name`."""
+    training_logs_filename: PathName = "training_logs.jsonl"
+    """Name of the training log in `logging_dir`."""
     scanner_output_filename: PathName = "scanner_output.json"
     """Name of the file in the output folder that `hf_resource_scanner` writes."""
     run_uri_export_path: str | None = None

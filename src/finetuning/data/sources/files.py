@@ -204,7 +204,9 @@ def _check_encoding(path: str, stream: BinaryIO) -> None:
 
 
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_METADATA_FILES = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
+PREPARED_META = "prepared.json"
+"""The file that describes a folder of prepared rows; see `data/cache.py`."""
+_METADATA_FILES = {PREPARED_META, "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
 _SPLIT_NAMES = {"train", "validation", "valid", "val", "dev", "test", "eval"}
 
 
@@ -282,7 +284,8 @@ def _files_below(folder: Path, split: str | None, key: str) -> list[str]:
         and path.name not in _METADATA_FILES
         and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     ]
-    files = [path for path in paths if file_format(path.name) in TABLE_FORMATS]
+    is_prepared = (folder / PREPARED_META).is_file()
+    files = [path for path in paths if file_format(path.name) in ((".arrow",) if is_prepared else TABLE_FORMATS)]
     files = files or [path for path in paths if file_format(path.name) in TEXT_FORMATS]
     if not files:
         raise DataError(
@@ -298,6 +301,9 @@ def _files_below(folder: Path, split: str | None, key: str) -> list[str]:
                 f"{folder}: no file of the split {split}; found {', '.join(names) or 'none'}", location=location
             )
         return [str(path) for path in selected]
+    if len(names) > 1 and is_prepared:
+        # `finetuning prepare` writes the validation rows into the same folder.
+        return [str(path) for path in files if splits[path] == "train"]
     if len(names) > 1:
         raise DataError(f"{folder} has several splits ({', '.join(names)}); select one with `split`", location=location)
     return [str(path) for path in files]

@@ -23,7 +23,8 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Prefixes that torch.compile, FSDP and activation checkpointing add to module names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<end>\.weight|)$")
-_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""The end of the name under which PEFT saves the trained rows of an embedding."""
 
 
 @dataclass
@@ -112,10 +113,10 @@ def _sort_tensor(
 
 
 def _equals_base(name: str, entry: TensorEntry, config: Mapping[str, object], base: BaseModel) -> bool:
-    if name.endswith(_TOKEN_ROWS):
+    if name.endswith(TOKEN_ROWS):
         indices = config.get("trainable_token_indices")
         rows = next(iter(indices.values())) if isinstance(indices, Mapping) else indices
-        tensor = base_tensor(base, name.removesuffix(_TOKEN_ROWS) + ".weight")
+        tensor = base_tensor(base, name.removesuffix(TOKEN_ROWS) + ".weight")
         if (
             tensor is None
             or not isinstance(rows, Sequence)

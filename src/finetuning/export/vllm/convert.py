@@ -6,17 +6,18 @@ new tokens can be moved to `new_embeddings.safetensors`, which vLLM read until N
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.atomic_io import atomic_directory, require_empty, update_manifest
+from finetuning.atomic_io import MANIFEST, atomic_directory, fsync, require_empty, update_manifest
 from finetuning.config.yaml.reader import read_document
 from finetuning.errors import ModelError, StorageError
 from finetuning.export.auxiliary_files import max_token_id
@@ -27,8 +28,16 @@ from finetuning.export.inputs import (
     read_adapter,
     read_json,
 )
-from finetuning.export.safetensors_writer import check_free_space, copied_tensor, read_metadata, write_tensor_file
-from finetuning.export.vllm.checks import VllmCheck, base_tensor, check_for_vllm, first_rows_equal
+from finetuning.export.merge.deltas import PREFIX
+from finetuning.export.merge.merge_plan import has_tied_embeddings
+from finetuning.export.safetensors_writer import (
+    check_free_space,
+    copied_tensor,
+    read_metadata,
+    same_bytes,
+    write_tensor_file,
+)
+from finetuning.export.vllm.checks import TOKEN_ROWS, VllmCheck, base_tensor, check_for_vllm, first_rows_equal
 from finetuning.export.vllm.serving import SERVING, Serving, describe_serving, find_base
 from finetuning.model.fingerprint import ADAPTER_FINGERPRINT_FILE, write_adapter_fingerprint
 from finetuning.model.peft.lora_support import lora_init
@@ -53,6 +62,11 @@ _KINDS = {
     "wte.weight": "input_embeddings",
 }
 _MERGE = "vLLM needs it merged: merge_adapter"
+_MERGE_ORIGINAL = "merge the adapter as it was trained: merge_adapter"
+
+
+class NotServableError(ModelError):
+    """vLLM cannot serve the adapter without loss. It is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,13 @@ def make_vllm_compatible(
 
     Args:
         base_name: the base model, if not the one that the adapter's config names.
-        new_embeddings: whether to move the rows of new tokens to `new_embeddings.safetensors`.
+        new_embeddings: whether to move the rows of new tokens to `new_embeddings.safetensors`. If the adapter has
+            these rows only, because it was trained on an extended base, `base_name` must be the base without them.
         initial_adapter: the adapter before training, for an initialization that changed the base's weights.
 
     Raises:
-        ModelError: it cannot be served as an adapter without loss; nothing is changed.
+        NotServableError: it cannot be served as an adapter without loss; nothing is changed.
+        ModelError: a file is missing or damaged.
         StorageError: `output` is not empty, or there is a file with the other name already.
     """
     _require_adapter(model_path)
@@ -92,7 +108,7 @@ def make_vllm_compatible(
     base = find_base(original, base_name)
     with tempfile.TemporaryDirectory() as scratch:
         adapter = _as_plain_lora(original, base, initial_adapter, Path(scratch))
-        extra = split_new_embeddings(adapter, base) if new_embeddings else None
+        extra = split_new_embeddings(adapter, base, base_name) if new_embeddings else None
         check = check_for_vllm(extra.rest if extra is not None else adapter, base)
         if check.blockers:
             raise _not_servable(original, check)
@@ -101,6 +117,8 @@ def make_vllm_compatible(
     dropped = tuple(check.dropped) + (extra.moved if extra is not None else ())
     repair = conversion.repair
     notes = (*serving["notes"], *([repair.note] if repair is not None else []))
+    if extra is not None:
+        notes = (*notes, f"{NEW_EMBEDDINGS} is read by vLLM before November 2025; for a later one, {_MERGE_ORIGINAL}")
     return VllmAdapter(output or model_path, conversion.is_changed, dropped, notes, serving["command"])
 
 
@@ -122,34 +140,57 @@ class _Conversion:
 
     def write_to(self, output: Path) -> Serving:
         """Write a new folder, and return the content of its serving.json."""
-        check_free_space(output, sum(entry.num_bytes for entry in self.check.kept.values()) + _SMALL_FILES_BYTES)
+        check_free_space(output, self._num_bytes)
         with atomic_directory(output) as folder:
-            _copy_auxiliary_files(self.adapter.folder, folder)
-            if self.repair is not None:
-                self.repair.write(folder)
-            self._write_weights(folder / ADAPTER_WEIGHTS)
-            _write_json(folder / ADAPTER_CONFIG, self.check.config)
-            write_adapter_fingerprint(folder)
-            serving = self._describe(folder, output)
-            _write_json(folder / SERVING, serving)
-            if self.extra is not None:
-                self.extra.write(folder / NEW_EMBEDDINGS)
-        return serving
+            return self._write_files(folder, output)
 
     def write_in_place(self) -> Serving:
-        """Replace the files that change, and return the content of serving.json."""
+        """Replace the files that change, and return the content of serving.json.
+
+        The new files are copied from the old ones, so nothing is replaced before all of them are written and verified.
+        """
         folder = self.adapter.folder
         if self.is_changed:
-            # A conversion that is interrupted leaves a complete adapter without a fingerprint.
-            (folder / ADAPTER_FINGERPRINT_FILE).unlink(missing_ok=True)
-            _replace_in_place(folder, self._write_weights, self.check.config, self.adapter.config)
+            _require_no_original(folder)
+            check_free_space(folder, self._num_bytes)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".vllm-", suffix=".partial") as name:
+            staging = Path(name)
+            serving = self._write_files(staging, folder, includes_adapter=self.is_changed)
+            _flush(staging)
+            if self.is_changed:
+                _replace_adapter(folder, staging)
+            # The other files are copies, unless an older checkpoint was repaired.
+            repaired = [file.name for file in sorted(staging.iterdir()) if not _has_same_content(file, folder)]
+            for file_name in repaired:
+                os.replace(staging / file_name, folder / file_name)
+        update_manifest(folder, set(repaired) - {SERVING})
+        fsync(folder)
+        return serving
+
+    @property
+    def _num_bytes(self) -> int:
+        entries = [*self.check.kept.values(), *(self.extra.tensors.values() if self.extra is not None else ())]
+        return sum(entry.num_bytes for entry in entries) + _SMALL_FILES_BYTES
+
+    def _write_files(self, folder: Path, target: Path, *, includes_adapter: bool = True) -> Serving:
+        """Write the converted adapter into an empty folder, and compare its tensors with those they were copied from.
+
+        Args:
+            target: folder that vLLM will read the adapter from.
+        """
+        _copy_auxiliary_files(self.adapter.folder, folder)
+        if self.repair is not None:
+            self.repair.write(folder)
+        if includes_adapter:
+            self._write_weights(folder / ADAPTER_WEIGHTS)
+            _check_tensors(folder / ADAPTER_WEIGHTS, self.check.kept)
+            _write_json(folder / ADAPTER_CONFIG, self.check.config)
             write_adapter_fingerprint(folder)
         if self.extra is not None:
-            _publish_file(folder / NEW_EMBEDDINGS, self.extra.write)
-        if self.repair is not None:
-            _repair_in_place(folder, self.repair)
-        serving = self._describe(folder, folder)
-        _publish_file(folder / SERVING, lambda file: _write_json(file, serving))
+            self.extra.write(folder / NEW_EMBEDDINGS)
+            _check_tensors(folder / NEW_EMBEDDINGS, self.extra.tensors)
+        serving = self._describe(folder, target)
+        _write_json(folder / SERVING, serving)
         return serving
 
     def _write_weights(self, file: Path) -> None:
@@ -193,17 +234,6 @@ def _find_stop_token_repair(folder: Path, base: BaseModel | None) -> StopTokenRe
     return find_stop_token_repair(folder, read_generation_config(base.folder) if base is not None else None)
 
 
-def _repair_in_place(folder: Path, repair: StopTokenRepair) -> None:
-    """Replace the checkpoint's configs and tokenizer one by one, and their entries in its manifest."""
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
-        repair.write(Path(staging))
-        names = sorted(file.name for file in Path(staging).iterdir())
-        for name in names:
-            source = Path(staging, name)
-            _publish_file(folder / name, lambda file, source=source: shutil.copyfile(source, file))
-    update_manifest(folder, names)
-
-
 def _require_adapter(model_path: Path) -> None:
     """Raise ModelError if the folder does not exist or contains a whole model."""
     if not model_path.is_dir():
@@ -215,7 +245,7 @@ def _require_adapter(model_path: Path) -> None:
         )
 
 
-def _not_servable(adapter: Adapter, check: VllmCheck) -> ModelError:
+def _not_servable(adapter: Adapter, check: VllmCheck) -> NotServableError:
     base = adapter.config.get("base_model_name_or_path") or "BASE"
     reasons = "; ".join(check.blockers[:3]) + (
         f"; and {len(check.blockers) - 3} more" if len(check.blockers) > 3 else ""
@@ -228,48 +258,65 @@ def _not_servable(adapter: Adapter, check: VllmCheck) -> ModelError:
         hint = "Name the adapter as it was saved before training with --initial-adapter."
         if init.is_repeated:
             hint = f"Name the base with --base, and it is converted, or merge it instead: {command}"
-    return ModelError(f"vLLM cannot serve {adapter.folder} as an adapter without loss: {reasons}.", hint=hint)
+    return NotServableError(f"vLLM cannot serve {adapter.folder} as an adapter without loss: {reasons}.", hint=hint)
 
 
-def _replace_in_place(
-    folder: Path, write_weights: Callable[[Path], None], config: Mapping[str, object], before: Mapping[str, object]
-) -> None:
-    """Replace weights and config; the original stays under another name. Every step leaves a complete adapter.
-
-    Raises:
-        StorageError: there is a file with the other name already.
-    """
+def _require_no_original(folder: Path) -> None:
+    """Raise StorageError if an earlier conversion kept an original, which this one would overwrite."""
     if (folder / ORIGINAL).exists():
         raise StorageError(
             f"{folder / ORIGINAL} exists and may be the only copy of an original adapter.",
             hint="Move it away, or write to another folder with --output.",
         )
-    check_free_space(folder, (folder / ADAPTER_WEIGHTS).stat().st_size + _SMALL_FILES_BYTES)
+
+
+def _check_tensors(file: Path, expected: Mapping[str, TensorEntry]) -> None:
+    """Compare the tensors of a new file with those that they were copied from, byte by byte.
+
+    Raises:
+        StorageError: one is missing or differs.
+    """
+    written = read_header(file)
+    wrong = [name for name, entry in expected.items() if name not in written or not same_bytes(written[name], entry)]
+    if wrong or len(written) != len(expected):
+        raise StorageError(
+            f"{file.name} was read back with other content than was written to it ({', '.join(wrong[:3]) or 'names'});"
+            " the adapter is unchanged.",
+            hint="Check the disk, or write to another one with --output.",
+        )
+
+
+def _flush(staging: Path) -> None:
+    """Flush new files to disk, with the permissions of the umask: what follows only renames them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in staging.iterdir():
+        os.chmod(file, 0o666 & ~umask)
+        fsync(file)
+
+
+def _replace_adapter(folder: Path, staging: Path) -> None:
+    """Move weights, config and new embeddings from `staging` to `folder`, and keep the original under another name.
+
+    An interruption leaves a complete adapter without a fingerprint, or one whose original is complete.
+    """
+    if (staging / NEW_EMBEDDINGS).is_file():
+        os.replace(staging / NEW_EMBEDDINGS, folder / NEW_EMBEDDINGS)
+    (folder / ADAPTER_FINGERPRINT_FILE).unlink(missing_ok=True)
     os.link(folder / ADAPTER_WEIGHTS, folder / ORIGINAL)
-    try:
-        _publish_file(folder / ADAPTER_WEIGHTS, write_weights)
-    except BaseException:
-        (folder / ORIGINAL).unlink()
-        raise
-    if dict(config) != dict(before):
-        _publish_file(folder / ORIGINAL_CONFIG, lambda file: shutil.copyfile(folder / ADAPTER_CONFIG, file))
-        _publish_file(folder / ADAPTER_CONFIG, lambda file: _write_json(file, config))
+    os.replace(staging / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    if read_json(staging / ADAPTER_CONFIG) != read_json(folder / ADAPTER_CONFIG):
+        shutil.copyfile(folder / ADAPTER_CONFIG, folder / ORIGINAL_CONFIG)
+        os.replace(staging / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+    else:
+        (staging / ADAPTER_CONFIG).unlink()
+    os.replace(staging / ADAPTER_FINGERPRINT_FILE, folder / ADAPTER_FINGERPRINT_FILE)
 
 
-def _publish_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically, with the permissions of the umask: under a temporary name, flushed, then renamed."""
-    staging = target.with_name(f".{target.name}.partial")
-    try:
-        write(staging)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(staging, 0o666 & ~umask)
-        with staging.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(staging, target)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+def _has_same_content(file: Path, folder: Path) -> bool:
+    """Whether a folder has a file of this name and content."""
+    existing = folder / file.name
+    return existing.is_file() and filecmp.cmp(file, existing, shallow=False)
 
 
 def _write_json(file: Path, value: Mapping[str, object]) -> None:
@@ -283,7 +330,7 @@ def _copy_auxiliary_files(source: Path, folder: Path) -> None:
         if (
             file.is_file()
             and file.suffix not in weights
-            and file.name not in (ADAPTER_CONFIG, ORIGINAL_CONFIG, SERVING, ADAPTER_FINGERPRINT_FILE)
+            and file.name not in (ADAPTER_CONFIG, ORIGINAL_CONFIG, SERVING, ADAPTER_FINGERPRINT_FILE, MANIFEST)
         ):
             shutil.copyfile(file, folder / file.name)
 
@@ -300,39 +347,76 @@ class NewEmbeddings:
         write_tensor_file(file, [copied_tensor(name, entry) for name, entry in self.tensors.items()], {"format": "pt"})
 
 
-def split_new_embeddings(adapter: Adapter, base: BaseModel | None) -> NewEmbeddings | None:
+def split_new_embeddings(adapter: Adapter, base: BaseModel | None, base_name: str | None) -> NewEmbeddings | None:
     """Separate the rows of new tokens from the rest; return None if the adapter contains no embeddings.
 
+    The adapter has either whole embeddings (`modules_to_save`) or single rows (`trainable_token_indices`). The latter
+    belong to an extended base, and the result to the one without the new rows, `base_name`.
+
     Raises:
-        ModelError: the number of new rows is unknown or zero, or rows of old tokens were trained as well.
+        NotServableError: rows of old tokens were trained as well, or new tokens have rows in the base.
+        ModelError: the number of new rows is unknown or zero.
     """
     tensors: dict[str, TensorEntry] = {}
-    moved = []
+    moved: list[str] = []
+    config = dict(adapter.config)
     for key, entry in adapter.entries.items():
-        kind = next((kind for end, kind in _KINDS.items() if key.endswith(end) and ".lora_" not in key), None)
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(TOKEN_ROWS, ".weight")
+        kind = next((kind for end, kind in _KINDS.items() if name.endswith(end) and ".lora_" not in key), None)
         if kind is None:
             continue
-        old = base_tensor(base, key.removeprefix("base_model.model.").replace(".base_layer.", ".")) if base else None
-        num_new = _num_new_tokens(adapter, entry, old)
-        if old is not None and old.shape[0] == entry.shape[0]:
-            raise ModelError(
-                f"{key}: the base already has rows for the {num_new} new tokens; {NEW_EMBEDDINGS} would repeat them.",
-                hint="Merge the adapter instead: merge_adapter.",
-            )
-        if old is not None and not (old.shape[0] + num_new == entry.shape[0] and first_rows_equal(entry, old)):
-            raise ModelError(
-                f"{key} differs from the base's in rows of old tokens, for which {NEW_EMBEDDINGS} has no place.",
-                hint="Merge the adapter instead: merge_adapter.",
-            )
-        start = entry.stop - entry.num_bytes // entry.shape[0] * num_new
-        tensors[kind] = TensorEntry(entry.file, entry.dtype, (num_new, *entry.shape[1:]), start, entry.stop)
+        old = base_tensor(base, name) if base else None
+        if key.endswith(TOKEN_ROWS):
+            _check_token_rows(adapter, key, entry, old)
+            tensors[kind] = entry
+            config["base_model_name_or_path"] = base_name or config.get("base_model_name_or_path")
+        else:
+            tensors[kind] = _last_rows(adapter, key, entry, old)
         moved.append(key)
     if not moved:
         return None
+    if base is not None and has_tied_embeddings(base) and "input_embeddings" in tensors:
+        tensors.setdefault("output_embeddings", tensors["input_embeddings"])
     rest = {key: entry for key, entry in adapter.entries.items() if key not in moved}
-    kept_modules = [m for m in adapter.config.get("modules_to_save") or [] if f"{m}.weight" not in _KINDS]
-    config = {**adapter.config, "modules_to_save": kept_modules or None}
+    kept_modules = [m for m in config.get("modules_to_save") or [] if f"{m}.weight" not in _KINDS]
+    config["modules_to_save"] = kept_modules or None
     return NewEmbeddings(tensors, tuple(moved), replace(adapter, entries=rest, config=config))
+
+
+def _last_rows(adapter: Adapter, key: str, entry: TensorEntry, old: TensorEntry | None) -> TensorEntry:
+    """Return the rows of new tokens at the end of whole embeddings."""
+    num_new = _num_new_tokens(adapter, entry, old)
+    if old is not None and old.shape[0] == entry.shape[0]:
+        raise NotServableError(
+            f"{key}: the base already has rows for the {num_new} new tokens; {NEW_EMBEDDINGS} would repeat them.",
+            hint="Merge the adapter instead: merge_adapter.",
+        )
+    if old is not None and not (old.shape[0] + num_new == entry.shape[0] and first_rows_equal(entry, old)):
+        raise NotServableError(
+            f"{key} differs from the base's in rows of old tokens, for which {NEW_EMBEDDINGS} has no place.",
+            hint="Merge the adapter instead: merge_adapter.",
+        )
+    start = entry.stop - entry.num_bytes // entry.shape[0] * num_new
+    return TensorEntry(entry.file, entry.dtype, (num_new, *entry.shape[1:]), start, entry.stop)
+
+
+def _check_token_rows(adapter: Adapter, key: str, entry: TensorEntry, old: TensorEntry | None) -> None:
+    """Check that single trained rows are those of new tokens: vLLM appends them to the rows of the base."""
+    module = key.removesuffix(TOKEN_ROWS)
+    indices = adapter.config.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        indices = next((ids for name, ids in indices.items() if module.endswith(name)), None)
+    if old is None:
+        raise ModelError(
+            f"{key}: which of its {entry.shape[0]} rows are new is unknown without the base.",
+            hint="Name the base without the new tokens with --base.",
+        )
+    if indices != list(range(old.shape[0], old.shape[0] + entry.shape[0])):
+        raise NotServableError(
+            f"{key} has rows of tokens that the base has rows for (it has {old.shape[0]}), and vLLM appends the rows of"
+            f" {NEW_EMBEDDINGS} to the base's.",
+            hint="Name the base that has no rows for the new tokens with --base, or merge the adapter: merge_adapter.",
+        )
 
 
 def _num_new_tokens(adapter: Adapter, entry: TensorEntry, old: TensorEntry | None) -> int:

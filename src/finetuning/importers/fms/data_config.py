@@ -13,6 +13,7 @@ from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import ConfigDocument, YamlSection, YamlValue
 from finetuning.config.yaml.reader import read_document
 from finetuning.data.sources.files import file_format
+from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.errors import ConfigError, Problem
 
 _PROCESSOR = {
@@ -204,7 +205,15 @@ def _handler(errors: _Errors, values: YamlValue, path: Sequence[str | int]) -> Y
         errors.add(path, "name is required")
         return {"name": "missing"}
     errors.check_keys(values, {"name", "arguments"}, path)
-    return {"name": values["name"], "arguments": values.get("arguments") or {}}
+    arguments = values.get("arguments") or {}
+    inner = arguments.get("fn_kwargs") if isinstance(arguments, dict) else None
+    template = inner.get("template") if isinstance(inner, dict) else None
+    if isinstance(template, str):
+        try:
+            TextTemplate(template)
+        except TextTemplateError as error:
+            errors.add((*path, "arguments", "fn_kwargs", "template"), str(error))
+    return {"name": values["name"], "arguments": arguments}
 
 
 def _split(errors: _Errors, split: YamlValue, path: Sequence[str | int]) -> dict[str, float]:
@@ -226,10 +235,8 @@ def _split(errors: _Errors, split: YamlValue, path: Sequence[str | int]) -> dict
     ratios: dict[str, float] = {}
     if fractions["validation"]:
         ratios["validation_ratio"] = float(fractions["validation"])
-    if fractions["train"] > 0 and total < 1 - _TOLERANCE:
+    if total < 1 - _TOLERANCE:
         ratios["train_ratio"] = float(fractions["train"])
-    if not fractions["train"] and fractions["validation"] < 1 - _TOLERANCE:
-        errors.add(path, "without training rows, the whole dataset must be used for validation: validation: 1.0")
     return ratios
 
 
@@ -239,7 +246,7 @@ def _is_fraction(value: YamlValue) -> TypeGuard[int | float]:
 
 def _weights(errors: _Errors, datasets: Sequence[YamlSection], sources: Sequence[YamlSection]) -> list[float] | None:
     """Return the sampling weights, if any: each dataset that is trained on must have one, and no other."""
-    trains = [_validation_ratio(source) < 1 for source in sources]
+    trains = [_validation_ratio(source) < 1 and source.get("train_ratio") != 0 for source in sources]
     weights = [dataset.get("sampling") for dataset in datasets]
     if all(weight is None for weight in weights):
         return None

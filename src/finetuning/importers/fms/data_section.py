@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetuning.config.sections.data import DatasetSource
 from finetuning.config.yaml.overrides import unescape
+from finetuning.data.open_dataset import unparsed_rows
+from finetuning.data.samples import Row
+from finetuning.data.sources import Line
+from finetuning.data.text_template import TextTemplate, TextTemplateError
+from finetuning.errors import FinetuningError
 from finetuning.importers.translation import Readers, Translation, Values
 
 _CHAT_TEXT = "apply_tokenizer_chat_template"
@@ -13,6 +21,10 @@ _CHAT_MASKING = "tokenize_and_apply_chat_template_with_masking"
 _JINJA = "apply_custom_jinja_template"
 _MASKING_HANDLERS = ("tokenize_and_apply_input_masking", _CHAT_MASKING)
 """Handlers that make the labels themselves."""
+_TOKENIZING = (*_MASKING_HANDLERS, "tokenize")
+_SKIP = "skip_samples_with_large_columns"
+_TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+_ROW_OF_MESSAGES = re.compile(r"""messages(\[\s*(['"])messages\2\s*\]|\.messages\b)""")
 _TEXT_KEYS = ("dataset_text_field", "response_template", "instruction_template")
 
 
@@ -27,9 +39,20 @@ def put_data(out: Translation, readers: Readers) -> None:
         out.add_note("chat_template", "the data config's own chat template is used")
     else:
         out.put("data_conf.chat_template", unescape(str(out.get("chat_template", ""))) or None)
-    out.put("data_conf.special_tokens", out.as_list("add_special_tokens") or None)
+    _put_messages_loop(out)
+    out.put("data_conf.special_tokens", out.as_list("add_special_tokens") or None, "add_special_tokens")
     out.put("data_conf.missing_pad_token_strategy", "eos-repurpose")
     out.put("data_conf.on_bad_row", "skip")
+    out.put("data_conf.max_lost_fraction", out.get("max_lost_fraction"))
+
+
+def _put_messages_loop(out: Translation) -> None:
+    """Let a chat template loop over `messages`: in fms-hf-tuning that may be the row, with the conversation in it."""
+    data = out.values.get("data_conf", {})
+    template = data.get("chat_template")
+    if isinstance(template, str) and _ROW_OF_MESSAGES.search(template):
+        data["chat_template"] = _ROW_OF_MESSAGES.sub("messages", template)
+        out.add_note("chat_template", "messages['messages'] is read as messages, the conversation of a row")
 
 
 def _put_files(out: Translation) -> None:
@@ -37,12 +60,26 @@ def _put_files(out: Translation) -> None:
         out.add_error("training_data_path", "training_data_path or data_config_path is required")
     source = _row_format(out)
     datasets = [{"path": out.get("training_data_path"), **source}]
-    out.put("data_conf.training_data", {"type": "CONCATENATION", "datasets": datasets})
+    out.put("data_conf.training_data", {"type": "CONCATENATION", "datasets": datasets}, "training_data_path")
     validation: Values = {"type": "NONE"}
     if out.has("validation_data_path"):
         validation = {"type": "CONCATENATION", "datasets": [{"path": out.get("validation_data_path"), **source}]}
-    out.put("data_conf.validation_data", validation)
-    out.put("sft_args.train_on", _train_on(out))
+        if _holds_tokens(out.get("training_data_path")) and _holds_tokens(out.get("validation_data_path")) is False:
+            out.add_error("validation_data_path", "must hold input_ids and labels, as training_data_path does")
+    out.put("data_conf.validation_data", validation, "validation_data_path")
+    out.put("sft_args.train_on", _train_on(out), "response_template")
+
+
+def _holds_tokens(path: Any) -> bool | None:
+    """Return whether the first row of local data is tokenized already; None if that cannot be read."""
+    if not isinstance(path, str) or not glob.glob(path):
+        return None
+    try:
+        first = next(unparsed_rows(DatasetSource(path=path), "training_data_path"), None)
+    except FinetuningError:
+        return None
+    row = first.row() if isinstance(first, Line) else first
+    return {"input_ids", "labels"} <= set(row.values) if isinstance(row, Row) else None
 
 
 def _row_format(out: Translation) -> Values:
@@ -57,6 +94,11 @@ def _row_format(out: Translation) -> Values:
             out.add_note("response_template", "has no effect: the loss mask of chats is made without templates")
         column = out.get("dataset_conversation_field", "messages")
         return {"format": "messages"} | ({} if column == "messages" else {"columns": {column: "messages"}})
+    if template:
+        try:
+            TextTemplate(unescape(str(template)))
+        except TextTemplateError as error:
+            out.add_error("data_formatter_template", str(error))
     if field and template:
         out.add_error("data_formatter_template", "cannot be combined with dataset_text_field")
     if not field and not template:
@@ -95,12 +137,14 @@ def _put_data_config(out: Translation, readers: Readers) -> None:
         if out.has(key):
             out.add_note(key, "has no effect with data_config_path; set it in the handlers")
     out.values["data_conf"] = dict(readers.data_config(str(out.get("data_config_path"))))
+    out.sources["data_conf"] = "data_config_path"
     for source in _datasets(out):
         _put_row_format(out, source)
     if out.has("response_template"):
-        out.put("sft_args.train_on", "assistant" if out.has("instruction_template") else "last")
+        train_on = "assistant" if out.has("instruction_template") else "last"
     else:
-        out.put("sft_args.train_on", "completions")
+        train_on = "completions"
+    out.put("sft_args.train_on", train_on, "response_template")
 
 
 def _datasets(out: Translation) -> list[Values]:
@@ -175,6 +219,38 @@ def shortest_handler_limit(out: Translation, limit: int) -> int:
         "data_config_path", f"its handlers truncate rows to {lower[0]} tokens; here all are truncated to {limit}"
     )
     return limit
+
+
+def put_length_filter(out: Translation, limit: int) -> None:
+    """Set `sft_args`: the longest row in tokens, and whether longer ones are truncated or filtered out.
+
+    Handlers that follow the tokenization can filter rows by their number of tokens. That works for all datasets alike.
+    """
+    filters = {_pop_length_filter(source) for source in _datasets(out)}
+    lengths = sorted(length for length in filters if length is not None and length < limit)
+    if len(filters) > 1 and lengths:
+        out.add_error(
+            "data_config_path", f"only some datasets filter rows by {_SKIP} of {lengths[0]} tokens; all of them must"
+        )
+    out.put("sft_args.max_seq_length", lengths[0] if lengths else limit, "max_seq_length")
+    out.put("sft_args.length_handling", "filter" if lengths else "truncate", "max_seq_length")
+
+
+def _pop_length_filter(source: Values) -> int | None:
+    """Remove the handlers that filter by the number of tokens, and return the lowest number of tokens they allow."""
+    kept: list[Values] = []
+    lengths: list[int] = []
+    for handler in source.get("handlers", []):
+        arguments = _arguments(handler)
+        length = arguments.get("max_allowed_length")
+        follows = any(before["name"] in _TOKENIZING for before in kept)
+        if follows and handler["name"] == _SKIP and arguments.get("column_name") in _TOKEN_COLUMNS and length:
+            lengths.append(length)
+        else:
+            kept.append(handler)
+    if lengths:
+        source["handlers"] = kept
+    return min(lengths, default=None)
 
 
 def _handler_limit(source: Values) -> int | None:

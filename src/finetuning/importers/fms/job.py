@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-from finetuning.config.pretrained_config import quantization_method, read_pretrained_config
+from finetuning.config.pretrained_config import find_pretrained_config, quantization_method, read_pretrained_config
+from finetuning.config.sections.data import MissingPadTokenStrategy
 from finetuning.config.sections.tracking import TRACKER_NAMES
-from finetuning.config.yaml.document import ConfigDocument
+from finetuning.config.yaml.document import ConfigDocument, YamlValue
 from finetuning.importers.fms import keys
-from finetuning.importers.fms.data_section import put_data, shortest_handler_limit
+from finetuning.importers.fms.data_section import put_data, put_length_filter, shortest_handler_limit
 from finetuning.importers.translation import Readers, Translation
+from finetuning.model.peft.lora_support import lora_init, used_options
 
 _TRACKERS = ("file_logger", "mlflow", "aim", "clearml", "hf_resource_scanner", "none")
 _TRACKER_OPTIONS = (
@@ -19,7 +23,10 @@ _TRACKER_OPTIONS = (
     "clearml_task",
     "scanner_output_filename",
     "run_uri_export_path",
+    "training_logs_filename",
 )
+_LENGTH_OF_RUN = ("training_args.num_train_epochs", "training_args.max_steps")
+_NUMBER = r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?"
 _DTYPE_ALIASES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 
 
@@ -50,14 +57,13 @@ def to_experiment(job: ConfigDocument, readers: Readers, *, processes: int = 1) 
     Raises:
         ConfigError: the job has unknown keys or unsupported settings; all of them are listed.
     """
-    out = Translation(job)
+    out = Translation(_with_plain_values(job))
     out.reject_unknown_keys(keys.SUPPORTED | set(readers.training_fields()))
     _reject_unsupported(out)
     out.put("method", "sft")
     put_data(out, readers)
     _put_batch_sizes(out, processes)
     _put_training(out, readers.training_fields())
-    _put_resume(out)
     _put_peft(out)
     _put_quantization(out)
     _put_kernels(out)
@@ -65,20 +71,49 @@ def to_experiment(job: ConfigDocument, readers: Readers, *, processes: int = 1) 
     _put_length(out)
     _put_multipack(out, processes)
     _put_trackers(out)
-    out.put("trainer_controller", out.get("trainer_controller_config_file"))
+    out.put("trainer_controller", out.get("trainer_controller_config_file"), "trainer_controller_config_file")
     out.put("logging_dir", out.get("logging_dir"))
     out.put("save_model_dir", out.get("save_model_dir"))
+    _note_vllm_limits(out)
+    for key in (*keys.TRAINING, *readers.training_fields()):
+        out.sources.setdefault(f"training_args.{key}", key)
+    _put_resume(out)
     return out.finish()
+
+
+def _with_plain_values(job: ConfigDocument) -> ConfigDocument:
+    """Return the job with numbers, booleans and null that were written as text, as jobs and flags have them."""
+
+    def plain(value: YamlValue) -> YamlValue:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        return json.loads(value) if re.fullmatch(_NUMBER, value) else value
+
+    values = {key: value if key in keys.TEXTS else plain(value) for key, value in job.values.items()}
+    return replace(job, values=values)
 
 
 def _reject_unsupported(out: Translation) -> None:
     """Add an error for each unsupported key, unless it is switched off: jobs often state every default."""
     for key, reason in keys.UNSUPPORTED.items():
-        if out.has(key) and str(out.get(key)).lower() not in keys.OFF:
+        if is_on(out, key):
             out.add_error(key, f"not supported: {reason}")
     for key, required in keys.DEPENDENT.items():
-        if out.has(key):
+        if out.has(key) and not _is_default(out, key) and not is_on(out, required):
             out.add_note(key, f"has no effect without {required}")
+
+
+def is_on(out: Translation, key: str) -> bool:
+    """Return whether a switch of a job is on."""
+    return out.has(key) and str(out.get(key)).lower() not in keys.OFF
+
+
+def _is_default(out: Translation, key: str) -> bool:
+    return key in keys.DEFAULTS and out.get(key) == keys.DEFAULTS[key]
 
 
 def _put_batch_sizes(out: Translation, processes: int) -> None:
@@ -94,8 +129,9 @@ def _put_batch_sizes(out: Translation, processes: int) -> None:
             out.add_error(
                 "per_device_train_batch_size", f"with streaming, must be a multiple of the {processes} processes"
             )
-    out.put("batchsize_conf.total_train_batch_size", per_device * accumulation * processes)
-    out.put("batchsize_conf.max_per_device_train_batch_size", per_device)
+    source = "per_device_train_batch_size"
+    out.put("batchsize_conf.total_train_batch_size", per_device * accumulation * processes, source)
+    out.put("batchsize_conf.max_per_device_train_batch_size", per_device, source)
     out.put(
         "batchsize_conf.per_device_eval_batch_size", out.positive_int("per_device_eval_batch_size", keys.BATCH_SIZE)
     )
@@ -116,20 +152,44 @@ def _put_training(out: Translation, installed: Collection[str]) -> None:
     for key in out.source.values:
         if (key in keys.TRAINING or key in installed) and key not in placed_elsewhere and out.has(key):
             out.put(f"training_args.{key}", out.get(key))
+    if out.values.get("data_conf", {}).get("streaming"):
+        _put_stream_strategies(out)
+        if is_on(out, "do_dataprocessing_only"):
+            out.add_error("do_dataprocessing_only", "cannot be combined with streaming, which prepares no rows")
     strategy = out.get("eval_strategy", out.get("evaluation_strategy", "no"))
     has_validation_data = out.has("validation_data_path") or out.has("data_config_path")
     if strategy != "no" and not has_validation_data:
         out.add_error("eval_strategy", f"{strategy} requires validation_data_path")
 
 
+def _put_stream_strategies(out: Translation) -> None:
+    """Replace strategies per epoch, whose length is not known for a stream: once at the end, and every 500 logs."""
+    arguments = out.values["training_args"]
+    steps = out.positive_int("max_steps", 1)
+    for name in ("logging", "save", "eval"):
+        if arguments.get(f"{name}_strategy") != "epoch":
+            continue
+        out.put(f"training_args.{name}_strategy", "steps")
+        if not out.has(f"{name}_steps"):
+            out.put(f"training_args.{name}_steps", min(steps, 500) if name == "logging" else steps)
+        if out.has(f"{name}_strategy"):
+            out.add_note(f"{name}_strategy", f"a stream has no known epochs: every {name}_steps steps")
+
+
 def _put_resume(out: Translation) -> None:
+    """Set how the run resumes. As there, it may be longer than the run that saved the checkpoint."""
     resume = out.get("resume_from_checkpoint", "auto")
     if str(resume).lower() in ("true", "auto"):
         resume = "auto"
     elif str(resume).lower() == "false":
         resume = False
-        out.add_note("resume_from_checkpoint", "an output_dir with an earlier run is an error, it is not overwritten")
+        out.add_note("resume_from_checkpoint", "what an earlier run left in output_dir moves to a folder earlier-N")
     out.put("run_conf.resume_from_checkpoint", resume)
+    out.put("run_conf.on_existing_run", "move", "resume_from_checkpoint")
+    allowed = [*_LENGTH_OF_RUN]
+    for key in out.as_list("allow_changed"):
+        allowed += [path for path, source in out.sources.items() if source == key] or [str(key)]
+    out.put("run_conf.allow_changed", [*dict.fromkeys(allowed)])
 
 
 def _put_peft(out: Translation) -> None:
@@ -139,12 +199,12 @@ def _put_peft(out: Translation) -> None:
     elif method == "pt":
         _put_prompt_tuning(out)
     elif method == "none":
-        out.put("peft_conf.peft_type", "NO_PEFT")
+        out.put("peft_conf.peft_type", "NO_PEFT", "peft_method")
     else:
         out.add_error("peft_method", f"must be lora, alora, pt or None, not {out.get('peft_method')!r}")
     used = {"lora": keys.LORA, "alora": keys.LORA, "pt": set(keys.PROMPT_DEFAULTS)}.get(method, set())
     for key in sorted((keys.LORA | set(keys.PROMPT_DEFAULTS)) - set(used)):
-        if out.has(key):
+        if out.has(key) and not _is_default(out, key):
             out.add_note(key, f"has no effect with peft_method {method}")
 
 
@@ -158,7 +218,11 @@ def _put_lora(out: Translation, method: str) -> None:
     modules = out.as_list("target_modules")
     # PEFT accepts all-linear only as a string; in a list it would adapt nothing but the other names. Any other string
     # is a pattern that must match full module names.
-    kwargs["target_modules"] = "all-linear" if "all-linear" in modules else out.get("target_modules")
+    if len(modules) == 1 and re.fullmatch(r"[\w.-]+(\s+[\w.-]+)+", str(modules[0])):
+        modules = str(modules[0]).split()
+        out.add_note("target_modules", f"read as the list {modules}")
+    is_pattern = isinstance(out.get("target_modules"), str) and len(modules) == 1
+    kwargs["target_modules"] = "all-linear" if "all-linear" in modules else modules[0] if is_pattern else modules
     if modules and "all-linear" in modules and len(modules) > 1:
         out.add_note(
             "target_modules", "all-linear covers all layers but the output layer; the other names are left out"
@@ -169,12 +233,16 @@ def _put_lora(out: Translation, method: str) -> None:
         if not out.get("alora_invocation_string"):
             out.add_error("alora_invocation_string", "is required with peft_method: alora")
         out.put("peft_conf.alora_invocation_string", out.get("alora_invocation_string"))
-    out.put("peft_conf.peft_type", "LORA")
-    out.put("peft_conf.peft_kwargs", kwargs)
+    _put_peft_kwargs(out, "LORA", kwargs)
+
+
+def _put_peft_kwargs(out: Translation, peft_type: str, kwargs: dict[str, Any]) -> None:
+    out.put("peft_conf.peft_type", peft_type, "peft_method")
+    out.put("peft_conf.peft_kwargs", kwargs, "peft_method")
+    out.sources |= {f"peft_conf.peft_kwargs.{key}": key for key in kwargs}
 
 
 def _put_prompt_tuning(out: Translation) -> None:
-    out.put("peft_conf.peft_type", "PROMPT_TUNING")
     kwargs = {key: out.get(key, default) for key, default in keys.PROMPT_DEFAULTS.items()}
     init = str(kwargs["prompt_tuning_init"]).upper()
     if init not in ("TEXT", "RANDOM"):
@@ -184,7 +252,64 @@ def _put_prompt_tuning(out: Translation) -> None:
         kwargs["tokenizer_name_or_path"] = out.get("tokenizer_name_or_path", out.get("model_name_or_path"))
     else:
         del kwargs["prompt_tuning_init_text"]
-    out.put("peft_conf.peft_kwargs", kwargs)
+    _put_peft_kwargs(out, "PROMPT_TUNING", kwargs)
+
+
+def converts_for_vllm(out: Translation) -> bool:
+    """Return whether the adapter is converted for vLLM after training. Without LoRA there is nothing to convert."""
+    return _peft_method(out) == "lora" and out.boolean("lora_post_process_for_vllm", False)
+
+
+def _note_vllm_limits(out: Translation) -> None:
+    """Note, before training, that the adapter will not be converted for vLLM."""
+    key = "lora_post_process_for_vllm"
+    if not out.boolean(key, False):
+        return
+    if not converts_for_vllm(out):
+        out.add_note(key, f"has no effect with peft_method {_peft_method(out)}")
+        return
+    kwargs = out.values["peft_conf"]["peft_kwargs"]
+    options = [option for option in used_options(kwargs) if option.vllm != "yes"]
+    limits = [f"{option.label} ({option.field})" for option in options]
+    if not lora_init(kwargs).is_convertible and lora_init(kwargs).changes_base:
+        limits.append(f"{lora_init(kwargs).label} initialization (init_lora_weights)")
+    if limits:
+        out.add_note(
+            key,
+            f"vLLM serves no adapter with {', '.join(limits)}: the adapter stays as it is trained; merge_adapter makes"
+            " a model of it",
+        )
+
+
+def check_new_embeddings(out: Translation) -> None:
+    """Check that the rows of new tokens can be written for vLLM, which appends them to those of the base model.
+
+    Raises:
+        ConfigError: the new tokens have rows in the base model already, its spare ones.
+    """
+    tokens = out.as_list("add_special_tokens")
+    model = str(out.get("model_name_or_path"))
+    config = find_pretrained_config(model) or {}
+    text_config = config.get("text_config")
+    rows = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
+    if not tokens or not isinstance(rows, int):
+        return
+    from finetuning.model.tokenizer import load_tokenizer
+
+    name = str(out.get("tokenizer_name_or_path", model))
+    loaded = load_tokenizer(
+        name, template_source=None, needs_template=False, special_tokens=tokens, key=None,
+        missing_pad_token_strategy=MissingPadTokenStrategy.EOS_REPURPOSE, cache_dir=out.get("cache_dir"),
+    )  # fmt: skip
+    ids = [loaded.tokenizer.convert_tokens_to_ids(token) for token in loaded.new_tokens]
+    if ids and min(ids) != rows:
+        out.add_error(
+            "lora_post_process_for_vllm",
+            f"cannot be combined with add_special_tokens here: vLLM appends new tokens to the {rows} rows of the base"
+            f" model, and the first new token has id {min(ids)}",
+            "Remove lora_post_process_for_vllm, and merge the adapter after training: merge_adapter.",
+        )
+        out.finish()
 
 
 def _put_quantization(out: Translation) -> None:
@@ -205,6 +330,7 @@ def _put_quantization(out: Translation) -> None:
             "bnb_4bit_quant_type": nf4[0],
             "bnb_4bit_compute_dtype": dtype,
         }
+        out.sources["quant_conf"] = "bnb_qlora" if out.has("bnb_qlora") else "bitsandbytes"
         if len(nf4) > 1:
             out.add_note("bnb_qlora", "the second value, no_peft_model, has no effect")
 
@@ -237,8 +363,9 @@ def _put_kernels(out: Translation) -> None:
             return
         names = ("cross_entropy", "rms_norm", "rope")
         switches = {name: _is_true(value) for name, value in zip(names, fast, strict=True)}
-        out.put("training_args.use_liger_kernel", True)
-        out.put("training_args.liger_kernel_config", switches | {"fused_linear_cross_entropy": False, "swiglu": False})
+        switches |= {"fused_linear_cross_entropy": False, "swiglu": False}
+        out.put("training_args.use_liger_kernel", True, "fast_kernels")
+        out.put("training_args.liger_kernel_config", switches, "fast_kernels")
         out.add_note("fast_kernels", "uses Liger kernels: pip install 'finetuning[liger]'")
 
 
@@ -250,32 +377,32 @@ def _put_model(out: Translation) -> None:
     model = out.get("model_name_or_path")
     if not isinstance(model, str):
         out.add_error("model_name_or_path", "is required: a path or a hub id")
-    out.put("run_conf.model", model)
+    out.put("run_conf.model", model, "model_name_or_path")
     if out.get("tokenizer_name_or_path") != model:
-        out.put("run_conf.tokenizer", out.get("tokenizer_name_or_path"))
+        out.put("run_conf.tokenizer", out.get("tokenizer_name_or_path"), "tokenizer_name_or_path")
     dtype = str(out.get("torch_dtype", "bfloat16")).removeprefix("torch.")
-    out.put("run_conf.model_args.dtype", _DTYPE_ALIASES.get(dtype, dtype))
+    out.put("run_conf.model_args.dtype", _DTYPE_ALIASES.get(dtype, dtype), "torch_dtype")
     out.put("run_conf.model_args.cache_dir", out.get("cache_dir"))
+    attention = "run_conf.model_args.attn_implementation"
     if not out.boolean("use_flash_attn", True):
-        out.put("run_conf.model_args.attn_implementation", "sdpa")
+        out.put(attention, "sdpa", "use_flash_attn")
     else:
-        out.put("run_conf.model_args.attn_implementation", out.get("flash_attn_implementation"))
-        if not out.has("flash_attn_implementation"):
+        out.put(attention, out.get("flash_attn_implementation"), "flash_attn_implementation")
+        if out.has("use_flash_attn") and not out.has("flash_attn_implementation"):
             out.add_note(
                 "use_flash_attn",
                 "FlashAttention is used where it is installed and verified on the model; otherwise torch's sdpa, which"
                 " has its own flash kernels",
             )
-    if out.positive_int("embedding_size_multiple_of", 1) != 1:
-        out.add_note("embedding_size_multiple_of", "has no effect: the vocabulary grows by the new tokens only")
+    multiple = out.positive_int("embedding_size_multiple_of", 1)
+    out.put("run_conf.embedding_size_multiple_of", multiple if multiple != 1 else None)
     if out.boolean("enable_reduce_loss_sum", False):
         out.add_note("enable_reduce_loss_sum", "has no effect: the loss is the mean over all tokens of a step")
 
 
 def _put_length(out: Translation) -> None:
     limit = out.positive_int("max_seq_length", keys.MAX_SEQ_LENGTH)
-    out.put("sft_args.max_seq_length", shortest_handler_limit(out, limit) if out.has("data_config_path") else limit)
-    out.put("sft_args.length_handling", "truncate")
+    put_length_filter(out, shortest_handler_limit(out, limit) if out.has("data_config_path") else limit)
     packing, padding_free = out.boolean("packing", False), out.as_list("padding_free")
     if packing:
         out.put("sft_args.packing", True)
@@ -284,7 +411,7 @@ def _put_length(out: Translation) -> None:
             out.add_error("padding_free", 'must be ["huggingface"]')
         if packing:
             out.add_error("padding_free", "cannot be combined with packing: true")
-        out.put("sft_args.batching", "padding-free")
+        out.put("sft_args.batching", "padding-free", "padding_free")
 
 
 def _put_multipack(out: Translation, processes: int) -> None:
@@ -298,7 +425,7 @@ def _put_multipack(out: Translation, processes: int) -> None:
     if processes == 1:
         out.add_note("multipack", "has no effect with one process; fms-hf-tuning requires several")
         return
-    out.put("training_args.train_sampling_strategy", "batch_rebalance")
+    out.put("training_args.train_sampling_strategy", "batch_rebalance", "multipack")
     out.add_note(
         "multipack",
         "each step trains on as many rows as without it, balanced by tokens over the processes; in fms-hf-tuning the"
@@ -318,21 +445,19 @@ def _put_trackers(out: Translation) -> None:
     if "mlflow" in trackers:
         if not out.has("mlflow_tracking_uri"):
             out.add_error("trackers", "mlflow requires mlflow_tracking_uri")
-        out.put("tracking.mlflow_server_uri", out.get("mlflow_tracking_uri"))
+        out.put("tracking.mlflow_server_uri", out.get("mlflow_tracking_uri"), "mlflow_tracking_uri")
     if "mlflow" in trackers or other_trackers:
         names = [out.get(f"{name}_experiment") for name in ("mlflow", "aim") if name in trackers]
         experiment = next((name for name in names if name), None)
         if len({name or out.get("experiment", keys.EXPERIMENT) for name in names}) > 1:
             out.add_note("aim_experiment", f"all trackers use the same experiment name: {experiment}")
-        out.put("tracking.experiment_name", experiment or out.get("experiment", keys.EXPERIMENT))
+        out.put("tracking.experiment_name", experiment or out.get("experiment", keys.EXPERIMENT), "experiment")
         out.put("tracking.run_name", out.get("run_name"))
     for key in _TRACKER_OPTIONS:
         out.put(f"tracking.{key}", out.get(key))
     _put_aim(out)
     if "aim" in trackers and not any(out.has(key) for key in ("aim_repo", "aim_url", "aim_remote_server_ip")):
         out.add_error("trackers", "aim requires aim_repo, or aim_remote_server_ip and aim_remote_server_port")
-    if out.get("training_logs_filename", "training_logs.jsonl") != "training_logs.jsonl":
-        out.add_note("training_logs_filename", "the file is always named training_logs.jsonl")
     _put_metadata(out)
 
 

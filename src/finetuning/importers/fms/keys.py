@@ -93,12 +93,26 @@ RUN = _names(
     enable_reduce_loss_sum peft_method alora_invocation_string
     """
 )
-LAUNCHER = frozenset({"accelerate_launch_args", "lora_post_process_for_vllm"})
+OWN = _names("allow_changed max_lost_fraction")
+"""Keys that a job can have here only: what this engine refuses otherwise, and fms-hf-tuning does not notice."""
+TEXTS = (
+    DATA
+    | (MODEL - {"use_flash_attn", "embedding_size_multiple_of"})
+    | (TRACKING - {"aim_remote_server_port"})
+    | _names(
+        """
+        output_dir save_model_dir logging_dir resume_from_checkpoint trainer_controller_config_file log_level
+        log_level_replica peft_method alora_invocation_string target_modules modules_to_save exclude_modules
+        layers_pattern prompt_tuning_init prompt_tuning_init_text run_name hub_model_id hub_token hub_strategy
+        optim_args length_column_name label_names metric_for_best_model allow_changed
+        """
+    )
+)
+"""Keys whose values stay as they are, even those that look like numbers: texts, names and paths."""
+LAUNCHER = frozenset({"accelerate_launch_args", "lora_post_process_for_vllm", "do_dataprocessing_only"})
 """Keys that the launcher reads; they are no part of the experiment."""
 UNSUPPORTED: dict[str, str] = {
     "fast_moe": "no kernels or parallelism for experts; remove it to train the experts with transformers' own code",
-    "do_dataprocessing_only": "a job trains; to tokenize the data only, translate it with `finetuning import`, then run"
-    " `finetuning prepare sft YAML --output FOLDER --shards N`",
     "dataset_image_field": "vision-language models",
     "quantization_method": "use a quantized checkpoint or bnb_qlora",
     "additional_data_handlers": "data handlers written in Python",
@@ -111,6 +125,9 @@ DEPENDENT: dict[str, str] = {
     "num_eval_dataset_shards": "do_dataprocessing_only",
 }
 """Options of an unsupported key, and that key."""
+DEFAULTS: dict[str, Any] = LORA_DEFAULTS | PROMPT_DEFAULTS | {"dequantize": False, "num_train_dataset_shards": 1}
+DEFAULTS |= {"num_eval_dataset_shards": 1}
+"""Values at which a key that has no effect is not worth a warning: jobs often state every default."""
 SUPPORTED = (
     TRAINING
     | LORA
@@ -121,6 +138,7 @@ SUPPORTED = (
     | MODEL
     | RUN
     | LAUNCHER
+    | OWN
     | set(UNSUPPORTED)
     | set(DEPENDENT)
 )

@@ -50,6 +50,7 @@ SAFE = (
     "run_conf.use_fast_tokenizer",
     "run_conf.resume_from_checkpoint",
     "run_conf.allow_changed",
+    "run_conf.on_existing_run",
     "run_conf.final_checkpoint_name",
     "run_conf.determinism",
     "run_conf.memory_check",
