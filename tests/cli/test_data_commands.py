@@ -13,6 +13,10 @@ import pytest
 
 from finetuning.cli.data_commands import prepare_main, preview_main
 from finetuning.cli.main import main
+from finetuning.config.sections.data import DatasetSource
+from finetuning.data.formats import Options
+from finetuning.data.open_dataset import open_dataset
+from finetuning.data.samples import TokenIds
 
 
 @pytest.fixture
@@ -128,6 +132,22 @@ def test_a_run_trains_on_prepared_rows_without_the_data_files(
     assert "exists and is not empty" in capsys.readouterr().err
     (tmp_path / "sft.jsonl").unlink()
     assert train(sft_values({"data_conf.prepared": str(tmp_path / "ready")})).losses == losses
+
+
+def test_a_folder_of_prepared_rows_is_a_dataset(
+    write_config: Any, sft_values: Any, capsys: Any, tmp_path: Path
+) -> None:
+    validation = {"type": "AUTO_SPLIT", "ratio": 0.25}
+    config = str(write_config(sft_values({"data_conf.validation_data": validation})))
+    assert prepare_main(["sft", config, "--output", str(tmp_path / "ready"), "--shards", "2"]) == 0
+    folders = {
+        split: open_dataset(DatasetSource(path=str(tmp_path / "ready"), split=split), "d", "sft", Options())
+        for split in (None, "validation")
+    }
+    rows = {split: [row for row in opened.rows if isinstance(row, TokenIds)] for split, opened in folders.items()}
+    assert {opened.row_format.name for opened in folders.values()} == {"tokens"}
+    assert len(rows[None]) > len(rows["validation"]) > 0
+    assert not {tuple(row.input_ids) for row in rows[None]} & {tuple(row.input_ids) for row in rows["validation"]}
 
 
 def test_a_run_reads_prepared_rows_from_the_cache(

@@ -13,7 +13,7 @@ from finetuning.config.sections.experiment import SFTExperiment
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
 from finetuning.data.pipeline import prepare_sft
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, DataError
 from finetuning.importers import to_yaml
 from finetuning.importers.fms.data_config import read_data_config
 from finetuning.importers.fms.job import Readers, to_experiment
@@ -73,8 +73,8 @@ def job(tmp_path: Path, chatml_llama_dir: Path) -> Callable[..., Translation]:
     return made
 
 
-def trained(translation: Translation, tokenizer_dir: Path) -> str:
-    """Return the trained text of the first row, after the YAML was written and read."""
+def prepared(translation: Translation, tokenizer_dir: Path) -> tuple[Any, Any]:
+    """Return the rows, after the YAML was written and read, and the tokenizer."""
     from transformers import AutoTokenizer
 
     document = parse_document(to_yaml(translation, "fms-hf-tuning"), "experiment.yaml")
@@ -83,8 +83,13 @@ def trained(translation: Translation, tokenizer_dir: Path) -> str:
     if experiment.data_conf.chat_template:
         tokenizer.chat_template = experiment.data_conf.chat_template
     data_conf = experiment.data_conf.model_copy(update={"cache": "off"})
-    row = prepare_sft(data_conf, experiment.sft_args, tokenizer).train[0]
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    return prepare_sft(data_conf, experiment.sft_args, tokenizer), tokenizer
+
+
+def trained(translation: Translation, tokenizer_dir: Path) -> str:
+    """Return the trained text of the first row."""
+    rows, tokenizer = prepared(translation, tokenizer_dir)
+    pairs = zip(rows.train[0]["input_ids"], rows.train[0]["labels"], strict=True)
     return tokenizer.decode([token for token, label in pairs if label != -100])
 
 
@@ -123,6 +128,32 @@ def trained(translation: Translation, tokenizer_dir: Path) -> str:
         ("chats", {"response_template": "<|im_start|>assistant"}, [CHAT_TEXT], f"two{END}"),
         ("talks", TURNS, [TALK_TEXT], f"one{END}two{END}"),
         ("chats", {}, [handler("tokenize_and_apply_chat_template_with_masking")], f"one{END}two{END}"),
+        (
+            "talks",
+            {},
+            [handler("tokenize_and_apply_chat_template_with_masking", conversation_column_name="talk")],
+            f"one{END}two{END}",
+        ),
+        ("chats", TURNS, [handler("apply_tokenizer_chat_template")], f"one{END}two{END}"),
+        (
+            "pairs",
+            {},
+            [
+                FORMATTED,
+                handler("tokenize", text_column_name="formatted"),
+                handler("duplicate_columns", existing_column_name="input_ids", new_column_name="labels"),
+            ],
+            f"In: Q Out: A{END}",
+        ),
+        (
+            "chats",
+            {
+                "chat_template": "{% for m in messages['messages'] %}[{{ m.role }}]{{ m.content }}{{ eos_token }}"
+                "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+            },
+            [handler("tokenize_and_apply_chat_template_with_masking")],
+            f"one{END}two{END}",
+        ),
     ],
 )
 def test_the_trained_text(
@@ -213,3 +244,100 @@ def test_a_job_with_a_data_config_is_detected_by_its_keys(
     (tmp_path / "job.json").write_text(json.dumps(values | {"data_config_path": str(tmp_path / "data.json")}))
     assert import_main([str(tmp_path / "job.json")]) == 0
     assert "path: a.jsonl" in capsys.readouterr().out
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_dataset_may_be_held_out_in_part_and_not_trained_on(
+    job: Callable[..., Translation], chatml_llama_dir: Path, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [{"input": f"Q{n}", "output": f"A{n}"} for n in range(10)])
+    held_out = {
+        "name": "h",
+        "data_paths": [other],
+        "data_handlers": [MASKED],
+        "split": {"train": 0.0, "validation": 0.3},
+    }
+    out = job("pairs", {}, [MASKED], datasets=[held_out])
+    rows, _ = prepared(out, chatml_llama_dir)
+    assert (len(rows.train), len(rows.validation)) == (1, 3)
+    weighted = [held_out, {"name": "w", "data_paths": [other], "data_handlers": [MASKED], "sampling": 0.5}]
+    mixed = job("pairs", {}, [MASKED], dataset={"sampling": 0.5}, datasets=weighted)
+    assert len(prepared(mixed, chatml_llama_dir)[0].validation) == 3
+    with pytest.raises(ConfigError, match="is set, but no row of this dataset is used for training"):
+        job("pairs", {}, [MASKED], dataset={"sampling": 0.5}, datasets=[{**held_out, "sampling": 0.5}])
+
+
+def test_rows_are_filtered_by_their_number_of_tokens(
+    job: Callable[..., Translation], chatml_llama_dir: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [{"input": "Q", "output": "A" * count} for count in (1, 2, 40)])
+    skip = handler("skip_samples_with_large_columns", column_name="input_ids", max_allowed_length=10)
+    rows, _ = prepared(job("pairs", {}, [MASKED, skip]), chatml_llama_dir)
+    lengths = [len(row["input_ids"]) for row in rows.train]
+    assert len(lengths) == 2 and max(lengths) <= 10
+    # A filter above the length that rows are truncated to filters nothing.
+    both = job("pairs", {"max_seq_length": 8}, [MASKED, skip])
+    assert both.values["sft_args"]["length_handling"] == "truncate"
+    assert len(prepared(both, chatml_llama_dir)[0].train) == 3
+    unfiltered = {"name": "u", "data_paths": ["u.jsonl"], "data_handlers": [MASKED]}
+    with pytest.raises(ConfigError, match=r"only some datasets filter rows by .* of 10 tokens; all of them must"):
+        job("pairs", {}, [MASKED, skip], datasets=[unfiltered])
+
+
+def test_a_stream_needs_only_a_number_of_steps(job: Callable[..., Translation]) -> None:
+    streamed = {"dataprocessor": {"streaming": True}}
+    out = job("pairs", {"max_steps": 40}, [MASKED], **streamed)
+    document = parse_document(to_yaml(out, "fms-hf-tuning"), "experiment.yaml")
+    arguments = validate(document, SFTExperiment).experiment.training_args
+    assert (arguments.save_strategy, arguments.save_steps) == ("steps", 40)
+    assert (arguments.logging_strategy, arguments.logging_steps) == ("steps", 40)
+    explicit = job("pairs", {"max_steps": 4000, "save_strategy": "epoch", "save_steps": 100}, [MASKED], **streamed)
+    assert explicit.values["training_args"]["save_steps"] == 100
+    assert any(note.startswith("save_strategy: a stream has no known epochs") for note in explicit.notes)
+    assert explicit.values["training_args"]["logging_steps"] == 500
+
+
+@pytest.mark.parametrize("template", ["}} {{input}} {{", "a {{ b", "{% for m in input %}{{ m }}", "{{ {'a': 1} }} {{"])
+def test_a_template_with_stray_braces_is_refused(template: str, job: Callable[..., Translation]) -> None:
+    with pytest.raises(ConfigError, match=r"job.json:1:\d+: data_formatter_template: the template is not valid"):
+        job("pairs", {"data_formatter_template": template, "response_template": "x"})
+    made = handler("apply_custom_jinja_template", formatted_text_column_name="f", template=template)
+    with pytest.raises(ConfigError, match=r"data.json:1:\d+: datasets.0.*template: the template is not valid"):
+        job("pairs", {"response_template": "x"}, [made])
+
+
+def test_tokenized_training_rows_need_tokenized_validation_rows(
+    job: Callable[..., Translation], tmp_path: Path
+) -> None:
+    for name in ("tokens", "pairs"):
+        keys = {"validation_data_path": str(tmp_path / f"{name}.jsonl")}
+        if name == "tokens":
+            assert job("tokens", keys).values["data_conf"]["validation_data"]["type"] == "CONCATENATION"
+        else:
+            with pytest.raises(ConfigError, match="validation_data_path: must hold input_ids and labels"):
+                job("tokens", keys)
+            assert job("pairs", {"validation_data_path": str(tmp_path / "tokens.jsonl")}).problems == []
+
+
+def test_a_job_may_lose_rows_without_trained_tokens(
+    job: Callable[..., Translation], chatml_llama_dir: Path, tmp_path: Path
+) -> None:
+    """In Parquet files with columns of both list types, half of the rows have no trained token."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    paths = []
+    for name, kind in (("large", pa.large_list(pa.int64())), ("small", pa.list_(pa.int32()))):
+        table = pa.table({"input_ids": [[5, 6]] * 2, "labels": [[-100, 6], [-100, -100]]})
+        schema = pa.schema([("input_ids", kind), ("labels", kind)])
+        paths.append(str(tmp_path / f"{name}.parquet"))
+        parquet.write_table(table.cast(schema), paths[-1])
+    dataset = {"data_paths": paths}
+    with pytest.raises(DataError, match="max_lost_fraction"):
+        prepared(job("pairs", {}, [], dataset=dataset), chatml_llama_dir)
+    rows, _ = prepared(job("pairs", {"max_lost_fraction": 0.5}, [], dataset=dataset), chatml_llama_dir)
+    assert [row["labels"] for row in rows.train] == [[-100, 6]] * 2
