@@ -2,6 +2,7 @@
 # make test         run the tests
 # make test-full    run the tests and all cases of their matrices
 # make check        run every check that is not a test
+# make test-removed-checks remove each check and require that its tests fail
 # make test-serving serve what the engine makes with a real vLLM on the CPU
 # make test-zoo     take every causal language model class of transformers through the engine
 # Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
@@ -15,7 +16,7 @@ PIP_OPTIONS ?= $(if $(CI),--quiet)
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full test-serving test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full test-removed-checks test-serving test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -40,6 +41,9 @@ test: venv ## run the tests
 # `make test` takes a sample of these matrices, such as the adapter types of PEFT.
 test-full: venv ## run the tests, with all cases of their matrices
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS) -m ''
+
+test-removed-checks: venv ## remove each check, and require that its tests fail
+	$(PYTHON) -m pytest -p removed_checks $(PYTEST_OPTIONS)
 
 # Not part of `make test`: an environment of 3.4 GB, and half a minute for each start of a server.
 test-serving: venv $(SERVING_VENV)/.installed ## serve what the engine makes with vLLM, and compare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -192,6 +193,21 @@ def _segment_sums(file: Path, start: int, stop: int) -> bytes:
             words = np.frombuffer(buffer, "<u8", -(-filled // 8))
             sums += int(words.sum(dtype=np.uint64)).to_bytes(8, "little")
     return bytes(sums)
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Lock an open file until it is closed, without waiting, for all processes of this machine.
+
+    Returns:
+        False if another process holds the lock, None if the file system has no locks (Lustre and NFS without `flock`).
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def remove_staging_directories(folder: Path) -> list[Path]:

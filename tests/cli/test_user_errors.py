@@ -142,7 +142,7 @@ def test_a_run_goes_on_without_a_home_for_its_cache(
     environment = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": None, "FINETUNING_CACHE": None}
     result = run_cli(["sft", write_config(sft_values())], env=environment)
     assert result.returncode == 0, result.stderr
-    assert "the default cache of prepared rows cannot be written" in result.stderr
+    assert "the default cache of prepared rows cannot be used" in result.stderr
     assert (tmp_path / "out" / "checkpoint-final").is_dir()
 
 

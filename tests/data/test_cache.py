@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from finetuning.data import cache
 from finetuning.data.cache import cache_folder, prune
 from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_sft
-from finetuning.errors import DataError
+from finetuning.errors import DataError, StorageError
 
 from .conversations import assistant, user
 
@@ -389,3 +390,18 @@ def test_where_the_cache_lies(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.delenv("FINETUNING_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("auto") == tmp_path / "finetuning" / "prepared"
+
+
+def test_a_cache_without_file_locks_is_not_used(
+    prepare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:  # as on NFS without a lock service
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
+    monkeypatch.delenv("FINETUNING_CACHE")
+    assert cache_folder("auto") is None
+    assert "has no file locks" in caplog.text
+    with pytest.raises(StorageError, match="its file system has no file locks"):
+        prepare(conf={"cache": str(tmp_path / "chosen")})

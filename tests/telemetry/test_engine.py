@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,35 @@ def test_the_callback_works_with_any_trainer(
     steps = sorted(output.spans("training_single_iteration"), key=lambda span: span["start_ns"])
     for saved, after in zip(output.spans("checkpoint_save_sync"), steps[2::2], strict=False):
         assert after["start_ns"] >= saved["end_ns"]
+
+
+def test_evaluation_and_prediction_outside_of_training(
+    plain: PlainTrainer, telemetry: Any, recorded: Any, tmp_path: Path
+) -> None:
+    import transformers
+
+    observer = telemetry()
+    trainer = transformers.Trainer(
+        plain.model,
+        plain.arguments(save_strategy="no", max_steps=2),
+        train_dataset=plain.rows,
+        eval_dataset=plain.rows[:4],
+        callbacks=[TelemetryCallback(observer)],
+    )
+    with observer.application():
+        runtimes = [trainer.evaluate()["eval_runtime"]]
+        trainer.train()
+        time.sleep(0.5)
+        runtimes.append(trainer.evaluate()["eval_runtime"])
+        time.sleep(0.5)
+        runtimes.append(trainer.predict(plain.rows[:4]).metrics["test_runtime"])
+        runtimes.append(trainer.evaluate(metric_key_prefix="test")["test_runtime"])
+    observer.close()
+    output = recorded(tmp_path)
+    spans = [*output.spans("validation_loop"), *output.spans("testing_loop")]
+    assert [span["name"] for span in spans] == ["validation_loop"] * 2 + ["testing_loop"] * 2
+    assert {output.parent(span) for span in spans} == {"application"}
+    assert [(span["end_ns"] - span["start_ns"]) / 1e9 for span in spans] == pytest.approx(runtimes, abs=0.02)
 
 
 def with_phases(plain: PlainTrainer, observer: Any, trainer_class: Any = None, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 
 from finetuning.telemetry import names
 from finetuning.telemetry.config import JobIdentity, ProcessTotals, TrainingConfig
-from finetuning.telemetry.error_guard import MAX_ERRORS
+from finetuning.telemetry.error_guard import TelemetryUsageError
 from finetuning.telemetry.metrics import straggler_metrics
 from finetuning.telemetry.session import open_telemetry
 from finetuning.telemetry.spans import Clock, export_all, export_all_but, export_only
@@ -168,7 +168,7 @@ def test_throughput_follows_from_the_recorded_values(telemetry: Any, ticks: Any,
     first, second, last = recorded(tmp_path).updates()
     total = last["total_iteration_time_sec"]
     assert last["latest_loss"] == 6.5
-    assert last["train_tokens"] == 600
+    assert last["train_tokens"] == 2 * 600
     assert last["avg_tokens_per_second_per_device"] == pytest.approx(600 / total)
     assert last["tokens_per_second_per_device"] == pytest.approx(200 / (2 * last["window_avg_iteration_time_sec"]))
     assert last["train_throughput_per_gpu"] == pytest.approx(36e9 / (total * 1e12))
@@ -275,7 +275,7 @@ def test_an_asynchronous_save_succeeds_later(telemetry: Any, recorded: Any, tmp_
 
 def test_custom_spans_events_and_attributes(telemetry: Any, recorded: Any, tmp_path: Path) -> None:
     observer = telemetry(export_all_but())
-    with observer.application(), observer.training_loop(my_attribute="mine") as loop:
+    with observer.application(), observer.training_loop(attributes={"my_attribute": "mine"}) as loop:
         loop.set_attribute("another", 3)
         with observer.span("my_span", {"color": "red"}) as span:
             observer.event("my_event", {"value": math.nan, "nothing": None}, span)
@@ -459,15 +459,15 @@ def test_an_internal_error_is_marked_and_training_continues(
     [mark] = output.updates("telemetry_data_error")
     assert mark["telemetry_data_error_type"] == "incomplete_telemetry_data"
     assert "no measure" in mark["error_message"]
-    assert observer.errors.count == MAX_ERRORS
+    assert observer.errors.count > 200
+    # A fault of one part stops no other, and the run ends well.
+    assert len(output.updates()) == 200
+    assert {span["status"] for span in output.spans()} == {"OK"}
 
 
-def test_a_wrong_config_is_an_error_of_telemetry_only(telemetry: Any) -> None:
-    observer = telemetry()
-    with observer.application():
-        observer.set_training_config(TrainingConfig(global_batch_size=0))
-    observer.close()
-    assert "global_batch_size must be above 0" in observer.errors.messages[0]
+def test_a_wrong_config_is_an_error_at_once() -> None:
+    with pytest.raises(TelemetryUsageError, match="global_batch_size must be a number above 0"):
+        TrainingConfig(global_batch_size=0)
 
 
 def test_the_slowest_rank_is_named() -> None:

@@ -31,7 +31,7 @@ def wait_for_step(process: Process, output_dir: Path, step: int) -> None:
 
     def is_done() -> bool:
         files = [read_progress(path) for path in output_dir.glob("telemetry/*/rank0.progress")]
-        return any(progress and progress["step"] >= step for progress in files)
+        return any(progress and progress.step >= step for progress in files)
 
     assert process.wait_for(is_done), process.output
 
@@ -49,7 +49,7 @@ def test_a_killed_run_keeps_its_events_and_a_resumed_run_its_session(
     [file] = output_dir.glob("telemetry/*/rank0.jsonl")
     killed, before = recorded(output_dir), file.read_bytes()
     progress = read_progress(file.with_suffix(".progress"))
-    done, saved = int(progress["step"]), int(progress["saved"])
+    done, saved = progress.step, progress.saved
     assert done >= 57
     assert saved % 40 == 0 < saved <= done
     assert [update["current_iteration"] for update in killed.updates()] == list(range(9, done // 10 * 10, 10))

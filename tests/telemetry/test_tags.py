@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from finetuning.config.sections.tracking import SpanName
+from finetuning.telemetry import names
 from finetuning.telemetry.session import new_job_id, perf_tag
 
 
@@ -88,6 +90,30 @@ def test_scenario_5_a_faster_resumed_run_keeps_the_session_alone(
     assert second == (first["session_tag"], "without the needless loop")
 
 
+def test_longer_rows_change_the_perf_tag_and_logging_does_not(tags: Any, tmp_path: Path, sft_values: Any) -> None:
+    rows = Path(sft_values()["data_conf"]["training_data"]["datasets"][0]["path"]).read_text().splitlines()
+    long = []
+    for row in map(json.loads, rows):
+        row["messages"][-1]["content"] *= 6
+        long.append(json.dumps(row))
+    (tmp_path / "long.jsonl").write_text("\n".join(long) + "\n")
+    first = tags("a")[1]
+    assert tags("b", {"training_args.logging_steps": 3, "training_args.save_steps": 3})[1] == first
+    assert tags("c", {"data_conf.training_data.datasets": [{"path": str(tmp_path / "long.jsonl")}]})[1] != first
+
+
+def test_perf_tags_may_be_several_and_metadata_numbers(tags: Any, recorded: Any, tmp_path: Path) -> None:
+    section = {"perf_tag": ["a100", "bf16"], "custom_metadata": {"nodes": 2, "preempted": False}}
+    assert tags("a", {"telemetry": section})[1] == ["a100", "bf16"]
+    config = recorded(tmp_path / "a").event("update_training_telemetry_config")
+    assert config["perf_tag"] == ["a100", "bf16"]
+    assert config["custom_metadata"] == ["nodes:2", "preempted:False"]
+
+
+def test_the_config_has_the_names_of_all_standard_spans() -> None:
+    assert frozenset(get_args(SpanName)) == names.STANDARD_SPANS
+
+
 def test_job_ids_of_one_second_sort_in_order() -> None:
     jobs = [new_job_id() for _ in range(50)]
     assert jobs == sorted(set(jobs))
@@ -105,6 +131,14 @@ def test_the_default_perf_tag_depends_on_what_determines_the_speed(tmp_path: Pat
         return perf_tag(*({**dict(zip(names, base, strict=True)), **changes}[name] for name in names))
 
     assert tag(config={"training_args": {"output_dir": "b", "bf16": True, "seed": 3}}) == tag()
+    neutral = {
+        "logging_steps": 7,
+        "save_steps": 3,
+        "save_total_limit": 1,
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    assert tag(config={"training_args": {**base[0]["training_args"], **neutral}}) == tag()
     changed = [
         tag(config={"training_args": {"output_dir": "a", "bf16": False}}),
         tag(model="other"),
@@ -113,6 +147,8 @@ def test_the_default_perf_tag_depends_on_what_determines_the_speed(tmp_path: Pat
         tag(world_size=4),
     ]
     assert len({tag(), *changed}) == 6
+    # Another random half of the same rows has the same tag, rows of twice the length have not.
+    assert perf_tag(*base, 100.0) == perf_tag(*base, 103.0) != perf_tag(*base, 200.0)
 
 
 def test_the_perf_tag_depends_on_the_shape_of_the_model_not_its_path(tmp_path: Path) -> None:

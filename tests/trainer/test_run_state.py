@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetuning.algorithms import ALGORITHMS
 from finetuning.atomic_io import write_manifest
@@ -19,7 +20,8 @@ from finetuning.callbacks.controller.metrics import Event, Metric
 from finetuning.callbacks.controller.operations import Operation
 from finetuning.callbacks.loss_guard import LossGuardCallback
 from finetuning.config.sections.controller import LossGuardConfig, TrainerController
-from finetuning.errors import CheckpointError
+from finetuning.errors import CheckpointError, GuardStopped
+from finetuning.trainer import loaded_state
 from finetuning.trainer.loaded_state import RunStateMixin
 
 FULL = {"peft_type": "NO_PEFT"}
@@ -169,6 +171,18 @@ def test_a_reference_that_is_missing_or_loads_other_weights_stops_the_run(
     write_manifest(checkpoint)
     with pytest.raises(CheckpointError, match=r"has no reference/weights\.safetensors: the reference model moves"):
         train(values)
+
+
+def test_a_reference_that_is_not_written_as_it_is_in_memory_stops_the_run(
+    train: Any, dpo_values: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_other_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        name = sorted(tensors)[0]
+        save_file(tensors | {name: torch.zeros_like(tensors[name])}, file)
+
+    monkeypatch.setattr(loaded_state, "save_file", save_other_weights)
+    with pytest.raises(GuardStopped, match=r"weights\.safetensors: 1 of 20 tensors differ from those in memory"):
+        train(dpo_values({**SAVED, **SYNC}))
 
 
 def test_a_reference_that_does_not_move_is_not_saved(train: Any, dpo_values: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,11 @@ from transformers import Trainer
 
 from finetuning.algorithms import ALGORITHMS
 from finetuning.atomic_io import find_manifest_mismatch
+from finetuning.config.sections.experiment import SFTExperiment
 from finetuning.errors import DataError, GuardStopped, StorageError
 from finetuning.trainer.mixin import TrainingLoopMixin
 from finetuning.training import output_dir
+from finetuning.training.final_model import copy_to_save_model_dir
 from finetuning.training.output_dir import check_free_space, lock_output_dir
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
@@ -233,10 +237,46 @@ def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_copy_of_the_final_model_that_is_not_equal_is_an_error(
+    sft_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    def copy_all_but_one_byte(source: Path, target: Path) -> None:
+        content = Path(source).read_bytes()
+        Path(target).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    target = tmp_path / "served"
+    if exists:
+        target.mkdir()
+    monkeypatch.setattr("shutil.copyfile", copy_all_but_one_byte)
+    experiment = SFTExperiment.model_validate(sft_values({"save_model_dir": str(target)}))
+    final = Path(experiment.training_args.output_dir) / "checkpoint-final"
+    final.mkdir(parents=True)
+    (final / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(StorageError, match=r"model\.safetensors.* is not what was copied to it"):
+        copy_to_save_model_dir(experiment)
+    assert not (target / "model.safetensors").exists()
+    assert not (Path(experiment.training_args.output_dir) / ".complete").exists()
+
+
+def test_a_file_system_without_locks_is_not_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:  # as on Lustre without the mount option `flock`
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock_output_dir(tmp_path):
+        pass
+    assert "has no file locks" in caplog.text
+    with lock_output_dir(tmp_path):
+        pass
+    assert f"Last used by process {os.getpid()} on " in caplog.text
+
+
 def test_a_full_disk_is_reported_before_anything_is_loaded(
     sft_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetuning.config.sections.experiment import SFTExperiment
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.plan.memory_estimate import estimate_memory

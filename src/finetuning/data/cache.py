@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, write_manifest
+from finetuning.atomic_io import atomic_directory, find_manifest_mismatch, try_lock, write_manifest
 from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.sources.files import PREPARED_META
@@ -215,11 +215,13 @@ def _default_folder() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetuning" / "prepared"
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            if try_lock(probe.fileno()) is None:
+                raise OSError(f"the file system of {folder} has no file locks")
             return folder
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory.
         logger.warning(
-            "the default cache of prepared rows cannot be written (%s): the rows are prepared without a cache. Set %s"
+            "the default cache of prepared rows cannot be used (%s): the rows are prepared without a cache. Set %s"
             " to a writable folder.",
             first_line(error),
             VARIABLE,
@@ -350,11 +352,16 @@ def _why_prepared(folder: Path, key: CacheKey) -> str:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Generator[bool, None, None]:
-    """Hold a lock that the operating system releases when the process ends; False if it is taken and `wait` is off."""
+    """Hold a lock that the operating system releases when the process ends; False if it is taken and `wait` is off.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
     with open(path, "a", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        is_locked = try_lock(stream.fileno())
+        if is_locked is None:
+            raise OSError("its file system has no file locks")
+        if not is_locked:
             if not wait:
                 yield False
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuning.atomic_io import try_lock
 from finetuning.errors import ConfigError, Location
 from finetuning.report.run_folder import RECORD_NAME, read_run_record
 from finetuning.tracking.tracker import METRICS_LOG_NAME as METRICS_NAME
@@ -105,12 +105,9 @@ def _is_locked(path: Path) -> bool:
     """Whether a run holds its output directory: a process id alone may long belong to another process."""
     try:
         with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return try_lock(lock.fileno(), shared=True) is False
     except OSError:
         return False
-    return False
 
 
 def _last_values(path: Path) -> dict[str, float]:

@@ -1,8 +1,12 @@
-"""Errors in telemetry itself: reported once, marked in the recorded data, and never raised into training."""
+"""Errors in telemetry itself: reported once, marked in the recorded data, and never raised into training.
+
+An error of the caller is none of these: a wrong argument or an unknown name is raised where it was written.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -12,10 +16,14 @@ from finetuning.errors import FinetuningError
 
 logger = logging.getLogger(__name__)
 
-MAX_ERRORS = 20
-"""After this many errors, telemetry stops recording."""
+_MAX_MESSAGES = 100
+"""More distinct messages than that are only counted."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class TelemetryUsageError(ValueError):
+    """Telemetry is used wrongly: an unknown span, an impossible value, a call out of order."""
 
 
 class TelemetryErrors:
@@ -25,35 +33,49 @@ class TelemetryErrors:
         self.messages: list[str] = []
         self.count = 0
         self._listener: Callable[[str], None] | None = None
-
-    @property
-    def limit_reached(self) -> bool:
-        """Whether telemetry should stop recording."""
-        return self.count >= MAX_ERRORS
+        self._reported: set[str] = set()
+        # The exporters report from their threads.
+        self._lock = threading.RLock()
+        self._is_marking = False
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         """Call `listener` with each new message, to mark it in the recorded data."""
         self._listener = listener
 
-    def record(self, action: str, error: BaseException | str) -> None:
-        """Record that `action` failed. Only the first error is logged as a warning."""
+    def record(self, action: str, error: BaseException | str, *, kind: str | None = None) -> None:
+        """Record that `action` failed. The first error of each kind is logged as a warning and marked.
+
+        Args:
+            kind: what distinguishes errors; by default the action and the type of the exception.
+        """
         text = f"{action}: {error}" if isinstance(error, str) else f"{action}: {type(error).__name__}: {error}"
-        message = redact_text(text)
         self.count += 1
-        if message in self.messages:
-            return
-        self.messages.append(message)
-        if len(self.messages) == 1:
-            logger.warning("telemetry is incomplete, training continues: %s", message)
+        self.report(kind or f"{action}: {type(error).__name__}", f"telemetry is incomplete, training continues: {text}")
+
+    def report(self, kind: str, text: str, *, level: int = logging.WARNING) -> None:
+        """Log a message and mark it in the recorded data, once for each kind."""
+        with self._lock:
+            message = redact_text(text)
+            is_new = kind not in self._reported
+            self._reported.add(kind)
+            stored = message.removeprefix("telemetry is incomplete, training continues: ")
+            if stored not in self.messages and len(self.messages) < _MAX_MESSAGES:
+                self.messages.append(stored)
+            if is_new:
+                logger.log(level, "%s", message)
+                self._mark(stored)
+
+    def _mark(self, message: str) -> None:
         # The listener writes an event, and an error in that must not call it again.
-        listener, self._listener = self._listener, None
-        if listener is None:
+        if self._listener is None or self._is_marking:
             return
+        self._is_marking = True
         try:
-            listener(message)
-        except Exception as second:  # noqa: BLE001  the mark is worth less than the training
-            self.messages.append(f"{action}: {type(second).__name__}: {second}")
-        self._listener = listener
+            self._listener(message)
+        except Exception as error:  # noqa: BLE001  the mark is worth less than the training
+            self.messages.append(f"marking an error: {type(error).__name__}: {error}")
+        finally:
+            self._is_marking = False
 
     def attempt(self, action: str, function: Callable[[], _R]) -> _R | None:
         """Return the function's result, or None if it raises. Errors that the user must fix are raised."""
@@ -76,15 +98,21 @@ _Owner = TypeVar("_Owner", bound=HasErrors)
 
 
 def guarded(method: Callable[Concatenate[_Owner, _P], _R]) -> Callable[Concatenate[_Owner, _P], _R | None]:
-    """Make a method return None instead of raising. The error is recorded in the `errors` of its object."""
+    """Make a method return None instead of raising. The error is recorded in the `errors` of its object.
+
+    A `TelemetryUsageError` is raised, and a `TypeError` because the method does not take these arguments.
+    """
 
     @wraps(method)
     def call(self: _Owner, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
-        if self.errors.limit_reached:
-            return None
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001  telemetry must not stop training
+        except TelemetryUsageError:
+            raise
+        except Exception as error:
+            # Without a frame below this one, the call itself failed: its arguments do not fit.
+            if isinstance(error, TypeError) and error.__traceback__ and error.__traceback__.tb_next is None:
+                raise
             self.errors.record(method.__name__, error)
             return None
 

@@ -1,24 +1,26 @@
 """Goodput: the share of the time of a session's jobs that went into steps that are part of the final model.
 
 Each second of a job is in exactly one category: productive steps; waiting for data; the excess time of the first step
-(compilation, allocation); steps that were lost or repeated; saving and loading checkpoints; evaluation; initialization;
-publication of the model; or other. The time between jobs is separate.
+(compilation, allocation); steps that were lost or repeated, and the step or hang that ended in a kill; saving and
+loading checkpoints; evaluation; starting the process; initialization; publication of the model; or other. The time
+between jobs is separate.
 
-The source is the files that telemetry has written, also those of jobs that were killed.
+The source is the progress files of all jobs, also of those that were killed. They do not depend on which spans are
+exported. Jobs of earlier versions, which wrote shorter files, are computed from their spans.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finetuning.telemetry import names
 from finetuning.telemetry.error_guard import TelemetryErrors
-from finetuning.telemetry.metrics import read_progress
+from finetuning.telemetry.metrics import CATEGORIES, LOOP_NOT_STARTED, RUNNING, JobProgress, read_progress
 from finetuning.telemetry.session import FOLDER
 
 BADPUT: tuple[str, ...] = (
@@ -28,6 +30,7 @@ BADPUT: tuple[str, ...] = (
     "checkpoint_save",
     "checkpoint_load",
     "evaluation",
+    "startup",
     "initialization",
     "publication",
     "other",
@@ -62,8 +65,20 @@ class RecordedJob:
     spans: tuple[RecordedSpan, ...]
     start_ns: int
     last_record_ns: int
-    progress: Mapping[str, float] | None = None
+    progress: JobProgress | None = None
     errors: tuple[str, ...] = field(default=())
+
+    @property
+    def accounts(self) -> JobProgress | None:
+        """The progress, if it has the times of everything that the job did."""
+        return self.progress if self.progress is not None and self.progress.application_start_ns else None
+
+    @property
+    def loop_start_step(self) -> int | None:
+        """The step at which the last training loop began; None without one."""
+        if self.progress is None or (self.accounts and self.progress.loop_state == LOOP_NOT_STARTED):
+            return None
+        return self.progress.start
 
     @property
     def session_tag(self) -> str:
@@ -89,34 +104,42 @@ def _read_records(path: Path, *patterns: str) -> Iterator[dict[str, Any]]:
 
 
 def job_files(output_dir: Path, rank: int = 0) -> list[Path]:
-    """Return the files of one rank of all jobs of an output directory, oldest job first."""
+    """Return the files of one rank of all jobs of an output directory, in the order of their folders' names."""
     return sorted((output_dir / FOLDER).glob(f"*/rank{rank}.jsonl"))
 
 
 def read_job(path: Path) -> RecordedJob | None:
-    """Read a job's file; None if it has no first line."""
-    resource: Mapping[str, Any] | None = None
+    """Read the last job of a file; None if there is none."""
+    jobs = read_jobs(path)
+    return jobs[-1] if jobs else None
+
+
+def read_jobs(path: Path) -> list[RecordedJob]:
+    """Read the jobs that have written to a file, one after the other."""
+    jobs: list[list[dict[str, Any]]] = []
+    # Most of a long file is updates, which are not needed: do not parse them.
+    for record in _read_records(path, '"type":"resource"', '"name":"span_st', '"name":"error"'):
+        if record.get("type") == "resource":
+            jobs.append([])
+        if jobs:
+            jobs[-1].append(record)
+    return [_job_of(path, records) for records in jobs]
+
+
+def _job_of(path: Path, records: Sequence[dict[str, Any]]) -> RecordedJob:
     starts: dict[str, dict[str, Any]] = {}
     ends: dict[str, int] = {}
     errors: list[str] = []
-    times: list[int] = []
-    # Most of a long file is updates, which are not needed: do not parse them.
-    patterns = ('"type":"resource"', '"name":"span_st', '"name":"error"')
-    for record in _read_records(path, *patterns):
-        attributes = record.get("attributes") or {}
-        times.append(record.get("time_ns") or 0)
-        if record.get("type") == "resource":
-            resource = attributes
-        elif record.get("name") == names.SPAN_START:
+    for record in records:
+        if record.get("name") == names.SPAN_START:
             starts[record["span_id"]] = record
         elif record.get("name") == names.SPAN_STOP:
             ends[record["span_id"]] = record["time_ns"]
         elif record.get("name") == names.ERROR:
-            errors.append(str(attributes.get("error_message", "")))
-    if resource is None:
-        return None
-    progress = read_progress(path.with_suffix(".progress"))
-    last = max([*times, int(progress["time_ns"]) if progress else 0])
+            errors.append(str((record.get("attributes") or {}).get("error_message", "")))
+    times = [record.get("time_ns") or 0 for record in records]
+    progress = read_progress(path.with_name(records[0].get("progress") or f"{path.stem}.progress"))
+    last = max([*times, progress.time_ns if progress else 0])
     spans = tuple(
         RecordedSpan(
             record["attributes"].get("span_name", ""),
@@ -129,6 +152,7 @@ def read_job(path: Path) -> RecordedJob | None:
         for span_id, record in starts.items()
     )
     first = min((span.start_ns for span in spans), default=times[0])
+    resource = records[0].get("attributes") or {}
     return RecordedJob(path, resource, spans, min(first, times[0]), last, progress, tuple(errors))
 
 
@@ -168,8 +192,13 @@ class Goodput:
 
 
 def session_goodput(output_dir: Path, session_tag: str | None = None) -> Goodput | None:
-    """Compute the goodput of a session, by default the last job's; None if nothing is recorded."""
-    jobs = [job for path in job_files(output_dir) if (job := read_job(path))]
+    """Compute the goodput of a session, by default the last job's; None if nothing is recorded.
+
+    Args:
+        output_dir: an output directory, or a single file that one or more jobs have written.
+    """
+    files = [output_dir] if output_dir.is_file() else job_files(output_dir)
+    jobs = sorted((job for path in files for job in read_jobs(path)), key=lambda job: job.start_ns)
     if not jobs:
         return None
     tag = session_tag or jobs[-1].session_tag
@@ -190,18 +219,23 @@ def compute_goodput(jobs: Sequence[RecordedJob]) -> Goodput | None:
     if not jobs:
         return None
     badput = dict.fromkeys(BADPUT, 0.0)
-    productive = total = 0.0
-    kept_steps = lost_steps = disruptions = 0
+    productive = total = between_s = 0.0
+    kept_steps = lost_steps = disruptions = previous_ns = 0
     for index, job in enumerate(jobs):
         kept = _kept_work(job, jobs[index + 1 :])
+        # A process may run several jobs: each begins where the last one ended.
+        began_ns = max(_process_start_ns(job), min(previous_ns, job.start_ns))
         productive += kept.productive_s
         kept_steps += kept.steps
         lost_steps += kept.lost_steps
         disruptions += not _is_done(job)
-        total += (job.last_record_ns - job.start_ns) / 1e9
-        for name, seconds in _badput(job, kept).items():
+        total += (job.last_record_ns - began_ns) / 1e9
+        between_s += max(began_ns - previous_ns, 0) / 1e9 if index else 0.0
+        for name, seconds in _badput(job, kept, began_ns).items():
             badput[name] += seconds
-    between_s = sum(max(after.start_ns - before.last_record_ns, 0) / 1e9 for before, after in pairwise(jobs))
+        previous_ns = job.last_record_ns
+    if all(math.isnan(job.progress.data_s) for job in jobs if job.progress is not None):
+        del badput["data_wait"]
     return Goodput(
         jobs[0].session_tag,
         len(jobs),
@@ -213,6 +247,11 @@ def compute_goodput(jobs: Sequence[RecordedJob]) -> Goodput | None:
         kept_steps,
         disruptions,
     )
+
+
+def _process_start_ns(job: RecordedJob) -> int:
+    started = job.accounts.process_start_ns if job.accounts else 0
+    return min(started, job.start_ns) or job.start_ns
 
 
 @dataclass(frozen=True)
@@ -231,59 +270,105 @@ def _kept_work(job: RecordedJob, later: Sequence[RecordedJob]) -> _KeptWork:
     progress = job.progress
     if progress is None:
         return _KeptWork()
-    start, step, total = int(progress["start"]), int(progress["step"]), float(progress["iterations_s"])
-    done = step - start
+    done, total = progress.step - progress.start, progress.iterations_s
     # A later job resumed from the last checkpoint that it had: steps after it were lost.
-    next_start = next((int(item.progress["start"]) for item in later if item.progress), None)
+    next_start = next((item.loop_start_step for item in later if item.loop_start_step is not None), None)
     if next_start is not None:
-        steps = min(max(next_start - start, 0), done)
+        steps = min(max(next_start - progress.start, 0), done)
     elif _is_done(job):
         steps = done
     else:
-        steps = max(int(progress["saved"]) - start, 0)
+        steps = max(progress.saved - progress.start, 0)
+    earlier = _KeptWork(
+        progress.earlier_steps, progress.earlier_lost_steps, progress.earlier_s, lost_s=progress.earlier_lost_s
+    )
+    unfinished_s = _unfinished_s(job)
     if done <= 0:
-        return _KeptWork()
+        return replace(earlier, lost_s=earlier.lost_s + unfinished_s)
     # Seconds are known up to the end and up to the last checkpoint; otherwise assume equally long steps.
     if steps == done:
         seconds = total
-    elif steps == int(progress["saved"]) - start:
-        seconds = float(progress["saved_s"])
+    elif steps == progress.saved - progress.start:
+        seconds = progress.saved_s
     else:
         seconds = total * steps / done
     share = seconds / total if total > 0 else 0.0
-    first = float(progress["first_s"])
+    first = progress.first_s
     typical = (total - first) / (done - 1) if done > 1 else first
     first_excess = min(max(first - typical, 0.0), seconds)
-    data = min(float(progress["data_s"]) * share, seconds - first_excess)
-    return _KeptWork(steps, done - steps, seconds - data - first_excess, data, first_excess, total - seconds)
+    data_s = 0.0 if math.isnan(progress.data_s) else progress.data_s
+    data = min(data_s * share, seconds - first_excess)
+    return _KeptWork(
+        steps + earlier.steps,
+        done - steps + earlier.lost_steps,
+        seconds - data - first_excess + earlier.productive_s,
+        data,
+        first_excess,
+        total - seconds + earlier.lost_s + unfinished_s,
+    )
+
+
+def _unfinished_s(job: RecordedJob) -> float:
+    """Return the seconds of the step, or the hang in it, during which a job was killed."""
+    work = job.accounts
+    if work is None or work.loop_state != RUNNING or work.open_category >= 0:
+        return 0.0
+    return max(job.last_record_ns - work.marked_ns, 0) / 1e9
 
 
 def _is_done(job: RecordedJob) -> bool:
     """Return whether the training loop and then the application ended without an error."""
+    if job.accounts is not None:
+        return job.accounts.is_completed
     loops = [span for span in job.spans if span.name == names.TRAINING_LOOP]
     applications = [span for span in job.spans if span.name == names.APPLICATION]
     return bool(loops and applications) and all(span.ended for span in (*loops, *applications)) and not job.errors
 
 
-def _badput(job: RecordedJob, kept: _KeptWork) -> dict[str, float]:
+def _badput(job: RecordedJob, kept: _KeptWork, began_ns: int) -> dict[str, float]:
     """Return the seconds of each category of `BADPUT`."""
-    loops = [span for span in job.spans if span.name == names.TRAINING_LOOP]
-    loop_start_ns = loops[0].start_ns if loops else job.last_record_ns
-    before_loop = (loop_start_ns - job.start_ns) / 1e9
-    loading = job.total_s(names.CHECKPOINT_LOAD)
-    loading_before = sum(
-        span.seconds for span in job.spans if span.name == names.CHECKPOINT_LOAD and span.start_ns < loop_start_ns
-    )
+    times = _times_of_spans(job) if job.accounts is None else _times_of_progress(job, job.accounts)
     badput = {
         "data_wait": kept.data_s,
         "first_step": kept.first_s,
         "lost_work": kept.lost_s,
-        "checkpoint_save": job.total_s(names.CHECKPOINT_SAVE_SYNC, names.CHECKPOINT_SAVE_ASYNC),
-        "checkpoint_load": loading,
-        "evaluation": job.total_s(names.VALIDATION_LOOP, names.TESTING_LOOP),
-        "initialization": max(before_loop - loading_before, 0.0),
-        "publication": job.total_s(names.MODEL_PUBLICATION),
+        "startup": max(job.start_ns - began_ns, 0) / 1e9,
+        **times,
     }
-    elapsed = (job.last_record_ns - job.start_ns) / 1e9
+    elapsed = (job.last_record_ns - began_ns) / 1e9
     badput["other"] = max(elapsed - kept.productive_s - sum(badput.values()), 0.0)
     return badput
+
+
+def _times_of_progress(job: RecordedJob, work: JobProgress) -> dict[str, float]:
+    times = {
+        "checkpoint_save": work.checkpoint_save_s,
+        "checkpoint_load": work.checkpoint_load_s,
+        "evaluation": work.evaluation_s,
+        "publication": work.publication_s,
+    }
+    loop_start_ns = work.loop_start_ns or job.last_record_ns
+    initial_load_s = work.initial_load_s
+    # What was going on when the job was killed took until then.
+    if work.open_category >= 0:
+        category, seconds = CATEGORIES[work.open_category], (job.last_record_ns - work.open_since_ns) / 1e9
+        times[category] += seconds
+        if not work.loop_start_ns:
+            initial_load_s += seconds
+    times["initialization"] = max((loop_start_ns - job.start_ns) / 1e9 - initial_load_s, 0.0)
+    return times
+
+
+def _times_of_spans(job: RecordedJob) -> dict[str, float]:
+    loops = [span for span in job.spans if span.name == names.TRAINING_LOOP]
+    loop_start_ns = loops[0].start_ns if loops else job.last_record_ns
+    loading_before = sum(
+        span.seconds for span in job.spans if span.name == names.CHECKPOINT_LOAD and span.start_ns < loop_start_ns
+    )
+    return {
+        "checkpoint_save": job.total_s(names.CHECKPOINT_SAVE_SYNC, names.CHECKPOINT_SAVE_ASYNC),
+        "checkpoint_load": job.total_s(names.CHECKPOINT_LOAD),
+        "evaluation": job.total_s(names.VALIDATION_LOOP, names.TESTING_LOOP),
+        "initialization": max((loop_start_ns - job.start_ns) / 1e9 - loading_before, 0.0),
+        "publication": job.total_s(names.MODEL_PUBLICATION),
+    }

@@ -28,21 +28,26 @@ class TelemetryCallback(TrainerCallback):
     """Records the training loop, its steps, evaluations and checkpoints.
 
     Args:
+        telemetry: by default that of `one_logger.TrainingTelemetryProvider`.
         gather: gathers samples over the processes every N steps; None for a single process.
         log_metrics: called with the metrics for trackers, and the step.
         with_phases: whether the trainer reports its phases to `TrainerPhases`. Otherwise evaluations and saves are
-            known only when they are over: their spans begin where the last step or pause ended, and all time between
-            that and the next step counts as data loading.
+            known only when they are over. An evaluation begins as long ago as the trainer says that it took, a save
+            where the last step or pause ended; all time between that and the next step counts as data loading.
     """
 
     def __init__(
         self,
-        telemetry: Telemetry,
+        telemetry: Telemetry | None = None,
         *,
         gather: Gather | None = None,
         log_metrics: Callable[[Mapping[str, float], int], None] | None = None,
         with_phases: bool = False,
     ):
+        if telemetry is None:
+            from finetuning.telemetry.one_logger.provider import TrainingTelemetryProvider
+
+            telemetry = TrainingTelemetryProvider.instance().telemetry
         self.errors = telemetry.errors
         self._telemetry = telemetry
         self._gather = gather
@@ -102,11 +107,41 @@ class TelemetryCallback(TrainerCallback):
 
     @guarded
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, object] | None = None,
+        **kwargs: object,
     ) -> None:
-        if not self._with_phases:
-            self._telemetry.record_validation(self._idle_since_ns)
-            self._mark_idle()
+        self._record_evaluation(metrics, names.VALIDATION_LOOP)
+
+    @guarded
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, object] | None = None,
+        **kwargs: object,
+    ) -> None:
+        self._record_evaluation(metrics, names.TESTING_LOOP)
+
+    def _record_evaluation(self, metrics: Mapping[str, object] | None, loop: str) -> None:
+        if self._with_phases:
+            return
+        now = self._telemetry.recorder.clock.now_ns()
+        runtimes = {key: value for key, value in (metrics or {}).items() if key.endswith("_runtime")}
+        for key, seconds in runtimes.items():
+            if isinstance(seconds, int | float):
+                loop = names.TESTING_LOOP if key.startswith("test") else loop
+                self._telemetry.record_validation(now - round(seconds * 1e9), loop)
+                break
+        else:
+            # A trainer of the user's own that does not say how long it took.
+            is_training = self._telemetry.active(names.TRAINING_LOOP) is not None
+            self._telemetry.record_validation(self._idle_since_ns if is_training else now, loop)
+        self._mark_idle()
 
     @guarded
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:

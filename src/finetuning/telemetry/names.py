@@ -6,10 +6,6 @@ Source: nv-one-logger-training-telemetry 2.3.1. Ours are `data_preparation` and 
 
 from __future__ import annotations
 
-from typing import get_args
-
-from finetuning.config.sections.tracking import SpanName
-
 APPLICATION = "application"
 DIST_INIT = "distributed_code_initialization"
 DATA_PREPARATION = "data_preparation"
@@ -33,11 +29,27 @@ TESTING_LOOP = "testing_loop"
 TESTING_SINGLE_ITERATION = "testing_single_iteration"
 MODEL_PUBLICATION = "model_publication"
 
-STANDARD_SPANS = frozenset(get_args(SpanName))
 ITERATION_PHASES = frozenset({DATA_LOADING, MODEL_FORWARD, MODEL_BACKWARD, OPTIMIZER_UPDATE, ZERO_GRAD})
 ITERATIONS = frozenset({TRAINING_SINGLE_ITERATION, VALIDATION_SINGLE_ITERATION, TESTING_SINGLE_ITERATION})
 SHORT_SPANS = ITERATION_PHASES | ITERATIONS
 """Spans that occur at least once per step. They are not exported by default."""
+STANDARD_SPANS = SHORT_SPANS | {
+    APPLICATION,
+    DIST_INIT,
+    DATA_PREPARATION,
+    DATA_LOADER_INIT,
+    MODEL_INIT,
+    OPTIMIZER_INIT,
+    CHECKPOINT_LOAD,
+    TRAINING_LOOP,
+    CHECKPOINT_SAVE_SYNC,
+    CHECKPOINT_SAVE_ASYNC,
+    CHECKPOINT_SAVE_FINALIZATION,
+    VALIDATION_LOOP,
+    TESTING_LOOP,
+    MODEL_PUBLICATION,
+}
+"""The names in the config, `finetuning.config.sections.tracking.SpanName`."""
 
 SPAN_START = "span_start"
 SPAN_STOP = "span_stop"

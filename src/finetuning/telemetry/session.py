@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -14,14 +15,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk._logs import LogRecordProcessor
 from opentelemetry.sdk.trace import SpanProcessor
 
 from finetuning.config.redaction import redact_values
-from finetuning.config.sections.tracking import TelemetryConfig
-from finetuning.distributed import ProcessTopology
 from finetuning.telemetry.config import JobIdentity
 from finetuning.telemetry.error_guard import TelemetryErrors
 from finetuning.telemetry.exporters import JsonlEventProcessor, JsonlSpanProcessor, JsonlWriter, OtlpExport
@@ -29,41 +28,59 @@ from finetuning.telemetry.metrics import ProgressFile
 from finetuning.telemetry.spans import Clock, SpanFilter, SpanRecorder, export_all_but, preset_filter
 from finetuning.telemetry.telemetry import Telemetry
 
+if TYPE_CHECKING:
+    from finetuning.config.sections.tracking import TelemetryConfig
+    from finetuning.distributed import ProcessTopology
+
 FOLDER = "telemetry"
 SESSION_NAME = "session.json"
 
-# Config keys that do not change the speed of a run.
-_SPEED_NEUTRAL_KEYS = {
-    "output_dir",
-    "logging_dir",
-    "seed",
-    "data_seed",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "lr_multiplier",
-    "lr_batch_size_scaling",
-    "weight_decay",
-    "warmup_steps",
-    "warmup_ratio",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "num_train_epochs",
-    "max_steps",
-    "beta",
-    "label_smoothing",
-    "report_to",
-    "run_name",
-    "tracking",
-    "telemetry",
-    "path",
-    "tokenizer",
-    "model",
-    "resume_from_checkpoint",
-    "final_checkpoint_name",
-    "save_name_if_new_basemodel",
-}
+# Config keys that do not change the time of a step.
+_SPEED_NEUTRAL_KEYS = frozenset(
+    {
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "beta",
+        "center_rewards_coefficient",
+        "cpo_alpha",
+        "data_seed",
+        "desirable_weight",
+        "final_checkpoint_name",
+        "greater_is_better",
+        "label_smoothing",
+        "label_smoothing_factor",
+        "learning_rate",
+        "load_best_model_at_end",
+        "loss_weights",
+        "lr_batch_size_scaling",
+        "lr_multiplier",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_steps",
+        "max_time",
+        "metric_for_best_model",
+        "model",
+        "num_train_epochs",
+        "output_dir",
+        "path",
+        "per_device_eval_batch_size",
+        "report_to",
+        "resume_from_checkpoint",
+        "run_name",
+        "seed",
+        "simpo_gamma",
+        "telemetry",
+        "tokenizer",
+        "tracking",
+        "undesirable_weight",
+        "validation_data",
+        "warmup_ratio",
+        "warmup_steps",
+        "weight_decay",
+    }
+)
+_SPEED_NEUTRAL_PREFIXES = ("eval_", "hub_", "logging_", "push_to_hub", "save_")
 
 
 def new_job_id() -> str:
@@ -104,15 +121,27 @@ def _read_session_tag(path: Path) -> str | None:
     return tag if isinstance(tag, str) else None
 
 
-def perf_tag(config: Mapping[str, Any], model: str, versions: Mapping[str, str], device: str, world_size: int) -> str:
-    """Return a digest of what determines the speed: the config without paths, seeds and learning rates, the model's
-    shape, the package versions, the device, and the number of processes."""
+def perf_tag(
+    config: Mapping[str, Any],
+    model: str,
+    versions: Mapping[str, str],
+    device: str,
+    world_size: int,
+    tokens_per_row: float | None = None,
+) -> str:
+    """Return a digest of what determines how long a step takes.
+
+    That is the config without `_SPEED_NEUTRAL_KEYS`, the model's shape, the package versions, the device, the number of
+    processes, and the mean length of the training rows. The length is rounded to a fourth of a power of two, so that
+    another random split of the same rows has the same tag.
+    """
     inputs = {
         "config": _without_neutral_keys(config),
         "model": _model_shape(model),
         "versions": dict(versions),
         "device": device,
         "world_size": world_size,
+        "row_length": round(4 * math.log2(tokens_per_row)) if tokens_per_row else None,
     }
     text = json.dumps(inputs, sort_keys=True, default=str)
     return f"perf-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -120,8 +149,12 @@ def perf_tag(config: Mapping[str, Any], model: str, versions: Mapping[str, str],
 
 def _without_neutral_keys(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_neutral_keys(item) for key, item in value.items() if key not in _SPEED_NEUTRAL_KEYS}
+        return {key: _without_neutral_keys(item) for key, item in value.items() if not _is_neutral(str(key))}
     return [_without_neutral_keys(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_neutral(key: str) -> bool:
+    return key in _SPEED_NEUTRAL_KEYS or key.startswith(_SPEED_NEUTRAL_PREFIXES)
 
 
 def _model_shape(model: str) -> str | dict[str, Any]:
@@ -219,14 +252,14 @@ def open_telemetry(
         traceparent: the W3C trace context of the span that started this process.
     """
     errors, clock = errors or TelemetryErrors(), clock or Clock()
-    processors: list[tuple[SpanProcessor, LogRecordProcessor]] = []
+    processors: list[tuple[SpanProcessor, LogRecordProcessor | None]] = []
     resource = redact_values(identity.resource_attributes())
     progress = None
     if folder is not None:
         try:
             writer = JsonlWriter(folder / f"rank{identity.rank}.jsonl", errors, resource, clock.now_ns())
             processors.append((JsonlSpanProcessor(writer), JsonlEventProcessor(writer)))
-            progress = ProgressFile(folder / f"rank{identity.rank}.progress")
+            progress = ProgressFile(writer.progress_path, clock.now_ns)
         except OSError as error:
             errors.record(f"opening {folder}", error)
     if otlp is not None:

@@ -5,11 +5,13 @@ The tracer and logger providers are private: the global ones, which MLflow's tra
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,18 +25,24 @@ from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from finetuning.config.redaction import redact_text, redact_values
+from finetuning.config.redaction import redact_text
 from finetuning.telemetry import names
-from finetuning.telemetry.config import Attributes
-from finetuning.telemetry.error_guard import TelemetryErrors, guarded
+from finetuning.telemetry.config import Attributes, attribute_values
+from finetuning.telemetry.error_guard import TelemetryErrors, TelemetryUsageError, guarded
 from finetuning.telemetry.metrics import IterationMeter
 
 _SCOPE = "finetuning.telemetry"
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
 _MAX_TRACEBACK = 16_000
+_RECORDED_BY = "_recorded_by_telemetry"
+"""Key in the `__dict__` of an exception: the ids of the recorders that have recorded it."""
 
 SpanFilter = Callable[[str], bool]
 """Returns whether spans of this name are exported."""
+
+
+SpanListener = Callable[["OpenSpan", BaseException | str | None], None]
+"""Called with each span when it begins and when it ends, and with the error that it ends with."""
 
 
 def export_all() -> SpanFilter:
@@ -43,15 +51,37 @@ def export_all() -> SpanFilter:
 
 
 def export_only(span_names: Iterable[str]) -> SpanFilter:
-    """Return a filter that exports the spans of these names, and the application span, which is their root."""
-    included = frozenset(span_names) | {names.APPLICATION}
+    """Return a filter that exports the spans of these names, and the application span, which is their root.
+
+    Raises:
+        TelemetryUsageError: a name differs from that of a standard span by a typing error.
+    """
+    included = _span_names(span_names) | {names.APPLICATION}
     return lambda name: name in included
 
 
 def export_all_but(span_names: Iterable[str] = names.SHORT_SPANS) -> SpanFilter:
-    """Return a filter that exports all spans except those of these names."""
-    excluded = frozenset(span_names) - {names.APPLICATION}
+    """Return a filter that exports all spans except those of these names.
+
+    Raises:
+        TelemetryUsageError: a name differs from that of a standard span by a typing error.
+    """
+    excluded = _span_names(span_names) - {names.APPLICATION}
     return lambda name: name not in excluded
+
+
+def _span_names(span_names: Iterable[str]) -> frozenset[str]:
+    """Return the names as they are recorded. Spans of the user's own may have any name."""
+    if isinstance(span_names, str):
+        raise TelemetryUsageError(f"span names are a list, not the text {span_names!r}")
+    plain = {str(getattr(name, "value", name)) for name in span_names}
+    recorded = {name.lower() if name.lower() in names.STANDARD_SPANS else name for name in plain}
+    for name in recorded - names.STANDARD_SPANS:
+        likely = difflib.get_close_matches(name.lower(), names.STANDARD_SPANS, 1, cutoff=0.85)
+        # `model_forward_2` is a span of the user's own.
+        if likely and likely[0] not in name.lower():
+            raise TelemetryUsageError(f"there is no span {name!r}: did you mean {likely[0]!r}?")
+    return frozenset(recorded)
 
 
 def preset_filter(preset: str, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> SpanFilter:
@@ -91,13 +121,14 @@ class SystemIdGenerator(IdGenerator):
 class OpenSpan:
     """A span that has started. One that the filter excludes is timed but not exported."""
 
-    __slots__ = ("_otel_span", "context", "ended", "name", "parent", "start_ns")
+    __slots__ = ("_otel_span", "context", "end_ns", "ended", "name", "parent", "start_ns")
 
     def __init__(
         self, name: str, start_ns: int, parent: OpenSpan | None, otel_span: trace.Span | None, context: Context
     ):
         self.name = name
         self.start_ns = start_ns
+        self.end_ns = start_ns
         self.parent = parent
         self.ended = False
         self.context = context
@@ -111,7 +142,7 @@ class OpenSpan:
     def set_attribute(self, key: str, value: Any) -> None:
         """Set an attribute, which is exported when the span ends. None is ignored."""
         if self._otel_span is not None:
-            for name, redacted in (_clean({key: value}) or {}).items():
+            for name, redacted in attribute_values({key: value}).items():
                 self._otel_span.set_attribute(name, redacted)
 
     def set_attributes(self, values: Attributes) -> None:
@@ -121,7 +152,7 @@ class OpenSpan:
 
     def finish(self, status: Status, end_ns: int) -> None:
         """End the SDK's span. Only the recorder calls this."""
-        self.ended = True
+        self.ended, self.end_ns = True, end_ns
         if self._otel_span is not None:
             self._otel_span.set_status(status)
             self._otel_span.end(end_ns)
@@ -142,7 +173,7 @@ class SpanRecorder:
     def __init__(
         self,
         resource: Attributes,
-        processors: Sequence[tuple[SpanProcessor, LogRecordProcessor]],
+        processors: Sequence[tuple[SpanProcessor, LogRecordProcessor | None]],
         span_filter: SpanFilter,
         clock: Clock,
         traceparent: str | None = None,
@@ -158,14 +189,16 @@ class SpanRecorder:
         self._logger_provider = LoggerProvider(resource=otel_resource, shutdown_on_exit=False)
         for span_processor, event_processor in processors:
             self._tracer_provider.add_span_processor(span_processor)
-            self._logger_provider.add_log_record_processor(event_processor)
+            if event_processor is not None:
+                self._logger_provider.add_log_record_processor(event_processor)
         self._has_processors = bool(processors)
         self._tracer = self._tracer_provider.get_tracer(_SCOPE)
         self._logger = self._logger_provider.get_logger(_SCOPE)
         self._root_context = _parse_traceparent(traceparent)
         self._current: ContextVar[OpenSpan | None] = ContextVar("current_span", default=None)
         self._open: list[OpenSpan] = []
-        self._last_error_id: int | None = None
+        self._id = secrets.token_hex(8)
+        self.on_span: SpanListener = lambda span, error: None
 
     def exports(self, name: str) -> bool:
         """Return whether spans of this name are exported."""
@@ -185,7 +218,13 @@ class SpanRecorder:
         return list(self._open)
 
     def start(
-        self, name: str, attributes: Attributes | None = None, *, parent: OpenSpan | None = None, at_ns: int = 0
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        *,
+        parent: OpenSpan | None = None,
+        at_ns: int = 0,
+        event_attributes: Attributes | None = None,
     ) -> OpenSpan:
         """Start a span, now or at a time in ns since 1970, and emit its `span_start` event."""
         start_ns = at_ns or self.clock.now_ns()
@@ -195,20 +234,28 @@ class SpanRecorder:
             return self._open_span(OpenSpan(name, start_ns, parent, None, context))
         parent_id = trace.get_current_span(context).get_span_context().span_id
         otel_span = self._tracer.start_span(
-            name, context, SpanKind.INTERNAL, _clean(attributes), start_time=start_ns, record_exception=False
+            name, context, SpanKind.INTERNAL, attribute_values(attributes), start_time=start_ns, record_exception=False
         )
         context = trace.set_span_in_context(otel_span, context)
         span = self._open_span(OpenSpan(name, start_ns, parent, otel_span, context))
         event = {"span_name": name, "parent_span_id": f"{parent_id:016x}" if parent_id else ""}
-        self.event(names.SPAN_START, event, span, at_ns=start_ns)
+        self.event(names.SPAN_START, {**event, **(event_attributes or {})}, span, at_ns=start_ns)
         return span
 
     def _open_span(self, span: OpenSpan) -> OpenSpan:
         self._open.append(span)
         self._current.set(span)
+        self.on_span(span, None)
         return span
 
-    def end(self, span: OpenSpan, *, error: BaseException | str | None = None, at_ns: int = 0) -> None:
+    def end(
+        self,
+        span: OpenSpan,
+        *,
+        error: BaseException | str | None = None,
+        at_ns: int = 0,
+        event_attributes: Attributes | None = None,
+    ) -> None:
         """End a span, and first those inside it that are still open. An exception is recorded as an event once."""
         if span.ended:
             return
@@ -219,11 +266,12 @@ class SpanRecorder:
         end_ns = max(at_ns or self.clock.now_ns(), span.start_ns)
         if span.is_exported:
             span.set_attribute("duration_msec", round((end_ns - span.start_ns) / 1e6, 3))
-            self.event(names.SPAN_STOP, {"span_name": span.name}, span, at_ns=end_ns)
+            self.event(names.SPAN_STOP, {"span_name": span.name, **(event_attributes or {})}, span, at_ns=end_ns)
         span.finish(_status(error), end_ns)
         self._open.remove(span)
         if self._current.get() is span:
             self._current.set(span.parent)
+        self.on_span(span, error)
 
     def event(
         self,
@@ -244,15 +292,17 @@ class SpanRecorder:
             observed_timestamp=now,
             context=span.context if span else self._root_context,
             severity_number=severity,
-            attributes={"timestamp_msec": now // 1_000_000, **(_clean(attributes) or {})},
+            attributes={"timestamp_msec": now // 1_000_000, **attribute_values(attributes)},
             event_name=name,
         )
 
     def error(self, error: BaseException, span: OpenSpan | None = None) -> None:
-        """Emit the `error` event of an exception, unless it was the last one emitted."""
-        if self._last_error_id == id(error):
+        """Emit the `error` event of an exception, unless it has been emitted before."""
+        # The mark is in the exception: `id` repeats, and a reference would keep the memory of its frames.
+        recorded_by = error.__dict__.setdefault(_RECORDED_BY, [])
+        if self._id in recorded_by:
             return
-        self._last_error_id = id(error)
+        recorded_by.append(self._id)
         message = redact_text(str(error))
         lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         attributes = {
@@ -262,6 +312,10 @@ class SpanRecorder:
             "exception_traceback": redact_text(lines[-_MAX_TRACEBACK:]),
         }
         self.event(names.ERROR, attributes, span, severity=SeverityNumber.ERROR)
+
+    def stop_exporting(self) -> None:
+        """Export nothing more. Open spans are still timed."""
+        self._has_processors = False
 
     def shut_down(self) -> None:
         """Shut the processors down."""
@@ -290,7 +344,12 @@ class StandardSpans:
 
     @guarded
     def begin(self, name: str, attributes: Attributes | None = None, *, at_ns: int = 0) -> OpenSpan:
-        """Start the span of a standard name. One that is still open ends with an error."""
+        """Start the span of a standard name. One that is still open ends with an error.
+
+        Raises:
+            TelemetryUsageError: the name is not a standard one; spans of your own begin with `span`.
+        """
+        _check_name(name, names.STANDARD_SPANS, "standard span")
         stale = self.active(name)
         if stale is not None:
             self.recorder.end(stale, error="started again before it had ended")
@@ -305,28 +364,71 @@ class StandardSpans:
             self.recorder.end(span, error=error, at_ns=at_ns)
 
     @guarded
-    def begin_phase(self, name: str) -> None:
-        """Begin a phase of an iteration, such as `data_loading` or `model_forward`."""
-        now = self._started_ns[name] = self.recorder.clock.now_ns()
-        if self._exported[name]:
-            self.begin(name, at_ns=now)
+    def begin_phase(self, name: str, attributes: Attributes | None = None, *, at_ns: int = 0) -> OpenSpan | None:
+        """Begin a phase of an iteration, such as `data_loading` or `model_forward`.
+
+        Raises:
+            TelemetryUsageError: there is no such phase.
+        """
+        _check_name(name, names.ITERATION_PHASES, "phase of an iteration")
+        now = self._started_ns[name] = at_ns or self.recorder.clock.now_ns()
+        return self.begin(name, attributes, at_ns=now) if self._exported[name] else None
 
     @guarded
-    def end_phase(self, name: str, error: BaseException | None = None) -> None:
+    def end_phase(self, name: str, error: BaseException | str | None = None, *, at_ns: int = 0) -> None:
         """End a phase and add its time to the iteration."""
         started = self._started_ns.pop(name, None)
         if started is not None:
-            now = self.recorder.clock.now_ns()
+            now = at_ns or self.recorder.clock.now_ns()
             self.meter.add_phase(name, (now - started) / 1e9)
             if self._exported[name]:
                 self.end(name, error, at_ns=now)
-        if error is not None:
+        if isinstance(error, BaseException):
             self.recorder.error(error)
 
     @guarded
-    def event(self, name: str, attributes: Attributes | None = None, span: OpenSpan | None = None) -> None:
+    def event(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        span: OpenSpan | None = None,
+        *,
+        at_ns: int = 0,
+        severity: SeverityNumber = SeverityNumber.INFO,
+    ) -> None:
         """Emit an event of your own."""
-        self.recorder.event(name, attributes, span)
+        self.recorder.event(name, attributes, span, at_ns=at_ns, severity=severity)
+
+    @guarded
+    def start_span(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        *,
+        parent: OpenSpan | None = None,
+        at_ns: int = 0,
+        event_attributes: Attributes | None = None,
+    ) -> OpenSpan:
+        """Start a span of your own, or a standard one. `event_attributes` are added to its `span_start` event."""
+        if stale := self.active(name):
+            self.recorder.end(stale, error="started again before it had ended")
+        span = self.recorder.start(name, attributes, parent=parent, at_ns=at_ns, event_attributes=event_attributes)
+        if name in names.STANDARD_SPANS:
+            self._active[name] = span
+        return span
+
+    @guarded
+    def end_span(
+        self,
+        span: OpenSpan,
+        error: BaseException | str | None = None,
+        *,
+        at_ns: int = 0,
+        event_attributes: Attributes | None = None,
+    ) -> None:
+        """End a span. `event_attributes` are added to its `span_stop` event."""
+        if span in self.recorder.open_spans:
+            self.recorder.end(span, error=error, at_ns=at_ns, event_attributes=event_attributes)
 
     @contextmanager
     def standard_span(self, name: str, attributes: Attributes | None = None) -> Iterator[OpenSpan]:
@@ -338,6 +440,13 @@ class StandardSpans:
             self.end(name, error)
             raise
         self.end(name)
+
+
+def _check_name(name: str, supported: frozenset[str], kind: str) -> None:
+    if name not in supported:
+        likely = difflib.get_close_matches(name, supported, 1)
+        hint = f"did you mean {likely[0]!r}?" if likely else f"there are {', '.join(sorted(supported))}"
+        raise TelemetryUsageError(f"{name!r} is no {kind}: {hint}")
 
 
 def unrecorded_span(name: str) -> OpenSpan:
@@ -357,12 +466,6 @@ def _is_inside(span: OpenSpan, ancestor: OpenSpan) -> bool:
     while parent is not None and parent is not ancestor:
         parent = parent.parent
     return parent is ancestor
-
-
-def _clean(attributes: Attributes | None) -> Mapping[str, Any] | None:
-    """Return the attributes without None and without secrets."""
-    present = {key: value for key, value in (attributes or {}).items() if value is not None}
-    return redact_values(present) if present else None
 
 
 def _parse_traceparent(traceparent: str | None) -> Context:

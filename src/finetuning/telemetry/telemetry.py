@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 from finetuning.telemetry import names
 from finetuning.telemetry.callbacks import TelemetryCallbacks
 from finetuning.telemetry.config import Attributes
-from finetuning.telemetry.error_guard import guarded
 from finetuning.telemetry.spans import OpenSpan, unrecorded_span
 
 
@@ -38,9 +36,16 @@ class Telemetry(TelemetryCallbacks):
         self.on_app_end()
 
     @contextmanager
-    def training_loop(self, train_iterations_start: int = 0, **attributes: Any) -> Iterator[OpenSpan]:
+    def training_loop(
+        self,
+        train_iterations_start: int = 0,
+        train_samples_start: int | None = None,
+        *,
+        attributes: Attributes | None = None,
+    ) -> Iterator[OpenSpan]:
         """Record the training loop. `attributes` are added to its span."""
-        span = self.on_train_start(train_iterations_start, **attributes) or unrecorded_span(names.TRAINING_LOOP)
+        span = self.on_train_start(train_iterations_start, train_samples_start, attributes=attributes)
+        span = span or unrecorded_span(names.TRAINING_LOOP)
         try:
             yield span
         except BaseException as error:
@@ -99,7 +104,11 @@ class Telemetry(TelemetryCallbacks):
     @contextmanager
     def _evaluation_iteration(self, loop: str) -> Iterator[None]:
         self.on_validation_single_iteration_start(loop)
-        yield
+        try:
+            yield
+        except BaseException as error:
+            self.on_validation_single_iteration_end(loop, error=error)
+            raise
         self.on_validation_single_iteration_end(loop)
 
     @contextmanager
@@ -122,28 +131,19 @@ class Telemetry(TelemetryCallbacks):
     def checkpoint_save_finalization(self) -> Iterator[OpenSpan]:
         """Record the part of an asynchronous save that runs in the background, in any thread."""
         parent = self.active(names.APPLICATION)
-        span = self._start(names.CHECKPOINT_SAVE_FINALIZATION, None, parent)
+        span = self.start_span(names.CHECKPOINT_SAVE_FINALIZATION, parent=parent)
         yield from self._until_end(span or unrecorded_span(names.CHECKPOINT_SAVE_FINALIZATION))
 
     @contextmanager
     def span(self, name: str, attributes: Attributes | None = None) -> Iterator[OpenSpan]:
         """Record a span of your own, in any thread."""
-        span = self._start(name, attributes, None)
+        span = self.start_span(name, attributes)
         yield from self._until_end(span or unrecorded_span(name))
-
-    @guarded
-    def _start(self, name: str, attributes: Attributes | None, parent: OpenSpan | None) -> OpenSpan:
-        return self.recorder.start(name, attributes, parent=parent)
 
     def _until_end(self, span: OpenSpan) -> Iterator[OpenSpan]:
         try:
             yield span
         except BaseException as error:
-            self._end(span, error)
+            self.end_span(span, error)
             raise
-        self._end(span, None)
-
-    @guarded
-    def _end(self, span: OpenSpan, error: BaseException | None) -> None:
-        if span in self.recorder.open_spans:
-            self.recorder.end(span, error=error)
+        self.end_span(span)

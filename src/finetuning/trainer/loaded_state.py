@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from transformers.trainer_pt_utils import safe_globals
 
 from finetuning.errors import CheckpointError, first_line, is_out_of_memory, reading
+from finetuning.model.safetensors_io import read_header
+from finetuning.model.saved_weights import compare_tensors
 from finetuning.trainer import TrainerBase
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class RunStateMixin(TrainerBase):
     allowed_changes: tuple[str, ...] = ()
     """The keys whose change since the checkpoint `run_conf.allow_changed` allows."""
     num_splits: int
+    _save_differences: Sequence[str]
     _tr_loss: torch.Tensor
     _total_loss_scalar: float
     _globalstep_last_logged: int
@@ -171,7 +174,9 @@ class RunStateMixin(TrainerBase):
         if reference is not None and self.args.should_save and not self._is_sharded():
             file = Path(output_dir) / REFERENCE_FILE
             file.parent.mkdir(exist_ok=True)
-            save_file({name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}, file)
+            weights = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
+            save_file(weights, file)
+            self._save_differences = [*self._save_differences, *compare_tensors(weights, read_header(file))]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with report_load_errors(Path(resume_from_checkpoint), "weights", self.allowed_changes):

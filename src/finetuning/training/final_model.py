@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import shlex
@@ -229,7 +230,7 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
     """Copy the final model to `save_model_dir`, if set, and create an empty file `.complete` in `output_dir`.
 
     A new folder appears atomically. In an existing one each file replaces its namesake atomically, weights before the
-    configs that a reader opens first; other files stay.
+    configs that a reader opens first; other files stay. Every file is compared with the original.
 
     Raises:
         StorageError: it is not writable. The final model in `output_dir` is not affected.
@@ -253,15 +254,26 @@ def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
 def _copy(final: Path, target: Path) -> None:
     if not target.exists():
         with atomic_directory(target) as folder:
-            shutil.copytree(final, folder, dirs_exist_ok=True)
+            shutil.copytree(final, folder, copy_function=_copy_file, dirs_exist_ok=True)
         return
     files = sorted((path for path in final.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
     for file in files:
         destination = target / file.relative_to(final)
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = staging_path(destination)
-        shutil.copyfile(file, staging)
+        _copy_file(file, staging)
         os.replace(staging, destination)
+
+
+def _copy_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file, and compare every byte: the target may be a mounted bucket, whose program drops or delays writes.
+
+    Raises:
+        OSError: the copy is not equal.
+    """
+    shutil.copyfile(source, target)
+    if not filecmp.cmp(source, target, shallow=False):
+        raise OSError(f"{target} is not what was copied to it")
 
 
 def next_commands(model: FinalModel) -> list[NextCommand]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning import __version__
-from finetuning.atomic_io import remove_staging_directories
+from finetuning.atomic_io import remove_staging_directories, try_lock
 from finetuning.config.redaction import redacted_json
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
@@ -29,6 +29,8 @@ from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
     from finetuning.training.final_model import FinalModel
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "mlflow")
 _KEY = "training_args.output_dir"
@@ -216,13 +218,14 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{output_dir} is not writable: {error.strerror}", location=Location(key=_KEY)) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise StorageError(
-                f"another run ({lock.read().strip() or 'unknown'}) is using {output_dir}", location=Location(key=_KEY)
-            ) from None
+        is_locked = try_lock(lock.fileno())
+        lock.seek(0)
+        if is_locked is False:
+            holder = lock.read().strip() or "unknown"
+            raise StorageError(f"another run ({holder}) is using {output_dir}", location=Location(key=_KEY))
+        if is_locked is None:
+            message = "the file system of %s has no file locks: a second run in it is not refused. Last used by %s."
+            logger.warning(message, output_dir, lock.read().strip() or "no other run")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()

@@ -98,6 +98,7 @@ class RunReporter:
     def data_prepared(self, data: PreparedData) -> None:
         """Write the row statistics and the preview into the output directory."""
         self._add_line("prepared rows", data.origin)
+        self._telemetry.data_prepared(data.statistics.report())
         for line in data.statistics.lines():
             label, _, value = line.partition(": ")
             is_split = value and not line.startswith(" ")

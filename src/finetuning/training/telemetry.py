@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback, TrainingArguments
 
+    from finetuning.data.statistics import SplitReport
     from finetuning.telemetry.config import ProcessTotals, TrainingConfig
     from finetuning.telemetry.flops import FlopsCount
     from finetuning.telemetry.session import TelemetryJob
@@ -49,6 +50,7 @@ class TelemetrySession:
         self._telemetry: Telemetry | None = None
         self._device: torch.device | None = None
         self._trainer: Any = None
+        self._tokens_per_row: float | None = None
 
     def begin(self, resume: ResumePoint) -> None:
         """Start the job, on the main process."""
@@ -89,6 +91,12 @@ class TelemetrySession:
             return
         with self._telemetry.standard_span(name):
             yield
+
+    def data_prepared(self, report: Sequence[SplitReport]) -> None:
+        """Note how long the training rows are; of a stream that is not known."""
+        for split in report:
+            if split["split"] == "training" and split["kept"]:
+                self._tokens_per_row = split["tokens"] / split["kept"]
 
     def connect(self, arguments: TrainingArguments) -> None:
         """Create the process group, and let the other processes join the job."""
@@ -133,7 +141,14 @@ class TelemetrySession:
         steps = plan.steps.total if plan.steps else None
         return TrainingConfig(
             perf_tag=section.perf_tag
-            or perf_tag(dump_values(experiment), experiment.run_conf.model, versions, name, self._topology.world_size),
+            or perf_tag(
+                dump_values(experiment),
+                experiment.run_conf.model,
+                versions,
+                name,
+                self._topology.world_size,
+                self._tokens_per_row,
+            ),
             global_batch_size=plan.batch.total,
             micro_batch_size=plan.batch.per_device,
             log_every_n_train_iterations=section.log_every_n_train_iterations,

@@ -57,12 +57,13 @@ class TelemetryConfig(ConfigSection):
     """Name of the application, recorded with every span and event."""
     session_tag: str | None = Field(default=None, min_length=1)
     """Groups the jobs that train one model. By default generated for a new run and kept when it resumes."""
-    perf_tag: str | None = Field(default=None, min_length=1)
-    """Groups runs of comparable performance. Defaults to a hash of what affects speed: the config without paths, seeds
-    and learning rates, the package versions, the device and the number of processes."""
+    perf_tag: Annotated[str, StringConstraints(min_length=1)] | list[str] | None = None
+    """Groups runs whose steps should take equally long. One tag or several. Defaults to a hash of what affects the time
+    of a step: the config without paths, seeds, learning rates, logging, evaluation and saving; the shape of the model;
+    the mean length of the training rows; the package versions; the device and the number of processes."""
     is_baseline_run: bool = False
     """Mark the run as a baseline for comparisons."""
-    custom_metadata: dict[str, str] = Field(default_factory=dict)
+    custom_metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Custom names and values to record with the run."""
     log_every_n_train_iterations: int = Field(default=50, gt=0)
     """Optimizer steps between two updates of the training metrics. With several processes, each update needs a small

@@ -16,7 +16,7 @@ from finetuning.model.fingerprint import (
     describe_difference,
     read_fingerprint,
 )
-from finetuning.model.peft.lora_support import lora_init, used_options
+from finetuning.model.peft.lora_support import OPTIONS, TURNED_OFF, lora_init
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -246,12 +246,15 @@ def is_servable(folder: Path, base: Path) -> bool:
     The conversion compares values as well: an untrained tensor that is the base's is dropped.
     """
     config = _read_adapter_config(folder)
-    init = lora_init(config)
-    if init.changes_base and not (init.is_convertible and init.is_repeated and _has_weights(base)):
+    if str(config.get("peft_type")).upper() != "LORA":
         return False
-    is_plain = all(option.vllm == "yes" for option in used_options(config))
-    is_lora = str(config.get("peft_type")).upper() == "LORA"
-    return is_lora and is_plain and all(".lora_" in name for name in read_header(folder / ADAPTER_WEIGHTS))
+    if config.get("init_lora_weights", True) is not True:
+        init = lora_init(config)
+        if init.changes_base and not (init.is_convertible and init.is_repeated and _has_weights(base)):
+            return False
+    unsupported = (option for option in OPTIONS if option.vllm != "yes")
+    is_plain = all(config.get(option.field) in (*TURNED_OFF, option.unused) for option in unsupported)
+    return is_plain and all(".lora_" in name for name in read_header(folder / ADAPTER_WEIGHTS))
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -92,9 +92,13 @@ OPTIONS = (
 )
 
 
+TURNED_OFF = (None, False, [], {})
+"""Values of a field that turn its option off; a few options have one more."""
+
+
 def used_options(config: Mapping[str, object]) -> list[LoraOption]:
     """Return the options that an adapter's config turns on."""
-    return [option for option in OPTIONS if config.get(option.field) not in (None, False, [], {}, option.unused)]
+    return [option for option in OPTIONS if config.get(option.field) not in (*TURNED_OFF, option.unused)]
 
 
 def support_table() -> list[str]:

@@ -98,6 +98,10 @@ class UploadState:
             state.pending_files += [r.fields for r in records if r.kind == "artifact" and r.end <= state.offset]
         return state
 
+    def write_error(self, queue: Path, error: Exception) -> None:
+        self.error = (" ".join(str(error).split()) or type(error).__name__)[:500]
+        self.write(queue)
+
     def write(self, queue: Path) -> None:
         del self.rejected[100:]
         staging = state_path(queue).with_suffix(".partial")

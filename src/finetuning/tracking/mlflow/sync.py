@@ -6,7 +6,6 @@ A process, not a thread: MLflow's import and local stores would hold the trainin
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import sys
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from finetuning.atomic_io import try_lock
 from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location
 from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, numbers_in, read_records
@@ -64,26 +64,15 @@ def main(queue: Path, parent: int, patience_s: float) -> int:
     """Upload the queue of the training process `parent`, or what is there if that is 0; return the exit code."""
     os.nice(10)
     with queue.open("rb+") as stream:
-        while not _lock(stream.fileno()):
+        while try_lock(stream.fileno()) is False:
             if os.getppid() != parent:
                 return _EXIT_NOT_UPLOADED if parent else _EXIT_BUSY
             time.sleep(_POLL_S)
         try:
             return _upload(queue, os.fstat(stream.fileno()).st_ino, parent, patience_s)
         except Exception as error:  # noqa: BLE001  MLflow cannot be imported, or cannot open the store
-            state = UploadState.read(queue)
-            state.error = f"{type(error).__name__}: {error}"[:500]
-            state.write(queue)
+            UploadState.read(queue).write_error(queue, error)
     return _EXIT_NOT_UPLOADED
-
-
-def _lock(descriptor: int) -> bool:
-    """Return False if another process uploads this queue; a file system without locks counts as free."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
-    return True
 
 
 def _upload(queue: Path, inode: int, parent: int, patience_s: float) -> int:
@@ -111,7 +100,7 @@ def _upload(queue: Path, inode: int, parent: int, patience_s: float) -> int:
             if pause_s and (uploader.ended or not parent):
                 return _EXIT_UPLOADED
         except Exception as error:  # noqa: BLE001  a tracker may fail in any way
-            uploader.note_error(error)
+            uploader.state.write_error(queue, error)
             failing_since = min(failing_since, time.monotonic())
             pause_s = min(max(2 * pause_s, 0.5), _LONGEST_PAUSE_S)
         time.sleep(pause_s)

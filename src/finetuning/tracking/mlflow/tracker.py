@@ -16,15 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from finetuning.distributed import announce_wait
-from finetuning.tracking.mlflow.queue import (
-    QUEUE_NAME,
-    Queue,
-    UploadState,
-    latest_run,
-    list_queues,
-    numbers_in,
-    rotate,
-)
+from finetuning.tracking.mlflow.queue import QUEUE_NAME, Queue, UploadState, latest_run, list_queues, numbers_in, rotate
 from finetuning.tracking.settings import TrackingPlan
 from finetuning.tracking.tracker import LogEvent, TelemetryNames, Tracker, summary_totals
 
@@ -156,9 +148,7 @@ def start_uploader(
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60" if uploads else "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     forced = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": uri, "PYTHONSAFEPATH": "1"}
-    environ = {**defaults, "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, **forced}
+    env = {**defaults, "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, **forced}
     uploader = [sys.executable, "-m", "finetuning.tracking.mlflow.sync"]
     command, null = [*uploader, str(queue.absolute()), str(parent), str(patience_s)], subprocess.DEVNULL
-    return subprocess.Popen(
-        command, stdin=null, stdout=null, stderr=null, cwd=folder, env=environ, start_new_session=True
-    )
+    return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, cwd=folder, env=env, start_new_session=True)

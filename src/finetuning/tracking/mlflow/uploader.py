@@ -56,11 +56,6 @@ class Uploader:
         self.state.write(self.queue)
         return True
 
-    def note_error(self, error: Exception) -> None:
-        """Save why the last attempt failed."""
-        self.state.error = (" ".join(str(error).split()) or type(error).__name__)[:500]
-        self.state.write(self.queue)
-
     def close_run(self, status: str, at_ms: int | None = None) -> None:
         """Set the final status of the run, and of its parent run."""
         parent_id = self._parent_run(self.run.fields, {}) if self._is_newest else None
