@@ -224,6 +224,19 @@ def test_telemetry_in_a_training_loop_of_your_own(tmp_path: Path, monkeypatch: p
     assert {"application", "training_loop", "my_span", "my_event", "training_metrics_update"} <= names
 
 
+def test_telemetry_with_one_loggers_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetuning.telemetry.one_logger import TrainingTelemetryProvider
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in python_on("docs/how-to/telemetry.md") if "configure_provider" in block.body]
+    TrainingTelemetryProvider.reset()
+    exec(compile(block.body, str(block), "exec"), {})
+    TrainingTelemetryProvider.reset()
+    events = [json.loads(line) for line in (tmp_path / "telemetry.json").read_text().splitlines()]
+    updates = [event["attributes"] for event in events if event.get("name") == "training_metrics_update"]
+    assert [update["num_iterations"] for update in updates] == [10, 20, 25]
+
+
 def test_a_reward_function_of_your_own() -> None:
     (block,) = python_on("docs/how-to/choose-an-algorithm.md")
     names: dict[str, Any] = {}

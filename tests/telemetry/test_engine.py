@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from telemetry.conftest import read
 
+from finetuning.telemetry import session_goodput
 from finetuning.telemetry.hf_callback import TelemetryCallback
 
 LAST = "training_metrics_update"
@@ -258,6 +260,41 @@ def test_the_callback_works_with_any_trainer(
     steps = sorted(output.spans("training_single_iteration"), key=lambda span: span["start_ns"])
     for saved, after in zip(output.spans("checkpoint_save_sync"), steps[2::2], strict=False):
         assert after["start_ns"] >= saved["end_ns"]
+
+
+def test_the_callback_works_with_one_loggers_provider(plain: PlainTrainer, tmp_path: Path) -> None:
+    import transformers
+
+    from finetuning.telemetry import one_logger
+
+    provider = one_logger.TrainingTelemetryProvider
+    provider.reset()
+    training = one_logger.TrainingTelemetryConfig(
+        perf_tag_or_fn="p", global_batch_size_or_fn=2, seq_length_or_fn=6, log_every_n_train_iterations=2
+    )
+    base = one_logger.OneLoggerConfig(application_name="a", session_tag_or_fn="s", telemetry_config=training)
+    instance = provider.instance().with_base_config(base)
+    instance.with_exporter(one_logger.FileExporter(tmp_path / "t.json")).configure_provider()
+    with one_logger.application():
+        trainer = transformers.Trainer(
+            plain.model,
+            plain.arguments(eval_strategy="steps", eval_steps=2, save_steps=2),
+            train_dataset=plain.rows,
+            eval_dataset=plain.rows[:4],
+            callbacks=[one_logger.TelemetryCallback()],
+        )
+        trainer.train()
+    provider.reset()
+    output = read(tmp_path / "t.json")
+    assert {(span["name"], output.parent(span), span["status"]) for span in output.spans()} == {
+        ("application", None, "OK"),
+        ("training_loop", "application", "OK"),
+        ("validation_loop", "training_loop", "OK"),
+        ("checkpoint_save_sync", "training_loop", "OK"),
+    }
+    assert [update["train_tokens"] for update in output.updates()] == [24, 48]
+    assert output.span("training_loop")["attributes"]["train_iterations_target"] == 4
+    assert session_goodput(tmp_path / "t.json").kept_steps == 4
 
 
 def test_evaluation_and_prediction_outside_of_training(

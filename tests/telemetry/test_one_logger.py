@@ -618,3 +618,43 @@ def test_overrides_are_merged(tmp_path: Path) -> None:
     assert provider.telemetry.config.global_batch_size == 3
     assert os.path.exists(tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text().splitlines()[0])["attributes"]["world_size"] == 2
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "one-logger.md"
+
+
+def test_the_page_lists_every_name_and_attribute() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    listed = set(re.findall(r"`([A-Za-z_]+)`", text))
+    names = {*one_logger.__all__, "TelemetryCallback", "OneLoggerPTLTrainer", "TimeEventCallback", "hook_trainer_cls"}
+    assert names - listed == set()
+    for group in (one_logger.StandardTrainingJobSpanName, one_logger.StandardTrainingJobEventName):
+        assert {str(name) for name in group} - listed == set()
+    attributes = set()
+    for value in vars(one_logger).values():
+        if isinstance(value, type) and issubclass(value, one_logger.values.StandardAttributes):
+            attributes |= {*value.required, *value.optional}
+    assert len(attributes) > 60
+    assert attributes - listed == set()
+
+
+def test_the_page_lists_what_a_loop_records(tmp_path: Path) -> None:
+    provider = configure(tmp_path / "t.json", mode=ExportCustomizationMode.EXPORT_ALL_SPANS)
+    with one_logger.application():
+        provider.set_training_telemetry_config(
+            training(seq_length_or_fn=4, flops_per_token_or_fn=1e9, peak_tflops_or_fn=1.0, custom_metadata={"a": 1})
+        )
+        with one_logger.training_loop(0):
+            with one_logger.training_iteration(), one_logger.data_loading():
+                pass
+            with one_logger.validation_loop(), one_logger.validation_iteration():
+                pass
+            with one_logger.checkpoint_save(1, tmp_path):
+                pass
+    text = PAGE.read_text(encoding="utf-8")
+    listed = set(re.findall(r"`([A-Za-z_]+)`", text))
+    phases = re.compile(r"(total|avg|window_avg)_(dataloader|forward|backward|optimizer|zero_grad)_time_sec")
+    output = read(tmp_path / "t.json")
+    recorded = {name for record in output.lines[1:] for name in record["attributes"] if not phases.fullmatch(name)}
+    assert "productive_train_samples" in recorded
+    assert recorded - listed == set()

@@ -8,9 +8,10 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Literal
 
-from finetuning.config.redaction import redact_values
+from finetuning.config.redaction import is_secret_key, redact_values
 from finetuning.distributed import ProcessTopology, read_topology
 from finetuning.telemetry.error_guard import TelemetryUsageError
 
@@ -216,7 +217,13 @@ def attribute_values(attributes: Attributes | None) -> AttributeValues:
     """Return the attributes as OpenTelemetry takes them, without None and without secrets."""
     values = {str(plain_value(key)): plain_value(value) for key, value in (attributes or {}).items()}
     present = {key: value for key, value in values.items() if value is not None}
-    return redact_values(present) if present else present
+    # Looking for secrets takes much longer than the rest. In numbers there are none, unless the name says so.
+    if all(type(value) in (int, float, bool) and not _is_secret_key(key) for key, value in present.items()):
+        return present
+    return redact_values(present)
+
+
+_is_secret_key = lru_cache(4096)(is_secret_key)
 
 
 def plain_value(value: Any) -> Any:
@@ -228,8 +235,7 @@ def plain_value(value: Any) -> Any:
         return value
     if isinstance(value, Enum):
         return plain_value(value.value)
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
+    # Of a scalar it returns a number.
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -239,7 +239,7 @@ class SpanRecorder:
         context = trace.set_span_in_context(otel_span, context)
         span = self._open_span(OpenSpan(name, start_ns, parent, otel_span, context))
         event = {"span_name": name, "parent_span_id": f"{parent_id:016x}" if parent_id else ""}
-        self.event(names.SPAN_START, {**event, **(event_attributes or {})}, span, at_ns=start_ns)
+        self._emit(names.SPAN_START, event | attribute_values(event_attributes), span, start_ns, SeverityNumber.INFO)
         return span
 
     def _open_span(self, span: OpenSpan) -> OpenSpan:
@@ -266,7 +266,8 @@ class SpanRecorder:
         end_ns = max(at_ns or self.clock.now_ns(), span.start_ns)
         if span.is_exported:
             span.set_attribute("duration_msec", round((end_ns - span.start_ns) / 1e6, 3))
-            self.event(names.SPAN_STOP, {"span_name": span.name, **(event_attributes or {})}, span, at_ns=end_ns)
+            event = {"span_name": span.name, **attribute_values(event_attributes)}
+            self._emit(names.SPAN_STOP, event, span, end_ns, SeverityNumber.INFO)
         span.finish(_status(error), end_ns)
         self._open.remove(span)
         if self._current.get() is span:
@@ -283,16 +284,19 @@ class SpanRecorder:
         severity: SeverityNumber = SeverityNumber.INFO,
     ) -> None:
         """Emit an event of a span, by default of the current one. Attributes that are None are left out."""
-        if not self._has_processors:
-            return
-        span = span or self.current
-        now = at_ns or self.clock.now_ns()
+        if self._has_processors:
+            now = at_ns or self.clock.now_ns()
+            self._emit(name, attribute_values(attributes), span or self.current, now, severity)
+
+    def _emit(
+        self, name: str, attributes: Attributes, span: OpenSpan | None, now_ns: int, severity: SeverityNumber
+    ) -> None:
         self._logger.emit(
-            timestamp=now,
-            observed_timestamp=now,
+            timestamp=now_ns,
+            observed_timestamp=now_ns,
             context=span.context if span else self._root_context,
             severity_number=severity,
-            attributes={"timestamp_msec": now // 1_000_000, **attribute_values(attributes)},
+            attributes={"timestamp_msec": now_ns // 1_000_000, **attributes},
             event_name=name,
         )
 
