@@ -110,6 +110,17 @@ def remote_code_is_pinned(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
+def tokenizers_are_fast(run: Experiment) -> Iterator[ValidationIssue]:
+    """Warn about the slow tokenizers of earlier releases of transformers."""
+    if not run.run_conf.use_fast_tokenizer:
+        yield ValidationIssue(
+            ("run_conf", "use_fast_tokenizer"),
+            "is false and ignored: loss masks need the character offsets of fast tokenizers.",
+            "Remove it.",
+            kind="warning",
+        )
+
+
 def only_one_mixed_precision_dtype(run: Experiment) -> Iterator[ValidationIssue]:
     """Reject bf16 together with fp16."""
     if run.training_args.bf16 and run.training_args.fp16:
@@ -396,6 +407,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("peft_conf", "quant_conf"), quantized_weights_are_frozen),
     (("sft_args",), packing_is_padding_free),
     (("quant_conf",), exactly_one_bit_width),
+    (("run_conf",), tokenizers_are_fast),
     (("training_args",), only_one_mixed_precision_dtype),
     (("training_args",), metric_for_best_model_is_reported),
     (("run_conf",), remote_code_is_pinned),

@@ -85,6 +85,7 @@ TRAINING_ARGS: dict[str, Change] = {
     "base_model_attribute_name": RemovedKey(),
     "model_adapter_name": RemovedKey(),
     "ref_adapter_name": RemovedKey(),
+    "ref_model_init_kwargs": RemovedKey("the reference is loaded as run_conf.model_args say"),
     "force_use_ref_model": RemovedKey("the reference is always the model before training"),
     "resume_from_checkpoint": RemovedKey("run_conf.resume_from_checkpoint decides", always=True),
     "do_train": RemovedKey(always=True),
