@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from telemetry.conftest import Recorded, read
 
 from finetuning.telemetry import one_logger, session_goodput
@@ -618,6 +621,47 @@ def test_overrides_are_merged(tmp_path: Path) -> None:
     assert provider.telemetry.config.global_batch_size == 3
     assert os.path.exists(tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text().splitlines()[0])["attributes"]["world_size"] == 2
+
+
+def test_a_logger_gets_the_lines_of_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "spans")
+    provider = TrainingTelemetryProvider.instance().with_base_config(
+        OneLoggerConfig(application_name="app", session_tag_or_fn="session")
+    )
+    provider.with_exporter(FileExporter(tmp_path / "t.json"))
+    provider.with_exporter(one_logger.LoggerExporter(logging.getLogger("spans"))).configure_provider()
+    with one_logger.application(), one_logger.timed_span("mine"):
+        pass
+    logged = [json.loads(record.getMessage()) for record in caplog.records if record.name == "spans"]
+    written = read(tmp_path / "t.json").lines
+    assert logged[1:] == written[1:]
+    assert logged[0]["attributes"] == written[0]["attributes"]
+
+
+def test_an_exporter_of_the_sdk_gets_spans_and_events() -> None:
+    spans, events = InMemorySpanExporter(), InMemoryLogRecordExporter()
+    provider = TrainingTelemetryProvider.instance().with_base_config(
+        OneLoggerConfig(application_name="app", session_tag_or_fn="session")
+    )
+    provider.with_exporter(one_logger.OTelExporter(spans, events)).configure_provider()
+    with one_logger.application(), one_logger.timed_span("mine", Attributes({"a": 1})):
+        provider.recorder.event(Event.create("my_event"))
+    mine, application = spans.get_finished_spans()
+    assert (mine.name, mine.attributes["a"]) == ("mine", 1)
+    assert mine.parent.span_id == application.get_span_context().span_id
+    [event] = [item.log_record for item in events.get_finished_logs() if item.log_record.event_name == "my_event"]
+    assert event.span_id == mine.get_span_context().span_id
+
+
+def test_a_path_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    provider = configure(tmp_path / "file" / "t.json", telemetry_config=training())
+    with one_logger.application(), one_logger.training_loop(0):
+        for _ in range(50):
+            with one_logger.training_iteration():
+                pass
+    assert provider.telemetry.latest["num_iterations"] == 50
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "one-logger.md"

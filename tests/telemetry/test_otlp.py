@@ -64,6 +64,24 @@ def test_a_collector_receives_all_spans_and_events(
     assert int(update["num_iterations"]) == 3
 
 
+def test_a_collector_receives_what_one_loggers_api_records(collector: tuple[str, Path]) -> None:
+    from finetuning.telemetry import one_logger
+
+    address, file = collector
+    provider = one_logger.TrainingTelemetryProvider
+    provider.reset()
+    base = one_logger.OneLoggerConfig(application_name="mine", session_tag_or_fn="s")
+    exporter = one_logger.OtlpExporter(address, {"x-key": "s3cret"}, timeout_s=5.0)
+    provider.instance().with_base_config(base).with_exporter(exporter).configure_provider()
+    with one_logger.application(), one_logger.timed_span("my_span"):
+        provider.instance().recorder.event(one_logger.Event.create("my_event"))
+    provider.reset()
+    received = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {request["key"] for request in received} == {"s3cret"}
+    text = file.read_text()
+    assert all(f'"{name}"' in text for name in ("my_span", "my_event", "application", "mine"))
+
+
 def test_a_missing_exporter_names_the_package_to_install(
     train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,12 @@ Skipped where it is not installed: pip install nv-one-logger-core==2.3.1 nv-one-
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,3 +245,65 @@ def test_every_public_name_of_nv_one_logger_is_here() -> None:
         "get_logger", "get_version", "safely_execute", "exception_guard", "OneLoggerAssertionError",
     }  # fmt: skip
     assert sorted(name for name in theirs - internal if not hasattr(one_logger, name)) == []
+
+
+def test_every_argument_of_its_functions_is_accepted() -> None:
+    api = nv_api()
+    functions = [name for name in vars(api) if name.startswith("on_") or name in one_logger.__all__]
+    compared = 0
+    for name in functions:
+        theirs, ours = getattr(api, name), getattr(one_logger, name)
+        if not inspect.isfunction(theirs):
+            continue
+        compared += 1
+        missing = list(inspect.signature(theirs).parameters)
+        assert list(inspect.signature(ours).parameters)[: len(missing)] == missing, name
+    assert compared == 38
+
+
+def test_every_field_of_its_configs_is_accepted() -> None:
+    api = nv_api()
+    for name in ("OneLoggerConfig", "TrainingTelemetryConfig", "LoggerConfig"):
+        theirs, ours = getattr(api, name).model_fields, getattr(one_logger, name).model_fields
+        assert set(theirs) - set(ours) == set(), name
+        for field_name, info in theirs.items():
+            if not info.is_required() and info.default is not None and isinstance(info.default, bool | int | str):
+                assert plain(ours[field_name].default) == plain(info.default), field_name
+        properties = [key for key, value in vars(getattr(api, name)).items() if isinstance(value, property)]
+        values = {
+            "application_name": "a",
+            "session_tag_or_fn": "s",
+            "perf_tag_or_fn": "p",
+            "global_batch_size_or_fn": 1,
+        }
+        if name != "LoggerConfig":
+            config = getattr(one_logger, name)(**{key: value for key, value in values.items() if key in ours})
+            assert [key for key in properties if not hasattr(config, key)] == []
+
+
+def test_every_attribute_of_its_classes_is_known() -> None:
+    api = nv_api()
+    compared = 0
+    for name, theirs in vars(api).items():
+        ours = getattr(one_logger, name, None)
+        if name.endswith("Attributes") and hasattr(ours, "required"):
+            compared += 1
+            parameters = inspect.signature(theirs.create).parameters.values()
+            required = tuple(item.name for item in parameters if item.default is inspect.Parameter.empty)
+            optional = tuple(item.name for item in parameters if item.default is not inspect.Parameter.empty)
+            assert (ours.required, ours.optional) == (required, optional), name
+    assert compared == 9
+
+
+def test_every_member_of_its_enumerations_has_the_same_value() -> None:
+    api = nv_api()
+    compared = 0
+    for name, theirs in vars(api).items():
+        ours = getattr(one_logger, name, None)
+        if isinstance(theirs, type) and issubclass(theirs, Enum) and ours is not None:
+            compared += 1
+            expected = {item.name: item.value for item in theirs}
+            if "TESTING_SINGLE_ITERATION" in expected:
+                expected["TESTING_SINGLE_ITERATION"] = "testing_single_iteration"
+            assert {item.name: item.value for item in ours} == expected
+    assert compared >= 10
