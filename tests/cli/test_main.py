@@ -49,6 +49,13 @@ def test_version_and_help(say: Any) -> None:
         assert option in out
 
 
+@pytest.mark.parametrize("method", ALGORITHMS)
+def test_schemas_are_printed_unredacted(say: Any, method: str) -> None:
+    """Output is redacted. The published schemas describe secrets, and hold none."""
+    published = (ROOT / "docs" / "schema" / f"{method}.json").read_text(encoding="utf-8")
+    assert say("schema", method) == (0, published, "")
+
+
 def test_help_lists_every_subcommand_with_a_description(say: Any) -> None:
     _, out, _ = say("--help")
     lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ") and line[2] != " "]

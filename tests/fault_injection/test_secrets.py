@@ -167,6 +167,8 @@ def test_values_of_secret_keys_are_removed_at_any_depth(key: str) -> None:
         ("{'hub_token': 'abc', 'n': 1}", "{'hub_token': '…', 'n': 1}"),
         ("run_conf.model_args.token=abc", "run_conf.model_args.token=…"),
         ("Authorization: Basic YWJjOmRlZg==", "Authorization: …"),
+        ("headers: Authorization Basic YWJjOmRlZg==", "headers: Authorization …"),
+        ("headers: ('x-api-key', 'abcdefgh')", "headers: ('x-api-key', '…')"),
     ],
 )
 def test_secrets_are_recognized_by_their_form(text: str, redacted: str) -> None:
@@ -180,6 +182,7 @@ def test_secrets_are_recognized_by_their_form(text: str, redacted: str) -> None:
         "data_conf.special_tokens: unknown key",
         "run_conf.model_args.token: expected text",
         "tokens=12 eos_token=</s>",
+        "HTTP headers, such as an authorization header: never logged or saved.",
     ],
 )
 def test_texts_without_a_secret_are_left_as_they_are(text: str) -> None:

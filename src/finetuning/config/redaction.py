@@ -50,8 +50,10 @@ _QUERY = re.compile(
     r"([?&](?:auth|code|key|sig|signature|x-amz-(?:credential|signature))=)[^\s&#\"'<>;]+", re.IGNORECASE
 )
 _ENTRY = re.compile(r"(\\?[\"'])([\w.-]{1,80})\1\s*:\s*(\\?[\"'])(.+?)\3")
+# After a blank alone, a scheme has to follow: "an authorization header" is text.
 _HEADER = re.compile(
-    r"\b((?:proxy-)?authorization|x-api-key)\b(\W{1,6})(?:(?:basic|bearer|digest|token)\s+)?[\w.~+/=-]{6,}",
+    r"\b((?:proxy-)?authorization|x-api-key)\b(\s*[^\w\s]\W{0,5}|\s{1,6}(?=(?:basic|bearer|digest|token)\s))"
+    r"(?:(?:basic|bearer|digest|token)\s+)?[\w.~+/=-]{6,}",
     re.IGNORECASE,
 )
 # By a text that each contains: to look for that is much faster.
