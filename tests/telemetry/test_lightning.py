@@ -116,6 +116,18 @@ def test_a_lightning_trainer_records_everything(provider: TrainingTelemetryProvi
         assert success["checkpoint_size"] == Path(success["checkpoint_directory"]).stat().st_size > 100
 
 
+def test_testing_that_the_user_has_begun_is_recorded_once(provider: TrainingTelemetryProvider, tmp_path: Path) -> None:
+    trainer = OneLoggerPTLTrainer(arguments(tmp_path), provider)
+    callback = trainer.nv_one_logger_callback
+    callback.on_testing_start()
+    trainer.test(Model(), loader(4), verbose=False)
+    callback.on_testing_end()
+    callback.on_app_end()
+    output = read(tmp_path / "t.json")
+    assert [span["status"] for span in output.spans("testing_loop")] == ["OK"]
+    assert len(output.spans("testing_single_iteration")) == 2
+
+
 def test_an_iteration_is_an_optimizer_step(provider: TrainingTelemetryProvider, tmp_path: Path) -> None:
     with_accumulation = arguments(tmp_path, accumulate_grad_batches=4, limit_val_batches=0)
     trainer = OneLoggerPTLTrainer(with_accumulation, provider)

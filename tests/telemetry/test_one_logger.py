@@ -493,6 +493,22 @@ def test_a_disabled_rank_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_disabled_by_force_exports_no_more(tmp_path: Path) -> None:
+    provider = configure(tmp_path / "t.json")
+    assert provider.one_logger_enabled
+    with one_logger.application():
+        with one_logger.timed_span("before"):
+            pass
+        provider.force_disable_logging()
+        with one_logger.timed_span("after"):
+            pass
+    assert not provider.one_logger_enabled
+    assert {event["attributes"].get("span_name") for event in read(tmp_path / "t.json").events("span_start")} == {
+        "application",
+        "before",
+    }
+
+
 def test_each_rank_writes_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -35,6 +35,7 @@ class TimeEventCallback(Callback):
         self._provider = training_telemetry_provider
         self._steps_before_batch = 0
         self._is_iterating = False
+        self._began_testing = False
         if call_on_app_start:
             job_callbacks.on_app_start()
 
@@ -97,10 +98,14 @@ class TimeEventCallback(Callback):
         job_callbacks.on_validation_single_iteration_end()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        job_callbacks.on_testing_start()
+        # One Logger's callback leaves testing to the user, who may have begun it.
+        self._began_testing = self._provider.telemetry.active(names.TESTING_LOOP) is None
+        if self._began_testing:
+            job_callbacks.on_testing_start()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        job_callbacks.on_testing_end()
+        if self._began_testing:
+            job_callbacks.on_testing_end()
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
