@@ -122,6 +122,7 @@ docs: schema ## generate every generated page
 	$(PYTHON) -m finetuning.plan.compatibility docs/reference/support.md
 	$(PYTHON) scripts/command_reference.py docs/reference/commands.md
 	$(PYTHON) scripts/silogen_table.py docs/moving-from/silogen-keys.md
+	$(PYTHON) tests/fms_matrix.py docs/moving-from/fms-hf-tuning-keys.md
 	$(PYTHON) scripts/architecture_table.py docs/reference/architectures.md
 
 upstream-surface: venv ## record the private upstream sources again, after reviewing their change

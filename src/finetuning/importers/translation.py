@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.config.yaml.document import ConfigDocument, SourceSpan, YamlSection
+from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan, YamlSection
 from finetuning.errors import ConfigError, Problem
 
 Values = dict[str, Any]
@@ -89,11 +89,11 @@ class Translation:
 
     def document(self) -> ConfigDocument:
         """Return our YAML as a document whose errors name the keys of the source, with their lines."""
-        marks = {
+        marks: dict[KeyPath, SourceSpan] = {
             tuple(path.split(".")): SourceSpan(source=self.source.location_of((key,)))
             for path, key in self.sources.items()
         }
-        return ConfigDocument(self.values, marks, self.source.file)
+        return ConfigDocument({**self.values}, marks, self.source.file)
 
     def finish(self) -> Translation:
         """Return the translation itself.

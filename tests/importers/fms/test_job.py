@@ -148,6 +148,10 @@ def test_a_key_at_its_default_is_no_warning() -> None:
     defaults = {"r": 8, "lora_alpha": 32, "prompt_tuning_init": "TEXT", "num_train_dataset_shards": 1}
     defaults |= {"embedding_size_multiple_of": 1, "dequantize": False, "training_logs_filename": "training_logs.jsonl"}
     off = {"do_dataprocessing_only": False, "quantization_method": "none", "enable_reduce_loss_sum": False}
+    removed = {"overwrite_output_dir": False, "save_safetensors": True, "warmup_ratio": 0.0, "no_cuda": False}
+    removed |= {"evaluation_strategy": "no", "group_by_length": False, "do_train": False, "past_index": -1}
+    document = translate(TEXTS | removed).document()
+    assert validate(document, SFTExperiment).warnings == []
     assert translate(defaults | off | {"fast_moe": None}).notes == []
     assert [note.partition(":")[0] for note in translate(defaults | {"r": 4, "use_flash_attn": True}).notes] == [
         "r",

@@ -254,17 +254,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 def test_a_dataset_may_be_held_out_in_part_and_not_trained_on(
     job: Callable[..., Translation], chatml_llama_dir: Path, tmp_path: Path
 ) -> None:
-    other = write_rows(tmp_path / "other.jsonl", [{"input": f"Q{n}", "output": f"A{n}"} for n in range(10)])
+    held_out_rows = write_rows(tmp_path / "held_out.jsonl", [{"input": f"Q{n}", "output": f"A{n}"} for n in range(10)])
     held_out = {
         "name": "h",
-        "data_paths": [other],
+        "data_paths": [held_out_rows],
         "data_handlers": [MASKED],
         "split": {"train": 0.0, "validation": 0.3},
     }
     out = job("pairs", {}, [MASKED], datasets=[held_out])
     rows, _ = prepared(out, chatml_llama_dir)
     assert (len(rows.train), len(rows.validation)) == (1, 3)
-    weighted = [held_out, {"name": "w", "data_paths": [other], "data_handlers": [MASKED], "sampling": 0.5}]
+    weighted = [held_out, {"name": "w", "data_paths": [held_out_rows], "data_handlers": [MASKED], "sampling": 0.5}]
     mixed = job("pairs", {}, [MASKED], dataset={"sampling": 0.5}, datasets=weighted)
     assert len(prepared(mixed, chatml_llama_dir)[0].validation) == 3
     with pytest.raises(ConfigError, match="is set, but no row of this dataset is used for training"):

@@ -75,6 +75,8 @@ def to_experiment(job: ConfigDocument, readers: Readers, *, processes: int = 1) 
     out.put("logging_dir", out.get("logging_dir"))
     out.put("save_model_dir", out.get("save_model_dir"))
     _note_vllm_limits(out)
+    for key in ("num_train_dataset_shards", "num_eval_dataset_shards"):
+        out.positive_int(key, 1)
     for key in (*keys.TRAINING, *readers.training_fields()):
         out.sources.setdefault(f"training_args.{key}", key)
     _put_resume(out)
@@ -150,6 +152,8 @@ def _put_training(out: Translation, installed: Collection[str]) -> None:
             out.put(f"training_args.{key}", out.get(key, value))
     placed_elsewhere = keys.DATA | keys.MODEL | keys.RUN | keys.TRACKING | keys.LORA
     for key in out.source.values:
+        if _is_default(out, str(key)):
+            continue
         if (key in keys.TRAINING or key in installed) and key not in placed_elsewhere and out.has(key):
             out.put(f"training_args.{key}", out.get(key))
     if out.values.get("data_conf", {}).get("streaming"):
@@ -451,7 +455,11 @@ def _put_trackers(out: Translation) -> None:
         experiment = next((name for name in names if name), None)
         if len({name or out.get("experiment", keys.EXPERIMENT) for name in names}) > 1:
             out.add_note("aim_experiment", f"all trackers use the same experiment name: {experiment}")
-        out.put("tracking.experiment_name", experiment or out.get("experiment", keys.EXPERIMENT), "experiment")
+        named = [
+            f"{name}_experiment" for name in ("mlflow", "aim") if name in trackers and out.has(f"{name}_experiment")
+        ]
+        source = named[0] if named else "experiment"
+        out.put("tracking.experiment_name", experiment or out.get("experiment", keys.EXPERIMENT), source)
         out.put("tracking.run_name", out.get("run_name"))
     for key in _TRACKER_OPTIONS:
         out.put(f"tracking.{key}", out.get(key))
@@ -468,7 +476,7 @@ def _put_aim(out: Translation) -> None:
         out.put("tracking.aim_remote_server_ip", out.get("aim_remote_server_ip"))
         out.put("tracking.aim_remote_server_port", out.positive_int("aim_remote_server_port", 53800))
     else:
-        out.put("tracking.aim_repo", repo)
+        out.put("tracking.aim_repo", repo, "aim_url" if out.has("aim_url") else None)
 
 
 def _put_metadata(out: Translation) -> None:

@@ -127,6 +127,21 @@ DEPENDENT: dict[str, str] = {
 """Options of an unsupported key, and that key."""
 DEFAULTS: dict[str, Any] = LORA_DEFAULTS | PROMPT_DEFAULTS | {"dequantize": False, "num_train_dataset_shards": 1}
 DEFAULTS |= {"num_eval_dataset_shards": 1}
+# Training arguments that later releases of transformers renamed or removed.
+DEFAULTS |= {
+    "warmup_ratio": 0,
+    "past_index": -1,
+    "save_safetensors": True,
+    "evaluation_strategy": "no",
+} | dict.fromkeys(
+    _names(
+        """
+        overwrite_output_dir group_by_length include_tokens_per_second do_train do_eval do_predict use_ipex
+        use_mps_device jit_mode_eval no_cuda
+        """
+    ),
+    False,
+)
 """Values at which a key that has no effect is not worth a warning: jobs often state every default."""
 SUPPORTED = (
     TRAINING
