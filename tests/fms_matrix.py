@@ -1,4 +1,4 @@
-"""Every key and form of fms-hf-tuning, and what becomes of it here: the source of `docs/moving-from/fms-hf-tuning-keys.md`.
+"""Every key and form of fms-hf-tuning, and what becomes of it here: writes `docs/moving-from/fms-hf-tuning-keys.md`.
 
     python tests/fms_matrix.py docs/moving-from/fms-hf-tuning-keys.md
 
