@@ -190,20 +190,24 @@ def _explain_unsupported(generator: LoadedGenerator) -> Iterator[None]:
         raise ModelError(f"transformers cannot generate with {name}: {first_line(error)}") from error
 
 
-def describe_padding_error(generator: LoadedGenerator) -> str | None:
-    """Return how the padding of a batch changes what is generated; None if it does not.
+def describe_batch_error(generator: LoadedGenerator, lengths: tuple[int, int]) -> str | None:
+    """Return how a batch of two rows changes what is generated for the second one; None if it does not.
 
-    Some classes count positions from the start of the padding, or mask only some of their layers. The logits of three
-    generated tokens in a batch of two rows are compared with those of the shorter row alone.
+    Some classes count positions from the start of the padding, or mask only some of their layers. RWKV's cache mixes
+    the rows of a batch. The logits of three generated tokens are compared with those of the row alone.
+
+    Args:
+        lengths: number of tokens of the two rows, the longer one first.
     """
     import torch
 
     vocabulary = generator.model.config.get_text_config().vocab_size
-    rows = [(torch.arange(length) * 7919 + 3) % vocabulary for length in (9, 4)]
-    padded = torch.full((2, 9), generator.pad_token_id)
+    rows = [(torch.arange(length) * 7919 + offset) % vocabulary for length, offset in zip(lengths, (3, 5), strict=True)]
+    width = lengths[0]
+    padded = torch.full((2, width), generator.pad_token_id)
     mask = torch.zeros_like(padded)
     for index, row in enumerate(rows):
-        padded[index, 9 - len(row) :], mask[index, 9 - len(row) :] = row, 1
+        padded[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
     batch, batch_ids = _probe(generator, padded, mask)
     alone, alone_ids = _probe(generator, rows[1][None], torch.ones_like(rows[1][None]))
     # After the first different token the rows have different histories.
@@ -218,7 +222,8 @@ def describe_padding_error(generator: LoadedGenerator) -> str | None:
     tolerance = max(epsilon * 16, 1e-4) * max(float(alone[0].abs().max()), 1.0)
     if difference <= tolerance:
         return None
-    return f"padding changes the logits of this model by {difference:.1e} (tolerance {tolerance:.1e})"
+    what = "padding" if len(set(lengths)) > 1 else "another row in the batch"
+    return f"{what} changes the logits of this model by {difference:.1e} (tolerance {tolerance:.1e})"
 
 
 def _probe(

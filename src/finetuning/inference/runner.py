@@ -21,7 +21,7 @@ from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_paddi
 from finetuning.inference.generate import (
     EncodedPrompt,
     Generation,
-    describe_padding_error,
+    describe_batch_error,
     encode_prompts,
     generate_batches,
 )
@@ -143,11 +143,14 @@ def generate_records(
     max_padding = max_useful_padding(generator.device.type, parameters.max_new_tokens)
     plan = partial(plan_batches, lengths, parameters.max_new_tokens, budget=job.batch_tokens, max_rows=job.batch_size)
     batches = plan(max_padding=max_padding)
-    if any(len({lengths[index] for index in batch}) > 1 for batch in batches):
-        error = describe_padding_error(generator)
-        if error is not None:
-            progress.on_note(f"{error}: only prompts of equal length share a batch")
-            batches = plan(max_padding=0)
+    if any(len(batch) > 1 for batch in batches) and (error := describe_batch_error(generator, (4, 4))):
+        progress.on_note(f"{error}: each prompt is a batch of its own")
+        batches = plan(max_rows=1)
+    elif any(len({lengths[index] for index in batch}) > 1 for batch in batches) and (
+        error := describe_batch_error(generator, (9, 4))
+    ):
+        progress.on_note(f"{error}: only prompts of equal length share a batch")
+        batches = plan(max_padding=0)
     journal = RecordJournal(output, job.fingerprint())
     # An unfinished batch is repeated as a whole, so that its answers are sampled from the same random numbers.
     batches = [batch for batch in batches if journal.missing(batch)]
