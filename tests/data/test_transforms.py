@@ -150,6 +150,8 @@ FIELDS = {"Tweet text": "@you hi", "a.b-c_1": 2, "Größe": "XL", " padded ": "y
     ("template", "text"),
     [
         ("{{Tweet text}}|{{ Tweet text }}", "@you hi|@you hi"),
+        ("{{Tweet text}} }} end", "@you hi }} end"),
+        ("{{ {'a': flag}['a'] }}", "True"),
         ("{{a.b-c_1}} {{Größe}}", "2 XL"),
         ("{{ padded }}{{flag}}", "yesTrue"),
         ("{{element['Tweet text'] | upper}}{{eos_token}}", "@YOU HI</s>"),
@@ -169,7 +171,9 @@ def test_template_fields_are_columns_before_jinja(template: str, text: str) -> N
         ("{{list}}", "list: expected text, got a list"),
         ("{{ ''.__class__.__mro__ }}", "the template uses something that the Jinja sandbox forbids"),
         ("{{ 1 / 0 }}", "the template failed on this row: division by zero"),
-        ("{% if %}", "is neither a column nor a Jinja"),
+        ("{% if %}", "the template is not valid: "),
+        ("}} {{Tweet text}} {{", "the template is not valid: "),
+        ("{{Tweet text}} {{ ID", "the template is not valid: "),
     ],
 )
 def test_invalid_template_fields_are_errors(template: str, message: str) -> None:

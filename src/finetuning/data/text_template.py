@@ -39,14 +39,12 @@ class TextTemplate:
         if self._is_jinja:
             try:
                 self._compiled[self.template] = self._environment.compiled(self.template)
-            except jinja2.TemplateSyntaxError as error:
-                raise TextTemplateError(f"the template is not valid: {error.message}: {self.template!r}") from None
+            except (jinja2.TemplateSyntaxError, RecursionError) as error:
+                raise TextTemplateError(f"the template is not valid: {error}: {self.template!r}") from None
 
-    @property
+    @cached_property
     def _is_jinja(self) -> bool:
-        return bool(re.search(r"\{%|\{#|\{\{", _FIELD.sub("", self.template))) or bool(
-            re.search(r"\{%|\{#", self.template)
-        )
+        return re.search(r"\{%|\{#", self.template) is not None or "{{" in _FIELD.sub("", self.template)
 
     def __call__(self, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         """Return the text of a row.
