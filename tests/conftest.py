@@ -405,6 +405,34 @@ def dpo_values(tmp_path: Path, sft_values: Any, write_jsonl: Any, dpo_rows: Any)
     return make
 
 
+LETTERS = """
+def letters(completions, **columns):
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+"""
+
+
+@pytest.fixture
+def grpo_values(tmp_path: Path, dpo_values: Any, write_jsonl: Any) -> Callable[..., Values]:
+    """`sft_values` for GRPO, with the number of different letters as the reward."""
+    (tmp_path / "letters.py").write_text(LETTERS)
+    rows = [{"prompt_messages": [{"role": "user", "content": f"What is number {n}?"}]} for n in range(24)]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+    def make(changes: Mapping[str, Any] | None = None) -> Values:
+        local = {
+            "data_conf.training_data.datasets": [{"path": str(path)}],
+            "training_args.max_length": None,
+            "training_args.num_generations": 4,
+            "training_args.max_completion_length": 8,
+            "training_args.learning_rate": 0.01,
+            "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 4},
+            "grpo_args": {"rewards": [{"type": "function", "path": f"{tmp_path}/letters.py:letters"}]},
+        }
+        return _changed(dpo_values(local), changes or {})
+
+    return make
+
+
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes values as YAML, to `config.yaml` by default."""

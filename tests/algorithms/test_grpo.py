@@ -39,7 +39,8 @@ def late(completions, trainer_state):
 
 
 @pytest.fixture
-def grpo_values(tmp_path: Path, dpo_values: Any, write_jsonl: Any) -> Callable[..., dict[str, Any]]:
+def grpo_values(tmp_path: Path, grpo_values: Any, write_jsonl: Any) -> Callable[..., dict[str, Any]]:
+    """Rows with answers and columns of their own, and the reward functions above."""
     (tmp_path / "own.py").write_text(VOWELS)
     rows = [
         {
@@ -50,16 +51,13 @@ def grpo_values(tmp_path: Path, dpo_values: Any, write_jsonl: Any) -> Callable[.
         }
         for number in range(12)
     ]
-    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    path = write_jsonl(tmp_path / "prompts_with_columns.jsonl", rows)
 
     def make(changes: dict[str, Any]) -> dict[str, Any]:
-        return dpo_values(
+        return grpo_values(
             {
                 "data_conf.training_data.datasets": [{"path": str(path)}],
-                "training_args.max_length": None,
-                "training_args.num_generations": 4,
                 "training_args.max_completion_length": 10,
-                "training_args.learning_rate": 0.01,
                 "batchsize_conf": {"total_train_batch_size": 16, "max_per_device_train_batch_size": 8},
                 "grpo_args": {"rewards": [{"type": "function", "path": f"{tmp_path}/own.py:vowels"}]},
                 **changes,

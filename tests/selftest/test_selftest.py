@@ -42,6 +42,18 @@ def test_all_checks_of_a_lora_run_pass(
     assert "retrying with 2" in (tmp_path / "trials" / "out-of-memory.log").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.full) for name in ("dpo", "grpo")])
+def test_all_checks_of_other_methods_pass(
+    request: pytest.FixtureRequest, write_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    config = write_config(request.getfixturevalue(f"{method}_values")({"peft_conf": LORA}))
+    code = main([method, str(config), "--json", "--folder", str(tmp_path / "trials")])
+    results = json.loads(capsys.readouterr().out)
+    assert code == 0, results
+    assert ("sampling" in " ".join(result["name"] for result in results)) == (method == "grpo")
+
+
 @pytest.fixture
 def runner(sft_values: Any, write_config: Any, tmp_path: Path) -> TrialRunner:
     from finetuning.config.sections.experiment import SFTExperiment

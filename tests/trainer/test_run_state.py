@@ -317,35 +317,6 @@ def test_a_run_that_has_taken_all_its_steps_takes_no_more(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-LETTERS = """
-def letters(completions, **columns):
-    return [float(len(set(completion[0]["content"]))) for completion in completions]
-"""
-
-
-@pytest.fixture
-def grpo_values(dpo_values: Any, tmp_path: Path, write_jsonl: Any) -> Callable[..., dict[str, Any]]:
-    (tmp_path / "own.py").write_text(LETTERS)
-    rows = [{"prompt_messages": [{"role": "user", "content": f"What is number {n}?"}]} for n in range(24)]
-    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
-
-    def make(changes: dict[str, Any]) -> dict[str, Any]:
-        return dpo_values(
-            {
-                "data_conf.training_data.datasets": [{"path": str(path)}],
-                "training_args.max_length": None,
-                "training_args.num_generations": 4,
-                "training_args.max_completion_length": 8,
-                "training_args.learning_rate": 0.01,
-                "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 4},
-                "grpo_args": {"rewards": [{"type": "function", "path": f"{tmp_path}/own.py:letters"}]},
-                **changes,
-            }
-        )
-
-    return make
-
-
 @pytest.mark.parametrize(
     "changes",
     [
