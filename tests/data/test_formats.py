@@ -25,13 +25,12 @@ def parse(values: dict[str, Any], name: str = "messages") -> Any:
 def test_all_fields_of_a_conversation_are_kept() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}], "x": 1}
     tools = [{"type": "function", "function": {"name": "f"}}]
-    row = {"messages": [USER, call], "tools": tools, "documents": [{"title": "t"}], "id": 7, "tags": ["a"], "other": 1}
+    row = {"messages": [USER, call], "tools": tools, "documents": [{"title": "t"}], "other": 1}
     parsed = parse(row)
     assert isinstance(parsed, Conversation)
     assert parsed.messages == [USER, call]
     assert parsed.tools == tools
     assert parsed.template_kwargs == {"documents": [{"title": "t"}]}
-    assert parsed.meta == {"id": 7, "tags": ["a"]}
     assert parsed.location == Location("train.jsonl", 6)
 
 
@@ -192,6 +191,10 @@ def test_turns_are_chosen_by_train_on(train_on: str, chosen: Any) -> None:
         ([{}, {"train": False}, {}, {"train": True}], "assistant", (3,)),
         ([{}, {"weight": 0}, {}, {"weight": 1}], "assistant", (3,)),
         ([{}, {"weight": 1.0}, {}, {}], "last", (1, 3)),
+        ([{}, {"train": "False"}, {}, {"weight": "1"}], "assistant", (3,)),
+        ([{}, {"training": False}, {}, {}], "assistant", (3,)),
+        ([{}, {"loss": 0}, {}, {"loss": True}], "assistant", (3,)),
+        ([{}, {"masked": True}, {}, {"masked": False}], "assistant", (3,)),
         ([{"train": False}, {}, {"train": False}, {}], "assistant", (1, 3)),
         ([{}, {"train": True}, {}, {}], "all", "all"),
     ],
@@ -207,8 +210,16 @@ def test_message_flags_override_train_on(flags: Any, train_on: str, chosen: Any)
     ("index", "flag", "train_on", "message"),
     [
         (1, {"weight": 0.5}, "assistant", "messages[1].weight: expected 0 or 1, got 0.5"),
-        (1, {"weight": True}, "assistant", "messages[1].weight: expected 0 or 1, got a boolean"),
-        (1, {"train": "no"}, "assistant", "messages[1].train: expected true or false, got text"),
+        (1, {"weight": []}, "assistant", "messages[1].weight: expected true or false, got a list"),
+        (1, {"train": "no"}, "assistant", "messages[1].train: expected true or false, got 'no'"),
+        (1, {"loss": True, "masked": 1}, "assistant", "messages[1].masked: is 1, but loss is true"),
+        (
+            1,
+            {"mask": 0},
+            "assistant",
+            "messages[1].mask: is not read, which may mean either: use train: true or false,",
+        ),
+        (1, {"train_detail": [{}]}, "assistant", "messages[1].train_detail: is not read, parts of a message: use"),
         (1, {"train": True, "weight": 0}, "assistant", "messages[1].weight: is 0, but train is true"),
         (0, {"train": True}, "assistant", 'messages[0]: cannot be trained: its role is "user", not "assistant"'),
         (1, {"train": False}, "all", "messages[1]: is not to be trained, but the run trains on every token"),

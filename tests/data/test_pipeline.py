@@ -140,7 +140,11 @@ def test_rows_without_an_answer_are_counted(write_lines: Callable[..., str], tok
     path = write_lines("a.jsonl", *rows, {"messages": [user("Hi")]}, rows[0], {"messages": [user("a"), assistant("")]})
     report = sft(config(path), tokenizer).statistics.report()[0]
     assert report["dropped"] == {"nothing to train on": 1}
-    assert report["warnings"] == {"the same as an earlier row": 1, "an assistant turn without text": 1}
+    assert report["warnings"] == {
+        "the same as an earlier row": 1,
+        "an assistant turn without text": 1,
+        "column id is not used": 31,
+    }
 
 
 @pytest.mark.parametrize(
@@ -189,13 +193,14 @@ def test_validation_by_split_and_by_file(write_lines: Callable[..., str], tokeni
         "kept": 2,
         "tokens": sum(len(row["input_ids"]) for row in data.validation),
         "trained_tokens": sum(label != -100 for row in data.validation for label in row["labels"]),
+        "warnings": {},
     }
     assert "  split off the rows above: AUTO_SPLIT" in data.statistics.lines()
     another = write_lines("b.jsonl", chat(3), chat(99))
     validation = {"type": "CONCATENATION", "datasets": [{"path": another}]}
     data = sft(config(path, validation=validation), tokenizer)
     assert len(data.validation or ()) == 2
-    assert data.statistics.report()[1]["warnings"] == {"the same as a training row": 1}
+    assert data.statistics.report()[1]["warnings"] == {"the same as a training row": 1, "column id is not used": 2}
 
 
 def test_dpo_counts_and_cuts(write_lines: Callable[..., str], tokenizer: Any) -> None:

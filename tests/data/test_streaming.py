@@ -272,7 +272,7 @@ def test_validation_rows_are_prepared_and_those_that_leak_are_counted(
     made = prepare_sft(data, SFTArgs(max_seq_length=256), chatml_tokenizer)
     assert made.validation is not None and len(made.validation) == 7
     training, validation = made.statistics.report()
-    assert training["warnings"] == {"the same as a validation row": 3}
+    assert training["warnings"]["the same as a validation row"] == 3
     assert (validation["split"], validation["rows"]) == ("validation", 7)
     assert made.rows is None
     assert len(made.preview) == 30

@@ -5,15 +5,16 @@ A row goes from a line of a file through the dataset's transforms to the parser 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import cast
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.training import SFTArgs
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
-from finetuning.data.samples import ParsedRow, Row, SkippedRow
+from finetuning.data.samples import JsonObject, JsonValue, ParsedRow, ReadValues, Row, Sample, SkippedRow
 from finetuning.data.sources import Line, find_shards
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.data.transforms import TransformChain, make_transforms
@@ -21,6 +22,8 @@ from finetuning.errors import ConfigError, DataError, Location, Problem
 
 UnparsedRow = Row | Problem | Line
 """A row as its source yields it: a line of JSON Lines is parsed later."""
+_MEDIA_KINDS = {"image": "images", "audio": "sound", "video": "video"}
+_MEDIA = frozenset([*_MEDIA_KINDS, *(f"{name}s" for name in _MEDIA_KINDS)])
 _NUM_HEAD_ROWS = 32
 """Rows from which the format is detected."""
 _TEXT_OPTIONS = ("response_template", "instruction_template", "data_formatter_template", "dataset_text_field")
@@ -71,10 +74,12 @@ def open_dataset(
         ConfigError: the dataset's settings contradict each other.
     """
     transforms = make_transforms(source, key) if source.columns or source.handlers else TransformChain()
-    special_tokens = options.special_tokens
+    special_tokens, ignored = options.special_tokens, frozenset(source.ignore_columns)
 
     def transform(unparsed: UnparsedRow) -> Row | Problem | SkippedRow:
         row = unparsed.row() if isinstance(unparsed, Line) else unparsed
+        if ignored and isinstance(row, Row):
+            row = Row(_without(row.values, ignored), row.location)
         return transforms(row, special_tokens) if transforms.steps and isinstance(row, Row) else row
 
     rows = unparsed_rows(source, key, streaming=streaming)
@@ -89,9 +94,47 @@ def open_dataset(
 
     def parse(unparsed: UnparsedRow) -> ParsedRow | SkippedRow:
         row = transform(unparsed)
-        return row_format.parse(row, dataset_options) if isinstance(row, Row) else row
+        if not isinstance(row, Row):
+            return row
+        values = row.values if isinstance(row.values, ReadValues) else ReadValues(row.values)
+        if not _MEDIA.isdisjoint(values) and (
+            media := next((name for name in values if _is_media(name, values)), None)
+        ):
+            return Problem(
+                f"holds {_MEDIA_KINDS[media.rstrip('s')]}, on which the engine does not train yet. To train on the text"
+                f" alone, set ignore_columns: [{media}] for this dataset",
+                Location(file=row.location.file, line=row.location.line, key=media),
+            )
+        parsed = row_format.parse(Row(values, row.location), dataset_options)
+        return parsed if isinstance(parsed, Problem) else _with_unused(parsed, values)
 
     return OpenDataset(row_format, is_configured, chain(head, rows), parse)
+
+
+def _without(values: JsonObject, ignored: Collection[str]) -> JsonObject:
+    """Return values without columns, and without keys of messages, which are written as `messages.weight`."""
+    left = {name: value for name, value in values.items() if name not in ignored}
+    for column, _, key in (name.partition(".") for name in ignored if "." in name):
+        if isinstance(messages := left.get(column), list):
+            left[column] = [
+                {name: value for name, value in message.items() if name != key}
+                if isinstance(message, dict)
+                else message
+                for message in cast("list[JsonValue]", messages)
+            ]
+    return left
+
+
+def _is_media(name: str, values: ReadValues) -> bool:
+    return name in _MEDIA and name in values.unread()
+
+
+def _with_unused(parsed: Sample | Sequence[Sample], values: ReadValues) -> Sample | Sequence[Sample]:
+    """Note on a row, or on the first that was made of it, which columns were not read."""
+    if not values.keys() <= values.read and (unread := values.unread()):
+        first = parsed[0] if isinstance(parsed, Sequence) else parsed
+        first.unused = tuple(sorted(unread))
+    return parsed
 
 
 def source_title(source: DatasetSource) -> str:
@@ -120,18 +163,21 @@ def _dataset_options(source: DatasetSource, transforms: TransformChain, options:
 
 
 def _check_columns(source: DatasetSource, head: Sequence[UnparsedRow], key: str) -> None:
-    """Check that at least one column to rename is in the first rows; a dataset's files may have different columns.
+    """Check that at least one column to rename, and one to ignore, is in the first rows.
+
+    Not all, because the files of a dataset may have different columns.
 
     Raises:
         ConfigError: none of them is.
     """
     rows = (unparsed.row() if isinstance(unparsed, Line) else unparsed for unparsed in head)
-    values = [row.values for row in rows if isinstance(row, Row)] if source.columns else []
-    if values and not any(old in row for old in source.columns for row in values):
-        raise ConfigError(
-            f"none of {', '.join(source.columns)} is a column of the first rows; their columns: {', '.join(values[0])}",
-            location=Location(key=f"{key}.columns"),
-        )
+    values = [row.values for row in rows if isinstance(row, Row)] if source.columns or source.ignore_columns else []
+    for name, columns in (("columns", source.columns), ("ignore_columns", source.ignore_columns)):
+        if columns and values and not any(column.partition(".")[0] in row for column in columns for row in values):
+            raise ConfigError(
+                f"none of {', '.join(columns)} is a column of the first rows; their columns: {', '.join(values[0])}",
+                location=Location(key=f"{key}.{name}"),
+            )
 
 
 def _choose_format(

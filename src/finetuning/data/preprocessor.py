@@ -155,6 +155,8 @@ def make_batch(
             statistics.keep(sample.tokens, sample.trained)
         for warning in sample.warnings:
             statistics.warn(warning)
+        for column in () if isinstance(row, _NOT_TOKENIZED) else row.unused:
+            statistics.warn(f"column {column} is not used")
         if len(kept) <= num_preview_rows:
             batch.preview_samples.append((sample, row.location))
     if kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,34 @@ JsonValue = str | int | float | bool | list[Any] | dict[str, Any] | None
 """A parsed JSON value."""
 Message = JsonObject
 """One chat message: `role`, `content`, and all other fields of the row (`tool_calls`, `name`, ...)."""
+
+
+class ReadValues(JsonObject):
+    """The values of a row, and the names of those that were read one by one.
+
+    Copying, listing and looking for a name do not count. That is how a run knows which columns nothing was made of.
+    """
+
+    __slots__ = ("read",)
+
+    def __init__(self, values: Mapping[str, Any], read: set[str] | None = None):
+        super().__init__(values)
+        self.read: set[str] = set() if read is None else read
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the names of values that are neither read nor empty."""
+        return tuple(name for name in self.keys() - self.read if JsonObject.get(self, name) not in _EMPTY)
+
+
+_EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 @dataclass(slots=True)
@@ -32,9 +60,10 @@ class Conversation:
     location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=JsonObject)
-    meta: JsonObject = field(default_factory=JsonObject)
     turns: tuple[int, ...] | Literal["all"] | None = None
     """Indices of the messages to train on, or `all` for the whole text; None for the setting of the run."""
+    unused: tuple[str, ...] = ()
+    """Columns of the row that nothing was made of, here and in the classes below."""
 
 
 @dataclass(slots=True)
@@ -51,6 +80,7 @@ class Text:
     warnings: frozenset[str] = frozenset()
     fault: str | None = None
     """Why no part of it can be trained."""
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,6 +91,7 @@ class TokenIds:
     labels: list[int]
     location: Location
     warnings: frozenset[str] = frozenset()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -81,8 +112,8 @@ class Preference:
     location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=JsonObject)
-    meta: JsonObject = field(default_factory=JsonObject)
     is_text: bool = False
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -95,8 +126,8 @@ class UnpairedPreference:
     location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=JsonObject)
-    meta: JsonObject = field(default_factory=JsonObject)
     is_text: bool = False
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -108,6 +139,7 @@ class Prompt:
     location: Location
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=JsonObject)
+    unused: tuple[str, ...] = ()
 
 
 Sample = Conversation | Text | TokenIds | Preference | UnpairedPreference | Prompt

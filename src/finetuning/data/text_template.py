@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jinja2
+from jinja2 import meta
 from jinja2.exceptions import SecurityError
 
 from finetuning.data.samples import json_type
@@ -66,6 +67,9 @@ class TextTemplate:
         try:
             if source not in self._compiled:
                 self._compiled[source] = self._environment.compiled(source)
+                self._names[source] = meta.find_undeclared_variables(self._environment.parse(source))
+            for name in self._names[source]:
+                values.get(name)  # as read: see `ReadValues`
             variables = {**special_tokens, **values, "element": values}
             return self._environment.render(self._compiled[source], variables)
         except (jinja2.TemplateSyntaxError, jinja2.UndefinedError) as error:
@@ -84,6 +88,11 @@ class TextTemplate:
     @cached_property
     def _environment(self) -> LimitedEnvironment:
         return LimitedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+
+    @cached_property
+    def _names(self) -> dict[str, set[str]]:
+        """The variables that each template reads."""
+        return {}
 
     @cached_property
     def _compiled(self) -> dict[str, jinja2.Template]:

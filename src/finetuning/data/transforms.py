@@ -13,7 +13,7 @@ from typing import Any
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import MESSAGE_COLUMN_NAMES
 from finetuning.data.formats.row_format import TrainOn
-from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow
+from finetuning.data.samples import JsonObject, JsonValue, ReadValues, Row, SkippedRow
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.errors import ConfigError, Location, Problem
 
@@ -54,15 +54,15 @@ class TransformChain:
         """Return the row after all transforms."""
         if not self.steps:
             return row
-        values = row.values
+        values, read = row.values, set[str]()
         try:
             for transform in self.steps:
-                values = transform(values, special_tokens)
+                values = transform(ReadValues(values, read), special_tokens)
         except (TransformError, TextTemplateError) as error:
             return Problem(str(error), row.location)
         except SkipRow as skip:
             return SkippedRow(row.location, str(skip))
-        return Row(values, row.location)
+        return Row(ReadValues(values, read), row.location)
 
 
 def make_transforms(source: DatasetSource, key: str) -> TransformChain:
@@ -257,7 +257,8 @@ def _renaming_for_format(renames: Mapping[str, str]) -> Transform:
 def _column(values: Values, name: str) -> JsonValue:
     if name not in values:
         raise TransformError(f"no column {name}; columns: {', '.join(values) or 'none'}")
-    return values[name]
+    # Renamed, copied or measured, which is not yet used: it is not read through `ReadValues`.
+    return Values.__getitem__(values, name)
 
 
 _AFTER_TOKENIZATION = ("tokenize", "duplicate_columns", "skip_samples_with_large_columns")

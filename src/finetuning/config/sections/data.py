@@ -80,6 +80,9 @@ class DatasetSource(ConfigSection):
     """Format of the rows. By default detected from the first rows, and logged."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns to rename, from the dataset's name to the engine's: `{question: prompt, answer: completion}`."""
+    ignore_columns: list[str] = Field(default_factory=list)
+    """Columns, by the dataset's names, that are left out on purpose: not trained on, and not reported as unused. A key
+    of messages is written as `messages.weight`."""
     handlers: list[Handler] = Field(default_factory=list[Handler])
     """Transformations applied to each row, in order, after `columns` were renamed."""
     dataset_text_field: str | None = None

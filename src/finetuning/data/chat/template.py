@@ -20,6 +20,7 @@ from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
+from jinja2 import meta, nodes
 from jinja2.runtime import Context, LoopContext
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
@@ -35,6 +36,7 @@ class TemplateRenderError(ValueError):
     """The chat template failed on a conversation; the message is the template's own."""
 
 
+_REASONING_KEYS = frozenset({"reasoning", "reasoning_content", "thinking"})
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _SAFE_ATTRIBUTES = {
     *((str, name) for name in dir(str) if not name.startswith(("_", "format"))),
@@ -185,11 +187,42 @@ class TemplateRenderer:
         return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(cast("object", self.tokenizer.chat_template))))
 
     @cached_property
+    def _syntax_trees(self) -> list[nodes.Template]:
+        sandbox, _, _ = self._plain_template()
+        templates = cast("str | dict[str, str]", self.tokenizer.chat_template)
+        return [sandbox.parse(each) for each in ([templates] if isinstance(templates, str) else templates.values())]
+
+    @cached_property
+    def message_keys(self) -> frozenset[str] | None:
+        """The names in the template that may be keys of messages; None if it prints whole messages as JSON."""
+        names: set[str] = set()
+        for tree in self._syntax_trees:
+            loops = [loop for loop in tree.find_all(nodes.For) if "messages" in " ".join(_variables_of(loop.iter))]
+            printed = [item.node for item in tree.find_all(nodes.Filter) if item.name == "tojson"]
+            targets = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name)}
+            if any(isinstance(value, nodes.Name) and value.name in targets for value in printed):
+                return None
+            names |= {attribute.attr for attribute in tree.find_all(nodes.Getattr)}
+            names |= {constant.value for constant in tree.find_all(nodes.Const) if isinstance(constant.value, str)}
+        # transformers copies the reasoning to each of these names.
+        return frozenset(names | _REASONING_KEYS if names & _REASONING_KEYS else names)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads, such as `tools`."""
+        return frozenset[str]().union(*map(meta.find_undeclared_variables, self._syntax_trees))
+
+    @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """The tokenizer's special tokens, longest first."""
         added = self.tokenizer.added_tokens_decoder.values()
         names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
         return tuple(sorted(names - {""}, key=len, reverse=True))
+
+
+def _variables_of(expression: nodes.Node) -> list[str]:
+    names = [expression] if isinstance(expression, nodes.Name) else expression.find_all(nodes.Name)
+    return [name.name for name in names]
 
 
 # Unicode's two supplementary private use areas (planes 15 and 16): no text should use them, so a template passes them

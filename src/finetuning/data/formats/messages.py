@@ -26,7 +26,15 @@ from finetuning.data.formats.row_format import (
 from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row, json_type
 from finetuning.errors import Problem
 
-_FLAGS = ("train", "weight")
+_FLAGS = frozenset({"train", "weight", "training", "loss", "masked"})
+"""Keys of a message that say whether it is trained: ours and OpenAI's, axolotl's, ms-swift's and torchtune's."""
+_UNKNOWN_FLAGS = {
+    "mask": "which may mean either",
+    "loss_mask": "which may mean either",
+    "train_detail": "parts of a message",
+    "training_detail": "parts of a message",
+}
+_FLAG_NAMES = _FLAGS | _UNKNOWN_FLAGS.keys()
 
 
 def choose_turns(
@@ -35,7 +43,7 @@ def choose_turns(
     """Choose the messages to train on.
 
     Args:
-        messages: the messages; a flag `train` or `weight` of a message takes precedence over `train_on`.
+        messages: the messages; a flag such as `train` or `weight` of a message takes precedence over `train_on`.
         key: the name of the messages in errors.
         train_on: which messages without a flag are trained.
         prompt_length: number of messages that are a prompt; without a flag, they are not trained.
@@ -43,7 +51,8 @@ def choose_turns(
     Returns:
         The messages without flags, and the indices of those that are trained, or "all" for the whole text.
     """
-    if not any(["train" in message or "weight" in message for message in messages]):
+    # Nearly all messages have a role and a content only.
+    if not any([len(message) > 2 and not _FLAG_NAMES.isdisjoint(message) for message in messages]):
         return list(messages), "all" if train_on == "all" else _turns(messages, train_on, prompt_length)
     flags = [_flag(message, f"{key}[{index}]") for index, message in enumerate(messages)]
     if all(flag is None for flag in flags):
@@ -83,20 +92,39 @@ def _without_flags(messages: Sequence[Message]) -> list[Message]:
 
 
 def _flag(message: Message, key: str) -> bool | None:
-    """Return the flag of a message, `train: true|false` or `weight: 0|1`; None if it has neither."""
-    train: JsonValue = message.get("train")
-    weight: JsonValue = message.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise FieldError(f"{key}.train", f"expected true or false, got {json_type(train)}")
-    if weight is None:
-        return train
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise FieldError(f"{key}.weight", f"expected 0 or 1, got {json_type(weight)}")
-    if weight not in (0, 1):
-        raise FieldError(f"{key}.weight", f"expected 0 or 1, got {weight:g}: fractional weights are not supported")
-    if train is not None and train != bool(weight):
-        raise FieldError(f"{key}.weight", f"is {weight:g}, but train is {str(train).lower()}")
-    return bool(weight)
+    """Return whether a message is trained, by its flags; None if it has none."""
+    for name, meaning in _UNKNOWN_FLAGS.items():
+        if message.get(name) is not None:
+            ignored = f"ignore_columns: [{key.partition('[')[0]}.{name}]"
+            raise FieldError(f"{key}.{name}", f"is not read, {meaning}: use train: true or false, or {ignored}")
+    first: tuple[str, bool] | None = None
+    for name in ("train", *sorted(_FLAGS - {"train"})):
+        value: JsonValue = message.get(name)
+        if value is None:
+            continue
+        is_trained = _truth(value, f"{key}.{name}") != (name == "masked")
+        if first is not None and first[1] != is_trained:
+            said = json.dumps(value) if isinstance(value, str | bool) else f"{value:g}"
+            raise FieldError(f"{key}.{name}", f"is {said}, but {first[0]} is {json.dumps(message[first[0]])}")
+        first = first or (name, is_trained)
+    return first[1] if first else None
+
+
+def _truth(value: JsonValue, key: str) -> bool:
+    """Return a truth value that is written as a boolean, as 0 or 1, or as the text of one of these."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("true", "false", "0", "1"):
+            return text in ("true", "1")
+    elif isinstance(value, bool):
+        return value
+    elif isinstance(value, int | float):
+        if value in (0, 1):
+            return bool(value)
+        raise FieldError(key, f"expected 0 or 1, got {value:g}: fractional weights are not supported")
+    raise FieldError(
+        key, f"expected true or false, got {json_type(value) if not isinstance(value, str) else repr(value)}"
+    )
 
 
 MESSAGES_COLUMNS = ("messages",)
@@ -134,8 +162,9 @@ def parse_messages(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation
         if column == "messages":
             require_columns(row, MESSAGES_COLUMNS, "messages")
         messages = chat_field(row, column)
-        system: JsonValue = row.values.get("system")
-        if isinstance(system, str) and messages[0]["role"] != "system" and system.strip():
+        # A row that says it twice keeps the system message, and reports its column as unused.
+        system: JsonValue = row.values.get("system") if messages[0]["role"] != "system" else None
+        if isinstance(system, str) and system.strip():
             messages = [{"role": "system", "content": text_field(row, "system")}, *messages]
         messages, turns = choose_turns(messages, column, options.chats)
         return Conversation(messages, turns=turns, **other_fields(row))

@@ -68,7 +68,6 @@ class FieldError(ValueError):
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ROLES = frozenset(ROLES)
-_META = ("dataset", "id", "tags", "labels")
 _RECOGNIZED_COLUMNS = {
     "messages": ("`messages`: chats, for `finetuning sft`", {"messages"}),
     "preference": ("preferences: run `finetuning dpo`", {"prompt_messages", "chosen_messages", "rejected_messages"}),
@@ -229,18 +228,12 @@ def template_kwargs_field(row: Row) -> JsonObject:
     return {**kwargs, "documents": documents} if documents else dict(kwargs)
 
 
-def meta_fields(row: Row) -> JsonObject:
-    """Return the columns that describe a row and take no part in training."""
-    return {key: row.values[key] for key in _META if key in row.values}
-
-
 class OtherFields(TypedDict):
     """The fields that typed rows of messages have in addition to their messages."""
 
     location: Location
     tools: list[JsonObject] | None
     template_kwargs: JsonObject
-    meta: JsonObject
 
 
 def other_fields(row: Row) -> OtherFields:
@@ -249,7 +242,6 @@ def other_fields(row: Row) -> OtherFields:
         "location": row.location,
         "tools": tools_field(row),
         "template_kwargs": template_kwargs_field(row),
-        "meta": meta_fields(row),
     }
 
 

@@ -174,7 +174,7 @@ def parse_prompt(row: Row, options: Options = DEFAULT_OPTIONS) -> Prompt | Probl
             raise FieldError(reserved[0], "is the name of another argument of reward functions: rename the column")
         return Prompt(
             messages=messages,
-            columns={name: value for name, value in row.values.items() if name not in (*_PROMPT_FIELDS, key)},
+            columns={name: row.values[name] for name in row.values if name not in (*_PROMPT_FIELDS, key)},
             location=row.location,
             tools=tools_field(row),
             template_kwargs=template_kwargs_field(row),

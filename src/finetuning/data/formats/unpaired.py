@@ -62,7 +62,6 @@ def as_unpaired(preference: Preference | Problem) -> list[UnpairedPreference] | 
             location=preference.location,
             tools=preference.tools,
             template_kwargs=preference.template_kwargs,
-            meta=preference.meta,
             is_text=preference.is_text,
         )
         for completion, label in ((preference.chosen, True), (preference.rejected, False))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetuning.data.collators import UNTRAINED
-from finetuning.data.samples import MaskError, Message
+from finetuning.data.samples import Conversation, MaskError, Message, Preference, Prompt, UnpairedPreference
 from finetuning.data.statistics import TOO_LONG
 from finetuning.data.tokenization.labels import TokenizedText
+
+if TYPE_CHECKING:
+    from finetuning.data.chat.template import TemplateRenderer
 
 EMPTY_ANSWER = "an assistant turn without text"
 NO_ANSWER = "no assistant message"
@@ -55,6 +59,32 @@ def unverified_mask(error: MaskError) -> DroppedSample:
     return DroppedSample("the loss mask could not be verified", str(error), is_bad=True)
 
 
+def find_unprinted(
+    row: Conversation | Preference | UnpairedPreference | Prompt, renderer: TemplateRenderer, text: str
+) -> DroppedSample | None:
+    """Return the row as dropped if its rendered text lacks its tools, documents or system message; None if it does not.
+
+    The model would learn to call tools, or to follow instructions, that it was not given.
+    """
+    missing = None
+    if row.tools and "tools" not in renderer.variables:
+        missing = "tools"
+    elif row.template_kwargs.get("documents") and "documents" not in renderer.variables:
+        missing = "documents"
+    else:
+        messages = row.messages if isinstance(row, Conversation | Prompt) else row.prompt
+        content = messages[0].get("content") if messages and messages[0]["role"] in ("system", "developer") else None
+        # Templates may remove switches such as `/no_think`.
+        lines = [re.sub(r"(^|\s)/\w+", "", line).strip() for line in str(content or "").splitlines()]
+        if content and max(lines, key=len, default="") not in text:
+            missing = "system"
+    if missing is None:
+        return None
+    detail = f"choose another template (data_conf.chat_template_name), or leave it out with ignore_columns: [{missing}]"
+    name = "the system message" if missing == "system" else f"the {missing} of the row"
+    return DroppedSample(f"the chat template does not print {name}", detail, is_bad=True)
+
+
 def too_long(size: int, max_length: int) -> DroppedSample:
     """A row that is longer than the limit and may not be truncated."""
     return DroppedSample(TOO_LONG, f"{size} tokens, the limit is {max_length}", is_invalid=False, tokens=size)
@@ -62,9 +92,13 @@ def too_long(size: int, max_length: int) -> DroppedSample:
 
 @dataclass
 class MessageWarnings:
-    """Finds messages that are likely mistakes: assistant turns without text, and special tokens written as text."""
+    """Finds messages that are likely mistakes: assistant turns without text, special tokens written as text, and keys
+    that the chat template does not read.
+    """
 
     special_tokens: tuple[str, ...]
+    known_keys: Collection[str] | None = None
+    """Keys that the template reads; None if it may read any."""
 
     @cached_property
     def _first_characters(self) -> tuple[str, ...]:
@@ -75,6 +109,8 @@ class MessageWarnings:
 
         Most batches have none. That is decided for the batch as a whole, which is much faster than row by row.
         """
+        if any([len(message) > 2 for messages in rows for message in messages]):
+            return [self(messages) for messages in rows]
         contents = [message.get("content") or " " for messages in rows for message in messages]
         joined = "\n".join(contents)
         if any(map(str.isspace, contents)) or any(character in joined for character in self._first_characters):
@@ -84,6 +120,10 @@ class MessageWarnings:
     def __call__(self, messages: Sequence[Message]) -> set[str]:
         """The warnings of one row."""
         warnings: set[str] = set()
+        if self.known_keys is not None:
+            keys = {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
+            unused = keys - {"role", "content"} - set(self.known_keys)
+            warnings |= {f"message key {key} is not used: the chat template does not read it" for key in unused}
         contents = [message.get("content") or " " for message in messages]
         if not any(map(str.isspace, contents)) and not self._has_special_token("\n".join(contents)):
             return warnings

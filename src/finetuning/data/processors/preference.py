@@ -19,6 +19,7 @@ from finetuning.data.processors.base import (
     DroppedSample,
     MessageWarnings,
     TokenizedSample,
+    find_unprinted,
     too_long,
     unverified_mask,
 )
@@ -45,7 +46,7 @@ class AnswerProcessor:
     warnings: MessageWarnings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.warnings = MessageWarnings(self.renderer.special_tokens)
+        self.warnings = MessageWarnings(self.renderer.special_tokens, self.renderer.message_keys)
 
     def mask(
         self, answers: Sequence[tuple[Preference | UnpairedPreference, list[Message]]]
@@ -119,6 +120,8 @@ class PreferenceProcessor(AnswerProcessor):
         if isinstance(rejected_text, MaskError) or isinstance(rejected_tokens, MaskError):
             error = rejected_text if isinstance(rejected_text, MaskError) else rejected_tokens
             return unverified_mask(MaskError(f"rejected answer: {error}"))
+        if unprinted := None if row.is_text else find_unprinted(row, self.renderer, chosen_text.text):
+            return unprinted
         prompt, chosen = self.split_prompt(chosen_tokens)
         other_prompt, rejected = self.split_prompt(rejected_tokens)
         if not np.array_equal(prompt, other_prompt):
@@ -191,6 +194,8 @@ class UnpairedProcessor(AnswerProcessor):
     ) -> TokenizedSample | DroppedSample:
         if isinstance(tokens, MaskError):
             return unverified_mask(tokens)
+        if unprinted := None if row.is_text else find_unprinted(row, self.renderer, masked.text):
+            return unprinted
         prompt, completion = self.split_prompt(tokens)
         size = len(prompt) + len(completion)
         max_answer = size if self.max_length is None else self.max_length - len(prompt)

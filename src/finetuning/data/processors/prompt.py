@@ -13,6 +13,7 @@ from finetuning.data.processors.base import (
     DroppedSample,
     MessageWarnings,
     TokenizedSample,
+    find_unprinted,
     too_long,
     unverified_mask,
 )
@@ -35,7 +36,7 @@ class PromptProcessor:
     warnings: MessageWarnings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.warnings = MessageWarnings(self.renderer.special_tokens)
+        self.warnings = MessageWarnings(self.renderer.special_tokens, self.renderer.message_keys)
 
     def __call__(self, rows: Sequence[Prompt]) -> list[TokenizedSample | DroppedSample]:
         rendered = [self._render(row) for row in rows]
@@ -61,6 +62,8 @@ class PromptProcessor:
     def _finish(self, row: Prompt, text: str, tokens: TokenizedText | MaskError) -> TokenizedSample | DroppedSample:
         if isinstance(tokens, MaskError):
             return unverified_mask(tokens)
+        if unprinted := find_unprinted(row, self.renderer, text):
+            return unprinted
         ids: np.ndarray = tokens.ids
         if self.max_length is not None and len(ids) > self.max_length:
             return too_long(len(ids), self.max_length)

@@ -16,6 +16,7 @@ from finetuning.data.processors.base import (
     DroppedSample,
     MessageWarnings,
     TokenizedSample,
+    find_unprinted,
     too_long,
     truncate,
     unverified_mask,
@@ -41,7 +42,7 @@ class ChatProcessor:
     warnings: MessageWarnings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.warnings = MessageWarnings(self.renderer.special_tokens)
+        self.warnings = MessageWarnings(self.renderer.special_tokens, self.renderer.message_keys)
 
     def __call__(self, rows: Sequence[Conversation]) -> list[TokenizedSample | DroppedSample]:
         turns = [self._turns(row) for row in rows]
@@ -83,6 +84,8 @@ class ChatProcessor:
     ) -> TokenizedSample | DroppedSample:
         if isinstance(tokens, MaskError):
             return unverified_mask(tokens)
+        if unprinted := find_unprinted(row, self.renderer, masked.text):
+            return unprinted
         sample = truncate(tokens, self.max_length, self.truncate, masked.text, masked.warnings.union(warnings))
         if isinstance(sample, DroppedSample) and sample.detail == NO_ANSWER:
             has_answer = any(message["role"] == "assistant" for message in row.messages)
@@ -182,7 +185,9 @@ class SFTProcessor:
 
     def _chunks(self, ids: list[int], row: Text) -> list[TokenIds]:
         chunks = [ids[first : first + self.max_length] for first in range(0, len(ids), self.max_length)]
-        return [TokenIds(chunk, chunk, row.location, row.warnings | {SPLIT_TEXT}) for chunk in chunks]
+        rows = [TokenIds(chunk, chunk, row.location, row.warnings | {SPLIT_TEXT}) for chunk in chunks]
+        rows[0].unused = row.unused
+        return rows
 
     def _check_ids(self, row: TokenIds) -> TokenizedSample | DroppedSample:
         # Before there is an array: an id may be larger than any type of numpy.
