@@ -277,7 +277,7 @@ def test_unpaired_rows_come_from_labels_and_pairs() -> None:
     parsed = parse({"prompt": "a", "completion": " b", "label": True}, "completion_label")
     assert (parsed.is_text, parsed.label, parsed.completion[0]["content"]) == (True, True, " b")
     assert parse({"prompt": [USER], "completion": [ANSWER], "label": False}, "completion_label").completion == [ANSWER]
-    assert "label: expected true or false, got text" in str(
+    assert "label: expected true or false, got 'yes'" in str(
         parse({"prompt": "a", "completion": " b", "label": "yes"}, "completion_label")
     )
     pair = next(item for item in KINDS["unpaired"] if item.name == "chosen_rejected")

@@ -130,6 +130,11 @@ def test_columns_that_a_template_or_a_handler_reads_are_used(opened: Callable[..
     assert (parsed.text, parsed.unused) == ("z", ("b c", "e"))
 
 
+def test_a_template_that_is_not_valid_is_an_error_of_the_config(opened: Callable[..., OpenDataset]) -> None:
+    with pytest.raises(ConfigError, match=r"data_conf\.x\.data_formatter_template: the template is not valid"):
+        opened("sft", {"a": "b"}, data_formatter_template="{% if %}")
+
+
 def test_a_column_to_ignore_must_exist(opened: Callable[..., OpenDataset]) -> None:
     with pytest.raises(ConfigError, match=r"none of contxt is a column of the first rows; their columns: text"):
         opened("sft", {"text": "a", "context": "b"}, ignore_columns=["contxt"])

@@ -39,7 +39,7 @@ class TextTemplate:
     def __post_init__(self) -> None:
         if self._is_jinja:
             try:
-                self._compiled[self.template] = self._environment.compiled(self.template)
+                self._compile(self.template)
             except (jinja2.TemplateSyntaxError, RecursionError) as error:
                 raise TextTemplateError(f"the template is not valid: {error}: {self.template!r}") from None
 
@@ -66,8 +66,7 @@ class TextTemplate:
     def _render(self, source: str, values: Mapping[str, object], special_tokens: Mapping[str, str]) -> str:
         try:
             if source not in self._compiled:
-                self._compiled[source] = self._environment.compiled(source)
-                self._names[source] = meta.find_undeclared_variables(self._environment.parse(source))
+                self._compile(source)
             for name in self._names[source]:
                 values.get(name)  # as read: see `ReadValues`
             variables = {**special_tokens, **values, "element": values}
@@ -84,6 +83,10 @@ class TextTemplate:
             if is_input_error(error):
                 raise TextTemplateError(f"the template failed on this row: {error}") from None
             raise
+
+    def _compile(self, source: str) -> None:
+        self._names[source] = meta.find_undeclared_variables(self._environment.parse(source))
+        self._compiled[source] = self._environment.compiled(source)
 
     @cached_property
     def _environment(self) -> LimitedEnvironment:

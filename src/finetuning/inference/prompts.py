@@ -13,7 +13,6 @@ from finetuning.config.sections.experiment import EvalData, OpenInput
 from finetuning.data.formats.row_format import (
     FieldError,
     messages_field,
-    meta_fields,
     problem_of,
     template_kwargs_field,
     tools_field,
@@ -30,6 +29,8 @@ _KEY = "prompt_conf.data"
 _UNKNOWN = Location()
 _DATASET_KEYS = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
 """Dataset options that apply to prompts; the others are about training."""
+_CARRIED = ("dataset", "id", "tags", "labels")
+"""Columns that describe a row, and are copied to the output."""
 _ANSWER_COLUMNS = ("correct_answers", "response")
 """Columns with the expected answers, first come first served; `response` is Silogen's."""
 _COLUMNS = {
@@ -132,7 +133,7 @@ def _eval_prompt(
         return row
     try:
         text, messages, reference = _prompt_and_reference(row)
-        meta = meta_fields(row)
+        meta = {name: row.values[name] for name in _CARRIED if name in row.values}
         unread.update(dict.fromkeys(name for name in row.values if name not in _COLUMNS and name not in meta))
         identity = meta.pop("id", None)
         dataset = meta.pop("dataset", None)

@@ -1,11 +1,14 @@
 """Row formats of a prompt and its completion.
 
-- `alpaca`: `instruction`, optional `input`, `system` and `history`, and `output`; becomes a chat.
+- `alpaca`: `instruction` or `query`, optional `input`, `system` and `history`, and `output` or `response`; becomes a
+  chat.
 - `prompt_completion`: `prompt` and `completion`, two texts or two lists of messages.
 - `input_output`: `input` and `output`, two texts that are joined with a space.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from finetuning.data.formats.messages import chat_field, choose_turns
 from finetuning.data.formats.row_format import (
@@ -18,6 +21,7 @@ from finetuning.data.formats.row_format import (
     problem_of,
     require_columns,
     text_field,
+    with_columns,
 )
 from finetuning.data.samples import Conversation, JsonValue, Message, Row, Text, json_type
 from finetuning.errors import Problem
@@ -25,11 +29,28 @@ from finetuning.errors import Problem
 ALPACA_COLUMNS = ("instruction", "output")
 
 
+_ALPACA_NAMES = {"query": "instruction", "response": "output"}
+"""ms-swift's and Dolly's names of the columns."""
+
+
+def has_alpaca(values: Mapping[str, object]) -> bool:
+    """Return whether a row has an instruction and its answer."""
+    names = {_ALPACA_NAMES.get(name, name) for name in values}
+    return names >= set(ALPACA_COLUMNS)
+
+
+def _with_alpaca_names(row: Row) -> Row:
+    renames = {old: new for old, new in _ALPACA_NAMES.items() if old in row.values and new not in row.values}
+    return with_columns(row, renames, {new: row.values[old] for old, new in renames.items()})
+
+
 def parse_alpaca(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Problem:
     """Return the row as a chat: instruction, an empty line and input are the user's message, output is the answer."""
     try:
+        if any(name in row.values for name in _ALPACA_NAMES):
+            row = _with_alpaca_names(row)
         require_columns(row, ALPACA_COLUMNS, "alpaca")
-        prompt = _history(row)
+        prompt = history_field(row)
         if row.values.get("system"):
             prompt.insert(0, {"role": "system", "content": text_field(row, "system")})
         question = text_field(row, "instruction")
@@ -43,7 +64,8 @@ def parse_alpaca(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation |
         return problem_of(row, error)
 
 
-def _history(row: Row) -> list[Message]:
+def history_field(row: Row) -> list[Message]:
+    """Return the earlier turns of a chat: pairs of question and answer."""
     pairs: JsonValue = row.values.get("history") or []
     if not isinstance(pairs, list):
         raise FieldError("history", f"expected a list of pairs, got {json_type(pairs)}")
@@ -56,7 +78,7 @@ def _history(row: Row) -> list[Message]:
     return messages
 
 
-ALPACA = RowFormat("alpaca", ALPACA_COLUMNS, parse_alpaca)
+ALPACA = RowFormat("alpaca", ALPACA_COLUMNS, parse_alpaca, has_alpaca)
 
 
 PROMPT_COMPLETION_COLUMNS = ("prompt", "completion")

@@ -22,8 +22,9 @@ from finetuning.data.formats.row_format import (
     problem_of,
     require_columns,
     text_field,
+    truth_value,
 )
-from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row, json_type
+from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row
 from finetuning.errors import Problem
 
 _FLAGS = frozenset({"train", "weight", "training", "loss", "masked"})
@@ -102,29 +103,12 @@ def _flag(message: Message, key: str) -> bool | None:
         value: JsonValue = message.get(name)
         if value is None:
             continue
-        is_trained = _truth(value, f"{key}.{name}") != (name == "masked")
+        is_trained = truth_value(value, f"{key}.{name}") != (name == "masked")
         if first is not None and first[1] != is_trained:
             said = json.dumps(value) if isinstance(value, str | bool) else f"{value:g}"
             raise FieldError(f"{key}.{name}", f"is {said}, but {first[0]} is {json.dumps(message[first[0]])}")
         first = first or (name, is_trained)
     return first[1] if first else None
-
-
-def _truth(value: JsonValue, key: str) -> bool:
-    """Return a truth value that is written as a boolean, as 0 or 1, or as the text of one of these."""
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in ("true", "false", "0", "1"):
-            return text in ("true", "1")
-    elif isinstance(value, bool):
-        return value
-    elif isinstance(value, int | float):
-        if value in (0, 1):
-            return bool(value)
-        raise FieldError(key, f"expected 0 or 1, got {value:g}: fractional weights are not supported")
-    raise FieldError(
-        key, f"expected true or false, got {json_type(value) if not isinstance(value, str) else repr(value)}"
-    )
 
 
 MESSAGES_COLUMNS = ("messages",)
@@ -139,6 +123,9 @@ _ROLE_ALIASES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+
+
+_CALLING_ROLES = ("function_call", "tool_call")
 
 
 def has_messages(values: Mapping[str, object]) -> bool:
@@ -173,14 +160,41 @@ def parse_messages(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation
 
 
 def chat_field(row: Row, column: str) -> list[Message]:
-    """Return the messages of a column, with `role` and `content` even if they are spelled `from` and `value`."""
+    """Return the messages of a column, with `role` and `content` however other engines spell them."""
     value: JsonValue = row.values[column]
-    if value and isinstance(value, list) and all(map(is_plain, value)):
-        return value
-    if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
-        messages = [_from_sharegpt(message, f"{column}[{index}]") for index, message in enumerate(value)]
-        row = Row({**row.values, column: messages}, row.location)
+    if value and isinstance(value, list):
+        if all(map(is_plain, value)):
+            return value
+        messages: list[JsonValue] = []
+        for index, message in enumerate(value):
+            messages += _spelled_out(message, f"{column}[{index}]")
+        row = Row({column: messages}, row.location)
     return messages_field(row, column)
+
+
+def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:
+    """Return a message with `role`, `content` and `tool_calls`; a pair of question and answer becomes two."""
+    if not isinstance(message, dict):
+        return [message]
+    if "role" not in message and message.keys() >= {"human", "assistant"}:
+        extra = {name: value for name, value in message.items() if name not in ("human", "assistant")}
+        return [
+            {"role": "user", "content": message["human"]},
+            {"role": "assistant", "content": message["assistant"], **extra},
+        ]
+    if _is_sharegpt(message):
+        return [_from_sharegpt(message, key)]
+    role: JsonValue = message.get("role")
+    if role in _CALLING_ROLES:
+        extra = {name: value for name, value in message.items() if name not in ("role", "content")}
+        calls = _tool_calls(message.get("content"), f"{key}.content")
+        return [{"role": "assistant", "content": None, "tool_calls": calls, **extra}]
+    if isinstance(role, str) and role in _ROLE_ALIASES:
+        message = {**message, "role": _ROLE_ALIASES[role]}
+    if message.get("function_call") is not None:
+        extra = {name: value for name, value in message.items() if name != "function_call"}
+        return [{**extra, "tool_calls": _tool_calls(message["function_call"], f"{key}.function_call")}]
+    return [message]
 
 
 def _is_sharegpt(message: JsonValue) -> bool:
@@ -194,8 +208,8 @@ def _from_sharegpt(message: JsonValue, key: str) -> JsonValue:
     role: JsonValue = message["from"]
     content: JsonValue = message.get("value")
     extra = {name: value for name, value in message.items() if name not in ("from", "value")}
-    if role in ("function_call", "tool_call"):
-        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content, key), **extra}
+    if role in _CALLING_ROLES:
+        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content, f"{key}.value"), **extra}
     return {
         "role": _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role,
         "content": content,
@@ -207,10 +221,10 @@ def _tool_calls(content: JsonValue, key: str) -> list[JsonObject]:
     try:
         value: JsonValue = json.loads(content) if isinstance(content, str) else content
     except json.JSONDecodeError as error:
-        raise FieldError(f"{key}.value", f"expected a function call as JSON: {error}") from None
+        raise FieldError(key, f"expected a function call as JSON: {error}") from None
     calls: list[Any] = value if isinstance(value, list) else [value]
     if not all(_is_call(call) for call in calls):
-        raise FieldError(f"{key}.value", "expected a function call: an object with name and arguments")
+        raise FieldError(key, "expected a function call: an object with name and arguments")
     return [{"type": "function", "function": call} for call in calls]
 
 

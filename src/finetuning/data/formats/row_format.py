@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
+from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, ReadValues, Row, json_type
 from finetuning.data.text_template import TextTemplate
 from finetuning.errors import Location, Problem
 
@@ -245,12 +245,33 @@ def other_fields(row: Row) -> OtherFields:
     }
 
 
-def label_field(row: Row) -> bool:
+def label_field(row: Row, column: str = "label") -> bool:
     """Return whether the row's completion is desirable."""
-    label: JsonValue = row.values["label"]
-    if not isinstance(label, bool):
-        raise FieldError("label", f"expected true or false, got {json_type(label)}")
-    return label
+    return truth_value(row.values[column], column)
+
+
+def truth_value(value: JsonValue, key: str) -> bool:
+    """Return a truth value that is written as a boolean, as 0 or 1, or as the text of one of these."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        if value in (0, 1):
+            return bool(value)
+        raise FieldError(key, f"expected 0 or 1, got {value:g}: fractional weights are not supported")
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("true", "false", "0", "1"):
+            return text in ("true", "1")
+        raise FieldError(key, f"expected true or false, got {value!r}")
+    raise FieldError(key, f"expected true or false, got {json_type(value)}")
+
+
+def with_columns(row: Row, removed: Iterable[str], new: JsonObject) -> Row:
+    """Return the row with new columns, made of others that are removed and count as read."""
+    names = {name for name in removed if row.values.get(name) is not None}
+    values = {name: value for name, value in row.values.items() if name not in names} | new
+    read = row.values.read if isinstance(row.values, ReadValues) else None
+    return Row(ReadValues(values, read), row.location)
 
 
 def check_completion(row: Row, column: str, messages: list[Message]) -> None:

@@ -8,11 +8,15 @@ Rows of preferences are accepted as well: each becomes a desirable and an undesi
 
 from __future__ import annotations
 
-from finetuning.data.formats.messages import chat_field
+from collections.abc import Mapping
+
+from finetuning.data.formats.instruction import has_alpaca, parse_alpaca
+from finetuning.data.formats.messages import chat_field, has_messages, messages_column, parse_messages
 from finetuning.data.formats.preference import (
     CHOSEN_REJECTED_COLUMNS,
     PREFERENCE,
     as_messages,
+    has_preference,
     parse_chosen_rejected,
     parse_preference,
 )
@@ -28,8 +32,9 @@ from finetuning.data.formats.row_format import (
     problem_of,
     require_columns,
     text_field,
+    with_columns,
 )
-from finetuning.data.samples import Preference, Row, UnpairedPreference
+from finetuning.data.samples import Conversation, Preference, Row, UnpairedPreference
 from finetuning.errors import Problem
 
 UNPAIRED_COLUMNS = ("prompt_messages", "completion_messages", "label")
@@ -74,9 +79,22 @@ UNPAIRED = RowFormat("unpaired", UNPAIRED_COLUMNS, parse_unpaired)
 COMPLETION_LABEL_COLUMNS = ("prompt", "completion", "label")
 
 
+_LABELS = ("label", "kto_tag")
+
+
+def has_label(values: Mapping[str, object]) -> bool:
+    """Return whether a row has a label, and a prompt and completion, a chat, or an instruction with its answer."""
+    has_answer = values.keys() >= {"prompt", "completion"} or has_messages(values) or has_alpaca(values)
+    return has_answer and any(name in values for name in _LABELS)
+
+
 def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> UnpairedPreference | Problem:
     """Return the unpaired preference of a row, or what is wrong with it."""
     try:
+        if "kto_tag" in row.values and "label" not in row.values:
+            row = with_columns(row, ("kto_tag",), {"label": row.values["kto_tag"]})
+        if "completion" not in row.values and (has_messages(row.values) or has_alpaca(row.values)):
+            return _labeled_chat(row)
         require_columns(row, COMPLETION_LABEL_COLUMNS, "completion_label")
         is_text = not isinstance(row.values["prompt"], list)
         if is_text:
@@ -92,10 +110,23 @@ def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> Unpa
         return problem_of(row, error)
 
 
+def _labeled_chat(row: Row) -> UnpairedPreference | Problem:
+    """Return a chat, of which the label is about the last message, as in ms-swift and LLaMA-Factory."""
+    require_columns(row, ("label",), "completion_label")
+    parsed = parse_messages(row) if has_messages(row.values) else parse_alpaca(row)
+    if not isinstance(parsed, Conversation):
+        return parsed
+    *prompt, answer = parsed.messages
+    column = messages_column(row.values) or "output"
+    if not prompt or answer["role"] != "assistant":
+        raise FieldError(column, "expected a chat that ends with an answer, as there is a label")
+    return UnpairedPreference(prompt=prompt, completion=[answer], label=label_field(row), **other_fields(row))
+
+
 def parse_pair(row: Row, options: Options = DEFAULT_OPTIONS) -> list[UnpairedPreference] | Problem:
     """Return the two completions of a row in TRL's preference format."""
     return as_unpaired(parse_chosen_rejected(row, options))
 
 
-COMPLETION_LABEL = RowFormat("completion_label", COMPLETION_LABEL_COLUMNS, parse_completion_label)
-CHOSEN_REJECTED_PAIR = RowFormat("chosen_rejected", CHOSEN_REJECTED_COLUMNS, parse_pair)
+COMPLETION_LABEL = RowFormat("completion_label", COMPLETION_LABEL_COLUMNS, parse_completion_label, has_label)
+CHOSEN_REJECTED_PAIR = RowFormat("chosen_rejected", CHOSEN_REJECTED_COLUMNS, parse_pair, has_preference)

@@ -1,0 +1,170 @@
+"""Rows in the shapes of other engines and of the OpenAI API: each is read, with the right prompt and answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetuning.data.formats import FORMATS, KINDS
+from finetuning.data.samples import Conversation, Preference, Problem, ReadValues, Row, UnpairedPreference
+from finetuning.errors import Location
+
+from .conversations import assistant, user
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+QUESTION, GOOD, BAD = user("What is the sum?"), assistant("It is 4."), assistant("It is 5.")
+HUMAN = {"from": "human", "value": "What is the sum?"}
+GPT, OTHER_GPT = {"from": "gpt", "value": "It is 4."}, {"from": "gpt", "value": "It is 5."}
+TEXTS = {"chosen": "It is 4.", "rejected": "It is 5."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+def parse(kind: str, values: dict[str, Any]) -> Any:
+    """Parse a row as a dataset of its own, and return it with the columns that were not read."""
+    row = Row(ReadValues(values), Location("a.jsonl", 1))
+    row_format = next((item for item in KINDS[kind] if item.matches(row)), KINDS[kind][0])
+    parsed = row_format.parse(row)
+    assert not isinstance(parsed, Problem), parsed
+    assert row.values.unread() == (), row_format.name
+    return parsed
+
+
+PREFERENCES: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "LLaMA-Factory, alpaca": (
+        {"instruction": "Add.", "input": "2 and 2", **TEXTS},
+        [user("Add.\n\n2 and 2")],
+    ),
+    "LLaMA-Factory, sharegpt": ({"conversations": [HUMAN], "chosen": GPT, "rejected": OTHER_GPT}, [QUESTION]),
+    "system and question": ({"system": "Be kind.", "question": "What is the sum?", **TEXTS}, [SYSTEM, QUESTION]),
+    "history": (
+        {"instruction": "What is the sum?", "history": [["Hi", "Ho"]], **TEXTS},
+        [user("Hi"), assistant("Ho"), QUESTION],
+    ),
+    "ms-swift": ({"messages": [SYSTEM, QUESTION, GOOD], "rejected_response": "It is 5."}, [SYSTEM, QUESTION]),
+    "OpenAI": (
+        {"input": {"messages": [QUESTION]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        [QUESTION],
+    ),
+    "chosen_messages and rejected_messages": (
+        {"chosen_messages": [SYSTEM, QUESTION, GOOD], "rejected_messages": [SYSTEM, QUESTION, BAD]},
+        [SYSTEM, QUESTION],
+    ),
+    "messages and texts": ({"messages": [QUESTION], **TEXTS}, [QUESTION]),
+    "a prompt of text and answers of messages": (
+        {"prompt": "What is the sum?", "chosen": [GOOD], "rejected": [BAD]},
+        [QUESTION],
+    ),
+    "chats with their prompt as text": (
+        {"prompt": "What is the sum?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+        [QUESTION],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences(name: str) -> None:
+    values, prompt = PREFERENCES[name]
+    parsed = parse("preference", values)
+    assert isinstance(parsed, Preference) and not parsed.is_text
+    assert (parsed.prompt, parsed.chosen, parsed.rejected) == (prompt, [GOOD], [BAD])
+
+
+def test_tools_of_the_openai_api_are_kept() -> None:
+    before = {"messages": [QUESTION], "tools": [CALL], "parallel_tool_calls": True}
+    parsed = parse("preference", {"input": before, "preferred_output": [GOOD], "non_preferred_output": [BAD]})
+    assert parsed.tools == [CALL]
+
+
+@pytest.mark.parametrize("column", ["context", "user_prompt", "Frage"])
+def test_a_prompt_is_not_guessed_where_a_column_could_be_it(column: str) -> None:
+    values = {column: "What is the sum?", "id": "a-1", **TEXTS}
+    problem = FORMATS["chosen_rejected"].parse(Row(values, Location("a.jsonl", 1)))
+    assert isinstance(problem, Problem)
+    assert f"could be it: set columns: {{{column}: prompt}}" in problem.message
+    del values[column]
+    parsed = FORMATS["chosen_rejected"].parse(Row(values, Location("a.jsonl", 1)))
+    assert isinstance(parsed, Preference) and parsed.is_text
+    assert [parsed.prompt[0]["content"], parsed.chosen[0]["content"]] == ["It is", " 4."]
+
+
+UNPAIRED: dict[str, dict[str, Any]] = {
+    "ms-swift": {"messages": [QUESTION, GOOD], "label": True},
+    "LLaMA-Factory, sharegpt": {"conversations": [HUMAN, GPT], "kto_tag": True},
+    "LLaMA-Factory, alpaca": {"instruction": "What is the sum?", "input": "", "output": "It is 4.", "kto_tag": True},
+    "a label of CSV": {"messages": [QUESTION, GOOD], "label": "true"},
+    "a label of Parquet": {"messages": [QUESTION, GOOD], "label": 1},
+}
+
+
+@pytest.mark.parametrize("name", UNPAIRED)
+def test_unpaired_preferences(name: str) -> None:
+    parsed = parse("unpaired", UNPAIRED[name])
+    assert isinstance(parsed, UnpairedPreference)
+    assert (parsed.prompt, parsed.completion, parsed.label, parsed.is_text) == ([QUESTION], [GOOD], True, False)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [(0, False), (1.0, True), ("0", False), ("False", False), (" TRUE ", True)]
+)
+def test_labels_may_be_numbers_and_texts(label: Any, expected: bool) -> None:
+    assert parse("unpaired", {"prompt": "a", "completion": "b", "label": label}).label is expected
+
+
+def test_a_chat_without_a_label_is_an_error() -> None:
+    problem = FORMATS["completion_label"].parse(Row({"messages": [QUESTION, GOOD]}, Location("a.jsonl", 1)))
+    assert isinstance(problem, Problem) and problem.message.startswith("expected label; found messages.")
+
+
+@pytest.mark.parametrize("label", [2, 0.5, "yes", None, []])
+def test_other_labels_are_errors(label: Any) -> None:
+    values = {"prompt": "a", "completion": "b", "label": label}
+    problem = FORMATS["completion_label"].parse(Row(values, Location("a.jsonl", 1)))
+    assert isinstance(problem, Problem) and problem.location.key == "label"
+
+
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+CHATS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "query and response": (
+        {"query": "What is the sum?", "response": "It is 4.", "history": [["Hi", "Ho"]], "system": "Be kind."},
+        [SYSTEM, user("Hi"), assistant("Ho"), QUESTION, GOOD],
+    ),
+    "instruction and response": ({"instruction": "What is the sum?", "response": "It is 4."}, [QUESTION, GOOD]),
+    "pairs of human and assistant": (
+        {"conversation": [{"human": "Hi", "assistant": "Ho"}, {"human": "What is the sum?", "assistant": "It is 4."}]},
+        [user("Hi"), assistant("Ho"), QUESTION, GOOD],
+    ),
+    "roles of ShareGPT": (
+        {"messages": [{"role": "human", "content": "What is the sum?"}, {"role": "gpt", "content": "It is 4."}]},
+        [QUESTION, GOOD],
+    ),
+    "calls as roles": (
+        {
+            "messages": [
+                QUESTION,
+                {"role": "tool_call", "content": '{"name": "add"}'},
+                {"role": "tool_response", "content": "4"},
+                GOOD,
+            ]
+        },
+        [QUESTION, CALLING, {"role": "tool", "content": "4"}, GOOD],
+    ),
+    "a legacy function call": (
+        {"messages": [QUESTION, {"role": "assistant", "content": None, "function_call": {"name": "add"}}, GOOD]},
+        [QUESTION, CALLING, GOOD],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats(name: str) -> None:
+    values, messages = CHATS[name]
+    parsed = parse("sft", values)
+    assert isinstance(parsed, Conversation)
+    assert parsed.messages == messages
+
+
+def test_a_context_without_a_place_is_reported() -> None:
+    row = Row(ReadValues({"instruction": "a", "context": "b", "response": "c"}), Location("a.jsonl", 1))
+    assert isinstance(FORMATS["alpaca"].parse(row), Conversation)
+    assert row.values.unread() == ("context",)
