@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from finetuning.data.formats import FORMATS, KINDS
-from finetuning.data.samples import Conversation, Preference, Problem, ReadValues, Row, UnpairedPreference
+from finetuning.data.formats.row_format import ReadValues
+from finetuning.data.samples import Conversation, Preference, Problem, Row, UnpairedPreference
 from finetuning.errors import Location
 
 from .conversations import assistant, user

@@ -14,7 +14,8 @@ from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.training import SFTArgs
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
-from finetuning.data.samples import JsonObject, JsonValue, ParsedRow, ReadValues, Row, Sample, SkippedRow
+from finetuning.data.formats.row_format import ReadValues
+from finetuning.data.samples import JsonObject, JsonValue, ParsedRow, Row, Sample, SkippedRow
 from finetuning.data.sources import Line, find_shards
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.data.transforms import TransformChain, make_transforms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,34 +14,6 @@ JsonValue = str | int | float | bool | list[Any] | dict[str, Any] | None
 """A parsed JSON value."""
 Message = JsonObject
 """One chat message: `role`, `content`, and all other fields of the row (`tool_calls`, `name`, ...)."""
-
-
-class ReadValues(JsonObject):
-    """The values of a row, and the names of those that were read one by one.
-
-    Copying, listing and looking for a name do not count. That is how a run knows which columns nothing was made of.
-    """
-
-    __slots__ = ("read",)
-
-    def __init__(self, values: Mapping[str, Any], read: set[str] | None = None):
-        super().__init__(values)
-        self.read: set[str] = set() if read is None else read
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
-
-    def unread(self) -> tuple[str, ...]:
-        """Return the names of values that are neither read nor empty."""
-        return tuple(name for name in self.keys() - self.read if JsonObject.get(self, name) not in _EMPTY)
-
-
-_EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 @dataclass(slots=True)

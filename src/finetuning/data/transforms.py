@@ -12,8 +12,8 @@ from typing import Any
 
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import MESSAGE_COLUMN_NAMES
-from finetuning.data.formats.row_format import TrainOn
-from finetuning.data.samples import JsonObject, JsonValue, ReadValues, Row, SkippedRow
+from finetuning.data.formats.row_format import ReadValues, TrainOn
+from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.errors import ConfigError, Location, Problem
 

@@ -165,12 +165,14 @@ def _texts(row: Row) -> list[list[Message]]:
     chosen, rejected = (text_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
     if row.values.get("prompt") is not None:
         return as_messages(text_field(row, "prompt"), chosen, rejected)
-    other = [name for name, value in row.values.items() if name not in CHOSEN_REJECTED_COLUMNS and _is_prose(value)]
-    if other:
+    columns = [name for name in row.values if name not in CHOSEN_REJECTED_COLUMNS]
+    candidates = [name for name in columns if _is_prose(JsonObject.get(row.values, name))]
+    if candidates:
+        first = candidates[0]
         raise FieldError(
             "",
-            f"there is no `prompt`, but {other[0]} could be it: set columns: {{{other[0]}: prompt}}, or, if the answers"
-            f" begin with the prompt, ignore_columns: [{', '.join(other)}]",
+            f"there is no `prompt`, but {first} could be it: set columns: {{{first}: prompt}}, or, if the answers begin"
+            f" with the prompt, ignore_columns: [{', '.join(candidates)}]",
         )
     prompt = common_words(chosen, rejected)
     if not prompt:

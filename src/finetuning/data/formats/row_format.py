@@ -10,9 +10,9 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, ReadValues, Row, json_type
+from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
 from finetuning.data.text_template import TextTemplate
 from finetuning.errors import Location, Problem
 
@@ -56,6 +56,34 @@ class RowFormat:
         if self.has_format is not None:
             return self.has_format(row.values)
         return all(column in row.values for column in self.columns)
+
+
+class ReadValues(JsonObject):
+    """The values of a row, and the names of those that were read one by one.
+
+    Copying, listing and looking for a name do not count. That is how a run knows which columns nothing was made of.
+    """
+
+    __slots__ = ("read",)
+
+    def __init__(self, values: Mapping[str, Any], read: set[str] | None = None):
+        super().__init__(values)
+        self.read: set[str] = set() if read is None else read
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the names of values that are neither read nor empty."""
+        return tuple(name for name in self.keys() - self.read if JsonObject.get(self, name) not in _EMPTY)
+
+
+_EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 class FieldError(ValueError):

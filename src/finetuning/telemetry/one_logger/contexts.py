@@ -5,17 +5,28 @@ configured. An exception in the block is recorded, and the span ends with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import _GeneratorContextManager, contextmanager
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar
 
 from finetuning.telemetry.one_logger import job_callbacks as callbacks
 from finetuning.telemetry.one_logger.provider import TrainingTelemetryProvider
 from finetuning.telemetry.one_logger.training_recorder import TelemetrySpan, TrainingRecorder
 from finetuning.telemetry.one_logger.values import Attributes
 
-SpanContext = _GeneratorContextManager[TelemetrySpan]
-"""A context manager that is also a decorator."""
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+class SpanContext(Protocol):
+    """A context manager that is also a decorator, as `contextlib.contextmanager` makes them."""
+
+    def __enter__(self) -> TelemetrySpan: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> bool | None: ...
+    def __call__(self, function: _Function, /) -> _Function: ...
 
 
 @contextmanager
