@@ -53,7 +53,8 @@ def run(script: str, folder: Path) -> list[str]:
 
 
 def shape(line: str) -> str:
-    """Return a line without its numbers, spacing and truncated end."""
+    """Return a line without its numbers, digests, spacing and truncated end."""
+    line = re.sub(r"\b[0-9a-f]{16,}\b", "#", line)
     line = re.sub(r"\d[\d.,]*(?:e[+-]?\d+)?", "#", line.removesuffix("…").strip())
     return re.sub(r"\s+", " ", re.sub(r"# [KMG]iB", "# MiB", line))[:60]
 
