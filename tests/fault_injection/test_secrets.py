@@ -114,7 +114,7 @@ def test_secrets_are_neither_written_nor_printed(
     assert "team:search" in (tmp_path / "out" / "telemetry").glob("*/rank0.jsonl").__next__().read_text()
 
 
-@pytest.mark.parametrize("debug", [True, False])
+@pytest.mark.parametrize("debug", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_secrets_are_not_in_errors(
     run_cli: Any, values: Any, environment: Any, write_config: Any, tmp_path: Path, debug: bool
 ) -> None:
