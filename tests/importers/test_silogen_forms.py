@@ -61,5 +61,5 @@ def test_a_lost_value_and_an_unknown_key_are_noticed(method: str) -> None:
         f"{section}.model",
     )
     assert judge(method, {f"{section}.model": "a"}).verdict == RUNS
-    assert judge(method, {f"{section}.modell": "a"}).verdict == REFUSED
+    assert judge(method, {f"{section}.modelx": "a"}).verdict == REFUSED
     assert judge(method, {f"{section}.model_args": {"torch_dtype": "bfloat16"}}).verdict == DIFFERS
