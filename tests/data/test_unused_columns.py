@@ -212,6 +212,9 @@ def test_a_system_message_without_its_switches_is_printed(
         "{{ m.content }}", "{{ m.content.replace('/no_think', '').rstrip() if m.role == 'system' else m.content }}"
     )
     tokenizer = make_tokenizer("byte-level", template, ("<|im_start|>", "<|im_end|>"))
-    system = {"role": "system", "content": "Be brief. /no_think"}
-    conf = config(write_lines("a.jsonl", {"messages": [system, *TALK]}), chat_template_name="keep-original")
-    assert len(sft(conf, tokenizer).train) == 1
+    rows = [
+        {"messages": [{"role": "system", "content": content}, *TALK]}
+        for content in ("Be brief. /no_think", "Look into /etc/hosts and /usr/bin first.", "/no_think")
+    ]
+    conf = config(write_lines("a.jsonl", *rows), chat_template_name="keep-original")
+    assert len(sft(conf, tokenizer).train) == 3

@@ -74,9 +74,9 @@ def find_unprinted(
     else:
         messages = row.messages if isinstance(row, Conversation | Prompt) else row.prompt
         content = messages[0].get("content") if messages and messages[0]["role"] in ("system", "developer") else None
-        # Templates may remove switches such as `/no_think`.
-        lines = [re.sub(r"(^|\s)/\w+", "", line).strip() for line in str(content or "").splitlines()]
-        if content and max(lines, key=len, default="") not in text:
+        longest = max(str(content or "").splitlines(), key=len, default="").strip()
+        # Templates may remove the switches of reasoning, and nothing else that begins with a slash.
+        if longest not in text and re.sub(r"\s*/(no_)?think\b", "", longest).strip() not in text:
             missing = "system"
     if missing is None:
         return None
