@@ -26,10 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from finetuning.trainer.mixin import TrainerMixin
 
 SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
     "0.1b": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "0.4b": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 22, "num_attention_heads": 16},
 }
-NUM_TOKENS = 128_000
+NUM_TOKENS = {size: 2_000 if size == "tiny" else 128_000 for size in SIZES}
 
 
 class SavingTrainer(TrainerMixin, Trainer):
@@ -52,17 +53,17 @@ class SavingTrainer(TrainerMixin, Trainer):
         return result
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     merges: list[tuple[str, str]] = []
     for left in list(vocabulary):
         for right in alphabet:
-            if left + right not in vocabulary:
+            if len(vocabulary) < num_tokens - 1 and left + right not in vocabulary:
                 vocabulary[left + right] = len(vocabulary)
                 merges.append((left, right))
     for left in [token for token in vocabulary if len(token) == 2]:
-        if len(vocabulary) >= NUM_TOKENS - 1:
+        if len(vocabulary) >= num_tokens - 1:
             break
         vocabulary[left + "e"] = len(vocabulary)
         merges.append((left, "e"))
@@ -73,7 +74,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_trainer(size: str, dtype: torch.dtype, folder: Path, *, is_lora: bool) -> SavingTrainer:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(NUM_TOKENS[size])
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES[size]))
@@ -88,6 +89,8 @@ def make_trainer(size: str, dtype: torch.dtype, folder: Path, *, is_lora: bool) 
             weight.grad = torch.full_like(weight, 1e-3)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+    # A checkpoint holds the losses since the last log, which the training loop begins with.
+    trainer._tr_loss, trainer._globalstep_last_logged = torch.tensor(0.0), 0
     return trainer
 
 

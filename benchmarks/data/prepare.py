@@ -73,7 +73,7 @@ conf = DataConfig.model_validate({
 args = SFTArgs(max_seq_length=4096, train_on_completions_only=True)
 start()
 data = prepare_sft(conf, args, tokenizer, WORKERS)
-part = data.ledger.parts[0].totals
+part = data.statistics.splits[0].counts
 stop(part.tokens, part.trained_tokens)
 """
 VARIANTS = {

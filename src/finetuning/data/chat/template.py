@@ -11,7 +11,7 @@ positions of the markers are the positions of the contents in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -44,6 +44,9 @@ _SAFE_ATTRIBUTES = {
 }
 """Attributes that a template may always read: nothing but text comes of them, or a number or truth value of a loop."""
 
+_type_of = cast("Callable[[object], type[object]]", type)
+"""`type`, without a cast at each attribute that a template reads."""
+
 
 class _FastSandbox(LimitedEnvironment):
     """Jinja's sandbox, faster for what chat templates read most: keys of messages, methods of texts, and loops.
@@ -64,7 +67,7 @@ class _FastSandbox(LimitedEnvironment):
         return self._is_safe[key]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        kind = cast("type[object]", type(obj))
+        kind = _type_of(obj)
         # `message.role`: a key that is not also a method of dictionaries.
         if kind is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
