@@ -45,6 +45,13 @@ through the engine (peft {peft}, torch {torch}, on the CPU) by `make test-zoo`:
 quality, speed or memory.
 """
 
+METHODS = """## Methods
+
+Two steps of each method, full and LoRA, on ten families, resumed after the first: the run passes its own checks
+([Verification](../concepts/verification.md)) without a false alarm, and losses and saved tensors equal the
+uninterrupted run's.
+"""
+
 
 def collect(folder: Path) -> None:
     """Merge the results of single architectures into the table, under the installed versions."""
@@ -54,7 +61,11 @@ def collect(folder: Path) -> None:
     architectures: dict[str, Any] = earlier.get("architectures", {}) if is_current else {}
     for file in sorted(folder.glob("*.json")):
         architectures[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-    table = {**versions, "architectures": dict(sorted(architectures.items()))}
+    methods: dict[str, dict[str, str]] = earlier.get("methods", {}) if is_current else {}
+    for file in sorted((folder / "methods").glob("*.json")):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        methods.setdefault(entry["model_type"], {})[entry["run"]] = entry["result"]
+    table = {**versions, "architectures": dict(sorted(architectures.items())), "methods": methods}
     RESULTS.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -72,7 +83,7 @@ def page(record: dict[str, Any], not_built: dict[str, str]) -> str:
         cells = [_cell(entry["results"], steps) for steps in COLUMNS.values()]
         layout = entry["notes"].get("rows", "").partition(":")[0] or "–"
         lines.append(f"| `{model_type}` | {entry['class']} | {layout} | {' | '.join(cells)} |")
-    lines += ["", "## What is refused, and why", ""]
+    lines += ["", *_methods(record["methods"]), "## What is refused, and why", ""]
     for model_type, entry in architectures.items():
         reasons = dict.fromkeys(_reason(text) for text in entry["results"].values() if text != PASSED)
         reasons.pop("", None)
@@ -84,6 +95,20 @@ def page(record: dict[str, Any], not_built: dict[str, str]) -> str:
             if entry["notes"].get(name):
                 lines.append(f"- `{model_type}`, {title}: {entry['notes'][name]}")
     return "\n".join([*lines, ""])
+
+
+def _methods(methods: dict[str, dict[str, str]]) -> list[str]:
+    """Return the section of the methods over the families."""
+    names = list(dict.fromkeys(run.split()[0] for runs in methods.values() for run in runs))
+    lines = [METHODS, f"| model type | {' | '.join(f'`{name}`' for name in names)} |", f"|---|{'---|' * len(names)}"]
+    reasons: list[str] = []
+    for model_type, runs in methods.items():
+        cells = [_cell(runs, (f"{name} full", f"{name} LoRA")) for name in names]
+        lines.append(f"| `{model_type}` | {' | '.join(cells)} |")
+        for reason in dict.fromkeys(_reason(text) for text in runs.values() if text != PASSED):
+            failed = dict.fromkeys(f"`{run.split()[0]}`" for run, text in runs.items() if _reason(text) == reason)
+            reasons.append(f"- `{model_type}`, {', '.join(failed)}: {reason}")
+    return [*lines, "", *reasons, ""]
 
 
 def _cell(results: dict[str, str], steps: tuple[str, ...]) -> str:

@@ -236,6 +236,9 @@ DATA_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("an unknown key of a dataset", {"datasets": [{"data_path": "a.jsonl"}]}),
     ("`dataprocessor.type: odm`", {"dataprocessor": {"type": "odm"}}),
     ("`dataprocessor.seed`", {"dataprocessor": {"seed": 7}}),
+    ("`datapreprocessor.sampling_seed`, as in its documents", {"datapreprocessor": {"sampling_seed": 7}}),
+    ("`rename_columns` of a dataset", {"datasets": [{"rename_columns": {"a": "input"}}]}),
+    ("`retain_columns` of a dataset", {"datasets": [{"retain_columns": ["input"]}]}),
     ("`sampling_stopping_strategy`", {"dataprocessor": {"sampling_stopping_strategy": "first_exhausted"}}),
     ("`chat_template`", {"dataprocessor": {"chat_template": "{{ messages }}"}}),
     (
@@ -284,7 +287,20 @@ HANDLERS: list[tuple[str, list[dict[str, Any]]]] = [
             _MASKED,
         ],
     ),
-    ("a template with stray braces", [_handler("apply_custom_jinja_template", template="}} x {{")]),
+    (
+        "`tokenize_and_apply_instruction_masking` with `input_field_name`, an earlier name",
+        [_handler("tokenize_and_apply_instruction_masking", input_field_name="input", output_field_name="output")],
+    ),
+    (
+        "`apply_custom_data_formatting_template` without `response_template`, an earlier name",
+        [_handler("apply_custom_data_formatting_template", dataset_text_field="text", template="{{input}}")],
+    ),
+    ("`skip_large_text` on `input_ids`, an earlier name", [_MASKED, _SKIP | {"name": "skip_large_text"}]),
+    ("an unknown handler", [_handler("apply_my_template", template="{{input}}")]),
+    (
+        "a template with stray braces",
+        [_handler("apply_custom_jinja_template", formatted_text_column_name="text", template="}} x {{")],
+    ),
 ]
 LAUNCHES: list[tuple[str, int, dict[str, Any]]] = [
     ("nothing, two GPUs", 2, {}),
@@ -305,6 +321,7 @@ FLAGS = [
     "--no_use_flash_attn",
     "--max-seq-length 128",
     "---learning_rate 1e-4",
+    "--max_seq_len 128",
     "--lora_alfa 8",
 ]
 

@@ -90,7 +90,10 @@ def test_a_process_that_waits_for_cached_rows_says_so(
 
 
 SOURCES = Path(__file__).parents[1] / "src" / "finetuning"
-BLOCKING = {"wait_for_everyone", "broadcast_object_list", "gather_object", "barrier", "flock", "join", "wait"}
+BLOCKING = {
+    "wait_for_everyone", "broadcast_object_list", "gather_object", "barrier", "flock", "join", "wait",
+    "snapshot_download", "hf_hub_download", "load_dataset",
+}  # fmt: skip
 EXPECTED_WAITS = {
     "launch/processes.py": "the job itself",
     "selftest/trials.py": "a trial, which is printed when it starts",
@@ -130,5 +133,6 @@ def test_every_wait_without_a_limit_is_announced(path: Path) -> None:
 
 def test_an_unannounced_wait_is_found() -> None:
     assert unannounced_waits("def f(self):\n    self.accelerator.wait_for_everyone()") != []
+    assert unannounced_waits("hub.snapshot_download(name)") == ["hub.snapshot_download(name)"]
     assert unannounced_waits("fcntl.flock(f, fcntl.LOCK_EX)\nt.join()") == ["fcntl.flock(f, fcntl.LOCK_EX)", "t.join()"]
     assert unannounced_waits("with announce_wait('x'):\n    t.join()\n','.join(y)") == []

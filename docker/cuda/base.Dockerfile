@@ -42,9 +42,10 @@ RUN { ! getent passwd 1000 || userdel "$(getent passwd 1000 | cut -d: -f1)"; } \
 
 # Group 0 owns what is written, so that any user id can run this image with group 0.
 # Nothing outside of /cache, /workspace, /tmp and the folders of the Silogen engine's chart is written: mount those and
-# run with --read-only. A mount at /HF_HOME, as the Silogen engine has it, lands in HF_HOME through the link.
-RUN install -d -m 0775 -o 1000 -g 0 /cache /cache/huggingface /workspace /home/finetuning /workdir /local_resources \
-    && ln -s /cache/huggingface /HF_HOME
+# run with --read-only. A mount at /HF_HOME, as the Silogen engine has it, lands in HF_HOME through the link. The chart
+# mounts /workdir/checkpoints and shows /workdir/logs, and the engine writes to ./checkpoints and ./logs.
+RUN install -d -m 0775 -o 1000 -g 0 /cache /cache/huggingface /workspace /workspace/logs /home/finetuning /local_resources \
+    && ln -s /cache/huggingface /HF_HOME && ln -s /workspace /workdir
 
 # USER and LOGNAME: torch's compile cache asks for the user's name, which an arbitrary user id does not have.
 # USE_HUB_KERNELS=0 and no package `kernels`: code from the hub is never fetched at import.

@@ -63,7 +63,6 @@ def test_the_table_agrees_with_the_installed_libraries() -> None:
         ("fsdp_min_num_params: 0", {}),
         ("overwrite_output_dir: true", {}),
         ("save_safetensors: true", {}),
-        ("logging_dir: logs", {}),
         ("include_tokens_per_second: true", {}),
         ("max_prompt_length: 1536", {}),
         ("resume_from_checkpoint: x", {}),

@@ -161,11 +161,14 @@ set -eu
 finetuning() { setpriv --reuid 1000 --regid 0 --init-groups "$@"; }
 test "$(id --user finetuning):$(id --group finetuning)" = 1000:0
 for group in video render; do id --groups --name finetuning | grep --word-regexp --quiet "$group"; done
-for folder in /HF_HOME /cache /workspace /workdir /local_resources; do finetuning touch "$folder/file"; done
+for folder in /HF_HOME /cache /workspace /workdir/logs /local_resources; do finetuning touch "$folder/file"; done
 mkdir /seed && touch /seed/of-the-mount && mount --bind /seed /HF_HOME
 test -e "$HF_HOME/of-the-mount"
+mkdir /workdir/checkpoints && mount --bind /seed /workdir/checkpoints
+cd "$WORKDIR" && test -e ./checkpoints/of-the-mount && test -e ./logs/file
 """
-"""A mount at /HF_HOME, as the Silogen engine's documents have it, is what HF_HOME names."""
+"""A mount at /HF_HOME, as the Silogen engine's documents have it, is what HF_HOME names; one at /workdir/checkpoints,
+as its chart has it, is ./checkpoints."""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount and to change the root folder")
@@ -184,11 +187,14 @@ def test_users_and_folders_of_the_image(path: Path, has_user_1000: bool, tmp_pat
     runs = [run for run in values_of(path, "RUN") if "useradd" in run or "/HF_HOME" in run]
     assert len(runs) == 2
     environment = dict(pair.split("=", 1) for line in values_of(path, "ENV") for pair in line.split())
+    [workdir] = values_of(path.with_name("worker.Dockerfile"), "WORKDIR")[-1:]
     shared = [name for name in ("bin", "sbin", "lib", "lib32", "lib64", "usr", "dev") if Path("/", name).exists()]
     mounts = [f"mkdir -p {root}/{name} && mount --rbind /{name} {root}/{name}" for name in shared]
     script = tmp_path / "steps.sh"
     script.write_text("\n".join(["set -eu", *mounts, f"chroot {root} /bin/bash -euo pipefail /steps"]))
-    (root / "steps").write_text("\n".join([*runs, f"export HF_HOME={environment['HF_HOME']}", CHECKS]))
+    (root / "steps").write_text(
+        "\n".join([*runs, f"export HF_HOME={environment['HF_HOME']} WORKDIR={workdir}", CHECKS])
+    )
     result = subprocess.run(
         ["unshare", "--mount", "bash", str(script)],
         capture_output=True, text=True, check=False, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},

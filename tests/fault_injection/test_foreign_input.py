@@ -309,6 +309,67 @@ def test_damaged_configs(ends_well: Any, config: Path) -> None:
         ends_well(["sft", config, "--dry-run"], number)
 
 
+JOB = {
+    "model_name_or_path": "model", "training_data_path": "rows.jsonl", "output_dir": "out", "peft_method": "lora",
+    "dataset_text_field": "output", "response_template": "### Label:", "target_modules": ["q_proj"],
+    "accelerate_launch_args": {"num_processes": 1}, "exp_metadata": {"team": "a"}, "r": 8,
+}  # fmt: skip
+DATA_CONFIG = {
+    "dataprocessor": {"type": "default", "seed": 3, "chat_template": "{{ messages }}"},
+    "datasets": [
+        {
+            "name": "d", "data_paths": ["rows.jsonl"], "sampling": 1.0, "split": {"train": 0.8, "validation": 0.2},
+            "data_handlers": [
+                {"name": "duplicate_columns", "arguments": {"fn_kwargs": {"old_column": "a", "new_column": "b"}}},
+            ],
+        },
+    ],
+}  # fmt: skip
+RULES = {
+    "controllers": [
+        {"name": "low", "triggers": ["on_log"], "rule": "loss['loss'] < 1", "operations": ["stop.should_training_stop"]}
+    ],
+    "controller_metrics": [{"name": "loss", "class": "Loss"}],
+    "operations": [{"name": "stop", "class": "HFControls"}],
+}
+AXOLOTL = {"base_model": "m", "datasets": [{"path": "a.jsonl", "type": "alpaca"}], "adapter": "lora", "lora_r": 8}
+LLAMA_FACTORY = {"model_name_or_path": "m", "stage": "sft", "dataset": "a", "finetuning_type": "lora", "template": "x"}
+GENERATE = {
+    "prompt_conf": {"type": "open-input", "input": "Hello"}, "model_conf": {"model": "model", "model_args": {}},
+    "hf_gen_params": {"max_new_tokens": 2},
+}  # fmt: skip
+FOREIGN_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "job.json": (JOB, ["job", "job.json", "--worker", "--dry-run"]),
+    "job to import.json": (JOB, ["import", "job to import.json"]),
+    "data.json": (DATA_CONFIG, ["import", "job.json"]),
+    "rules.json": (RULES, ["sft", "config.yaml", "--dry-run", "trainer_controller=rules.json"]),
+    "axolotl.json": (AXOLOTL, ["import", "axolotl.json"]),
+    "llama_factory.json": (LLAMA_FACTORY, ["import", "llama_factory.json"]),
+    "generate.json": (GENERATE, ["generate", "generate.json", "answers.yaml"]),
+    "accelerate.json": ({"distributed_type": "NO", "num_processes": 1}, ["job", "job.json", "--print-config"]),
+}
+"""Files that other programs' users write, and the command that reads each."""
+
+
+@pytest.mark.parametrize("name", FOREIGN_CONFIGS)
+def test_damaged_configs_of_other_programs(
+    ends_well: Any, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"output": "a ### Label: b"}\n')
+    content, command = FOREIGN_CONFIGS[name]
+    job = dict(JOB)
+    if name == "data.json":
+        job = {key: JOB[key] for key in ("model_name_or_path", "output_dir")} | {"data_config_path": name}
+    if name == "accelerate.json":
+        job["accelerate_launch_args"] = {"config_file": name}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    (tmp_path / name).write_text(json.dumps(content))
+    ends_well(command, name)
+    for number in damages(tmp_path / name, damaged_json, "foreign"):
+        ends_well(command, f"{name} {number}: {(tmp_path / name).read_bytes()[:500]!r}")
+
+
 SIZES = {
     "layers": ("config.json", {"num_hidden_layers": 10**9}),
     "more layers than tensors": ("config.json", {"num_hidden_layers": 999}),

@@ -44,6 +44,14 @@ def plan(sft_values: Any, write_config: Any, tmp_path: Path) -> Callable[..., tu
     return make
 
 
+def test_a_config_and_a_launcher_that_both_shard_are_a_warning(plan: Any) -> None:
+    _, twice = plan("bfloat16", AUTOCAST | {"training_args.fsdp": True}, FSDP)
+    [warning] = twice.warnings
+    assert warning.location.key == "training_args.fsdp" and "the launcher shards the model with FSDP" in warning.message
+    assert plan("bfloat16", AUTOCAST | {"training_args.fsdp": True})[1].warnings == []
+    assert plan("bfloat16", AUTOCAST, FSDP)[1].warnings == []
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "changes", "topology", "loaded", "trained"),
     [

@@ -6,15 +6,23 @@ import json
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetuning.cli.main import main
-from finetuning.config.sections.tracking import TrackingConfig
+from finetuning.config.sections import tracking as sections
+from finetuning.config.sections.tracking import TrackingConfig, requested_trackers
+from finetuning.config.sections.training import TrainingArgs
 from finetuning.errors import EXIT_USER
-from finetuning.tracking.accelerate_trackers import AccelerateTracker, BackgroundTracker, TrackerRun
+from finetuning.tracking.accelerate_trackers import (
+    AccelerateTracker,
+    BackgroundTracker,
+    TrackerRun,
+    _tensorboard_dir,
+)
 from finetuning.tracking.hf_integrations import GuardedCallback
 from finetuning.tracking.tracker import (
     LogEvent,
@@ -124,7 +132,6 @@ def _check_scan(scan: dict[str, Any]) -> None:
         (["tracking.trackers=[comet_ml]"], "pip install comet-ml"),
         (["training_args.report_to=[neptune]"], "pip install neptune"),
         (["tracking.trackers=[aim]"], "needs either tracking.aim_repo or tracking.aim_remote_server_ip"),
-        (["training_args.report_to=all"], "must name its trackers"),
         (["tracking.trackers=[mlflow]"], "needs an address"),
         (["tracking.trackers=[wanbd]"], "wandb"),
     ],
@@ -158,6 +165,37 @@ def test_a_resumed_job_continues_the_tracker_run(name: str, tmp_path: Path, monk
         assert identities[0] == identities[1]
         assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 0.5)]
         assert scalars(tmp_path / "tensorboard", "eval/loss") == [(1, 2.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("args", "environ", "folder"),
+    [
+        ({}, {}, "./logs"),
+        ({"output_dir": "out"}, {}, None),
+        ({"output_dir": "out"}, {"LOGS_PATH": "/logs"}, "/logs"),
+        ({}, {"TENSORBOARD_LOGGING_DIR": "/shared", "LOGS_PATH": "/logs"}, None),
+        ({"output_dir": "out", "logging_dir": "mine"}, {"TENSORBOARD_LOGGING_DIR": "/shared"}, "mine"),
+    ],
+)
+def test_the_folder_of_tensorboard_is_that_of_silogens_engine(
+    args: dict[str, str], environ: dict[str, str], folder: str | None
+) -> None:
+    assert _tensorboard_dir(TrainingArgs(**args), environ) == folder
+
+
+def test_events_go_to_the_configured_folder(tmp_path: Path) -> None:
+    run = replace(tracker_run(tmp_path / "out"), tensorboard_dir=str(tmp_path / "logs"))
+    tracker = AccelerateTracker("tensorboard", run)
+    tracker.on_train_begin(StepMetrics(0, 1))
+    tracker.log(LogEvent("training", StepMetrics(1, 1), {"loss": 1.0}))
+    tracker.close()
+    assert scalars(tmp_path / "logs", "train/loss") == [(1, 1.0)]
+
+
+def test_all_means_the_trackers_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "find_spec", lambda name: name in ("tensorboard", "aim") or None)
+    assert requested_trackers(None, "all") == ["tensorboard"]
+    assert requested_trackers(TrackingConfig(aim_repo="/aim"), ["all", "wandb"]) == ["aim", "tensorboard", "wandb"]
 
 
 class Stubborn(Tracker):

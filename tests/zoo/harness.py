@@ -288,7 +288,7 @@ def _resume(architecture: Architecture, kind: str, run: Run) -> None:
     resumed = train(values)
     if resumed.losses[-1] != run.losses[-1]:
         raise Mismatch(f"the loss after resuming is {resumed.losses[-1]:.6f}, uninterrupted {run.losses[-1]:.6f}")
-    _compare_tensors(read_tensors(resumed.final), read_tensors(run.final))
+    compare_tensors(read_tensors(resumed.final), read_tensors(run.final))
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -300,7 +300,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _compare_tensors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+def compare_tensors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     if actual.keys() != expected.keys():
         raise Mismatch(f"saved tensors differ: {sorted(actual.keys() ^ expected.keys())[:4]}")
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]

@@ -91,6 +91,7 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import read_controllers, validate
+    from finetuning.config.yaml.document import dotted
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
     from finetuning.distributed import read_topology
@@ -117,7 +118,10 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
         plan = make_plan(experiment, topology, location=location)
     if topology.is_main:
         attention = [Problem(attention_warning, attention_location)] if attention_warning else []
-        _print_warnings([*validated.warnings, *attention, *plan.warnings], validated.document)
+        # What the user of another engine has not written is no reason for a warning.
+        defaults = {dotted(path) for path in document.defaults}
+        planned = [warning for warning in plan.warnings if warning.location.key not in defaults]
+        _print_warnings([*validated.warnings, *attention, *planned], validated.document)
     return _CheckedConfig(validated.document, experiment, algorithm, topology, tracking, plan)
 
 
@@ -221,11 +225,17 @@ def _print_warnings(warnings: Sequence[Problem], document: ConfigDocument) -> No
         print(f"warning: {locate(warning, document)}", file=sys.stderr)
 
 
+_ROW_KINDS = {"sft": "sft", "kto": "unpaired", "grpo": "prompt"}
+"""The kind of rows of each method; of the others `preference`."""
+
+
 def _print_plan(checked: _CheckedConfig, adapter: str) -> None:
-    from finetuning.data.prepared import count_training_rows
+    from finetuning.data.prepared import check_first_rows, count_training_rows
     from finetuning.plan.plan import Decision
 
     experiment = checked.experiment
+    kind = _ROW_KINDS.get(experiment.method_name, "preference")
+    check_first_rows(experiment.data_conf, kind, getattr(experiment, "sft_args", None))
     count = count_training_rows(experiment.data_conf, unpaired=experiment.method_name == "kto")
     plan = checked.plan.with_trainable(_count_adapter(checked))
     decisions = [

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from finetuning import __version__
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, WeightedMix
+from finetuning.config.sections.training import SFTArgs
 from finetuning.data.cache import (
     CacheEntry,
     CacheKey,
@@ -29,7 +31,7 @@ from finetuning.data.preprocessor import PreparedSplit, Preprocessor, held_out_s
 from finetuning.data.preview import PreviewRow
 from finetuning.data.sources import find_shards
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics, raise_bad_rows
-from finetuning.errors import DataError, Location, Problem
+from finetuning.errors import ConfigError, DataError, Location, Problem
 
 if TYPE_CHECKING:
     import datasets  # pyright: ignore[reportMissingTypeStubs]
@@ -254,6 +256,43 @@ class RowCount:
 
     rows: int | None
     reason: str
+
+
+_NUM_FIRST_ROWS = 32
+_ANY_TOKENS = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
+"""In place of the tokenizer's special tokens, which templates may name."""
+
+
+def check_first_rows(data_conf: DataConfig, kind: str, sft_args: SFTArgs | None) -> None:
+    """Open every dataset and parse its first rows, without a tokenizer: what a run would refuse in them is raised.
+
+    Args:
+        kind: the kind of rows that the method trains on, one of `KINDS`.
+        sft_args: for SFT.
+
+    Raises:
+        DataError: lists every file that is missing, setting of a dataset that is wrong, and row that is bad.
+    """
+    if data_conf.prepared:
+        return
+    validation = data_conf.validation_data
+    sources = used_datasets(data_conf.training_data, "data_conf.training_data")
+    if isinstance(validation, Concatenation):
+        sources += used_datasets(validation, "data_conf.validation_data")
+    problems: list[Problem] = []
+    for key, source in sources:
+        try:
+            opened = open_dataset(source, key, kind, options_for(sft_args, _ANY_TOKENS), streaming=data_conf.streaming)
+            rows = list(islice(opened.rows, _NUM_FIRST_ROWS))
+        except (ConfigError, DataError) as error:
+            problems += error.problems
+            continue
+        bad = [row for row in rows if isinstance(row, Problem)]
+        is_nothing_left = bool(bad) and len(bad) == len(rows) < _NUM_FIRST_ROWS
+        if data_conf.on_bad_row == "error" or is_nothing_left:
+            problems += bad
+    if problems:
+        raise DataError(problems[:_NUM_FIRST_ROWS])
 
 
 def count_training_rows(data_conf: DataConfig, *, unpaired: bool = False) -> RowCount:

@@ -82,24 +82,35 @@ def make_transforms(source: DatasetSource, key: str) -> TransformChain:
     return chain
 
 
-def _add(chain: TransformChain, handler: Handler) -> TransformChain:
+def handler_arguments(handler: Handler) -> Arguments:
+    """Return the arguments of a handler's own, without those of `datasets.Dataset.map`.
+
+    Raises:
+        TransformError: the handler or an argument is unknown, or one is missing.
+    """
     if handler.name not in _HANDLERS:
         raise TransformError(f'unknown handler "{handler.name}"; supported are {", ".join(_HANDLERS)}')
-    supported, required, add = _HANDLERS[handler.name]
-    outer = {name: value for name, value in handler.arguments.items() if name != "fn_kwargs"}
+    supported, required, _ = _HANDLERS[handler.name]
     inner: JsonValue = handler.arguments.get("fn_kwargs") or {}
     if not isinstance(inner, dict):
         raise TransformError("fn_kwargs must be a mapping")
-    arguments = {name: value for name, value in {**outer, **inner}.items() if name in supported}
-    unknown = sorted({*outer, *inner} - {*supported, *_MAP_ARGUMENTS})
+    combined = {**{name: value for name, value in handler.arguments.items() if name != "fn_kwargs"}, **inner}
+    arguments = {name: value for name, value in combined.items() if name in supported}
+    unknown = sorted(set(combined) - {*supported, *_MAP_ARGUMENTS})
     missing = [name for name in required if arguments.get(name) is None]
     if unknown or missing:
         problem = f"has no argument {', '.join(unknown)}" if unknown else f"requires {', '.join(missing)}"
         raise TransformError(f"{handler.name} {problem}; its arguments are {', '.join(supported)}")
+    return arguments
+
+
+def _add(chain: TransformChain, handler: Handler) -> TransformChain:
+    arguments = handler_arguments(handler)
+    add = _HANDLERS[handler.name][2]
     if chain.format and handler.name not in _AFTER_TOKENIZATION:
         raise TransformError(f"{handler.name} cannot come after a handler that tokenizes the rows")
     result = add(chain, arguments)
-    removed: str | list[str] | None = outer.get("remove_columns")
+    removed: str | list[str] | None = handler.arguments.get("remove_columns")
     # The parser of a format reads no columns but its own: nothing has to be removed before it.
     if removed is None or result.format or handler.name in ("remove_columns", "rename_columns", "select_columns"):
         return result
@@ -210,7 +221,7 @@ def _jinja(chain: TransformChain, arguments: Arguments) -> TransformChain:
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         return {**values, column: formatter(values, special_tokens)}
 
-    return _add_transform(chain, run, text_field=column)
+    return _add_transform(chain, run, text_field=column, add_eos=arguments.get("add_eos_token", True))
 
 
 def _input_masking(chain: TransformChain, arguments: Arguments) -> TransformChain:
@@ -277,7 +288,7 @@ _HANDLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Transform
         _skip_large,
     ),
     "apply_custom_jinja_template": (
-        ("formatted_text_column_name", "template"),
+        ("formatted_text_column_name", "template", "add_eos_token"),
         ("formatted_text_column_name", "template"),
         _jinja,
     ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuning.distributed import announce_wait
 from finetuning.errors import ModelError, read_json_object, reading
 from finetuning.model.fingerprint import check_adapter_fingerprint
 from finetuning.model.resolve import RepoKind, resolve_model
@@ -73,7 +74,8 @@ def resolve_folder(name: str, kind: RepoKind) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
-    return Path(snapshot_download(location.name, allow_patterns=patterns, **location.hub_kwargs))
+    with announce_wait(f"the download of {location}"):
+        return Path(snapshot_download(location.name, allow_patterns=patterns, **location.hub_kwargs))
 
 
 def read_adapter(name: str, *, allow_pickle: bool | None = None) -> Adapter:

@@ -93,7 +93,8 @@ class Translation:
             tuple(path.split(".")): SourceSpan(source=self.source.location_of((key,)))
             for path, key in self.sources.items()
         }
-        return ConfigDocument({**self.values}, marks, self.source.file)
+        defaults = {tuple(path.split(".")) for path, key in self.sources.items() if not self.source.has((key,))}
+        return ConfigDocument({**self.values}, marks, self.source.file, frozenset(defaults))
 
     def finish(self) -> Translation:
         """Return the translation itself.

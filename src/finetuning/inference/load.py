@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import ModelArgs, NoQuantization, Quantized, RunConfig
+from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location, ModelError, read_json_object, reading
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def _with_adapter(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTok
         check_adapter_base(model, source.folder, location)
     # An adapter with new tokens contains their embeddings; the base model's must have the same size.
     resize_embeddings(model, tokenizer)
-    with reading(f"cannot load the adapter {source}", location=location):
+    problem = f"cannot load the adapter {source}"
+    with reading(problem, location=location), announce_wait(f"the adapter {source} to load"):
         wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=False, **source.hub_kwargs)
     if source.folder is not None:
         check_adapter_tensors(wrapped, source.folder, location)

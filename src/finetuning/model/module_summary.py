@@ -146,7 +146,7 @@ def look_up_modules(
     embeddings = EmbeddingInfo(tuple(new_ids), 0, 0, is_tied)
     config = adapters.make_peft_config(model, conf, embeddings=embeddings, total_steps=1, check_names=False)
     trained_rows = tuple(getattr(config, "trainable_token_indices", None) or ()) if new_ids else ()
-    warnings = check_module_names(model, config)
+    warnings = [*check_module_names(model, config), *adapters.dropout_warning(conf, config)]
     if trained_rows or adapters.peft_type_of(config) != "LORA":
         return ModuleLookup(tuple(warnings), (), None, trained_rows)
     targets = adapters.target_names(config)

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetuning.config.sections.data import MissingPadTokenStrategy
+from finetuning.distributed import announce_wait
 from finetuning.errors import Location, ModelError, reading
 from finetuning.model.resolve import ModelLocation, resolve_model
 
@@ -101,7 +102,8 @@ def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, locatio
 
     name = source.name
     hint = "A tokenizer.json is needed (a fast tokenizer)."
-    with reading(f"the tokenizer of {name} cannot be loaded", location=location, hint=hint):
+    problem = f"the tokenizer of {name} cannot be loaded"
+    with reading(problem, location=location, hint=hint), announce_wait(f"the tokenizer of {source} to load"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=True, trust_remote_code=trust_remote_code, **source.hub_kwargs
         )

@@ -250,11 +250,14 @@ class Plan:
     weights: WeightsPlan | None = None
     """None for an adapter."""
     steps: StepPlan | None = None
+    sharding_warning: Problem | None = None
+    """Why the model is sharded otherwise than the launcher says."""
 
     @property
     def warnings(self) -> list[Problem]:
-        batch = [Problem(self.batch.warning, Location(key=_BATCH_KEY))] if self.batch.warning else []
-        return [*batch, *([self.weights.warning] if self.weights and self.weights.warning else [])]
+        batch = Problem(self.batch.warning, Location(key=_BATCH_KEY)) if self.batch.warning else None
+        weights = self.weights.warning if self.weights else None
+        return [warning for warning in (batch, weights, self.sharding_warning) if warning is not None]
 
     @property
     def decisions(self) -> list[Decision]:
@@ -322,6 +325,19 @@ def make_plan(
         memory=estimate_memory(experiment, context.weights_dtype),
         weights=plan_weights(context),
         steps=_steps(rows, batch, experiment),
+        sharding_warning=_sharded_twice(context),
+    )
+
+
+def _sharded_twice(context: RunContext) -> Problem | None:
+    """Return a warning if both the launcher and `training_args` configure FSDP: the trainer combines the two."""
+    if context.topology.sharded_by != "fsdp" or not (context.args.model_extra or {}).get("fsdp"):
+        return None
+    return Problem(
+        "is set, and the launcher shards the model with FSDP as well: what fsdp_config does not say is taken from the"
+        " launcher's config",
+        Location(key="training_args.fsdp"),
+        "Set fsdp in one place: remove it here, or launch with --preset ddp.",
     )
 
 

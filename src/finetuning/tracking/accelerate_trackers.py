@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config.redaction import redact_values
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.tracking import ACCELERATE_TRACKERS, TrackingConfig, requested_trackers
+from finetuning.config.sections.training import TrainingArgs
 from finetuning.tracking.tracker import (
     LogEvent,
     RunIdentity,
@@ -50,6 +51,8 @@ class TrackerRun:
     section: TrackingConfig
     identities: Mapping[str, RunIdentity]
     """The runs of an earlier job to continue, by tracker; empty for a new run."""
+    tensorboard_dir: str | None = None
+    """Folder of TensorBoard's event files, if the config or the environment says it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def make_trackers(
         parameters={**parameters, **metadata},
         section=section,
         identities=read_identities(output_dir, names) if resumed else {},
+        tensorboard_dir=_tensorboard_dir(experiment.training_args, os.environ),
     )
     return [BackgroundTracker(AccelerateTracker(name, run)) for name in names]
 
@@ -219,7 +223,19 @@ def _group_name(name: str) -> str:
     return f"train/{name}"
 
 
+def _tensorboard_dir(args: TrainingArgs, environ: Mapping[str, str]) -> str | None:
+    """Return the folder of TensorBoard's events; None for one in the output folder, or in the shared one.
+
+    As in the Silogen engine, whose chart serves that folder, a run in ./checkpoints has its events in ./logs.
+    """
+    if args.logging_dir or environ.get("TENSORBOARD_LOGGING_DIR"):
+        return args.logging_dir
+    return environ.get("LOGS_PATH") or (None if "output_dir" in args.model_fields_set else "./logs")
+
+
 def _tensorboard(run: TrackerRun, identity: RunIdentity) -> dict[str, object]:
+    if run.tensorboard_dir:
+        return {"run_name": "", "logging_dir": run.tensorboard_dir}
     shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
     if shared:
         return {"run_name": run.output_dir.absolute().name, "logging_dir": shared}

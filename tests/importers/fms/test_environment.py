@@ -94,6 +94,18 @@ def test_flags_of_fsdp1_are_translated_for_the_preset(args: Any, preset: str, fl
     assert (planned.launch.config_file.name, planned.launch.flags, planned.notes) == (preset, flags, ())
 
 
+@pytest.mark.parametrize(
+    ("fsdp", "preset"), [("full_shard auto_wrap", "ddp"), (True, "ddp"), ("", "fsdp2"), (False, "fsdp2")]
+)
+def test_fsdp_of_the_job_is_not_mixed_with_the_preset(fsdp: Any, preset: str) -> None:
+    job = {"fsdp": fsdp, "accelerate_launch_args": {"fsdp_sharding_strategy": 2, "quiet": True}}
+    planned = plan_launch(parse_document(json.dumps(job), "job.json"), 2, {})
+    assert planned.launch.config_file.stem == preset
+    sharding = ("--fsdp_reshard_after_forward", "false") if preset == "fsdp2" else ()
+    assert set(planned.launch.flags) == {"--quiet", *sharding}
+    assert bool(planned.notes) is (preset == "ddp")
+
+
 def test_flags_that_only_fsdp1_has_are_dropped_with_a_note() -> None:
     args = {"fsdp_version": 1, "fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_use_orig_params": True}
     planned = plan(args, gpus=2)

@@ -110,6 +110,14 @@ def test_flags_translate_as_the_json_job_does(line: str, job: dict[str, Any], no
     assert flag_notes == notes
 
 
+def test_a_flag_may_be_shortened_as_argparse_takes_it() -> None:
+    job, notes = read_flags(shlex.split("--data_config d.yaml --max_seq_len 8192 --packing=True --lora 3 --no_bf1"))
+    assert job.values == {
+        "data_config_path": "d.yaml", "max_seq_length": "8192", "packing": "True", "lora": "3", "bf1": "false",
+    }  # fmt: skip
+    assert notes == ["--data_config: read as --data_config_path", "--max_seq_len: read as --max_seq_length"]
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -47,6 +47,11 @@ TALK_TEXT = handler(
     "apply_tokenizer_chat_template", formatted_text_column_name="formatted", conversation_column_name="talk"
 )
 MASKED = handler("tokenize_and_apply_input_masking", input_column_name="input", output_column_name="output")
+EARLIER_MASKED = handler("tokenize_and_apply_instruction_masking", input_field_name="input", output_field_name="output")
+EARLIER_FORMATTED = handler(
+    "apply_custom_data_formatting_template", dataset_text_field="f", template="In: {{input}} Out: {{output}}"
+)
+WHOLE = "### Input: Q\n### Label: A"
 
 
 @pytest.fixture
@@ -144,6 +149,38 @@ def trained(translation: Translation, tokenizer_dir: Path) -> str:
                 handler("duplicate_columns", existing_column_name="input_ids", new_column_name="labels"),
             ],
             f"In: Q Out: A{END}",
+        ),
+        # Names of earlier releases.
+        ("pairs", {}, [EARLIER_MASKED], f" A{END}"),
+        ("pairs", {"response_template": " Out:"}, [EARLIER_FORMATTED], f" A{END}"),
+        ("texts", {"packing": True}, [handler("add_tokenizer_eos_token", text_column_name="output")], f"{WHOLE}{END}"),
+        (
+            "texts",
+            {"packing": True},
+            [handler("apply_dataset_formatting", dataset_text_field="output")],
+            f"{WHOLE}{END}",
+        ),
+        (
+            "texts",
+            {},
+            [
+                handler("tokenize", dataset_text_field="output"),
+                handler("duplicate_columns", old_column="input_ids", new_column="labels"),
+            ],
+            f"{WHOLE}{END}",
+        ),
+        (
+            "pairs",
+            {"packing": True},
+            [
+                handler(
+                    "apply_custom_jinja_template",
+                    formatted_text_column_name="f",
+                    template="In: {{input}}",
+                    add_eos_token=False,
+                )
+            ],
+            "In: Q",
         ),
         (
             "chats",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, SecretStr, StringConstraints
@@ -186,10 +187,22 @@ def report_to_trackers(report_to: str | Iterable[str]) -> list[str]:
     return [name for name in names if name not in ("none", "mlflow")]
 
 
+def _installed_trackers(tracking: TrackingConfig | None) -> list[str]:
+    """Return the trackers that `report_to: all` means: those that are installed, Aim only if it has a repository."""
+    has_aim = tracking is not None and bool(tracking.aim_repo or tracking.aim_remote_server_ip)
+    return [
+        name
+        for name, package in ACCELERATE_TRACKERS.items()
+        if (has_aim or name != "aim") and find_spec(package.module) is not None
+    ]
+
+
 def requested_trackers(tracking: TrackingConfig | None, report_to: str | Iterable[str]) -> list[str]:
     """Return the trackers of an experiment: those of `tracking.trackers`, then those of `training_args.report_to`."""
-    named = tracking.trackers if tracking else []
-    return list(dict.fromkeys([*named, *report_to_trackers(report_to)]))
+    named: list[str] = [*tracking.trackers] if tracking else []
+    for name in report_to_trackers(report_to):
+        named += _installed_trackers(tracking) if name == "all" else [name]
+    return list(dict.fromkeys(named))
 
 
 def tracker_key(tracking: TrackingConfig | None, name: str) -> str:

@@ -92,6 +92,9 @@ class TrainingArgs(ConfigSection):
     """Whether a higher value of that metric is better."""
     report_to: str | list[str] = "none"
     """Experiment trackers in addition to MLflow, named as in transformers. Same effect as `tracking.trackers`."""
+    logging_dir: str | None = Field(default=None, min_length=1)
+    """Folder of TensorBoard's event files. Defaults to $TENSORBOARD_LOGGING_DIR or $LOGS_PATH; otherwise to ./logs if
+    `output_dir` is left at its default, and else to the folder `tensorboard` of the output folder."""
     deepspeed: str | dict[str, Any] | None = None
     """DeepSpeed config: the path of a JSON file, or the config itself."""
 

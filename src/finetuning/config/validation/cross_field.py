@@ -370,10 +370,13 @@ def tracking_uri_has_no_credentials(run: Experiment) -> Iterator[ValidationIssue
 
 
 def trackers_are_configured(run: Experiment) -> Iterator[ValidationIssue]:
-    """Reject Aim without exactly one repository, and `all`, which depends on the installed packages."""
+    """Reject Aim without exactly one repository, and warn of `all`, which depends on the installed packages."""
     if "all" in report_to_trackers(run.training_args.report_to):
         yield ValidationIssue(
-            ("training_args", "report_to"), "must name its trackers; all is none.", "Write [tensorboard]."
+            ("training_args", "report_to"),
+            "is all: every tracker that is installed where the run starts, and MLflow if it has an address.",
+            "Name the trackers.",
+            kind="warning",
         )
     if "aim" not in requested_trackers(run.tracking, run.training_args.report_to):
         return

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from finetuning.config.pretrained_config import find_pretrained_config
+from finetuning.distributed import announce_wait
 
 Fields = dict[str, object]
 """For each name that a class accepts, the type of its value; `Any` where no type is known that YAML could write."""
@@ -116,7 +117,8 @@ def installed_fields() -> LibraryFields:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, TABLE.name)
         command = [sys.executable, "-m", "finetuning.config.validation.introspection", str(path)]
-        process = subprocess.run(command, capture_output=True, check=False)
+        with announce_wait("a process that imports the libraries, to read which keys they have"):
+            process = subprocess.run(command, capture_output=True, check=False)
         return LibraryFields(json.loads(path.read_text(encoding="utf-8"))) if process.returncode == 0 else fields
 
 

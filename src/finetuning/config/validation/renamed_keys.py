@@ -69,7 +69,6 @@ TRAINING_ARGS: dict[str, Change] = {
     "fsdp_transformer_layer_cls_to_wrap": RenamedKey(("fsdp_config", "transformer_layer_cls_to_wrap")),
     "overwrite_output_dir": RemovedKey("a run never overwrites another one"),
     "save_safetensors": RemovedKey("weights are always saved as safetensors"),
-    "logging_dir": RemovedKey("TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR"),
     "include_tokens_per_second": RemovedKey("tokens per second are always logged"),
     "max_prompt_length": RemovedKey(
         "prompts are not shortened by themselves; max_length limits prompt and answer together"

@@ -47,6 +47,8 @@ class ConfigDocument:
     values: YamlSection
     marks: Mapping[KeyPath, SourceSpan] = field(default_factory=dict[KeyPath, SourceSpan])
     file: str | None = None
+    defaults: frozenset[KeyPath] = frozenset()
+    """Paths whose values are the defaults of another engine: its user has not written them."""
 
     def mark_of(self, path: KeyPath) -> SourceSpan | None:
         """Return the span of a path, or of the nearest enclosing section if the path has none."""

@@ -6,23 +6,55 @@ import base64
 import binascii
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
+from finetuning.config.sections.data import Handler
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import ConfigDocument, YamlSection, YamlValue
 from finetuning.config.yaml.reader import read_document
 from finetuning.data.sources.files import file_format
 from finetuning.data.text_template import TextTemplate, TextTemplateError
+from finetuning.data.transforms import TransformError, handler_arguments
 from finetuning.errors import ConfigError, Problem
 
 _PROCESSOR = {
-    "type", "seed", "streaming", "sampling_stopping_strategy", "chat_template", "chat_template_path",
+    "type", "seed", "sampling_seed", "streaming", "sampling_stopping_strategy", "chat_template", "chat_template_path",
     "chat_template_base64", "odm",
 }  # fmt: skip
 _DATASET = {
     "name", "data_paths", "builder", "sampling", "split", "shuffle", "dataset_split_name", "data_handlers",
+    "rename_columns", "retain_columns",
 }  # fmt: skip
+_EARLIER_SECTION, _EARLIER_SEED = "datapreprocessor", "sampling_seed"
+"""Names of `dataprocessor` and `seed` in fms-hf-tuning's documents."""
+_ADD_EOS = ("add_tokenizer_eos_token", "apply_dataset_formatting")
+"""Handlers of earlier releases that add the end-of-sequence token to a text, as is done here for every text."""
+_EARLIER_HANDLERS = {
+    **dict.fromkeys((*_ADD_EOS, "apply_custom_data_formatting_template"), "apply_custom_jinja_template"),
+    "tokenize_and_apply_instruction_masking": "tokenize_and_apply_input_masking",
+    **dict.fromkeys(("skip_large_text", "skip_large_columns"), "skip_samples_with_large_columns"),
+}
+"""Names of handlers in earlier releases, and in documents that still have them."""
+_EARLIER_ARGUMENTS = {
+    "apply_custom_jinja_template": {
+        "dataset_text_field": "formatted_text_column_name",
+        "text_column_name": "formatted_text_column_name",
+    },
+    "tokenize_and_apply_input_masking": {
+        "input_field_name": "input_column_name",
+        "output_field_name": "output_column_name",
+    },
+    "tokenize": {"dataset_text_field": "text_column_name"},
+    "duplicate_columns": {"old_column": "existing_column_name", "new_column": "new_column_name"},
+    "skip_samples_with_large_columns": {"max_length": "max_allowed_length"},
+    "apply_tokenizer_chat_template": {
+        "dataset_text_field": "formatted_text_column_name",
+        "conversation_column": "conversation_column_name",
+    },
+}
+"""Arguments of handlers, by the handler's name today, that earlier releases named differently."""
 _BUILDERS = {
     "json": (".json", ".jsonl", ".ndjson"),
     "parquet": (".parquet",),
@@ -61,7 +93,7 @@ def read_data_config(path: str | Path) -> YamlSection:
     Raises:
         ConfigError: the file has errors, or settings without a counterpart here; all of them are listed.
     """
-    document = read_document(path)
+    document = _with_processor(read_document(path))
     errors = _Errors(document)
     values = document.values
     errors.check_keys(values, {"dataprocessor", "datasets"}, ())
@@ -75,7 +107,7 @@ def read_data_config(path: str | Path) -> YamlSection:
         errors.add(("datasets",) if "datasets" in values else (), "at least one dataset is required")
         raise ConfigError(errors.problems)
     template = _chat_template(errors, processor, Path(path).parent)
-    seed = processor.get("seed", _SEED)
+    seed = processor.get("seed", processor.get(_EARLIER_SEED, _SEED))
     if not isinstance(seed, int):
         errors.add(("dataprocessor", "seed"), "must be an integer")
         seed = _SEED
@@ -96,6 +128,17 @@ def read_data_config(path: str | Path) -> YamlSection:
         **({"chat_template": template} if template else {}),
         **streaming,
     }
+
+
+def _with_processor(document: ConfigDocument) -> ConfigDocument:
+    """Return the document with the section `dataprocessor`, whatever its name is."""
+    if _EARLIER_SECTION not in document.values or "dataprocessor" in document.values:
+        return document
+    values = {"dataprocessor" if key == _EARLIER_SECTION else key: value for key, value in document.values.items()}
+    marks = {
+        ("dataprocessor", *path[1:]): span for path, span in document.marks.items() if path[:1] == (_EARLIER_SECTION,)
+    }
+    return replace(document, values=values).with_marks(marks)
 
 
 def _split_validation(mix: YamlSection, sources: list[YamlSection], seed: int, *, streaming: bool) -> YamlSection:
@@ -174,13 +217,18 @@ def _dataset(errors: _Errors, values: YamlSection, index: int) -> YamlSection:
     if values.get("shuffle") is False and ("train_ratio" in split or 0 < split.get("validation_ratio", 0) < 1):
         errors.add((*section, "shuffle"), "splits are always random; put the validation rows in a separate file")
     source.update(split)
-    handlers = values.get("data_handlers")
-    if handlers:
-        items = handlers if isinstance(handlers, list) else [None]
-        source["handlers"] = [
-            _handler(errors, handler, (*section, "data_handlers", at)) for at, handler in enumerate(items)
-        ]
-    return source
+    first: list[YamlValue] = []
+    if values.get("rename_columns"):
+        first.append({"name": "rename_columns", "arguments": {"column_mapping": values["rename_columns"]}})
+    if values.get("retain_columns"):
+        first.append({"name": "select_columns", "arguments": {"column_names": values["retain_columns"]}})
+    handlers = values.get("data_handlers") or []
+    items = handlers if isinstance(handlers, list) else [None]
+    handlers = [
+        *first,
+        *(_handler(errors, handler, (*section, "data_handlers", at)) for at, handler in enumerate(items)),
+    ]
+    return {**source, "handlers": handlers} if handlers else source
 
 
 def _check_builder(errors: _Errors, builder: YamlValue, paths: Sequence[str], path: Sequence[str | int]) -> None:
@@ -201,19 +249,46 @@ def _check_builder(errors: _Errors, builder: YamlValue, paths: Sequence[str], pa
 
 
 def _handler(errors: _Errors, values: YamlValue, path: Sequence[str | int]) -> YamlSection:
-    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str) or not values["name"]:
         errors.add(path, "name is required")
         return {"name": "missing"}
     errors.check_keys(values, {"name", "arguments"}, path)
+    values = _with_names_of_today(values)
     arguments = values.get("arguments") or {}
-    inner = arguments.get("fn_kwargs") if isinstance(arguments, dict) else None
+    if not isinstance(arguments, dict):
+        errors.add((*path, "arguments"), "must be a mapping")
+        return {"name": "missing"}
+    inner = arguments.get("fn_kwargs")
     template = inner.get("template") if isinstance(inner, dict) else None
-    if isinstance(template, str):
-        try:
+    try:
+        handler_arguments(Handler(name=str(values["name"]), arguments={str(k): v for k, v in arguments.items()}))
+        if isinstance(template, str):
             TextTemplate(template)
-        except TextTemplateError as error:
-            errors.add((*path, "arguments", "fn_kwargs", "template"), str(error))
+    except TransformError as error:
+        errors.add((*path, "name"), str(error))
+    except TextTemplateError as error:
+        errors.add((*path, "arguments", "fn_kwargs", "template"), str(error))
     return {"name": values["name"], "arguments": arguments}
+
+
+def _with_names_of_today(handler: YamlSection) -> YamlSection:
+    """Return a handler that an earlier release or a document names, under the names of fms-hf-tuning's code today."""
+    written = str(handler["name"])
+    name = _EARLIER_HANDLERS.get(written, written)
+    arguments = handler.get("arguments") or {}
+    inner = arguments.get("fn_kwargs") if isinstance(arguments, dict) else None
+    names = _EARLIER_ARGUMENTS.get(name, {})
+    if not isinstance(arguments, dict):
+        return handler
+    renamed = {names.get(str(key), key): value for key, value in arguments.items()}
+    if isinstance(inner, dict):
+        inner = {names.get(str(key), key): value for key, value in inner.items()}
+        if written in _ADD_EOS:
+            # The column stays, and so do the others, which no format reads.
+            inner = {**inner, "template": f"{{{{{inner.get('formatted_text_column_name')}}}}}"}
+            renamed.pop("remove_columns", None)
+        renamed["fn_kwargs"] = inner
+    return {**handler, "name": name, "arguments": renamed}
 
 
 def _split(errors: _Errors, split: YamlValue, path: Sequence[str | int]) -> dict[str, float]:

@@ -125,7 +125,7 @@ def _plan_launch(job: ConfigDocument, gpus: int, environ: Mapping[str, str]) -> 
     if config_file is None and processes > 1:
         config_file = _sharding_config(gpus, environ)
         if config_file == _PRESET:
-            config_file = _with_preset(args, notes)
+            config_file = _own_fsdp(job, args, notes) or _with_preset(args, notes)
     if config_file is not None and not gpus:
         _require_no_fsdp(config_file, translation)
     environment = _environment(args.pop("env", None))
@@ -160,6 +160,16 @@ def _with_preset(args: YamlSection, notes: list[str]) -> Path:
         for flag in [name for name in args if str(name).startswith("fsdp_")]:
             del args[flag]
     return preset_file(preset)
+
+
+def _own_fsdp(job: ConfigDocument, args: YamlSection, notes: list[str]) -> Path | None:
+    """Return the preset without sharding if the job has `fsdp`, with which the trainer shards the model itself."""
+    if str(job.values.get("fsdp") or "false").lower() == "false":
+        return None
+    for flag in [name for name in args if name in _FSDP1_FLAGS or str(name).startswith("fsdp_")]:
+        del args[flag]
+        notes.append(f"accelerate_launch_args: {flag} has no effect: fsdp and fsdp_config of the job shard the model")
+    return preset_file("ddp")
 
 
 def _require_no_fsdp(config_file: Path, translation: Translation) -> None:

@@ -1,7 +1,7 @@
 """Read the flags of fms-hf-tuning's `tuning/sft_trainer.py` as a job: every key of a JSON job is a flag.
 
 The grammar is that of transformers' HfArgumentParser: `--key value`, `--key=value`, several values for a list, a flag
-alone for true, `--no_key` for false, and hyphens for underscores.
+alone for true, `--no_key` for false, hyphens for underscores, and the beginning of a key that no other key begins with.
 """
 
 from __future__ import annotations
@@ -74,9 +74,19 @@ def _split(arguments: Sequence[str]) -> tuple[list[_Flag], list[Problem]]:
         else:
             problems.append(Problem(f'"{argument}" belongs to no flag', hint="Flags begin with --."))
     for flag in flags:
-        if flag.key.startswith("no_") and flag.key not in SUPPORTED and not flag.values:
+        if flag.key in SUPPORTED:
+            continue
+        if flag.key.startswith("no_") and not flag.values:
             flag.key, flag.values = flag.key.removeprefix("no_"), ["false"]
+        else:
+            flag.key = _completed(flag.key)
     return flags, problems
+
+
+def _completed(key: str) -> str:
+    """Return the one key that begins like this, as argparse does; the key itself if there is none, or several."""
+    candidates = [name for name in SUPPORTED if name.startswith(key)]
+    return candidates[0] if key and len(candidates) == 1 else key
 
 
 def _value(flag: _Flag) -> YamlValue:

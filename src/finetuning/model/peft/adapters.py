@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from finetuning.config.pretrained_config import left_out_of_all_linear
 from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
-from finetuning.errors import Location, ModelError, reading
+from finetuning.distributed import announce_wait
+from finetuning.errors import Location, ModelError, Problem, reading
 from finetuning.model.peft.adapter_files import (
     adapter_digests,
     check_adapter_base,
@@ -179,12 +180,36 @@ def make_peft_config(
         config = config_class(task_type=conf.task_type, **kwargs)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise rejected_by_peft(error, name) from error
+    if name == "LORA" and kwargs.get("lora_dropout") and _adapts_parameters(model, config):
+        config.lora_dropout = 0.0
     if check_names:
         from finetuning.model.peft.module_names import check_module_names
 
-        for problem in check_module_names(model, config):
+        for problem in [*check_module_names(model, config), *dropout_warning(conf, config)]:
             logger.warning("%s", problem)
     return config
+
+
+def _adapts_parameters(model: PreTrainedModel, config: Any) -> bool:
+    """Return whether a LoRA config adapts parameters, such as those in which transformers fuses experts."""
+    from finetuning.model.peft.module_names import fused_targets
+
+    return bool(config.target_parameters) or bool(fused_targets(model, config)[1])
+
+
+def dropout_warning(conf: NewPeft, config: PeftConfig) -> list[Problem]:
+    """Return a warning if PEFT has no dropout for what is adapted, and the config is used without it."""
+    configured = conf.peft_kwargs.get("lora_dropout")
+    if not configured or getattr(config, "lora_dropout", configured) == configured:
+        return []
+    return [
+        Problem(
+            f"is {configured}, and 0 is used: PEFT has no dropout for parameters, in which transformers fuses the"
+            " experts of this model",
+            Location(key=f"{_KWARGS}.lora_dropout"),
+            "Set lora_dropout: 0, or adapt other modules only.",
+        )
+    ]
 
 
 def _resolve_targets(
@@ -371,7 +396,8 @@ def _load_adapter(
     if source.folder is not None:
         _refuse_pickle(source.folder, location)
         check_adapter_base(model, source.folder, location)
-    with reading(f"the adapter {source} cannot be loaded", location=location):
+    problem = f"the adapter {source} cannot be loaded"
+    with reading(problem, location=location), announce_wait(f"the adapter {source} to load"):
         adapted = PeftModel.from_pretrained(
             model,
             source.name,
