@@ -93,11 +93,12 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
+    from finetuning.trainer.row_mean import RowMeanMixin
 
-    class CheckedDPOTrainer(TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    class CheckedDPOTrainer(RowMeanMixin, TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
         args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
-        supports_batch_splitting = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
+        supports_batch_splitting = loss_is_row_mean = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
 
         def _prepare_dataset(
             self, dataset: Dataset | IterableDataset, *args: object, **kwargs: object

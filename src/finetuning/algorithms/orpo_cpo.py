@@ -78,11 +78,12 @@ def build_trainer(inputs: TrainerInputs, trainer: str) -> transformers.Trainer:
         ConfigError: TRL rejects the combination of model and options.
     """
     from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.trainer.row_mean import RowMeanMixin
 
     module, _, name = trainer.partition(":")
     trainer_class: Any = getattr(importlib.import_module(module), name)
 
-    class PairTrainer(TrainerMixin, trainer_class):
+    class PairTrainer(RowMeanMixin, TrainerMixin, trainer_class):
         # TRL's evaluation checks that batches come from its own collator; those of `PairCollator` have the same form.
         use_dpo_data_collator = property(lambda self: True, lambda self, value: None)
 

@@ -47,6 +47,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
     from finetuning.trainer.initial_loss import ExpectedLoss, InitialLossMixin
     from finetuning.trainer.mixin import TrainerMixin
+    from finetuning.trainer.row_mean import RowMeanMixin
 
     has_zero_head = _has_zero_head(inputs.model)
 
@@ -58,7 +59,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
                 [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in examples]
             )
 
-    class CheckedRewardTrainer(TrainerMixin, InitialLossMixin, RewardTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    class CheckedRewardTrainer(RowMeanMixin, TrainerMixin, InitialLossMixin, RewardTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
         def _prepare_dataset(
             self, dataset: Dataset | IterableDataset, *args: object, **kwargs: object
         ) -> Dataset | IterableDataset:

@@ -71,7 +71,7 @@ class FlatteningCollator:
     Returns `input_ids`, `position_ids`, `labels` and `shift_labels`: int64 tensors of shape (1, tokens); and the
     row boundaries in the form that varlen attention kernels take: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, rows + 1)
     and `max_length_q`, `max_length_k`. The first token of a row is not a target. A packed row brings the `lengths` of
-    the rows that it consists of.
+    the rows that it consists of; then `pack_borders`, int64 (packs + 1), are the boundaries of the packs.
     """
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor | int]:
@@ -84,7 +84,9 @@ class FlatteningCollator:
         shift_labels = np.append(labels[1:], UNTRAINED)
         positions = np.arange(len(labels)) - np.repeat(borders[:-1], lengths)
         longest = int(lengths.max())
-        return {
+        sizes = [len(row["input_ids"]) for row in rows if row.get("lengths")]
+        packs = {"pack_borders": torch.from_numpy(np.cumsum([0, *sizes]))} if sizes else {}
+        batch = {
             "input_ids": torch.from_numpy(
                 np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
             )[None],
@@ -96,3 +98,4 @@ class FlatteningCollator:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+        return batch | packs

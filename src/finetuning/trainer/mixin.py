@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 IGNORE_INDEX = -100
+PACK_BORDERS = "pack_borders"
+"""What `FlatteningCollator` adds to a batch of packs, for this module only: no model takes it."""
 
 
 @contextmanager
@@ -208,16 +210,19 @@ class TrainingLoopMixin(TrainerBase):
     def _get_num_items_in_batch(self, batch_samples: list[object], device: torch.device) -> torch.Tensor | int | None:
         # The only method that both training and evaluation call before they compute anything of a batch. Prompts that
         # are still to be completed (GRPO) come as a list.
+        packs = [batch.pop(PACK_BORDERS, None) for batch in batch_samples if isinstance(batch, dict)]
         if batch_samples and isinstance(batch_samples[-1], Mapping):
-            self._mask_repeated_rows(batch_samples[-1])
+            self._mask_repeated_rows(batch_samples[-1], packs[-1])
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def _mask_repeated_rows(self, batch: Mapping[str, torch.Tensor]) -> None:
+    def _mask_repeated_rows(self, batch: Mapping[str, torch.Tensor], packs: torch.Tensor | None) -> None:
         """Set the labels of rows that occur twice in the last batch of an epoch to -100.
 
         All processes get the same number of rows, so accelerate fills up the last batch with rows from the start of the
-        epoch. Their loss must not count twice. In a packed batch with original rows the borders between packs are
-        unknown, so it is masked only where all of its rows are repeated.
+        epoch. Their loss must not count twice.
+
+        Args:
+            packs: the borders of the packs, where a row is a pack of original rows.
         """
         state, labels = self.accelerator.gradient_state, batch.get("shift_labels")
         has_repeats = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
@@ -225,13 +230,11 @@ class TrainingLoopMixin(TrainerBase):
             return
         rows = self._train_batch_size if self.model.training else self.args.eval_batch_size
         kept = max(state.remainder - self.accelerator.process_index * rows, 0)
-        borders = batch.get("cu_seq_lens_q")
+        borders = batch.get("cu_seq_lens_q") if packs is None else packs
         for name in ("labels", "shift_labels"):
             if borders is None:
                 batch[name][kept:] = IGNORE_INDEX
-            elif kept == 0:
-                batch[name][:] = IGNORE_INDEX
-            elif kept < rows == len(borders) - 1:
+            elif kept < len(borders) - 1:
                 batch[name][:, int(borders[kept]) :] = IGNORE_INDEX
 
     def _add_eval_loss(self, total: torch.Tensor, count: torch.Tensor | int) -> None:

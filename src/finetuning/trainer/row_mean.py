@@ -1,0 +1,157 @@
+"""The loss as a mean over the rows of a step, however they are split over processes and micro-batches.
+
+transformers averages the losses of micro-batches, and DistributedDataParallel those of processes. Both are means over
+rows only where all micro-batches have the same number of rows. At the end of an epoch they do not: the last one is
+smaller, and accelerate fills it up on every process with rows from the start of the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetuning.trainer import TrainerBase
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Batch = dict[str, torch.Tensor]
+
+
+class RowMeanMixin(TrainerBase):
+    """Weigh losses that are means over rows by their number. Its place is to the left of `TrainerMixin`.
+
+    A batch that is filled up with repeated rows is computed row by row, those that are repeated with a weight of 0: all
+    processes then have the same number of passes, in which TRL gathers its metrics.
+    """
+
+    loss_is_row_mean = True
+    """Whether the loss of a batch is the mean of the losses of its rows."""
+    _row_counts: tuple[int, ...] = ()
+    """Rows of each micro-batch of the step on this process without repeated ones, if they have to be weighed."""
+    _rows_of_step = 0
+    """Rows of the step on all processes."""
+    _num_computed = 0
+    """Micro-batches of the step that were computed."""
+
+    def num_rows(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """Return the number of rows of a batch, where a preference pair is one row."""
+        return _num_pairs(batch)
+
+    def take_row(self, batch: Mapping[str, torch.Tensor], index: int) -> Batch:
+        """Return a row of a batch as a batch."""
+        return _take_pair(batch, index)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
+    ) -> tuple[list[object], torch.Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_computed, self._row_counts = 0, ()
+        rows = [self.num_rows(batch) for batch in batches if isinstance(batch, Mapping)]
+        if self.loss_is_row_mean and rows and len(rows) == len(batches):
+            self._weigh(rows, num_batches)
+        return batches, num_items
+
+    def _weigh(self, rows: Sequence[int], num_batches: int) -> None:
+        """Set the weights of the step's micro-batches, if they are not equal."""
+        world_size = self.args.world_size
+        if world_size == 1:
+            if len(set(rows)) > 1:
+                self._row_counts, self._rows_of_step = tuple(rows), sum(rows)
+        elif self._num_repeated(rows[-1]) is not None and not self._is_sharded_model():
+            full = rows[:-1]
+            kept = rows[-1] - (self._num_repeated(rows[-1]) or 0)
+            self._row_counts = (*full, kept)
+            self._rows_of_step = sum(full) * world_size + self.accelerator.gradient_state.remainder
+
+    def _is_sharded_model(self) -> bool:
+        # DeepSpeed takes the optimizer step in the backward pass, and FSDP gathers weights in each of them.
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _num_repeated(self, rows: int) -> int | None:
+        """Return how many of this process's last rows are repeated; None if no process has repeated rows."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        kept = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+        return rows - kept
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        if not self._row_counts:
+            return super().training_step(model, inputs, num_items_in_batch)
+        index, self._num_computed = self._num_computed, self._num_computed + 1
+        kept, rows = self._row_counts[index], self.num_rows(inputs)
+        is_filled_up = self.args.world_size > 1 and index == len(self._row_counts) - 1
+        if not is_filled_up:
+            return self._weighed_step(model, inputs, num_items_in_batch, kept)
+        losses: list[torch.Tensor] = []
+        for row in range(rows):
+            part, weight = self.take_row(inputs, row), int(row < kept)
+            if row == rows - 1:
+                losses.append(self._weighed_step(model, part, num_items_in_batch, weight))
+            else:
+                with self.accelerator.no_sync(model):
+                    losses.append(self._weighed_step(model, part, num_items_in_batch, weight))
+        return torch.stack(losses).sum()
+
+    def _weighed_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None, rows: int
+    ) -> torch.Tensor:
+        """Compute a batch with the weight of a number of rows of the step. Gradients are averaged over processes."""
+        accumulation = self.current_gradient_accumulation_steps
+        # The Trainer divides the loss by this number.
+        divisor = self._rows_of_step / (rows * self.args.world_size) if rows else float("inf")
+        self.current_gradient_accumulation_steps = divisor
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.current_gradient_accumulation_steps = accumulation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Add the losses of the rows to those that the evaluation averages, each row once."""
+        rows = self.num_rows(inputs)
+        repeated = self._num_repeated(rows) if self.loss_is_row_mean and not self._is_sharded_model() else None
+        if repeated is not None:
+            outputs = [
+                super(RowMeanMixin, self).prediction_step(model, self.take_row(inputs, row), True, ignore_keys)[0]
+                for row in range(rows)
+            ]
+            losses = torch.stack([loss for loss in outputs if loss is not None])
+            self._add_eval_loss(losses[: rows - repeated].sum(), rows - repeated)
+            return losses.mean(), None, None
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.loss_is_row_mean and output[0] is not None:
+            self._add_eval_loss(output[0].mean() * rows, rows)
+        return output
+
+    if TYPE_CHECKING:
+
+        def _add_eval_loss(self, total: torch.Tensor, count: torch.Tensor | int) -> None: ...
+
+
+def _num_pairs(batch: Mapping[str, torch.Tensor]) -> int:
+    if "chosen_input_ids" in batch:
+        return len(batch["chosen_input_ids"])
+    return len(batch["input_ids"]) // 2
+
+
+def _take_pair(batch: Mapping[str, torch.Tensor], index: int) -> Batch:
+    """Return a pair of a batch that holds all chosen rows before all rejected ones, or both under their own names."""
+    rows = _num_pairs(batch)
+    return {
+        name: value[[index, rows + index]] if len(value) == 2 * rows else value[index : index + 1]
+        for name, value in batch.items()
+    }
