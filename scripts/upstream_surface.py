@@ -38,8 +38,8 @@ TRAINERS = (
     "trl.experimental.orpo.orpo_trainer:ORPOTrainer",
 )
 """The upstream classes whose methods ours override."""
-STANDARD_LIBRARY = {"_Hash", "_actions"}
-"""Private names of the standard library (a type of hashlib, a field of argparse), which is not upstream here."""
+STANDARD_LIBRARY = {"_Hash", "_actions", "_exit"}
+"""Private names of the standard library (of hashlib, argparse and os), which is not upstream here."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -217,6 +217,12 @@ def test_a_patient_rule_acts_at_the_same_step(train: Any, sft_values: Any, read_
     whole, values = interrupt(sft_values, changes)
     assert whole.result.steps == 6, "the rule is true from step 3 on, and acts at the fourth time"
     assert_equal_runs(whole, train(values), read_tensors)
+    # Killed between that step and the publication of the model: the rule has ended the run, which is published.
+    first = read_tensors(whole.final)
+    whole.final.rename(whole.output_dir / "aside")
+    again = train(sft_values({**copy.deepcopy(changes), "run_conf.resume_from_checkpoint": "auto"}))
+    assert again.result.steps == 6
+    assert all(torch.equal(first[name], tensor) for name, tensor in read_tensors(again.final).items())
 
 
 class Counting(Metric):

@@ -29,6 +29,43 @@ def cut_after_checkpoint_3(whole: Path, values: Any) -> None:
     (whole / "checkpoint-3").rename(cut / "checkpoint-3")
 
 
+EPOCHS = {
+    "training_args.max_steps": None,
+    "training_args.num_train_epochs": 1,
+    "training_args.save_strategy": "epoch",
+    "training_args.eval_strategy": "epoch",
+    "training_args.logging_strategy": "epoch",
+    "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, EPOCHS, {"data_conf.streaming": True}],
+    ids=["in the middle of an epoch", "at its end", "streaming"],
+)
+def test_a_run_whose_steps_are_done_is_only_published(
+    train: Any, sft_values: Any, read_tensors: Any, changes: Any
+) -> None:
+    """Killed between its last step and the publication of its model."""
+    changes = {**SAVED, "training_args.lr_scheduler_type": "constant", **changes}
+    values = sft_values({**changes, "run_conf.resume_from_checkpoint": "auto"})
+    whole = train(values)
+    first, history = read_tensors(whole.final), whole.trainer.state.log_history
+    newest = find_resume_point(whole.output_dir, "auto").checkpoint
+    assert newest is not None
+    manifest = (newest / "manifest.json").stat().st_mtime_ns
+    whole.final.rename(whole.output_dir / "aside")
+    again = train(values)
+    second = read_tensors(again.final)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert again.result.steps == whole.result.steps
+    logged = [entry for entry in history if "train_runtime" not in entry]
+    assert [entry for entry in again.trainer.state.log_history if "train_runtime" not in entry] == logged
+    assert (newest / "manifest.json").stat().st_mtime_ns == manifest, "it is not saved again"
+
+
 @pytest.mark.parametrize(
     ("method", "peft", "batching"),
     [("sft", LORA, "auto"), ("sft", LORA, "padded"), ("sft", FULL, "auto"), ("dpo", FULL, None), ("dpo", LORA, None)],

@@ -101,6 +101,7 @@ class RunStateMixin(TrainerBase):
         return {
             "split": self.batch_split(),
             "num_splits": self.num_splits,
+            "has_ended": self._ends_here(),
             "log": self._loaded_log or self._next_log(),
             "callbacks": {name: dict(callback.state_dict()) for name, callback in self._stateful_callbacks()},
         }
@@ -125,6 +126,37 @@ class RunStateMixin(TrainerBase):
             return None
         return self.accelerator.unwrap_model(reference)
 
+    # transformers would train one more step of a run that was killed between its last step and its publication.
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: object,
+    ) -> tuple[int, int]:
+        epochs, steps = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return epochs, steps
+        if self.state.global_step >= max_steps or self._has_ended(Path(resume_from_checkpoint)):
+            return num_train_epochs, 0
+        return epochs, steps
+
+    def _has_ended(self, checkpoint: Path) -> bool:
+        """Return whether the run of a checkpoint ended with it before its last step: by early stopping or a rule."""
+        # All processes read the same file, which may be of another number of processes.
+        files = [checkpoint / f"{RUN_STATE_NAME}{suffix}.pt" for suffix in ("", "_0")]
+        file = next((file for file in files if file.is_file()), None)
+        return file is not None and not self.allowed_changes and bool(_read(file).get("has_ended"))
+
+    def _ends_here(self) -> bool:
+        """Return whether training ends with this step before its last one, other than by a signal or a time limit."""
+        signals = [getattr(callback, "received", 0) for callback in self.callback_handler.callbacks]
+        is_early = self.state.global_step < self.state.max_steps
+        return self.control.should_training_stop and is_early and not any(signals)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
     ) -> tuple[list[object], torch.Tensor | int | None]:
@@ -138,10 +170,6 @@ class RunStateMixin(TrainerBase):
                 self._train_metrics()[name] = list(values)
             if log["total_train_tokens"] is not None:
                 self._total_train_tokens = log["total_train_tokens"]
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed from the checkpoint of the last step: transformers would train one more step.
-            self.control.should_training_stop = True
-            return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _next_log(self) -> dict[str, Any]:
@@ -215,8 +243,10 @@ class RunStateMixin(TrainerBase):
             return None
         state = self.run_state()
         for values in (saved, state):
-            # An attempt to fit the longest rows into memory may have split batches further.
+            # An attempt to fit the longest rows into memory may have split batches further. A run that goes on has not
+            # ended, and checkpoints of earlier versions do not say.
             del values["num_splits"]
+            values.pop("has_ended", None)
         callbacks, restored = saved.pop("callbacks"), state.pop("callbacks")
         difference = first_difference(saved, state)
         if difference is not None:
