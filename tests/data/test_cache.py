@@ -20,6 +20,7 @@ from finetuning.atomic_io import MANIFEST, write_manifest
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.config.sections.training import SFTArgs
 from finetuning.data import cache
+from finetuning.data import prepared as prepared_module
 from finetuning.data.cache import cache_folder, prune
 from finetuning.data.chat.template import get_template
 from finetuning.data.pipeline import PreparedData, prepare_sft
@@ -405,3 +406,29 @@ def test_a_cache_without_file_locks_is_not_used(
     assert "has no file locks" in caplog.text
     with pytest.raises(StorageError, match="its file system has no file locks"):
         prepare(conf={"cache": str(tmp_path / "chosen")})
+
+
+def test_without_a_cache_the_processes_of_a_job_prepare_once(
+    prepare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    registered: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cache.atexit, "register", lambda *arguments, **_: registered.append(arguments))
+    alone = prepare(conf={"cache": "off"})
+    assert alone.origin == "prepared now; the cache is off"
+    prepared: list[Path] = []
+    write = prepared_module.write_entry
+    monkeypatch.setattr(prepared_module, "write_entry", lambda *args: (prepared.append(args[0]), write(*args)))
+    for rank in ("0", "1"):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        result = prepare(conf={"cache": "off"})
+        assert result.origin == "prepared once for the processes on this machine; the cache is off"
+        assert result.train[:] == alone.train[:]
+    assert len(prepared) == 1
+    [(remove, folder)] = registered
+    assert folder == prepared[0].parent and folder.stat().st_mode & 0o777 == 0o700
+    assert result.train[:] == alone.train[:]
+    remove(folder)
+    assert result.train[:] == alone.train[:], "the rows are mapped, and outlive their files"

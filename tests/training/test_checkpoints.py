@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,19 +262,76 @@ def test_a_copy_of_the_final_model_that_is_not_equal_is_an_error(
     assert not (Path(experiment.training_args.output_dir) / ".complete").exists()
 
 
-def test_a_file_system_without_locks_is_not_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: Any) -> None:  # as on Lustre without the mount option `flock`
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(output_dir, "_RENEW_S", 0.05)
+    monkeypatch.setattr(output_dir, "_STALE_S", 0.4)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_file_system_without_locks_is_not_another_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with lock_output_dir(tmp_path):
+            holder = (tmp_path / ".finetuning.lock").read_text()
+            assert holder.startswith(f"process {os.getpid()} on {os.uname().nodename} since 20")
+        assert (tmp_path / ".finetuning.lock").read_text() == ""
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_lease_on_this_machine_is_that_of_a_run_while_its_process_runs(tmp_path: Path) -> None:
+    lease = tmp_path / ".finetuning.lock"
+    holder = f"process {os.getppid()} on {os.uname().nodename} since 2026-01-01T00:00:00Z"
+    lease.write_text(holder)
+    with pytest.raises(StorageError, match=f"another run \\({holder}\\) is using"), lock_output_dir(tmp_path):
+        pass
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    lease.write_text(f"process {ended} on {os.uname().nodename} since 2026-01-01T00:00:00Z")
     with lock_output_dir(tmp_path):
         pass
-    assert "has no file locks" in caplog.text
+
+
+@pytest.mark.parametrize("is_locked", [False, True], ids=["no locks", "locked"])
+def test_a_lease_of_another_machine_is_taken_over_once_it_is_not_renewed(
+    tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_locked: bool
+) -> None:
+    monkeypatch.setattr(output_dir, "try_lock", lambda descriptor: False if is_locked else None)
+    lease = tmp_path / ".finetuning.lock"
+    holder = "process 7 on another-machine since 2026-01-01T00:00:00Z"
+    lease.write_text(holder)
+    is_over = threading.Event()
+
+    def renew() -> None:
+        while not is_over.wait(0.02):
+            os.utime(lease)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(StorageError, match="another run"), lock_output_dir(tmp_path):
+            pass
+    finally:
+        is_over.set()
+        thread.join()
+    assert lease.read_text() == holder, "a lease that is renewed is not touched"
     with lock_output_dir(tmp_path):
-        pass
-    assert f"Last used by process {os.getpid()} on " in caplog.text
+        assert f"process {os.getpid()} " in lease.read_text()
+    assert f"was in use by {holder}, which has not been heard of" in caplog.text
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_run_whose_lease_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(output_dir.os, "_exit", codes.append)
+    with lock_output_dir(tmp_path):
+        (tmp_path / ".finetuning.lock").write_text("process 7 on another-machine since 2026-01-01T00:00:00Z")
+        deadline = time.monotonic() + 10
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert codes[0] == 203
 
 
 def test_a_full_disk_is_reported_before_anything_is_loaded(

@@ -12,6 +12,7 @@ wait at a lock: the first prepares, the others read.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -30,7 +31,7 @@ from finetuning.data.arrow import as_dataset
 from finetuning.data.preview import PreviewRow
 from finetuning.data.sources.files import PREPARED_META
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics
-from finetuning.distributed import announce_wait
+from finetuning.distributed import announce_wait, read_topology
 from finetuning.errors import DataError, Location, StorageError, first_line
 
 if TYPE_CHECKING:
@@ -227,6 +228,24 @@ def _default_folder() -> Path | None:
             VARIABLE,
         )
         return None
+
+
+def job_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """A temporary folder that the processes of a job share on this machine; None if the job is a single process.
+
+    The first of them removes it when it ends. Entries are named by their content, so what a killed job left is valid.
+    """
+    topology = read_topology(environ)
+    if not topology.is_distributed:
+        return None
+    name = f"finetuning-rows-{os.getuid()}-{os.getppid()}-{environ.get('MASTER_PORT', '0')}"
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StorageError(f"{folder} belongs to another user", hint="Set TMPDIR to a folder of your own.")
+    if topology.local_rank == 0:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]) -> CacheResult:

@@ -20,6 +20,7 @@ from finetuning.data.cache import (
     CacheEntry,
     CacheKey,
     cache_folder,
+    job_folder,
     load_or_prepare,
     read_prepared,
     read_prepared_folder,
@@ -110,6 +111,9 @@ def prepare_rows(
         checked_sources(validation, "data_conf.validation_data") if isinstance(validation, Concatenation) else []
     )
     folder = cache_folder(data_conf.cache)
+    is_cached = folder is not None
+    # Without a cache, too, the processes of a job prepare the rows once on each machine.
+    folder = folder or job_folder()
     cache_key = replace(cache_key, data=_digests([*sources, *validation_sources]))
     if folder is None:
         entry = _prepare(data_conf, preprocessor, sources, validation_sources, cache_key, None)
@@ -120,7 +124,8 @@ def prepare_rows(
         write_entry(target, entry.train, entry.validation, entry.statistics, entry.preview, cache_key)
 
     result = load_or_prepare(folder, cache_key, prepare)
-    return _from_entry(result.entry, result.origin)
+    origin = result.origin if is_cached else "prepared once for the processes on this machine; the cache is off"
+    return _from_entry(result.entry, origin)
 
 
 def _from_entry(entry: CacheEntry, origin: str) -> PreparedData:

@@ -6,8 +6,11 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +24,16 @@ from finetuning.config.redaction import redacted_json
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_values
 from finetuning.config.yaml.reader import read_document
-from finetuning.errors import ConfigError, FinetuningError, GuardStopped, Interrupted, Location, StorageError
+from finetuning.distributed import announce_wait
+from finetuning.errors import (
+    EXIT_INTERNAL,
+    ConfigError,
+    FinetuningError,
+    GuardStopped,
+    Interrupted,
+    Location,
+    StorageError,
+)
 from finetuning.plan.memory_estimate import MemoryEstimate
 from finetuning.plan.plan import format_bytes
 from finetuning.report.run_folder import COMPLETE_MARKER, CONFIG_NAME, RECORD_NAME, read_run_record
@@ -35,6 +47,8 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "mlflow")
 _KEY = "training_args.output_dir"
 _LOCK_NAME = ".finetuning.lock"
+_RENEW_S, _STALE_S = 20.0, 120.0
+"""How often a run renews its lease of the output directory, and after how long without that it has ended."""
 # Keys that may differ between a completed run and the same command run again.
 _INCIDENTAL = (
     "run_conf.resume_from_checkpoint",
@@ -206,6 +220,8 @@ def check_free_space(experiment: Experiment, memory: MemoryEstimate | None) -> N
 def lock_output_dir(output_dir: Path) -> Iterator[None]:
     """Create the directory if necessary, lock it, and remove incomplete files of a killed run.
 
+    The lock file names the run, which renews it as a lease, for file systems without locks and machines that died.
+
     A directory that was created here is removed when the run fails before training starts.
 
     Raises:
@@ -220,23 +236,98 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     with lock:
         is_locked = try_lock(lock.fileno())
         lock.seek(0)
-        if is_locked is False:
-            holder = lock.read().strip() or "unknown"
-            raise StorageError(f"another run ({holder}) is using {output_dir}", location=Location(key=_KEY))
-        if is_locked is None:
-            message = "the file system of %s has no file locks: a second run in it is not refused. Last used by %s."
-            logger.warning(message, output_dir, lock.read().strip() or "no other run")
+        holder = lock.read().strip()
+        if is_locked is not True:
+            _take_over(output_dir, holder, is_locked is False)
+        lock.seek(0)
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.write(f"process {os.getpid()} on {os.uname().nodename} since {_now()}")
         lock.flush()
         remove_staging_directories(output_dir)
         try:
-            yield
+            with _renewed(output_dir / _LOCK_NAME):
+                yield
+            lock.truncate(0)
         except FinetuningError as error:
+            lock.truncate(0)
             remove_staging_directories(output_dir)
             if is_new and not isinstance(error, Interrupted) and not _training_started(output_dir):
                 shutil.rmtree(output_dir, ignore_errors=True)
             raise
+
+
+def _take_over(output_dir: Path, holder: str, is_locked: bool) -> None:
+    """Return if the run that holds the lease of an output directory has ended, or there is none.
+
+    A run renews its lease, so one on another machine that does not has ended: its machine may have died with the lock.
+
+    Args:
+        holder: what the lock file says.
+        is_locked: whether the file is locked, which says more than the lease on this machine; False if the file system
+            has no locks.
+
+    Raises:
+        StorageError: another run uses the directory.
+    """
+    match = re.match(r"process (\d+) on (\S+)", holder)
+    refused = StorageError(f"another run ({holder or 'unknown'}) is using {output_dir}", location=Location(key=_KEY))
+    if not match:
+        if is_locked:
+            raise refused
+        return
+    pid, is_here = int(match[1]), match[2] == os.uname().nodename
+    if is_here and (is_locked or _is_running(pid)):
+        raise refused
+    if is_here:
+        return
+    with announce_wait(f"{holder}, which may still use {output_dir}"):
+        lease = output_dir / _LOCK_NAME
+        renewed = lease.stat().st_mtime
+        while _file_system_time(output_dir) - renewed < _STALE_S:
+            time.sleep(_RENEW_S / 10)
+            if lease.stat().st_mtime != renewed:
+                raise refused
+    logger.warning("%s was in use by %s, which has not been heard of for %d s", output_dir, holder, _STALE_S)
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether another process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # In a container the first process always has the same id: a predecessor's is this one's.
+    return pid != os.getpid()
+
+
+def _file_system_time(folder: Path) -> float:
+    """Return the time of the file system, which may be that of a server."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".finetuning-") as probe:
+        return os.stat(probe.name).st_mtime
+
+
+@contextmanager
+def _renewed(lease: Path) -> Iterator[None]:
+    """Renew the lease in the block. If another run takes it over, end this process: two would mix their files."""
+    content, is_over = lease.read_text(encoding="utf-8"), threading.Event()
+
+    def renew() -> None:
+        while not is_over.wait(_RENEW_S):
+            try:
+                if lease.read_text(encoding="utf-8") != content and not is_over.is_set():
+                    logger.error("another run has taken over %s: this one ends", lease.parent)
+                    os._exit(EXIT_INTERNAL)
+                os.utime(lease)
+            except OSError as error:
+                logger.warning("cannot renew %s: %s", lease, error)
+
+    threading.Thread(target=renew, name="lease", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def _training_started(output_dir: Path) -> bool:
