@@ -4,6 +4,7 @@
 # make check        run every check that is not a test
 # make test-removed-checks remove each check and require that its tests fail
 # make test-serving serve what the engine makes with a real vLLM on the CPU
+# make test-cluster run jobs of several processes with DeepSpeed and SLURM, kill and freeze them
 # make test-zoo     take every causal language model class of transformers through the engine
 # Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
 
@@ -11,12 +12,13 @@ SYSTEM_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SERVING_VENV := .venv-serving
+CLUSTER_VENV := .venv-cluster
 PIP_OPTIONS ?= $(if $(CI),--quiet)
 # worksteal: neighboring tests stay together, and no process is left alone with the last long file.
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full test-removed-checks test-serving test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full test-removed-checks test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -56,6 +58,20 @@ $(SERVING_VENV)/.installed: tests/serving/requirements.txt
 	$(SERVING_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r $<
 	$(SERVING_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(SERVING_VENV)/bin/python tests/serving/add_vllm_metadata.py
+	@touch $@
+
+# Not part of `make test`: many minutes, and DeepSpeed compiles its operators at first use. SLURM is tested where it is
+# installed: apt-get install slurm-wlm munge. One test at a time: each is a job of several processes.
+test-cluster: venv $(CLUSTER_VENV)/.installed ## run jobs of several processes: DeepSpeed, SLURM, faults
+	FINETUNING_CLUSTER_TESTS=1 $(CLUSTER_VENV)/bin/python -m pytest tests/cluster $(CLUSTER_OPTIONS)
+
+# The packages of .venv, and DeepSpeed.
+$(CLUSTER_VENV)/.installed: $(VENV)/.installed tests/cluster/requirements.txt
+	$(SYSTEM_PYTHON) -m venv $(CLUSTER_VENV)
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(CLUSTER_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finetuning-venv.pth"
+	echo $(CURDIR)/src > "$$($(CLUSTER_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finetuning-src.pth"
+	$(CLUSTER_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r tests/cluster/requirements.txt
 	@touch $@
 
 # Not part of `make test`: 189 classes, about 6 seconds of CPU time each. Records what it finds, for the page of
@@ -157,4 +173,4 @@ clean: ## remove the caches and outputs of tests and tools
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
-	rm -rf $(VENV) $(SERVING_VENV)
+	rm -rf $(VENV) $(SERVING_VENV) $(CLUSTER_VENV)

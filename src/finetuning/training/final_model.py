@@ -130,11 +130,12 @@ def save_final_model(
             state_dict=state_dict,
             embeddings=trainer.embeddings,
         )
-        verified = verify_saved(
-            candidate,
-            initial=initial.digests if adapted else None,
-            sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
-        )
+        with _without_zero3(trainer):
+            verified = verify_saved(
+                candidate,
+                initial=initial.digests if adapted else None,
+                sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
+            )
     return FinalModel(
         kind=verified.kind,
         folder=str(folder),
@@ -180,6 +181,26 @@ def _gather_state_dict(trainer: TrainerMixin) -> dict[str, Any] | None:
     if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+@contextmanager
+def _without_zero3(trainer: TrainerMixin) -> Iterator[None]:
+    """Let transformers load a model as in a process without DeepSpeed.
+
+    While ZeRO-3's global config is set, `from_pretrained` partitions what it loads, and refuses a device map.
+    """
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    plugin = trainer.accelerator.state.deepspeed_plugin if deepspeed.is_deepspeed_zero3_enabled() else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            deepspeed.set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 @contextmanager
