@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.distributed import ProcessTopology, announce_wait, read_topology
-from finetuning.errors import ConfigError
+from finetuning.distributed import (
+    ProcessTopology,
+    announce_wait,
+    connecting_processes,
+    find_launch_mistake,
+    read_topology,
+    set_torchrun_variables,
+)
+from finetuning.errors import CommunicationError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -49,11 +56,51 @@ def test_topology_of(environ: dict[str, str], expected: ProcessTopology) -> None
         ({"WORLD_SIZE": "two"}, "environment variable WORLD_SIZE='two' is not a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 of 2"),
+        ({"WORLD_SIZE": "2"}, "2 processes, but not which one this is: RANK is unset"),
     ],
 )
 def test_an_environment_that_cannot_be(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_topology(environ)
+
+
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "missing"),
+    [
+        ({}, "MASTER_ADDR and MASTER_PORT are not set"),
+        ({"MASTER_ADDR": "a"}, "process 0: MASTER_PORT is not set"),
+        ({"MASTER_PORT": "1"}, "process 0: MASTER_ADDR is not set"),
+    ],
+)
+def test_what_mpirun_and_srun_do_not_set_is_named(environ: dict[str, str], missing: str) -> None:
+    with pytest.raises(ConfigError, match=missing):
+        set_torchrun_variables(read_topology(MPIRUN), environ)
+
+
+def test_torch_gets_the_ranks_of_mpirun_and_srun() -> None:
+    environ = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    set_torchrun_variables(read_topology(MPIRUN), environ)
+    assert environ == {"MASTER_ADDR": "a", "MASTER_PORT": "1", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    assert read_topology(environ) == read_topology(MPIRUN)
+
+
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_reported() -> None:
+    assert "starts a single process" in str(find_launch_mistake({"ACCELERATE_USE_CPU": "True"}))
+    assert find_launch_mistake({"ACCELERATE_USE_CPU": "True", "WORLD_SIZE": "2"}) is None
+    assert find_launch_mistake({"ACCELERATE_USE_CPU": "False"}) is None
+    assert find_launch_mistake({}) is None
+
+
+def test_the_error_of_processes_that_cannot_connect_names_the_variable() -> None:
+    message = r"cannot connect: .*127\.0\.1\.1.*set GLOO_SOCKET_IFNAME"
+    with pytest.raises(CommunicationError, match=message), connecting_processes():
+        raise RuntimeError("Gloo connectFullMesh failed with [127.0.1.1]:1234 Connection refused")
+    for message in ("CUDA error: device-side assert", "out of memory"):
+        with pytest.raises(RuntimeError, match=message), connecting_processes():
+            raise RuntimeError(message)
 
 
 def test_a_long_wait_says_what_it_waits_for(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ FinetuningError                exit code
 ├── MissingPackageError        1    an optional package that this run needs
 ├── GuardStopped               3    a guard stopped the run: non-finite or exploded loss, failed verification
 ├── InternalError              203  out of memory, or a bug in the engine
+│   └── CommunicationError     203  the processes of a job cannot reach each other
 └── Interrupted                128 + the signal's number, a checkpoint saved
 """
 
@@ -105,6 +106,10 @@ class InternalError(FinetuningError):
     """Out of memory, or a bug in the engine."""
 
     exit_code = EXIT_INTERNAL
+
+
+class CommunicationError(InternalError):
+    """The processes of a job cannot reach each other."""
 
 
 class Interrupted(FinetuningError):

@@ -8,8 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.cli.errors import run_command
-from finetuning.errors import ConfigError, GuardStopped, Interrupted, Location, Problem
+from finetuning.cli.errors import (
+    LOST_CONNECTION,
+    read_failure,
+    report_for_processes,
+    reported_errors,
+    run_command,
+)
+from finetuning.errors import (
+    CommunicationError,
+    ConfigError,
+    GuardStopped,
+    InternalError,
+    Interrupted,
+    Location,
+    Problem,
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -83,3 +97,59 @@ def test_debug_prints_the_traceback_and_is_removed_from_the_arguments(
     run_command(main, ["sft"])
     assert "Traceback" in capsys.readouterr().err
     assert seen == [["sft", "x.yaml"], ["sft"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "is_transient"),
+    [
+        (RuntimeError("CUDA error: uncorrectable ECC error"), "InternalError", True),
+        (OSError(errno.ETIMEDOUT, "timed out"), "InternalError", True),
+        (CommunicationError("cannot connect"), "CommunicationError", True),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), LOST_CONNECTION, True),
+        (MemoryError(), "OutOfMemory", False),
+        (InternalError("out of memory at micro-batch 1"), "InternalError", False),
+        (TypeError("a bug"), "InternalError", False),
+        (NotImplementedError("no kernel"), "InternalError", False),
+        (ConfigError("wrong"), "ConfigError", False),
+    ],
+)
+def test_a_launcher_learns_whether_another_attempt_may_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str, is_transient: bool
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("FINETUNING_ERROR_FILE", str(file))
+    run_command(raising(error), [])
+    failure = read_failure(file)
+    assert failure is not None and (failure.name, failure.is_transient) == (name, is_transient)
+
+
+def test_the_error_of_another_process_is_not_replaced_by_the_connection_that_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("FINETUNING_ERROR_FILE", str(file))
+    monkeypatch.setenv("RANK", "1")
+    run_command(raising(TypeError("a bug")), [])
+    monkeypatch.setenv("RANK", "0")
+    run_command(raising(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")), [])
+    failure = read_failure(file)
+    assert failure is not None and failure.message == "internal error: TypeError: a bug"
+    assert read_failure(tmp_path / "none") is None
+    file.write_text("{}")
+    assert read_failure(file) is None
+
+
+def test_a_killed_process_is_named_before_the_connections_that_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("FINETUNING_ERROR_FILE", str(file))
+    before = reported_errors()
+    run_command(raising(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")), [])
+    report_for_processes(203, before, "rank 1 on host b was killed by signal 9 (SIGKILL)")
+    assert capsys.readouterr().err.endswith("error: rank 1 on host b was killed by signal 9 (SIGKILL)\n")
+    failure = read_failure(file)
+    assert failure is not None and failure.message.startswith("rank 1 on host b was killed")
+    report_for_processes(203, before, None)
+    report_for_processes(1, before, None)
+    assert capsys.readouterr().err == "", "another process has reported its own error"

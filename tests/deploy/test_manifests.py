@@ -23,6 +23,7 @@ from finetuning.cli.launch import build_parser
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import parse_document
+from finetuning.distributed import DEFAULT_GRACE_S, read_grace
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 CHART = DEPLOY / "kubernetes" / "chart"
@@ -160,7 +161,35 @@ def test_the_slurm_script_is_a_right_script() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", str(script)], check=True)
-    command = re.search(r"finetuning launch (.*?)\n\n?\Z", script.read_text().replace("\\\n", " ") + "\n", re.S)
+    command = re.search(r"finetuning launch (.*?) \|\|", script.read_text().replace("\\\n", " "), re.S)
     assert command is not None
     arguments = command[1].replace('"$first:29500"', "a:29500").replace('"${PRESET:-ddp}"', "ddp").split()
     assert build_parser().parse_args(arguments).command[0] == "sft"
+
+
+def grace_periods(value: Any) -> Iterator[int]:
+    """Every grace period of a pod."""
+    if isinstance(value, dict):
+        if "containers" in value:
+            yield value.get("terminationGracePeriodSeconds", 30)
+        for inner in value.values():
+            yield from grace_periods(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from grace_periods(inner)
+
+
+@pytest.mark.parametrize("name", [name for name, item in ALL.items() if item["kind"] != "ConfigMap"])
+def test_a_pod_has_the_grace_period_that_the_launcher_expects(name: str) -> None:
+    periods = set(grace_periods(ALL[name]))
+    for container in containers(ALL[name]):
+        variables = {item["name"]: item.get("value") for item in container.get("env", [])}
+        assert periods == {read_grace({name: value for name, value in variables.items() if value is not None})}
+
+
+def test_slurm_signals_as_long_ahead_as_the_launcher_expects() -> None:
+    script = (DEPLOY / "slurm" / "finetuning.sbatch").read_text()
+    lead = re.search(r"^#SBATCH --signal=USR1@(\d+)$", script, re.M)
+    grace = re.search(r"--grace (\d+)", script)
+    assert lead is not None and grace is not None
+    assert int(lead[1]) == int(grace[1]) == DEFAULT_GRACE_S

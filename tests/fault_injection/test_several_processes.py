@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -150,13 +151,13 @@ def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, logged_losses: Any
 def test_a_process_that_hangs_is_named_with_what_it_does(
     fork_server: Any, sft_values: Any, write_config: Any, tmp_path: Path
 ) -> None:
-    changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 1}
+    changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 2}
     main, second = fork_server.start_all(["sft", write_config(sft_values(changes))], ["", ""])
     assert main.wait_for(lambda: '"step": 3' in _log(tmp_path)), main.output
     second.send_signal(signal.SIGSTOP)
     assert second.wait_for(lambda: second.state == "T")
     beat = json.loads((tmp_path / "out" / "heartbeat" / "rank-1.json").read_text())
-    named = f"rank 1 hangs: {beat['phase']} of step {beat['step']} for"
+    named = f"rank 1 on host {os.uname().nodename} hangs: {beat['phase']} of step {beat['step']} for"
     assert main.wait_for(lambda: named in main.output), main.output
     second.send_signal(signal.SIGCONT)
     main.send_signal(signal.SIGUSR1)

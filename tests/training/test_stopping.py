@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
+import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
-from finetuning.distributed import read_job_end_time
-from finetuning.errors import Interrupted
-from finetuning.training.process_sync import HEARTBEAT_FOLDER, find_hung_rank
-from finetuning.training.signals import SCHEDULER_MARGIN_S, parse_duration
+from finetuning.distributed import DEFAULT_GRACE_S, GRACE_VARIABLE, REPEAT_S, read_grace, read_job_end_time
+from finetuning.errors import ConfigError, Interrupted
+from finetuning.training.heartbeat import Beat, Hang, HeartbeatMonitor, read_beat
+from finetuning.training.signals import STOP_FILE, FirstSignal, StopOnSignal, parse_duration
 
 
 def test_a_time_limit_saves_and_goes_on_the_next_time(train: Any, sft_values: Any) -> None:
@@ -35,7 +36,7 @@ def test_the_end_of_the_schedulers_time_and_a_file_stop_a_run(
         train(sft_values())
     assert end.value.exit_code == 143
     assert not (out / "STOP").exists(), "the next run goes on"
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + SCHEDULER_MARGIN_S))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + DEFAULT_GRACE_S))
     with pytest.raises(Interrupted, match="the scheduler's time limit at step 2"):
         train(sft_values({"run_conf.resume_from_checkpoint": "auto"}))
 
@@ -47,26 +48,111 @@ def test_times_are_read() -> None:
     assert read_job_end_time({"SLURM_JOB_END_TIME": "soon"}) is None
 
 
-def beat(folder: Path, rank: int, phase: str, step: int, age: float, *, frozen: bool = False) -> None:
-    (folder / HEARTBEAT_FOLDER).mkdir(exist_ok=True)
-    values = {"phase": phase, "step": step, "time": time.time() - age}
-    file = folder / HEARTBEAT_FOLDER / f"rank-{rank}.json"
-    file.write_text(json.dumps(values))
-    if frozen:
-        os.utime(file, (values["time"], values["time"]))
+def beat(phase: str, step: int, changes: int, beats: int) -> Beat:
+    return Beat(phase=phase, step=step, host=f"host-{step}", changes=changes, beats=beats)
 
 
-def test_who_hangs_is_the_one_that_is_furthest_behind(tmp_path: Path) -> None:
-    assert find_hung_rank(tmp_path, 2, 5) is None
-    beat(tmp_path, 0, "model_backward", 7, age=40)
-    beat(tmp_path, 1, "model_forward", 7, age=41)
-    assert find_hung_rank(tmp_path, 2, 60) is None
-    assert find_hung_rank(tmp_path, 2, 5).startswith("rank 1 hangs: model_forward of step 7 for 41 s")
-    beat(tmp_path, 2, "after model_backward", 6, age=40)
-    assert find_hung_rank(tmp_path, 3, 5).startswith("rank 2 hangs: after model_backward of step 6")
-    beat(tmp_path, 0, "model_backward", 7, age=40, frozen=True)
-    assert find_hung_rank(tmp_path, 3, 5).startswith(
-        "rank 0 hangs: model_backward of step 7 for 40 s, and its process does not"
-    )
-    beat(tmp_path, 0, "data_loading", 8, age=1)
-    assert find_hung_rank(tmp_path, 3, 5) is None
+def test_who_hangs_is_the_one_that_is_furthest_behind() -> None:
+    monitor = HeartbeatMonitor()
+    assert monitor.find_hang(100, 5) is None
+    for now in (100, 120, 140):
+        monitor.update(0, beat("model_backward", 7, 30, now), now)
+        monitor.update(1, beat("model_forward", 7, 29, now), now)
+    assert monitor.find_hang(140, 60) is None
+    hang = monitor.find_hang(140, 5)
+    assert hang is not None and str(hang).startswith("rank 1 on host host-7 hangs: model_forward of step 7 for 40 s;")
+    monitor.update(2, beat("after model_backward", 6, 28, 1), 101)
+    hang = monitor.find_hang(140, 30)
+    assert hang is not None and "hangs: after model_backward of step 6 for 39 s, and its process does not" in str(hang)
+    monitor.update(2, beat("after model_backward", 6, 28, 2), 140)
+    hang = monitor.find_hang(140, 30)
+    assert hang is not None and hang.rank == 2 and hang.is_running
+    monitor.update(0, beat("data_loading", 8, 31, 141), 141)
+    assert monitor.find_hang(142, 5) is None, "one of them makes progress"
+
+
+def test_heartbeats_of_an_earlier_job_and_those_that_cannot_be_read_are_no_hang(tmp_path: Path) -> None:
+    monitor = HeartbeatMonitor()
+    monitor.update(0, read_beat(tmp_path, 0), 0)
+    assert monitor.find_hang(1000, 5) is None
+    monitor.update(0, beat("model_forward", 90, 500, 70), 0)
+    monitor.update(0, beat("model_forward", 90, 500, 70), 9)
+    monitor.update(0, beat("model_forward", 90, 500, 1), 10)
+    assert monitor.find_hang(14, 5) is None, "it was started again"
+
+
+def test_a_save_is_named_and_not_ended_unless_its_process_is_stopped() -> None:
+    saving = beat("checkpoint_save", 3, 9, 9)
+    assert Hang(0, saving, 999, is_running=True).is_saving
+    assert not Hang(0, saving, 999, is_running=False).is_saving
+    assert not Hang(0, beat("model_forward", 3, 9, 9), 999, is_running=True).is_saving
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr("finetuning.training.signals.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The signals by which the process would have ended."""
+    numbers: list[int] = []
+    monkeypatch.setattr("finetuning.training.signals.signal.raise_signal", numbers.append)
+    monkeypatch.setattr("finetuning.training.signals.signal.signal", lambda *_: None)
+    return numbers
+
+
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("signals", "number", "ends"),
+    [
+        ([(0, TERM)], TERM, []),
+        # The scheduler signals every process, and the launcher forwards it.
+        ([(0, USR1), (0.1, USR1), (REPEAT_S - 0.1, TERM)], USR1, []),
+        ([(0, TERM), (REPEAT_S, TERM)], TERM, [TERM]),
+        # The time limit that SIGUSR1 has announced.
+        ([(0, USR1), (290, TERM)], USR1, []),
+        ([(0, USR1), (290, TERM), (291, TERM)], USR1, []),
+        ([(0, USR1), (290, TERM), (300, TERM)], USR1, [TERM]),
+        ([(0, TERM), (20, USR1)], TERM, [USR1]),
+        ([(0, INT), (20, INT)], INT, [INT]),
+    ],
+)
+def test_signals_within_some_seconds_are_one(
+    clock: list[float], ended: list[int], signals: list[tuple[float, int]], number: int, ends: list[int]
+) -> None:
+    first = FirstSignal()
+    for clock[0], signal_number in signals:
+        first.handle(signal_number, None)
+    assert (first.number, ended) == (number, ends)
+
+
+def test_a_signal_after_the_checkpoint_was_saved_changes_nothing(clock: list[float], ended: list[int]) -> None:
+    first = FirstSignal()
+    first.handle(USR1, None)
+    first.is_answered = True
+    clock[0] = 60
+    first.handle(TERM, None)
+    first.handle(INT, None)
+    assert (first.number, ended) == (USR1, [])
+
+
+def test_only_the_main_process_looks_for_the_stop_file(tmp_path: Path) -> None:
+    stop, state, control = StopOnSignal(tmp_path), TrainerState(), TrainerControl()
+    (tmp_path / STOP_FILE).touch()
+    for process, expected in ((1, 0), (0, 143)):
+        arguments = SimpleNamespace(world_size=1, process_index=process, should_save=process == 0)
+        stop.on_step_end(arguments, state, control)  # pyright: ignore[reportArgumentType]
+        assert (128 + stop.received if stop.received else 0) == expected
+
+
+def test_the_grace_period_is_read() -> None:
+    assert read_grace({}) == DEFAULT_GRACE_S
+    assert read_grace({GRACE_VARIABLE: "42"}) == 42
+    for text in ("0", "-1", "soon", "1.5"):
+        with pytest.raises(ConfigError, match=f"{GRACE_VARIABLE}='{text}' is not a positive whole number"):
+            read_grace({GRACE_VARIABLE: text})

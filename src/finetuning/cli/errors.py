@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import sys
@@ -21,10 +22,21 @@ from typing import BinaryIO, TextIO
 
 from finetuning.config.redaction import redact_text, redacted_json
 from finetuning.config.yaml.document import ConfigDocument, dotted
-from finetuning.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USER, FinetuningError, Problem, first_line, is_out_of_memory
+from finetuning.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_USER,
+    CommunicationError,
+    FinetuningError,
+    Problem,
+    first_line,
+    is_out_of_memory,
+)
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
 ERROR_FILE = "FINETUNING_ERROR_FILE"
+LOST_CONNECTION = "LostConnection"
+"""The name of a failure that follows from the end of another process."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class Failure:
     """Class name of the error."""
     exit_code: int
     problems: tuple[Problem, ...]
+    is_transient: bool = False
+    """Whether another attempt may succeed: a connection was lost, or the device or file system failed."""
 
     @property
     def message(self) -> str:
@@ -45,6 +59,7 @@ class Failure:
             "class": self.name,
             "message": self.message,
             "exit_code": self.exit_code,
+            "transient": self.is_transient,
             "problems": [
                 {
                     "file": problem.location.file,
@@ -71,8 +86,8 @@ def reset_error_file(environ: Mapping[str, str] = os.environ) -> None:
 def report_failure(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
     """Write the failure to the files that the environment names; a file that cannot be written is a warning.
 
-    Rank 0 always reports. Other ranks append to the termination log only if their error is a different one, and write
-    the JSON file only if it does not exist.
+    Rank 0 always reports. Other ranks append to the termination log only if their error is a different one. They write
+    the JSON file only if it does not exist, and rank 0 does so for a transient error: it often follows from another's.
     """
     rank = environ.get("RANK") or "0"
     if environ.get(TERMINATION_LOG):
@@ -86,7 +101,7 @@ def report_failure(failure: Failure, environ: Mapping[str, str] = os.environ) ->
     if environ.get(ERROR_FILE):
         path = Path(environ[ERROR_FILE])
         try:
-            if rank == "0" or not path.exists():
+            if (rank == "0" and not failure.is_transient) or not path.exists():
                 _write(path, redacted_json(failure.as_dict(), indent=2, ensure_ascii=False) + "\n", rank)
         except OSError as error:
             _warn(ERROR_FILE, error)
@@ -99,17 +114,30 @@ def reported_errors(environ: Mapping[str, str] = os.environ) -> tuple[int, bool]
     return size, bool(error) and Path(error).exists()
 
 
-def report_for_processes(exit_code: int, before: tuple[int, bool], environ: Mapping[str, str] = os.environ) -> None:
+def read_failure(error_file: Path) -> Failure | None:
+    """Return the failure that a process reported in $FINETUNING_ERROR_FILE; None if none did. Problems are omitted."""
+    try:
+        values = json.loads(error_file.read_text(encoding="utf-8"))
+        problems = (Problem(values["message"]),)
+        return Failure(values["class"], values["exit_code"], problems, values["transient"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def report_for_processes(
+    exit_code: int, before: tuple[int, bool], killed: str | None, environ: Mapping[str, str] = os.environ
+) -> None:
     """Report a job whose process was killed before it could report an error itself.
 
     Args:
         before: the result of `reported_errors` before the processes were started.
+        killed: which process was killed, if it is known.
     """
-    is_configured = environ.get(TERMINATION_LOG) or environ.get(ERROR_FILE)
-    if is_configured and exit_code == EXIT_INTERNAL and reported_errors(environ) == before:
-        message = "a process of the job was killed, often because the machine ran out of memory"
-        print(f"error: {message}", file=sys.stderr)
-        report_failure(Failure("InternalError", exit_code, (Problem(message),)), environ)
+    if exit_code != EXIT_INTERNAL or (killed is None and reported_errors(environ) != before):
+        return
+    message = killed or "a process of the job ended without an error of its own: it was stopped, or killed"
+    print(f"error: {message}", file=sys.stderr)
+    report_failure(Failure("InternalError", exit_code, (Problem(message),)), environ)
 
 
 def _contains(path: Path, message: str) -> bool:
@@ -203,7 +231,8 @@ def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence
                 traceback.print_exc()
             for problem in error.problems:
                 _print_error(str(problem))
-            report_failure(Failure(type(error).__name__, error.exit_code, error.problems))
+            is_transient = isinstance(error, CommunicationError)
+            report_failure(Failure(type(error).__name__, error.exit_code, error.problems, is_transient))
             return error.exit_code
         except BrokenPipeError:
             # The reader of stdout is gone. Without the redirection the interpreter would fail again when it flushes.
@@ -230,20 +259,28 @@ def _report_unexpected(error: Exception, debug: bool) -> int:
     if is_lost_connection(error):
         # The lost process reports its own error, or was killed. A traceback of this one would not help.
         message = f"the connection to another process of the job was lost: {first_line(error)}"
-        return _report("InternalError", EXIT_INTERNAL, message)
+        return _report(LOST_CONNECTION, EXIT_INTERNAL, message, is_transient=True)
     if is_out_of_memory(error):
         name, message = "OutOfMemory", f"out of memory: {first_line(error)}"
     else:
         name, message = "InternalError", f"internal error: {type(error).__name__}: {first_line(error)}"
-    code = _report(name, EXIT_INTERNAL, message)
+    # torch reports failed devices and kernels as plain RuntimeErrors.
+    is_transient = name == "InternalError" and isinstance(error, OSError | RuntimeError)
+    is_transient = is_transient and not isinstance(error, NotImplementedError | RecursionError)
+    code = _report(name, EXIT_INTERNAL, message, is_transient=is_transient)
     _save_traceback(error)
     return code
 
 
-def _report(name: str, exit_code: int, message: str) -> int:
+def _report(name: str, exit_code: int, message: str, *, is_transient: bool = False) -> int:
     _print_error(message)
-    report_failure(Failure(name, exit_code, (Problem(message),)))
+    report_failure(Failure(name, exit_code, (Problem(message),), is_transient))
     return exit_code
+
+
+def report_internal_error(message: str) -> int:
+    """Print and report an error that another attempt may not meet, and return its exit code."""
+    return _report("InternalError", EXIT_INTERNAL, message, is_transient=True)
 
 
 def is_lost_connection(error: BaseException) -> bool:

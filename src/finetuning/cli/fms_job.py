@@ -91,10 +91,10 @@ def _run_job(argv: Sequence[str]) -> int:
         check_new_embeddings(translation)
     command = ["job", *([options.config] if options.config else []), "--worker", *["--dry-run"] * options.dry_run]
     before = reported_errors()
-    code = start(planned.launch, command, planned.environment)
-    if code != EXIT_OK:
-        report_for_processes(code, before)
-        return code
+    end = start(planned.launch, command, planned.environment)
+    if end.exit_code != EXIT_OK:
+        report_for_processes(end.exit_code, before, end.killed)
+        return end.exit_code
     if not options.dry_run and converts_for_vllm(translation):
         _convert_for_vllm(translation)
     return EXIT_OK

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import report_for_processes, reported_errors, reset_error_file, run_command
+from finetuning.cli.errors import (
+    ERROR_FILE,
+    LOST_CONNECTION,
+    read_failure,
+    report_for_processes,
+    reported_errors,
+    reset_error_file,
+    run_command,
+)
+from finetuning.distributed import DEFAULT_GRACE_S, GRACE_VARIABLE
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetuning.launch.hosts import Hosts
     from finetuning.launch.processes import Launch
+    from finetuning.launch.restarts import JobEnd
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nproc", default=None, help="processes per machine: a number, or auto for one per GPU (default: auto)"
     )
-    parser.add_argument("--nnodes", type=int, help="number of machines (default: from Kubeflow or SLURM, else 1)")
+    parser.add_argument(
+        "--nnodes", type=int, help="number of machines (default: the variables of the scheduler, else 1)"
+    )
     parser.add_argument("--node-rank", type=int, help="rank of this machine, from 0")
     parser.add_argument(
         "--main-address", metavar="HOST[:PORT]", help="address of the machine with rank 0 (default port: 29500)"
@@ -46,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="rendezvous timeout: how long machines wait for each other, at the start and after a restart"
         " (default: 600)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_positive_int,
+        metavar="SECONDS",
+        help="how long after its signal the scheduler kills the job, to save a checkpoint"
+        f" (default: ${GRACE_VARIABLE}, else {DEFAULT_GRACE_S})",
     )
     sharding = parser.add_mutually_exclusive_group()
     sharding.add_argument("--preset", choices=PRESETS, help="how the model is distributed (default: ddp)")
@@ -88,10 +111,33 @@ def _launch(argv: Sequence[str]) -> int:
     if options.max_restarts:
         _check_resumes(options.command)
     environment = hosts.environment()
-    before = reported_errors()
-    code = run_with_restarts(lambda: start(launch, options.command, environment), options.max_restarts, _warn_restart)
-    report_for_processes(code, before)
-    return code
+    with _error_file() as error_file:
+        before = reported_errors()
+
+        def attempt() -> JobEnd:
+            end = start(launch, options.command, environment, grace_s=options.grace)
+            failure = read_failure(error_file)
+            if end.killed or failure is None or failure.name == LOST_CONNECTION:
+                return end
+            return replace(end, error=failure.message, is_transient=failure.is_transient)
+
+        end = run_with_restarts(attempt, options.max_restarts, _warn_restart)
+        report_for_processes(end.exit_code, before, end.killed)
+    return end.exit_code
+
+
+@contextmanager
+def _error_file() -> Iterator[Path]:
+    """Yield the file in which the processes report their error: of the environment, or a temporary one."""
+    if os.environ.get(ERROR_FILE):
+        yield Path(os.environ[ERROR_FILE])
+        return
+    with tempfile.TemporaryDirectory(prefix="finetuning-launch-") as folder:
+        os.environ[ERROR_FILE] = str(Path(folder, "error.json"))
+        try:
+            yield Path(os.environ[ERROR_FILE])
+        finally:
+            del os.environ[ERROR_FILE]
 
 
 def _warn_restart(text: str) -> None:
@@ -144,6 +190,12 @@ def _make_launch(options: argparse.Namespace, hosts: Hosts) -> Launch:
 def _non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
+    return int(text)
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

@@ -54,7 +54,7 @@ def train(
     _check_options(options)
     checked = _check_config(options, document)
     experiment, algorithm, topology = checked.experiment, checked.algorithm, checked.topology
-    from finetuning.cli.errors import locate_errors
+    from finetuning.cli.errors import locate_errors, report_internal_error
     from finetuning.report.console import configure_logging
 
     # Before the imports below: the libraries read these settings when they are imported.
@@ -73,7 +73,9 @@ def train(
 
             names_checked = not _look_up_modules(checked).startswith(_NOT_LOOKED_UP)
         check_save_model_dir(experiment)
-        reporter = RunReporter(experiment, algorithm.name, topology, checked.tracking)
+        reporter = RunReporter(
+            experiment, algorithm.name, topology, checked.tracking, report_error=report_internal_error
+        )
         workers = options.num_preprocess_workers
         job = TrainingJob(
             experiment, algorithm, checked.plan, topology, reporter, workers, callbacks, names_checked=names_checked
@@ -94,7 +96,7 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     from finetuning.config.yaml.document import dotted
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
-    from finetuning.distributed import read_topology
+    from finetuning.distributed import find_launch_mistake, read_topology
     from finetuning.plan.attention import replace_unavailable_attention
     from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
@@ -117,11 +119,13 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     with locate_errors(validated.document):
         plan = make_plan(experiment, topology, location=location)
     if topology.is_main:
+        launch_mistake = find_launch_mistake()
+        launch = [Problem(launch_mistake)] if launch_mistake else []
         attention = [Problem(attention_warning, attention_location)] if attention_warning else []
         # What the user of another engine has not written is no reason for a warning.
         defaults = {dotted(path) for path in document.defaults}
         planned = [warning for warning in plan.warnings if warning.location.key not in defaults]
-        _print_warnings([*validated.warnings, *attention, *planned], validated.document)
+        _print_warnings([*launch, *validated.warnings, *attention, *planned], validated.document)
     return _CheckedConfig(validated.document, experiment, algorithm, topology, tracking, plan)
 
 

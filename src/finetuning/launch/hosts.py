@@ -1,4 +1,4 @@
-"""Which machine of a job this is, from the command line, Kubeflow or SLURM, and how the others reach it."""
+"""Which machine of a job this is, from the command line or a scheduler's variables, and how the others reach it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ RENDEZVOUS_TIMEOUT_S = 600
 """How long machines wait for each other."""
 _DEFAULT_PORT = 29500
 _VARIABLES = {
-    # Kubeflow sets the first variable of each, which is torchrun's own; srun sets the others.
-    "nnodes": ("PET_NNODES", "SLURM_NNODES"),
-    "node_rank": ("PET_NODE_RANK", "SLURM_NODEID"),
-    "nproc": ("PET_NPROC_PER_NODE",),
-    "address": ("PET_MASTER_ADDR", "MASTER_ADDR"),
+    # Kubeflow sets the first variable of each, which is torchrun's own; srun, SkyPilot and dstack set theirs.
+    "nnodes": ("PET_NNODES", "SLURM_NNODES", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM"),
+    "node_rank": ("PET_NODE_RANK", "SLURM_NODEID", "SKYPILOT_NODE_RANK", "DSTACK_NODE_RANK"),
+    "nproc": ("PET_NPROC_PER_NODE", "SKYPILOT_NUM_GPUS_PER_NODE", "DSTACK_GPUS_PER_NODE"),
+    "address": ("PET_MASTER_ADDR", "MASTER_ADDR", "SKYPILOT_NODE_IPS", "DSTACK_MASTER_NODE_IP"),
     "port": ("PET_MASTER_PORT", "MASTER_PORT"),
 }
 _SIOCGIFADDR = 0x8915
@@ -128,7 +128,7 @@ def resolve_hosts(
     if hosts.nnodes > 1 and hosts.address is None:
         raise ConfigError(
             f"{hosts.nnodes} machines need the address of the first one",
-            hint="Set --main-address HOST[:PORT] to the same value on each machine.",
+            hint="Set --main-address HOST[:PORT], or the variable MASTER_ADDR, to the same value on each machine.",
         )
     return hosts
 
@@ -138,8 +138,9 @@ def _variable(field: str, environ: Mapping[str, str]) -> str | None:
         # sbatch sets some of these for the whole allocation; they describe this process only inside of srun.
         if name.startswith("SLURM_") and "SLURM_STEP_ID" not in environ:
             continue
-        if environ.get(name):
-            return environ[name]
+        if value := environ.get(name):
+            # SkyPilot lists the addresses of all machines, a line each, and 0 GPUs of a machine without any.
+            return "auto" if field == "nproc" and value == "0" else value.splitlines()[0]
     return None
 
 

@@ -6,24 +6,31 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import YamlSection
 from finetuning.config.yaml.reader import read_document
+from finetuning.distributed import read_grace
 from finetuning.errors import EXIT_GUARD, EXIT_INTERNAL, EXIT_USER, ConfigError, MissingPackageError
-from finetuning.launch.restarts import retry_rendezvous
+from finetuning.launch.restarts import JobEnd, retry_rendezvous
+from finetuning.launch.signals import MODULE, forward_signals
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 PRESETS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _PRESET_FOLDER = Path(__file__).parent / "presets"
-_MODULE = "finetuning.cli.main"
 _RESERVED_FLAGS = ("module", "no_python", "training_script", "training_script_args", "help")
 """Flags of `accelerate launch` that select what runs."""
+_AGENT_KILLS_AFTER_S = 20
+"""Less than the time that torch's agent leaves processes to end after SIGTERM, 30 s."""
 _DOCUMENTED_CODES = (
     0,
     EXIT_USER,
@@ -56,7 +63,7 @@ class Launch:
         """Return the arguments of `accelerate launch` that run `finetuning COMMAND`."""
         arguments = ["--config_file", str(self.config_file)] if self.config_file else _neutral_config(self.flags)
         arguments += ["--num_processes", str(self.processes), "--num_machines", str(self.machines), *self.flags]
-        return [*arguments, "--module", _MODULE, *command]
+        return [*arguments, "--module", MODULE, *command]
 
 
 def _neutral_config(flags: Iterable[str]) -> list[str]:
@@ -134,24 +141,34 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def start(launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the processes of a job to their end, and return the exit code of the first one that failed.
+def start(
+    launch: Launch, command: Sequence[str], environment: Mapping[str, str], *, grace_s: int | None = None
+) -> JobEnd:
+    """Run the processes of a job to their end; the exit code is that of the first one that failed.
 
-    SIGTERM and SIGINT are forwarded; the processes then save a checkpoint.
+    SIGTERM, SIGINT and SIGUSR1 are forwarded; the processes then save a checkpoint.
 
     Args:
         command: the arguments of `finetuning`.
         environment: variables that are added to the current ones.
+        grace_s: how many seconds after its signal the scheduler kills the job; None for that of the environment.
 
     Raises:
         InternalError: the machines did not rendezvous.
     """
+    os.environ.update(environment)
+    with forward_signals(read_grace() if grace_s is None else grace_s) as forwarder:
+        end = _run_processes(launch, command)
+        return JobEnd(forwarder.exit_code(end.exit_code), None if forwarder.received else end.killed)
+
+
+def _run_processes(launch: Launch, command: Sequence[str]) -> JobEnd:
     if launch.is_plain:
-        return _run_single_process(command, os.environ | dict(environment))
+        code = subprocess.Popen([sys.executable, "-u", "-m", MODULE, *command]).wait()
+        return JobEnd(exit_code_of(code), _describe_killed(0, code))
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    os.environ.update(environment)
     # Its only warning is that c10d assigns the node ranks itself.
     logging.getLogger(torch.distributed.run.__name__).setLevel(logging.ERROR)
     try:
@@ -159,41 +176,58 @@ def start(launch: Launch, command: Sequence[str], environment: Mapping[str, str]
             return _run_launcher(launch, command)
         return retry_rendezvous(lambda: _run_launcher(launch, command), launch.rendezvous_timeout_s)
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return JobEnd(128 + int(error.sigval))
 
 
-def _run_launcher(launch: Launch, command: Sequence[str]) -> int:
+def _run_launcher(launch: Launch, command: Sequence[str]) -> JobEnd:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         launch_command(launch_command_parser().parse_args(launch.arguments(command)))
     except ChildFailedError as error:
-        return exit_code_of(error.get_first_failure()[1].exitcode)
+        return job_end(error.failures)
     except subprocess.CalledProcessError as error:
-        return exit_code_of(error.returncode)
+        return JobEnd(exit_code_of(error.returncode), _describe_killed(0, error.returncode))
     except ValueError as error:
         raise ConfigError(f"accelerate rejects this launch: {error}") from error
-    return 0
+    return JobEnd(0)
+
+
+def job_end(failures: Mapping[int, ProcessFailure]) -> JobEnd:
+    """Return how a job ended from the failures of its processes by rank, at least one.
+
+    When a process is killed, the others lose their connections at the same time. Then torch's agent ends those that
+    still run: by SIGTERM, and much later by SIGKILL.
+    """
+    first = min(failures, key=lambda rank: failures[rank].timestamp)
+    killed = [
+        rank
+        for rank, failure in failures.items()
+        if failure.exitcode < 0
+        and failure.exitcode != -signal.SIGTERM
+        and failure.timestamp - failures[first].timestamp < _AGENT_KILLS_AFTER_S
+    ]
+    description = _describe_killed(killed[0], failures[killed[0]].exitcode) if killed else None
+    return JobEnd(exit_code_of(failures[first].exitcode), description)
+
+
+def _describe_killed(rank: int, code: int) -> str | None:
+    """Return a sentence on a process that a signal killed; None if it ended by itself."""
+    if code >= 0 or -code in (signal.SIGTERM, signal.SIGINT):
+        return None
+    memory = ", often because the machine ran out of memory" if -code == signal.SIGKILL else ""
+    return f"rank {rank} on host {socket.gethostname()} was killed by signal {-code} ({_name(-code)}){memory}"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
 
 
 def exit_code_of(code: int) -> int:
     """Return the documented exit code for a process's own: 128 + signal number, or 203 for undocumented codes."""
     code = 128 - code if code < 0 else code
     return code if code in _DOCUMENTED_CODES else EXIT_INTERNAL
-
-
-def _run_single_process(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    process = subprocess.Popen([sys.executable, "-u", "-m", _MODULE, *command], env=environment)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
-
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward), signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    # A terminal sends SIGINT to the whole process group. A second one from here would make the run stop at once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else forward)
-    try:
-        return exit_code_of(process.wait())
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

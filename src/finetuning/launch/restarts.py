@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from finetuning.errors import EXIT_INTERNAL, InternalError
 
@@ -16,23 +17,42 @@ _CONNECT_TIMEOUT_S = 65.0
 """Longer than torch tries to connect to the rendezvous store; a longer attempt did complete its rendezvous."""
 
 
-def run_with_restarts(attempt: Callable[[], int], restarts: int, log: Callable[[str], None]) -> int:
-    """Run a job, restarting it after internal errors, and return the exit code of the last attempt.
+@dataclass(frozen=True)
+class JobEnd:
+    """How the processes of a job ended on this machine."""
 
-    Only exit code 203 is restarted: a process was killed, or failed for a reason that the user cannot fix. An invalid
-    config, a stopped guard, a signal or a time limit would end a new attempt the same way.
+    exit_code: int
+    killed: str | None = None
+    """Which process a signal killed, on which host; None if each ended by itself."""
+    error: str | None = None
+    """What a process reported as its own error; None if it lost a connection or was killed."""
+    is_transient: bool = True
+    """Whether another attempt may end otherwise, by the kind of that error."""
+
+
+def run_with_restarts(attempt: Callable[[], JobEnd], restarts: int, log: Callable[[str], None]) -> JobEnd:
+    """Run a job, restarting it after internal errors, and return the end of the last attempt.
+
+    Only exit code 203 is restarted, if another attempt may succeed: a process was killed, hung, or lost a connection.
+    An invalid config, a stopped guard, a signal, a time limit, too little memory or a bug would end it the same way; so
+    would an error that two attempts in a row report.
     """
+    previous_error = None
     for number in range(1, restarts + 1):
-        code = attempt()
-        if code != EXIT_INTERNAL:
-            return code
-        log(f"a process or machine of the job was lost: restart {number} of {restarts}")
+        end = attempt()
+        if end.exit_code != EXIT_INTERNAL:
+            return end
+        if not end.is_transient or (end.error is not None and end.error == previous_error):
+            log("the job is not restarted: its error would end another attempt the same way")
+            return end
+        previous_error = end.error
+        log(f"{end.killed or 'a process or machine of the job was lost'}: restart {number} of {restarts}")
         time.sleep(_PAUSE_S)
     return attempt()
 
 
-def retry_rendezvous(attempt: Callable[[], int], timeout_s: float) -> int:
-    """Run a job until its machines rendezvous, and return its exit code.
+def retry_rendezvous(attempt: Callable[[], JobEnd], timeout_s: float) -> JobEnd:
+    """Run a job until its machines rendezvous, and return how it ended.
 
     The machine that hosts the rendezvous store may start later than the others, or be restarted.
 

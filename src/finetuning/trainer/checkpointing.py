@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
-from finetuning.distributed import announce_wait
+from finetuning.distributed import GRACE_VARIABLE, announce_wait, read_grace
 from finetuning.errors import CheckpointError, GuardStopped, reading
 from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.model.save import (
@@ -62,6 +63,9 @@ class CheckpointMixin(TrainerBase):
     _checkpoint_bytes = 0
     _save_differences: Sequence[str] = ()
     """How what this process has saved last differs from what it has in memory."""
+    _step_began: float | None = None
+    """When the step in progress began."""
+    _is_grace_compared = False
     _verified_tokenizer: str | None = None
     """Digest of the tokenizer's files that were last loaded and compared."""
 
@@ -119,6 +123,28 @@ class CheckpointMixin(TrainerBase):
             self._discard(staging)
             return
         self._wait_for_everyone()
+        self._compare_with_grace_period()
+
+    def _compare_with_grace_period(self) -> None:
+        """Warn, once, if a signal would lose the checkpoint: a step and its save take longer than what it leaves."""
+        if self._is_grace_compared or self._step_began is None:
+            return
+        self._is_grace_compared = True
+        needed_s, grace_s = time.monotonic() - self._step_began, read_grace()
+        if needed_s > grace_s:
+            logger.warning(
+                "a step with its save takes %.0f s here; the grace period is %d s: a signal would lose the checkpoint."
+                " Raise the scheduler's grace period, and set %s or finetuning launch --grace to it",
+                needed_s,
+                grace_s,
+                GRACE_VARIABLE,
+            )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
+    ) -> tuple[list[object], torch.Tensor | int | None]:
+        self._step_began = time.monotonic()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _wait_for_everyone(self) -> None:
         with announce_wait(f"the other processes, to save checkpoint-{self.state.global_step}"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from finetuning.tracking.tracker import TrackerGroup
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.training.final_model import FinalModel
-    from finetuning.training.output_dir import RunResult
+    from finetuning.training.output_dir import RunRecord, RunResult
     from finetuning.training.resume.config_changes import ResumeTerms
     from finetuning.training.resume.find import ResumePoint
     from finetuning.training.setup import LoadedModel
@@ -52,10 +52,23 @@ _NUM_PREVIEW_ROWS = 10
 
 
 class RunReporter:
-    """Reports the steps of a run as they are completed. Only the main process prints, writes and tracks."""
+    """Reports the steps of a run as they are completed. Only the main process prints, writes and tracks.
 
-    def __init__(self, experiment: Experiment, method: str, topology: ProcessTopology, tracking: TrackingPlan):
+    Args:
+        report_error: called with the reason when this process is about to end although its main thread cannot.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        method: str,
+        topology: ProcessTopology,
+        tracking: TrackingPlan,
+        *,
+        report_error: Callable[[str], object] = logger.error,
+    ):
         self._experiment = experiment
+        self._report_error = report_error
         self._method = method
         self._topology = topology
         self._output_dir = Path(experiment.training_args.output_dir)
@@ -116,6 +129,11 @@ class RunReporter:
         """The plan is complete, and the process group exists."""
         self._telemetry.connect(arguments)
         self._telemetry.planned(plan)
+        state = arguments.distributed_state
+        if self._topology.sharded_by == "fsdp" and state is not None and state.distributed_type == "MULTI_CPU":
+            self._warn(
+                "FSDP shards nothing on a CPU: accelerate trains as under ddp, with the whole model in each process"
+            )
         self._summary += [SummaryLine(decision.name, decision.value, decision.reason) for decision in plan.decisions]
         self._print_stage("Loading the model")
 
@@ -193,13 +211,17 @@ class RunReporter:
         for warning in self._warnings:
             print_warning(self._console, warning)
 
-    def watch_processes(self) -> AbstractContextManager[None]:
-        """Return a context in which the main process logs which process of a distributed run hangs."""
+    def watch_processes(self, record: RunRecord) -> AbstractContextManager[None]:
+        """Return a context in which a process of a distributed run that hangs is named, and the job ended."""
         if not self._topology.is_distributed:
             return nullcontext()
-        from finetuning.training.process_sync import watch_heartbeats
+        from finetuning.training.heartbeat import watch_heartbeats
 
-        return watch_heartbeats(self._trainer, self._output_dir, self._experiment.run_conf.name_hung_after)
+        def end(reason: str) -> None:
+            self._report_error(reason)
+            record.finish("failed", error=reason)
+
+        return watch_heartbeats(self._trainer, self._output_dir, self._experiment.run_conf.name_hung_after, end)
 
     def training_ended(self, data: PreparedData, plan: Plan) -> dict[str, object]:
         """Return the memory usage, the final row statistics and the check of the reference. Collective."""

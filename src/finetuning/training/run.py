@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from finetuning.algorithms.algorithm import Algorithm
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.yaml.dump import dump_yaml
-from finetuning.distributed import ProcessTopology, read_job_end_time
+from finetuning.distributed import ProcessTopology, read_job_end_time, set_torchrun_variables
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
 from finetuning.report.run_folder import CONFIG_NAME, read_run_record
@@ -79,6 +79,8 @@ def run_training(job: TrainingJob) -> RunResult:
     if is_complete(job.experiment):
         _complete_record(job)
         return RunResult("already complete")
+    if job.topology.is_distributed:
+        set_torchrun_variables(job.topology)
     with _lock(job):
         if job.topology.is_main:
             check_free_space(job.experiment, job.plan.memory)
@@ -132,7 +134,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
 
     # Handled until the record is complete: after the last step the first signal lets the final model be saved.
     signals.enter_context(stop.handle_signals())
-    with reporter.watch_processes():
+    with reporter.watch_processes(record):
         output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
     stop.raise_if_interrupted(trainer)
     record.update(**reporter.training_ended(data, plan))

@@ -14,7 +14,7 @@ from finetuning.algorithms.algorithm import Algorithm, BatchLayout, TrainerInput
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
-from finetuning.distributed import ProcessTopology, announce_wait
+from finetuning.distributed import ProcessTopology, connecting_processes
 from finetuning.errors import ConfigError, Location, ModelError, reading
 from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
 from finetuning.plan.features import RunContext
@@ -103,9 +103,8 @@ def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
     if args.max_steps > 0 and args.num_train_epochs <= 0:
         fields.pop("num_train_epochs")
     # In a distributed run this creates the process group.
-    waits = announce_wait("the other processes of the job to connect") if plan.batch.world_size > 1 else nullcontext()
     try:
-        with waits:
+        with connecting_processes() if plan.batch.world_size > 1 else nullcontext():
             arguments = getattr(importlib.import_module(module), name)(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(str(error), location=Location(key="training_args")) from error

@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetuning.distributed import REPEAT_S, read_grace
 from finetuning.errors import Interrupted
 
 logger = logging.getLogger("finetuning")
@@ -23,22 +24,57 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Above every signal number: the processes of a run agree on the maximum of what each of them received.
 _TIME_LIMIT, _STOP_FILE = 1000, 1001
 _UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-SCHEDULER_MARGIN_S = 120
-"""How long before the scheduler's time limit the run stops."""
+
+
+class FirstSignal:
+    """Remember the first signal. Repeats within `REPEAT_S` are the same request; a later signal ends the process.
+
+    SIGTERM after SIGUSR1 is not a later one: schedulers announce their time limit by SIGUSR1, and repeat it by SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.is_answered = False
+        """Whether what was asked for is done: further signals change nothing."""
+        self._time = 0.0
+        self._latest = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        announced = self._latest == signal.SIGUSR1 and number == signal.SIGTERM
+        if self.number and not self.is_answered and not announced and now - self._time >= REPEAT_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.number or announced:
+            self._time = now
+        self.number = self.number or number
+        self._latest = number
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGTERM, SIGINT and SIGUSR1 in the block."""
+        previous = {number: signal.signal(number, self.handle) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 class StopOnSignal(TrainerCallback):
     """Save and stop at the next step after SIGTERM, SIGINT or SIGUSR1, a time limit, or a file `STOP` in `output_dir`.
 
     All processes stop at the same step. After the last step a signal stops nothing: the final model is saved first. A
-    second signal ends the process at once.
+    second signal, some seconds after the first, ends the process at once.
 
     Args:
         max_time: a duration such as `1h30m`.
-        end_time: when the scheduler ends the job, in seconds since the epoch.
+        end_time: when the scheduler ends the job, in seconds since the epoch. The run stops the scheduler's grace
+            period before it.
     """
 
     def __init__(self, output_dir: Path, *, max_time: str | None = None, end_time: float | None = None) -> None:
+        self._first = FirstSignal()
         self._received = 0
         self._file = output_dir / STOP_FILE
         self._max_time = max_time
@@ -48,13 +84,14 @@ class StopOnSignal(TrainerCallback):
     @property
     def received(self) -> int:
         """The signal's number; SIGTERM's for a time limit and the file; 0 while the run goes on."""
-        return int(signal.SIGTERM) if self._received in (_TIME_LIMIT, _STOP_FILE) else self._received
+        received = self._received or self._first.number
+        return int(signal.SIGTERM) if received in (_TIME_LIMIT, _STOP_FILE) else received
 
     @property
     def reason(self) -> str:
         if self._received == _TIME_LIMIT:
             return f"max_time {self._max_time}" if self._max_time else "the scheduler's time limit"
-        return f"file {STOP_FILE}" if self._received == _STOP_FILE else f"signal {self._received}"
+        return f"file {STOP_FILE}" if self._received == _STOP_FILE else f"signal {self.received}"
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -62,21 +99,19 @@ class StopOnSignal(TrainerCallback):
         if self._max_time:
             self._deadline = time.monotonic() + parse_duration(self._max_time)
         if self._end_time is not None:
-            left = self._end_time - SCHEDULER_MARGIN_S - time.time()
+            left = self._end_time - read_grace() - time.time()
             self._deadline = min(self._deadline, time.monotonic() + left)
-        previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        try:
+        with self._first.installed():
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def raise_if_interrupted(self, trainer: Trainer) -> None:
         """Raise Interrupted if training ended before its last step."""
         step = trainer.state.global_step
-        if not self.received or step >= trainer.state.max_steps:
+        # What all processes agreed on: a signal of this one alone, after its last step, stops nothing.
+        if not self._received or step >= trainer.state.max_steps:
             return
         is_saved = (self._file.parent / f"checkpoint-{step}").is_dir()
+        self._first.is_answered = True
         saved = f"checkpoint-{step} is saved" if is_saved else "no checkpoint of this step could be saved"
         raise Interrupted(
             f"stopped by {self.reason} at step {step}: {saved}. Run the same command with"
@@ -90,17 +125,13 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             logger.warning("%s after the last step: the final model was saved, and the run is complete", self.reason)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        for handled in _SIGNALS:
-            signal.signal(handled, signal.SIG_DFL)
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        received = self._received or (
-            _TIME_LIMIT if time.monotonic() >= self._deadline else _STOP_FILE if self._file.exists() else 0
-        )
+        received = self._received or self._first.number or (_TIME_LIMIT if time.monotonic() >= self._deadline else 0)
+        # One process looks: on a shared file system each look is a request to its server.
+        if not received and args.process_index == 0 and self._file.exists():
+            received = _STOP_FILE
         if args.world_size > 1:
             flag = torch.tensor([received], device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -119,18 +150,9 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def finish_despite_signal() -> Iterator[None]:
-    """Let the block finish when a signal arrives in it. A second signal ends the process at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        for handled in _SIGNALS:
-            signal.signal(handled, signal.SIG_DFL)
-
-    previous = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
+    """Let the block finish when a signal arrives in it. A second one, some seconds later, ends the process at once."""
+    with FirstSignal().installed():
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def parse_duration(text: str) -> float:

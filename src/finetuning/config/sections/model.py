@@ -101,7 +101,8 @@ class RunConfig(ConfigSection):
     """Maximum training time of this job, such as `3h` or `1h30m`. The run then saves a checkpoint and exits with code
     143."""
     name_hung_after: float = Field(default=300.0, gt=0)
-    """Seconds without progress after which a hung process is reported with its stack. Only with several processes."""
+    """Seconds without progress after which a hung process is named, and after twice as many the job ends with exit code
+    203. Only with several processes, between the first and the last step, and not during a save."""
     copy_checkpoints_to: str | None = None
     """Upload each complete checkpoint and the final model to this fsspec URL, such as `s3://bucket/run`. Uploads run in
     the background; a failed upload is a warning. The run waits for pending uploads before it exits."""
