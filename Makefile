@@ -16,6 +16,10 @@ CLUSTER_VENV := .venv-cluster
 PIP_OPTIONS ?= $(if $(CI),--quiet)
 # worksteal: neighboring tests stay together, and no process is left alone with the last long file.
 PYTEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
+# A save flushes every file to disk, and the tests save thousands. In memory that takes no time.
+PYTEST_DEBUG_TEMPROOT ?= $(shell test "$$(df -P /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}')" -gt 8000000 \
+	2>/dev/null && echo /dev/shm || echo $${TMPDIR:-/tmp})
+export PYTEST_DEBUG_TEMPROOT
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-full test-removed-checks test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \

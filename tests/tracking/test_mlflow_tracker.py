@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from finetuning.tracking.mlflow.queue import UploadState
 from finetuning.tracking.mlflow.tracker import MlflowTracker, start_mlflow
 from finetuning.tracking.settings import TrackingOptions, parameters, resolve_tracking
 from finetuning.tracking.tracker import LogEvent, StepMetrics
@@ -128,13 +129,16 @@ def test_a_given_run_id_is_gone_on_with(mlflow_server: Any, tmp_path: Path, clie
     assert server.get_run(run_id).info.status == "KILLED"
 
 
-def test_a_deleted_run_costs_nothing_but_the_tracking(mlflow_server: Any, tmp_path: Path, client: Client) -> None:
+def test_a_deleted_run_costs_nothing_but_the_tracking(
+    mlflow_server: Any, tmp_path: Path, client: Client, eventually: Callable[[Callable[[], bool]], None]
+) -> None:
     server = client(mlflow_server.uri)
     run_id = server.create_run("0").info.run_id
     server.delete_run(run_id)
     tracker = start(mlflow_server.uri, tmp_path, MLFLOW_RUN_ID=run_id)
     tracker.queue.append("metrics", values={"loss": 1.0}, step=1)
-    end = tracker.finish("FINISHED", wait_s=5)
+    eventually(lambda: "deleted" in (UploadState.read(tracker.queue.path).error or ""))
+    end = tracker.finish("FINISHED", wait_s=0.1)
     assert end.error is not None
     assert "deleted" in end.error
 
