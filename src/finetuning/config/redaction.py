@@ -175,7 +175,13 @@ def redact_text(text: str, environ: Mapping[str, str] = os.environ) -> str:
     >>> redact_text("MY_TOKEN is s3cr3t-value", {"MY_TOKEN": "s3cr3t-value"})
     'MY_TOKEN is …'
     """
-    return _redact_text(text, _known_pattern(environ))
+    return redact_texts([text], environ)[0]
+
+
+def redact_texts(texts: Iterable[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the texts with every secret in them replaced; the environment is read once for all of them."""
+    secrets = _known_pattern(environ)
+    return [_redact_text(text, secrets) for text in texts]
 
 
 def _redact_text(text: str, secrets: re.Pattern[str] | None) -> str:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from finetuning.config.redaction import redact_text
+from finetuning.config.redaction import redact_texts
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.processors.base import TokenizedSample
 from finetuning.data.tokenization.labels import LabelBuilder
@@ -66,11 +66,9 @@ def _row(
     location: Location, title: str, ids: np.ndarray, mask: np.ndarray, tokens_cut: int, label_builder: LabelBuilder
 ) -> PreviewRow:
     boundaries = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
-    segments = tuple(
-        (redact_text(label_builder.decode(ids[start:end].tolist())), bool(mask[start]))
-        for start, end in pairwise(boundaries)
-        if end > start
-    )
+    spans = [(start, end) for start, end in pairwise(boundaries) if end > start]
+    texts = redact_texts(label_builder.decode(ids[start:end].tolist()) for start, end in spans)
+    segments = tuple((text, bool(mask[start])) for text, (start, _) in zip(texts, spans, strict=True))
     return PreviewRow(location, title, segments, len(ids), int(mask.sum()), tokens_cut)
 
 
