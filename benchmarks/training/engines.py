@@ -83,7 +83,7 @@ def plain_loop(bench: Bench, flat: bool, autocast: bool = False) -> tuple[int, f
         count, loss = sum(int(batch["shift_labels"].ne(-100).sum()) for batch in batches), 0.0
         for batch in batches:
             batch = {name: value.to(options.device) if hasattr(value, "to") else value for name, value in batch.items()}
-            targets, _ = batch.pop("shift_labels"), batch.pop("labels")
+            targets, *_ = (batch.pop(name) for name in ("shift_labels", "labels", "label_positions", "num_labels"))
             wanted = targets.ne(-100)
             with torch.autocast(options.device, torch.bfloat16, enabled=autocast):
                 logits = model(**batch, logits_to_keep=wanted, use_cache=False).logits.flatten(0, -2).float()
@@ -112,7 +112,8 @@ def with_trainer(bench: Bench, name: str, autocast: bool = False) -> tuple[int, 
     if name.startswith("transformers"):
 
         def padded(batch: list[dict[str, Any]]) -> dict[str, Any]:
-            return {key: value for key, value in PaddingCollator(0)(batch).items() if key != "shift_labels"}
+            names = ("input_ids", "attention_mask", "labels")
+            return {key: value for key, value in PaddingCollator(0)(batch).items() if key in names}
 
         trainer = transformers.Trainer(
             model=model, args=arguments, train_dataset=data, data_collator=padded, callbacks=[bench.watch()]

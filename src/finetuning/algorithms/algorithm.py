@@ -28,6 +28,8 @@ class BatchLayout:
 
     padded: bool
     reason: str
+    takes_constant_mask: bool = False
+    """Whether padding-free batches come with a mask that keeps transformers from looking for rows on the device."""
 
     def __str__(self) -> str:
         return f"{'padded' if self.padded else 'padding-free'}: {self.reason}"
@@ -69,6 +71,8 @@ class Algorithm:
     """Whether its trainer can compute rows that are concatenated without padding."""
     trainer_adds_adapter: bool = False
     """Whether the trainer itself adds a new adapter to the model, and uses the model without it as the reference."""
+    pads_right: bool = False
+    """Whether all batches of its trainer are padded on the right: attention then needs no mask."""
     has_score_head: bool = False
     """Whether the model has a head with a single output instead of the vocabulary."""
     is_experimental: bool = False

@@ -90,15 +90,20 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     import torch
     from trl.trainer.dpo_trainer import DPOTrainer
 
+    from finetuning.trainer.deferred_metrics import CountingCollator, DeferredMetricsMixin
     from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
     from finetuning.trainer.row_mean import RowMeanMixin
 
-    class CheckedDPOTrainer(RowMeanMixin, TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    class CheckedDPOTrainer(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        RowMeanMixin, TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DeferredMetricsMixin, DPOTrainer
+    ):
         args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
         supports_batch_splitting = loss_is_row_mean = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
+        # The loss `sft` selects the chosen tokens once more.
+        token_masks = ("chosen",) * list(inputs.arguments.loss_type).count("sft") + ("chosen", "rejected")
 
         def _prepare_dataset(
             self, dataset: Dataset | IterableDataset, *args: object, **kwargs: object
@@ -126,9 +131,11 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             return torch.where(mask.cumsum(-1) > shared, self.ld_alpha * log_probs, log_probs)
 
     with reraise_as_config_error("DPO"):
-        return CheckedDPOTrainer(
+        trainer = CheckedDPOTrainer(
             ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
+    trainer.data_collator = CountingCollator(trainer.data_collator)
+    return trainer
 
 
 ALGORITHM = Algorithm(
@@ -137,4 +144,5 @@ ALGORITHM = Algorithm(
     prepare=prepare,
     build_trainer=build_trainer,
     trainer_adds_adapter=True,
+    pads_right=True,
 )

@@ -59,11 +59,14 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from trl.trainer.kto_trainer import KTOTrainer
 
     from finetuning.data.processors.preference import with_kl_completions
+    from finetuning.trainer.deferred_metrics import CountingCollator, DeferredMetricsMixin
     from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
 
-    class CheckedKTOTrainer(TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    class CheckedKTOTrainer(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DeferredMetricsMixin, KTOTrainer
+    ):
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
 
         def _prepare_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,9 +85,11 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             return [*kl_log_probs, inputs["ref_logps"]]
 
     with reraise_as_config_error("KTO"):
-        return CheckedKTOTrainer(
+        trainer = CheckedKTOTrainer(
             ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
+    trainer.data_collator = CountingCollator(trainer.data_collator)
+    return trainer
 
 
 ALGORITHM = Algorithm(
@@ -93,4 +98,5 @@ ALGORITHM = Algorithm(
     prepare=prepare,
     build_trainer=build_trainer,
     trainer_adds_adapter=True,
+    pads_right=True,
 )

@@ -77,13 +77,14 @@ def build_trainer(inputs: TrainerInputs, trainer: str) -> transformers.Trainer:
     Raises:
         ConfigError: TRL rejects the combination of model and options.
     """
+    from finetuning.trainer.deferred_metrics import CountingCollator, DeferredMetricsMixin
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.row_mean import RowMeanMixin
 
     module, _, name = trainer.partition(":")
     trainer_class: Any = getattr(importlib.import_module(module), name)
 
-    class PairTrainer(RowMeanMixin, TrainerMixin, trainer_class):
+    class PairTrainer(RowMeanMixin, TrainerMixin, DeferredMetricsMixin, trainer_class):
         # TRL's evaluation checks that batches come from its own collator; those of `PairCollator` have the same form.
         use_dpo_data_collator = property(lambda self: True, lambda self, value: None)
 
@@ -99,7 +100,7 @@ def build_trainer(inputs: TrainerInputs, trainer: str) -> transformers.Trainer:
     }
     pad_token_id: Any = inputs.tokenizer.tokenizer.pad_token_id
     with reraise_as_config_error(inputs.experiment.method_name.upper()):
-        return PairTrainer(data_collator=PairCollator(pad_token_id), **kwargs)
+        return PairTrainer(data_collator=CountingCollator(PairCollator(pad_token_id)), **kwargs)
 
 
 def as_tokenized_dataset(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -118,6 +119,7 @@ ORPO = Algorithm(
     experiment=ORPOExperiment,
     prepare=prepare,
     build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.orpo:ORPOTrainer"),
+    pads_right=True,
     is_experimental=True,
 )
 CPO = Algorithm(
@@ -125,5 +127,6 @@ CPO = Algorithm(
     experiment=CPOExperiment,
     prepare=prepare,
     build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.cpo:CPOTrainer"),
+    pads_right=True,
     is_experimental=True,
 )

@@ -61,6 +61,8 @@ class SelectedLogitsMixin(Trainer):
     max_labels_at_once: float = math.inf
     """Batches with more labels have their loss computed in chunks, where the run supports it."""
     labels_per_chunk = 0
+    fuses_loss = False
+    """Whether chunks compute their gradients together with the loss."""
     _chunked_loss: ChunkedCrossEntropy | None = None
     offload_activations: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -92,48 +94,72 @@ class SelectedLogitsMixin(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         inputs = dict(inputs)
-        targets = inputs.pop("shift_labels")
-        has_label = targets.ne(-100)
+        targets = inputs.pop("shift_labels").flatten()
+        positions, num_labels = inputs.pop("label_positions"), inputs.pop("num_labels")
+        if self.args.torch_compile:
+            # A graph for each combination of lengths would be compiled.
+            inputs.pop("row_lengths", None)
         if self.uses_model_loss:
             if not model.training:
                 # The mean over this batch; the token counts of other processes do not matter.
                 num_items_in_batch = None
             output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = output[0] if isinstance(output, tuple) else output
-            self._add_eval_loss(loss * has_label.sum(), has_label.sum())
+            self._add_eval_loss(loss * num_labels, num_labels)
             return output
         inputs.pop("labels")
         if self.takes_use_cache:
             inputs["use_cache"] = False
         if self.uses_logits_to_keep:
-            inputs["logits_to_keep"] = has_label
-            outputs, total = self._sum_loss(model, inputs, targets[has_label])
+            outputs, total = self._sum_loss(model, inputs, targets, positions)
         else:
-            outputs, total = _sum_loss_at_once(model, inputs, targets.flatten())
+            outputs, total = _sum_loss_at_once(model, inputs, targets)
         if num_items_in_batch is None:
-            loss = total / has_label.sum().clamp(min=1)
+            loss = total / max(num_labels, 1)
         else:
             # Gradients are averaged over processes, but the token count is the sum over all of them.
             loss = total / num_items_in_batch * self._num_averaging_processes()
-        self._add_eval_loss(total, has_label.sum())
+        self._add_eval_loss(total, num_labels)
         return (loss, outputs) if return_outputs else loss
 
     def _sum_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor
+        self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor, positions: torch.Tensor
     ) -> tuple[ModelOutput, torch.Tensor]:
-        """Return the model's outputs and the loss summed over the labels, in chunks where there are many labels."""
-        in_chunks = None
-        if len(targets) > self.max_labels_at_once:
-            in_chunks = self.chunked_loss()(model, inputs, targets)
-        return in_chunks or _sum_loss_at_once(model, inputs, targets)
+        """Return the model's outputs and the loss summed over the labels, in chunks where there are many labels.
+
+        Args:
+            targets: shape (positions,); -100 where a position has no label.
+            positions: shape (labels,), the positions that have one.
+        """
+        from torch.nn.functional import cross_entropy
+
+        from finetuning.trainer.hooks import select_head_input
+
+        labels = targets.index_select(0, positions)
+        if len(labels) > self.max_labels_at_once:
+            in_chunks = self.chunked_loss()(model, inputs, labels, positions)
+            if in_chunks is not None:
+                return in_chunks
+        head: nn.Module | None = _base_of(self.model).get_output_embeddings()
+        if head is None or self.args.torch_compile:
+            # Compiled graphs bypass hooks.
+            inputs["logits_to_keep"] = targets.ne(-100).view_as(inputs["input_ids"])
+            return _sum_loss_at_once(model, inputs, labels)
+        with select_head_input(head, positions) as calls:
+            outputs = model(**inputs)
+        logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
+        if not calls:
+            logits = logits.index_select(0, positions)
+        return outputs, cross_entropy(logits.float(), labels, reduction="sum")
 
     def chunked_loss(self) -> ChunkedCrossEntropy:
         """Return the loss in chunks. Log a warning, the first time, where this run cannot compute it."""
         if self._chunked_loss is None:
             from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
 
-            unsupported = _why_not_chunked(self)
-            self._chunked_loss = ChunkedCrossEntropy(self.model, self.labels_per_chunk, unsupported)
+            self._chunked_loss = ChunkedCrossEntropy(
+                self.model, self.labels_per_chunk, _why_not_chunked(self), fused=self.fuses_loss
+            )
         return self._chunked_loss
 
 
@@ -164,7 +190,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     collator = (
         PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_input_id)
         if inputs.layout.padded
-        else FlatteningCollator()
+        else FlatteningCollator(with_constant_mask=has_plain_loss and inputs.layout.takes_constant_mask)
     )
     rows: Any = inputs.data.train
     if getattr(getattr(inputs.model, "active_peft_config", None), "init_lora_weights", None) == "eva":
@@ -186,6 +212,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     )
     vocab_size = inputs.model.config.get_text_config().vocab_size
     trainer.max_labels_at_once, trainer.labels_per_chunk = chunk_sizes(sft_args.logits_at_once, vocab_size)
+    _fuse_loss(trainer, sft_args.logits_at_once)
     if isinstance(sft_args.logits_at_once, int):
         # The user asked for chunks: warn before training, not at the first large batch.
         trainer.chunked_loss()
@@ -194,6 +221,15 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         # The Trainer inspects the model's signature for whether the loss takes a token count; this loss does.
         trainer.model_accepts_loss_kwargs = True
     return trainer
+
+
+def _fuse_loss(trainer: SelectedLogitsMixin, logits_at_once: Literal["auto", "all"] | int) -> None:
+    """Compute gradients together with the loss where that is faster: on GPUs, for batches of any size."""
+    on_gpu = trainer.args.device.type == "cuda"
+    # A sharded head is gathered once, for a loss that is computed in a single call.
+    trainer.fuses_loss = on_gpu or trainer.is_fsdp_enabled
+    if on_gpu and logits_at_once == "auto" and not _why_not_chunked(trainer):
+        trainer.max_labels_at_once = -1
 
 
 def chunk_sizes(logits_at_once: Literal["auto", "all"] | int, vocab_size: int) -> tuple[float, int]:
@@ -226,9 +262,11 @@ def _why_not_chunked(trainer: SelectedLogitsMixin) -> str | None:
         return "the model computes its loss itself"
     if not trainer.uses_logits_to_keep:
         return "the model's class computes logits at all positions only"
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
         # Each process would gather the head once per chunk, and processes may have different numbers of chunks.
         return "the model is sharded"
+    if trainer.is_fsdp_enabled and trainer.max_labels_at_once > 0 and trainer.args.device.type != "cuda":
+        return "the model is sharded, and only some processes may have so many labels"
     if trainer.args.torch_compile:
         return "the model is compiled, which bypasses hooks on its head"
     return None

@@ -118,7 +118,7 @@ def _row_losses(setup: Setup, batch: Mapping[str, Any], lengths: Sequence[int]) 
     inputs = {
         name: value.to(setup.device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
-        if name not in ("labels", "shift_labels", "pack_borders")
+        if name not in ("labels", "shift_labels", "pack_borders", "label_positions", "num_labels")
     }
     with torch.no_grad(), setup.autocast():
         logits = setup.loaded.model(**inputs, use_cache=False).logits.float()

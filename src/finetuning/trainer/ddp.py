@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 
 from finetuning.model.peft.adapters import peft_type_of
@@ -27,6 +28,19 @@ def set_ddp_defaults(args: TrainingArguments, model: nn.Module) -> None:
     if args.ddp_broadcast_buffers is None:
         # The buffers of language models are constants; every process has computed the same ones.
         args.ddp_broadcast_buffers = False
+
+
+def use_bucket_views(arguments: dict[str, object]) -> dict[str, object]:
+    """Let gradients be views of the buffers that DistributedDataParallel reduces, instead of copies of the same size.
+
+    Args:
+        arguments: those of accelerate's `Accelerator`.
+    """
+    handlers: Any = arguments.get("kwargs_handlers") or ()
+    for handler in handlers:
+        if isinstance(handler, DistributedDataParallelKwargs):
+            handler.gradient_as_bucket_view = True
+    return arguments
 
 
 def defers_gradients(model: nn.Module) -> bool:

@@ -188,3 +188,30 @@ def _sum_squared_lengths(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | f
         return mask.sum(-1).double().square().sum()
     num_rows, length = inputs["input_ids"].shape
     return float(num_rows * length * length)
+
+
+@contextmanager
+def select_head_input(head: nn.Module, positions: torch.Tensor) -> Iterator[list[int]]:
+    """Compute the head of a model in the block at some positions only.
+
+    The hidden states are selected by indices that are known beforehand. A bool mask (`logits_to_keep`) would make a GPU
+    wait until their number is known.
+
+    Args:
+        positions: int64, (positions,): indices into the flattened batch.
+
+    Yields:
+        A list that gets the number of positions that the head was called with; empty if the model does not call it.
+    """
+    calls: list[int] = []
+
+    def select(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        hidden = arguments[0]
+        calls.append(hidden.shape[:-1].numel())
+        return (hidden.flatten(0, -2).index_select(0, positions.to(hidden.device)),)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield calls
+    finally:
+        hook.remove()

@@ -174,12 +174,16 @@ class RunStateMixin(TrainerBase):
 
     def _next_log(self) -> dict[str, Any]:
         """Return the losses and metrics since the last log."""
+        self.read_metrics()
         return {
             "sum": self._tr_loss.detach().cpu().clone(),
             "last_logged": self._globalstep_last_logged,
             "metrics": {name: list(values) for name, values in self._train_metrics().items()},
             "total_train_tokens": getattr(self, "_total_train_tokens", None),
         }
+
+    def read_metrics(self) -> None:
+        """Read the metrics that are still on the device; see `DeferredMetricsMixin`."""
 
     def _train_metrics(self) -> dict[str, list[object]]:
         """Return the metrics that TRL's trainers collect until the next log; {} for transformers' Trainer."""

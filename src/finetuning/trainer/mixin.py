@@ -20,12 +20,14 @@ from finetuning.trainer.checkpointing import (
 )
 from finetuning.trainer.hooks import TrainerHooksMixin
 from finetuning.trainer.loaded_state import RunStateMixin
-from finetuning.trainer.oom_retry import OOMRetryMixin
+from finetuning.trainer.oom_retry import OOMRetryMixin, locate_labels
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader, Dataset
     from transformers.trainer_utils import EvalLoopOutput
+
+    from finetuning.trainer.late_guard import LateGuard
 
 IGNORE_INDEX = -100
 PACK_BORDERS = "pack_borders"
@@ -59,6 +61,9 @@ class TrainingLoopMixin(TrainerBase):
     loraplus_lr_ratio: float | None = None
     """Learning rate of the LoRA B matrices divided by that of all other weights; None without LoRA+."""
     step_loss: float | None = None
+    guards_late: bool | None = None
+    """Whether a step is checked one step late: by default on GPUs, where reading its values makes the device wait."""
+    _late_guard: LateGuard | None = None
     _token_count: torch.Tensor | int = 0
     _running_loss: torch.Tensor | float = 0.0
     _eval_totals: torch.Tensor | None = None
@@ -85,9 +90,10 @@ class TrainingLoopMixin(TrainerBase):
 
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, object]:
         if self.args.world_size > 1:
-            from finetuning.trainer.ddp import set_ddp_defaults
+            from finetuning.trainer.ddp import set_ddp_defaults, use_bucket_views
 
             set_ddp_defaults(self.args, self.model)
+            return use_bucket_views(super()._build_accelerator_args(**kwargs))
         return super()._build_accelerator_args(**kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -157,7 +163,7 @@ class TrainingLoopMixin(TrainerBase):
 
     def _count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
         """Return the tokens of a batch without padding, on its device: copying the sum would synchronize a GPU."""
-        mask = inputs.get("attention_mask")
+        mask = None if "cu_seq_lens_q" in inputs else inputs.get("attention_mask")
         return inputs["input_ids"].numel() if mask is None else mask.sum()
 
     # Called once per optimizer step, before the weights change, whether or not gradients are clipped.
@@ -165,33 +171,75 @@ class TrainingLoopMixin(TrainerBase):
         self, model: nn.Module, grad_norm: torch.Tensor | float | None = None
     ) -> torch.Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._can_guard_late(norm):
+            self._guard_late(norm)
+            return norm
         loss, self._running_loss = float(self._running_loss), 0.0
         self.step_loss = loss
         # Under fp16 infinite gradients are expected: the loss scaler skips the step and lowers its scale.
         gradient_norm = 0.0 if norm is None or self.args.fp16 else float(norm)
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            value = f"gradient norm {gradient_norm}" if math.isfinite(loss) else f"loss {loss}"
-            raise self._not_finite_error(value)
+            raise self._not_finite_error(loss, gradient_norm, self.state.global_step + 1)
         return norm
 
-    def _not_finite_error(self, value: str) -> GuardStopped:
-        """Return the error for a loss or gradient norm that is not finite, found before the optimizer step."""
-        message = f"step {self.state.global_step + 1}: {value} is not finite"
+    def _can_guard_late(self, norm: object) -> bool:
+        """Return whether the optimizer can be made to skip this step on the device, if a value is not finite."""
+        late = self.args.device.type == "cuda" if self.guards_late is None else self.guards_late
+        return late and type(norm) is torch.Tensor and not self.args.fp16 and not self._updates_early()
+
+    def _updates_early(self) -> bool:
+        """Return whether weights change before the gradient norm is known: DeepSpeed, updates in the backward pass."""
+        return bool(self.is_deepspeed_enabled) or self.args.optim.endswith(("layerwise", "lomo"))
+
+    def _guard_late(self, norm: Any) -> None:
+        """Check the step before this one, and leave the values of this one to be read."""
+        from finetuning.trainer.late_guard import LateGuard
+
+        self.read_guard()
+        if self._late_guard is None:
+            self._late_guard = LateGuard()
+        loss, self._running_loss = self._running_loss, 0.0
+        self._late_guard.submit(self.state.global_step + 1, torch.as_tensor(loss), norm, self.optimizer)
+
+    def read_guard(self) -> None:
+        """Check the last step if it has not been checked, as before anything is saved or logged.
+
+        Raises:
+            GuardStopped: its loss or gradient norm was not finite.
+        """
+        values = None if self._late_guard is None else self._late_guard.read()
+        if values is None:
+            return
+        self.step_loss = values.loss
+        if not (math.isfinite(values.loss) and math.isfinite(values.gradient_norm)):
+            raise self._not_finite_error(values.loss, values.gradient_norm, values.step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.read_guard()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        self.read_guard()
+        super()._save_checkpoint(model, trial)
+
+    def _not_finite_error(self, loss: float, gradient_norm: float, step: int) -> GuardStopped:
+        """Return the error for a loss or gradient norm of a step that is not finite; the step was not taken."""
+        value = f"gradient norm {gradient_norm}" if math.isfinite(loss) else f"loss {loss}"
+        message = f"step {step}: {value} is not finite"
         broken = find_not_finite(self.model)
         if broken is not None:
-            since = "since an earlier step" if self.state.global_step else "from the start"
+            since = "since an earlier step" if step > 1 else "from the start"
             message += f", and {broken} holds values that are not finite {since}"
             hint = f"{self._describe_dtype_risk()}Lower the learning rate."
-        elif self.state.global_step > 0:
+        elif step > 1:
             hint = f"{self._describe_dtype_risk()}Lower the learning rate, or check the rows of this step."
         else:
             hint = (
                 f"{self._describe_dtype_risk()}No step was taken before, so the learning rate is not the reason: check"
                 " the rows of this step and the base model."
             )
-        # DeepSpeed and optimizers that update in the backward pass have taken the step already.
-        updates_early = self.is_deepspeed_enabled or self.args.optim.endswith(("layerwise", "lomo"))
-        if broken is None and not updates_early:
+        is_skipped = self._late_guard.leaves_weights if self._late_guard is not None else not self._updates_early()
+        if broken is None and is_skipped:
             message += ". This step did not change the weights"
         return GuardStopped(f"{message}. {describe_last_checkpoint(Path(self.args.output_dir))}", hint=hint)
 
@@ -211,11 +259,11 @@ class TrainingLoopMixin(TrainerBase):
         # The only method that both training and evaluation call before they compute anything of a batch. Prompts that
         # are still to be completed (GRPO) come as a list.
         packs = [batch.pop(PACK_BORDERS, None) for batch in batch_samples if isinstance(batch, dict)]
-        if batch_samples and isinstance(batch_samples[-1], Mapping):
+        if batch_samples and isinstance(batch_samples[-1], dict):
             self._mask_repeated_rows(batch_samples[-1], packs[-1])
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def _mask_repeated_rows(self, batch: Mapping[str, torch.Tensor], packs: torch.Tensor | None) -> None:
+    def _mask_repeated_rows(self, batch: dict[str, Any], packs: torch.Tensor | None) -> None:
         """Set the labels of rows that occur twice in the last batch of an epoch to -100.
 
         All processes get the same number of rows, so accelerate fills up the last batch with rows from the start of the
@@ -236,6 +284,7 @@ class TrainingLoopMixin(TrainerBase):
                 batch[name][kept:] = IGNORE_INDEX
             elif kept < len(borders) - 1:
                 batch[name][:, int(borders[kept]) :] = IGNORE_INDEX
+        locate_labels(batch)
 
     def _add_eval_loss(self, total: torch.Tensor, count: torch.Tensor | int) -> None:
         """Add the summed loss and the number of tokens of a validation batch."""

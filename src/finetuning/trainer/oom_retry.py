@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Batch: TypeAlias = dict[str, torch.Tensor]
-Split: TypeAlias = dict[str, torch.Tensor | int]
-"""Some rows of a batch; the maximum lengths of padding-free rows are numbers."""
+Split: TypeAlias = dict[str, Any]
+"""Some rows of a batch: tensors, and numbers that describe them."""
 logger = logging.getLogger(__name__)
 
 _HINT = (
@@ -61,8 +61,33 @@ def split_batch(inputs: Mapping[str, torch.Tensor], num_splits: int) -> Iterator
             yield take(inputs, start, end), (end - start) / rows
 
 
+def locate_labels(batch: dict[str, Any]) -> None:
+    """Set `label_positions` and `num_labels` of a batch whose labels have changed, where it has them.
+
+    Reads the labels from the device: only for batches that are split, and the last of an epoch.
+    """
+    if "label_positions" in batch:
+        batch["label_positions"] = batch["shift_labels"].flatten().ne(-100).nonzero().flatten()
+        batch["num_labels"] = len(batch["label_positions"])
+
+
+def _with_labels(split: Split, inputs: Mapping[str, torch.Tensor]) -> Split:
+    if "label_positions" in inputs:
+        split["label_positions"] = inputs["label_positions"]
+        locate_labels(split)
+    return split
+
+
 def _take_padded(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
-    return {name: value[start:end] for name, value in inputs.items()}
+    split = {name: value[start:end] for name, value in _row_tensors(inputs).items()}
+    return _with_labels(split, inputs)
+
+
+def _row_tensors(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that have a row for each row of the batch."""
+    return {
+        name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "label_positions"
+    }
 
 
 def _take_pairs(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
@@ -71,17 +96,19 @@ def _take_pairs(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Spl
         name: torch.cat([value[start:end], value[rows + start : rows + end]])
         if len(value) == 2 * rows
         else value[start:end]
-        for name, value in inputs.items()
+        for name, value in _row_tensors(inputs).items()
     }
 
 
 def _take_padding_free(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
     borders = inputs["cu_seq_lens_q"][start : end + 1]
     first, last = int(borders[0]), int(borders[-1])
-    max_length = int(borders.diff().max())
-    lengths = {"cu_seq_lens_q": borders - first, "cu_seq_lens_k": borders - first}
-    lengths |= {"max_length_q": max_length, "max_length_k": max_length}
-    return {name: lengths[name] if name in lengths else value[:, first:last] for name, value in inputs.items()}
+    row_lengths: list[int] = borders.diff().tolist()
+    changed: Split = {"cu_seq_lens_q": borders - first, "cu_seq_lens_k": borders - first}
+    changed |= {"max_length_q": max(row_lengths), "max_length_k": max(row_lengths), "row_lengths": row_lengths}
+    kept = {name: value for name, value in inputs.items() if name == "attention_mask"}
+    tokens = {name: value[:, first:last] for name, value in _row_tensors(inputs).items() if name not in changed | kept}
+    return _with_labels({**tokens, **kept, **{name: changed[name] for name in changed if name in inputs}}, inputs)
 
 
 class OOMRetryMixin(TrainerBase):

@@ -154,4 +154,5 @@ def _take_pair(batch: Mapping[str, torch.Tensor], index: int) -> Batch:
     return {
         name: value[[index, rows + index]] if len(value) == 2 * rows else value[index : index + 1]
         for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
     }
