@@ -11,6 +11,7 @@ from finetuning.plan.attention import AttentionContext, choose_attention
 
 BOTH = ("flash_attention_2", "flash_attention_3")
 ALL = (*BOTH, "flash_attention_4")
+TORCH = ("torch_varlen",)
 A100 = AttentionContext("cuda", (8, 0), BOTH[:1], "bfloat16", "padding-free")
 H100 = replace(A100, capability=(9, 0), installed=ALL)
 ROCM = replace(A100, capability=None)
@@ -37,7 +38,7 @@ CPU = AttentionContext()
         (A100, {"dtype": "float32"}, "sdpa", "supports bfloat16 and float16, but this run computes in float32"),
         (A100, {"layout": "padded", "method": "dpo"}, "sdpa", "dpo batches are padded"),
         (A100, {"layout": "padded"}, "sdpa", "sft batches are padded, which sdpa has flash kernels for"),
-        (A100, {"sharded_by": "fsdp"}, "sdpa", "before the weights are sharded"),
+        (A100, {"sharded_by": "fsdp"}, "flash_attention_2 sdpa", "one varlen kernel for all rows"),
         (A100, {"sharded_by": "deepspeed"}, "sdpa", "before the weights are sharded"),
         (A100, {"is_deterministic": True}, "sdpa", "run_conf.determinism"),
         (H100, {}, "flash_attention_3 flash_attention_2 sdpa", "one varlen kernel for all rows"),
@@ -50,6 +51,13 @@ CPU = AttentionContext()
         (EAGER, {"dtype": "float32"}, "eager", "the model's class has no sdpa; flash_attention_2 supports bfloat16"),
         (EAGER, {"layout": "padded"}, "eager", "sft batches are padded, not verified; to use flash_attention_2, set"),
         (EAGER, {"supported": ("flex_attention",)}, "eager", "the model's class has neither sdpa nor FlashAttention"),
+        (A100, {"installed": TORCH}, "torch_varlen sdpa", "one varlen kernel for all rows"),
+        (A100, {"installed": (*BOTH, *TORCH)}, "torch_varlen flash_attention_2 sdpa", "one varlen kernel for all rows"),
+        (A100, {"installed": TORCH, "has_dropout": True}, "sdpa", "torch_varlen is not known to train"),
+        (A100, {"installed": TORCH, "capability": (7, 5)}, "sdpa", "torch_varlen is not known to train on this GPU"),
+        (A100, {"installed": TORCH, "dtype": "float32"}, "sdpa", "torch_varlen supports bfloat16 and float16"),
+        (H100, {"installed": (*ALL, *TORCH)}, "flash_attention_3 torch_varlen flash_attention_2 sdpa", "one varlen"),
+        (ROCM, {"installed": TORCH}, "torch_varlen sdpa", "one varlen kernel for all rows"),
         (ROCM, {"installed": BOTH[1:]}, "sdpa", "not known to train on this GPU; to use it, set run_conf"),
     ],
 )

@@ -20,7 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
@@ -75,6 +75,7 @@ class VarlenInputs(TypedDict):
     cu_seq_lens_k: torch.Tensor
     max_length_q: int
     max_length_k: int
+    row_lengths: list[int]
 
 
 def enable_varlen(
@@ -140,7 +141,7 @@ def enable_varlen_kernel(
         return reason
     try:
         with _autocast(autocast, base.device):
-            leak = _leak_between_rows(model, lambda: base.set_attn_implementation(name), autocast)
+            leak = _leak_between_rows(model, lambda: use_varlen(model, name), autocast)
             has_finite_gradient = bool(leak) or _has_finite_gradient(model)
     except torch.OutOfMemoryError:
         raise
@@ -179,9 +180,9 @@ def _has_default_attention(base: PreTrainedModel) -> bool:
 
 def varlen_inputs(rows: Sequence[torch.Tensor]) -> VarlenInputs:
     """Concatenate rows of token ids, each an int64 tensor (tokens), to the inputs of one padding-free batch."""
-    lengths = torch.tensor([len(row) for row in rows])
-    cu_seq_lens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(rows[0].device, torch.int32)
-    longest = int(lengths.max())
+    row_lengths = [len(row) for row in rows]
+    cu_seq_lens = torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32, device=rows[0].device)
+    longest = max(row_lengths)
     return {
         "input_ids": torch.cat(list(rows))[None],
         "position_ids": torch.cat([torch.arange(len(row), device=row.device) for row in rows])[None],
@@ -189,6 +190,7 @@ def varlen_inputs(rows: Sequence[torch.Tensor]) -> VarlenInputs:
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": longest,
         "max_length_k": longest,
+        "row_lengths": row_lengths,
     }
 
 
@@ -208,6 +210,7 @@ def varlen_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    row_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each row of a padding-free batch.
@@ -221,6 +224,7 @@ def varlen_attention(
         key: (1, key-value heads, tokens, head size).
         value: (1, key-value heads, tokens, head size).
         cu_seq_lens_q: int32, (rows + 1), the cumulative lengths of the rows.
+        row_lengths: the lengths of the rows; read from `cu_seq_lens_q` if they are not known on the host.
 
     Returns:
         The output, (1, tokens, heads, head size), and None in place of the attention weights.
@@ -234,15 +238,14 @@ def varlen_attention(
     if attention_mask is not None and attention_mask.is_floating_point():
         # A bias that the model computes, such as Doge's from its hidden states, which training may move away from 0.
         raise ValueError("varlen sdpa attention supports no bias on attention scores")
-    boundaries = cu_seq_lens_q.tolist()
-    lengths = [end - start for start, end in pairwise(boundaries)]
+    lengths = list(row_lengths or cu_seq_lens_q.diff().tolist())
     groups = query.shape[1] // key.shape[1]
     outputs = [
         scaled_dot_product_attention(
             row_query,
             row_key,
             row_value,
-            attn_mask=_sliding_window_mask(row_query.shape[2], sliding_window, query.device),
+            attn_mask=sliding_window_mask(row_query.shape[2], sliding_window, query.device),
             dropout_p=dropout,
             is_causal=sliding_window is None or row_query.shape[2] <= sliding_window,
             scale=scaling,
@@ -255,7 +258,7 @@ def varlen_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _sliding_window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+def sliding_window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """Return a bool mask (length, length), True where attention is allowed; None if the window covers the row."""
     if window is None or length <= window:
         return None
@@ -404,7 +407,7 @@ def _large_windows(base: PreTrainedModel) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def _reduced_windows(base: PreTrainedModel) -> Iterator[None]:
+def reduced_windows(base: PreTrainedModel) -> Iterator[None]:
     """Reduce large attention windows of a model in the block, in its config and in its modules.
 
     So a row of 100 tokens is longer than the window of any model: the kernels take the same way as with a row that is
@@ -456,10 +459,10 @@ def _leak_between_rows(
     base = base_model_of(model)
     rows = probe_rows(model)
     with evaluation_mode(model):
-        with torch.no_grad(), _reduced_windows(base):
+        with torch.no_grad(), reduced_windows(base):
             alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
         longest = max((window for _, window in _large_windows(base)), default=0)
-        reducing = _reduced_windows
+        reducing = reduced_windows
         if 0 < longest <= _MAX_REACH and not _window_changes(model, rows[1], alone[1]):
             # The window is stored elsewhere, or not used: only rows that are longer than it show what happens.
             reducing, rows = nullcontext, probe_rows(model, (longest + 7, longest + 35, 1))

@@ -12,9 +12,13 @@ RowLayout = Literal["padded", "padding-free", "packed"]
 
 DEFAULT_ATTENTION = "sdpa"
 """The implementation that needs no package, and that every other one is verified against."""
+TORCH_VARLEN = "torch_varlen"
+"""`torch.nn.attention.varlen`, torch's own FlashAttention for rows of different lengths, as registered by
+`model/gpu_attention.py`."""
 _KEY = "run_conf.model_args.attn_implementation"
 _HALF_PRECISION = ("bfloat16", "float16")
 _AMPERE, _HOPPER = (8, 0), 9
+_BEST_FIRST = ("flash_attention_3", TORCH_VARLEN, "flash_attention_2")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class AttentionContext:
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None for other devices, including ROCm."""
     installed: tuple[str, ...] = ()
-    """Names of the installed FlashAttention implementations."""
+    """Names of the installed FlashAttention implementations, with `torch_varlen` where torch has it."""
     dtype: str = "float32"
     """Data type of the computation: the dtype of the weights, or that of autocast."""
     layout: RowLayout = "padded"
@@ -52,17 +56,20 @@ class AttentionChoice:
 def choose_attention(context: AttentionContext) -> AttentionChoice:
     """Choose FlashAttention for padding-free and packed batches on GPUs that support it, otherwise `sdpa`.
 
+    The order is: the package of FlashAttention 3, which is the fastest on Hopper; torch's own, which needs no package;
+    the package of FlashAttention 2; and rows one by one.
+
     Padded batches use `sdpa`, which has flash kernels of its own. Only padding-free batches gain from a single varlen
     kernel, and only for those is an implementation verified on the logits of the model before training.
 
     A class without `sdpa` falls back to `eager`, whose memory grows with the square of the length.
     """
-    usable = tuple(name for name in ("flash_attention_3", "flash_attention_2") if _is_usable(name, context))
+    usable = tuple(name for name in _BEST_FIRST if _is_usable(name, context))
     fallback, obstacle = context.fallback, _obstacle(context, usable)
     if fallback != DEFAULT_ATTENTION and "flash_attention" not in context.supported:
         return AttentionChoice((fallback,), "the model's class has neither sdpa nor FlashAttention")
     if not obstacle:
-        reason = f"installed, one varlen kernel for all rows; same logits as {fallback} on separate rows"
+        reason = f"one varlen kernel for all rows; same logits as {fallback} on separate rows"
         return AttentionChoice((*usable, fallback), reason)
     if fallback == DEFAULT_ATTENTION:
         return AttentionChoice((fallback,), f"the default; {obstacle}")
@@ -112,7 +119,7 @@ def _obstacle(context: AttentionContext, usable: tuple[str, ...]) -> str | None:
     if context.layout == "padded":
         why_not = "which sdpa has flash kernels for" if context.fallback == DEFAULT_ATTENTION else "not verified"
         return f"{context.method} batches are padded, {why_not}; to use {names}, set {_KEY}"
-    if context.sharded_by:
+    if context.sharded_by == "deepspeed":
         return f"{names} cannot be verified before the weights are sharded; to use it, set {_KEY}"
     if context.is_deterministic:
         return f"the backward pass of {names} is not deterministic, which run_conf.determinism requires"
@@ -125,7 +132,9 @@ def _obstacle(context: AttentionContext, usable: tuple[str, ...]) -> str | None:
 
 def _is_usable(name: str, context: AttentionContext) -> bool:
     """Return whether an implementation is installed and known to train this model on this device."""
-    if name not in context.installed or name not in FLASH_ATTENTION_PACKAGES:
+    if name not in context.installed:
+        return False
+    if name == TORCH_VARLEN and context.has_dropout:
         return False
     if name == "flash_attention_3":
         # FlashAttention 3 is written for Hopper and has no dropout.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft
-from finetuning.errors import ConfigError, DataError, Location, Problem
+from finetuning.errors import ConfigError, DataError, Location, ModelError, Problem
 from finetuning.model.hardware import Device, explain_missing_gpu, training_device
 from finetuning.plan.compatibility import NEEDS_GPU
 from finetuning.plan.features import RunContext
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from finetuning.algorithms.algorithm import Algorithm
     from finetuning.data.prepared import PreparedData
+    from finetuning.distributed import ProcessTopology
 
 logger = logging.getLogger("finetuning")
 
@@ -180,6 +181,48 @@ def _excess_of_float32(context: RunContext, arguments: TrainingArguments) -> str
     if device.memory is None or full is None or half is None or not half.total <= device.memory < full.total:
         return None
     return f"float32 needs at least {format_bytes(full.total)}, and {device.name} has {format_bytes(device.memory)}"
+
+
+def verify_causality(
+    model: PreTrainedModel, topology: ProcessTopology, arguments: TrainingArguments, autocast: torch.dtype | None
+) -> str:
+    """Return a note that the model is causal, or why that is not verified.
+
+    Raises:
+        ModelError: it is not, or it takes rows of some lengths only. Raised on every process.
+    """
+    from finetuning.model.varlen_attention import check_causality, check_row_lengths
+
+    if arguments.deepspeed or topology.sharded_by == "deepspeed":
+        return "causality: not verified under DeepSpeed, which may have partitioned the weights"
+
+    def check() -> ModelError | str | None:
+        try:
+            check_row_lengths(model)
+            return check_causality(model, autocast)
+        except ModelError as error:
+            return error
+
+    if topology.is_distributed:
+        from finetuning.training.process_sync import broadcast_from_main
+
+        # Under FSDP with `cpu_ram_efficient_loading` only the main process holds the weights at this point.
+        result = broadcast_from_main(check)
+    else:
+        result = check()
+    if isinstance(result, ModelError):
+        raise result
+    if result is not None:
+        return f"causality: not verified, as the model computes no logits here: {result}"
+    return "causality: no token changes the logits of earlier ones, verified on this model"
+
+
+def unavailable_attention(name: str) -> str | None:
+    """Return why transformers would not use an installed package: it would download a kernel from the Hub instead."""
+    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    return None if name not in checks or checks[name]() else "transformers does not support the installed version"
 
 
 def check_new_tokens(trained_rows: Iterable[str] | None, num_new: int, algorithm: Algorithm) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +16,14 @@ from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
 from finetuning.distributed import ProcessTopology, connecting_processes
 from finetuning.errors import ConfigError, Location, ModelError, reading
-from finetuning.plan.attention import DEFAULT_ATTENTION, AttentionChoice, AttentionContext, RowLayout, choose_attention
+from finetuning.plan.attention import (
+    DEFAULT_ATTENTION,
+    TORCH_VARLEN,
+    AttentionChoice,
+    AttentionContext,
+    RowLayout,
+    choose_attention,
+)
 from finetuning.plan.features import RunContext
 
 if TYPE_CHECKING:
@@ -233,7 +240,7 @@ def load_model(
         fingerprint = _fingerprint(model)
     attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
     if not algorithm.has_score_head:
-        notes.append(verify_causality(model, topology, attention, sharded_by_deepspeed=bool(arguments.deepspeed)))
+        notes.append(preflight.verify_causality(model, topology, arguments, attention.autocast))
     if not isinstance(peft_conf, NoPeft):
         model = _prepare_quantized(model, arguments, topology)
 
@@ -257,7 +264,7 @@ def load_model(
     initial = adapter_digests(adapted_model) if adapted.peft_config is not None else {}
     layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention)
     if layout.padded and algorithm.supports_padding_free:
-        _warn_of_padding(experiment, adapted_model, tokenizer, topology)
+        _check_padding(experiment, adapted_model, tokenizer, topology, attention)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
     rest = (fingerprint, saved_dtype, vocabulary, load_reference, layout, tuple(notes))
     return LoadedModel(adapted_model, None, initial, *rest)
@@ -267,14 +274,24 @@ def _load_model_only(load_base: Callable[[], tuple[PreTrainedModel, EmbeddingInf
     return load_base()[0]
 
 
-def _warn_of_padding(
-    experiment: Experiment, model: PreTrainedModel, tokenizer: LoadedTokenizer, topology: ProcessTopology
+def _check_padding(
+    experiment: Experiment,
+    model: PreTrainedModel,
+    tokenizer: LoadedTokenizer,
+    topology: ProcessTopology,
+    attention: AttentionSetup,
 ) -> None:
+    """Warn if padding changes the logits of rows; on a GPU, use attention that needs no mask for it if it does not."""
     from finetuning.model.padding import warn_of_padding
 
     # Under FSDP only the main process holds the weights, and DeepSpeed has sharded them.
-    if not (topology.sharded_by or experiment.training_args.deepspeed):
-        warn_of_padding(model, tokenizer)
+    if topology.sharded_by or experiment.training_args.deepspeed:
+        return
+    warn_of_padding(model, tokenizer)
+    if model.device.type == "cuda" and tokenizer.tokenizer.padding_side == "right":
+        from finetuning.model.gpu_attention import enable_causal_sdpa
+
+        enable_causal_sdpa(model, attention.autocast)
 
 
 def _load_base_model(
@@ -306,6 +323,10 @@ def _load_base_model(
         # The plan chose float32 if the config of the checkpoint names its dtype. Adam turns float16 weights into NaN.
         model = model.float()
     multiple = experiment.run_conf.embedding_size_multiple_of
+    if algorithm.pads_right and topology.sharded_by is None and model.device.type == "cuda":
+        from finetuning.model.gpu_attention import enable_causal_sdpa
+
+        enable_causal_sdpa(model)
     return model, resize_embeddings(model, tokenizer.tokenizer, new_tokens, pad_to_multiple_of=multiple)
 
 
@@ -404,6 +425,8 @@ def _rank_attention(
     from finetuning.model.hardware import training_device
 
     installed = tuple(name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed)
+    if arguments.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen"):
+        installed += (TORCH_VARLEN,)
     fallback = "eager" if model.config._attn_implementation == "eager" else DEFAULT_ATTENTION
     if not installed and fallback == DEFAULT_ATTENTION:
         return choose_attention(AttentionContext())
@@ -433,41 +456,6 @@ def _intended_layout(experiment: Any, algorithm: Algorithm) -> RowLayout:
     return "packed" if experiment.sft_args.packing else "padding-free"
 
 
-def verify_causality(
-    model: PreTrainedModel, topology: ProcessTopology, attention: AttentionSetup, *, sharded_by_deepspeed: bool
-) -> str:
-    """Return a note that the model is causal, or why that is not verified.
-
-    Raises:
-        ModelError: it is not, or it takes rows of some lengths only. Raised on every process.
-    """
-    from finetuning.errors import ModelError
-    from finetuning.model.varlen_attention import check_causality, check_row_lengths
-
-    if sharded_by_deepspeed or topology.sharded_by == "deepspeed":
-        return "causality: not verified under DeepSpeed, which may have partitioned the weights"
-
-    def check() -> ModelError | str | None:
-        try:
-            check_row_lengths(model)
-            return check_causality(model, attention.autocast)
-        except ModelError as error:
-            return error
-
-    if topology.is_distributed:
-        from finetuning.training.process_sync import broadcast_from_main
-
-        # Under FSDP with `cpu_ram_efficient_loading` only the main process holds the weights at this point.
-        result = broadcast_from_main(check)
-    else:
-        result = check()
-    if isinstance(result, ModelError):
-        raise result
-    if result is not None:
-        return f"causality: not verified, as the model computes no logits here: {result}"
-    return "causality: no token changes the logits of earlier ones, verified on this model"
-
-
 def choose_layout(
     experiment: Any,
     algorithm: Algorithm,
@@ -494,7 +482,8 @@ def choose_layout(
         reason, attention = enable_padding_free(adapted, attention, topology)
     if reason is None:
         verified = f"verified on this model's logits, with {describe_isolation_check(adapted.model)}"
-        return BatchLayout(False, f"each row attends only to itself, {verified}"), attention
+        takes_mask = _takes_constant_mask(adapted, topology, attention)
+        return BatchLayout(False, f"each row attends only to itself, {verified}", takes_mask), attention
     if packing:
         raise ConfigError(
             f"rows cannot be packed: {reason}",
@@ -515,17 +504,30 @@ def enable_padding_free(
         None, or the reason why no implementation isolates rows; and the attention that was chosen.
     """
     from finetuning.model.varlen_attention import SDPA_VARLEN, enable_varlen, enable_varlen_kernel, use_varlen
+    from finetuning.training.preflight import unavailable_attention
 
     model, peft_config = adapted.model, adapted.peft_config
+    if TORCH_VARLEN in attention.candidates:
+        from finetuning.model.gpu_attention import register_torch_varlen
+
+        register_torch_varlen()
 
     def select() -> tuple[str | None, str, tuple[str, ...]]:
         rejected: list[str] = []
+        verified = model
+        if topology.sharded_by == "fsdp" and attention.candidates:
+            from finetuning.model.gpu_attention import small_copy_on_gpu
+
+            # The weights are on the CPU until they are sharded, where the kernels do not run.
+            verified = small_copy_on_gpu(model)
         for name in attention.candidates:
-            why_not = _unavailable(name) or enable_varlen_kernel(model, name, peft_config, attention.autocast)
+            why_not = unavailable_attention(name) or enable_varlen_kernel(
+                verified, name, peft_config, attention.autocast
+            )
             if why_not is None:
                 return None, name, tuple(rejected)
             rejected.append(f"{name} was not used: {why_not}")
-        return enable_varlen(model, peft_config, attention.autocast), SDPA_VARLEN, tuple(rejected)
+        return enable_varlen(verified, peft_config, attention.autocast), SDPA_VARLEN, tuple(rejected)
 
     if topology.is_distributed:
         from finetuning.training.process_sync import broadcast_from_main
@@ -540,12 +542,12 @@ def enable_padding_free(
     return reason, replace(attention, reason="; ".join([chosen, *rejected]))
 
 
-def _unavailable(name: str) -> str | None:
-    """Return why transformers would not use an installed package: it would download a kernel from the Hub instead."""
-    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+def _takes_constant_mask(adapted: AdaptedModel, topology: ProcessTopology, attention: AttentionSetup) -> bool:
+    if topology.sharded_by or adapted.model.device.type != "cuda":
+        return False
+    from finetuning.model.gpu_attention import accepts_constant_mask
 
-    checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    return None if checks[name]() else "transformers does not support the installed version"
+    return accepts_constant_mask(adapted.model, attention.autocast)
 
 
 def build_trainer(
