@@ -3,6 +3,7 @@
 # make test-full    run the tests and all cases of their matrices
 # make check        run every check that is not a test
 # make test-removed-checks remove each check and require that its tests fail
+# make gpu-check    check correctness, speed and memory on the GPU of this machine
 # make test-serving serve what the engine makes with a real vLLM on the CPU
 # make test-cluster run jobs of several processes with DeepSpeed and SLURM, kill and freeze them
 # make test-zoo     take every causal language model class of transformers through the engine
@@ -22,7 +23,7 @@ PYTEST_DEBUG_TEMPROOT ?= $(shell test "$$(df -P /dev/shm 2>/dev/null | awk 'NR =
 export PYTEST_DEBUG_TEMPROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full test-removed-checks test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full test-removed-checks gpu-check test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -50,6 +51,11 @@ test-full: venv ## run the tests, with all cases of their matrices
 
 test-removed-checks: venv ## remove each check, and require that its tests fail
 	$(PYTHON) -m pytest -p removed_checks $(PYTEST_OPTIONS)
+
+# Without a network too: with the packages installed, it needs neither venv nor hub. GPU_CHECK_OPTIONS="--device cpu
+# --tiny" runs it on any machine.
+gpu-check: ## check correctness, speed and memory on the GPU of this machine
+	PYTHONPATH=src $(or $(GPU_PYTHON),$(PYTHON)) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 # Not part of `make test`: an environment of 3.4 GB, and half a minute for each start of a server.
 test-serving: venv $(SERVING_VENV)/.installed ## serve what the engine makes with vLLM, and compare

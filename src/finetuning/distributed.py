@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from finetuning.errors import CommunicationError, ConfigError, first_line, is_out_of_memory
@@ -114,6 +115,11 @@ def find_launch_mistake(environ: Mapping[str, str] = os.environ) -> str | None:
             " finetuning launch --nproc N, or --multi_gpu instead of --cpu, starts several"
         )
     return None
+
+
+def has_gpu_driver(devices: Path = Path("/dev")) -> bool:
+    """Return whether this machine has the driver of a GPU. Asks the file system: importing torch takes seconds."""
+    return (devices / "kfd").exists() or any(devices.glob("nvidia[0-9]*"))
 
 
 def read_job_end_time(environ: Mapping[str, str] = os.environ) -> float | None:

@@ -34,6 +34,9 @@ SUBCOMMANDS = {
     "selftest": Subcommand(
         "finetuning.cli.selftest:main", "check that a config computes the same in different ways on this machine"
     ),
+    "rehearse": Subcommand(
+        "finetuning.cli.rehearse:main", "foresee memory and time of a run on a GPU, without one and without weights"
+    ),
     "runs": Subcommand("finetuning.cli.runs:runs_main", "list runs and their state"),
     "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
     "sync": Subcommand("finetuning.cli.runs:sync_main", "upload metrics that were queued while MLflow was unreachable"),

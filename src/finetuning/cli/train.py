@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from finetuning.errors import ConfigError, Problem
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finetuning.config.sections.experiment import Experiment
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.distributed import ProcessTopology
-    from finetuning.plan.plan import Plan
+    from finetuning.plan.plan import Decision, Plan
     from finetuning.tracking.settings import TrackingPlan
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -96,7 +96,7 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     from finetuning.config.yaml.document import dotted
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
-    from finetuning.distributed import find_launch_mistake, read_topology
+    from finetuning.distributed import find_launch_mistake, has_gpu_driver, read_topology
     from finetuning.plan.attention import replace_unavailable_attention
     from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
@@ -110,6 +110,11 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     attention_location = document.location_of(("run_conf", "model_args", "attn_implementation"))
     read_controllers(experiment.trainer_controller)
     topology = read_topology()
+    settings: Sequence[Decision] = ()
+    if has_gpu_driver():
+        from finetuning.training.device_settings import with_gpu_defaults
+
+        experiment, settings = with_gpu_defaults(experiment, topology)
     tracking = resolve_tracking(
         TrackingOptions(options.mlflow_server_uri, options.experiment_name, options.hf_mlflow_log_artifacts),
         experiment.tracking,
@@ -117,7 +122,7 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     )
     location = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
-        plan = make_plan(experiment, topology, location=location)
+        plan = replace(make_plan(experiment, topology, location=location), device_settings=tuple(settings))
     if topology.is_main:
         launch_mistake = find_launch_mistake()
         launch = [Problem(launch_mistake)] if launch_mistake else []

@@ -252,6 +252,8 @@ class Plan:
     steps: StepPlan | None = None
     sharding_warning: Problem | None = None
     """Why the model is sharded otherwise than the launcher says."""
+    device_settings: tuple[Decision, ...] = ()
+    """What was chosen for the device, as `training/device_settings.py` does for GPUs."""
 
     @property
     def warnings(self) -> list[Problem]:
@@ -275,6 +277,7 @@ class Plan:
         ]
         if self.weights:
             decisions.append(Decision("trained weights", self.weights.dtype, self.weights.reason))
+        decisions += self.device_settings
         if self.steps:
             decisions.append(Decision("optimizer steps", f"{self.steps.total:,}", self.steps.reason))
         if self.memory:
