@@ -234,7 +234,7 @@ def load_model(
     dtype, saved_dtype, dtype_notes = preflight.choose_dtype(RunContext(experiment, topology, 1), arguments)
     load_base = partial(_load_base_model, experiment, algorithm, tokenizer, topology, dtype)
     model, vocabulary = load_base()
-    load_reference = partial(_load_model_only, load_base)
+    load_reference = lambda: load_base()[0]  # noqa: E731
     notes = [*dtype_notes, *_save_resized_base(experiment, model, tokenizer, vocabulary, topology)]
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
         fingerprint = _fingerprint(model)
@@ -270,10 +270,6 @@ def load_model(
     return LoadedModel(adapted_model, None, initial, *rest)
 
 
-def _load_model_only(load_base: Callable[[], tuple[PreTrainedModel, EmbeddingInfo]]) -> PreTrainedModel:
-    return load_base()[0]
-
-
 def _check_padding(
     experiment: Experiment,
     model: PreTrainedModel,
@@ -282,11 +278,11 @@ def _check_padding(
     attention: AttentionSetup,
 ) -> None:
     """Warn if padding changes the logits of rows; on a GPU, use attention that needs no mask for it if it does not."""
-    from finetuning.model.padding import warn_of_padding
-
     # Under FSDP only the main process holds the weights, and DeepSpeed has sharded them.
     if topology.sharded_by or experiment.training_args.deepspeed:
         return
+    from finetuning.model.padding import warn_of_padding
+
     warn_of_padding(model, tokenizer)
     if model.device.type == "cuda" and tokenizer.tokenizer.padding_side == "right":
         from finetuning.model.gpu_attention import enable_causal_sdpa
@@ -425,8 +421,8 @@ def _rank_attention(
     from finetuning.model.hardware import training_device
 
     installed = tuple(name for name, package in FLASH_ATTENTION_PACKAGES.items() if package.is_installed)
-    if arguments.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen"):
-        installed += (TORCH_VARLEN,)
+    has_varlen = arguments.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen")
+    installed += (TORCH_VARLEN,) if has_varlen else ()
     fallback = "eager" if model.config._attn_implementation == "eager" else DEFAULT_ATTENTION
     if not installed and fallback == DEFAULT_ATTENTION:
         return choose_attention(AttentionContext())
@@ -518,7 +514,7 @@ def enable_padding_free(
         if topology.sharded_by == "fsdp" and attention.candidates:
             from finetuning.model.gpu_attention import small_copy_on_gpu
 
-            # The weights are on the CPU until they are sharded, where the kernels do not run.
+            # The kernels do not run on the CPU, where the weights are until they are sharded.
             verified = small_copy_on_gpu(model)
         for name in attention.candidates:
             why_not = unavailable_attention(name) or enable_varlen_kernel(
