@@ -23,6 +23,12 @@ def record(answer: str, *correct: str, dataset: str = "sums", identity: int = 0)
         ("contains", "It is five.", "four", False),
         ("regex", "it is 42 meters", r"\b4\d\b", True),
         ("regex", "it is 142 meters", r"\b4\d\b", False),
+        ("json", '{"b": [1, {"c": null}], "a": 1.0}', '{"a": 1, "b": [1, {"c": null}]}', True),
+        ("json", '```json\n{"a": 1}\n```\n', '{"a": 1}', True),
+        ("json", '{"a": true}', '{"a": 1}', False),
+        ("json", '{"a": 1, "b": 2}', '{"a": 1}', False),
+        ("json", '{"a": [1, 2]}', '{"a": [2, 1]}', False),
+        ("json", 'The answer is {"a": 1}', '{"a": 1}', False),
     ],
 )
 def test_one_answer(name: str, answer: str, correct: str, right: bool) -> None:
@@ -56,3 +62,8 @@ def test_a_broken_regular_expression_is_named() -> None:
     with pytest.raises(DataError, match=r"'\(' is not a valid regular expression"):
         check_scorable("regex", [("fine",), ("(",)])
     check_scorable("contains", [("(",)])
+
+
+def test_a_correct_answer_that_is_no_json_is_named() -> None:
+    with pytest.raises(DataError, match=r"'\{' is not JSON"):
+        check_scorable("json", [("{}",), ("{",)])

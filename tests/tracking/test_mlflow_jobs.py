@@ -11,7 +11,7 @@ import pytest
 
 from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.errors import ConfigError
-from finetuning.tracking.mlflow.sync import sync_run
+from finetuning.tracking.mlflow.sync import add_to_run, sync_run
 from finetuning.tracking.mlflow.tracker import start_mlflow
 from finetuning.tracking.settings import TrackingOptions, TrackingPlan, resolve_tracking
 
@@ -53,6 +53,23 @@ def test_data_and_tags_arrive(mlflow_server: Any, tmp_path: Path, client: Client
     assert reported == [("training", "rows.jsonl", '{"num_rows": 7}')]
     state = json.loads((tmp_path / "mlflow_run.json").read_text())
     assert [message.partition(":")[0] for message in state["rejected"]] == ["dataset rows.jsonl"]
+
+    # What an evaluation finds after the run has ended.
+    results = tmp_path / "evaluations" / "held-out.json"
+    results.parent.mkdir()
+    results.write_text("{}")
+    name = "evaluation/held-out.jsonl/exact/adapter"
+    assert add_to_run(tmp_path, {name: 0.75}, [results], step=9) is None
+    run = client(mlflow_server.uri).get_run(end.run_id)
+    assert (run.data.metrics[name], run.info.status) == (0.75, "FINISHED")
+    assert [file.path for file in client(mlflow_server.uri).list_artifacts(end.run_id, "evaluations")] == [
+        "evaluations/held-out.json"
+    ]
+
+
+def test_nothing_is_added_to_a_run_that_is_not_tracked(tmp_path: Path) -> None:
+    assert add_to_run(tmp_path, {"a": 1.0}, [], step=1) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_job_of_a_session_is_a_child_of_one_run(

@@ -41,6 +41,9 @@ SUBCOMMANDS = {
     "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
     "sync": Subcommand("finetuning.cli.runs:sync_main", "upload metrics that were queued while MLflow was unreachable"),
     "generate": Subcommand("finetuning.cli.generate:main", "generate answers with a model or an adapter"),
+    "chat": Subcommand("finetuning.cli.chat:main", "talk to a model in the terminal"),
+    "serve": Subcommand("finetuning.cli.serve:main", "start vLLM with the model of a run"),
+    "evaluate": Subcommand("finetuning.cli.evaluate:main", "evaluate a model and its base model on held-out rows"),
     "merge_adapter": Subcommand("finetuning.cli.merge_adapter:main", "merge LoRA adapters into the base model"),
     "merge": Subcommand("finetuning.cli.merge_adapter:main", "short for merge_adapter"),
     "create_vllm_compatible_adapter": Subcommand(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from finetuning.export.merge.with_peft import DeviceMap
@@ -21,11 +21,18 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `merge_adapter`."""
     parser = argparse.ArgumentParser(
         prog="merge_adapter",
-        description="Merge adapters into a base model, verify the result and save it as a single model.",
+        usage="%(prog)s BASEMODEL PEFTMODEL OUTPATH [options]\n       %(prog)s RUN OUTPATH [options]",
+        description="Merge adapters into a base model, verify the result and save it as a single model. RUN is the"
+        " output directory of a run, or an adapter whose base model is the one in its config.",
     )
-    parser.add_argument("basemodel", help="hub id or path of the base model")
-    parser.add_argument("peftmodel", help="hub id or path of the PEFT adapter")
-    parser.add_argument("outpath", help="folder for the merged model: new, empty, or holding the same merge")
+    parser.add_argument("basemodel", metavar="BASEMODEL", help="hub id or path of the base model; or RUN")
+    parser.add_argument("peftmodel", metavar="PEFTMODEL", help="hub id or path of the PEFT adapter; with RUN, OUTPATH")
+    parser.add_argument(
+        "outpath",
+        metavar="OUTPATH",
+        nargs="?",
+        help="folder for the merged model: new, empty, or holding the same merge",
+    )
     parser.add_argument(
         "--tokenizer",
         help="hub id or path of the tokenizer to save with the model (default: the adapter's, else the base model's)",
@@ -66,15 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     device_map = _read_device_map(options.device_map)
+    base, adapter, out = options.basemodel, options.peftmodel, options.outpath
+    if out is None:
+        out = adapter
+        base, adapter = _base_and_adapter(base)
     from finetuning.export.merge.merge import merge_adapters
     from finetuning.report.console import quiet_libraries
 
     quiet_libraries()
     with _progress_bar() as progress:
         result = merge_adapters(
-            options.basemodel,
-            [options.peftmodel, *options.then],
-            Path(options.outpath),
+            base,
+            [adapter, *options.then],
+            Path(out),
             tokenizer=options.tokenizer,
             device_map=device_map,
             verify=not options.no_verify,
@@ -89,6 +100,27 @@ def _merge(argv: list[str]) -> int:
     print(f"merged model: {result.out} ({result.num_bytes / 1e9:.2f} GB)")
     print(f"verified: {result.verification}" if result.verification else "not verified (--no-verify)")
     return 0
+
+
+def _base_and_adapter(name: str) -> tuple[str, str]:
+    """Return the base model and the adapter of a run, or of an adapter's folder.
+
+    Raises:
+        ConfigError: there is no adapter.
+    """
+    from finetuning.cli.named_model import find_model
+
+    model = find_model(name)
+    if model.conf.adapter is None:
+        what = "is no adapter and no run that trained one" if model.run is None else "trained a whole model"
+        raise ConfigError(
+            f"{what}: there is nothing to merge",
+            location=Location(file=name),
+            hint="Name the base model, the adapter and the folder for the merged model.",
+        )
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model.conf.model, model.conf.adapter
 
 
 @contextmanager

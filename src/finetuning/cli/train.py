@@ -60,6 +60,11 @@ def train(
     # Before the imports below: the libraries read these settings when they are imported.
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
     with locate_errors(checked.document):
+        evaluation = getattr(experiment, "final_evaluation", None)
+        if evaluation is not None and topology.is_main:
+            from finetuning.cli.evaluate import read_scored_rows
+
+            read_scored_rows(evaluation.data, evaluation.score, "final_evaluation.data")
         if options.dry_run:
             if topology.is_main:
                 _print_plan(checked, _look_up_modules(checked))
@@ -85,6 +90,11 @@ def train(
             with finish_despite_signal():
                 copy_to_save_model_dir(experiment)
         reporter.print_result(result)
+        if evaluation is not None and topology.is_main and result.model is not None:
+            from finetuning.cli.evaluate import evaluate_final_model
+
+            reporter.release_trainer()
+            evaluate_final_model(job.output_dir, evaluation)
     return 0
 
 

@@ -25,7 +25,7 @@ from finetuning.data.formats import Options
 from finetuning.data.open_dataset import OpenDataset, UnparsedRow, open_dataset, source_title
 from finetuning.data.preview import PreviewRow, preview_of
 from finetuning.data.processors.base import DroppedSample, Processor, TokenizedSample
-from finetuning.data.samples import ParsedRow, Row, RowToTokenize, SkippedRow
+from finetuning.data.samples import ParsedRow, Row, RowToTokenize, SkippedRow, system_prompt_of
 from finetuning.data.sources import Line
 from finetuning.data.statistics import RowCounts, SplitStatistics
 from finetuning.data.tokenization.labels import LabelBuilder
@@ -60,10 +60,10 @@ class Batch:
     sizes: np.ndarray
     """Tokens and trained tokens of each kept row, int64, (rows, 2)."""
     problems: list[Problem] = field(default_factory=list[Problem])
-    preview_samples: list[tuple[TokenizedSample, Location]] = field(
-        default_factory=list[tuple[TokenizedSample, Location]]
+    preview_samples: list[tuple[TokenizedSample, Location, str | None]] = field(
+        default_factory=list[tuple[TokenizedSample, Location, str | None]]
     )
-    """The first kept rows, as many as were requested."""
+    """The first kept rows, as many as were requested, with their locations and system prompts."""
 
     def table(self) -> pa.Table:
         """The kept rows."""
@@ -158,7 +158,7 @@ def make_batch(
         for column in () if isinstance(row, _NOT_TOKENIZED) else row.unused:
             statistics.warn(f"column {column} is not used")
         if len(kept) <= num_preview_rows:
-            batch.preview_samples.append((sample, row.location))
+            batch.preview_samples.append((sample, row.location, system_prompt_of(row)))
     if kept:
         batch.sizes = np.array([(sample.tokens, sample.trained) for sample in kept], dtype=np.int64)
         batch.columns = {name: Column.of([sample.columns[name] for sample in kept]) for name in kept[0].columns}
@@ -281,8 +281,8 @@ class Preprocessor:
 
     def add_preview(self, batch: Batch) -> None:
         """Add the first rows of a batch to the preview, until it is full."""
-        for sample, location in batch.preview_samples[: self.num_preview_rows]:
-            self.preview.append(preview_of(sample, location, self.label_builder))
+        for sample, location, system in batch.preview_samples[: self.num_preview_rows]:
+            self.preview.append(preview_of(sample, location, self.label_builder, system))
 
     def _batches(self, opened: OpenDataset, split: str) -> Generator[Batch, None, None]:
         """The batches of a dataset, in order.

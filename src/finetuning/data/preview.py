@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 
@@ -37,13 +37,30 @@ class PreviewRow:
     tokens: int
     trained: int
     tokens_cut: int = 0
+    system: str | None = None
+    """The text of its system message."""
 
 
-def preview_of(sample: TokenizedSample, location: Location, label_builder: LabelBuilder) -> list[PreviewRow]:
+def preview_of(
+    sample: TokenizedSample, location: Location, label_builder: LabelBuilder, system: str | None = None
+) -> list[PreviewRow]:
     """Decode a sample from its token ids. Secrets in its text are redacted.
 
     Gives one row for SFT, KTO and GRPO, and two for preferences: chosen and rejected.
+
+    Args:
+        system: the text of the row's system message; what writes it redacts it.
     """
+    return [replace(row, system=system) for row in _decoded(sample, location, label_builder)]
+
+
+def shared_system_prompt(rows: Sequence[PreviewRow]) -> str | None:
+    """Return the system prompt that all rows have; None if they have different ones, or one has none."""
+    prompts = {row.system for row in rows}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def _decoded(sample: TokenizedSample, location: Location, label_builder: LabelBuilder) -> list[PreviewRow]:
     columns = sample.columns
     if "labels" in columns:
         mask = columns["labels"] != UNTRAINED

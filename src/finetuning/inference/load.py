@@ -88,11 +88,7 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     Raises:
         ModelError: a file is missing or corrupt, or the adapter was trained on another model.
     """
-    from finetuning.model.resolve import is_local_path, resolve_model
-
-    if is_local_path(conf.model):
-        # The tokenizer is loaded first. For a missing folder, the error should be about the model.
-        resolve_model(conf.model, "model", key="model_conf.model", **_hub_options(conf))
+    _check_model_folder(conf)
     from finetuning.model.load import load_model
 
     tokenizer, pad_token_id = _load_tokenizer(conf)
@@ -100,6 +96,24 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     model = base if conf.adapter is None else _with_adapter(base, conf.adapter, tokenizer)
     notes = _set_generation_config(base, Path(conf.adapter or conf.model).expanduser())
     return LoadedGenerator(model.eval(), tokenizer, pad_token_id, notes)
+
+
+def has_chat_template(conf: GenerationModel) -> bool:
+    """Return whether the tokenizer that `load_generator` loads has a chat template.
+
+    Raises:
+        ModelError: the model or its tokenizer is missing or corrupt.
+    """
+    _check_model_folder(conf)
+    return bool(_load_tokenizer(conf)[0].chat_template)
+
+
+def _check_model_folder(conf: GenerationModel) -> None:
+    """Check a local model. The tokenizer is loaded first; for a missing folder, the error should be about the model."""
+    from finetuning.model.resolve import is_local_path, resolve_model
+
+    if is_local_path(conf.model):
+        resolve_model(conf.model, "model", key="model_conf.model", **_hub_options(conf))
 
 
 def _set_generation_config(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:

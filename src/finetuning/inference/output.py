@@ -99,6 +99,11 @@ def write_atomically(path: Path, write: Callable[[TextIO], object]) -> None:
         raise
 
 
+def journal_path(output: Path) -> Path:
+    """Return the file that holds the records of an unfinished run, in the folder of its output."""
+    return output.with_name(f".{output.name}.spool.jsonl")  # old name
+
+
 class RecordJournal:
     """The records of finished prompts, one JSON line each, kept until the output is complete.
 
@@ -111,7 +116,7 @@ class RecordJournal:
         Args:
             fingerprint: hash of everything the records depend on; a journal with another one is discarded.
         """
-        self.path = output.with_name(f".{output.name}.spool.jsonl")  # old name
+        self.path = journal_path(output)
         self.records: dict[int, list[Record]] = {}
         records_by_prompt = self._read(fingerprint)
         self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`

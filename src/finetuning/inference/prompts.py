@@ -55,8 +55,11 @@ class GenerationPrompt:
     location: Location = field(default_factory=Location)
 
 
-def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
+def read_prompts(conf: OpenInput | EvalData, key: str = _KEY) -> list[GenerationPrompt]:
     """Return the prompts of `prompt_conf`, in order.
+
+    Args:
+        key: config key of the dataset, for error messages.
 
     Raises:
         ConfigError: a dataset option only applies to training data.
@@ -68,17 +71,17 @@ def read_prompts(conf: OpenInput | EvalData) -> list[GenerationPrompt]:
     if unsupported:
         raise ConfigError(
             f"only applies to training data; supported for prompts: {', '.join(_DATASET_KEYS)}",
-            location=Location(key=f"{_KEY}.{unsupported[0]}"),
+            location=Location(key=f"{key}.{unsupported[0]}"),
         )
-    transforms = make_transforms(conf.data, _KEY)
-    rows = ((shard, row) for shard in find_shards(conf.data, _KEY) for row in shard.rows())
+    transforms = make_transforms(conf.data, key)
+    rows = ((shard, row) for shard in find_shards(conf.data, key) for row in shard.rows())
     unread: dict[str, None] = {}
     prompts = _raise_problems(
-        _eval_prompt(shard, row, number, transforms, unread)
+        _eval_prompt(shard, row, number, transforms, unread, key)
         for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
     )
     if unread:
-        logger.warning("%s: columns that are not read: %s", _KEY, ", ".join(unread))
+        logger.warning("%s: columns that are not read: %s", key, ", ".join(unread))
     return prompts
 
 
@@ -86,6 +89,26 @@ def text_prompts(texts: Sequence[str], location: Location = _UNKNOWN) -> list[Ge
     """Return a prompt for each text; `location` is where the texts come from."""
     return [
         GenerationPrompt(id=index, text=text, dataset=OPEN_INPUT, data_collection=OPEN_INPUT, location=location)
+        for index, text in enumerate(texts)
+    ]
+
+
+def chat_prompts(texts: Sequence[str], system: str | None, location: Location = _UNKNOWN) -> list[GenerationPrompt]:
+    """Return a prompt for each text: a conversation in which the user says it.
+
+    Args:
+        system: text of the system message, if there is one.
+        location: where the texts come from.
+    """
+    begin: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        GenerationPrompt(
+            id=index,
+            messages=(*begin, {"role": "user", "content": text}),
+            dataset=OPEN_INPUT,
+            data_collection=OPEN_INPUT,
+            location=location,
+        )
         for index, text in enumerate(texts)
     ]
 
@@ -124,7 +147,7 @@ def _raise_problems(results: Iterator[GenerationPrompt | Problem]) -> list[Gener
 
 
 def _eval_prompt(
-    shard: Shard, item: Row | Problem, number: int, transforms: TransformChain, unread: dict[str, None]
+    shard: Shard, item: Row | Problem, number: int, transforms: TransformChain, unread: dict[str, None], key: str
 ) -> GenerationPrompt | Problem:
     """Return the prompt of a row, and add the names of columns that nothing reads to `unread`."""
     row = item if isinstance(item, Problem) else transforms(item, {})
@@ -132,7 +155,7 @@ def _eval_prompt(
     if isinstance(row, Problem):
         return row
     try:
-        text, messages, reference = _prompt_and_reference(row)
+        text, messages, reference = _prompt_and_reference(row, key)
         meta = {name: row.values[name] for name in _CARRIED if name in row.values}
         unread.update(dict.fromkeys(name for name in row.values if name not in _COLUMNS and name not in meta))
         identity = meta.pop("id", None)
@@ -158,7 +181,7 @@ def _stem(name: str) -> str:
     return os.path.basename(name).partition(".")[0] if os.path.exists(name) else name
 
 
-def _prompt_and_reference(row: Row) -> tuple[str | None, tuple[Message, ...], str | None]:
+def _prompt_and_reference(row: Row, key: str) -> tuple[str | None, tuple[Message, ...], str | None]:
     """Return the text or the messages of the prompt, and the answer that ends the messages, if any."""
     if "prompt_messages" in row.values:
         return None, tuple(messages_field(row, "prompt_messages")), None
@@ -178,7 +201,7 @@ def _prompt_and_reference(row: Row) -> tuple[str | None, tuple[Message, ...], st
     raise FieldError(
         "",
         f"expected messages, prompt_messages or prompt; got columns {columns}. To rename a column, set"
-        f" {_KEY}.columns: {{name: prompt}}",
+        f" {key}.columns: {{name: prompt}}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 from finetuning.errors import DataError
 
-ScoreName = Literal["exact", "contains", "regex"]
+ScoreName = Literal["exact", "contains", "regex", "json"]
 
 
 def is_exact(answer: str, correct: str) -> bool:
@@ -27,7 +28,42 @@ def matches(answer: str, correct: str) -> bool:
     return re.search(correct, answer) is not None
 
 
-METRICS: dict[str, Callable[[str, str], bool]] = {"exact": is_exact, "contains": contains, "regex": matches}
+def is_same_json(answer: str, correct: str) -> bool:
+    """Return whether both are JSON of the same value; the order of keys, spaces and a code fence do not matter."""
+    try:
+        return _is_same_value(_parse_json(answer), _parse_json(correct))
+    except ValueError:
+        return False
+
+
+def _parse_json(text: str) -> object:
+    """Parse JSON, alone or as the only content of a Markdown code fence.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    fenced = _FENCE.fullmatch(text.strip())
+    return json.loads(fenced[1] if fenced else text)
+
+
+def _is_same_value(left: object, right: object) -> bool:
+    # Python's `==` takes true for 1.
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_is_same_value(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_is_same_value, left, right))
+    return left == right
+
+
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
+METRICS: dict[str, Callable[[str, str], bool]] = {
+    "exact": is_exact,
+    "contains": contains,
+    "regex": matches,
+    "json": is_same_json,
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +132,7 @@ def check_scorable(name: ScoreName, correct_answers: Sequence[Sequence[str]]) ->
     """Check that answers can be scored.
 
     Raises:
-        DataError: no prompt has a correct answer, or one is not a valid regular expression.
+        DataError: no prompt has a correct answer, or one is not a valid regular expression, or not JSON.
     """
     if not any(correct_answers):
         raise DataError("nothing to score: no row has correct_answers or ends with an assistant message")
@@ -106,6 +142,12 @@ def check_scorable(name: ScoreName, correct_answers: Sequence[Sequence[str]]) ->
                 re.compile(pattern)
             except re.error as error:
                 raise DataError(f"correct_answers: {pattern!r} is not a valid regular expression: {error}") from None
+    if name == "json":
+        for text in {answer for answers in correct_answers for answer in answers}:
+            try:
+                _parse_json(text)
+            except ValueError as error:
+                raise DataError(f"correct_answers: {text!r} is not JSON: {error}") from None
 
 
 def score(records: Sequence[Mapping[str, Any]], name: ScoreName) -> Scores:

@@ -114,6 +114,8 @@ COMPLETE_MARKER = ".complete"
 """An empty file in the output directory of a run that has succeeded."""
 CONFIG_NAME = "config.resolved.yaml"
 PREVIEW_NAME = "preview.txt"
+EVALUATIONS = "evaluations"
+"""Folder with the results of `finetuning evaluate`, a JSON file for each."""
 _OLD_PREVIEW_NAME = "first_rows.txt"  # old name
 # The first is what export/merge/verification.py writes, the second what older versions wrote.
 _MERGE_VERIFICATION_NAMES = ("merge_verification.json", "merge_certificate.json")
@@ -157,6 +159,8 @@ class RunData:
     """The recorded spans of each job, oldest job first."""
     merge_checks: Mapping[str, Any]
     """The results of verified merges of this run's adapter, by file."""
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    """What `finetuning evaluate` found, by name."""
 
     @property
     def name(self) -> str:
@@ -197,9 +201,14 @@ def read_run(folder: Path) -> RunData:
         record=record,
         series=read_series(folder),
         config=_read_text(folder / CONFIG_NAME),
-        rows=_preview(_read_text(folder / PREVIEW_NAME) or _read_text(folder / _OLD_PREVIEW_NAME)),
+        rows=read_preview(folder),
         jobs=_spans(folder),
         merge_checks=_merge_checks(folder),
+        evaluations=tuple(
+            values
+            for path in sorted((folder / EVALUATIONS).glob("*.json"))
+            if isinstance(values := _read_json(path), dict) and isinstance(values.get("results"), list)
+        ),
     )
 
 
@@ -249,10 +258,11 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _preview(text: str) -> tuple[PreviewRow, ...]:
+def read_preview(folder: Path) -> tuple[PreviewRow, ...]:
+    """Return the first training rows, as the model has seen them; none if the run has no preview."""
     from finetuning.data.preview import parse_text
 
-    return tuple(parse_text(text))
+    return tuple(parse_text(_read_text(folder / PREVIEW_NAME) or _read_text(folder / _OLD_PREVIEW_NAME)))
 
 
 def _spans(folder: Path) -> tuple[tuple[Span, ...], ...]:

@@ -23,7 +23,7 @@ from finetuning.export.verify import verify_saved
 from finetuning.model.peft.adapter_files import adapter_digests, is_peft_model
 from finetuning.model.save import find_stop_tokens, save_model
 from finetuning.model.saved_weights import changed_share, convert_weights, sample_matrices, sampled_digests
-from finetuning.report.run_folder import COMPLETE_MARKER
+from finetuning.report.run_folder import COMPLETE_MARKER, RECORD_NAME
 from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
 
@@ -304,16 +304,16 @@ def next_commands(model: FinalModel) -> list[NextCommand]:
     if model.stop_tokens is None:
         return []
     folder = shlex.quote(model.folder)
-    generate = NextCommand(f"generate --model {folder} --text 'Hello'", "try it")
+    tries = _try_commands(Path(model.folder))
     if model.kind != "adapter":
         return [
-            generate,
+            *tries,
             NextCommand(f"vllm serve {folder}", "serve it with vLLM"),
             NextCommand(f"lm_eval --model hf --model_args pretrained={folder} --tasks arc_easy", "evaluate it"),
         ]
     base_folder = Path(model.base or "")
     if mergeable_type(Path(model.folder), base_folder) is None:
-        return [generate]
+        return tries
     merged = shlex.quote(f"{model.folder}-merged")
     base, purpose = shlex.quote(model.base or "BASE"), "merge it into the base model"
     if quantization_method(model.base or "") == "gptq":
@@ -321,5 +321,16 @@ def next_commands(model: FinalModel) -> list[NextCommand]:
         base, purpose = "--force UNQUANTIZED_BASE", "merge it into the base model before GPTQ"
     merge = NextCommand(f"merge_adapter {base} {folder} {merged}", purpose)
     if is_servable(Path(model.folder), base_folder):
-        return [generate, merge, NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")]
-    return [generate, merge, NextCommand(f"vllm serve {merged}", "serve the merged model with vLLM")]
+        return [*tries, merge, NextCommand(f"create_vllm_compatible_adapter {folder}", "serve the adapter with vLLM")]
+    return [*tries, merge, NextCommand(f"vllm serve {merged}", "serve the merged model with vLLM")]
+
+
+def _try_commands(folder: Path) -> list[NextCommand]:
+    """Return commands that try a model. In the output directory of a run they are short, for it remembers the rest."""
+    run = shlex.quote(str(folder.parent))
+    if not (folder.parent / RECORD_NAME).is_file():
+        return [NextCommand(f"generate --model {shlex.quote(str(folder))} --text 'Hello'", "try it")]
+    commands = [NextCommand(f"generate {run}", "answer the first training prompt")]
+    if (folder / "chat_template.jinja").is_file():
+        commands.append(NextCommand(f"finetuning chat {run}", "talk to it"))
+    return commands

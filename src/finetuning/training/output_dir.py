@@ -57,6 +57,7 @@ _INCIDENTAL = (
     "telemetry",
     "logging_dir",
     "save_model_dir",
+    "final_evaluation",
 )
 
 

@@ -302,6 +302,17 @@ class RunReporter:
             ),
         )
 
+    def release_trainer(self) -> None:
+        """Free the memory of the trainer and its model, to load a model again."""
+        import gc
+
+        import torch
+
+        self._trainer = self._trackers = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _mlflow_command(self) -> list[NextCommand]:
         return [NextCommand(self._mlflow_ui, "show the run in MLflow's pages")] if self._mlflow_ui else []
 
@@ -351,7 +362,14 @@ class RunReporter:
 
 def _data_record(data: PreparedData) -> dict[str, object]:
     """Return the rows for the record, as far as they are known at this point of a stream."""
-    return {"fingerprint": data.fingerprint.digest, "rows": data.rows, "statistics": data.statistics.report()}
+    from finetuning.data.preview import shared_system_prompt
+
+    return {
+        "fingerprint": data.fingerprint.digest,
+        "rows": data.rows,
+        "statistics": data.statistics.report(),
+        "system_prompt": shared_system_prompt(data.preview),
+    }
 
 
 class ControllerCallbacks:

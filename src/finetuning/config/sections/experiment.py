@@ -23,6 +23,7 @@ from finetuning.config.sections.training import (
     BatchSizeConfig,
     CPOTrainingArgs,
     DPOTrainingArgs,
+    FinalEvaluation,
     GRPOTrainingArgs,
     KTOTrainingArgs,
     ORPOTrainingArgs,
@@ -85,6 +86,8 @@ class SFTExperiment(Experiment):
     """Arguments of the trainer."""
     sft_args: SFTArgs = SFTArgs()
     """Sequence length, loss mask and batching."""
+    final_evaluation: FinalEvaluation | None = None
+    """Held-out rows to evaluate the final model on."""
 
 
 class DPOExperiment(Experiment):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.section import ConfigSection, PathName
 
 
@@ -97,6 +98,20 @@ class TrainingArgs(ConfigSection):
     `output_dir` is left at its default, and else to the folder `tensorboard` of the output folder."""
     deepspeed: str | dict[str, Any] | None = None
     """DeepSpeed config: the path of a JSON file, or the config itself."""
+
+
+class FinalEvaluation(ConfigSection):
+    """Compare the final model with its base model on held-out rows, at the end of the run."""
+
+    data: DatasetSource
+    """Held-out rows, with a column `messages`, `prompt_messages` or `prompt`, and `correct_answers`; of `messages` the
+    last one is the correct answer."""
+    score: Literal["exact", "contains", "regex", "json"] = "exact"
+    """How answers are compared with the correct ones."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Maximum number of tokens of an answer."""
+    compare_base: bool = True
+    """Also evaluate the base model."""
 
 
 class SFTTrainingArgs(TrainingArgs):

@@ -122,6 +122,28 @@ def make_vllm_compatible(
     return VllmAdapter(output or model_path, conversion.is_changed, dropped, notes, serving["command"])
 
 
+def plan_serving(model_path: Path, base_name: str | None = None) -> Serving | None:
+    """Return how to serve an adapter as it is; None if it has to be converted first. Nothing is written.
+
+    Raises:
+        NotServableError: it cannot be served as an adapter without loss.
+        ModelError: a file is missing or damaged.
+    """
+    _require_adapter(model_path)
+    adapter = read_adapter(str(model_path))
+    base = find_base(adapter, base_name)
+    init = lora_init(adapter.config)
+    if adapter.peft_type == "LORA" and init.changes_base and init.is_convertible:
+        return None
+    check = check_for_vllm(adapter, base)
+    if check.blockers:
+        raise _not_servable(adapter, check)
+    conversion = _Conversion(adapter, base, base_name, check, None, _find_stop_token_repair(model_path, base))
+    if conversion.is_changed or conversion.repair is not None:
+        return None
+    return describe_serving(adapter, check, base, base_name=base_name, files=model_path, target=model_path)
+
+
 @dataclass(frozen=True)
 class _Conversion:
     """What to write for vLLM."""

@@ -11,13 +11,22 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from finetuning.atomic_io import try_lock
 from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location
-from finetuning.tracking.mlflow.queue import Queue, UploadState, latest_run, list_queues, numbers_in, read_records
+from finetuning.tracking.mlflow.queue import (
+    QUEUE_NAME,
+    Queue,
+    UploadState,
+    latest_run,
+    list_queues,
+    numbers_in,
+    read_records,
+)
 from finetuning.tracking.mlflow.tracker import start_uploader
 
 _EXIT_UPLOADED, _EXIT_NOT_UPLOADED, _EXIT_BUSY = 0, 1, 3
@@ -53,6 +62,21 @@ def sync_run(folder: Path, *, patience_s: float = 30.0) -> list[SyncResult]:
         error = {_EXIT_UPLOADED: None, _EXIT_BUSY: "the run is uploading it right now"}.get(code, state.error or "?")
         results.append(SyncResult(queue, before, _waiting(queue), state, error))
     return results
+
+
+def add_to_run(folder: Path, values: Mapping[str, float], files: Sequence[Path], step: int) -> str | None:
+    """Add metrics and files to the MLflow run of a run that has ended. Return why that failed; None if it did not.
+
+    Returns None as well if the run was not tracked in MLflow. What is not uploaded waits in the queue.
+    """
+    path = folder / QUEUE_NAME
+    if not path.is_file():
+        return None
+    queue = Queue(path)
+    queue.append("metrics", values=numbers_in(values), step=step)
+    for file in files:
+        queue.append("artifact", path=str(file.absolute()), to=file.parent.name)
+    return queue.error or sync_run(folder)[-1].error
 
 
 def _waiting(queue: Path) -> int:

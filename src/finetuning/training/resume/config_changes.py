@@ -90,6 +90,7 @@ SAFE = (
     "trainer_controller",
     "logging_dir",
     "save_model_dir",
+    "final_evaluation",
 )
 """Keys, or prefixes of keys, that do not change the loss trajectory beyond the rounding of sums.
 
