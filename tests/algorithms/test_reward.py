@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetuning.algorithms import ALGORITHMS
+from finetuning.cli.main import main
 from finetuning.errors import ConfigError, ModelError
 
 REWARD = ALGORITHMS["reward"]
@@ -158,3 +159,16 @@ def test_an_adapter_with_its_head_goes_on_where_it_was(train: Any, dpo_values: A
     on_top = {"peft_type": "PRETRAINED_PEFT", "name_or_path": str(first.final)}
     second = train(dpo_values({"peft_conf": on_top, "training_args.output_dir": str(tmp_path / "again")}), REWARD)
     assert second.losses[0] < 0.6
+
+
+def test_a_model_without_a_class_with_a_score_is_refused_by_dry_run(
+    dpo_values: Any, write_config: Any, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    folder = tmp_path / "mamba"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    config = write_config(dpo_values({"run_conf.model": str(folder)}))
+    assert main(["reward", str(config), "--dry-run"]) == 1
+    assert (
+        "run_conf.model: transformers has no decoder with a score for the model type mamba" in capsys.readouterr().err
+    )

@@ -108,6 +108,14 @@ def test_a_metric_that_is_not_reported_is_refused(check: Any, say: Say, sft_valu
     assert "rewards/accuracies" in err and "config.yaml:" in err
 
 
+def test_what_the_trainer_rejects_is_a_config_error_with_a_warning_by_dry_run(say: Say, sft_values: Any) -> None:
+    values = sft_values({"training_args.fsdp": True})
+    code, _, err = say("sft", values, "--dry-run")
+    assert code == 0 and "training_args.fsdp: shards the model over several processes, and this is one" in err
+    code, _, err = say("sft", values)
+    assert code == 1 and "the sft trainer rejects this config: Using fsdp only works in distributed training" in err
+
+
 def test_pushing_to_the_hub_offline_is_refused_by_dry_run(say: Say, sft_values: Any) -> None:
     code, _, err = say("sft", sft_values({"training_args.push_to_hub": True}), "--dry-run")
     assert code == 1 and "training_args.push_to_hub: needs the Hub, but HF_HUB_OFFLINE" in err

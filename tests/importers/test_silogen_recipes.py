@@ -162,6 +162,13 @@ UTILITIES: dict[str, dict[str, Any]] = {
         _data(training_data=_sources("CONCATENATION", *[1.0] * 6), chat_template_name="chat-ml"),
         _args(save_steps=0.2, weight_decay=0.001, num_train_epochs=6),
     ),
+    # The template adds tokens, and the adapter the embeddings.
+    "tiny model, with embeddings": merged(
+        _TUTORIAL,
+        _data(chat_template_name="simplified-llama31"),
+        _args(save_strategy="steps", save_steps=0.1, **_BEST),
+        {"peft_conf": lora([*LORA, "lm_head", "embed_tokens"])},
+    ),
     "save steps": merged(_args(save_strategy="steps", save_steps=0.2, **_BEST), {"peft_conf": lora(LORA)}),
     "radeon": {
         "run_conf": {"model_args": {"torch_dtype": None, "dtype": "bfloat16", "attn_implementation": "sdpa"}},
@@ -264,6 +271,7 @@ RECIPES = dict(recipes())
 SAMPLE = (
     "cohere LoRA with a misspelled module",
     "mixtral LoRA",
+    pytest.param("tiny model, with embeddings", marks=pytest.mark.full),
     pytest.param("tutorial best checkpoint, LoRA, Qwen", marks=pytest.mark.full),
     pytest.param("dpo full", marks=pytest.mark.full),
 )

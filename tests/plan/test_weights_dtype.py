@@ -48,7 +48,10 @@ def test_a_config_and_a_launcher_that_both_shard_are_a_warning(plan: Any) -> Non
     _, twice = plan("bfloat16", AUTOCAST | {"training_args.fsdp": True}, FSDP)
     [warning] = twice.warnings
     assert warning.location.key == "training_args.fsdp" and "the launcher shards the model with FSDP" in warning.message
-    assert plan("bfloat16", AUTOCAST | {"training_args.fsdp": True})[1].warnings == []
+    [alone] = plan("bfloat16", AUTOCAST | {"training_args.fsdp": True})[1].warnings
+    assert "over several processes, and this is one" in alone.message
+    two = ProcessTopology(world_size=2)
+    assert plan("bfloat16", AUTOCAST | {"training_args.fsdp": True}, two)[1].warnings == []
     assert plan("bfloat16", AUTOCAST, FSDP)[1].warnings == []
 
 

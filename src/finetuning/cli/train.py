@@ -178,7 +178,7 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
         What the adapter trains, or why that was not looked up; empty if nothing had to be looked up.
 
     Raises:
-        ModelError: no target module exists, or PEFT rejects the adapter.
+        ModelError: no target module exists, PEFT rejects the adapter, or a reward model has no class with a score.
         ConfigError: embeddings of new tokens would not be trained.
     """
     from finetuning.config.pretrained_config import find_pretrained_config
@@ -186,6 +186,10 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
     from finetuning.plan.memory_estimate import has_adapter_modules
 
     run_conf, peft_conf = checked.experiment.run_conf, checked.experiment.peft_conf
+    if checked.algorithm.has_score_head:
+        from finetuning.model.load import check_score_head
+
+        check_score_head(run_conf)
     if not isinstance(peft_conf, NewPeft):
         return ""
     has_modules = has_adapter_modules(checked.experiment)

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from finetuning.config.pretrained_config import (
     FLASH_ATTENTION_PACKAGES,
     find_excessive_size,
+    find_pretrained_config,
     missing_attention_package,
     read_pretrained_config,
 )
@@ -132,6 +133,27 @@ def task_head_for(architectures: Sequence[str]) -> TaskHead:
     """Return the task head of a saved model, given the `architectures` of its config."""
     is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
     return SEQUENCE_CLASSIFICATION if is_classifier else CAUSAL_LM
+
+
+def check_score_head(run_conf: RunConfig) -> None:
+    """Check that transformers has a class with a score for the model, if its config is on this machine.
+
+    Raises:
+        ModelError: it has none, or one with an encoder.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    config = find_pretrained_config(run_conf.model) or {}
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or run_conf.model_args.trust_remote_code:
+        return
+    if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES or config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"transformers has no decoder with a score for the model type {model_type}, so that it cannot be a reward"
+            " model",
+            location=Location(key=_KEY),
+            hint="Choose another model, such as one of the Llama or Qwen families.",
+        )
 
 
 def load_model(

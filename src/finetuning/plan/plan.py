@@ -328,13 +328,21 @@ def make_plan(
         memory=estimate_memory(experiment, context.weights_dtype),
         weights=plan_weights(context),
         steps=_steps(rows, batch, experiment),
-        sharding_warning=_sharded_twice(context),
+        sharding_warning=_fsdp_warning(context),
     )
 
 
-def _sharded_twice(context: RunContext) -> Problem | None:
-    """Return a warning if both the launcher and `training_args` configure FSDP: the trainer combines the two."""
-    if context.topology.sharded_by != "fsdp" or not (context.args.model_extra or {}).get("fsdp"):
+def _fsdp_warning(context: RunContext) -> Problem | None:
+    """Return a warning if `training_args` configures FSDP, and so does the launcher, or there is only one process."""
+    if not (context.args.model_extra or {}).get("fsdp"):
+        return None
+    if not context.topology.is_distributed:
+        return Problem(
+            "shards the model over several processes, and this is one: the trainer refuses to start",
+            Location(key="training_args.fsdp"),
+            "Start the run with `finetuning launch` or `accelerate launch`, or remove it.",
+        )
+    if context.topology.sharded_by != "fsdp":
         return None
     return Problem(
         "is set, and the launcher shards the model with FSDP as well: what fsdp_config does not say is taken from the"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.algorithms.algorithm import Algorithm, BatchLayout, TrainerInputs
+from finetuning.algorithms.algorithm import Algorithm, BatchLayout, TrainerInputs, reraise_as_config_error
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft, NoPeft
@@ -306,6 +306,8 @@ def _load_base_model(
     if isinstance(experiment.peft_conf, NewPeft):
         # An existing adapter has its own embeddings for them.
         new_tokens += read_untrained_tokens(Path(experiment.run_conf.model), tokenizer.tokenizer)
+    if algorithm.has_score_head:
+        load.check_score_head(experiment.run_conf)
     model = load.load_model(
         experiment.run_conf,
         experiment.quant_conf,
@@ -569,20 +571,20 @@ def build_trainer(
     from finetuning.training.memory_check import check_memory_at_start
 
     turn_ends_with = end_of_turn(experiment, tokenizer)
-    trainer: Any = algorithm.build_trainer(
-        TrainerInputs(
-            experiment=experiment,
-            arguments=arguments,
-            data=data,
-            tokenizer=tokenizer,
-            model=loaded.model,
-            peft_config=loaded.peft_config,
-            load_reference=loaded.load_reference,
-            layout=loaded.layout,
-            callbacks=callbacks,
-            end_of_turn=turn_ends_with,
-        )
+    inputs = TrainerInputs(
+        experiment=experiment,
+        arguments=arguments,
+        data=data,
+        tokenizer=tokenizer,
+        model=loaded.model,
+        peft_config=loaded.peft_config,
+        load_reference=loaded.load_reference,
+        layout=loaded.layout,
+        callbacks=callbacks,
+        end_of_turn=turn_ends_with,
     )
+    with reraise_as_config_error(algorithm.name):
+        trainer: Any = algorithm.build_trainer(inputs)
     trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
     trainer.end_of_turn = turn_ends_with
     trainer.embeddings = loaded.vocabulary

@@ -342,6 +342,12 @@ def _train_new_tokens(
     """
     input_name, output_name = _embedding_names(model)
     names = [input_name] if embeddings.is_tied or output_name is None else [input_name, output_name]
+    # A low-rank update of the embeddings trains the rows of new tokens as well, and PEFT takes no second one.
+    targets = kwargs.get("target_modules")
+    adapted = {str(target).rpartition(".")[2] for target in targets} if isinstance(targets, (list, tuple)) else set()
+    names = [module for module in names if module not in adapted]
+    if not names:
+        return kwargs
     field_names = {field.name for field in fields(config_class)}
     saved = kwargs.get("modules_to_save") or []
     if set(names) <= set(saved):
