@@ -49,7 +49,6 @@ _FIXED = {
 }
 # Fields that our trainer has and the config class does not.
 _OWN_FIELDS = {"sft": ("activation_offloading",), "dpo": ("max_prompt_length",)}
-_OWN_FIELDS_OF_ALL = ("logging_dir",)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
     module, _, name = experiment.trainer_config.partition(":")
     args = experiment.training_args
     fields: dict[str, Any] = {field: getattr(args, field) for field in type(args).model_fields}
-    for field in (*_OWN_FIELDS_OF_ALL, *_OWN_FIELDS.get(experiment.method_name, ())):
+    for field in ("logging_dir", *_OWN_FIELDS.get(experiment.method_name, ())):
         del fields[field]
     fields |= args.model_extra or {}
     fields |= _FIXED | {

@@ -180,8 +180,7 @@ def make_peft_config(
         config = config_class(task_type=conf.task_type, **kwargs)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise rejected_by_peft(error, name) from error
-    if name == "LORA" and kwargs.get("lora_dropout") and _adapts_parameters(model, config):
-        config.lora_dropout = 0.0
+    _drop_dropout_of_parameters(model, config)
     if check_names:
         from finetuning.model.peft.module_names import check_module_names
 
@@ -190,11 +189,14 @@ def make_peft_config(
     return config
 
 
-def _adapts_parameters(model: PreTrainedModel, config: Any) -> bool:
-    """Return whether a LoRA config adapts parameters, such as those in which transformers fuses experts."""
+def _drop_dropout_of_parameters(model: PreTrainedModel, config: Any) -> None:
+    """Set the dropout of LoRA to 0 if it adapts parameters, such as those in which transformers fuses experts."""
     from finetuning.model.peft.module_names import fused_targets
 
-    return bool(config.target_parameters) or bool(fused_targets(model, config)[1])
+    if peft_type_of(config) != "LORA" or not config.lora_dropout:
+        return
+    if config.target_parameters or fused_targets(model, config)[1]:
+        config.lora_dropout = 0.0
 
 
 def dropout_warning(conf: NewPeft, config: PeftConfig) -> list[Problem]:
