@@ -31,15 +31,21 @@ EXIT_INTERNAL = 203
 
 @dataclass(frozen=True)
 class Location:
-    """A position in the user's input: file, line and column (from 1), dotted config key."""
+    """A position in the user's input: file, line and column (from 1), dotted config key.
+
+    `element` is the number of an element, from 1, in an array of which several elements are on one line.
+    """
 
     file: str | None = None
     line: int | None = None
     column: int | None = None
     key: str | None = None
+    element: int | None = None
 
     def __str__(self) -> str:
         position = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        if self.element is not None:
+            position = f"{position} (element {self.element})"
         return ": ".join(part for part in (position, self.key) if part)
 
 

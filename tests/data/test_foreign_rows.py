@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -124,6 +125,7 @@ def test_other_labels_are_errors(label: Any) -> None:
     assert isinstance(problem, Problem) and problem.location.key == "label"
 
 
+CALLING_ALONE: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
 CHATS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "query and response": (
@@ -150,6 +152,65 @@ CHATS: dict[str, tuple[dict[str, Any], list[Any]]] = {
         },
         [QUESTION, CALLING, {"role": "tool", "content": "4"}, GOOD],
     ),
+    "blocks of the Anthropic API": (
+        {
+            "system": [{"type": "text", "text": "Be kind."}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "What is the sum?"}]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "Add them.", "signature": "x"},
+                        {"type": "text", "text": "A moment."},
+                        {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 2}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "4"}]},
+                        {"type": "text", "text": "And?"},
+                    ],
+                },
+                GOOD,
+            ],
+        },
+        [
+            SYSTEM,
+            QUESTION,
+            {
+                "role": "assistant",
+                "content": "A moment.",
+                "reasoning_content": "Add them.",
+                "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+            },
+            {"role": "tool", "content": "4", "tool_call_id": "t1"},
+            user("And?"),
+            GOOD,
+        ],
+    ),
+    "parts with a value": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "value": "What is the sum?"}]}, GOOD]},
+        [QUESTION, GOOD],
+    ),
+    "parts of the Responses API": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "input_text", "text": "What is the sum?"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "It is 4."}]},
+            ]
+        },
+        [QUESTION, GOOD],
+    ),
+    "ShareGPT's keys as JSON text": ({"conversations": json.dumps([HUMAN, GPT])}, [QUESTION, GOOD]),
+    "a prompt and a completion as JSON text": (
+        {"prompt": json.dumps([QUESTION]), "completion": json.dumps([GOOD])},
+        [QUESTION, GOOD],
+    ),
+    "tool calls as JSON text": (
+        {"messages": [QUESTION, {**CALLING_ALONE, "tool_calls": json.dumps(CALLING_ALONE["tool_calls"])}, GOOD]},
+        [QUESTION, CALLING_ALONE, GOOD],
+    ),
     "a legacy function call": (
         {"messages": [QUESTION, {"role": "assistant", "content": None, "function_call": {"name": "add"}}, GOOD]},
         [QUESTION, CALLING, GOOD],
@@ -169,3 +230,69 @@ def test_a_context_without_a_place_is_reported() -> None:
     row = Row(ReadValues({"instruction": "a", "context": "b", "response": "c"}), Location("a.jsonl", 1))
     assert isinstance(FORMATS["alpaca"].parse(row), Conversation)
     assert row.values.unread() == ("context",)
+
+
+FUNCTION = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+WRAPPED = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    ("column", "tools"),
+    [
+        ("tools", [WRAPPED]),
+        ("tools", json.dumps([WRAPPED])),
+        ("tools", [json.dumps(WRAPPED)]),
+        ("tools", [FUNCTION]),
+        ("tools", [{"function": FUNCTION}]),
+        ("functions", [FUNCTION]),
+        ("tools", [{"name": "add", "description": "Adds.", "input_schema": FUNCTION["parameters"]}]),
+    ],
+)
+def test_tools_are_those_that_servers_pass_to_a_template(column: str, tools: Any) -> None:
+    assert parse("sft", {"messages": [QUESTION, GOOD], column: tools}).tools == [WRAPPED]
+
+
+BLOCKS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
+    "a text after a call": (
+        "assistant",
+        [{"type": "tool_use", "name": "add", "input": {}}, {"type": "text", "text": "a"}],
+        "text comes after a tool call",
+    ),
+    "a result after a text": (
+        "user",
+        [{"type": "text", "text": "a"}, {"type": "tool_result", "content": "4"}],
+        "comes after a text: put the results first",
+    ),
+    "several texts": (
+        "assistant",
+        [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "tool_use", "name": "add"}],
+        "got 2 parts of text: join them into one",
+    ),
+    "encrypted reasoning": ("assistant", [{"type": "redacted_thinking", "data": "x"}], "reasoning that is encrypted"),
+    "a document": ("user", [{"type": "document", "source": {}}], "holds a document"),
+    "another type": ("user", [{"type": "search_result"}], "a part of type search_result"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_without_a_place_are_errors(name: str) -> None:
+    role, content, message = BLOCKS[name]
+    problem = FORMATS["messages"].parse(Row({"messages": [{"role": role, "content": content}]}, Location("a", 1)))
+    assert isinstance(problem, Problem) and message in problem.message
+    assert (problem.location.key or "").startswith("messages[0].content")
+
+
+def test_a_list_in_the_notation_of_python_is_named() -> None:
+    row = Row({"messages": str([QUESTION, GOOD])}, Location("a.csv", 2))
+    problem = FORMATS["messages"].parse(row)
+    assert (
+        isinstance(problem, Problem) and "It is Python's notation: write the column with json.dumps" in problem.message
+    )
+
+
+def test_rows_inside_of_an_object_are_named() -> None:
+    problem = FORMATS["alpaca"].parse(
+        Row({"version": 1, "data": [{"instruction": "a", "output": "b"}]}, Location("a", 1))
+    )
+    assert isinstance(problem, Problem)
+    assert problem.message.endswith("The rows seem to be in data: write them alone, with jq -c '.data[]'")

@@ -93,14 +93,14 @@ def test_end_of_turn_can_be_plain_text(find: Callable[..., Any]) -> None:
     assert spans(find(plain, TALK)) == ["Hello\n### end", "Bye\n### end"]
 
 
-def test_different_end_of_earlier_turns_is_rejected(find: Callable[..., Any]) -> None:
+def test_another_end_of_earlier_turns_is_trained_if_generation_stops_at_it(find: Callable[..., Any]) -> None:
     end = "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" + end + "{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     assert spans(find(template, TALK[:2])) == ["Hello<|return|>"]
-    assert str(find(template, TALK)).startswith("messages[1]: it is followed by '<|end|>")
+    assert spans(find(template, TALK)) == ["Hello", "Bye<|return|>"]
 
 
 def test_template_kwargs_reach_the_template(find: Callable[..., Any]) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetuning.config.sections.data import DatasetSource
+from finetuning.data.formats import FORMATS
 from finetuning.data.samples import Row
 from finetuning.data.sources import FileShard, HubShard, check_source, find_shards, read_rows
 from finetuning.data.sources.json_reader import read_array
@@ -266,6 +267,83 @@ def test_invalid_csv_reports_the_line(data: bytes, message: str, tmp_path: Path)
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
         list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_another_separator_of_csv_is_named(separator: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt{separator}completion\na{separator}b\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: the columns seem to be separated by .* Save it with commas"):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_objects_one_after_the_other_are_read(indent: int | None, tmp_path: Path) -> None:
+    rows = [GOOD, {"a": {"b": [1, {"c": "}{"}]}}, GOOD]
+    path = tmp_path / "a.json"
+    path.write_text("\n".join(json.dumps(row, indent=indent) for row in rows))
+    result = [row for row in read_rows(str(path)) if isinstance(row, Row)]
+    assert [row.values for row in result] == rows
+    assert [row.location.line for row in result] == ([1, 2, 3] if indent is None else [1, 9, 19])
+
+
+def test_an_error_after_the_first_of_several_objects_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(GOOD, indent=2) + '\n{\n  "a": 1,,\n}\n')
+    with pytest.raises(DataError, match=r"a\.json:10: invalid JSON at column 10"):
+        list(read_rows(str(path)))
+
+
+def test_the_elements_of_a_line_are_numbered(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, 2, {"a": 3},\n{"a": 4}, {"a":\n5}, 6]')
+    places = [str(row.location).removeprefix(f"{path}:") for row in read_rows(str(path))]
+    assert places == ["1 (element 1)", "1 (element 2)", "1 (element 3)", "2", "2 (element 5)", "3 (element 6)"]
+    rows = list(read_rows(str(path)))
+    assert str(rows[1]) == f"{path}:1 (element 2): expected an object, got a number"
+    assert str(FORMATS["text"].parse(rows[2])).startswith(f"{path}:1 (element 3): expected text")
+
+
+COMPRESS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("name", COMPRESS)
+def test_a_compressed_file_is_known_by_its_content(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(COMPRESS[name](json.dumps(GOOD).encode()))
+    assert [row.values for row in read_rows(str(path)) if isinstance(row, Row)] == [GOOD]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_values_that_datasets_wrote_as_json_are_parsed_at_any_depth(name: str, tmp_path: Path) -> None:
+    json_type = pa.json_()
+    call = pa.struct([("name", pa.string()), ("arguments", json_type)])
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))])
+    storage = pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.list_(pa.struct([("name", pa.string()), ("arguments", pa.string())]))),
+        ]
+    )
+    arguments = {"days": 2, "city": None, "tags": ["a", {"b": 1}]}
+    messages = [
+        {"role": "user", "content": "Hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": json.dumps(arguments)}]},
+    ]
+    typed = pa.array([messages], type=pa.list_(storage)).cast(pa.list_(message))
+    whole = pa.ExtensionArray.from_storage(json_type, pa.array([json.dumps(messages[:1])]))
+    table = pa.table({"messages": typed, "other": whole, "text": ['{"a": 1}']})
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    (row,) = [row for row in read_rows(str(path)) if isinstance(row, Row)]
+    assert row.values["messages"][1]["tool_calls"] == [{"name": "f", "arguments": arguments}]
+    assert row.values["other"] == messages[:1]
+    assert row.values["text"] == '{"a": 1}', "a column of texts stays as it is"
 
 
 @pytest.mark.parametrize(

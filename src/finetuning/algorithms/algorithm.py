@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.model.stop_tokens import EndOfTurn
     from finetuning.model.tokenizer import LoadedTokenizer
 
 
@@ -52,8 +53,8 @@ class TrainerInputs:
     """Loads a frozen copy of the model as it was before training."""
     layout: BatchLayout
     callbacks: Sequence[transformers.TrainerCallback]
-    end_of_turn: str | None = None
-    """The text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
+    end_of_turn: EndOfTurn = None
+    """The texts that end assistant turns in the chat template; None for the end-of-sequence token."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Algorithm:
     experiment: type[Experiment]
     """The model of its YAML file."""
     prepare: Callable[..., PreparedData]
-    """`(experiment, tokenizer, workers, stop_tokens)` to tokenized rows."""
+    """`(experiment, tokenizer, workers, stop_tokens, inspector)` to tokenized rows; the last two are optional."""
     build_trainer: Callable[[TrainerInputs], transformers.Trainer]
     supports_padding_free: bool = False
     """Whether its trainer can compute rows that are concatenated without padding."""

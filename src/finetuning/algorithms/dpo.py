@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.initial_loss import ExpectedLoss
 
 _LN2 = math.log(2)
@@ -38,6 +39,7 @@ def prepare(
     tokenizer: transformers.PreTrainedTokenizerFast,
     workers: int,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Return token ids of prompts, chosen and rejected answers."""
     from finetuning.data.pipeline import prepare_dpo
@@ -50,6 +52,7 @@ def prepare(
         workers,
         stop_tokens=stop_tokens,
         max_prompt_length=args.max_prompt_length,
+        inspector=inspector,
     )
 
 

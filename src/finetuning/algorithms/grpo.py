@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.reference import ReferenceMixin
 
     class GRPOBase(ReferenceMixin, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
@@ -48,6 +49,7 @@ def prepare(
     tokenizer: transformers.PreTrainedTokenizerFast,
     workers: int,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Return token ids of the prompts, and the columns that reward functions use.
 
@@ -59,7 +61,9 @@ def prepare(
 
     args = experiment.grpo_args
     build_rewards(args)
-    return prepare_prompts(experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer, workers)
+    return prepare_prompts(
+        experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer, workers, inspector=inspector
+    )
 
 
 class TokenizedPrompt(list[Message]):

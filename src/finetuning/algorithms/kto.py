@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trl.trainer.kto_config import KTOConfig
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.initial_loss import ExpectedLoss
 
 
@@ -29,12 +30,21 @@ def prepare(
     tokenizer: transformers.PreTrainedTokenizerFast,
     workers: int,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Return token ids of prompts and answers, each with its label, in training order."""
     from finetuning.data.pipeline import prepare_kto
 
     args = experiment.training_args
-    return prepare_kto(experiment.data_conf, args.max_length, args.seed, tokenizer, workers, stop_tokens=stop_tokens)
+    return prepare_kto(
+        experiment.data_conf,
+        args.max_length,
+        args.seed,
+        tokenizer,
+        workers,
+        stop_tokens=stop_tokens,
+        inspector=inspector,
+    )
 
 
 def initial_loss(desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float) -> float:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.initial_loss import ExpectedLoss
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -26,12 +27,18 @@ def prepare(
     tokenizer: transformers.PreTrainedTokenizerFast,
     workers: int,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Return token ids of prompts, chosen and rejected answers; no answer is truncated."""
     from finetuning.data.pipeline import prepare_reward
 
     return prepare_reward(
-        experiment.data_conf, experiment.training_args.max_length, tokenizer, workers, stop_tokens=stop_tokens
+        experiment.data_conf,
+        experiment.training_args.max_length,
+        tokenizer,
+        workers,
+        stop_tokens=stop_tokens,
+        inspector=inspector,
     )
 
 

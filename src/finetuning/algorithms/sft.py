@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers.utils.generic import ModelOutput
 
     from finetuning.data.prepared import PreparedData
+    from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
     from finetuning.trainer.mixin import TrainerMixin
 
@@ -37,6 +38,7 @@ def prepare(
     tokenizer: transformers.PreTrainedTokenizerFast,
     workers: int,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Return token ids and labels of the training and validation rows."""
     from finetuning.data.pipeline import prepare_sft
@@ -44,7 +46,13 @@ def prepare(
     args = experiment.training_args
     seed = (args.model_extra or {}).get("data_seed") or args.seed
     return prepare_sft(
-        experiment.data_conf, experiment.sft_args, tokenizer, workers, stop_tokens=stop_tokens, seed=seed
+        experiment.data_conf,
+        experiment.sft_args,
+        tokenizer,
+        workers,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        inspector=inspector,
     )
 
 

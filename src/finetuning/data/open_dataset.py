@@ -74,7 +74,7 @@ def open_dataset(
         DataError: a file is missing or has no rows; also raised while rows are read.
         ConfigError: the dataset's settings contradict each other.
     """
-    transforms = make_transforms(source, key) if source.columns or source.handlers else TransformChain()
+    transforms = make_transforms(source, key)
     special_tokens, ignored = options.special_tokens, frozenset(source.ignore_columns)
 
     def transform(unparsed: UnparsedRow) -> Row | Problem | SkippedRow:
@@ -104,7 +104,7 @@ def open_dataset(
             return Problem(
                 f"holds {_MEDIA_KINDS[media.rstrip('s')]}, on which the engine does not train yet. To train on the text"
                 f" alone, set ignore_columns: [{media}] for this dataset",
-                Location(file=row.location.file, line=row.location.line, key=media),
+                replace(row.location, key=media),
             )
         parsed = row_format.parse(Row(values, row.location), dataset_options)
         return parsed if isinstance(parsed, Problem) else _with_unused(parsed, values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -15,16 +16,18 @@ import numpy as np
 from finetuning.config.sections.data import DataConfig
 from finetuning.config.sections.training import SFTArgs
 from finetuning.data.arrow import as_dataset, take_rows
+from finetuning.data.chat.end_of_turn import EndOfTurnFinder
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
-from finetuning.data.chat.template import TemplateRenderer, configured_template
+from finetuning.data.chat.template import TemplateRenderer, configured_template, special_tokens_of
 from finetuning.data.open_dataset import options_for
 from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
-from finetuning.data.preprocessor import Preprocessor
+from finetuning.data.preprocessor import Inspector, Preprocessor
 from finetuning.data.processors.base import Processor
 from finetuning.data.processors.preference import PreferenceProcessor, UnpairedProcessor, WholePairProcessor
 from finetuning.data.processors.prompt import PromptProcessor
 from finetuning.data.processors.sft import ChatProcessor, SFTProcessor
+from finetuning.data.statistics import DatasetStatistics
 from finetuning.data.streaming.prepare import stream_rows
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError
@@ -43,6 +46,7 @@ def prepare_sft(
     *,
     stop_tokens: Sequence[str] = (),
     seed: int = 0,
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Prepare `input_ids` and `labels` of the training and validation rows.
 
@@ -52,6 +56,7 @@ def prepare_sft(
         stop_tokens: tokens that end a turn in addition to the end-of-sequence token (from `generation_config`); some
             templates end a tool call with one of them.
         seed: of the order of a stream.
+        inspector: looks at the rows while they are prepared; not at those of a stream.
 
     Raises:
         DataError: a file, a row or the template is invalid, or too few rows are left.
@@ -71,6 +76,8 @@ def prepare_sft(
         len(tokenizer),
         max_length,
         truncate,
+        special_tokens_of(tokenizer),
+        partial(_turn_ends, tokenizer, stop_tokens),
     )
     rules = {
         "method": "sft",
@@ -81,6 +88,7 @@ def prepare_sft(
     }
     split_rows = processor.split_rows if sft_args.length_handling == "split" else None
     preprocessor = Preprocessor("sft", options, processor, label_builder, max_length, num_workers, split_rows)
+    preprocessor.inspector = inspector
     if data_conf.streaming:
         return stream_rows(data_conf, preprocessor, tokenizer, rules, seed, max_length if sft_args.packing else None)
     prepared = prepare_rows(data_conf, preprocessor, tokenizer, rules)
@@ -88,6 +96,13 @@ def prepare_sft(
         return prepared
     packed = pack_dataset(cast("datasets.Dataset", prepared.train), max_length)
     return replace(prepared, train=packed, fingerprint=prepared.fingerprint.with_rule("packed"))
+
+
+def _turn_ends(tokenizer: PreTrainedTokenizerFast, stop_tokens: Sequence[str]) -> Sequence[str]:
+    """The tokens that end a turn, in the chat template or by the generation config."""
+    if not tokenizer.chat_template:  # pyright: ignore[reportUnknownMemberType]
+        return stop_tokens
+    return (*EndOfTurnFinder(TemplateRenderer(tokenizer), stop_tokens).stops, *stop_tokens)
 
 
 def prepare_dpo(
@@ -98,6 +113,7 @@ def prepare_dpo(
     *,
     stop_tokens: Sequence[str] = (),
     max_prompt_length: int | None = None,
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids`, `chosen_ids` and `rejected_ids` of the training and validation rows, for TRL's collator.
 
@@ -110,7 +126,7 @@ def prepare_dpo(
     label_builder = _make_label_builder(tokenizer)
     renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
     processor = PreferenceProcessor(renderer, mask_builder, label_builder, max_length, max_prompt_length)
-    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers)
+    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers, inspector)
     rules = _rules("dpo", max_length, stop_tokens)
     if max_prompt_length is not None:
         rules["max_prompt_length"] = max_prompt_length
@@ -124,6 +140,7 @@ def prepare_reward(
     num_workers: int = 1,
     *,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Prepare the columns of `prepare_dpo`; pairs longer than `max_length` are dropped, not truncated.
 
@@ -133,7 +150,7 @@ def prepare_reward(
     label_builder = _make_label_builder(tokenizer)
     renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
     processor = WholePairProcessor(PreferenceProcessor(renderer, mask_builder, label_builder, None), max_length)
-    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers)
+    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers, inspector)
     return prepare_rows(data_conf, preprocessor, tokenizer, _rules("reward", max_length, stop_tokens))
 
 
@@ -145,6 +162,7 @@ def prepare_kto(
     num_workers: int = 1,
     *,
     stop_tokens: Sequence[str] = (),
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids`, `completion_ids` and `label`, shuffled by the seed.
 
@@ -157,8 +175,9 @@ def prepare_kto(
     label_builder = _make_label_builder(tokenizer)
     renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
     processor = UnpairedProcessor(renderer, mask_builder, label_builder, max_length)
-    preprocessor = _preprocessor("unpaired", processor, tokenizer, label_builder, max_length, num_workers)
+    preprocessor = _preprocessor("unpaired", processor, tokenizer, label_builder, max_length, num_workers, inspector)
     prepared = prepare_rows(data_conf, preprocessor, tokenizer, _rules("kto", max_length, stop_tokens))
+    _warn_of_single_class(prepared)
     return replace(
         prepared,
         train=_shuffle(cast("datasets.Dataset", prepared.train), seed),
@@ -167,12 +186,24 @@ def prepare_kto(
     )
 
 
+def _warn_of_single_class(prepared: PreparedData) -> None:
+    """Note how many training rows there are of the only label, if there is only one."""
+    table = cast("pa.Table", cast("datasets.Dataset", prepared.train).with_format("arrow")[:])
+    labels = table["label"].unique()
+    if len(labels) == 1 and isinstance(statistics := prepared.statistics, DatasetStatistics):
+        label, missing = ("true", "false") if labels[0].as_py() else ("false", "true")
+        warning = f"the label is {label}, and no row has the label {missing}: KTO learns from the contrast of both"
+        statistics.splits[0].counts.warnings[warning] = table.num_rows
+
+
 def prepare_prompts(
     data_conf: DataConfig,
     max_length: int | None,
     required_columns: Mapping[str, str],
     tokenizer: PreTrainedTokenizerFast,
     num_workers: int = 1,
+    *,
+    inspector: Inspector | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids` and `row` of the prompts; those longer than `max_length` are dropped.
 
@@ -183,7 +214,7 @@ def prepare_prompts(
     """
     label_builder = _make_label_builder(tokenizer)
     processor = PromptProcessor(TemplateRenderer(tokenizer), label_builder, max_length, required_columns)
-    preprocessor = _preprocessor("prompt", processor, tokenizer, label_builder, max_length, num_workers)
+    preprocessor = _preprocessor("prompt", processor, tokenizer, label_builder, max_length, num_workers, inspector)
     rules = _rules("grpo", max_length, ()) | {"columns": dict(required_columns)}
     return prepare_rows(data_conf, preprocessor, tokenizer, rules)
 
@@ -206,9 +237,10 @@ def _preprocessor(
     label_builder: LabelBuilder,
     max_length: int | None,
     num_workers: int,
+    inspector: Inspector | None,
 ) -> Preprocessor:
     options = options_for(None, tokenizer.special_tokens_map)
-    return Preprocessor(kind, options, processor, label_builder, max_length, num_workers)
+    return Preprocessor(kind, options, processor, label_builder, max_length, num_workers, inspector=inspector)
 
 
 def _make_label_builder(tokenizer: PreTrainedTokenizerFast) -> LabelBuilder:

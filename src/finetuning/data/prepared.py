@@ -46,7 +46,7 @@ _NOT_IN_KEY = {
     "cache", "prepared", "streaming", "shuffle_buffer", "padding_side", "missing_pad_token_strategy",
     "chat_template_name",
 }  # fmt: skip
-RULES = "1"
+RULES = "2"
 """Version of the rules by which rows are rendered, masked, truncated and mixed; part of the cache key."""
 
 

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -64,6 +64,8 @@ class Batch:
         default_factory=list[tuple[TokenizedSample, Location, str | None]]
     )
     """The first kept rows, as many as were requested, with their locations and system prompts."""
+    measured: object = None
+    """What the run's inspector measured of the rows."""
 
     def table(self) -> pa.Table:
         """The kept rows."""
@@ -199,6 +201,18 @@ class DuplicateCounter:
         self._earlier_splits[statistics.split] = unique
 
 
+class Inspector(Protocol):
+    """Looks at the rows of a run while they are prepared, for `finetuning data doctor`."""
+
+    def measure(self, rows: Sequence[RowToTokenize], batch: Batch) -> object:
+        """Return measures of a batch. Called in any process."""
+        ...
+
+    def add(self, split: str, measured: object) -> None:
+        """Add the measures of a batch. Called in the main process, in the order of the rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class PreparedSplit:
     """The tokenized rows of one split, and which input rows they come from."""
@@ -237,6 +251,7 @@ class Preprocessor:
     problems: list[Problem] = field(default_factory=list[Problem])
     preview: list[list[PreviewRow]] = field(default_factory=list[list[PreviewRow]])
     duplicates: DuplicateCounter = field(default_factory=DuplicateCounter)
+    inspector: Inspector | None = None
 
     def read(
         self, sources: Sequence[tuple[str, DatasetSource]], split: str, folder: Path | None = None
@@ -270,6 +285,8 @@ class Preprocessor:
         statistics.add(batch.statistics)
         self.problems += batch.problems
         self.add_preview(batch)
+        if self.inspector is not None:
+            self.inspector.add(statistics.split, batch.measured)
         if batch.columns:
             self.duplicates.add(batch.hashes)
             writer.add(batch.table())
@@ -300,8 +317,7 @@ class Preprocessor:
 
         def make(task: tuple[list[UnparsedRow], int]) -> Batch:
             rows, num_preview_rows = task
-            parsed = self.parse(rows, opened.parse)
-            return make_batch(parsed, self.processor, SplitStatistics(RowCounts(split, self.limit)), num_preview_rows)
+            return self._make(self.parse(rows, opened.parse), split, num_preview_rows)
 
         with WorkerPool(make, num_workers) as workers:
             tasks = ((rows, self.num_preview_rows) for rows in chain(head[1:], unparsed))
@@ -324,9 +340,13 @@ class Preprocessor:
         parsed = parse_rows(rows, parse)
         return self.split_rows(parsed) if self.split_rows else parsed
 
-    def _make(self, rows: Sequence[RowToTokenize], split: str) -> Batch:
+    def _make(self, rows: Sequence[RowToTokenize], split: str, num_preview_rows: int | None = None) -> Batch:
         statistics = SplitStatistics(RowCounts(split, self.limit))
-        return make_batch(rows, self.processor, statistics, self.num_preview_rows)
+        num_preview_rows = self.num_preview_rows if num_preview_rows is None else num_preview_rows
+        batch = make_batch(rows, self.processor, statistics, num_preview_rows)
+        if self.inspector is not None:
+            batch.measured = self.inspector.measure(rows, batch)
+        return batch
 
 
 def held_out_statistics(

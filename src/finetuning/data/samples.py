@@ -138,6 +138,7 @@ Span = tuple[int, int]
 """Start and end of a part of a text, in characters, or of a sequence, in tokens; the end is exclusive."""
 MISSING_PROMPT = "the turn does not begin with all of the generation prompt"
 DIFFERENT_PROMPT = "the turn begins differently from the generation prompt"
+UNTRAINED_END = "an earlier answer ends with a token at which generation does not stop: that token is not trained"
 RENDER_ERROR = "the chat template failed on this conversation"
 
 
@@ -156,6 +157,8 @@ class MaskedText:
     Headers are the same in many conversations, which spares tokenizing them again (see `tokenization/labels.py`)."""
     missing_prompts: tuple[str, ...] = ()
     """Per span, the end of the generation prompt that the turn does not begin with, such as `<think>`; mostly empty."""
+    appended: str = ""
+    """The end of the last turn, where the template writes none: the role of the next message ends a turn."""
 
 
 @dataclass(frozen=True)

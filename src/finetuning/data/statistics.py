@@ -345,6 +345,7 @@ def reject_lines(split: SplitStatistics) -> Iterator[str]:
         values = {
             "file": row.location.file,
             "line": row.location.line,
+            "element": row.location.element,
             "key": row.location.key,
             "split": split.split,
             "outcome": row.outcome,

@@ -6,9 +6,10 @@ Here it sets how rows are parsed and what of them is trained (`TransformChain`),
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import MESSAGE_COLUMN_NAMES
@@ -71,9 +72,14 @@ def make_transforms(source: DatasetSource, key: str) -> TransformChain:
     Raises:
         ConfigError: a handler or an argument is unknown or missing, or a handler comes after one that tokenizes.
     """
-    chain = TransformChain()
-    if source.columns:
-        chain = TransformChain((_renaming(source.columns, must_exist=False),))
+    steps: list[Transform] = []
+    keys = {name: new for name, new in source.columns.items() if "." in name}
+    columns = {name: new for name, new in source.columns.items() if name not in keys}
+    if keys or source.roles:
+        steps.append(_renaming_in_messages(keys, source.roles))
+    if columns:
+        steps.append(_renaming(columns, must_exist=False))
+    chain = TransformChain(tuple(steps))
     for index, handler in enumerate(source.handlers):
         try:
             chain = _add(chain, handler)
@@ -142,6 +148,47 @@ def _renaming(mapping: Mapping[str, str], *, must_exist: bool = True) -> Transfo
         return {mapping.get(name, name): value for name, value in values.items()}
 
     return run
+
+
+def _renaming_in_messages(keys: Mapping[str, str], roles: Mapping[str, str]) -> Transform:
+    """Return a transform that renames keys of messages, each written as `column.key`, and the roles of all messages."""
+    by_column: dict[str, dict[str, str]] = {}
+    for name, new in keys.items():
+        column, _, key = name.rpartition(".")
+        by_column.setdefault(column, {})[key] = new
+
+    def renamed(message: JsonValue, names: Mapping[str, str]) -> JsonValue:
+        if not isinstance(message, dict):
+            return message
+        message = {names.get(key, key): value for key, value in message.items()}
+        for key in ("role", "from"):
+            role: JsonValue = message.get(key)
+            if isinstance(role, str) and role in roles:
+                message[key] = roles[role]
+        return message
+
+    def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
+        result = dict(values)
+        for column in result if roles else by_column.keys() & result.keys():
+            value = result[column]
+            names = by_column.get(column, {})
+            if isinstance(value, str) and value.lstrip().startswith("["):
+                value = _parsed(value)
+            if isinstance(value, list):
+                result[column] = [renamed(message, names) for message in cast("list[JsonValue]", value)]
+            elif isinstance(value, dict):
+                result[column] = renamed(cast("JsonObject", value), names)
+        return result
+
+    return run
+
+
+def _parsed(text: str) -> JsonValue:
+    """Return the value of a JSON text; the text itself, which the format rejects, if it is none."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return text
 
 
 def _rename(chain: TransformChain, arguments: Arguments) -> TransformChain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetuning.config.yaml.document import ConfigDocument
+from finetuning.importers.dataset_info import find_dataset_info, source_of
 from finetuning.importers.shared_sections import (
     TRAINING_KEYS,
     finish,
@@ -16,7 +17,7 @@ from finetuning.importers.shared_sections import (
     put_training_data,
     put_validation_data,
 )
-from finetuning.importers.translation import Translation
+from finetuning.importers.translation import Translation, Values
 
 KEYS: dict[str, str] = {
     **TRAINING_KEYS,
@@ -45,7 +46,7 @@ _LORA_DEFAULTS = {"r": 8, "target_modules": "all-linear"}
 
 
 def from_llama_factory(document: ConfigDocument, processes: int) -> Translation:
-    """Translate a LLaMA-Factory config. Datasets are names of its dataset_info.json; the user fills in the paths.
+    """Translate a LLaMA-Factory config. Its datasets are described by the dataset_info.json below `dataset_dir`.
 
     Raises:
         ConfigError: the config has errors, or uses a stage or fine-tuning type that is not supported.
@@ -66,10 +67,8 @@ def from_llama_factory(document: ConfigDocument, processes: int) -> Translation:
     if out.has("adapter_name_or_path"):
         out.values["peft_conf"] = {"peft_type": "PRETRAINED_PEFT", "name_or_path": out.get("adapter_name_or_path")}
     put_batch_size(out, out.get("per_device_train_batch_size", 8), processes)
-    limit = {"max_rows": out.get("max_samples")} if out.has("max_samples") else {}
-    put_training_data(out, [{"path": name} | limit for name in _dataset_names(out, "dataset")])
-    validation = [{"path": name} for name in _dataset_names(out, "eval_dataset")]
-    put_validation_data(out, validation, out.get("val_size", 0))
+    put_training_data(out, _datasets(out, "dataset", method))
+    put_validation_data(out, _datasets(out, "eval_dataset", method), out.get("val_size", 0))
     put_chat_template(out, str(out.get("template", "tokenizer_default")))
     if method == "sft":
         out.put("sft_args.train_on", "all" if out.boolean("train_on_prompt", False) else "assistant")
@@ -85,8 +84,12 @@ def _put_preference_options(out: Translation, method: str) -> set[str]:
     return {"cutoff_len", "pref_loss"}
 
 
-def _dataset_names(out: Translation, key: str) -> list[str]:
+def _datasets(out: Translation, key: str, method: str) -> list[Values]:
+    """Return the datasets that a key names, each as its entry in dataset_info.json describes it."""
     names = [name.strip() for item in out.as_list(key) for name in str(item).split(",")]
-    for name in names:
-        out.add_note("dataset", f"{name} is a name of dataset_info.json; replace it with the path of its file")
-    return names
+    info = find_dataset_info(out) if names else None
+    sources = [source_of(out, key, name, info, method) for name in names]
+    if out.has("max_samples"):
+        limit = out.positive_int("max_samples", 1)
+        sources = [source | {"max_rows": min(limit, source.get("max_rows", limit))} for source in sources]
+    return sources

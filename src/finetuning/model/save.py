@@ -26,6 +26,7 @@ from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, UNTRAINED_TOKENS_FILE, read_model_headers
 from finetuning.model.saved_weights import compare_with_files
 from finetuning.model.stop_tokens import (
+    EndOfTurn,
     StopTokens,
     align_stop_tokens,
     compare_tokenizer,
@@ -214,9 +215,7 @@ def _compare_json(
     ]
 
 
-def find_stop_tokens(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None
-) -> StopTokens | None:
+def find_stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, end_of_turn: EndOfTurn) -> StopTokens | None:
     """Return the stop tokens to save with a model or adapter; None for a model that does not generate text.
 
     Args:

@@ -15,6 +15,8 @@ from finetuning.errors import first_line, read_json_object, reading
 from finetuning.model.safetensors_io import GENERATION_CONFIG
 from finetuning.model.tokenizer import SpecialTokenName, special_token, special_token_id
 
+EndOfTurn = str | tuple[str, ...] | None
+"""The texts with which a chat template ends an assistant turn; see `align_stop_tokens`."""
 # Sampling parameters, with the values at which they have no effect.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
 
@@ -50,19 +52,21 @@ class StopTokens:
 
 
 def align_stop_tokens(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: EndOfTurn
 ) -> StopTokens:
     """Return what to save so that the model stops where it was trained to; the arguments are not modified.
 
     Args:
         end_of_turn: the text with which the chat template ends an assistant turn; None for the tokenizer's own
             end-of-sequence token. If the text is not a single token, nothing is changed and the report says so:
-            a server then needs it as a stop string.
+            a server then needs it as a stop string. Of several texts the first ends an answer, and generation stops at
+            the others, too: templates may end a tool call with a token of its own.
     """
     generation = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     changes: list[str] = []
     before = eos_token = special_token(tokenizer, "eos")
-    turn_ends_with = (end_of_turn or "").strip()
+    first, *more_ends = [end_of_turn or ""] if isinstance(end_of_turn, str | None) else [*end_of_turn] or [""]
+    turn_ends_with = first.strip()
     if turn_ends_with and turn_ends_with != before:
         if _single_id(tokenizer, turn_ends_with) is None:
             changes.append(f"{turn_ends_with!r}, which ends a turn, is not one token: servers need it as a stop string")
@@ -73,7 +77,8 @@ def align_stop_tokens(
     base_ids = [] if base is None else [base] if isinstance(base, int) else list(base)
     eos_id = _token_id(tokenizer, eos_token) if eos_token is not None else None
     # The base's own stop ids stay: an instruct model may stop at several, such as <|eot_id|> and <|end_of_text|>.
-    ids = tuple(dict.fromkeys(token_id for token_id in (eos_id, *base_ids) if token_id is not None))
+    more_ids = [_single_id(tokenizer, end) for end in more_ends]
+    ids = tuple(dict.fromkeys(token_id for token_id in (eos_id, *base_ids, *more_ids) if token_id is not None))
     if set(ids) != set(base_ids):
         changes.append(f"generation_config.eos_token_id is {list(ids)}, was {base}")
         generation.eos_token_id = ids[0] if len(ids) == 1 else list(ids)

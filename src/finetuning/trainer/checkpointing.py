@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
-    from finetuning.model.stop_tokens import StopTokens
+    from finetuning.model.stop_tokens import EndOfTurn, StopTokens
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class CheckpointMixin(TrainerBase):
 
     additional_files: dict[str, str]
     """Texts that are written into each checkpoint, by file name."""
-    end_of_turn: str | None = None
+    end_of_turn: EndOfTurn = None
     """What ends an assistant's turn in the chat template; None for the tokenizer's end-of-sequence token."""
     base_fingerprint: Fingerprint | None = None
     """The base model of an adapter."""

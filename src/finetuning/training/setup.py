@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from finetuning.model.embeddings import EmbeddingInfo
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.model.peft.adapters import AdaptedModel
+    from finetuning.model.stop_tokens import EndOfTurn
     from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.plan.plan import Plan
     from finetuning.trainer.mixin import TrainerMixin
@@ -193,8 +194,8 @@ def prepare(experiment: Experiment, algorithm: Algorithm, tokenizer: LoadedToken
     return data
 
 
-def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | None:
-    """Return the text that ends an assistant turn in the chat template; None for the end-of-sequence token."""
+def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> EndOfTurn:
+    """Return the texts that end assistant turns in the chat template; None for the end-of-sequence token."""
     from finetuning.data.chat.end_of_turn import EndOfTurnFinder
     from finetuning.data.chat.template import TemplateRenderer, configured_template
 
@@ -204,7 +205,7 @@ def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> str | Non
     if not tokenizer.tokenizer.chat_template:
         return None
     fast_tokenizer: Any = tokenizer.tokenizer
-    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).end_of_turn.strip() or None
+    return EndOfTurnFinder(TemplateRenderer(fast_tokenizer)).stops or None
 
 
 def load_model(

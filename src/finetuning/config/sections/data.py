@@ -79,7 +79,10 @@ class DatasetSource(ConfigSection):
     format: FormatName | None = None
     """Format of the rows. By default detected from the first rows, and logged."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Columns to rename, from the dataset's name to the engine's: `{question: prompt, answer: completion}`."""
+    """Columns to rename, from the dataset's name to the engine's: `{question: prompt, answer: completion}`. A key of
+    messages is written as `messages.speaker`."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """Roles of messages to rename, from the dataset's name to the engine's: `{customer: user, agent: assistant}`."""
     ignore_columns: list[str] = Field(default_factory=list)
     """Columns, by the dataset's names, that are left out on purpose: not trained on, and not reported as unused. A key
     of messages is written as `messages.weight`."""
@@ -180,7 +183,8 @@ class DataConfig(ConfigSection):
     chat_template_name: ChatTemplateName = ChatTemplateName.MISTRAL_WITH_SYSTEM
     """Built-in chat template that renders conversations to text."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """Custom chat template, instead of a built-in one: Jinja source or the path of a file."""
+    """Custom chat template, instead of a built-in one: Jinja source, the path of a file, or `trl/NAME` for one that
+    ships with TRL, such as `trl/glm4moe_training`."""
     special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Tokens to add to the tokenizer as special tokens, such as those that `chat_template` or the data uses."""
     padding_side: Literal["right", "left"] = "right"

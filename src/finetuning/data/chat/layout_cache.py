@@ -18,12 +18,12 @@ from functools import cached_property
 from itertools import accumulate
 
 from finetuning.data.chat.template import TemplateRenderer
-from finetuning.data.samples import DIFFERENT_PROMPT, MISSING_PROMPT, Conversation, MaskedText, Span
+from finetuning.data.samples import DIFFERENT_PROMPT, MISSING_PROMPT, UNTRAINED_END, Conversation, MaskedText, Span
 
 LayoutKey = tuple[tuple[str, ...], tuple[int, ...]]
 """The roles of a conversation and the turns to train on."""
 _MAX_LAYOUTS = 4096
-_CACHEABLE_WARNINGS = {MISSING_PROMPT, DIFFERENT_PROMPT}
+_CACHEABLE_WARNINGS = {MISSING_PROMPT, DIFFERENT_PROMPT, UNTRAINED_END}
 """Warnings about the template. Those about a content, such as one that is partly omitted, say nothing of others."""
 
 
@@ -39,6 +39,8 @@ class _Layout:
     missing_prompts: tuple[tuple[int, str], ...]
     """Messages with the text that they must not begin with, or their span would begin later."""
     warnings: frozenset[str]
+    appended: str
+    """As in `MaskedText`."""
 
     @cached_property
     def offsets(self) -> tuple[tuple[int, int, int], ...]:
@@ -84,7 +86,9 @@ class LayoutCache:
         filled = [(index, result) for index, result in enumerate(results) if result is not None]
         texts = self._renderer.plain_texts([conversations[index] for index, _ in filled])
         for (index, result), text in zip(filled, texts, strict=True):
-            if result.text != text:
+            key = keys[index]
+            appended = self._layouts[key].appended if key is not None else ""
+            if text is None or result.text != text + appended:
                 results[index] = None
         return results
 
@@ -130,7 +134,7 @@ class LayoutCache:
             missing_prompts = tuple(
                 (turn, text) for (turn, _, _), text in zip(spans, masked.missing_prompts, strict=True) if text
             )
-            self._layouts[key] = _Layout(pieces, spans, headers, missing_prompts, masked.warnings)
+            self._layouts[key] = _Layout(pieces, spans, headers, missing_prompts, masked.warnings, masked.appended)
 
 
 def _fill(layout: _Layout, conversation: Conversation) -> MaskedText | None:

@@ -27,13 +27,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from finetuning.data.chat.end_of_turn import EndOfTurnFinder
+from finetuning.data.chat.end_of_turn import EndOfTurnFinder, TurnEnd
 from finetuning.data.chat.layout_cache import LayoutCache, LayoutKey
-from finetuning.data.chat.template import NO_MARKERS, Markers, StrippedText, TemplateRenderer, TemplateRenderError
+from finetuning.data.chat.template import (
+    NO_MARKERS,
+    REASONING_KEYS,
+    Markers,
+    StrippedText,
+    TemplateRenderer,
+    TemplateRenderError,
+)
 from finetuning.data.samples import (
     DIFFERENT_PROMPT,
     MISSING_PROMPT,
     RENDER_ERROR,
+    UNTRAINED_END,
     Conversation,
     MaskedText,
     MaskError,
@@ -214,20 +222,26 @@ class AssistantMaskBuilder:
         spans: list[Span] = []
         missing_prompts: list[str] = []
         warnings: set[str] = set()
+        text = attempt.rendered.text
+        appended = ""
         for turn in turns:
             start, missing_prompt = self._find_start(attempt, turn, warnings)
-            end = self._find_end(attempt, turn, start)
+            end, turn_end = self._find_end(attempt, turn, start)
+            if not turn_end.is_trained:
+                warnings.add(UNTRAINED_END)
             if start < (spans[-1][1] if spans else 0) or end <= start:
                 raise MaskNotFound("its text overlaps the turn before it", turn)
             self._check_span(attempt, turn, (start, end), warnings)
-            spans.append((start, end))
+            appended = turn_end.appended
+            spans.append((start, end + len(appended)))
             missing_prompts.append(missing_prompt)
         return MaskedText(
-            attempt.rendered.text,
+            text + appended,
             tuple(spans),
             attempt.method,
             frozenset(warnings),
             missing_prompts=tuple(missing_prompts),
+            appended=appended,
         )
 
     def _find_start(self, attempt: _Attempt, turn: int, warnings: set[str]) -> tuple[int, str]:
@@ -318,34 +332,31 @@ class AssistantMaskBuilder:
             length += len(left_token)
         return length
 
-    def _find_end(self, attempt: _Attempt, turn: int, start: int) -> int:
-        """Return the position after the end-of-turn text of a turn that starts at `start`."""
+    def _find_end(self, attempt: _Attempt, turn: int, start: int) -> tuple[int, TurnEnd]:
+        """Return the position up to which a turn that starts at `start` is trained, and its end-of-turn text."""
         message = attempt.conversation.messages[turn]
-        text, positions = attempt.rendered.text, attempt.rendered.positions
+        text, rendered = attempt.rendered.text, attempt.rendered
         after_content, after_call = attempt.markers.after_content(turn), attempt.markers.after_call(turn)
-        markers = [marker for marker in (after_content, after_call) if positions.get(marker, -1) >= start]
+        markers = [marker for marker in (after_content,) if rendered.positions.get(marker, -1) >= start]
+        markers += [marker for marker in (after_call,) if rendered.first(marker) >= start]
         if not message.get("tool_calls"):
             content = message.get("content") or ""
-            position = positions[after_content] if markers else start
+            position = rendered.positions[after_content] if markers else start
             if markers or (not content.strip() and self._end_of_turn.is_empty_turn_at(text, position)):
-                return position + self._end_of_turn.match_after_content(text[position:], content, turn)
+                end = self._end_of_turn.match_after_content(text[position:], content, turn)
+                return position + end.length, end
         # How a template closes tool calls is unknown: it shows it when the turn is the last message.
-        marker = max(markers, key=positions.__getitem__) if markers else self._last_marker_before(attempt, turn)
+        marker = max(markers, key=rendered.first) if markers else self._last_marker_before(attempt, turn)
         try:
             as_last = self._render(attempt, turn + 1)
         except TemplateRenderError as error:
             raise MaskNotFound(f"the template failed on the messages up to its end: {error}", turn) from None
-        if marker and marker not in as_last.positions:
+        if marker and as_last.first(marker) < 0:
             raise MaskNotFound("the template writes it differently when it is the last message", turn)
-        position = positions[marker] if marker else 0
+        position = rendered.first(marker) if marker else 0
         tail = as_last.after(marker) if marker else as_last.text
-        ending = self._end_of_turn.match_last_message(tail, turn)
-        if not text.startswith(ending, position):
-            actual = text[position : position + len(ending)]
-            raise MaskNotFound(
-                f"it ends with {ending[-40:]!r} when it is the last message, but with {actual[-40:]!r} here", turn
-            )
-        return position + len(ending)
+        end = self._end_of_turn.match_as_last(tail, text[position:], turn, is_call=bool(message.get("tool_calls")))
+        return position + end.length, end
 
     @staticmethod
     def _check_span(attempt: _Attempt, turn: int, span: Span, warnings: set[str]) -> None:
@@ -403,9 +414,8 @@ def contains_message(message: Message, text: str, turn: int) -> bool:
     if any(name not in text for name in names):
         raise MaskNotFound("the template omits its tool calls", turn)
     content = (message.get("content") or "").strip()
-    if not content or content in text:
-        return True
     answer = content.rpartition("</think>")[2].strip()
-    if answer and answer not in text and not names:
+    if answer and content not in text and answer not in text and not names:
         raise MaskNotFound("the template omits its content", turn)
-    return False
+    reasoning = [str(message.get(key) or "").strip() for key in REASONING_KEYS] if len(message) > 2 else []
+    return content in text and all(thoughts in text for thoughts in reasoning)

@@ -10,11 +10,13 @@ positions of the markers are the positions of the contents in it.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -31,12 +33,14 @@ from finetuning.templates import ChatRenderer, LimitedEnvironment, transformers_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from finetuning.data.chat.tool_calls import ToolCallStyle
+
 
 class TemplateRenderError(ValueError):
     """The chat template failed on a conversation; the message is the template's own."""
 
 
-_REASONING_KEYS = frozenset({"reasoning", "reasoning_content", "thinking"})
+REASONING_KEYS = frozenset({"reasoning", "reasoning_content", "thinking"})
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _SAFE_ATTRIBUTES = {
     *((str, name) for name in dir(str) if not name.startswith(("_", "format"))),
@@ -208,7 +212,25 @@ class TemplateRenderer:
             names |= {attribute.attr for attribute in tree.find_all(nodes.Getattr)}
             names |= {constant.value for constant in tree.find_all(nodes.Const) if isinstance(constant.value, str)}
         # transformers copies the reasoning to each of these names.
-        return frozenset(names | _REASONING_KEYS if names & _REASONING_KEYS else names)
+        return frozenset(names | REASONING_KEYS if names & REASONING_KEYS else names)
+
+    @cached_property
+    def omits_reasoning(self) -> bool:
+        """Whether the template reads none of the keys in which messages hold their reasoning."""
+        return self.message_keys is not None and not self.message_keys & REASONING_KEYS
+
+    @cached_property
+    def tool_call_style(self) -> ToolCallStyle:
+        """How the template expects tool calls."""
+        from finetuning.data.chat.tool_calls import detect_style
+
+        return detect_style(self)
+
+    @cached_property
+    def training_template(self) -> str | None:
+        """The name of TRL's version of the template for training, if there is one."""
+        source = cast("object", self.tokenizer.chat_template)
+        return training_template(source) if isinstance(source, str) else None
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -218,9 +240,14 @@ class TemplateRenderer:
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """The tokenizer's special tokens, longest first."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        return tuple(sorted(names - {""}, key=len, reverse=True))
+        return special_tokens_of(self.tokenizer)
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Return a tokenizer's special tokens, longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return tuple(sorted(names - {""}, key=len, reverse=True))
 
 
 def _variables_of(expression: nodes.Node) -> list[str]:
@@ -241,10 +268,16 @@ class StrippedText:
 
     text: str
     positions: dict[str, int]
+    repeated: dict[str, int] = field(default_factory=dict[str, int])
+    """The first position of each marker that occurred several times: templates repeat the names of functions."""
 
     def after(self, marker: str) -> str:
         """Return the text from a marker on."""
-        return self.text[self.positions[marker] :]
+        return self.text[self.first(marker) :]
+
+    def first(self, marker: str) -> int:
+        """Return the first position of a marker, -1 if it does not occur."""
+        return self.positions.get(marker, self.repeated.get(marker, -1))
 
 
 @dataclass(frozen=True)
@@ -289,15 +322,15 @@ class Markers:
         if self.base is None:
             return StrippedText(text, {})
         positions: dict[str, int] = {}
-        repeated: set[str] = set()
+        repeated: dict[str, int] = {}
         for num_removed, match in enumerate(self._pattern.finditer(text)):
             marker = match.group()
             if marker in positions:
-                repeated.add(marker)
-            positions[marker] = match.start() - num_removed
+                repeated[marker] = positions[marker]
+            positions.setdefault(marker, match.start() - num_removed)
         for marker in repeated:
             del positions[marker]
-        return StrippedText(self._pattern.sub("", text), positions)
+        return StrippedText(self._pattern.sub("", text), positions, repeated)
 
     def _marker(self, index: int, kind: int) -> str:
         return "" if self.base is None else chr(self.base + _MARKERS_PER_MESSAGE * index + kind)
@@ -372,6 +405,8 @@ def configured_template(data_conf: DataConfig) -> ChatTemplate | None:
     if data_conf.chat_template is None:
         return get_template(data_conf.chat_template_name)
     source = data_conf.chat_template
+    if source.startswith(TRL_PREFIX):
+        return ChatTemplate(None, _trl_template(source), tuple(data_conf.special_tokens), None)
     # Every template of use has a Jinja expression, and no file name has a brace.
     if "{" not in source:
         try:
@@ -382,3 +417,37 @@ def configured_template(data_conf: DataConfig) -> ChatTemplate | None:
                 f"{data_conf.chat_template} cannot be read: {reason}", location=Location(key="data_conf.chat_template")
             ) from None
     return ChatTemplate(None, source, tuple(data_conf.special_tokens), None)
+
+
+TRL_PREFIX = "trl/"
+"""Before the name of a chat template that ships with TRL, in `data_conf.chat_template`."""
+_FOR_TRAINING = "_training"
+
+
+def _trl_templates() -> dict[str, Path]:
+    """Return the chat templates in TRL's package by name, without importing it."""
+    spec = find_spec("trl")
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    return {path.stem: path for folder in folders for path in sorted(Path(folder, "chat_templates").glob("*.jinja"))}
+
+
+def _trl_template(name: str) -> str:
+    templates = _trl_templates()
+    if (path := templates.get(name.removeprefix(TRL_PREFIX))) is not None:
+        return path.read_text("utf-8")
+    close = difflib.get_close_matches(name.removeprefix(TRL_PREFIX), templates, n=1)
+    raise DataError(
+        f"TRL has no chat template {name.removeprefix(TRL_PREFIX)}",
+        location=Location(key="data_conf.chat_template"),
+        hint=f"Did you mean {TRL_PREFIX}{close[0]}?" if close else f"It has {', '.join(templates) or 'none'}.",
+    )
+
+
+def training_template(source: str) -> str | None:
+    """Return the name of TRL's version for training of a model's own chat template; None if it has none."""
+    templates = _trl_templates()
+    for name, path in templates.items():
+        version = f"{name}{_FOR_TRAINING}"
+        if version in templates and path.read_text("utf-8").strip() == source.strip():
+            return f"{TRL_PREFIX}{version}"
+    return None

@@ -16,7 +16,7 @@ from finetuning.data.formats.row_format import (
     FieldError,
     Options,
     RowFormat,
-    messages_field,
+    is_chat,
     other_fields,
     problem_of,
     require_columns,
@@ -88,7 +88,7 @@ def parse_prompt_completion(row: Row, options: Options = DEFAULT_OPTIONS) -> Con
     """Return two texts joined as they are, or two lists of messages as one chat."""
     try:
         require_columns(row, PROMPT_COMPLETION_COLUMNS, "prompt_completion")
-        if isinstance(row.values["prompt"], list):
+        if is_chat(row.values["prompt"]):
             return _chat(row, options)
         prompt, completion = (text_field(row, column) for column in PROMPT_COMPLETION_COLUMNS)
         return join(row, prompt, completion, options)
@@ -105,8 +105,6 @@ def join(row: Row, prompt: str, completion: str, options: Options) -> Text:
 
 def _chat(row: Row, options: Options) -> Conversation:
     prompt = chat_field(row, "prompt")
-    if not isinstance(row.values["completion"], list):
-        messages_field(row, "completion")
     completion = chat_field(row, "completion")
     if not any(message["role"] == "assistant" for message in completion):
         raise FieldError("completion", "has no assistant message")

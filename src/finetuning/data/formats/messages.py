@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from finetuning.data.formats.row_format import (
     DEFAULT_OPTIONS,
@@ -16,12 +16,13 @@ from finetuning.data.formats.row_format import (
     Options,
     RowFormat,
     TrainOn,
+    check_messages,
     is_plain,
-    messages_field,
+    list_field,
+    only_text,
     other_fields,
     problem_of,
     require_columns,
-    text_field,
     truth_value,
 )
 from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row
@@ -125,6 +126,7 @@ _ROLE_ALIASES = {
 }
 
 
+_PLAIN_PARTS = ("text", "input_text", "output_text", "image", "image_url", "audio", "input_audio", "video")
 _CALLING_ROLES = ("function_call", "tool_call")
 
 
@@ -151,8 +153,10 @@ def parse_messages(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation
         messages = chat_field(row, column)
         # A row that says it twice keeps the system message, and reports its column as unused.
         system: JsonValue = row.values.get("system") if messages[0]["role"] != "system" else None
+        if isinstance(system, list) and system:
+            system = only_text(system, "system")
         if isinstance(system, str) and system.strip():
-            messages = [{"role": "system", "content": text_field(row, "system")}, *messages]
+            messages = [{"role": "system", "content": system}, *messages]
         messages, turns = choose_turns(messages, column, options.chats)
         return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
@@ -161,15 +165,13 @@ def parse_messages(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation
 
 def chat_field(row: Row, column: str) -> list[Message]:
     """Return the messages of a column, with `role` and `content` however other engines spell them."""
-    value: JsonValue = row.values[column]
-    if value and isinstance(value, list):
-        if all(map(is_plain, value)):
-            return value
+    value = list_field(row, column)
+    if value and isinstance(value, list) and not all(map(is_plain, value)):
         messages: list[JsonValue] = []
         for index, message in enumerate(value):
             messages += _spelled_out(message, f"{column}[{index}]")
-        row = Row({column: messages}, row.location)
-    return messages_field(row, column)
+        value = messages
+    return check_messages(value, column)
 
 
 def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:
@@ -191,10 +193,20 @@ def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:
         return [{"role": "assistant", "content": None, "tool_calls": calls, **extra}]
     if isinstance(role, str) and role in _ROLE_ALIASES:
         message = {**message, "role": _ROLE_ALIASES[role]}
+    if _has_blocks(message.get("content")):
+        from finetuning.data.formats.content_blocks import from_blocks
+
+        return from_blocks(message, key)
     if message.get("function_call") is not None:
         extra = {name: value for name, value in message.items() if name != "function_call"}
         return [{**extra, "tool_calls": _tool_calls(message["function_call"], f"{key}.function_call")}]
     return [message]
+
+
+def _has_blocks(content: JsonValue) -> bool:
+    """Return whether a content has blocks of the Anthropic API, or other parts than text that belong into messages."""
+    parts = cast("list[JsonValue]", content) if isinstance(content, list) else []
+    return any(isinstance(part, dict) and part.get("type", "text") not in _PLAIN_PARTS for part in parts)
 
 
 def _is_sharegpt(message: JsonValue) -> bool:

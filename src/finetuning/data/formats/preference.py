@@ -17,7 +17,7 @@ from finetuning.data.formats.row_format import (
     Options,
     RowFormat,
     check_completion,
-    messages_field,
+    is_chat,
     other_fields,
     problem_of,
     require_columns,
@@ -34,7 +34,7 @@ def parse_preference(row: Row, options: Options = DEFAULT_OPTIONS) -> Preference
     """Return the preference of a row, or what is wrong with it."""
     try:
         require_columns(row, PREFERENCE_COLUMNS, "preference")
-        prompt, chosen, rejected = (messages_field(row, column) for column in PREFERENCE_COLUMNS)
+        prompt, chosen, rejected = (chat_field(row, column) for column in PREFERENCE_COLUMNS)
         for column, messages in (("chosen_messages", chosen), ("rejected_messages", rejected)):
             check_completion(row, column, messages)
         return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **other_fields(row))
@@ -68,7 +68,7 @@ def parse_chosen_rejected(row: Row, options: Options = DEFAULT_OPTIONS) -> Prefe
         row = _with_usual_names(row)
         require_columns(row, CHOSEN_REJECTED_COLUMNS, "chosen_rejected")
         is_text = False
-        if isinstance(row.values["chosen"], list):
+        if is_chat(row.values["chosen"]):
             prompt, chosen, rejected = _chats(row)
         elif JsonObject.get(row.values, "prompt") is None and (before := _chat_before(row)):
             answers = (text_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
@@ -139,7 +139,7 @@ def as_messages(prompt: str, *answers: str) -> list[list[Message]]:
 
 def _chats(row: Row) -> list[list[Message]]:
     chosen, rejected = (chat_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
-    if isinstance(JsonObject.get(row.values, "prompt"), list):
+    if is_chat(JsonObject.get(row.values, "prompt")):
         return [chat_field(row, "prompt"), chosen, rejected]
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:

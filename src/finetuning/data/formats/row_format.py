@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypedDict, cast
 
 from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
 from finetuning.data.text_template import TextTemplate
@@ -113,7 +114,7 @@ _RECOGNIZED_COLUMNS = {
 
 def problem_of(row: Row, error: FieldError) -> Problem:
     """Return a field's error as a Problem of its row."""
-    return Problem(str(error), Location(file=row.location.file, line=row.location.line, key=error.key or None))
+    return Problem(str(error), replace(row.location, key=error.key or None))
 
 
 def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> None:
@@ -127,7 +128,36 @@ def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> Non
         if name != format_name and recognized <= set(row.values):
             raise FieldError("", f"{text} These rows look like {advice}")
     close = difflib.get_close_matches(missing[0], row.values, n=1, cutoff=0.7)
-    raise FieldError("", f'{text} Did you mean "{missing[0]}" by "{close[0]}"?' if close else text.rstrip("."))
+    if close:
+        raise FieldError("", f'{text} Did you mean "{missing[0]}" by "{close[0]}"?')
+    rows = next((name for name in row.values if _holds_rows(JsonObject.get(row.values, name))), None)
+    if rows is not None and len(row.values) <= _MAX_WRAPPER_KEYS:
+        raise FieldError("", f"{text} The rows seem to be in {rows}: write them alone, with jq -c '.{rows}[]'")
+    raise FieldError("", text.rstrip("."))
+
+
+_MAX_WRAPPER_KEYS = 4
+"""Keys that an object around the rows of a file may have, such as a version next to `data`."""
+
+
+def _holds_rows(value: object) -> bool:
+    """Return whether a value is a list of objects that are no messages."""
+    if not isinstance(value, list) or not value:
+        return False
+    items = cast("list[JsonValue]", value)
+    return all(isinstance(item, dict) and not item.keys() & {"role", "from"} for item in items)
+
+
+def is_chat(value: object) -> bool:
+    """Return whether a value is a list, or the text of a list of messages, which CSV files have in their cells."""
+    if not isinstance(value, str):
+        return isinstance(value, list)
+    start = value[:_CHAT_START].replace(" ", "").replace("'", '"')
+    return start.startswith("[{") and ('"role"' in start or '"from"' in start)
+
+
+_CHAT_START = 200
+"""Characters in which the text of a list of messages names the role of the first."""
 
 
 def text_field(row: Row, key: str) -> str:
@@ -143,9 +173,19 @@ def messages_field(row: Row, key: str) -> list[Message]:
 
     `content` may be null or missing where an assistant's message has tool calls, and a list with one part, a text.
     """
+    return check_messages(list_field(row, key), key)
+
+
+def list_field(row: Row, key: str) -> JsonValue:
+    """Return a column that may hold the JSON text of a list."""
     value: JsonValue = row.values[key]
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _from_json(key, value, "a list of messages")
+        return _from_json(key, value, "a list of messages")
+    return value
+
+
+def check_messages(value: JsonValue, key: str) -> list[Message]:
+    """Return the messages; raise FieldError unless the value is a list of messages with at least one."""
     if not isinstance(value, list):
         raise FieldError(key, f"expected a list of messages, got {json_type(value)}")
     if not value:
@@ -171,22 +211,34 @@ def _read_message(message: JsonValue, key: str) -> Message:
     return check_message(_with_text(message, key), key)
 
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of parts that hold a text: of the usual chats, and of OpenAI's Responses API."""
+
+
 def _with_text(message: JsonValue, key: str) -> JsonValue:
-    """Return the message with the text of its only part as content. Joining several parts would be a guess."""
+    """Return the message with the text of its only part as content."""
     if not isinstance(message, dict):
         return message
     content: JsonValue = message.get("content")
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         return message
-    parts: list[JsonObject] = [part for part in content if isinstance(part, dict)]
-    if len(parts) < len(content):
-        return message
-    other_type = next((part.get("type") for part in parts if part.get("type") != "text"), None)
-    if other_type is not None or any(not isinstance(part.get("text"), str) for part in parts):
-        raise FieldError(f"{key}.content", f"expected text, got a part of type {other_type or 'text without text'}")
-    if len(parts) > 1:
-        raise FieldError(f"{key}.content", f"expected text, got {len(parts)} parts of text: join them into one")
-    return {**message, "content": parts[0]["text"]}
+    return {**message, "content": only_text(content, f"{key}.content")}
+
+
+def only_text(parts: list[JsonObject], key: str) -> str:
+    """Return the text of the only part of a content. Joining several parts would be a guess."""
+    texts: list[str] = []
+    for part in parts:
+        kind: JsonValue = part.get("type", "text")
+        text: JsonValue = part.get("text", part.get("value"))
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            raise FieldError(
+                key, f"expected text, got a part of type {kind if kind not in _TEXT_PARTS else 'text without text'}"
+            )
+        texts.append(text)
+    if len(texts) != 1:
+        raise FieldError(key, f"expected text, got {len(texts)} parts of text: join them into one")
+    return texts[0]
 
 
 def check_message(message: JsonValue, key: str) -> Message:
@@ -200,6 +252,8 @@ def check_message(message: JsonValue, key: str) -> Message:
         close = difflib.get_close_matches(role.lower(), ROLES, n=1)
         hint = f' Did you mean "{close[0]}"?' if close else f" Known roles: {', '.join(ROLES)}."
         raise FieldError(f"{key}.role", f'unknown role "{role}".{hint}')
+    if isinstance(message.get("tool_calls"), str):
+        message = {**message, "tool_calls": _from_json(f"{key}.tool_calls", message["tool_calls"], "a list of calls")}
     _check_tool_calls(message, key)
     content: JsonValue = message.get("content")
     if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
@@ -225,22 +279,49 @@ def _check_tool_calls(message: Message, key: str) -> None:
 
 
 def tools_field(row: Row) -> list[JsonObject] | None:
-    """Return the row's tools, a list of objects or its JSON text; None if it has none."""
-    value: JsonValue = row.values.get("tools")
+    """Return the row's tools as servers pass them to chat templates; None if it has none.
+
+    They may be a list of objects, the JSON text of one, or a list of JSON texts, and, as in the legacy OpenAI API, may
+    be called `functions`.
+    """
+    column = "functions" if "functions" in row.values and "tools" not in row.values else "tools"
+    value: JsonValue = row.values.get(column)
     if isinstance(value, str):
-        value = _from_json("tools", value, "a list of tools")
+        value = _from_json(column, value, "a list of tools")
     if value is None or value == []:
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise FieldError("tools", f"expected a list of objects, got {json_type(value)}")
-    return value
+    if not isinstance(value, list):
+        raise FieldError(column, f"expected a list of objects, got {json_type(value)}")
+    return [_wrapped_tool(tool, f"{column}[{index}]") for index, tool in enumerate(value)]
+
+
+def _wrapped_tool(tool: JsonValue, key: str) -> JsonObject:
+    """Return a tool as `{"type": "function", "function": {...}}`, which is how servers pass it to chat templates.
+
+    A schema without that wrapper is wrapped, and Anthropic's `input_schema` are its parameters.
+    """
+    if isinstance(tool, str):
+        tool = _from_json(key, tool, "a tool")
+    if not isinstance(tool, dict):
+        raise FieldError(key, f"expected an object, got {json_type(tool)}")
+    if isinstance(tool.get("function"), dict):
+        return tool if "type" in tool else {"type": "function", **tool}
+    if not isinstance(tool.get("name"), str):
+        return tool
+    function = {name: value for name, value in tool.items() if not (name == "type" and value in ("function", "custom"))}
+    if "input_schema" in function and "parameters" not in function:
+        function["parameters"] = function.pop("input_schema")
+    return {"type": "function", "function": function}
 
 
 def _from_json(key: str, text: str, expected: str) -> JsonValue:
     try:
         return json.loads(text) if text.strip() else None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FieldError(key, f"expected {expected}, got text that is not valid JSON: {error}") from None
+        message = f"expected {expected}, got text that is not valid JSON: {error}"
+        if re.match(r"\s*[\[{]+\s*'", text):
+            message += ". It is Python's notation: write the column with json.dumps, or the file as Parquet"
+        raise FieldError(key, message) from None
 
 
 def template_kwargs_field(row: Row) -> JsonObject:

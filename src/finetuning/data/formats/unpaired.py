@@ -26,8 +26,8 @@ from finetuning.data.formats.row_format import (
     Options,
     RowFormat,
     check_completion,
+    is_chat,
     label_field,
-    messages_field,
     other_fields,
     problem_of,
     require_columns,
@@ -48,7 +48,7 @@ def parse_unpaired(
         return as_unpaired(parse_preference(row))
     try:
         require_columns(row, UNPAIRED_COLUMNS, "unpaired")
-        prompt, completion = (messages_field(row, column) for column in UNPAIRED_COLUMNS[:2])
+        prompt, completion = (chat_field(row, column) for column in UNPAIRED_COLUMNS[:2])
         check_completion(row, "completion_messages", completion)
         return UnpairedPreference(prompt=prompt, completion=completion, label=label_field(row), **other_fields(row))
     except FieldError as error:
@@ -96,7 +96,7 @@ def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> Unpa
         if "completion" not in row.values and (has_messages(row.values) or has_alpaca(row.values)):
             return _labeled_chat(row)
         require_columns(row, COMPLETION_LABEL_COLUMNS, "completion_label")
-        is_text = not isinstance(row.values["prompt"], list)
+        is_text = not is_chat(row.values["prompt"])
         if is_text:
             prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
         else:

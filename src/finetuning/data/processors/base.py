@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finetuning.data.chat.template import REASONING_KEYS
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.samples import Conversation, MaskError, Message, Preference, Prompt, UnpairedPreference
 from finetuning.data.statistics import TOO_LONG
-from finetuning.data.tokenization.labels import TokenizedText
+from finetuning.data.tokenization.labels import SPLIT_AT_TURN, TokenizedText
 
 if TYPE_CHECKING:
     from finetuning.data.chat.template import TemplateRenderer
 
 EMPTY_ANSWER = "an assistant turn without text"
+TWO_REASONINGS = "a turn with two blocks of reasoning"
+MIXED_REASONING = "some turns hold their reasoning in the content, and others in a key of their own"
+TEMPLATE_IN_TEXT = "the text holds special tokens of the tokenizer, as if a chat template had been applied to it"
+PROMPT_SPACE = (
+    "the prompt ends in white space, which belongs to the first word of the completion: move it to the beginning of the"
+    " completion"
+)
 NO_ANSWER = "no assistant message"
+INVALID_ARGUMENTS = "a tool call whose arguments are not a JSON object"
 SPECIAL_TOKEN_IN_TEXT = "a message contains a special token of the tokenizer as text"
 
 
@@ -54,19 +63,29 @@ class Processor(Protocol):
     def __call__(self, rows: Sequence[Any]) -> list[TokenizedSample | DroppedSample]: ...
 
 
-def unverified_mask(error: MaskError) -> DroppedSample:
-    """The row whose loss mask could not be verified."""
-    return DroppedSample("the loss mask could not be verified", str(error), is_bad=True)
+def unverified_mask(error: MaskError, renderer: TemplateRenderer | None = None) -> DroppedSample:
+    """The row whose loss mask could not be verified, with the template of TRL for this model, if it has one."""
+    offered = renderer.training_template if renderer is not None else None
+    hint = f"; TRL trains this model with another template: set data_conf.chat_template: {offered}" if offered else ""
+    return DroppedSample("the loss mask could not be verified", f"{error}{hint}", is_bad=True)
 
 
 def find_unprinted(
     row: Conversation | Preference | UnpairedPreference | Prompt, renderer: TemplateRenderer, text: str
 ) -> DroppedSample | None:
-    """Return the row as dropped if its rendered text lacks its tools, documents or system message; None if it does not.
+    """Return the row as dropped if its text lacks its tools, documents, system message or reasoning; None otherwise.
 
-    The model would learn to call tools, or to follow instructions, that it was not given.
+    The model would learn to call tools, or to follow instructions, that it was not given; or to answer without the
+    reasoning that the answer came from. Templates that print the reasoning of some turns only do so in serving, too.
     """
     missing = None
+    reasoning = _reasoning_key(row) if renderer.omits_reasoning else None
+    if reasoning:
+        detail = (
+            "choose another template (data_conf.chat_template_name), or leave it out with"
+            f" ignore_columns: [messages.{reasoning}]"
+        )
+        return DroppedSample(f"the chat template does not print the {reasoning} of a message", detail, is_bad=True)
     if row.tools and "tools" not in renderer.variables:
         missing = "tools"
     elif row.template_kwargs.get("documents") and "documents" not in renderer.variables:
@@ -83,6 +102,32 @@ def find_unprinted(
     detail = f"choose another template (data_conf.chat_template_name), or leave it out with ignore_columns: [{missing}]"
     name = "the system message" if missing == "system" else f"the {missing} of the row"
     return DroppedSample(f"the chat template does not print {name}", detail, is_bad=True)
+
+
+def messages_of(row: object) -> Iterator[list[Message]]:
+    """Yield the lists of messages of a row."""
+    for name in ("messages", "prompt", "chosen", "rejected", "completion"):
+        if messages := getattr(row, name, None):
+            yield messages
+
+
+def _reasoning_key(row: object) -> str | None:
+    """Return the first key in which a message of the row holds its reasoning; None if there is none."""
+    for messages in messages_of(row):
+        for message in messages:
+            if len(message) > 2 and message["role"] == "assistant":
+                for key in sorted(REASONING_KEYS):
+                    if message.get(key):
+                        return key
+    return None
+
+
+def serve_tool_calls(rows: Iterable[object], renderer: TemplateRenderer) -> None:
+    """Write the tool calls of rows, in place, as inference servers pass them to the chat template."""
+    for row in rows:
+        for messages in messages_of(row):
+            if any([len(message) > 2 and bool(message.get("tool_calls")) for message in messages]):
+                messages[:] = renderer.tool_call_style.apply(messages)
 
 
 def too_long(size: int, max_length: int) -> DroppedSample:
@@ -113,7 +158,11 @@ class MessageWarnings:
             return [self(messages) for messages in rows]
         contents = [message.get("content") or " " for messages in rows for message in messages]
         joined = "\n".join(contents)
-        if any(map(str.isspace, contents)) or any(character in joined for character in self._first_characters):
+        if (
+            any(map(str.isspace, contents))
+            or _THINK in joined
+            or any(character in joined for character in self._first_characters)
+        ):
             return [self(messages) for messages in rows]
         return [()] * len(rows)
 
@@ -124,22 +173,53 @@ class MessageWarnings:
             keys = {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
             unused = keys - {"role", "content"} - set(self.known_keys)
             warnings |= {f"message key {key} is not used: the chat template does not read it" for key in unused}
+        if any(message.get("tool_calls") for message in messages):
+            from finetuning.data.chat.tool_calls import has_invalid_arguments
+
+            if has_invalid_arguments(messages):
+                warnings.add(INVALID_ARGUMENTS)
         contents = [message.get("content") or " " for message in messages]
-        if not any(map(str.isspace, contents)) and not self._has_special_token("\n".join(contents)):
+        warnings |= _reasoning_warnings(messages)
+        if not any(map(str.isspace, contents)) and not self.has_special_token("\n".join(contents)):
             return warnings
         for message in messages:
             content = message.get("content") or ""
             if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
                 warnings.add(EMPTY_ANSWER)
-            if self._has_special_token(content):
+            if self.has_special_token(content):
                 warnings.add(SPECIAL_TOKEN_IN_TEXT)
         return warnings
 
-    def _has_special_token(self, content: str) -> bool:
+    def has_special_token(self, content: str) -> bool:
+        """Return whether a text holds a special token."""
         for character in self._first_characters:
             if character in content:
                 return any(token in content for token in self.special_tokens)
         return False
+
+
+_THINK = "<think>"
+
+
+def _reasoning_warnings(messages: Sequence[Message]) -> set[str]:
+    """The warnings about reasoning that is in two places, of one turn or of several."""
+    inline = [message["role"] == "assistant" and _THINK in (message.get("content") or "") for message in messages]
+    separate = [len(message) > 2 and any(message.get(key) for key in REASONING_KEYS) for message in messages]
+    warnings: set[str] = set()
+    if any(inline):
+        if any(
+            is_inline and (is_separate or message["content"].count(_THINK) > 1)
+            for message, is_inline, is_separate in zip(messages, inline, separate, strict=True)
+        ):
+            warnings.add(TWO_REASONINGS)
+        elif any(separate):
+            warnings.add(MIXED_REASONING)
+    return warnings
+
+
+def explain_split(warning: str | None, text: str, start: int) -> str | None:
+    """The warning about a text that was split before its completion, and how to write the row so that it is not."""
+    return PROMPT_SPACE if warning == SPLIT_AT_TURN and text[start - 1 : start].isspace() else warning
 
 
 def truncate(

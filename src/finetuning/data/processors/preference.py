@@ -19,7 +19,9 @@ from finetuning.data.processors.base import (
     DroppedSample,
     MessageWarnings,
     TokenizedSample,
+    explain_split,
     find_unprinted,
+    serve_tool_calls,
     too_long,
     unverified_mask,
 )
@@ -94,6 +96,7 @@ class PreferenceProcessor(AnswerProcessor):
     """Of a longer prompt, the last tokens are kept."""
 
     def __call__(self, rows: Sequence[Preference]) -> list[TokenizedSample | DroppedSample]:
+        serve_tool_calls(rows, self.renderer)
         results = iter(self.mask([(row, answer) for row in rows for answer in (row.chosen, row.rejected)]))
         masked = [(next(results), next(results)) for _ in rows]
         usable = [result for pair in masked for result in pair if isinstance(result, MaskedText)]
@@ -116,10 +119,10 @@ class PreferenceProcessor(AnswerProcessor):
         (chosen_text, rejected_text), (chosen_tokens, rejected_tokens) = masked, tokens
         if isinstance(chosen_text, MaskError) or isinstance(chosen_tokens, MaskError):
             error = chosen_text if isinstance(chosen_text, MaskError) else chosen_tokens
-            return unverified_mask(MaskError(f"chosen answer: {error}"))
+            return unverified_mask(MaskError(f"chosen answer: {error}"), self.renderer)
         if isinstance(rejected_text, MaskError) or isinstance(rejected_tokens, MaskError):
             error = rejected_text if isinstance(rejected_text, MaskError) else rejected_tokens
-            return unverified_mask(MaskError(f"rejected answer: {error}"))
+            return unverified_mask(MaskError(f"rejected answer: {error}"), self.renderer)
         if unprinted := None if row.is_text else find_unprinted(row, self.renderer, chosen_text.text):
             return unprinted
         prompt, chosen = self.split_prompt(chosen_tokens)
@@ -138,7 +141,8 @@ class PreferenceProcessor(AnswerProcessor):
             *chosen_text.warnings,
             *rejected_text.warnings,
             *self.warnings([*row.prompt, *row.chosen, *row.rejected]),
-            *(result.warning for result in (chosen_tokens, rejected_tokens) if result.warning),
+            *_split_warnings(chosen_text, chosen_tokens),
+            *_split_warnings(rejected_text, rejected_tokens),
         }
         answers_cut = max(len(chosen) - max_answer, 0) + max(len(rejected) - max_answer, 0)
         chosen, rejected = chosen[:max_answer], rejected[:max_answer]
@@ -179,13 +183,16 @@ class UnpairedProcessor(AnswerProcessor):
     """Unpaired preferences to `prompt_ids`, `completion_ids` and `label`."""
 
     def __call__(self, rows: Sequence[UnpairedPreference]) -> list[TokenizedSample | DroppedSample]:
+        serve_tool_calls(rows, self.renderer)
         masked = [self.mask([(row, row.completion)])[0] for row in rows]
         usable = [result for result in masked if isinstance(result, MaskedText)]
         tokenized = iter(
             self.label_builder.encode([result.text for result in usable], [result.spans for result in usable])
         )
         return [
-            self._finish(row, result, next(tokenized)) if isinstance(result, MaskedText) else unverified_mask(result)
+            self._finish(row, result, next(tokenized))
+            if isinstance(result, MaskedText)
+            else unverified_mask(result, self.renderer)
             for row, result in zip(rows, masked, strict=True)
         ]
 
@@ -202,7 +209,7 @@ class UnpairedProcessor(AnswerProcessor):
         if max_answer <= 0:
             return DroppedSample("nothing left to train on", f"the prompt alone is {len(prompt)} tokens", tokens=size)
         tokens_cut = max(len(completion) - max_answer, 0)
-        warnings = masked.warnings | self.warnings([*row.prompt, *row.completion])
+        warnings = masked.warnings | self.warnings([*row.prompt, *row.completion]) | _split_warnings(masked, tokens)
         return TokenizedSample(
             columns={"prompt_ids": prompt, "completion_ids": completion[:max_answer], "label": row.label},
             tokens=min(size, len(prompt) + max_answer),
@@ -210,8 +217,13 @@ class UnpairedProcessor(AnswerProcessor):
             text=masked.text,
             tokens_cut=tokens_cut,
             answer_cut=tokens_cut > 0,
-            warnings=frozenset(warnings | {tokens.warning} if tokens.warning else warnings),
+            warnings=frozenset(warnings),
         )
+
+
+def _split_warnings(masked: MaskedText, tokens: TokenizedText) -> set[str]:
+    warning = explain_split(tokens.warning, masked.text, masked.spans[0][0])
+    return {warning} if warning else set()
 
 
 def with_kl_completions(dataset: datasets.Dataset, batch_size: int) -> datasets.Dataset:

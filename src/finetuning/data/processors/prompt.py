@@ -14,6 +14,7 @@ from finetuning.data.processors.base import (
     MessageWarnings,
     TokenizedSample,
     find_unprinted,
+    serve_tool_calls,
     too_long,
     unverified_mask,
 )
@@ -39,6 +40,7 @@ class PromptProcessor:
         self.warnings = MessageWarnings(self.renderer.special_tokens, self.renderer.message_keys)
 
     def __call__(self, rows: Sequence[Prompt]) -> list[TokenizedSample | DroppedSample]:
+        serve_tool_calls(rows, self.renderer)
         rendered = [self._render(row) for row in rows]
         texts = [text for text in rendered if isinstance(text, str)]
         tokenized = iter(self.label_builder.encode(texts, [None] * len(texts)))

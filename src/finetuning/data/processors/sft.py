@@ -13,10 +13,14 @@ from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
 from finetuning.data.collators import UNTRAINED
 from finetuning.data.processors.base import (
     NO_ANSWER,
+    PROMPT_SPACE,
+    TEMPLATE_IN_TEXT,
     DroppedSample,
     MessageWarnings,
     TokenizedSample,
+    explain_split,
     find_unprinted,
+    serve_tool_calls,
     too_long,
     truncate,
     unverified_mask,
@@ -45,6 +49,7 @@ class ChatProcessor:
         self.warnings = MessageWarnings(self.renderer.special_tokens, self.renderer.message_keys)
 
     def __call__(self, rows: Sequence[Conversation]) -> list[TokenizedSample | DroppedSample]:
+        serve_tool_calls(rows, self.renderer)
         turns = [self._turns(row) for row in rows]
         rendered = self._render(rows, turns)
         masked = [
@@ -77,7 +82,9 @@ class ChatProcessor:
         whole = [row for row, selected in zip(rows, turns, strict=True) if selected is None]
         texts = iter(self.mask_builder.texts(whole))
         results = [_whole_text(next(texts)) if selected is None else next(masked) for selected in turns]
-        return [unverified_mask(result) if isinstance(result, MaskError) else result for result in results]
+        return [
+            unverified_mask(result, self.renderer) if isinstance(result, MaskError) else result for result in results
+        ]
 
     def _finish(
         self, row: Conversation, masked: MaskedText, tokens: TokenizedText | MaskError, warnings: Collection[str]
@@ -110,6 +117,9 @@ class SFTProcessor:
     vocab_size: int
     max_length: int
     truncate: bool
+    special_tokens: tuple[str, ...] = ()
+    find_ends: Callable[[], Sequence[str]] = tuple
+    """Called for the first text that ends with a special token: the tokens that end a turn."""
 
     def __call__(self, rows: Sequence[Conversation | Text | TokenIds]) -> list[TokenizedSample | DroppedSample]:
         # A batch may mix kinds of rows. Each kind is processed as a whole, and put back into the order of the rows.
@@ -123,6 +133,14 @@ class SFTProcessor:
             results |= zip(texts, self._texts(list(texts.values())), strict=True)
         results |= {index: self._check_ids(row) for index, row in token_ids.items()}
         return [results[index] for index in range(len(rows))]
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self.find_ends())
+
+    @cached_property
+    def _text_warnings(self) -> MessageWarnings:
+        return MessageWarnings(self.special_tokens)
 
     @cached_property
     def _chat_processor(self) -> ChatProcessor:
@@ -146,21 +164,31 @@ class SFTProcessor:
                 "the tokenizer has no end-of-sequence token; set add_eos_token: false",
                 is_bad=True,
             )
-        text = row.text if row.text.endswith(self.eos) else row.text + self.eos
+        # A text to which a chat template was applied ends with the end of a turn, and often a line break.
+        stripped = row.text.rstrip()
+        is_ended = row.text.endswith(self.eos) or (
+            stripped.endswith(self.special_tokens) and stripped.endswith((self.eos, *self._ends))
+        )
+        text = row.text if is_ended else row.text + self.eos
         spans = row.spans
         if spans and spans[-1][1] == len(row.text):
             spans = (*spans[:-1], (spans[-1][0], len(text)))
         return replace(row, text=text, spans=spans)
 
     def _finish(self, row: Text, tokens: TokenizedText | MaskError) -> TokenizedSample | DroppedSample:
+        start = row.spans[0][0] if row.spans else 0
+        if isinstance(tokens, MaskError) and row.text[start - 1 : start].isspace():
+            return unverified_mask(MaskError(f"{tokens}: {PROMPT_SPACE}"))
         sample = truncate(tokens, self.max_length, self.truncate)
         if isinstance(sample, DroppedSample):
             return sample
-        warnings = set(row.warnings | sample.warnings)
+        warnings = row.warnings | {str(explain_split(warning, row.text, start)) for warning in sample.warnings}
+        if self._text_warnings.has_special_token(row.text.rstrip().removesuffix(self.eos or "")):
+            warnings |= {TEMPLATE_IN_TEXT}
         trained_text = "".join(row.text[start:end] for start, end in row.spans) if row.spans else row.text
         if not trained_text.removesuffix(self.eos or "").strip():
-            warnings.add(EMPTY_COMPLETION)
-        return replace(sample, text=row.text, warnings=frozenset(warnings))
+            warnings |= {EMPTY_COMPLETION}
+        return replace(sample, text=row.text, warnings=warnings)
 
     def split_rows(self, rows: Sequence[RowToTokenize]) -> list[RowToTokenize]:
         """Replace each text that is trained whole and is too long by rows of at most `max_length` tokens."""

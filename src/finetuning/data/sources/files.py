@@ -29,6 +29,7 @@ from finetuning.errors import DataError, Location, MissingPackageError, Problem,
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _Opener = Callable[[str, str], AbstractContextManager[IO[bytes]]]
 _OPENERS = cast("dict[str, _Opener]", {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open})
+_SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _CHUNK = 1 << 20
 
 
@@ -44,18 +45,27 @@ def file_format(path: str) -> str:
 
 @contextmanager
 def open_file(path: str) -> Generator[BinaryIO, None, None]:
-    """Open a file for reading, with decompression if its name says so.
+    """Open a file for reading, with decompression if its name or its first bytes say so.
 
     Raises:
         DataError: the compressed data is damaged or truncated; also raised while reading.
         MissingPackageError: the file is compressed with Zstandard, and zstandard is not installed.
     """
     ending = os.path.splitext(path.lower())[1]
+    if ending not in COMPRESSED:
+        ending = _compression_of(path)
     opener = _zstd_opener(path) if ending == ".zst" else _OPENERS.get(ending, open)
     with opener(path, "rb") as stream:
         problem = "cannot be read" if opener is open else "the compressed file is damaged"
         with reading(problem, DataError, location=Location(file=path)):
             yield cast("BinaryIO", stream)
+
+
+def _compression_of(path: str) -> str:
+    """Return the ending of a compression by the first bytes of a file; empty if it is not compressed."""
+    with open(path, "rb") as stream:
+        head = stream.read(max(map(len, _SIGNATURES)))
+    return next((ending for signature, ending in _SIGNATURES.items() if head.startswith(signature)), "")
 
 
 def _zstd_opener(path: str) -> _Opener:

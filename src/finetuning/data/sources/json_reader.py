@@ -1,7 +1,7 @@
-"""JSON files: JSON Lines, an array of objects, or a single object; each row keeps its line.
+"""JSON files: JSON Lines, an array of objects, or objects of several lines; each row keeps its line.
 
-Lines are left unparsed (`Line`), so that worker processes can parse them. An array is read element by element: no more
-of it is held in memory than one element and what was read ahead.
+Lines are left unparsed (`Line`), so that worker processes can parse them. An array, or indented objects one after the
+other as jq writes them, are read one by one: no more is held in memory than one of them and what was read ahead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
 
 from finetuning.data.samples import JsonValue, Row, json_type
@@ -143,6 +144,23 @@ def read_array(
         raise window.error("unexpected data after the array", position)
 
 
+def read_values(
+    path: str, stream: BinaryIO, offset: int, read_ahead: int = _READ_AHEAD
+) -> Iterator[tuple[Any, str, int]]:
+    """Yield each JSON value of a file that has one after the other; arguments and results are those of `read_array`.
+
+    Raises:
+        DataError: the file is not valid JSON.
+    """
+    window = _Window(path, stream, offset, read_ahead)
+    character, position = window.next_character(0)
+    while character:
+        line = window.line_of(position)
+        value, begin, end = window.value(position)
+        yield value, window.text[begin:end], line
+        character, position = window.next_character(end)
+
+
 _INCOMPLETE = object()
 _PEEK = 1 << 16
 _DECODER = json.JSONDecoder()
@@ -166,32 +184,42 @@ class Line(NamedTuple):
 def read_json(path: str, stream: BinaryIO) -> Iterator[Row | Problem | Line]:
     """Yield the rows of a file in order, unparsed lines of JSON Lines among them.
 
-    A file with a single object on several lines is read as a whole. A byte order mark and empty lines are skipped.
+    Objects may also extend over several lines, one after the other. A byte order mark and empty lines are skipped.
     """
     start = len(codecs.BOM_UTF8) if stream.read(4).startswith(codecs.BOM_UTF8) else 0
     stream.seek(start)
-    first = _first_byte(stream)
+    first, opening_line = _first_byte(stream)
     stream.seek(start)
     if first == b"[":
-        for value, text, line in read_array(path, stream, start):
-            yield _to_row(value, text, Location(file=path, line=line))
+        previous = opening_line
+        for number, (value, text, line) in enumerate(read_array(path, stream, start), start=1):
+            # On a line of its own, an element is found by that line.
+            yield _to_row(value, text, Location(file=path, line=line, element=number if line == previous else None))
+            previous = line + text.count("\n")
         return
     line = _first_line(stream) if first == b"{" else b""
     stream.seek(start)
-    row = _read_object(path, stream.read(), start) if line and _is_unclosed(line) else None
-    if row is None:
+    values = read_values(path, stream, start) if line and _is_unclosed(line) else None
+    try:
+        head = list(islice(values, 1)) if values else []
+    except DataError:
+        head = []
+    if values is None or not head:
         stream.seek(start)
         yield from _read_lines(path, stream, start)
-    else:
-        yield row
+        return
+    for value, text, number in chain(head, values):
+        yield _to_row(value, text, Location(file=path, line=number))
 
 
-def _first_byte(stream: BinaryIO) -> bytes:
-    """Return the first byte of the file that is not white space."""
+def _first_byte(stream: BinaryIO) -> tuple[bytes, int]:
+    """Return the first byte of the file that is not white space, and its line."""
+    line = 1
     while chunk := stream.read(_PEEK):
-        if chunk.strip():
-            return chunk.strip()[:1]
-    return b""
+        if stripped := chunk.lstrip():
+            return stripped[:1], line + chunk[: len(chunk) - len(stripped)].count(b"\n")
+        line += chunk.count(b"\n")
+    return b"", line
 
 
 def _first_line(stream: BinaryIO) -> bytes:
@@ -243,21 +271,6 @@ def _parse_strictly(text: str, location: Location) -> Row | Problem:
     except RecursionError:
         return Problem("invalid JSON: nested too deeply", location)
     return _to_row(values, text, location)
-
-
-def _read_object(path: str, data: bytes, offset: int) -> Row | Problem | None:
-    """Return the row of a file that is one object; None for any other file."""
-    text = _to_text(data, Location(file=path, line=1), offset)
-    if isinstance(text, Problem):
-        raise DataError([text])
-    position = len(text) - len(text.lstrip())
-    try:
-        values, end = _DECODER.raw_decode(text, position)
-    except json.JSONDecodeError:
-        return None
-    if text[end:].strip():
-        return None
-    return _to_row(values, text, Location(file=path, line=1 + text.count("\n", 0, position)))
 
 
 def _to_text(line: bytes, location: Location, offset: int) -> str | Problem:

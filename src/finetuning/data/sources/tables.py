@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from finetuning.data.samples import Row
+from finetuning.data.samples import JsonObject, Row
 from finetuning.errors import DataError, Location, Problem, reading
 
 if TYPE_CHECKING:
@@ -46,13 +48,57 @@ def read_arrow(path: str) -> Iterator[Row]:
 
 def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     number = 0
+    decode: _Decode | None = None
     for batch in batches:
         # Offsets of a damaged file that point elsewhere would end the process.
         batch.validate(full=True)
+        if number == 0:
+            decode = _json_decoder(dict(zip(batch.schema.names, batch.schema.types, strict=True)))
         for start in range(0, batch.num_rows, _BATCH):
             for values in batch.slice(start, _BATCH).to_pylist():
                 number += 1
-                yield Row(without_nulls(values), Location(file=path, line=number))
+                row = without_nulls(values)
+                yield Row(cast("JsonObject", decode(row)) if decode else row, Location(file=path, line=number))
+
+
+_Decode = Callable[[object], object]
+
+
+def _json_decoder(kind: Any) -> _Decode | None:
+    """Return a function that parses the JSON texts in values of an Arrow type, at any depth; None if there are none.
+
+    `datasets` writes values whose type differs from row to row, such as the arguments of tool calls, as JSON.
+
+    Args:
+        kind: an Arrow type, or a mapping of names to types.
+    """
+    import pyarrow as pa
+
+    if isinstance(kind, pa.StructType):
+        kind = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+    if isinstance(kind, dict):
+        fields = {name: decode for name, inner in kind.items() if (decode := _json_decoder(inner))}
+        return partial(_decode_fields, fields) if fields else None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return _parsed
+    if isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        decode = _json_decoder(kind.value_type)
+        return partial(_decode_items, decode) if decode else None
+    return None
+
+
+def _decode_fields(fields: Mapping[str, _Decode], values: object) -> object:
+    if not isinstance(values, dict):
+        return values
+    return {name: fields[name](value) if name in fields else value for name, value in values.items()}
+
+
+def _decode_items(decode: _Decode, values: object) -> object:
+    return [decode(value) for value in values] if isinstance(values, list) else values
+
+
+def _parsed(text: object) -> object:
+    return json.loads(text) if isinstance(text, str) else text
 
 
 def without_nulls(values: Any) -> Any:
@@ -78,6 +124,12 @@ def read_csv(path: str, stream: BinaryIO, separator: str = ",") -> Iterator[Row 
         if repeated:
             raise DataError(
                 f"duplicate columns in the header: {', '.join(repeated)}", location=Location(file=path, line=1)
+            )
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            raise DataError(
+                f"the columns seem to be separated by {mark!r}, expected {separator!r}",
+                location=Location(file=path, line=1),
+                hint="Save it with commas, or with tabs and the name .tsv.",
             )
         line = reader.line_num + 1
         for fields in reader:
