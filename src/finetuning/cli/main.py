@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "launch": Subcommand("finetuning.cli.launch:main", "train in several processes, on one or more machines"),
     "preview": Subcommand("finetuning.cli.data_commands:preview_main", "show tokenized rows and their loss mask"),
     "prepare": Subcommand("finetuning.cli.data_commands:prepare_main", "tokenize the data before a run"),
+    "data": Subcommand("finetuning.cli.data_doctor:main", "data doctor: examine all rows before a run"),
     "targets": Subcommand("finetuning.cli.info:targets_main", "list the modules that target_modules can name"),
     "schema": Subcommand("finetuning.cli.config_commands:schema_main", "print the JSON Schema of a method's YAML"),
     "doctor": Subcommand("finetuning.cli.info:doctor_main", "check hardware and installed packages"),

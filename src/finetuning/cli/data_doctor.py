@@ -1,0 +1,176 @@
+"""`finetuning data doctor`: all rows of a run, examined without its model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.cli.errors import run_command
+from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError, MissingPackageError
+
+if TYPE_CHECKING:
+    from finetuning.algorithms.algorithm import Algorithm
+    from finetuning.config.sections.experiment import Experiment
+    from finetuning.data.doctor.doctor_page import DataReport
+    from finetuning.data.doctor.measures import Scan
+    from finetuning.model.tokenizer import LoadedTokenizer
+
+_LIMITS = {"sft": "sft_args.max_seq_length", "grpo": "grpo_args.max_prompt_length"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `finetuning data` and return its exit code."""
+    return run_command(_run, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from finetuning.algorithms import ALGORITHMS
+
+    parser = argparse.ArgumentParser(
+        prog="finetuning data",
+        description="Examine all rows of a run as they are trained on: lengths, duplicates, leaks, pairs, labels, tool"
+        " calls, ends of answers. Reads the data and the tokenizer; loads no model. Ends with exit code 1 if the data"
+        " should not be trained on as it is.",
+    )
+    parser.add_argument("action", choices=("doctor",), help="doctor: a verdict on each property of the data")
+    parser.add_argument("config", help="path of the experiment's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument("--method", choices=list(ALGORITHMS), help="the method, if the file names none (default: sft)")
+    parser.add_argument("--html", type=Path, help="also write an HTML page")
+    parser.add_argument("--pii", action="store_true", help="count strings that look like personal data")
+    parser.add_argument("--workers", type=int, default=4, help="processes that share the work (default: 4)")
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="use colors (default: auto)"
+    )
+    return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    options = _parser().parse_intermixed_args(argv)
+    from finetuning.algorithms import ALGORITHMS
+    from finetuning.cli.errors import locate_errors
+    from finetuning.config.validation.validate import validate
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
+    from finetuning.data.doctor.doctor_page import to_html, to_text
+    from finetuning.data.doctor.findings import Verdict
+    from finetuning.training.setup import load_tokenizer
+
+    if options.workers < 1:
+        raise ConfigError(f"--workers {options.workers}: must be at least 1")
+    scan = _pii_scan() if options.pii else None
+    document = apply_overrides(read_document(options.config), options.overrides)
+    name = str(options.method or document.values.get("method") or "sft")
+    method = ALGORITHMS.get(name) or ALGORITHMS["sft"]
+    with locate_errors(document):
+        experiment = validate(document, method.experiment).experiment
+        report = examine(experiment, method, load_tokenizer(experiment), options.workers, options.config, scan)
+    if options.html is not None:
+        options.html.write_text(to_html(report), encoding="utf-8")
+    color = sys.stdout.isatty() if options.color == "auto" else options.color == "always"
+    print(to_text(report, color=color))
+    return EXIT_USER if report.verdict is Verdict.STOP else EXIT_OK
+
+
+def examine(
+    experiment: Experiment,
+    method: Algorithm,
+    tokenizer: LoadedTokenizer,
+    workers: int,
+    title: str,
+    scan: Scan | None = None,
+) -> DataReport:
+    """Prepare all rows, and return what is to be said about them."""
+    from finetuning.data.doctor.doctor_page import DataReport
+    from finetuning.data.doctor.findings import Examined, all_findings, histogram
+    from finetuning.data.doctor.measures import RowInspector, TokenFacts, joined
+    from finetuning.training.setup import stop_tokens
+
+    fast: Any = tokenizer.tokenizer
+    configured = stop_tokens(experiment, tokenizer)
+    turn_ends, notes = _template(fast, configured)
+    ends = {*configured, *turn_ends, fast.eos_token} - {None, ""}
+    stops = tuple(int(fast.convert_tokens_to_ids(end)) for end in ends if end in fast.get_vocab())
+    inspector = RowInspector(TokenFacts(fast.bos_token_id, fast.unk_token_id, stops), scan)
+    changes = {"cache": "off", "prepared": None, "streaming": False, "on_bad_row": "skip", "max_lost_fraction": 1.0}
+    lenient = experiment.model_copy(update={"data_conf": experiment.data_conf.model_copy(update=changes)})
+    data = method.prepare(lenient, fast, workers, configured, inspector)
+    limit_key = _LIMITS.get(method.name, "training_args.max_length")
+    section, _, field = limit_key.partition(".")
+    limit = getattr(getattr(experiment, section), field, None)
+    statistics: Any = data.statistics
+    examined = Examined(
+        experiment.data_conf,
+        limit,
+        limit_key,
+        inspector.by_split,
+        {split.split: split for split in statistics.splits},
+        notes,
+    )
+    lengths = joined(examined.training.lengths)
+    facts = [("config", title), ("method", method.name), ("tokenizer", str(tokenizer))]
+    facts += [("rows", line.strip()) for line in statistics.lines() if " kept, " in line]
+    return DataReport(
+        f"The data of {title}",
+        tuple(facts),
+        tuple(all_findings(examined)),
+        histogram(lengths, limit) if len(lengths) else None,
+    )
+
+
+def _template(tokenizer: Any, stops: Sequence[str]) -> tuple[tuple[str, ...], Sequence[Any]]:
+    """Return the tokens that end turns, and notes on the chat template; nothing without a template."""
+    from finetuning.data.chat.end_of_turn import EndOfTurnFinder
+    from finetuning.data.chat.template import TemplateRenderer
+    from finetuning.data.doctor.findings import lint_template
+
+    if not tokenizer.chat_template:
+        return (), ()
+    renderer = TemplateRenderer(tokenizer)
+    finder = EndOfTurnFinder(renderer, stops)
+    return finder.stops, lint_template(finder, renderer)
+
+
+def _pii_scan() -> Scan:
+    """Return a function that counts strings that look like personal data.
+
+    Raises:
+        MissingPackageError: presidio-analyzer is not installed.
+    """
+    try:
+        from presidio_analyzer.predefined_recognizers import (  # pyright: ignore[reportMissingImports]
+            CreditCardRecognizer,
+            EmailRecognizer,
+            IbanRecognizer,
+            IpRecognizer,
+            PhoneRecognizer,
+            UsSsnRecognizer,
+        )
+    except ImportError:
+        raise MissingPackageError(
+            "--pii needs the package presidio-analyzer", hint="pip install presidio-analyzer"
+        ) from None
+    recognizers: list[Any] = [
+        kind()
+        for kind in (
+            EmailRecognizer,
+            PhoneRecognizer,
+            CreditCardRecognizer,
+            IbanRecognizer,
+            IpRecognizer,
+            UsSsnRecognizer,
+        )
+    ]
+
+    def scan(text: str) -> Mapping[str, int]:
+        counts: dict[str, int] = {}
+        for recognizer in recognizers:
+            for result in recognizer.analyze(text, recognizer.supported_entities, None) or ():
+                kind = str(result.entity_type).lower().replace("_", " ")
+                counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+    return scan
