@@ -99,7 +99,7 @@ def test_a_change_is_named(prepare: Any, tmp_path: Path, tokenizer: Any, make_to
     another = make_tokenizer("byte-level", tokenizer.chat_template, (), add_bos=True)
     assert prepare(another).origin.endswith("changed since the most similar entry: the tokenizer")
     monkeypatch.setattr("finetuning.data.prepared.RULES", "x")
-    assert 'rules ("1" before, "x" now)' in prepare().origin
+    assert 'rules ("2" before, "x" now)' in prepare().origin
 
 
 def test_settings_that_touch_no_row_change_nothing(prepare: Any) -> None:

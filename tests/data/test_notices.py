@@ -119,6 +119,17 @@ def test_reasoning_in_two_places_and_reasoning_that_is_omitted_are_noted(
     assert {note for note in notes if not note.startswith(tuple(prompts))} - {SPECIAL_TOKEN_IN_TEXT} == expected
 
 
+def test_a_message_that_the_template_does_not_print_is_noted(
+    noted: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer("byte-level", source_of("qwen3"))
+    row = {"messages": [user("Weather?"), {"role": "function", "name": "f", "content": "sunny"}, assistant("Sunny.")]}
+    note = "the chat template does not print a message of the role function"
+    assert noted(tokenizer, row, chat_template_name="keep-original")[note] == 1
+    row["messages"][1]["role"] = "tool"
+    assert note.replace("function", "tool") not in noted(tokenizer, row, chat_template_name="keep-original")
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_that_the_template_never_prints_is_refused(
     key: str, noted: Callable[..., Any], chat_ml: Any, write_lines: Callable[..., str]

@@ -112,7 +112,9 @@ def examine(
     )
     lengths = joined(examined.training.lengths)
     facts = [("config", title), ("method", method.name), ("tokenizer", str(tokenizer))]
-    facts += [("rows", line.strip()) for line in statistics.lines() if " kept, " in line]
+    facts += [
+        (split, rest) for split, _, rest in (line.partition(": ") for line in statistics.lines()) if " kept, " in rest
+    ]
     return DataReport(
         f"The data of {title}",
         tuple(facts),

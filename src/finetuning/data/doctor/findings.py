@@ -117,13 +117,15 @@ def _finding(
     if not count:
         return Finding(title, Verdict.OK, f"no row {text}")
     verdict = Verdict.LOOK if count > many * total else Verdict.OK
+    rest = text if count == 1 else bad
     return Finding(
-        title, verdict, f"{counted(count, 'row')} of {total} ({count / max(total, 1):.1%}) {bad}", key, tuple(rows)
+        title, verdict, f"{counted(count, 'row')} of {total} ({count / max(total, 1):.1%}) {rest}", key, tuple(rows)
     )
 
 
 def _rows(examined: Examined) -> int:
-    return sum(split.counts.rows for split in examined.statistics.values())
+    """Return the number of input rows. Those of a split by a fraction are counted where they were read."""
+    return sum(split.counts.rows for name, split in examined.statistics.items() if name in examined.splits)
 
 
 def _invalid_rows(examined: Examined) -> Finding:

@@ -168,10 +168,16 @@ def chat_field(row: Row, column: str) -> list[Message]:
     value = list_field(row, column)
     if value and isinstance(value, list) and not all(map(is_plain, value)):
         messages: list[JsonValue] = []
+        is_legacy = any(isinstance(message, dict) and message.get("function_call") for message in value)
         for index, message in enumerate(value):
             messages += _spelled_out(message, f"{column}[{index}]")
-        value = messages
+        # Where calls become tool calls, their results become those of tools: few templates print the role `function`.
+        value = [_as_tool(message) for message in messages] if is_legacy else messages
     return check_messages(value, column)
+
+
+def _as_tool(message: JsonValue) -> JsonValue:
+    return {**message, "role": "tool"} if isinstance(message, dict) and message.get("role") == "function" else message
 
 
 def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:

@@ -198,6 +198,22 @@ class MessageWarnings:
         return False
 
 
+_WORD = re.compile(r"[A-Za-z0-9]{3,}")
+
+
+def omitted_messages(messages: Sequence[Message], text: str) -> set[str]:
+    """The warnings about messages of which the rendered text lacks the longest word.
+
+    Not of the assistant's, which are verified. A template may write a content as JSON, so whole contents say less.
+    """
+    warnings: set[str] = set()
+    for message in messages:
+        words = _WORD.findall(message.get("content") or "") if message["role"] != "assistant" else ()
+        if words and max(words, key=len) not in text:
+            warnings.add(f"the chat template does not print a message of the role {message['role']}")
+    return warnings
+
+
 _THINK = "<think>"
 
 

@@ -21,6 +21,7 @@ from finetuning.data.processors.base import (
     TokenizedSample,
     explain_split,
     find_unprinted,
+    omitted_messages,
     serve_tool_calls,
     too_long,
     unverified_mask,
@@ -141,6 +142,7 @@ class PreferenceProcessor(AnswerProcessor):
             *chosen_text.warnings,
             *rejected_text.warnings,
             *self.warnings([*row.prompt, *row.chosen, *row.rejected]),
+            *(() if row.is_text else omitted_messages(row.prompt, chosen_text.text)),
             *_split_warnings(chosen_text, chosen_tokens),
             *_split_warnings(rejected_text, rejected_tokens),
         }
@@ -210,6 +212,7 @@ class UnpairedProcessor(AnswerProcessor):
             return DroppedSample("nothing left to train on", f"the prompt alone is {len(prompt)} tokens", tokens=size)
         tokens_cut = max(len(completion) - max_answer, 0)
         warnings = masked.warnings | self.warnings([*row.prompt, *row.completion]) | _split_warnings(masked, tokens)
+        warnings |= set() if row.is_text else omitted_messages(row.prompt, masked.text)
         return TokenizedSample(
             columns={"prompt_ids": prompt, "completion_ids": completion[:max_answer], "label": row.label},
             tokens=min(size, len(prompt) + max_answer),

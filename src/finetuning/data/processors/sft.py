@@ -20,6 +20,7 @@ from finetuning.data.processors.base import (
     TokenizedSample,
     explain_split,
     find_unprinted,
+    omitted_messages,
     serve_tool_calls,
     too_long,
     truncate,
@@ -93,7 +94,10 @@ class ChatProcessor:
             return unverified_mask(tokens)
         if unprinted := find_unprinted(row, self.renderer, masked.text):
             return unprinted
-        sample = truncate(tokens, self.max_length, self.truncate, masked.text, masked.warnings.union(warnings))
+        # A text that follows a known layout has all contents.
+        omitted = omitted_messages(row.messages, masked.text) if masked.method != "layout" else ()
+        notes = masked.warnings.union(warnings, omitted)
+        sample = truncate(tokens, self.max_length, self.truncate, masked.text, notes)
         if isinstance(sample, DroppedSample) and sample.detail == NO_ANSWER:
             has_answer = any(message["role"] == "assistant" for message in row.messages)
             return replace(sample, detail=NO_TURN_SELECTED) if has_answer else sample
