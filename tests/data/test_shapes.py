@@ -26,7 +26,7 @@ from .test_pipeline import config
 FOLDER = Path(__file__).with_name("shapes")
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.suffix not in ("", ".txt"))
 NOT_USED = {"sft/dolly.jsonl": {"column context is not used": 1}}
-"""What is reported of a file, besides keys that identify calls."""
+"""What is reported of a file, without keys that identify calls."""
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "data-formats.md"
 
 
