@@ -179,7 +179,9 @@ def lora_8b(options: Options) -> dict[str, Any]:
             "peft_conf": {**LORA, "peft_kwargs": {**LORA["peft_kwargs"], "lora_dropout": 0.05}},
         },
     }
-    return {name: _train(options, "8b", {"peft_conf": LORA, **changes}) for name, changes in variants.items()}
+    return {
+        name: _train(options, "8b", {"peft_conf": LORA, **changes}, name=name) for name, changes in variants.items()
+    }
 
 
 def full_1b(options: Options) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def memory_gb(experiment: Experiment) -> tuple[float, float, float]:
         assert experiment.peft_conf.peft_kwargs["target_modules"] == "all-linear"
         quantized = isinstance(experiment.quant_conf, BitsAndBytes) and experiment.quant_conf.load_in_4bit
         rest = shape.parameters - shape.linear
-        weights = shape.linear * 0.516 + rest * 4 if quantized else shape.parameters * 2
+        weights = shape.linear * 0.516 + rest * 2 if quantized else shape.parameters * 2
         trained = shape.inputs_and_outputs * experiment.peft_conf.peft_kwargs["r"] * 16
     length = longest_row(experiment)
     tokens = experiment.batchsize_conf.max_per_device_train_batch_size * length * (2 if method in PAIRS else 1)

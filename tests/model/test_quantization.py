@@ -127,14 +127,16 @@ def test_both_widths_are_a_config_error():
         to_bitsandbytes_config(NF4.model_copy(update={"load_in_8bit": True}))
 
 
-def test_nothing_is_cast_where_weights_are_sharded(tiny_llama_dir: Path):
+def test_16_bit_weights_keep_their_dtype_sharded_or_not(tiny_llama_dir: Path):
     model = load_model(
         RunConfig.model_validate({"model": str(tiny_llama_dir), "model_args": {"dtype": "bfloat16"}}), NF4
     )
     prepared = prepare_quantized_model(model, sharded_by="fsdp")
     assert prepared.model.norm.weight.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in prepared.parameters())
-    assert prepare_quantized_model(model).model.norm.weight.dtype == torch.float32
+    kept = prepare_quantized_model(model)
+    assert kept.model.norm.weight.dtype == kept.lm_head.weight.dtype == torch.bfloat16
+    assert not any(weight.requires_grad for weight in kept.parameters())
 
 
 def gradients_after_an_evaluation(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -104,21 +104,20 @@ def prepare_quantized_model(
     gradient_checkpointing: bool = False,
     gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
-    """Freeze the base weights and, unless the model is sharded, cast its 16-bit weights (norms, embeddings) to float32.
+    """Freeze the base weights, and prepare them for gradient checkpointing where FSDP does not do so itself.
 
-    FSDP shards weights of one dtype only, so the casts are skipped under sharding.
+    Norms, embeddings and the head keep their 16 bits. PEFT's own preparation casts them to float32, which doubles the
+    memory of large vocabularies and makes the matrix products of the head several times slower. Norms compute in
+    float32 in any case.
     """
     _keep_differentiable(model)
-    if sharded_by is not None:
-        model.requires_grad_(False)
-        return model
-    from peft import prepare_model_for_kbit_training
-
-    return prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs=dict(gradient_checkpointing_kwargs or {"use_reentrant": False}),
-    )
+    model.requires_grad_(False)
+    if sharded_by is None and gradient_checkpointing:
+        # Checkpointed layers get a gradient only if one of their inputs needs it, and all weights are frozen.
+        model.enable_input_require_grads()
+        kwargs = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    return model
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
