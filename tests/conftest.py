@@ -464,9 +464,30 @@ class Trained:
         return self.output_dir / "checkpoint-final"
 
 
+@pytest.fixture(autouse=True)
+def compare_refusals_with_dry_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail the test if a run in this process is refused before its first step, and a dry run of it is not."""
+    import dry_run_refusals
+
+    import finetuning.cli.train
+
+    original = finetuning.cli.train.train
+
+    def train(parse_options: Any, argv: Sequence[str], *arguments: Any, **options: Any) -> int:
+        if "--dry-run" not in argv:
+            dry_run_refusals.install()
+        return original(parse_options, argv, *arguments, **options)
+
+    monkeypatch.setattr(finetuning.cli.train, "train", train)
+    dry_run_refusals.missed.clear()
+    yield
+    assert not dry_run_refusals.missed, "\n".join(dry_run_refusals.missed)
+
+
 @pytest.fixture
 def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
     """A function that runs a config in this process: `train(values)`, `train(values, algorithm)`."""
+    import dry_run_refusals
     import torch
 
     from finetuning.algorithms import ALGORITHMS
@@ -476,6 +497,8 @@ def train(write_config: Any) -> Iterator[Callable[..., Trained]]:
     from finetuning.plan.plan import make_plan
     from finetuning.tracking.settings import TrackingOptions, resolve_tracking
     from finetuning.training.reporter import RunReporter
+
+    dry_run_refusals.install()
     from finetuning.training.run import TrainingJob, run_training
 
     class KeepsTrainer(RunReporter):

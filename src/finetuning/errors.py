@@ -11,6 +11,8 @@ FinetuningError                exit code
 ├── InternalError              203  out of memory, or a bug in the engine
 │   └── CommunicationError     203  the processes of a job cannot reach each other
 └── Interrupted                128 + the signal's number, a checkpoint saved
+
+argparse ends a console script with 2 if the command line is wrong.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ class FinetuningError(Exception):
     """Base class. Holds one or more problems and an exit code; the console scripts print it without a traceback."""
 
     exit_code = EXIT_USER
+    is_unreachable = False
+    """Whether a server could not be reached, so that nothing is known to be wrong with the input."""
 
     def __init__(self, message: str | Sequence[Problem], *, location: Location | None = None, hint: str | None = None):
         if isinstance(message, str):

@@ -129,7 +129,7 @@ def test_an_unreachable_hub_is_a_config_error(run_cli: Any, sft_values: Any, wri
     config = write_config(sft_values({"training_args.push_to_hub": True, "training_args.hub_token": "hf_none"}))
     result = run_cli(["sft", config], env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert result.returncode == 1, result.stderr
-    assert "push_to_hub: the repository on the Hub cannot be created or reached" in result.stderr
+    assert "push_to_hub: the Hub cannot be reached, or does not know you" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["directory", "loop of links"])

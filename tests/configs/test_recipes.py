@@ -80,7 +80,7 @@ def test_an_editor_finds_nothing_to_mark(path: Path) -> None:
 def test_header_says_what_a_reader_needs(path: Path) -> None:
     method = method_named(path)
     first = path.read_text().splitlines()[0]
-    assert first == f"# yaml-language-server: $schema=../../docs/schema/{method}.json"
+    assert first == f"# yaml-language-server: $schema=../schema/{method}.json"
     header = header_of(path)
     assert header.keys() >= {"Hardware", "Memory", "Command", "Data"}
     assert f"finetuning {method} {name_of(path)}" in header["Command"]

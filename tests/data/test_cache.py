@@ -102,6 +102,17 @@ def test_a_change_is_named(prepare: Any, tmp_path: Path, tokenizer: Any, make_to
     assert 'rules ("2" before, "x" now)' in prepare().origin
 
 
+def test_other_projects_are_not_described(prepare: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    prepare()
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    assert prepare(max_seq_length=32).origin.endswith("no similar entry in the cache")
+    assert "max_seq_length (32 before, 48 now)" in prepare(max_seq_length=48).origin
+    monkeypatch.chdir(tmp_path)
+    assert "read from the cache" in prepare(max_seq_length=32).origin, "what is cached is shared nevertheless"
+
+
 def test_settings_that_touch_no_row_change_nothing(prepare: Any) -> None:
     prepare()
     assert "read from the cache" in prepare(conf={"padding_side": "left"}, batching="padded").origin

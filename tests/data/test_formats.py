@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from finetuning.data.formats import FORMATS, KINDS, Options
+from finetuning.data.formats.row_format import propose_columns
 from finetuning.data.samples import Conversation, Preference, Row
 from finetuning.errors import Location, Problem
 
@@ -88,7 +89,10 @@ def test_errors_name_the_key(row: dict[str, Any], message: str) -> None:
         ({"prompt_messages": 1, "chosen_messages": 1, "rejected_messages": 1}, "preferences: run `finetuning dpo`"),
         ({"instruction": "a", "output": "b"}, "These rows look like `alpaca`"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences: run `finetuning dpo`"),
-        ({"message": []}, 'Did you mean "messages" by "message"?'),
+        ({"message": []}, "below the path of the dataset: columns: {message: messages}"),
+        ({"question": "a", "answer": "b"}, "columns: {question: prompt, answer: completion}"),
+        ({"Question": "a", "Response": "b", "id": 1}, "columns: {Question: prompt, Response: completion}"),
+        ({"content": "a"}, "columns: {content: text}"),
         ({"text": "a"}, "expected messages; found text"),
     ],
 )
@@ -317,3 +321,26 @@ def test_prompt_columns_have_three_names(column: str) -> None:
 )
 def test_errors_in_prompts_are_reported(row: dict[str, Any], message: str) -> None:
     assert str(parse(row, "prompt")).startswith(f"train.jsonl:6: {message}")
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "columns"),
+    [
+        (
+            {"query": "a", "better": "b", "worse": "c"},
+            "preference",
+            {"query": "prompt", "better": "chosen", "worse": "rejected"},
+        ),
+        ({"better": "b", "worse": "c"}, "chosen_rejected", {"better": "chosen", "worse": "rejected"}),
+        (
+            {"question": "a", "answer": "b", "liked": True},
+            "unpaired",
+            {"question": "prompt", "answer": "completion", "liked": "label"},
+        ),
+        ({"question": "a", "label": True}, "completion_label", {}),
+        ({"problem": "a"}, "prompt", {"problem": "prompt"}),
+        ({"x": 1}, "messages", {}),
+    ],
+)
+def test_columns_to_rename_are_proposed(values: dict[str, Any], name: str, columns: dict[str, str]) -> None:
+    assert propose_columns(values, name) == columns

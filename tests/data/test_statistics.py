@@ -69,14 +69,15 @@ def test_all_rows_gone_says_how_long_the_shortest_is() -> None:
         part.counts.check(1.0)
 
 
-def test_bad_rows_are_listed_ten_at_most_with_their_number() -> None:
+def test_kinds_of_bad_rows_are_listed_ten_at_most_with_their_numbers() -> None:
     raise_bad_rows([])
     with pytest.raises(DataError) as caught:
-        raise_bad_rows([Problem("bad", location(line)) for line in range(1, 15)])
+        raise_bad_rows([Problem(f"bad {line // 2}", location(line)) for line in range(1, 30)])
     text = str(caught.value)
-    assert "train.jsonl:10: bad" in text
-    assert "train.jsonl:11" not in text
-    assert "14 bad rows, the first 10 shown" in text
+    assert "train.jsonl:1: bad 0\n" in text
+    assert "train.jsonl:18: bad 9 (2 rows like this)" in text
+    assert "bad 10" not in text
+    assert "29 bad rows, the first 10 kinds shown" in text
 
 
 def test_state_dicts_of_earlier_versions_are_read() -> None:

@@ -47,6 +47,17 @@ def test_keep_original_without_a_template_says_what_to_set(tiny_llama_dir: Path)
     assert load_tokenizer(str(tiny_llama_dir), template_source=None, needs_template=False).new_tokens == ()
 
 
+def test_the_default_template_is_for_tokenizers_without_one(tiny_llama_dir: Path, chatml_llama_dir: Path) -> None:
+    default = ("mistral-with-system", TEMPLATE)
+    shipped = load_tokenizer(str(chatml_llama_dir), template_source=None, default_template=default)
+    assert shipped.tokenizer.chat_template != TEMPLATE and "chat template: its own" in str(shipped)
+    bare = load_tokenizer(str(tiny_llama_dir), template_source=None, default_template=default)
+    assert bare.tokenizer.chat_template == TEMPLATE and bare.warnings == ()
+    assert "chat template: mistral-with-system, as it has none" in str(bare)
+    configured = load_tokenizer(str(tiny_llama_dir), template_source="{{ messages }}", default_template=default)
+    assert "chat template: as configured" in str(configured)
+
+
 @pytest.mark.parametrize(
     ("strategy", "pad", "replacement"),
     [

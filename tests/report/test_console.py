@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from finetuning.report.console import is_live, open_console
+from finetuning.report.console import _substitute_caches, is_live, open_console
+from finetuning.report.run_folder import FinalLosses
 from finetuning.report.terminal import (
     LineProgress,
     LiveProgress,
@@ -19,6 +21,7 @@ from finetuning.report.terminal import (
     SummaryLine,
     print_end,
     print_start,
+    print_warning,
     progress_tracker,
 )
 from finetuning.tracking.tracker import LogEvent, StepMetrics, Tracker
@@ -167,7 +170,7 @@ def test_the_summary_summary_does_not_wrap_paths_and_commands(make: type) -> Non
             headline="Done: the model is saved",
             good=True,
             outputs=[OutputFile("final model", LONG_PATH)],
-            final_loss=0.65912,
+            losses=FinalLosses(0.65912, (91, 100)),
             training_s=185,
             first_step_s=0.7,
             total_s=203,
@@ -179,7 +182,7 @@ def test_the_summary_summary_does_not_wrap_paths_and_commands(make: type) -> Non
     assert plain(stream.getvalue()).splitlines() == [
         "",
         "Done: the model is saved",
-        "  final loss   0.6591",
+        "  final loss   0.6591, mean over steps 91 to 100",
         "  time         3m 23s (training 3m 05s, first step 0.7s)",
         f"  final model  {LONG_PATH}",
         "  MLflow       http://host/#/experiments/1/runs/2",
@@ -204,3 +207,50 @@ def test_long_values_of_the_summary_summary_are_wrapped_between_words() -> None:
     console, stream = log_file()
     print_end(console, summary)
     assert f"  memory  {value}\n" in stream.getvalue()
+
+
+def test_no_word_is_broken_in_a_terminal() -> None:
+    path = "/a/very/long/path/" + "to-a-folder-whose-name-goes-on/" * 4
+    console, stream = terminal()
+    lines = [SummaryLine("model", path, "as configured"), SummaryLine("batch-size", "a-b " * 40)]
+    print_start(console, "Fine-tuning", lines)
+    print_warning(console, f"the folder {path} is not writable, and neither is its well-known parent")
+    text = plain(stream.getvalue())
+    assert text.count(path) == 2
+    assert all(len(line) <= 80 for line in text.splitlines() if path not in line)
+    assert set(text.split()) >= {"a-b", "well-known", "configured)"}
+
+
+@pytest.mark.parametrize("home", ["missing", "not writable", "usable"])
+def test_libraries_get_a_place_for_their_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path if home == "missing" else str(tmp_path / "home"))
+    monkeypatch.setattr("os.access", lambda path, mode: home == "usable")
+    (tmp_path / "home").mkdir()
+    variables = _substitute_caches({"TRITON_CACHE_DIR": "/kept"})
+    if home == "usable":
+        assert not {"HOME", "HF_HOME"} & set(variables)
+        return
+    folder = tmp_path / "temporary" / f"finetuning-{os.getuid()}"
+    assert variables["HF_HOME"] == str(folder / "huggingface") and folder.is_dir()
+    assert "TRITON_CACHE_DIR" not in variables
+    assert ("HOME" in variables) == (home == "missing")
+    assert caplog.text.count("libraries keep their caches in") == 1
+
+
+def test_downloads_that_can_be_read_stay_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "huggingface").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "HF_HOME" not in _substitute_caches({"XDG_CACHE_HOME": str(tmp_path)})
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert _substitute_caches(os.environ)["USER"] == str(os.getuid())

@@ -66,7 +66,7 @@ def test_the_model_card_describes_the_run(folder: Path) -> None:
         "tags": ["sft", "finetuning", "lora"],
         "pipeline_tag": "text-generation",
     }
-    assert "| final loss | 0.3333 |" in text
+    assert "| final loss | 0.3333, " in text
     assert "| training rows | 5 of 6 kept, 700 tokens |" in text
     assert "- all values finite" in text
     assert "not installed" not in text

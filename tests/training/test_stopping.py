@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import TrainerControl, TrainerState
 from finetuning.distributed import DEFAULT_GRACE_S, GRACE_VARIABLE, REPEAT_S, read_grace, read_job_end_time
 from finetuning.errors import ConfigError, Interrupted
 from finetuning.training.heartbeat import Beat, Hang, HeartbeatMonitor, read_beat
-from finetuning.training.signals import STOP_FILE, FirstSignal, StopOnSignal, parse_duration
+from finetuning.training.signals import STOP_FILE, FirstSignal, StopOnSignal, finish_despite_signal, parse_duration
 
 
 def test_a_time_limit_saves_and_goes_on_the_next_time(train: Any, sft_values: Any) -> None:
@@ -156,3 +157,34 @@ def test_the_grace_period_is_read() -> None:
     for text in ("0", "-1", "soon", "1.5"):
         with pytest.raises(ConfigError, match=f"{GRACE_VARIABLE}='{text}' is not a positive whole number"):
             read_grace({GRACE_VARIABLE: text})
+
+
+@pytest.fixture
+def stop(tmp_path: Path) -> StopOnSignal:
+    return StopOnSignal(tmp_path)
+
+
+def test_a_lost_terminal_stops_like_a_signal_and_may_be_lost_twice(stop: StopOnSignal) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with stop.handle_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == signal.SIGHUP and stop.reason == "signal 1"
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_a_lost_terminal_is_ignored_under_nohup(stop: StopOnSignal) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.handle_signals(), finish_despite_signal():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert stop.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_the_final_save_survives_a_lost_terminal() -> None:
+    with finish_despite_signal():
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
         args: GRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         model: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
         _token_count: torch.Tensor | int
+        reward_funcs: list[Any]  # pyright: ignore[reportIncompatibleVariableOverride]
 
         def run_state(self) -> dict[str, Any]: ...
         def load_run_state(self, state: Mapping[str, Any]) -> None: ...
         def batch_split(self) -> list[int]: ...
 else:
     GRPOBase = object
+
+logger = logging.getLogger("finetuning")
 
 Message = dict[str, object]
 
@@ -79,6 +83,7 @@ class TokenizedPromptsMixin(GRPOBase):
 
     reward_columns: Sequence[str] = ()
     """The columns of all rows. A reward function gets each of them at every call, None where a row lacks it."""
+    _has_warned = False
 
     def set_reference(self, reference: PreTrainedModel, beta: float, *, sync: bool) -> None:
         """Set the reference model and the weight of the divergence from it, as TRL 1.16 does in its constructor."""
@@ -122,6 +127,12 @@ class TokenizedPromptsMixin(GRPOBase):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         output = super()._generate_and_score_completions([_as_trl_row(row, self.reward_columns) for row in inputs])
+        if not self._has_warned and not any(reward.has_judged for reward in self.reward_funcs):
+            self._has_warned = True
+            logger.warning(
+                "no reward function has returned a reward for a completion of the first batch, only None: nothing is"
+                " learned from it. Check grpo_args.rewards and the columns that they read"
+            )
         if self.model.training:
             self._token_count = self._token_count + output["prompt_mask"].sum() + output["completion_mask"].sum()
         return output
@@ -192,7 +203,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
 
     args, grpo_args = inputs.arguments, inputs.experiment.grpo_args
     train: Any = inputs.data.train
-    _check_num_prompts(len(train), args.generation_batch_size // args.num_generations)
+    check_num_prompts(len(train), args.generation_batch_size // args.num_generations)
     base = inputs.model.get_base_model() if hasattr(inputs.model, "get_base_model") else inputs.model
     base.generation_config = align_stop_tokens(
         inputs.tokenizer.tokenizer, base.generation_config, inputs.end_of_turn
@@ -241,7 +252,8 @@ def _reward_columns(data: PreparedData) -> list[str]:
     return list(columns)
 
 
-def _check_num_prompts(num_prompts: int, needed: int) -> None:
+def check_num_prompts(num_prompts: int, needed: int) -> None:
+    """Raise ConfigError if there are fewer prompts than a generation batch needs."""
     if num_prompts < needed:
         raise ConfigError(
             f"a batch needs {needed} prompts, but there are {num_prompts}",

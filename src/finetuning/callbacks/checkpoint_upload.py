@@ -122,11 +122,21 @@ def make_uploader(address: str | None, is_main: bool) -> CheckpointUploader | No
     """Return the uploader of the main process; None without an address, and on other processes.
 
     Raises:
-        ConfigError: fsspec does not know the address's scheme.
-        MissingPackageError: the file system needs a package that is not installed.
+        ConfigError, MissingPackageError: as `check_address`.
     """
     if address is None or not is_main:
         return None
+    check_address(address)
+    return CheckpointUploader(address)
+
+
+def check_address(address: str) -> None:
+    """Check that checkpoints can be uploaded to addresses of this kind.
+
+    Raises:
+        ConfigError: fsspec does not know the address's scheme.
+        MissingPackageError: the file system needs a package that is not installed.
+    """
     import fsspec
 
     try:
@@ -137,7 +147,6 @@ def make_uploader(address: str | None, is_main: bool) -> CheckpointUploader | No
         raise MissingPackageError(
             f"{address} needs a package: {error}", location=Location(key=_KEY), hint="pip install 'finetuning[s3]'"
         ) from error
-    return CheckpointUploader(address)
 
 
 @contextmanager

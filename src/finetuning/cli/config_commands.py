@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import method_argument, run_command
 from finetuning.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def _schema(argv: Sequence[str]) -> int:
         description="Print the JSON Schema of a method's YAML file. Editors read it from a first line such as"
         " '# yaml-language-server: $schema=sft.json'.",
     )
-    parser.add_argument("method", choices=list(ALGORITHMS), help="the method")
+    parser.add_argument("method", type=method_argument, help=f"the method: {', '.join(ALGORITHMS)}")
     print(schema_text(ALGORITHMS[parser.parse_args(argv).method].experiment), end="")
     return 0
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.algorithms import ALGORITHMS
+from finetuning.cli.errors import method_argument, run_command
 from finetuning.config.redaction import redact_text
 from finetuning.errors import ConfigError, Location
 
@@ -28,14 +29,12 @@ def preview_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _preview_parser() -> argparse.ArgumentParser:
-    from finetuning.algorithms import ALGORITHMS
-
     parser = argparse.ArgumentParser(
         prog="finetuning preview",
         description="Show the first training rows as the model sees them, and which of their tokens are trained. Reads"
         " those rows and the tokenizer; loads no model and writes no file except the HTML page.",
     )
-    parser.add_argument("method", choices=list(ALGORITHMS), help="the method")
+    parser.add_argument("method", type=method_argument, help=f"the method: {', '.join(ALGORITHMS)}")
     parser.add_argument("config", help="path of the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
     parser.add_argument("--rows", type=int, default=5, help="number of rows, 1 to 100 (default: 5)")
@@ -48,7 +47,6 @@ def _preview_parser() -> argparse.ArgumentParser:
 
 def _preview(argv: Sequence[str]) -> int:
     options = _preview_parser().parse_intermixed_args(argv)
-    from finetuning.algorithms import ALGORITHMS
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
@@ -120,15 +118,13 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
-    from finetuning.algorithms import ALGORITHMS
-
     parser = argparse.ArgumentParser(
         prog="finetuning prepare",
         description="Render, mask and tokenize the rows of a run ahead of time. They are written to the cache that the"
         " run reads, and with --output to a folder for data_conf.prepared. Reads the data and the tokenizer; loads no"
         " model.",
     )
-    parser.add_argument("method", nargs="?", choices=list(ALGORITHMS), help="the method")
+    parser.add_argument("method", nargs="?", type=method_argument, help=f"the method: {', '.join(ALGORITHMS)}")
     parser.add_argument("config", nargs="?", help="path of the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
     parser.add_argument("--output", type=Path, help="also write the rows to this folder, which must be empty or new")
@@ -151,7 +147,6 @@ def _prepare(argv: Sequence[str]) -> int:
         parser.error("method and config are required")
     if options.shards < 1:
         raise ConfigError(f"--shards {options.shards}: must be at least 1")
-    from finetuning.algorithms import ALGORITHMS
     from finetuning.atomic_io import require_empty
     from finetuning.cli.errors import locate_errors
     from finetuning.config.validation.validate import validate

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import traceback
@@ -154,18 +156,36 @@ def _warn(name: str, error: OSError) -> None:
     print(f"warning: {name}: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
 
 
+_LOST_READER = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
+"""Errors of writing to a pipe without a reader, or to a terminal that is gone."""
+
+
 class RedactedStream(io.TextIOBase):
     """A standard stream that redacts secrets, whoever writes to it: our console, a logger or a library."""
+
+    survives_lost_reader = False
+    """Whether what is written is discarded once nobody can read it; by default writing raises then."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str, /) -> int:
-        self._stream.write(redact_text(text))
+        with self._discard_if_lost():
+            self._stream.write(redact_text(text))
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with self._discard_if_lost():
+            self._stream.flush()
+
+    @contextmanager
+    def _discard_if_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.survives_lost_reader or error.errno not in _LOST_READER:
+                raise
+            discard_output(self._stream)
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -193,6 +213,38 @@ class RedactedStream(io.TextIOBase):
         return self._stream.buffer
 
 
+def discard_output(stream: TextIO) -> None:
+    """Let a standard stream discard what is written to it, and what is in its buffer."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def survive_lost_output() -> None:
+    """Let this command go on when the terminal or the pipe that its output goes to is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, RedactedStream):
+            stream.survives_lost_reader = True
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that whoever started the process has closed, on the null device.
+
+    The next files that are opened would otherwise get their descriptors, and libraries that write to descriptor 1 or 2
+    would write into these files.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 _USER_ERRNOS = frozenset(
     {
         errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -215,6 +267,7 @@ def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence
     of an unexpected error is always written to a temporary file. Errors are also written to the files that
     TERMINATION_LOG_FILE and FINETUNING_ERROR_FILE name. Secrets are redacted in all of them and in all other output.
     """
+    open_closed_streams()
     reset_error_file()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
@@ -236,7 +289,7 @@ def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence
             return error.exit_code
         except BrokenPipeError:
             # The reader of stdout is gone. Without the redirection the interpreter would fail again when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output(sys.stdout)
             return EXIT_USER
         except Exception as error:  # noqa: BLE001 - the outermost frame of a console script
             return _report_unexpected(error, debug)
@@ -283,6 +336,21 @@ def report_internal_error(message: str) -> int:
     return _report("InternalError", EXIT_INTERNAL, message, is_transient=True)
 
 
+def method_argument(text: str) -> str:
+    """Return the name of a method; the type of an argument of a parser.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such method; names the nearest.
+    """
+    from finetuning.algorithms import ALGORITHMS
+    from finetuning.config.validation.suggestions import did_you_mean
+
+    if text in ALGORITHMS:
+        return text
+    hint = did_you_mean(text, ALGORITHMS) or f"Methods: {', '.join(ALGORITHMS)}."
+    raise argparse.ArgumentTypeError(f'unknown method "{text}". {hint}')
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether gloo, NCCL or a store of torch raised the error because the other process is gone."""
     if any(base.__name__ in _LOST_CONNECTION_NAMES for base in type(error).__mro__):
@@ -293,10 +361,25 @@ def is_lost_connection(error: BaseException) -> bool:
 def _print_error(message: str) -> None:
     """Print a problem in one line; only excerpts of the user's file, which are indented, stay on their own lines."""
     lines = message.splitlines()
-    print(
-        "error: " + "".join(f"\n{line}" if line.startswith("    ") else f" {line}" for line in lines)[1:],
-        file=sys.stderr,
-    )
+    text = "error: " + "".join(f"\n{line}" if line.startswith("    ") else f" {line}" for line in lines)[1:]
+    print_wrapped(text, sys.stderr)
+
+
+def print_wrapped(text: str, stream: TextIO, indent: int = 0) -> None:
+    """Print text; in a terminal without breaking a word, which the terminal itself would do at its last column.
+
+    Indented lines, such as excerpts of a file, are printed as they are.
+
+    Args:
+        indent: spaces before the second and later lines of a line that is wrapped.
+    """
+    if stream.isatty():
+        from finetuning.report.console import wrap_words
+
+        width = shutil.get_terminal_size().columns
+        lines = text.split("\n")
+        text = "\n".join(line if line.startswith("    ") else wrap_words(line, width, indent) for line in lines)
+    print(text, file=stream)
 
 
 def _save_traceback(error: BaseException) -> None:

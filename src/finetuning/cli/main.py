@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
+    "init": Subcommand("finetuning.cli.init:main", "write a config for a model and data"),
+    "recipes": Subcommand("finetuning.cli.recipes:main", "list, show and copy the configs that ship with the package"),
     "launch": Subcommand("finetuning.cli.launch:main", "train in several processes, on one or more machines"),
     "preview": Subcommand("finetuning.cli.data_commands:preview_main", "show tokenized rows and their loss mask"),
     "prepare": Subcommand("finetuning.cli.data_commands:prepare_main", "tokenize the data before a run"),
@@ -55,6 +58,7 @@ SUBCOMMANDS = {
         "finetuning.cli.config_commands:import_main", "translate another engine's config to YAML for this one"
     ),
     "job": Subcommand("finetuning.cli.fms_job:main", "run an fms-hf-tuning JSON job"),
+    "completion": Subcommand("finetuning.cli.completion:main", "print a script for completion in bash, zsh or fish"),
     "sft_trainer": Subcommand("finetuning.cli.fms_job:sft_trainer_main", "train with the flags of fms-hf-tuning"),
 }
 
@@ -67,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     not_training = [(name, subcommand.summary) for name, subcommand in SUBCOMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="finetuning",
-        usage="%(prog)s SUBCOMMAND config [key.path=value ...] [options]",
+        usage=_usage(),
         description="Fine-tune a language model from one YAML file.\n\n"
         f"subcommands that train:\n{_table(training)}\n\n"
         f"other subcommands, each with its own --help:\n{_table(not_training)}",
@@ -91,10 +95,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--hf-mlflow-log-artifacts",
         help="whether checkpoints and the fine-tuned model are uploaded to MLflow (true, false)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="validate the config and print the plan; do not train")
+    parser.add_argument("--dry-run", action="store_true", help="check all that needs no weights; do not train")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
     parser.add_argument("--version", action="version", version=f"finetuning {__version__}")
     return parser
+
+
+def _usage() -> str:
+    from finetuning.algorithms import ALGORITHMS
+
+    not_training = ", ".join(SUBCOMMANDS)
+    return f"finetuning {{{','.join(ALGORITHMS)}}} config [key.path=value ...] [options]\n" + textwrap.fill(
+        not_training, 79, initial_indent="       finetuning SUBCOMMAND ..., one of: ", subsequent_indent=" " * 7
+    )
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
@@ -122,9 +135,36 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     # options of the subcommand that was meant.
     if argv and not argv[0].startswith("-"):
         _check_method(argv[0])
-    options = build_parser().parse_intermixed_args(argv)
+    options, unknown = build_parser().parse_known_intermixed_args(argv)
     _check_method(options.method)
+    if unknown:
+        raise _unknown_option(unknown[0], argv, options.method)
     return options
+
+
+def _unknown_option(option: str, argv: Sequence[str], method: str) -> ConfigError:
+    """Return the error for an option that does not exist. Keys of the config are no options: it names the key."""
+    from finetuning.algorithms import ALGORITHMS
+    from finetuning.config.validation.library_fields import table_fields
+    from finetuning.config.validation.passthrough import library_keys
+    from finetuning.config.validation.section_tree import key_index
+    from finetuning.config.validation.suggestions import key_hint, nearest
+    from finetuning.config.yaml.document import ConfigDocument
+
+    name, equals, value = option.partition("=")
+    following = argv[argv.index(option) + 1 :]
+    if not equals and following and not following[0].startswith("-") and "=" not in following[0]:
+        value = following[0]
+    config, key = ALGORITHMS[method].experiment, name.lstrip("-").replace("-", "_")
+    index = {**library_keys(ConfigDocument({}), config, table_fields()), **key_index(config)}
+    last = key.rpartition(".")[2]
+    near = last if last in index else nearest(last, index, cutoff=0.85)
+    if near is not None:
+        path = ".".join(part for part in (index[near][0], near) if part)
+        hint = f"Keys of the config are set as key.path=value: {path}={value or '…'}"
+    else:
+        hint = key_hint(key, (), index) or "See finetuning --help."
+    return ConfigError(f"unknown option {name}", hint=hint)
 
 
 def _check_method(name: str) -> None:

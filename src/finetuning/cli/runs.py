@@ -59,9 +59,12 @@ def _print_table(console: Console, runs: Sequence[RunState], root: Path) -> None
         table.add_column(name, overflow="fold")
     for name in ("steps", "loss", "tokens/s", "goodput"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("losses at the end", overflow="fold", style="dim")
     table.add_column("started", no_wrap=True)
     for run in runs:
-        table.add_row(_name(run, root), _state(run), run.method, _model(run), *_numbers(run), _started(run))
+        table.add_row(
+            _name(run, root), _state(run), run.method, _model(run), *_numbers(run), _losses(run), _started(run)
+        )
     console.print(table)
 
 
@@ -71,7 +74,8 @@ def _print_cards(console: Console, runs: Sequence[RunState], root: Path) -> None
     for run in runs:
         console.print(Text.assemble((_name(run, root), "bold"), "  ", _state(run)))
         steps, loss, tokens, goodput = _numbers(run)
-        facts = [f"{run.method} {_model(run)}", f"step {steps}", f"loss {loss}", f"{tokens} tokens/s"]
+        loss = _losses(run) or f"loss {loss}"
+        facts = [f"{run.method} {_model(run)}", f"step {steps}", loss, f"{tokens} tokens/s"]
         facts += [f"goodput {goodput}"] if run.goodput is not None else []
         console.print(Text("  " + ", ".join([*facts, _started(run)]), style="dim"))
 
@@ -89,6 +93,11 @@ def _state(run: RunState) -> Text:
 
 def _model(run: RunState) -> str:
     return Path(run.model).name if run.model else ""
+
+
+def _losses(run: RunState) -> str:
+    """Return what the losses of a run that has ended are: of the last step or a mean, and the best."""
+    return ", ".join(f"{label} {value}" for label, value in run.losses.items())
 
 
 def _numbers(run: RunState) -> tuple[str, str, str, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from finetuning.distributed import ProcessTopology
     from finetuning.plan.plan import Decision, Plan
     from finetuning.tracking.settings import TrackingPlan
+    from finetuning.training.output_dir import RunResult
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -50,13 +51,21 @@ def train(
         callbacks: of the trainer, in addition to those of the run.
         document: the config, if it is not read from the file that the arguments name.
     """
-    options = parse_options(argv)
+    run_config(parse_options(argv), callbacks, document)
+    return 0
+
+
+def run_config(
+    options: argparse.Namespace, callbacks: Sequence[TrainerCallback] = (), document: ConfigDocument | None = None
+) -> RunResult | None:
+    """Check the config and train, as `train`. Return how the run ended; None for a dry run."""
     _check_options(options)
     checked = _check_config(options, document)
     experiment, algorithm, topology = checked.experiment, checked.algorithm, checked.topology
-    from finetuning.cli.errors import locate_errors, report_internal_error
+    from finetuning.cli.errors import locate_errors, report_internal_error, survive_lost_output
     from finetuning.report.console import configure_logging
 
+    survive_lost_output()
     # Before the imports below: the libraries read these settings when they are imported.
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
     with locate_errors(checked.document):
@@ -67,8 +76,8 @@ def train(
             read_scored_rows(evaluation.data, evaluation.score, "final_evaluation.data")
         if options.dry_run:
             if topology.is_main:
-                _print_plan(checked, _look_up_modules(checked))
-            return 0
+                _dry_run(checked)
+            return None
 
         with _gc_paused():
             from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
@@ -76,7 +85,7 @@ def train(
             from finetuning.training.run import TrainingJob, run_training
             from finetuning.training.signals import finish_despite_signal
 
-            names_checked = not _look_up_modules(checked).startswith(_NOT_LOOKED_UP)
+            names_checked = not _look_up_modules(checked).text.startswith(_NOT_LOOKED_UP)
         check_save_model_dir(experiment)
         reporter = RunReporter(
             experiment, algorithm.name, topology, checked.tracking, report_error=report_internal_error
@@ -95,7 +104,7 @@ def train(
 
             reporter.release_trainer()
             evaluate_final_model(job.output_dir, evaluation)
-    return 0
+    return result
 
 
 def _check_config(options: argparse.Namespace, document: ConfigDocument | None) -> _CheckedConfig:
@@ -169,13 +178,21 @@ def _check_options(options: argparse.Namespace) -> None:
 _NOT_LOOKED_UP = "not looked up"
 
 
-def _look_up_modules(checked: _CheckedConfig) -> str:
+@dataclass(frozen=True)
+class _AdapterModules:
+    """What a new adapter trains, or why that was not looked up; empty if nothing had to be looked up."""
+
+    text: str = ""
+    trained: int | None = None
+    """The number of trained parameters; None if they are not counted."""
+
+
+def _look_up_modules(checked: _CheckedConfig, *, always: bool = False) -> _AdapterModules:
     """Compare the module names of a new adapter with the model, and print a warning for each that matches nothing.
 
-    torch and transformers are imported only if the headers of the checkpoint do not show that every name exists.
-
-    Returns:
-        What the adapter trains, or why that was not looked up; empty if nothing had to be looked up.
+    Args:
+        always: by default torch and transformers are imported only if the headers of the checkpoint do not show that
+            every name exists.
 
     Raises:
         ModelError: no target module exists, PEFT rejects the adapter, or a reward model has no class with a score.
@@ -191,7 +208,7 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
 
         check_score_head(run_conf)
     if not isinstance(peft_conf, NewPeft):
-        return ""
+        return _AdapterModules()
     has_modules = has_adapter_modules(checked.experiment)
     has_config = find_pretrained_config(run_conf.model) is not None
     new_ids: list[int] = []
@@ -199,10 +216,12 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
         from finetuning.training.setup import find_new_ids
 
         new_ids = find_new_ids(checked.experiment)
-    if has_modules and not new_ids:
-        return ""
+    if has_modules and not new_ids and not always:
+        return _AdapterModules()
     if not has_config:
-        return f"{_NOT_LOOKED_UP}: the config of {run_conf.model} is not on this machine; checked after loading"
+        return _AdapterModules(
+            f"{_NOT_LOOKED_UP}: the config of {run_conf.model} is not on this machine; checked after loading"
+        )
     from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
     from finetuning.model.module_summary import look_up_modules
 
@@ -214,61 +233,66 @@ def _look_up_modules(checked: _CheckedConfig) -> str:
         check_new_tokens(lookup.trained_rows, len(new_ids), checked.algorithm)
     if checked.topology.is_main:
         _print_warnings(lookup.warnings, checked.document)
-    return "; ".join(lookup.notes)
-
-
-def _count_adapter(checked: _CheckedConfig) -> int | None:
-    """Return how many parameters a new adapter trains where the headers of the checkpoint do not show it; else None.
-
-    What `all-linear` selects depends on the model's class, which is built without weights.
-    """
-    from finetuning.config.sections.model import NewPeft
-    from finetuning.errors import ModelError
-
-    conf, memory = checked.experiment.peft_conf, checked.plan.memory
-    if not isinstance(conf, NewPeft) or memory is None:
-        return None
-    if memory.trainable is not None and "all-linear" not in str(conf.peft_kwargs.get("target_modules")):
-        return None
-    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-    from finetuning.model.module_summary import look_up_modules
-
-    head = SEQUENCE_CLASSIFICATION if checked.algorithm.has_score_head else CAUSAL_LM
-    try:
-        return look_up_modules(checked.experiment.run_conf, conf, head=head).trained
-    except ModelError:
-        # The dry run checks the config; what is wrong with the model is reported when it is loaded.
-        return None
+    return _AdapterModules("; ".join(lookup.notes), lookup.trained)
 
 
 def _print_warnings(warnings: Sequence[Problem], document: ConfigDocument) -> None:
-    from finetuning.cli.errors import locate
+    from finetuning.cli.errors import locate, print_wrapped
 
     for warning in warnings:
-        print(f"warning: {locate(warning, document)}", file=sys.stderr)
+        print_wrapped(f"warning: {locate(warning, document)}", sys.stderr)
 
 
-_ROW_KINDS = {"sft": "sft", "kto": "unpaired", "grpo": "prompt"}
-"""The kind of rows of each method; of the others `preference`."""
+def _dry_run(checked: _CheckedConfig) -> None:
+    """Check what a run would check before its first step, and print the plan.
+
+    Raises:
+        FinetuningError: the run would be refused.
+    """
+    from finetuning.training.dry_run import check_before_training
+
+    modules = _AdapterModules()
+
+    def check_adapter() -> None:
+        nonlocal modules
+        modules = _look_up_modules(checked, always=True)
+
+    dry = check_before_training(
+        checked.experiment, checked.algorithm, checked.plan, checked.topology, checked.tracking, check_adapter
+    )
+    _print_warnings(dry.warnings, checked.document)
+    _print_plan(checked, modules)
+    _print_facts([*dry.facts, ("checked", "; ".join(dry.checked)), *(("not checked", why) for why in dry.not_checked)])
+    if dry.is_complete:
+        print("The run is complete: its final model is saved, and nothing would be trained.")
+    else:
+        print("No problem was found in what was checked. Nothing was trained: --dry-run.")
 
 
-def _print_plan(checked: _CheckedConfig, adapter: str) -> None:
-    from finetuning.data.prepared import check_first_rows, count_training_rows
+def _print_plan(checked: _CheckedConfig, modules: _AdapterModules) -> None:
+    from finetuning.data.prepared import count_training_rows
     from finetuning.plan.plan import Decision
 
     experiment = checked.experiment
-    kind = _ROW_KINDS.get(experiment.method_name, "preference")
-    check_first_rows(experiment.data_conf, kind, getattr(experiment, "sft_args", None))
     count = count_training_rows(experiment.data_conf, unpaired=experiment.method_name == "kto")
-    plan = checked.plan.with_trainable(_count_adapter(checked))
+    plan = checked.plan.with_trainable(modules.trained).with_steps(experiment, count.rows)
+    if plan.steps is not None and plan.steps.warning:
+        _print_warnings([Problem(plan.steps.warning)], checked.document)
     decisions = [
-        *plan.with_steps(experiment, count.rows).decisions,
-        *([Decision("adapter", adapter, "module names of peft_kwargs")] if adapter else []),
+        *plan.decisions,
+        *([Decision("adapter", modules.text, "module names of peft_kwargs")] if modules.text else []),
         Decision("training rows", "unknown" if count.rows is None else f"{count.rows:,}", count.reason),
         Decision("tracking", str(checked.tracking), "command line over file over environment"),
         Decision("output", experiment.training_args.output_dir, "training_args.output_dir"),
     ]
-    width = max(len(decision.name) for decision in decisions)
-    for decision in decisions:
-        print(f"{decision.name:<{width}}  {decision.value}  ({decision.reason})")
-    print("The config is valid. Nothing was trained: --dry-run.")
+    _print_facts([(decision.name, f"{decision.value}  ({decision.reason})") for decision in decisions])
+
+
+_LABEL_WIDTH = len("memory per device")
+
+
+def _print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    from finetuning.cli.errors import print_wrapped
+
+    for label, value in facts:
+        print_wrapped(f"{label:<{_LABEL_WIDTH}}  {value}", sys.stdout, _LABEL_WIDTH + 2)

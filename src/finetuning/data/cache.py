@@ -110,11 +110,17 @@ def write_entry(
             "form": FORM,
             "rows": len(train),
             "inputs": asdict(key),
+            "project": _project(),
             "statistics": [split.state_dict() for split in statistics.splits],
             "preview": [asdict(row) for row in preview],
         }
         (folder / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
         write_manifest(folder)
+
+
+def _project() -> str:
+    """Return a digest of the working directory: entries of other projects in a shared cache are not described."""
+    return hashlib.sha256(os.path.abspath(os.curdir).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def read_entry(folder: Path) -> CacheEntry | str:
@@ -146,10 +152,11 @@ _MALFORMED = (OSError, ValueError, TypeError, AttributeError, LookupError, NotIm
 """What reading JSON and Arrow files of another form raises; pyarrow's errors are among them."""
 
 
-def cache_key_of(folder: Path) -> CacheKey | None:
-    """The cache key of a folder; None if it cannot be read."""
+def cache_key_of(folder: Path, project: str | None = None) -> CacheKey | None:
+    """The cache key of a folder; None if it cannot be read, or was not written by the given project."""
     try:
-        return _parse_key(json.loads((folder / META).read_text(encoding="utf-8")))
+        meta: Any = json.loads((folder / META).read_text(encoding="utf-8"))
+        return _parse_key(meta) if project in (None, meta.get("project")) else None
     except _MALFORMED:
         return None
 
@@ -357,9 +364,10 @@ def _last_used(entry: Path) -> float:
 
 
 def _why_prepared(folder: Path, key: CacheKey) -> str:
-    """What changed since the most similar entry."""
+    """What changed since the most similar entry of this project: it would name the files of others."""
     entries = sorted((path for path in folder.iterdir() if (path / META).is_file()), key=_last_used, reverse=True)
-    keys = [earlier for path in entries[:_MAX_COMPARED] if (earlier := cache_key_of(path)) is not None]
+    project = _project()
+    keys = [earlier for path in entries[:_MAX_COMPARED] if (earlier := cache_key_of(path, project)) is not None]
     same_method = [earlier for earlier in keys if earlier.rules.get("method") == key.rules.get("method")]
     if not same_method:
         return "no similar entry in the cache"

@@ -12,6 +12,7 @@ from typing import cast
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.training import SFTArgs
+from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
 from finetuning.data.formats.row_format import ReadValues
@@ -178,6 +179,7 @@ def _check_columns(source: DatasetSource, head: Sequence[UnparsedRow], key: str)
             raise ConfigError(
                 f"none of {', '.join(columns)} is a column of the first rows; their columns: {', '.join(values[0])}",
                 location=Location(key=f"{key}.{name}"),
+                hint=next((hint for column in columns if (hint := did_you_mean(column, values[0]))), None),
             )
 
 

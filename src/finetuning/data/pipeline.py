@@ -253,6 +253,6 @@ def _make_mask_builder(
     data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, label_builder: LabelBuilder, stop_tokens: Sequence[str]
 ) -> tuple[TemplateRenderer, AssistantMaskBuilder]:
     renderer = TemplateRenderer(tokenizer)
-    template = configured_template(data_conf)
+    template = configured_template(data_conf, cast("object", tokenizer.chat_template))  # pyright: ignore[reportUnknownMemberType]
     ends = (template.end_of_turn,) if template and template.end_of_turn else ()
     return renderer, AssistantMaskBuilder(renderer, label_builder.split, (*stop_tokens, *ends))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -327,11 +327,21 @@ def raise_bad_rows(problems: Sequence[Problem]) -> None:
     """Raise DataError with the first problems and their number, if there are any."""
     if not problems:
         return
-    listed = list(problems[:MAX_SHOWN])
-    rest = len(problems) - len(listed)
-    summary = f"{counted(len(problems), 'bad row')}" + (f", the first {MAX_SHOWN} shown" if rest else "")
+    # Rows that are wrong in the same way count as one: the kinds of errors fit on a screen.
+    groups: dict[tuple[str, str | None, str | None], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.message, problem.location.file, problem.location.key), []).append(problem)
+    listed = [_first_of(rows) for rows in list(groups.values())[:MAX_SHOWN]]
+    rest = len(groups) - len(listed)
+    summary = f"{counted(len(problems), 'bad row')}" + (f", the first {MAX_SHOWN} kinds shown" if rest else "")
     listed.append(Problem(f"{summary}. Set data_conf.on_bad_row: skip to drop and count bad rows."))
     raise DataError(listed)
+
+
+def _first_of(problems: Sequence[Problem]) -> Problem:
+    """Return the first of equal problems, with the number of their rows."""
+    first, number = problems[0], len(problems)
+    return first if number == 1 else replace(first, message=f"{first.message} ({counted(number, 'row')} like this)")
 
 
 def write_report(folder: Path, report: list[SplitReport]) -> None:

@@ -47,11 +47,20 @@ _OTHER_KEYS = """
     rl datasets test_datasets val_set_size chat_template micro_batch_size gradient_accumulation_steps eval_batch_size
     bf16 flash_attention sdp_attention train_on_inputs pad_to_sequence_len dataset_prepared_path strict evals_per_epoch
     rl_beta dpo_label_smoothing load_in_8bit load_in_4bit adapter lora_modules_to_save auto_resume_from_checkpoints
-    saves_per_epoch dataset_processes lora_target_linear
+    saves_per_epoch dataset_processes lora_target_linear use_wandb use_tensorboard use_mlflow wandb_project wandb_name
+    wandb_mode
 """
 """Keys that are read by name below, or change nothing about the result."""
 _METHODS = {"sft": "sft", "dpo": "dpo", "ipo": "dpo", "kto": "kto"}
-_FORMATS = {"chat_template": "messages", "alpaca": "alpaca", "completion": "text", "input_output": "input_output"}
+_FORMATS = {"chat_template": "messages", "completion": "text", "input_output": "input_output"}
+_ALPACA_PROMPT = (
+    "Below is an instruction that describes a task"
+    "{{ ', paired with an input that provides further context' if input is defined and input else '' }}."
+    r" Write a response that appropriately completes the request.\n\n### Instruction:\n{{instruction}}\n\n"
+    "{{ '### Input:\\n' + input + '\\n\\n' if input is defined and input else '' }}"
+    r"### Response:\n{{output}}"
+)
+"""The text that axolotl makes of a row of `type: alpaca`, the prompt of Stanford's Alpaca."""
 _DATASET_KEYS = {"path", "data_files", "type", "split", "name", "field_messages", "field", "ds_type"}
 
 
@@ -74,6 +83,7 @@ def from_axolotl(document: ConfigDocument, processes: int) -> Translation:
     put_quantization(out, 4 if in_4bit else 8 if out.boolean("load_in_8bit", False) else 0)
     put_batch_size(out, out.get("micro_batch_size", 1), processes)
     _put_training_options(out)
+    _put_trackers(out)
     put_training_data(out, [_dataset(out, item) for item in out.as_list("datasets")])
     validation = [_dataset(out, item) for item in out.as_list("test_datasets")]
     put_validation_data(out, validation, out.get("val_set_size", 0))
@@ -114,6 +124,19 @@ def _put_training_options(out: Translation) -> None:
                 )
 
 
+def _put_trackers(out: Translation) -> None:
+    uses_wandb = out.boolean("use_wandb", out.has("wandb_project")) and out.get("wandb_mode") != "disabled"
+    uses_tensorboard = out.boolean("use_tensorboard", False)
+    trackers = ["wandb"] * uses_wandb + ["tensorboard"] * uses_tensorboard
+    out.put("tracking.trackers", trackers or None, "wandb_project")
+    if uses_wandb:
+        project, name = out.get("wandb_project"), out.get("wandb_name")
+        out.put("tracking.experiment_name", out.get("mlflow_experiment_name", project), "wandb_project")
+        out.put("tracking.run_name", out.get("mlflow_run_name", name), "wandb_name")
+        if out.get("wandb_mode") == "offline":
+            out.add_note("wandb_mode", "set the environment variable WANDB_MODE=offline")
+
+
 def _dataset(out: Translation, item: Any) -> Values:
     if not isinstance(item, dict):
         out.add_note("datasets", f"{item!r} is not a dataset")
@@ -121,7 +144,12 @@ def _dataset(out: Translation, item: Any) -> Values:
     kind = str(item.get("type", "chat_template"))
     source: Values = {"path": item.get("data_files") or item.get("path")}
     source |= {ours: item[theirs] for theirs, ours in (("split", "split"), ("name", "subset")) if item.get(theirs)}
-    if kind in _FORMATS:
+    if kind == "alpaca":
+        # Plain text, as there: our format of this name makes a chat of the row.
+        source["data_formatter_template"] = _ALPACA_PROMPT
+        if not out.boolean("train_on_inputs", False):
+            source["response_template"] = r"### Response:\n"
+    elif kind in _FORMATS:
         source["format"] = _FORMATS[kind]
     else:
         out.add_note("datasets", f"type {kind} is not carried over; the row format is auto-detected")

@@ -128,7 +128,7 @@ def generate_records(
     continues with the other prompts.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM was received; `output` contains the finished records.
+        Interrupted: SIGINT, SIGTERM or SIGHUP was received; `output` contains the finished records.
         FinetuningError: an error that the user can fix; no output is written.
     """
     check_output(output)
@@ -156,7 +156,7 @@ def generate_records(
     batches = [batch for batch in batches if journal.missing(batch)]
     tokens, started = 0, time.monotonic()
     progress.on_progress(GenerationProgress(len(journal.records), len(prompts), 0, 0.0))
-    with _keep_records(journal, output, len(prompts)), _raise_on_sigterm():
+    with _keep_records(journal, output, len(prompts)), _raise_on_signal():
         for answers in generate_batches(generator, prompts, batches, parameters, job.seed, progress.on_text):
             journal.add(
                 {
@@ -181,7 +181,7 @@ def _keep_records(journal: RecordJournal, output: Path, total: int) -> Iterator[
     """Keep the records so far if the block fails.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM was received; the records so far are also written to `output`.
+        Interrupted: SIGINT, SIGTERM or SIGHUP was received; the records so far are also written to `output`.
     """
     try:
         yield
@@ -199,13 +199,16 @@ def _keep_records(journal: RecordJournal, output: Path, total: int) -> Iterator[
 
 
 @contextmanager
-def _raise_on_sigterm() -> Iterator[None]:
-    """Raise Interrupted on SIGTERM while the block runs."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+def _raise_on_signal() -> Iterator[None]:
+    """Raise Interrupted on SIGTERM, and on SIGHUP unless it is ignored, while the block runs."""
+    numbers = [signal.SIGTERM]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    previous = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:

@@ -36,7 +36,7 @@ _DOCUMENTED_CODES = (
     EXIT_USER,
     EXIT_GUARD,
     EXIT_INTERNAL,
-    *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)),
+    *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)),
 )
 
 
@@ -146,7 +146,7 @@ def start(
 ) -> JobEnd:
     """Run the processes of a job to their end; the exit code is that of the first one that failed.
 
-    SIGTERM, SIGINT and SIGUSR1 are forwarded; the processes then save a checkpoint.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are forwarded; the processes then save a checkpoint.
 
     Args:
         command: the arguments of `finetuning`.

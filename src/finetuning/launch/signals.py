@@ -15,7 +15,7 @@ from finetuning.errors import EXIT_GUARD, EXIT_OK, EXIT_USER
 
 MODULE = "finetuning.cli.main"
 """What the processes of a job run."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _REPORT_S = 5
 """How long before the scheduler does it the launcher kills processes, to report the end itself."""
 
@@ -38,7 +38,8 @@ class SignalForwarder:
         """
         now = time.monotonic()
         is_first, is_repeated = not self.received, now - self._time < REPEAT_S
-        if not is_first and is_repeated:
+        # A lost terminal sends SIGHUP more than once.
+        if not is_first and (is_repeated or number == signal.SIGHUP):
             return
         self.received, self._time = self.received or number, now
         processes = processes_of_job()
@@ -56,7 +57,7 @@ class SignalForwarder:
 
 @contextmanager
 def forward_signals(grace_s: int, environ: MutableMapping[str, str] = os.environ) -> Iterator[SignalForwarder]:
-    """Forward SIGTERM, SIGINT and SIGUSR1 in the block.
+    """Forward SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored, SIGHUP in the block.
 
     Args:
         grace_s: how long after its signal the scheduler kills the job.
@@ -66,11 +67,13 @@ def forward_signals(grace_s: int, environ: MutableMapping[str, str] = os.environ
         {
             GRACE_VARIABLE: str(grace_s),
             # torch's agent would install its own handlers, which take a repeated signal for a second one.
-            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT",
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(grace_s - _REPORT_S, 1)),
         }
     )
-    previous = {number: signal.signal(number, forwarder.handle) for number in _SIGNALS}
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in _SIGNALS if number != signal.SIGHUP or not is_ignored]
+    previous = {number: signal.signal(number, forwarder.handle) for number in numbers}
     try:
         yield forwarder
     finally:

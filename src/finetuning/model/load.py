@@ -181,6 +181,37 @@ def load_model(
         ConfigError: the device map conflicts with the launcher.
         MissingPackageError: the quantization backend is not installed.
     """
+    source, arguments = loading_arguments(
+        run_conf,
+        quant_conf,
+        topology=topology,
+        sharded_by=sharded_by,
+        default_dtype=default_dtype,
+        head=head,
+        key=key,
+    )
+    model = _load_pretrained(source, head, key, arguments)
+    if model.can_generate():
+        # Every checkpoint saves the generation config, and transformers refuses to save contradictory sampling flags.
+        for change in fix_sampling_config(model.generation_config):
+            logger.info("%s: %s", source, change)
+    return model
+
+
+def loading_arguments(
+    run_conf: RunConfig,
+    quant_conf: NoQuantization | Quantized | None = None,
+    *,
+    topology: ProcessTopology | None = None,
+    sharded_by: Sharding | None = None,
+    default_dtype: Dtype = "auto",
+    head: TaskHead = CAUSAL_LM,
+    key: str = _KEY,
+) -> tuple[ModelLocation, dict[str, object]]:
+    """Return where the model is, and the arguments of `from_pretrained`, with its config. Reads no weights.
+
+    The arguments and errors are those of `load_model`, as far as the files show them without their tensors.
+    """
     args = run_conf.model_args
     attention = usable_attn_implementation(args.attn_implementation, key)
     if attention != args.attn_implementation:
@@ -205,12 +236,7 @@ def load_model(
         from finetuning.model.quantization import select_trainable_gptq_kernel
 
         select_trainable_gptq_kernel(config)
-    model = _load_pretrained(source, head, key, {"config": config, **arguments, **loader_arguments})
-    if model.can_generate():
-        # Every checkpoint saves the generation config, and transformers refuses to save contradictory sampling flags.
-        for change in fix_sampling_config(model.generation_config):
-            logger.info("%s: %s", source, change)
-    return model
+    return source, {"config": config, **arguments, **loader_arguments}
 
 
 def _load_pretrained(

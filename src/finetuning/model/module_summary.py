@@ -69,7 +69,7 @@ def summarize_modules(
     """
     args = run_conf.model_args
     source = _resolve(run_conf.model, args)
-    model = _build_on_meta(source, args, head)
+    model = build_on_meta(source, args, head)
     modules = {name: module for name, module in model.named_modules() if name}
     tensor_sizes = _tensor_sizes(source)
     all_linear = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": "all-linear"})
@@ -140,7 +140,7 @@ def look_up_modules(
     args = run_conf.model_args
     args = args.model_copy(update={"local_files_only": True})
     source = _resolve(run_conf.model, args)
-    model = _build_on_meta(source, args, head)
+    model = build_on_meta(source, args, head)
     conf = _without_weight_based_init(conf)
     is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     embeddings = EmbeddingInfo(tuple(new_ids), 0, 0, is_tied)
@@ -173,7 +173,7 @@ def _without_weight_based_init(conf: NewPeft) -> NewPeft:
     return conf.model_copy(update={"peft_kwargs": kwargs})
 
 
-def _build_on_meta(source: ModelLocation, args: ModelArgs, head: TaskHead) -> PreTrainedModel:
+def build_on_meta(source: ModelLocation, args: ModelArgs, head: TaskHead) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes, no memory."""
     config, _ = load_pretrained_config(source, args)
     config.update(dict(head.config_fields))
@@ -192,7 +192,7 @@ def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, c
 
     from finetuning.model.peft.adapters import make_peft_config
 
-    model = _build_on_meta(source, args, head)
+    model = build_on_meta(source, args, head)
     module_names = {name for name, _ in model.named_modules() if name}
     config = make_peft_config(model, _without_weight_based_init(conf), total_steps=1)
     problem = f"cannot determine what {conf.peft_type} trains without loading the weights"

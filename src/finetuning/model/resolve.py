@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetuning.config.pretrained_config import find_excessive_size, read_pretrained_config
-from finetuning.errors import Location, ModelError
+from finetuning.config.validation.suggestions import near_file
+from finetuning.errors import Location, ModelError, first_line
 
 RepoKind = Literal["model", "tokenizer", "adapter"]
 
@@ -79,6 +80,7 @@ def resolve_model(
             f"there is no folder {path.absolute()} to load the {kind} from"
             + (" (the default; set run_conf.model to a folder or hub id)" if is_default else ""),
             location=location,
+            hint=None if is_default else near_file(path),
         )
     optional = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
     arguments |= {key: value for key, value in optional.items() if value is not None}
@@ -166,15 +168,17 @@ def _must_use_cache(
     except (HfHubHTTPError, OSError, transport_error()) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 404:
             raise ModelError(f"{name} has no revision {revision!r} on the hub", location=location) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
     if is_cached:
         return True
     cache = cache_dir or "the hub cache (HF_HOME)"
-    raise ModelError(
+    error = ModelError(
         f"{name} is not a local folder, is not in {cache}, and the hub is unreachable: {reason.rstrip('.')}",
         location=location,
         hint="Set the path of a local folder, or download the model on a machine that can reach the hub.",
     )
+    error.is_unreachable = not local_files_only
+    raise error
 
 
 def transport_error() -> type[Exception]:

@@ -30,17 +30,21 @@ class LoadedTokenizer:
     """Id at the padded positions of `input_ids`, if it differs from the tokenizer's padding token; else None. Labels
     are -100 and the attention mask is 0 at these positions in either case."""
     warnings: tuple[str, ...] = ()
+    template_description: str = "its own"
+    """Which chat template it has, and why."""
 
     def __str__(self) -> str:
         added = f", {len(self.new_tokens)} new: {' '.join(self.new_tokens)}" if self.new_tokens else ""
         side = self.tokenizer.padding_side
-        return f"{len(self.tokenizer)} tokens{added}; padding on the {side} with {self.pad_description}"
+        template = f"chat template: {self.template_description}"
+        return f"{len(self.tokenizer)} tokens{added}; {template}; padding on the {side} with {self.pad_description}"
 
 
 def load_tokenizer(
     path: str,
     *,
     template_source: str | None,
+    default_template: tuple[str, str] | None = None,
     special_tokens: Sequence[str] = (),
     missing_pad_token_strategy: MissingPadTokenStrategy = MissingPadTokenStrategy.BOS_REPURPOSE,
     padding_side: Literal["right", "left"] = "right",
@@ -58,6 +62,7 @@ def load_tokenizer(
 
     Args:
         template_source: the chat template to set; None keeps the tokenizer's own.
+        default_template: name and source of the chat template to set if there is none otherwise.
         special_tokens: the tokens that the template writes, to be encoded as one token each.
         needs_template: whether it is an error to end up without a chat template.
         key: config key that names the tokenizer, for error messages.
@@ -77,24 +82,46 @@ def load_tokenizer(
         token=token,
     )
     tokenizer = _load_fast_tokenizer(source, trust_remote_code, Location(key=key))
-    warnings: list[str] = []
-    if template_source is None:
-        if needs_template and not tokenizer.chat_template:
-            raise ModelError(
-                f"the tokenizer of {source} has no chat template",
-                location=Location(key=_TEMPLATE_KEY),
-                hint="Set data_conf.chat_template_name to a template by name, such as chat-ml.",
-            )
-    else:
-        if tokenizer.chat_template and tokenizer.chat_template != template_source:
-            warnings.append(
-                f"the configured chat template replaces the one of {source}; {_TEMPLATE_KEY}: keep-original keeps it"
-            )
-        tokenizer.chat_template = template_source
+    template_description, warnings = _set_template(
+        tokenizer, str(source), template_source, default_template, needs_template
+    )
     tokenizer.padding_side = padding_side
     new_tokens = _add_special_tokens(tokenizer, special_tokens)
     pad_description, pad_input_id, pad_warning = _choose_padding(tokenizer, missing_pad_token_strategy, str(source))
-    return LoadedTokenizer(tokenizer, new_tokens, pad_description, pad_input_id, tuple(warnings + pad_warning))
+    return LoadedTokenizer(
+        tokenizer, new_tokens, pad_description, pad_input_id, tuple(warnings + pad_warning), template_description
+    )
+
+
+def _set_template(
+    tokenizer: PreTrainedTokenizerFast,
+    source: str,
+    template_source: str | None,
+    default_template: tuple[str, str] | None,
+    needs_template: bool,
+) -> tuple[str, list[str]]:
+    """Set the chat template, and return which one it is, and warnings. The arguments are those of `load_tokenizer`.
+
+    Raises:
+        ModelError: there is no chat template although one is needed.
+    """
+    shipped = tokenizer.chat_template
+    if template_source is not None:
+        tokenizer.chat_template = template_source
+        warning = f"the configured chat template replaces the one of {source}; {_TEMPLATE_KEY}: keep-original keeps it"
+        return "as configured", [warning] if shipped and shipped != template_source else []
+    if shipped:
+        return "its own", []
+    if default_template is not None:
+        name, tokenizer.chat_template = default_template
+        return f"{name}, as it has none", []
+    if needs_template:
+        raise ModelError(
+            f"the tokenizer of {source} has no chat template",
+            location=Location(key=_TEMPLATE_KEY),
+            hint="Set data_conf.chat_template_name to a template by name, such as chat-ml.",
+        )
+    return "none", []
 
 
 def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, location: Location) -> PreTrainedTokenizerFast:

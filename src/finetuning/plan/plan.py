@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from finetuning.config.sections.experiment import Experiment
-from finetuning.config.sections.training import BatchSizeConfig, GRPOTrainingArgs, TrainingArgs
+from finetuning.config.sections.training import DEFAULT_LOGGING_STEPS, BatchSizeConfig, GRPOTrainingArgs, TrainingArgs
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, Location, Problem
 from finetuning.plan.compatibility import check_compatibility, check_packages
@@ -91,6 +91,10 @@ def _warning(total: int, world_size: int, per_device: int, accumulation: int, ma
     )
 
 
+_SHORT_RUN_STEPS = 20
+"""A run of so few steps logs each of them."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Number of optimizer steps per epoch and in total."""
@@ -100,6 +104,8 @@ class StepPlan:
     per_epoch: int | None
     total: int
     reason: str
+    warning: str | None = None
+    """Why a step trains on fewer rows than a batch has."""
 
 
 def rows_per_epoch(rows: int, batch: BatchPlan, args: TrainingArgs) -> int:
@@ -148,14 +154,18 @@ def plan_steps(rows: int, batch: BatchPlan, args: TrainingArgs) -> StepPlan:
     """
     batches = math.ceil(math.ceil(rows / batch.world_size) / batch.per_device)
     per_epoch = max(math.ceil(batches / batch.accumulation), 1)
-    if args.max_steps > 0:
-        return StepPlan(
-            rows, per_epoch, args.max_steps, f"max_steps, {_plural(args.max_steps / per_epoch, 'epoch', '.3g')}"
+    warning = None
+    if 0 < rows < batch.total:
+        warning = (
+            f"{_plural(rows, 'training row')} in all, fewer than the {batch.total} of a batch"
+            " (batchsize_conf.total_train_batch_size): each step trains on all of them"
         )
+    if args.max_steps > 0:
+        reason = f"max_steps, {_plural(args.max_steps / per_epoch, 'epoch', '.3g')}"
+        return StepPlan(rows, per_epoch, args.max_steps, reason, warning)
     total = math.ceil(args.num_train_epochs * per_epoch)
-    return StepPlan(
-        rows, per_epoch, total, f"{_plural(args.num_train_epochs, 'epoch')} of {_plural(per_epoch, 'step')}"
-    )
+    reason = f"{_plural(args.num_train_epochs, 'epoch')} of {_plural(per_epoch, 'step')}"
+    return StepPlan(rows, per_epoch, total, reason, warning)
 
 
 def plan_stream(args: TrainingArgs) -> StepPlan:
@@ -290,6 +300,15 @@ class Plan:
         if self.steps is None:
             raise ValueError("the plan has no steps yet: call with_steps first")
         return self.steps.total
+
+    def logging_fields(self, args: TrainingArgs) -> dict[str, float]:
+        """Return the steps between two logs and two evaluations. A short run logs every step by default."""
+        is_short = self.steps is not None and self.steps.total <= _SHORT_RUN_STEPS
+        default = 1 if is_short else DEFAULT_LOGGING_STEPS
+        return {
+            "logging_steps": args.logging_steps or default,
+            "eval_steps": args.eval_steps or args.logging_steps or DEFAULT_LOGGING_STEPS,
+        }
 
     def with_steps(self, experiment: Experiment, rows: int | None) -> Plan:
         """Return the plan of the same experiment with the steps for this many training rows."""

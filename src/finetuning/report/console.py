@@ -6,7 +6,11 @@ import logging
 import math
 import os
 import sys
+import tempfile
+import textwrap
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import IO
 
 from rich.console import Console
@@ -51,7 +55,7 @@ def configure_logging(level: str, *, is_main: bool) -> None:
     own_level = level if is_main else "ERROR"
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("finetuning").setLevel(own_level)
-    environment = dict(_ENVIRONMENT)
+    environment = _ENVIRONMENT | _substitute_caches(os.environ)
     if level != "DEBUG":
         environment |= _QUIET_ENVIRONMENT
         warnings.simplefilter("ignore")
@@ -59,6 +63,53 @@ def configure_logging(level: str, *, is_main: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+
+
+_HOME_CACHES = {"HF_HOME": "huggingface", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+
+
+def _substitute_caches(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables that give libraries what they miss where the user has no name, or no home to write to.
+
+    Containers with arbitrary user ids have no entry in passwd, and a home that is missing or not writable.
+    """
+    variables = {} if _has_passwd_entry() else {"USER": str(os.getuid())}
+    home = os.path.expanduser("~")
+    root = Path(environ.get("XDG_CACHE_HOME") or Path(home, ".cache"))
+    if home != "~" and _is_usable(root):
+        return variables
+    folder = Path(tempfile.gettempdir(), f"finetuning-{os.getuid()}")
+    if home == "~":
+        variables["HOME"] = str(folder)
+    # Downloads that can be read are kept in use.
+    names = [name for name in _HOME_CACHES if not environ.get(name)]
+    names = [name for name in names if name != "HF_HOME" or not os.path.isdir(root / "huggingface")]
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        logging.getLogger("finetuning").warning("libraries have no folder for their caches: %s", error)
+        return variables
+    if names:
+        logging.getLogger("finetuning").warning(
+            "%s is not writable: libraries keep their caches in %s. Set HF_HOME to keep downloads", root, folder
+        )
+    return variables | {name: str(folder / _HOME_CACHES[name]) for name in names}
+
+
+def _has_passwd_entry() -> bool:
+    import pwd
+
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return True
+
+
+def _is_usable(folder: Path) -> bool:
+    """Return whether a folder can be written to, or created."""
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
 def quiet_libraries(bars: bool = False) -> None:
@@ -71,6 +122,23 @@ def quiet_libraries(bars: bool = False) -> None:
     transformers_logging.set_verbosity_error()
     if not bars:
         transformers_logging.disable_progress_bar()
+
+
+def wrap_words(text: str, width: int, indent: int = 0) -> str:
+    """Return a line wrapped at spaces; a word that is longer than a line, such as a path, stays whole.
+
+    >>> wrap_words("error: a long message", 12)
+    'error: a\\nlong message'
+    """
+    return textwrap.fill(
+        text,
+        max(width, indent + 20),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+    )
 
 
 UNKNOWN = "–"

@@ -18,8 +18,8 @@ from markupsafe import Markup
 from finetuning.config.redaction import redact_text
 from finetuning.data.preview import head_of
 from finetuning.report.charts import HEIGHT, WIDTH, Chart, Series, line_chart, timeline
-from finetuning.report.console import UNKNOWN, duration, loss, rate, shortened
-from finetuning.report.run_folder import RunData, parse_time, read_run
+from finetuning.report.console import UNKNOWN, duration, rate, shortened
+from finetuning.report.run_folder import RunData, final_losses, parse_time, read_run
 
 FILE_NAME = "report.html"
 logger = logging.getLogger(__name__)
@@ -357,8 +357,7 @@ def key_results(run: RunData) -> list[tuple[str, str]]:
     steps = max((points[-1][0] for points in run.series.values() if points), default=0)
     total = ((record.get("plan") or {}).get("steps") or {}).get("total")
     results = [
-        ("final loss", loss(run.last("loss"))),
-        ("validation loss", loss(run.last("eval_loss"))),
+        *final_losses(run.series, run.folder).lines(),
         ("steps", f"{steps:,} of {total:,}" if total and total != steps else f"{steps:,}"),
         ("tokens per second", rate(_typical(run, "tokens_per_s"))),
         ("time", duration(run.seconds)),

@@ -6,12 +6,13 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetuning.errors import ConfigError, Location
+from finetuning.report.console import loss
 from finetuning.tracking.tracker import LOSS_LOG_NAME, METRICS_LOG_NAME
 
 if TYPE_CHECKING:
@@ -34,6 +35,66 @@ def read_series(folder: Path) -> Series:
     if not series:
         series = _collect(_state_rows(folder))
     return series or _collect(_loss_rows(folder / LOSS_LOG_NAME))
+
+
+@dataclass(frozen=True)
+class FinalLosses:
+    """The losses at the end of a run, and what they are of."""
+
+    training: float | None = None
+    training_steps: tuple[int, int] = (0, 0)
+    """The first and last step of the last logged window: the loss is the mean over it."""
+    validation: float | None = None
+    validation_step: int = 0
+    best: float | None = None
+    """The lowest validation loss."""
+    best_step: int = 0
+    best_checkpoint: str | None = None
+    """The name of the checkpoint with the lowest validation loss, if it was kept."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return each loss with its label.
+
+        >>> [text for _, text in FinalLosses(0.25, (81, 84), 0.5, 84, 0.5, 84, "checkpoint-84").lines()]
+        ['0.2500, mean over steps 81 to 84', '0.5000 at step 84, the best, checkpoint-84']
+        """
+        lines: list[tuple[str, str]] = []
+        first, last = self.training_steps
+        if self.training is not None:
+            what = f"step {last}" if first == last else f"mean over steps {first} to {last}"
+            lines.append(("final loss", f"{loss(self.training)}, {what}"))
+        if self.validation is not None:
+            text = f"{loss(self.validation)} at step {self.validation_step}"
+            best = f"{loss(self.best)} at step {self.best_step}, the best"
+            text = best if self.best_step == self.validation_step else f"{text}; {best}"
+            lines.append(("validation loss", text + (f", {self.best_checkpoint}" if self.best_checkpoint else "")))
+        return lines
+
+
+def final_losses(series: Series, folder: Path) -> FinalLosses:
+    """Return the last losses that a run in `folder` has logged."""
+    points, validation = series.get("loss") or [], series.get("eval_loss") or []
+    losses = FinalLosses()
+    if points:
+        before = points[-2][0] if len(points) > 1 else 0
+        losses = replace(losses, training=points[-1][1], training_steps=(before + 1, points[-1][0]))
+    if validation:
+        step, best = min(validation, key=lambda point: (point[1], -point[0]))
+        name = f"checkpoint-{step}"
+        losses = replace(
+            losses,
+            validation=validation[-1][1],
+            validation_step=validation[-1][0],
+            best=best,
+            best_step=step,
+            best_checkpoint=name if (folder / name).is_dir() else None,
+        )
+    return losses
+
+
+def series_of_history(history: Iterable[Mapping[str, Any]]) -> Series:
+    """Return the metrics of the Trainer's `log_history`."""
+    return _collect((int(entry.get("step", 0)), _without_step(entry)) for entry in history)
 
 
 def downsample(points: list[tuple[int, float]], limit: int = 600) -> list[tuple[int, float]]:
@@ -82,7 +143,11 @@ def _collect(rows: Iterable[tuple[int, Mapping[str, object]]]) -> Series:
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     for row in read_json_lines(path):
         if isinstance(row.get("step"), int):
-            yield row["step"], {key: value for key, value in row.items() if key not in _NO_VALUES}
+            yield row["step"], _without_step(row)
+
+
+def _without_step(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in _NO_VALUES}
 
 
 def _state_rows(folder: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
@@ -93,7 +158,7 @@ def _state_rows(folder: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
         except (OSError, ValueError):
             return
         for entry in history:
-            yield int(entry.get("step", 0)), {key: value for key, value in entry.items() if key not in _NO_VALUES}
+            yield int(entry.get("step", 0)), _without_step(entry)
 
 
 def _loss_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:

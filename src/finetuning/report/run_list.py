@@ -12,7 +12,7 @@ from typing import Any
 
 from finetuning.atomic_io import try_lock
 from finetuning.errors import ConfigError, Location
-from finetuning.report.run_folder import RECORD_NAME, read_run_record
+from finetuning.report.run_folder import RECORD_NAME, FinalLosses, read_run_record
 from finetuning.tracking.tracker import METRICS_LOG_NAME as METRICS_NAME
 
 _LOCK_NAME = ".finetuning.lock"
@@ -32,7 +32,10 @@ class RunState:
     step: int | None
     steps: int | None
     loss: float | None
+    """The mean over the steps since the log before."""
     validation_loss: float | None
+    losses: dict[str, str]
+    """The losses of a run that has ended, as they are printed at its end, by label."""
     tokens_per_s: float | None
     goodput: float | None
     started: str | None
@@ -68,10 +71,20 @@ def read_state(folder: Path) -> RunState | None:
         steps=((record.get("plan") or {}).get("steps") or {}).get("total"),
         loss=last.get("loss"),
         validation_loss=last.get("eval_loss"),
+        losses=dict(_losses(record).lines()),
         tokens_per_s=last.get("tokens_per_s"),
         goodput=(telemetry.get("session") or {}).get("goodput"),
         started=jobs[0].get("started"),
     )
+
+
+def _losses(record: Mapping[str, Any]) -> FinalLosses:
+    losses = record.get("losses")
+    try:
+        return FinalLosses(**losses) if isinstance(losses, dict) else FinalLosses()
+    except TypeError:
+        # Of another version.
+        return FinalLosses()
 
 
 def _records(folder: Path) -> Iterator[Path]:

@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetuning.report.console import UNKNOWN, duration, is_live, loss, rate, shortened, small
+from finetuning.report.console import UNKNOWN, duration, is_live, loss, rate, shortened, small, wrap_words
+from finetuning.report.run_folder import FinalLosses
 from finetuning.tracking.tracker import LogEvent, StepMetrics, Tracker
 
 _INDENT = "  "
@@ -55,8 +56,7 @@ class RunSummary:
     headline: str
     good: bool
     outputs: Sequence[OutputFile] = ()
-    final_loss: float | None = None
-    validation_loss: float | None = None
+    losses: FinalLosses | None = None
     training_s: float | None = None
     first_step_s: float | None = None
     total_s: float | None = None
@@ -78,21 +78,16 @@ def print_start(console: Console, title: str, lines: Sequence[SummaryLine]) -> N
             _plain(console, f"{_INDENT}{line.label:<{width}}  {shortened(line.value)}{reason}")
         _plain(console, "")
         return
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
     for line in lines:
-        table.add_row(
-            f"{_INDENT}{line.label}",
-            Text.assemble(shortened(line.value), (f"  ({line.reason})" if line.reason else "", "dim")),
-        )
-    console.print(table, soft_wrap=False)
+        reason = f"  ({line.reason})" if line.reason else ""
+        _labeled(console, f"{line.label:<{width}}", shortened(line.value), reason, label_style="bold")
     _plain(console, "")
 
 
 def print_warning(console: Console, text: str) -> None:
     """Print a warning: wrapped in a terminal, on one line in a log file."""
-    console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=not is_live(console))
+    text = f"warning: {text}"
+    _plain(console, wrap_words(text, console.width) if is_live(console) else text, "yellow")
 
 
 def print_end(console: Console, summary: RunSummary) -> None:
@@ -118,19 +113,25 @@ def _fact(console: Console, label: str, value: str, style: str = "", gap: int = 
     if not is_live(console) or " " not in value:
         _plain(console, f"{_INDENT}{label}{' ' * gap}{value}", style)
         return
-    table = Table.grid(padding=(0, gap, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row(Text(f"{_INDENT}{label}", style=style), Text(value, style=style))
-    console.print(table, soft_wrap=False)
+    _labeled(console, label, value, label_style=style, style=style, gap=gap)
+
+
+def _labeled(
+    console: Console, label: str, value: str, reason: str = "", *, label_style: str = "", style: str = "", gap: int = 2
+) -> None:
+    """Print a label and its value, wrapped below its first word; words, such as paths, are not broken."""
+    start = f"{_INDENT}{label}{' ' * gap}"
+    text = Text(wrap_words(f"{start}{value}{reason}", console.width, len(start)), style=style)
+    text.stylize(label_style, 0, len(start))
+    if reason:
+        # Wrapping changes white space only.
+        letters = [index for index, letter in enumerate(text.plain) if not letter.isspace()]
+        text.stylize("dim", letters[len("".join((start + value).split()))])
+    console.print(text, soft_wrap=True)
 
 
 def _result_facts(summary: RunSummary) -> list[tuple[str, str]]:
-    facts = [
-        (label, loss(value))
-        for label, value in (("final loss", summary.final_loss), ("validation loss", summary.validation_loss))
-        if value is not None
-    ]
+    facts = summary.losses.lines() if summary.losses else []
     if summary.total_s is not None:
         parts = [("training", summary.training_s), ("first step", summary.first_step_s)]
         inside = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts if seconds is not None)

@@ -165,6 +165,18 @@ class TrackerCallback(transformers.TrainerCallback):
         )
 
 
+class LogLastStep(transformers.TrainerCallback):
+    """Has the last step logged, whether or not `logging_steps` divides its number. Must be the last callback."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # The Trainer logs a step once.
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if is_last and args.logging_strategy != "no":
+            control.should_log = True
+
+
 def numeric_values(logs: Mapping[str, object]) -> dict[str, float]:
     """Return the numbers among a trainer's logs, one-element tensors included."""
     numbers: dict[str, float] = {}

@@ -249,14 +249,15 @@ _PACKAGES = ("finetuning", "torch", "transformers", "trl", "peft", "accelerate",
 def parameters(config: Mapping[str, YamlValue], *, flatten: bool = True) -> dict[str, str]:
     """Return text values by dotted keys, at most 6000 characters each; without `flatten`, one JSON text per section.
 
-    Secrets are redacted. The full config is uploaded as a file; parameters are for sorting and filtering runs.
+    Values that are not set are left out, and secrets redacted. The full config is uploaded as a file; parameters are
+    for sorting and filtering runs.
 
     >>> parameters({"run_conf": {"model": "m", "token": "hf_x"}, "seeds": [1, 2]})
     {'run_conf.model': 'm', 'seeds': '[1, 2]'}
     """
     redacted = redact_values(config)
     pairs = _leaves(redacted, ()) if flatten else redacted.items()
-    return {str(key)[:MAX_KEY_LENGTH]: _truncate(_text(value)) for key, value in pairs}
+    return {str(key)[:MAX_KEY_LENGTH]: _truncate(_text(value)) for key, value in pairs if value is not None}
 
 
 def version_tags() -> dict[str, str]:

@@ -117,18 +117,6 @@ class TrainingLoopMixin(TrainerBase):
         with _reraise_as_config_error(f"training_args.{key}"):
             return super().create_scheduler(num_training_steps, optimizer)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        from finetuning.model.resolve import transport_error
-
-        try:
-            super().init_hf_repo(token, private)
-        except (OSError, ValueError, transport_error()) as error:
-            raise ConfigError(
-                f"the repository on the Hub cannot be created or reached: {first_line(error)}",
-                location=Location(key="training_args.push_to_hub"),
-                hint="Check HF_TOKEN, training_args.hub_model_id and the network, or remove push_to_hub.",
-            ) from error
-
     def evaluate(
         self,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,

@@ -39,7 +39,7 @@ class _Array(Protocol):
     def tolist(self) -> object: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class NamedReward:
     """A reward function that checks what the function returns, and has a name for logs and error messages."""
 
@@ -47,6 +47,8 @@ class NamedReward:
     location: Location
     function: Callable[..., object]
     arguments: Mapping[str, object] = field(default_factory=dict[str, object])
+    has_judged: bool = False
+    """Whether it has returned a reward for any completion."""
 
     @property
     def __name__(self) -> str:
@@ -70,7 +72,9 @@ class NamedReward:
         if not isinstance(values, list) or len(values) != len(completions):
             count = len(values) if isinstance(values, list) else 1
             raise self.error(f"returned {count} rewards for {len(completions)} completions")
-        return [self._number(value, index) for index, value in enumerate(values)]
+        rewards = [self._number(value, index) for index, value in enumerate(values)]
+        self.has_judged = self.has_judged or any(reward is not None for reward in rewards)
+        return rewards
 
     def _number(self, value: Any, index: int) -> float | None:
         if value is None:

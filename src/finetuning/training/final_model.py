@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 
 from finetuning.atomic_io import atomic_directory, is_disk_full, staging_path
 from finetuning.config.pretrained_config import quantization_method
+from finetuning.config.redaction import redact_text
 from finetuning.config.sections.experiment import Experiment
-from finetuning.errors import GuardStopped, Location, StorageError
+from finetuning.distributed import announce_wait
+from finetuning.errors import ConfigError, GuardStopped, Location, StorageError, first_line
 from finetuning.export.verify import verify_saved
 from finetuning.model.peft.adapter_files import adapter_digests, is_peft_model
 from finetuning.model.save import find_stop_tokens, save_model
@@ -295,6 +297,72 @@ def _copy_file(source: str | Path, target: str | Path) -> None:
     shutil.copyfile(source, target)
     if not filecmp.cmp(source, target, shallow=False):
         raise OSError(f"{target} is not what was copied to it")
+
+
+def check_hub_login(experiment: Experiment) -> None:
+    """Check before training that the Hub knows the user, if the final model is to be pushed there.
+
+    Raises:
+        ConfigError: it does not, or cannot be reached.
+    """
+    options = experiment.training_args.model_extra or {}
+    if not options.get("push_to_hub"):
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    from finetuning.model.resolve import transport_error
+
+    try:
+        HfApi(token=_hub_token(options)).whoami()
+    except (OSError, ValueError, LocalTokenNotFoundError, transport_error()) as error:
+        raise ConfigError(
+            f"the Hub cannot be reached, or does not know you: {first_line(error)}",
+            location=Location(key="training_args.push_to_hub"),
+            hint="Set HF_TOKEN to a token with write access, check the network, or remove push_to_hub.",
+        ) from error
+
+
+def push_to_hub(experiment: Experiment, model: FinalModel) -> tuple[str | None, str | None]:
+    """Upload the final model, if the config asks for it, to `hub_model_id` or a repository named as the output folder.
+
+    Returns:
+        The address of the repository, or why the upload failed: the model is saved, so that is no error of the run.
+    """
+    options = experiment.training_args.model_extra or {}
+    if not options.get("push_to_hub"):
+        return None, None
+    from huggingface_hub import HfApi
+
+    from finetuning.model.resolve import transport_error
+
+    name = options.get("hub_model_id") or Path(experiment.training_args.output_dir).resolve().name
+    try:
+        api = HfApi(token=_hub_token(options))
+        repository = api.create_repo(str(name), private=options.get("hub_private_repo"), exist_ok=True)
+        revision = options.get("hub_revision")
+        with announce_wait(f"the Hub to take {model.folder}", after_s=30.0):
+            api.upload_folder(
+                repo_id=repository.repo_id,
+                folder_path=model.folder,
+                commit_message=f"Upload {model.kind}",
+                revision=str(revision) if revision else None,
+            )
+    except (OSError, ValueError, RuntimeError, transport_error()) as error:
+        reason = redact_text(first_line(error))
+        logger.warning(
+            "the final model was not pushed to the Hub: %s. Push it later with: hf upload %s %s",
+            reason,
+            name,
+            shlex.quote(model.folder),
+        )
+        return None, reason
+    return str(repository), None
+
+
+def _hub_token(options: Mapping[str, Any]) -> str | None:
+    token = options.get("hub_token")
+    return token.get_secret_value() if hasattr(token, "get_secret_value") else token
 
 
 def next_commands(model: FinalModel) -> list[NextCommand]:

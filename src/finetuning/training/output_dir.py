@@ -36,7 +36,7 @@ from finetuning.errors import (
 )
 from finetuning.plan.memory_estimate import MemoryEstimate
 from finetuning.plan.plan import format_bytes
-from finetuning.report.run_folder import COMPLETE_MARKER, CONFIG_NAME, RECORD_NAME, read_run_record
+from finetuning.report.run_folder import COMPLETE_MARKER, CONFIG_NAME, RECORD_NAME, FinalLosses, read_run_record
 from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
@@ -69,9 +69,19 @@ class RunResult:
     model: FinalModel | None = None
     """None if the run was already complete, and on processes other than the main one."""
     steps: int = 0
-    final_loss: float | None = None
+    losses: FinalLosses | None = None
     training_s: float | None = None
     """Duration of the training loop in seconds."""
+
+    @property
+    def folder(self) -> str | None:
+        """The folder of the final model or adapter."""
+        return self.model.folder if self.model else None
+
+    @property
+    def final_loss(self) -> float | None:
+        """The last logged loss: the mean over the steps since the log before."""
+        return self.losses.training if self.losses else None
 
 
 class RunRecord:
@@ -140,9 +150,7 @@ def is_complete(experiment: Experiment) -> bool:
         StorageError: the directory is not writable, or holds another run that this one would mix with.
     """
     output_dir, run_conf = Path(experiment.training_args.output_dir), experiment.run_conf
-    existing = output_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_parent(output_dir)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise StorageError(f"{output_dir} is not writable (user id {os.getuid()})", location=Location(key=_KEY))
     final = output_dir / run_conf.final_checkpoint_name
@@ -197,6 +205,11 @@ def move_earlier_run(experiment: Experiment) -> tuple[str, ...]:
     return (f"{', '.join(path.name for path in moved)} of an earlier run moved to {target}",)
 
 
+def existing_parent(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
 def check_free_space(experiment: Experiment, memory: MemoryEstimate | None) -> None:
     """Check that a checkpoint and the final model fit on the disk, as far as their size is known.
 
@@ -208,7 +221,7 @@ def check_free_space(experiment: Experiment, memory: MemoryEstimate | None) -> N
     output_dir = Path(experiment.training_args.output_dir)
     saves_checkpoints = experiment.training_args.save_strategy != "no"
     needed = memory.trained_bytes + memory.checkpoint_bytes * saves_checkpoints
-    free = shutil.disk_usage(output_dir).free
+    free = shutil.disk_usage(existing_parent(output_dir)).free
     if free < needed:
         raise StorageError(
             f"{output_dir}: {format_bytes(free)} free; {'a checkpoint and ' * saves_checkpoints}the final model need"
@@ -271,7 +284,7 @@ def _take_over(output_dir: Path, holder: str, is_locked: bool) -> None:
         StorageError: another run uses the directory.
     """
     match = re.match(r"process (\d+) on (\S+)", holder)
-    refused = StorageError(f"another run ({holder or 'unknown'}) is using {output_dir}", location=Location(key=_KEY))
+    refused = _in_use(output_dir, holder)
     if not match:
         if is_locked:
             raise refused
@@ -329,6 +342,20 @@ def _renewed(lease: Path) -> Iterator[None]:
         yield
     finally:
         is_over.set()
+
+
+def check_not_in_use(output_dir: Path) -> None:
+    """Raise StorageError if a run of this machine holds the lock of the directory. Creates nothing."""
+    if (output_dir / _LOCK_NAME).is_file():
+        with open(output_dir / _LOCK_NAME, encoding="utf-8") as lock:
+            if try_lock(lock.fileno(), shared=True) is False:
+                raise _in_use(output_dir, lock.read())
+
+
+def _in_use(output_dir: Path, holder: str) -> StorageError:
+    return StorageError(
+        f"another run ({holder.strip() or 'unknown'}) is using {output_dir}", location=Location(key=_KEY)
+    )
 
 
 def _training_started(output_dir: Path) -> bool:

@@ -129,6 +129,8 @@ class RunReporter:
         """The plan is complete, and the process group exists."""
         self._telemetry.connect(arguments)
         self._telemetry.planned(plan)
+        if plan.steps is not None and plan.steps.warning:
+            self._warn(plan.steps.warning)
         state = arguments.distributed_state
         if self._topology.sharded_by == "fsdp" and state is not None and state.distributed_type == "MULTI_CPU":
             self._warn(
@@ -179,7 +181,7 @@ class RunReporter:
             ConfigError: a controller cannot be built, or no checkpoint can be uploaded to the configured address.
         """
         from finetuning.report.terminal import progress_tracker
-        from finetuning.tracking.callback import TrackerCallback
+        from finetuning.tracking.callback import LogLastStep, TrackerCallback
         from finetuning.tracking.tracker import LossLog, MetricsLog, TrackerGroup
 
         trackers = [progress_tracker(self._console)]
@@ -197,6 +199,7 @@ class RunReporter:
             *self._tracker_set.callbacks(),
             # Controllers last: a step that they stop at has been logged.
             *self._controllers.callbacks(),
+            LogLastStep(),
         ]
 
     def trainer_built(self, trainer: TrainerMixin, stop: StopOnSignal) -> None:
@@ -290,7 +293,7 @@ class RunReporter:
                     *([OutputFile("report", self._report)] if self._report else []),
                     OutputFile("record", self._output_dir / RECORD_NAME),
                 ],
-                final_loss=result.final_loss,
+                losses=result.losses,
                 training_s=result.training_s,
                 total_s=time.monotonic() - self._started,
                 facts=[("controller", text) for text in self._controllers.actions()]
@@ -315,6 +318,10 @@ class RunReporter:
 
     def _mlflow_command(self) -> list[NextCommand]:
         return [NextCommand(self._mlflow_ui, "show the run in MLflow's pages")] if self._mlflow_ui else []
+
+    def pushed(self, text: str) -> None:
+        """The final model was pushed to the Hub, or why not."""
+        self._results.append(("hub", text))
 
     def upload(self, folder: Path) -> dict[str, object]:
         """Upload a final model that an earlier job saved. Return the outcome for the record."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,8 @@ from finetuning.config.yaml.dump import dump_yaml
 from finetuning.distributed import ProcessTopology, read_job_end_time, set_torchrun_variables
 from finetuning.errors import FinetuningError
 from finetuning.plan.plan import Plan
-from finetuning.report.run_folder import CONFIG_NAME, read_run_record
-from finetuning.training.final_model import initial_weights, save_final_model
+from finetuning.report.run_folder import CONFIG_NAME, final_losses, read_run_record, series_of_history
+from finetuning.training.final_model import check_hub_login, initial_weights, push_to_hub, save_final_model
 from finetuning.training.output_dir import (
     RunRecord,
     RunResult,
@@ -36,7 +36,7 @@ from finetuning.training.setup import build_arguments, build_trainer, load_model
 from finetuning.training.signals import StopOnSignal
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback
+    from transformers import TrainerCallback
 
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.training.reporter import RunReporter
@@ -87,12 +87,20 @@ def run_training(job: TrainingJob) -> RunResult:
             (job.output_dir / CONFIG_NAME).write_text(dump_yaml(job.experiment), encoding="utf-8")
         record = RunRecord(job.output_dir, job.algorithm.name, writes=job.topology.is_main)
         with ExitStack() as signals, _record_end(job, record):
-            return _run_pipeline(job, record, signals)
+            result = _run_pipeline(job, record, signals)
+        if result.model is not None:
+            # Last: the model has its card, and the run is complete whatever becomes of the upload.
+            address, error = push_to_hub(job.experiment, result.model)
+            if address or error:
+                record.update(hub={"address": address, "error": error})
+                job.reporter.pushed(address or f"not pushed: {error}")
+        return result
 
 
 def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> RunResult:
     experiment, algorithm, reporter = job.experiment, job.algorithm, job.reporter
     check_device(experiment)
+    check_hub_login(experiment)
     resume = _find_resume_point(job)
     reporter.run_started(resume)
     tokenizer = load_tokenizer(experiment)
@@ -136,6 +144,8 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
     signals.enter_context(stop.handle_signals())
     with reporter.watch_processes(record):
         output = trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
+    losses = final_losses(series_of_history(trainer.state.log_history), job.output_dir)
+    record.update(losses=asdict(losses))
     stop.raise_if_interrupted(trainer)
     record.update(**reporter.training_ended(data, plan))
 
@@ -145,9 +155,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
         record.update(artifact=final.as_dict())
         reporter.model_saved(final)
     stop.log_late_signal()
-    return RunResult(
-        "completed", final, trainer.state.global_step, _last_loss(trainer), output.metrics.get("train_runtime")
-    )
+    return RunResult("completed", final, trainer.state.global_step, losses, output.metrics.get("train_runtime"))
 
 
 def _base_fingerprint(job: TrainingJob) -> Fingerprint | None:
@@ -228,8 +236,3 @@ def set_seed(seed: int, determinism: str) -> None:
     transformers.set_seed(seed)
     if determinism == "half":
         torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _last_loss(trainer: Trainer) -> float | None:
-    """Return the last logged loss. The mean over the run would include its first steps."""
-    return next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)

@@ -40,13 +40,14 @@ if TYPE_CHECKING:
     from finetuning.plan.plan import Plan
     from finetuning.trainer.mixin import TrainerMixin
 
-# Progress, tracking and the check for non-finite losses are ours.
+# Progress, tracking, the upload to the Hub and the check for non-finite losses are ours.
 _FIXED = {
     "report_to": "none",
     "disable_tqdm": True,
     "logging_nan_inf_filter": False,
     "include_num_input_tokens_seen": "no",
     "label_names": ["labels"],
+    "push_to_hub": False,
 }
 # Fields that our trainer has and the config class does not.
 _OWN_FIELDS = {"sft": ("activation_offloading",), "dpo": ("max_prompt_length",)}
@@ -99,6 +100,7 @@ def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
         "learning_rate": plan.learning_rate,
         "per_device_train_batch_size": plan.batch.per_device,
         "per_device_eval_batch_size": plan.batch.per_device_eval,
+        **plan.logging_fields(args),
         "gradient_accumulation_steps": plan.batch.accumulation,
         "deepspeed": _deepspeed_config(args.deepspeed, plan),
         "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
@@ -137,16 +139,16 @@ def _deepspeed_config(config: str | dict[str, object] | None, plan: Plan) -> str
 
 def load_tokenizer(experiment: Experiment) -> LoadedTokenizer:
     """Return the tokenizer with the experiment's chat template and padding."""
-    from finetuning.data.chat.template import configured_template
+    from finetuning.data.chat.template import configured_template, default_template
     from finetuning.model import tokenizer
 
     data, run = experiment.data_conf, experiment.run_conf
-    template = configured_template(data)
-    args = run.model_args
-    is_models = run.tokenizer is None or run.tokenizer == run.model
+    template, default = configured_template(data), default_template(data)
+    args, is_models = run.model_args, run.tokenizer is None or run.tokenizer == run.model
     return tokenizer.load_tokenizer(
         run.tokenizer or run.model,
         template_source=template.source if template else None,
+        default_template=(str(default.name), default.source) if default else None,
         special_tokens=tuple(dict.fromkeys([*(template.special_tokens if template else ()), *data.special_tokens])),
         # Plain text needs none; a chat without one is rejected when it is prepared.
         needs_template=experiment.method_name != "sft",
@@ -199,7 +201,7 @@ def end_of_turn(experiment: Experiment, tokenizer: LoadedTokenizer) -> EndOfTurn
     from finetuning.data.chat.end_of_turn import EndOfTurnFinder
     from finetuning.data.chat.template import TemplateRenderer, configured_template
 
-    template = configured_template(experiment.data_conf)
+    template = configured_template(experiment.data_conf, tokenizer.tokenizer.chat_template)
     if template is not None and template.name is not None:
         return template.end_of_turn
     if not tokenizer.tokenizer.chat_template:

@@ -20,7 +20,7 @@ from finetuning.errors import Interrupted
 logger = logging.getLogger("finetuning")
 
 STOP_FILE = "STOP"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Above every signal number: the processes of a run agree on the maximum of what each of them received.
 _TIME_LIMIT, _STOP_FILE = 1000, 1001
 _UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -28,6 +28,8 @@ _UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 class FirstSignal:
     """Remember the first signal. Repeats within `REPEAT_S` are the same request; a later signal ends the process.
+
+    Except SIGHUP: a lost terminal sends it more than once.
 
     SIGTERM after SIGUSR1 is not a later one: schedulers announce their time limit by SIGUSR1, and repeat it by SIGTERM.
     """
@@ -40,6 +42,8 @@ class FirstSignal:
         self._latest = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGHUP:
+            return
         now = time.monotonic()
         announced = self._latest == signal.SIGUSR1 and number == signal.SIGTERM
         if self.number and not self.is_answered and not announced and now - self._time >= REPEAT_S:
@@ -52,8 +56,10 @@ class FirstSignal:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGTERM, SIGINT and SIGUSR1 in the block."""
-        previous = {number: signal.signal(number, self.handle) for number in _SIGNALS}
+        """Handle SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored, SIGHUP in the block."""
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in _SIGNALS if number != signal.SIGHUP or not is_ignored]
+        previous = {number: signal.signal(number, self.handle) for number in numbers}
         try:
             yield
         finally:
@@ -62,10 +68,11 @@ class FirstSignal:
 
 
 class StopOnSignal(TrainerCallback):
-    """Save and stop at the next step after SIGTERM, SIGINT or SIGUSR1, a time limit, or a file `STOP` in `output_dir`.
+    """Save and stop at the next step after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, a time limit, or a file `STOP`.
 
     All processes stop at the same step. After the last step a signal stops nothing: the final model is saved first. A
-    second signal, some seconds after the first, ends the process at once.
+    second signal, some seconds after the first, ends the process at once, except SIGHUP, which a lost terminal sends more
+    than once. SIGHUP stops nothing where it is ignored, as under `nohup`.
 
     Args:
         max_time: a duration such as `1h30m`.

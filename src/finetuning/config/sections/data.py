@@ -180,8 +180,9 @@ class DataConfig(ConfigSection):
     """Training datasets and how to combine them."""
     validation_data: ValidationData
     """Validation datasets, or how to hold out validation rows. `type: NONE` disables validation."""
-    chat_template_name: ChatTemplateName = ChatTemplateName.MISTRAL_WITH_SYSTEM
-    """Built-in chat template that renders conversations to text."""
+    chat_template_name: ChatTemplateName | None = None
+    """Built-in chat template that renders conversations to text. By default the tokenizer's own template is used, and
+    `mistral-with-system` if it has none."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Custom chat template, instead of a built-in one: Jinja source, the path of a file, or `trl/NAME` for one that
     ships with TRL, such as `trl/glm4moe_training`."""

@@ -18,6 +18,7 @@ def _check_steps(value: float) -> float:
 
 
 Steps = Annotated[float, Field(gt=0), AfterValidator(_check_steps)]
+DEFAULT_LOGGING_STEPS = 10
 """A number of optimizer steps, or, below 1, a fraction of all steps."""
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -71,14 +72,15 @@ class TrainingArgs(ConfigSection):
     """Keyword arguments of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`."""
     logging_strategy: Strategy = "steps"
     """When to log metrics: never, every `logging_steps`, or every epoch."""
-    logging_steps: Steps = 10
-    """Optimizer steps between two logs, or, below 1, a fraction of all steps."""
-    logging_first_step: bool = False
+    logging_steps: Steps | None = None
+    """Optimizer steps between two logs, or, below 1, a fraction of all steps. By default 10, and 1 in a run of at most
+    20 steps. The last step is logged as well."""
+    logging_first_step: bool = True
     """Also log the first step."""
     eval_strategy: Strategy = "no"
     """When to evaluate: never, every `eval_steps`, or every epoch."""
     eval_steps: Steps | None = None
-    """Optimizer steps between two evaluations, or, below 1, a fraction of all steps. Defaults to `logging_steps`."""
+    """Optimizer steps between two evaluations, or, below 1, a fraction of all steps. Default: `logging_steps` or 10."""
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
     """When to save a checkpoint: never, every `save_steps`, every epoch, or when the metric has improved."""
     save_steps: Steps = 500

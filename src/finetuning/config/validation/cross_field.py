@@ -16,7 +16,13 @@ from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSo
 from finetuning.config.sections.experiment import Experiment, GenerationConfig, SFTExperiment
 from finetuning.config.sections.model import BitsAndBytes, NoPeft
 from finetuning.config.sections.tracking import report_to_trackers, requested_trackers
-from finetuning.config.sections.training import BatchSizeConfig, DPOTrainingArgs, GRPOTrainingArgs, KTOTrainingArgs
+from finetuning.config.sections.training import (
+    DEFAULT_LOGGING_STEPS,
+    BatchSizeConfig,
+    DPOTrainingArgs,
+    GRPOTrainingArgs,
+    KTOTrainingArgs,
+)
 from finetuning.config.validation.controller_rules import check_controllers
 from finetuning.config.validation.streaming_rules import STREAMING_RULES
 from finetuning.config.validation.suggestions import did_you_mean
@@ -198,7 +204,7 @@ def best_model_requires_matching_strategies(run: Experiment) -> Iterator[Validat
             f" {args.eval_strategy}.",
         )
     elif args.save_strategy == "steps":
-        saves, evaluations = args.save_steps, args.eval_steps or args.logging_steps
+        saves, evaluations = args.save_steps, args.eval_steps or args.logging_steps or DEFAULT_LOGGING_STEPS
         ratio = saves / evaluations
         if (saves < 1) != (evaluations < 1) or not math.isclose(ratio, round(ratio), rel_tol=1e-6) or ratio < 0.5:
             yield ValidationIssue(

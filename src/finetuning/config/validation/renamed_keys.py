@@ -139,6 +139,38 @@ class RenamedResult:
     findings: list[ValidationIssue]
 
 
+_TEMPLATE = ("data_conf", "chat_template_name")
+_SILOGEN_TEMPLATE = "mistral-with-system"
+_ONLY_SILOGENS: tuple[KeyPath, ...] = (
+    ("data_conf", "training_data", "data_type"),
+    ("data_conf", "validation_data", "data_type"),
+    ("run_conf", "use_fast_tokenizer"),
+    ("sft_args", "save_name_if_new_basemodel"),
+)
+
+
+def is_from_silogen(document: ConfigDocument) -> bool:
+    """Return whether a config has keys of Silogen's engine that nobody writes for this one."""
+    return any(document.get(path) is not None for path in _ONLY_SILOGENS)
+
+
+def _set_silogen_template(document: ConfigDocument) -> tuple[ConfigDocument, list[ValidationIssue]]:
+    """Set the chat template that Silogen's engine uses where its config names none, with a warning."""
+    section = document.get(("data_conf",))
+    if not isinstance(section, dict) or {"chat_template_name", "chat_template"} & section.keys():
+        return document, []
+    if not is_from_silogen(document):
+        return document, []
+    issue = ValidationIssue(
+        ("data_conf",),
+        f"names no chat template: {_SILOGEN_TEMPLATE} is used, the default of Silogen's engine, whose keys this file"
+        " has.",
+        f'Write "chat_template_name: {_SILOGEN_TEMPLATE}", or keep-original for the template of the tokenizer.',
+        kind="warning",
+    )
+    return document.with_value(_TEMPLATE, _SILOGEN_TEMPLATE), [issue]
+
+
 def apply_renames(document: ConfigDocument, trainer_fields: Callable[[], Container[str]] = frozenset) -> RenamedResult:
     """Replace old keys by current ones, with a warning for each.
 
@@ -147,9 +179,10 @@ def apply_renames(document: ConfigDocument, trainer_fields: Callable[[], Contain
             another.
     """
     written = document
-    findings: list[ValidationIssue] = []
+    document, findings = _set_silogen_template(document)
     if "loss_weights" in trainer_fields():
-        document, findings = _translate_preference_loss(document)
+        document, more = _translate_preference_loss(document)
+        findings += more
     for section, table in TABLES.items():
         values = document.get(section)
         for key in [key for key in table if key in values] if isinstance(values, dict) else []:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
 
 # Keys of other engines and libraries, with the equivalent key.
 _KEYS_OF_OTHER_ENGINES = {
@@ -27,9 +30,35 @@ _KEYS_OF_OTHER_ENGINES = {
     "lora_r": "peft_conf.peft_kwargs.r",
     "lora_rank": "peft_conf.peft_kwargs.r",
     "rank": "peft_conf.peft_kwargs.r",
+    "lora_alpha": "peft_conf.peft_kwargs.lora_alpha",
+    "lora_dropout": "peft_conf.peft_kwargs.lora_dropout",
+    "lora_target_modules": "peft_conf.peft_kwargs.target_modules",
     "trainer_controller_config_file": "trainer_controller",
     "tracking_uri": "tracking.mlflow_server_uri",
 }
+# Habits of other trainers that are no single key here.
+_HABITS = {
+    "early_stopping_patience": (
+        "Early stopping is a trainer controller here: copy trainer_controller from"
+        " `finetuning recipes show controllers/stop-on-plateau`, and set its patience."
+    ),
+    "compute_metrics": "Validation reports the loss; score answers with `generate --score` after the run.",
+    "callbacks": "A trainer controller acts on events of the run: see trainer_controller.",
+    "use_peft": "peft_conf.peft_type chooses the adapter: LORA, or NO_PEFT for all weights.",
+    "adapter": "peft_conf.peft_type chooses the adapter: LORA, or NO_PEFT for all weights.",
+    "load_in_4bit": "It belongs under quant_conf, with quantization_type: bits-and-bytes.",
+    "load_in_8bit": "It belongs under quant_conf, with quantization_type: bits-and-bytes.",
+    "dataset_name": "Datasets are listed in data_conf.training_data.datasets, each with its path.",
+    "train_dataset": "Datasets are listed in data_conf.training_data.datasets, each with its path.",
+    "eval_dataset": "Validation rows are set by data_conf.validation_data.",
+    "gradient_accumulation_steps": (
+        "It follows from batchsize_conf: total_train_batch_size / processes / max_per_device_train_batch_size."
+    ),
+    "per_device_train_batch_size": "Use batchsize_conf.max_per_device_train_batch_size and total_train_batch_size.",
+}
+_HABITS |= dict.fromkeys(
+    ("early_stopping", "early_stopping_threshold", "patience"), _HABITS["early_stopping_patience"]
+) | dict.fromkeys(("dataset", "datasets", "train_file", "data_path", "dataset_path"), _HABITS["dataset_name"])
 
 _MANY = 8
 
@@ -58,6 +87,18 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     return f'Did you mean "{match}"?' if match is not None else None
 
 
+def near_file(path: str | Path) -> str | None:
+    """Return `Did you mean "…"?` with the file or folder of a similar name next to a missing one, or None."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/"))
+    try:
+        with os.scandir(folder or ".") as entries:
+            names = [entry.name for entry in islice(entries, 1000)]
+    except OSError:
+        return None
+    match = nearest(name, [entry for entry in names if not entry.startswith(".")], cutoff=0.7)
+    return None if match is None else f'Did you mean "{os.path.join(folder, match)}"?'
+
+
 def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]) -> str | None:
     """Return a hint for an unknown key: the nearest key of its section, or the section that has the key.
 
@@ -69,6 +110,8 @@ def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]
     close = nearest(name, siblings, cutoff=0.85)
     if close is not None:
         return f'Did you mean "{close}"?'
+    if name.lower() in _HABITS:
+        return _HABITS[name.lower()]
     if name in elsewhere:
         return belongs_to(elsewhere[name])
     if name.lower() in _KEYS_OF_OTHER_ENGINES:

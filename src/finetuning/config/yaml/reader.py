@@ -14,6 +14,7 @@ from typing import cast
 import yaml
 
 from finetuning.config.redaction import redact_line
+from finetuning.config.validation.suggestions import near_file
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan, YamlSection, YamlValue
 from finetuning.errors import ConfigError, Location
 
@@ -208,7 +209,7 @@ def read_document(path: str | Path) -> ConfigDocument:
         with open(path, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError("no such file", location=Location(file)) from None
+        raise ConfigError("no such file", location=Location(file), hint=near_file(file)) from None
     except IsADirectoryError:
         raise ConfigError("is a directory, not a YAML file", location=Location(file)) from None
     except OSError as error:

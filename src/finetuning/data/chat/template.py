@@ -396,14 +396,26 @@ def get_template(name: ChatTemplateName) -> ChatTemplate | None:
     return ChatTemplate(name, source, special_tokens, end_of_turn)
 
 
-def configured_template(data_conf: DataConfig) -> ChatTemplate | None:
+def default_template(data_conf: DataConfig) -> ChatTemplate | None:
+    """Return the template of a tokenizer that has none; None if the config chooses a template, or `keep-original`."""
+    is_chosen = data_conf.chat_template is not None or data_conf.chat_template_name is not None
+    return None if is_chosen else get_template(ChatTemplateName.MISTRAL_WITH_SYSTEM)
+
+
+def configured_template(data_conf: DataConfig, own_template: object = None) -> ChatTemplate | None:
     """Return the template that the config sets, by source, file or name; None for the tokenizer's own.
+
+    Args:
+        own_template: the template of the loaded tokenizer, which may be that of `default_template`.
 
     Raises:
         DataError: the template's file cannot be read.
     """
     if data_conf.chat_template is None:
-        return get_template(data_conf.chat_template_name)
+        if data_conf.chat_template_name is not None:
+            return get_template(data_conf.chat_template_name)
+        default = default_template(data_conf)
+        return default if default is not None and own_template == default.source else None
     source = data_conf.chat_template
     if source.startswith(TRL_PREFIX):
         return ChatTemplate(None, _trl_template(source), tuple(data_conf.special_tokens), None)

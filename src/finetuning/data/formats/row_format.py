@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, cast
 
@@ -127,9 +127,9 @@ def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> Non
     for name, (advice, recognized) in _RECOGNIZED_COLUMNS.items():
         if name != format_name and recognized <= set(row.values):
             raise FieldError("", f"{text} These rows look like {advice}")
-    close = difflib.get_close_matches(missing[0], row.values, n=1, cutoff=0.7)
-    if close:
-        raise FieldError("", f'{text} Did you mean "{missing[0]}" by "{close[0]}"?')
+    if proposed := propose_columns(row.values, format_name):
+        pairs = ", ".join(f"{column}: {name}" for column, name in proposed.items())
+        raise FieldError("", f"{text} Rename them in the config, below the path of the dataset: columns: {{{pairs}}}")
     rows = next((name for name in row.values if _holds_rows(JsonObject.get(row.values, name))), None)
     if rows is not None and len(row.values) <= _MAX_WRAPPER_KEYS:
         raise FieldError("", f"{text} The rows seem to be in {rows}: write them alone, with jq -c '.{rows}[]'")
@@ -158,6 +158,56 @@ def is_chat(value: object) -> bool:
 
 _CHAT_START = 200
 """Characters in which the text of a list of messages names the role of the first."""
+
+
+_OTHER_NAMES = {
+    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
+    "prompt": ("question", "query", "instruction", "input", "user", "problem", "source", "request"),
+    "completion": ("answer", "response", "output", "reply", "solution", "target", "assistant", "label"),
+    "text": ("content", "body", "document", "passage"),
+    "chosen": ("preferred", "accepted", "better", "win", "winner", "positive", "response_chosen"),
+    "rejected": ("dispreferred", "declined", "worse", "lose", "loser", "negative", "response_rejected"),
+    "label": ("liked", "thumbs_up", "is_good", "good", "rating", "feedback"),
+}
+_ALTERNATIVES = {
+    "messages": (("messages",), ("prompt", "completion"), ("text",)),
+    "alpaca": (("prompt", "completion"),),
+    "prompt_completion": (("prompt", "completion"),),
+    "text": (("text",),),
+    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "chosen_rejected": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "unpaired": (("prompt", "completion", "label"),),
+    "completion_label": (("prompt", "completion", "label"),),
+    "prompt": (("prompt",),),
+}
+"""For each format that rows do not have: the columns that they could have under other names, best first."""
+
+
+def propose_columns(values: Mapping[str, object], format_name: str) -> dict[str, str]:
+    """Return which columns to rename to which, so that rows have a format; {} if no similar names are among them.
+
+    >>> propose_columns({"question": "a", "answer": "b"}, "messages")
+    {'question': 'prompt', 'answer': 'completion'}
+    """
+    for names in _ALTERNATIVES.get(format_name, ()):
+        renamed: dict[str, str] = {}
+        for name in names:
+            column = name if name in values else _similar(name, values, {*renamed, *names})
+            if column is None:
+                break
+            renamed[column] = name
+        else:
+            return {column: name for column, name in renamed.items() if column != name}
+    return {}
+
+
+def _similar(name: str, values: Mapping[str, object], used: Collection[str]) -> str | None:
+    free = {column.lower(): column for column in values if column not in used}
+    alternative = next((free[alias] for alias in _OTHER_NAMES.get(name, ()) if alias in free), None)
+    if alternative is not None:
+        return alternative
+    close = difflib.get_close_matches(name, free, n=1, cutoff=0.7)
+    return free[close[0]] if close else None
 
 
 def text_field(row: Row, key: str) -> str:

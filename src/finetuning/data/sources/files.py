@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Protocol, cast
 
 from finetuning.config.sections.data import DatasetSource
+from finetuning.config.validation.suggestions import near_file
 from finetuning.data.samples import Row
 from finetuning.data.sources.hub import Digest, HubShard
 from finetuning.data.sources.json_reader import Line, read_json
@@ -160,7 +161,9 @@ def check_source(path: str, key: str) -> None:
     if os.path.isdir(path):
         raise DataError(f"{path} is a directory; expected a file (working directory {os.getcwd()})", location=location)
     if not os.path.exists(path):
-        raise DataError(f"{path}: no such file (working directory {os.getcwd()})", location=location)
+        raise DataError(
+            f"{path}: no such file (working directory {os.getcwd()})", location=location, hint=near_file(path)
+        )
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: no permission to read it", location=location)
     if os.path.getsize(path) == 0:

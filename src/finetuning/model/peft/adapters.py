@@ -21,7 +21,7 @@ from finetuning.model.peft.adapter_files import (
     check_adapter_tensors,
     is_peft_model,
 )
-from finetuning.model.resolve import resolve_model
+from finetuning.model.resolve import ModelLocation, resolve_model
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from finetuning.model.embeddings import EmbeddingInfo
 
 logger = logging.getLogger(__name__)
-_KWARGS = "peft_conf.peft_kwargs"
+_KWARGS, _ADAPTER_KEY = "peft_conf.peft_kwargs", "peft_conf.name_or_path"
 NEEDS_TASK_IDS = ("MULTITASK_PROMPT_TUNING", "POLY")
 """PEFT types that need a task id with each row; no row format has one."""
 ALL_LINEAR = "all-linear"
@@ -382,6 +382,28 @@ def _embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
     return input_name, None if output is None else by_module[id(output)].rpartition(".")[2]
 
 
+def find_adapter(conf: PretrainedPeft, num_new_tokens: int = 0) -> ModelLocation:
+    """Return where the saved adapter is.
+
+    Args:
+        num_new_tokens: how many tokens the adapter would have to learn.
+
+    Raises:
+        ModelError: it is missing or pickled, or there are new tokens.
+    """
+    source = resolve_model(conf.name_or_path, "adapter", key=_ADAPTER_KEY)
+    if num_new_tokens:
+        raise ModelError(
+            f"{num_new_tokens} tokens are new to the tokenizer, and the adapter {source} cannot train them",
+            location=Location(key=_ADAPTER_KEY),
+            hint="Train on the base model and tokenizer that were saved with the adapter (run_conf.model,"
+            " run_conf.tokenizer), or keep the tokenizer's own chat template.",
+        )
+    if source.folder is not None:
+        _refuse_pickle(source.folder, Location(key=_ADAPTER_KEY))
+    return source
+
+
 def _load_adapter(
     model: PreTrainedModel, conf: PretrainedPeft, embeddings: EmbeddingInfo | None, autocast_adapter_dtype: bool
 ) -> AdaptedModel:
@@ -392,17 +414,9 @@ def _load_adapter(
     """
     from peft import PeftModel
 
-    location = Location(key="peft_conf.name_or_path")
-    source = resolve_model(conf.name_or_path, "adapter", key=location.key)
-    if embeddings is not None and embeddings.new_ids:
-        raise ModelError(
-            f"{len(embeddings.new_ids)} tokens are new to the tokenizer, and the adapter {source} cannot train them",
-            location=location,
-            hint="Train on the base model and tokenizer that were saved with the adapter (run_conf.model,"
-            " run_conf.tokenizer), or keep the tokenizer's own chat template.",
-        )
+    location = Location(key=_ADAPTER_KEY)
+    source = find_adapter(conf, len(embeddings.new_ids) if embeddings is not None else 0)
     if source.folder is not None:
-        _refuse_pickle(source.folder, location)
         check_adapter_base(model, source.folder, location)
     problem = f"the adapter {source} cannot be loaded"
     with reading(problem, location=location), announce_wait(f"the adapter {source} to load"):

@@ -1,0 +1,189 @@
+"""The engine from Python: `run`, `prepare`, `generate` and `merge`, which check and write what console scripts do.
+
+    import finetuning
+
+    result = finetuning.run("config.yaml", {"training_args.max_steps": 100})
+    answers = finetuning.generate(result.folder, ["Where is my order?"])
+
+Errors are those of `finetuning.errors`, and nothing ends the process. Each function may be called several times in one
+process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from finetuning.errors import ConfigError, Location
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.data.prepared import PreparedData
+    from finetuning.export.merge.merge import MergeResult
+    from finetuning.training.output_dir import RunResult
+
+Config: TypeAlias = str | Path | Mapping[str, Any]
+"""The path of a YAML file, or its content."""
+Overrides: TypeAlias = Mapping[str, object] | Sequence[str]
+"""Values by dotted key, or texts `key.path=value` as on the command line."""
+Chat: TypeAlias = Sequence[Mapping[str, str]]
+"""Messages with `role` and `content`."""
+
+
+def run(
+    config: Config,
+    overrides: Overrides = (),
+    *,
+    method: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    workers: int = 4,
+    logging_level: str = "INFO",
+) -> RunResult:
+    """Train a model. Progress is printed as on the command line.
+
+    Args:
+        config: of the run.
+        overrides: values that take the place of those in the config.
+        method: the method, such as `sft`; by default the one that the config names.
+        callbacks: of the trainer, in addition to those of the run.
+        workers: processes that tokenize the data.
+        logging_level: `WARNING` for no messages but those about problems.
+
+    Returns:
+        How the run ended, with its final model and losses.
+
+    Raises:
+        FinetuningError: the run was refused or stopped; `problems` has what is wrong, where, and what to do.
+    """
+    from finetuning.cli.train import run_config
+
+    document, method = _document(config, overrides, method)
+    options = argparse.Namespace(
+        method=method,
+        config=document.file,
+        overrides=[],
+        logging_level=logging_level,
+        num_preprocess_workers=workers,
+        mlflow_server_uri=None,
+        experiment_name=None,
+        hf_mlflow_log_artifacts=None,
+        dry_run=False,
+    )
+    result = run_config(options, callbacks, document)
+    assert result is not None, "only a dry run has no result"
+    return result
+
+
+def prepare(config: Config, overrides: Overrides = (), *, method: str | None = None, workers: int = 1) -> PreparedData:
+    """Render, mask and tokenize the rows of a run, or read them from the cache.
+
+    Returns:
+        The rows as `datasets.Dataset` objects, their statistics, and a preview of the first ones.
+
+    Raises:
+        FinetuningError: the config, the tokenizer, the data or the template is invalid.
+    """
+    from finetuning.algorithms import ALGORITHMS
+    from finetuning.cli.errors import locate_errors
+    from finetuning.config.validation.validate import validate
+
+    document, method = _document(config, overrides, method)
+    with locate_errors(document):
+        from finetuning.training.setup import load_tokenizer
+        from finetuning.training.setup import prepare as prepare_rows
+
+        experiment = validate(document, ALGORITHMS[method].experiment).experiment
+        return prepare_rows(experiment, ALGORITHMS[method], load_tokenizer(experiment), workers)
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str | Chat],
+    *,
+    base: str | None = None,
+    seed: int = 42,
+    **hf_gen_params: Any,
+) -> list[str]:
+    """Return the answers of a model or an adapter to texts, which are user messages, and to chats.
+
+    Where the tokenizer has no chat template, texts are continued.
+
+    Args:
+        model: folder of a model or an adapter, or a hub id.
+        prompts: each is a text, or messages.
+        base: the base model of an adapter, if it is not the one that the adapter names.
+        hf_gen_params: parameters of transformers' `GenerationConfig`, such as `max_new_tokens` (default 256) and
+            `do_sample` (default false).
+
+    Raises:
+        FinetuningError: the model or a parameter is invalid.
+    """
+    from finetuning.config.sections.model import NoQuantization
+    from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, plan_batches
+    from finetuning.inference.generate import encode_prompts, generate_batches
+    from finetuning.inference.generation_params import build_parameters, check_parameters
+    from finetuning.inference.load import load_generator, model_conf_of
+    from finetuning.inference.prompts import GenerationPrompt
+
+    gen_params = {"max_new_tokens": 256, "do_sample": False, **hf_gen_params}
+    check_parameters(gen_params)
+    generator = load_generator(model_conf_of(str(model), base), NoQuantization())
+    has_template = bool(generator.tokenizer.chat_template)
+    asked: list[GenerationPrompt] = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) and not has_template:
+            asked.append(GenerationPrompt(id=index, text=prompt))
+        else:
+            chat: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            asked.append(GenerationPrompt(id=index, messages=tuple(dict(message) for message in chat)))
+    parameters = build_parameters(gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
+    encoded = encode_prompts(asked, generator.tokenizer, parameters.max_prompt_tokens)
+    lengths = [len(prompt.ids) for prompt in encoded]
+    batches = plan_batches(lengths, parameters.max_new_tokens, budget=DEFAULT_BATCH_TOKENS, max_rows=1)
+    answers: dict[int, str] = {}
+    for batch in generate_batches(generator, encoded, batches, parameters, seed):
+        answers |= {index: generations[0].text for index, generations in batch.items()}
+    return [answers[index] for index in range(len(asked))]
+
+
+def merge(base: str | Path, adapter: str | Path, output: str | Path, **options: Any) -> MergeResult:
+    """Merge an adapter into its base model, verify the result, and save it to a new folder.
+
+    Args:
+        options: of `finetuning.export.merge.merge.merge_adapters`, such as `verify` and `force`.
+
+    Raises:
+        FinetuningError: the two do not fit together, or the merged model differs from them.
+    """
+    from finetuning.export.merge.merge import merge_adapters
+
+    return merge_adapters(str(base), [str(adapter)], Path(output), **options)
+
+
+def _document(config: Config, overrides: Overrides, method: str | None) -> tuple[ConfigDocument, str]:
+    """Return the config with its overrides, and the method.
+
+    Raises:
+        ConfigError: the file is invalid, or no method is named.
+    """
+    from finetuning.algorithms import ALGORITHMS
+    from finetuning.config.validation.suggestions import did_you_mean
+    from finetuning.config.yaml.document import ConfigDocument
+    from finetuning.config.yaml.overrides import apply_overrides
+    from finetuning.config.yaml.reader import read_document
+
+    document = ConfigDocument(json.loads(json.dumps(config))) if isinstance(config, Mapping) else read_document(config)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else ()
+    texts = [f"{key}={json.dumps(value)}" for key, value in pairs] if pairs else list(overrides)
+    document = apply_overrides(document, texts)
+    name = method or document.get(("method",))
+    if not isinstance(name, str):
+        raise ConfigError("names no method", location=Location(document.file, key="method"), hint='Such as "sft".')
+    if name not in ALGORITHMS:
+        raise ConfigError(f'unknown method "{name}"', hint=did_you_mean(name, ALGORITHMS))
+    return document, name

@@ -1,0 +1,130 @@
+"""Thirty mistakes of a first day, each with the message that ends it: what is wrong, where, and what to write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.cli.main import main
+
+Say = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], sft_values: Any, write_config: Any) -> Say:
+    """A function that runs `finetuning` with a changed config, which CONFIG names: exit code and standard error."""
+
+    def run(changes: dict[str, Any] | None, *arguments: str) -> tuple[int, str]:
+        config = "" if changes is None else str(write_config(sft_values(changes)))
+        capsys.readouterr()
+        try:
+            code = main(
+                [argument.replace("CONFIG", config) for argument in arguments or ("sft", "CONFIG", "--dry-run")]
+            )
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return code, " ".join(error.split())
+
+    return run
+
+
+RUN = ("sft", "CONFIG")
+IN_THE_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
+    "1 a misspelled key": ({"training_args.lerning_rate": 1e-4}, 'unknown key. Did you mean "learning_rate"?'),
+    "2 a key in the wrong section": ({"run_conf.learning_rate": 1e-4}, "It belongs under training_args."),
+    "3 TRL's name of the length": ({"sft_args.max_length": 512}, 'Did you mean "max_seq_length"?'),
+    "4 axolotl's name of the model": ({"run_conf.base_model": "m"}, 'Did you mean "model"?'),
+    "5 the Trainer's early stopping": (
+        {"training_args.early_stopping_patience": 3},
+        "Early stopping is a trainer controller",
+    ),
+    "6 the Trainer's batch size": (
+        {"training_args.per_device_train_batch_size": 4},
+        "is computed from batchsize_conf. Remove it here.",
+    ),
+    "7 gradient accumulation": ({"training_args.gradient_accumulation_steps": 8}, "batchsize_conf"),
+    "8 quantization among the arguments of the model": ({"run_conf.load_in_4bit": True}, "under quant_conf"),
+    "9 text for a number": ({"training_args.num_train_epochs": "three"}, 'expected a number (got "three")'),
+    "10 a negative learning rate": ({"training_args.learning_rate": -1}, "must be >= 0"),
+    "11 an unknown schedule": ({"training_args.lr_scheduler_type": "cosin"}, 'Did you mean "cosine"?'),
+    "12 an unknown optimizer": ({"training_args.optim": "adamw_tourch"}, 'Did you mean "adamw_torch"?'),
+    "13 an unknown adapter": ({"peft_conf": {"peft_type": "LORRA"}}, "LORA"),
+    "14 an argument LoRA does not have": (
+        {"peft_conf": {"peft_type": "LORA", "peft_kwargs": {"rank": 8}}},
+        'Did you mean "r"?',
+    ),
+    "15 an unknown template": ({"data_conf.chat_template_name": "chatml"}, "chat-ml"),
+    "16 no data section": ({"data_conf": None}, "data_conf: is required, but missing"),
+    "17 evaluation without data": ({"training_args.eval_strategy": "epoch"}, "validation_data"),
+    "18 a total that no number of processes gives": (
+        {"batchsize_conf.total_train_batch_size": 0},
+        "must be > 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), IN_THE_CONFIG.values(), ids=IN_THE_CONFIG)
+def test_in_the_config(say: Say, changes: dict[str, Any], message: str) -> None:
+    code, error = say(changes)
+    assert code == 1 and message in error, error
+    assert "config.yaml" in error
+
+
+ON_THE_COMMAND_LINE: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "19 an option for a key": (("sft", "CONFIG", "--max_steps", "3"), 1, "key.path=value: training_args.max_steps=3"),
+    "20 the same with dashes and =": (("sft", "CONFIG", "--learning-rate=1e-4"), 1, "training_args.learning_rate=1e-4"),
+    "21 a misspelled option": (("sft", "CONFIG", "--max_step", "3"), 1, "training_args.max_steps=3"),
+    "22 a misspelled subcommand": (("sfft", "CONFIG"), 1, 'unknown subcommand "sfft". Did you mean "sft"?'),
+    "23 a misspelled method": (("preview", "sftt", "CONFIG"), 2, 'unknown method "sftt". Did you mean "sft"?'),
+    "24 no config": (("sft",), 2, "the following arguments are required: config"),
+    "25 a key without its section": (("sft", "CONFIG", "max_steps=3"), 1, "It belongs under training_args."),
+    "26 a value without a key": (("sft", "CONFIG", "3"), 1, "expected key.path=value"),
+    "27 a file that does not exist": (("sft", "CONFIGG"), 1, 'config.yaml"?'),
+}
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "message"), ON_THE_COMMAND_LINE.values(), ids=ON_THE_COMMAND_LINE)
+def test_on_the_command_line(say: Say, arguments: tuple[str, ...], exit_code: int, message: str) -> None:
+    code, error = say({}, *arguments)
+    assert (code, message in error) == (exit_code, True), error
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A function that writes rows and gives the change that trains on them."""
+
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl", **source: Any) -> dict[str, Any]:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"data_conf.training_data.datasets": [{"path": str(tmp_path / name), **source}]}
+
+    return write
+
+
+def test_28_columns_of_other_names(say: Say, data: Any) -> None:
+    rows = [{"question": f"a {number}", "answer": "b"} for number in range(40)]
+    code, error = say(data(rows))
+    assert code == 1
+    assert error.count("error: ") == 2, "equal errors are one, with their number"
+    assert "rows.jsonl:1: expected messages; found answer, question. Rename them in the config" in error
+    assert "columns: {question: prompt, answer: completion} (40 rows like this)" in error
+    assert "error: 40 bad rows." in error
+
+
+def test_29_a_column_that_does_not_exist(say: Say, data: Any) -> None:
+    code, error = say(data([{"question": "a", "answer": "b"}], columns={"questions": "prompt"}))
+    assert code == 1 and "none of questions is a column of the first rows" in error
+    assert 'Did you mean "question"?' in error
+
+
+def test_30_a_misspelled_file_and_model(say: Say, data: Any, tmp_path: Path) -> None:
+    code, error = say(data([{"text": "a"}], name="row.jsonl"))
+    assert code == 1 and "row.jsonl: no such file" in error and f'Did you mean "{tmp_path}/rows.jsonl"?' in error
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    code, error = say({"run_conf.model": str(tmp_path / "models" / "lama")})
+    assert code == 1 and f'Did you mean "{tmp_path}/models/llama"?' in error
