@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,30 @@ LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 2, "target_modules": "all-line
 FOUR_BIT = {"quantization_type": "bits-and-bytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
 
 
-def test_run_prepare_generate_and_merge(sft_values: Any, chatml_llama_dir: Path, tmp_path: Path) -> None:
-    values = sft_values({"peft_conf": LORA, "training_args.max_steps": 1})
-    data = finetuning.prepare(values, method="sft")
-    assert data.rows == 24
-    result = finetuning.run(values, {"training_args.max_steps": 2}, method="sft", logging_level="WARNING")
-    assert (result.status, result.steps) == ("completed", 2)
-    assert result.final_loss is not None and result.folder == str(tmp_path / "out" / "checkpoint-final")
-    answers = finetuning.generate(result.folder, ["Hi", [{"role": "user", "content": "Ho"}]], max_new_tokens=3)
-    assert len(answers) == 2
-    merged = finetuning.merge(chatml_llama_dir, result.folder, tmp_path / "merged")
-    assert merged.verification is not None and (tmp_path / "merged" / "model.safetensors").is_file()
-    assert finetuning.generate(tmp_path / "merged", ["Hi"], max_new_tokens=3) == answers[:1]
+NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "notebook" / "first_run.ipynb"
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory, chatml_llama_dir: Path, write_jsonl: Any, sft_rows: Any) -> Any:
+    """The variables of the example notebook after its cells were run, in a folder with a model and rows."""
+    folder = tmp_path_factory.mktemp("notebook")
+    (folder / "base").symlink_to(chatml_llama_dir)
+    write_jsonl(folder / "train.jsonl", sft_rows(24))
+    names: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+        names["again"] = finetuning.generate("merged", ["What is the color of number 3?"], max_new_tokens=8)
+    return names
+
+
+def test_the_notebook_trains_asks_and_merges(notebook: Any) -> None:
+    result = notebook["result"]
+    assert (result.status, result.folder) == ("completed", "out/checkpoint-final")
+    assert result.final_loss is not None and result.losses.validation is not None
+    assert notebook["rows"].rows == 22 and notebook["merged"].verification is not None
+    assert len(notebook["answers"]) == 1 and notebook["again"] == notebook["answers"]
 
 
 def test_two_runs_on_a_quantized_base_in_one_process(sft_values: Any, tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def test_a_config_is_made_of_the_rows(
     validated = validate(document, EXPERIMENTS[method])
     assert not validated.warnings
     (source,) = validated.experiment.data_conf.training_data.datasets
-    found = {"method": method, "format": source.format, **({"columns": source.columns} if source.columns else {})}
-    assert found == expected
+    written = {"method": method, "format": source.format, **({"columns": source.columns} if source.columns else {})}
+    assert written == expected
     assert f"finetuning {method} config.yaml --dry-run" in out and "30 rows" in out
     if method != "grpo":
         # What is held out is evaluated, and decides which model is kept.
@@ -135,7 +135,7 @@ def test_a_copied_recipe_is_valid_and_finds_its_schema(say: Say, tmp_path: Path,
 
 def test_a_recipe_of_another_name_is_suggested(say: Say) -> None:
     for name, near in (
-        ("qwen3-4b-instruct-lora", "sft/qwen3-4b-instruct-lora"),
+        ("llama-3.3-70b-instruct-qlora", "sft/llama-3.3-70b-instruct-qlora"),
         ("sft/qwen-8b-full", "sft/qwen3-8b-full"),
     ):
         code, _, err = say("recipes", "show", name)

@@ -83,8 +83,10 @@ def test_header_says_what_a_reader_needs(path: Path) -> None:
     assert first == f"# yaml-language-server: $schema=../schema/{method}.json"
     header = header_of(path)
     assert header.keys() >= {"Hardware", "Memory", "Command", "Data"}
-    assert f"finetuning {method} {name_of(path)}" in header["Command"]
-    assert ('"messages"' if method == "sft" else "prompt_messages") in header["Data"]
+    assert f"{method} {name_of(path)}" in header["Command"] and "finetuning " in header["Command"]
+    columns = '"text"' if "pretraining" in path.stem else '"messages"' if method == "sft" else "prompt_messages"
+    assert columns in header["Data"]
+    assert path not in ON_A_GPU or header.keys() >= {"Time", "License"}
     assert ("Experimental." in path.read_text()) == (method in EXPERIMENTAL)
 
 
@@ -94,15 +96,22 @@ def test_recipe_is_in_the_table(path: Path) -> None:
     (row,) = re.findall(
         rf"^\| `{path.parent.name}/{re.escape(path.stem)}`(?: \(experimental\))? \|.*$", table, re.MULTILINE
     )
-    device = re.match(r"one GPU of (\d+) GB", header_of(path)["Hardware"])
-    assert row.endswith(f"| {device[1]} GB |" if device else "| none |")
+    count, device = gpus_of(path)
+    size = f"{count} x {device} GB" if count > 1 else f"{device} GB"
+    assert row.endswith(f"| {size} |" if device else "| none |")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_supervised_recipes_train_on_completions_only(path: Path) -> None:
     experiment = experiment_of(path)
     if isinstance(experiment, SFTExperiment):
-        assert experiment.sft_args.train_on_completions_only
+        assert experiment.sft_args.train_on_completions_only or "pretraining" in path.stem
+
+
+def gpus_of(path: Path) -> tuple[int, int]:
+    """The number of GPUs that a recipe needs and the size of each in GB; 0 for a recipe that needs none."""
+    match = re.match(r"(one|\d+) GPUs? of (\d+) GB", header_of(path)["Hardware"])
+    return (1 if match[1] == "one" else int(match[1]), int(match[2])) if match else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,8 @@ SHAPES = {
     "Qwen/Qwen3-0.6B": Shape(0.596e9, 0.440e9, 0.631e6, 1024, 3072, 28, 151936),
     "Qwen/Qwen3-1.7B-Base": Shape(1.721e9, 1.409e9, 1.090e6, 2048, 6144, 28, 151936),
     "Qwen/Qwen3-4B-Instruct-2507": Shape(4.022e9, 3.633e9, 2.064e6, 2560, 9728, 36, 151936, 147456),
+    "Qwen/Qwen3-4B-Thinking-2507": Shape(4.022e9, 3.633e9, 2.064e6, 2560, 9728, 36, 151936, 147456),
+    "Qwen/Qwen3-14B": Shape(14.768e9, 13.212e9, 4.014e6, 5120, 17408, 40, 151936),
     "Qwen/Qwen3-8B": Shape(8.191e9, 6.946e9, 2.728e6, 4096, 12288, 36, 151936),
     "google/gemma-3-1b-it": Shape(1.000e9, 0.698e9, 0.815e6, 1152, 6912, 26, 262144),
     "meta-llama/Llama-3.1-8B-Instruct": Shape(8.030e9, 6.979e9, 2.621e6, 4096, 14336, 32, 128256),
@@ -175,7 +186,19 @@ def test_memory_in_the_header_follows_from_the_recipe(path: Path) -> None:
     written = re.match(
         r"([\d.]+) GB = ([\d.]+) weights \+ ([\d.]+) trained parameters \+ ([\d.]+) activations", header["Memory"]
     )
-    computed = memory_gb(experiment_of(path))
+    count, device = gpus_of(path)
+    weights, trained, activations = memory_gb(experiment_of(path))
+    computed = (weights / count, trained / count, activations)
     assert [float(number) for number in written.groups()] == pytest.approx([sum(computed), *computed], abs=0.051)
-    device = float(re.match(r"one GPU of (\d+) GB", header["Hardware"])[1])
     assert sum(computed) <= 0.9 * device
+
+
+@pytest.mark.parametrize("path", ON_A_GPU, ids=name_of)
+def test_time_in_the_header_follows_from_the_recipe(path: Path) -> None:
+    experiment, (count, _) = experiment_of(path), gpus_of(path)
+    if isinstance(experiment, GRPOExperiment):
+        return
+    operations = (8 if isinstance(experiment.peft_conf, NoPeft) else 6) + 2 * (experiment.method_name in ("dpo", "kto"))
+    minutes = operations * SHAPES[experiment.run_conf.model].parameters * 1e7 / (312e12 * 0.4) / 60 / count
+    number, unit = re.match(r"([\d.]+) (minutes|hours) for 10 million tokens", header_of(path)["Time"]).groups()
+    assert float(number) * (60 if unit == "hours" else 1) == pytest.approx(minutes, rel=0.02, abs=0.51)

@@ -10,7 +10,9 @@ import pytest
 from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.document import ConfigDocument
+from finetuning.config.yaml.overrides import unescape
 from finetuning.config.yaml.reader import parse_document
+from finetuning.data.text_template import TextTemplate
 from finetuning.errors import ConfigError
 from finetuning.importers import ENGINES, detect_engine, to_yaml
 from finetuning.importers.translation import Translation
@@ -37,6 +39,7 @@ learning_rate: 2e-4
 bf16: auto
 output_dir: ./out
 wandb_project: mine
+wandb_entity: team
 """
 LLAMA_FACTORY = """
 model_name_or_path: /m
@@ -129,7 +132,7 @@ def test_values_are_carried_over() -> None:
 @pytest.mark.parametrize(
     ("text", "note"),
     [
-        (AXOLOTL, "wandb_project: not carried over: mine"),
+        (AXOLOTL, "wandb_entity: not carried over: team"),
         (LLAMA_FACTORY, "identity is a name of dataset_info.json"),
         (LLAMA_FACTORY, "llama3 is not available"),
         (TRL, "push_to_hub: not carried over"),
@@ -209,3 +212,25 @@ def test_values_of_published_examples() -> None:
     assert dpo["peft_conf"]["peft_kwargs"] == {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05}
     mixed = values("trl_qlora")["data_conf"]["training_data"]["datasets"]
     assert mixed == [{"path": "trl-lib/tldr", "split": "train"}, {"path": "data/own.jsonl"}]
+
+
+def test_trackers_of_axolotl_are_carried_over() -> None:
+    axolotl = imported(AXOLOTL)[1].values["tracking"]
+    assert axolotl["trackers"] == ["wandb"] and axolotl["experiment_name"] == "mine"
+    text = AXOLOTL.replace("wandb_project: mine", "use_tensorboard: true\nuse_wandb: false")
+    assert imported(text)[1].values["tracking"]["trackers"] == ["tensorboard"]
+
+
+@pytest.mark.parametrize("extra", [{}, {"input": "two"}])
+def test_alpaca_rows_become_the_text_that_axolotl_makes_of_them(extra: dict[str, str]) -> None:
+    text = "base_model: m\nsequence_len: 64\nmicro_batch_size: 1\ndatasets: [{path: a.jsonl, type: alpaca}]\n"
+    source = imported(text)[1].values["data_conf"]["training_data"]["datasets"][0]
+    template = TextTemplate(unescape(source["data_formatter_template"]))
+    rendered = template({"instruction": "Say it.", "output": "it", **extra}, {})
+    asked = ", paired with an input that provides further context" if extra else ""
+    section = "### Input:\ntwo\n\n" if extra else ""
+    assert rendered == (
+        f"Below is an instruction that describes a task{asked}. Write a response that appropriately completes the"
+        f" request.\n\n### Instruction:\nSay it.\n\n{section}### Response:\nit"
+    )
+    assert source["response_template"] in source["data_formatter_template"]

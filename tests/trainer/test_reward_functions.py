@@ -172,8 +172,8 @@ def test_a_wrong_reward_is_refused_by_the_config(conf: dict[str, Any]) -> None:
 
 def test_a_reward_knows_whether_it_has_judged_anything(own_rewards: Path, tmp_path: Path) -> None:
     (tmp_path / "silent.py").write_text("def silent(completions):\n    return [None] * len(completions)\n")
-    silent, judge = build({"type": "function", "path": f"{tmp_path}/silent.py:silent"}, {"type": "json_valid"})
-    for reward in (silent, judge):
+    mute, judge = build({"type": "function", "path": f"{tmp_path}/silent.py:silent"}, {"type": "json_valid"})
+    for reward in (mute, judge):
         assert not reward.has_judged
         reward(prompts=[[]], completions=[[{"role": "assistant", "content": "a"}]], completion_ids=[[1]])
-    assert (silent.has_judged, judge.has_judged) == (False, True)
+    assert (mute.has_judged, judge.has_judged) == (False, True)

@@ -54,8 +54,8 @@ def test_logging_can_be_configured_and_switched_off(train: Any, sft_values: Any,
     values = {"training_args.max_steps": 5, "training_args.logging_steps": 2, "training_args.logging_first_step": False}
     assert logged_steps(train(sft_values(values))) == [2, 4, 5]
     values |= {"training_args.logging_strategy": "no", "training_args.output_dir": str(tmp_path / "silent")}
-    silent = train(sft_values(values))
-    assert logged_steps(silent) == [] and silent.result.final_loss is None
+    unlogged = train(sft_values(values))
+    assert logged_steps(unlogged) == [] and unlogged.result.final_loss is None
 
 
 @pytest.mark.parametrize(

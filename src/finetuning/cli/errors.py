@@ -227,13 +227,13 @@ def survive_lost_output() -> None:
             stream.survives_lost_reader = True
 
 
-def open_closed_streams() -> None:
-    """Open standard streams that whoever started the process has closed, on the null device.
+def open_closed_descriptors() -> None:
+    """Open standard descriptors that whoever started the process has closed, on the null device.
 
-    The next files that are opened would otherwise get their descriptors, and libraries that write to descriptor 1 or 2
+    The next files that are opened would otherwise get their numbers, and libraries that write to descriptor 1 or 2
     would write into these files.
     """
-    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
@@ -241,8 +241,13 @@ def open_closed_streams() -> None:
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _redacted(stream: TextIO | None, descriptor: int) -> RedactedStream:
+    """Return a stream that redacts; Python has None for a standard stream that was closed before it started."""
+    if stream is None:
+        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process lives
+    return RedactedStream(stream)
 
 
 _USER_ERRNOS = frozenset(
@@ -267,12 +272,12 @@ def run_command(main_function: Callable[[list[str]], int | None], argv: Sequence
     of an unexpected error is always written to a temporary file. Errors are also written to the files that
     TERMINATION_LOG_FILE and FINETUNING_ERROR_FILE name. Secrets are redacted in all of them and in all other output.
     """
-    open_closed_streams()
+    open_closed_descriptors()
     reset_error_file()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != DEBUG_OPTION]
-    with redirect_stdout(RedactedStream(sys.stdout)), redirect_stderr(RedactedStream(sys.stderr)):
+    with redirect_stdout(_redacted(sys.stdout, 1)), redirect_stderr(_redacted(sys.stderr, 2)):
         try:
             return main_function(arguments) or EXIT_OK
         except KeyboardInterrupt:

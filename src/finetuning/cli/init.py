@@ -127,7 +127,7 @@ def _ask(option: str, question: str) -> str:
     Raises:
         ConfigError: there is no terminal, or no answer.
     """
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigError(f"--{option} is required where there is no terminal to ask on")
     print(f"{question}: ", end="", flush=True)
     answer = sys.stdin.readline().strip()

@@ -105,8 +105,11 @@ def _usage() -> str:
     from finetuning.algorithms import ALGORITHMS
 
     not_training = ", ".join(SUBCOMMANDS)
-    return f"finetuning {{{','.join(ALGORITHMS)}}} config [key.path=value ...] [options]\n" + textwrap.fill(
-        not_training, 79, initial_indent="       finetuning SUBCOMMAND ..., one of: ", subsequent_indent=" " * 7
+    return (
+        f"finetuning {{{','.join(ALGORITHMS)}}} config\n            [key.path=value ...] [options]\n"
+        + textwrap.fill(
+            not_training, 79, initial_indent="       finetuning SUBCOMMAND ..., one of: ", subsequent_indent=" " * 7
+        )
     )
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -69,7 +70,9 @@ def _recipes(argv: Sequence[str]) -> int:
         raise ConfigError(f'no recipe has "{options.word}" in its name or title')
     for recipe in recipes:
         facts = [recipe.hardware.partition(",")[0].partition(":")[0], recipe.time.partition(",")[0], recipe.license]
-        print(f"{recipe.name}\n    {recipe.title}\n    {'; '.join(fact for fact in facts if fact)}")
+        print(recipe.name)
+        for line in (recipe.title, "; ".join(fact for fact in facts if fact)):
+            print(textwrap.fill(line, 80, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 
@@ -114,8 +117,8 @@ def find_recipe(name: str) -> Path:
     from finetuning.config.validation.suggestions import did_you_mean
 
     names = [recipe.name for recipe in list_recipes()]
-    short = next((full for full in names if full.endswith(f"/{name}")), None)
-    hint = f'Did you mean "{short}"?' if short else did_you_mean(name, names, cutoff=0.4)
+    same = [f'"{full}"' for full in names if full.endswith(f"/{name}")]
+    hint = f"Did you mean {' or '.join(same)}?" if same else did_you_mean(name, names, cutoff=0.4)
     raise ConfigError(f'there is no recipe "{name}"', hint=hint or "See finetuning recipes list.")
 
 

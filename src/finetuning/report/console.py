@@ -10,6 +10,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +26,9 @@ def open_console(*, is_main: bool = True, file: IO[str] | None = None) -> Consol
 
 
 def is_live(console: Console) -> bool:
-    """Return whether lines can be redrawn: on a terminal that is not dumb."""
+    """Return whether lines can be redrawn: on a terminal that is not dumb, and in a notebook with ipywidgets."""
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None
     return console.is_terminal and not console.is_dumb_terminal
 
 

@@ -361,7 +361,7 @@ def push_to_hub(experiment: Experiment, model: FinalModel) -> tuple[str | None, 
 
 
 def _hub_token(options: Mapping[str, Any]) -> str | None:
-    token = options.get("hub_token")
+    token: Any = options.get("hub_token")
     return token.get_secret_value() if hasattr(token, "get_secret_value") else token
 
 

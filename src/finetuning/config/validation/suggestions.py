@@ -46,8 +46,6 @@ _HABITS = {
     "callbacks": "A trainer controller acts on events of the run: see trainer_controller.",
     "use_peft": "peft_conf.peft_type chooses the adapter: LORA, or NO_PEFT for all weights.",
     "adapter": "peft_conf.peft_type chooses the adapter: LORA, or NO_PEFT for all weights.",
-    "load_in_4bit": "It belongs under quant_conf, with quantization_type: bits-and-bytes.",
-    "load_in_8bit": "It belongs under quant_conf, with quantization_type: bits-and-bytes.",
     "dataset_name": "Datasets are listed in data_conf.training_data.datasets, each with its path.",
     "train_dataset": "Datasets are listed in data_conf.training_data.datasets, each with its path.",
     "eval_dataset": "Validation rows are set by data_conf.validation_data.",
@@ -56,9 +54,10 @@ _HABITS = {
     ),
     "per_device_train_batch_size": "Use batchsize_conf.max_per_device_train_batch_size and total_train_batch_size.",
 }
-_HABITS |= dict.fromkeys(
-    ("early_stopping", "early_stopping_threshold", "patience"), _HABITS["early_stopping_patience"]
-) | dict.fromkeys(("dataset", "datasets", "train_file", "data_path", "dataset_path"), _HABITS["dataset_name"])
+_SAME_HABITS = {
+    **dict.fromkeys(("early_stopping", "early_stopping_threshold", "patience"), "early_stopping_patience"),
+    **dict.fromkeys(("dataset", "datasets", "train_file", "data_path", "dataset_path"), "dataset_name"),
+}
 
 _MANY = 8
 
@@ -95,8 +94,10 @@ def near_file(path: str | Path) -> str | None:
             names = [entry.name for entry in islice(entries, 1000)]
     except OSError:
         return None
-    match = nearest(name, [entry for entry in names if not entry.startswith(".")], cutoff=0.7)
-    return None if match is None else f'Did you mean "{os.path.join(folder, match)}"?'
+    # Without their extensions, which are alike for most files of a folder.
+    stems = {Path(entry).stem: entry for entry in names if not entry.startswith(".")}
+    match = nearest(Path(name).stem, stems)
+    return None if match is None else f'Did you mean "{os.path.join(folder, stems[match])}"?'
 
 
 def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]) -> str | None:
@@ -110,10 +111,11 @@ def key_hint(name: str, siblings: Iterable[str], elsewhere: dict[str, list[str]]
     close = nearest(name, siblings, cutoff=0.85)
     if close is not None:
         return f'Did you mean "{close}"?'
-    if name.lower() in _HABITS:
-        return _HABITS[name.lower()]
     if name in elsewhere:
         return belongs_to(elsewhere[name])
+    habit = _SAME_HABITS.get(name.lower(), name.lower())
+    if habit in _HABITS:
+        return _HABITS[habit]
     if name.lower() in _KEYS_OF_OTHER_ENGINES:
         full = _KEYS_OF_OTHER_ENGINES[name.lower()]
         section, _, key = full.rpartition(".")
