@@ -220,7 +220,7 @@ def test_the_agent_of_torch_does_not_handle_signals_itself(monkeypatch: pytest.M
     environ: dict[str, str] = {}
     with forward_signals(300, environ):
         assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
-    assert environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGHUP,SIGQUIT"
+    assert environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGQUIT"
     assert environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "295", "the launcher ends the ranks before it is ended itself"
     assert environ["FINETUNING_GRACE_S"] == "300", "the processes warn if a save takes longer"
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

@@ -16,7 +16,7 @@ from pathlib import Path
 from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError
 
-_FIELD = re.compile(r"# ([A-Z][a-z]+): +(.+)")
+_FIELD = re.compile(r"# (Hardware|Memory|Time|License|Command|Data): +(.+)")
 _SCHEMA_LINE = re.compile(r"(# yaml-language-server: \$schema=)\S*?(\w+)\.json")
 
 

@@ -71,8 +71,8 @@ class StopOnSignal(TrainerCallback):
     """Save and stop at the next step after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, a time limit, or a file `STOP`.
 
     All processes stop at the same step. After the last step a signal stops nothing: the final model is saved first. A
-    second signal, some seconds after the first, ends the process at once, except SIGHUP, which a lost terminal sends more
-    than once. SIGHUP stops nothing where it is ignored, as under `nohup`.
+    second signal, some seconds after the first, ends the process at once, except SIGHUP, which a lost terminal may send
+    twice. SIGHUP stops nothing where it is ignored, as under `nohup`.
 
     Args:
         max_time: a duration such as `1h30m`.
