@@ -110,6 +110,25 @@ def test_a_metric_that_is_not_reported_is_refused(check: Any, say: Say, sft_valu
     assert "rewards/accuracies" in err and "config.yaml:" in err
 
 
+def test_the_dry_run_refuses_what_a_run_would_refuse_in_the_first_rows(
+    say: Say, sft_values: Any, write_jsonl: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    rows = sft_rows(4)
+    wrong_role = write_jsonl(tmp_path / "role.jsonl", [*rows, {"messages": [{"role": "asistant", "content": "a"}]}])
+    path = "data_conf.training_data.datasets"
+    missing = {"type": "CONCATENATION", "datasets": [{"path": "/no/validation.jsonl"}]}
+    for changes, expected in (
+        ({"data_conf.validation_data": missing, "training_args.eval_strategy": "epoch"}, "/no/validation.jsonl"),
+        ({path: [{"path": str(wrong_role), "handlers": [{"name": "shuffle"}]}]}, 'unknown handler "shuffle"'),
+        ({path: [{"path": str(wrong_role)}]}, 'role.jsonl:5: messages[0].role: unknown role "asistant"'),
+        ({path: [{"path": str(wrong_role), "format": "preference"}]}, '"preference" is not supported by this method'),
+    ):
+        code, _, err = say("sft", sft_values(changes), "--dry-run")
+        assert code == 1 and expected in err, err
+    skipped = {path: [{"path": str(wrong_role)}], "data_conf.on_bad_row": "skip"}
+    assert say("sft", sft_values(skipped), "--dry-run")[0] == 0
+
+
 def test_what_the_trainer_rejects_is_a_config_error_with_a_warning_by_dry_run(say: Say, sft_values: Any) -> None:
     values = sft_values({"training_args.fsdp": True})
     code, _, err = say("sft", values, "--dry-run")
