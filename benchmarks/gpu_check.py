@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 TOTAL_S = 480
+_CPU_PATIENCE = 6
 
 
 @dataclass(frozen=True)
@@ -506,7 +507,9 @@ def main() -> int:
         print(json.dumps(PARTS[arguments.one].run(options)))
         return 0
     results: dict[str, Any] = {}
-    end = time.perf_counter() + TOTAL_S
+    # The limits are those of a GPU.
+    patience = 1 if arguments.device == "cuda" else _CPU_PATIENCE
+    end = time.perf_counter() + TOTAL_S * patience
     with tempfile.TemporaryDirectory() as folder:
         options = Options(arguments.device, arguments.tiny, Path(folder))
         for name in arguments.parts:
@@ -517,7 +520,7 @@ def main() -> int:
             part = Path(folder) / name
             part.mkdir()
             results[name] = run_part(
-                name, Options(options.device, options.tiny, part), min(PARTS[name].seconds, remaining)
+                name, Options(options.device, options.tiny, part), min(PARTS[name].seconds * patience, remaining)
             )
             arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {results[name]['status']} in {results[name]['seconds']} s", flush=True)

@@ -222,9 +222,8 @@ class _CostTracker(TorchDispatchMode):
         moved = sum(value.numel() * value.element_size() for value in (*inputs, *results))
         if name == "embedding":
             moved = 2 * sum(value.numel() * value.element_size() for value in results)
-        is_half = bool(inputs) and all(
-            value.dtype in (torch.bfloat16, torch.float16) for value in inputs if value.is_floating_point()
-        )
+        # By the first tensor: attention's backward pass also takes its normalizers, which are in 32 bit.
+        is_half = bool(inputs) and inputs[0].dtype in (torch.bfloat16, torch.float16)
         peak = self.device.half if is_half else self.device.single
         seconds = max(flops / (peak * _REACHED_FLOPS), moved / (self.device.bandwidth * _REACHED_BANDWIDTH), _LAUNCH_S)
         self.flops += flops
