@@ -13,7 +13,7 @@ from finetuning.config.sections.data import ChatTemplateName, DatasetSource
 from finetuning.data.chat.template import get_template
 from finetuning.data.formats import FORMATS, Options
 from finetuning.data.open_dataset import OpenDataset, open_dataset
-from finetuning.data.pipeline import prepare_dpo, prepare_prompts
+from finetuning.data.pipeline import prepare_dpo, prepare_kto, prepare_prompts
 from finetuning.data.samples import Problem
 from finetuning.errors import ConfigError, DataError
 
@@ -218,3 +218,41 @@ def test_a_system_message_without_its_switches_is_printed(
     ]
     conf = config(write_lines("a.jsonl", *rows), chat_template_name="keep-original")
     assert len(sft(conf, tokenizer).train) == 3
+
+
+CHAT_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "messages": (sft, {"messages": TALK}, "messages"),
+    "prompt_completion": (sft, {"prompt": TALK[:1], "completion": TALK[1:]}, "completion"),
+    "preference": (prepare_dpo, ROWS["preference"][1], "rejected_messages"),
+    "chosen_rejected": (
+        prepare_dpo,
+        {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": [assistant("No.")]},
+        "chosen",
+    ),
+    "unpaired": (prepare_kto, ROWS["unpaired"][1], "prompt_messages"),
+    "completion_label": (prepare_kto, {"prompt": TALK[:1], "completion": TALK[1:], "label": True}, "completion"),
+    "prompt": (prepare_prompts, {"prompt": TALK[:1]}, "prompt"),
+}
+KEYS = st.lists(st.from_regex(r"x[ .a-zA-Z0-9_]{1,8}", fullmatch=True), min_size=1, max_size=5, unique=True)
+
+
+@pytest.mark.parametrize("name", CHAT_ROWS)
+def test_any_other_key_is_named_in_the_report_of_each_format(
+    name: str, tokenizer: Any, write_lines: Callable[..., str]
+) -> None:
+    prepare, row, column = CHAT_ROWS[name]
+    arguments = {sft: (), prepare_dpo: (None,), prepare_kto: (None, 0), prepare_prompts: (None, {})}[prepare]
+
+    @given(KEYS, VALUES)
+    @settings(max_examples=4, deadline=None)
+    def check(keys: list[str], value: Any) -> None:
+        rows = [{**row, column: [{**row[column][0], key: value}]} for key in keys]
+        if name == "messages":
+            rows = [{"messages": [{**TALK[0], key: value}, TALK[1]]} for key in keys]
+        data = prepare(config(write_lines("a.jsonl", *rows), cache="off"), *arguments, tokenizer)
+        notes = data.statistics.report()[0]["warnings"]
+        assert {note for note in notes if note.startswith("message key")} == {
+            f"message key {key} is not used: the chat template does not read it" for key in keys
+        }
+
+    check()

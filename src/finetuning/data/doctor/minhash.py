@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ _MIN_WORDS = 12
 _random = np.random.default_rng(0)
 _FACTORS = _random.integers(1 << 16, 1 << 32, NUM_VALUES, dtype=np.uint32) | np.uint32(1)
 _OFFSETS = _random.integers(0, 1 << 32, NUM_VALUES, dtype=np.uint32)
+_KEY_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NEXT, _AFTER = np.uint32(0x9E3779B1), np.uint32(0x85EBCA77)
 
 
@@ -38,23 +40,24 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     result = np.zeros((len(texts), NUM_VALUES), dtype=np.uint32)
     if not is_long.any():
         return result
-    long_rows = [row for row in words if len(row) >= _MIN_WORDS]
-    sizes = np.array([len(row) - 2 for row in long_rows])
-    shingles = np.concatenate([_shingles(row) for row in long_rows])
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    sizes = np.array([len(row) for row in words if len(row) >= _MIN_WORDS])
+    # All rows at once: a call of numpy for each row would take longer than its work.
+    flattened = chain.from_iterable(row for row in words if len(row) >= _MIN_WORDS)
+    hashes = np.fromiter(map(hash, flattened), dtype=np.int64, count=int(sizes.sum())).astype(np.uint32)
+    mixed = hashes[:-2] + hashes[1:-1] * _NEXT + hashes[2:] * _AFTER
+    mixed ^= mixed >> np.uint32(15)
+    # Three words in a row begin at all but the last two words of a text.
+    ends = np.cumsum(sizes)
+    begins = np.ones(len(hashes), dtype=np.bool_)
+    begins[ends - 1] = begins[ends - 2] = False
+    shingles = mixed[begins[:-2]]
+    starts = np.concatenate([[0], np.cumsum(sizes - 2)[:-1]])
     values = [
         np.minimum.reduceat(shingles * factor + offset, starts)
         for factor, offset in zip(_FACTORS, _OFFSETS, strict=True)
     ]
     result[is_long] = np.stack(values, axis=1)
     return result
-
-
-def _shingles(words: Sequence[str]) -> NDArray[np.uint32]:
-    """Return a hash of each three words in a row."""
-    hashes = np.fromiter(map(hash, words), dtype=np.int64, count=len(words)).astype(np.uint32)
-    mixed = hashes[:-2] + hashes[1:-1] * _NEXT + hashes[2:] * _AFTER
-    return mixed ^ (mixed >> np.uint32(15))
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def near_duplicates(values: NDArray[np.uint32], hashes: NDArray[np.int64]) -> Ne
     best = np.zeros(len(values))
     originals = np.full(len(values), -1)
     for first in range(0, NUM_VALUES, _BAND):
-        band = np.ascontiguousarray(values[rows, first : first + _BAND])
-        keys = band.view([("", band.dtype)] * _BAND).ravel()
+        keys = np.zeros(len(rows), dtype=np.uint64)
+        for value in values[rows, first : first + _BAND].T:
+            keys = keys * _KEY_FACTOR + value
         order = np.argsort(keys, kind="stable")
         is_first = np.concatenate([[True], keys[order][1:] != keys[order][:-1]]) if len(order) else np.empty(0, bool)
         # Each row of a group of equal bands is compared with the first of the group, which is the earliest.
