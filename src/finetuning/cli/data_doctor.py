@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.cli.errors import run_command
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from finetuning.algorithms.algorithm import Algorithm
     from finetuning.config.sections.experiment import Experiment
     from finetuning.data.doctor.doctor_page import DataReport
+    from finetuning.data.doctor.findings import Verdict
     from finetuning.data.doctor.measures import Scan
+    from finetuning.data.statistics import DatasetStatistics
     from finetuning.model.tokenizer import LoadedTokenizer
 
 _LIMITS = {"sft": "sft_args.max_seq_length", "grpo": "grpo_args.max_prompt_length"}
@@ -89,19 +94,20 @@ def examine(
     from finetuning.data.doctor.measures import RowInspector, TokenFacts, joined
     from finetuning.training.setup import stop_tokens
 
-    fast: Any = tokenizer.tokenizer
+    fast = cast("PreTrainedTokenizerFast", tokenizer.tokenizer)
     configured = stop_tokens(experiment, tokenizer)
     turn_ends, notes = _template(fast, configured)
     ends = {*configured, *turn_ends, fast.eos_token} - {None, ""}
     stops = tuple(int(fast.convert_tokens_to_ids(end)) for end in ends if end in fast.get_vocab())
-    inspector = RowInspector(TokenFacts(fast.bos_token_id, fast.unk_token_id, stops), scan)
+    bos, unknown = cast("tuple[int | None, int | None]", (fast.bos_token_id, fast.unk_token_id))
+    inspector = RowInspector(TokenFacts(bos, unknown, stops), scan)
     changes = {"cache": "off", "prepared": None, "streaming": False, "on_bad_row": "skip", "max_lost_fraction": 1.0}
     lenient = experiment.model_copy(update={"data_conf": experiment.data_conf.model_copy(update=changes)})
     data = method.prepare(lenient, fast, workers, configured, inspector)
     limit_key = _LIMITS.get(method.name, "training_args.max_length")
     section, _, field = limit_key.partition(".")
     limit = getattr(getattr(experiment, section), field, None)
-    statistics: Any = data.statistics
+    statistics = cast("DatasetStatistics", data.statistics)
     examined = Examined(
         experiment.data_conf,
         limit,
@@ -123,7 +129,9 @@ def examine(
     )
 
 
-def _template(tokenizer: Any, stops: Sequence[str]) -> tuple[tuple[str, ...], Sequence[Any]]:
+def _template(
+    tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]
+) -> tuple[tuple[str, ...], Sequence[tuple[Verdict, str]]]:
     """Return the tokens that end turns, and notes on the chat template; nothing without a template."""
     from finetuning.data.chat.end_of_turn import EndOfTurnFinder
     from finetuning.data.chat.template import TemplateRenderer
@@ -155,6 +163,8 @@ def _pii_scan() -> Scan:
         raise MissingPackageError(
             "--pii needs the package presidio-analyzer", hint="pip install presidio-analyzer"
         ) from None
+    # Its recognizer of e-mail addresses fetches the list of public suffixes, and has a copy for when it cannot.
+    logging.getLogger("tldextract").setLevel(logging.CRITICAL)
     recognizers: list[Any] = [
         kind()
         for kind in (

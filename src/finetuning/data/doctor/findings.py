@@ -337,9 +337,10 @@ def _tokens(examined: Examined) -> Finding:
     density = np.concatenate(training.densities) if training.densities else np.empty(0)
     median = float(np.median(density)) if len(density) else 0.0
     unusual = np.flatnonzero((density < _DENSE * median) & (density > 0))
+    order: list[int] = unusual[np.argsort(density[unusual], kind="stable")][:MAX_WORST].tolist()
     worst = [
         Worst(-float(density[index]), training.locations[index], f"{density[index]:.1f} characters per token")
-        for index in unusual[np.argsort(density[unusual], kind="stable")][:MAX_WORST].tolist()
+        for index in order
     ]
     unknown = examined.count(m.UNKNOWN)
     text = f"{median:.1f} characters per token in the middle row"

@@ -168,8 +168,9 @@ def chat_field(row: Row, column: str) -> list[Message]:
     value = list_field(row, column)
     if value and isinstance(value, list) and not all(map(is_plain, value)):
         messages: list[JsonValue] = []
-        is_legacy = any(isinstance(message, dict) and message.get("function_call") for message in value)
-        for index, message in enumerate(value):
+        items = cast("list[JsonValue]", value)
+        is_legacy = any(isinstance(message, dict) and bool(message.get("function_call")) for message in items)
+        for index, message in enumerate(items):
             messages += _spelled_out(message, f"{column}[{index}]")
         # Where calls become tool calls, their results become those of tools: few templates print the role `function`.
         value = [_as_tool(message) for message in messages] if is_legacy else messages
