@@ -37,9 +37,19 @@ def test_the_end_of_the_schedulers_time_and_a_file_stop_a_run(
         train(sft_values())
     assert end.value.exit_code == 143
     assert not (out / "STOP").exists(), "the next run goes on"
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + DEFAULT_GRACE_S))
+    # The job is shorter than the grace period: half of its time is left to train.
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time()))
     with pytest.raises(Interrupted, match="the scheduler's time limit at step 2"):
         train(sft_values({"run_conf.resume_from_checkpoint": "auto"}))
+
+
+@pytest.mark.parametrize(("left", "until_stop"), [(1000, 700), (600, 300), (400, 200), (300, 150), (0, 0)])
+def test_a_run_stops_the_grace_period_before_the_scheduler_does(
+    clock: list[float], tmp_path: Path, left: float, until_stop: float
+) -> None:
+    stop = StopOnSignal(tmp_path, end_time=time.time() + left)
+    with stop.handle_signals():
+        assert stop._deadline == pytest.approx(until_stop, abs=5)
 
 
 def test_times_are_read() -> None:

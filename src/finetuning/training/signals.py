@@ -106,8 +106,9 @@ class StopOnSignal(TrainerCallback):
         if self._max_time:
             self._deadline = time.monotonic() + parse_duration(self._max_time)
         if self._end_time is not None:
-            left = self._end_time - read_grace() - time.time()
-            self._deadline = min(self._deadline, time.monotonic() + left)
+            left = self._end_time - time.time()
+            # A job that is shorter than the grace period trains at least half of its time.
+            self._deadline = min(self._deadline, time.monotonic() + max(left - read_grace(), left / 2))
         with self._first.installed():
             yield
 
