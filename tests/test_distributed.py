@@ -56,7 +56,6 @@ def test_topology_of(environ: dict[str, str], expected: ProcessTopology) -> None
         ({"WORLD_SIZE": "two"}, "environment variable WORLD_SIZE='two' is not a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 of 2"),
-        ({"WORLD_SIZE": "2"}, "2 processes, but not which one this is: RANK is unset"),
     ],
 )
 def test_an_environment_that_cannot_be(environ: dict[str, str], message: str) -> None:
@@ -77,13 +76,19 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_W
 )
 def test_what_mpirun_and_srun_do_not_set_is_named(environ: dict[str, str], missing: str) -> None:
     with pytest.raises(ConfigError, match=missing):
-        set_torchrun_variables(read_topology(MPIRUN), environ)
+        set_torchrun_variables(read_topology(MPIRUN), MPIRUN | environ)
+    with pytest.raises(ConfigError, match="2 processes, but not which one this is: RANK is unset"):
+        set_torchrun_variables(read_topology({"WORLD_SIZE": "2"}), {"WORLD_SIZE": "2"})
 
 
 def test_torch_gets_the_ranks_of_mpirun_and_srun() -> None:
-    environ = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    environ = {"MASTER_ADDR": "a", "MASTER_PORT": "1"} | MPIRUN
     set_torchrun_variables(read_topology(MPIRUN), environ)
-    assert environ == {"MASTER_ADDR": "a", "MASTER_PORT": "1", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    assert {name: environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+    }
     assert read_topology(environ) == read_topology(MPIRUN)
 
 

@@ -75,11 +75,6 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> ProcessTopology:
                     raise ConfigError(f"environment variable {name}={environ[name]!r} is not a whole number") from None
                 break
     topology = ProcessTopology(**values, sharded_by=_sharding(environ))
-    if topology.is_distributed and "rank" not in values:
-        raise ConfigError(
-            f"the environment says {topology.world_size} processes, but not which one this is: RANK is unset",
-            hint="Start the processes with finetuning launch, torchrun, accelerate launch, srun or mpirun.",
-        )
     if not 0 <= topology.rank < max(topology.world_size, 1):
         raise ConfigError(
             f"the launcher's environment says rank {topology.rank} of {topology.world_size} processes;"
@@ -92,8 +87,13 @@ def set_torchrun_variables(topology: ProcessTopology, environ: MutableMapping[st
     """Set the variables that torch and accelerate read, which srun and mpirun do not set.
 
     Raises:
-        ConfigError: the address of rank 0 is unknown.
+        ConfigError: the address of rank 0 or the rank of this process is unknown.
     """
+    if not any(environ.get(name) for name in _NAMES["rank"]):
+        raise ConfigError(
+            f"the environment says {topology.world_size} processes, but not which one this is: RANK is unset",
+            hint="Start the processes with finetuning launch, torchrun, accelerate launch, srun or mpirun.",
+        )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise ConfigError(
