@@ -21,6 +21,7 @@ from finetuning.errors import EXIT_USER, FinetuningError, Interrupted
 NEEDS_MORE = {
     r"is missing weights that its config requires|has weights whose shapes differ": "the weights",
     r"EVA initialization failed": "the weights",
+    r"Using fsdp only works in distributed training": "the processes of a distributed run; a dry run warns",
 }
 """Patterns of messages, each with what the refusal needs that a dry run does not have."""
 _AFTER_THE_START = ("training_step", "evaluate", "_save_checkpoint", "save_final_model", "on_step_end", "on_train_end")

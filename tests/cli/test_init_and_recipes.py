@@ -52,7 +52,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         (
             {"question": "a", "answer": "b"},
             [],
-            {"method": "sft", "format": "prompt_completion", "columns": {"question": "prompt", "answer": "completion"}},
+            {"method": "sft", "format": "alpaca", "columns": {"question": "instruction", "answer": "output"}},
         ),
     ],
 )

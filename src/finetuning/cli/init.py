@@ -103,6 +103,7 @@ def _init(argv: Sequence[str]) -> int:
     data = options.data or _ask("data", "Data: a file, a folder or a dataset id on the Hub")
     model = options.model or _ask("model", "Model: a folder or an id on the Hub")
     method, summary = look_at_data(data, options.method)
+    summary = _as_chat(summary)
     print(f"{data}: {_counted(summary.rows)}, {summary.format}{_renamed(summary)}; method {method}")
     choices = Choices(method, model, data, options.output, options.adapter, summary, 0)
     choices = look_at_model(choices)
@@ -175,6 +176,19 @@ def look_at_data(path: str, method: str | None) -> tuple[str, DataSummary]:
         f"{path}: no row format has the columns {columns_there}",
         hint=f"Expected are, for {expected}. docs/reference/data-formats.md has all of them.",
     )
+
+
+def _as_chat(summary: DataSummary) -> DataSummary:
+    """Return rows of a prompt and its completion, both texts, as questions and answers of a chat.
+
+    As `prompt_completion` they would be joined as they are, without the chat template that the model is served with.
+    """
+    names = {name: column for column, name in summary.columns.items()}
+    prompt, completion = (names.get(name, name) for name in ("prompt", "completion"))
+    is_text = isinstance(summary.first.get(prompt), str) and isinstance(summary.first.get(completion), str)
+    if summary.format != "prompt_completion" or not is_text:
+        return summary
+    return replace(summary, format="alpaca", columns={prompt: "instruction", completion: "output"})
 
 
 def look_at_model(choices: Choices) -> Choices:
