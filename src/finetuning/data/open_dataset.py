@@ -75,7 +75,8 @@ def open_dataset(
         DataError: a file is missing or has no rows; also raised while rows are read.
         ConfigError: the dataset's settings contradict each other.
     """
-    transforms = make_transforms(source, key)
+    has_transforms = source.columns or source.roles or source.handlers
+    transforms = make_transforms(source, key) if has_transforms else TransformChain()
     special_tokens, ignored = options.special_tokens, frozenset(source.ignore_columns)
 
     def transform(unparsed: UnparsedRow) -> Row | Problem | SkippedRow:
