@@ -281,11 +281,6 @@ REMOVED_CHECKS = [
         ("export/test_suggested_commands.py::test_suggested_commands_succeed[dora]",),
     ),
     RemovedCheck(
-        "first rows in a dry run",
-        {"finetuning.data.prepared.check_first_rows": returns(None)},
-        ("cli/test_user_errors.py::test_the_dry_run_refuses_what_a_run_would_refuse_in_the_first_rows",),
-    ),
-    RemovedCheck(
         "models without a score",
         {"finetuning.model.load.check_score_head": returns(None)},
         ("algorithms/test_reward.py::test_a_model_without_a_class_with_a_score",),

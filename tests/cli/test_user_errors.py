@@ -125,7 +125,7 @@ def test_the_dry_run_refuses_what_a_run_would_refuse_in_the_first_rows(
     ):
         code, _, err = say("sft", sft_values(changes), "--dry-run")
         assert code == 1 and expected in err, err
-    skipped = {path: [{"path": str(wrong_role)}], "data_conf.on_bad_row": "skip"}
+    skipped = {path: [{"path": str(wrong_role)}], "data_conf.on_bad_row": "skip", "data_conf.max_lost_fraction": 1.0}
     assert say("sft", sft_values(skipped), "--dry-run")[0] == 0
 
 
