@@ -58,6 +58,7 @@ gpu-check: ## check correctness, speed and memory on the GPU of this machine
 	PYTHONPATH=src $(or $(GPU_PYTHON),$(PYTHON)) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 # Not part of `make test`: an environment of 3.4 GB, and half a minute for each start of a server.
+# The tests of llama.cpp run if LLAMA_CPP names a folder of it with a built llama-server.
 test-serving: venv $(SERVING_VENV)/.installed ## serve what the engine makes with vLLM, and compare
 	VLLM=$(CURDIR)/$(SERVING_VENV)/bin/vllm $(PYTHON) -m pytest tests/serving
 

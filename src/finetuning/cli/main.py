@@ -48,6 +48,7 @@ SUBCOMMANDS = {
     "chat": Subcommand("finetuning.cli.chat:main", "talk to a model in the terminal"),
     "serve": Subcommand("finetuning.cli.serve:main", "start vLLM with the model of a run"),
     "evaluate": Subcommand("finetuning.cli.evaluate:main", "evaluate a model and its base model on held-out rows"),
+    "export": Subcommand("finetuning.cli.export:main", "write a model as GGUF for llama.cpp and Ollama"),
     "merge_adapter": Subcommand("finetuning.cli.merge_adapter:main", "merge LoRA adapters into the base model"),
     "merge": Subcommand("finetuning.cli.merge_adapter:main", "short for merge_adapter"),
     "create_vllm_compatible_adapter": Subcommand(
