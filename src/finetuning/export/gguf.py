@@ -350,9 +350,9 @@ def _with_tokenizer(folder: Path, tokenizer: Path, target: Path) -> Path:
     """Return a folder of links to the model's weights, and to the tokenizer and generation config of another folder."""
     target.mkdir()
     weights = (".safetensors", ".bin", ".gguf")
-    own = {"config.json", "model.safetensors.index.json"}
+    config_files = {"config.json", "model.safetensors.index.json"}
     for file in folder.iterdir():
-        if file.suffix in weights or file.name in own:
+        if file.suffix in weights or file.name in config_files:
             (target / file.name).symlink_to(file.resolve())
     for file in tokenizer.iterdir():
         if file.is_file() and file.suffix not in weights and not file.name.startswith("adapter_"):
