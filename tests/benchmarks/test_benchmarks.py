@@ -42,13 +42,13 @@ def run(fork_server: ForkServer, name: str, args: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_a_benchmark_prints_its_figures(fork_server: ForkServer, name: str) -> None:
+def test_a_benchmark_prints_its_results(fork_server: ForkServer, name: str) -> None:
     run(fork_server, name, SMALLEST[name])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", OF_MANY_PROCESSES)
-def test_a_benchmark_of_whole_processes_prints_its_figures(fork_server: ForkServer, name: str) -> None:
+def test_a_benchmark_of_whole_processes_prints_its_results(fork_server: ForkServer, name: str) -> None:
     run(fork_server, name, OF_MANY_PROCESSES[name])
 
 
