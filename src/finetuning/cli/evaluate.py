@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
 from finetuning.errors import ConfigError, FinetuningError, Interrupted, Location
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from finetuning.cli.named_model import NamedModel
     from finetuning.config.sections.data import DatasetSource
     from finetuning.config.sections.training import FinalEvaluation
+    from finetuning.data.samples import JsonObject
     from finetuning.inference.evaluation import Candidate, Evaluation
     from finetuning.inference.prompts import GenerationPrompt
     from finetuning.inference.runner import ProgressCallback
+    from finetuning.inference.scoring import ScoreName
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _DATA_KEY = "--data"
@@ -150,7 +152,7 @@ def _validation_data(model: NamedModel) -> DatasetSource:
 def _score_rows(
     source: DatasetSource,
     candidates: Sequence[Candidate],
-    metric: Any,
+    metric: ScoreName,
     max_new_tokens: int,
     *,
     folder: Path,
@@ -177,7 +179,7 @@ def _score_rows(
     )
 
 
-def read_scored_rows(source: DatasetSource, metric: Any, key: str) -> list[GenerationPrompt]:
+def read_scored_rows(source: DatasetSource, metric: ScoreName, key: str) -> list[GenerationPrompt]:
     """Return the prompts of a dataset.
 
     Args:
@@ -243,8 +245,8 @@ def _has_new_tokens(base: str, folder: Path) -> bool:
     from finetuning.config.pretrained_config import read_pretrained_config
     from finetuning.export.auxiliary_files import max_token_id
 
-    config: dict[str, Any] = dict(read_pretrained_config(base) or {})
-    text_config: dict[str, Any] = config.get("text_config") or config
+    config: JsonObject = dict(read_pretrained_config(base) or {})
+    text_config: JsonObject = config.get("text_config") or config
     rows = text_config.get("vocab_size")
     largest = max_token_id(folder)
     return isinstance(rows, int) and largest is not None and largest >= rows

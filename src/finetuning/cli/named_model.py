@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetuning.errors import ConfigError, Location, ModelError, read_json_object, reading
 
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from finetuning.config.sections.experiment import GenerationModel
     from finetuning.config.sections.model import NoQuantization, Quantized
     from finetuning.data.preview import PreviewRow
+    from finetuning.data.samples import JsonObject
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -190,7 +190,7 @@ def _moved_base(adapter: Path, run: Path | None) -> str | None:
     return str(moved) if name and not Path(name).expanduser().exists() and (moved / "config.json").is_file() else None
 
 
-def resolved_config(run: Path) -> Mapping[str, Any]:
+def resolved_config(run: Path) -> JsonObject:
     """Return the values of the config that a run wrote, with all defaults; empty if there is none."""
     from finetuning.config.yaml.reader import read_document
     from finetuning.report.run_folder import CONFIG_NAME
@@ -199,7 +199,7 @@ def resolved_config(run: Path) -> Mapping[str, Any]:
     return {str(key): value for key, value in read_document(path).values.items()} if path.is_file() else {}
 
 
-def base_arguments(config: Mapping[str, Any], *, is_base: bool) -> dict[str, object]:
+def base_arguments(config: JsonObject, *, is_base: bool) -> dict[str, object]:
     """Return the arguments that the base was loaded with.
 
     Args:
@@ -210,7 +210,7 @@ def base_arguments(config: Mapping[str, Any], *, is_base: bool) -> dict[str, obj
     return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
-def _quantization(config: Mapping[str, Any]) -> NoQuantization | Quantized:
+def _quantization(config: JsonObject) -> NoQuantization | Quantized:
     from pydantic import TypeAdapter
 
     from finetuning.config.sections.model import NoQuantization, QuantConfig

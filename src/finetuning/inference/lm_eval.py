@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetuning.config.pretrained_config import read_pretrained_config
 from finetuning.config.sections.model import NoQuantization
+from finetuning.data.samples import JsonObject
 from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError, read_json_object, reading
 from finetuning.inference.evaluation import (
     Candidate,
@@ -160,7 +160,7 @@ def _run(program: str, candidate: Candidate, options: HarnessOptions, log: Path)
             return dict(_measured(read_json_object(files[-1])))
 
 
-def _measured(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], _Measured]]:
+def _measured(values: JsonObject) -> Iterator[tuple[tuple[str, str], _Measured]]:
     """Yield the values of each task, without those of groups of tasks."""
     for task, metrics in values["results"].items():
         rows = int((values.get("n-samples") or {}).get(task, {}).get("effective", 0))

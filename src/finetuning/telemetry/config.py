@@ -247,7 +247,7 @@ def plain_value(value: Any) -> Any:
     return str(value)
 
 
-def _plain_list(values: list[Any]) -> list[Any]:
+def _plain_list(values: list[Any]) -> Sequence[object]:
     kinds = {type(value) for value in values}
     if len(kinds) > 1:
         kind = float if kinds == {int, float} else str

@@ -24,8 +24,8 @@ COUNTS = "host_counts"
 """The key of a batch that holds its counts."""
 Counts = dict[str, int]
 Batch: TypeAlias = dict[str, Any]
-Rows: TypeAlias = list[Any]
-Collator = Callable[..., Any]
+Rows: TypeAlias = list[object]
+Collator = Callable[[Rows], Batch]
 Metrics: TypeAlias = dict[str, dict[str, list[Any]]]
 
 

@@ -141,7 +141,7 @@ def describe_router_loss(experiment: Experiment, model: PreTrainedModel) -> tupl
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     key, is_part = "run_conf.model_args.output_router_logits: true", bool(config.output_router_logits)
     if experiment.method_name in _ADDS_ROUTER_LOSS:
-        extra: Mapping[str, Any] = experiment.training_args.model_extra or {}
+        extra: Mapping[str, object] = experiment.training_args.model_extra or {}
         configured = extra.get("router_aux_loss_coef")
         coefficient = coefficient if configured is None else configured
         key, is_part = "training_args.router_aux_loss_coef", bool(coefficient)

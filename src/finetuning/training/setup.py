@@ -92,7 +92,7 @@ def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
 
     module, _, name = experiment.trainer_config.partition(":")
     args = experiment.training_args
-    fields: dict[str, Any] = {field: getattr(args, field) for field in type(args).model_fields}
+    fields: dict[str, object] = {field: getattr(args, field) for field in type(args).model_fields}
     for field in ("logging_dir", *_OWN_FIELDS.get(experiment.method_name, ())):
         del fields[field]
     fields |= args.model_extra or {}

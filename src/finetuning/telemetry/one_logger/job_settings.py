@@ -44,7 +44,7 @@ class _Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _convert_numbers(cls, values: Any) -> Any:
+    def _convert_numbers(cls, values: object) -> object:
         if not isinstance(values, Mapping):
             return values
         return {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in values.items()}

@@ -18,6 +18,7 @@ else:
     except ImportError:
         from pytorch_lightning import Callback, LightningModule, Trainer
 
+_Arguments = dict[str, Any]
 _TrainerClass = TypeVar("_TrainerClass", bound=type)
 
 
@@ -192,7 +193,7 @@ class OneLoggerPTLTrainer(Trainer):
     """
 
     def __init__(
-        self, trainer_config: dict[str, Any], training_telemetry_provider: TrainingTelemetryProvider, **kwargs: Any
+        self, trainer_config: _Arguments, training_telemetry_provider: TrainingTelemetryProvider, **kwargs: Any
     ) -> None:
         self._nv_one_logger_callback = TimeEventCallback(training_telemetry_provider, **kwargs)
         super().__init__(**_with_callback(trainer_config, self._nv_one_logger_callback))
@@ -212,7 +213,7 @@ class OneLoggerPTLTrainer(Trainer):
         _recorded_save(self._nv_one_logger_callback, save, self.global_step, filepath)
 
 
-def _with_callback(trainer_config: dict[str, Any], callback: TimeEventCallback) -> dict[str, Any]:
+def _with_callback(trainer_config: _Arguments, callback: TimeEventCallback) -> _Arguments:
     """Return a trainer's arguments with one more callback, which is called first."""
     callbacks = trainer_config.get("callbacks") or []
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
@@ -230,7 +231,7 @@ def hook_trainer_cls(
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **_with_callback(kwargs, callback))
 
-    def save_checkpoint(self: Any, filepath: Path | str, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self: Any, filepath: Path | str, *args: object, **kwargs: object) -> None:
         def save() -> None:
             cls.save_checkpoint(self, filepath, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
