@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
@@ -19,7 +18,7 @@ from finetuning.config.redaction import redact_text
 from finetuning.data.preview import head_of
 from finetuning.report.charts import HEIGHT, WIDTH, Chart, Series, line_chart, timeline
 from finetuning.report.console import UNKNOWN, duration, rate, shortened
-from finetuning.report.run_folder import RunData, final_losses, parse_time, read_run
+from finetuning.report.run_folder import JsonRecord, RunData, final_losses, parse_time, read_run
 
 FILE_NAME = "report.html"
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def title_of(run: RunData) -> str:
     return " · ".join(part for part in (str(run.record.get("method") or ""), model) if part) or run.name
 
 
-def _decisions(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _decisions(record: JsonRecord) -> list[tuple[str, str, str]]:
     """Return the settings and their reasons: from the start summary, or else from the plan."""
     summary = record.get("summary")
     if summary:
@@ -136,7 +135,7 @@ def _checks(run: RunData) -> list[tuple[str, str]]:
     return checks
 
 
-def _versions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _versions(record: JsonRecord) -> list[tuple[str, str]]:
     job = (record.get("jobs") or [{}])[-1]
     versions = [("engine", str(record.get("engine", ""))), ("Python", str(job.get("python", "")))]
     versions += [(name, str(version)) for name, version in (job.get("packages") or {}).items()]
@@ -268,7 +267,7 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
     return ["| | |", "|---|---|", *body] if body else ["Not recorded."]
 
 
-def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _rows(record: JsonRecord) -> list[tuple[str, str]]:
     data = record.get("data") or {}
     table = [
         (f"{part['split']} rows", f"{part['kept']:,} of {part['rows']:,} kept, {part['tokens']:,} tokens")
@@ -277,7 +276,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*table, ("fingerprint", str(data.get("fingerprint") or ""))]
 
 
-def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _settings(record: JsonRecord) -> list[tuple[str, str]]:
     plan = record.get("plan") or {}
     batch, steps = plan.get("batch") or {}, plan.get("steps") or {}
     packages = ((record.get("jobs") or [{}])[-1].get("packages") or {}).items()
@@ -290,7 +289,7 @@ def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in settings if value not in (None, "")]
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
+def _notes(record: JsonRecord) -> list[str]:
     return [str(note) for note in (record.get("model") or {}).get("notes") or [] if ": " in str(note)]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from finetuning.errors import ConfigError, Location
 from finetuning.report.console import loss
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from finetuning.data.preview import PreviewRow
 
 Value = TypeVar("Value")
+JsonRecord: TypeAlias = dict[str, Any]
+"""One JSON object of a file of a run."""
 Series = dict[str, list[tuple[int, float]]]
 """For each metric, (step, value) in the order of steps."""
 
@@ -92,7 +94,7 @@ def final_losses(series: Series, folder: Path) -> FinalLosses:
     return losses
 
 
-def series_of_history(history: Iterable[Mapping[str, Any]]) -> Series:
+def series_of_history(history: Iterable[JsonRecord]) -> Series:
     """Return the metrics of the Trainer's `log_history`."""
     return _collect((int(entry.get("step", 0)), _without_step(entry)) for entry in history)
 
@@ -111,7 +113,7 @@ def downsample(points: list[tuple[int, float]], limit: int = 600) -> list[tuple[
     return list(kept.items())
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(path: Path) -> Iterator[JsonRecord]:
     """Yield the objects of a JSON lines file, if it exists. Lines that are incomplete are skipped."""
     try:
         stream = path.open(encoding="utf-8", errors="replace")
@@ -146,7 +148,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             yield row["step"], _without_step(row)
 
 
-def _without_step(row: Mapping[str, Any]) -> dict[str, Any]:
+def _without_step(row: JsonRecord) -> JsonRecord:
     return {key: value for key, value in row.items() if key not in _NO_VALUES}
 
 
@@ -216,15 +218,15 @@ class RunData:
     """One run, as recorded in its output directory."""
 
     folder: Path
-    record: Mapping[str, Any]
+    record: JsonRecord
     series: Series
     config: str
     rows: tuple[PreviewRow, ...]
     jobs: tuple[tuple[Span, ...], ...]
     """The recorded spans of each job, oldest job first."""
-    merge_checks: Mapping[str, Any]
+    merge_checks: JsonRecord
     """The results of verified merges of this run's adapter, by file."""
-    evaluations: tuple[Mapping[str, Any], ...] = ()
+    evaluations: tuple[JsonRecord, ...] = ()
     """What `finetuning evaluate` found, by name."""
 
     @property
@@ -277,7 +279,7 @@ def read_run(folder: Path) -> RunData:
     )
 
 
-def read_run_record(folder: Path) -> dict[str, Any] | None:
+def read_run_record(folder: Path) -> JsonRecord | None:
     """Return the contents of `run.json` in an output directory, or None when it is missing or not readable.
 
     Keys that older versions wrote are returned under their current names.
@@ -363,7 +365,7 @@ def _depth(span_id: str, parents: Mapping[str, str]) -> int:
     return depth
 
 
-def _merge_checks(folder: Path) -> dict[str, Any]:
+def _merge_checks(folder: Path) -> JsonRecord:
     """Read the merge verification files in the folders of an output directory."""
     paths = sorted(path for name in _MERGE_VERIFICATION_NAMES for path in folder.glob(f"*/{name}"))
     return {str(path.relative_to(folder)): check for path in paths if isinstance(check := _read_json(path), dict)}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetuning.atomic_io import try_lock
 from finetuning.errors import ConfigError, Location
-from finetuning.report.run_folder import RECORD_NAME, FinalLosses, read_run_record
+from finetuning.report.run_folder import RECORD_NAME, FinalLosses, JsonRecord, read_run_record
 from finetuning.tracking.tracker import METRICS_LOG_NAME as METRICS_NAME
 
 _LOCK_NAME = ".finetuning.lock"
@@ -78,7 +78,7 @@ def read_state(folder: Path) -> RunState | None:
     )
 
 
-def _losses(record: Mapping[str, Any]) -> FinalLosses:
+def _losses(record: JsonRecord) -> FinalLosses:
     losses = record.get("losses")
     try:
         return FinalLosses(**losses) if isinstance(losses, dict) else FinalLosses()
@@ -94,7 +94,7 @@ def _records(folder: Path) -> Iterator[Path]:
             yield Path(parent) / RECORD_NAME
 
 
-def _state(folder: Path, status: str, job: Mapping[str, Any]) -> str:
+def _state(folder: Path, status: str, job: JsonRecord) -> str:
     if status == "stopped by a guard":
         return "stopped"
     if status != "running":

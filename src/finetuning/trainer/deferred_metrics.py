@@ -25,7 +25,7 @@ COUNTS = "host_counts"
 Counts = dict[str, int]
 Batch: TypeAlias = dict[str, Any]
 Rows: TypeAlias = list[object]
-Collator = Callable[[Rows], Batch]
+Collator = Callable[..., Batch]
 Metrics: TypeAlias = dict[str, dict[str, list[Any]]]
 
 
