@@ -97,8 +97,9 @@ def examine(
     fast = cast("PreTrainedTokenizerFast", tokenizer.tokenizer)
     configured = stop_tokens(experiment, tokenizer)
     turn_ends, notes = _template(fast, configured)
-    ends = {*configured, *turn_ends, fast.eos_token} - {None, ""}
-    stops = tuple(int(fast.convert_tokens_to_ids(end)) for end in ends if end in fast.get_vocab())
+    ends = {*configured, *turn_ends, cast("str | None", fast.eos_token)}
+    vocabulary = fast.get_vocab()
+    stops = tuple(vocabulary[end] for end in ends if end and end in vocabulary)
     bos, unknown = cast("tuple[int | None, int | None]", (fast.bos_token_id, fast.unk_token_id))
     inspector = RowInspector(TokenFacts(bos, unknown, stops), scan)
     changes = {"cache": "off", "prepared": None, "streaming": False, "on_bad_row": "skip", "max_lost_fraction": 1.0}

@@ -133,7 +133,8 @@ class RowMeanMixin(TrainerBase):
             self._add_eval_loss(losses[: rows - repeated].sum(), rows - repeated)
             return losses.mean(), None, None
         output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.loss_is_row_mean and output[0] is not None:
+        # The mean that transformers computes for one process is that of the rows.
+        if self.loss_is_row_mean and output[0] is not None and self.args.world_size > 1:
             self._add_eval_loss(output[0].mean() * rows, rows)
         return output
 
