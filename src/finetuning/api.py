@@ -60,7 +60,7 @@ def run(
     Raises:
         FinetuningError: the run was refused or stopped; `problems` has what is wrong, where, and what to do.
     """
-    from finetuning.cli.train import run_config
+    from finetuning.cli.train import train
 
     document, method = _document(config, overrides, method)
     options = argparse.Namespace(
@@ -74,9 +74,9 @@ def run(
         hf_mlflow_log_artifacts=None,
         dry_run=False,
     )
-    result = run_config(options, callbacks, document)
-    assert result is not None, "only a dry run has no result"
-    return result
+    results: list[RunResult] = []
+    train(lambda _: options, (), callbacks, document, results.append)
+    return results[0]
 
 
 def prepare(config: Config, overrides: Overrides = (), *, method: str | None = None, workers: int = 1) -> PreparedData:

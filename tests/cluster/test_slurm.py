@@ -31,7 +31,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/slurmd
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -99,7 +99,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and slurm-wlm, munge; missing: {', '.join(missing) or 'root'}")
     folder = tmp_path / "slurm"
-    for name in ("state", "spool", "bin"):
+    for name in ("state", "slurmd", "bin"):
         (folder / name).mkdir(parents=True)
     host = socket.gethostname().partition(".")[0]
     (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(2)))

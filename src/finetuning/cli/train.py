@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from finetuning.algorithms.algorithm import Algorithm
     from finetuning.config.sections.experiment import Experiment
+    from finetuning.config.sections.training import FinalEvaluation
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.distributed import ProcessTopology
     from finetuning.plan.plan import Decision, Plan
@@ -44,21 +45,16 @@ def train(
     argv: Sequence[str],
     callbacks: Sequence[TrainerCallback] = (),
     document: ConfigDocument | None = None,
+    on_result: Callable[[RunResult], None] | None = None,
 ) -> int:
     """Check the config, then train or, with `--dry-run`, print the plan. Return the exit code.
 
     Args:
         callbacks: of the trainer, in addition to those of the run.
         document: the config, if it is not read from the file that the arguments name.
+        on_result: called with how the run ended; not in a dry run.
     """
-    run_config(parse_options(argv), callbacks, document)
-    return 0
-
-
-def run_config(
-    options: argparse.Namespace, callbacks: Sequence[TrainerCallback] = (), document: ConfigDocument | None = None
-) -> RunResult | None:
-    """Check the config and train, as `train`. Return how the run ended; None for a dry run."""
+    options = parse_options(argv)
     _check_options(options)
     checked = _check_config(options, document)
     experiment, algorithm, topology = checked.experiment, checked.algorithm, checked.topology
@@ -69,15 +65,11 @@ def run_config(
     # Before the imports below: the libraries read these settings when they are imported.
     configure_logging(options.logging_level.upper(), is_main=topology.is_main)
     with locate_errors(checked.document):
-        evaluation = getattr(experiment, "final_evaluation", None)
-        if evaluation is not None and topology.is_main:
-            from finetuning.cli.evaluate import read_scored_rows
-
-            read_scored_rows(evaluation.data, evaluation.score, "final_evaluation.data")
+        evaluation = _final_evaluation(checked)
         if options.dry_run:
             if topology.is_main:
                 _dry_run(checked)
-            return None
+            return 0
 
         with _gc_paused():
             from finetuning.training.final_model import check_save_model_dir, copy_to_save_model_dir
@@ -99,12 +91,25 @@ def run_config(
             with finish_despite_signal():
                 copy_to_save_model_dir(experiment)
         reporter.print_result(result)
-        if evaluation is not None and topology.is_main and result.model is not None:
+        if evaluation is not None and result.model is not None:
             from finetuning.cli.evaluate import evaluate_final_model
 
             reporter.release_trainer()
             evaluate_final_model(job.output_dir, evaluation)
-    return result
+    if on_result is not None:
+        on_result(result)
+    return 0
+
+
+def _final_evaluation(checked: _CheckedConfig) -> FinalEvaluation | None:
+    """Return what the main process evaluates after training. Its rows are read now, so that errors come first."""
+    evaluation: FinalEvaluation | None = getattr(checked.experiment, "final_evaluation", None)
+    if evaluation is None or not checked.topology.is_main:
+        return None
+    from finetuning.cli.evaluate import read_scored_rows
+
+    read_scored_rows(evaluation.data, evaluation.score, "final_evaluation.data")
+    return evaluation
 
 
 def _check_config(options: argparse.Namespace, document: ConfigDocument | None) -> _CheckedConfig:

@@ -25,7 +25,16 @@ from finetuning.data.formats import Options
 from finetuning.data.open_dataset import OpenDataset, UnparsedRow, open_dataset, source_title
 from finetuning.data.preview import PreviewRow, preview_of
 from finetuning.data.processors.base import DroppedSample, Processor, TokenizedSample
-from finetuning.data.samples import ParsedRow, Row, RowToTokenize, SkippedRow, system_prompt_of
+from finetuning.data.samples import (
+    Conversation,
+    ParsedRow,
+    Preference,
+    Prompt,
+    Row,
+    RowToTokenize,
+    SkippedRow,
+    UnpairedPreference,
+)
 from finetuning.data.sources import Line
 from finetuning.data.statistics import RowCounts, SplitStatistics
 from finetuning.data.tokenization.labels import LabelBuilder
@@ -160,12 +169,24 @@ def make_batch(
         for column in () if isinstance(row, _NOT_TOKENIZED) else row.unused:
             statistics.warn(f"column {column} is not used")
         if len(kept) <= num_preview_rows:
-            batch.preview_samples.append((sample, row.location, system_prompt_of(row)))
+            batch.preview_samples.append((sample, row.location, _system_prompt_of(row)))
     if kept:
         batch.sizes = np.array([(sample.tokens, sample.trained) for sample in kept], dtype=np.int64)
         batch.columns = {name: Column.of([sample.columns[name] for sample in kept]) for name in kept[0].columns}
         batch.hashes = np.array([hash(sample.text) for sample in kept], dtype=np.int64)
     return batch
+
+
+def _system_prompt_of(row: RowToTokenize) -> str | None:
+    """Return the text of the system message that a row of messages begins with; None if there is none."""
+    if isinstance(row, Conversation | Prompt):
+        messages = row.messages
+    elif isinstance(row, Preference | UnpairedPreference):
+        messages = row.prompt
+    else:
+        return None
+    content = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
+    return content if isinstance(content, str) else None
 
 
 def _message(sample: DroppedSample) -> str:

@@ -122,18 +122,6 @@ RowToTokenize = Sample | Problem | SkippedRow
 """A sample, or a row that is not trained on."""
 
 
-def system_prompt_of(row: RowToTokenize) -> str | None:
-    """The text of the system message that a row of messages begins with; None if there is none."""
-    if isinstance(row, Conversation | Prompt):
-        messages = row.messages
-    elif isinstance(row, Preference | UnpairedPreference):
-        messages = row.prompt
-    else:
-        return None
-    content = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
-    return content if isinstance(content, str) else None
-
-
 Span = tuple[int, int]
 """Start and end of a part of a text, in characters, or of a sequence, in tokens; the end is exclusive."""
 MISSING_PROMPT = "the turn does not begin with all of the generation prompt"

@@ -141,17 +141,13 @@ class RenamedResult:
 
 _TEMPLATE = ("data_conf", "chat_template_name")
 _SILOGEN_TEMPLATE = "mistral-with-system"
-_ONLY_SILOGENS: tuple[KeyPath, ...] = (
+SILOGEN_KEYS: tuple[KeyPath, ...] = (
     ("data_conf", "training_data", "data_type"),
     ("data_conf", "validation_data", "data_type"),
     ("run_conf", "use_fast_tokenizer"),
     ("sft_args", "save_name_if_new_basemodel"),
 )
-
-
-def is_from_silogen(document: ConfigDocument) -> bool:
-    """Return whether a config has keys of Silogen's engine that nobody writes for this one."""
-    return any(document.get(path) is not None for path in _ONLY_SILOGENS)
+"""Keys of Silogen's engine that nobody writes for this one."""
 
 
 def _set_silogen_template(document: ConfigDocument) -> tuple[ConfigDocument, list[ValidationIssue]]:
@@ -159,7 +155,7 @@ def _set_silogen_template(document: ConfigDocument) -> tuple[ConfigDocument, lis
     section = document.get(("data_conf",))
     if not isinstance(section, dict) or {"chat_template_name", "chat_template"} & section.keys():
         return document, []
-    if not is_from_silogen(document):
+    if all(document.get(path) is None for path in SILOGEN_KEYS):
         return document, []
     issue = ValidationIssue(
         ("data_conf",),

@@ -18,7 +18,7 @@ from finetuning.config.validation.cross_field import check_rules
 from finetuning.config.validation.error_messages import KeyIndex, validation_issues
 from finetuning.config.validation.library_fields import SHARED_BY_METHODS, LibraryFields, installed_fields, table_fields
 from finetuning.config.validation.passthrough import check_passthrough, library_keys
-from finetuning.config.validation.renamed_keys import OLD_VALUES, TABLES, apply_renames, is_from_silogen
+from finetuning.config.validation.renamed_keys import OLD_VALUES, SILOGEN_KEYS, TABLES, apply_renames
 from finetuning.config.validation.section_tree import chosen_section, is_list, key_index, members, sections_of
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.document import (
@@ -110,7 +110,7 @@ def _has_old_names(document: ConfigDocument) -> bool:
     sections = [(document.get(section), table) for section, table in TABLES.items()]
     values = [(document.get(path), names) for path, names in OLD_VALUES.items()]
     return (
-        is_from_silogen(document)
+        any(document.get(path) is not None for path in SILOGEN_KEYS)
         or any(isinstance(section, dict) and not table.keys().isdisjoint(section) for section, table in sections)
         or any(isinstance(value, str) and value in names for value, names in values)
     )
