@@ -151,7 +151,7 @@ def test_what_goes_wrong_in_telemetry_costs_no_step(run: Any, logged_losses: Any
 def test_a_process_that_hangs_is_named_with_what_it_does(
     fork_server: Any, sft_values: Any, write_config: Any, tmp_path: Path
 ) -> None:
-    changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 2}
+    changes = {"peft_conf": LORA, "training_args.max_steps": 100_000, "run_conf.name_hung_after": 3}
     main, second = fork_server.start_all(["sft", write_config(sft_values(changes))], ["", ""])
     assert main.wait_for(lambda: '"step": 3' in _log(tmp_path)), main.output
     second.send_signal(signal.SIGSTOP)

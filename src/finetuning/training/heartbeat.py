@@ -209,7 +209,8 @@ def watch_heartbeats(
 
     def watch() -> None:
         monitor, named, count = HeartbeatMonitor(), None, 0
-        while not is_over.wait(pause_s):
+        # The first is written at once: a process that stops before is not known to the others.
+        while not is_over.wait(pause_s if count else 0):
             count += 1
             monitor.update(rank, heartbeat.write(count), time.monotonic())
             for watched_rank in watched_ranks:
