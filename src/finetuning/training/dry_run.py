@@ -192,12 +192,14 @@ def _check_model(
     dry: DryRun, experiment: Experiment, algorithm: Algorithm, topology: ProcessTopology
 ) -> tuple[PreTrainedModel | None, bool]:
     """Check the files of the model. Return it without weights, and whether its modules can be looked up."""
-    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION, loading_arguments
+    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION, check_score_head, loading_arguments
     from finetuning.model.module_summary import build_on_meta
 
     head = SEQUENCE_CLASSIFICATION if algorithm.has_score_head else CAUSAL_LM
     run_conf, source = experiment.run_conf, None
     with dry.check("model files"):
+        if algorithm.has_score_head:
+            check_score_head(run_conf)
         source, _ = loading_arguments(
             run_conf, experiment.quant_conf, topology=topology, sharded_by=topology.sharded_by, head=head
         )
