@@ -302,10 +302,15 @@ class Plan:
         return self.steps.total
 
     def logging_fields(self, args: TrainingArgs) -> dict[str, float]:
-        """Return the steps between two logs and two evaluations. A short run logs every step by default."""
+        """Return the steps between two logs and two evaluations, and whether the first step is logged.
+
+        A short run logs every step by default.
+        """
         is_short = self.steps is not None and self.steps.total <= _SHORT_RUN_STEPS
         default = 1 if is_short else DEFAULT_LOGGING_STEPS
+        first = args.logging_first_step
         return {
+            "logging_first_step": args.logging_strategy == "steps" if first is None else first,
             "logging_steps": args.logging_steps or default,
             "eval_steps": args.eval_steps or args.logging_steps or DEFAULT_LOGGING_STEPS,
         }
