@@ -1,4 +1,4 @@
-"""Pass signals on to the processes of a job, and outlive them: once, however many of its processes are signalled."""
+"""Pass signals on to the processes of a job, and outlive them: once, however many of its processes are signaled."""
 
 from __future__ import annotations
 
