@@ -35,6 +35,7 @@ CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 DIRECT_TYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 """The types that the converter writes itself; every other one needs the program llama-quantize."""
 _START_SECONDS = 120.0
+_STOP_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -466,7 +467,11 @@ def _serve(server: str, model: Path, adapter: Path | None) -> Iterator[_Ask]:
             yield lambda path, body: _post(f"{address}{path}", body)
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(timeout=_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=_STOP_SECONDS)
 
 
 def _is_ready(address: str) -> bool:

@@ -76,7 +76,8 @@ class TrainingArgs(ConfigSection):
     """Optimizer steps between two logs, or, below 1, a fraction of all steps. By default 10, and 1 in a run of at most
     20 steps. The last step is logged as well."""
     logging_first_step: bool | None = None
-    """Also log the first step. By default if `logging_strategy` is `steps`: a log of an epoch is the mean of its steps."""
+    """Also log the first step. By default only if `logging_strategy` is `steps`: a log of an epoch is the mean of its
+    steps."""
     eval_strategy: Strategy = "no"
     """When to evaluate: never, every `eval_steps`, or every epoch."""
     eval_steps: Steps | None = None
