@@ -138,7 +138,7 @@ def test_parameters_are_flat_short_and_without_secrets() -> None:
         "eos_token": "</s>",
     }
     result = parameters(config)
-    assert result["run_conf.model_args.revision"] == "None"
+    assert "run_conf.model_args.revision" not in result, "what has no value is no parameter"
     assert result["data_conf.datasets.1.path"] == "b"
     assert result["target_modules"] == '["q", "v"]'
     assert result["eos_token"] == "</s>"
