@@ -20,6 +20,7 @@ LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 2, "target_modules": ["q_proj"
 STEPS = {
     "training_args.max_steps": 3,
     "training_args.logging_steps": 100,
+    "training_args.logging_first_step": False,
     "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 4},
     "peft_conf": LORA,
 }

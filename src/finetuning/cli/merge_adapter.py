@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _merge(argv: list[str]) -> int:
-    options = build_parser().parse_args(argv)
+    options = build_parser().parse_intermixed_args(argv)
     device_map = _read_device_map(options.device_map)
     base, adapter, out = options.basemodel, options.peftmodel, options.outpath
     if out is None:
