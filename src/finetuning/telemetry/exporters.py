@@ -14,6 +14,7 @@ OTLP over HTTP runs in the background with short timeouts: a collector that does
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import logging
 import math
@@ -406,6 +407,19 @@ class BackgroundExport:
         return in_time
 
 
+def require_otlp() -> None:
+    """Raise MissingPackageError unless the exporter's package is installed."""
+    try:
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http._log_exporter")
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"telemetry.otlp needs {error.name}",
+            location=Location(key="telemetry.otlp"),
+            hint="Install it with: pip install 'finetuning[otlp]'",
+        ) from error
+
+
 class OtlpExport(BackgroundExport):
     """Sends to an OTLP collector over HTTP.
 
@@ -414,15 +428,10 @@ class OtlpExport(BackgroundExport):
     """
 
     def __init__(self, endpoint: str, headers: Mapping[str, str], timeout_s: float, errors: TelemetryErrors):
-        try:
-            from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        except ImportError as error:
-            raise MissingPackageError(
-                f"telemetry.otlp needs {error.name}",
-                location=Location(key="telemetry.otlp"),
-                hint="Install it with: pip install 'finetuning[otlp]'",
-            ) from error
+        require_otlp()
+        from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
         # The exporter logs a warning for each retry; the failure is reported once instead.
         logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL + 1)
         base = endpoint.rstrip("/")

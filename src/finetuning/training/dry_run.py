@@ -148,6 +148,7 @@ def _check_output(dry: DryRun, experiment: Experiment, plan: Plan) -> ResumePoin
             resume = find_resume_point(output_dir, experiment.run_conf.resume_from_checkpoint)
             if resume.checkpoint:
                 dry.facts.append(("resumes from", str(resume.checkpoint)))
+                dry.not_checked.append("whether the weights and states of the checkpoint load")
             dry.warnings += map(Problem, resume.notes)
     return resume
 
@@ -313,6 +314,11 @@ def _check_reporting(dry: DryRun, experiment: Experiment, topology: ProcessTopol
 
     with dry.check("controllers and guard"):
         ControllerCallbacks(experiment).callbacks()
+    if getattr(experiment.telemetry, "otlp", None) is not None:
+        from finetuning.telemetry.exporters import require_otlp
+
+        with dry.check("exporter of telemetry"):
+            require_otlp()
     address = experiment.run_conf.copy_checkpoints_to
     if address is not None:
         from finetuning.callbacks.checkpoint_upload import check_address
