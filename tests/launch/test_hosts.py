@@ -203,15 +203,17 @@ def sleeping_rank() -> Any:
 def test_the_first_signal_is_forwarded_once(sleeping_rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     assert processes_of_job() == [sleeping_rank.pid], "other children of this process are not of the job"
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     forwarder = SignalForwarder()
-    with pytest.raises(SignalException) as raised:
-        forwarder.handle(signal.SIGUSR1, None)
-    assert raised.value.sigval == signal.SIGUSR1
-    forwarder.handle(signal.SIGTERM, None)
-    assert sent == [(sleeping_rank.pid, signal.SIGUSR1)], "repeated at once, it is the same signal"
-    forwarder._time = float("-inf")
-    forwarder.handle(signal.SIGTERM, None)
+    # In a context: the fixture ends its process with os.kill.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+        with pytest.raises(SignalException) as raised:
+            forwarder.handle(signal.SIGUSR1, None)
+        assert raised.value.sigval == signal.SIGUSR1
+        forwarder.handle(signal.SIGTERM, None)
+        assert sent == [(sleeping_rank.pid, signal.SIGUSR1)], "repeated at once, it is the same signal"
+        forwarder._time = float("-inf")
+        forwarder.handle(signal.SIGTERM, None)
     assert sent[1:] == [(sleeping_rank.pid, signal.SIGTERM)], "a later one does not end the launcher before its ranks"
     assert [forwarder.exit_code(code) for code in (0, 1, 203, 137)] == [0, 1, 138, 138]
 
