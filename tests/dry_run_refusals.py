@@ -20,15 +20,15 @@ from finetuning.errors import EXIT_USER, FinetuningError, Interrupted
 
 NEEDS_MORE = {
     r"is missing weights that its config requires|has weights whose shapes differ": "the weights",
-    r"EVA initialization failed|the weights of .* cannot be loaded|/model cannot be loaded: ": "the weights",
-    r"You set `ignore_mismatched_sizes` to `False`": "the weights",
+    r"EVA initialization failed|the weights of .* cannot be loaded": "the weights",
+    r"run_conf\.model: .* cannot be loaded: ": "the weights",
     r"is not a causal language model|cannot be trained on rows of any length": "the logits",
     r"states of .* cannot be loaded|was not loaded as it was saved": "the states of the checkpoint",
     r"does not contain the position in the stream|has no reference/weights.safetensors": "the states of the checkpoint",
     r"the KTO trainer rejects this config: Applying a PEFT adapter to `lm_head`": "the trainer, built on the model",
     r"auto is not supported for this loss: the rows of a batch depend on each other": "the trainer, built on the model",
     r"rows cannot be packed: attention eager": "the attention that the loaded model has",
-    r"many.jsonl:1401: ": "rows after the first 200",
+    r"\.jsonl:(20[1-9]|2[1-9]\d|[3-9]\d\d|\d{4,}): ": "rows after the first 200",
     r"Using fsdp only works in distributed training": "the processes of a distributed run; a dry run warns",
 }
 """Patterns of messages, each with what the refusal needs that a dry run does not have."""
