@@ -126,7 +126,7 @@ def test_no_process_outlives_the_one_that_asked_it() -> None:
 
 
 PEAKS = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 import pyarrow as pa
 from transformers import AutoTokenizer
@@ -145,6 +145,7 @@ def peaks(name):
         "cache": str(folder / "cache")})
     data = prepare_sft(conf, SFTArgs(max_seq_length=4096, packing=True), tokenizer)
     assert data.entry.train.num_rows + data.entry.validation.num_rows == int(name)
+    gc.collect()
     with open("/proc/self/status") as stream:
         held = next(int(line.split()[1]) for line in stream if line.startswith("RssAnon"))
     return {"arrow, most": pool.max_memory(), "held": held * 1024}
@@ -155,15 +156,16 @@ print(json.dumps([peaks(name) for name in sys.argv[2:]]))
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    few, many = 5_000, 15_000
+    few, many = 5_000, 20_000
     for count in (few, many):
         with open(tmp_path / str(count), "w") as stream:
             for number in range(count):
                 ids = [number % 250] * 500
                 stream.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
     command = [sys.executable, "-c", PEAKS, str(tmp_path), str(few), str(many)]
-    # What is freed goes back at once, so that what the process has is what it holds.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    # What is freed goes back at once, from one heap for all threads, so that what the process has is what it holds.
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, **malloc}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
