@@ -188,8 +188,8 @@ def structure(modules: list[Module]) -> Iterator[Measure]:
     counted = [module for module in modules if module.counts]
     short = [f"{module.name}: {module.lines} lines" for module in counted if module.lines < SHORT_LINES]
     long = [f"{module.name}: {module.lines} lines" for module in counted if module.lines > LONG_LINES]
-    # 225 until the layout was settled; above that, for features that are concepts of their own.
-    yield Measure("modules", len(counted), most=270)
+    # 225 until the layout was settled; above that, for features that are concepts of their own, such as vision.
+    yield Measure("modules", len(counted), most=300)
     yield Measure(f"modules under {SHORT_LINES} lines", len(short), most=10, details=tuple(short))
     yield Measure(f"modules over {LONG_LINES} lines", len(long), most=0, details=tuple(long))
     lists = {
