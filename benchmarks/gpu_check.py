@@ -323,8 +323,8 @@ def _memory(options: Options, experiment: Any, plan: Any, watch: Any, result: di
     """Return the peak and the rehearsed peak, and the MFU by the rehearsed FLOPs."""
     import torch
 
-    from finetuning.cli.rehearse import rehearse_run
     from finetuning.errors import ConfigError
+    from finetuning.training.memory_plan import rehearse_run
     from finetuning.training.rehearsal import DEVICES
 
     device = DEVICES["h200" if options.on_gpu else "h100"]

@@ -22,6 +22,14 @@ LORA = "{peft_type: LORA}"
              " batchsize_conf.max_per_device_train_batch_size: auto, or to a smaller number."],
         ),
         (
+            {"training_args": "{gradient_checkpointing: selective,"
+             " gradient_checkpointing_kwargs: {use_reentrant: true}}"},
+            "sft",
+            ["training_args.gradient_checkpointing_kwargs.use_reentrant: is true, but"
+             " training_args.gradient_checkpointing is selective: reentrant checkpointing recomputes all. Remove it, or"
+             " set gradient_checkpointing: true."],
+        ),
+        (
             {"training_args": "{eval_strategy: steps}"},
             "sft",
             ['training_args.eval_strategy: is "steps", but data_conf.validation_data.type is "NONE".'

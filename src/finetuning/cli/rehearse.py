@@ -4,50 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetuning.config.sections.experiment import Experiment
-    from finetuning.plan.plan import Plan
-    from finetuning.training.rehearsal import Checkpointing, Cost, DeviceModel, StepShape
-
-_METHODS = ("sft", "dpo")
-_MODES: tuple[Checkpointing, ...] = ("off", "full")
-"""Of gradient checkpointing, the cheapest first."""
-_SHARDED = ("weights", "gradients", "optimizer")
-_SHOWN_OPERATIONS = 3
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What `finetuning rehearse` prints."""
-
-    device: str
-    device_bytes: float
-    rows: int
-    tokens_per_row: int
-    checkpointing: str
-    peak_bytes: dict[str, float]
-    """By category."""
-    fits: bool
-    largest_micro_batch: int
-    """Rows; 0 if not even one fits."""
-    fitting_checkpointing: str | None
-    """The cheapest gradient checkpointing with which the planned micro-batch fits; None if none does."""
-    step_seconds: float
-    steps: int | None
-    flops_per_step: float
-    mfu: float
-    dearest_operations: dict[str, float]
-    """Share of a step's time."""
-    data_dependent_operations: list[str]
+    from finetuning.training.memory_plan import Rehearsal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +50,7 @@ def _rehearse(argv: Sequence[str]) -> int:
     from finetuning.distributed import ProcessTopology
     from finetuning.plan.plan import make_plan
     from finetuning.report.console import quiet_libraries
+    from finetuning.training.memory_plan import rehearse_run
     from finetuning.training.rehearsal import DEVICES
 
     if options.processes < 1:
@@ -101,119 +68,6 @@ def _rehearse(argv: Sequence[str]) -> int:
     else:
         print("\n".join(lines(result)))
     return 0
-
-
-def rehearse_run(experiment: Experiment, plan: Plan, device: DeviceModel, *, exact: bool = False) -> Rehearsal:
-    """Return the rehearsal of a run on a device.
-
-    Raises:
-        ConfigError: the method or the weights are not supported.
-    """
-    from finetuning.training.rehearsal import USABLE_MEMORY, rehearse
-
-    shape = step_shape(experiment, plan)
-    costs = {mode: rehearse(experiment, replace(shape, checkpointing=mode), device, exact=exact) for mode in _MODES}
-    cost = costs[shape.checkpointing]
-    shards = plan.batch.world_size if _is_sharded(experiment) else 1
-    peak = {name: size / shards if name in _SHARDED else size for name, size in cost.peak.items()}
-    usable, saved = device.memory * USABLE_MEMORY, cost.peak_bytes - sum(peak.values())
-    step = plan.batch.accumulation * cost.seconds + cost.update_seconds
-    # What checkpointing computes twice is not progress.
-    useful = costs["off"].flops * plan.batch.accumulation
-    return Rehearsal(
-        device=device.title,
-        device_bytes=device.memory,
-        rows=len(shape.row_lengths),
-        tokens_per_row=max(shape.row_lengths),
-        checkpointing=shape.checkpointing,
-        peak_bytes=peak,
-        fits=sum(peak.values()) <= usable,
-        largest_micro_batch=_largest_micro_batch(experiment, shape, device, cost, usable + saved, exact=exact),
-        fitting_checkpointing=next((mode for mode in _MODES if costs[mode].peak_bytes <= usable + saved), None),
-        step_seconds=step,
-        steps=plan.steps.total if plan.steps else None,
-        flops_per_step=cost.flops * plan.batch.accumulation,
-        mfu=useful / step / device.half,
-        dearest_operations=_dearest(cost),
-        data_dependent_operations=[str(operation) for operation in cost.operations],
-    )
-
-
-def step_shape(experiment: Experiment, plan: Plan, *, for_gpu: bool = True) -> StepShape:
-    """Return the shape of the largest micro-batch that a config allows: every row as long as it may be, all trained.
-
-    Raises:
-        ConfigError: the method is not supported.
-    """
-    import torch
-
-    from finetuning.algorithms.sft import chunk_sizes
-    from finetuning.config.pretrained_config import find_pretrained_config
-    from finetuning.distributed import ProcessTopology
-    from finetuning.model.varlen_attention import SDPA_VARLEN
-    from finetuning.plan.attention import TORCH_VARLEN
-    from finetuning.plan.features import RunContext
-    from finetuning.training.rehearsal import StepShape
-
-    method, args = experiment.method_name, experiment.training_args
-    if method not in _METHODS:
-        raise ConfigError(
-            f"{method} cannot be rehearsed, only {' and '.join(_METHODS)}", location=Location(key="method")
-        )
-    context = RunContext(experiment, ProcessTopology(), plan.batch.accumulation)
-    dtype = context.checkpoint_dtype if context.weights_dtype == "auto" else context.weights_dtype
-    sft = getattr(experiment, "sft_args", None)
-    length = int(sft.max_seq_length if sft else getattr(args, "max_length", None) or 2048)
-    rows, padded = plan.batch.per_device, sft is None or sft.batching == "padded"
-    vocabulary = (find_pretrained_config(experiment.run_conf.model) or {}).get("vocab_size")
-    vocabulary = vocabulary if isinstance(vocabulary, int) else 32_000
-    at_once, per_chunk = chunk_sizes(sft.logits_at_once, vocabulary) if sft else (math.inf, 0)
-    if sft and sft.logits_at_once == "auto" and for_gpu:
-        at_once = -1
-    flat_attention = TORCH_VARLEN if for_gpu else SDPA_VARLEN
-    return StepShape(
-        method=method,
-        row_lengths=(length,) * rows,
-        num_labels=rows * (length - 1),
-        padded=padded,
-        checkpointing="full" if args.gradient_checkpointing else "off",
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        weights=getattr(torch, dtype or "float32"),
-        attention="sdpa_causal" if padded else flat_attention,
-        micro_batches=plan.batch.accumulation,
-        optimizer_states=2 if "adam" in args.optim else 1,
-        max_labels_at_once=at_once,
-        labels_per_chunk=per_chunk,
-        fused_loss=for_gpu,
-        for_gpu=for_gpu,
-    )
-
-
-def _is_sharded(experiment: Experiment) -> bool:
-    args = experiment.training_args
-    return bool(args.deepspeed or (args.model_extra or {}).get("fsdp"))
-
-
-def _largest_micro_batch(
-    experiment: Experiment, shape: StepShape, device: DeviceModel, cost: Cost, available: float, *, exact: bool
-) -> int:
-    """Return how many rows fit: memory is a line in their number, through the planned one and one row more."""
-    from finetuning.training.rehearsal import rehearse
-
-    rows = len(shape.row_lengths)
-    longer = replace(
-        shape,
-        row_lengths=(*shape.row_lengths, shape.row_lengths[0]),
-        num_labels=shape.num_labels * (rows + 1) // rows,
-    )
-    per_row = rehearse(experiment, longer, device, exact=exact).peak_bytes - cost.peak_bytes
-    return max(rows + math.floor((available - cost.peak_bytes) / per_row), 0) if per_row > 0 else rows
-
-
-def _dearest(cost: Cost) -> dict[str, float]:
-    total = sum(cost.by_operation.values()) or 1.0
-    ranked = sorted(cost.by_operation.items(), key=lambda item: -item[1])
-    return {name: seconds / total for name, seconds in ranked[:_SHOWN_OPERATIONS]}
 
 
 def lines(result: Rehearsal) -> list[str]:

@@ -147,6 +147,10 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     location = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
         plan = replace(make_plan(experiment, topology, location=location), device_settings=tuple(settings))
+        if has_gpu_driver():
+            from finetuning.training.device_settings import with_memory_plan
+
+            experiment, plan = with_memory_plan(experiment, plan)
     if topology.is_main:
         launch_mistake = find_launch_mistake()
         launch = [Problem(launch_mistake)] if launch_mistake else []

@@ -99,7 +99,6 @@ def select_trainable_gptq_kernel(config: PreTrainedConfig) -> None:
 
 def prepare_quantized_model(
     model: PreTrainedModel,
-    *,
     sharded_by: Sharding | None = None,
     gradient_checkpointing: bool = False,
     gradient_checkpointing_kwargs: Mapping[str, object] | None = None,

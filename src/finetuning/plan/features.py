@@ -256,7 +256,7 @@ GRADIENT_CHECKPOINTING = Feature(
     "memory",
     "gradient checkpointing",
     "training_args.gradient_checkpointing",
-    lambda run: run.args.gradient_checkpointing,
+    lambda run: bool(run.args.gradient_checkpointing),
 )
 RESUMING = Feature(
     "checkpoints",

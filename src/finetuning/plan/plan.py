@@ -70,6 +70,25 @@ def plan_batches(config: BatchSizeConfig, world_size: int, location: Location | 
     )
 
 
+def limit_micro_batch(batch: BatchPlan, rows: int, why: str) -> BatchPlan:
+    """Return the same total with at most as many rows per device, and more accumulation.
+
+    >>> batch = plan_batches(BatchSizeConfig(total_train_batch_size=16, max_per_device_train_batch_size="auto"), 1)
+    >>> limited = limit_micro_batch(batch, 5, "what fits into an H100")
+    >>> limited.per_device, limited.accumulation
+    (4, 4)
+    """
+    per_process = batch.total // batch.world_size
+    per_device = _largest_divisor(per_process, rows)
+    return replace(
+        batch,
+        per_device=per_device,
+        accumulation=per_process // per_device,
+        per_device_eval=per_device if batch.per_device_eval == batch.per_device else batch.per_device_eval,
+        reason=f"the largest divisor of {batch.total} / {batch.world_size} = {per_process} up to {rows}: {why}",
+    )
+
+
 def _largest_divisor(number: int, maximum: int) -> int:
     return next(size for size in range(min(number, maximum), 0, -1) if number % size == 0)
 
@@ -264,6 +283,8 @@ class Plan:
     """Why the model is sharded otherwise than the launcher says."""
     device_settings: tuple[Decision, ...] = ()
     """What was chosen for the device, as `training/device_settings.py` does for GPUs."""
+    foresees_memory: bool = False
+    """Whether these contain the memory of a rehearsed step, activations included."""
 
     @property
     def warnings(self) -> list[Problem]:
@@ -290,7 +311,7 @@ class Plan:
         decisions += self.device_settings
         if self.steps:
             decisions.append(Decision("optimizer steps", f"{self.steps.total:,}", self.steps.reason))
-        if self.memory:
+        if self.memory and not self.foresees_memory:
             decisions.append(_memory_decision(self.memory))
         return decisions
 
@@ -411,7 +432,8 @@ def _memory_decision(memory: MemoryEstimate) -> Decision:
         "memory per device",
         f"at least {format_bytes(memory.total)}",
         f"{size} parameters, {trained}: weights {format_bytes(memory.weights)}, gradients"
-        f" {format_bytes(memory.gradients)}, optimizer {format_bytes(memory.optimizer)}; plus activations",
+        f" {format_bytes(memory.gradients)}, optimizer {format_bytes(memory.optimizer)}; plus activations,"
+        " which `finetuning rehearse` foresees for a GPU",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.sections.experiment import Experiment
@@ -12,10 +13,14 @@ from finetuning.plan.plan import Decision
 
 if TYPE_CHECKING:
     from finetuning.distributed import ProcessTopology
+    from finetuning.plan.plan import Plan
+    from finetuning.training.rehearsal import DeviceModel
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _AMPERE = 8
 """The first generation of NVIDIA GPUs with bfloat16 and TF32 in hardware."""
+_SAME_MEMORY = 0.02
+"""How much the memory of a GPU may differ from that of its type."""
 
 
 def configure_allocator(environ: MutableMapping[str, str], *, is_rocm: bool) -> None:
@@ -82,3 +87,35 @@ def with_gpu_defaults(experiment: Experiment, topology: ProcessTopology) -> tupl
     major = torch.cuda.get_device_capability()[0]
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return gpu_defaults(experiment, has_bfloat16=has_bfloat16, has_tf32=not torch.version.hip and major >= _AMPERE)
+
+
+def with_memory_plan(experiment: Experiment, plan: Plan) -> tuple[Experiment, Plan]:
+    """Return experiment and plan with what fits into the GPU of this process; as they are where there is none."""
+    import torch
+
+    if not torch.cuda.is_available() or (experiment.training_args.model_extra or {}).get("use_cpu"):
+        return experiment, plan
+    from finetuning.training.memory_plan import plan_memory
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return plan_memory(experiment, plan, device_model(properties.name, properties.total_memory))
+
+
+def device_model(name: str, memory: int) -> DeviceModel:
+    """Return what is known of a GPU: of one that is not in the table, only its memory.
+
+    Processes plan alike: GPUs of one type differ by some megabytes, so that the table or whole GiB are used.
+
+    Args:
+        name: as the driver names it, such as `NVIDIA H100 80GB HBM3`.
+        memory: bytes.
+    """
+    from finetuning.training.rehearsal import DEVICES, GIB
+
+    words = name.upper().replace("-", " ").split()
+    for key, device in DEVICES.items():
+        is_named = key.partition("-")[0].upper() in words
+        if is_named and abs(device.memory / memory - 1) < _SAME_MEMORY:
+            return device
+    unknown = DEVICES["a100"]
+    return replace(unknown, title=name, memory=float(memory // GIB * GIB))

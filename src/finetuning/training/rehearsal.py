@@ -11,7 +11,6 @@ at the shares of a device's peak that large operations reach, and no less than i
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,23 +24,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from finetuning.config.sections.model import NewPeft, NoPeft, NoQuantization
-from finetuning.errors import ConfigError, Location
-from finetuning.plan.attention import DEFAULT_ATTENTION
+from finetuning.errors import ConfigError, Location, first_line
+from finetuning.training.rehearsed_model import Model, build_model, build_reference, make_fake, read_config, with_layers
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from finetuning.config.sections.experiment import Experiment
     from finetuning.trainer.data_dependence import DataDependentOperation, Operator
 
-    Model = PreTrainedModel | PeftModel
-
 Category = Literal["weights", "gradients", "optimizer", "activations", "temporary"]
 CATEGORIES: tuple[Category, ...] = ("weights", "gradients", "optimizer", "activations", "temporary")
-Checkpointing = Literal["off", "full"]
+Checkpointing = Literal["off", "selective", "full"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("off", "selective", "full")
+"""Gradient checkpointing, from the fastest to the smallest."""
 GIB = 1 << 30
 
 
@@ -78,6 +74,8 @@ USABLE_MEMORY = 0.94
 """Share of a device's memory that tensors can fill: the rest is fragments, kernels and the communication library."""
 _GPU_BLOCK, _CPU_BLOCK = 512, 64
 """Bytes that allocators round up to."""
+_FAILED_STEP = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NotImplementedError)
+"""What models raise that cannot compute a step on tensors without values."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,8 @@ class StepShape:
     max_labels_at_once: float = math.inf
     labels_per_chunk: int = 0
     fused_loss: bool = False
+    has_reference: bool = False
+    """Whether a second copy of the model is the reference, because all weights are trained."""
     for_gpu: bool = True
 
 
@@ -174,6 +174,8 @@ class _CostTracker(TorchDispatchMode):
         is_view = bool(results) and all(id(value.untyped_storage()) in sources for value in results)
         for value in results:
             self._follow(value)
+        if func.name().endswith("gemm_4bit"):
+            self._count_temporary(math.prod(args[2]) * inputs[0].element_size())  # pyright: ignore[reportArgumentType]
         if not func.name().startswith("prim") and not (is_view and func.is_view):
             self._add_work(func, args, kwargs, output, inputs, results)
         return output
@@ -189,6 +191,11 @@ class _CostTracker(TorchDispatchMode):
         if sum(self.current.values()) > sum(self.peak.values()):
             self.peak = dict(self.current)
         weakref.finalize(storage, self._release, key)
+
+    def _count_temporary(self, size: int) -> None:
+        """Count memory that an operation has allocated and released: bitsandbytes restores a whole weight."""
+        if sum(self.current.values()) + size > sum(self.peak.values()):
+            self.peak = {**self.current, "temporary": self.current["temporary"] + size}
 
     def _release(self, key: int) -> None:
         size, category = self.sizes.pop(key, (0, "temporary"))
@@ -216,6 +223,9 @@ class _CostTracker(TorchDispatchMode):
         if name.startswith(("empty", "detach", "alias", "_unsafe_view")):
             return
         flops = self._attention_flops(name, inputs)
+        if name == "gemm_4bit":
+            # The input times the weight of shape (outputs, inputs).
+            flops = 2.0 * inputs[0].numel() * results[0].shape[-1]
         if flops is None:
             count = flop_registry.get(func.overloadpacket)
             flops = float(count(*args, **kwargs, out_val=output)) if count else 0.0
@@ -249,16 +259,10 @@ def rehearse(experiment: Experiment, shape: StepShape, device: DeviceModel, *, e
     """Return the cost of an optimizer step on the device, extrapolated from few layers or computed of all.
 
     Raises:
-        ConfigError: the weights are quantized, which fake tensors do not support.
+        ConfigError: the model cannot compute a step on tensors without values, or is quantized otherwise than in 4 bit.
         ModelError: the model's config or class cannot be read.
     """
-    if not isinstance(experiment.quant_conf, NoQuantization):
-        raise ConfigError(
-            "rehearsing a quantized model is not supported",
-            location=Location(key="quant_conf.quantization_type"),
-            hint="Rehearse with quantization_type: no-quantization: activations are the same.",
-        )
-    config = _read_config(experiment)
+    config = read_config(experiment)
     text = config.get_text_config()
     total: int = text.num_hidden_layers
     kinds: list[str] = list(getattr(text, "layer_types", None) or ["all"] * total)
@@ -292,29 +296,21 @@ def _sum(total: Cost, more: Cost, base: Cost) -> Cost:
     )
 
 
-def _read_config(experiment: Experiment) -> PreTrainedConfig:
-    from finetuning.model.load import load_pretrained_config
-    from finetuning.model.resolve import resolve_model
-
-    run = experiment.run_conf
-    source = resolve_model(
-        run.model, "model", key="run_conf.model", revision=run.model_args.revision, cache_dir=run.model_args.cache_dir
-    )
-    config, _ = load_pretrained_config(source, run.model_args)
-    return config
-
-
 def _cost(
     experiment: Experiment, config: PreTrainedConfig, shape: StepShape, device: DeviceModel, layers: Sequence[int]
 ) -> Cost:
     """Return the cost with these layers of the model, by their index; an index may occur twice."""
     from finetuning.trainer.data_dependence import DataDependenceRecorder
 
-    model = _build(experiment, _with_layers(config, layers), shape)
+    config = with_layers(config, layers)
+    model = build_model(experiment, config, shape)
+    reference = build_reference(experiment, config, shape) if shape.has_reference else None
     tracker = _CostTracker(device, shape)
     recorder = DataDependenceRecorder()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        _make_fake(model)
+        make_fake(model, shape.weights)
+        if reference is not None:
+            make_fake(reference, shape.weights)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         tracker.phase = "optimizer"
         states = [torch.empty_like(weight) for weight in trained for _ in range(shape.optimizer_states)]
@@ -327,13 +323,17 @@ def _cost(
         try:
             for _ in range(min(shape.micro_batches, 2)):
                 before = (tracker.flops, tracker.seconds, dict(tracker.by_operation))
-                _forward_backward(model, shape, tracker)
+                _forward_backward(model, reference, shape, tracker)
             work = (tracker.flops - before[0], tracker.seconds - before[1])
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             last = recorder.operations[-1] if recorder.operations else error
             raise ConfigError(
                 f"the step cannot be rehearsed: the model needs a value of a tensor to go on: {last}",
                 location=Location(key="run_conf.model"),
+            ) from error
+        except _FAILED_STEP as error:
+            raise ConfigError(
+                f"the step cannot be rehearsed: {first_line(error)}", location=Location(key="run_conf.model")
             ) from error
         finally:
             recorder.stop()
@@ -348,80 +348,10 @@ def _cost(
     return Cost({**tracker.peak}, *work, update, by_operation, float(count), tuple(recorder.operations))
 
 
-def _with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        text.layer_types = [kinds[layer] for layer in layers]
-    text.num_hidden_layers = len(layers)
-    return config
-
-
-def _build(experiment: Experiment, config: PreTrainedConfig, shape: StepShape) -> Model:
-    """Return the model on the meta device, with its adapter."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from finetuning.model.peft.adapters import make_peft_config
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=experiment.run_conf.model_args.trust_remote_code
-        ).to(shape.weights)
-    _set_attention(model, shape.attention)
-    if shape.method == "dpo":
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    conf = experiment.peft_conf
-    if isinstance(conf, NewPeft):
-        with torch.device("meta"):
-            model = get_peft_model(model, make_peft_config(model, conf, total_steps=1))
-    elif not isinstance(conf, NoPeft):
-        raise ConfigError(
-            "rehearsing a run that continues an adapter is not supported",
-            location=Location(key="peft_conf.peft_type"),
-            hint="Rehearse with a new adapter of the same type and rank.",
-        )
-    model.train()
-    if shape.checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if isinstance(conf, NewPeft):
-            model.enable_input_require_grads()
-    return model
-
-
-def _set_attention(model: Model, name: str) -> None:
-    if name == DEFAULT_ATTENTION:
-        return
-    from finetuning.model.gpu_attention import CAUSAL_SDPA, register_torch_varlen, use_causal_sdpa
-    from finetuning.model.varlen_attention import use_varlen
-
-    if name == CAUSAL_SDPA:
-        use_causal_sdpa(model)
-    else:
-        register_torch_varlen()
-        use_varlen(model, name)
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Replace parameters and buffers on the meta device by fake ones; tied weights stay tied."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(weight) not in made:
-                empty = torch.empty(weight.shape, dtype=weight.dtype)
-                made[id(weight)] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
-            module.register_parameter(name, made[id(weight)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
-def _forward_backward(model: Model, shape: StepShape, tracker: _CostTracker) -> None:
+def _forward_backward(model: Model, reference: Model | None, shape: StepShape, tracker: _CostTracker) -> None:
     tracker.phase = "activations"
     with _autocast(shape.autocast):
-        loss = _dpo_loss(model, shape) if shape.method == "dpo" else _sft_loss(model, shape)
+        loss = _dpo_loss(model, reference, shape) if shape.method == "dpo" else _sft_loss(model, shape)
     tracker.phase = "temporary"
     loss.backward()
 
@@ -470,7 +400,7 @@ def _sft_loss(model: Model, shape: StepShape) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels, reduction="sum")
 
 
-def _dpo_loss(model: Model, shape: StepShape) -> torch.Tensor:
+def _dpo_loss(model: Model, reference: Model | None, shape: StepShape) -> torch.Tensor:
     """Return the loss of pairs: the policy, then the reference, on chosen and rejected answers together."""
     from finetuning.model.peft.adapter_files import is_peft_model
 
@@ -480,6 +410,6 @@ def _dpo_loss(model: Model, shape: StepShape) -> torch.Tensor:
     policy = model(**inputs, use_cache=False).log_probs.sum(-1)
     without = model.disable_adapter() if is_peft_model(model) else nullcontext()
     with torch.no_grad(), without:
-        reference = model(**inputs, use_cache=False).log_probs.sum(-1)
-    chosen, rejected = (policy - reference).chunk(2)
+        expected = (reference or model)(**inputs, use_cache=False).log_probs.sum(-1)
+    chosen, rejected = (policy - expected).chunk(2)
     return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()

@@ -90,21 +90,27 @@ def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
     """
     import torch
 
-    module, _, name = experiment.trainer_config.partition(":")
-    args = experiment.training_args
+    (module, _, name), args = experiment.trainer_config.partition(":"), experiment.training_args
     fields: dict[str, object] = {field: getattr(args, field) for field in type(args).model_fields}
     for field in ("logging_dir", *_OWN_FIELDS.get(experiment.method_name, ())):
         del fields[field]
-    fields |= args.model_extra or {}
-    fields |= _FIXED | {
-        "learning_rate": plan.learning_rate,
-        "per_device_train_batch_size": plan.batch.per_device,
-        "per_device_eval_batch_size": plan.batch.per_device_eval,
-        **plan.logging_fields(args),
-        "gradient_accumulation_steps": plan.batch.accumulation,
-        "deepspeed": _deepspeed_config(args.deepspeed, plan),
-        "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
-    }
+    fields |= (
+        (args.model_extra or {})
+        | _FIXED
+        | {
+            "learning_rate": plan.learning_rate,
+            "per_device_train_batch_size": plan.batch.per_device,
+            "per_device_eval_batch_size": plan.batch.per_device_eval,
+            **plan.logging_fields(args),
+            "gradient_accumulation_steps": plan.batch.accumulation,
+            "deepspeed": _deepspeed_config(args.deepspeed, plan),
+            "full_determinism": experiment.run_conf.determinism == "full" or bool(fields.get("full_determinism")),
+        }
+    )
+    if args.gradient_checkpointing == "selective":
+        from finetuning.trainer.selective_checkpointing import selective_kwargs
+
+        fields["gradient_checkpointing_kwargs"] = selective_kwargs(args.gradient_checkpointing_kwargs)
     if not torch.accelerator.is_available():
         # Without it transformers rejects bfloat16, and accelerate creates no process group on a machine without GPUs,
         # so that each process would train by itself.
@@ -241,11 +247,11 @@ def load_model(
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
         fingerprint = _fingerprint(model)
     attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
+    if not isinstance(peft_conf, NoPeft):
+        # Before the first forward pass, after which some quantized layers have no gradient.
+        model = _prepare_quantized(model, arguments, topology)
     if not algorithm.has_score_head:
         notes.append(preflight.verify_causality(model, topology, arguments, attention.autocast))
-    if not isinstance(peft_conf, NoPeft):
-        model = _prepare_quantized(model, arguments, topology)
-
     if algorithm.trainer_adds_adapter and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(
             model, peft_conf, embeddings=vocabulary, total_steps=total_steps, check_names=check_names
@@ -302,7 +308,6 @@ def _load_base_model(
     """Return the model without adapter, with embeddings for the new tokens."""
     from finetuning.model import load
     from finetuning.model.embeddings import read_untrained_tokens, resize_embeddings
-    from finetuning.model.load import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
     new_tokens = [*tokenizer.new_tokens]
     if isinstance(experiment.peft_conf, NewPeft):
@@ -316,7 +321,7 @@ def _load_base_model(
         topology=topology,
         sharded_by=topology.sharded_by,
         default_dtype=default_dtype,
-        head=SEQUENCE_CLASSIFICATION if algorithm.has_score_head else CAUSAL_LM,
+        head=load.SEQUENCE_CLASSIFICATION if algorithm.has_score_head else load.CAUSAL_LM,
     )
     configured = experiment.run_conf.model_args.dtype
     if isinstance(experiment.peft_conf, NoPeft) and configured == "auto" and str(model.dtype) == "torch.float16":
@@ -387,13 +392,8 @@ def _prepare_quantized(
 
     if not needs_kbit_preparation(model):
         return model
-    kwargs: Any = arguments.gradient_checkpointing_kwargs
-    return prepare_quantized_model(
-        model,
-        sharded_by=topology.sharded_by,
-        gradient_checkpointing=bool(arguments.gradient_checkpointing),
-        gradient_checkpointing_kwargs=kwargs,
-    )
+    checkpointing: Any = (bool(arguments.gradient_checkpointing), arguments.gradient_checkpointing_kwargs)
+    return prepare_quantized_model(model, topology.sharded_by, *checkpointing)
 
 
 def choose_attention_candidates(

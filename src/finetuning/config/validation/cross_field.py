@@ -133,6 +133,17 @@ def only_one_mixed_precision_dtype(run: Experiment) -> Iterator[ValidationIssue]
         yield ValidationIssue(("training_args", "fp16"), "is true, and so is training_args.bf16; set one of them.")
 
 
+def selective_checkpointing_is_not_reentrant(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject selective checkpointing with `use_reentrant: true`, which recomputes everything."""
+    args = run.training_args
+    if args.gradient_checkpointing == "selective" and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        yield ValidationIssue(
+            ("training_args", "gradient_checkpointing_kwargs", "use_reentrant"),
+            "is true, but training_args.gradient_checkpointing is selective: reentrant checkpointing recomputes all.",
+            "Remove it, or set gradient_checkpointing: true.",
+        )
+
+
 def batch_size_is_not_searched(run: Experiment) -> Iterator[ValidationIssue]:
     """Reject a search for a batch size that would change the total batch size."""
     if (run.training_args.model_extra or {}).get("auto_find_batch_size"):
@@ -420,6 +431,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("training_args",), only_one_mixed_precision_dtype),
     (("training_args",), metric_for_best_model_is_reported),
     (("run_conf",), remote_code_is_pinned),
+    (("training_args",), selective_checkpointing_is_not_reentrant),
     (("training_args",), batch_size_is_not_searched),
     (("training_args",), number_of_steps_is_positive),
     (("training_args",), schedule_requires_evaluation),
