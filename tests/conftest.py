@@ -34,9 +34,11 @@ os.environ.update(OFFLINE)
 for _launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MLFLOW_TRACKING_URI", "CHECKPOINTS_PATH"):
     os.environ.pop(_launcher_variable, None)
 
-# A shell starts its background jobs with SIGINT ignored, and every child of a job inherits that.
+# A shell starts its background jobs with SIGINT ignored, nohup its command with SIGHUP, and every child inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
