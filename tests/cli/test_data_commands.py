@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -163,3 +164,51 @@ def test_a_run_reads_prepared_rows_from_the_cache(
     assert report[0]["kept"] == 24
     assert prepare_main(["--prune", "0"]) == 0
     assert "removed 1 entry" in capsys.readouterr().out
+
+
+def doctor_says(capsys: Any, config: Path, *options: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(["data", "doctor", str(config), "--workers", "1", *options])
+    captured = capsys.readouterr()
+    return code, " ".join(captured.out.split()), captured.err
+
+
+def test_the_doctor_judges_the_rows_of_a_config(
+    no_model: Any, write_config: Any, write_jsonl: Any, capsys: Any, tmp_path: Path
+) -> None:
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": []}, good])
+    code, out, _ = doctor_says(capsys, write_config(no_model()), "--html", str(tmp_path / "data.html"))
+    assert code == 1 and "stop Rows: 1 row of 2 (50.0%) cannot be trained on change: data_conf" in out
+    assert f"{tmp_path}/sft.jsonl:1: " in out and "needs at least one message" in (tmp_path / "data.html").read_text()
+
+
+def test_personal_data_is_counted_where_its_package_is_installed(
+    no_model: Any, write_config: Any, write_jsonl: Any, capsys: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("presidio_analyzer", reason="pip install 'finetuning[pii]'")
+
+    def row(answer: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": answer}]}
+
+    config = write_config(no_model())
+    write_jsonl(tmp_path / "sft.jsonl", [row(f"Room {number}, at 10.30, on 2024-05-17.") for number in range(5)])
+    assert "OK Personal data: none was found" in doctor_says(capsys, config, "--pii")[1]
+    personal = ["Write to rosa@example.com.", "Call +41 44 668 18 00.", "Pay with 4111 1111 1111 1111.", "user@host"]
+    personal += ["The host is 192.168.17.5.", "To DE89 3704 0044 0532 0130 00."]
+    write_jsonl(tmp_path / "sft.jsonl", [row(answer) for answer in personal])
+    code, out, _ = doctor_says(capsys, config, "--pii")
+    assert code == 0 and "look Personal data: 5 rows with what looks like personal data: " in out
+    for kind in ("email address", "phone number", "credit card", "ip address", "iban code"):
+        assert f"1 x {kind}" in out
+    assert "sft.jsonl:2: 1 x phone number" in out and "rosa@" not in out
+
+
+def test_a_missing_package_for_personal_data_is_named(
+    no_model: Any, write_config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "presidio_analyzer.predefined_recognizers", None)
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    code, _, err = doctor_says(capsys, write_config(no_model()), "--pii")
+    assert code == 1
+    assert "--pii needs the package presidio-analyzer" in err and "pip install 'finetuning[pii]'" in err

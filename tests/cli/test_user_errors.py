@@ -105,9 +105,13 @@ def test_a_metric_that_is_not_reported_is_refused(check: Any, say: Say, sft_valu
 
     preference = {**best, "training_args.metric_for_best_model": "rewards/accuracies"}
     assert check("dpo", dpo_values(preference)) == 0
-    code, _, err = say("dpo", dpo_values({**best, "training_args.metric_for_best_model": "accuracy"}))
-    assert code == 1 and "'accuracy' is not among the metrics of the evaluation" in err
-    assert "rewards/accuracies" in err and "config.yaml:" in err
+    accuracy = dpo_values({**best, "training_args.metric_for_best_model": "eval_rewards/accuracy"})
+    code, _, err = say("dpo", accuracy, "--dry-run")
+    assert code == 1 and '"eval_rewards/accuracy" is not among the metrics of an evaluation: loss' in err
+    assert 'Did you mean "rewards/accuracies"?' in err and "config.yaml:" in err
+    # A metric that only another option reports is refused at the first evaluation.
+    code, _, err = say("dpo", dpo_values({**best, "training_args.metric_for_best_model": "aux_loss"}))
+    assert code == 1 and "'aux_loss' is not among the metrics of the evaluation: " in err and "config.yaml:" in err
 
 
 def test_the_dry_run_refuses_what_a_run_would_refuse_in_the_first_rows(

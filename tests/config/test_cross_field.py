@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from finetuning.config.validation.cross_field import EVALUATION_METRICS
 
 MIX = "{training_data: {type: PRECOMPUTE_WEIGHTED_MIX, datasets: [{path: a, sampling_weight: 0}, {path: b,"
 ONE = "{training_data: {type: CONCATENATION, datasets: [{path: a, "
@@ -227,3 +232,23 @@ def test_remote_code_is_said_aloud_and_wants_a_commit(sft_values: Any) -> None:
 
     assert "runs with your rights, and no commit pins it. Set run_conf.model_args.revision" in warnings()
     assert "runs with your rights." in warnings(revision="0" * 40)
+
+
+TRL_TRAINERS = {
+    "dpo": "trainer/dpo_trainer.py",
+    "kto": "trainer/kto_trainer.py",
+    "reward": "trainer/reward_trainer.py",
+    "grpo": "trainer/grpo_trainer.py",
+    "orpo": "experimental/orpo/orpo_trainer.py",
+    "cpo": "experimental/cpo/cpo_trainer.py",
+}
+REPORTED = re.compile(r'metrics\[mode\]\["([^"]+)"\]|\bmetrics\[f"\{prefix\}([^"]+)"\]')
+
+
+@pytest.mark.parametrize("method", TRL_TRAINERS)
+def test_the_metrics_of_an_evaluation_are_those_of_trls_source(method: str) -> None:
+    spec = find_spec("trl")
+    assert spec is not None and spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0], TRL_TRAINERS[method]).read_text("utf-8")
+    in_source = {name or prefixed for name, prefixed in REPORTED.findall(source)}
+    assert in_source == set(EVALUATION_METRICS[method])

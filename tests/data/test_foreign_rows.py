@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetuning.data.formats import FORMATS, KINDS
+from finetuning.data.formats import FORMATS, KINDS, Options
 from finetuning.data.formats.row_format import ReadValues
 from finetuning.data.samples import Conversation, Preference, Problem, Row, UnpairedPreference
 from finetuning.errors import Location
@@ -296,3 +296,57 @@ def test_rows_inside_of_an_object_are_named() -> None:
     )
     assert isinstance(problem, Problem)
     assert problem.message.endswith("The rows seem to be in data: write them alone, with jq -c '.data[]'")
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({"items": [{"from": "human", "value": "Hi"}]}, "columns: {items: messages}"),
+        ({"id": "1", "dialogue": "A: Tea?", "summary": "Tea."}, "columns: {dialogue: prompt, summary: completion}"),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "content": None, "refusal": "No."}]},
+            "got null: the text is in refusal; write it as content to train on it",
+        ),
+        ({"segments": [{"text": "a", "label": None}]}, "expected true or false, got null"),
+        ({"segments": [{"text": "a", "label": True, "weight": 1}]}, "expected an object with a text and a label"),
+    ],
+)
+def test_rows_that_are_nearly_known_are_refused_with_the_remedy(values: dict[str, Any], advice: str) -> None:
+    name = "segments" if "segments" in values else "messages"
+    problem = FORMATS[name].parse(Row(values, Location("a", 1)))
+    assert isinstance(problem, Problem) and advice in problem.message
+
+
+def test_what_joins_an_instruction_and_its_input() -> None:
+    line_break = Options(input_separator="\n")
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4"}
+    for options, expected in ((Options(), "Add.\n\n2, 2"), (line_break, "Add.\n2, 2")):
+        parsed = FORMATS["alpaca"].parse(Row(row, Location("a", 1)), options)
+        assert parsed.messages[0]["content"] == expected
+        pair = Row({**row, "chosen": "4", "rejected": "5"}, Location("a", 1))
+        assert FORMATS["chosen_rejected"].parse(pair, options).prompt[0]["content"] == expected
+        labeled = Row({**row, "kto_tag": True}, Location("a", 1))
+        assert FORMATS["completion_label"].parse(labeled, options).prompt[0]["content"] == expected
+    parsed = FORMATS["alpaca"].parse(Row({**row, "instruction": ""}, Location("a", 1)), line_break)
+    assert parsed.messages[0]["content"] == "2, 2"
+
+
+@pytest.mark.parametrize(("train_on", "turns"), [("completions", (3,)), ("last", (3,)), ("assistant", (1, 3))])
+def test_the_answers_of_a_history_are_turns_of_the_assistant(train_on: Any, turns: tuple[int, ...]) -> None:
+    row = Row({"instruction": "b?", "output": "B", "history": [["a?", "A"]]}, Location("a", 1))
+    assert FORMATS["alpaca"].parse(row, Options(completions=train_on)).turns == turns
+
+
+def test_a_system_column_is_part_of_every_format_with_a_prompt() -> None:
+    system = {"role": "system", "content": "Be kind."}
+    rows = {
+        "prompt_completion": {"prompt": [QUESTION], "completion": [GOOD]},
+        "preference": {"prompt_messages": [QUESTION], "chosen_messages": [GOOD], "rejected_messages": [BAD]},
+        "chosen_rejected": {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]},
+        "unpaired": {"prompt_messages": [QUESTION], "completion_messages": [GOOD], "label": True},
+        "completion_label": {"prompt": [QUESTION], "completion": [GOOD], "label": True},
+    }
+    for name, values in rows.items():
+        parsed = FORMATS[name].parse(Row({**values, "system": "Be kind."}, Location("a", 1)))
+        messages = parsed.messages if name == "prompt_completion" else parsed.prompt
+        assert messages[0] == system, name

@@ -13,7 +13,7 @@ import pytest
 import trl
 
 from finetuning.config.sections.data import ChatTemplateName
-from finetuning.data.chat.loss_mask import AssistantMaskBuilder
+from finetuning.data.chat.loss_mask import LATE_WORDS, AssistantMaskBuilder
 from finetuning.data.chat.template import TemplateRenderer, get_template
 from finetuning.data.samples import UNTRAINED_END, MaskedText, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder, TokenizedText
@@ -25,6 +25,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 OURS = [name.value for name in ChatTemplateName if get_template(name)]
 REJECTED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("rejected.json").read_text("utf-8"))
 """By template and conversation, the reason for rejecting it; all others must be masked."""
+LATE = {"Aone"}
+"""The words of `tools and words` before the call, which Gemma 4 writes after the answer of the tool."""
 STOPS = ("<|call|>", "<|eom_id|>", "<|tool_response>")
 
 
@@ -61,6 +63,11 @@ def test_each_conversation_is_masked_or_rejected_with_the_reason(
     assert rejected == REJECTED.get(name, {})
 
 
+def words_of(text: str) -> set[str]:
+    """The words in a text that the assistant says, but no names of places."""
+    return set(re.findall(r"\bA(?:one|two|three|four)\b", text))
+
+
 def check_trained_words(item: str, tokenizer: Any, result: MaskedText, tokens: TokenizedText) -> None:
     """Check that the trained tokens decode to all words of the assistant, and to none of another role."""
     mask = np.zeros(len(tokens.ids), dtype=bool)
@@ -72,9 +79,10 @@ def check_trained_words(item: str, tokenizer: Any, result: MaskedText, tokens: T
     for start, end in result.spans:
         rest += result.text[position:start] + "|"
         position = end
-    assert "A" not in speakers(rest + result.text[position:])
+    late = LATE if LATE_WORDS in result.warnings else set()
+    assert "A" not in speakers(rest + result.text[position:]) if not late else late == words_of(rest)
     said = [word for word in words(item) if word in result.text]
-    assert [word for word in said if word not in trained] == []
+    assert [word for word in said if word not in trained] == sorted(late)
     turns = [message for message in CONVERSATIONS[item] if message["role"] == "assistant"]
     assert len(result.spans) == len(turns)
     # Blocks of the template itself contain whatever it ends an answer with.

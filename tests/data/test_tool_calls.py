@@ -121,6 +121,34 @@ def test_an_answer_of_glm_ends_with_the_next_role(prepared: Callable[..., Any]) 
     assert text.endswith("</tool_call><|observation|>⟧")
 
 
+def test_words_that_gemma_4_writes_after_the_answer_of_a_tool_are_not_trained(prepared: Callable[..., Any]) -> None:
+    rows = chat(ARGUMENTS)
+    rows[1]["content"] = "One moment."
+    text, data = prepared("gemma4", [*rows, user("And Rome?")], stops=("<|tool_response>",))
+    call = 'call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
+    assert f"<|turn>model\n⟦<|tool_call>{call}<|tool_response>⟧response:" in text
+    # The server writes them there, too, and the model goes on with the next turn.
+    assert "<tool_response|>One moment.<turn|>\n⟦Sunny.<turn|>⟧" in text
+    (note,) = data.statistics.report()[0]["warnings"]
+    assert note == "the template writes the words of a tool call after the tool's answer: they are not trained"
+    # Where no answer of a tool follows, they come before the end of the turn and are trained.
+    text, data = prepared("gemma4", rows[:2], stops=("<|tool_response>",))
+    assert f"⟦<|tool_call>{call}One moment.<|tool_response>⟧" in text and not data.statistics.report()[0]["warnings"]
+
+
+def test_the_links_of_answers_to_calls_are_checked(prepared: Callable[..., Any]) -> None:
+    rows = chat(ARGUMENTS)
+    assert prepared("qwen3", rows)[1].statistics.report()[0]["warnings"] == {}
+    rows[2] = {**RESULT, "tool_call_id": "xyz"}
+    assert prepared("qwen3", rows)[1].statistics.report()[0]["warnings"] == {
+        "a tool's answer whose tool_call_id is the id of no call before it": 1
+    }
+    rows[2] = {**RESULT, "name": "get_rain"}
+    assert prepared("qwen3", rows)[1].statistics.report()[0]["warnings"] == {
+        "a tool's answer with the name of a function that is not called before it": 1
+    }
+
+
 def test_a_template_of_trl_is_offered_where_the_models_own_cannot_be_verified(prepared: Callable[..., Any]) -> None:
     odd = [user("Hi"), assistant("Hello"), {"role": "system", "content": "Be kind."}, assistant("See you")]
     with pytest.raises(DataError, match=r"set data_conf\.chat_template: trl/glm4moe_training"):

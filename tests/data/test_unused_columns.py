@@ -26,6 +26,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alpaca": ("sft", {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": []}),
     "prompt_completion": ("sft", {"prompt": "a", "completion": "b"}),
     "input_output": ("sft", {"input": "a", "output": "b"}),
+    "segments": ("sft", {"segments": [{"text": "a", "label": False}, {"text": "b", "label": True}]}),
     "text": ("sft", {"text": "a"}),
     "response_template": ("sft", {"text": "a ### b"}),
     "tokens": ("sft", {"input_ids": [1, 2], "labels": [-100, 2]}),

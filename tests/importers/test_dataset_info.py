@@ -70,6 +70,34 @@ def test_what_the_entry_does_not_name_is_ignored_as_it_was_there(translated: Any
     assert row.unused == ()
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+def test_instruction_and_input_are_joined_as_they_were_there(translated: Any, stage: str) -> None:
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+    columns |= {"dpo": {"chosen": "chosen", "rejected": "rejected"}, "kto": {"kto_tag": "kto_tag"}}.get(stage, {})
+    entry = {"file_name": "rows.json", "columns": columns, **({"ranking": True} if stage == "dpo" else {})}
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4", "history": [["1, 1?", "2"]]}
+    row |= {"chosen": "4", "rejected": "5"} if stage == "dpo" else {"kto_tag": True} if stage == "kto" else {}
+    translation = translated(entry, row, stage=stage)
+    assert not [note for note in translation.notes if "line break" in note]
+    kind = {"sft": "sft", "dpo": "preference", "kto": "unpaired"}[stage]
+    (values,) = translation.values["data_conf"]["training_data"]["datasets"]
+    options = Options(chats="assistant", completions="assistant")
+    (row,) = open_dataset(DatasetSource.model_validate(values), "data_conf.x", kind, options).rows
+    messages = row.messages if stage == "sft" else row.prompt
+    assert [message["content"] for message in messages][:3] == ["1, 1?", "2", "Add.\n2, 2"]
+    # There, the answers of the history are learned as well.
+    assert stage != "sft" or row.turns == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "train_on"), [("", "assistant"), ("mask_history: true", "last"), ("train_on_prompt: true", "all")]
+)
+def test_which_turns_are_trained(line: str, train_on: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(f"model_name_or_path: m\nstage: sft\ntemplate: qwen\n{line}\n", "utf-8")
+    assert from_llama_factory(read_document(str(path)), 1).values["sft_args"]["train_on"] == train_on
+
+
 def test_a_ranking_is_read_as_preferences(translated: Any) -> None:
     entry = {"file_name": "rows.json", "ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}}
     row = parsed(translated(entry, {"q": "Sky?", "good": "Blue.", "bad": "No."}, stage="dpo"), "preference")
@@ -98,7 +126,8 @@ def test_hub_datasets_and_limits_are_carried_over(translated: Any) -> None:
     entry = {"hf_hub_url": "some/set", "subset": "en", "split": "test", "num_samples": 7, "folder": "x"}
     translation = translated(entry)
     (source,) = translation.values["data_conf"]["training_data"]["datasets"]
-    assert source == {"path": "some/set", "subset": "en", "split": "test", "max_rows": 7, "format": "alpaca"}
+    place = {"path": "some/set", "subset": "en", "split": "test", "max_rows": 7}
+    assert source == {**place, "format": "alpaca", "input_separator": "\n"}
     assert "dataset: folder of ours is not carried over: x" in translation.notes
 
 

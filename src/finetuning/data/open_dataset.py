@@ -115,10 +115,12 @@ def open_dataset(
 
 
 def _without(values: JsonObject, ignored: Collection[str]) -> JsonObject:
-    """Return values without columns, and without keys of messages, which are written as `messages.weight`."""
+    """Return values without columns, and without keys of messages and objects, written as `messages.weight`."""
     left = {name: value for name, value in values.items() if name not in ignored}
     for column, _, key in (name.partition(".") for name in ignored if "." in name):
-        if isinstance(messages := left.get(column), list):
+        if isinstance(inner := left.get(column), dict):
+            left[column] = {name: value for name, value in cast("JsonObject", inner).items() if name != key}
+        elif isinstance(messages := left.get(column), list):
             left[column] = [
                 {name: value for name, value in message.items() if name != key}
                 if isinstance(message, dict)
@@ -136,7 +138,7 @@ def _with_unused(parsed: Sample | Sequence[Sample], values: ReadValues) -> Sampl
     """Note on a row, or on the first that was made of it, which columns were not read."""
     if not values.keys() <= values.read and (unread := values.unread()):
         first = parsed[0] if isinstance(parsed, Sequence) else parsed
-        first.unused = tuple(sorted(unread))
+        first.unused = tuple(sorted({*first.unused, *unread}))
     return parsed
 
 
@@ -162,6 +164,7 @@ def _dataset_options(source: DatasetSource, transforms: TransformChain, options:
         response_template=unescape(source.response_template) if source.response_template else None,
         instruction_template=unescape(source.instruction_template) if source.instruction_template else None,
         add_eos=source.add_eos_token and transforms.add_eos,
+        input_separator=unescape(source.input_separator),
     )
 
 

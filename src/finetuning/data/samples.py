@@ -52,6 +52,8 @@ class Text:
     warnings: frozenset[str] = frozenset()
     fault: str | None = None
     """Why no part of it can be trained."""
+    is_templated: bool = False
+    """Whether it holds the special tokens of a chat on purpose."""
     unused: tuple[str, ...] = ()
 
 

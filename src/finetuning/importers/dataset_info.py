@@ -129,8 +129,8 @@ def _columns(out: Translation, key: str, name: str, entry: Values, path: str, is
         source["format"] = "completion_label"
     elif method == "sft":
         source["format"] = "messages" if is_chat else "alpaca"
-        if not is_chat and "query" in theirs:
-            out.add_note(key, f"{name}: instruction and input are joined with an empty line, there with a line break")
+    if not is_chat and "query" in theirs:
+        source["input_separator"] = "\n"
     if is_chat:
         message_column = theirs.get("messages", "conversations")
         columns |= _message_keys(message_column, entry)

@@ -36,7 +36,7 @@ KEYS: dict[str, str] = {
 _OTHER_KEYS = """
     stage do_train dataset eval_dataset dataset_dir val_size template pref_beta per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps overwrite_output_dir overwrite_cache
-    preprocessing_num_workers plot_loss train_on_prompt max_samples quantization_bit quantization_method
+    preprocessing_num_workers plot_loss train_on_prompt mask_history max_samples quantization_bit quantization_method
     finetuning_type adapter_name_or_path double_quantization flash_attn disable_gradient_checkpointing
 """
 """Keys that are read by name below, or change nothing about the result."""
@@ -71,7 +71,8 @@ def from_llama_factory(document: ConfigDocument, processes: int) -> Translation:
     put_validation_data(out, _datasets(out, "eval_dataset", method), out.get("val_size", 0))
     put_chat_template(out, str(out.get("template", "tokenizer_default")))
     if method == "sft":
-        out.put("sft_args.train_on", "all" if out.boolean("train_on_prompt", False) else "assistant")
+        last_only = "last" if out.boolean("mask_history", False) else "assistant"
+        out.put("sft_args.train_on", "all" if out.boolean("train_on_prompt", False) else last_only)
     return finish(out, used)
 
 

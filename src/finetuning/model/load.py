@@ -147,7 +147,14 @@ def check_score_head(run_conf: RunConfig) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or run_conf.model_args.trust_remote_code:
         return
-    if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES or config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"the score of a {model_type} model needs its encoder, and the engine trains decoders alone: it cannot be a"
+            " reward model",
+            location=Location(key=_KEY),
+            hint="Choose another model, such as one of the Llama or Qwen families.",
+        )
+    if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ModelError(
             f"transformers has no decoder with a score for the model type {model_type}, so that it cannot be a reward"
             " model",

@@ -39,6 +39,7 @@ class FormatName(StrEnum):
     ALPACA = "alpaca"
     PROMPT_COMPLETION = "prompt_completion"
     INPUT_OUTPUT = "input_output"
+    SEGMENTS = "segments"
     TEXT = "text"
     RESPONSE_TEMPLATE = "response_template"
     TOKENS = "tokens"
@@ -101,6 +102,9 @@ class DatasetSource(ConfigSection):
     trained on up to the next instruction."""
     add_eos_token: bool = True
     """Append the end-of-sequence token to plain text and to completions that no chat template terminates."""
+    input_separator: str = "\n\n"
+    """What joins `instruction` and `input` of a row that has both: by default an empty line. LLaMA-Factory and ms-swift
+    join them with a line break, `"\\n"`."""
     text_unit: Literal["line", "paragraph", "document"] = "line"
     """What makes up one row of a text file."""
     max_rows: int | None = Field(default=None, gt=0)

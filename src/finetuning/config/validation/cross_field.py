@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from finetuning.config.sections.controller import TrainerController
 from finetuning.config.sections.data import Concatenation, DataConfig, DatasetSource, FromDatasets, WeightedMix
-from finetuning.config.sections.experiment import Experiment, GenerationConfig, SFTExperiment
+from finetuning.config.sections.experiment import Experiment, GenerationConfig, GRPOExperiment, SFTExperiment
 from finetuning.config.sections.model import BitsAndBytes, NoPeft
+from finetuning.config.sections.rewards import FunctionReward
 from finetuning.config.sections.tracking import report_to_trackers, requested_trackers
 from finetuning.config.sections.training import (
     DEFAULT_LOGGING_STEPS,
@@ -178,22 +179,56 @@ def schedule_requires_evaluation(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
-_SFT_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation of transformers' Trainer reports without `compute_metrics`. TRL's trainers report more."""
+_ANSWERS = ("chosen", "rejected")
+_PREFERENCE_METRICS = (
+    *(f"{kind}/{answer}" for kind in ("rewards", "logps", "logits") for answer in _ANSWERS),
+    "rewards/margins",
+)
+EVALUATION_METRICS: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "dpo": (*_PREFERENCE_METRICS, "rewards/accuracies", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"),
+    "kto": (*_PREFERENCE_METRICS, "kl", "entropy", "num_tokens", "aux_loss"),
+    "orpo": (*_PREFERENCE_METRICS, "rewards/accuracies", "nll_loss", "log_odds_ratio", "log_odds_chosen"),
+    "cpo": (*_PREFERENCE_METRICS, "rewards/accuracies", "nll_loss"),
+    "reward": ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "num_tokens"),
+    "grpo": (
+        *("reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "policy_loss", "num_tokens", "aux_loss"),
+        *(f"completions/{name}_length" for name in ("mean", "min", "max")),
+        *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),
+        *("completions/clipped_ratio", "entropy_coef", "cispo_clip_ratio", "vespo/phi_seq_mean"),
+        *(f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
+        *("tools/call_frequency", "tools/failure_frequency"),
+        *(f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max")),
+        *(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")),
+    ),
+}
+"""By method, what an evaluation by TRL's trainer can report, in addition to `COMMON_METRICS`; some only with an option.
+
+Read in TRL 1.16; a test compares them with its source.
+"""
+COMMON_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation of transformers' Trainer reports without `compute_metrics`."""
 
 
 def metric_for_best_model_is_reported(run: Experiment) -> Iterator[ValidationIssue]:
-    """Reject a metric that no evaluation of sft reports; other methods are checked at the first evaluation."""
+    """Reject a metric that no evaluation of the method reports."""
     args = run.training_args
     metric = args.metric_for_best_model
-    if run.method_name != "sft" or metric is None or args.eval_strategy == "no":
+    if metric is None or args.eval_strategy == "no":
         return
-    if metric.removeprefix("eval_") not in _SFT_METRICS:
-        names = ", ".join(_SFT_METRICS)
+    names = [*COMMON_METRICS, *EVALUATION_METRICS[run.method_name]]
+    if isinstance(run, GRPOExperiment):
+        rewards = run.grpo_args.rewards
+        if any(isinstance(reward, FunctionReward) for reward in rewards):
+            return  # The user's function may report metrics of its own.
+        kinds = [reward.type for reward in rewards]
+        labels = [f"{kind}-{index}" if kinds.count(kind) > 1 else kind for index, kind in enumerate(kinds)]
+        names += [f"rewards/{label}/{name}" for label in labels for name in ("mean", "std")]
+    if metric.removeprefix("eval_") not in names:
         yield ValidationIssue(
             ("training_args", "metric_for_best_model"),
-            f'"{metric}" is not among the metrics of an evaluation: {names}.',
-            did_you_mean(metric, list(_SFT_METRICS)),
+            f'"{metric}" is not among the metrics of an evaluation: {", ".join(names)}.',
+            did_you_mean(metric.removeprefix("eval_"), names),
         )
 
 

@@ -51,6 +51,7 @@ from finetuning.data.samples import (
 )
 
 INCOMPLETE_TURN = "the template omits a part of a turn"
+LATE_WORDS = "the template writes the words of a tool call after the tool's answer: they are not trained"
 
 _PromptKey = tuple[str, tuple[str, ...]]
 """The last marker before a turn, and the roles of the messages before it."""
@@ -226,12 +227,15 @@ class AssistantMaskBuilder:
         appended = ""
         for turn in turns:
             start, missing_prompt = self._find_start(attempt, turn, warnings)
-            end, turn_end = self._find_end(attempt, turn, start)
+            is_split = self._is_split(attempt, turn)
+            if is_split:
+                warnings.add(LATE_WORDS)
+            end, turn_end = self._find_end(attempt, turn, start, without_content=is_split)
             if not turn_end.is_trained:
                 warnings.add(UNTRAINED_END)
             if start < (spans[-1][1] if spans else 0) or end <= start:
                 raise MaskNotFound("its text overlaps the turn before it", turn)
-            self._check_span(attempt, turn, (start, end), warnings)
+            self._check_span(attempt, turn, (start, end), warnings, without_content=is_split)
             appended = turn_end.appended
             spans.append((start, end + len(appended)))
             missing_prompts.append(missing_prompt)
@@ -332,12 +336,34 @@ class AssistantMaskBuilder:
             length += len(left_token)
         return length
 
-    def _find_end(self, attempt: _Attempt, turn: int, start: int) -> tuple[int, TurnEnd]:
-        """Return the position up to which a turn that starts at `start` is trained, and its end-of-turn text."""
+    @staticmethod
+    def _is_split(attempt: _Attempt, turn: int) -> bool:
+        """Return whether the template writes a turn's tool calls, then later messages, and then its content.
+
+        Gemma 4 writes the tool's answer between them. A served model ends its turn with the call; after the tool's
+        answer it writes the next turn. So the content is part of a later prompt, where the server has it as well.
+        """
+        positions, markers = attempt.rendered.positions, attempt.markers
+        content, call = positions.get(markers.after_content(turn), -1), attempt.rendered.first(markers.after_call(turn))
+        if not 0 <= call < content:
+            return False
+        later = range(turn + 1, len(attempt.messages))
+        return any(call < positions.get(markers.after_content(index), -1) < content for index in later)
+
+    def _find_end(
+        self, attempt: _Attempt, turn: int, start: int, *, without_content: bool = False
+    ) -> tuple[int, TurnEnd]:
+        """Return the position up to which a turn that starts at `start` is trained, and its end-of-turn text.
+
+        `without_content` leaves out the content of a turn that the template splits (see `_is_split`).
+        """
         message = attempt.conversation.messages[turn]
         text, rendered = attempt.rendered.text, attempt.rendered
         after_content, after_call = attempt.markers.after_content(turn), attempt.markers.after_call(turn)
         markers = [marker for marker in (after_content,) if rendered.positions.get(marker, -1) >= start]
+        if without_content:
+            markers = []
+            attempt = replace(attempt, messages=[*attempt.messages[:turn], {**attempt.messages[turn], "content": ""}])
         markers += [marker for marker in (after_call,) if rendered.first(marker) >= start]
         if not message.get("tool_calls"):
             content = message.get("content") or ""
@@ -359,7 +385,9 @@ class AssistantMaskBuilder:
         return position + end.length, end
 
     @staticmethod
-    def _check_span(attempt: _Attempt, turn: int, span: Span, warnings: set[str]) -> None:
+    def _check_span(
+        attempt: _Attempt, turn: int, span: Span, warnings: set[str], *, without_content: bool = False
+    ) -> None:
         """Raise MaskNotFound if a span holds text of another message, or not that of its own."""
         start, end = span
         markers, positions = attempt.markers, attempt.rendered.positions
@@ -369,7 +397,8 @@ class AssistantMaskBuilder:
         # The generation prompt may be the first words of an answer, such as an opening <think>: then the span starts
         # after the beginning of the content.
         text = attempt.rendered.text[min(start, positions.get(markers.before_content(turn), start)) : end]
-        if not contains_message(attempt.conversation.messages[turn], text, turn):
+        message = attempt.conversation.messages[turn]
+        if not contains_message({**message, "content": ""} if without_content else message, text, turn):
             warnings.add(INCOMPLETE_TURN)
 
     def _from_generation_blocks(

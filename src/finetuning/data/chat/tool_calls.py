@@ -90,6 +90,25 @@ def has_invalid_arguments(messages: Sequence[Message]) -> bool:
     return False
 
 
+ANSWERING_ROLES = ("tool", "function", "ipython")
+
+
+def broken_links(messages: Sequence[Message]) -> set[str]:
+    """Return by which of `tool_call_id` and `name` an answer of a tool names no call before it."""
+    ids: set[str] = set()
+    names: set[str] = set()
+    broken: set[str] = set()
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            ids.add(str(call.get("id")))
+            names.add(str(call.get("function", call).get("name")))
+        if message["role"] in ANSWERING_ROLES:
+            for key, known in (("tool_call_id", ids), ("name", names)):
+                if message.get(key) and str(message[key]) not in known:
+                    broken.add(key)
+    return broken
+
+
 def _parsed(text: str) -> JsonValue:
     """Return the value of a JSON text, an object for an empty one; None for any other text."""
     try:

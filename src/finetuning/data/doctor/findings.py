@@ -76,6 +76,8 @@ class Examined:
     statistics: Mapping[str, SplitStatistics]
     template_notes: Sequence[tuple[Verdict, str]] = ()
     """What the chat template itself does that deserves a look."""
+    was_scanned: bool = False
+    """Whether the texts were searched for personal data."""
 
     @property
     def training(self) -> Measures:
@@ -385,7 +387,7 @@ def _template(examined: Examined) -> Finding | None:
 def _pii(examined: Examined) -> Finding | None:
     total = sum((split.pii for split in examined.splits.values()), start=type(examined.training.pii)())
     if not total:
-        return None
+        return Finding("Personal data", Verdict.OK, "none was found") if examined.was_scanned else None
     parts = [f"{count} x {kind}" for kind, count in total.most_common()]
     text = f"{counted(examined.count(m.PII), 'row')} with what looks like personal data: {', '.join(parts)}"
     return Finding("Personal data", Verdict.LOOK, text, "the file", examined.worst(m.PII))

@@ -6,7 +6,7 @@ from finetuning.data.formats.instruction import ALPACA, INPUT_OUTPUT, PROMPT_COM
 from finetuning.data.formats.messages import MESSAGES
 from finetuning.data.formats.preference import CHOSEN_REJECTED, PREFERENCE
 from finetuning.data.formats.row_format import Options, RowFormat
-from finetuning.data.formats.text import PROMPT, RESPONSE_TEMPLATE, TEXT, TOKENS
+from finetuning.data.formats.text import PROMPT, RESPONSE_TEMPLATE, SEGMENTS, TEXT, TOKENS
 from finetuning.data.formats.unpaired import CHOSEN_REJECTED_PAIR, COMPLETION_LABEL, UNPAIRED
 
 __all__ = ["FORMATS", "KINDS", "Options", "RowFormat"]
@@ -16,6 +16,7 @@ FORMATS: dict[str, RowFormat] = {
     "alpaca": ALPACA,
     "prompt_completion": PROMPT_COMPLETION,
     "input_output": INPUT_OUTPUT,
+    "segments": SEGMENTS,
     "text": TEXT,
     "response_template": RESPONSE_TEMPLATE,
     "tokens": TOKENS,
@@ -26,7 +27,7 @@ FORMATS: dict[str, RowFormat] = {
     "prompt": PROMPT,
 }
 KINDS: dict[str, tuple[RowFormat, ...]] = {
-    "sft": (MESSAGES, TOKENS, PROMPT_COMPLETION, ALPACA, INPUT_OUTPUT, TEXT, RESPONSE_TEMPLATE),
+    "sft": (MESSAGES, TOKENS, SEGMENTS, PROMPT_COMPLETION, ALPACA, INPUT_OUTPUT, TEXT, RESPONSE_TEMPLATE),
     "preference": (PREFERENCE, CHOSEN_REJECTED),
     "unpaired": (UNPAIRED, COMPLETION_LABEL, CHOSEN_REJECTED_PAIR),
     "prompt": (PROMPT,),

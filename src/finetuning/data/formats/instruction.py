@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetuning.data.formats.messages import chat_field, choose_turns
+from finetuning.data.formats.messages import chat_field, choose_turns, with_system
 from finetuning.data.formats.row_format import (
     DEFAULT_OPTIONS,
     FieldError,
@@ -45,23 +45,31 @@ def _with_alpaca_names(row: Row) -> Row:
 
 
 def parse_alpaca(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Problem:
-    """Return the row as a chat: instruction, an empty line and input are the user's message, output is the answer."""
+    """Return the row as a chat: instruction, an empty line and input are the user's message, output is the answer.
+
+    `options.input_separator` is what stands between the first two instead of an empty line.
+    """
     try:
         if any(name in row.values for name in _ALPACA_NAMES):
             row = _with_alpaca_names(row)
         require_columns(row, ALPACA_COLUMNS, "alpaca")
-        prompt = history_field(row)
-        if row.values.get("system"):
-            prompt.insert(0, {"role": "system", "content": text_field(row, "system")})
-        question = text_field(row, "instruction")
-        if row.values.get("input"):
-            question = f"{question}\n\n{text_field(row, 'input')}"
-        prompt.append({"role": "user", "content": question})
+        prompt = with_system(row, history_field(row))
+        prompt.append({"role": "user", "content": with_input(row, "instruction", options)})
         messages = [*prompt, {"role": "assistant", "content": text_field(row, "output")}]
-        messages, turns = choose_turns(messages, "output", options.completions, prompt_length=len(prompt))
+        # The answers of the history are turns of the assistant like the last one.
+        prompt_length = 0 if options.completions == "assistant" else len(prompt)
+        messages, turns = choose_turns(messages, "output", options.completions, prompt_length)
         return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
+
+
+def with_input(row: Row, column: str, options: Options) -> str:
+    """Return the instruction of a column, and the row's input after it, if it has one."""
+    instruction = text_field(row, column)
+    if not row.values.get("input"):
+        return instruction
+    return options.input_separator.join(text for text in (instruction, text_field(row, "input")) if text)
 
 
 def history_field(row: Row) -> list[Message]:
@@ -85,12 +93,16 @@ PROMPT_COMPLETION_COLUMNS = ("prompt", "completion")
 
 
 def parse_prompt_completion(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Text | Problem:
-    """Return two texts joined as they are, or two lists of messages as one chat."""
+    """Return two texts joined as they are, or two lists of messages as one chat; with a `system`, texts too."""
     try:
         require_columns(row, PROMPT_COMPLETION_COLUMNS, "prompt_completion")
         if is_chat(row.values["prompt"]):
-            return _chat(row, options)
+            return _chat(row, chat_field(row, "prompt"), chat_field(row, "completion"), options)
         prompt, completion = (text_field(row, column) for column in PROMPT_COMPLETION_COLUMNS)
+        if "system" in row.values:
+            # A system message has no place in a text.
+            question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
+            return _chat(row, [question], [answer], options)
         return join(row, prompt, completion, options)
     except FieldError as error:
         return problem_of(row, error)
@@ -103,9 +115,8 @@ def join(row: Row, prompt: str, completion: str, options: Options) -> Text:
     return Text(text, row.location, spans, options.add_eos)
 
 
-def _chat(row: Row, options: Options) -> Conversation:
-    prompt = chat_field(row, "prompt")
-    completion = chat_field(row, "completion")
+def _chat(row: Row, prompt: list[Message], completion: list[Message], options: Options) -> Conversation:
+    prompt = with_system(row, prompt)
     if not any(message["role"] == "assistant" for message in completion):
         raise FieldError("completion", "has no assistant message")
     messages, turns = choose_turns([*prompt, *completion], "prompt + completion", options.completions, len(prompt))

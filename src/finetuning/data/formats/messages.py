@@ -127,6 +127,8 @@ _ROLE_ALIASES = {
 
 
 _PLAIN_PARTS = ("text", "input_text", "output_text", "image", "image_url", "audio", "input_audio", "video")
+_PAIRS = (("human", "assistant"), ("input", "output"))
+"""Keys of a question and its answer in one object, as in Firefly and XTuner."""
 _CALLING_ROLES = ("function_call", "tool_call")
 
 
@@ -150,17 +152,23 @@ def parse_messages(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation
         column = messages_column(row.values) or "messages"
         if column == "messages":
             require_columns(row, MESSAGES_COLUMNS, "messages")
-        messages = chat_field(row, column)
-        # A row that says it twice keeps the system message, and reports its column as unused.
-        system: JsonValue = row.values.get("system") if messages[0]["role"] != "system" else None
-        if isinstance(system, list) and system:
-            system = only_text(system, "system")
-        if isinstance(system, str) and system.strip():
-            messages = [{"role": "system", "content": system}, *messages]
+        messages = with_system(row, chat_field(row, column))
         messages, turns = choose_turns(messages, column, options.chats)
         return Conversation(messages, turns=turns, **other_fields(row))
     except FieldError as error:
         return problem_of(row, error)
+
+
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """Return the messages with the column `system` of the row as the first one, unless they begin with such a message.
+
+    A row that says it twice keeps its message, and reports the column as unused.
+    """
+    system: JsonValue = row.values.get("system") if not messages or messages[0]["role"] != "system" else None
+    if isinstance(system, list) and system:
+        system = only_text(system, "system")
+    has_text = isinstance(system, str) and bool(system.strip())
+    return [{"role": "system", "content": system}, *messages] if has_text else messages
 
 
 def chat_field(row: Row, column: str) -> list[Message]:
@@ -182,14 +190,18 @@ def _as_tool(message: JsonValue) -> JsonValue:
 
 
 def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:
-    """Return a message with `role`, `content` and `tool_calls`; a pair of question and answer becomes two."""
+    """Return a message with `role`, `content` and `tool_calls`; a pair of question and answer becomes two or three."""
     if not isinstance(message, dict):
         return [message]
-    if "role" not in message and message.keys() >= {"human", "assistant"}:
-        extra = {name: value for name, value in message.items() if name not in ("human", "assistant")}
+    pair = next((names for names in _PAIRS if message.keys() >= {*names} and "role" not in message), None)
+    if pair is not None:
+        question, answer = pair
+        extra = {name: value for name, value in message.items() if name not in (*pair, "system")}
+        system = [{"role": "system", "content": message["system"]}] if message.get("system") else []
         return [
-            {"role": "user", "content": message["human"]},
-            {"role": "assistant", "content": message["assistant"], **extra},
+            *system,
+            {"role": "user", "content": message[question]},
+            {"role": "assistant", "content": message[answer], **extra},
         ]
     if _is_sharegpt(message):
         return [_from_sharegpt(message, key)]

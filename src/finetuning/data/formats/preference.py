@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
-from finetuning.data.formats.instruction import history_field
-from finetuning.data.formats.messages import chat_field, messages_column
+from finetuning.data.formats.instruction import history_field, with_input
+from finetuning.data.formats.messages import chat_field, messages_column, with_system
 from finetuning.data.formats.row_format import (
     DEFAULT_OPTIONS,
     FieldError,
@@ -35,6 +36,7 @@ def parse_preference(row: Row, options: Options = DEFAULT_OPTIONS) -> Preference
     try:
         require_columns(row, PREFERENCE_COLUMNS, "preference")
         prompt, chosen, rejected = (chat_field(row, column) for column in PREFERENCE_COLUMNS)
+        prompt = with_system(row, prompt)
         for column, messages in (("chosen_messages", chosen), ("rejected_messages", rejected)):
             check_completion(row, column, messages)
         return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **other_fields(row))
@@ -46,20 +48,34 @@ PREFERENCE = RowFormat("preference", PREFERENCE_COLUMNS, parse_preference)
 
 
 CHOSEN_REJECTED_COLUMNS = ("chosen", "rejected")
-_QUESTIONS = ("instruction", "question", "query")
+QUESTIONS = ("instruction", "question", "query")
 """Columns of text with the prompt of a chat."""
 _ANSWER_PAIRS = (
     ("chosen", "rejected"),
     ("chosen_messages", "rejected_messages"),
+    ("chosen_conversations", "rejected_conversations"),
+    ("chosen_response", "rejected_response"),
     ("preferred_output", "non_preferred_output"),
 )
+_INPUT = "input."
+"""Before the names of what OpenAI's `input` holds in addition to messages and tools."""
+_REJECTED = ("rejected_response", "rejected_messages")
+"""ms-swift's columns of the rejected answer; the chosen one is `response`, or the last of `messages`."""
 
 
 def has_preference(values: Mapping[str, object]) -> bool:
     """Return whether a row has two answers, under one of the names that they have elsewhere."""
     if "prompt_messages" in values:
         return False
-    return any(values.keys() >= set(pair) for pair in _ANSWER_PAIRS) or "rejected_response" in values
+    has_pair = any(values.keys() >= set(pair) for pair in _ANSWER_PAIRS) or "rejected_response" in values
+    return has_pair or ("rejected_messages" in values and messages_column(values) is not None) or _has_two(values)
+
+
+def _has_two(values: Mapping[str, object]) -> bool:
+    """Return whether `output` holds the better and the worse answer of an instruction, as in older Alpaca files."""
+    output = JsonObject.get(dict(values), "output") if "instruction" in values else None
+    answers = cast("list[object]", output) if isinstance(output, list) else []
+    return len(answers) == len(CHOSEN_REJECTED_COLUMNS) and all(isinstance(answer, str) for answer in answers)
 
 
 def parse_chosen_rejected(row: Row, options: Options = DEFAULT_OPTIONS) -> Preference | Problem:
@@ -69,15 +85,18 @@ def parse_chosen_rejected(row: Row, options: Options = DEFAULT_OPTIONS) -> Prefe
         require_columns(row, CHOSEN_REJECTED_COLUMNS, "chosen_rejected")
         is_text = False
         if is_chat(row.values["chosen"]):
-            prompt, chosen, rejected = _chats(row)
-        elif JsonObject.get(row.values, "prompt") is None and (before := _chat_before(row)):
+            prompt, chosen, rejected = _chats(row, options)
+        elif before := chat_before(row, options):
             answers = (text_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
             prompt, (chosen, rejected) = before, ([{"role": "assistant", "content": answer}] for answer in answers)
         else:
             prompt, chosen, rejected, is_text = *_texts(row), True
         for column, messages in (("chosen", chosen), ("rejected", rejected)):
             check_completion(row, column, messages)
-        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, is_text=is_text, **other_fields(row))
+        nested = tuple(name for name in row.values if name.startswith(_INPUT))
+        return Preference(
+            prompt=prompt, chosen=chosen, rejected=rejected, is_text=is_text, unused=nested, **other_fields(row)
+        )
     except FieldError as error:
         return problem_of(row, error)
 
@@ -93,43 +112,63 @@ def _with_usual_names(row: Row) -> Row:
         before: JsonValue = values.get("input")
         if not isinstance(before, dict) or not isinstance(before.get("messages"), list):
             raise FieldError("input", "expected an object with messages")
-        extra = {"tools": before["tools"]} if before.get("tools") else {}
+        # The other keys become columns that nothing reads, and are reported as such.
+        extra = {
+            name if name == "tools" else f"{_INPUT}{name}": value
+            for name, value in before.items()
+            if name != "messages" and value not in (None, [])
+        }
         new = {"chosen": values["preferred_output"], "rejected": values.get("non_preferred_output"), **extra}
-        return with_columns(row, ("input", *_ANSWER_PAIRS[2]), {**new, "prompt": before["messages"]})
-    if "chosen_messages" in values and "chosen" not in values:
-        new = {"chosen": values["chosen_messages"], "rejected": values.get("rejected_messages")}
-        return with_columns(row, _ANSWER_PAIRS[1], new)
-    if "rejected_response" in values and "rejected" not in values:
-        # ms-swift's: the chat ends with the chosen answer.
-        column = messages_column(values) or "messages"
-        chat = chat_field(row, column) if column in values else []
-        if len(chat) < 2 or chat[-1]["role"] != "assistant":
-            raise FieldError(
-                column, "expected a chat that ends with the chosen answer, as there is a rejected_response"
-            )
-        rejected: JsonValue = values["rejected_response"]
-        answer = rejected if isinstance(rejected, list) else [{"role": "assistant", "content": rejected}]
-        new = {"prompt": chat[:-1], "chosen": chat[-1:], "rejected": answer}
-        return with_columns(row, (column, "rejected_response"), new)
-    return row
+        return with_columns(row, ("input", *_ANSWER_PAIRS[-1]), {**new, "prompt": before["messages"]})
+    if "chosen" in values or "rejected" in values:
+        return row
+    for pair in _ANSWER_PAIRS[1:-1]:
+        if values.keys() >= set(pair):
+            new = {"chosen": values[pair[0]], "rejected": values[pair[1]]}
+            return with_columns(row, pair, new)
+    if _has_two(values):
+        chosen, rejected = values["output"]
+        return with_columns(row, ("output",), {"chosen": chosen, "rejected": rejected})
+    column = next((name for name in _REJECTED if name in values), None)
+    return row if column is None else _with_rejected(row, column)
 
 
-def _chat_before(row: Row) -> list[Message] | None:
-    """Return the messages before the answers, which other columns than `prompt` hold; None if there are none."""
-    column = messages_column(row.values)
+def _with_rejected(row: Row, rejected: str) -> Row:
+    """Return a row of ms-swift with the usual columns."""
+    values = row.values
+    column = messages_column(values)
+    if column is None and rejected == "rejected_response" and "response" in values:
+        new = {"chosen": values["response"], "rejected": values[rejected]}
+        return with_columns(row, ("response", rejected), new)
+    column = column or "messages"
+    chat = chat_field(row, column) if column in values else []
+    if len(chat) < 2 or chat[-1]["role"] != "assistant":
+        raise FieldError(column, f"expected a chat that ends with the chosen answer, as there is a {rejected}")
+    if rejected == "rejected_messages":
+        return with_columns(row, (column, rejected), {"chosen": chat, "rejected": values[rejected]})
+    answer: JsonValue = values[rejected]
+    answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    return with_columns(row, (column, rejected), {"prompt": chat[:-1], "chosen": chat[-1:], "rejected": answer})
+
+
+def chat_before(row: Row, options: Options) -> list[Message] | None:
+    """Return the messages before the answers, which other columns than `prompt` hold; None if there are none.
+
+    A text in `prompt` is a message only next to a column `system`, which has no place in a text.
+    """
+    has_prompt = JsonObject.get(row.values, "prompt") is not None
+    if has_prompt and ("system" not in row.values or not isinstance(JsonObject.get(row.values, "prompt"), str)):
+        return None
+    column = None if has_prompt else messages_column(row.values)
     if column is not None:
         messages = chat_field(row, column)
     else:
-        question = next((name for name in _QUESTIONS if JsonObject.get(row.values, name)), None)
+        names = ("prompt",) if has_prompt else QUESTIONS
+        question = next((name for name in names if JsonObject.get(row.values, name)), None)
         if question is None:
             return None
-        text = text_field(row, question)
-        if row.values.get("input"):
-            text = f"{text}\n\n{text_field(row, 'input')}"
-        messages = [*history_field(row), {"role": "user", "content": text}]
-    if messages[0]["role"] != "system" and row.values.get("system"):
-        messages = [{"role": "system", "content": text_field(row, "system")}, *messages]
-    return messages
+        messages = [*history_field(row), {"role": "user", "content": with_input(row, question, options)}]
+    return with_system(row, messages)
 
 
 def as_messages(prompt: str, *answers: str) -> list[list[Message]]:
@@ -137,10 +176,10 @@ def as_messages(prompt: str, *answers: str) -> list[list[Message]]:
     return [[{"role": "user", "content": prompt}], *([{"role": "assistant", "content": answer}] for answer in answers)]
 
 
-def _chats(row: Row) -> list[list[Message]]:
+def _chats(row: Row, options: Options) -> list[list[Message]]:
     chosen, rejected = (chat_field(row, column) for column in CHOSEN_REJECTED_COLUMNS)
     if is_chat(JsonObject.get(row.values, "prompt")):
-        return [chat_field(row, "prompt"), chosen, rejected]
+        return [with_system(row, chat_field(row, "prompt")), chosen, rejected]
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
@@ -152,10 +191,10 @@ def _chats(row: Row) -> list[list[Message]]:
         prompt: JsonValue = JsonObject.get(row.values, "prompt")
         if isinstance(prompt, str) and any(message.get("content") == prompt for message in chosen[:common]):
             row.values.get("prompt")  # as read: it is the text of one of the messages
-        return [chosen[:common], chosen[common:], rejected[common:]]
+        return [with_system(row, chosen[:common]), chosen[common:], rejected[common:]]
     if isinstance(JsonObject.get(row.values, "prompt"), str):
-        return [[{"role": "user", "content": text_field(row, "prompt")}], chosen, rejected]
-    before = _chat_before(row)
+        return [with_system(row, [{"role": "user", "content": text_field(row, "prompt")}]), chosen, rejected]
+    before = chat_before(row, options)
     if before is None:
         raise FieldError("chosen", "has no first message in common with rejected, and there is no `prompt`")
     return [before, chosen, rejected]

@@ -34,6 +34,8 @@ class Options:
     response_template: str | None = None
     instruction_template: str | None = None
     add_eos: bool = True
+    input_separator: str = "\n\n"
+    """Between an instruction and its input, in rows with both."""
     special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
     """The tokenizer's special tokens by the names that Jinja templates use, such as `eos_token`."""
 
@@ -161,9 +163,12 @@ _CHAT_START = 200
 
 
 _OTHER_NAMES = {
-    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
-    "prompt": ("question", "query", "instruction", "input", "user", "problem", "source", "request"),
-    "completion": ("answer", "response", "output", "reply", "solution", "target", "assistant", "label"),
+    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns", "items"),
+    "prompt": (
+        *("question", "query", "instruction", "input", "user", "problem", "source", "request"),
+        *("dialogue", "article", "document", "context"),
+    ),
+    "completion": (*("answer", "response", "output", "reply", "solution", "target", "assistant", "label", "summary"),),
     "text": ("content", "body", "document", "passage"),
     "chosen": ("preferred", "accepted", "better", "win", "winner", "positive", "response_chosen"),
     "rejected": ("dispreferred", "declined", "worse", "lose", "loser", "negative", "response_rejected"),
@@ -193,7 +198,7 @@ def propose_columns(values: Mapping[str, object], format_name: str) -> dict[str,
         renamed: dict[str, str] = {}
         for name in names:
             column = name if name in values else _similar(name, values, {*renamed, *names})
-            if column is None:
+            if column is None or (name == "messages" and not is_chat(values.get(column))):
                 break
             renamed[column] = name
         else:
@@ -308,6 +313,8 @@ def check_message(message: JsonValue, key: str) -> Message:
     content: JsonValue = message.get("content")
     if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
         actual = json_type(content) if "content" in message else "nothing"
+        if isinstance(message.get("refusal"), str) and content is None:
+            actual += ": the text is in refusal; write it as content to train on it"
         raise FieldError(f"{key}.content", f"expected text, got {actual}")
     for name in ("reasoning_content", "thinking"):
         if message.get(name) is not None and not isinstance(message[name], str):

@@ -2,6 +2,7 @@
 
 - `text`: a column, or what a template makes of several columns; all of it is trained.
 - `response_template`: the same, but only what comes after a given text, such as `### Response:`, is trained.
+- `segments`: parts of one text, each with a label that says whether it is trained; with all special tokens written out.
 - `tokens`: `input_ids` and `labels` of a dataset that is already tokenized.
 - `prompt`: messages without a last answer, which the model generates, as in GRPO.
 """
@@ -9,6 +10,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import cast
 
 from finetuning.data.formats.messages import chat_field
 from finetuning.data.formats.row_format import (
@@ -21,6 +24,7 @@ from finetuning.data.formats.row_format import (
     template_kwargs_field,
     text_field,
     tools_field,
+    truth_value,
 )
 from finetuning.data.samples import JsonValue, Prompt, Row, Text, TokenIds, json_type
 from finetuning.data.text_template import TextTemplateError
@@ -112,6 +116,48 @@ def _responses(text: str, response: str, instruction: str) -> tuple[tuple[int, i
 
 
 RESPONSE_TEMPLATE = RowFormat("response_template", TEXT_COLUMNS, parse_response_template)
+
+
+SEGMENTS_COLUMNS = ("segments",)
+
+
+def has_segments(values: Mapping[str, object]) -> bool:
+    """Return whether a row has a list of parts of a text."""
+    parts = values.get("segments")
+    first = cast("list[object]", parts)[0] if isinstance(parts, list) and parts else None
+    return isinstance(first, dict) and "text" in first
+
+
+def parse_segments(row: Row, options: Options = DEFAULT_OPTIONS) -> Text | Problem:
+    """Return the parts of a row as one text, of which those with a true `label` are trained. Nothing is added to it."""
+    try:
+        require_columns(row, SEGMENTS_COLUMNS, "segments")
+        parts: JsonValue = row.values["segments"]
+        if not isinstance(parts, list):
+            raise FieldError("segments", f"expected a list, got {json_type(parts)}")
+        texts: list[str] = []
+        spans: list[tuple[int, int]] = []
+        size = 0
+        part: JsonValue
+        for index, part in enumerate(parts):
+            key = f"segments[{index}]"
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.keys() - {"text", "label"}:
+                raise FieldError(key, "expected an object with a text and a label")
+            text: str = part["text"]
+            if truth_value(part.get("label"), f"{key}.label") and text:
+                spans.append((size, size + len(text)))
+            texts.append(text)
+            size += len(text)
+        trained = (
+            None if options.completions == "all" else tuple(spans[-1:] if options.completions == "last" else spans)
+        )
+        fault = None if trained is None or trained else "no segment has a true label"
+        return Text("".join(texts), row.location, trained, add_eos=False, fault=fault, is_templated=True)
+    except FieldError as error:
+        return problem_of(row, error)
+
+
+SEGMENTS = RowFormat("segments", SEGMENTS_COLUMNS, parse_segments, has_segments)
 
 
 TOKENS_COLUMNS = ("input_ids", "labels")

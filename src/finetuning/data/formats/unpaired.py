@@ -11,11 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from finetuning.data.formats.instruction import has_alpaca, parse_alpaca
-from finetuning.data.formats.messages import chat_field, has_messages, messages_column, parse_messages
+from finetuning.data.formats.messages import (
+    chat_field,
+    has_messages,
+    messages_column,
+    parse_messages,
+    with_system,
+)
 from finetuning.data.formats.preference import (
     CHOSEN_REJECTED_COLUMNS,
     PREFERENCE,
+    QUESTIONS,
     as_messages,
+    chat_before,
     has_preference,
     parse_chosen_rejected,
     parse_preference,
@@ -49,6 +57,7 @@ def parse_unpaired(
     try:
         require_columns(row, UNPAIRED_COLUMNS, "unpaired")
         prompt, completion = (chat_field(row, column) for column in UNPAIRED_COLUMNS[:2])
+        prompt = with_system(row, prompt)
         check_completion(row, "completion_messages", completion)
         return UnpairedPreference(prompt=prompt, completion=completion, label=label_field(row), **other_fields(row))
     except FieldError as error:
@@ -68,6 +77,7 @@ def as_unpaired(preference: Preference | Problem) -> list[UnpairedPreference] | 
             tools=preference.tools,
             template_kwargs=preference.template_kwargs,
             is_text=preference.is_text,
+            unused=preference.unused if label else (),
         )
         for completion, label in ((preference.chosen, True), (preference.rejected, False))
     ]
@@ -84,8 +94,8 @@ _LABELS = ("label", "kto_tag")
 
 def has_label(values: Mapping[str, object]) -> bool:
     """Return whether a row has a label, and a prompt and completion, a chat, or an instruction with its answer."""
-    has_answer = values.keys() >= {"prompt", "completion"} or has_messages(values) or has_alpaca(values)
-    return has_answer and any(name in values for name in _LABELS)
+    has_answer = "completion" in values and any(name in values for name in ("prompt", *QUESTIONS))
+    return (has_answer or has_messages(values) or has_alpaca(values)) and any(name in values for name in _LABELS)
 
 
 def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> UnpairedPreference | Problem:
@@ -94,13 +104,16 @@ def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> Unpa
         if "kto_tag" in row.values and "label" not in row.values:
             row = with_columns(row, ("kto_tag",), {"label": row.values["kto_tag"]})
         if "completion" not in row.values and (has_messages(row.values) or has_alpaca(row.values)):
-            return _labeled_chat(row)
+            return _labeled_chat(row, options)
+        if "completion" in row.values and (before := chat_before(row, options)):
+            answer = {"role": "assistant", "content": text_field(row, "completion")}
+            return UnpairedPreference(prompt=before, completion=[answer], label=label_field(row), **other_fields(row))
         require_columns(row, COMPLETION_LABEL_COLUMNS, "completion_label")
         is_text = not is_chat(row.values["prompt"])
         if is_text:
             prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
         else:
-            prompt, completion = chat_field(row, "prompt"), chat_field(row, "completion")
+            prompt, completion = with_system(row, chat_field(row, "prompt")), chat_field(row, "completion")
             check_completion(row, "completion", completion)
         label = label_field(row)
         return UnpairedPreference(
@@ -110,10 +123,10 @@ def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> Unpa
         return problem_of(row, error)
 
 
-def _labeled_chat(row: Row) -> UnpairedPreference | Problem:
+def _labeled_chat(row: Row, options: Options) -> UnpairedPreference | Problem:
     """Return a chat, of which the label is about the last message, as in ms-swift and LLaMA-Factory."""
     require_columns(row, ("label",), "completion_label")
-    parsed = parse_messages(row) if has_messages(row.values) else parse_alpaca(row)
+    parsed = parse_messages(row) if has_messages(row.values) else parse_alpaca(row, options)
     if not isinstance(parsed, Conversation):
         return parsed
     *prompt, answer = parsed.messages

@@ -26,6 +26,10 @@ PROMPT_SPACE = (
     " completion"
 )
 NO_ANSWER = "no assistant message"
+BROKEN_LINKS = {
+    "tool_call_id": "a tool's answer whose tool_call_id is the id of no call before it",
+    "name": "a tool's answer with the name of a function that is not called before it",
+}
 INVALID_ARGUMENTS = "a tool call whose arguments are not a JSON object"
 SPECIAL_TOKEN_IN_TEXT = "a message contains a special token of the tokenizer as text"
 
@@ -169,15 +173,24 @@ class MessageWarnings:
     def __call__(self, messages: Sequence[Message]) -> set[str]:
         """The warnings of one row."""
         warnings: set[str] = set()
-        if self.known_keys is not None:
-            keys = {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
-            unused = keys - {"role", "content"} - set(self.known_keys)
-            warnings |= {f"message key {key} is not used: the chat template does not read it" for key in unused}
-        if any(message.get("tool_calls") for message in messages):
-            from finetuning.data.chat.tool_calls import has_invalid_arguments
+        answering: Collection[str] = ()
+        links: Collection[str] = ()
+        if any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
+            from finetuning.data.chat.tool_calls import ANSWERING_ROLES, broken_links, has_invalid_arguments
 
             if has_invalid_arguments(messages):
                 warnings.add(INVALID_ARGUMENTS)
+            warnings.update(BROKEN_LINKS[key] for key in broken_links(messages))
+            answering, links = ANSWERING_ROLES, BROKEN_LINKS
+        if self.known_keys is not None:
+            keys = {
+                key
+                for message in messages
+                for key, value in message.items()
+                if value not in (None, "", [], {}) and not (key in links and message["role"] in answering)
+            }
+            unused = keys - {"role", "content"} - set(self.known_keys)
+            warnings |= {f"message key {key} is not used: the chat template does not read it" for key in unused}
         contents = [message.get("content") or " " for message in messages]
         warnings |= _reasoning_warnings(messages)
         if not any(map(str.isspace, contents)) and not self.has_special_token("\n".join(contents)):

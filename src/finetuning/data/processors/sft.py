@@ -187,7 +187,8 @@ class SFTProcessor:
         if isinstance(sample, DroppedSample):
             return sample
         warnings = row.warnings | {str(explain_split(warning, row.text, start)) for warning in sample.warnings}
-        if self._text_warnings.has_special_token(row.text.rstrip().removesuffix(self.eos or "")):
+        text = row.text.rstrip().removesuffix(self.eos or "")
+        if not row.is_templated and self._text_warnings.has_special_token(text):
             warnings |= {TEMPLATE_IN_TEXT}
         trained_text = "".join(row.text[start:end] for start, end in row.spans) if row.spans else row.text
         if not trained_text.removesuffix(self.eos or "").strip():
