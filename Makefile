@@ -5,7 +5,7 @@
 # make test-removed-checks remove each check and require that its tests fail
 # make gpu-check    check correctness, speed and memory on the GPU of this machine
 # make test-serving serve what the engine makes with a real vLLM on the CPU
-# make test-cluster run jobs of several processes with DeepSpeed and SLURM, kill and freeze them
+# make test-cluster run jobs of several processes with DeepSpeed, SLURM and Ray, kill and freeze them
 # make test-zoo     take every causal language model class of transformers through the engine
 # Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
 
@@ -73,16 +73,18 @@ $(SERVING_VENV)/.installed: tests/serving/requirements.txt
 
 # Not part of `make test`: many minutes, and DeepSpeed compiles its operators at first use. SLURM is tested where it is
 # installed: apt-get install slurm-wlm munge. One test at a time: each is a job of several processes.
-test-cluster: venv $(CLUSTER_VENV)/.installed ## run jobs of several processes: DeepSpeed, SLURM, faults
+test-cluster: venv $(CLUSTER_VENV)/.installed ## run jobs of several processes: DeepSpeed, SLURM, Ray, faults
 	FINETUNING_CLUSTER_TESTS=1 $(CLUSTER_VENV)/bin/python -m pytest tests/cluster $(CLUSTER_OPTIONS)
 
-# The packages of .venv, and DeepSpeed.
-$(CLUSTER_VENV)/.installed: $(VENV)/.installed tests/cluster/requirements.txt
+# The packages of .venv, DeepSpeed, Ray and Helm. SkyPilot and dstack need other releases of the same packages.
+$(CLUSTER_VENV)/.installed: $(VENV)/.installed $(wildcard tests/cluster/*requirements.txt)
 	$(SYSTEM_PYTHON) -m venv $(CLUSTER_VENV)
 	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$($(CLUSTER_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finetuning-venv.pth"
 	echo $(CURDIR)/src > "$$($(CLUSTER_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finetuning-src.pth"
 	$(CLUSTER_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r tests/cluster/requirements.txt
+	for tool in skypilot dstack; do $(SYSTEM_PYTHON) -m venv $(CLUSTER_VENV)/$$tool && $(CLUSTER_VENV)/$$tool/bin/python \
+	    -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r tests/cluster/$$tool-requirements.txt || exit 1; done
 	@touch $@
 
 # Not part of `make test`: 189 classes, about 6 seconds of CPU time each. Records what it finds, for the page of

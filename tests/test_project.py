@@ -113,11 +113,13 @@ def test_a_workflow_may_only_read_and_runs_no_moving_target(path: Path) -> None:
 VERSIONS = {
     "CITATION.cff": r"^version: (.+)$",
     "deploy/kubernetes/chart/Chart.yaml": r"^(?:version|appVersion): (.+)$",
-    "deploy/kubernetes/chart/values.yaml": r"^  tag: (.+)$",
+    "deploy/kubernetes/chart/values.yaml": r"finetuning-worker:(.+)$",
     "deploy/kubernetes/fms-job.yaml": r"finetuning-worker:(.+)$",
     "deploy/kubernetes/job.yaml": r"finetuning-worker:(.+)$",
+    "deploy/kubernetes/jobset.yaml": r"finetuning-worker:(.+)$",
     "deploy/kubernetes/pytorchjob.yaml": r"finetuning-worker:(.+)$",
     "deploy/kubernetes/trainjob.yaml": r"finetuning-worker:(.+)$",
+    "deploy/kubernetes/volcano.yaml": r"finetuning-worker:(.+)$",
     "docker/cuda/worker.Dockerfile": r"^ARG VERSION=(.+)$",
     "docker/rocm/worker.Dockerfile": r"^ARG VERSION=(.+)$",
 }

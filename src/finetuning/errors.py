@@ -30,6 +30,9 @@ EXIT_USER = 1
 EXIT_GUARD = 3
 EXIT_INTERNAL = 203
 
+LOST_CONNECTION = "LostConnection"
+"""The name of a failure that follows from the end of another process."""
+
 
 @dataclass(frozen=True)
 class Location:

@@ -51,11 +51,26 @@ DSTACK = {
     "DSTACK_MASTER_NODE_IP": "10.0.0.1",
 }
 
+VOLCANO = {
+    "VC_TASK_INDEX": "1",
+    "VC_NODE_NUM": "2",
+    "VC_NODE_HOSTS": "10.0.0.1,job-node-1.job",
+    "PET_NPROC_PER_NODE": "8",
+}
 
-@pytest.mark.parametrize("environ", [SKYPILOT, DSTACK])
-def test_machines_come_from_skypilot_and_dstack(environ: dict[str, str]) -> None:
+
+@pytest.mark.parametrize("environ", [SKYPILOT, DSTACK, VOLCANO])
+def test_machines_come_from_the_variables_of_a_scheduler(environ: dict[str, str]) -> None:
     hosts = resolve_hosts(environ=environ)
     assert (hosts.nnodes, hosts.node_rank, hosts.nproc, hosts.address) == (2, 1, "8", "10.0.0.1")
+
+
+def test_a_job_of_volcano_has_one_task() -> None:
+    environ = VOLCANO | {"VC_MASTER_NUM": "1", "VC_MASTER_HOSTS": "10.0.0.9"}
+    with pytest.raises(ConfigError, match="VC_MASTER_NUM, VC_NODE_NUM"):
+        resolve_hosts(environ=environ)
+    hosts = resolve_hosts(3, 2, "10.0.0.9", environ)
+    assert (hosts.nnodes, hosts.node_rank, hosts.address) == (3, 2, "10.0.0.9")
 
 
 def test_a_machine_of_skypilot_without_gpus_has_one_process() -> None:

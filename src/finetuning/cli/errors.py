@@ -28,6 +28,7 @@ from finetuning.errors import (
     EXIT_INTERNAL,
     EXIT_OK,
     EXIT_USER,
+    LOST_CONNECTION,
     CommunicationError,
     FinetuningError,
     Problem,
@@ -37,8 +38,6 @@ from finetuning.errors import (
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
 ERROR_FILE = "FINETUNING_ERROR_FILE"
-LOST_CONNECTION = "LostConnection"
-"""The name of a failure that follows from the end of another process."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,9 @@ def report_for_processes(
         return
     message = killed or "a process of the job ended without an error of its own: it was stopped, or killed"
     print(f"error: {message}", file=sys.stderr)
-    report_failure(Failure("InternalError", exit_code, (Problem(message),)), environ)
+    # What the other processes reported follows from it.
+    reset_error_file(environ)
+    report_failure(Failure("InternalError", exit_code, (Problem(message),), is_transient=True), environ)
 
 
 def _contains(path: Path, message: str) -> bool:

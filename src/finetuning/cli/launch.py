@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     sharding = parser.add_mutually_exclusive_group()
     sharding.add_argument("--preset", choices=PRESETS, help="how the model is distributed (default: ddp)")
     sharding.add_argument("--accelerate-config", metavar="FILE", help="an accelerate config file instead of a preset")
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="run on the Ray cluster of $RAY_ADDRESS or of this machine, with Ray Train: a worker for each of --nnodes",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the accelerate launch command; do not run it")
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="METHOD config.yaml ...", help="the training subcommand to run"
@@ -90,9 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _launch(argv: Sequence[str]) -> int:
     from finetuning.algorithms import ALGORITHMS
     from finetuning.config.validation.suggestions import did_you_mean
-    from finetuning.launch.hosts import resolve_hosts
-    from finetuning.launch.processes import start
-    from finetuning.launch.restarts import run_with_restarts
 
     options = build_parser().parse_args(argv)
     if not options.command:
@@ -103,25 +105,68 @@ def _launch(argv: Sequence[str]) -> int:
             f'finetuning launch: unknown method "{method}"; supported: {", ".join(ALGORITHMS)}',
             hint=did_you_mean(method, ALGORITHMS),
         )
+    run_once = _prepare_ray(options) if options.ray else _prepare(options)
+    if run_once is None:
+        return 0
+    return _run(run_once, options.max_restarts)
+
+
+def _prepare(options: argparse.Namespace) -> Callable[[Path], JobEnd] | None:
+    """Return a function that runs the job once, given where its processes report their error; None for a dry run."""
+    from finetuning.launch.hosts import resolve_hosts
+    from finetuning.launch.processes import start
+
     hosts = resolve_hosts(options.nnodes, options.node_rank, options.main_address)
     launch = _make_launch(options, hosts)
     if options.dry_run:
         print("accelerate launch " + " ".join(launch.arguments(options.command)))
-        return 0
+        return None
     if options.max_restarts:
         _check_resumes(options.command)
     environment = hosts.environment()
+    return lambda _: start(launch, options.command, environment, grace_s=options.grace)
+
+
+def _prepare_ray(options: argparse.Namespace) -> Callable[[Path], JobEnd] | None:
+    """Return what `_prepare` does, for a Ray cluster."""
+    from finetuning.launch.on_ray import RayJob, connect, gpus_of_a_machine, start_on_ray
+
+    if options.node_rank is not None or options.main_address:
+        raise ConfigError("--ray chooses the machines itself", hint="Leave out --node-rank and --main-address.")
+    passed_on = {
+        "--preset": options.preset,
+        "--accelerate-config": options.accelerate_config,
+        "--meet-within": options.meet_within,
+        "--grace": options.grace,
+    }
+    arguments = tuple(item for name, value in passed_on.items() if value is not None for item in (name, str(value)))
+    if options.max_restarts:
+        _check_resumes(options.command)
+    ray = None if options.dry_run else connect()
+    gpus = 0 if ray is None else gpus_of_a_machine(ray)
+    processes = (gpus or 1) if options.nproc in (None, "auto") else _processes_per_machine(options.nproc)
+    job = RayJob(options.nnodes or 1, processes, arguments, tuple(options.command), gpus > 0)
+    if ray is None:
+        print("finetuning " + " ".join(job.arguments(0, "HOST:PORT")))
+        return None
+    return lambda error_file: start_on_ray(ray, job, error_file)
+
+
+def _run(run_once: Callable[[Path], JobEnd], max_restarts: int) -> int:
+    """Run a job, restarting it, and return its exit code."""
+    from finetuning.launch.restarts import run_with_restarts
+
     with _error_file() as error_file:
         before = reported_errors()
 
         def attempt() -> JobEnd:
-            end = start(launch, options.command, environment, grace_s=options.grace)
+            end = run_once(error_file)
             failure = read_failure(error_file)
             if end.killed or failure is None or failure.name == LOST_CONNECTION:
                 return end
             return replace(end, error=failure.message, is_transient=failure.is_transient)
 
-        end = run_with_restarts(attempt, options.max_restarts, _warn_restart)
+        end = run_with_restarts(attempt, max_restarts, _warn_restart)
         report_for_processes(end.exit_code, before, end.killed)
     return end.exit_code
 

@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from finetuning.errors import ConfigError
 
@@ -15,11 +16,12 @@ RENDEZVOUS_TIMEOUT_S = 600
 """How long machines wait for each other."""
 _DEFAULT_PORT = 29500
 _VARIABLES = {
-    # Kubeflow sets the first variable of each, which is torchrun's own; srun, SkyPilot and dstack set theirs.
-    "nnodes": ("PET_NNODES", "SLURM_NNODES", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM"),
-    "node_rank": ("PET_NODE_RANK", "SLURM_NODEID", "SKYPILOT_NODE_RANK", "DSTACK_NODE_RANK"),
+    # Kubeflow sets the first variable of each, which is torchrun's own; srun, SkyPilot, dstack and Volcano set theirs.
+    # Those of Volcano have the name of the task in the place of *.
+    "nnodes": ("PET_NNODES", "SLURM_NNODES", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM", "VC_*_NUM"),
+    "node_rank": ("PET_NODE_RANK", "SLURM_NODEID", "SKYPILOT_NODE_RANK", "DSTACK_NODE_RANK", "VC_TASK_INDEX"),
     "nproc": ("PET_NPROC_PER_NODE", "SKYPILOT_NUM_GPUS_PER_NODE", "DSTACK_GPUS_PER_NODE"),
-    "address": ("PET_MASTER_ADDR", "MASTER_ADDR", "SKYPILOT_NODE_IPS", "DSTACK_MASTER_NODE_IP"),
+    "address": ("PET_MASTER_ADDR", "MASTER_ADDR", "SKYPILOT_NODE_IPS", "DSTACK_MASTER_NODE_IP", "VC_*_HOSTS"),
     "port": ("PET_MASTER_PORT", "MASTER_PORT"),
 }
 _SIOCGIFADDR = 0x8915
@@ -111,7 +113,8 @@ def resolve_hosts(
         address: HOST or HOST:PORT of the machine with rank 0.
 
     Raises:
-        ConfigError: a value is not a number or out of range, or several machines have no address.
+        ConfigError: a value is not a number or out of range, several machines have no address, or a job of Volcano has
+            several tasks.
     """
     host, _, port = (address or "").partition(":")
     hosts = Hosts(
@@ -138,10 +141,22 @@ def _variable(field: str, environ: Mapping[str, str]) -> str | None:
         # sbatch sets some of these for the whole allocation; they describe this process only inside of srun.
         if name.startswith("SLURM_") and "SLURM_STEP_ID" not in environ:
             continue
-        if value := environ.get(name):
-            # SkyPilot lists the addresses of all machines, a line each, and 0 GPUs of a machine without any.
-            return "auto" if field == "nproc" and value == "0" else value.splitlines()[0]
+        if value := environ.get(_name_of_task(name, environ) if "*" in name else name):
+            # SkyPilot lists the addresses of all machines, a line each, and 0 GPUs of a machine without any; Volcano
+            # separates them by commas.
+            return "auto" if field == "nproc" and value == "0" else value.splitlines()[0].partition(",")[0]
     return None
+
+
+def _name_of_task(pattern: str, environ: Mapping[str, str]) -> str:
+    """Return the name of a variable that Volcano sets for a task; the pattern itself if there is none."""
+    names = [name for name in environ if fnmatchcase(name, pattern)] if "VC_TASK_INDEX" in environ else []
+    if len(names) > 1:
+        raise ConfigError(
+            f"the tasks of this Volcano job count their machines separately: {', '.join(sorted(names))}",
+            hint="Use one task for all machines, or set --nnodes, --node-rank and --main-address.",
+        )
+    return names[0] if names else pattern
 
 
 def _integer(field: str, argument: int | str | None, environ: Mapping[str, str], default: int) -> int:
