@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from finetuning.errors import GuardStopped
 from finetuning.model import save
@@ -85,6 +86,11 @@ def drop_the_last_merge(values: Any) -> None:
     values["model"]["merges"].pop()
 
 
+def swap_two_merges(values: Any) -> None:
+    merges = values["model"]["merges"]
+    merges[100], merges[101] = merges[101], merges[100]
+
+
 def noisy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor + torch.randn_like(tensor) * 1e-3
 
@@ -115,6 +121,10 @@ ADAPTER: dict[str, tuple[Tamper, str]] = {
     "a missing pair": (without("layers.1.self_attn.v_proj"), "2 of 8 tensors are missing"),
     "renamed layers": (renamed("layers.1.", "layers.2."), "4 of 8 tensors are missing.*4 tensors are not the model's"),
     "noise": (replaced("lora_A", noisy), "1 of 8 tensors differ"),
+    "lora_A of two layers swapped": (
+        swapped("layers.0.self_attn.q_proj.lora_A", "layers.1.self_attn.q_proj.lora_A"),
+        "2 of 8 tensors differ",
+    ),
     "another dtype": (replaced("lora_A", lambda tensor: tensor.half()), "float16 instead of float32"),
     "lora_alpha": (
         edit("adapter_config.json", lambda values: values.update(lora_alpha=64)),
@@ -145,6 +155,11 @@ AUXILIARY: dict[str, tuple[Tamper, str]] = {
         "tokenizer_config.json: eos_token is '<|endoftext|>' instead of '<|im_end|>'",
     ),
     "swapped tokens": (edit("tokenizer.json", swap_two_tokens), "tokenizer.json: the vocabulary is another"),
+    "an added token that takes spaces": (
+        edit("tokenizer.json", lambda values: values["added_tokens"][1].update(lstrip=True)),
+        "texts are split differently",
+    ),
+    "another order of merges": (edit("tokenizer.json", swap_two_merges), "texts are split differently"),
     "a missing merge": (edit("tokenizer.json", drop_the_last_merge), "texts are split differently"),
     "no generation config": (
         lambda folder: (folder / "generation_config.json").unlink(),
@@ -239,6 +254,26 @@ def test_whole_embeddings_that_are_saved_with_an_adapter_are_compared_too(traine
     assert "embed_tokens.base_layer.weight (the first: all values are zero)" in difference
 
 
+def test_a_tensor_that_peft_leaves_out_of_a_save_is_named(
+    trainer_of: Any, save_tampered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function that PEFT saves by is no part of the comparison."""
+    import peft
+    from peft import peft_model
+
+    original = peft.get_peft_model_state_dict
+
+    def without_a_layer(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        tensors = original(*args, **kwargs)
+        return {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.v_proj" not in name}
+
+    trainer = trainer_of("lora", LORA)
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", without_a_layer)
+    monkeypatch.setattr(peft_model, "get_peft_model_state_dict", without_a_layer)
+    with pytest.raises(GuardStopped, match=r"2 of 8 tensors are missing, such as .*layers.1.self_attn.v_proj.lora_A"):
+        save_tampered(trainer, None)
+
+
 def tamper_at(step: int, monkeypatch: pytest.MonkeyPatch, tamper: Tamper) -> None:
     """Have the files of the checkpoint of a step changed after they are written."""
     write = checkpointing.write_companion_files
@@ -289,3 +324,27 @@ def test_state_that_peft_does_not_save_is_compared(
     tamper_at(1, monkeypatch, zero)
     with pytest.raises(GuardStopped, match=r"prompt_encoder.safetensors: \d+ of \d+ tensors differ"):
         train(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("optimizer.pt", r"optimizer\.pt\[state\]\[0\]\[exp_avg\] differs"), ("scheduler.pt", "scheduler.pt.* differs")],
+)
+def test_an_optimizer_that_is_not_saved_as_it_is_stops_the_run(
+    train: Any, sft_values: Any, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    save = Trainer._save_optimizer_and_scheduler
+
+    def save_and_tamper(trainer: Any, output_dir: str) -> None:
+        save(trainer, output_dir)
+        file = Path(output_dir) / name
+        state = torch.load(file, weights_only=False)
+        if name == "optimizer.pt":
+            state["state"][0]["exp_avg"].zero_()
+        else:
+            state["last_epoch"] += 1
+        torch.save(state, file)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save_and_tamper)
+    with pytest.raises(GuardStopped, match=f"checkpoint-1: the saved model failed verification: {message}"):
+        train(sft_values({"training_args.save_strategy": "steps", "training_args.save_steps": 1}))

@@ -20,7 +20,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from finetuning.errors import CheckpointError
-from finetuning.model.peft.adapter_files import EMBEDDING_NAMES, adapter_state_dict, is_peft_model, tensor_digest
+from finetuning.model.peft.adapter_files import (
+    EMBEDDING_NAMES,
+    adapter_state_dict,
+    is_peft_model,
+    live_lora_tensors,
+    tensor_digest,
+)
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -34,6 +40,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CHUNK_BYTES = 1 << 24
+_SMALL_BYTES = 1 << 20
+"""Comparing fewer bytes takes less time than handing them to a thread."""
 _NUM_THREADS = min(8, os.cpu_count() or 1)
 _MAX_SAMPLES = 1 << 16
 _NUM_VALUES = 1 << 12
@@ -154,7 +162,10 @@ def compare_with_files(
     for name in adapters or model.active_adapters[:1]:
         # PEFT writes the adapter "default" into the folder itself, and others into folders of their names.
         entries = read_header((folder if name == "default" else folder / name) / ADAPTER_WEIGHTS)
-        expected = adapter_state_dict(model, state_dict, adapter=name)
+        expected = live_lora_tensors(model, name) if state_dict is None else {}
+        if entries.keys() != expected.keys():
+            # The adapter has other tensors than LoRA's own, or the file does not have all of these.
+            expected = adapter_state_dict(model, state_dict, adapter=name) | expected
         if any(_is_embedding(extra) for extra in entries.keys() - expected.keys()):
             # PEFT saves whole embeddings with an adapter that targets them, or whose base was resized.
             whole = adapter_state_dict(model, state_dict, adapter=name, embeddings=True)
@@ -194,13 +205,25 @@ def _some(names: Sequence[str]) -> str:
 
 def _differing(expected: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]) -> list[str]:
     """Return the names in both whose dtype, shape or values are not equal."""
-    differing: list[str] = []
-    for file in sorted({entry.file for entry in entries.values()}):
-        with safe_open(file, framework="pt") as tensors, ThreadPoolExecutor(_NUM_THREADS) as threads:
-            names = [name for name in tensors.keys() if name in expected]  # noqa: SIM118 - safe_open is no mapping
-            are_equal = threads.map(lambda name: is_equal(expected[name], tensors.get_tensor(name)), names)
-            differing += [name for name, equal in zip(names, are_equal, strict=True) if not equal]
-    return differing
+    files = sorted({entry.file for entry in entries.values()})
+    return [name for file in files for name in _differing_in_file(file, expected, entries)]
+
+
+def _differing_in_file(
+    file: Path, expected: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
+) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+
+        def differs(name: str) -> bool:
+            return not is_equal(expected[name], tensors.get_tensor(name))
+
+        names = [name for name in tensors.keys() if name in expected]  # noqa: SIM118 - safe_open is no mapping
+        large = [name for name in names if entries[name].num_bytes > _SMALL_BYTES]
+        differing = list(filter(differs, set(names).difference(large)))
+        if large:
+            with ThreadPoolExecutor(_NUM_THREADS) as threads:
+                differing += [name for name, differ in zip(large, threads.map(differs, large), strict=True) if differ]
+        return differing
 
 
 def is_equal(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -190,7 +190,11 @@ def _text_to_tokens(tokenizer: PreTrainedTokenizerBase) -> object:
         return tokenizer.get_vocab()
     backend: Any = tokenizer.backend_tokenizer
     parts = (backend.normalizer, backend.pre_tokenizer, backend.model, backend.decoder)
-    added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+    added = {
+        # All but whether it is special, which a new end token changes.
+        token_id: (token.content, token.single_word, token.lstrip, token.rstrip, token.normalized)
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+    }
     return [None if part is None else part.__getstate__() for part in parts], added
 
 

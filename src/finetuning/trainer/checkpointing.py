@@ -30,7 +30,12 @@ from finetuning.model.save import (
 )
 from finetuning.model.saved_weights import compare_with_files, has_safetensors, load_saved_weights
 from finetuning.trainer import TrainerBase
-from finetuning.trainer.loaded_state import OPTIMIZER_FILE, optimizer_differences, rng_differences
+from finetuning.trainer.loaded_state import (
+    OPTIMIZER_FILE,
+    optimizer_differences,
+    rng_differences,
+    saved_optimizer_differences,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,6 +162,11 @@ class CheckpointMixin(TrainerBase):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        folder = staging / f"checkpoint-{self.state.global_step}"
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.should_save and not is_sharded and (folder / OPTIMIZER_FILE).is_file():
+            differences = saved_optimizer_differences(self.optimizer, self.lr_scheduler, folder)
+            self._save_differences = [*self._save_differences, *differences]
 
     def _check_written(self, staged: Path, target: Path) -> None:
         """Raise GuardStopped in all processes if any has saved something else than it has in memory. Collective."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -313,6 +313,8 @@ class RunStateMixin(TrainerBase):
 
 OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "scaler.pt"
 _PARAM_GROUPS = "param_groups"
+_SAMPLED_VALUES = 1024
+TensorsAreEqual: TypeAlias = Callable[[torch.Tensor, torch.Tensor], bool]
 _ONE_SIDE = " (on one side only)"
 
 
@@ -337,6 +339,19 @@ def optimizer_differences(
     return differences
 
 
+def saved_optimizer_differences(optimizer: HasState, scheduler: object, checkpoint: Path) -> list[str]:
+    """Return where the states in a checkpoint that was just written differ from those in memory; [] if nowhere.
+
+    Of each tensor 4 KiB from its middle are compared: every value costs as much as comparing all weights again.
+    """
+    differences: list[str] = []
+    for name, owner in ((OPTIMIZER_FILE, optimizer), (SCHEDULER_FILE, scheduler)):
+        assert isinstance(owner, HasState)
+        difference = first_difference(_read(checkpoint / name), owner.state_dict(), equal=_equal_in_the_middle)
+        differences += [] if difference is None else [f"{name}{difference} differs from the state in memory"]
+    return differences
+
+
 def rng_differences(file: Path) -> list[str]:
     """Return which random number generators of this process differ from the states in a file; [] if none does."""
     saved = _read(file)
@@ -353,13 +368,16 @@ def rng_differences(file: Path) -> list[str]:
     return [name for name, state in current.items() if first_difference(saved.get(name), state) is not None]
 
 
-def first_difference(saved: object, loaded: object) -> str | None:
+def first_difference(saved: object, loaded: object, *, equal: TensorsAreEqual | None = None) -> str | None:
     """Return the path to the first value that differs, such as `[state][3][exp_avg]`; None if all are equal.
 
     Tensors are equal if dtype, shape and values are; sequences may have another type (a tuple for a list).
+
+    Args:
+        equal: compares two tensors; by default all their values.
     """
     if isinstance(saved, torch.Tensor):
-        return None if isinstance(loaded, torch.Tensor) and _equal(saved, loaded) else ""
+        return None if isinstance(loaded, torch.Tensor) and (equal or _equal)(saved, loaded) else ""
     if isinstance(saved, Mapping):
         if not isinstance(loaded, Mapping):
             return ""
@@ -376,7 +394,7 @@ def first_difference(saved: object, loaded: object) -> str | None:
     else:
         return None if saved == loaded or (saved != saved and loaded != loaded) else ""
     for key, left, right in items:
-        difference = first_difference(left, right)
+        difference = first_difference(left, right, equal=equal)
         if difference is not None:
             return f"[{key}]{difference}"
     return None
@@ -388,6 +406,17 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     if type(first) is not torch.Tensor and hasattr(first, "dequantize"):
         # Optimizer states of torchao are tensor subclasses that implement few operations.
         first, second = first.dequantize(), second.dequantize()
+    return torch.equal(first, second.to(first.device))
+
+
+def _equal_in_the_middle(saved: torch.Tensor, current: torch.Tensor) -> bool:
+    if saved.dtype != current.dtype or saved.shape != current.shape:
+        return False
+    if type(saved) is not torch.Tensor or type(current) is not torch.Tensor or saved.numel() <= _SAMPLED_VALUES:
+        # Tensor subclasses, as of optimizers in 8 bits, cannot be cut into pieces.
+        return type(saved) is not torch.Tensor or _equal(saved, current)
+    start = (saved.numel() - _SAMPLED_VALUES) // 2
+    first, second = (tensor.reshape(-1)[start : start + _SAMPLED_VALUES] for tensor in (saved, current))
     return torch.equal(first, second.to(first.device))
 
 

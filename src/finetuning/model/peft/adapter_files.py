@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from finetuning.model.fingerprint import (
     describe_difference,
     read_fingerprint,
 )
-from finetuning.model.peft.lora_support import OPTIONS, TURNED_OFF, lora_init
+from finetuning.model.peft.lora_support import OPTIONS, TURNED_OFF, lora_init, unservable_modules
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -70,6 +70,28 @@ def adapter_state_dict(
         adapter_name=adapter or model.active_adapters[0],
         save_embedding_layers=embeddings,
     )
+
+
+def live_lora_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """Return the LoRA tensors on the model itself, by the names they are saved under; {} for other adapters.
+
+    Read from the model's parameters rather than by PEFT's function, which wrote the file: a tensor that it leaves out
+    or takes for another one differs from the file here.
+    """
+    if str(getattr(model.peft_config[adapter].peft_type, "value", "")) != "LORA":
+        return {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in model.named_parameters():
+        module, _, part = name.partition(".lora_")
+        words = part.split(".")
+        if adapter not in words[1:]:
+            continue
+        words.remove(adapter)
+        if words == ["magnitude_vector", "weight"]:
+            # PEFT's file format keeps the name that DoRA's vector had before it became a module.
+            words.pop()
+        tensors[f"{module}.lora_{'.'.join(words)}"] = weight
+    return tensors
 
 
 def adapter_digests(model: PeftModel) -> dict[str, str]:
@@ -227,17 +249,35 @@ def mergeable_type(folder: Path, base: Path | None = None) -> str | None:
     if base is not None and _has_weights(base):
         names, stored = read_header(folder / ADAPTER_WEIGHTS), read_model_headers(base)
         modules = [(name.removeprefix(_PREFIX).rpartition(".lora_")[0], name) for name in names if ".lora_" in name]
-        biased = [module for module, name in modules if name.endswith(".lora_B.bias")]
-        biased += [
-            name.removeprefix(_PREFIX).removesuffix(".beft_bias") for name in names if name.endswith(".beft_bias")
-        ]
-        # A bias is added to the base's, which has to have one.
+        beft = [name.removeprefix(_PREFIX).removesuffix(".beft_bias") for name in names if name.endswith(".beft_bias")]
+        # A bias is added to the base's, which has to have one, or to be built with one.
         with_bias = [name.removesuffix(".bias") for name in stored if name.endswith(".bias")]
-        if not all(any(module.endswith(layer) for layer in with_bias) for module in biased):
+        if not all(any(module.endswith(layer) for layer in with_bias) for module in beft):
+            return None
+        biased = lora_biases(names)
+        lacking = [module for module in biased if not any(module.endswith(layer) for layer in with_bias)]
+        if lacking and not _can_have_biases(base, lacking):
             return None
         if shared_by_layers((f"{module}.weight" for module, _ in modules), stored):
             return None
     return peft_type
+
+
+def lora_biases(names: Iterable[str]) -> list[str]:
+    """Return the modules to which tensors of an adapter, by their names, add a bias of LoRA."""
+    end = ".lora_B.bias"
+    return [name.removeprefix(_PREFIX).removesuffix(end) for name in names if name.endswith(end)]
+
+
+def _can_have_biases(base: Path, modules: Sequence[str]) -> bool:
+    """Whether a base model can be built so that these modules have a bias."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetuning.model.peft.module_names import fields_that_add_biases
+
+    with reading(f"{base / 'config.json'} cannot be read"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
+    return fields_that_add_biases(model, modules) is not None
 
 
 def is_servable(folder: Path, base: Path) -> bool:
@@ -254,7 +294,14 @@ def is_servable(folder: Path, base: Path) -> bool:
             return False
     unsupported = (option for option in OPTIONS if option.vllm != "yes")
     is_plain = all(config.get(option.field) in (*TURNED_OFF, option.unused) for option in unsupported)
-    return is_plain and all(".lora_" in name for name in read_header(folder / ADAPTER_WEIGHTS))
+    names = read_header(folder / ADAPTER_WEIGHTS)
+    if not is_plain or not all(".lora_" in name for name in names):
+        return False
+    if not (base / "config.json").is_file():
+        return True
+    embeddings = (name.partition(".lora_")[0] for name in names if ".lora_embedding_A" in name or "lm_head." in name)
+    with reading(f"{base / 'config.json'} cannot be read"):
+        return not unservable_modules(embeddings, read_json_object(base / "config.json"))
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
