@@ -104,6 +104,22 @@ def test_targets_that_match_nothing_are_refused_before_rows_and_weights(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=["dry run", "run"])
+def test_a_lora_bias_that_no_weights_can_hold_is_refused(
+    say: Any, sft_values: Any, mixtral_dir: Path, options: list[str]
+) -> None:
+    values = sft_values({**lora(lora_bias=True), "run_conf.model": str(mixtral_dir)})
+    code, _, err = say(values, *options)
+    assert code == 1 and "config.yaml:" in err
+    assert "peft_conf.peft_kwargs.lora_bias: MixtralForCausalLM has no bias in model.layers.0.self_attn.q_proj" in err
+
+
+def test_a_lora_bias_that_a_field_of_the_config_allows_is_no_problem(say: Any, sft_values: Any) -> None:
+    for targets in (["q_proj"], "all-linear"):
+        code, out, err = say(sft_values(lora(lora_bias=True, target_modules=targets)), "--dry-run")
+        assert code == 0 and "No problem was found" in out, err
+
+
 def test_a_run_warns_of_a_name_once(say: Any, sft_values: Any) -> None:
     code, _, err = say(sft_values(lora(target_modules=["q_proj", "embed_token"])))
     assert code == 0, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from importlib import resources
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from finetuning.errors import ConfigError, MissingPackageError, ModelError
+from finetuning.cli.export import _compare
+from finetuning.errors import ConfigError, GuardStopped, MissingPackageError, ModelError
 from finetuning.export.gguf import (
     CONVERTER,
     LlamaCpp,
+    SampleAnswer,
     check_adapter,
     convert_model,
     find_chat_layout,
@@ -174,3 +177,64 @@ def test_an_adapter_is_served_with_its_own_tokenizer(tmp_path: Path) -> None:
         convert_model(llama, base, tmp_path / "out.gguf", "f32", tokenizer=adapter)
     expected = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
     assert (tmp_path / "out.gguf").read_text() == f"{expected} adapter\n"
+
+
+SERVER = '''#!{python}
+"""Answers prompts as llama-server does, from a table."""
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+table = json.loads({table!r})
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply({{}})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self.reply({{"tokens": next(row["ids"] for row in table if row["text"] == body["content"])}})
+        else:
+            row = next(row for row in table if row["ids"] == body["prompt"] or row["prompt"] == body["prompt"])
+            self.reply({{"content": row["answer"], "stop_type": row["stop_type"]}})
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+'''
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "reason"),
+    [
+        ({"ids": [5, 7]}, "q8_0", "1 of 2 prompts are tokenized alike"),
+        ({"answer": "Rome."}, "f32", "1 of 2 greedy answers have the same text and end; first difference: 'Rome.'"),
+        ({"stop_type": "limit"}, "f32", "1 of 2 greedy answers"),
+    ],
+)
+def test_a_server_that_answers_otherwise_is_caught(
+    tmp_path: Path, fault: dict[str, Any], kind: str, reason: str
+) -> None:
+    samples = [SampleAnswer("Capital?", (5, 6), "Paris.", True), SampleAnswer("Color?", (8,), "Red.", True)]
+    rows = [
+        {"text": item.text, "prompt": list(item.ids), "ids": list(item.ids), "answer": item.answer, "stop_type": "eos"}
+        for item in samples
+    ]
+    program = tmp_path / "llama-server"
+    llama = LlamaCpp(tmp_path, "b1", quantize=None, server=str(program), python=sys.executable)
+    for changed in (rows, [rows[0] | fault, rows[1]]):
+        program.write_text(SERVER.format(python=sys.executable, table=json.dumps(changed)))
+        program.chmod(0o755)
+        if changed is rows:
+            assert _compare(llama, tmp_path, ["model.gguf"], samples, kind).equal_answers == 2
+        else:
+            with pytest.raises(GuardStopped, match=reason):
+                _compare(llama, tmp_path, ["model.gguf"], samples, kind)

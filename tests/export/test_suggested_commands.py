@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int, list[str]]] = {
     "modules to save": ("LORA", "llama", LORA_KINDS["modules to save"], 0, MERGE),
     "tokens": ("LORA", "llama", LORA_KINDS["tokens"], 0, MERGE),
     "lora_bias": ("LORA", "gpt2", LORA_OF_GPT2["lora bias"], 0, MERGE),
-    "lora_bias without a bias in the base": ("LORA", "llama", {**QV, "lora_bias": True}, 0, ["generate"]),
+    "lora_bias without a bias in the base": ("LORA", "llama", {**QV, "lora_bias": True}, 0, MERGE),
     "trained biases": ("LORA", "gpt2", LORA_OF_GPT2["own biases"], 0, MERGE),
     "pissa": ("LORA", "llama", LORA_BY_PEFT["pissa"], 0, SERVE),
     "experts": ("LORA", "mixtral", EXPERTS, 0, MERGE),

@@ -20,6 +20,7 @@ from finetuning.export.vllm.convert import (
     extra_layers_reason,
     make_vllm_compatible,
 )
+from finetuning.model.peft.adapter_files import is_servable
 
 MakeAdapter = Callable[..., Path]
 
@@ -191,6 +192,43 @@ def test_what_would_be_lost_is_refused(
         make_vllm_compatible(adapter)
     assert "Merge it instead: merge_adapter" in str(caught.value)
     assert files(adapter) == before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "reason"),
+    [
+        ("LlamaForCausalLM", ["q_proj", "embed_tokens", "lm_head"], ""),
+        ("MistralForCausalLM", ["q_proj"], ""),
+        (
+            "MistralForCausalLM",
+            ["q_proj", "lm_head"],
+            "lm_head is adapted, and vLLM .* does not serve that for Mistral",
+        ),
+        ("Qwen2ForCausalLM", ["q_proj", "embed_tokens"], "embed_tokens is adapted"),
+        ("CohereForCausalLM", ["q_proj", "embed_tokens"], ""),
+        ("CohereForCausalLM", ["q_proj", "lm_head"], "lm_head is adapted"),
+        ("GPTJForCausalLM", ["q_proj"], "serves no LoRA on GPTJForCausalLM"),
+    ],
+)
+def test_lora_on_embeddings_is_served_by_architecture(
+    architecture: str, targets: list[str], reason: str, tiny_llama_dir: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = make_adapter(tiny_llama_dir, lora(target_modules=targets), tmp_path / "adapter")
+    # As a run saves it: without the whole embeddings, which PEFT adds.
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if ".lora_" in name}, file)
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    assert is_servable(adapter, base) is not bool(reason)
+    if reason:
+        with pytest.raises(NotServableError, match=reason):
+            make_vllm_compatible(adapter, base_name=str(base))
+    else:
+        assert not make_vllm_compatible(adapter, base_name=str(base)).changed
 
 
 def test_different_factors_need_a_recent_vllm_and_the_largest_rank(

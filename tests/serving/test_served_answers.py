@@ -20,7 +20,16 @@ from conftest import CHATML_TEMPLATE, _train_tokenizer
 from serving.vllm_server import Answer, ask, serve
 
 from finetuning.export.vllm.checks import MAX_LORA_RANKS
-from finetuning.model.peft.lora_support import INITS, OPTIONS, VLLM_VERSION
+from finetuning.model.peft.lora_support import (
+    INITS,
+    INPUT_EMBEDDINGS,
+    OPTIONS,
+    VLLM_VERSION,
+    WITH_EMBEDDINGS,
+    WITHOUT_EMBEDDINGS,
+    WITHOUT_LORA,
+    servable_embeddings,
+)
 
 VLLM = os.environ.get("VLLM", "")
 needs_vllm = pytest.mark.skipif(not VLLM, reason="VLLM names no vLLM program; see make test-serving")
@@ -215,6 +224,34 @@ def test_the_table_agrees_with_vllm() -> None:
     expected = [not init.changes_base or init.name == "lora_ga" for init in INITS]
     by_field = {option.field: option.vllm == "yes" for option in OPTIONS}
     assert accepted == [*expected, *(by_field[name] for name in values)]
+
+
+@needs_vllm
+def test_the_embeddings_of_each_architecture_agree_with_vllm() -> None:
+    """The table of architectures is what vLLM's classes declare."""
+    program = (
+        "import json, sys\n"
+        "from vllm.model_executor.models.interfaces import supports_lora\n"
+        "from vllm.model_executor.models.registry import ModelRegistry\n"
+        "from vllm.model_executor.models.transformers import TransformersForCausalLM\n"
+        "declared = {}\n"
+        "for name in json.loads(sys.argv[1]):\n"
+        "    model = ModelRegistry._try_load_model_cls(name)\n"
+        "    declared[name] = sorted(model.embedding_modules) if supports_lora(model) else None\n"
+        "declared['Transformers'] = sorted(TransformersForCausalLM.embedding_modules)\n"
+        "print('\\n' + json.dumps(declared))\n"
+    )
+    known = sorted(WITH_EMBEDDINGS | WITHOUT_EMBEDDINGS | WITHOUT_LORA | {"Cohere", "Cohere2"})
+    names = [name if name.endswith("Model") else f"{name}ForCausalLM" for name in known]
+    python = Path(VLLM).with_name("python")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", program, json.dumps(names)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    declared = json.loads(done.stdout.strip().splitlines()[-1])
+    assert declared.pop("Transformers") == list(INPUT_EMBEDDINGS)
+    assert declared == {name: served and sorted(served) for name in names for served in [servable_embeddings(name)]}
 
 
 def test_the_documentation_lists_what_is_served() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matrix import sample
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetuning.errors import ConfigError
+from finetuning.model.fingerprint import FINGERPRINT_FILE
 
 TWO_SAVED = {"training_args.max_steps": 2, "training_args.save_strategy": "steps", "training_args.save_steps": 1}
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -66,6 +68,8 @@ def test_each_quantization_trains_and_resumes(
         "training_args.gradient_checkpointing": True,
     }
     run = cut_and_resumed_equals(train, sft_values if method == "sft" else dpo_values, changes, read_tensors)
+    quantization = json.loads((run.final / FINGERPRINT_FILE).read_text())["quantization"]
+    assert quantization["quant_method"] == quant_conf["quantization_type"].replace("bits-and-bytes", "bitsandbytes")
     if method == "dpo":
         assert run.losses[0] == pytest.approx(0.6931, abs=0.01)
 

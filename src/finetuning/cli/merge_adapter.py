@@ -59,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
         " off most of what the adapter changes",
     )
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="merge into the weights of training: quantize the base model as the run did, and dequantize it again",
+    )
+    parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickled (.bin) weights, which can execute arbitrary code"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -91,6 +96,7 @@ def _merge(argv: list[str]) -> int:
             verify=not options.no_verify,
             force=options.force,
             allow_pickle=options.allow_pickle,
+            dequantize=options.dequantize,
             log=lambda line: print(line, file=sys.stderr),
             progress=progress,
         )

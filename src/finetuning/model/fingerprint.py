@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetuning.atomic_io import block_sums
 from finetuning.errors import ModelError, read_json_object, reading
@@ -59,6 +60,15 @@ class Fingerprint:
     num_tensors: int
     content: str = ""
     """Of the bytes of all tensors: `sha256:` of every byte, or `sums:` of samples and sums; see `content_digest`."""
+    quantization: dict[str, object] | None = None
+    """The quantization with which training loaded the base (as in a `config.json`); None if it did not quantize it."""
+
+    def loaded_as(self, model: object) -> Fingerprint:
+        """Return this fingerprint with the quantization with which a model was loaded from files without one."""
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if quantizer is None or quantizer.pre_quantized:
+            return self
+        return replace(self, quantization=json.loads(json.dumps(quantizer.quantization_config.to_dict())))
 
     def __str__(self) -> str:
         return f"{self.model_type}, {self.num_tensors} tensors, {self.samples[:12]}"
@@ -160,7 +170,8 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         return None
     with reading(f"{path} cannot be read", hint="Delete it to skip this check."):
         values = read_json_object(path)
-        if not all(isinstance(value, int if key == "num_tensors" else str) for key, value in values.items()):
+        kinds = {"num_tensors": int, "quantization": dict | None}
+        if not all(isinstance(value, kinds.get(key, str)) for key, value in values.items()):
             raise ValueError("a value has a wrong type")
         return Fingerprint(**values)
 

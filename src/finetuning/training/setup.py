@@ -591,7 +591,7 @@ def build_trainer(
     trainer.end_of_turn = turn_ends_with
     trainer.embeddings = loaded.vocabulary
     if experiment.peft_conf.peft_type != "NO_PEFT":
-        trainer.base_fingerprint = loaded.fingerprint
+        trainer.base_fingerprint = loaded.fingerprint and loaded.fingerprint.loaded_as(loaded.model)
     if experiment.data_conf.streaming:
         from finetuning.training.resume.stream_state import attach_stream_state
 

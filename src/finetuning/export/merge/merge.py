@@ -74,6 +74,7 @@ def merge_adapters(
     verify: bool = True,
     force: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
     log: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -85,6 +86,7 @@ def merge_adapters(
         verify: compare the merged model with base and adapters before it is published.
         force: merge even if the base is not the recorded one, the adapter leaves out layers, or rounding loses most of
             what it changes.
+        dequantize: merge into the weights that training had: those of the base, quantized as it was there.
         log: called with each note and warning.
         progress: called with the bytes written and the total.
 
@@ -98,19 +100,32 @@ def merge_adapters(
     base = read_base(base_name, allow_pickle=allow_pickle)
     adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
     tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
-    inputs = _describe_inputs(base, adapters, tokenizer_source)
+    quantization = _trained_quantization(base, adapters[-1], required=dequantize)
+    inputs = _describe_inputs(base, adapters, tokenizer_source) | ({"dequantized": True} if dequantize else {})
     if _is_merged(out, inputs, verify):
         return MergeResult(out, _num_bytes(out), streamed=False, verification=None, existed=True)
     # Only the first adapter's base is checked: a later one may have been trained on the result of an earlier merge,
     # whose fingerprint is not recorded.
     base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
     plan = plan_merge(base, adapters, force=force)
+    if dequantize:
+        plan = NeedsPeft("the base is quantized as in training; the adapter is merged into its dequantized weights")
     _check_plan(plan, base, adapters, verify, device_map)
     for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
         log(note)
     check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
     with atomic_directory(out) as folder:
-        num_rows, elements = _write_model(base, adapters, plan, folder, tokenizer_source, device_map, log, progress)
+        num_rows, elements = _write_model(
+            base,
+            adapters,
+            plan,
+            folder,
+            tokenizer_source,
+            device_map,
+            log,
+            progress,
+            quantization if dequantize else None,
+        )
         _check_surviving_share(elements, force, log)
         verification = None
         if verify:
@@ -118,8 +133,10 @@ def merge_adapters(
             verification = verify_merge(
                 base, adapters, folder, device_map=device_map, num_rows=num_rows,
                 base_fingerprint=base_fingerprint, surviving_share=elements.surviving_share,
+                quantization=quantization, is_dequantized=dequantize,
             )  # fmt: skip
             _warn_of_rounding_loss(verification, log)
+            _warn_of_quantization(verification, dequantize, log)
         (folder / _INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
         write_manifest(folder)
     return MergeResult(out, _num_bytes(out), isinstance(plan, MergePlan), verification)
@@ -182,6 +199,7 @@ def _write_model(
     device_map: DeviceMap,
     log: Callable[[str], None],
     progress: Progress | None,
+    quantization: Mapping[str, object] | None = None,
 ) -> tuple[int | None, ChangedElements]:
     """Write weights and auxiliary files into `folder`.
 
@@ -195,7 +213,7 @@ def _write_model(
         elements = write_merged(base, plan, folder, progress)
         changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
     else:
-        num_rows, elements = merge_with_peft(base, adapters, folder, tokenizer, device_map)
+        num_rows, elements = merge_with_peft(base, adapters, folder, tokenizer, device_map, quantization)
     write_auxiliary_files(folder, base, folders, tokenizer, changes, num_rows)
     repair = find_stop_token_repair(folders[-1], read_generation_config(base.folder))
     if repair is not None:
@@ -233,6 +251,39 @@ def _warn_of_rounding_loss(verification: MergeVerification, log: Callable[[str],
         log(
             f"warning: rounding to {verification.dtype} loses {verification.rounding_loss:.0%} of the adapter's effect;"
             " serve the adapter unmerged, or merge into a base of float32"
+        )
+
+
+def _trained_quantization(base: BaseModel, adapter: Adapter, *, required: bool) -> dict[str, object] | None:
+    """Return how training quantized the base of an adapter; None if it did not, or the base's files are quantized.
+
+    Raises:
+        ModelError: it is required, and there is none.
+    """
+    recorded = fingerprint.read_fingerprint(adapter.folder)
+    quantization = recorded.quantization if recorded is not None else None
+    if base.config.get("quantization_config"):
+        quantization = None
+    if required and quantization is None:
+        raise ModelError(
+            f"--dequantize: {adapter.folder} has no record that its base was quantized in training.",
+            hint="Merge without --dequantize.",
+        )
+    return quantization
+
+
+def _warn_of_quantization(verification: MergeVerification, is_dequantized: bool, log: Callable[[str], None]) -> None:
+    method = verification.trained_quantization
+    if verification.not_measured is not None:
+        log(
+            f"warning: the adapter was trained on a base quantized by {method}; how far the merged model differs from"
+            f" that was not measured: {verification.not_measured}"
+        )
+    elif verification.differs_from_trained:
+        hint = "" if is_dequantized else "; merge with --dequantize to get the weights that were trained"
+        log(
+            f"warning: the adapter was trained on a base quantized by {method}, and the merged model differs from that"
+            f" by more than rounding: {verification.merged_against_trained}{hint}"
         )
 
 

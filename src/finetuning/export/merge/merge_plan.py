@@ -117,6 +117,8 @@ def _checkpoint_names(base: BaseModel, deltas: Mapping[str, Sequence[WeightDelta
             hint="Serve base model and adapter unmerged, with PEFT.",
         )
     missing = [name for name in deltas if name not in base.entries]
+    if all(isinstance(delta, BiasUpdate) for name in missing for delta in deltas[name]):
+        return NeedsPeft("the adapter has biases for layers of the base that have none")
     raise ModelError(
         f"the adapter does not fit the base {base.folder}: it changes {_name_some(missing)},"
         " which the base does not have.",

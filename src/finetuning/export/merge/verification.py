@@ -33,13 +33,13 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.errors import GuardStopped, ModelError, reading
+from finetuning.errors import GuardStopped, ModelError, first_line, reading
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.with_peft import DeviceMap, load_adapter, load_base, merge_in_memory, task_head_for_merge
 
@@ -83,6 +83,12 @@ class LogitDifference:
     top1_agreement: float
     """Share of positions with the same most likely token."""
 
+    def __str__(self) -> str:
+        return (
+            f"max logit difference {self.max_logit_difference:.2g}, KL {self.mean_kl:.2g},"
+            f" top-1 agreement {self.top1_agreement:.1%}"
+        )
+
 
 @dataclass(frozen=True)
 class MergeVerification:
@@ -105,18 +111,30 @@ class MergeVerification:
     """The share of the elements changed by the adapter that survive rounding; None where they were not counted."""
     rounding_noise: LogitDifference | None = None
     """What random rounding of the weights changes; None where it was not needed for the result."""
+    trained_quantization: str | None = None
+    """The method with which training quantized the base; None if it did not."""
+    merged_against_trained: LogitDifference | None = None
+    """Against the quantized base with its adapter, which is what was trained; None where that was not measured."""
+    not_measured: str | None = None
+    """Why that was not measured."""
 
     @property
     def rounding_loss(self) -> float:
         """The error of the merge as a share of the adapter's effect: near 1 if rounding cancels the adapter."""
         return self.merged_against_adapter.rms_relative / max(self.base_against_adapter.rms_relative, 1e-12)
 
+    @property
+    def differs_from_trained(self) -> bool:
+        """Whether the merged model differs from the quantized one that was trained by more than the tolerance."""
+        trained = self.merged_against_trained
+        return trained is not None and not trained.rms_relative <= self.max_allowed["rms_relative"]
+
     def __str__(self) -> str:
-        difference = self.merged_against_adapter
-        return (
-            f"max logit difference {difference.max_logit_difference:.2g}, KL {difference.mean_kl:.2g},"
-            f" top-1 agreement {difference.top1_agreement:.1%} over {self.num_positions} positions in {self.dtype}"
-        )
+        text = f"{self.merged_against_adapter} over {self.num_positions} positions in {self.dtype}"
+        if self.merged_against_trained is not None:
+            text += f"; against the base quantized by {self.trained_quantization}, as trained:"
+            text += f" {self.merged_against_trained}"
+        return text
 
 
 def verify_merge(
@@ -128,10 +146,17 @@ def verify_merge(
     base_fingerprint: str = "not recorded at training",
     surviving_share: float | None = None,
     num_rows: int | None = None,
+    quantization: Mapping[str, object] | None = None,
+    is_dequantized: bool = False,
 ) -> MergeVerification:
     """Compare the model in `merged` with base and adapters, and write the result there as merge_verification.json.
 
+    The tolerance applies to the base that was merged into. A base that training quantized is compared as well: what
+    was trained is the quantized base with its adapter.
+
     Args:
+        quantization: how training quantized the base; None if it did not.
+        is_dequantized: whether the model was merged into the dequantized base.
         surviving_share: the share of the elements changed by the adapters that survive rounding, to record.
         num_rows: rows of the merged input embeddings, if they are known; an adapter may have resized them.
 
@@ -145,7 +170,9 @@ def verify_merge(
     prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
     head = task_head_for_merge(base, adapters)
     outputs = compute_scores if "num_labels" in head.config_fields else compute_logits
-    model = load_base(base, adapters, device_map=device_map)
+    load = partial(load_base, base, adapters, device_map=device_map)
+    merged_into = partial(load, quantization=quantization if is_dequantized else None)
+    model = merged_into()
     dtype = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     layers = max(int(base.text_config.get("num_hidden_layers") or base.text_config.get("n_layer") or 1), 1)
     adapted = _put_on(model, adapters)
@@ -161,15 +188,23 @@ def verify_merge(
         torch.cat([(ref - ref.mean(-1, keepdim=True)).flatten() for ref in reference]).square().mean().sqrt().item()
     )
     differences = compare(actual, reference, spread), compare(without_adapter, reference, spread)
+    del merged_model
     check = partial(
         _check_tolerances, *differences, dtype, layers, spread, reference, base_fingerprint, surviving_share
     )
     verification = check()
     if not verification.passed:
-        del merged_model
-        adapted = _put_on(load_base(base, adapters, device_map=device_map), adapters)
+        adapted = _put_on(merged_into(), adapters)
         noise = _rounding_noise(adapted, lambda: outputs(adapted, prompts), reference, spread)
         verification = check(rounding_noise=noise)
+    if quantization is not None:
+        verification = replace(verification, trained_quantization=str(quantization.get("quant_method", "its method")))
+        try:
+            adapted = _put_on(load(quantization=quantization, dequantize=False), adapters)
+            trained = compare(actual, outputs(adapted, prompts), spread)
+            verification = replace(verification, merged_against_trained=trained)
+        except (ModelError, ImportError, RuntimeError, ValueError) as error:
+            verification = replace(verification, not_measured=first_line(error))
     (merged / VERIFICATION_FILE).write_text(json.dumps(asdict(verification), indent=2) + "\n", encoding="utf-8")
     if not verification.passed:
         raise GuardStopped(

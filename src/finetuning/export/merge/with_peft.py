@@ -6,7 +6,7 @@ Also loads base and adapter for verification.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.apply import ChangedElements, is_rounded
 from finetuning.export.merge.deltas import unwrapped_name
 from finetuning.export.merge.merge_plan import is_embedding_weight
-from finetuning.model.peft.adapter_files import check_mergeable, restore_lora_tensors, unmergeable
+from finetuning.model.peft.adapter_files import check_mergeable, lora_biases, restore_lora_tensors, unmergeable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,9 +54,24 @@ def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHea
     return task_head_for(base.config.get("architectures") or ())
 
 
-def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: DeviceMap = None) -> PreTrainedModel:
-    """Load the base in the dtype of its files, dequantized, with the task head that the adapters need."""
+def load_base(
+    base: BaseModel,
+    adapters: Sequence[Adapter] = (),
+    *,
+    device_map: DeviceMap = None,
+    quantization: Mapping[str, object] | None = None,
+    dequantize: bool = True,
+) -> PreTrainedModel:
+    """Load the base in the dtype of its files, dequantized, with the task head that the adapters need.
+
+    Args:
+        quantization: how to quantize a base whose files are not quantized, as in a `config.json`.
+        dequantize: whether to dequantize it again; otherwise it computes as in training.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
     from finetuning.model.embeddings import input_weight
+    from finetuning.model.quantization import prepare_quantized_model
     from finetuning.model.saved_weights import restore_padding_rows
 
     head = task_head_for_merge(base, adapters)
@@ -66,16 +81,22 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
     if excess:
         raise ModelError(f"{base.folder / 'config.json'} cannot be right: {excess}")
     with reading(f"{base.folder} cannot be loaded"):
+        options: dict[str, Any] = fields | _bias_fields(base.folder, head, adapters)
+        if quantization is not None:
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(quantization))
         model = head.auto_class.from_pretrained(
-            base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **fields
+            base.folder, dtype="auto", device_map=device_map, use_safetensors=not base.pickled, **options
         )
     if not base.pickled:
         restore_padding_rows(model, base.folder)
-    if base.config.get("quantization_config"):
+    config = quantization or base.config.get("quantization_config")
+    if config and not dequantize:
+        model = prepare_quantized_model(model)
+    elif config:
         try:
             model = _without_quantizer(model.dequantize())
         except (NotImplementedError, ValueError) as error:
-            method = base.config["quantization_config"].get("quant_method", "its method")
+            method = config.get("quant_method", "its method")
             reason = "" if isinstance(error, NotImplementedError) else f": {_first_two_lines(error)}"
             raise ModelError(
                 f"{base.folder} is quantized with {method}, which cannot be dequantized{reason}",
@@ -85,6 +106,21 @@ def load_base(base: BaseModel, adapters: Sequence[Adapter] = (), *, device_map: 
     if rows > input_weight(model).shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return model.eval()
+
+
+def _bias_fields(folder: Path, head: TaskHead, adapters: Sequence[Adapter]) -> dict[str, bool]:
+    """Return the config fields that give a base the biases, of zeros, to which adapters add their own (`lora_bias`)."""
+    biased = lora_biases(name for adapter in adapters for name in adapter.entries)
+    if not biased:
+        return {}
+    import torch
+    from transformers import AutoConfig
+
+    from finetuning.model.peft.module_names import fields_that_add_biases
+
+    with torch.device("meta"):
+        model = head.auto_class.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return fields_that_add_biases(model, biased) or {}
 
 
 def _max_embedding_rows(adapters: Sequence[Adapter]) -> int:
@@ -185,8 +221,12 @@ def merge_with_peft(
     folder: Path,
     tokenizer: Path | None = None,
     device_map: DeviceMap = None,
+    quantization: Mapping[str, object] | None = None,
 ) -> tuple[int, ChangedElements]:
     """Merge in memory, and save weights and config to `folder`.
+
+    Args:
+        quantization: how the base is quantized, and dequantized again, before it is merged into.
 
     Returns:
         The rows of the input embeddings; how many elements change, and how many of the changes survive rounding.
@@ -196,7 +236,8 @@ def merge_with_peft(
     for adapter in adapters:
         check_mergeable(adapter.folder, adapter.config)
     elements = ChangedElements()
-    model = merge_in_memory(load_base(base, adapters, device_map=device_map), adapters, elements)
+    model = load_base(base, adapters, device_map=device_map, quantization=quantization)
+    model = merge_in_memory(model, adapters, elements)
     if not model.can_generate() and tokenizer is not None and model.config.pad_token_id is None:
         from transformers import AutoTokenizer
 

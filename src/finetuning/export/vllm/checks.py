@@ -14,7 +14,7 @@ from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import PREFIX, scaling_of
 from finetuning.export.merge.merge_plan import has_tied_embeddings
 from finetuning.export.safetensors_writer import read_chunks, same_bytes
-from finetuning.model.peft.lora_support import VLLM_VERSION, lora_init, used_options
+from finetuning.model.peft.lora_support import VLLM_VERSION, lora_init, unservable_modules, used_options
 from finetuning.model.safetensors_io import TensorEntry
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -204,6 +204,7 @@ def _check_embeddings(
     check: VllmCheck, modules: Mapping[str, Mapping[str, TensorEntry]], base: BaseModel | None
 ) -> None:
     rows = base.text_config.get("vocab_size") if base is not None else None
+    adapted: list[str] = []
     for module, parts in modules.items():
         a = parts.get("lora_embedding_A")
         if a is not None and rows is not None and a.shape[-1] != rows:
@@ -211,4 +212,8 @@ def _check_embeddings(
                 f"{module} has {a.shape[-1]} tokens and the base {rows}: vLLM does not support extra vocabulary"
             )
         if a is not None or module.endswith("lm_head"):
-            check.notes.append(f"{module} is adapted: vLLM supports that only for some architectures")
+            adapted.append(module)
+    if base is not None:
+        check.blockers += unservable_modules(adapted, base.config)
+        return
+    check.notes += [f"{module} is adapted: vLLM supports that only for some architectures" for module in adapted]

@@ -15,6 +15,7 @@ from typing import TypedDict
 from finetuning.errors import ModelError
 from finetuning.export.inputs import ADAPTER_CONFIG, Adapter, BaseModel, read_base, read_json
 from finetuning.export.vllm.checks import VllmCheck
+from finetuning.model.fingerprint import read_fingerprint
 from finetuning.model.safetensors_io import GENERATION_CONFIG
 
 SERVING = "serving.json"
@@ -98,6 +99,13 @@ def describe_serving(
     if _differs(files, base, _CHAT_TEMPLATE):
         words += ["--chat-template", f"{path}/{_CHAT_TEMPLATE}"]
     notes = list(check.notes)
+    recorded = read_fingerprint(adapter.folder)
+    if recorded is not None and recorded.quantization is not None:
+        notes.append(
+            f"the adapter was trained on a base quantized by {recorded.quantization.get('quant_method')}, and this"
+            " command serves the base in full precision; merge_adapter measures the difference, and merges into the"
+            " trained weights with --dequantize"
+        )
     if base is None:
         notes.append(
             f"the base model {requested} was not found on this machine: its tokenizer, chat template and stop tokens"

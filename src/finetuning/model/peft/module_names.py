@@ -12,6 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
 from finetuning.errors import Location, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 _KWARGS = "peft_conf.peft_kwargs"
+_BIAS_FIELDS = ("attention_bias", "mlp_bias", "use_bias", "bias", "use_qkv_bias", "qkv_bias")
+"""Fields of `config.json` that give linear layers a bias, by architecture."""
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The first number in a module's name. Source: peft 0.21.2, `check_target_module_exists`."""
 
@@ -28,11 +34,14 @@ def check_module_names(model: nn.Module, config: PeftConfig) -> list[Problem]:
     """Return a warning for each module name, pattern and layer index of `config` that matches nothing in the model.
 
     Raises:
-        ModelError: nothing matches `target_modules`, or a pattern is not a regular expression.
+        ModelError: nothing matches `target_modules`, or a pattern is not a regular expression; or LoRA would add a bias
+            to layers that cannot have one.
     """
     names = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     targeted, problems = _check_targets(model, config, names, parameters)
+    if getattr(config, "lora_bias", False) and isinstance(model, PreTrainedModel):
+        _check_biases(model, targeted)
     for key in ("exclude_modules", "feedforward_modules"):
         value = getattr(config, key, None)
         if isinstance(value, str):
@@ -49,6 +58,54 @@ def check_module_names(model: nn.Module, config: PeftConfig) -> list[Problem]:
             if not _matching(rf"(.*\.)?({pattern})", [*targeted, *parameters], key):
                 problems.append(_unmatched(key, pattern, targeted, what="targeted module"))
     return problems
+
+
+def _check_biases(model: PreTrainedModel, targeted: Sequence[str]) -> None:
+    """Check that a merged model could hold the biases that `lora_bias` trains.
+
+    Raises:
+        ModelError: a targeted layer has no bias, and the architecture cannot be built with one.
+    """
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    linear = [
+        name for name in targeted if isinstance(modules[name], torch.nn.Linear | Conv1D) and modules[name] is not head
+    ]
+    if fields_that_add_biases(model, linear) is None:
+        first = without_bias(model, linear)[0]
+        raise ModelError(
+            f"{type(model).__name__} has no bias in {first}: what `lora_bias` trains there is part of no weights, so"
+            " the adapter could be neither merged nor served by vLLM",
+            location=Location(key=f"{_KWARGS}.lora_bias"),
+            hint="Remove lora_bias, or target only layers that have a bias.",
+        )
+
+
+def without_bias(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Return those of the modules that have no bias."""
+    by_name = dict(model.named_modules())
+    return [name for name in modules if getattr(by_name.get(name), "bias", None) is None]
+
+
+def fields_that_add_biases(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, bool] | None:
+    """Return the config fields, to be set to true, with which all the modules have a bias.
+
+    {} if they have one as they are; None if the architecture has no such fields. The model may be on the meta device.
+    """
+    config = copy.deepcopy(model.config)
+    fields: dict[str, bool] = {}
+    lacking = without_bias(model, modules)
+    for field in _BIAS_FIELDS:
+        if not lacking or getattr(config, field, None) is not False:
+            continue
+        setattr(config, field, True)
+        with torch.device("meta"):
+            fewer = without_bias(type(model)._from_config(copy.deepcopy(config)), modules)
+        if len(fewer) < len(lacking):
+            lacking, fields[field] = fewer, True
+        else:
+            setattr(config, field, False)
+    return None if lacking else fields
 
 
 def fused_targets(model: nn.Module, config: PeftConfig) -> tuple[list[str], list[str]]:
