@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import sample
+from zoo.test_methods import LETTERS, rows_of
 
+from finetuning.algorithms import ALGORITHMS
 from finetuning.atomic_io import MANIFEST
-from finetuning.errors import CheckpointError
+from finetuning.errors import CheckpointError, FinetuningError
 
 SMALL = {
     "hidden_size": 32,
@@ -49,6 +52,7 @@ SPECIFIC: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
     },
 }
+PLAIN = {"llama": {}}
 SAVED = {
     "training_args.max_steps": 4,
     "training_args.save_strategy": "steps",
@@ -74,7 +78,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, chatml_llama_dir: Path)
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": None,
         }
-        config = AutoConfig.for_model(model_type, **(SMALL | EXPERTS | settings | SPECIFIC[model_type]))
+        config = AutoConfig.for_model(model_type, **(SMALL | EXPERTS | settings | (SPECIFIC | PLAIN)[model_type]))
         with torch.random.fork_rng():
             torch.manual_seed(3)
             model = AutoModelForCausalLM.from_config(config)
@@ -177,3 +181,92 @@ def test_weights_of_a_stock_trainer_that_are_not_safetensors_load_with_a_warning
 
     assert train(values).losses == uninterrupted.losses
     assert "not compared after loading" in caplog.text + capsys.readouterr().err
+
+
+METHODS = ("sft", "dpo", "kto", "reward", "grpo")
+ARCHITECTURES = ("llama", "mixtral", "gemma3_text")
+"""Plain, with fused experts, and with sliding windows, tied embeddings and tensors that transformers renames."""
+QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+NEW_TOKENS = [f"<|tool{number}|>" for number in range(8)]
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"peft_conf": {"peft_type": "NO_PEFT"}},
+    "LoRA": {"peft_conf": {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}},
+    "DoRA": {"peft_conf": {"peft_type": "LORA", "peft_kwargs": {**QV, "use_dora": True, "lora_dropout": 0.1}}},
+    "new tokens": {
+        "peft_conf": {"peft_type": "LORA", "peft_kwargs": {**QV, "modules_to_save": ["embed_tokens"]}},
+        "data_conf.special_tokens": NEW_TOKENS,
+    },
+    "prompt tuning": {"peft_conf": {"peft_type": "PROMPT_TUNING", "peft_kwargs": {"num_virtual_tokens": 4}}},
+    "8-bit optimizer": {"peft_conf": {"peft_type": "NO_PEFT"}, "training_args.optim": "adamw_torch_8bit"},
+}
+REFUSED: dict[tuple[str, str], str] = {}
+"""What a run refuses, with the words of the error."""
+RUNS = tuple(f"{method}, {kind}, {model}" for method in METHODS for kind in KINDS for model in ARCHITECTURES)
+SAMPLE = ("dpo, new tokens, gemma3_text", "kto, DoRA, mixtral", "reward, 8-bit optimizer, llama", "grpo, LoRA, mixtral")
+
+
+@pytest.fixture
+def values_of(
+    sft_values: Any, dpo_values: Any, grpo_values: Any, write_jsonl: Any, tmp_path: Path, tiny_model: Any
+) -> Callable[[str, str, str], dict[str, Any]]:
+    """A function that makes the values of a run of three steps with checkpoint 2."""
+
+    def make(method: str, kind: str, model_type: str) -> dict[str, Any]:
+        rows = write_jsonl(tmp_path / f"{method}.jsonl", rows_of(method)) if method != "sft" else None
+        (tmp_path / "letters.py").write_text(LETTERS)
+        changes = {
+            **KINDS[kind],
+            "run_conf.model": str(tiny_model(model_type)),
+            "training_args.max_steps": 3,
+            "training_args.save_strategy": "steps",
+            "training_args.save_steps": 2,
+            **({"data_conf.training_data.datasets": [{"path": str(rows)}]} if rows else {}),
+        }
+        if kind == "new tokens" and model_type != "gemma3_text" and method not in ("sft", "reward"):
+            # The output rows, which are not the input rows here, are multiplied by TRL itself.
+            kwargs = {**QV, "modules_to_save": ["embed_tokens", "lm_head"]}
+            changes["peft_conf"] = {"peft_type": "LORA", "peft_kwargs": kwargs}
+        if method == "reward" and "peft_kwargs" in changes["peft_conf"]:
+            changes["peft_conf"] = {**changes["peft_conf"], "task_type": "SEQ_CLS"}
+        if method == "grpo":
+            changes |= {"training_args.num_generations": 2}
+        base = {"sft": sft_values, "grpo": grpo_values}.get(method, dpo_values)
+        return base(changes)
+
+    return make
+
+
+@pytest.mark.parametrize("run", sample(RUNS, SAMPLE))
+def test_a_resumed_run_equals_the_uninterrupted_one(train: Any, values_of: Any, read_tensors: Any, run: str) -> None:
+    method, kind, model_type = run.split(", ")
+    values = values_of(method, kind, model_type)
+    if (method, kind) in REFUSED:
+        with pytest.raises(FinetuningError, match=REFUSED[method, kind]):
+            train(values, ALGORITHMS[method])
+        return
+    whole = train(values, ALGORITHMS[method])
+    assert len(whole.losses) == 3
+    folder = Path(values["training_args"]["output_dir"] + "-resumed")
+    folder.mkdir()
+    shutil.move(whole.output_dir / "checkpoint-2", folder / "checkpoint-2")
+    values["training_args"]["output_dir"] = str(folder)
+    values["run_conf"]["resume_from_checkpoint"] = "auto"
+    resumed = train(values, ALGORITHMS[method])
+    assert resumed.losses == whole.losses
+    expected, tensors = read_tensors(whole.final), read_tensors(resumed.final)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def table_of_runs() -> list[str]:
+    """The table of `docs/concepts/resume.md`."""
+    lines = [f"| | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    for method in METHODS:
+        cells = ("refused" if (method, kind) in REFUSED else "equal" for kind in KINDS)
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_page_lists_which_runs_resume_equal() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "resume.md").read_text(encoding="utf-8")
+    assert "\n".join(table_of_runs()) in page

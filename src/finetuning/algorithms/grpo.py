@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import (
@@ -18,12 +18,14 @@ from finetuning.config.sections.experiment import GRPOExperiment
 from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
+    import datasets
     import torch
     import transformers
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerState
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.utils import RepeatSampler
 
     from finetuning.data.prepared import PreparedData
     from finetuning.data.preprocessor import Inspector
@@ -78,6 +80,28 @@ class TokenizedPrompt(list[Message]):
         self.ids = ids
 
 
+class ResumedOrder:
+    """The order of TRL's sampler, which starts at the epoch that the run resumes in.
+
+    The sampler draws each epoch's order from a generator of its own, which begins anew with the process.
+    """
+
+    def __init__(self, sampler: RepeatSampler, state: Callable[[], TrainerState]):
+        self._sampler, self._state, self._has_started = sampler, state, False
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+
+        if not self._has_started and self._sampler.shuffle:
+            for _ in range(int(self._state().epoch or 0)):
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        self._has_started = True
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
 class TokenizedPromptsMixin(GRPOBase):
     """Use tokenized prompts and our own reference model, and compare it with the policy before the first update."""
 
@@ -115,6 +139,9 @@ class TokenizedPromptsMixin(GRPOBase):
             from accelerate.utils import send_to_device
 
             self._buffered_inputs = send_to_device(state["buffered_inputs"], self.args.device)
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Any:
+        return ResumedOrder(super()._get_train_sampler(dataset), lambda: self.state)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "row"]
