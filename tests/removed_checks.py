@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-Replacement = Callable[..., object]
+Replacement = Callable[..., object] | tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class RemovedCheck:
     replacements: dict[str, Replacement]
     tests: tuple[str, ...]
     """Parts of test ids, as after `tests/`: `export/test_merge.py::test_an_adapter_lost_to_rounding`."""
+    row: str = ""
+    """The row of the table in `docs/concepts/verification.md`; by default the one of the same name, if there is one."""
 
 
 def returns(value: object) -> Replacement:
@@ -46,6 +48,30 @@ def no_difference_of_reference(*args: object) -> object:
     from finetuning.trainer.reference import Difference
 
     return Difference(0.0, 0, 1)
+
+
+def all_equal(server: object, model: object, adapter: object, samples: list[object], max_tokens: int) -> object:
+    from finetuning.export.gguf import Comparison
+
+    return Comparison(len(samples), len(samples), len(samples), None)
+
+
+def no_end_of_turn(tokenizer: Any, generation_config: Any, end_of_turn: object) -> object:
+    from finetuning.model.stop_tokens import align_stop_tokens
+
+    return align_stop_tokens(tokenizer, generation_config, None)
+
+
+def arguments_as_they_are(renderer: object) -> object:
+    from finetuning.data.chat.tool_calls import ToolCallStyle
+
+    return ToolCallStyle(takes_text=False, needs_content=False)
+
+
+def always_pass(name: str, compared: str, difference: float, tolerance: float, reason: str = "") -> object:
+    from finetuning.selftest.checks import Result
+
+    return Result(name, compared, difference, tolerance, "pass", reason)
 
 
 def unlimited_noise(*args: object) -> object:
@@ -74,6 +100,7 @@ REMOVED_CHECKS = [
             _SAVED + "test_whole_embeddings_that_are_saved",
             _SAVED + "test_a_checkpoint_that_fails_is_not_published_and_earlier_ones_stay[a zeroed tensor]",
         ),
+        row="saved model",
     ),
     RemovedCheck(
         "configs of a save",
@@ -128,6 +155,7 @@ REMOVED_CHECKS = [
             "algorithms/test_grpo.py::test_a_wrong_reference_stops_the_run",
             "algorithms/test_grpo.py::test_an_adapter_that_changes_the_base_is_caught",
         ),
+        row="reference",
     ),
     RemovedCheck(
         "isolation of rows",
@@ -136,6 +164,7 @@ REMOVED_CHECKS = [
             _VARLEN + "test_a_leak_into_another_row_is_caught",
             _VARLEN + "test_isolation_is_verified_in_the_dtype_of_autocast",
         ),
+        row="padding-free isolation",
     ),
     RemovedCheck(
         "isolation of gradients",
@@ -178,6 +207,7 @@ REMOVED_CHECKS = [
             "finetuning.model.peft.adapter_files.check_adapter_fingerprint": returns(False),
         },
         ("model/test_fingerprint.py::test_an_adapter_that_changed_after",),
+        row="base and adapter",
     ),
     RemovedCheck(
         "what rounding loses in a merge",
@@ -188,6 +218,7 @@ REMOVED_CHECKS = [
         "merged against unmerged",
         {"finetuning.export.merge.verification.logit_tolerance": returns(math.inf)},
         ("export/test_merge_bad_input.py::test_a_merge_that_is_not_the_trained_model_is_not_published",),
+        row="merge",
     ),
     RemovedCheck(
         "optimizer in memory",
@@ -201,6 +232,7 @@ REMOVED_CHECKS = [
         "weights in memory",
         {"finetuning.trainer.checkpointing.CheckpointMixin._differences_from_files": no_differences},
         ("training/test_resume_architectures.py::test_weights_that_differ_from_the_file_after_loading",),
+        row="loaded checkpoint",
     ),
     RemovedCheck(
         "metrics between two logs",
@@ -241,6 +273,7 @@ REMOVED_CHECKS = [
             "callbacks/test_loss_guard.py::test_rewards_that_never_vary",
             "algorithms/test_grpo.py::test_rewards_that_never_vary_are_reported[True]",
         ),
+        row="something to learn",
     ),
     RemovedCheck(
         "secrets in text",
@@ -249,6 +282,7 @@ REMOVED_CHECKS = [
             "fault_injection/test_secrets.py::test_secrets_are_recognized_by_their_form",
             "fault_injection/test_secrets.py::test_a_value_of_the_environment_is_found",
         ),
+        row="secrets",
     ),
     RemovedCheck(
         "secrets by key",
@@ -261,6 +295,7 @@ REMOVED_CHECKS = [
         (
             "algorithms/test_reference.py::test_the_first_loss_of_a_mixture_of_experts_is_checked_without_the_routers_loss[dpo-wrong]",
         ),
+        row="initial loss",
     ),
     RemovedCheck(
         "padding rows that loading zeroes",
@@ -289,8 +324,205 @@ REMOVED_CHECKS = [
         "errors of parsers",
         {"finetuning.errors.is_input_error": returns(False)},
         ("fault_injection/test_foreign_input.py::test_any_error_of_a_parser_is_one_of_the_input",),
+        row="input of others",
+    ),
+    RemovedCheck(
+        "keys that pass through",
+        {"finetuning.config.validation.passthrough._check_keys": no_differences},
+        (
+            "config/test_passthrough.py::test_wrong_training_args[{dataloader_num_worker: 2}",
+            "config/test_passthrough.py::test_wrong_peft_conf[{peft_type: LORA, peft_kwargs: {rank: 8}}",
+        ),
+        row="config",
+    ),
+    RemovedCheck(
+        "module names",
+        {"finetuning.model.peft.module_names.check_module_names": no_differences},
+        ("cli/test_module_lookup.py::test_a_name_that_matches_nothing_is_a_warning_at_plan_time",),
+    ),
+    RemovedCheck(
+        "biases that no weights can hold",
+        {"finetuning.model.peft.module_names.fields_that_add_biases": returns({})},
+        ("cli/test_module_lookup.py::test_a_lora_bias_that_no_weights_can_hold_is_refused",),
+        row="biases of LoRA",
+    ),
+    RemovedCheck(
+        "first rows",
+        {"finetuning.training.dry_run.check_first_rows": returns(None)},
+        ("training/test_dry_run.py::test_of_many_rows_the_first_are_read",),
+    ),
+    RemovedCheck(
+        "loss mask",
+        {"finetuning.data.chat.loss_mask.AssistantMaskBuilder._check_span": returns(None)},
+        ("data/test_loss_mask.py::test_templates_that_read_contents",),
+    ),
+    RemovedCheck(
+        "what a template prints",
+        {
+            "finetuning.data.processors.sft.find_unprinted": returns(None),
+            "finetuning.data.processors.preference.find_unprinted": returns(None),
+            "finetuning.data.processors.prompt.find_unprinted": returns(None),
+        },
+        (
+            "data/test_unused_columns.py::test_what_the_template_does_not_print_is_refused",
+            "data/test_unused_columns.py::test_a_system_message_that_is_not_printed_is_refused",
+        ),
+        row="use of rows",
+    ),
+    RemovedCheck(
+        "columns that are not used",
+        {"finetuning.data.open_dataset._with_unused": lambda parsed, values: parsed},
+        ("data/test_unused_columns.py::test_unused_columns_and_keys_are_counted",),
+    ),
+    RemovedCheck(
+        "tool calls",
+        {"finetuning.data.chat.tool_calls.detect_style": arguments_as_they_are},
+        ("data/test_tool_calls.py::test_a_template_that_prints_texts_gets_texts",),
+    ),
+    RemovedCheck(
+        "row statistics",
+        {"finetuning.data.statistics.RowCounts.check": returns(None)},
+        ("data/test_statistics.py::test_too_many_faults_stop_the_run",),
+    ),
+    RemovedCheck(
+        "padded batches",
+        {"finetuning.model.padding.describe_padding_error": returns(None)},
+        ("zoo/test_faults.py::test_a_padded_run_warns_where_padding_changes_its_rows[left",),
+    ),
+    RemovedCheck(
+        "batched generation",
+        {"finetuning.inference.runner.describe_batch_error": returns(None)},
+        (
+            "zoo/test_faults.py::test_a_batch_answers_like_each_prompt_alone[bart",
+            "zoo/test_faults.py::test_a_batch_answers_like_each_prompt_alone[rwkv",
+        ),
+    ),
+    RemovedCheck(
+        "adapter values",
+        {
+            "finetuning.model.peft.adapter_files.restore_lora_tensors": returns(None),
+            "finetuning.export.merge.with_peft.restore_lora_tensors": returns(None),
+        },
+        ("zoo/test_faults.py::test_a_merge_has_the_tensors_that_peft_drops",),
+    ),
+    RemovedCheck(
+        "logits of a kernel for padding-free batches",
+        {_ISOLATION + "_leak_between_rows": returns("")},
+        (
+            _VARLEN + "test_a_class_without_sdpa_takes_another_implementation_with_its_logits[varlen_attention",
+            _VARLEN + "test_an_implementation_that_fails_leaves_the_model_to_sdpa[leaks",
+            "model/test_gpu_attention.py::test_a_kernel_that_ignores_the_window",
+        ),
+        row="attention kernel",
+    ),
+    RemovedCheck(
+        "gradient of a kernel for padding-free batches",
+        {_ISOLATION + "_has_finite_gradient": returns(True)},
+        (_VARLEN + "test_an_implementation_that_fails_leaves_the_model_to_sdpa[cannot_learn",),
+    ),
+    RemovedCheck(
+        "causal attention without masks",
+        {"finetuning.model.gpu_attention.logit_tolerance": returns(math.inf)},
+        ("model/test_gpu_attention.py::test_a_bidirectional_model_is_not_made_causal",),
+    ),
+    RemovedCheck(
+        "answers of llama.cpp",
+        {"finetuning.export.gguf.compare_with_server": all_equal},
+        ("export/test_gguf.py::test_a_server_that_answers_otherwise_is_caught",),
+        row="GGUF",
+    ),
+    RemovedCheck(
+        "adapters that llama.cpp computes otherwise",
+        {"finetuning.export.gguf.used_options": no_differences},
+        tuple(
+            f"export/test_gguf.py::test_an_adapter_that_llama_cpp_computes_differently_is_refused[config{index}"
+            for index in range(3)
+        ),
+    ),
+    RemovedCheck(
+        "Modelfile",
+        {"finetuning.export.gguf._CONVERSATIONS": ()},
+        ("export/test_gguf.py::test_a_template_that_cannot_be_expressed_is_left_out",),
+    ),
+    RemovedCheck(
+        "hanging process",
+        {"finetuning.training.heartbeat.HeartbeatMonitor.find_hang": returns(None)},
+        ("training/test_stopping.py::test_who_hangs_is_the_one",),
+    ),
+    RemovedCheck(
+        "stop tokens",
+        {"finetuning.model.save.align_stop_tokens": no_end_of_turn},
+        ("end_to_end/test_stopping_at_checkpoints.py::test_a_checkpoint_stops_in_plain_transformers[lora",),
+    ),
+    RemovedCheck(
+        "finite values",
+        {"finetuning.trainer.late_guard.skip_update": returns(True)},
+        ("trainer/test_late_guard.py::test_a_step_that_is_not_finite_leaves_the_weights",),
+    ),
+    RemovedCheck(
+        "steps that are not finite",
+        {"finetuning.trainer.mixin.TrainerMixin._not_finite_error": returns(None)},
+        ("trainer/test_late_guard.py::test_the_last_step_is_checked_before_the_model_is_saved",),
+    ),
+    RemovedCheck(
+        "checkpoint",
+        {"finetuning.training.resume.find.find_manifest_mismatch": returns(None)},
+        (
+            "fault_injection/test_damaged_checkpoints.py::test_every_file_of_a_checkpoint_is_compared",
+            "training/test_resume.py::test_a_file_that_the_manifest_does_not_list_is_not_trusted",
+        ),
+    ),
+    RemovedCheck(
+        "cache of prepared rows",
+        {"finetuning.data.cache.find_manifest_mismatch": returns(None)},
+        (
+            "data/test_cache.py::test_rows_that_the_manifest_does_not_list_are_not_read",
+            "data/test_cache.py::test_a_damaged_entry_is_prepared_again[train-00000-of-00001.arrow-flip_a_bit",
+        ),
+    ),
+    RemovedCheck(
+        "resume",
+        {"finetuning.training.resume.config_changes.differences": no_differences},
+        ("training/test_config_changes.py::test_changed_rows_need_leave",),
+    ),
+    RemovedCheck(
+        "embeddings that vLLM serves",
+        {
+            "finetuning.export.vllm.checks.unservable_modules": no_differences,
+            "finetuning.model.peft.adapter_files.unservable_modules": no_differences,
+        },
+        ("export/test_vllm.py::test_lora_on_embeddings_is_served_by_architecture[MistralForCausalLM",),
+        row="LoRA on embeddings",
+    ),
+    RemovedCheck(
+        "what was trained against what is merged",
+        {"finetuning.export.merge.merge._trained_quantization": returns(None)},
+        ("export/test_merge_with_peft.py::test_a_merge_is_compared_with_the_quantized_base_of_training",),
+    ),
+    RemovedCheck(
+        "tensors that PEFT's function leaves out",
+        {"finetuning.model.saved_weights.live_lora_tensors": returns({})},
+        (_SAVED + "test_a_tensor_that_peft_leaves_out",),
+    ),
+    RemovedCheck(
+        "optimizer of a save",
+        {"finetuning.trainer.checkpointing.saved_optimizer_differences": no_differences},
+        (_SAVED + "test_an_optimizer_that_is_not_saved_as_it_is",),
+    ),
+    RemovedCheck(
+        "self-test",
+        {"finetuning.selftest.checks.within": always_pass},
+        ("selftest/test_selftest.py::test_a_resumed_run_with_one_other_weight_fails",),
     ),
 ]
+
+NOT_REMOVED = {
+    "templates": "keeps a process from an endless loop",
+    "size of the model": "keeps a process from exhausting the memory",
+    "batch size": "the computation of the batch, not a check of it",
+    "same optimization for any split": "a property of the loss; tests/training/test_invariants.py compares splits",
+}
+"""Rows of the table in `docs/concepts/verification.md` without an entry, with the reason."""
 
 
 def check_of(test_id: str) -> RemovedCheck | None:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from removed_checks import NOT_REMOVED, REMOVED_CHECKS
 
 from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig
@@ -282,6 +283,15 @@ def slug(heading: str) -> str:
 def anchors_of(path: Path) -> set[str]:
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+def test_each_verification_has_an_entry_that_removes_it_or_a_reason() -> None:
+    text = (DOCS / "concepts" / "verification.md").read_text(encoding="utf-8")
+    table = text.partition("| check | where |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = {line.split("|")[1].strip() for line in table}
+    removed = {check.row or check.name for check in REMOVED_CHECKS} & rows
+    assert rows - removed == set(NOT_REMOVED)
+    assert {check.row for check in REMOVED_CHECKS} - {""} <= rows, "a row that is not in the table"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
