@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from removed_checks import NOT_REMOVED, REMOVED_CHECKS
+from removed_checks import NOT_REMOVED, REMOVED_CHECKS, missing_functions
 
 from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig
@@ -291,6 +291,7 @@ def test_each_verification_has_an_entry_that_removes_it_or_a_reason() -> None:
     rows = {line.split("|")[1].strip() for line in table}
     removed = {check.row or check.name for check in REMOVED_CHECKS} & rows
     assert rows - removed == set(NOT_REMOVED)
+    assert not missing_functions()
     assert {check.row for check in REMOVED_CHECKS} - {""} <= rows, "a row that is not in the table"
 
 
