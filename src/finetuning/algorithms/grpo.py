@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from torch import nn
+    from torch.utils.data import Sampler
     from transformers import PreTrainedModel, TrainerState
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -140,8 +141,9 @@ class TokenizedPromptsMixin(GRPOBase):
 
             self._buffered_inputs = send_to_device(state["buffered_inputs"], self.args.device)
 
-    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Any:
-        return ResumedOrder(super()._get_train_sampler(dataset), lambda: self.state)
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        order = ResumedOrder(cast("RepeatSampler", super()._get_train_sampler(dataset)), lambda: self.state)
+        return cast("Sampler[int]", order)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "row"]

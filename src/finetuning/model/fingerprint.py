@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from finetuning.atomic_io import block_sums
 from finetuning.errors import ModelError, read_json_object, reading
@@ -65,7 +64,7 @@ class Fingerprint:
 
     def loaded_as(self, model: object) -> Fingerprint:
         """Return this fingerprint with the quantization with which a model was loaded from files without one."""
-        quantizer: Any = getattr(model, "hf_quantizer", None)
+        quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is None or quantizer.pre_quantized:
             return self
         return replace(self, quantization=json.loads(json.dumps(quantizer.quantization_config.to_dict())))
