@@ -274,4 +274,5 @@ def test_the_report_is_written_as_text_and_as_a_page() -> None:
     text, page = to_text(report), to_html(report)
     assert "stop  Rows: 1 row is <bad>\n      change: data_conf.on_bad_row\n        data/<a>.jsonl:3: an" in text
     assert text.endswith("stop: 0 x OK, 0 x look, 1 x stop") and "11+  " in text and "over the limit" in text
-    assert "data/&lt;a&gt;.jsonl:3" in page and "an &lt;b&gt;answer" in page and "<b>answer" not in page
+    assert 'data/&lt;a&gt;.jsonl<span class="line">:3</span>' in page and "<code>data_conf.on_bad_row</code>" in page
+    assert "an &lt;b&gt;answer" in page and "<b>answer" not in page

@@ -32,6 +32,10 @@ _DENSE = 0.4
 """Of the median of characters per token: rows below are split unusually."""
 
 
+THE_FILE = "the file"
+"""What to change where no key of the config helps."""
+
+
 class Verdict(StrEnum):
     """What to do about a property of the data."""
 
@@ -50,6 +54,11 @@ class Finding:
     key: str = ""
     rows: tuple[Worst, ...] = ()
     """The worst rows, worst first."""
+
+    @property
+    def is_config_key(self) -> bool:
+        """Whether `key` is in the config, and not the data itself."""
+        return self.key != THE_FILE
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ def _other_warnings(examined: Examined) -> Finding | None:
         for warning, count in sorted(split.counts.warnings.items())
         if " is not used" not in warning and not warning.startswith("the same as")
     ]
-    return Finding("Notes on rows", Verdict.LOOK, "; ".join(notes), "finetuning preview") if notes else None
+    return Finding("Notes on rows", Verdict.LOOK, "; ".join(notes)) if notes else None
 
 
 def _turns(examined: Examined) -> Finding | None:
@@ -223,7 +232,7 @@ def _exact_duplicates(examined: Examined) -> Finding:
             worst.append(Worst(float(counts[group]), training.locations[firsts[group]], detail))
     return _finding(
         "Duplicates", len(copies), len(hashes), "is the same as another",
-        bad="are the same as an earlier row: they are trained on as often as they occur", key="the file", rows=worst,
+        bad="are the same as an earlier row: they are trained on as often as they occur", key=THE_FILE, rows=worst,
         many=_MANY,
     )  # fmt: skip
 
@@ -242,7 +251,7 @@ def _near_duplicates(examined: Examined) -> Finding:
     ]
     return _finding(
         "Near duplicates", len(near.rows), training.rows, "is nearly the same as another",
-        bad="are nearly the same as an earlier row", key="the file", rows=worst, many=_MANY,
+        bad="are nearly the same as an earlier row", key=THE_FILE, rows=worst, many=_MANY,
     )  # fmt: skip
 
 
@@ -286,11 +295,11 @@ def _pairs(examined: Examined) -> list[Finding]:
     findings = [
         _finding(
             "Equal pairs", len(same), _rows(examined), "has two equal answers", bad="have two equal answers",
-            key="the file", rows=[Worst(0, row.location, row.reason) for row in same[:MAX_WORST]],
+            key=THE_FILE, rows=[Worst(0, row.location, row.reason) for row in same[:MAX_WORST]],
         ),
         _finding(
             "Empty answers", examined.count(m.EMPTY), _rows(examined), "has an empty answer",
-            bad="have an empty answer", key="the file", rows=examined.worst(m.EMPTY),
+            bad="have an empty answer", key=THE_FILE, rows=examined.worst(m.EMPTY),
         ),
     ]  # fmt: skip
     longer = float((chosen > rejected).mean() + (chosen == rejected).mean() / 2)
@@ -312,7 +321,7 @@ def _classes(examined: Examined) -> Finding | None:
     desirable, undesirable = labels[True], labels[False]
     text = f"{counted(desirable, 'desirable row')}, {undesirable} undesirable"
     if not desirable or not undesirable:
-        return Finding("Labels", Verdict.LOOK, f"{text}: KTO learns from the contrast of both", "the file")
+        return Finding("Labels", Verdict.LOOK, f"{text}: KTO learns from the contrast of both", THE_FILE)
     if _BALANCE[0] <= desirable / undesirable <= _BALANCE[1]:
         return Finding("Labels", Verdict.OK, text)
     name = "undesirable_weight" if desirable > undesirable else "desirable_weight"
@@ -323,14 +332,14 @@ def _classes(examined: Examined) -> Finding | None:
 def _calls(examined: Examined) -> Finding:
     return _finding(
         "Tool calls", examined.count(m.BAD_CALL), _rows(examined), "calls a tool against its schema",
-        bad="call tools against their schemas", key="the file", rows=examined.worst(m.BAD_CALL),
+        bad="call tools against their schemas", key=THE_FILE, rows=examined.worst(m.BAD_CALL),
     )  # fmt: skip
 
 
 def _repeated(examined: Examined) -> Finding:
     return _finding(
         "Repeated questions", examined.count(m.REPEATED), _rows(examined), "repeats its question in the answer",
-        bad="repeat the question in the answer", key="the file", rows=examined.worst(m.REPEATED), many=_MANY,
+        bad="repeat the question in the answer", key=THE_FILE, rows=examined.worst(m.REPEATED), many=_MANY,
     )  # fmt: skip
 
 
@@ -353,7 +362,7 @@ def _tokens(examined: Examined) -> Finding:
         return Finding("Tokens", Verdict.OK, text)
     text += f"; {counted(len(unusual), 'row')} with less than {_DENSE * median:.1f}"
     verdict = Verdict.LOOK if len(unusual) > _MANY * training.rows else Verdict.OK
-    return Finding("Tokens", verdict, text, "the file", tuple(worst))
+    return Finding("Tokens", verdict, text, THE_FILE, tuple(worst))
 
 
 def _double_bos(examined: Examined) -> Finding:
@@ -390,7 +399,7 @@ def _pii(examined: Examined) -> Finding | None:
         return Finding("Personal data", Verdict.OK, "none was found") if examined.was_scanned else None
     parts = [f"{count} x {kind}" for kind, count in total.most_common()]
     text = f"{counted(examined.count(m.PII), 'row')} with what looks like personal data: {', '.join(parts)}"
-    return Finding("Personal data", Verdict.LOOK, text, "the file", examined.worst(m.PII))
+    return Finding("Personal data", Verdict.LOOK, text, THE_FILE, examined.worst(m.PII))
 
 
 def _single(check: Callable[[Examined], Finding | None]) -> Callable[[Examined], list[Finding]]:
