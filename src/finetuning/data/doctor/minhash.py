@@ -2,7 +2,12 @@
 
 The share of equal values in two signatures estimates the Jaccard similarity of the sets of three words in a row that
 both texts have (Broder 1997). Only rows of which a band of values agrees are compared. Whole batches are hashed at once
-with numpy, which takes a few microseconds a row.
+with numpy.
+
+Not by a library: datasketch 2.0, with as many values and bands, hashes each row in Python and builds its index in one
+process. Measured on 20,000 rows of 20 to 300 words, of which it found 912 near copies and this module 904: 5.6 s of a
+processor and 336 MB, here 0.6 s and 77 MB. Preparing such rows takes 0.85 ms each, divided among the workers. With four
+of them datasketch's index alone would add a quarter to the time, and the whole more than a half.
 """
 
 from __future__ import annotations
