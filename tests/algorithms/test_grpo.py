@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+import finetuning
 from finetuning.algorithms import ALGORITHMS
 from finetuning.data.formats import FORMATS
 from finetuning.data.samples import Prompt, Row
@@ -30,6 +32,9 @@ def seen(prompts, completions, correct_answers, note, rare, **columns):
     with open(note[0]["file"], "a") as stream:
         stream.write(json.dumps([prompts[0], completions[0], correct_answers[0], rare[0]]) + "\\n")
     return [0.0] * len(completions)
+
+def silent(completions, **columns):
+    return [None] * len(completions)
 
 def late(completions, trainer_state):
     if trainer_state.global_step == 1:
@@ -173,6 +178,22 @@ def test_rewards_that_never_vary_are_reported(
     reported = [text for text in warnings if text.startswith("step ")]
     assert len(reported) == constant
     assert all(text.startswith("step 3: in the last 3 steps all completions") for text in reported)
+
+
+def test_rewards_that_are_all_missing_are_reported_at_the_first_batch(
+    grpo_values: Any, tmp_path: Path, caplog: Any
+) -> None:
+    seen: list[int] = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(sum("no reward function has returned a reward" in text for text in caplog.messages))
+
+    rewards = [{"type": "function", "path": f"{tmp_path}/own.py:silent"}]
+    # Weight decay moves the weights, which missing rewards do not: they would fail verification.
+    changes = {"grpo_args.rewards": rewards, "training_args.max_steps": 3, "training_args.weight_decay": 0.1}
+    finetuning.run(grpo_values(changes), method="grpo", callbacks=[Steps()])
+    assert seen == [0, 1, 1], "said once, before the second step"
 
 
 def test_resuming_goes_on(train: Any, grpo_values: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -65,22 +65,12 @@ def _chat(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     if options.temperature is not None and options.temperature < 0:
         raise ConfigError(f"--temperature {options.temperature}: must be at least 0")
-    from finetuning.cli.named_model import find_model
 
-    model = find_model(options.model, options.base_model_name_or_path)
-    for note in model.notes:
+    def on_note(note: str) -> None:
         _say(f"note: {note}")
-    from finetuning.report.console import quiet_libraries
 
-    quiet_libraries(bars=sys.stderr.isatty())
-    from finetuning.inference.chat import Chat
-    from finetuning.inference.load import load_generator
-
-    generator = load_generator(model.conf, model.quant_conf)
-    for note in generator.notes:
-        _say(f"note: {note}")
-    system = model.system_prompt if options.system is None else options.system
-    chat = Chat(generator, _parameters(options), system=system or None, seed=options.seed)
+    base, system = options.base_model_name_or_path, options.system
+    chat = open_chat(options.model, base, _parameters(options), system, options.seed, on_note)
     if chat.system is not None:
         _say(f"system prompt: {chat.system}")
     is_terminal = sys.stdin.isatty()
@@ -93,6 +83,43 @@ def _chat(argv: Sequence[str]) -> int:
         if text and _respond(chat, text) and not is_terminal:
             raise KeyboardInterrupt
     return 0
+
+
+def open_chat(
+    name: str,
+    base: str | None = None,
+    gen_params: Mapping[str, object] | None = None,
+    system: str | None = None,
+    seed: int = 42,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Chat:
+    """Load a model for a conversation.
+
+    Args:
+        name: of a run, a model or an adapter.
+        base: the base model of an adapter, instead of the one in its config.
+        system: the system prompt; by default that of the run's training data, none for an empty text.
+        on_note: receives what was chosen.
+
+    Raises:
+        FinetuningError: there is no such model, or it has no chat template.
+    """
+    from finetuning.cli.named_model import find_model
+
+    model = find_model(name, base)
+    for note in model.notes:
+        on_note(note)
+    from finetuning.report.console import quiet_libraries
+
+    quiet_libraries(bars=sys.stderr.isatty())
+    from finetuning.inference.chat import Chat
+    from finetuning.inference.load import load_generator
+
+    generator = load_generator(model.conf, model.quant_conf)
+    for note in generator.notes:
+        on_note(note)
+    prompt = model.system_prompt if system is None else system
+    return Chat(generator, gen_params or {}, system=prompt or None, seed=seed)
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, object]:

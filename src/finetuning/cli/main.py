@@ -42,6 +42,7 @@ SUBCOMMANDS = {
         "finetuning.cli.rehearse:main", "foresee memory and time of a run on a GPU, without one and without weights"
     ),
     "runs": Subcommand("finetuning.cli.runs:runs_main", "list runs and their state"),
+    "watch": Subcommand("finetuning.cli.watch:main", "show runs in the browser while they go on"),
     "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
     "sync": Subcommand("finetuning.cli.runs:sync_main", "upload metrics that were queued while MLflow was unreachable"),
     "generate": Subcommand("finetuning.cli.generate:main", "generate answers with a model or an adapter"),

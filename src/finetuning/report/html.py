@@ -58,40 +58,85 @@ def write_report_or_warn(folder: Path) -> Path | None:
 
 def render(runs: Sequence[RunData]) -> str:
     """Return the page of the first run, compared with the others."""
+    return page_templates().get_template("page.jinja").render(_page_values(runs))
+
+
+SECTIONS = (
+    "top", "runs", "metrics", "evaluation", "time", "data", "rows", "plan", "checks", "versions", "command", "config",
+)  # fmt: skip
+"""The parts of a page, in its order."""
+
+
+def render_sections(runs: Sequence[RunData], **replaced: object) -> dict[str, Markup]:
+    """Return the parts of the page by name, for a page of another layout; empty for what a run does not have.
+
+    A part that cannot be rendered, because the record of a run is damaged or of another version, says so.
+
+    Args:
+        replaced: values of the page in place of those in the record, such as `status`.
+    """
+    template = page_templates().get_template("page.jinja")
+    context = template.new_context({**_page_values(runs), **replaced})
+    sections: dict[str, Markup] = {}
+    for name in SECTIONS:
+        try:
+            sections[name] = Markup("".join(template.blocks[name](context)).strip())
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            text = f"{name} cannot be shown: {type(error).__name__}: {error}"
+            sections[name] = Markup('<div class="notice bad">{}</div>').format(text)
+    return sections
+
+
+def page_templates(*packages: str) -> jinja2.Environment:
+    """Return the environment of the report's templates, and of those in other packages. All values are escaped."""
+    return jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: _read_template(name, (*packages, "finetuning.report"))),
+    )
+
+
+def _read_template(name: str, packages: Sequence[str]) -> str | None:
+    paths = (resources.files(package).joinpath(name) for package in packages)
+    return next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), None)
+
+
+def status_kind(status: str) -> str:
+    """Return the kind of a status, which has a color: good, busy, warn or bad."""
+    return _STATUS_KINDS.get(status, "bad")
+
+
+def _page_values(runs: Sequence[RunData]) -> dict[str, object]:
     run = runs[0]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        resources.files("finetuning.report").joinpath("page.jinja").read_text(encoding="utf-8")
-    )
     record = run.record
     jobs = record.get("jobs") or []
     started = parse_time(jobs[-1].get("started")) if jobs else None
-    return template.render(
-        run=run,
-        head_of=head_of,
-        runs=runs,
-        title=title_of(run),
-        status=record.get("status", "unknown"),
-        status_kind=_STATUS_KINDS.get(str(record.get("status")), "bad"),
-        error=record.get("error"),
-        jobs=len(jobs),
-        started=f"{started:%Y-%m-%d %H:%M:%S} UTC" if started else None,
-        key_results=[key_results(item) for item in runs],
-        charts=main_charts(runs),
-        more_charts=other_charts(runs),
-        timelines=[drawn for job in run.jobs[-_MAX_JOBS:] if (drawn := timeline(job))],
-        shares=time_shares(run),
-        session=session_of(run),
-        statistics=(record.get("data") or {}).get("statistics") or [],
-        decisions=_decisions(record),
-        warnings=record.get("warnings") or [],
-        controller_actions=record.get("controller_actions") or [],
-        checks=_checks(run),
-        versions=_versions(record),
-        differences=_differences(runs) if len(runs) > 1 else [],
-    )
+    return {
+        "run": run,
+        "head_of": head_of,
+        "runs": runs,
+        "title": title_of(run),
+        "status": record.get("status", "unknown"),
+        "status_kind": status_kind(str(record.get("status"))),
+        "error": record.get("error"),
+        "jobs": len(jobs),
+        "started": f"{started:%Y-%m-%d %H:%M:%S} UTC" if started else None,
+        "key_results": [key_results(item) for item in runs],
+        "charts": main_charts(runs),
+        "more_charts": other_charts(runs),
+        "timelines": [drawn for job in run.jobs[-_MAX_JOBS:] if (drawn := timeline(job))],
+        "shares": time_shares(run),
+        "session": session_of(run),
+        "statistics": (record.get("data") or {}).get("statistics") or [],
+        "decisions": _decisions(record),
+        "warnings": record.get("warnings") or [],
+        "controller_actions": record.get("controller_actions") or [],
+        "checks": _checks(run),
+        "versions": _versions(record),
+        "differences": _differences(runs) if len(runs) > 1 else [],
+    }
 
 
 def title_of(run: RunData) -> str:

@@ -179,6 +179,8 @@ def _number(folder: Path) -> int:
 RECORD_NAME = "run.json"
 COMPLETE_MARKER = ".complete"
 """An empty file in the output directory of a run that has succeeded."""
+STOP_FILE = "STOP"
+"""A run stops at its next step, with a checkpoint, when this file appears in its output directory."""
 CONFIG_NAME = "config.resolved.yaml"
 PREVIEW_NAME = "preview.txt"
 EVALUATIONS = "evaluations"
@@ -277,6 +279,15 @@ def read_run(folder: Path) -> RunData:
             if isinstance(values := _read_json(path), dict) and isinstance(values.get("results"), list)
         ),
     )
+
+
+def files_read(folder: Path) -> list[Path]:
+    """Return the files of a run that are read here and by the run list, as far as they exist."""
+    names = (RECORD_NAME, METRICS_LOG_NAME, LOSS_LOG_NAME, CONFIG_NAME, PREVIEW_NAME, _OLD_PREVIEW_NAME)
+    patterns = (f"{EVALUATIONS}/*.json", "checkpoint-*/trainer_state.json", "telemetry/*/rank0.jsonl")
+    patterns += tuple(f"*/{name}" for name in _MERGE_VERIFICATION_NAMES)
+    found = [folder / name for name in names if (folder / name).exists()]
+    return found + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def read_run_record(folder: Path) -> JsonRecord | None:

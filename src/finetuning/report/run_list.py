@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def list_runs(folder: Path) -> list[RunState]:
     """
     if not folder.is_dir():
         raise ConfigError("no such directory", location=Location(str(folder)))
-    states = [state for path in _records(folder) if (state := read_state(path.parent)) is not None]
+    states = [state for path in find_records(folder) if (state := read_state(path.parent)) is not None]
     return sorted(states, key=lambda state: (state.started or "", state.folder), reverse=True)
 
 
@@ -59,7 +59,7 @@ def read_state(folder: Path) -> RunState | None:
     if record is None or "status" not in record:
         return None
     jobs = record.get("jobs") or [{}]
-    last = _last_values(folder / METRICS_NAME)
+    last = _last_values(last_rows(folder))
     step = last.get("step")
     telemetry = record.get("telemetry") or {}
     return RunState(
@@ -87,7 +87,8 @@ def _losses(record: JsonRecord) -> FinalLosses:
         return FinalLosses()
 
 
-def _records(folder: Path) -> Iterator[Path]:
+def find_records(folder: Path) -> Iterator[Path]:
+    """Yield the records in and below a directory. Links to directories are not followed."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
         if RECORD_NAME in files:
@@ -123,20 +124,29 @@ def _is_locked(path: Path) -> bool:
         return False
 
 
-def _last_values(path: Path) -> dict[str, float]:
-    """The newest value of each number, from the end of the file."""
+def last_rows(folder: Path) -> list[JsonRecord]:
+    """Return the newest rows of a run's `metrics.jsonl`, oldest first. An incomplete line is left out."""
+    path = folder / METRICS_NAME
     try:
         with path.open("rb") as stream:
             stream.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
             lines = stream.read().splitlines()
     except OSError:
-        return {}
-    values: dict[str, float] = {}
+        return []
+    rows: list[JsonRecord] = []
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict):
-            values |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+            rows.append(row)
+    return rows
+
+
+def _last_values(rows: Iterable[JsonRecord]) -> dict[str, float]:
+    """The newest value of each number."""
+    values: dict[str, float] = {}
+    for row in rows:
+        values |= {key: value for key, value in row.items() if isinstance(value, int | float)}
     return values

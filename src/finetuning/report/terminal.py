@@ -165,8 +165,8 @@ class LineProgress(Tracker):
 
     def log(self, event: LogEvent) -> None:
         if event.kind == "training":
-            self._print("  ".join(_columns(event.metrics)))
-        elif event.kind == "validation" and (text := _validation(event)):
+            self._print("  ".join(columns(event.metrics)))
+        elif event.kind == "validation" and (text := validation_text(event)):
             self._print(text)
 
     def on_save(self, step: int, folder: Path) -> None:
@@ -221,7 +221,7 @@ class LiveProgress(LineProgress):
             self._live.update(self._table(metrics), refresh=True)
 
     def _table(self, metrics: StepMetrics) -> Table:
-        steps, epoch, *values, pace, left = _columns(metrics)
+        steps, epoch, *values, pace, left = columns(metrics)
         first = Table.grid(padding=(0, 1), expand=True)
         first.add_column(no_wrap=True)
         first.add_column(ratio=1)
@@ -240,7 +240,7 @@ def _start(metrics: StepMetrics) -> str:
     return f"{metrics.max_steps} steps"
 
 
-def _columns(metrics: StepMetrics) -> list[str]:
+def columns(metrics: StepMetrics) -> list[str]:
     """Return step, epoch, loss, learning rate, gradient norm, tokens per second and time left, with their names."""
     width = len(str(metrics.max_steps))
     epoch = UNKNOWN if metrics.epoch is None else f"{metrics.epoch:.2f}"
@@ -252,7 +252,7 @@ def _columns(metrics: StepMetrics) -> list[str]:
     return [*columns, f"{duration(metrics.seconds_left)} left"]
 
 
-def _validation(event: LogEvent) -> str:
+def validation_text(event: LogEvent) -> str:
     losses = [
         f"{key.removeprefix('eval_').replace('_', ' ')} {loss(value)}"
         for key, value in event.values.items()

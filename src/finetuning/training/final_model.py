@@ -40,6 +40,8 @@ logger = logging.getLogger("finetuning")
 
 _KEY = "save_model_dir"
 _REFERENCE_ADAPTER = "ref"
+_HUB_TIMEOUT_S = 60.0
+"""How long the Hub may take to take or send the next part of a request or an answer."""
 # Text with accents, digits and punctuation, for the round trip of the tokenizer.
 _SAMPLE_TEXT = "The quick brown fox, 12 × 7 = 84: déjà vu."
 _SMALL_SHARE = 0.5
@@ -314,7 +316,8 @@ def check_hub_login(experiment: Experiment) -> None:
     from finetuning.model.resolve import transport_error
 
     try:
-        HfApi(token=_hub_token(options)).whoami()
+        with _hub_timeout():
+            HfApi(token=_hub_token(options)).whoami()
     except (OSError, ValueError, LocalTokenNotFoundError, transport_error()) as error:
         raise ConfigError(
             f"the Hub cannot be reached, or does not know you: {first_line(error)}",
@@ -339,9 +342,9 @@ def push_to_hub(experiment: Experiment, model: FinalModel) -> tuple[str | None, 
     name = options.get("hub_model_id") or Path(experiment.training_args.output_dir).resolve().name
     try:
         api = HfApi(token=_hub_token(options))
-        repository = api.create_repo(str(name), private=options.get("hub_private_repo"), exist_ok=True)
         revision = options.get("hub_revision")
-        with announce_wait(f"the Hub to take {model.folder}", after_s=30.0):
+        with _hub_timeout(), announce_wait(f"the Hub to take {model.folder}", after_s=30.0):
+            repository = api.create_repo(str(name), private=options.get("hub_private_repo"), exist_ok=True)
             api.upload_folder(
                 repo_id=repository.repo_id,
                 folder_path=model.folder,
@@ -358,6 +361,19 @@ def push_to_hub(experiment: Experiment, model: FinalModel) -> tuple[str | None, 
         )
         return None, reason
     return str(repository), None
+
+
+@contextmanager
+def _hub_timeout() -> Iterator[None]:
+    """Limit the requests to the Hub in the block: the client of huggingface_hub waits for an answer for ever."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, _HUB_TIMEOUT_S
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _hub_token(options: Mapping[str, Any]) -> str | None:

@@ -16,10 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from finetuning.distributed import REPEAT_S, read_grace
 from finetuning.errors import Interrupted
+from finetuning.report.run_folder import STOP_FILE
 
 logger = logging.getLogger("finetuning")
 
-STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Above every signal number: the processes of a run agree on the maximum of what each of them received.
 _TIME_LIMIT, _STOP_FILE = 1000, 1001

@@ -1,0 +1,1 @@
+"""`finetuning watch`: a local page that shows runs while they go on."""
