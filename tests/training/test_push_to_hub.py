@@ -63,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
             assert hashlib.sha256(body).hexdigest() == self.path.removeprefix("/lfs/")
             self.server.large[self.path.removeprefix("/lfs/")] = body
             return self._send({})
+        if self.command == "GET" and self.path.startswith("/api/models/"):
+            return self._send({"error": "Repository not found"}, 404)
         if self.path.endswith("/commit/main"):
             return self._commit(body)
         self._send(self._reply(json.loads(body or b"{}")))
@@ -161,12 +163,11 @@ def test_the_final_model_is_pushed_after_everything_is_saved(
     out, seen = tmp_path / "out", {}
     hub.on_create = lambda: seen.update(
         status=record_of(tmp_path)["status"],
-        complete=(out / ".complete").exists(),
         report=(out / "report.html").exists(),
     )
     process = push()
     assert process.returncode == 0, process.output
-    assert seen == {"status": "completed", "complete": True, "report": True}
+    assert seen == {"status": "completed", "report": True}
     final = out / "checkpoint-final"
     written = {path.relative_to(final).as_posix(): path.read_bytes() for path in final.rglob("*") if path.is_file()}
     assert {"model.safetensors", "README.md", "tokenizer.json", "chat_template.jinja"} <= written.keys()

@@ -47,7 +47,7 @@ class Browser:
         os.close(answers)
         self._rest, self._count = b"", 0
         self.messages: list[str] = []
-        """What the console of the page has shown: errors, among them of the policy."""
+        """What the console of the page has displayed: errors, among them of the policy."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -110,7 +110,7 @@ def test_a_run_is_followed_stopped_and_compared(
     browser.open(f"{served.address}/#{TOKEN}")
     browser.wait_for("document.querySelectorAll('[data-run]').length === 2 && document.querySelector('.connection.on')")
     assert browser.value("location.hash") == "" and TOKEN not in browser.value("document.documentElement.outerHTML")
-    assert browser.value("getComputedStyle(document.querySelector('.row')).display") == "grid", "the style is loaded"
+    assert browser.value("getComputedStyle(document.querySelector('[data-run]')).display") == "grid", "the style is loaded"
 
     browser.value("(f => { f.value = 'DONE'; f.dispatchEvent(new Event('input')) })(document.getElementById('filter'))")
     visible = "[...document.querySelectorAll('[data-run]')].filter((row) => row.offsetHeight).length"
@@ -163,8 +163,8 @@ def test_the_chat_of_a_finished_run(
     def ask(question: str, count: int) -> list[str]:
         form = "document.querySelector('#chat form')"
         browser.value(f"(form => {{ form.question.value = {json.dumps(question)}; form.requestSubmit() }})({form})")
-        shown = f"document.querySelectorAll('.said').length === {count}"
-        browser.wait_for(f"document.querySelector('[data-cancel]').disabled && {shown}")
+        displayed = f"document.querySelectorAll('.said').length === {count}"
+        browser.wait_for(f"document.querySelector('[data-cancel]').disabled && {displayed}")
         return browser.value(lines)[-2:]
 
     expected = open_chat(done)

@@ -98,10 +98,10 @@ def test_planted_html_stays_text(make_run: Callable[..., Path]) -> None:
     pages = [listed, *(client.get(f"/run/{run_id}").text for run_id in ids)]
     pages.append(client.get(f"/compare?run={ids[0]}&run={ids[1]}").text)
     for page in pages:
-        found = Markup(page)
-        assert found.tags.count("script") == 2 and "img" not in found.tags, "only the scripts of the page itself"
-        assert not found.forbidden
-        assert "onerror" in found.text
+        parsed = Markup(page)
+        assert parsed.tags.count("script") == 2 and "img" not in parsed.tags, "only the scripts of the page itself"
+        assert not parsed.forbidden
+        assert "onerror" in parsed.text
 
 
 def test_secrets_are_redacted_in_what_is_sent(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

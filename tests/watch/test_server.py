@@ -180,14 +180,14 @@ def test_the_command_prints_an_address_and_ends_with_ctrl_c(
     )
     pattern = r"  (http://127\.0\.0\.1:\d+/)(?:#(\S{32}))?\n.*Ctrl-C"
     assert process.wait_for(lambda: re.search(pattern, process.stdout) is not None), process.output
-    found = re.search(pattern, process.stdout)
-    assert found is not None and bool(found[2]) == control
-    (run_id,) = re.findall(r'data-run="(\w+)"', httpx.get(found[1]).text)
+    matched = re.search(pattern, process.stdout)
+    assert matched is not None and bool(matched[2]) == control
+    (run_id,) = re.findall(r'data-run="(\w+)"', httpx.get(matched[1]).text)
     if control:
-        headers = {"authorization": f"Bearer {found[2]}"}
-        assert httpx.post(f"{found[1]}run/{run_id}/stop", headers=headers).status_code == 200
+        headers = {"authorization": f"Bearer {matched[2]}"}
+        assert httpx.post(f"{matched[1]}run/{run_id}/stop", headers=headers).status_code == 200
         assert (folder / "STOP").is_file()
-    with httpx.stream("GET", f"{found[1]}events/run/{run_id}") as events:
+    with httpx.stream("GET", f"{matched[1]}events/run/{run_id}") as events:
         assert next(events.iter_lines()).startswith("data: ")
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0

@@ -115,6 +115,7 @@ def _page_values(runs: Sequence[RunData]) -> dict[str, object]:
     started = parse_time(jobs[-1].get("started")) if jobs else None
     return {
         "run": run,
+        "folder": run.folder,
         "head_of": head_of,
         "runs": runs,
         "title": title_of(run),

@@ -286,8 +286,8 @@ def files_read(folder: Path) -> list[Path]:
     names = (RECORD_NAME, METRICS_LOG_NAME, LOSS_LOG_NAME, CONFIG_NAME, PREVIEW_NAME, _OLD_PREVIEW_NAME)
     patterns = (f"{EVALUATIONS}/*.json", "checkpoint-*/trainer_state.json", "telemetry/*/rank0.jsonl")
     patterns += tuple(f"*/{name}" for name in _MERGE_VERIFICATION_NAMES)
-    found = [folder / name for name in names if (folder / name).exists()]
-    return found + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    paths = [folder / name for name in names if (folder / name).exists()]
+    return paths + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def read_run_record(folder: Path) -> JsonRecord | None:

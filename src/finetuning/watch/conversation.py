@@ -41,14 +41,15 @@ class _Answer:
 
     def take(self) -> list[Piece]:
         with self._lock:
-            taken, self._pieces = self._pieces, []
-        return taken
+            pieces, self._pieces = self._pieces, []
+        return pieces
 
     def on_text(self, text: str) -> None:
         if self.is_abandoned:
             # As Ctrl-C does in the terminal: the answer ends, and what was generated is kept.
             raise KeyboardInterrupt
-        self.add(Piece("text", text))
+        if text:
+            self.add(Piece("text", text))
 
 
 class Conversations:

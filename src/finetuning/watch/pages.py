@@ -94,8 +94,8 @@ class RunPages:
 
     def render(self, run_ids: Sequence[str]) -> LivePage:
         """Return the page of a run; of several, a comparison."""
-        found = [self._folders.find(run_id) for run_id in run_ids]
-        runs = [run for run in found if run is not None]
+        matches = [self._folders.find(run_id) for run_id in run_ids]
+        runs = [run for run in matches if run is not None]
         if len(runs) < len(run_ids):
             return _gone("This run is not here any more: its folder was deleted or moved.")
         try:
@@ -132,7 +132,7 @@ def _single(run: WatchedRun, data: RunData) -> LivePage:
         # They are final when it has ended; the steps are in the progress bar.
         results = [(name.removeprefix("final "), value) for name, value in results if name != "steps"]
     sections = render_sections(
-        [data], status=run.state.state, status_kind=kind_of(run.state.state), key_results=[results]
+        [data], folder=run.name, status=run.state.state, status_kind=kind_of(run.state.state), key_results=[results]
     )
     sections["progress"] = Markup(_block("progress", run=run))
     sections["log"] = Markup(_block("log", lines=log_lines(run.rows, run.state.steps)))

@@ -86,31 +86,31 @@ class RunFolders:
     def __init__(self, roots: Sequence[Path]):
         self._roots = tuple(roots)
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[Signature, WatchedRun]] = {}
+        self._entries: dict[str, tuple[Signature, WatchedRun]] = {}
 
     def refresh(self) -> list[WatchedRun]:
         """Look for runs, and return them: those that run first, then the newest."""
         with self._lock:
-            known: dict[str, tuple[Signature, WatchedRun]] = {}
+            entries: dict[str, tuple[Signature, WatchedRun]] = {}
             for root in self._roots:
                 resolved = root.resolve()
                 for record in find_records(resolved):
                     run_id = hashlib.blake2b(os.fsencode(record.parent), digest_size=8).hexdigest()
-                    if run_id not in known and (entry := self._read(run_id, record.parent, resolved, root)):
-                        known[run_id] = entry
-            self._known = known
-            runs = [run for _, run in known.values()]
+                    if run_id not in entries and (entry := self._read(run_id, record.parent, resolved, root)):
+                        entries[run_id] = entry
+            self._entries = entries
+            runs = [run for _, run in entries.values()]
         runs.sort(key=lambda run: (run.state.started or "", run.name), reverse=True)
         return sorted(runs, key=lambda run: not run.is_running)
 
     def find(self, run_id: str) -> WatchedRun | None:
         """Return a run as it is now; None if there is none of this id, or it was deleted."""
         with self._lock:
-            entry = self._known.get(run_id)
+            entry = self._entries.get(run_id)
         if entry is None:
             self.refresh()
             with self._lock:
-                entry = self._known.get(run_id)
+                entry = self._entries.get(run_id)
             return entry[1] if entry else None
         run = entry[1]
         entry = self._read(run_id, run.folder, run.root, None)
@@ -125,7 +125,7 @@ class RunFolders:
         files = (folder / RECORD_NAME, folder / METRICS_LOG_NAME)
         if not all(is_inside(path, root) for path in files):
             return None
-        before = self._known.get(run_id)
+        before = self._entries.get(run_id)
         signature = signature_of(files)
         if before is not None and before[0] == signature and not before[1].is_running:
             return before
@@ -139,14 +139,14 @@ class RunFolders:
 
 def signature_of(files: Sequence[Path]) -> Signature:
     """Return size and time of change of files; those that do not exist are left out."""
-    found: list[tuple[str, int, int]] = []
+    result: list[tuple[str, int, int]] = []
     for path in files:
         try:
             status = path.stat()
         except OSError:
             continue
-        found.append((str(path), status.st_size, status.st_mtime_ns))
-    return tuple(found)
+        result.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(result)
 
 
 def is_inside(path: Path, root: Path) -> bool:

@@ -176,9 +176,9 @@ class WatchServer:
         named = [request.path_params["run"]] if "run" in request.path_params else request.query_params.getlist("run")
         if not 1 <= len(set(named)) <= MOST_COMPARED:
             return Response(f"compare 2 to {MOST_COMPARED} runs", status_code=400, media_type="text/plain")
-        found = [await asyncio.to_thread(self._folders.find, run_id) for run_id in dict.fromkeys(named)]
-        runs = [run for run in found if run is not None]
-        if len(runs) < len(found):
+        matches = [await asyncio.to_thread(self._folders.find, run_id) for run_id in dict.fromkeys(named)]
+        runs = [run for run in matches if run is not None]
+        if len(runs) < len(matches):
             return Response("there is no such run here", status_code=404, media_type="text/plain")
         return runs
 
@@ -216,8 +216,8 @@ class WatchServer:
         """Let a request with the token act on a run."""
         if self._token is None:
             return _refusal("finetuning watch was started without --control", 403)
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), self._token.encode()):
+        scheme, _, offered = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secrets.compare_digest(offered.encode(), self._token.encode()):
             return _refusal("the token is missing or wrong: open the address that finetuning watch printed", 403)
         run = await asyncio.to_thread(self._folders.find, request.path_params["run"])
         if run is None:
