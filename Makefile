@@ -1,4 +1,5 @@
 # make quickstart   fine-tune a tiny model on the CPU and compare its answers before and after
+# make get-started  follow the pages of Get started in a new environment, up to a chat
 # make test         run the tests
 # make test-full    run the tests and all cases of their matrices
 # make check        run every check that is not a test
@@ -23,7 +24,7 @@ PYTEST_DEBUG_TEMPROOT ?= $(shell test "$$(df -P /dev/shm 2>/dev/null | awk 'NR =
 export PYTEST_DEBUG_TEMPROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full test-removed-checks gpu-check test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full get-started test-removed-checks gpu-check test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -41,6 +42,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: venv ## tune, merge and try a tiny model on the CPU
 	$(PYTHON) examples/quickstart/run.py
+
+# Not part of .ci/run: it installs everything again. The workflow calls it.
+get-started: ## follow the Get started pages in a new environment
+	PIP_OPTIONS='$(PIP_OPTIONS)' $(SYSTEM_PYTHON) scripts/get_started.py
 
 test: venv ## run the tests
 	$(PYTHON) -m pytest $(PYTEST_OPTIONS)

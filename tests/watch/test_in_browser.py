@@ -110,7 +110,9 @@ def test_a_run_is_followed_stopped_and_compared(
     browser.open(f"{served.address}/#{TOKEN}")
     browser.wait_for("document.querySelectorAll('[data-run]').length === 2 && document.querySelector('.connection.on')")
     assert browser.value("location.hash") == "" and TOKEN not in browser.value("document.documentElement.outerHTML")
-    assert browser.value("getComputedStyle(document.querySelector('[data-run]')).display") == "grid", "the style is loaded"
+    assert browser.value("getComputedStyle(document.querySelector('[data-run]')).display") == "grid", (
+        "the style is loaded"
+    )
 
     browser.value("(f => { f.value = 'DONE'; f.dispatchEvent(new Event('input')) })(document.getElementById('filter'))")
     visible = "[...document.querySelectorAll('[data-run]')].filter((row) => row.offsetHeight).length"
