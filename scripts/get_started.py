@@ -2,8 +2,8 @@
 
     python scripts/get_started.py [FOLDER]
 
-Builds a virtual environment in FOLDER (by default a temporary one), runs the install line of docs/get-started/index.md in
-the repository, and then every block of docs/get-started/first-fine-tune.md in order: files with a title are written,
+Builds a virtual environment in FOLDER (by default a temporary one), runs the install line of docs/get-started/index.md
+in the repository, and then every block of docs/get-started/first-fine-tune.md in order: files with a title are written,
 `bash` blocks are run. Fails when a command fails that the page does not show failing, and unless the chat answers.
 PIP_OPTIONS adds options to pip; the tests of the page compare what the commands print.
 """
