@@ -174,9 +174,11 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
 def chat_field(row: Row, column: str) -> list[Message]:
     """Return the messages of a column, with `role` and `content` however other engines spell them."""
     value = list_field(row, column)
-    if value and isinstance(value, list) and not all(map(is_plain, value)):
-        messages: list[JsonValue] = []
+    if value and isinstance(value, list):
         items = cast("list[JsonValue]", value)
+        if all(map(is_plain, items)):
+            return cast("list[Message]", items)
+        messages: list[JsonValue] = []
         is_legacy = any(isinstance(message, dict) and bool(message.get("function_call")) for message in items)
         for index, message in enumerate(items):
             messages += _spelled_out(message, f"{column}[{index}]")
