@@ -6,8 +6,8 @@ id, environment, signals and exit code, but it does not spend seconds on the imp
 Reads one JSON request per line:
 
 - `{"program": ..., "args": [...], "environ": {...}, "cwd": ..., "stdout": path, "stderr": path, "before": code}` starts
-  a console script or a Python file in a new process and answers with its process id; `environ` is the whole
-  environment, and `before` is executed first.
+  a console script, a Python file or a module of the engine in a new process and answers with its process id;
+  `environ` is the whole environment, and `before` is executed first.
 - `{"wait": pid}` answers with the exit code once the process has ended, negative for a signal.
 """
 
@@ -59,11 +59,27 @@ def import_all() -> None:
                 importlib.import_module(module.name)
 
 
+def fill_caches() -> None:
+    """Make what the first run of a process makes: the schemas of configs, and what transformers renames in weights."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from finetuning.config.sections.experiment import EXPERIMENTS
+
+    get_checkpoint_conversion_mapping("llama")
+    for experiment in EXPERIMENTS.values():
+        experiment.model_rebuild()
+
+
 def run_program(program: str, args: list[str]) -> Any:
-    """Run a console script or a file, and return the exit code."""
+    """Run a console script, a file or a module, and return the exit code."""
     if program.endswith(".py"):
         sys.argv = [program, *args]
+        sys.path[0] = str(Path(program).parent)
         runpy.run_path(program, run_name="__main__")
+        return 0
+    if program.startswith("finetuning."):
+        sys.argv = [program, *args]
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
         return 0
     sys.argv = [str(Path(sys.executable).with_name(program)), *args]
     # Not from the metadata of the installed package, which is older than a console script of a checkout.
@@ -100,6 +116,7 @@ def run_request(request: dict[str, Any]) -> NoReturn:
 
 def serve() -> None:
     import_all()
+    fill_caches()
     assert threading.active_count() == 1, "a thread would not be there after a fork"
     gc.freeze()
     print("ready", flush=True)

@@ -87,6 +87,40 @@ class Process:
         return True
 
 
+class ForkedPopen:
+    """A process of a fork server with the methods of `subprocess.Popen` that the engine and `subprocess.run` use.
+
+    Its streams are a file that both were sent to, or are captured.
+    """
+
+    def __init__(self, process: Process):
+        self._process = process
+        self.args, self.pid = process.args, process.pid
+
+    def __enter__(self) -> ForkedPopen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def poll(self) -> int | None:
+        return None if self._process.is_running else self.wait()
+
+    def wait(self, timeout: float = SECONDS) -> int:
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout or SECONDS)
+        return self._process.stdout, self._process.stderr
+
+
 class ForkServer:
     """Starts console scripts in processes of their own, which share the imports of `fork_server.py`.
 
@@ -118,6 +152,7 @@ class ForkServer:
         *,
         program: str = "finetuning",
         cwd: str | os.PathLike[str] | None = None,
+        output: Path | None = None,
     ) -> Process:
         """Start a console script.
 
@@ -125,11 +160,12 @@ class ForkServer:
             args: its arguments
             environ: variables to add to the environment; None removes one
             before: code that the new process runs first
-            program: a console script, or the path of a Python file
+            program: a console script, the path of a Python file, or the name of a module as `python -m` takes it
             cwd: its working directory, the current one by default
+            output: a file for both streams instead of one of each
         """
         self._count += 1
-        streams = [self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr")]
+        streams = [output or self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr")]
         merged = {**(os.environ if self._environ is None else self._environ), **(environ or {})}
         command = [str(arg) for arg in args]
         request = {
@@ -173,6 +209,14 @@ class ForkServer:
         code = self._ask({"wait": pid})
         del self._running[pid]
         return code
+
+    def popen(self, command: Sequence[object], stdout: Any = None, env: Any = None, **options: Any) -> ForkedPopen:
+        """Start `python -m MODULE ...` of the engine as `subprocess.Popen` does. See `ForkedPopen` for the options."""
+        executable, flag, module, *args = map(str, command)
+        assert (executable, flag) == (sys.executable, "-m"), command
+        before = "import os; os.setsid()" if options.get("start_new_session") else ""
+        output = Path(stdout.name) if hasattr(stdout, "name") else None
+        return ForkedPopen(self.start(args, env, before, program=module, output=output))
 
     def clear(self) -> None:
         """Kill what a test has left running."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ def libraries() -> LibraryFields:
 
 
 @pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generated(tmp_path_factory: pytest.TempPathFactory, run_cli: Callable[..., Any]) -> Path:
     """The table of the installed libraries."""
     path = tmp_path_factory.mktemp("generated") / TABLE.name
-    command = [sys.executable, "-m", "finetuning.config.validation.introspection", str(path)]
-    subprocess.run(command, check=True)
+    result = run_cli([path], program="finetuning.config.validation.introspection")
+    assert result.returncode == 0, result.stderr
     return path
 
 

@@ -4,7 +4,6 @@ run goes on from exactly, and a complete fine-tuned model."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -35,7 +34,9 @@ LAYOUTS = {
 """How the rows of each case lie in a batch."""
 
 
-OPTIONS = ["--config_file", str(preset_file("fsdp2")), "--num_processes", "2", "--main_process_port", "0", str(PROGRAM)]
+def launch_options(preset: Path) -> list[str]:
+    """Return the options of `accelerate launch`, and the program."""
+    return ["--config_file", str(preset), "--num_processes", "2", "--main_process_port", "0", str(PROGRAM)]
 
 
 @pytest.fixture
@@ -47,12 +48,15 @@ def run_sharded(fork_server: ForkServer) -> Callable[..., str]:
 
     def run(kind: str, config: Path, *, fresh: bool = False) -> str:
         if fresh:
-            command = [str(Path(sys.executable).with_name("accelerate")), "launch", *OPTIONS, kind, str(config)]
+            accelerate = str(Path(sys.executable).with_name("accelerate"))
+            command = [accelerate, "launch", *launch_options(preset_file("fsdp2")), kind, str(config)]
             result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
             assert result.returncode == 0, result.stderr
             stdout = result.stdout
         else:
-            ranks = fork_server.start_all([kind, config], ["", ""], fsdp_environment(), program=str(PROGRAM))
+            ranks = fork_server.start_all(
+                [kind, config], ["", ""], environment_of(preset_file("fsdp2")), program=str(PROGRAM)
+            )
             assert wait_all(ranks) == [0, 0], "".join(rank.output for rank in ranks)
             stdout = "".join(rank.stdout for rank in ranks)
         assert stdout.count("shared out by FSDP2: True") == 2, "or this was DDP"
@@ -61,9 +65,9 @@ def run_sharded(fork_server: ForkServer) -> Callable[..., str]:
     return run
 
 
-def fsdp_environment() -> dict[str, str]:
-    """Return the variables that `accelerate launch` sets for the preset."""
-    options = launch_command_parser().parse_args(OPTIONS)
+def environment_of(preset: Path) -> dict[str, str]:
+    """Return the variables that `accelerate launch` sets for a preset."""
+    options = launch_command_parser().parse_args(launch_options(preset))
     environment = prepare_multi_gpu_env(_validate_launch_command(options)[0])
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
@@ -135,33 +139,22 @@ def test_sharing_weights_out_does_not_show(
 @pytest.mark.slow
 @pytest.mark.parametrize("part", sample(["gathered", "sharded"], ["sharded"]))
 def test_shards_that_are_not_what_is_in_memory_stop_every_process(
-    sft_values: Any, write_config: Any, tmp_path: Path, part: str
+    fork_server: ForkServer, sft_values: Any, write_config: Any, tmp_path: Path, part: str
 ) -> None:
     changes = {"training_args.max_steps": 1, "training_args.save_strategy": "steps", "training_args.save_steps": 1}
     preset = preset_file("fsdp2").read_text(encoding="utf-8")
     if part == "sharded":
         preset = preset.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
     (tmp_path / "preset.yaml").write_text(preset, encoding="utf-8")
-    launch = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        "--config_file",
-        str(tmp_path / "preset.yaml"),
-    ]
-    program = [str(PROGRAM.with_name("tampering_on_cpu.py")), "sft"]
+    program = str(PROGRAM.with_name("tampering_on_cpu.py"))
     output = {}
     for tamper_with in ("none", part):
         config = write_config(sft_values({**changes, "training_args.output_dir": str(tmp_path / tamper_with)}))
-        result = subprocess.run(
-            [*launch, "--num_processes", "2", "--main_process_port", "0", *program, str(config)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-            env={**os.environ, "TAMPER_WITH": tamper_with},
-        )
-        output[tamper_with] = result.stdout + result.stderr
-        assert (result.returncode == 0) == (tamper_with == "none"), output[tamper_with]
+        environment = {**environment_of(tmp_path / "preset.yaml"), "TAMPER_WITH": tamper_with}
+        ranks = fork_server.start_all(["sft", config], ["", ""], environment, program=program)
+        codes = [rank.wait() for rank in ranks]
+        output[tamper_with] = "".join(rank.output for rank in ranks)
+        assert codes == [0, 0] if tamper_with == "none" else all(codes), output[tamper_with]
     assert (tmp_path / "none" / "checkpoint-1").is_dir() and not (tmp_path / part / "checkpoint-1").exists()
     assert re.search(r"checkpoint-1: the saved model failed verification: pytorch_model_fsdp", output[part])
     assert "1 of 20 tensors differ from those in memory" in output[part] or "1 of 21 tensors differ" in output[part]

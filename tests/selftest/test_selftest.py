@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ForkServer
 from safetensors.torch import load_file, save_file
 
 from finetuning.cli.selftest import main
@@ -19,7 +21,14 @@ from finetuning.selftest.trials import STEPS, TrialFailed, TrialRunner, trial_ov
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}}
 
 
+@pytest.fixture
+def forked_trials(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks the processes of a self-test, which spares each of them the imports."""
+    monkeypatch.setattr(subprocess, "Popen", fork_server.popen)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_trials")
 def test_all_checks_of_a_lora_run_pass(
     sft_values: Any, write_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +130,7 @@ class Replayed(TrialRunner):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_trials")
 def test_a_resumed_run_with_one_other_weight_fails(runner: TrialRunner, sft_values: Any) -> None:
     from finetuning.config.sections.experiment import SFTExperiment
 
