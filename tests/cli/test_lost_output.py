@@ -18,7 +18,8 @@ from finetuning.cli.errors import run_command, survive_lost_output
 def work(argv):
     if argv == ["run"]:
         survive_lost_output()
-    for number in range(20000):
+    # More than a pipe holds.
+    for number in range(8000):
         print("line", number)
     with open(sys.argv[2], "w") as file:
         file.write("done")

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from matrix import sample
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -85,7 +86,11 @@ def test_an_invalid_argument_of_a_schedule_is_a_config_error(say: Say, sft_value
     assert code == 1 and "training_args.lr_scheduler_kwargs: is rejected: lr_end" in err
 
 
-@pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
+# With 4 bits the step is compiled for a minute; those with 8 bits and in float8 take the same way.
+OPTIMIZERS = [item.value for item in OptimizerNames]
+
+
+@pytest.mark.parametrize("name", sample(OPTIMIZERS, {*OPTIMIZERS} - {"adamw_torch_4bit"}))
 def test_each_optimizer_trains_or_is_refused_by_dry_run(check: Any, sft_values: Any, name: str) -> None:
     # RAdam takes no step before the variance of its second moment is known: weights that never moved fail verification.
     steps = 8 if "radam" in name else 2

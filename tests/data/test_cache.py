@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ForkServer, Process, wait_all
 
 from finetuning.atomic_io import MANIFEST, write_manifest
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
@@ -297,55 +295,49 @@ conf = DataConfig.model_validate({
     "training_data": {"type": "CONCATENATION", "datasets": [{"path": str(folder / "a.jsonl")}]},
     "validation_data": {"type": "NONE"}, "chat_template_name": "chat-ml", "cache": str(folder / "cache")})
 print("ready", flush=True)
-sys.stdin.readline()
+while not (folder / "go").exists():
+    time.sleep(0.01)
 data = prepare_sft(conf, SFTArgs(max_seq_length=64), AutoTokenizer.from_pretrained(folder / "tokenizer"))
 print(len(data.train), data.origin, flush=True)
 """
 
 
 @pytest.fixture
-def start(tmp_path: Path, tokenizer: Any, write_lines: Any) -> Any:
-    """A function that starts a process which prepares on a signal."""
+def start(tmp_path: Path, tokenizer: Any, write_lines: Any, fork_server: ForkServer) -> Callable[..., Process]:
+    """A function that starts a process which prepares as soon as there is a file `go`."""
     write_lines("a.jsonl", *(chat(index) for index in range(3000)))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    running = []
+    program = tmp_path / "child.py"
+    program.write_text(CHILD, encoding="utf-8")
 
-    def call(how: str = "lives") -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", CHILD, str(tmp_path), how]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        running.append(process)
-        assert process.stdout.readline() == "ready\n"
+    def call(how: str = "lives") -> Process:
+        process = fork_server.start([tmp_path, how], program=str(program))
+        assert process.wait_for(lambda: "ready\n" in process.stdout), process.output
         return process
 
-    yield call
-    for process in running:
-        process.kill()
-        process.communicate()
+    return call
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(start: Any, tmp_path: Path) -> None:
     process = start("dies")
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    (tmp_path / "go").touch()
+    assert process.wait_for(lambda: process.stdout.endswith("half\n")), process.output
+    process.kill()
     left = entries(tmp_path)
     assert [item.name.endswith(".partial") for item in left] == [True]
     again = start()
-    out, _ = again.communicate("\n")
-    assert out.startswith("3000 prepared now")
+    assert again.wait() == 0, again.output
+    assert "\n3000 prepared now" in again.stdout
     assert [item.name.endswith(".partial") for item in entries(tmp_path)] == [False]
 
 
 def test_processes_that_want_the_same_rows_prepare_them_once(start: Any, tmp_path: Path) -> None:
     processes = [start() for _ in range(3)]
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    reported = [process.communicate()[0] for process in processes]
+    (tmp_path / "go").touch()
+    assert wait_all(processes) == [0, 0, 0], "".join(process.output for process in processes)
+    reported = [process.stdout for process in processes]
     assert sorted("prepared now" in item for item in reported) == [False, False, True]
-    assert all(item.startswith("3000 ") for item in reported)
+    assert all("\n3000 " in item for item in reported)
     assert len(entries(tmp_path)) == 1
 
 

@@ -239,7 +239,7 @@ def test_errors_name_the_line_of_the_job(run_cli: Any, job: dict[str, Any], tmp_
 
 
 def test_multipack_trains_on_the_same_steps(
-    run_cli: Any, job: dict[str, Any], write_jsonl: Any, tmp_path: Path
+    fork_server: ForkServer, job: dict[str, Any], write_jsonl: Any, tmp_path: Path
 ) -> None:
     rows = [{"output": f"### Text:{' number' * (1 + 7 * n % 13)}\n\n### Label:{' a' * (1 + n % 5)}"} for n in range(11)]
     job |= {"training_data_path": str(write_jsonl(tmp_path / "lengths.jsonl", rows)), "padding_free": ["huggingface"]}
@@ -249,8 +249,8 @@ def test_multipack_trains_on_the_same_steps(
         file, out = tmp_path / f"{name}.json", tmp_path / name
         launch = {"output_dir": str(out), "accelerate_launch_args": {"num_processes": 2}}
         file.write_text(json.dumps(job | more | launch))
-        result = run_cli(["job", file])
-        assert result.returncode == 0, result.stderr
+        both = fork_server.start_all(["job", file, "--worker"], ["", ""])
+        assert wait_all(both) == [0, 0], both[0].output + both[1].output
         lines = map(json.loads, (out / "training_logs.jsonl").read_text().splitlines())
         losses[name] = [line["data"]["value"] for line in lines if line["name"] == "training_loss"]
     assert len(losses["plain"]) == 6
@@ -266,7 +266,7 @@ def test_full_fine_tuning_saved_to_the_output_directory(run_cli: Any, job: dict[
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "training_logs.jsonl", ".complete"} <= names
     assert not [name for name in names if name.startswith("checkpoint-") and name != "checkpoint-final"]
-    again = run_cli(["job"], env={"SFT_TRAINER_CONFIG_JSON_PATH": str(file)})
+    again = run_cli(["job", "--worker"], env={"SFT_TRAINER_CONFIG_JSON_PATH": str(file)})
     assert again.returncode == 0, again.stderr
     assert "already complete" in again.stdout
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SECONDS
+from processes import ForkServer, Process
 
-LAUNCH = [str(Path(sys.executable).parent / "finetuning"), "launch", "--nproc", "1", "--nnodes", "2"]
+LAUNCH = ["launch", "--nproc", "1", "--nnodes", "2"]
+ENTER = """
+import ctypes, os
+ctypes.CDLL(None, use_errno=True).setns(os.open("/run/netns/{name}", os.O_RDONLY), {CLONE_NEWNET})
+"""
+CLONE_NEWNET = 0x40000000
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
 STEPS = 30
 
@@ -27,44 +31,41 @@ def ip(*arguments: str) -> str:
 
 @dataclass
 class Host:
-    """A network namespace; `log` gets what its launcher says."""
+    """A network namespace, and its launchers: a new one comes up after the first was lost."""
 
     name: str
     rank: int
-    log: Path
-    process: subprocess.Popen[bytes] | None = field(default=None)
+    fork_server: ForkServer
+    launchers: list[Process] = field(default_factory=list[Process])
 
     def launch(self, config: Path, *overrides: str) -> None:
         location = ["--node-rank", str(self.rank), "--main-address", "10.77.0.1:29511"]
         command = [*LAUNCH, *location, "--max-restarts", "3", "sft", str(config), *overrides]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *command], stdout=log, stderr=subprocess.STDOUT
-            )
+        enter = ENTER.format(name=self.name, CLONE_NEWNET=CLONE_NEWNET)
+        self.launchers.append(self.fork_server.start(command, before=enter))
 
     def lose(self) -> None:
         """Everything that runs there is killed, and the cable pulled."""
         for process in ip("netns", "pids", self.name).split():
             os.kill(int(process), signal.SIGKILL)
         self.cable("down")
-        assert self.process and self.process.wait() == -signal.SIGKILL
+        assert self.launchers[-1].wait() == -signal.SIGKILL
 
     def cable(self, state: str) -> None:
         ip("-n", self.name, "link", "set", "cable", state)
 
     def code(self) -> int:
-        assert self.process
-        return self.process.wait(timeout=SECONDS)
+        return self.launchers[-1].wait()
 
     def said(self) -> str:
-        return self.log.read_text()
+        return "".join(launcher.output for launcher in self.launchers)
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+def hosts(fork_server: ForkServer) -> Iterator[tuple[Host, Host]]:
     if os.geteuid() != 0:
         pytest.skip("only root can make network namespaces")
-    pair = tuple(Host(f"ft{os.getpid()}-{rank}", rank, tmp_path / f"host-{rank}.log") for rank in (0, 1))
+    pair = tuple(Host(f"ft{os.getpid()}-{rank}", rank, fork_server) for rank in (0, 1))
     first, second = pair
     made = []
     try:
@@ -116,7 +117,7 @@ def test_a_host_that_is_lost_and_comes_back_leaves_the_curve_of_one_process(
         host.launch(config)
     log = out / "training_logs.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 5:
-        assert all(host.process and host.process.poll() is None for host in hosts), hosts[0].said() + hosts[1].said()
+        assert all(host.launchers[-1].is_running for host in hosts), hosts[0].said() + hosts[1].said()
         time.sleep(0.02)
     hosts[lost].lose()
     hosts[lost].cable("up")

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--first-step", type=int, default=0)
     parser.add_argument("--resumed", action="store_true")
     parser.add_argument("--status", default="FINISHED")
+    parser.add_argument("--wait-s", type=float, help="how long the end waits for the server, as a run by default")
     parser.add_argument("--pause-at", type=int)
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--artifacts", default=None)
@@ -52,7 +53,7 @@ def main() -> None:
     if options.model:
         tracker.log_model_files(options.model)
     began = time.perf_counter()
-    end = tracker.finish(options.status)
+    end = tracker.finish(options.status, wait_s=options.wait_s)
     report = {
         "slowest_call_s": max(calls),
         "median_call_s": sorted(calls)[len(calls) // 2],

@@ -22,6 +22,8 @@ from finetuning.tracking.mlflow.sync import sync_run
 CALL_S = 5
 MEDIAN_CALL_S = 0.05
 FINISH_S = 10 + 50
+SHORT_WAIT = ("--wait-s", 2)
+"""For jobs whose server stays away. That the default ends is shown once."""
 
 Job = Callable[..., dict[str, Any]]
 Paused = Callable[..., tuple[subprocess.Popen[str], Path]]
@@ -52,11 +54,12 @@ def assert_arrived_once(server: Any, run_id: str | None, steps: int, status: str
 
 @pytest.mark.parametrize("kind", sample(["closed port", "black hole"], ["black hole"]))
 def test_a_server_that_never_was_there(
-    kind: str, closed_port: int, black_hole: int, tmp_path: Path, run_job: Job
+    kind: str, closed_port: int, black_hole: int, tmp_path: Path, run_job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = closed_port if kind == "closed port" else black_hole
     report = run_job(f"http://127.0.0.1:{port}", tmp_path, "--steps", 300)
     assert_unharmed(report, tmp_path, 300)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     [result] = sync_run(tmp_path, patience_s=1)
     assert result.error
     assert result.waiting == result.waiting_before == 303
@@ -74,7 +77,7 @@ def test_a_server_killed_or_frozen_in_mid_run_is_caught_up_with_once(
     eventually: Callable[[Callable[[], bool]], None],
 ) -> None:
     server = launch_server()
-    job, mark = paused_job(server.uri, tmp_path / "out")
+    job, mark = paused_job(server.uri, tmp_path / "out", *SHORT_WAIT)
     store = client(server.uri)
 
     def half_has_arrived() -> bool:
@@ -153,7 +156,7 @@ def test_what_an_unreachable_server_missed_is_delivered_by_the_resumed_job(
 ) -> None:
     server = launch_server(running=False)
     output = tmp_path / "out"
-    assert_unharmed(run_job(server.uri, output, "--steps", 20, "--status", "FAILED"), output, 20)
+    assert_unharmed(run_job(server.uri, output, "--steps", 20, "--status", "FAILED", *SHORT_WAIT), output, 20)
     server.start_again()
     run_job(server.uri, output, "--resumed", "--first-step", 20, "--steps", 20)
     [result] = sync_run(output)
@@ -188,7 +191,7 @@ def test_model_files_that_did_not_arrive_are_sent_by_sync(
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights" * 1000)
     server = launch_server(running=False)
-    report = run_job(server.uri, tmp_path / "out", "--artifacts", "true", "--model", model)
+    report = run_job(server.uri, tmp_path / "out", "--artifacts", "true", "--model", model, *SHORT_WAIT)
     assert report["finish_s"] < FINISH_S
     server.start_again()
     [result] = sync_run(tmp_path / "out")
