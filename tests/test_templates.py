@@ -34,6 +34,7 @@ TOO_LARGE = {
     "format by an argument": "{{ '{:>{}}'.format('a', 10 ** 10) }}",
     "concat": LONG + "{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "add": LONG + "{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "add many": LONG + "{% for i in range(60) %}{% set ns.s = ns.s + 'x' + ns.s + 'y' + ns.s %}{% endfor %}",
     "join": LONG + "{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
     "join by a method": LONG + "{{ ns.s.join([ns.s] * 100000) | length }}",
     "replace": LONG + "{% for i in range(60) %}{% set ns.s = ns.s | replace('x', 'xxxx') %}{% endfor %}",
@@ -112,6 +113,8 @@ FEATURES = (
     "{{ ns.n }} {{ 7 // 2 }} {{ 2 ** 10 }} {{ '%05.1f|%s' % (1.5, 'a') }} {{ '{:>4}'.format('x') }} {{ 'ab' * 3 }}",
     "{{ messages | map(attribute='role') | join(', ') }}{{ [1, 2] + [3] }}{{ ['b', 'a'] | sort | list }}"
     "{{ 'a,b'.split(',') }}{{ 'x' in messages[0].content }}{{ messages[1:] | length }}{{ dict(a=1) }}",
+    "{{ 1 + 2.5 + 3 }}{{ [1] + [2] + [] }}{{ 'a' + 'b' + messages[0].role + '<' }}{{ 'a' + ('<' | e) + '<' + '>' }}"
+    "{{ '>' + ('b' | safe) }}{% set n = messages | length + 1 - 2 + 3 %}{{ n }}",
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}",
 )
