@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def source_of(name: str) -> str:
     return ours.source if ours else (FOLDER / f"{name}.jinja").read_text("utf-8")
 
 
+@cache
 def mask_all(name: str, kind: str, make_tokenizer: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
     tokenizer = make_tokenizer(kind, source_of(name))
     label_builder = LabelBuilder(tokenizer)

@@ -156,7 +156,7 @@ print(json.dumps([peaks(name) for name in sys.argv[2:]]))
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    few, many = 5_000, 20_000
+    few, many = 3_000, 12_000
     for count in (few, many):
         with open(tmp_path / str(count), "w") as stream:
             for number in range(count):

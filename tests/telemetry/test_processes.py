@@ -109,17 +109,20 @@ socket.getaddrinfo = lookup
 
 
 def test_nothing_is_sent_anywhere_and_no_secret_is_written(
-    sft_values: Any, dpo_values: Any, write_config: Any, run_cli: Any, tmp_path: Path
+    sft_values: Any, dpo_values: Any, write_config: Any, run_cli: Any, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     marks = tmp_path / "marks"
+    blocked = BLOCKED.format(marks=str(marks))
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKED.format(marks=str(marks)))
+    (tmp_path / "site" / "sitecustomize.py").write_text(blocked)
     path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": path, "HF_TOKEN": "hf_s3cret", "HF_HUB_DISABLE_TELEMETRY": None, "CI": None}
-    for values in (sft_values(), dpo_values({"training_args.output_dir": str(tmp_path / "dpo")})):
-        method = "sft" if "sft_args" in values else "dpo"
-        result = run_cli([method, write_config(values)], env=environment, cwd=tmp_path, fresh=True)
-        assert result.returncode == 0, result.stderr
+    environment = {"HF_TOKEN": "hf_s3cret", "HF_HUB_DISABLE_TELEMETRY": None, "CI": None}
+    # In a fresh interpreter, whose imports are watched as well: those of dpo include those of sft.
+    dpo = write_config(dpo_values({"training_args.output_dir": str(tmp_path / "dpo")}), "dpo.yaml")
+    result = run_cli(["dpo", dpo], env={**environment, "PYTHONPATH": path}, cwd=tmp_path, fresh=True)
+    assert result.returncode == 0, result.stderr
+    sft = fork_server.start(["sft", write_config(sft_values())], environment, blocked, cwd=tmp_path)
+    assert sft.wait() == 0, sft.output
     assert not marks.exists(), marks.read_text()
     files = [path for folder in ("out", "dpo") for path in (tmp_path / folder / "telemetry").rglob("*.jsonl")]
     assert len(files) == 2
