@@ -40,7 +40,7 @@ def newest(names: set[str]) -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [16, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.full)])
 def test_a_run_that_is_killed_many_times(
     fork_server: Any,
     sft_values: Any,
