@@ -33,6 +33,8 @@ def test_launch_runs_two_processes(run_cli: Any, config: Path, tmp_path: Path) -
     assert (tmp_path / "out" / ".complete").read_bytes() == b""
 
 
+# An ordinary run starts `accelerate launch` in test_sharded.py.
+@pytest.mark.full
 def test_under_accelerate_launch(config: Path, tmp_path: Path) -> None:
     command = [str(SCRIPTS / "accelerate"), "launch", "--num_processes", "2", "--multi_gpu", "--no-python"]
     result = subprocess.run(
