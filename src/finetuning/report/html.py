@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -87,8 +88,12 @@ def render_sections(runs: Sequence[RunData], **replaced: object) -> dict[str, Ma
     return sections
 
 
+@cache
 def page_templates(*packages: str) -> jinja2.Environment:
-    """Return the environment of the report's templates, and of those in other packages. All values are escaped."""
+    """Return the environment of the report's templates, and of those in other packages. All values are escaped.
+
+    Kept from call to call: compiling the page takes longer than filling it in.
+    """
     return jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
