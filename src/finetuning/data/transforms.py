@@ -350,7 +350,8 @@ _HANDLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Transform
         _chat_text,
     ),
     "tokenize_and_apply_chat_template_with_masking": (
-        ("conversation_column", "conversation_column_name", *_TOKENIZER_ARGUMENTS),
+        # The name of a column for the text, which is tokenized at once here: accepted, as there.
+        ("conversation_column", "conversation_column_name", "formatted_text_column_name", *_TOKENIZER_ARGUMENTS),
         (),
         _chat_masked,
     ),

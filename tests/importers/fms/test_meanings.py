@@ -188,7 +188,13 @@ def trained(translation: Translation, tokenizer_dir: Path) -> str:
                 "chat_template": "{% for m in messages['messages'] %}[{{ m.role }}]{{ m.content }}{{ eos_token }}"
                 "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
             },
-            [handler("tokenize_and_apply_chat_template_with_masking")],
+            [
+                handler(
+                    "tokenize_and_apply_chat_template_with_masking",
+                    formatted_text_column_name="formatted",
+                    conversation_column="messages",
+                )
+            ],
             f"one{END}two{END}",
         ),
     ],
