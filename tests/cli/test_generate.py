@@ -103,6 +103,18 @@ def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: P
         (["config.yaml", "out.yaml"], "config.yaml:2:3: model_conf.model: there is no folder /none"),
         (["config.yaml", "out.yaml", "prompt_conf.inputs=a"], 'Did you mean "input"?'),
         (["config.yaml", "out.yaml", "prompt_conf={type: eval-data, data: {path: no.jsonl}}"], "no.jsonl: no such"),
+        (
+            ["config.yaml", "out.yaml", "backend=vllm", "vllm_conf.program=/none/vllm"],
+            "vllm_conf.program: /none/vllm is not installed here, and backend: vllm starts it. Name the program of an",
+        ),
+        (
+            ["config.yaml", "out.yaml", "backend=vllm", "hf_gen_params.num_beams=2"],
+            "hf_gen_params.num_beams: has no effect with backend: vllm",
+        ),
+        (
+            ["config.yaml", "out.yaml", "backend=vllm", "quant_conf.quantization_type=bits-and-bytes"],
+            "quant_conf: backend: vllm loads the model without it",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(

@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 from conftest import CHATML_TEMPLATE, _train_tokenizer
-from serving.vllm_server import Answer, ask, serve
+from serving.vllm_server import CPU_FLAGS, ENVIRONMENT, Answer, ask, run, serve
 
 from finetuning.export.vllm.checks import MAX_LORA_RANKS
 from finetuning.model.peft.lora_support import (
@@ -188,6 +193,90 @@ def test_vllm_answers_like_transformers(
     assert answers == expected
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run that `finetuning serve` is given, and how it ends the server."""
+
+    label: str
+    case: Case
+    is_merged: bool = False
+    """Whether the adapter was merged into the folder next to it, as the run's summary proposes."""
+    interrupt: Literal["SIGINT", "SIGTERM"] = "SIGTERM"
+
+
+STARTED = (
+    Started("an adapter", CASES[0], interrupt="SIGINT"),
+    Started("PiSSA, converted at the start", CASES[3]),
+    Started("DoRA, merged next to the adapter", CASES[5], is_merged=True, interrupt="SIGINT"),
+    Started("a full fine-tuning", CASES[7]),
+)
+
+
+@needs_vllm
+@pytest.mark.parametrize("started", STARTED, ids=lambda started: started.label)
+def test_finetuning_serve_starts_vllm_and_leaves_no_process(
+    started: Started, train_case: Callable[[Case], tuple[Path, Path | None]], run_cli: Any, tmp_path: Path
+) -> None:
+    checkpoint, base = train_case(started.case)
+    expected = expected_answers(checkpoint, base)
+    if started.is_merged:
+        assert base is not None
+        done = run_cli([base, checkpoint, f"{checkpoint}-merged"], program="merge_adapter")
+        assert done.returncode == 0, done.stderr
+    program, log = Path(sys.executable).with_name("finetuning"), tmp_path / "serve.log"
+    with run([str(program), "serve", str(checkpoint.parent), "--vllm", VLLM, "--"], log) as server:
+        with urllib.request.urlopen(f"{server.address}/v1/models", timeout=30) as response:
+            *_, name = [model["id"] for model in json.load(response)["data"]]
+        answers = [
+            ask(server.address, name, [{"role": "user", "content": question}], MAX_TOKENS) for question in QUESTIONS
+        ]
+        assert len(server.processes()) > 1
+        if started.interrupt == "SIGINT":
+            # Ctrl-C reaches every process that belongs to the terminal.
+            os.killpg(server.process.pid, signal.SIGINT)
+        else:
+            server.process.terminate()
+        code = server.process.wait(60)
+        deadline = time.monotonic() + 10
+        while server.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not server.processes(), log.read_text()[-2000:]
+    assert answers == expected
+    assert code in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM), log.read_text()[-2000:]
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=lambda case: case.label)
+def test_generate_answers_with_vllm_as_with_transformers(
+    case: Case,
+    train_case: Callable[[Case], tuple[Path, Path | None]],
+    run_cli: Any,
+    write_jsonl: Any,
+    tmp_path: Path,
+) -> None:
+    checkpoint, base = train_case(case)
+    rows = [{"messages": [{"role": "user", "content": f"{question}{' Please.' * more}"}]}
+            for question in QUESTIONS for more in range(4)]  # fmt: skip
+    values = {
+        "prompt_conf": {"type": "eval-data", "data": {"path": str(write_jsonl(tmp_path / "questions.jsonl", rows))}},
+        "model_conf": {"model": str(base or checkpoint), "adapter": str(checkpoint) if base else None},
+        "hf_gen_params": {"max_new_tokens": MAX_TOKENS},
+        "vllm_conf": {"program": VLLM, "flags": [*CPU_FLAGS[2:]]},
+    }
+    config = tmp_path / "generate.yaml"
+    config.write_text(yaml.safe_dump(values))
+    records = {}
+    for backend in ("transformers", "vllm"):
+        output = tmp_path / f"{backend}.jsonl"
+        done = run_cli(
+            [config, output, f"backend={backend}"], program="generate", env={"PYTHONPATH": None, **ENVIRONMENT}
+        )
+        assert done.returncode == 0, done.stderr
+        records[backend] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert records["vllm"] == records["transformers"]
+    assert records["vllm"][0]["answer"] == ANSWER
+
+
 @needs_vllm
 def test_the_table_agrees_with_vllm() -> None:
     program = (
@@ -259,3 +348,6 @@ def test_the_documentation_lists_what_is_served() -> None:
     served = {"adapter": "as an adapter", "merged": "merged", "model": "as it is"}
     for case in CASES:
         assert f"| {case.label} | {served[case.served]} |" in page
+    for started in STARTED:
+        ended_by = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}[started.interrupt]
+        assert f"| {started.label} | {ended_by} |" in page

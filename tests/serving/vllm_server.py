@@ -11,13 +11,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import finetuning
+
 CPU_FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -37,14 +39,45 @@ class Answer:
     """Whether it ended with a stop token; else at the maximum length."""
 
 
+@dataclass(frozen=True)
+class Server:
+    """A vLLM that answers."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def processes(self) -> dict[int, str]:
+        """The processes of the server that are still there, its own included: their ids and names.
+
+        All have its session: it was started as the leader of one.
+        """
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+                state, _, _, session = rest.split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found[int(folder.name)] = name
+        return found
+
+
 @contextmanager
 def serve(vllm: str, command: Sequence[str], log: Path) -> Iterator[str]:
     """Run the command with the program `vllm` and flags for the CPU, and yield the server's address."""
+    with run([vllm, *command[1:]], log) as server:
+        yield server.address
+
+
+@contextmanager
+def run(words: Sequence[str], log: Path) -> Iterator[Server]:
+    """Run a command that starts vLLM, with flags for the CPU at its end, and yield the server when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [vllm, *command[1:], *CPU_FLAGS, "--port", str(port)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | _ENVIRONMENT
+    words = [*words, *CPU_FLAGS, "--port", str(port)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ENVIRONMENT
+    if not Path(words[0]).name.startswith("vllm"):
+        environment["PYTHONPATH"] = str(Path(finetuning.__file__).parents[1])
     with log.open("w") as stream:
         process = subprocess.Popen(
             words, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -52,9 +85,10 @@ def serve(vllm: str, command: Sequence[str], log: Path) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     try:
         _wait(process, address, log)
-        yield address
+        yield Server(address, process)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:

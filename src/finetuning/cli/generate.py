@@ -17,7 +17,7 @@ from finetuning.errors import ConfigError, Interrupted, Location
 
 if TYPE_CHECKING:
     from finetuning.cli.named_model import NamedModel, TrainingRow
-    from finetuning.config.sections.experiment import GenerationModel
+    from finetuning.config.sections.experiment import GenerationModel, VllmConfig
     from finetuning.config.sections.model import NoQuantization, Quantized
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.inference.generate import EncodedPrompt, Generation
@@ -173,10 +173,15 @@ def _from_config(options: argparse.Namespace) -> int:
     check_output(output)
     with locate_errors(validated.document):
         check_parameters(config.hf_gen_params)
+        vllm = config.vllm_conf if config.backend == "vllm" else None
+        if vllm is not None:
+            from finetuning.inference.vllm import check_job
+
+            check_job(vllm, config.quant_conf, config.hf_gen_params)
         prompts = read_prompts(config.prompt_conf)
         if options.score:
             check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
-        job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params)
+        job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params, vllm)
         from finetuning.inference.runner import answer_record
 
         records = _run(job, output, answer_record)
@@ -328,6 +333,7 @@ def _job(
     model_conf: GenerationModel,
     quant_conf: NoQuantization | Quantized,
     gen_params: Mapping[str, object],
+    vllm: VllmConfig | None = None,
 ) -> GenerationJob:
     from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
     from finetuning.inference.runner import GenerationJob
@@ -340,6 +346,7 @@ def _job(
         seed=options.seed,
         batch_size=options.batch_size,
         batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS,
+        vllm=vllm,
     )
 
 

@@ -5,17 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
-from finetuning.errors import MissingPackageError, read_json_object, reading
-
-if TYPE_CHECKING:
-    from finetuning.cli.named_model import NamedModel
+from finetuning.errors import MissingPackageError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,68 +45,29 @@ def _serve(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv[:end])
     flags = argv[end + 1 :]
     from finetuning.cli.named_model import find_model
+    from finetuning.inference.vllm import find_vllm, serving_command
 
     model = find_model(options.model, options.base)
-    command = _serving_command(model, options.base)
-    for note in model.notes:
+    command = serving_command(model.conf, model.quant_conf, options.base)
+    for note in (*model.notes, *command.notes):
         _note(note)
-    program = shutil.which(options.vllm)
-    words = [program or options.vllm, *shlex.split(command)[1:], *flags]
-    if options.dry_run or program is None:
-        print(shlex.join([options.vllm, *words[1:]]))
+    words = [options.vllm, *command.words[1:], *flags]
     if options.dry_run:
+        print(shlex.join(words))
         return 0
-    if program is None:
+    try:
+        program = find_vllm(options.vllm)
+    except MissingPackageError as error:
+        print(shlex.join(words))
         raise MissingPackageError(
-            f"{options.vllm} is not installed here, so nothing was started",
+            f"{error.problems[0].message}, so nothing was started",
             hint="Run the command where vLLM is, or name its program with --vllm.",
-        )
+        ) from None
+    words[0] = program
     _note(shlex.join(words))
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(program, words)
-
-
-def _serving_command(model: NamedModel, base: str | None) -> str:
-    """Return the command for a model, after converting an adapter that vLLM does not take as it is.
-
-    Raises:
-        ModelError: vLLM can serve the adapter only merged, and there is no merged model next to it.
-    """
-    if model.conf.adapter is None:
-        return shlex.join(["vllm", "serve", model.conf.model])
-    from finetuning.export.vllm.convert import NotServableError, make_vllm_compatible, plan_serving
-    from finetuning.export.vllm.serving import SERVING
-
-    if model.quant_conf.quantization_type != "no-quantization":
-        kind = model.quant_conf.quantization_type
-        _note(f"vLLM loads the base model without the quantization that the adapter was trained with ({kind})")
-    adapter = Path(model.conf.adapter).expanduser()
-    converted, merged = (adapter.with_name(f"{adapter.name}-{end}") for end in ("vllm", "merged"))
-    try:
-        serving = plan_serving(adapter, base)
-        if serving is not None:
-            for note in serving["notes"]:
-                _note(note)
-            return serving["command"]
-        if _is_older(converted / SERVING, adapter):
-            result = make_vllm_compatible(adapter, base_name=base, output=converted)
-            for note in (f"{adapter} converted for vLLM: {converted}", *result.notes):
-                _note(note)
-            return result.command
-    except NotServableError as error:
-        if not (merged / "config.json").is_file():
-            raise
-        _note(f"{error.problems[0].message} Served merged, from {merged}")
-        return shlex.join(["vllm", "serve", str(merged)])
-    with reading(f"{converted / SERVING} cannot be read"):
-        return str(read_json_object(converted / SERVING)["command"])
-
-
-def _is_older(file: Path, adapter: Path) -> bool:
-    """Return whether a conversion is missing, or older than the weights of its adapter."""
-    weights = adapter / "adapter_model.safetensors"
-    return not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime
 
 
 def _note(text: str) -> None:

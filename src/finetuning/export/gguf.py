@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError, read_json_object, reading
+from finetuning.export.local_server import run_server
 from finetuning.model.peft.lora_support import lora_init, used_options
 from finetuning.templates import ChatRenderer
 
@@ -35,7 +32,6 @@ CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 DIRECT_TYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 """The types that the converter writes itself; every other one needs the program llama-quantize."""
 _START_SECONDS = 120.0
-_STOP_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -423,66 +419,22 @@ def compare_with_server(
     """
     equal_prompts = equal_answers = 0
     difference: str | None = None
-    with _serve(server, model, adapter) as ask:
+
+    def command(port: int) -> list[str]:
+        words = [server, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--ctx-size", "2048"]
+        return words + (["--lora", str(adapter)] if adapter is not None else [])
+
+    with run_server(command, "llama-server", model.name, _START_SECONDS) as llama:
         for sample in samples:
-            ids = ask("/tokenize", {"content": sample.text, "add_special": True, "parse_special": True})["tokens"]
+            to_tokenize = {"content": sample.text, "add_special": True, "parse_special": True}
+            ids = llama.post("/tokenize", to_tokenize)["tokens"]
             equal_prompts += ids == list(sample.ids)
             if ids != list(sample.ids):
                 difference = difference or f"the prompt {sample.text[-40:]!r} has the tokens {ids[:8]} …"
             body = {"prompt": list(sample.ids), "n_predict": max_tokens, "temperature": 0, "cache_prompt": False}
-            answer = ask("/completion", body)
+            answer = llama.post("/completion", body)
             is_equal = answer["content"] == sample.answer and (answer["stop_type"] == "eos") == sample.has_stopped
             equal_answers += is_equal
             if not is_equal:
                 difference = difference or f"{answer['content'][:60]!r} instead of {sample.answer[:60]!r}"
     return Comparison(len(samples), equal_prompts, equal_answers, difference)
-
-
-_Ask = Callable[[str, Mapping[str, object]], dict[str, Any]]
-
-
-@contextmanager
-def _serve(server: str, model: Path, adapter: Path | None) -> Iterator[_Ask]:
-    """Run llama-server with a model, and yield a function that sends a request to it.
-
-    Raises:
-        ModelError: it ends, or does not answer in two minutes.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [server, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--ctx-size", "2048"]
-    words += ["--lora", str(adapter)] if adapter is not None else []
-    address = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + _START_SECONDS
-            while not _is_ready(address):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    lines = log.read().decode(errors="replace").splitlines() or ["no output"]
-                    raise ModelError(f"llama-server does not serve {model.name}: {lines[-1]}")
-                time.sleep(0.2)
-            yield lambda path, body: _post(f"{address}{path}", body)
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(timeout=_STOP_SECONDS)
-
-
-def _is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _post(url: str, body: Mapping[str, object]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with reading("llama-server gave no answer"), urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)

@@ -12,7 +12,7 @@ from finetuning.data.samples import MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, InternalError, ModelError, Problem, first_line
 from finetuning.inference.generation_params import GenerationParameters
-from finetuning.inference.load import LoadedGenerator
+from finetuning.inference.load import LoadedGenerator, LoadedTokenizer
 from finetuning.inference.prompts import MAX_REPORTED_PROBLEMS, GenerationPrompt
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _generate_batch(
     answers: dict[int, list[Generation]] = {}
     for row, index in enumerate(batch):
         rows = generated[row * count : (row + 1) * count]
-        answers[index] = [_answer(prompts[index], ids, generator, parameters.stop_ids) for ids in rows]
+        answers[index] = [make_answer(prompts[index], ids, generator, parameters.stop_ids) for ids in rows]
     return answers
 
 
@@ -250,9 +250,13 @@ def _probe(
     return [logits.float().cpu() for logits in output.logits], output.sequences.cpu()
 
 
-def _answer(
-    prompt: EncodedPrompt, generated: list[int], generator: LoadedGenerator, stop_ids: frozenset[int]
+def make_answer(
+    prompt: EncodedPrompt,
+    generated: list[int],
+    generator: LoadedGenerator | LoadedTokenizer,
+    stop_ids: frozenset[int],
 ) -> Generation:
+    """Return the answer that the generated token ids are; what follows the first stop token is left out."""
     ids = _strip_padding(generated, stop_ids, generator.pad_token_id)
     text = generator.tokenizer.decode(ids, skip_special_tokens=True)
     raw = generator.tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=False)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from finetuning.inference.load import LoadedTokenizer
+
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_MAX_NEW_TOKENS = 512
 # Parameters of the model's generation config that affect the answers; they are written to the output.
@@ -60,7 +62,7 @@ def check_parameters(user: Mapping[str, object]) -> None:
 def build_parameters(
     user: Mapping[str, object],
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | LoadedTokenizer,
     pad_token_id: int,
 ) -> GenerationParameters:
     """Return the parameters of a run.

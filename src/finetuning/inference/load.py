@@ -14,7 +14,13 @@ from finetuning.errors import ConfigError, Location, ModelError, read_json_objec
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -48,6 +54,18 @@ class LoadedGenerator:
         from finetuning.model.embeddings import input_weight
 
         return input_weight(self.model).device
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer and the configs of a model that another program runs."""
+
+    tokenizer: PreTrainedTokenizerFast
+    pad_token_id: int
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    notes: tuple[str, ...] = ()
+    """What was repaired."""
 
 
 def model_conf_of(model: str, base: str | None, attn_implementation: str | None = None) -> GenerationModel:
@@ -96,6 +114,50 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     model = base if conf.adapter is None else _with_adapter(base, conf.adapter, tokenizer)
     notes = _set_generation_config(base, Path(conf.adapter or conf.model).expanduser())
     return LoadedGenerator(model.eval(), tokenizer, pad_token_id, notes)
+
+
+def load_without_weights(conf: GenerationModel) -> LoadedTokenizer:
+    """Load what `load_generator` loads, except for the weights.
+
+    Raises:
+        ModelError: a file is missing or corrupt.
+    """
+    _check_model_folder(conf)
+    from transformers import GenerationConfig
+
+    from finetuning.model.older_checkpoint import find_stop_token_repair, read_generation_config
+    from finetuning.model.resolve import resolve_model
+
+    tokenizer, pad_token_id = _load_tokenizer(conf)
+    config = _read_config(conf)
+    source = resolve_model(conf.model, "model", key="model_conf.model", **_hub_options(conf))
+    folder = Path(conf.adapter or conf.model).expanduser()
+    generation_config = read_generation_config(folder)
+    if generation_config is None and source.folder is not None:
+        generation_config = read_generation_config(source.folder)
+    if generation_config is None:
+        generation_config = GenerationConfig.from_model_config(config)
+    repair = find_stop_token_repair(folder, generation_config)
+    if repair is None:
+        return LoadedTokenizer(tokenizer, pad_token_id, config, generation_config)
+    return LoadedTokenizer(tokenizer, pad_token_id, config, repair.stop_tokens.generation_config, (repair.note,))
+
+
+def _read_config(conf: GenerationModel) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    with reading(f"the config of {conf.model} cannot be read", location=Location(key="model_conf.model")):
+        return AutoConfig.from_pretrained(
+            conf.model, trust_remote_code=conf.model_args.trust_remote_code, **_hub_options(conf)
+        )
+
+
+def dtype_of(conf: GenerationModel) -> str:
+    """Return the name of the dtype that `load_generator` loads the weights in; `auto` if its config does not say."""
+    dtype = conf.model_args.dtype
+    if dtype == "auto":
+        dtype = str(_read_config(conf).dtype or "auto")
+    return str(dtype).removeprefix("torch.")
 
 
 def has_chat_template(conf: GenerationModel) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from finetuning.config.sections.experiment import GenerationModel
+from finetuning.config.sections.experiment import GenerationModel, VllmConfig
 from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.errors import Interrupted
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches
@@ -26,7 +26,7 @@ from finetuning.inference.generate import (
     generate_batches,
 )
 from finetuning.inference.generation_params import build_parameters, check_parameters
-from finetuning.inference.load import load_generator
+from finetuning.inference.load import load_generator, load_without_weights
 from finetuning.inference.output import Record, RecordJournal, check_output, write_records
 from finetuning.inference.prompts import GenerationPrompt
 
@@ -45,6 +45,8 @@ class GenerationJob:
     batch_size: int | None = None
     """Maximum rows of a batch; None for as many as the token budget allows."""
     batch_tokens: int = DEFAULT_BATCH_TOKENS
+    vllm: VllmConfig | None = None
+    """How to start vLLM, if it generates the answers; None for transformers."""
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the answers depend on; files count with size and modification time."""
@@ -55,6 +57,7 @@ class GenerationJob:
             "gen_params": dict(self.gen_params),
             "seed": self.seed,
             "batch": [self.batch_size, self.batch_tokens],
+            "vllm": self.vllm.model_dump(mode="json") if self.vllm is not None else None,
             "files": [
                 (str(file), file.stat().st_size, file.stat().st_mtime_ns)
                 for folder in (self.model_conf.model, self.model_conf.adapter, self.model_conf.tokenizer)
@@ -133,35 +136,18 @@ def generate_records(
     """
     check_output(output)
     check_parameters(job.gen_params)
-    generator = load_generator(job.model_conf, job.quant_conf)
-    for note in generator.notes:
-        progress.on_note(note)
-    parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
-    prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
-    gen_params = parameters.reported | job.provenance()
-    lengths = [len(prompt.ids) for prompt in prompts]
-    max_padding = max_useful_padding(generator.device.type, parameters.max_new_tokens)
-    plan = partial(plan_batches, lengths, parameters.max_new_tokens, budget=job.batch_tokens, max_rows=job.batch_size)
-    batches = plan(max_padding=max_padding)
-    if any(len(batch) > 1 for batch in batches) and (error := describe_batch_error(generator, (4, 4))):
-        progress.on_note(f"{error}: each prompt is a batch of its own")
-        batches = plan(max_rows=1)
-    elif any(len({lengths[index] for index in batch}) > 1 for batch in batches) and (
-        error := describe_batch_error(generator, (9, 4))
-    ):
-        progress.on_note(f"{error}: only prompts of equal length share a batch")
-        batches = plan(max_padding=0)
+    prepared = _prepare_vllm(job, progress) if job.vllm is not None else _prepare_transformers(job, progress)
+    prompts = prepared.prompts
     journal = RecordJournal(output, job.fingerprint())
-    # An unfinished batch is repeated as a whole, so that its answers are sampled from the same random numbers.
-    batches = [batch for batch in batches if journal.missing(batch)]
     tokens, started = 0, time.monotonic()
     progress.on_progress(GenerationProgress(len(journal.records), len(prompts), 0, 0.0))
     with _keep_records(journal, output, len(prompts)), _raise_on_signal():
-        for answers in generate_batches(generator, prompts, batches, parameters, job.seed, progress.on_text):
+        for answers in prepared.generate(journal):
             journal.add(
                 {
                     index: [
-                        make_record(job.prompts[index], prompts[index], answer, gen_params) for answer in generations
+                        make_record(job.prompts[index], prompts[index], answer, prepared.gen_params)
+                        for answer in generations
                     ]
                     for index, generations in answers.items()
                 }
@@ -174,6 +160,67 @@ def generate_records(
     write_records(output, records)
     journal.close(remove=True)
     return records
+
+
+@dataclass(frozen=True)
+class _PreparedJob:
+    """A job whose model or server can generate."""
+
+    prompts: list[EncodedPrompt]
+    gen_params: Mapping[str, object]
+    """For the records: the parameters of generation, and where they come from."""
+    generate: Callable[[RecordJournal], Iterator[dict[int, list[Generation]]]]
+    """Yields the answers, by index, of the prompts that have no records yet."""
+
+
+def _prepare_transformers(job: GenerationJob, progress: ProgressCallback) -> _PreparedJob:
+    generator = load_generator(job.model_conf, job.quant_conf)
+    for note in generator.notes:
+        progress.on_note(note)
+    parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
+    prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    max_padding = max_useful_padding(generator.device.type, parameters.max_new_tokens)
+    plan = partial(plan_batches, lengths, parameters.max_new_tokens, budget=job.batch_tokens, max_rows=job.batch_size)
+    batches = plan(max_padding=max_padding)
+    if any(len(batch) > 1 for batch in batches) and (error := describe_batch_error(generator, (4, 4))):
+        progress.on_note(f"{error}: each prompt is a batch of its own")
+        batches = plan(max_rows=1)
+    elif any(len({lengths[index] for index in batch}) > 1 for batch in batches) and (
+        error := describe_batch_error(generator, (9, 4))
+    ):
+        progress.on_note(f"{error}: only prompts of equal length share a batch")
+        batches = plan(max_padding=0)
+
+    def generate(journal: RecordJournal) -> Iterator[dict[int, list[Generation]]]:
+        # An unfinished batch is repeated as a whole, so that its answers are sampled from the same random numbers.
+        unfinished = [batch for batch in batches if journal.missing(batch)]
+        return generate_batches(generator, prompts, unfinished, parameters, job.seed, progress.on_text)
+
+    return _PreparedJob(prompts, parameters.reported | job.provenance(), generate)
+
+
+def _prepare_vllm(job: GenerationJob, progress: ProgressCallback) -> _PreparedJob:
+    from finetuning.inference.vllm import check_job, generate_with_vllm
+
+    assert job.vllm is not None
+    conf = job.vllm
+    check_job(conf, job.quant_conf, job.gen_params)
+    loaded = load_without_weights(job.model_conf)
+    for note in loaded.notes:
+        progress.on_note(note)
+    parameters = build_parameters(job.gen_params, loaded.tokenizer, loaded, loaded.pad_token_id)
+    prompts = encode_prompts(job.prompts, loaded.tokenizer, parameters.max_prompt_tokens)
+
+    def generate(journal: RecordJournal) -> Iterator[dict[int, list[Generation]]]:
+        missing = journal.missing(range(len(prompts)))
+        if not missing:
+            return iter(())
+        return generate_with_vllm(
+            conf, job.model_conf, loaded, prompts, missing, parameters, job.seed, progress.on_note
+        )
+
+    return _PreparedJob(prompts, parameters.reported | job.provenance(), generate)
 
 
 @contextmanager

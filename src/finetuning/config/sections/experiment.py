@@ -201,6 +201,15 @@ class GenerationModel(ConfigSection):
     """Local path or Hub id of the tokenizer. Defaults to the adapter's tokenizer if present, otherwise the model's."""
 
 
+class VllmConfig(ConfigSection):
+    """How vLLM is started, for `backend: vllm`."""
+
+    program: str = Field(default="vllm", min_length=1)
+    """The program `vllm`, or its path in another environment."""
+    flags: list[str] = Field(default_factory=list)
+    """Further flags of `vllm serve`, such as `--max-model-len=4096`."""
+
+
 class GenerationConfig(ConfigSection):
     """Prompts, model and generation parameters."""
 
@@ -212,3 +221,8 @@ class GenerationConfig(ConfigSection):
     """Generation parameters: the fields of `transformers.GenerationConfig`, such as `max_new_tokens`."""
     quant_conf: QuantConfig = NoQuantization()
     """Quantization of the model."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What generates: transformers, in batches of prompts of similar length; or an installed vLLM, which takes a new
+    prompt into its batch as soon as another is finished."""
+    vllm_conf: VllmConfig = VllmConfig()
+    """How vLLM is started."""
