@@ -112,7 +112,12 @@ def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: P
             "hf_gen_params.num_beams: has no effect with backend: vllm",
         ),
         (
-            ["config.yaml", "out.yaml", "backend=vllm", "quant_conf.quantization_type=bits-and-bytes"],
+            [
+                "config.yaml",
+                "out.yaml",
+                "backend=vllm",
+                "quant_conf={quantization_type: bits-and-bytes, load_in_4bit: true}",
+            ],
             "quant_conf: backend: vllm loads the model without it",
         ),
     ],

@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
+    from finetuning.export.inputs import ADAPTER_CONFIG, read_json
     from finetuning.export.vllm.convert import ORIGINAL, make_vllm_compatible
+    from finetuning.model.peft.lora_support import lora_init
+    from finetuning.report.console import quiet_libraries
 
     folder = Path(options.model_path)
     if options.training_config is not None:
@@ -58,6 +61,10 @@ def _convert(argv: list[str]) -> int:
         if reason is not None:
             print(f"unchanged: {folder}: {reason}")
             return 0
+    config = folder / ADAPTER_CONFIG
+    if config.is_file() and lora_init(read_json(config)).changes_base:
+        # Only a conversion loads a model.
+        quiet_libraries()
     result = make_vllm_compatible(
         folder,
         base_name=options.base,

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from finetuning.errors import ConfigError, Interrupted, Location
 
 if TYPE_CHECKING:
     from finetuning.cli.named_model import NamedModel, TrainingRow
-    from finetuning.config.sections.experiment import GenerationModel, VllmConfig
+    from finetuning.config.sections.experiment import GenerationModel
     from finetuning.config.sections.model import NoQuantization, Quantized
     from finetuning.config.yaml.document import ConfigDocument
     from finetuning.inference.generate import EncodedPrompt, Generation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from finetuning.inference.prompts import GenerationPrompt
     from finetuning.inference.runner import GenerationJob, GenerationProgress, ProgressCallback, RecordMaker
     from finetuning.inference.scoring import ScoreName
+    from finetuning.inference.vllm import VllmBackend
 
 _DESCRIPTION = """\
 Generate answers with a model or an adapter.
@@ -174,14 +176,17 @@ def _from_config(options: argparse.Namespace) -> int:
     with locate_errors(validated.document):
         check_parameters(config.hf_gen_params)
         vllm = config.vllm_conf if config.backend == "vllm" else None
+        backend: VllmBackend | None = None
         if vllm is not None:
-            from finetuning.inference.vllm import check_job
+            from finetuning.cli.vllm_process import running_vllm
+            from finetuning.inference.vllm import VllmBackend, check_job
 
+            backend = VllmBackend(vllm, partial(running_vllm, vllm))
             check_job(vllm, config.quant_conf, config.hf_gen_params)
         prompts = read_prompts(config.prompt_conf)
         if options.score:
             check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
-        job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params, vllm)
+        job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params, backend)
         from finetuning.inference.runner import answer_record
 
         records = _run(job, output, answer_record)
@@ -333,7 +338,7 @@ def _job(
     model_conf: GenerationModel,
     quant_conf: NoQuantization | Quantized,
     gen_params: Mapping[str, object],
-    vllm: VllmConfig | None = None,
+    vllm: VllmBackend | None = None,
 ) -> GenerationJob:
     from finetuning.inference.batching import DEFAULT_BATCH_TOKENS
     from finetuning.inference.runner import GenerationJob

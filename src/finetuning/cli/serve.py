@@ -45,8 +45,11 @@ def _serve(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv[:end])
     flags = argv[end + 1 :]
     from finetuning.cli.named_model import find_model
-    from finetuning.inference.vllm import find_vllm, serving_command
+    from finetuning.cli.vllm_process import serving_command
+    from finetuning.inference.vllm import find_vllm
+    from finetuning.report.console import quiet_libraries
 
+    quiet_libraries()
     model = find_model(options.model, options.base)
     command = serving_command(model.conf, model.quant_conf, options.base)
     for note in (*model.notes, *command.notes):

@@ -146,10 +146,9 @@ def load_without_weights(conf: GenerationModel) -> LoadedTokenizer:
 def _read_config(conf: GenerationModel) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    options = {name: value for name, value in _hub_options(conf).items() if value is not None}
     with reading(f"the config of {conf.model} cannot be read", location=Location(key="model_conf.model")):
-        return AutoConfig.from_pretrained(
-            conf.model, trust_remote_code=conf.model_args.trust_remote_code, **_hub_options(conf)
-        )
+        return AutoConfig.from_pretrained(conf.model, trust_remote_code=conf.model_args.trust_remote_code, **options)
 
 
 def dtype_of(conf: GenerationModel) -> str:

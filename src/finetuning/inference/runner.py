@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from finetuning.config.sections.experiment import GenerationModel, VllmConfig
+from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.errors import Interrupted
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches
@@ -29,6 +29,7 @@ from finetuning.inference.generation_params import build_parameters, check_param
 from finetuning.inference.load import load_generator, load_without_weights
 from finetuning.inference.output import Record, RecordJournal, check_output, write_records
 from finetuning.inference.prompts import GenerationPrompt
+from finetuning.inference.vllm import VllmBackend, check_job, generate_with_vllm
 
 RecordMaker: TypeAlias = Callable[[GenerationPrompt, EncodedPrompt, Generation, Mapping[str, object]], Record]
 
@@ -45,8 +46,8 @@ class GenerationJob:
     batch_size: int | None = None
     """Maximum rows of a batch; None for as many as the token budget allows."""
     batch_tokens: int = DEFAULT_BATCH_TOKENS
-    vllm: VllmConfig | None = None
-    """How to start vLLM, if it generates the answers; None for transformers."""
+    vllm: VllmBackend | None = None
+    """The vLLM that generates the answers; None for transformers."""
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the answers depend on; files count with size and modification time."""
@@ -57,7 +58,7 @@ class GenerationJob:
             "gen_params": dict(self.gen_params),
             "seed": self.seed,
             "batch": [self.batch_size, self.batch_tokens],
-            "vllm": self.vllm.model_dump(mode="json") if self.vllm is not None else None,
+            "vllm": self.vllm.conf.model_dump(mode="json") if self.vllm is not None else None,
             "files": [
                 (str(file), file.stat().st_size, file.stat().st_mtime_ns)
                 for folder in (self.model_conf.model, self.model_conf.adapter, self.model_conf.tokenizer)
@@ -201,11 +202,9 @@ def _prepare_transformers(job: GenerationJob, progress: ProgressCallback) -> _Pr
 
 
 def _prepare_vllm(job: GenerationJob, progress: ProgressCallback) -> _PreparedJob:
-    from finetuning.inference.vllm import check_job, generate_with_vllm
-
     assert job.vllm is not None
-    conf = job.vllm
-    check_job(conf, job.quant_conf, job.gen_params)
+    start = job.vllm.start
+    check_job(job.vllm.conf, job.quant_conf, job.gen_params)
     loaded = load_without_weights(job.model_conf)
     for note in loaded.notes:
         progress.on_note(note)
@@ -217,7 +216,7 @@ def _prepare_vllm(job: GenerationJob, progress: ProgressCallback) -> _PreparedJo
         if not missing:
             return iter(())
         return generate_with_vllm(
-            conf, job.model_conf, loaded, prompts, missing, parameters, job.seed, progress.on_note
+            start, job.model_conf, loaded, prompts, missing, parameters, job.seed, progress.on_note
         )
 
     return _PreparedJob(prompts, parameters.reported | job.provenance(), generate)

@@ -1,4 +1,4 @@
-"""Serve a model with vLLM, and generate answers with it: the backend `vllm` of `generate`.
+"""Generate answers with a server of vLLM: the backend `vllm` of `generate`.
 
 Prompts are sent as token ids and answers are read as token ids, so that templates and tokenizers are ours. vLLM takes
 new prompts into its batch as soon as others are finished.
@@ -6,19 +6,17 @@ new prompts into its batch as soon as others are finished.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from finetuning.config.sections.experiment import GenerationModel, VllmConfig
 from finetuning.config.sections.model import NoQuantization, Quantized
 from finetuning.distributed import announce_wait
-from finetuning.errors import ConfigError, Location, MissingPackageError, read_json_object, reading
-from finetuning.export.local_server import run_server
+from finetuning.errors import ConfigError, Location, MissingPackageError
 from finetuning.inference.generate import EncodedPrompt, Generation, make_answer
 from finetuning.inference.generation_params import GenerationParameters
 from finetuning.inference.load import LoadedTokenizer, dtype_of
@@ -26,8 +24,6 @@ from finetuning.inference.load import LoadedTokenizer, dtype_of
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-_START_SECONDS = 1800.0
-"""A large model is read from a network disk, compiled, and its graphs captured."""
 _ANSWER_SECONDS = 86400.0
 _MAX_REQUESTS = 256
 """Requests in flight; vLLM puts those into a queue that do not fit into its batch."""
@@ -39,18 +35,29 @@ _TRANSLATED = (
 _DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
+class VllmServer(Protocol):
+    """A vLLM that answers."""
+
+    def post(self, path: str, body: Mapping[str, object], timeout_s: float) -> dict[str, Any]:
+        """Send a JSON object, and return the JSON object of the answer."""
+        ...
+
+
+StartVllm: TypeAlias = Callable[
+    [GenerationModel, str, Callable[[str], None]], AbstractContextManager[tuple[VllmServer, str]]
+]
+"""Starts vLLM for a model in a dtype, and ends it: returns the server, and the name of the model in requests."""
+
+
 @dataclass(frozen=True)
-class ServingCommand:
-    """How vLLM is started with a model."""
+class VllmBackend:
+    """A vLLM that generates the answers of a job."""
 
-    words: tuple[str, ...]
-    """The first one is `vllm`."""
-    model: str
-    """The name of the model in requests."""
-    notes: tuple[str, ...] = ()
+    conf: VllmConfig
+    start: StartVllm
 
 
-def find_vllm(program: str, location: Location | None = None) -> str:
+def find_vllm(program: str) -> str:
     """Return the path of the program.
 
     Raises:
@@ -58,52 +65,8 @@ def find_vllm(program: str, location: Location | None = None) -> str:
     """
     path = shutil.which(program)
     if path is None:
-        raise MissingPackageError(f"{program} is not installed here", location=location)
+        raise MissingPackageError(f"{program} is not installed here")
     return path
-
-
-def serving_command(
-    conf: GenerationModel, quant_conf: NoQuantization | Quantized, base: str | None = None
-) -> ServingCommand:
-    """Return the command for a model, after converting an adapter that vLLM does not take as it is.
-
-    Raises:
-        ModelError: vLLM can serve the adapter only merged, and there is no merged model next to it.
-    """
-    if conf.adapter is None:
-        return ServingCommand(("vllm", "serve", conf.model), conf.model)
-    from finetuning.export.vllm.convert import NotServableError, make_vllm_compatible, plan_serving
-    from finetuning.export.vllm.serving import SERVING
-
-    notes: list[str] = []
-    kind = quant_conf.quantization_type
-    if kind != "no-quantization":
-        notes.append(f"vLLM loads the base model without the quantization that the adapter was trained with ({kind})")
-    adapter = Path(conf.adapter).expanduser()
-    converted, merged = (adapter.with_name(f"{adapter.name}-{end}") for end in ("vllm", "merged"))
-    try:
-        serving = plan_serving(adapter, base)
-        if serving is not None:
-            notes += serving["notes"]
-            return ServingCommand(tuple(shlex.split(serving["command"])), serving["adapter"]["name"], tuple(notes))
-        if _is_older(converted / SERVING, adapter):
-            result = make_vllm_compatible(adapter, base_name=base, output=converted)
-            notes += [f"{adapter} converted for vLLM: {converted}", *result.notes]
-    except NotServableError as error:
-        if not (merged / "config.json").is_file():
-            raise
-        notes.append(f"{error.problems[0].message} Served merged, from {merged}")
-        return ServingCommand(("vllm", "serve", str(merged)), str(merged), tuple(notes))
-    with reading(f"{converted / SERVING} cannot be read"):
-        content = read_json_object(converted / SERVING)
-        words, name = shlex.split(content["command"]), str(content["adapter"]["name"])
-    return ServingCommand(tuple(words), name, tuple(notes))
-
-
-def _is_older(file: Path, adapter: Path) -> bool:
-    """Return whether a conversion is missing, or older than the weights of its adapter."""
-    weights = adapter / "adapter_model.safetensors"
-    return not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime
 
 
 def check_job(conf: VllmConfig, quant_conf: NoQuantization | Quantized, gen_params: Mapping[str, object]) -> None:
@@ -136,7 +99,7 @@ def check_job(conf: VllmConfig, quant_conf: NoQuantization | Quantized, gen_para
 
 
 def generate_with_vllm(
-    conf: VllmConfig,
+    start: StartVllm,
     model: GenerationModel,
     tokenizer: LoadedTokenizer,
     prompts: Sequence[EncodedPrompt],
@@ -150,27 +113,17 @@ def generate_with_vllm(
     Raises:
         ModelError: vLLM does not start with this model, or refuses a request.
     """
-    command = serving_command(model, NoQuantization(), model.model if model.adapter is not None else None)
-    for note in (*command.notes, *_ignored(tokenizer.generation_config)):
+    for note in _ignored(tokenizer.generation_config):
         on_note(note)
-    words = [find_vllm(conf.program), *command.words[1:], *conf.flags]
-    if not any(flag.partition("=")[0] == "--dtype" for flag in conf.flags):
-        # vLLM would load float32 as float16.
-        words += ["--dtype", dtype_of(model)]
-    on_note(shlex.join(words))
-
-    def start(port: int) -> list[str]:
-        return [*words, "--host", "127.0.0.1", "--port", str(port)]
-
-    body = {"model": command.model, **request_parameters(parameters, tokenizer.generation_config)}
-    with run_server(start, "vLLM", command.model, _START_SECONDS) as server:
+    body = request_parameters(parameters, tokenizer.generation_config)
+    with start(model, dtype_of(model), on_note) as (server, name):
         pool = ThreadPoolExecutor(_MAX_REQUESTS)
         try:
             requests = {
                 pool.submit(
                     server.post,
                     "/v1/completions",
-                    {**body, "prompt": list(prompts[index].ids), "seed": seed + index},
+                    {**body, "model": name, "prompt": list(prompts[index].ids), "seed": seed + index},
                     _ANSWER_SECONDS,
                 ): index
                 for index in indexes
