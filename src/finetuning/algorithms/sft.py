@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetuning.algorithms.algorithm import Algorithm, TrainerInputs
+from finetuning.config.pretrained_config import find_pretrained_config
 from finetuning.config.sections.experiment import SFTExperiment
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers.utils.generic import ModelOutput
 
+    from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
         pass
 else:
     Trainer = object
+
+logger = logging.getLogger("finetuning")
 
 CHUNKING_THRESHOLD = 1 << 28
 """Logits of a batch above which `auto` computes them in chunks: 1 GiB in float32."""
@@ -53,7 +58,27 @@ def prepare(
         stop_tokens=stop_tokens,
         seed=seed,
         inspector=inspector,
+        images=_images_of(experiment, tokenizer),
     )
+
+
+def _images_of(
+    experiment: SFTExperiment, tokenizer: transformers.PreTrainedTokenizerBase
+) -> ImageTextProcessor | str | None:
+    """Return the processor of the model's images, or why rows with images are refused."""
+    run_conf, data_conf = experiment.run_conf, experiment.data_conf
+    if not isinstance((find_pretrained_config(run_conf.model) or {}).get("vision_config"), dict):
+        return f"and {run_conf.model} is a model that takes text only"
+    excluding = {
+        "data_conf.streaming: true": data_conf.streaming,
+        "sft_args.packing: true": experiment.sft_args.packing,
+        "sft_args.batching: padding-free": experiment.sft_args.batching == "padding-free",
+    }
+    if any(excluding.values()):
+        return f"and images do not work together with {next(key for key, is_set in excluding.items() if is_set)}"
+    from finetuning.data.images.processor import processor_for
+
+    return processor_for(run_conf, data_conf.images, tokenizer)
 
 
 class SelectedLogitsMixin(Trainer):
@@ -195,12 +220,20 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         is_padded = inputs.layout.padded
 
     tokenizer, sft_args = inputs.tokenizer, inputs.experiment.sft_args
-    collator = (
+    collator: Any = (
         PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_input_id)
         if inputs.layout.padded
         else FlatteningCollator(with_constant_mask=has_plain_loss and inputs.layout.takes_constant_mask)
     )
     rows: Any = inputs.data.train
+    if inputs.data.has_images:
+        from finetuning.data.images.collator import image_collator
+
+        run_conf, data_conf = inputs.experiment.run_conf, inputs.experiment.data_conf
+        collator = image_collator(run_conf, data_conf.images, tokenizer.tokenizer, collator)
+        SFTTrainer.collator_columns = ("images", "text")
+        # The pixels of a batch are not split by its rows.
+        SFTTrainer.supports_batch_splitting = False
     if getattr(getattr(inputs.model, "active_peft_config", None), "init_lora_weights", None) == "eva":
         from finetuning.trainer.peft_methods import init_eva
 
@@ -218,6 +251,10 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         data_collator=collator,
         callbacks=list(inputs.callbacks),
     )
+    if inputs.data.has_images and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        from finetuning.trainer.image_check import check_image_tokens
+
+        logger.info("%s", check_image_tokens(_base_of(inputs.model), collator, rows))
     vocab_size = inputs.model.config.get_text_config().vocab_size
     trainer.max_labels_at_once, trainer.labels_per_chunk = chunk_sizes(sft_args.logits_at_once, vocab_size)
     _fuse_loss(trainer, sft_args.logits_at_once)

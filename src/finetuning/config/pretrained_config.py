@@ -147,6 +147,7 @@ def missing_attention_package(implementation: str | None) -> str | None:
     return package.distribution if package is not None and not package.is_installed else None
 
 
+NOT_REACHED_BY_TEXT = "modules that text does not reach"
 _NOT_IN_ALL_LINEAR = (
     (re.compile(r"router"), "routers"),
     # Sparse attention chooses its tokens by them: no gradient reaches them.
@@ -155,7 +156,7 @@ _NOT_IN_ALL_LINEAR = (
     (re.compile(r"encoder_attn"), "cross-attention"),
     # State-space layers read its weight and call it with no input, so that an adapter on it has no effect.
     (re.compile(r"dt_proj"), "state-space step projections"),
-    (re.compile(r"vision|visual|image|audio|speech|multi_?modal"), "modules that text does not reach"),
+    (re.compile(r"vision|visual|image|audio|speech|multi_?modal"), NOT_REACHED_BY_TEXT),
 )
 """Parts of module names, with what they are: linear layers that `target_modules: all-linear` leaves out."""
 _EXPERT_ROUTER = re.compile(r"gate|shared_expert_gate")

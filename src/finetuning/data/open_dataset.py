@@ -8,24 +8,39 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.training import SFTArgs
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
-from finetuning.data.formats.row_format import ReadValues
-from finetuning.data.samples import JsonObject, JsonValue, ParsedRow, Row, Sample, SkippedRow
+from finetuning.data.formats.row_format import FieldError, ReadValues, problem_of
+from finetuning.data.samples import (
+    Conversation,
+    ImageReference,
+    JsonObject,
+    JsonValue,
+    ParsedRow,
+    Row,
+    Sample,
+    SkippedRow,
+    Text,
+)
 from finetuning.data.sources import Line, find_shards
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
 
+if TYPE_CHECKING:
+    from finetuning.data.images.files import ImageFolder
+
 UnparsedRow = Row | Problem | Line
 """A row as its source yields it: a line of JSON Lines is parsed later."""
 _MEDIA_KINDS = {"image": "images", "audio": "sound", "video": "video"}
 _MEDIA = frozenset([*_MEDIA_KINDS, *(f"{name}s" for name in _MEDIA_KINDS)])
+_IMAGES = ("image", "images")
+_NO_REASON = "on which the engine does not train yet"
 _NUM_HEAD_ROWS = 32
 """Rows from which the format is detected."""
 _TEXT_OPTIONS = ("response_template", "instruction_template", "data_formatter_template", "dataset_text_field")
@@ -51,12 +66,15 @@ class OpenDataset:
         return f"{self.row_format.name}, {'as configured' if self.is_configured else 'auto-detected'}"
 
 
-def options_for(sft_args: SFTArgs | None, special_tokens: dict[str, str]) -> Options:
-    """Return the options that all datasets of a run have in common."""
+def options_for(
+    sft_args: SFTArgs | None, special_tokens: dict[str, str], images: ImageFolder | str | None = None
+) -> Options:
+    """Return the options that all datasets of a run have in common; `images` is that of `Options`."""
     if sft_args is None:
-        return Options(special_tokens=special_tokens)
+        return Options(special_tokens=special_tokens, images="on which only sft trains")
     chats = sft_args.train_on or ("assistant" if sft_args.train_on_completions_only else "all")
-    return Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)
+    options = Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)
+    return options if images is None else replace(options, images=images)
 
 
 def open_dataset(
@@ -99,16 +117,28 @@ def open_dataset(
         row = transform(unparsed)
         if not isinstance(row, Row):
             return row
+        images: tuple[ImageReference, ...] = ()
+        if not isinstance(dataset_options.images, str):
+            from finetuning.data.images.rows import take_images
+
+            try:
+                row, images = take_images(row, dataset_options.images, dataset_options.text_field)
+            except FieldError as error:
+                return problem_of(row, error)
         values = row.values if isinstance(row.values, ReadValues) else ReadValues(row.values)
         if not _MEDIA.isdisjoint(values) and (
             media := next((name for name in values if _is_media(name, values)), None)
         ):
+            kind, reason = _MEDIA_KINDS[media.rstrip("s")], options.images if media in _IMAGES else _NO_REASON
             return Problem(
-                f"holds {_MEDIA_KINDS[media.rstrip('s')]}, on which the engine does not train yet. To train on the text"
-                f" alone, set ignore_columns: [{media}] for this dataset",
+                f"holds {kind}, {reason}. To train on the text alone, set ignore_columns: [{media}] for this dataset",
                 replace(row.location, key=media),
             )
         parsed = row_format.parse(Row(values, row.location), dataset_options)
+        if images and not isinstance(parsed, Problem):
+            if not isinstance(parsed, Conversation | Text):
+                return Problem(f"has images, which rows of the format {row_format.name} cannot have", row.location)
+            parsed.images = images
         return parsed if isinstance(parsed, Problem) else _with_unused(parsed, values)
 
     return OpenDataset(row_format, is_configured, chain(head, rows), parse)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
+    from finetuning.data.images.processor import ImageTextProcessor
+
 
 def prepare_sft(
     data_conf: DataConfig,
@@ -47,6 +49,7 @@ def prepare_sft(
     stop_tokens: Sequence[str] = (),
     seed: int = 0,
     inspector: Inspector | None = None,
+    images: ImageTextProcessor | str | None = None,
 ) -> PreparedData:
     """Prepare `input_ids` and `labels` of the training and validation rows.
 
@@ -57,19 +60,27 @@ def prepare_sft(
             templates end a tool call with one of them.
         seed: of the order of a stream.
         inspector: looks at the rows while they are prepared; not at those of a stream.
+        images: the processor of a model that takes images, or why rows with images are refused.
 
     Raises:
         DataError: a file, a row or the template is invalid, or too few rows are left.
     """
     label_builder = _make_label_builder(tokenizer)
-    options = options_for(sft_args, tokenizer.special_tokens_map)
+    if images is None or isinstance(images, str):
+        processor_class, make_renderer, image_folder = SFTProcessor, TemplateRenderer, images
+    else:
+        from finetuning.data.images.rendering import ImageTemplateRenderer, image_sft_processor
+
+        processor_class, make_renderer = image_sft_processor(images), ImageTemplateRenderer
+        image_folder = images.folder
+    options = options_for(sft_args, tokenizer.special_tokens_map, image_folder)
     max_length, truncate = sft_args.max_seq_length, sft_args.length_handling == "truncate"
 
     def make_chat_processor() -> ChatProcessor:
-        renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
+        renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens, make_renderer)
         return ChatProcessor(renderer, mask_builder, label_builder, max_length, truncate, options.chats != "all")
 
-    processor = SFTProcessor(
+    processor = processor_class(
         make_chat_processor,
         label_builder,
         cast("str | None", tokenizer.eos_token),
@@ -86,12 +97,18 @@ def prepare_sft(
         "sft_args.train_on": [options.chats, options.completions],
         "stop tokens": list(stop_tokens),
     }
+    if images is not None and not isinstance(images, str):
+        rules["images"] = images.digest
     split_rows = processor.split_rows if sft_args.length_handling == "split" else None
     preprocessor = Preprocessor("sft", options, processor, label_builder, max_length, num_workers, split_rows)
     preprocessor.inspector = inspector
     if data_conf.streaming:
         return stream_rows(data_conf, preprocessor, tokenizer, rules, seed, max_length if sft_args.packing else None)
     prepared = prepare_rows(data_conf, preprocessor, tokenizer, rules)
+    if prepared.has_images:
+        from finetuning.data.images.rendering import without_empty_columns
+
+        prepared = without_empty_columns(prepared)
     if not sft_args.packing:
         return prepared
     packed = pack_dataset(cast("datasets.Dataset", prepared.train), max_length)
@@ -250,9 +267,13 @@ def _make_label_builder(tokenizer: PreTrainedTokenizerFast) -> LabelBuilder:
 
 
 def _make_mask_builder(
-    data_conf: DataConfig, tokenizer: PreTrainedTokenizerFast, label_builder: LabelBuilder, stop_tokens: Sequence[str]
+    data_conf: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    label_builder: LabelBuilder,
+    stop_tokens: Sequence[str],
+    make_renderer: Callable[[PreTrainedTokenizerFast], TemplateRenderer] = TemplateRenderer,
 ) -> tuple[TemplateRenderer, AssistantMaskBuilder]:
-    renderer = TemplateRenderer(tokenizer)
+    renderer = make_renderer(tokenizer)
     template = configured_template(data_conf, cast("object", tokenizer.chat_template))  # pyright: ignore[reportUnknownMemberType]
     ends = (template.end_of_turn,) if template and template.end_of_turn else ()
     return renderer, AssistantMaskBuilder(renderer, label_builder.split, (*stop_tokens, *ends))

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _PACKAGES_IN_KEY = ("transformers", "tokenizers", "jinja2")
 _NOT_IN_KEY = {
     "cache", "prepared", "streaming", "shuffle_buffer", "padding_side", "missing_pad_token_strategy",
-    "chat_template_name",
+    "chat_template_name", "images",
 }  # fmt: skip
 RULES = "2"
 """Version of the rules by which rows are rendered, masked, truncated and mixed; part of the cache key."""
@@ -73,7 +73,8 @@ class DataFingerprint:
 class PreparedData:
     """Tokenized rows with their statistics.
 
-    Columns: `input_ids` and `labels` for SFT, with `lengths` if rows are packed; `prompt_ids`, `chosen_ids` and
+    Columns: `input_ids` and `labels` for SFT, with `lengths` if rows are packed, and `images` and `text` if the model
+    takes images; `prompt_ids`, `chosen_ids` and
     `rejected_ids` for preferences; `prompt_ids`, `completion_ids` and `label` for KTO; `prompt_ids` and `row` (JSON for
     the reward functions) for GRPO.
     """
@@ -87,6 +88,11 @@ class PreparedData:
     """Whether the rows were prepared now or read, from where, and why."""
     entry: CacheEntry | None
     """The rows as they are cached, before packing or shuffling; None for a stream."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows have images: their columns are removed where no row has one."""
+        return "images" in (getattr(self.train, "column_names", None) or ())
 
     @property
     def rows(self) -> int | None:

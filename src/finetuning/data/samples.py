@@ -24,6 +24,20 @@ class Row:
     location: Location
 
 
+@dataclass(frozen=True, slots=True)
+class ImageReference:
+    """Where an image of a row is, and what it was when the row was prepared."""
+
+    path: str | None
+    """Its file; None if the row itself holds the image."""
+    data: str | None
+    """The bytes of its file in base64, if the row holds them."""
+    digest: str
+    """SHA-256 of its file, in hexadecimal."""
+    width: int
+    height: int
+
+
 @dataclass(slots=True)
 class Conversation:
     """A chat to train on."""
@@ -36,6 +50,8 @@ class Conversation:
     """Indices of the messages to train on, or `all` for the whole text; None for the setting of the run."""
     unused: tuple[str, ...] = ()
     """Columns of the row that nothing was made of, here and in the classes below."""
+    images: tuple[ImageReference, ...] = ()
+    """Images, in the order of their places in the contents."""
 
 
 @dataclass(slots=True)
@@ -55,6 +71,7 @@ class Text:
     is_templated: bool = False
     """Whether it holds the special tokens of a chat on purpose."""
     unused: tuple[str, ...] = ()
+    images: tuple[ImageReference, ...] = ()
 
 
 @dataclass(slots=True)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 
 from finetuning.config.pretrained_config import (
     FLASH_ATTENTION_PACKAGES,
@@ -44,6 +45,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEY = "run_conf.model"
+_CAUSAL_TYPES = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+_CAUSAL_CLASSES = frozenset(_CAUSAL_TYPES.values())
+_IMAGE_CLASSES = frozenset(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+_SOUND_CLASSES = frozenset(
+    [
+        *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES.values(),
+    ]
+).difference(_IMAGE_CLASSES)
+_CLASSIFIERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Fields of ModelArgs that `resolve_model` takes; the others go to `from_pretrained`.
 _HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
@@ -89,6 +101,13 @@ class TaskHead:
     def auto_class(self) -> type[_BaseAutoModelClass]:
         return getattr(transformers, self.auto_class_name)
 
+    def for_config(self, config: PreTrainedConfig) -> TaskHead:
+        """Return the head for a model: one that takes images keeps the class that its checkpoint names."""
+        if self is not CAUSAL_LM:
+            return self
+        named = task_head_for(config.architectures or ())
+        return IMAGE_TEXT_TO_TEXT if named is IMAGE_TEXT_TO_TEXT else self
+
     def required_missing(self, missing_keys: Sequence[str]) -> list[str]:
         """Return the missing keys that cannot be initialized here: the checkpoint is unusable without them."""
         return [name for name in missing_keys if not self._is_zero_initialized(name)]
@@ -121,6 +140,7 @@ class TaskHead:
 
 
 CAUSAL_LM = TaskHead("AutoModelForCausalLM")
+IMAGE_TEXT_TO_TEXT = TaskHead("AutoModelForImageTextToText")
 SEQUENCE_CLASSIFICATION = TaskHead(
     "AutoModelForSequenceClassification",
     config_fields={"num_labels": 1},
@@ -131,8 +151,40 @@ SEQUENCE_CLASSIFICATION = TaskHead(
 
 def task_head_for(architectures: Sequence[str]) -> TaskHead:
     """Return the task head of a saved model, given the `architectures` of its config."""
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
-    return SEQUENCE_CLASSIFICATION if is_classifier else CAUSAL_LM
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return SEQUENCE_CLASSIFICATION
+    takes_images = not _IMAGE_CLASSES.isdisjoint(architectures)
+    return IMAGE_TEXT_TO_TEXT if takes_images and _CAUSAL_CLASSES.isdisjoint(architectures) else CAUSAL_LM
+
+
+def check_class(config: PreTrainedConfig, source: ModelLocation, key: str = _KEY) -> None:
+    """Check that a checkpoint's class writes text from left to right, so that loading it as such drops no weights.
+
+    Raises:
+        ModelError: it does not; says what it is, and what to use.
+    """
+    name = next(iter(config.architectures or ()), None)
+    is_known = name in _CAUSAL_CLASSES or (name in _IMAGE_CLASSES and not config.is_encoder_decoder)
+    if name is None or is_known or getattr(config, "auto_map", None):
+        return
+    hint = "Choose a model that writes text from left to right, such as one of the Llama, Qwen or Gemma families."
+    if name.endswith("ForSequenceClassification"):
+        what, hint = "a classifier", "Train it with `finetuning reward`, or name the model that it was made from."
+    elif name.endswith(_CLASSIFIERS):
+        what = "a classifier"
+    elif name.endswith("ForMaskedLM"):
+        what = "a masked language model, which fills gaps in a text"
+    elif name in _SOUND_CLASSES:
+        what = "a model that takes sound"
+    elif config.is_encoder_decoder:
+        what = "an encoder-decoder"
+    elif config.model_type not in _CAUSAL_TYPES and config.model_type in CONFIG_MAPPING:
+        what = "not a language model"
+    else:
+        return
+    raise ModelError(
+        f"{source} is {what} ({name}), which the engine does not train", location=Location(key=key), hint=hint
+    )
 
 
 def check_score_head(run_conf: RunConfig) -> None:
@@ -238,6 +290,8 @@ def loading_arguments(
 
         arguments["quantization_config"] = to_quantization_config(quant_conf, sharded_by=sharded_by)
     config, loader_arguments = load_pretrained_config(source, args, key)
+    if head is CAUSAL_LM:
+        check_class(config, source, key)
     config.update(dict(head.config_fields))
     if getattr(config, "quantization_config", None) is not None:
         from finetuning.model.quantization import select_trainable_gptq_kernel
@@ -254,6 +308,9 @@ def _load_pretrained(
     Raises:
         ModelError: the checkpoint cannot be loaded, or weights are missing.
     """
+    config = arguments["config"]
+    assert isinstance(config, PreTrainedConfig)
+    head = head.for_config(config)
     with _loading(source, key):
         model, loading_info = head.auto_class.from_pretrained(
             source.name, output_loading_info=True, **arguments, **source.hub_kwargs

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from finetuning.config.sections.model import ModelArgs, NewPeft, NoPeft, PretrainedPeft, RunConfig
+from finetuning.config.sections.model import ModelArgs, ModelPart, NewPeft, NoPeft, PretrainedPeft, RunConfig
 from finetuning.errors import Location, Problem, reading
 from finetuning.model.embeddings import EmbeddingInfo
 from finetuning.model.load import CAUSAL_LM, TaskHead, load_pretrained_config
@@ -73,8 +74,9 @@ def summarize_modules(
     modules = {name: module for name, module in model.named_modules() if name}
     tensor_sizes = _tensor_sizes(source)
     all_linear = NewPeft(peft_type="LORA", peft_kwargs={"target_modules": "all-linear"})
-    linear = _trained_by_module(source, args, head, all_linear)
-    trained = _trained_by_module(source, args, head, peft_conf) if isinstance(peft_conf, NewPeft) else {}
+    count = partial(_trained_by_module, source, args, head, run_conf.train_parts)
+    linear = count(all_linear)
+    trained = count(peft_conf) if isinstance(peft_conf, NewPeft) else {}
     members: dict[tuple[str, str], list[str]] = {}
     seen: set[int] = set()
     parameters: dict[str, list[torch.nn.Parameter]] = {}
@@ -144,7 +146,9 @@ def look_up_modules(
     conf = _without_weight_based_init(conf)
     is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     embeddings = EmbeddingInfo(tuple(new_ids), 0, 0, is_tied)
-    config = adapters.make_peft_config(model, conf, embeddings=embeddings, total_steps=1, check_names=False)
+    config = adapters.make_peft_config(
+        model, conf, embeddings=embeddings, total_steps=1, check_names=False, parts=run_conf.train_parts
+    )
     trained_rows = tuple(getattr(config, "trainable_token_indices", None) or ()) if new_ids else ()
     warnings = [*check_module_names(model, config), *adapters.dropout_warning(conf, config)]
     if trained_rows or adapters.peft_type_of(config) != "LORA":
@@ -179,10 +183,12 @@ def build_on_meta(source: ModelLocation, args: ModelArgs, head: TaskHead) -> Pre
     config.update(dict(head.config_fields))
     location = Location(key="run_conf.model")
     with reading(f"the model class of {source} cannot be built", location=location), torch.device("meta"):
-        return head.auto_class.from_config(config, trust_remote_code=args.trust_remote_code)
+        return head.for_config(config).auto_class.from_config(config, trust_remote_code=args.trust_remote_code)
 
 
-def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, conf: NewPeft) -> dict[str, int]:
+def _trained_by_module(
+    source: ModelLocation, args: ModelArgs, head: TaskHead, parts: Sequence[ModelPart], conf: NewPeft
+) -> dict[str, int]:
     """Return the number of parameters that an adapter trains, by module of the base model.
 
     Raises:
@@ -194,7 +200,7 @@ def _trained_by_module(source: ModelLocation, args: ModelArgs, head: TaskHead, c
 
     model = build_on_meta(source, args, head)
     module_names = {name for name, _ in model.named_modules() if name}
-    config = make_peft_config(model, _without_weight_based_init(conf), total_steps=1)
+    config = make_peft_config(model, _without_weight_based_init(conf), total_steps=1, parts=parts)
     problem = f"cannot determine what {conf.peft_type} trains without loading the weights"
     with reading(problem, location=Location(key="peft_conf")), torch.device("meta"):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -74,6 +74,7 @@ def save_model(
             write_companion_files(
                 tokenizer,
                 staging,
+                model=model,
                 stop_tokens=stop_tokens,
                 base_fingerprint=base_fingerprint,
                 embeddings=embeddings,
@@ -101,16 +102,22 @@ def write_companion_files(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    model: nn.Module | None = None,
     stop_tokens: StopTokens | None = None,
     base_fingerprint: Fingerprint | None = None,
     embeddings: EmbeddingInfo | None = None,
 ) -> None:
     """Write what belongs to the weights of a checkpoint or a final model into their folder.
 
-    That is the tokenizer with its chat template, the stop tokens in every config, and for an adapter what identifies
-    its base model, its own tensors and its new tokens.
+    That is the tokenizer with its chat template, the stop tokens in every config, for a model that takes images the
+    files of its processor, and for an adapter what identifies its base model, its own tensors and its new tokens.
     """
     save_tokenizer(tokenizer, folder, stop_tokens)
+    base = model.get_base_model() if model is not None and is_peft_model(model) else model
+    if base is not None and getattr(getattr(base, "config", None), "vision_config", None) is not None:
+        from finetuning.model.vision import copy_processor_files
+
+        copy_processor_files(base, folder)
     if stop_tokens is not None:
         stop_tokens.write_configs(folder)
     if base_fingerprint is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetuning.config.sections.data import MissingPadTokenStrategy
 from finetuning.distributed import announce_wait
-from finetuning.errors import Location, ModelError, reading
+from finetuning.errors import Location, ModelError, read_json_object, reading
 from finetuning.model.resolve import ModelLocation, resolve_model
 
 SpecialTokenName: TypeAlias = Literal["bos", "eos", "pad", "unk"]
@@ -82,9 +83,7 @@ def load_tokenizer(
         token=token,
     )
     tokenizer = _load_fast_tokenizer(source, trust_remote_code, Location(key=key))
-    template_description, warnings = _set_template(
-        tokenizer, str(source), template_source, default_template, needs_template
-    )
+    template_description, warnings = _set_template(tokenizer, source, template_source, default_template, needs_template)
     tokenizer.padding_side = padding_side
     new_tokens = _add_special_tokens(tokenizer, special_tokens)
     pad_description, pad_input_id, pad_warning = _choose_padding(tokenizer, missing_pad_token_strategy, str(source))
@@ -95,7 +94,7 @@ def load_tokenizer(
 
 def _set_template(
     tokenizer: PreTrainedTokenizerFast,
-    source: str,
+    location: ModelLocation,
     template_source: str | None,
     default_template: tuple[str, str] | None,
     needs_template: bool,
@@ -105,7 +104,9 @@ def _set_template(
     Raises:
         ModelError: there is no chat template although one is needed.
     """
-    shipped = tokenizer.chat_template
+    if not tokenizer.chat_template and location.folder is not None:
+        tokenizer.chat_template = _processor_template(location.folder)
+    source, shipped = str(location), tokenizer.chat_template
     if template_source is not None:
         tokenizer.chat_template = template_source
         warning = f"the configured chat template replaces the one of {source}; {_TEMPLATE_KEY}: keep-original keeps it"
@@ -122,6 +123,17 @@ def _set_template(
             hint="Set data_conf.chat_template_name to a template by name, such as chat-ml.",
         )
     return "none", []
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the chat template that a processor of images has in a file of its own, as older releases wrote it."""
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            with reading(f"{folder / name} cannot be read", location=Location(file=str(folder / name))):
+                template = read_json_object(folder / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return None
 
 
 def _load_fast_tokenizer(source: ModelLocation, trust_remote_code: bool, location: Location) -> PreTrainedTokenizerFast:

@@ -275,6 +275,7 @@ class CheckpointMixin(TrainerBase):
             write_companion_files(
                 tokenizer,
                 folder,
+                model=model,
                 stop_tokens=stop_tokens,
                 base_fingerprint=self.base_fingerprint,
                 embeddings=self.embeddings,

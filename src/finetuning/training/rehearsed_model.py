@@ -71,7 +71,9 @@ def build_model(experiment: Experiment, config: PreTrainedConfig, shape: StepSha
     conf = experiment.peft_conf
     if isinstance(conf, NewPeft):
         with torch.device("meta"):
-            model = get_peft_model(model, make_peft_config(model, conf, total_steps=1))
+            model = get_peft_model(
+                model, make_peft_config(model, conf, total_steps=1, parts=experiment.run_conf.train_parts)
+            )
     elif not isinstance(conf, NoPeft):
         raise ConfigError(
             "rehearsing a run that continues an adapter is not supported",
@@ -97,12 +99,18 @@ def build_reference(experiment: Experiment, config: PreTrainedConfig, shape: Ste
 
 
 def _build_base(experiment: Experiment, config: PreTrainedConfig, shape: StepShape) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from finetuning.model.load import CAUSAL_LM
+    from finetuning.model.peft.adapters import freeze_other_parts
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=experiment.run_conf.model_args.trust_remote_code
-        ).to(shape.weights)
+        model = (
+            CAUSAL_LM.for_config(config)
+            .auto_class.from_config(
+                copy.deepcopy(config), trust_remote_code=experiment.run_conf.model_args.trust_remote_code
+            )
+            .to(shape.weights)
+        )
+    freeze_other_parts(model, experiment.run_conf.train_parts)
     _set_attention(model, shape.attention)
     if shape.method == "dpo":
         from trl.trainer.utils import add_fused_lm_head

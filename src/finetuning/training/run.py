@@ -127,6 +127,7 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
             plan.num_steps,
             check_names=not job.names_checked,
             fingerprint=base,
+            has_images=data.has_images,
         )
     record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
 

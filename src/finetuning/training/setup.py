@@ -225,11 +225,12 @@ def load_model(
     total_steps: int,
     check_names: bool = True,
     fingerprint: Fingerprint | None = None,
+    has_images: bool = False,
 ) -> LoadedModel:
     """Return the model to train.
 
     When the vocabulary grows under an adapter, the resized base model is saved first: the adapter belongs to it.
-    `fingerprint` is that of the model in `run_conf.model`.
+    `fingerprint` is that of the model in `run_conf.model`; `has_images` says whether rows have images.
     """
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import adapter_digests
@@ -243,6 +244,7 @@ def load_model(
     load_base = partial(_load_base_model, experiment, algorithm, tokenizer, topology, dtype)
     model, vocabulary = load_base()
     load_reference = lambda: load_base()[0]  # noqa: E731
+    parts = experiment.run_conf.train_parts
     notes = [*dtype_notes, *_save_resized_base(experiment, model, tokenizer, vocabulary, topology)]
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
         fingerprint = _fingerprint(model)
@@ -252,25 +254,22 @@ def load_model(
         model = _prepare_quantized(model, arguments, topology)
     if not algorithm.has_score_head:
         notes.append(preflight.verify_causality(model, topology, arguments, attention.autocast))
+    notes += adapters.freeze_other_parts(model, parts)
     if algorithm.trainer_adds_adapter and isinstance(peft_conf, NewPeft):
         config = adapters.make_peft_config(
-            model, peft_conf, embeddings=vocabulary, total_steps=total_steps, check_names=check_names
+            model, peft_conf, embeddings=vocabulary, total_steps=total_steps, check_names=check_names, parts=parts
         )
         preflight.check_new_tokens(getattr(config, "trainable_token_indices", None), len(vocabulary.new_ids), algorithm)
         layout = BatchLayout(True, f"{algorithm.name} pads its rows")
         notes.append(describe_attention(model, attention.reason))
         return LoadedModel(model, config, {}, fingerprint, None, vocabulary, load_reference, layout, tuple(notes))
     adapted = adapters.apply_peft(
-        model,
-        peft_conf,
-        embeddings=vocabulary,
-        total_steps=total_steps,
+        model, peft_conf, embeddings=vocabulary, total_steps=total_steps, check_names=check_names, parts=parts,
         autocast_adapter_dtype=topology.sharded_by is None,
-        check_names=check_names,
-    )
+    )  # fmt: skip
     adapted_model: Any = adapted.model
     initial = adapter_digests(adapted_model) if adapted.peft_config is not None else {}
-    layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention)
+    layout, attention = choose_layout(experiment, algorithm, adapted, topology, attention, has_images)
     if layout.padded and algorithm.supports_padding_free:
         _check_padding(experiment, adapted_model, tokenizer, topology, attention)
     notes += [str(adapted), *adapted.notes, describe_attention(adapted.model, attention.reason)]
@@ -462,6 +461,7 @@ def choose_layout(
     adapted: AdaptedModel,
     topology: ProcessTopology,
     attention: AttentionSetup,
+    has_images: bool = False,
 ) -> tuple[BatchLayout, AttentionSetup]:
     """Return the batch layout, padding-free where this model isolates rows, and the attention that was chosen.
 
@@ -470,8 +470,8 @@ def choose_layout(
     """
     from finetuning.model.varlen_attention import describe_isolation_check
 
-    if not algorithm.supports_padding_free:
-        return BatchLayout(True, f"{algorithm.name} pads its rows"), attention
+    if has_images or not algorithm.supports_padding_free:
+        return BatchLayout(True, f"{algorithm.name} pads rows{' with images' * has_images}"), attention
     batching, packing = experiment.sft_args.batching, experiment.sft_args.packing
     if batching == "padded":
         return BatchLayout(True, "as configured"), attention

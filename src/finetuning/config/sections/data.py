@@ -177,6 +177,33 @@ TrainingData = Annotated[Concatenation | WeightedMix, Field(discriminator="type"
 ValidationData = Annotated[Concatenation | AutoSplit | FromDatasets | NoData, Field(discriminator="type")]
 
 
+class ImagesConfig(ConfigSection):
+    """Images in training rows (sft of a vision-language model). Sizes are those that the model's image processor has;
+    by default each is the one in the processor's files."""
+
+    folder: str | None = Field(default=None, min_length=1)
+    """Folder below which all images are. Paths in rows are relative to it. By default the folder of each data file. An
+    image outside of it, also by a link, makes its row invalid."""
+    max_file_pixels: int = Field(default=89_478_485, gt=0)
+    """Most pixels of an image file. A larger one makes its row invalid, and is not decoded."""
+    min_pixels: int | None = Field(default=None, gt=0)
+    """Smallest number of pixels of an image after resizing (Qwen-VL and others)."""
+    max_pixels: int | None = Field(default=None, gt=0)
+    """Largest number of pixels of an image after resizing, and so its largest number of tokens (Qwen-VL and others)."""
+    longest_edge: int | None = Field(default=None, gt=0)
+    """Longest edge of an image after resizing (Idefics3, SmolVLM, Pixtral, Mistral 3)."""
+    do_image_splitting: bool | None = None
+    """Split large images into tiles (Idefics3, SmolVLM)."""
+    do_pan_and_scan: bool | None = None
+    """Add crops of oblong images (Gemma 3)."""
+    crop_to_patches: bool | None = None
+    """Split images into tiles (InternVL)."""
+    min_patches: int | None = Field(default=None, gt=0)
+    """Fewest tiles of an image (InternVL)."""
+    max_patches: int | None = Field(default=None, gt=0)
+    """Most tiles of an image (InternVL)."""
+
+
 class DataConfig(ConfigSection):
     """Training and validation data, chat template and padding."""
 
@@ -184,6 +211,8 @@ class DataConfig(ConfigSection):
     """Training datasets and how to combine them."""
     validation_data: ValidationData
     """Validation datasets, or how to hold out validation rows. `type: NONE` disables validation."""
+    images: ImagesConfig = ImagesConfig()
+    """Images in rows: where they are, and their sizes."""
     chat_template_name: ChatTemplateName | None = None
     """Built-in chat template that renders conversations to text. By default the tokenizer's own template is used, and
     `mistral-with-system` if it has none."""

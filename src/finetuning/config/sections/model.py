@@ -66,6 +66,10 @@ class ModelArgs(ConfigSection):
     """Run Python code from the model repository. The code runs with your permissions: pin `revision` to a commit."""
 
 
+ModelPart = Literal["language_model", "projector", "vision_tower"]
+"""The parts of a model that takes images."""
+
+
 class RunConfig(ConfigSection):
     """Model, checkpoints and limits of the run."""
 
@@ -77,6 +81,10 @@ class RunConfig(ConfigSection):
     """Local path or Hub id of the tokenizer. Defaults to the model's tokenizer."""
     embedding_size_multiple_of: int = Field(default=1, ge=1)
     """Round the number of embedding rows up to a multiple of this when new tokens need more rows than there are."""
+    train_parts: list[ModelPart] = Field(default=["language_model"], min_length=1)
+    """The parts of a vision-language model that are trained: `language_model`, `projector` and `vision_tower`. An
+    adapter goes into the modules of these parts only, whatever other modules have the names in `target_modules`. The
+    other parts are frozen, and saved with the model. Models that take text only have no such parts."""
     use_fast_tokenizer: bool = True
     """Accepted for compatibility: only fast tokenizers are supported, because loss masks need character offsets."""
     resume_from_checkpoint: bool | str = False

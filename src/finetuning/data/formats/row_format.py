@@ -11,11 +11,14 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
 from finetuning.data.text_template import TextTemplate
 from finetuning.errors import Location, Problem
+
+if TYPE_CHECKING:
+    from finetuning.data.images.files import ImageFolder
 
 TrainOn = Literal["all", "assistant", "last", "completions"]
 
@@ -38,6 +41,8 @@ class Options:
     """Between an instruction and its input, in rows with both."""
     special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
     """The tokenizer's special tokens by the names that Jinja templates use, such as `eos_token`."""
+    images: ImageFolder | str = "on which the engine does not train yet"
+    """Where the images of rows are, or why rows with images are refused."""
 
 
 DEFAULT_OPTIONS = Options()

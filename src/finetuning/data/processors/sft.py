@@ -67,6 +67,11 @@ class ChatProcessor:
             for row, result, row_warnings in zip(rows, rendered, warnings, strict=True)
         ]
 
+    def render_one(self, row: Conversation) -> tuple[MaskedText | DroppedSample, Sequence[int] | None]:
+        """Return the rendered text of a conversation with its spans, and the messages to train on; None for all."""
+        turns = self._turns(row)
+        return self._render([row], [turns])[0], turns
+
     def _turns(self, row: Conversation) -> Sequence[int] | None:
         """Indices of the messages to train on; None to train on the whole text."""
         if row.turns == "all" or (row.turns is None and not self.completions_only):
@@ -200,7 +205,12 @@ class SFTProcessor:
         texts: dict[int, str] = {}
         for index, row in enumerate(rows):
             # A token is at least one byte long: a text that is short in bytes need not be tokenized to know.
-            if isinstance(row, Text) and row.spans is None and len(row.text.encode()) + 2 > self.max_length:
+            if (
+                isinstance(row, Text)
+                and row.spans is None
+                and not row.images
+                and len(row.text.encode()) + 2 > self.max_length
+            ):
                 with_eos = self._with_eos(row)
                 if isinstance(with_eos, Text):
                     texts[index] = with_eos.text

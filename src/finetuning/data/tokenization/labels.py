@@ -226,8 +226,13 @@ class LabelBuilder:
         ids = cast("list[int]", self._tokenizer("a", verbose=False)["input_ids"])
         return bos if bos is not None and ids[:1] == [bos] else None
 
+    def added_to(self, text: str) -> str:
+        """Return the beginning-of-sequence token that is put in front of a text; empty if there is none."""
+        bos = cast("str", self._tokenizer.bos_token)
+        return "" if self._added_bos is None or text.startswith(bos) else bos
+
     def _with_bos(self, text: str, tokens: TokenizedText, *, trains_all: bool) -> TokenizedText:
-        if self._added_bos is None or text.startswith(cast("str", self._tokenizer.bos_token)):
+        if self._added_bos is None or not self.added_to(text):
             return tokens
         ids = np.concatenate([np.array([self._added_bos], dtype=np.int32), tokens.ids])
         runs = ((0, len(ids)),) if trains_all else tuple((first + 1, last + 1) for first, last in tokens.runs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from finetuning.config.pretrained_config import left_out_of_all_linear
-from finetuning.config.sections.model import NewPeft, NoPeft, PretrainedPeft
+from finetuning.config.pretrained_config import NOT_REACHED_BY_TEXT, left_out_of_all_linear
+from finetuning.config.sections.model import ModelPart, NewPeft, NoPeft, PretrainedPeft
 from finetuning.distributed import announce_wait
 from finetuning.errors import Location, ModelError, Problem, reading
 from finetuning.model.peft.adapter_files import (
@@ -87,6 +87,7 @@ def apply_peft(
     total_steps: int | None = None,
     autocast_adapter_dtype: bool = True,
     check_names: bool = True,
+    parts: Sequence[ModelPart] = ("language_model",),
 ) -> AdaptedModel:
     """Return the model to train, with the adapter of `conf` on it.
 
@@ -96,6 +97,7 @@ def apply_peft(
         autocast_adapter_dtype: keep adapter weights in float32 on a 16-bit base. Must be off under FSDP, which shards
             weights of one dtype only.
         check_names: warn of module names in `conf` that match nothing. Off if that was done before loading.
+        parts: the parts of a vision-language model that a new adapter goes into.
 
     Raises:
         ModelError: the adapter does not fit the model, or its type, an argument or every target module does not exist.
@@ -114,7 +116,9 @@ def apply_peft(
         return _load_adapter(model, conf, embeddings, autocast_adapter_dtype)
     from peft import get_peft_model
 
-    config = make_peft_config(model, conf, embeddings=embeddings, total_steps=total_steps, check_names=check_names)
+    config = make_peft_config(
+        model, conf, embeddings=embeddings, total_steps=total_steps, check_names=check_names, parts=parts
+    )
     targets = target_names(config)
     if peft_type_of(config) == "XLORA":
         # X-LoRA's first pass reads hidden states, and PEFT refuses it with a key-value cache.
@@ -134,6 +138,7 @@ def make_peft_config(
     embeddings: EmbeddingInfo | None = None,
     total_steps: int | None = None,
     check_names: bool = True,
+    parts: Sequence[ModelPart] = ("language_model",),
 ) -> PeftConfig:
     """Return the PEFT config of a new adapter, checked against the model, with the rows of new tokens made trainable.
 
@@ -169,7 +174,7 @@ def make_peft_config(
                 location=Location(key=f"{_KWARGS}.{key}"),
                 hint=f"Did you mean {near[0]}?" if near else None,
             )
-    kwargs = _resolve_targets(model, kwargs, name, is_prompt_learning=_is_prompt_learning(config_class))
+    kwargs = _resolve_targets(model, kwargs, name, parts, config_class)
     if "total_step" in field_names and kwargs.get("total_step") is None and total_steps:
         kwargs["total_step"] = total_steps
     if name == "XLORA":
@@ -215,7 +220,11 @@ def dropout_warning(conf: NewPeft, config: PeftConfig) -> list[Problem]:
 
 
 def _resolve_targets(
-    model: PreTrainedModel, kwargs: Mapping[str, object], peft_type: str, *, is_prompt_learning: bool
+    model: PreTrainedModel,
+    kwargs: Mapping[str, object],
+    peft_type: str,
+    parts: Sequence[ModelPart],
+    config_class: type[PeftConfig],
 ) -> dict[str, Any]:
     """Return the arguments with `target_modules` as PEFT expects it.
 
@@ -227,12 +236,34 @@ def _resolve_targets(
     targets = resolved.get("target_modules")
     if isinstance(targets, (list, tuple)) and ALL_LINEAR in targets:
         resolved["target_modules"] = targets = ALL_LINEAR
-    if targets == ALL_LINEAR and not is_prompt_learning:
-        resolved |= _all_linear(model, peft_type, kwargs)
+    names = [field.name for field in fields(config_class)]
+    if "exclude_modules" in names and not kwargs.get("exclude_modules") and takes_images(model):
+        from finetuning.model.vision import outside_of
+
+        # Vision towers have modules of the same names as language models, such as q_proj.
+        resolved["exclude_modules"] = outside_of(model, parts)
+    if targets == ALL_LINEAR and not _is_prompt_learning(config_class):
+        resolved |= _all_linear(model, peft_type, kwargs, parts)
     return resolved
 
 
-def _all_linear(model: PreTrainedModel, peft_type: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def takes_images(model: PreTrainedModel) -> bool:
+    """Return whether a model has a vision tower."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def freeze_other_parts(model: PreTrainedModel, parts: Sequence[ModelPart]) -> list[str]:
+    """Freeze all parts of a vision-language model but some; return notes on it, none for a model of text."""
+    if not takes_images(model):
+        return []
+    from finetuning.model.vision import train_only
+
+    return [train_only(model, parts)]
+
+
+def _all_linear(
+    model: PreTrainedModel, peft_type: str, kwargs: Mapping[str, Any], parts: Sequence[ModelPart]
+) -> dict[str, Any]:
     """Return the arguments that select all linear layers that can be adapted: `all-linear` if PEFT selects the same.
 
     PEFT counts the experts that transformers fuses to parameters as linear layers, and their routers as well.
@@ -249,10 +280,16 @@ def _all_linear(model: PreTrainedModel, peft_type: str, kwargs: Mapping[str, Any
     }
     has_experts = any("experts" in name.split(".") for name, _ in model.named_modules())
     left_out: dict[str, list[str]] = {}
+    part_of: dict[str, ModelPart] = {}
+    if takes_images(model):
+        from finetuning.model.vision import module_parts
+
+        part_of = module_parts(model)
     for name, module in layers.items():
-        reason = left_out_of_all_linear(name, has_experts=has_experts) or _why_peft_cannot_adapt(
-            model, name, module, peft_type
-        )
+        reason = left_out_of_all_linear(name, has_experts=has_experts)
+        if name in part_of and reason in (None, NOT_REACHED_BY_TEXT):
+            reason = None if part_of[name] in parts else f"the {part_of[name].replace('_', ' ')}"
+        reason = reason or _why_peft_cannot_adapt(model, name, module, peft_type)
         if reason is not None:
             left_out.setdefault(reason, []).append(name)
     fused = _with_fused_experts(model, peft_type, ALL_LINEAR, kwargs)

@@ -59,6 +59,8 @@ SAFE = (
     "run_conf.copy_checkpoints_to",
     "run_conf.model_args.cache_dir",
     "data_conf.cache",
+    "data_conf.images.folder",
+    "data_conf.images.max_file_pixels",
     "data_conf.prepared",
     "run_conf.model_args.local_files_only",
     "run_conf.model_args.force_download",

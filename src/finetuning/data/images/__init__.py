@@ -1,0 +1,1 @@
+"""Images in training rows: where they are, how their tokens get into the text, and how a batch gets its pixels."""

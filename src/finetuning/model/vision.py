@@ -1,0 +1,109 @@
+"""Checkpoints with a vision tower: the parts of the model, which of them are trained, and the processor's files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import try_to_load_from_cache
+
+from finetuning.config.sections.model import ModelPart
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files that say how images become the model's input. The tokenizer and the chat template have files of their own."""
+# The names that transformers gives to what lies between the vision tower and the language model. In Qwen's models it
+# is a module of the tower. Layers of towers have such names, too, further down.
+_PROJECTOR = re.compile(r"project|connector|merger|embed_vision|perceiver|resampler|aligner|image_newline|view_sep")
+_MODEL_DEPTH = 3
+_LANGUAGE_MODELS = ("language_model", "text_model")
+
+
+def module_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
+    """Return the part of the model that each module without children, and each parameter, belongs to, by name."""
+    names = [name for name, module in model.named_modules() if next(module.children(), None) is None]
+    names += [name for name, _ in model.named_parameters()]
+    language = _language_modules(model)
+    return {name: _part_of(name, language) for name in names if name}
+
+
+def _part_of(name: str, language: Collection[str]) -> ModelPart:
+    if any(name == module or name.startswith(f"{module}.") for module in language):
+        return "language_model"
+    return "projector" if any(map(_PROJECTOR.search, name.split(".")[:_MODEL_DEPTH])) else "vision_tower"
+
+
+def _language_modules(model: PreTrainedModel) -> set[str]:
+    """Return the names of the modules that text goes through: the decoder with its embeddings, and the head."""
+    wanted = {id(model.get_output_embeddings()), id(model.get_input_embeddings()), id(model.get_decoder())}
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        is_decoder = parts[-1] in _LANGUAGE_MODELS and len(parts) <= 2
+        # A class may name the whole model with its vision tower as its decoder.
+        is_named = id(module) in wanted and not any(_has_vision(child) for child, _ in module.named_modules())
+        if name and (is_decoder or is_named):
+            names.add(name)
+    return names
+
+
+def _has_vision(name: str) -> bool:
+    return any(part.startswith(("vision", "visual")) for part in name.split("."))
+
+
+def train_only(model: PreTrainedModel, parts: Collection[ModelPart]) -> str:
+    """Freeze the parameters of all other parts; return which parts are trained, and how much is frozen."""
+    part_of = module_parts(model)
+    frozen: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        part = part_of[name]
+        weight.requires_grad_(part in parts)
+        if part not in parts:
+            frozen[part] = frozen.get(part, 0) + weight.numel()
+    kept = ", ".join(f"{part} ({count:,} parameters)" for part, count in frozen.items())
+    return f"trained parts: {', '.join(parts)}; frozen: {kept or 'nothing'}"
+
+
+def outside_of(model: PreTrainedModel, parts: Collection[ModelPart]) -> str | None:
+    """Return a pattern of the names of all modules outside of some parts, for PEFT's `exclude_modules`.
+
+    None if there are none. The names are shortened to the first module that has none of these parts below it.
+    """
+    part_of = module_parts(model)
+    inside = {prefix for name, part in part_of.items() if part in parts for prefix in _prefixes(name)}
+    outside = {
+        next(prefix for prefix in _prefixes(name) if prefix not in inside)
+        for name, part in part_of.items()
+        if part not in parts
+    }
+    return rf"({'|'.join(sorted(map(re.escape, outside)))})(\..*)?" if outside else None
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module is in, outermost first, and its own."""
+    parts = name.split(".")
+    yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+
+
+def copy_processor_files(model: nn.Module, folder: Path) -> None:
+    """Copy the files of the processor of a model's checkpoint, byte by byte, as far as it has any."""
+    source = str(getattr(model, "name_or_path", ""))
+    for name in PROCESSOR_FILES:
+        file = Path(source, name)
+        cached = None if file.is_file() or Path(source).is_dir() else _cached(source, name)
+        if file.is_file() or cached:
+            shutil.copyfile(cached or file, folder / name)
+
+
+def _cached(repository: str, name: str) -> str | None:
+    """Return where the Hub's cache holds a file; None if it does not."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+        return None
+    path = try_to_load_from_cache(repository, name)
+    return path if isinstance(path, str) else None

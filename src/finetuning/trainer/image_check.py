@@ -1,0 +1,80 @@
+"""Before the first step: each image of the first rows gives the model as many features as it has tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuning.errors import GuardStopped, Location
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from finetuning.data.collators import Rows
+
+_NUM_ROWS = 8
+"""Rows that are checked."""
+_SEARCHED_ROWS = 256
+
+
+def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping[str, Any]], rows: Any) -> str:
+    """Compare the features that the vision tower gives for each of the first rows with the tokens of its images.
+
+    Each row is a batch of its own: in a batch, too many of one row could make up for too few of another.
+
+    Args:
+        collate: the collator of the run.
+        rows: the training rows, with the column `images`.
+
+    Returns:
+        What was checked, for the start summary.
+
+    Raises:
+        GuardStopped: the numbers differ for a row.
+    """
+    first = [row for row in rows.select(range(min(len(rows), _SEARCHED_ROWS))) if row["images"]][:_NUM_ROWS]
+    token_id = image_token_id(model)
+    num_tokens = 0
+    for number, row in enumerate(first, start=1):
+        batch = collate([row])
+        tokens = int((batch["input_ids"] == token_id).sum())
+        features = count_features(model, batch)
+        if tokens != features:
+            raise GuardStopped(
+                f"training row {number} with images has {tokens} image tokens, and the vision tower gives {features}"
+                " features for its images",
+                location=Location(key="data_conf.images"),
+                hint="The files of the processor and config.json do not belong together.",
+            )
+        num_tokens += tokens
+    return f"{len(first)} rows: each image token gets one feature of the vision tower ({num_tokens:,} in all)"
+
+
+def image_token_id(model: PreTrainedModel) -> int:
+    """Return the id of the token in whose place a feature of an image is put."""
+    config = model.config
+    found = getattr(config, "image_token_id", None)
+    return int(found if found is not None else config.image_token_index)
+
+
+def count_features(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
+    """Return how many vectors the vision tower and the projector give for the images of a batch."""
+    compute: Any = model.get_image_features  # pyright: ignore[reportAttributeAccessIssue]
+    known = inspect.signature(compute).parameters.keys() & batch.keys() - {"input_ids", "attention_mask"}
+    inputs = {name: batch[name].to(model.device) for name in known}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = compute(**inputs)
+    finally:
+        model.train(was_training)
+    features = getattr(output, "pooler_output", output)
+    return sum(_num_vectors(part) for part in (features if isinstance(features, Sequence) else [features]))
+
+
+def _num_vectors(features: torch.Tensor) -> int:
+    return features.numel() // features.shape[-1]
