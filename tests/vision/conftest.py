@@ -12,7 +12,7 @@ from PIL import Image
 
 from vision.families import save_family
 
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 SIZES = ((30, 30), (64, 40), (40, 90), (56, 56))
 
 
@@ -34,15 +34,15 @@ def family_dir(tmp_path_factory: pytest.TempPathFactory, chatml_llama_dir: Path)
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[str]:
-    """Names of pictures in `tmp_path`, each of one colour and of another size."""
-    names = [f"{colour}.png" for colour in COLOURS]
-    for name, colour, size in zip(names, COLOURS, SIZES, strict=True):
-        Image.new("RGB", size, colour).save(tmp_path / name)
+    """Names of pictures in `tmp_path`, each of one color and of another size."""
+    names = [f"{color}.png" for color in COLORS]
+    for name, color, size in zip(names, COLORS, SIZES, strict=True):
+        Image.new("RGB", size, color).save(tmp_path / name)
     return names
 
 
-def question(image: str, answer: str, text: str = "<image>\nWhich colour is it?") -> dict[str, Any]:
-    """A row that asks for the colour of a picture."""
+def question(image: str, answer: str, text: str = "<image>\nWhich color is it?") -> dict[str, Any]:
+    """A row that asks for the color of a picture."""
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "images": [image]}
 
@@ -50,7 +50,7 @@ def question(image: str, answer: str, text: str = "<image>\nWhich colour is it?"
 @pytest.fixture
 def picture_rows(pictures: list[str]) -> list[dict[str, Any]]:
     """Four rows with pictures, one of them with two, and two rows without."""
-    rows = [question(name, f"It is {colour}.") for name, colour in zip(pictures, COLOURS, strict=True)]
+    rows = [question(name, f"It is {color}.") for name, color in zip(pictures, COLORS, strict=True)]
     rows[3]["messages"][0]["content"] = "<image> or <image>?"
     rows[3]["images"].append(pictures[0])
     for number in (2, 30):

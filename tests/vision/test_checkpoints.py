@@ -89,8 +89,8 @@ def matched(model: Any, config: Any) -> list[tuple[str, Any]]:
     from peft import get_peft_model
 
     adapted = get_peft_model(model, config).get_base_model()
-    found = [(name, module) for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
-    parts = [(name, module) for name, module in found if name]
+    layers = [(name, module) for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    parts = [(name, module) for name, module in layers if name]
     adapted.peft_config = {}
     model_copy = [(name, module.base_layer) for name, module in parts]
     for name, base in model_copy:

@@ -39,7 +39,7 @@ def take(tmp_path: Path, pictures: list[str], folder: ImageFolder) -> Callable[.
     """A function that takes the images out of a row of a file in `tmp_path`."""
 
     def call(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        row, images = take_images(Row(values, Location(file=str(tmp_path / "rows.jsonl"), line=3)), folder)
+        row, images = take_images(Row(values, Location(file=str(tmp_path / "rows.jsonl"), line=3)), folder=folder)
         return row.values, [f"{image.width}x{image.height}" for image in images]
 
     return call
@@ -145,7 +145,7 @@ def test_the_places_of_other_engines(take: Any, values: Any, column: Any, text: 
         ({"messages": [{"role": "system", "content": "a"}], "image": "red.png"}, "image", "no message of the user"),
     ],
 )
-def test_an_image_that_cannot_be_used_is_the_rows_fate(
+def test_an_image_that_cannot_be_used_makes_its_row_invalid(
     take: Any, tmp_path: Path, values: Any, key: str, message: str
 ) -> None:
     content = (tmp_path / "green.png").read_bytes()
@@ -175,11 +175,11 @@ def png_header(width: int, height: int) -> bytes:
 def test_a_stated_folder_is_the_root_of_all_paths(tmp_path: Path, pictures: list[str]) -> None:
     elsewhere = Location(file=str(tmp_path / "deep" / "rows.jsonl"))
     with_root = ImageFolder(tmp_path, LIMIT)
-    _, images = take_images(Row({"text": "a", "image": "red.png"}, elsewhere), with_root)
+    _, images = take_images(Row({"text": "a", "image": "red.png"}, elsewhere), folder=with_root)
     assert images[0].path == str((tmp_path / "red.png").resolve())
     # A link to the folder itself is no way out of it.
     (tmp_path / "deep").symlink_to(tmp_path)
-    assert take_images(Row({"text": "a", "image": "deep/red.png"}, elsewhere), with_root)[1] == images
+    assert take_images(Row({"text": "a", "image": "deep/red.png"}, elsewhere), folder=with_root)[1] == images
 
 
 def test_an_image_that_changes_after_preparation_is_noticed(tmp_path: Path, pictures: list[str]) -> None:
@@ -274,7 +274,7 @@ def test_training_on_everything_leaves_the_images_out(vision_values: Any, pictur
     data, tokenizer = prepared(values)
     row = data.train[0]
     assert tokenizer.decode([token for token in row["labels"] if token != -100]) == (
-        "<|im_start|>user\nWhich colour is it?<|im_end|>\n<|im_start|>assistant\nIt is red.<|im_end|>\n"
+        "<|im_start|>user\nWhich color is it?<|im_end|>\n<|im_start|>assistant\nIt is red.<|im_end|>\n"
     )
     untrained = np.array(row["input_ids"])[np.array(row["labels"]) == -100]
     assert "<row_1_col_1>" in tokenizer.decode(untrained)
@@ -320,7 +320,7 @@ def test_a_model_of_text_refuses_images(
 
 def test_the_token_of_an_image_as_text_is_refused(vision_values: Any, picture_rows: list[dict[str, Any]]) -> None:
     picture_rows[5]["messages"][0]["content"] = "What does <image> mean?"
-    with pytest.raises(DataError, match=r"rows\.jsonl:6.*a token that stands for an image"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:6.*a token of images"):
         prepared(vision_values("llava", picture_rows))
 
 

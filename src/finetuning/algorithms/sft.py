@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers.utils.generic import ModelOutput
 
+    from finetuning.data.collators import Rows
     from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.data.preprocessor import Inspector
@@ -205,7 +206,6 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     """
     import transformers
 
-    from finetuning.data.collators import FlatteningCollator, PaddingCollator
     from finetuning.data.streaming.dataset import RowStream
     from finetuning.trainer.mixin import TrainerMixin
 
@@ -215,25 +215,16 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     class SFTTrainer(SelectedLogitsMixin, TrainerMixin, transformers.Trainer):
         uses_logits_to_keep = can_select
         uses_model_loss = not has_plain_loss
-        supports_batch_splitting = loss_is_local = has_plain_loss
+        # The pixels of a batch are not split by its rows.
+        supports_batch_splitting = has_plain_loss and not inputs.data.has_images
+        loss_is_local = has_plain_loss
+        collator_columns = ("images", "text") if inputs.data.has_images else ("lengths",)
         takes_use_cache = "use_cache" in inspect.signature(_base_of(inputs.model).forward).parameters
         is_padded = inputs.layout.padded
 
     tokenizer, sft_args = inputs.tokenizer, inputs.experiment.sft_args
-    collator: Any = (
-        PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_input_id)
-        if inputs.layout.padded
-        else FlatteningCollator(with_constant_mask=has_plain_loss and inputs.layout.takes_constant_mask)
-    )
+    collator = _make_collator(inputs, with_constant_mask=has_plain_loss and inputs.layout.takes_constant_mask)
     rows: Any = inputs.data.train
-    if inputs.data.has_images:
-        from finetuning.data.images.collator import image_collator
-
-        run_conf, data_conf = inputs.experiment.run_conf, inputs.experiment.data_conf
-        collator = image_collator(run_conf, data_conf.images, tokenizer.tokenizer, collator)
-        SFTTrainer.collator_columns = ("images", "text")
-        # The pixels of a batch are not split by its rows.
-        SFTTrainer.supports_batch_splitting = False
     if getattr(getattr(inputs.model, "active_peft_config", None), "init_lora_weights", None) == "eva":
         from finetuning.trainer.peft_methods import init_eva
 
@@ -252,9 +243,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         callbacks=list(inputs.callbacks),
     )
     if inputs.data.has_images and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        from finetuning.trainer.image_check import check_image_tokens
-
-        logger.info("%s", check_image_tokens(_base_of(inputs.model), collator, rows))
+        _check_images(inputs, collator)
     vocab_size = inputs.model.config.get_text_config().vocab_size
     trainer.max_labels_at_once, trainer.labels_per_chunk = chunk_sizes(sft_args.logits_at_once, vocab_size)
     _fuse_loss(trainer, sft_args.logits_at_once)
@@ -266,6 +255,28 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         # The Trainer inspects the model's signature for whether the loss takes a token count; this loss does.
         trainer.model_accepts_loss_kwargs = True
     return trainer
+
+
+def _make_collator(inputs: TrainerInputs, *, with_constant_mask: bool) -> Callable[[Rows], dict[str, Any]]:
+    """Return what makes a batch of prepared rows."""
+    from finetuning.data.collators import FlatteningCollator, PaddingCollator
+
+    if not inputs.layout.padded:
+        return FlatteningCollator(with_constant_mask=with_constant_mask)
+    tokenizer = inputs.tokenizer
+    padding = PaddingCollator.for_tokenizer(tokenizer.tokenizer, tokenizer.pad_input_id)
+    if not inputs.data.has_images:
+        return padding
+    from finetuning.data.images.collator import image_collator
+
+    run_conf, data_conf = inputs.experiment.run_conf, inputs.experiment.data_conf
+    return image_collator(run_conf, data_conf.images, tokenizer.tokenizer, padding)
+
+
+def _check_images(inputs: TrainerInputs, collator: Callable[[Rows], Mapping[str, object]]) -> None:
+    from finetuning.trainer.image_check import check_image_tokens
+
+    logger.info("%s", check_image_tokens(_base_of(inputs.model), collator, inputs.data.train))
 
 
 def _fuse_loss(trainer: SelectedLogitsMixin, logits_at_once: Literal["auto", "all"] | int) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from finetuning.config.sections.data import DatasetSource
 from finetuning.config.sections.training import SFTArgs
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
-from finetuning.data.formats.row_format import FieldError, ReadValues, problem_of
+from finetuning.data.formats.row_format import FieldError, ReadValues, TakeImages, problem_of
 from finetuning.data.samples import (
     Conversation,
     ImageReference,
@@ -31,9 +31,6 @@ from finetuning.data.sources import Line, find_shards
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
-
-if TYPE_CHECKING:
-    from finetuning.data.images.files import ImageFolder
 
 UnparsedRow = Row | Problem | Line
 """A row as its source yields it: a line of JSON Lines is parsed later."""
@@ -67,7 +64,7 @@ class OpenDataset:
 
 
 def options_for(
-    sft_args: SFTArgs | None, special_tokens: dict[str, str], images: ImageFolder | str | None = None
+    sft_args: SFTArgs | None, special_tokens: dict[str, str], images: TakeImages | str | None = None
 ) -> Options:
     """Return the options that all datasets of a run have in common; `images` is that of `Options`."""
     if sft_args is None:
@@ -117,31 +114,32 @@ def open_dataset(
         row = transform(unparsed)
         if not isinstance(row, Row):
             return row
-        images: tuple[ImageReference, ...] = ()
-        if not isinstance(dataset_options.images, str):
-            from finetuning.data.images.rows import take_images
-
-            try:
-                row, images = take_images(row, dataset_options.images, dataset_options.text_field)
-            except FieldError as error:
-                return problem_of(row, error)
-        values = row.values if isinstance(row.values, ReadValues) else ReadValues(row.values)
-        if not _MEDIA.isdisjoint(values) and (
-            media := next((name for name in values if _is_media(name, values)), None)
-        ):
-            kind, reason = _MEDIA_KINDS[media.rstrip("s")], options.images if media in _IMAGES else _NO_REASON
-            return Problem(
-                f"holds {kind}, {reason}. To train on the text alone, set ignore_columns: [{media}] for this dataset",
-                replace(row.location, key=media),
-            )
-        parsed = row_format.parse(Row(values, row.location), dataset_options)
-        if images and not isinstance(parsed, Problem):
-            if not isinstance(parsed, Conversation | Text):
-                return Problem(f"has images, which rows of the format {row_format.name} cannot have", row.location)
-            parsed.images = images
-        return parsed if isinstance(parsed, Problem) else _with_unused(parsed, values)
+        return _parse_row(row, row_format, dataset_options)
 
     return OpenDataset(row_format, is_configured, chain(head, rows), parse)
+
+
+def _parse_row(row: Row, row_format: RowFormat, options: Options) -> ParsedRow:
+    """Return the typed row, or rows, that a row is in its format, or what is wrong with it."""
+    images: tuple[ImageReference, ...] = ()
+    if not isinstance(options.images, str):
+        try:
+            row, images = options.images(row, options.text_field)
+        except FieldError as error:
+            return problem_of(row, error)
+    values = row.values if isinstance(row.values, ReadValues) else ReadValues(row.values)
+    if not _MEDIA.isdisjoint(values) and (media := next((name for name in values if _is_media(name, values)), None)):
+        kind, reason = _MEDIA_KINDS[media.rstrip("s")], options.images if media in _IMAGES else _NO_REASON
+        return Problem(
+            f"holds {kind}, {reason}. To train on the text alone, set ignore_columns: [{media}] for this dataset",
+            replace(row.location, key=media),
+        )
+    parsed = row_format.parse(Row(values, row.location), options)
+    if images and not isinstance(parsed, Problem):
+        if not isinstance(parsed, Conversation | Text):
+            return Problem(f"has images, which rows of the format {row_format.name} cannot have", row.location)
+        parsed.images = images
+    return parsed if isinstance(parsed, Problem) else _with_unused(parsed, values)
 
 
 def _without(values: JsonObject, ignored: Collection[str]) -> JsonObject:

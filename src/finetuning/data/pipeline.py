@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -19,6 +19,7 @@ from finetuning.data.arrow import as_dataset, take_rows
 from finetuning.data.chat.end_of_turn import EndOfTurnFinder
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
 from finetuning.data.chat.template import TemplateRenderer, configured_template, special_tokens_of
+from finetuning.data.formats.row_format import TakeImages
 from finetuning.data.open_dataset import options_for
 from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
@@ -66,21 +67,17 @@ def prepare_sft(
         DataError: a file, a row or the template is invalid, or too few rows are left.
     """
     label_builder = _make_label_builder(tokenizer)
-    if images is None or isinstance(images, str):
-        processor_class, make_renderer, image_folder = SFTProcessor, TemplateRenderer, images
-    else:
-        from finetuning.data.images.rendering import ImageTemplateRenderer, image_sft_processor
-
-        processor_class, make_renderer = image_sft_processor(images), ImageTemplateRenderer
-        image_folder = images.folder
-    options = options_for(sft_args, tokenizer.special_tokens_map, image_folder)
+    parts = _parts_for(images)
+    options = options_for(sft_args, tokenizer.special_tokens_map, parts.take_images)
     max_length, truncate = sft_args.max_seq_length, sft_args.length_handling == "truncate"
 
     def make_chat_processor() -> ChatProcessor:
-        renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens, make_renderer)
+        renderer, mask_builder = _make_mask_builder(
+            data_conf, tokenizer, label_builder, stop_tokens, parts.make_renderer
+        )
         return ChatProcessor(renderer, mask_builder, label_builder, max_length, truncate, options.chats != "all")
 
-    processor = processor_class(
+    processor = parts.make_processor(
         make_chat_processor,
         label_builder,
         cast("str | None", tokenizer.eos_token),
@@ -96,9 +93,8 @@ def prepare_sft(
         "sft_args.length_handling": sft_args.length_handling,
         "sft_args.train_on": [options.chats, options.completions],
         "stop tokens": list(stop_tokens),
+        **parts.rules,
     }
-    if images is not None and not isinstance(images, str):
-        rules["images"] = images.digest
     split_rows = processor.split_rows if sft_args.length_handling == "split" else None
     preprocessor = Preprocessor("sft", options, processor, label_builder, max_length, num_workers, split_rows)
     preprocessor.inspector = inspector
@@ -113,6 +109,25 @@ def prepare_sft(
         return prepared
     packed = pack_dataset(cast("datasets.Dataset", prepared.train), max_length)
     return replace(prepared, train=packed, fingerprint=prepared.fingerprint.with_rule("packed"))
+
+
+@dataclass(frozen=True)
+class _SFTParts:
+    """What differs for models that take images."""
+
+    make_processor: Callable[..., SFTProcessor] = SFTProcessor
+    make_renderer: Callable[[PreTrainedTokenizerFast], TemplateRenderer] = TemplateRenderer
+    take_images: TakeImages | str | None = None
+    rules: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+def _parts_for(images: ImageTextProcessor | str | None) -> _SFTParts:
+    if images is None or isinstance(images, str):
+        return _SFTParts(take_images=images)
+    from finetuning.data.images.rendering import ImageTemplateRenderer, image_sft_processor
+
+    rules = {"images": images.digest}
+    return _SFTParts(image_sft_processor(images), ImageTemplateRenderer, images.take_images, rules)
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerFast, stop_tokens: Sequence[str]) -> Sequence[str]:

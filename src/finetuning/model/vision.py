@@ -41,13 +41,13 @@ def _part_of(name: str, language: Collection[str]) -> ModelPart:
 
 def _language_modules(model: PreTrainedModel) -> set[str]:
     """Return the names of the modules that text goes through: the decoder with its embeddings, and the head."""
-    wanted = {id(model.get_output_embeddings()), id(model.get_input_embeddings()), id(model.get_decoder())}
+    text_modules = {id(model.get_output_embeddings()), id(model.get_input_embeddings()), id(model.get_decoder())}
     names: set[str] = set()
     for name, module in model.named_modules():
         parts = name.split(".")
         is_decoder = parts[-1] in _LANGUAGE_MODELS and len(parts) <= 2
         # A class may name the whole model with its vision tower as its decoder.
-        is_named = id(module) in wanted and not any(_has_vision(child) for child, _ in module.named_modules())
+        is_named = id(module) in text_modules and not any(_has_vision(child) for child, _ in module.named_modules())
         if name and (is_decoder or is_named):
             names.add(name)
     return names

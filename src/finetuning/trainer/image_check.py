@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import datasets
 import torch
 
 from finetuning.errors import GuardStopped, Location
@@ -20,7 +21,7 @@ _NUM_ROWS = 8
 _SEARCHED_ROWS = 256
 
 
-def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping[str, Any]], rows: Any) -> str:
+def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping[str, object]], rows: object) -> str:
     """Compare the features that the vision tower gives for each of the first rows with the tokens of its images.
 
     Each row is a batch of its own: in a batch, too many of one row could make up for too few of another.
@@ -35,12 +36,15 @@ def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping
     Raises:
         GuardStopped: the numbers differ for a row.
     """
+    assert isinstance(rows, datasets.Dataset)
     first = [row for row in rows.select(range(min(len(rows), _SEARCHED_ROWS))) if row["images"]][:_NUM_ROWS]
     token_id = image_token_id(model)
     num_tokens = 0
     for number, row in enumerate(first, start=1):
         batch = collate([row])
-        tokens = int((batch["input_ids"] == token_id).sum())
+        ids = batch["input_ids"]
+        assert isinstance(ids, torch.Tensor)
+        tokens = int((ids == token_id).sum())
         features = count_features(model, batch)
         if tokens != features:
             raise GuardStopped(
@@ -56,15 +60,15 @@ def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping
 def image_token_id(model: PreTrainedModel) -> int:
     """Return the id of the token in whose place a feature of an image is put."""
     config = model.config
-    found = getattr(config, "image_token_id", None)
-    return int(found if found is not None else config.image_token_index)
+    token_id = getattr(config, "image_token_id", None)
+    return int(token_id if token_id is not None else config.image_token_index)
 
 
-def count_features(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
+def count_features(model: PreTrainedModel, batch: Mapping[str, object]) -> int:
     """Return how many vectors the vision tower and the projector give for the images of a batch."""
-    compute: Any = model.get_image_features  # pyright: ignore[reportAttributeAccessIssue]
-    known = inspect.signature(compute).parameters.keys() & batch.keys() - {"input_ids", "attention_mask"}
-    inputs = {name: batch[name].to(model.device) for name in known}
+    compute = model.get_image_features  # pyright: ignore[reportAttributeAccessIssue]
+    names = inspect.signature(compute).parameters.keys() & batch.keys() - {"input_ids", "attention_mask"}
+    inputs = {name: value.to(model.device) for name in names if isinstance(value := batch[name], torch.Tensor)}
     was_training = model.training
     model.eval()
     try:

@@ -71,9 +71,8 @@ def build_model(experiment: Experiment, config: PreTrainedConfig, shape: StepSha
     conf = experiment.peft_conf
     if isinstance(conf, NewPeft):
         with torch.device("meta"):
-            model = get_peft_model(
-                model, make_peft_config(model, conf, total_steps=1, parts=experiment.run_conf.train_parts)
-            )
+            parts = experiment.run_conf.train_parts
+            model = get_peft_model(model, make_peft_config(model, conf, total_steps=1, parts=parts))
     elif not isinstance(conf, NoPeft):
         raise ConfigError(
             "rehearsing a run that continues an adapter is not supported",

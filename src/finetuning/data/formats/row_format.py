@@ -11,15 +11,14 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
-from finetuning.data.samples import JsonObject, JsonValue, Message, ParsedRow, Row, json_type
+from finetuning.data.samples import ImageReference, JsonObject, JsonValue, Message, ParsedRow, Row, json_type
 from finetuning.data.text_template import TextTemplate
 from finetuning.errors import Location, Problem
 
-if TYPE_CHECKING:
-    from finetuning.data.images.files import ImageFolder
-
+TakeImages = Callable[[Row, str], tuple[Row, tuple[ImageReference, ...]]]
+"""From a row, and the name of its column of text, to a row without its images, and the images."""
 TrainOn = Literal["all", "assistant", "last", "completions"]
 
 
@@ -41,8 +40,8 @@ class Options:
     """Between an instruction and its input, in rows with both."""
     special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
     """The tokenizer's special tokens by the names that Jinja templates use, such as `eos_token`."""
-    images: ImageFolder | str = "on which the engine does not train yet"
-    """Where the images of rows are, or why rows with images are refused."""
+    images: TakeImages | str = "on which the engine does not train yet"
+    """Takes the images out of a row, or why rows with images are refused."""
 
 
 DEFAULT_OPTIONS = Options()

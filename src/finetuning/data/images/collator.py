@@ -8,7 +8,7 @@ It runs where the data loader runs it, in worker processes with `dataloader_num_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from finetuning.data.samples import ImageReference
 from finetuning.errors import Location
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "labels")
@@ -53,11 +54,12 @@ class ImageCollator:
         ids = processed["input_ids"].numpy()
         for number, index in enumerate(with_images):
             check_processed(rows[index]["input_ids"], ids[number][mask[number]].tolist(), _location(references[index]))
+        longest = int(batch["input_ids"].shape[1])
         for name, value in processed.items():
             if name in _TEXT_KEYS:
                 continue
             is_per_token = value.ndim == 2 and tuple(value.shape) == ids.shape
-            batch[name] = self._per_token(value.numpy(), mask, rows, with_images, batch) if is_per_token else value
+            batch[name] = self._per_token(value.numpy(), mask, rows, with_images, longest) if is_per_token else value
         return batch
 
     def _per_token(
@@ -66,12 +68,11 @@ class ImageCollator:
         mask: np.ndarray,
         rows: Rows,
         with_images: Sequence[int],
-        batch: Mapping[str, Any],
-    ) -> Any:
+        longest: int,
+    ) -> torch.Tensor:
         """Return a value for each token of the padded batch; 0 for padding and for rows without images."""
         import torch
 
-        longest = int(batch["input_ids"].shape[1])
         padded = np.zeros((len(rows), longest), dtype=values.dtype)
         for number, index in enumerate(with_images):
             size = len(rows[index]["input_ids"])

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from finetuning.config.sections.data import ImagesConfig
 from finetuning.config.sections.model import RunConfig
 from finetuning.data.images.files import ImageFolder
+from finetuning.data.images.rows import take_images
 from finetuning.data.samples import ImageReference, Span
 from finetuning.errors import ConfigError, DataError, Location, ModelError, first_line, read_json_object, reading
 
@@ -76,7 +77,8 @@ class ImageTextProcessor:
         Raises:
             ConfigError: it does not take one, or does not say how it writes images into a text.
         """
-        self.folder = ImageFolder(Path(config.folder).expanduser() if config.folder else None, config.max_file_pixels)
+        folder = ImageFolder(Path(config.folder).expanduser() if config.folder else None, config.max_file_pixels)
+        self.take_images = partial(take_images, folder=folder)
         self._processor: Any = processor
         self.tokenizer = cast("PreTrainedTokenizerBase", self._processor.tokenizer)
         values = config.model_dump(exclude_none=True, exclude={*_OWN_KEYS})
@@ -92,13 +94,13 @@ class ImageTextProcessor:
 
     @cached_property
     def token_ids(self) -> frozenset[int]:
-        """The ids of the tokens that stand for parts of images in the model's input."""
-        own = getattr(self._processor, "image_token_id", None)
-        return frozenset(token_id for token_id in (*self._processor.image_token_ids, own) if isinstance(token_id, int))
+        """The ids of the tokens of images in the model's input."""
+        token_id = getattr(self._processor, "image_token_id", None)
+        return frozenset(each for each in (*self._processor.image_token_ids, token_id) if isinstance(each, int))
 
     @cached_property
     def mark(self) -> str:
-        """What stands for an image in a text without chat template."""
+        """The text of an image without chat template."""
         start, end = (getattr(self._processor, f"vision_{side}_token", "") for side in ("start", "end"))
         return f"{start}{self.image_token}{end}"
 
@@ -114,17 +116,17 @@ class ImageTextProcessor:
         Raises:
             ValueError: the text has another number of these tokens than of images; the message says so.
         """
-        found = [match.span() for match in re.finditer(re.escape(self.image_token), text)]
-        if len(found) != len(images):
+        marks = [match.span() for match in re.finditer(re.escape(self.image_token), text)]
+        if len(marks) != len(images):
             raise ValueError(
-                f"the rendered text has the token {self.image_token} {len(found)} times, and the row has"
+                f"the rendered text has the token {self.image_token} {len(marks)} times, and the row has"
                 f" {len(images)} images"
             )
         pieces: list[str] = []
         spans: list[Span] = []
         moved: list[tuple[int, int]] = []
         position = size = 0
-        for (start, end), image in zip(found, images, strict=True):
+        for (start, end), image in zip(marks, images, strict=True):
             new = self._replacement((image.width, image.height))
             pieces += [text[position:start], new]
             size += start - position
@@ -179,10 +181,10 @@ def _image_options(image_processor: Any, values: Mapping[str, object]) -> dict[s
     Raises:
         ConfigError: it does not take one of them.
     """
-    known = set(getattr(image_processor.valid_kwargs, "__annotations__", {})) | set(image_processor.to_dict())
+    supported = set(getattr(image_processor.valid_kwargs, "__annotations__", {})) | set(image_processor.to_dict())
     options: dict[str, object] = {}
     for name, value in values.items():
-        if name in known:
+        if name in supported:
             options[name] = value
         elif name == "longest_edge" and "longest_edge" in (getattr(image_processor, "size", None) or {}):
             options["size"] = {"longest_edge": value}
@@ -190,7 +192,7 @@ def _image_options(image_processor: Any, values: Mapping[str, object]) -> dict[s
             raise ConfigError(
                 f"the image processor of this model ({type(image_processor).__name__}) has no such setting",
                 location=Location(key=f"{_KEY}.{name}"),
-                hint=f"It has: {', '.join(sorted({*ImagesConfig.model_fields} & known)) or 'none of these'}.",
+                hint=f"It has: {', '.join(sorted({*ImagesConfig.model_fields} & supported)) or 'none of these'}.",
             )
     return options
 
@@ -210,11 +212,11 @@ def processor_for(
 
         with reading(f"the processor of {run_conf.model} cannot be loaded", location=Location(key="run_conf.model")):
             token = args.token.get_secret_value() if args.token else None
-            found = snapshot_download(
+            snapshot = snapshot_download(
                 run_conf.model, revision=args.revision, cache_dir=args.cache_dir, token=token,
                 local_files_only=bool(args.local_files_only), allow_patterns=["*.json"],
             )  # fmt: skip
-        folder = Path(found)
+        folder = Path(snapshot)
     return load_processor(folder / (args.subfolder or ""), tokenizer, config)
 
 
@@ -254,10 +256,10 @@ def load_processor(
             settings = read_json_object(folder / _CONFIG_FILES[0])
         arguments = [parts.get(name) for name in processor_class.get_attributes()]
         try:
-            processor: Any = images_only.from_args_and_dict(arguments, settings)
+            processor = images_only.from_args_and_dict(arguments, settings)
         except ImportError as error:
             return f"and their processor cannot be used: {first_line(error)}"
-    return ImageTextProcessor(processor, config)
+    return ImageTextProcessor(cast("ProcessorMixin", processor), config)
 
 
 def check_processed(ids: Sequence[int], processed: Sequence[int], location: Location | None) -> None:

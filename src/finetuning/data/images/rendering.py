@@ -139,7 +139,7 @@ class ImageSFTProcessor(SFTProcessor):
             return sample
         token_ids = list(self._image_processor.token_ids)
         if np.isin(sample.columns["input_ids"], token_ids).any():
-            detail = f"the text holds a token that stands for an image, such as {self._image_processor.image_token}"
+            detail = f"the text holds a token of images, such as {self._image_processor.image_token}"
             return DroppedSample(BAD_IMAGES, detail, is_bad=True)
         sample.columns |= {"images": "", "text": ""}
         return sample
@@ -201,7 +201,7 @@ class ImageSFTProcessor(SFTProcessor):
         sample = truncate(tokens, self.max_length, self.truncate, expanded.text)
         if isinstance(sample, DroppedSample):
             return sample
-        # A beginning-of-sequence token that the tokenizer adds is a part of the text from here on.
+        # A beginning-of-sequence token that the tokenizer adds becomes a part of the text.
         text = self.label_builder.added_to(expanded.text) + text
         columns = {"images": json.dumps([asdict(image) for image in images]), "text": text}
         digests = " ".join(image.digest for image in images)

@@ -17,7 +17,7 @@ from finetuning.data.images.files import ImageFolder
 from finetuning.data.samples import ImageReference, JsonObject, JsonValue, Row, json_type
 
 PLACE = "\ue1a6"
-"""Stands for an image in a text. A character for private use, which no other program writes into data."""
+"""The place of an image in a text. A character for private use, which no other program writes into data."""
 MARK = "<image>"
 IMAGE_COLUMNS = ("images", "image")
 _PART_TYPES = ("image", "image_url", "input_image")
@@ -34,7 +34,7 @@ class _Places:
     file: str | None
     column: list[tuple[str, JsonValue]]
     """Images of the row's column that have no place yet, with their keys."""
-    found: list[ImageReference] = field(default_factory=list[ImageReference])
+    images: list[ImageReference] = field(default_factory=list[ImageReference])
 
     def take(self, key: str) -> None:
         """Give the next image of the column the place at `key`."""
@@ -44,11 +44,11 @@ class _Places:
         self.add(value, name)
 
     def add(self, value: JsonValue, key: str) -> None:
-        self.found.append(self.folder.read(value, key, self.file))
+        self.images.append(self.folder.read(value, key, self.file))
 
 
-def take_images(row: Row, folder: ImageFolder, text_field: str = "text") -> tuple[Row, tuple[ImageReference, ...]]:
-    """Return a row in which `PLACE` stands for each image, and the images in the order of their places.
+def take_images(row: Row, text_field: str = "text", *, folder: ImageFolder) -> tuple[Row, tuple[ImageReference, ...]]:
+    """Return a row with `PLACE` for each image, and the images in the order of their places.
 
     Args:
         text_field: the column of the text of plain-text rows.
@@ -65,15 +65,15 @@ def take_images(row: Row, folder: ImageFolder, text_field: str = "text") -> tupl
     names += [name for name in dict.fromkeys([*_TEXT_COLUMNS, text_field]) if isinstance(values.get(name), str | list)]
     for name in names:
         if _holds(PLACE, values[name]):
-            raise FieldError(name, "holds the character U+E1A6, which stands for an image here")
+            raise FieldError(name, "holds the character U+E1A6, which marks the place of an image here")
         values[name] = _with_places(values[name], name, places)
-    if column and not places.found:
+    if column and not places.images:
         _put_first(values, names, places)
     if places.column:
         raise FieldError(places.column[0][0], f"has no place: the row has {len(column)} images, and fewer {MARK}")
-    if not places.found:
+    if not places.images:
         return row, ()
-    return Row(ReadValues(values), row.location), tuple(places.found)
+    return Row(ReadValues(values), row.location), tuple(places.images)
 
 
 def _images_of_column(values: JsonObject) -> Iterator[tuple[str, JsonValue]]:
