@@ -70,11 +70,11 @@ def test_the_loss_is_plain_transformers_and_an_image_changes_its_own_row_only(
     assert run.losses[0] == pytest.approx(total / trained, rel=1e-5)
 
     before = losses_of(base, batch)
-    Image.new("RGB", (30, 30), "white").save(tmp_path / "other.png")
-    other = ImageFolder(tmp_path, 10_000).read("other.png", "image", None)
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "white.png")
+    white = ImageFolder(tmp_path, 10_000).read("white.png", "image", None)
     changed = [dict(row) for row in rows]
     assert [image.width for image in read_references(changed[0]["images"])] == [30]
-    changed[0]["images"] = json.dumps([dataclasses.asdict(other)])
+    changed[0]["images"] = json.dumps([dataclasses.asdict(white)])
     after = losses_of(base, collate(changed))
     assert before[0] != after[0]
     assert torch.equal(before[1:], after[1:])
