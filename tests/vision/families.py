@@ -216,6 +216,10 @@ def save_family(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = transformers.AutoModelForImageTextToText.from_config(config)
+        for name, weight in model.named_parameters():
+            if "projection_weight" in name:
+                # Gemma 3's projector begins at zero: no image would change anything.
+                torch.nn.init.normal_(weight, std=0.1)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
