@@ -152,16 +152,25 @@ def load_image(reference: ImageReference) -> Image.Image:
         content = base64.b64decode(reference.data) if reference.data else _read_file(Path(reference.path or ""), "")
     except FieldError as error:
         raise DataError(f"an image of a prepared row cannot be read: {error}", location=location) from None
-    if hashlib.sha256(content).hexdigest() != reference.digest:
-        raise DataError(
-            "an image was changed after its row was prepared",
-            location=location,
-            hint="Set data_conf.cache: off, or remove the cached rows, to prepare them again.",
-        )
+    check_digest(content, reference)
     try:
         return open_image(content)
     except ValueError as error:
         raise DataError(f"an image of a prepared row {error}", location=location) from None
+
+
+def check_digest(content: bytes, reference: ImageReference) -> None:
+    """Check that the file of an image is the one that it was when its row was prepared.
+
+    Raises:
+        DataError: it is another.
+    """
+    if hashlib.sha256(content).hexdigest() != reference.digest:
+        raise DataError(
+            "an image was changed after its row was prepared",
+            location=Location(file=reference.path),
+            hint="Set data_conf.cache: off, or remove the cached rows, to prepare them again.",
+        )
 
 
 def _read_file(path: Path, key: str) -> bytes:
