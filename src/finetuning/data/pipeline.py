@@ -19,7 +19,7 @@ from finetuning.data.arrow import as_dataset, take_rows
 from finetuning.data.chat.end_of_turn import EndOfTurnFinder
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
 from finetuning.data.chat.template import TemplateRenderer, configured_template, special_tokens_of
-from finetuning.data.formats.row_format import TakeImages
+from finetuning.data.formats.row_format import Options, TakeImages
 from finetuning.data.open_dataset import options_for
 from finetuning.data.packing import pack_dataset
 from finetuning.data.prepared import PreparedData, prepare_rows
@@ -87,24 +87,13 @@ def prepare_sft(
         special_tokens_of(tokenizer),
         partial(_turn_ends, tokenizer, stop_tokens),
     )
-    rules = {
-        "method": "sft",
-        "sft_args.max_seq_length": sft_args.max_seq_length,
-        "sft_args.length_handling": sft_args.length_handling,
-        "sft_args.train_on": [options.chats, options.completions],
-        "stop tokens": list(stop_tokens),
-        **parts.rules,
-    }
+    rules = {**_sft_rules(sft_args, options, stop_tokens), **parts.rules}
     split_rows = processor.split_rows if sft_args.length_handling == "split" else None
     preprocessor = Preprocessor("sft", options, processor, label_builder, max_length, num_workers, split_rows)
     preprocessor.inspector = inspector
     if data_conf.streaming:
         return stream_rows(data_conf, preprocessor, tokenizer, rules, seed, max_length if sft_args.packing else None)
-    prepared = prepare_rows(data_conf, preprocessor, tokenizer, rules)
-    if prepared.has_images:
-        from finetuning.data.images.rendering import without_empty_columns
-
-        prepared = without_empty_columns(prepared)
+    prepared = parts.finish(prepare_rows(data_conf, preprocessor, tokenizer, rules))
     if not sft_args.packing:
         return prepared
     packed = pack_dataset(cast("datasets.Dataset", prepared.train), max_length)
@@ -119,15 +108,28 @@ class _SFTParts:
     make_renderer: Callable[[PreTrainedTokenizerFast], TemplateRenderer] = TemplateRenderer
     take_images: TakeImages | str | None = None
     rules: Mapping[str, object] = field(default_factory=dict[str, object])
+    finish: Callable[[PreparedData], PreparedData] = lambda prepared: prepared
 
 
 def _parts_for(images: ImageTextProcessor | str | None) -> _SFTParts:
     if images is None or isinstance(images, str):
         return _SFTParts(take_images=images)
-    from finetuning.data.images.rendering import ImageTemplateRenderer, image_sft_processor
+    from finetuning.data.images.rendering import ImageTemplateRenderer, image_sft_processor, without_empty_columns
 
     rules = {"images": images.digest}
-    return _SFTParts(image_sft_processor(images), ImageTemplateRenderer, images.take_images, rules)
+    make_processor = image_sft_processor(images)
+    return _SFTParts(make_processor, ImageTemplateRenderer, images.take_images, rules, without_empty_columns)
+
+
+def _sft_rules(sft_args: SFTArgs, options: Options, stop_tokens: Sequence[str]) -> dict[str, object]:
+    """The settings that the rows of sft depend on, in addition to those in `data_conf`."""
+    return {
+        "method": "sft",
+        "sft_args.max_seq_length": sft_args.max_seq_length,
+        "sft_args.length_handling": sft_args.length_handling,
+        "sft_args.train_on": [options.chats, options.completions],
+        "stop tokens": list(stop_tokens),
+    }
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerFast, stop_tokens: Sequence[str]) -> Sequence[str]:

@@ -220,6 +220,8 @@ def _without_places(message: Mapping[str, object]) -> Message:
 
 def without_empty_columns(prepared: PreparedData) -> PreparedData:
     """Return the rows without the columns of images if no row has an image: they are rows of text then."""
+    if not prepared.has_images:
+        return prepared
     splits = [cast("datasets.Dataset | None", split) for split in (prepared.train, prepared.validation)]
     if any(any(split.with_format("arrow")[:]["images"].to_pylist()) for split in splits if split is not None):
         return prepared

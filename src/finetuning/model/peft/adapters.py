@@ -165,8 +165,7 @@ def make_peft_config(
         )
     config_class: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[peft_types[name]]
     field_names = [field.name for field in fields(config_class)]
-    kwargs = dict(conf.peft_kwargs)
-    for key in kwargs:
+    for key in conf.peft_kwargs:
         if key not in field_names:
             near = get_close_matches(key, field_names, 1)
             raise ModelError(
@@ -174,7 +173,7 @@ def make_peft_config(
                 location=Location(key=f"{_KWARGS}.{key}"),
                 hint=f"Did you mean {near[0]}?" if near else None,
             )
-    kwargs = _resolve_targets(model, kwargs, name, parts, config_class)
+    kwargs = _resolve_targets(model, conf.peft_kwargs, name, parts, config_class)
     if "total_step" in field_names and kwargs.get("total_step") is None and total_steps:
         kwargs["total_step"] = total_steps
     if name == "XLORA":
