@@ -1,7 +1,4 @@
-"""Whole epochs, whose last step is not full, on one, two and four processes: the same curve.
-
-Without KTO, which estimates the divergence in each micro-batch, over the processes that compute one at the same time.
-"""
+"""Whole epochs, whose last step is not full, on one, two, four and eight processes: the same curve."""
 
 from __future__ import annotations
 
@@ -26,16 +23,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", EVALUATED),
     "ipo": ("dpo", {"training_args.loss_type": ["ipo"]}),
     "reward": ("reward", EVALUATED),
+    "kto": ("kto", EVALUATED),
+    "apo": ("kto", {"training_args.loss_type": "apo_zero_unpaired"}),
     "orpo": ("orpo", {}),
     "cpo": ("cpo", {}),
 }
 MOST_DIFFERENCE = 2e-5
 # Their loss of the chosen answers is a mean over the tokens of a micro-batch, and the last one is computed row by row.
 TOKEN_MEANS = {"orpo": 1e-3, "cpo": 1e-3}
+WORLD_SIZES = (1, 2, 4, 8)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+# KTO needs two rows at a time.
+@pytest.mark.parametrize(
+    ("case", "rows_at_once"),
+    [(case, rows) for case in CASES for rows in (1, 2) if rows > 1 or not case.startswith("kto")],
+)
 def test_the_split_of_whole_epochs_does_not_show(
     sft_values: Any,
     dpo_values: Any,
@@ -51,12 +54,12 @@ def test_the_split_of_whole_epochs_does_not_show(
     record_property: Any,
 ) -> None:
     kind, changes = CASES[case]
-    total = 4 * rows_at_once
+    total = 8 * rows_at_once
     make = sft_values if kind == "sft" else dpo_values
     # A prime number of rows, so that no epoch ends with a full step.
-    rows = write_jsonl(tmp_path / "rows.jsonl", (sft_rows if kind == "sft" else dpo_rows)(23))
+    rows = write_jsonl(tmp_path / "rows.jsonl", (sft_rows if kind == "sft" else dpo_rows)(37))
     curves = {}
-    for processes in (1, 2, 4):
+    for processes in WORLD_SIZES:
         out = tmp_path / f"on-{processes}"
         values = make(
             {
@@ -70,7 +73,7 @@ def test_the_split_of_whole_epochs_does_not_show(
         torchrun(kind, write_config(values, f"on-{processes}.yaml"), processes)
         curves[processes] = losses(out)
     assert len(curves[1]) >= 4
-    for processes in (2, 4):
+    for processes in WORLD_SIZES[1:]:
         assert curves[processes].keys() == curves[1].keys()
         most = max(abs(curves[processes][key] - value) for key, value in curves[1].items())
         record_property(f"{processes} processes", f"{most:.1e}")

@@ -73,16 +73,25 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
+    from finetuning.trainer.step_divergence import StepDivergenceMixin
 
     class CheckedKTOTrainer(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
-        TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DeferredMetricsMixin, KTOTrainer
+        StepDivergenceMixin,
+        TrainerMixin,
+        ReferenceCheckMixin,
+        CompleteReferenceMixin,
+        DeferredMetricsMixin,
+        KTOTrainer,
     ):
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
 
         def _prepare_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, dataset: Dataset, processing_class: object, args: KTOConfig, dataset_name: str
         ) -> Dataset:
-            return with_kl_completions(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
+            if not self.calculate_KL:
+                return dataset
+            rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return with_kl_completions(dataset, rows_of_step if dataset_name == "train" else max(len(dataset), 1))
 
         def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
             desirable = int(inputs["label"].sum())

@@ -176,11 +176,12 @@ def _job_end(error: Exception, error_file: Path) -> JobEnd:
     return JobEnd(end.exit_code)
 
 
-def _as_machine_failed(error: BaseException | None) -> MachineFailed | None:
-    """Return the error of `run_machine` that Ray wraps; None if the worker itself was lost."""
-    while error is not None and not isinstance(error, MachineFailed):
-        error = getattr(error, "cause", None) or getattr(error, "_base_exc", None) or error.__cause__
-    return error
+def _as_machine_failed(error: object) -> MachineFailed | None:
+    """Return the error of `run_machine` that Ray wraps, in attributes; None if the worker itself was lost."""
+    if isinstance(error, MachineFailed) or not isinstance(error, BaseException):
+        return error if isinstance(error, MachineFailed) else None
+    inner = map(_as_machine_failed, (*vars(error).values(), error.__cause__))
+    return next((found for found in inner if found is not None), None)
 
 
 @contextmanager

@@ -230,10 +230,10 @@ def _split_warnings(masked: MaskedText, tokens: TokenizedText) -> set[str]:
 
 
 def with_kl_completions(dataset: datasets.Dataset, batch_size: int) -> datasets.Dataset:
-    """Add `KL_completion_ids`, the completion of the previous row within each batch of `batch_size` rows.
+    """Add `KL_completion_ids`, the completion of the previous row within each step of `batch_size` rows.
 
-    KTO estimates the KL divergence from mismatched prompts and completions. The first row of a batch gets the last
-    completion, so that a batch holds the same completions twice. A batch of one row gets the completion of the batch
+    KTO estimates the KL divergence from mismatched prompts and completions. The first row of a step gets the last
+    completion, so that a step holds the same completions twice. A step of one row gets the completion of the step
     before. TRL's KTO collator (1.16) reads this column.
     """
     import datasets
