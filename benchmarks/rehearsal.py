@@ -1,4 +1,4 @@
-"""The memory that `finetuning rehearse` foresees, beside what torch's allocator gives out in a real step on the CPU.
+"""The memory that `finetuning rehearse` foresees, next to what torch's allocator gives out in a real step on the CPU.
 
 python benchmarks/rehearsal.py [--size small|tiny] [--cases "SFT, LoRA" ...]
 

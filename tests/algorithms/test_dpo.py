@@ -162,3 +162,10 @@ def test_first_losses_that_are_known() -> None:
     assert initial_loss(["sigmoid", "sft"], [1.0, 1.0], 0.1, 0.0) is None
     assert initial_loss(["a loss of tomorrow"], [1.0], 0.1, 0.0) is None
     assert "loss_type" in table_fields().trainer_fields(DPO.experiment.trainer_config)
+
+
+def test_the_adapter_of_a_quantized_model_is_trained_in_float32(train: Any, dpo_values: Any) -> None:
+    four_bit = {"quantization_type": "bits-and-bytes", "load_in_4bit": True}
+    run = train(dpo_values({"training_args.max_steps": 1, "peft_conf": LORA, "quant_conf": four_bit}))
+    dtypes = {weight.dtype for weight in run.trainer.model.parameters() if weight.requires_grad}
+    assert dtypes == {torch.float32}

@@ -128,3 +128,11 @@ def test_the_warning_names_the_line_that_the_user_wrote(
     assert result.returncode == 0, result.stderr
     assert f"warning: {config}:{line}:" in result.stderr
     assert "weights are trained in bfloat16" in result.stderr
+
+
+def test_the_data_type_of_4_bit_weights_is_said_unless_it_is_set(plan: Any) -> None:
+    four_bit = {"quantization_type": "bits-and-bytes", "load_in_4bit": True}
+    for conf, expected in ((four_bit, ["nf4"]), (four_bit | {"bnb_4bit_quant_type": "fp4"}, [])):
+        context, planned = plan("bfloat16", {"peft_conf": LORA, "quant_conf": conf})
+        assert [decision.value for decision in planned.decisions if decision.name == "4-bit weights"] == expected
+        assert context.experiment.quant_conf.bnb_4bit_quant_type == (expected or ["fp4"])[0]

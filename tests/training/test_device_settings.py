@@ -49,6 +49,14 @@ def test_what_the_config_leaves_open_is_chosen_for_the_gpu(experiment_of: Any) -
     assert all(decision.reason for decision in decisions)
 
 
+def test_liger_leaves_the_loss_to_us_unless_its_config_says_otherwise(experiment_of: Any) -> None:
+    liger = {"training_args.use_liger_kernel": True}
+    ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+    assert chosen(experiment_of(liger))["liger_kernel_config"] == ours
+    configured = {**liger, "training_args.liger_kernel_config": {"rope": False}}
+    assert "liger_kernel_config" not in chosen(experiment_of(configured))
+
+
 @pytest.mark.parametrize(
     ("changes", "device", "kept"),
     [

@@ -318,7 +318,7 @@ def _why_not_chunked(trainer: SelectedLogitsMixin) -> str | None:
         return "the model computes its loss itself"
     if not trainer.uses_logits_to_keep:
         return "the model's class computes logits at all positions only"
-    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+    if _is_partitioned(trainer) or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
         # Each process would gather the head once per chunk, and processes may have different numbers of chunks.
         return "the model is sharded"
     if trainer.is_fsdp_enabled and trainer.max_labels_at_once > 0 and trainer.args.device.type != "cuda":
@@ -326,6 +326,12 @@ def _why_not_chunked(trainer: SelectedLogitsMixin) -> str | None:
     if trainer.args.torch_compile:
         return "the model is compiled, which bypasses hooks on its head"
     return None
+
+
+def _is_partitioned(trainer: SelectedLogitsMixin) -> bool:
+    """Return whether DeepSpeed partitions the weights: ZeRO-1 and 2 leave them whole on each process."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def _activation_offloading(inputs: TrainerInputs) -> Callable[[], AbstractContextManager[object]]:

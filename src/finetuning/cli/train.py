@@ -146,7 +146,8 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
     )
     location = document.location_of(("batchsize_conf", "total_train_batch_size"))
     with locate_errors(validated.document):
-        plan = replace(make_plan(experiment, topology, location=location), device_settings=tuple(settings))
+        plan = make_plan(experiment, topology, location=location)
+        plan = replace(plan, device_settings=(*settings, *plan.device_settings))
         if has_gpu_driver():
             from finetuning.training.device_settings import with_memory_plan
 

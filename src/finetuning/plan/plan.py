@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from finetuning.config.sections.experiment import Experiment
+from finetuning.config.sections.model import BitsAndBytes
 from finetuning.config.sections.training import DEFAULT_LOGGING_STEPS, BatchSizeConfig, GRPOTrainingArgs, TrainingArgs
 from finetuning.distributed import ProcessTopology
 from finetuning.errors import ConfigError, Location, Problem
@@ -374,6 +375,18 @@ def make_plan(
         weights=plan_weights(context),
         steps=_steps(rows, batch, experiment),
         sharding_warning=_fsdp_warning(context),
+        device_settings=_quantization_defaults(experiment),
+    )
+
+
+def _quantization_defaults(experiment: Experiment) -> tuple[Decision, ...]:
+    """Return the data type of 4-bit weights if the config does not set it: that of transformers is another."""
+    conf = experiment.quant_conf
+    if not isinstance(conf, BitsAndBytes) or not conf.load_in_4bit or "bnb_4bit_quant_type" in conf.model_fields_set:
+        return ()
+    reason = "closer to normally distributed weights than fp4, the default of transformers"
+    return (
+        Decision("4-bit weights", conf.bnb_4bit_quant_type, f"quant_conf.bnb_4bit_quant_type is not set; {reason}"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,17 @@ class TrainingLoopMixin(TrainerBase):
 
             if is_adalora(self.model):
                 self.add_callback(RankAllocationCallback(self.model))
+        is_quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(
+            self.model, "is_loaded_in_8bit", False
+        )
+        if is_quantized and hasattr(self.model, "peft_config") and not self._shards_weights:
+            from finetuning.trainer.peft_methods import restore_adapter_dtype
+
+            restore_adapter_dtype(self.model)
+
+    @property
+    def _shards_weights(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @property
     def tokens_seen(self) -> int:
@@ -145,9 +156,18 @@ class TrainingLoopMixin(TrainerBase):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self._token_count = self._token_count + self._count_tokens(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._adapter_inputs():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._running_loss = self._running_loss + loss
         return loss
+
+    def _adapter_inputs(self) -> AbstractContextManager[None]:
+        """Return a context for a training step that leaves the input of adapters as it is, if autocast casts it."""
+        if not (self.args.bf16 or self.args.fp16) or not hasattr(self.model, "peft_config") or self._shards_weights:
+            return nullcontext()
+        from finetuning.trainer.peft_methods import without_input_casts
+
+        return without_input_casts(self.model)
 
     def _count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
         """Return the tokens of a batch without padding, on its device: copying the sum would synchronize a GPU."""

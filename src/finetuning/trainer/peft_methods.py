@@ -29,6 +29,43 @@ Collate: TypeAlias = Callable[[list[Row]], Mapping[str, object]]
 _MAX_EPOCHS = 20
 
 
+@contextmanager
+def without_input_casts(model: nn.Module) -> Iterator[None]:
+    """Leave the input of LoRA layers in its dtype in the block, which has to run under autocast.
+
+    PEFT casts it to that of the adapter, float32, and autocast casts the result back: the product is the same, and two
+    copies of the input are saved. Layers with dropout and variants, such as DoRA, compute more than a product with it.
+    """
+    layers = [module for module in model.modules() if _is_plain_lora(module)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True  # pyright: ignore[reportArgumentType]
+
+
+def _is_plain_lora(module: nn.Module) -> bool:
+    dropouts: Mapping[str, object] = getattr(module, "lora_dropout", {})
+    return (
+        getattr(module, "cast_input_dtype_enabled", False)
+        and bool(getattr(module, "lora_A", None))
+        and not getattr(module, "lora_variant", None)
+        and all(type(dropout) is torch.nn.Identity for dropout in dropouts.values())
+    )
+
+
+def restore_adapter_dtype(model: nn.Module) -> None:
+    """Hold the adapter of a quantized model in float32, as without TRL, whose trainers round it to bfloat16.
+
+    Its 8 significant bits lose changes below 1/512 of a weight, which those of preference optimization are.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype == torch.bfloat16:
+            weight.data = weight.data.float()
+
+
 def init_eva(model: nn.Module, rows: Iterable[Row], collate: Collate, batch_size: int) -> None:
     """Set the A matrices of LoRA with `init_lora_weights: eva`; do nothing for other models.
 

@@ -64,6 +64,9 @@ def gpu_defaults(experiment: Experiment, *, has_bfloat16: bool, has_tf32: bool) 
     if has_tf32 and "tf32" not in extra and experiment.run_conf.determinism == "no":
         chosen["tf32"] = True
         made.append(Decision("tf32", "true", "for what is computed in float32"))
+    if experiment.method_name == "sft" and extra.get("use_liger_kernel") and "liger_kernel_config" not in extra:
+        chosen["liger_kernel_config"] = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        made.append(Decision("Liger kernels", "norms, rope, MLPs", "the loss in chunks is ours, for any batch"))
     if "accelerator_config" not in extra:
         # The copy of a batch to the device then overlaps with the step before; its memory is pinned by default.
         chosen["accelerator_config"] = {"non_blocking": True}

@@ -1,6 +1,6 @@
 """Plan the memory of a run on a device by its rehearsal: gradient checkpointing, micro-batch, and what is left.
 
-What a run needs beside weights and optimizer depends on the model's code, the loss and the attention. So nothing is
+What a run needs in addition to weights and optimizer depends on model code, loss and attention. So nothing is
 computed by a formula: the planned step is rehearsed on fake tensors (`training/rehearsal.py`).
 """
 
@@ -16,7 +16,8 @@ from finetuning.plan.plan import Decision, format_bytes, limit_micro_batch
 if TYPE_CHECKING:
     from finetuning.config.sections.experiment import Experiment
     from finetuning.plan.plan import Plan
-    from finetuning.training.rehearsal import Checkpointing, Cost, DeviceModel, StepShape
+    from finetuning.training.rehearsal import Cost, DeviceModel
+    from finetuning.training.rehearsed_model import Checkpointing, StepShape
 
 METHODS = ("sft", "dpo")
 _SHARDED = ("weights", "gradients", "optimizer")
@@ -56,7 +57,7 @@ def plan_memory(experiment: Experiment, plan: Plan, device: DeviceModel) -> tupl
     A value of the config is kept. With `max_per_device_train_batch_size: auto` the micro-batch is as large as fits, up
     to the planned one.
     """
-    from finetuning.training.rehearsal import CHECKPOINTING
+    from finetuning.training.rehearsed_model import CHECKPOINTING
 
     args = experiment.training_args
     is_free = "gradient_checkpointing" not in args.model_fields_set
@@ -180,7 +181,8 @@ def rehearse_run(experiment: Experiment, plan: Plan, device: DeviceModel, *, exa
     Raises:
         ConfigError: the method or the weights are not supported.
     """
-    from finetuning.training.rehearsal import CHECKPOINTING, USABLE_MEMORY, rehearse
+    from finetuning.training.rehearsal import USABLE_MEMORY, rehearse
+    from finetuning.training.rehearsed_model import CHECKPOINTING
 
     shape = step_shape(experiment, plan)
     costs = {
@@ -226,7 +228,7 @@ def step_shape(experiment: Experiment, plan: Plan, *, for_gpu: bool = True) -> S
     from finetuning.model.varlen_attention import SDPA_VARLEN
     from finetuning.plan.attention import TORCH_VARLEN
     from finetuning.plan.features import RunContext
-    from finetuning.training.rehearsal import StepShape
+    from finetuning.training.rehearsed_model import StepShape
 
     method, args = experiment.method_name, experiment.training_args
     if method not in METHODS:
@@ -256,6 +258,7 @@ def step_shape(experiment: Experiment, plan: Plan, *, for_gpu: bool = True) -> S
         attention="sdpa_causal" if padded else flat_attention,
         micro_batches=plan.batch.accumulation,
         optimizer_states=2 if "adam" in args.optim else 1,
+        fused_update="fused" in args.optim,
         max_labels_at_once=at_once,
         labels_per_chunk=per_chunk,
         fused_loss=for_gpu,

@@ -11,7 +11,6 @@ at the shares of a device's peak that large operations reach, and no less than i
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,15 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from finetuning.errors import ConfigError, Location, first_line
-from finetuning.training.rehearsed_model import Model, build_model, build_reference, make_fake, read_config, with_layers
+from finetuning.training.rehearsed_model import (
+    Model,
+    StepShape,
+    build_model,
+    build_reference,
+    make_fake,
+    read_config,
+    with_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,9 +42,6 @@ if TYPE_CHECKING:
 
 Category = Literal["weights", "gradients", "optimizer", "activations", "temporary"]
 CATEGORIES: tuple[Category, ...] = ("weights", "gradients", "optimizer", "activations", "temporary")
-Checkpointing = Literal["off", "selective", "full"]
-CHECKPOINTING: tuple[Checkpointing, ...] = ("off", "selective", "full")
-"""Gradient checkpointing, from the fastest to the smallest."""
 GIB = 1 << 30
 
 
@@ -76,32 +80,6 @@ _GPU_BLOCK, _CPU_BLOCK = 512, 64
 """Bytes that allocators round up to."""
 _FAILED_STEP = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NotImplementedError)
 """What models raise that cannot compute a step on tensors without values."""
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What determines the cost of an optimizer step, apart from the model."""
-
-    method: str
-    row_lengths: tuple[int, ...]
-    """Tokens of each row of a micro-batch; of a preference pair, of each of its answers with the prompt."""
-    num_labels: int
-    padded: bool
-    checkpointing: Checkpointing
-    autocast: torch.dtype | None
-    weights: torch.dtype
-    """The dtype that the base model is held in."""
-    attention: str
-    micro_batches: int = 1
-    """Per optimizer step; gradients of earlier ones are in memory during later ones."""
-    optimizer_states: int = 2
-    """Values per trained weight."""
-    max_labels_at_once: float = math.inf
-    labels_per_chunk: int = 0
-    fused_loss: bool = False
-    has_reference: bool = False
-    """Whether a second copy of the model is the reference, because all weights are trained."""
-    for_gpu: bool = True
 
 
 @dataclass
@@ -175,7 +153,7 @@ class _CostTracker(TorchDispatchMode):
         for value in results:
             self._follow(value)
         if func.name().endswith("gemm_4bit"):
-            self._count_temporary(math.prod(args[2]) * inputs[0].element_size())  # pyright: ignore[reportArgumentType]
+            self.count_temporary(inputs[0].shape[-1] * results[0].shape[-1] * inputs[0].element_size())
         if not func.name().startswith("prim") and not (is_view and func.is_view):
             self._add_work(func, args, kwargs, output, inputs, results)
         return output
@@ -192,7 +170,7 @@ class _CostTracker(TorchDispatchMode):
             self.peak = dict(self.current)
         weakref.finalize(storage, self._release, key)
 
-    def _count_temporary(self, size: int) -> None:
+    def count_temporary(self, size: int) -> None:
         """Count memory that an operation has allocated and released: bitsandbytes restores a whole weight."""
         if sum(self.current.values()) + size > sum(self.peak.values()):
             self.peak = {**self.current, "temporary": self.current["temporary"] + size}
@@ -341,11 +319,15 @@ def _cost(
         start = tracker.seconds
         tracker.phase = "temporary"
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not shape.fused_update:
+            sizes = [weight.numel() * weight.element_size() for weight in trained]
+            # torch's Adam takes the root of all second moments at once on a GPU, and on a CPU weight by weight, in two.
+            tracker.count_temporary(sum(sizes) if shape.for_gpu else 2 * max(sizes))
         count = sum(weight.numel() for weight in trained)
         # A fused update reads weight, gradient and states, and writes all but the gradient.
         update = tracker.seconds - start + 28.0 * count / (device.bandwidth * _REACHED_BANDWIDTH)
         del states
-    return Cost({**tracker.peak}, *work, update, by_operation, float(count), tuple(recorder.operations))
+    return Cost(dict[str, float](tracker.peak), *work, update, by_operation, float(count), tuple(recorder.operations))
 
 
 def _forward_backward(model: Model, reference: Model | None, shape: StepShape, tracker: _CostTracker) -> None:

@@ -6,8 +6,10 @@ It has the run's adapter, data type, attention, gradient checkpointing and quant
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -21,11 +23,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from finetuning.config.sections.experiment import Experiment
-    from finetuning.training.rehearsal import StepShape
 
 Model: TypeAlias = "PreTrainedModel | PeftModel"
+Checkpointing = Literal["off", "selective", "full"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("off", "selective", "full")
+"""Gradient checkpointing, from the fastest to the smallest."""
 _BLOCK, _NESTED_BLOCK = 64, 256
 """Weights that share a factor in bitsandbytes' 4 bit, and factors that do if they are quantized as well."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What determines the cost of an optimizer step, apart from the model."""
+
+    method: str
+    row_lengths: tuple[int, ...]
+    """Tokens of each row of a micro-batch; of a preference pair, of each of its answers with the prompt."""
+    num_labels: int
+    padded: bool
+    checkpointing: Checkpointing
+    autocast: torch.dtype | None
+    weights: torch.dtype
+    """The dtype that the base model is held in."""
+    attention: str
+    micro_batches: int = 1
+    """Per optimizer step; gradients of earlier ones are in memory during later ones."""
+    optimizer_states: int = 2
+    """Values per trained weight."""
+    fused_update: bool = True
+    """Whether one kernel updates all weights, without temporary values."""
+    max_labels_at_once: float = math.inf
+    labels_per_chunk: int = 0
+    fused_loss: bool = False
+    has_reference: bool = False
+    """Whether a second copy of the model is the reference, because all weights are trained."""
+    for_gpu: bool = True
 
 
 def read_config(experiment: Experiment) -> PreTrainedConfig:
@@ -80,6 +112,11 @@ def build_model(experiment: Experiment, config: PreTrainedConfig, shape: StepSha
             hint="Rehearse with a new adapter of the same type and rank.",
         )
     model.train()
+    if shape.autocast is not None and isinstance(conf, NewPeft):
+        from finetuning.trainer.peft_methods import without_input_casts
+
+        # For good: no other pass is made with this model.
+        without_input_casts(model).__enter__()
     if shape.checkpointing != "off":
         kwargs: dict[str, object] = {"use_reentrant": False}
         if shape.checkpointing == "selective":
@@ -180,7 +217,7 @@ def _packed(layer: Any, dtype: torch.dtype) -> nn.Parameter:
     weight, shape = layer.weight, torch.Size((layer.out_features, layer.in_features))
     count = shape.numel()
     storage = torch.empty(-(-count // (2 * weight.quant_storage.itemsize)), 1, dtype=weight.quant_storage)
-    packed: Any = torch.nn.Parameter(storage, requires_grad=False)
+    packed = torch.nn.Parameter(storage, requires_grad=False)
     factors = -(-count // _BLOCK)
     code, nested = torch.empty(16), None
     if weight.compress_statistics:
@@ -190,7 +227,7 @@ def _packed(layer: Any, dtype: torch.dtype) -> nn.Parameter:
             blocksize=_NESTED_BLOCK,
             dtype=torch.float32,
         )
-    packed.quant_state = QuantState(
+    packed.quant_state = QuantState(  # pyright: ignore[reportAttributeAccessIssue]
         torch.empty(factors, dtype=torch.uint8 if nested else torch.float32),
         shape=shape,
         code=code,

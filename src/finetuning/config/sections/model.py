@@ -198,9 +198,9 @@ class BitsAndBytes(ConfigSection):
     llm_int8_has_fp16_weight: bool = False
     """Keep the main weights in 16 bits."""
     bnb_4bit_compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Data type to compute with 4-bit weights in. Defaults to float32."""
-    bnb_4bit_quant_type: Literal["fp4", "nf4"] = "fp4"
-    """Data type of 4-bit weights. QLoRA recommends `nf4`."""
+    """Data type to compute with 4-bit weights in. Defaults to bfloat16 on GPUs that compute in it, else to float32."""
+    bnb_4bit_quant_type: Literal["fp4", "nf4"] = "nf4"
+    """Data type of 4-bit weights: `nf4`, as QLoRA recommends, or `fp4`, which transformers takes by default."""
     bnb_4bit_use_double_quant: bool = False
     """Also quantize the quantization constants (nested quantization)."""
     bnb_4bit_quant_storage: Literal["uint8", "int8", "float16", "bfloat16", "float32"] | None = None
