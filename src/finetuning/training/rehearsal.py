@@ -173,7 +173,8 @@ class _CostTracker(TorchDispatchMode):
     def count_temporary(self, size: int) -> None:
         """Count memory that an operation has allocated and released: bitsandbytes restores a whole weight."""
         if sum(self.current.values()) + size > sum(self.peak.values()):
-            self.peak = {**self.current, "temporary": self.current["temporary"] + size}
+            self.peak = dict(self.current)
+            self.peak["temporary"] += size
 
     def _release(self, key: int) -> None:
         size, category = self.sizes.pop(key, (0, "temporary"))
@@ -327,7 +328,7 @@ def _cost(
         # A fused update reads weight, gradient and states, and writes all but the gradient.
         update = tracker.seconds - start + 28.0 * count / (device.bandwidth * _REACHED_BANDWIDTH)
         del states
-    return Cost(dict[str, float](tracker.peak), *work, update, by_operation, float(count), tuple(recorder.operations))
+    return Cost({**tracker.peak}, *work, update, by_operation, float(count), tuple(recorder.operations))
 
 
 def _forward_backward(model: Model, reference: Model | None, shape: StepShape, tracker: _CostTracker) -> None:
