@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import datasets
 import torch
@@ -37,7 +37,8 @@ def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping
         GuardStopped: the numbers differ for a row.
     """
     assert isinstance(rows, datasets.Dataset)
-    first = [row for row in rows.select(range(min(len(rows), _SEARCHED_ROWS))) if row["images"]][:_NUM_ROWS]
+    searched = rows.select(range(min(len(rows), _SEARCHED_ROWS))).to_list()
+    first = [row for row in searched if row["images"]][:_NUM_ROWS]
     token_id = image_token_id(model)
     num_tokens = 0
     for number, row in enumerate(first, start=1):
@@ -66,7 +67,7 @@ def image_token_id(model: PreTrainedModel) -> int:
 
 def count_features(model: PreTrainedModel, batch: Mapping[str, object]) -> int:
     """Return how many vectors the vision tower and the projector give for the images of a batch."""
-    compute = model.get_image_features  # pyright: ignore[reportAttributeAccessIssue]
+    compute = cast("Callable[..., torch.Tensor]", model.get_image_features)
     names = inspect.signature(compute).parameters.keys() & batch.keys() - {"input_ids", "attention_mask"}
     inputs = {name: value.to(model.device) for name in names if isinstance(value := batch[name], torch.Tensor)}
     was_training = model.training
@@ -76,8 +77,8 @@ def count_features(model: PreTrainedModel, batch: Mapping[str, object]) -> int:
             output = compute(**inputs)
     finally:
         model.train(was_training)
-    features = getattr(output, "pooler_output", output)
-    return sum(_num_vectors(part) for part in (features if isinstance(features, Sequence) else [features]))
+    features: torch.Tensor | Sequence[torch.Tensor] = getattr(output, "pooler_output", output)
+    return sum(_num_vectors(part) for part in ([features] if isinstance(features, torch.Tensor) else features))
 
 
 def _num_vectors(features: torch.Tensor) -> int:

@@ -123,7 +123,8 @@ class StepDivergenceMixin(_KTOBase):
         if self.precompute_ref_logps:
             return batch["ref_KL_logps"]
         trained: Any = self.model
-        with disable_gradient_checkpointing(trained, self.args.gradient_checkpointing_kwargs):
+        kwargs = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(trained, kwargs if isinstance(kwargs, dict) else None):
             if self.ref_model is not None:
                 return super()._compute_kl_logps(self.ref_model, batch)
             unwrapped = self.accelerator.unwrap_model(trained)

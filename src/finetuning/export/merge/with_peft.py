@@ -81,7 +81,7 @@ def load_base(
     if excess:
         raise ModelError(f"{base.folder / 'config.json'} cannot be right: {excess}")
     with reading(f"{base.folder} cannot be loaded"):
-        options: dict[str, object] = fields | _bias_fields(base.folder, head, adapters)
+        options: dict[str, object] = {**fields, **_bias_fields(base.folder, head, adapters)}
         if quantization is not None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(quantization))
         model = head.auto_class.from_pretrained(
