@@ -556,12 +556,12 @@ def _exists(path: str) -> bool:
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:
-            found: object = importlib.import_module(".".join(parts[:length]))
+            target: object = importlib.import_module(".".join(parts[:length]))
         except ImportError:
             continue
         for name in parts[length:]:
-            found = getattr(found, name, None)
-        return found is not None
+            target = getattr(target, name, None)
+        return target is not None
     return False
 
 

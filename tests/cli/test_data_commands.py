@@ -192,7 +192,7 @@ def test_personal_data_is_counted_where_its_package_is_installed(
         return {"messages": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": answer}]}
 
     config = write_config(no_model())
-    write_jsonl(tmp_path / "sft.jsonl", [row(f"Room {number}, at 10.30, on 2024-05-17.") for number in range(5)])
+    write_jsonl(tmp_path / "sft.jsonl", [row(f"Hall {number}, at 10.30, on 2024-05-17.") for number in range(5)])
     assert "OK Personal data: none was found" in doctor_says(capsys, config, "--pii")[1]
     personal = ["Write to rosa@example.com.", "Call +41 44 668 18 00.", "Pay with 4111 1111 1111 1111.", "user@host"]
     personal += ["The host is 192.168.17.5.", "To DE89 3704 0044 0532 0130 00."]

@@ -69,7 +69,7 @@ def everything() -> Iterator[tuple[str, dict[str, Any]]]:
 
 ALL: dict[str, dict[str, Any]] = {}
 for key, manifest in everything():
-    # Several of a kind in a file are told apart by their names.
+    # Several of a kind in a file differ by their names.
     ALL[f"{key} {manifest['metadata']['name']}" if key in ALL else key] = manifest
 
 

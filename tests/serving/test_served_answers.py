@@ -330,8 +330,8 @@ def test_the_embeddings_of_each_architecture_agree_with_vllm() -> None:
         "declared['Transformers'] = sorted(TransformersForCausalLM.embedding_modules)\n"
         "print('\\n' + json.dumps(declared))\n"
     )
-    known = sorted(WITH_EMBEDDINGS | WITHOUT_EMBEDDINGS | WITHOUT_LORA | {"Cohere", "Cohere2"})
-    names = [name if name.endswith("Model") else f"{name}ForCausalLM" for name in known]
+    declared_here = sorted(WITH_EMBEDDINGS | WITHOUT_EMBEDDINGS | WITHOUT_LORA | {"Cohere", "Cohere2"})
+    names = [name if name.endswith("Model") else f"{name}ForCausalLM" for name in declared_here]
     python = Path(VLLM).with_name("python")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(

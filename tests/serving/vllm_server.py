@@ -51,14 +51,14 @@ class Server:
 
         All have its session: it was started as the leader of one.
         """
-        found = {}
+        names = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
                 state, _, _, session = rest.split()[:4]
                 if int(session) == self.process.pid and state != "Z":
-                    found[int(folder.name)] = name
-        return found
+                    names[int(folder.name)] = name
+        return names
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class TokenizedPrompt(list[Message]):
 class ResumedOrder:
     """The order of TRL's sampler, which starts at the epoch that the run resumes in.
 
-    The sampler draws each epoch's order from a generator of its own, which begins anew with the process.
+    The sampler draws each epoch's order from a generator of its own, which starts again with the process.
     """
 
     def __init__(self, sampler: RepeatSampler, state: Callable[[], TrainerState]):

@@ -257,7 +257,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     return trainer
 
 
-def _make_collator(inputs: TrainerInputs, *, with_constant_mask: bool) -> Callable[[Rows], dict[str, Any]]:
+def _make_collator(inputs: TrainerInputs, *, with_constant_mask: bool) -> Callable[[Rows], Mapping[str, object]]:
     """Return what makes a batch of prepared rows."""
     from finetuning.data.collators import FlatteningCollator, PaddingCollator
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.errors import ConfigError, Location, MissingPackageError, ModelError, read_json_object, reading
 from finetuning.export.local_server import run_server
@@ -427,7 +427,7 @@ def compare_with_server(
     with run_server(command, "llama-server", model.name, _START_SECONDS) as llama:
         for sample in samples:
             to_tokenize = {"content": sample.text, "add_special": True, "parse_special": True}
-            ids = llama.post("/tokenize", to_tokenize)["tokens"]
+            ids = cast("list[int]", llama.post("/tokenize", to_tokenize)["tokens"])
             equal_prompts += ids == list(sample.ids)
             if ids != list(sample.ids):
                 difference = difference or f"the prompt {sample.text[-40:]!r} has the tokens {ids[:8]} …"
@@ -436,5 +436,5 @@ def compare_with_server(
             is_equal = answer["content"] == sample.answer and (answer["stop_type"] == "eos") == sample.has_stopped
             equal_answers += is_equal
             if not is_equal:
-                difference = difference or f"{answer['content'][:60]!r} instead of {sample.answer[:60]!r}"
+                difference = difference or f"{str(answer['content'])[:60]!r} instead of {sample.answer[:60]!r}"
     return Comparison(len(samples), equal_prompts, equal_answers, difference)

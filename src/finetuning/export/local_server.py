@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 from finetuning.errors import ModelError, first_line
 
@@ -29,7 +28,7 @@ class LocalServer:
     name: str
     address: str
 
-    def post(self, path: str, body: Mapping[str, object], timeout_s: float = 300) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, object], timeout_s: float = 300) -> dict[str, object]:
         """Send a JSON object, and return the JSON object of the answer.
 
         Raises:

@@ -12,7 +12,7 @@ from finetuning.data.samples import MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, InternalError, ModelError, Problem, first_line
 from finetuning.inference.generation_params import GenerationParameters
-from finetuning.inference.load import LoadedGenerator, LoadedTokenizer
+from finetuning.inference.load import LoadedGenerator, LoadedWithoutWeights
 from finetuning.inference.prompts import MAX_REPORTED_PROBLEMS, GenerationPrompt
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _probe(
 def make_answer(
     prompt: EncodedPrompt,
     generated: list[int],
-    generator: LoadedGenerator | LoadedTokenizer,
+    generator: LoadedGenerator | LoadedWithoutWeights,
     stop_ids: frozenset[int],
 ) -> Generation:
     """Return the answer that the generated token ids are; what follows the first stop token is left out."""

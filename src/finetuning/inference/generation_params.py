@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from finetuning.inference.load import LoadedTokenizer
+    from finetuning.inference.load import LoadedWithoutWeights
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -62,7 +62,7 @@ def check_parameters(user: Mapping[str, object]) -> None:
 def build_parameters(
     user: Mapping[str, object],
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel | PeftModel | LoadedTokenizer,
+    model: PreTrainedModel | PeftModel | LoadedWithoutWeights,
     pad_token_id: int,
 ) -> GenerationParameters:
     """Return the parameters of a run.

@@ -57,7 +57,7 @@ class LoadedGenerator:
 
 
 @dataclass(frozen=True)
-class LoadedTokenizer:
+class LoadedWithoutWeights:
     """A tokenizer and the configs of a model that another program runs."""
 
     tokenizer: PreTrainedTokenizerFast
@@ -116,7 +116,7 @@ def load_generator(conf: GenerationModel, quant_conf: NoQuantization | Quantized
     return LoadedGenerator(model.eval(), tokenizer, pad_token_id, notes)
 
 
-def load_without_weights(conf: GenerationModel) -> LoadedTokenizer:
+def load_without_weights(conf: GenerationModel) -> LoadedWithoutWeights:
     """Load what `load_generator` loads, except for the weights.
 
     Raises:
@@ -139,8 +139,8 @@ def load_without_weights(conf: GenerationModel) -> LoadedTokenizer:
         generation_config = GenerationConfig.from_model_config(config)
     repair = find_stop_token_repair(folder, generation_config)
     if repair is None:
-        return LoadedTokenizer(tokenizer, pad_token_id, config, generation_config)
-    return LoadedTokenizer(tokenizer, pad_token_id, config, repair.stop_tokens.generation_config, (repair.note,))
+        return LoadedWithoutWeights(tokenizer, pad_token_id, config, generation_config)
+    return LoadedWithoutWeights(tokenizer, pad_token_id, config, repair.stop_tokens.generation_config, (repair.note,))
 
 
 def _read_config(conf: GenerationModel) -> PreTrainedConfig:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from operator import itemgetter
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from finetuning.config.sections.experiment import GenerationModel, VllmConfig
 from finetuning.config.sections.model import NoQuantization, Quantized
@@ -19,7 +20,7 @@ from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, Location, MissingPackageError
 from finetuning.inference.generate import EncodedPrompt, Generation, make_answer
 from finetuning.inference.generation_params import GenerationParameters
-from finetuning.inference.load import LoadedTokenizer, dtype_of
+from finetuning.inference.load import LoadedWithoutWeights, dtype_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -38,7 +39,7 @@ _DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repet
 class VllmServer(Protocol):
     """A vLLM that answers."""
 
-    def post(self, path: str, body: Mapping[str, object], timeout_s: float) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, object], timeout_s: float) -> dict[str, object]:
         """Send a JSON object, and return the JSON object of the answer."""
         ...
 
@@ -101,7 +102,7 @@ def check_job(conf: VllmConfig, quant_conf: NoQuantization | Quantized, gen_para
 def generate_with_vllm(
     start: StartVllm,
     model: GenerationModel,
-    tokenizer: LoadedTokenizer,
+    tokenizer: LoadedWithoutWeights,
     prompts: Sequence[EncodedPrompt],
     indexes: Iterable[int],
     parameters: GenerationParameters,
@@ -131,7 +132,8 @@ def generate_with_vllm(
             with announce_wait("vLLM to answer"):
                 for request in as_completed(requests):
                     index = requests[request]
-                    choices = sorted(request.result()["choices"], key=lambda choice: choice["index"])
+                    choices = cast("list[dict[str, object]]", request.result()["choices"])
+                    choices.sort(key=itemgetter("index"))
                     rows = [cast("list[int]", choice["token_ids"]) for choice in choices]
                     yield {index: [make_answer(prompts[index], ids, tokenizer, parameters.stop_ids) for ids in rows]}
         finally:
@@ -150,8 +152,8 @@ def request_parameters(parameters: GenerationParameters, defaults: GenerationCon
     config = parameters.config
 
     def value(name: str) -> object:
-        own = getattr(config, name, None)
-        return own if own is not None else getattr(defaults, name, None)
+        configured = getattr(config, name, None)
+        return configured if configured is not None else getattr(defaults, name, None)
 
     sampling: dict[str, object] = {"temperature": 0.0}
     if value("do_sample"):
@@ -176,6 +178,8 @@ def request_parameters(parameters: GenerationParameters, defaults: GenerationCon
 
 def _ignored(defaults: GenerationConfig) -> list[str]:
     """Return a note on values of the model's generation config that vLLM has no counterpart of."""
-    known = {*_TRANSLATED, "transformers_version", "_from_model_config", "use_cache", "cache_implementation"}
-    names = sorted(name for name, value in defaults.to_diff_dict().items() if value is not None and name not in known)
+    supported = {*_TRANSLATED, "transformers_version", "_from_model_config", "use_cache", "cache_implementation"}
+    names = sorted(
+        name for name, value in defaults.to_diff_dict().items() if value is not None and name not in supported
+    )
     return [f"the model's generation config sets {', '.join(names)}, which vLLM ignores"] if names else []

@@ -141,13 +141,13 @@ def start_on_ray(ray: ModuleType, job: RayJob, error_file: Path) -> JobEnd:
                 resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
-            # A group of Ray Train's own, which only tells the first machine's address.
+            # A group of Ray Train's own, which only reports the first machine's address.
             torch_config=torch_trainer.TorchConfig(backend="gloo"),
             run_config=config.RunConfig(storage_path=folder, failure_config=config.FailureConfig(max_failures=0)),
         )
         failures: list[Exception] = []
 
-        def fit() -> None:
+        def run_trainer() -> None:
             try:
                 trainer.fit()
             except config.TrainingFailedError as error:
@@ -155,7 +155,7 @@ def start_on_ray(ray: ModuleType, job: RayJob, error_file: Path) -> JobEnd:
 
         with _handle_signals(lambda number: received.set.remote(number)):
             # Not in this thread, where Ray Train would handle SIGINT itself and kill the workers.
-            thread = threading.Thread(target=fit, name="ray train", daemon=True)
+            thread = threading.Thread(target=run_trainer, name="ray train", daemon=True)
             thread.start()
             while thread.is_alive():
                 thread.join(_POLL_S)
@@ -181,7 +181,7 @@ def _as_machine_failed(error: object) -> MachineFailed | None:
     if isinstance(error, MachineFailed) or not isinstance(error, BaseException):
         return error if isinstance(error, MachineFailed) else None
     inner = map(_as_machine_failed, (*vars(error).values(), error.__cause__))
-    return next((found for found in inner if found is not None), None)
+    return next((failure for failure in inner if failure is not None), None)
 
 
 @contextmanager

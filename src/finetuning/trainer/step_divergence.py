@@ -102,16 +102,16 @@ class StepDivergenceMixin(_KTOBase):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch, kept in batches:
-                placed = self._place(batch)
-                policy = super()._compute_kl_logps(model, placed)
-                difference = (policy - self._reference_logps(model, placed))[:kept]
+                inputs = self._move_to_device(batch)
+                policy = super()._compute_kl_logps(model, inputs)
+                difference = (policy - self._reference_logps(model, inputs))[:kept]
                 totals += torch.stack([difference.double().sum(), torch.tensor(kept, device=totals.device).double()])
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
         self._is_reference_call = False
         return totals[0] / totals[1]
 
-    def _place(self, batch: Batch) -> Batch:
+    def _move_to_device(self, batch: Batch) -> Batch:
         device = self.args.device
         return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 

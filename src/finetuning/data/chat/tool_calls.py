@@ -103,8 +103,8 @@ def broken_links(messages: Sequence[Message]) -> set[str]:
             ids.add(str(call.get("id")))
             names.add(str(call.get("function", call).get("name")))
         if message["role"] in ANSWERING_ROLES:
-            for key, known in (("tool_call_id", ids), ("name", names)):
-                if message.get(key) and str(message[key]) not in known:
+            for key, called in (("tool_call_id", ids), ("name", names)):
+                if message.get(key) and str(message[key]) not in called:
                     broken.add(key)
     return broken
 

@@ -47,7 +47,7 @@ def _with_alpaca_names(row: Row) -> Row:
 def parse_alpaca(row: Row, options: Options = DEFAULT_OPTIONS) -> Conversation | Problem:
     """Return the row as a chat: instruction, an empty line and input are the user's message, output is the answer.
 
-    `options.input_separator` is what stands between the first two instead of an empty line.
+    `options.input_separator` separates the first two instead of an empty line.
     """
     try:
         if any(name in row.values for name in _ALPACA_NAMES):

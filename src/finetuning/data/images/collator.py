@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class ImageCollator:
     padding: PaddingCollator
     processor: ImageTextProcessor
 
-    def __call__(self, rows: Rows) -> dict[str, Any]:
+    def __call__(self, rows: Rows) -> dict[str, object]:
         batch = self.padding([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
         references = [read_references(row["images"]) for row in rows]
         with_images = [index for index, images in enumerate(references) if images]

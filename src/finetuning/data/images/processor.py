@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoImageProcessor, ImageProcessingMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.config.sections.data import ImagesConfig
 from finetuning.config.sections.model import RunConfig
@@ -175,13 +175,15 @@ class ImageTextProcessor:
         )
 
 
-def _image_options(image_processor: Any, values: Mapping[str, object]) -> dict[str, object]:
+def _image_options(image_processor: ImageProcessingMixin, values: Mapping[str, object]) -> dict[str, object]:
     """Return the arguments for an image processor.
 
     Raises:
         ConfigError: it does not take one of them.
     """
-    supported = set(getattr(image_processor.valid_kwargs, "__annotations__", {})) | set(image_processor.to_dict())
+    supported = set(getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})) | set(
+        image_processor.to_dict()
+    )
     options: dict[str, object] = {}
     for name, value in values.items():
         if name in supported:

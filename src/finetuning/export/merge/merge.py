@@ -104,42 +104,46 @@ def merge_adapters(
     inputs = _describe_inputs(base, adapters, tokenizer_source) | ({"dequantized": True} if dequantize else {})
     if _is_merged(out, inputs, verify):
         return MergeResult(out, _num_bytes(out), streamed=False, verification=None, existed=True)
-    # Only the first adapter's base is checked: a later one may have been trained on the result of an earlier merge,
-    # whose fingerprint is not recorded.
     base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
-    plan = plan_merge(base, adapters, force=force)
-    if dequantize:
-        plan = NeedsPeft("the base is quantized as in training; the adapter is merged into its dequantized weights")
-    _check_plan(plan, base, adapters, verify, device_map)
-    for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
-        log(note)
+    plan = _plan(base, adapters, force=force, dequantize=dequantize, verify=verify, device_map=device_map, log=log)
     check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
     with atomic_directory(out) as folder:
+        merged_into = quantization if dequantize else None
         num_rows, elements = _write_model(
-            base,
-            adapters,
-            plan,
-            folder,
-            tokenizer_source,
-            device_map,
-            log,
-            progress,
-            quantization if dequantize else None,
+            base, adapters, plan, folder, tokenizer_source, device_map, log, progress, merged_into
         )
         _check_surviving_share(elements, force, log)
         verification = None
         if verify:
             log("verifying the merged model against base and adapter")
             verification = verify_merge(
-                base, adapters, folder, device_map=device_map, num_rows=num_rows,
-                base_fingerprint=base_fingerprint, surviving_share=elements.surviving_share,
-                quantization=quantization, is_dequantized=dequantize,
+                base, adapters, folder, device_map=device_map, num_rows=num_rows, base_fingerprint=base_fingerprint,
+                surviving_share=elements.surviving_share, quantization=quantization, is_dequantized=dequantize,
             )  # fmt: skip
-            _warn_of_rounding_loss(verification, log)
-            _warn_of_quantization(verification, dequantize, log)
+            _warn_of_losses(verification, dequantize, log)
         (folder / _INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
         write_manifest(folder)
     return MergeResult(out, _num_bytes(out), isinstance(plan, MergePlan), verification)
+
+
+def _plan(
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    *,
+    force: bool,
+    dequantize: bool,
+    verify: bool,
+    device_map: DeviceMap,
+    log: Callable[[str], None],
+) -> MergePlan | NeedsPeft:
+    """Return how to merge, checked, and log what is to be known about it."""
+    plan = plan_merge(base, adapters, force=force)
+    if dequantize:
+        plan = NeedsPeft("the base is quantized as in training; the adapter is merged into its dequantized weights")
+    _check_plan(plan, base, adapters, verify, device_map)
+    for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
+        log(note)
+    return plan
 
 
 def _num_bytes(folder: Path) -> int:
@@ -241,6 +245,11 @@ def _check_surviving_share(elements: ChangedElements, force: bool, log: Callable
     log(f"warning: {message}")
 
 
+def _warn_of_losses(verification: MergeVerification, is_dequantized: bool, log: Callable[[str], None]) -> None:
+    _warn_of_rounding_loss(verification, log)
+    _warn_of_quantization(verification, is_dequantized, log)
+
+
 def _warn_of_rounding_loss(verification: MergeVerification, log: Callable[[str], None]) -> None:
     if verification.rounding_loss <= _MAX_ROUNDING_LOSS:
         return
@@ -310,6 +319,9 @@ def _note_on_other_base(base: BaseModel, adapter: Adapter) -> list[str]:
 
 def _check_fingerprint(base: BaseModel, adapter: Adapter, force: bool, log: Callable[[str], None]) -> str:
     """Compare the base with the fingerprint that the adapter recorded in training, and return the result in words.
+
+    Only the first adapter's base is checked: a later one may have been trained on the result of an earlier merge, whose
+    fingerprint is not recorded.
 
     Raises:
         ModelError: the fingerprints differ, and `force` is off.

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from finetuning.model.load import TaskHead
+
 # Suffixes of tensor names: B prompts, T tokens, V vocabulary, L labels of a sequence classification model.
 
 _TEXTS = (
@@ -163,10 +165,6 @@ def verify_merge(
     Raises:
         GuardStopped: the merged model differs from base and adapters by more than the tolerance of its dtype.
     """
-    import torch
-
-    from finetuning.model.saved_weights import restore_padding_rows
-
     prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
     head = task_head_for_merge(base, adapters)
     outputs = compute_scores if "num_labels" in head.config_fields else compute_logits
@@ -181,14 +179,9 @@ def verify_merge(
         without_adapter = outputs(adapted, prompts)
     # Frees the memory of the first model before the second is loaded.
     del adapted, model
-    merged_model = head.auto_class.from_pretrained(merged, dtype="auto", device_map=device_map).eval()
-    restore_padding_rows(merged_model, merged)
-    actual = outputs(merged_model, prompts)
-    spread = (
-        torch.cat([(ref - ref.mean(-1, keepdim=True)).flatten() for ref in reference]).square().mean().sqrt().item()
-    )
+    actual = outputs(_load_merged(merged, head, device_map), prompts)
+    spread = _spread(reference)
     differences = compare(actual, reference, spread), compare(without_adapter, reference, spread)
-    del merged_model
     check = partial(
         _check_tolerances, *differences, dtype, layers, spread, reference, base_fingerprint, surviving_share
     )
@@ -199,20 +192,52 @@ def verify_merge(
         verification = check(rounding_noise=noise)
     if quantization is not None:
         verification = replace(verification, trained_quantization=str(quantization.get("quant_method", "its method")))
-        try:
-            adapted = _put_on(load(quantization=quantization, dequantize=False), adapters)
-            trained = compare(actual, outputs(adapted, prompts), spread)
-            verification = replace(verification, merged_against_trained=trained)
-        except (ModelError, ImportError, RuntimeError, ValueError) as error:
-            verification = replace(verification, not_measured=first_line(error))
+        load_trained = partial(load, quantization=quantization, dequantize=False)
+        trained = _compare_with_trained(load_trained, adapters, lambda peft: outputs(peft, prompts), actual, spread)
+        verification = replace(verification, **trained)
+    _publish(verification, merged)
+    return verification
+
+
+def _load_merged(folder: Path, head: TaskHead, device_map: DeviceMap) -> PreTrainedModel:
+    from finetuning.model.saved_weights import restore_padding_rows
+
+    model = head.auto_class.from_pretrained(folder, dtype="auto", device_map=device_map).eval()
+    restore_padding_rows(model, folder)
+    return model
+
+
+def _spread(logits: Sequence[torch.Tensor]) -> float:
+    """Return the root mean square of the logits of all positions, each position centered at 0."""
+    import torch
+
+    return torch.cat([(part - part.mean(-1, keepdim=True)).flatten() for part in logits]).square().mean().sqrt().item()
+
+
+def _compare_with_trained(
+    load: Callable[[], PreTrainedModel],
+    adapters: Sequence[Adapter],
+    compute: Callable[[PeftModel], list[torch.Tensor]],
+    actual: Sequence[torch.Tensor],
+    spread: float,
+) -> dict[str, LogitDifference | str]:
+    """Return fields of `MergeVerification`: the difference to the quantized base of training, or why it is unknown."""
+    try:
+        return {"merged_against_trained": compare(actual, compute(_put_on(load(), adapters)), spread)}
+    except (ModelError, ImportError, RuntimeError, ValueError) as error:
+        return {"not_measured": first_line(error)}
+
+
+def _publish(verification: MergeVerification, merged: Path) -> None:
+    """Write the result to merge_verification.json, and raise if the merge did not pass."""
     (merged / VERIFICATION_FILE).write_text(json.dumps(asdict(verification), indent=2) + "\n", encoding="utf-8")
     if not verification.passed:
+        into_float32 = "" if verification.dtype in EXACT_DTYPES else " merge into a float32 base,"
         raise GuardStopped(
             f"the merged model differs from the trained model: {'; '.join(verification.problems)} ({verification}).",
             hint="Nothing was published. Check that the adapter was trained on this base,"
-            f"{'' if dtype in EXACT_DTYPES else ' merge into a float32 base,'} or skip the check with --no-verify.",
+            f"{into_float32} or skip the check with --no-verify.",
         )
-    return verification
 
 
 def _put_on(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PeftModel:

@@ -261,8 +261,8 @@ def freeze_other_parts(model: PreTrainedModel, parts: Sequence[ModelPart]) -> li
 
 
 def _all_linear(
-    model: PreTrainedModel, peft_type: str, kwargs: Mapping[str, Any], parts: Sequence[ModelPart]
-) -> dict[str, Any]:
+    model: PreTrainedModel, peft_type: str, kwargs: Mapping[str, object], parts: Sequence[ModelPart]
+) -> dict[str, object]:
     """Return the arguments that select all linear layers that can be adapted: `all-linear` if PEFT selects the same.
 
     PEFT counts the experts that transformers fuses to parameters as linear layers, and their routers as well.
