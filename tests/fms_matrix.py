@@ -146,6 +146,7 @@ VALUES: dict[str, list[Any]] = {
     "quantization_method": ["none", "mxfp4"],
     "dequantize": [False, True],
     "additional_data_handlers": ["/handlers.py"],
+    "gradient_checkpointing": [True],
     "dataset_image_field": ["image"],
     "data_config_path": ["/data.yaml"],
     "num_train_epochs": [3.0, "3", 0],

@@ -96,7 +96,7 @@ DUMMY = RowFormat("dummy", ("q", "a"), parse)
             "from finetuning.data.formats.dummy import DUMMY\n",
         ),
         ("data/formats/__init__.py", '    "prompt": PROMPT,\n', '    "dummy": DUMMY,\n'),
-        ("data/formats/__init__.py", "MESSAGES, TOKENS, PROMPT_COMPLETION", "DUMMY, "),
+        ("data/formats/__init__.py", "MESSAGES, TOKENS, SEGMENTS, PROMPT_COMPLETION", "DUMMY, "),
     ],
 )
 TRACKER = Extension(

@@ -27,8 +27,8 @@ COPY docker/keep_vendor_torch.py constraints.txt ./
 RUN python3 keep_vendor_torch.py record vendor-torch.json --build cuda \
     && python3 keep_vendor_torch.py pin constraints.txt > pins.txt \
     && python3 -m pip install --no-cache-dir --constraint pins.txt \
-        accelerate bitsandbytes datasets jinja2 mlflow numpy opentelemetry-sdk peft pydantic pyyaml rich safetensors \
-        setuptools simpleeval tokenizers transformers trl \
+        accelerate bitsandbytes datasets jinja2 mlflow numpy opentelemetry-sdk peft pillow pydantic pyyaml rich \
+        safetensors setuptools simpleeval starlette tokenizers transformers trl uvicorn \
     && python3 keep_vendor_torch.py check vendor-torch.json
 
 # `ps` is what the Silogen engine's chart calls, and so is `mc` below.

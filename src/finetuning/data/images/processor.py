@@ -23,6 +23,7 @@ from finetuning.config.sections.model import RunConfig
 from finetuning.data.images.files import ImageFolder
 from finetuning.data.images.rows import take_images
 from finetuning.data.samples import ImageReference, Span
+from finetuning.distributed import announce_wait
 from finetuning.errors import ConfigError, DataError, Location, ModelError, first_line, read_json_object, reading
 
 _KEY = "data_conf.images"
@@ -212,7 +213,8 @@ def processor_for(
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        with reading(f"the processor of {run_conf.model} cannot be loaded", location=Location(key="run_conf.model")):
+        problem, location = f"the processor of {run_conf.model} cannot be loaded", Location(key="run_conf.model")
+        with reading(problem, location=location), announce_wait(f"the processor of {run_conf.model} to load"):
             token = args.token.get_secret_value() if args.token else None
             snapshot = snapshot_download(
                 run_conf.model, revision=args.revision, cache_dir=args.cache_dir, token=token,

@@ -82,9 +82,9 @@ def live_lora_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]
         return {}
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in model.named_parameters():
-        module, _, part = name.partition(".lora_")
+        module, _, part = name.rpartition(".lora_")
         words = part.split(".")
-        if adapter not in words[1:]:
+        if words[1:2] != [adapter]:
             continue
         words.remove(adapter)
         if words == ["magnitude_vector", "weight"]:

@@ -98,13 +98,13 @@ def fields_that_add_biases(model: PreTrainedModel, modules: Sequence[str]) -> di
     for field in _BIAS_FIELDS:
         if not lacking or getattr(config, field, None) is not False:
             continue
-        setattr(config, field, True)
+        config.update({field: True})
         with torch.device("meta"):
             fewer = without_bias(type(model)._from_config(copy.deepcopy(config)), modules)
         if len(fewer) < len(lacking):
             lacking, fields[field] = fewer, True
         else:
-            setattr(config, field, False)
+            config.update({field: False})
     return None if lacking else fields
 
 
