@@ -184,6 +184,7 @@ def unparsed_rows(source: DatasetSource, key: str, *, streaming: bool = False) -
 
 
 def _dataset_options(source: DatasetSource, transforms: TransformChain, options: Options) -> Options:
+    separator = source.input_separator
     return replace(
         options,
         chats=transforms.chats or options.chats,
@@ -192,7 +193,7 @@ def _dataset_options(source: DatasetSource, transforms: TransformChain, options:
         response_template=unescape(source.response_template) if source.response_template else None,
         instruction_template=unescape(source.instruction_template) if source.instruction_template else None,
         add_eos=source.add_eos_token and transforms.add_eos,
-        input_separator=unescape(source.input_separator),
+        input_separator=separator if "\n" in separator else unescape(separator),
     )
 
 
