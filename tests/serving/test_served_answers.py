@@ -25,7 +25,6 @@ from conftest import CHATML_TEMPLATE, _train_tokenizer
 from serving.vllm_server import CPU_FLAGS, ENVIRONMENT, Answer, ask, run, serve
 
 from finetuning.export.vllm.checks import MAX_LORA_RANKS
-from finetuning.model.peft.adapter_files import servable_embeddings
 from finetuning.model.peft.lora_support import (
     INITS,
     INPUT_EMBEDDINGS,
@@ -34,6 +33,7 @@ from finetuning.model.peft.lora_support import (
     WITH_EMBEDDINGS,
     WITHOUT_EMBEDDINGS,
     WITHOUT_LORA,
+    servable_embeddings,
 )
 
 VLLM = os.environ.get("VLLM", "")

@@ -14,8 +14,7 @@ from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.deltas import PREFIX, scaling_of
 from finetuning.export.merge.merge_plan import has_tied_embeddings
 from finetuning.export.safetensors_writer import read_chunks, same_bytes
-from finetuning.model.peft.adapter_files import unservable_modules
-from finetuning.model.peft.lora_support import VLLM_VERSION, lora_init, used_options
+from finetuning.model.peft.lora_support import VLLM_VERSION, lora_init, unservable_modules, used_options
 from finetuning.model.safetensors_io import TensorEntry
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -16,17 +16,7 @@ from finetuning.model.fingerprint import (
     describe_difference,
     read_fingerprint,
 )
-from finetuning.model.peft.lora_support import (
-    EMBEDDINGS,
-    INPUT_EMBEDDINGS,
-    OPTIONS,
-    TURNED_OFF,
-    VLLM_VERSION,
-    WITH_EMBEDDINGS,
-    WITHOUT_EMBEDDINGS,
-    WITHOUT_LORA,
-    lora_init,
-)
+from finetuning.model.peft.lora_support import OPTIONS, TURNED_OFF, WITHOUT_LORA, lora_init, unservable_modules
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -309,41 +299,14 @@ def is_servable(folder: Path, base: Path) -> bool:
         return False
     if not (base / "config.json").is_file():
         return True
-    embeddings = (name.partition(".lora_")[0] for name in names if ".lora_embedding_A" in name or "lm_head." in name)
+    embeddings = [name.partition(".lora_")[0] for name in names if ".lora_embedding_A" in name or "lm_head." in name]
     with reading(f"{base / 'config.json'} cannot be read"):
-        return not unservable_modules(embeddings, read_json_object(base / "config.json"))
-
-
-def servable_embeddings(architecture: str) -> tuple[str, ...] | None:
-    """Return the embedding modules whose LoRA vLLM serves for an architecture, such as `LlamaForCausalLM`.
-
-    None if vLLM serves no LoRA for it.
-    """
-    name = architecture.removesuffix("ForCausalLM")
-    if name in WITHOUT_LORA:
-        return None
-    if name in WITH_EMBEDDINGS:
-        return EMBEDDINGS
-    return () if name in WITHOUT_EMBEDDINGS else INPUT_EMBEDDINGS
-
-
-def unservable_modules(modules: Iterable[str], config: Mapping[str, object]) -> list[str]:
-    """Return why vLLM does not serve LoRA on these embeddings and output heads of a base model, or on any module of it.
-
-    Args:
-        modules: their names; others are not checked.
-        config: the base model's `config.json`.
-    """
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    served = servable_embeddings(architecture)
-    if served is None:
-        return [f"vLLM {VLLM_VERSION} serves no LoRA on {architecture}"]
-    return [
-        f"{module} is adapted, and vLLM {VLLM_VERSION} does not serve that for {architecture or 'this architecture'}"
-        for module in modules
-        if module.rpartition(".")[2] not in served
-    ]
+        base_config = read_json_object(base / "config.json")
+        architectures = base_config.get("architectures") or [""]
+        # Only embeddings and output heads depend on what vLLM declares for the architecture.
+        if not embeddings and str(architectures[0]).removesuffix("ForCausalLM") not in WITHOUT_LORA:
+            return True
+        return not unservable_modules(embeddings, base_config)
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ it with an installed vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,11 +108,45 @@ WITHOUT_EMBEDDINGS = frozenset((
 """Architectures whose class in vLLM serves LoRA, but declares none. Others get `INPUT_EMBEDDINGS`."""
 INPUT_EMBEDDINGS = EMBEDDINGS[:1]
 """What vLLM declares for Cohere and for every class that it takes from transformers."""
+
+
 WITHOUT_LORA = frozenset((
     "Bloom", "Cohere2Moe", "Dbrx", "Falcon", "FalconMamba", "GPT2LMHeadModel", "GPTJ", "Gemma3n", "HrmText", "Mamba",
     "Mamba2", "MiMoV2Flash", "StableLm", "Zamba2",
 ))  # fmt: skip
 """Architectures whose class in vLLM serves no LoRA at all."""
+
+
+def servable_embeddings(architecture: str) -> tuple[str, ...] | None:
+    """Return the embedding modules whose LoRA vLLM serves for an architecture, such as `LlamaForCausalLM`.
+
+    None if vLLM serves no LoRA for it.
+    """
+    name = architecture.removesuffix("ForCausalLM")
+    if name in WITHOUT_LORA:
+        return None
+    if name in WITH_EMBEDDINGS:
+        return EMBEDDINGS
+    return () if name in WITHOUT_EMBEDDINGS else INPUT_EMBEDDINGS
+
+
+def unservable_modules(modules: Iterable[str], config: Mapping[str, object]) -> list[str]:
+    """Return why vLLM does not serve LoRA on these embeddings and output heads of a base model, or on any module of it.
+
+    Args:
+        modules: their names; others are not checked.
+        config: the base model's `config.json`.
+    """
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    served = servable_embeddings(architecture)
+    if served is None:
+        return [f"vLLM {VLLM_VERSION} serves no LoRA on {architecture}"]
+    return [
+        f"{module} is adapted, and vLLM {VLLM_VERSION} does not serve that for {architecture or 'this architecture'}"
+        for module in modules
+        if module.rpartition(".")[2] not in served
+    ]
 
 
 TURNED_OFF = (None, False, [], {})
