@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 import finetuning
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, StorageError
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 2, "target_modules": "all-linear"}}
 FOUR_BIT = {"quantization_type": "bits-and-bytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
@@ -47,6 +48,54 @@ def test_two_runs_on_a_quantized_base_in_one_process(sft_values: Any, tmp_path: 
         values = sft_values({"peft_conf": LORA, "quant_conf": FOUR_BIT, "training_args.max_steps": 1})
         result = finetuning.run(values, [f"training_args.output_dir={tmp_path / name}"], method="sft")
         assert result.status == "completed"
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_rows_from_python_train_as_those_of_a_file(
+    as_dataset: bool, sft_values: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    expected = finetuning.run(sft_values({"training_args.output_dir": str(tmp_path / "file")}), method="sft")
+    rows = Dataset.from_list(sft_rows(24)) if as_dataset else iter(sft_rows(24))
+    values = sft_values({"data_conf.training_data": {"type": "CONCATENATION", "datasets": []}})
+    result = finetuning.run(values, method="sft", train_rows=rows, validation_rows=sft_rows(5))
+    assert result.final_loss == expected.final_loss
+    assert len((tmp_path / "out" / "rows" / "validation.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+    # The resolved config names the files, so that the run can be repeated from the command line.
+    resolved = (tmp_path / "out" / "config.resolved.yaml").read_text(encoding="utf-8")
+    assert "rows/train.jsonl" in resolved and "rows/validation.jsonl" in resolved
+
+
+def test_rows_from_python_keep_the_settings_of_the_dataset(sft_values: Any, tmp_path: Path) -> None:
+    source = {"path": "replaced.jsonl", "columns": {"question": "prompt", "answer": "completion"}}
+    values = sft_values({"data_conf.training_data.datasets": [source]})
+    rows = [{"question": "Which number?", "answer": "Three."}] * 4
+    assert finetuning.prepare(values, method="sft", train_rows=rows).rows == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["text"], "row 0 of train_rows is a str, not a mapping"),
+        ([{"messages": []}, {"messages": {1, 2}}], "row 1 of train_rows has a value that JSON does not have"),
+        ([{"score": float("nan")}], "row 0 of train_rows has a value that JSON does not have"),
+    ],
+)
+def test_rows_from_python_that_cannot_be_written(rows: Any, message: str, sft_values: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        finetuning.prepare(sft_values(), method="sft", train_rows=rows)
+    assert not any((tmp_path / "out" / "rows").iterdir())
+
+
+def test_rows_from_python_need_a_place(sft_values: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rows from Python need training_args.output_dir"):
+        finetuning.prepare(sft_values({"training_args.output_dir": None}), method="sft", train_rows=[])
+    (tmp_path / "file").touch()
+    values = sft_values({"training_args.output_dir": str(tmp_path / "file")})
+    with pytest.raises(StorageError, match="train_rows cannot be written"):
+        finetuning.prepare(values, method="sft", train_rows=[])
+    two = sft_values({"data_conf.training_data.datasets": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]})
+    with pytest.raises(ConfigError, match="cannot take the place of 2 datasets"):
+        finetuning.prepare(two, method="sft", train_rows=[])
 
 
 def test_errors_are_raised_with_their_problems(sft_values: Any, write_config: Any) -> None:

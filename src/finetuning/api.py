@@ -5,6 +5,8 @@
     result = finetuning.run("config.yaml", {"training_args.max_steps": 100})
     answers = finetuning.generate(result.folder, ["Where is my order?"])
 
+Rows may come from Python: `run(config, train_rows=dataset)` for a `datasets.Dataset` or a list of dictionaries.
+
 Errors are those of `finetuning.errors`, and nothing ends the process. Each function may be called several times in one
 process.
 """
@@ -13,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, StorageError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -31,6 +34,8 @@ Config: TypeAlias = str | Path | Mapping[str, Any]
 """The path of a YAML file, or its content."""
 Overrides: TypeAlias = Mapping[str, object] | Sequence[str]
 """Values by dotted key, or texts `key.path=value` as on the command line."""
+Rows: TypeAlias = Iterable[Mapping[str, object]]
+"""Rows of any format that files may have: a list of dictionaries, or a `datasets.Dataset`."""
 Chat: TypeAlias = Sequence[Mapping[str, str]]
 """Messages with `role` and `content`."""
 
@@ -40,6 +45,8 @@ def run(
     overrides: Overrides = (),
     *,
     method: str | None = None,
+    train_rows: Rows | None = None,
+    validation_rows: Rows | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     workers: int = 4,
     logging_level: str = "INFO",
@@ -50,6 +57,9 @@ def run(
         config: of the run.
         overrides: values that take the place of those in the config.
         method: the method, such as `sft`; by default the one that the config names.
+        train_rows: training data in place of that of `data_conf.training_data`. Written to `rows/train.jsonl` in the
+            output directory, and read from there with the other settings of the config's only dataset, if it has one.
+        validation_rows: the same for `data_conf.validation_data`.
         callbacks: of the trainer, in addition to those of the run.
         workers: processes that tokenize the data.
         logging_level: `WARNING` for no messages but those about problems.
@@ -63,6 +73,7 @@ def run(
     from finetuning.cli.train import train
 
     document, method = _document(config, overrides, method)
+    document = _with_rows(document, train_rows, validation_rows)
     options = argparse.Namespace(
         method=method,
         config=document.file,
@@ -79,8 +90,16 @@ def run(
     return results[0]
 
 
-def prepare(config: Config, overrides: Overrides = (), *, method: str | None = None, workers: int = 1) -> PreparedData:
-    """Render, mask and tokenize the rows of a run, or read them from the cache.
+def prepare(
+    config: Config,
+    overrides: Overrides = (),
+    *,
+    method: str | None = None,
+    train_rows: Rows | None = None,
+    validation_rows: Rows | None = None,
+    workers: int = 1,
+) -> PreparedData:
+    """Render, mask and tokenize the rows of a run, or read them from the cache. Arguments are those of `run`.
 
     Returns:
         The rows as `datasets.Dataset` objects, their statistics, and a preview of the first ones.
@@ -93,6 +112,7 @@ def prepare(config: Config, overrides: Overrides = (), *, method: str | None = N
     from finetuning.config.validation.validate import validate
 
     document, method = _document(config, overrides, method)
+    document = _with_rows(document, train_rows, validation_rows)
     with locate_errors(document):
         from finetuning.training.setup import load_tokenizer
         from finetuning.training.setup import prepare as prepare_rows
@@ -187,3 +207,66 @@ def _document(config: Config, overrides: Overrides, method: str | None) -> tuple
     if name not in ALGORITHMS:
         raise ConfigError(f'unknown method "{name}"', hint=did_you_mean(name, ALGORITHMS))
     return document, name
+
+
+def _with_rows(document: ConfigDocument, train: Rows | None, validation: Rows | None) -> ConfigDocument:
+    """Write rows to files in the output directory, and return the config that reads these.
+
+    Raises:
+        ConfigError: the section has several datasets, or a row is not a mapping of values that JSON has.
+    """
+    for section, name, rows in (("training_data", "train", train), ("validation_data", "validation", validation)):
+        if rows is None:
+            continue
+        output_dir = document.get(("training_args", "output_dir"))
+        if not isinstance(output_dir, str):
+            raise ConfigError("rows from Python need training_args.output_dir", location=Location(document.file))
+        file = Path(output_dir) / "rows" / f"{name}.jsonl"
+        _write_rows(rows, file, f"{name}_rows")
+        datasets = document.get(("data_conf", section, "datasets"))
+        if isinstance(datasets, list) and len(datasets) > 1:
+            raise ConfigError(
+                f"rows from Python cannot take the place of {len(datasets)} datasets",
+                location=Location(document.file, key=f"data_conf.{section}.datasets"),
+                hint="Leave only the one whose settings the rows need, or none.",
+            )
+        source = datasets[0] if isinstance(datasets, list) and datasets else {}
+        kept = source if isinstance(source, dict) else {}
+        document = document.with_value(
+            ("data_conf", section), {"type": "CONCATENATION", "datasets": [{**kept, "path": str(file)}]}
+        )
+    return document
+
+
+def _write_rows(rows: Rows, file: Path, section: str) -> None:
+    """Write rows as JSON lines. Under a launcher every process writes the same file, so it appears at once.
+
+    Raises:
+        ConfigError: a row is not a mapping of values that JSON has.
+        StorageError: the file cannot be written.
+    """
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with staging.open("w", encoding="utf-8") as stream:
+            stream.writelines(_json_line(row, f"row {index} of {section}") for index, row in enumerate(rows))
+        staging.replace(file)
+    except OSError as error:
+        raise StorageError(f"{section} cannot be written: {error}") from None
+    finally:
+        if staging.exists():
+            staging.unlink()
+
+
+def _json_line(row: object, name: str) -> str:
+    """Return a row as a line of JSON. Raises ConfigError unless it is a mapping of values that JSON has."""
+    if not isinstance(row, Mapping):
+        raise ConfigError(
+            f"{name} is a {type(row).__name__}, not a mapping",
+            hint="Pass a list of dictionaries or a datasets.Dataset; for pandas, frame.to_dict('records').",
+        )
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        hint = "Write the rows to a Parquet file and name it in data_conf."
+        raise ConfigError(f"{name} has a value that JSON does not have: {error}", hint=hint) from None
