@@ -87,7 +87,7 @@ def test_rows_from_python_that_cannot_be_written(rows: Any, message: str, sft_va
 
 
 def test_rows_from_python_need_a_place(sft_values: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="rows from Python need training_args.output_dir"):
+    with pytest.raises(ConfigError, match=r"rows from Python need training_args\.output_dir"):
         finetuning.prepare(sft_values({"training_args.output_dir": None}), method="sft", train_rows=[])
     (tmp_path / "file").touch()
     values = sft_values({"training_args.output_dir": str(tmp_path / "file")})
