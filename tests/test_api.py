@@ -43,6 +43,27 @@ def test_the_notebook_trains_asks_and_merges(notebook: Any) -> None:
     assert len(notebook["answers"]) == 1 and notebook["again"] == notebook["answers"]
 
 
+def test_a_notebook_shows_one_progress_bar(
+    chatml_llama_dir: Path, write_jsonl: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    """In a real kernel: `pip install 'finetuning[test-notebook]'`."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    for module in ("ipykernel", "ipywidgets"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    (tmp_path / "base").symlink_to(chatml_llama_dir)
+    write_jsonl(tmp_path / "train.jsonl", sft_rows(24))
+    notebook = pytest.importorskip("nbformat").read(NOTEBOOK, 4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    (bar,) = [widget for widget in client.widget_state.values() if widget["_view_name"] == "OutputView"]
+    assert not any(widget["_view_name"] == "ProgressView" for widget in client.widget_state.values())
+    assert "step 3/3" in bar["outputs"][0]["data"]["text/plain"]
+    (trained,) = [cell for cell in notebook.cells if "finetuning.run(" in cell.source]
+    assert "training starts: 3 steps" in "".join(
+        output.get("data", {}).get("text/plain", "") for output in trained.outputs
+    )
+
+
 def test_two_runs_on_a_quantized_base_in_one_process(sft_values: Any, tmp_path: Path) -> None:
     for name in ("first", "second"):
         values = sft_values({"peft_conf": LORA, "quant_conf": FOUR_BIT, "training_args.max_steps": 1})
