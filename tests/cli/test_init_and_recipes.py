@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,26 @@ def test_what_init_cannot_use_is_named(say: Say, tmp_path: Path, options: list[s
     code, _, err = say("init", *options)
     assert code == 1 and message in err, err
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_init_asks_again_in_a_terminal(
+    say: Say, chatml_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text((json.dumps(CHAT) + "\n") * 30)
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, f"none.jsonl\nrows.jsonl\n./m\n{chatml_llama_dir}\n".encode())
+    with os.fdopen(terminal, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, out, err = say("init")
+    os.close(keyboard)
+    assert (code, err) == (0, "")
+    assert out.count("Data: a file") == out.count("Model: a folder") == 2
+    assert "none.jsonl: no such file" in out and "there is no folder" in out
+    assert read_document("config.yaml").get(("run_conf", "model")) == str(chatml_llama_dir)
+    # Messages are wrapped. A terminal ends the lines of the questions, with the answers.
+    written = out.replace("Data: a file, a folder or a dataset id on the Hub: ", "\n")
+    written = written.replace("Model: a folder or an id on the Hub: ", "\n")
+    assert all(len(line) <= 80 or str(chatml_llama_dir) in line for line in written.splitlines())
 
 
 def test_every_recipe_is_listed_with_what_it_needs(say: Say) -> None:

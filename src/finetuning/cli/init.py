@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from finetuning.algorithms import ALGORITHMS
 from finetuning.cli.errors import method_argument, run_command
-from finetuning.errors import ConfigError, DataError
+from finetuning.errors import ConfigError, DataError, FinetuningError
 
 if TYPE_CHECKING:
     from finetuning.data.samples import JsonObject
     from finetuning.model.tokenizer import LoadedTokenizer
 
+T = TypeVar("T")
 _HEAD_ROWS = 1000
 _MIN_ROWS_TO_SPLIT = 20
 _KINDS = {"dpo": "preference", "reward": "preference", "orpo": "preference", "cpo": "preference"}
@@ -95,21 +96,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _init(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
-    from finetuning.report.console import configure_logging
+    from finetuning.report.console import configure_logging, open_console, wrap_words
 
     configure_logging("INFO", is_main=True)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists", hint="Choose another file with --output.")
-    data = options.data or _ask("data", "Data: a file, a folder or a dataset id on the Hub")
-    model = options.model or _ask("model", "Model: a folder or an id on the Hub")
-    method, summary = look_at_data(data, options.method)
+    data, (method, summary) = _asked_until_valid(
+        "data",
+        options.data,
+        "Data: a file, a folder or a dataset id on the Hub",
+        lambda data: look_at_data(data, options.method),
+    )
     summary = _as_chat(summary)
     print(f"{data}: {_counted(summary.rows)}, {summary.format}{_renamed(summary)}; method {method}")
-    choices = Choices(method, model, data, options.output, options.adapter, summary, 0)
-    choices = look_at_model(choices)
-    print(f"{model}: {choices.template}")
+    draft = Choices(method, "", data, options.output, options.adapter, summary, 0)
+    model, choices = _asked_until_valid(
+        "model",
+        options.model,
+        "Model: a folder or an id on the Hub",
+        lambda model: look_at_model(replace(draft, model=model)),
+    )
     text = config_text(choices)
     _check(text, choices)
+    print(wrap_words(f"{model}: {choices.template}", open_console().width, 2))
     options.output.write_text(text, encoding="utf-8")
     name = options.output
     print(f"{name} is written. Next:")
@@ -118,8 +127,26 @@ def _init(argv: Sequence[str]) -> int:
         (f"finetuning {method} {name} --dry-run", "check everything that needs no weights"),
         (f"finetuning {method} {name}", "train"),
     ):
-        print(f"  {command:<45} # {purpose}")
+        print(f"  # {purpose}\n  {command}")
     return 0
+
+
+def _asked_until_valid(option: str, given: str | None, question: str, look: Callable[[str], T]) -> tuple[str, T]:
+    """Return the value of an option and what was seen of it. In a terminal it is asked for until it is valid.
+
+    Raises:
+        FinetuningError: the value that was given is invalid, or there is none and no terminal to ask on.
+    """
+    if given:
+        return given, look(given)
+    from finetuning.report.console import open_console, wrap_words
+
+    while True:
+        answer = _ask(option, question)
+        try:
+            return answer, look(answer)
+        except FinetuningError as error:
+            print(wrap_words(str(error), open_console().width, 2))
 
 
 def _ask(option: str, question: str) -> str:
@@ -281,7 +308,6 @@ def _training_lines(choices: Choices) -> list[str]:
         "  warmup_steps: 0.03            # below 1: a share of all steps",
     ]
     lines += ["  bf16: true"] if choices.bf16 else []
-    lines += ["  gradient_checkpointing: true  # less memory, a third more time"] if choices.bf16 else []
     if choices.method == "grpo":
         lines += ["  num_generations: 8            # completions per prompt", "  max_completion_length: 256"]
     elif choices.method != "sft":
