@@ -1,4 +1,4 @@
-"""The memory that `finetuning rehearse` foresees, next to what torch's allocator gives out in a real step on the CPU.
+"""The memory that `finetuning rehearse` estimates, next to what torch's allocator gives out in a real step on the CPU.
 
 python benchmarks/rehearsal.py [--size small|tiny] [--cases "SFT, LoRA" ...]
 
@@ -59,15 +59,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("finetuning").setLevel(logging.ERROR)
     size = SIZES[options.size]
-    print("| | foreseen, MB | measured, MB | ratio |\n|---|---|---|---|", flush=True)
+    print("| | estimated, MB | measured, MB | ratio |\n|---|---|---|---|", flush=True)
     for case in options.cases:
         with tempfile.TemporaryDirectory() as folder:
-            foreseen, measured = measure(Path(folder), size, *CASES[case])
-        print(f"| {case} | {foreseen / 1e6:.1f} | {measured / 1e6:.1f} | {foreseen / measured:.3f} |", flush=True)
+            estimated, measured = measure(Path(folder), size, *CASES[case])
+        print(f"| {case} | {estimated / 1e6:.1f} | {measured / 1e6:.1f} | {estimated / measured:.3f} |", flush=True)
 
 
 def measure(folder: Path, size: Size, method: str, changes: dict[str, Any]) -> tuple[float, float]:
-    """Return the foreseen and the measured peak in bytes."""
+    """Return the estimated and the measured peak in bytes."""
     from finetuning.algorithms import ALGORITHMS
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.reader import read_document

@@ -1,9 +1,10 @@
-"""Start-up: `--help`, a typo in each section, and the time to the first step, beside TRL's.
+"""Start-up: `--help`, a typo in each section, and the time to the first step, beside TRL's or another version's.
 
-    python benchmarks/startup.py [--rounds 5]
+    python benchmarks/startup.py [--rounds 5] [--baseline CHECKOUT]
 
 Commands take turns; each figure is the median of the CPU seconds (user and system) of whole processes, which a busy
 machine disturbs less than wall time. The first step is the moment when the step is told; the process is ended there.
+`--baseline` compares this checkout with another one of this repository, under the same libraries, and leaves TRL out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -53,10 +55,68 @@ def cpu_until(command: list[str], sign: str, environ: dict[str, str]) -> float:
     raise SystemExit(f"{command[0]} never wrote {sign!r}:\n{''.join(lines[-20:])}")
 
 
+def program_of(checkout: Path) -> list[str]:
+    """The command that runs a checkout's console script `finetuning`, wherever the installed one points."""
+    project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, function = project["scripts"]["finetuning"].partition(":")
+    source = str((checkout / "src").resolve())
+    code = f"import sys; sys.path.insert(0, {source!r}); from {module} import {function}; sys.exit({function}())"
+    return [sys.executable, "-c", code]
+
+
+def commands_of(program: list[str], config: Path, out: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The commands of the engine that run to their end, by name, and the one that trains into a folder."""
+    typos = {f"typo in {name}": [*program, "sft", str(config), typo] for name, typo in TYPOS.items()}
+    whole = {"finetuning --help": [*program, "--help"], **typos}
+    return whole, [*program, "sft", str(config), f"training_args.output_dir={out}"]
+
+
+def measure_beside_trl(rounds: int, work: Path, environ: dict[str, str]) -> dict[str, list[float]]:
+    """CPU seconds per command and round, of the installed engine and of TRL."""
+    bad = work / "trl.yaml"
+    bad.write_text(
+        f"model_name_or_path: {work / 'model'}\ndataset_name: {work}\noutput_dir: {work / 'trl'}\nlearning_rat: 1e-4\n",
+        encoding="utf-8",
+    )
+    trl = str(BIN / "trl")
+    script = [sys.executable, str(HERE / "training" / "trl_script.py"), str(work)]
+    figures: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        whole, training = commands_of([str(BIN / "finetuning")], work / "sft.yaml", work / f"out-{number}")
+        whole |= {"trl --help": [trl, "--help"], "typo, trl sft": [trl, "sft", "--config", str(bad)]}
+        for name, command in whole.items():
+            figures.setdefault(name, []).append(cpu_of(command, environ))
+        figures.setdefault("first step, finetuning", []).append(cpu_until(training, r"step +1/", environ))
+        figures.setdefault("first step, TRL script", []).append(cpu_until(script, "FIRST STEP", environ))
+    return figures
+
+
+def measure_beside_baseline(
+    rounds: int, work: Path, environ: dict[str, str], baseline: Path
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """CPU seconds per command and round, of this checkout and of the baseline."""
+    programs = [program_of(HERE.parent), program_of(baseline)]
+    figures: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+    for number in range(rounds + 1):
+        for which, program in enumerate(programs):
+            whole, training = commands_of(program, work / "sft.yaml", work / f"out-{which}-{number}")
+            for name, command in whole.items():
+                figures[which].setdefault(name, []).append(cpu_of(command, environ))
+            figures[which].setdefault("first step", []).append(cpu_until(training, r"step +1/", environ))
+    return figures
+
+
+def row(name: str, values: list[float], reference: list[float]) -> str:
+    """A line of the table; the first value of each, which fills the caches, does not count."""
+    median, ratio = statistics.median(values[1:]), statistics.median(values[1:]) / statistics.median(reference[1:])
+    return f"| {name} | {median:.2f} | {min(values[1:]):.2f} to {max(values[1:]):.2f} | {ratio:.2f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
+    options = parser.parse_args()
     environ = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -67,39 +127,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         subprocess.run([sys.executable, HERE / "training" / "make_inputs.py", work], check=True, env=environ)
-        config = work / "sft.yaml"
-        bad = work / "trl.yaml"
-        bad.write_text(
-            f"model_name_or_path: {work / 'model'}\ndataset_name: {work}\n"
-            f"output_dir: {work / 'trl'}\nlearning_rat: 1e-4\n",
-            encoding="utf-8",
-        )
-        finetuning, trl = str(BIN / "finetuning"), str(BIN / "trl")
-        whole = {
-            "finetuning --help": [finetuning, "--help"],
-            "trl --help": [trl, "--help"],
-            **{f"typo in {name}": [finetuning, "sft", str(config), typo] for name, typo in TYPOS.items()},
-            "typo, trl sft": [trl, "sft", "--config", str(bad)],
-        }
-        script = [sys.executable, str(HERE / "training" / "trl_script.py"), str(work)]
-        figures: dict[str, list[float]] = {}
-        for number in range(rounds + 1):
-            for name, command in whole.items():
-                figures.setdefault(name, []).append(cpu_of(command, environ))
-            ours = [finetuning, "sft", str(config), f"training_args.output_dir={work / f'out-{number}'}"]
-            figures.setdefault("first step, finetuning", []).append(cpu_until(ours, r"step +1/", environ))
-            figures.setdefault("first step, TRL script", []).append(cpu_until(script, "FIRST STEP", environ))
-    medians = {name: statistics.median(values[1:]) for name, values in figures.items()}
-    beside = {
-        name: "first step, TRL script" if "step" in name else "trl --help" if "help" in name else "typo, trl sft"
-        for name in medians
-    }
+        if options.baseline:
+            ours, theirs = measure_beside_baseline(options.rounds, work, environ, options.baseline)
+            print("| command | CPU s, median | min to max | ratio to the baseline's |\n|---|---|---|---|")
+            for name in ours:
+                print(row(name, ours[name], theirs[name]))
+                print(row(f"{name}, baseline", theirs[name], theirs[name]))
+            return
+        figures = measure_beside_trl(options.rounds, work, environ)
     print("| command | CPU s, median | min to max | ratio to TRL's |\n|---|---|---|---|")
-    for name, median in medians.items():
-        values = figures[name][1:]
-        ratio = median / medians[beside[name]]
-        print(f"| {name} | {median:.2f} | {min(values):.2f} to {max(values):.2f} | {ratio:.2f} |")
-    print(json.dumps(medians), file=sys.stderr)
+    for name, values in figures.items():
+        beside = "first step, TRL script" if "step" in name else "trl --help" if "help" in name else "typo, trl sft"
+        print(row(name, values, figures[beside]))
+    print(json.dumps({name: statistics.median(values[1:]) for name, values in figures.items()}), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ Reads one JSON request per line:
   a console script, a Python file or a module of the engine in a new process and answers with its process id;
   `environ` is the whole environment, and `before` is executed first.
 - `{"wait": pid}` answers with the exit code once the process has ended, negative for a signal.
+
+What a process starts as `python -m finetuning...`, such as the workers of `finetuning launch`, is forked as well.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import inspect
 import json
 import os
 import pkgutil
 import runpy
+import signal
+import subprocess
 import sys
 import threading
 import tomllib
+import traceback
 from contextlib import suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -101,9 +107,14 @@ def run_request(request: dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
+    fork_workers()
     exec(request["before"], {"__name__": "before"})
+    run_and_exit(request["program"], request["args"])
+
+
+def run_and_exit(program: str, args: list[str]) -> NoReturn:
     try:
-        code = run_program(request["program"], request["args"])
+        code = run_program(program, args)
     except SystemExit as exit:
         code = exit.code
     # Exit without collecting all imported objects, which takes seconds after a fork.
@@ -112,6 +123,62 @@ def run_request(request: dict[str, Any]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
+
+
+class ForkingPopen(subprocess.Popen):
+    """A `Popen` that forks this process for `python -m finetuning...`, and starts an interpreter for all else.
+
+    The child has the environment, streams, session and default signals of a new interpreter, and no other files.
+    """
+
+    def _execute_child(self, *args: Any, **kwargs: Any) -> None:
+        call = inspect.signature(super()._execute_child).bind(*args, **kwargs).arguments
+        command = [os.fspath(part) for part in call["args"]]
+        module = command[command.index("-m") + 1] if "-m" in command else ""
+        if command[0] != sys.executable or not module.startswith("finetuning."):
+            super()._execute_child(*args, **kwargs)
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                become_new(call)
+                run_and_exit(module, command[command.index("-m") + 2 :])
+            finally:
+                # Reached by an exception only.
+                traceback.print_exc()
+                os._exit(1)
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(call[name] for name in pipes))
+
+
+def become_new(call: dict[str, Any]) -> None:
+    """Leave behind what a new interpreter would not inherit. `call` has the arguments of `Popen._execute_child`."""
+    atexit._clear()
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if call["start_new_session"]:
+        os.setsid()
+    for stream, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
+        if call[name] != -1:
+            os.dup2(call[name], stream)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    if call["cwd"] is not None:
+        os.chdir(call["cwd"])
+    if call["env"] is not None:
+        environ = dict(call["env"])
+        os.environ.clear()
+        os.environ.update(environ)
+
+
+def fork_workers() -> None:
+    """Make this process fork what it starts as `python -m finetuning...`."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess.Popen = subprocess_handler.Popen = ForkingPopen
 
 
 def serve() -> None:

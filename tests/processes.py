@@ -136,7 +136,8 @@ class ForkServer:
         self._running: dict[int, Process] = {}
         self._count = 0
         self._parent = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            # The launcher knows the workers of a job by the module in their command line, which they inherit.
+            [sys.executable, str(Path(__file__).with_name("fork_server.py")), "finetuning.cli.main"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -274,7 +274,7 @@ REMOVED_CHECKS = [
             "callbacks/test_loss_guard.py::test_rewards_that_never_vary",
             "algorithms/test_grpo.py::test_rewards_that_never_vary_are_reported[True]",
         ),
-        row="something to learn",
+        row="training signal",
     ),
     RemovedCheck(
         "secrets in text",
@@ -325,7 +325,7 @@ REMOVED_CHECKS = [
         "errors of parsers",
         {"finetuning.errors.is_input_error": returns(False)},
         ("fault_injection/test_foreign_input.py::test_any_error_of_a_parser_is_one_of_the_input",),
-        row="input of others",
+        row="untrusted input",
     ),
     RemovedCheck(
         "keys that pass through",
@@ -371,7 +371,7 @@ REMOVED_CHECKS = [
             "data/test_unused_columns.py::test_what_the_template_does_not_print_is_refused",
             "data/test_unused_columns.py::test_a_system_message_that_is_not_printed_is_refused",
         ),
-        row="use of rows",
+        row="unused columns",
     ),
     RemovedCheck(
         "columns that are not used",
@@ -540,7 +540,7 @@ REMOVED_CHECKS = [
 
 NOT_REMOVED = {
     "templates": "keeps a process from an endless loop",
-    "size of the model": "keeps a process from exhausting the memory",
+    "model size": "keeps a process from exhausting the memory",
     "batch size": "the computation of the batch, not a check of it",
     "same optimization for any split": "a property of the loss; tests/training/test_invariants.py compares splits",
 }

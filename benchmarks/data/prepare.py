@@ -9,7 +9,8 @@ preparation can beat. `ours` has as many processes as there are cores, `ours, on
 `DISABLE_VERSION_CHECK=1` under newer libraries); its audio library, which no text needs, is left out.
 
 `python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table; `--template qwen3` and `--tokenizer
-pieces` take others.
+pieces` take others. `--baseline CHECKOUT` measures `ours` with another checkout of this repository as well, in
+turns, and adds ratios.
 """
 
 from __future__ import annotations
@@ -62,10 +63,16 @@ def stop(tokens, trained):
     print(json.dumps({"wall": time.monotonic() - began[0], "cpu": cpu() - began[1], "tokens": tokens,
                       "trained": trained, "peak_mb": peak}))
 """
+# The second of each are the modules' names before they were renamed, for --baseline.
 _OURS = """
-from finetuning.config.sections.data import DataConfig
-from finetuning.config.sections.training import SFTArgs
-from finetuning.data.pipeline import prepare_sft
+try:
+    from finetuning.config.sections.data import DataConfig
+    from finetuning.config.sections.training import SFTArgs
+    from finetuning.data.pipeline import prepare_sft
+except ImportError:
+    from finetuning.config.data import DataConfig
+    from finetuning.config.training import SFTArgs
+    from finetuning.data.prepare import prepare_sft
 import datasets, pyarrow.compute as pc
 conf = DataConfig.model_validate({
     "training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},
@@ -73,7 +80,7 @@ conf = DataConfig.model_validate({
 args = SFTArgs(max_seq_length=4096, train_on_completions_only=True)
 start()
 data = prepare_sft(conf, args, tokenizer, WORKERS)
-part = data.statistics.splits[0].counts
+part = data.statistics.splits[0].counts if hasattr(data, "statistics") else data.ledger.parts[0].totals
 stop(part.tokens, part.trained_tokens)
 """
 VARIANTS = {
@@ -244,8 +251,11 @@ def of_any_template(name: str) -> bool:
     return name != "llamafactory"
 
 
-def measure(name: str, folder: Path) -> dict[str, float]:
+def measure(name: str, folder: Path, checkout: Path | None = None) -> dict[str, float]:
+    """What one variant took, in a process of its own, with the engine of a checkout or the one found otherwise."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "FINETUNING_CACHE": "off"}
+    if checkout:
+        environment["PYTHONPATH"] = str((checkout / "src").resolve())
     command = [sys.executable, "-c", _CLOCK + VARIANTS[name], str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -279,6 +289,18 @@ def table(results: dict[str, list[dict[str, float]]], rows: int) -> str:
     return "\n".join(lines)
 
 
+def comparison(results: dict[str, list[dict[str, float]]], baseline: dict[str, list[dict[str, float]]]) -> str:
+    """Medians of this checkout and of the baseline, as Markdown."""
+    lines = ["| preparation | CPU s | baseline | ratio | wall s | baseline | ratio |", "|---|---|---|---|---|---|---|"]
+    for name, measured in baseline.items():
+        cells = [name]
+        for kind in ("cpu", "wall"):
+            now, before = (statistics.median(one[kind] for one in which) for which in (results[name], measured))
+            cells += [f"{now:.2f}", f"{before:.2f}", f"{now / before:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the preparation of chats.")
     parser.add_argument("--rows", type=int, default=20000)
@@ -287,6 +309,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", choices=("bytes", "pieces"), default="bytes")
     parser.add_argument("--template", help="of TRL's package, one that has a training variant; ChatML by default")
     parser.add_argument("--only", nargs="*", default=installed(), choices=list(VARIANTS))
+    parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -295,10 +318,16 @@ def main() -> None:
         )
         variants = [name for name in options.only if not options.template or of_any_template(name)]
         results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+        baseline: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants if "ours" in variant}
+        checkout = Path(__file__).parents[2] if options.baseline else None
         for _ in range(options.rounds):
             for variant in variants:
-                results[variant].append(measure(variant, folder))
+                results[variant].append(measure(variant, folder, checkout))
+                if options.baseline and variant in baseline:
+                    baseline[variant].append(measure(variant, folder, options.baseline))
     print(f"{options.template or 'chatml'}, {options.tokenizer}: {table(results, options.rows)}")
+    if options.baseline:
+        print(f"\n{comparison(results, baseline)}")
 
 
 if __name__ == "__main__":

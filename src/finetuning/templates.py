@@ -50,6 +50,16 @@ class TemplateLimitError(DataError):
         super().__init__(message)
 
 
+class _Used:
+    """What a rendering has used: characters and items, how often it was counted, and the end of its time."""
+
+    __slots__ = ("deadline", "size", "ticks")
+
+    def __init__(self, deadline: float):
+        self.size = self.ticks = 0
+        self.deadline = deadline
+
+
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with limits on time, and on the size of every value: a template may come from anybody.
 
@@ -76,7 +86,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters[_TICK] = jinja2.pass_context(lambda context, size: self._count_size(size))
         self.filters[_CONCAT] = self._limited(lambda parts: "".join(map(str, parts)), lambda parts: value_size(parts))
         self.filters[_SUM] = self._sum
-        self._used = threading.local()
+        self._limits = threading.local()
 
     def compiled(self, source: str) -> jinja2.Template:
         """Return a template whose loops and macros look at the clock."""
@@ -100,8 +110,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def start(self) -> None:
         """Give the next rendering in this thread all of its time."""
-        self._used.size = self._used.ticks = 0
-        self._used.deadline = time.thread_time() + MAX_SECONDS
+        self._limits.used = _Used(time.thread_time() + MAX_SECONDS)
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: object, right: object) -> object:
         self._count_size(_operator_size(operator, left, right))
@@ -161,7 +170,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _count_size(self, size: int) -> str:
-        used = self._used
+        used: _Used = self._limits.used
         used.size += size + 1
         used.ticks += 1
         if size > MAX_VALUE or used.size > MAX_TOTAL:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ForkServer
 from pydantic import ConfigDict, TypeAdapter
 
 from finetuning.config.sections.experiment import EXPERIMENTS
@@ -184,8 +186,15 @@ def test_the_table_counts_where_no_library_is_installed(table: dict[str, Any]) -
 
 
 def test_a_field_of_other_versions_is_accepted(
-    table: dict[str, Any], of_other_versions: Callable, check: Callable, messages: Callable, changed: Callable
+    table: dict[str, Any],
+    of_other_versions: Callable,
+    check: Callable,
+    messages: Callable,
+    changed: Callable,
+    fork_server: ForkServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(subprocess, "Popen", fork_server.popen)
     del table["trainer_configs"][EXPERIMENTS["sft"].trainer_config]["dataloader_num_workers"]
     table["choices"]["optim"].remove("adafactor")
     assert not of_other_versions().is_current()

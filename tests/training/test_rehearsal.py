@@ -1,4 +1,4 @@
-"""The rehearsal on fake tensors foresees the memory that the real allocator gives out, and what makes a GPU wait."""
+"""The rehearsal on fake tensors estimates the memory that the real allocator gives out, and what makes a GPU wait."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_the_fastest_checkpointing_that_fits_is_chosen(sft_values: Any, write_co
     assert experiment.training_args.gradient_checkpointing == "selective"
     assert "off needs" in decisions["checkpointing"].reason
     assert decisions["memory per device"].value.startswith("about ")
-    # What the config says is kept, and its memory foreseen.
+    # What the config says is kept, and its memory is estimated.
     experiment, _, decisions = planned(1e12, **{"training_args.gradient_checkpointing": True})
     assert experiment.training_args.gradient_checkpointing is True
     assert "checkpointing" not in decisions
@@ -222,7 +222,7 @@ def _megabytes(text: str) -> float:
     return float(value) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[unit.rstrip(";,:")]
 
 
-def test_what_is_not_foreseen_is_said(sft_values: Any, write_config: Any, model_dir: Path) -> None:
+def test_what_cannot_be_estimated_is_said(sft_values: Any, write_config: Any, model_dir: Path) -> None:
     changes = {
         "peft_conf": LORA,
         "run_conf.model": str(model_dir),

@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning chat`."""
     parser = argparse.ArgumentParser(
         prog="finetuning chat",
-        description="Talk to a model. Each line is a question, and the answer is printed while it is generated. Where"
-        " the input is no terminal, only the answers go to the output.",
+        description="Talk to a model. Each line is a question, and the answer is printed while it is generated. If\n"
+        "the input is not a terminal, only the answers go to the output.",
         epilog=f"commands in the conversation:\n{_COMMANDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -31,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finetuning export",
         usage="%(prog)s gguf RUN|MODEL --llama-cpp DIR [options]",
-        description="Write a model or an adapter as GGUF for llama.cpp and Ollama, with a Modelfile: by llama.cpp's own"
-        " converter, and compared with the model if llama.cpp's server is there.",
+        description="Write a model or an adapter as GGUF for llama.cpp and Ollama, with a Modelfile. Uses llama.cpp's"
+        " own converter, and compares the result with the model if llama.cpp's server is available.",
     )
     parser.add_argument("format", choices=["gguf"], help="the format")
     parser.add_argument(

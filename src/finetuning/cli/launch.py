@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--grace",
         type=_positive_int,
         metavar="SECONDS",
-        help="how long after its signal the scheduler kills the job, to save a checkpoint"
+        help="time between the scheduler's signal and its kill, in which a checkpoint is saved"
         f" (default: ${GRACE_VARIABLE}, else {DEFAULT_GRACE_S})",
     )
     sharding = parser.add_mutually_exclusive_group()

@@ -39,10 +39,10 @@ SUBCOMMANDS = {
         "finetuning.cli.selftest:main", "check that a config computes the same in different ways on this machine"
     ),
     "rehearse": Subcommand(
-        "finetuning.cli.rehearse:main", "foresee memory and time of a run on a GPU, without one and without weights"
+        "finetuning.cli.rehearse:main", "estimate the memory and time of a run on a GPU, without a GPU or weights"
     ),
     "runs": Subcommand("finetuning.cli.runs:runs_main", "list runs and their state"),
-    "watch": Subcommand("finetuning.cli.watch:main", "show runs in the browser while they go on"),
+    "watch": Subcommand("finetuning.cli.watch:main", "show runs in the browser while they train"),
     "report": Subcommand("finetuning.cli.runs:report_main", "write an HTML report of a run"),
     "sync": Subcommand("finetuning.cli.runs:sync_main", "upload metrics that were queued while MLflow was unreachable"),
     "generate": Subcommand("finetuning.cli.generate:main", "generate answers with a model or an adapter"),
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--hf-mlflow-log-artifacts",
         help="whether checkpoints and the fine-tuned model are uploaded to MLflow (true, false)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check all that needs no weights; do not train")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; do not train")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
     parser.add_argument("--version", action="version", version=f"finetuning {__version__}")
     return parser

@@ -27,15 +27,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="finetuning rehearse",
-        description="Foresee the memory and the time of a run on a device: one optimizer step of the run's own model,"
-        " adapter and loss on tensors without values, for micro-batches of the longest rows that the config allows."
-        " Loads no weights and needs no GPU. Times are estimates by the device's data sheet.",
+        description="Estimate the memory and time of a run on a device: compute one optimizer step of the run's own"
+        " model, adapter and loss on fake tensors, for micro-batches of the longest rows that the config allows. Loads"
+        " no weights and needs no GPU. Times are estimated from the device's data sheet.",
     )
     parser.add_argument("config", type=Path, help="path of the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="the device (default: h100)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="number of processes (default: 1)")
-    parser.add_argument("--exact", action="store_true", help="compute all layers instead of one and two of each kind")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="compute all layers instead of extrapolating from one and two of each kind",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

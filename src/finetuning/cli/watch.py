@@ -1,4 +1,4 @@
-"""`finetuning watch`: show runs in the browser while they go on."""
+"""`finetuning watch`: show runs in the browser while they train."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning watch`."""
     parser = argparse.ArgumentParser(
         prog="finetuning watch",
-        description="Show runs in the browser while they go on: curves, log, first rows with their loss\n"
+        description="Show runs in the browser while they train: curves, log, first rows with their loss\n"
         "mask, checks, plan, and comparisons. It reads the output directories, as\n"
         "`finetuning report` does. The page can be opened on this machine only. Ctrl-C ends\n"
         "it, not the runs.",
@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--control",
         action="store_true",
-        help="print an address with a token. Who has it can stop runs and chat with their models; without it the page"
-        " can only be read",
+        help="print an address with a token. Whoever has it can stop runs and chat with their models; without it the"
+        " page can only be read",
     )
     parser.add_argument(
         "--port", type=int, default=PORT, help="port on 127.0.0.1; 0 takes a free one (default: %(default)s)"
@@ -93,7 +93,7 @@ def _announce(roots: Sequence[Path], port: int, token: str | None, *, is_control
         print(f"  on your own machine: ssh -L {port}:127.0.0.1:{port} {os.uname().nodename}")
     if not is_controlled:
         print(f"  http://127.0.0.1:{port}/")
-        _say("The page can only be read: --control allows to stop runs and to chat. Ctrl-C ends it, not the runs.")
+        _say("The page can only be read: use --control to stop runs and to chat. Ctrl-C ends it, not the runs.")
     elif token is not None:
         # It is redacted in everything that is printed.
         print(f"  http://127.0.0.1:{port}/#TOKEN")

@@ -166,7 +166,7 @@ def _with_unused(parsed: Sample | Sequence[Sample], values: ReadValues) -> Sampl
     """Note on a row, or on the first that was made of it, which columns were not read."""
     if not values.keys() <= values.read and (unread := values.unread()):
         first = parsed[0] if isinstance(parsed, Sequence) else parsed
-        first.unused = tuple(sorted({*first.unused, *unread}))
+        first.unused = tuple(sorted({*first.unused, *unread})) if first.unused or len(unread) > 1 else unread
     return parsed
 
 

@@ -284,7 +284,7 @@ class Plan:
     """Why the model is sharded otherwise than the launcher says."""
     device_settings: tuple[Decision, ...] = ()
     """What was chosen for the device, as `training/device_settings.py` does for GPUs."""
-    foresees_memory: bool = False
+    has_rehearsed_memory: bool = False
     """Whether these contain the memory of a rehearsed step, activations included."""
 
     @property
@@ -312,7 +312,7 @@ class Plan:
         decisions += self.device_settings
         if self.steps:
             decisions.append(Decision("optimizer steps", f"{self.steps.total:,}", self.steps.reason))
-        if self.memory and not self.foresees_memory:
+        if self.memory and not self.has_rehearsed_memory:
             decisions.append(_memory_decision(self.memory))
         return decisions
 
@@ -446,7 +446,7 @@ def _memory_decision(memory: MemoryEstimate) -> Decision:
         f"at least {format_bytes(memory.total)}",
         f"{size} parameters, {trained}: weights {format_bytes(memory.weights)}, gradients"
         f" {format_bytes(memory.gradients)}, optimizer {format_bytes(memory.optimizer)}; plus activations,"
-        " which `finetuning rehearse` foresees for a GPU",
+        " which `finetuning rehearse` estimates for a GPU",
     )
 
 

@@ -62,13 +62,13 @@ def plan_memory(experiment: Experiment, plan: Plan, device: DeviceModel) -> tupl
     args = experiment.training_args
     is_free = "gradient_checkpointing" not in args.model_fields_set
     if args.deepspeed:
-        return experiment, _undecided(plan, is_free, "memory is not foreseen under DeepSpeed")
+        return experiment, _undecided(plan, is_free, "memory cannot be estimated under DeepSpeed")
     try:
         shape = step_shape(experiment, plan)
         fits = _Fit(experiment, plan, shape, device)
         chosen = fits.choose(CHECKPOINTING if is_free else (shape.checkpointing,))
     except (ConfigError, ModelError) as error:
-        return experiment, _undecided(plan, is_free, f"memory is not foreseen: {error.problems[0].message}")
+        return experiment, _undecided(plan, is_free, f"memory cannot be estimated: {error.problems[0].message}")
     decisions = list(plan.device_settings)
     if chosen.rows < plan.batch.per_device:
         plan = replace(plan, batch=limit_micro_batch(plan.batch, chosen.rows, f"what fits into {device.title}"))
@@ -78,7 +78,7 @@ def plan_memory(experiment: Experiment, plan: Plan, device: DeviceModel) -> tupl
         experiment = experiment.model_copy(update={"training_args": args})
         decisions.append(Decision("checkpointing", chosen.checkpointing, fits.explain(chosen)))
     decisions.append(Decision("memory per device", f"about {format_bytes(round(chosen.peak))}", _categories(chosen)))
-    return experiment, replace(plan, device_settings=tuple(decisions), foresees_memory=True)
+    return experiment, replace(plan, device_settings=tuple(decisions), has_rehearsed_memory=True)
 
 
 def _undecided(plan: Plan, is_free: bool, reason: str) -> Plan:

@@ -79,7 +79,7 @@ USABLE_MEMORY = 0.94
 _GPU_BLOCK, _CPU_BLOCK = 512, 64
 """Bytes that allocators round up to."""
 _FAILED_STEP = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NotImplementedError)
-"""What models raise that cannot compute a step on tensors without values."""
+"""What models raise that cannot compute a step on fake tensors."""
 
 
 @dataclass
@@ -238,7 +238,7 @@ def rehearse(experiment: Experiment, shape: StepShape, device: DeviceModel, *, e
     """Return the cost of an optimizer step on the device, extrapolated from few layers or computed of all.
 
     Raises:
-        ConfigError: the model cannot compute a step on tensors without values, or is quantized otherwise than in 4 bit.
+        ConfigError: the model cannot compute a step on fake tensors, or is quantized otherwise than in 4 bit.
         ModelError: the model's config or class cannot be read.
     """
     config = read_config(experiment)

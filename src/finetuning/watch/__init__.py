@@ -1,1 +1,1 @@
-"""`finetuning watch`: a local page that shows runs while they go on."""
+"""`finetuning watch`: a local page that shows runs while they train."""

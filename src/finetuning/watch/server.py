@@ -90,7 +90,7 @@ class WatchServer:
 
     Args:
         roots: the directories. One may be the output directory of a run, and need not exist yet.
-        token: allows to stop runs and to chat; without one nobody can.
+        token: needed to stop runs and to chat; without one nobody can.
         open_chat: loads the model of an output directory.
         is_stopping: whether open connections have to end.
         refresh_s: the shortest time between two looks at the files of a run; twice that between two looks for runs.

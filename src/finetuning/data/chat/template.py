@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.runtime import Context, LoopContext
+from jinja2.utils import Namespace
 
 from finetuning.config.sections.data import ChatTemplateName, DataConfig
 from finetuning.data.samples import Conversation, JsonObject, Message, Span
@@ -77,6 +78,12 @@ class _FastSandbox(LimitedEnvironment):
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if (kind, attribute) in _SAFE_ATTRIBUTES:
             return getattr(obj, attribute)
+        # `ns.index`, a variable that the template sets itself in a loop.
+        if kind is Namespace and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
     def call(__self: _FastSandbox, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:

@@ -87,7 +87,8 @@ class ReadValues(JsonObject):
 
     def unread(self) -> tuple[str, ...]:
         """Return the names of values that are neither read nor empty."""
-        return tuple(name for name in self.keys() - self.read if JsonObject.get(self, name) not in _EMPTY)
+        # A list, not a generator: this runs for nearly every row.
+        return tuple([name for name, value in self.items() if name not in self.read and value not in _EMPTY])
 
 
 _EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -257,13 +258,10 @@ def check_messages(value: JsonValue, key: str) -> list[Message]:
 
 def is_plain(message: object) -> bool:
     """Return whether a message has a known role, a text, and nothing else, as nearly all do."""
-    return (
-        isinstance(message, dict)
-        and len(message) == 2  # pyright: ignore[reportUnknownArgumentType]
-        and isinstance(message.get("content"), str)  # pyright: ignore[reportUnknownMemberType]
-        and isinstance(message.get("role"), str)  # pyright: ignore[reportUnknownMemberType]
-        and message["role"] in _ROLES
-    )
+    if type(message) is not dict or len(message) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    role: object = message.get("role")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return type(role) is str and role in _ROLES and type(message.get("content")) is str  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def _read_message(message: JsonValue, key: str) -> Message:
@@ -406,8 +404,14 @@ class OtherFields(TypedDict):
     template_kwargs: JsonObject
 
 
+_OTHER_COLUMNS = frozenset({"tools", "functions", "chat_template_kwargs", "documents"})
+
+
 def other_fields(row: Row) -> OtherFields:
     """Return what a row has in addition to its messages, by the field names of its type."""
+    # Most rows have none of these columns.
+    if _OTHER_COLUMNS.isdisjoint(row.values):
+        return {"location": row.location, "tools": None, "template_kwargs": {}}
     return {
         "location": row.location,
         "tools": tools_field(row),

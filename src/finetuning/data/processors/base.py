@@ -110,6 +110,9 @@ def find_unprinted(
 
 def messages_of(row: object) -> Iterator[list[Message]]:
     """Yield the lists of messages of a row."""
+    if isinstance(row, Conversation):
+        yield row.messages
+        return
     for name in ("messages", "prompt", "chosen", "rejected", "completion"):
         if messages := getattr(row, name, None):
             yield messages

@@ -97,11 +97,12 @@ class ChatProcessor:
     ) -> TokenizedSample | DroppedSample:
         if isinstance(tokens, MaskError):
             return unverified_mask(tokens)
-        if unprinted := find_unprinted(row, self.renderer, masked.text):
-            return unprinted
-        # A text that follows a known layout has all contents.
-        omitted = omitted_messages(row.messages, masked.text) if masked.method != "layout" else ()
-        notes = masked.warnings.union(warnings, omitted)
+        notes = masked.warnings.union(warnings)
+        # A text that follows a known layout has all contents, and its row nothing but contents.
+        if masked.method != "layout":
+            if unprinted := find_unprinted(row, self.renderer, masked.text):
+                return unprinted
+            notes = notes.union(omitted_messages(row.messages, masked.text))
         sample = truncate(tokens, self.max_length, self.truncate, masked.text, notes)
         if isinstance(sample, DroppedSample) and sample.detail == NO_ANSWER:
             has_answer = any(message["role"] == "assistant" for message in row.messages)
