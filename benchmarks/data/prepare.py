@@ -10,7 +10,8 @@ preparation can beat. `ours` has as many processes as there are cores, `ours, on
 
 `python benchmarks/data/prepare.py --rows 20000 --rounds 3` prints a Markdown table; `--template qwen3` and `--tokenizer
 pieces` take others. `--baseline CHECKOUT` measures `ours` with another checkout of this repository as well, in
-turns, and adds ratios.
+turns, and adds ratios. `doctor` is `finetuning data doctor` of the same rows, its page included, with as many
+processes: `--rows 100000 --only ours doctor` compares it with preparation.
 """
 
 from __future__ import annotations
@@ -83,6 +84,35 @@ data = prepare_sft(conf, args, tokenizer, WORKERS)
 part = data.statistics.splits[0].counts if hasattr(data, "statistics") else data.ledger.parts[0].totals
 stop(part.tokens, part.trained_tokens)
 """
+_DOCTOR = """
+import re
+from pathlib import Path
+import yaml
+from finetuning.algorithms import ALGORITHMS
+from finetuning.cli.data_doctor import examine
+from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.reader import read_document
+from finetuning.data.doctor.doctor_page import to_html, to_text
+from finetuning.training.setup import load_tokenizer
+import datasets, pyarrow.compute as pc
+values = {
+    "data_conf": {"training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},
+                  "validation_data": {"type": "NONE"}, "chat_template_name": "keep-original"},
+    "sft_args": {"max_seq_length": 4096, "train_on_completions_only": True},
+    "training_args": {"output_dir": folder + "/out"}, "batchsize_conf": {"total_train_batch_size": 8},
+    "peft_conf": {"peft_type": "NO_PEFT"}, "run_conf": {"model": folder + "/tokenizer"}}
+Path(folder, "config.yaml").write_text(yaml.safe_dump(values))
+method = ALGORITHMS["sft"]
+experiment = validate(read_document(folder + "/config.yaml"), method.experiment).experiment
+loaded = load_tokenizer(experiment)
+loaded.tokenizer("warm up")
+start()
+report = examine(experiment, method, loaded, WORKERS, "config.yaml")
+to_text(report), to_html(report)
+found = re.search(r"(\\d+) tokens, (\\d+) trained", dict(report.facts)["training"])
+stop(int(found[1]), int(found[2]))
+"""
+_CORES = str(len(os.sched_getaffinity(0)))
 VARIANTS = {
     "raw": """
 texts = json.load(open(folder + "/texts.json"))
@@ -93,8 +123,10 @@ for first in range(0, len(texts), 1024):
         tokens += len(one)
 stop(tokens, 0)
 """,
-    "ours": _OURS.replace("WORKERS", str(len(os.sched_getaffinity(0)))),
+    "ours": _OURS.replace("WORKERS", _CORES),
     "ours, one process": _OURS.replace("WORKERS", "1"),
+    "doctor": _DOCTOR.replace("WORKERS", _CORES),
+    "doctor, one process": _DOCTOR.replace("WORKERS", "1"),
     "transformers": """
 tokenizer.chat_template = open(folder + "/marked.jinja").read()
 start()
@@ -264,13 +296,14 @@ def measure(name: str, folder: Path, checkout: Path | None = None) -> dict[str, 
 
 
 def table(results: dict[str, list[dict[str, float]]], rows: int) -> str:
-    """Medians, as Markdown; ratios are the seconds of the raw tokenizer, and of TRL, over those of the variant."""
+    """Medians, as Markdown; ratios are the seconds of the raw tokenizer, and of TRL, over those of the variant, and
+    the seconds of the variant over those of `ours`, with as many processes."""
     tokens = int(next(iter(results.values()))[0]["tokens"])
     lines = [
         f"{rows:,} chats, {tokens:,} tokens, {len(os.sched_getaffinity(0))} cores\n",
-        "| preparation | CPU s | wall s | raw/it, CPU | raw/it, wall | TRL/it, CPU | TRL/it, wall | peak MB |"
-        " trained tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preparation | CPU s | wall s | raw/it, CPU | raw/it, wall | TRL/it, CPU | TRL/it, wall | it/ours, CPU |"
+        " it/ours, wall | peak MB | trained tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     medians = {
         name: {kind: statistics.median(one[kind] for one in measured) for kind in ("cpu", "wall", "peak_mb")}
@@ -282,6 +315,8 @@ def table(results: dict[str, list[dict[str, float]]], rows: int) -> str:
             for other in ("raw", "trl")
             for kind in ("cpu", "wall")
         ]
+        base = medians.get("ours, one process" if "one process" in name else "ours")
+        ratios += [f"{own[kind] / base[kind]:.2f}" if base else "" for kind in ("cpu", "wall")]
         lines.append(
             f"| {name} | {own['cpu']:.2f} | {own['wall']:.2f} | {' | '.join(ratios)} | {own['peak_mb']:.0f} |"
             f" {int(results[name][0]['trained']):,} |"

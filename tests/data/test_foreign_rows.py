@@ -183,6 +183,7 @@ CHATS: dict[str, tuple[dict[str, Any], list[Any]]] = {
                 "content": "A moment.",
                 "reasoning_content": "Add them.",
                 "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+                "content.signature": "x",  # so that it is reported as unused
             },
             {"role": "tool", "content": "4", "tool_call_id": "t1"},
             user("And?"),

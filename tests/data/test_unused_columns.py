@@ -38,7 +38,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "unpaired": ("unpaired", {"prompt_messages": TALK[:1], "completion_messages": TALK[1:], "label": True}),
     "completion_label": ("unpaired", {"prompt": "a", "completion": "b", "label": False}),
 }
-VALUES = st.one_of(st.text(min_size=1), st.integers(), st.booleans(), st.lists(st.integers(), min_size=1))
+# A row with NUL is refused.
+TEXTS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)
+VALUES = st.one_of(TEXTS, st.integers(), st.booleans(), st.lists(st.integers(), min_size=1))
 READ = {
     *("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns", "tools", "documents"),
     *("system", "chat_template_kwargs", "input", "history", "prompt", "completion", "label", "text", "output"),

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetuning.config.sections.data import DatasetSource
+from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.config.yaml.reader import read_document
+from finetuning.data.chat.template import configured_template
 from finetuning.data.formats import Options
 from finetuning.data.open_dataset import open_dataset
 from finetuning.data.samples import Conversation, Preference, UnpairedPreference
@@ -62,6 +63,28 @@ def test_columns_and_tags_are_renamed(translated: Any) -> None:
     assert (row.turns, row.unused) == ((2,), ())
 
 
+def test_the_template_has_the_default_system_message_and_the_tools_of_theirs(translated: Any) -> None:
+    """LLaMA-Factory 0.9.5 gives the same token ids for `qwen` as TRL's qwen2_5, with tools and without."""
+    conf = translated({"file_name": "rows.json"}, {"instruction": "a", "output": "b"}).values["data_conf"]
+    assert (conf["chat_template"], conf["special_tokens"]) == ("trl/qwen2_5", ["<|im_start|>", "<|im_end|>"])
+    configured = configured_template(DataConfig.model_validate(conf))
+    assert configured is not None
+    # Exactly this text is printed there where a row has no system message.
+    assert (
+        "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant." in configured.source
+    )
+
+
+def test_images_are_trained_on_by_sft_only(translated: Any) -> None:
+    entry = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages", "images": "pics"}}
+    row = {"messages": [{"from": "human", "value": "a"}], "pics": ["a.png"]}
+    sft, dpo = translated(entry, row), translated({**entry, "ranking": True}, row, stage="dpo")
+    (values,) = sft.values["data_conf"]["training_data"]["datasets"]
+    assert values["columns"] == {"pics": "images"}
+    assert "dataset: ours has images: its rows are refused unless the model takes images" in sft.notes
+    assert "dataset: ours has images: its rows are refused unless ignore_columns names pics" in dpo.notes
+
+
 def test_what_the_entry_does_not_name_is_ignored_as_it_was_there(translated: Any) -> None:
     entry = {"file_name": "rows.json", "columns": {"prompt": "instruction", "response": "answer"}}
     row = parsed(translated(entry, {"instruction": "a", "input": "not read", "answer": "b", "system": "nor this"}))
@@ -78,7 +101,7 @@ def test_instruction_and_input_are_joined_as_they_were_there(translated: Any, st
     row = {"instruction": "Add.", "input": "2, 2", "output": "4", "history": [["1, 1?", "2"]]}
     row |= {"chosen": "4", "rejected": "5"} if stage == "dpo" else {"kto_tag": True} if stage == "kto" else {}
     translation = translated(entry, row, stage=stage)
-    assert not [note for note in translation.notes if "line break" in note]
+    assert [note.partition(":")[0] for note in translation.notes] == ["template"]
     kind = {"sft": "sft", "dpo": "preference", "kto": "unpaired"}[stage]
     (values,) = translation.values["data_conf"]["training_data"]["datasets"]
     options = Options(chats="assistant", completions="assistant")

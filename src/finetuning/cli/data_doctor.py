@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.cli.errors import run_command
-from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError, MissingPackageError
+from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError, Location, MissingPackageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,6 +92,7 @@ def examine(
     from finetuning.data.doctor.doctor_page import DataReport
     from finetuning.data.doctor.findings import Examined, all_findings, histogram
     from finetuning.data.doctor.measures import RowInspector, TokenFacts, joined
+    from finetuning.data.statistics import NoRowsLeftError
     from finetuning.training.setup import stop_tokens
 
     fast = cast("PreTrainedTokenizerFast", tokenizer.tokenizer)
@@ -104,11 +105,16 @@ def examine(
     inspector = RowInspector(TokenFacts(bos, unknown, stops), scan)
     changes = {"cache": "off", "prepared": None, "streaming": False, "on_bad_row": "skip", "max_lost_fraction": 1.0}
     lenient = experiment.model_copy(update={"data_conf": experiment.data_conf.model_copy(update=changes)})
-    data = method.prepare(lenient, fast, workers, configured, inspector)
+    try:
+        statistics = cast("DatasetStatistics", method.prepare(lenient, fast, workers, configured, inspector).statistics)
+    except NoRowsLeftError as error:
+        # Then most of all is there something to report.
+        if error.statistics is None:
+            raise
+        statistics = error.statistics
     limit_key = _LIMITS.get(method.name, "training_args.max_length")
     section, _, field = limit_key.partition(".")
     limit = getattr(getattr(experiment, section), field, None)
-    statistics = cast("DatasetStatistics", data.statistics)
     examined = Examined(
         experiment.data_conf,
         limit,
@@ -117,6 +123,7 @@ def examine(
         {split.split: split for split in statistics.splits},
         notes,
         scan is not None,
+        _empty_datasets(experiment, inspector.by_split["training"].locations if inspector.by_split else ()),
     )
     lengths = joined(examined.training.lengths)
     facts = [("config", title), ("method", method.name), ("tokenizer", str(tokenizer))]
@@ -128,6 +135,23 @@ def examine(
         tuple(facts),
         tuple(all_findings(examined)),
         histogram(lengths, limit) if len(lengths) else None,
+    )
+
+
+def _empty_datasets(experiment: Experiment, kept: Sequence[Location]) -> tuple[str, ...]:
+    """Return the names of the training datasets of which no row is kept, if there are several."""
+    from finetuning.data.open_dataset import source_title
+    from finetuning.data.prepared import checked_sources
+    from finetuning.data.sources import find_shards
+
+    files = {location.file for location in kept}
+    sources = checked_sources(experiment.data_conf.training_data, "data_conf.training_data")
+    if len(sources) < 2 or experiment.data_conf.max_lost_fraction == 1:
+        return ()
+    return tuple(
+        source_title(source)
+        for key, source in sources
+        if files.isdisjoint(shard.name for shard in find_shards(source, key))
     )
 
 

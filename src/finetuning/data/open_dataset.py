@@ -15,7 +15,7 @@ from finetuning.config.sections.training import SFTArgs
 from finetuning.config.validation.suggestions import did_you_mean
 from finetuning.config.yaml.overrides import unescape
 from finetuning.data.formats import FORMATS, KINDS, Options, RowFormat
-from finetuning.data.formats.row_format import FieldError, ReadValues, TakeImages, problem_of
+from finetuning.data.formats.row_format import MEDIA, FieldError, ReadValues, TakeImages, problem_of
 from finetuning.data.samples import (
     Conversation,
     ImageReference,
@@ -29,13 +29,11 @@ from finetuning.data.samples import (
 )
 from finetuning.data.sources import Line, find_shards
 from finetuning.data.text_template import TextTemplate, TextTemplateError
-from finetuning.data.transforms import TransformChain, make_transforms
+from finetuning.data.transforms import TransformChain, from_json_text, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
 
 UnparsedRow = Row | Problem | Line
 """A row as its source yields it: a line of JSON Lines is parsed later."""
-_MEDIA_KINDS = {"image": "images", "audio": "sound", "video": "video"}
-_MEDIA = frozenset([*_MEDIA_KINDS, *(f"{name}s" for name in _MEDIA_KINDS)])
 _IMAGES = ("image", "images")
 _NO_REASON = "on which the engine does not train yet"
 _NUM_HEAD_ROWS = 32
@@ -106,7 +104,8 @@ def open_dataset(
     transformed = [row for row in map(transform, head) if isinstance(row, Row)]
     row_format, is_configured = _choose_format(source, transforms, kind, transformed, key)
     try:
-        dataset_options = _dataset_options(source, transforms, options)
+        has_system = any("system" in row.values for row in transformed)
+        dataset_options = replace(_dataset_options(source, transforms, options), has_system=has_system)
     except TextTemplateError as error:
         raise ConfigError(str(error), location=Location(key=f"{key}.data_formatter_template")) from None
 
@@ -128,8 +127,10 @@ def _parse_row(row: Row, row_format: RowFormat, options: Options) -> ParsedRow:
         except FieldError as error:
             return problem_of(row, error)
     values = row.values if isinstance(row.values, ReadValues) else ReadValues(row.values)
-    if not _MEDIA.isdisjoint(values) and (media := next((name for name in values if _is_media(name, values)), None)):
-        kind, reason = _MEDIA_KINDS[media.rstrip("s")], options.images if media in _IMAGES else _NO_REASON
+    if not MEDIA.keys().isdisjoint(values) and (
+        media := next((name for name in values if _is_media(name, values)), None)
+    ):
+        kind, reason = MEDIA[media], options.images if media in _IMAGES else _NO_REASON
         return Problem(
             f"holds {kind}, {reason}. To train on the text alone, set ignore_columns: [{media}] for this dataset",
             replace(row.location, key=media),
@@ -146,20 +147,24 @@ def _without(values: JsonObject, ignored: Collection[str]) -> JsonObject:
     """Return values without columns, and without keys of messages and objects, written as `messages.weight`."""
     left = {name: value for name, value in values.items() if name not in ignored}
     for column, _, key in (name.partition(".") for name in ignored if "." in name):
-        if isinstance(inner := left.get(column), dict):
-            left[column] = {name: value for name, value in cast("JsonObject", inner).items() if name != key}
-        elif isinstance(messages := left.get(column), list):
-            left[column] = [
-                {name: value for name, value in message.items() if name != key}
-                if isinstance(message, dict)
-                else message
-                for message in cast("list[JsonValue]", messages)
-            ]
+        if column in left:
+            left[column] = _without_key(from_json_text(left[column]), key)
     return left
 
 
+def _without_key(value: JsonValue, key: str) -> JsonValue:
+    """Return an object, or the objects of a list, without a key, which may have dots: `content.cache_control`."""
+    if isinstance(value, list):
+        return [_without_key(item, key) for item in cast("list[JsonValue]", value)]
+    if not isinstance(value, dict):
+        return value
+    outer, _, inner = key.partition(".")
+    left = {name: item for name, item in value.items() if name != key}
+    return {**left, outer: _without_key(left[outer], inner)} if inner and outer in left else left
+
+
 def _is_media(name: str, values: ReadValues) -> bool:
-    return name in _MEDIA and name in values.unread()
+    return name in MEDIA and name in values.unread()
 
 
 def _with_unused(parsed: Sample | Sequence[Sample], values: ReadValues) -> Sample | Sequence[Sample]:

@@ -167,7 +167,8 @@ def make_batch(
         for warning in sample.warnings:
             statistics.warn(warning)
         for column in () if isinstance(row, _NOT_TOKENIZED) else row.unused:
-            statistics.warn(f"column {column} is not used")
+            # The index that pandas writes into CSV has no name.
+            statistics.warn(f"column {column if column.strip() else repr(column)} is not used")
         if len(kept) <= num_preview_rows:
             batch.preview_samples.append((sample, row.location, _system_prompt_of(row)))
     if kept:

@@ -178,7 +178,7 @@ class RowCounts:
         """Raise DataError if no row is left, or if more than `max_lost_fraction` of the rows are invalid."""
         if self.rows and not self.kept and self.first_dropped:
             first = next(iter(self.first_dropped.values()))
-            raise DataError(self._nothing_left(first), location=Location(file=first.location.file))
+            raise NoRowsLeftError(self._nothing_left(first), location=Location(file=first.location.file))
         if self.rows and self.invalid > max_lost_fraction * self.rows:
             share = self.invalid / self.rows
             head = Problem(
@@ -296,6 +296,13 @@ class SplitStatistics:
         return cls(RowCounts.from_state_dict(counts), [outcome_of(row) for row in outcomes or ()])
 
 
+class NoRowsLeftError(DataError):
+    """Every row of a split was dropped."""
+
+    statistics: DatasetStatistics | None = None
+    """What became of the rows of all splits."""
+
+
 @dataclass(frozen=True)
 class DatasetStatistics:
     """The statistics of all splits."""
@@ -313,7 +320,11 @@ class DatasetStatistics:
     def check(self, max_lost_fraction: float) -> None:
         """Raise DataError if a split has no row left, or if more than `max_lost_fraction` of its rows are invalid."""
         for split in self.splits:
-            split.counts.check(max_lost_fraction)
+            try:
+                split.counts.check(max_lost_fraction)
+            except NoRowsLeftError as error:
+                error.statistics = self
+                raise
 
     def write(self, directory: str | Path) -> None:
         """Write `data_report.json` with all counts and `rejects.jsonl` with each truncated or dropped row."""

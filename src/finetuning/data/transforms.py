@@ -14,7 +14,7 @@ from typing import Any, cast
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import MESSAGE_COLUMN_NAMES
 from finetuning.data.formats.row_format import ReadValues, TrainOn
-from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow
+from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow, unique_keys
 from finetuning.data.text_template import TextTemplate, TextTemplateError
 from finetuning.errors import ConfigError, Location, Problem
 
@@ -145,9 +145,24 @@ def _renaming(mapping: Mapping[str, str], *, must_exist: bool = True) -> Transfo
                 raise TransformError(f"no column {old} to rename; columns: {', '.join(values)}")
             if old in values and new in values and new not in mapping:
                 raise TransformError(f"{old} cannot be renamed to {new}: a column of that name exists")
-        return {mapping.get(name, name): value for name, value in values.items()}
+        return _renamed(values, mapping)
 
     return run
+
+
+def _renamed(values: Values, names: Mapping[str, str]) -> Values:
+    """Return values under their new names.
+
+    Raises:
+        TransformError: two of them get the same name, and one would vanish.
+    """
+    renamed = {names.get(name, name): value for name, value in values.items()}
+    if len(renamed) != len(values):
+        new = [names.get(name, name) for name in values]
+        name = next(name for name in new if new.count(name) > 1)
+        both = " and ".join(old for old in values if names.get(old, old) == name)
+        raise TransformError(f"{both} cannot both be {name}: ignore_columns leaves one of them out")
+    return renamed
 
 
 def _renaming_in_messages(keys: Mapping[str, str], roles: Mapping[str, str]) -> Transform:
@@ -160,7 +175,7 @@ def _renaming_in_messages(keys: Mapping[str, str], roles: Mapping[str, str]) -> 
     def renamed(message: JsonValue, names: Mapping[str, str]) -> JsonValue:
         if not isinstance(message, dict):
             return message
-        message = {names.get(key, key): value for key, value in message.items()}
+        message = _renamed(message, names)
         for key in ("role", "from"):
             role: JsonValue = message.get(key)
             if isinstance(role, str) and role in roles:
@@ -172,23 +187,24 @@ def _renaming_in_messages(keys: Mapping[str, str], roles: Mapping[str, str]) -> 
         for column in result if roles else by_column.keys() & result.keys():
             value = result[column]
             names = by_column.get(column, {})
-            if isinstance(value, str) and value.lstrip().startswith("["):
-                value = _parsed(value)
+            value = from_json_text(value)
             if isinstance(value, list):
                 result[column] = [renamed(message, names) for message in cast("list[JsonValue]", value)]
             elif isinstance(value, dict):
-                result[column] = renamed(cast("JsonObject", value), names)
+                result[column] = renamed(value, names)
         return result
 
     return run
 
 
-def _parsed(text: str) -> JsonValue:
-    """Return the value of a JSON text; the text itself, which the format rejects, if it is none."""
+def from_json_text(value: JsonValue) -> JsonValue:
+    """Return the list of a JSON text; any other value as it is, of which the format says what is wrong with it."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return text
+        return json.loads(value, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _rename(chain: TransformChain, arguments: Arguments) -> TransformChain:
@@ -306,7 +322,12 @@ def _renaming_for_format(renames: Mapping[str, str]) -> Transform:
 
     def run(values: Values, special_tokens: Mapping[str, str]) -> Values:
         renamed = {new: _column(values, old) for old, new in renames.items()}
-        rest = {name: value for name, value in values.items() if name not in renames and name not in renamed}
+        # What has the name already is not used, and is reported so.
+        rest = {
+            f"{name} (of the file)" if name in renamed else name: value
+            for name, value in values.items()
+            if name not in renames
+        }
         return {**rest, **renamed}
 
     return run

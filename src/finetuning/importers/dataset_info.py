@@ -110,7 +110,11 @@ def _columns(out: Translation, key: str, name: str, entry: Values, path: str, is
     columns: dict[str, str] = {}
     used: set[str] = set()
     for column, theirs_name in theirs.items():
-        if column in _MEDIA:
+        if column == "images" and method == "sft":
+            used.add(theirs_name)
+            columns |= {theirs_name: column} if theirs_name != column else {}
+            out.add_note(key, f"{name} has images: its rows are refused unless the model takes images")
+        elif column in _MEDIA:
             out.add_note(key, f"{name} has {column}: its rows are refused unless ignore_columns names {theirs_name}")
         elif column == "messages":
             used.add(theirs_name)

@@ -69,7 +69,12 @@ def from_llama_factory(document: ConfigDocument, processes: int) -> Translation:
     put_batch_size(out, out.get("per_device_train_batch_size", 8), processes)
     put_training_data(out, _datasets(out, "dataset", method))
     put_validation_data(out, _datasets(out, "eval_dataset", method), out.get("val_size", 0))
-    put_chat_template(out, str(out.get("template", "tokenizer_default")))
+    template = str(out.get("template", "tokenizer_default"))
+    put_chat_template(out, template)
+    if template in ("chatml", "qwen"):
+        out.add_note(
+            "template", "there the line break after <|im_end|> is trained, too; here an answer ends with its token"
+        )
     if method == "sft":
         last_only = "last" if out.boolean("mask_history", False) else "assistant"
         out.put("sft_args.train_on", "all" if out.boolean("train_on_prompt", False) else last_only)

@@ -32,7 +32,10 @@ _LORA_KEYS = {
     "peft_use_rslora": "use_rslora",
 }
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-_TEMPLATES = {"chatml": "chat-ml", "tokenizer_default": "keep-original", "qwen": "chat-ml"}
+_TEMPLATES = {"chatml": "chat-ml", "tokenizer_default": "keep-original"}
+_SOURCES = {"qwen": "trl/qwen2_5"}
+"""Templates whose text is that of one in TRL's package: LLaMA-Factory's, with its default system prompt and tools."""
+_CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
 def put_method(out: Translation, key: str, name: str, methods: Mapping[str, str]) -> str:
@@ -146,7 +149,11 @@ def put_validation_data(out: Translation, sources: Sequence[Values], fraction: o
 
 
 def put_chat_template(out: Translation, name: str) -> None:
-    """Set `data_conf.chat_template_name`; a template that we do not have leaves the tokenizer's own."""
+    """Set the chat template; one that we do not have leaves the tokenizer's own."""
+    if name in _SOURCES:
+        out.put("data_conf.chat_template", _SOURCES[name], "template")
+        out.put("data_conf.special_tokens", _CHATML_TOKENS, "template")
+        return
     template = _TEMPLATES.get(name)
     if template is None:
         out.add_note("template", f"{name} is not available; the tokenizer's own chat template is used")

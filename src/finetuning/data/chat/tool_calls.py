@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetuning.data.samples import JsonObject, JsonValue, Message
+from finetuning.data.samples import JsonObject, JsonValue, Message, unique_keys
 
 
 class Renderer(Protocol):
@@ -112,8 +112,8 @@ def broken_links(messages: Sequence[Message]) -> set[str]:
 def _parsed(text: str) -> JsonValue:
     """Return the value of a JSON text, an object for an empty one; None for any other text."""
     try:
-        return json.loads(text) if text.strip() else {}
-    except (json.JSONDecodeError, RecursionError):
+        return json.loads(text, object_pairs_hook=unique_keys) if text.strip() else {}
+    except (ValueError, RecursionError):
         return None
 
 
@@ -126,7 +126,8 @@ def detect_style(renderer: Renderer) -> ToolCallStyle:
             return ToolCallStyle(takes_text=False, needs_content=content is not None)
         if _first_text(renderer, json.dumps(_ARGUMENTS), content) is not None:
             return ToolCallStyle(takes_text=True, needs_content=content is not None)
-    return ToolCallStyle(takes_text=False, needs_content=False)
+    # It prints no calls. With a content it renders them, and the loss mask says what is missing.
+    return ToolCallStyle(takes_text=False, needs_content=True)
 
 
 def _first_text(renderer: Renderer, arguments: JsonValue, content: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,6 +88,8 @@ class Examined:
     """What the chat template itself does that deserves a look."""
     was_scanned: bool = False
     """Whether the texts were searched for personal data."""
+    empty_datasets: Sequence[str] = ()
+    """Training datasets of which no row is left, where there are others."""
 
     @property
     def training(self) -> Measures:
@@ -143,6 +146,15 @@ def _invalid_rows(examined: Examined) -> Finding:
     invalid = [row for row in examined.outcomes() if row.is_invalid]
     total = _rows(examined)
     conf = examined.data_conf
+    empty = [name for name, split in examined.statistics.items() if split.counts.rows and not split.counts.kept]
+    if empty:
+        lost = [row for name in empty for row in examined.statistics[name].outcomes]
+        reasons = Counter(row.reason for row in lost)
+        text = f"no {' and no '.join(empty)} row is left of {counted(total, 'row')}: " + ", ".join(
+            f"{reason} ({count})" for reason, count in reasons.most_common()
+        )
+        key = examined.limit_key if reasons.keys() == {TOO_LONG} else THE_FILE
+        return Finding("Rows", Verdict.STOP, text, key, tuple(_lost(row) for row in lost[:MAX_WORST]))
     if not invalid:
         return Finding("Rows", Verdict.OK, f"all of {counted(total, 'row')} can be read")
     stops = conf.on_bad_row == "error" or len(invalid) > conf.max_lost_fraction * total
@@ -151,9 +163,20 @@ def _invalid_rows(examined: Examined) -> Finding:
         if len(invalid) <= conf.max_lost_fraction * total
         else "data_conf.max_lost_fraction"
     )
-    rows = [Worst(0, row.location, f"{row.reason}: {row.detail}" if row.detail else row.reason) for row in invalid]
     text = f"{counted(len(invalid), 'row')} of {total} ({len(invalid) / total:.1%}) cannot be trained on"
-    return Finding("Rows", Verdict.STOP if stops else Verdict.LOOK, text, key, tuple(rows[:MAX_WORST]))
+    verdict = Verdict.STOP if stops else Verdict.LOOK
+    return Finding("Rows", verdict, text, key, tuple(_lost(row) for row in invalid[:MAX_WORST]))
+
+
+def _empty_datasets(examined: Examined) -> Finding | None:
+    if not examined.empty_datasets:
+        return None
+    text = f"every row of {' and of '.join(examined.empty_datasets)} was dropped"
+    return Finding("Datasets", Verdict.STOP, text, "data_conf.training_data")
+
+
+def _lost(row: RowOutcome) -> Worst:
+    return Worst(0, row.location, f"{row.reason}: {row.detail}" if row.detail else row.reason)
 
 
 def _lengths(examined: Examined) -> Finding | None:
@@ -407,7 +430,19 @@ def _single(check: Callable[[Examined], Finding | None]) -> Callable[[Examined],
 
 
 _CHECKS: tuple[Callable[[Examined], list[Finding]], ...] = (
-    *map(_single, (_invalid_rows, _lengths, _unused, _other_warnings, _leaks, _exact_duplicates, _near_duplicates)),
+    *map(
+        _single,
+        (
+            _invalid_rows,
+            _empty_datasets,
+            _lengths,
+            _unused,
+            _other_warnings,
+            _leaks,
+            _exact_duplicates,
+            _near_duplicates,
+        ),
+    ),
     _pairs,
     *map(_single, (_classes, _calls, _repeated, _ends, _double_bos, _template, _tokens, _pii, _turns, _scripts)),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from finetuning.data.formats.row_format import FieldError, only_text
+from finetuning.data.formats.row_format import FieldError, only_text, other_keys
 from finetuning.data.samples import JsonObject, JsonValue, json_type
 
 _NOT_TRAINED = {
@@ -40,7 +40,8 @@ def from_blocks(message: JsonObject, key: str) -> list[JsonValue]:
             rest.append(block)
     if not rest:
         return results
-    return [*results, {"role": message.get("role"), "content": only_text(rest, f"{key}.content"), **extra}]
+    text = only_text(rest, f"{key}.content")
+    return [*results, {"role": message.get("role"), "content": text, **other_keys(rest), **extra}]
 
 
 def _answer(blocks: Sequence[JsonValue], key: str) -> JsonObject:
@@ -48,12 +49,14 @@ def _answer(blocks: Sequence[JsonValue], key: str) -> JsonObject:
     texts: list[JsonObject] = []
     thoughts: list[str] = []
     calls: list[JsonObject] = []
+    others: JsonObject = {}
     for index, block in enumerate(blocks):
         where = f"{key}[{index}]"
         kind = _type_of(block, where)
         assert isinstance(block, dict)
         if kind == "tool_use":
             calls.append(_call(block, where))
+            others |= other_keys([block], ("type", "id", "name", "input"))
             continue
         if calls:
             raise FieldError(where, f"{kind} comes after a tool call, for which chat templates have no place")
@@ -61,14 +64,15 @@ def _answer(blocks: Sequence[JsonValue], key: str) -> JsonObject:
             if texts:
                 raise FieldError(where, "thinking comes after the text, for which chat templates have no place")
             thoughts.append(_text(block, "thinking", where))
+            others |= other_keys([block], ("type", "thinking"))
         else:
             texts.append(block)
-    answer: JsonObject = {"content": only_text(texts, key) if texts else None}
+    answer: JsonObject = {"content": only_text(texts, key) if texts else None, **other_keys(texts)}
     if thoughts:
         answer["reasoning_content"] = "\n".join(thoughts)
     if calls:
         answer["tool_calls"] = calls
-    return answer
+    return answer | others
 
 
 def _type_of(block: JsonValue, key: str) -> str:
@@ -103,9 +107,11 @@ def _result(block: JsonObject, key: str) -> JsonObject:
     if unknown:
         raise FieldError(f"{key}.{unknown[0]}", "is not a key of a tool's result")
     content: JsonValue = block.get("content")
+    others = other_keys([block], ("type", "tool_use_id", "content"))
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = only_text(content, f"{key}.content")
+        others |= other_keys(content)
+        content = only_text(content, f"{key}.content") if content else ""
     elif content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
-    result: JsonObject = {"role": "tool", "content": content or ""}
+    result: JsonObject = {"role": "tool", "content": content or "", **others}
     return {**result, "tool_call_id": block["tool_use_id"]} if block.get("tool_use_id") else result

@@ -17,8 +17,10 @@ from finetuning.data.formats.row_format import (
     Options,
     RowFormat,
     is_chat,
+    is_chat_of_texts,
     other_fields,
     problem_of,
+    refuse_in_text,
     require_columns,
     text_field,
     with_columns,
@@ -99,10 +101,10 @@ def parse_prompt_completion(row: Row, options: Options = DEFAULT_OPTIONS) -> Con
         if is_chat(row.values["prompt"]):
             return _chat(row, chat_field(row, "prompt"), chat_field(row, "completion"), options)
         prompt, completion = (text_field(row, column) for column in PROMPT_COMPLETION_COLUMNS)
-        if "system" in row.values:
-            # A system message has no place in a text.
+        if is_chat_of_texts(row, options):
             question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
             return _chat(row, [question], [answer], options)
+        refuse_in_text(row)
         return join(row, prompt, completion, options)
     except FieldError as error:
         return problem_of(row, error)

@@ -25,7 +25,7 @@ from finetuning.data.formats.row_format import (
     require_columns,
     truth_value,
 )
-from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row
+from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row, json_type, unique_keys
 from finetuning.errors import Problem
 
 _FLAGS = frozenset({"train", "weight", "training", "loss", "masked"})
@@ -33,6 +33,9 @@ _FLAGS = frozenset({"train", "weight", "training", "loss", "masked"})
 _UNKNOWN_FLAGS = {
     "mask": "which may mean either",
     "loss_mask": "which may mean either",
+    "trainable": "",
+    "loss_scale": "",
+    "loss_weight": "",
     "train_detail": "parts of a message",
     "training_detail": "parts of a message",
 }
@@ -98,7 +101,8 @@ def _flag(message: Message, key: str) -> bool | None:
     for name, meaning in _UNKNOWN_FLAGS.items():
         if message.get(name) is not None:
             ignored = f"ignore_columns: [{key.partition('[')[0]}.{name}]"
-            raise FieldError(f"{key}.{name}", f"is not read, {meaning}: use train: true or false, or {ignored}")
+            reason = f"is not read, {meaning}" if meaning else "is not read"
+            raise FieldError(f"{key}.{name}", f"{reason}: use train: true or false, or {ignored}")
     first: tuple[str, bool] | None = None
     for name in ("train", *sorted(_FLAGS - {"train"})):
         value: JsonValue = message.get(name)
@@ -165,10 +169,13 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
     A row that says it twice keeps its message, and reports the column as unused.
     """
     system: JsonValue = row.values.get("system") if not messages or messages[0]["role"] != "system" else None
-    if isinstance(system, list) and system:
-        system = only_text(system, "system")
-    has_text = isinstance(system, str) and bool(system.strip())
-    return [{"role": "system", "content": system}, *messages] if has_text else messages
+    if isinstance(system, list) and all(isinstance(part, dict) for part in system):
+        system = only_text(system, "system") if system else None
+    if system is None:
+        return messages
+    if not isinstance(system, str):
+        raise FieldError("system", f"expected text, got {json_type(system)}")
+    return [{"role": "system", "content": system}, *messages] if system.strip() else messages
 
 
 def chat_field(row: Row, column: str) -> list[Message]:
@@ -209,7 +216,8 @@ def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:
         return [_from_sharegpt(message, key)]
     role: JsonValue = message.get("role")
     if role in _CALLING_ROLES:
-        extra = {name: value for name, value in message.items() if name not in ("role", "content")}
+        extra = {name: value for name, value in message.items() if name not in ("role", "content", "tool_calls")}
+        _refuse_both(message, "content", "tool_calls", key)
         calls = _tool_calls(message.get("content"), f"{key}.content")
         return [{"role": "assistant", "content": None, "tool_calls": calls, **extra}]
     if isinstance(role, str) and role in _ROLE_ALIASES:
@@ -219,6 +227,7 @@ def _spelled_out(message: JsonValue, key: str) -> list[JsonValue]:
 
         return from_blocks(message, key)
     if message.get("function_call") is not None:
+        _refuse_both(message, "function_call", "tool_calls", key)
         extra = {name: value for name, value in message.items() if name != "function_call"}
         return [{**extra, "tool_calls": _tool_calls(message["function_call"], f"{key}.function_call")}]
     return [message]
@@ -239,9 +248,12 @@ def _from_sharegpt(message: JsonValue, key: str) -> JsonValue:
     if not isinstance(message, dict) or "from" not in message:
         return message
     role: JsonValue = message["from"]
-    content: JsonValue = message.get("value")
-    extra = {name: value for name, value in message.items() if name not in ("from", "value")}
+    _refuse_both(message, "value", "content", key)
+    content: JsonValue = message.get("content") if message.get("value") is None else message["value"]
+    extra = {name: value for name, value in message.items() if name not in ("from", "value", "content")}
     if role in _CALLING_ROLES:
+        _refuse_both(message, "value", "tool_calls", key)
+        extra.pop("tool_calls", None)
         return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content, f"{key}.value"), **extra}
     return {
         "role": _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role,
@@ -250,12 +262,19 @@ def _from_sharegpt(message: JsonValue, key: str) -> JsonValue:
     }
 
 
+def _refuse_both(message: JsonObject, first: str, second: str, key: str) -> None:
+    """Raise FieldError if a message has two keys of which only one can be meant."""
+    if message.get(first) and message.get(second):
+        raise FieldError(key, f"has both {first} and {second}: remove one of them")
+
+
 def _tool_calls(content: JsonValue, key: str) -> list[JsonObject]:
     try:
-        value: JsonValue = json.loads(content) if isinstance(content, str) else content
-    except json.JSONDecodeError as error:
+        value: JsonValue = json.loads(content, object_pairs_hook=unique_keys) if isinstance(content, str) else content
+    except (ValueError, RecursionError) as error:
         raise FieldError(key, f"expected a function call as JSON: {error}") from None
     calls: list[Any] = value if isinstance(value, list) else [value]
+    calls = [call["function"] if isinstance(call, dict) and "function" in call else call for call in calls]
     if not all(_is_call(call) for call in calls):
         raise FieldError(key, "expected a function call: an object with name and arguments")
     return [{"type": "function", "function": call} for call in calls]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -19,11 +20,15 @@ from finetuning.data.formats.row_format import (
     RowFormat,
     check_completion,
     is_chat,
+    is_chat_of_texts,
+    is_like_prompt,
     other_fields,
     problem_of,
+    refuse_in_text,
     require_columns,
     text_field,
     with_columns,
+    yaml_name,
 )
 from finetuning.data.samples import JsonObject, JsonValue, Message, Preference, Row
 from finetuning.errors import Problem
@@ -91,6 +96,8 @@ def parse_chosen_rejected(row: Row, options: Options = DEFAULT_OPTIONS) -> Prefe
             prompt, (chosen, rejected) = before, ([{"role": "assistant", "content": answer}] for answer in answers)
         else:
             prompt, chosen, rejected, is_text = *_texts(row), True
+        if is_text:
+            refuse_in_text(row)
         for column, messages in (("chosen", chosen), ("rejected", rejected)):
             check_completion(row, column, messages)
         nested = tuple(name for name in row.values if name.startswith(_INPUT))
@@ -157,7 +164,8 @@ def chat_before(row: Row, options: Options) -> list[Message] | None:
     A text in `prompt` is a message only next to a column `system`, which has no place in a text.
     """
     has_prompt = JsonObject.get(row.values, "prompt") is not None
-    if has_prompt and ("system" not in row.values or not isinstance(JsonObject.get(row.values, "prompt"), str)):
+    is_text = isinstance(JsonObject.get(row.values, "prompt"), str)
+    if has_prompt and not (is_text and is_chat_of_texts(row, options)):
         return None
     column = None if has_prompt else messages_column(row.values)
     if column is not None:
@@ -187,17 +195,27 @@ def _chats(row: Row, options: Options) -> list[list[Message]]:
         # Equal chats: the prompt ends before the last assistant turn, and the processor drops and counts the row
         # like any other pair of equal answers.
         common = max((index for index, message in enumerate(chosen) if message["role"] != "assistant"), default=-1) + 1
-    if common:
+    start, answers = chosen[:common], [chosen[common:], rejected[common:]]
+    if any(message["role"] == "user" for message in start):
         prompt: JsonValue = JsonObject.get(row.values, "prompt")
-        if isinstance(prompt, str) and any(message.get("content") == prompt for message in chosen[:common]):
+        if isinstance(prompt, str) and any(message.get("content") == prompt for message in start):
             row.values.get("prompt")  # as read: it is the text of one of the messages
-        return [with_system(row, chosen[:common]), chosen[common:], rejected[common:]]
-    if isinstance(JsonObject.get(row.values, "prompt"), str):
-        return [with_system(row, [{"role": "user", "content": text_field(row, "prompt")}]), chosen, rejected]
-    before = chat_before(row, options)
+        return [with_system(row, start), *answers]
+    before = _messages_before(row, options)
     if before is None:
-        raise FieldError("chosen", "has no first message in common with rejected, and there is no `prompt`")
-    return [before, chosen, rejected]
+        if not start:
+            raise FieldError("chosen", "has no first message in common with rejected, and there is no `prompt`")
+        return [with_system(row, start), *answers]
+    # What both answers begin with are instructions, which come first, or the beginning of the answer.
+    end = 1 if start and start[0]["role"] in ("system", "developer") else 0
+    return [[*start[:end], *before, *start[end:]], *answers]
+
+
+def _messages_before(row: Row, options: Options) -> list[Message] | None:
+    """Return the messages that another column holds, `prompt` or another; None if there are none."""
+    if isinstance(JsonObject.get(row.values, "prompt"), str):
+        return with_system(row, [{"role": "user", "content": text_field(row, "prompt")}])
+    return chat_before(row, options)
 
 
 def _texts(row: Row) -> list[list[Message]]:
@@ -205,13 +223,13 @@ def _texts(row: Row) -> list[list[Message]]:
     if row.values.get("prompt") is not None:
         return as_messages(text_field(row, "prompt"), chosen, rejected)
     columns = [name for name in row.values if name not in CHOSEN_REJECTED_COLUMNS]
-    candidates = [name for name in columns if _is_prose(JsonObject.get(row.values, name))]
+    candidates = [name for name in columns if _could_be_prompt(name, JsonObject.get(row.values, name))]
     if candidates:
-        first = candidates[0]
+        first, *rest = map(yaml_name, candidates)
         raise FieldError(
             "",
             f"there is no `prompt`, but {first} could be it: set columns: {{{first}: prompt}}, or, if the answers begin"
-            f" with the prompt, ignore_columns: [{', '.join(candidates)}]",
+            f" with the prompt, ignore_columns: [{', '.join([first, *rest])}]",
         )
     prompt = common_words(chosen, rejected)
     if not prompt:
@@ -219,9 +237,21 @@ def _texts(row: Row) -> list[list[Message]]:
     return as_messages(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
 
+def _could_be_prompt(column: str, value: object) -> bool:
+    return _is_prose(value) or (isinstance(value, str) and bool(value.strip()) and is_like_prompt(column))
+
+
 def _is_prose(value: object) -> bool:
-    """Return whether a value is a text of several words, unlike names and ids."""
-    return isinstance(value, str) and len(value.split()) > 1
+    """Return whether a value is a text of several words or a sentence, unlike names and ids.
+
+    >>> _is_prose("Why is it?"), _is_prose("Why?"), _is_prose("天空为什么是蓝色的"), _is_prose("row-17")
+    (True, True, True, False)
+    """
+    return isinstance(value, str) and bool(len(value.split()) > 1 or _SENTENCE.search(value))
+
+
+_SENTENCE = re.compile(r"[?!.。？！]\s*$|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
+"""The end of a sentence, or several letters of a script without spaces between words."""
 
 
 def common_words(left: str, right: str) -> str:

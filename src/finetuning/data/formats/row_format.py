@@ -13,7 +13,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, cast
 
-from finetuning.data.samples import ImageReference, JsonObject, JsonValue, Message, ParsedRow, Row, json_type
+from finetuning.data.samples import (
+    ImageReference,
+    JsonObject,
+    JsonValue,
+    Message,
+    ParsedRow,
+    Row,
+    json_type,
+    unique_keys,
+)
 from finetuning.data.text_template import TextTemplate
 from finetuning.errors import Location, Problem
 
@@ -40,6 +49,10 @@ class Options:
     """Between an instruction and its input, in rows with both."""
     special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
     """The tokenizer's special tokens by the names that Jinja templates use, such as `eos_token`."""
+    has_system: bool | None = None
+    """Whether the first rows of the dataset have a column `system`; None if each row decides for itself.
+
+    Next to it texts are messages, as a text has no place for it. All rows of a dataset are treated alike."""
     images: TakeImages | str = "on which the engine does not train yet"
     """Takes the images out of a row, or why rows with images are refused."""
 
@@ -102,6 +115,9 @@ class FieldError(ValueError):
         self.key = key
 
 
+_MEDIA_KINDS = {"image": "images", "audio": "sound", "video": "video"}
+MEDIA = {name: kind for single, kind in _MEDIA_KINDS.items() for name in (single, f"{single}s")}
+"""Columns, and keys of messages, that hold something else than text, and what it is."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ROLES = frozenset(ROLES)
 _RECOGNIZED_COLUMNS = {
@@ -135,12 +151,21 @@ def require_columns(row: Row, columns: tuple[str, ...], format_name: str) -> Non
         if name != format_name and recognized <= set(row.values):
             raise FieldError("", f"{text} These rows look like {advice}")
     if proposed := propose_columns(row.values, format_name):
-        pairs = ", ".join(f"{column}: {name}" for column, name in proposed.items())
+        pairs = ", ".join(f"{yaml_name(column)}: {name}" for column, name in proposed.items())
         raise FieldError("", f"{text} Rename them in the config, below the path of the dataset: columns: {{{pairs}}}")
     rows = next((name for name in row.values if _holds_rows(JsonObject.get(row.values, name))), None)
     if rows is not None and len(row.values) <= _MAX_WRAPPER_KEYS:
         raise FieldError("", f"{text} The rows seem to be in {rows}: write them alone, with jq -c '.{rows}[]'")
     raise FieldError("", text.rstrip("."))
+
+
+def yaml_name(name: str) -> str:
+    """Return a name as it is written in a list or mapping of YAML.
+
+    >>> yaml_name("question"), yaml_name(" a: b")
+    ('question', '" a: b"')
+    """
+    return name if re.fullmatch(r"[^\W\d][\w.-]*", name) else json.dumps(name, ensure_ascii=False)
 
 
 _MAX_WRAPPER_KEYS = 4
@@ -149,10 +174,15 @@ _MAX_WRAPPER_KEYS = 4
 
 def _holds_rows(value: object) -> bool:
     """Return whether a value is a list of objects that are no messages."""
-    if not isinstance(value, list) or not value:
+    if not _is_list_of_objects(value):
         return False
-    items = cast("list[JsonValue]", value)
-    return all(isinstance(item, dict) and not item.keys() & {"role", "from"} for item in items)
+    items = cast("list[JsonObject]", value)
+    return all(not item.keys() & {"role", "from"} for item in items)
+
+
+def _is_list_of_objects(value: object) -> bool:
+    items = cast("list[object]", value) if isinstance(value, list) else []
+    return bool(items) and all(isinstance(item, dict) for item in items)
 
 
 def is_chat(value: object) -> bool:
@@ -211,8 +241,18 @@ def propose_columns(values: Mapping[str, object], format_name: str) -> dict[str,
     return {}
 
 
+def is_like_prompt(column: str) -> bool:
+    """Return whether a column has one of the names that prompts have elsewhere."""
+    return column.lower() in _OTHER_NAMES["prompt"]
+
+
 def _similar(name: str, values: Mapping[str, object], used: Collection[str]) -> str | None:
-    free = {column.lower(): column for column in values if column not in used}
+    free = {
+        column.lower(): column
+        for column, value in JsonObject.items(dict(values))
+        if column not in used
+        and (name == "label" or isinstance(value, str) or value == [] or _is_list_of_objects(value))
+    }
     alternative = next((free[alias] for alias in _OTHER_NAMES.get(name, ()) if alias in free), None)
     if alternative is not None:
         return alternative
@@ -279,7 +319,19 @@ def _with_text(message: JsonValue, key: str) -> JsonValue:
     content: JsonValue = message.get("content")
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         return message
-    return {**message, "content": only_text(content, f"{key}.content")}
+    return {**message, **other_keys(content), "content": only_text(content, f"{key}.content")}
+
+
+def other_keys(parts: Iterable[JsonObject], known: Collection[str] = ("type", "text")) -> JsonObject:
+    """Return the keys of content parts that nothing is made of, as keys of their message: no template reads them.
+
+    So they are reported like other keys of messages that are not used.
+    """
+    found: JsonObject = {}
+    for part in parts:
+        used = {*known, *(() if "text" in part else ("value",))}
+        found |= {f"content.{name}": value for name, value in part.items() if name not in used and value}
+    return found
 
 
 def only_text(parts: list[JsonObject], key: str) -> str:
@@ -312,6 +364,12 @@ def check_message(message: JsonValue, key: str) -> Message:
     if isinstance(message.get("tool_calls"), str):
         message = {**message, "tool_calls": _from_json(f"{key}.tool_calls", message["tool_calls"], "a list of calls")}
     _check_tool_calls(message, key)
+    if media := next((name for name in message if name in MEDIA and message[name]), None):
+        raise FieldError(
+            f"{key}.{media}",
+            f"holds {MEDIA[media]}, which is not read from here. Move it to the column {media}, or train on the text"
+            f" alone with ignore_columns: [{key.partition('[')[0]}.{media}] for this dataset",
+        )
     content: JsonValue = message.get("content")
     if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
         actual = json_type(content) if "content" in message else "nothing"
@@ -335,6 +393,15 @@ def _check_tool_calls(message: Message, key: str) -> None:
         function: JsonValue = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise FieldError(f"{key}.tool_calls[{index}]", "expected an object whose function has a name")
+        if "arguments" not in function and (name := next((name for name in _ARGUMENTS if function.get(name)), None)):
+            raise FieldError(
+                f"{key}.tool_calls[{index}].{name}",
+                "is not read: the arguments of a call belong into arguments, without which the call would have none",
+            )
+
+
+_ARGUMENTS = ("parameters", "args", "input", "kwargs", "params")
+"""Names that the arguments of a call have elsewhere."""
 
 
 def tools_field(row: Row) -> list[JsonObject] | None:
@@ -375,8 +442,8 @@ def _wrapped_tool(tool: JsonValue, key: str) -> JsonObject:
 
 def _from_json(key: str, text: str, expected: str) -> JsonValue:
     try:
-        return json.loads(text) if text.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=unique_keys) if text.strip() else None
+    except (ValueError, RecursionError) as error:
         message = f"expected {expected}, got text that is not valid JSON: {error}"
         if re.match(r"\s*[\[{]+\s*'", text):
             message += ". It is Python's notation: write the column with json.dumps, or the file as Parquet"
@@ -431,7 +498,8 @@ def truth_value(value: JsonValue, key: str) -> bool:
     if isinstance(value, int | float):
         if value in (0, 1):
             return bool(value)
-        raise FieldError(key, f"expected 0 or 1, got {value:g}: fractional weights are not supported")
+        reason = ": fractional weights are not supported" if 0 < value < 1 else ""
+        raise FieldError(key, f"expected 0 or 1, got {value:g}{reason}")
     if isinstance(value, str):
         text = value.strip().lower()
         if text in ("true", "false", "0", "1"):
@@ -446,6 +514,32 @@ def with_columns(row: Row, removed: Iterable[str], new: JsonObject) -> Row:
     values = {name: value for name, value in row.values.items() if name not in names} | new
     read = row.values.read if isinstance(row.values, ReadValues) else None
     return Row(ReadValues(values, read), row.location)
+
+
+def is_chat_of_texts(row: Row, options: Options) -> bool:
+    """Return whether the texts of a row are messages, because its dataset has a column `system`.
+
+    Raises:
+        FieldError: the row has that column, and the first rows of the dataset have not.
+    """
+    if options.has_system is False and JsonObject.get(row.values, "system"):
+        raise FieldError(
+            "system",
+            "the first rows of this dataset have no such column and are plain texts, and this row would be a chat:"
+            " write system in each row, or leave it out with ignore_columns: [system]",
+        )
+    return bool(options.has_system) or "system" in row.values
+
+
+def refuse_in_text(row: Row) -> None:
+    """Raise FieldError if a row of texts has tools or documents: no chat template prints them there."""
+    for name in ("tools", "functions", "documents"):
+        if JsonObject.get(row.values, name):
+            raise FieldError(
+                name,
+                "has no place in a text, to which no chat template is applied: write the row as messages, or leave it"
+                f" out with ignore_columns: [{name}]",
+            )
 
 
 def check_completion(row: Row, column: str, messages: list[Message]) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
-from finetuning.data.formats.messages import chat_field
+from finetuning.data.formats.messages import chat_field, with_system
 from finetuning.data.formats.row_format import (
     DEFAULT_OPTIONS,
     FieldError,
@@ -210,7 +210,7 @@ def parse_prompt(row: Row, options: Options = DEFAULT_OPTIONS) -> Prompt | Probl
     try:
         key = next((name for name in _COLUMN_NAMES if name in row.values), "prompt_messages")
         require_columns(row, (key,), "prompt")
-        messages = chat_field(row, key)
+        messages = with_system(row, chat_field(row, key))
         if messages[-1]["role"] == "assistant":
             raise FieldError(
                 f"{key}[{len(messages) - 1}]", "is an answer, but the model generates the answer: remove it"

@@ -38,6 +38,7 @@ from finetuning.data.formats.row_format import (
     label_field,
     other_fields,
     problem_of,
+    refuse_in_text,
     require_columns,
     text_field,
     with_columns,
@@ -112,6 +113,7 @@ def parse_completion_label(row: Row, options: Options = DEFAULT_OPTIONS) -> Unpa
         is_text = not is_chat(row.values["prompt"])
         if is_text:
             prompt, completion = as_messages(text_field(row, "prompt"), text_field(row, "completion"))
+            refuse_in_text(row)
         else:
             prompt, completion = with_system(row, chat_field(row, "prompt")), chat_field(row, "completion")
             check_completion(row, "completion", completion)

@@ -87,7 +87,7 @@ def find_unprinted(
     if reasoning:
         detail = (
             "choose another template (data_conf.chat_template_name), or leave it out with"
-            f" ignore_columns: [messages.{reasoning}]"
+            f" ignore_columns: [messages.{reasoning}], messages being the column of the message"
         )
         return DroppedSample(f"the chat template does not print the {reasoning} of a message", detail, is_bad=True)
     if row.tools and "tools" not in renderer.variables:
@@ -104,6 +104,7 @@ def find_unprinted(
     if missing is None:
         return None
     detail = f"choose another template (data_conf.chat_template_name), or leave it out with ignore_columns: [{missing}]"
+    detail += " or, where it is a message, remove it from the file" if missing == "system" else ""
     name = "the system message" if missing == "system" else f"the {missing} of the row"
     return DroppedSample(f"the chat template does not print {name}", detail, is_bad=True)
 
@@ -214,16 +215,33 @@ class MessageWarnings:
         return False
 
 
+def unused_arguments(
+    row: Conversation | Preference | UnpairedPreference | Prompt, renderer: TemplateRenderer
+) -> set[str]:
+    """The warnings about arguments of a row, its `chat_template_kwargs`, that the chat template does not read."""
+    unread = row.template_kwargs.keys() - renderer.variables if row.template_kwargs else ()
+    return {f"chat_template_kwargs.{name} is not used: the chat template does not read it" for name in unread}
+
+
 _WORD = re.compile(r"[A-Za-z0-9]{3,}")
 
 
-def omitted_messages(messages: Sequence[Message], text: str) -> set[str]:
-    """The warnings about messages of which the rendered text lacks the longest word.
+_NOT_PRINTED = {"role", "content", "type", "id", "tool_call_id", *REASONING_KEYS}
+"""Keys of messages that are verified, or which templates need not print."""
 
-    Not of the assistant's, which are verified. A template may write a content as JSON, so whole contents say less.
+
+def omitted_messages(messages: Sequence[Message], text: str) -> set[str]:
+    """The warnings about messages of which the rendered text lacks the longest word, or the text of another key.
+
+    Not of the assistant's contents, which are verified. A template may write a content as JSON, so whole contents say
+    less. That a template has the name of a key somewhere does not mean that it prints it for each role.
     """
     warnings: set[str] = set()
     for message in messages:
+        for key, value in message.items() if len(message) > 2 else ():
+            is_link = key == "name" and message["role"] in ("tool", "function", "ipython")
+            if key not in _NOT_PRINTED and not is_link and isinstance(value, str) and value.strip() not in text:
+                warnings.add(f"message key {key} is not used: the chat template does not read it")
         words = _WORD.findall(message.get("content") or "") if message["role"] != "assistant" else ()
         if words and max(words, key=len) not in text:
             warnings.add(f"the chat template does not print a message of the role {message['role']}")

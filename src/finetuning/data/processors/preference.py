@@ -24,6 +24,7 @@ from finetuning.data.processors.base import (
     omitted_messages,
     serve_tool_calls,
     too_long,
+    unused_arguments,
     unverified_mask,
 )
 from finetuning.data.samples import Conversation, MaskedText, MaskError, Message, Preference, UnpairedPreference
@@ -143,6 +144,8 @@ class PreferenceProcessor(AnswerProcessor):
             *rejected_text.warnings,
             *self.warnings([*row.prompt, *row.chosen, *row.rejected]),
             *(() if row.is_text else omitted_messages(row.prompt, chosen_text.text)),
+            *unused_arguments(row, self.renderer),
+            *_prompt_warnings(row),
             *_split_warnings(chosen_text, chosen_tokens),
             *_split_warnings(rejected_text, rejected_tokens),
         }
@@ -213,6 +216,7 @@ class UnpairedProcessor(AnswerProcessor):
         tokens_cut = max(len(completion) - max_answer, 0)
         warnings = masked.warnings | self.warnings([*row.prompt, *row.completion]) | _split_warnings(masked, tokens)
         warnings |= set() if row.is_text else omitted_messages(row.prompt, masked.text)
+        warnings |= unused_arguments(row, self.renderer) | _prompt_warnings(row)
         return TokenizedSample(
             columns={"prompt_ids": prompt, "completion_ids": completion[:max_answer], "label": row.label},
             tokens=min(size, len(prompt) + max_answer),
@@ -222,6 +226,14 @@ class UnpairedProcessor(AnswerProcessor):
             answer_cut=tokens_cut > 0,
             warnings=frozenset(warnings),
         )
+
+
+PROMPT_IS_ANSWERED = "the prompt ends with an answer: the one that is trained is a turn of its own after it"
+
+
+def _prompt_warnings(row: Preference | UnpairedPreference) -> set[str]:
+    is_answered = not row.is_text and bool(row.prompt) and row.prompt[-1]["role"] == "assistant"
+    return {PROMPT_IS_ANSWERED} if is_answered else set()
 
 
 def _split_warnings(masked: MaskedText, tokens: TokenizedText) -> set[str]:

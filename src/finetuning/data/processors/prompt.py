@@ -14,8 +14,10 @@ from finetuning.data.processors.base import (
     MessageWarnings,
     TokenizedSample,
     find_unprinted,
+    omitted_messages,
     serve_tool_calls,
     too_long,
+    unused_arguments,
     unverified_mask,
 )
 from finetuning.data.samples import RENDER_ERROR, MaskError, Prompt
@@ -70,10 +72,30 @@ class PromptProcessor:
         if self.max_length is not None and len(ids) > self.max_length:
             return too_long(len(ids), self.max_length)
         values = {"prompt": row.messages, "columns": row.columns}
+        try:
+            as_json = json.dumps(values, ensure_ascii=False)
+        except TypeError:
+            name = next(name for name, value in row.columns.items() if not _is_json(value))
+            detail = (
+                f"column {name} holds what is no JSON, such as a date: write it as text, or ignore_columns: [{name}]"
+            )
+            return DroppedSample("bad row", detail, is_bad=True)
         return TokenizedSample(
-            columns={"prompt_ids": ids, "row": json.dumps(values, ensure_ascii=False)},
+            columns={"prompt_ids": ids, "row": as_json},
             tokens=len(ids),
             trained=0,
             text=text,
-            warnings=frozenset(self.warnings(row.messages)),
+            warnings=frozenset(
+                self.warnings(row.messages)
+                | omitted_messages(row.messages, text)
+                | unused_arguments(row, self.renderer)
+            ),
         )
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

@@ -24,6 +24,7 @@ from finetuning.data.processors.base import (
     serve_tool_calls,
     too_long,
     truncate,
+    unused_arguments,
     unverified_mask,
 )
 from finetuning.data.samples import RENDER_ERROR, Conversation, MaskedText, MaskError, RowToTokenize, Text, TokenIds
@@ -102,7 +103,7 @@ class ChatProcessor:
         if masked.method != "layout":
             if unprinted := find_unprinted(row, self.renderer, masked.text):
                 return unprinted
-            notes = notes.union(omitted_messages(row.messages, masked.text))
+            notes = notes.union(omitted_messages(row.messages, masked.text), unused_arguments(row, self.renderer))
         sample = truncate(tokens, self.max_length, self.truncate, masked.text, notes)
         if isinstance(sample, DroppedSample) and sample.detail == NO_ANSWER:
             has_answer = any(message["role"] == "assistant" for message in row.messages)

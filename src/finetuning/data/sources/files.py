@@ -10,6 +10,7 @@ import bz2
 import codecs
 import glob
 import gzip
+import json
 import lzma
 import os
 import re
@@ -121,6 +122,12 @@ def _text_row(path: str, lines: list[str], first_line: int) -> Iterator[Row]:
 
 
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+_OTHER_FILES = {
+    b"PAR1": "Parquet: name it .parquet",
+    b"ARRO": "Arrow: name it .arrow",
+    b"PK\x03\x04": "a ZIP archive: unpack it",
+}
+"""What a file is by its first bytes, and what to do where its name says something else."""
 _COLUMNAR = {".parquet": read_parquet, ".arrow": read_arrow}
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT_FORMATS = (".txt", ".md")
@@ -203,6 +210,7 @@ def _read(path: str, text_unit: str) -> Iterator[Row | Problem | Line]:
         if kind in _SEPARATORS:
             yield from read_csv(path, stream, _SEPARATORS[kind])
         elif kind in TEXT_FORMATS:
+            _check_no_json_lines(path, stream)
             yield from read_text(path, stream, text_unit)
         else:
             yield from read_json(path, stream)
@@ -213,7 +221,27 @@ def _check_encoding(path: str, stream: BinaryIO) -> None:
     for byte_order_mark, name in _BYTE_ORDER_MARKS:
         if head.startswith(byte_order_mark):
             raise DataError(f"the file is {name}; expected UTF-8", location=Location(file=path))
+    if advice := next((advice for mark, advice in _OTHER_FILES.items() if head.startswith(mark)), None):
+        raise DataError(f"the file is {advice}", location=Location(file=path))
     stream.seek(0)
+
+
+def _check_no_json_lines(path: str, stream: BinaryIO) -> None:
+    """Raise DataError if the first line of a text file is a JSON object: the source of rows would be trained."""
+    first = next((line for line in stream if not line.isspace()), b"").removeprefix(codecs.BOM_UTF8).strip()
+    stream.seek(0)
+    if not (first.startswith(b"{") and first.endswith(b"}")):
+        return
+    try:
+        is_row = bool(json.loads(first))
+    except (ValueError, RecursionError):
+        return
+    if is_row:
+        raise DataError(
+            "the file holds JSON objects, and by its name it is plain text",
+            location=Location(file=path, line=1),
+            hint="Name it .jsonl. To train on the text of the JSON itself, write it into the column text of a table.",
+        )
 
 
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
 
-from finetuning.data.samples import JsonValue, Row, json_type
+from finetuning.data.samples import JsonValue, RepeatedKeyError, Row, json_type, unique_keys
 from finetuning.errors import DataError, Location, Problem
 
 _READ_AHEAD = 1 << 20
@@ -98,7 +98,7 @@ class _Window:
         """Return the JSON value at a position, and its start and end in the text, which may have moved."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, position)
+                value, end = self._decode(position)
                 if len(self.text) - end > _MAX_TOKEN or not self.advance(position):
                     return value, position, end
             except json.JSONDecodeError as error:
@@ -109,7 +109,16 @@ class _Window:
                     ) from None
             except RecursionError:
                 raise self.error("invalid JSON: nested too deeply", position) from None
+            except ValueError as error:
+                raise self.error(_invalid(error), position) from None
             position = 0
+
+    def _decode(self, position: int) -> tuple[Any, int]:
+        """Return the JSON value at a position, or its RepeatedKeyError, and its end."""
+        try:
+            return _DECODER.raw_decode(self.text, position)
+        except RepeatedKeyError as error:
+            return error, json.JSONDecoder().raw_decode(self.text, position)[1]
 
 
 def read_array(
@@ -163,7 +172,7 @@ def read_values(
 
 _INCOMPLETE = object()
 _PEEK = 1 << 16
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 class Line(NamedTuple):
@@ -237,10 +246,10 @@ def _is_unclosed(line: bytes) -> bool:
 def _decode(text: str) -> object:
     try:
         return json.loads(text)
-    except RecursionError as error:
-        return error
     except json.JSONDecodeError as error:
         return _INCOMPLETE if error.pos >= len(text) else error
+    except (RecursionError, ValueError) as error:
+        return error
 
 
 def _read_lines(path: str, stream: BinaryIO, offset: int) -> Iterator[Line]:
@@ -248,6 +257,11 @@ def _read_lines(path: str, stream: BinaryIO, offset: int) -> Iterator[Line]:
         if not line.isspace():
             yield Line(path, number, offset, line)
         offset += len(line)
+
+
+def _invalid(error: ValueError) -> str:
+    """Return what is wrong with JSON that is well-formed: a key that is twice in an object, a number of 4300 digits."""
+    return f"invalid JSON: {str(error).partition(';')[0]}"
 
 
 def _parse_line(text: str, location: Location) -> Row | Problem:
@@ -259,17 +273,21 @@ def _parse_line(text: str, location: Location) -> Row | Problem:
         return _parse_strictly(text, location)
     except RecursionError:
         return Problem("invalid JSON: nested too deeply", location)
+    except ValueError as error:
+        return Problem(_invalid(error), location)
     return _to_row(values, text, location)
 
 
 def _parse_strictly(text: str, location: Location) -> Row | Problem:
     """Parse a line that begins with white space, or is invalid."""
     try:
-        values = json.loads(text.rstrip())
+        values = json.loads(text.rstrip(), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         return Problem(f"invalid JSON at column {error.colno}: {error.msg}", location)
     except RecursionError:
         return Problem("invalid JSON: nested too deeply", location)
+    except ValueError as error:
+        return Problem(_invalid(error), location)
     return _to_row(values, text, location)
 
 
@@ -284,7 +302,9 @@ def _to_text(line: bytes, location: Location, offset: int) -> str | Problem:
         return Problem(f"invalid UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x})", where)
 
 
-def _to_row(values: JsonValue, text: str, location: Location) -> Row | Problem:
+def _to_row(values: JsonValue | RepeatedKeyError, text: str, location: Location) -> Row | Problem:
+    if isinstance(values, RepeatedKeyError):
+        return Problem(_invalid(values), location)
     if not isinstance(values, dict):
         return Problem(f"expected an object, got {json_type(values)}", location)
     # Only a JSON escape can produce these in UTF-8 input, and no tokenizer accepts half of a surrogate pair.

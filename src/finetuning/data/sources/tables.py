@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -53,12 +53,20 @@ def _rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
         # Offsets of a damaged file that point elsewhere would end the process.
         batch.validate(full=True)
         if number == 0:
+            _check_names(path, batch.schema.names)
             decode = _json_decoder(dict(zip(batch.schema.names, batch.schema.types, strict=True)))
         for start in range(0, batch.num_rows, _BATCH):
-            for values in batch.slice(start, _BATCH).to_pylist():
+            for values in batch.slice(start, _BATCH).to_pylist(maps_as_pydicts="strict"):
                 number += 1
                 row = without_nulls(values)
                 yield Row(cast("JsonObject", decode(row)) if decode else row, Location(file=path, line=number))
+
+
+def _check_names(path: str, names: Sequence[str]) -> None:
+    """Raise DataError if two columns have one name: the values of the first would vanish."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"columns with the same name: {', '.join(repeated)}", location=Location(file=path))
 
 
 _Decode = Callable[[object], object]
