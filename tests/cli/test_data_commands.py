@@ -183,6 +183,27 @@ def test_the_doctor_judges_the_rows_of_a_config(
     assert f"{tmp_path}/sft.jsonl:1: " in out and "needs at least one message" in (tmp_path / "data.html").read_text()
 
 
+def test_the_doctor_reports_on_data_of_which_no_row_is_left(
+    no_model: Any, write_config: Any, write_jsonl: Any, capsys: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": []}, {"messages": [{"role": "user", "content": "Hi"}]}])
+    code, out, _ = doctor_says(capsys, write_config(no_model()))
+    assert code == 1 and "training: 0 rows of 2 kept" in out
+    assert "stop Rows: no training row is left of 2 rows: bad row (1), nothing to train on (1) change: the file" in out
+    assert "sft.jsonl:1: messages: bad row: needs at least one message" in out
+    assert "sft.jsonl:2: nothing to train on: no assistant message" in out and "Duplicates" not in out
+
+
+def test_the_doctor_names_a_dataset_of_which_no_row_is_left(
+    no_model: Any, write_config: Any, write_jsonl: Any, capsys: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "empty.jsonl", [{"messages": []}])
+    datasets = [{"path": str(tmp_path / name)} for name in ("sft.jsonl", "empty.jsonl")]
+    config = write_config(no_model({"data_conf.training_data.datasets": datasets}))
+    code, out, _ = doctor_says(capsys, config)
+    assert code == 1 and f"stop Datasets: every row of {tmp_path}/empty.jsonl was dropped" in out
+
+
 def test_personal_data_is_counted_where_its_package_is_installed(
     no_model: Any, write_config: Any, write_jsonl: Any, capsys: Any, tmp_path: Path
 ) -> None:

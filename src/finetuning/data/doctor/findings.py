@@ -119,7 +119,9 @@ def histogram(lengths: NDArray[np.int64], limit: int | None) -> Histogram:
 
 def all_findings(examined: Examined) -> list[Finding]:
     """Return a finding for each property that the rows have, those to stop at first."""
-    findings = [finding for check in _CHECKS for finding in check(examined)]
+    # Where no row is left to train on, there is nothing to say about those that are.
+    checks = _CHECKS if examined.training.rows else _CHECKS_OF_INPUT
+    findings = [finding for check in checks for finding in check(examined)]
     order = [Verdict.STOP, Verdict.LOOK, Verdict.OK]
     return sorted(findings, key=lambda finding: order.index(finding.verdict))
 
@@ -429,20 +431,10 @@ def _single(check: Callable[[Examined], Finding | None]) -> Callable[[Examined],
     return lambda examined: [finding] if (finding := check(examined)) is not None else []
 
 
+_CHECKS_OF_INPUT = tuple(map(_single, (_invalid_rows, _empty_datasets, _lengths)))
 _CHECKS: tuple[Callable[[Examined], list[Finding]], ...] = (
-    *map(
-        _single,
-        (
-            _invalid_rows,
-            _empty_datasets,
-            _lengths,
-            _unused,
-            _other_warnings,
-            _leaks,
-            _exact_duplicates,
-            _near_duplicates,
-        ),
-    ),
+    *_CHECKS_OF_INPUT,
+    *map(_single, (_unused, _other_warnings, _leaks, _exact_duplicates, _near_duplicates)),
     _pairs,
     *map(_single, (_classes, _calls, _repeated, _ends, _double_bos, _template, _tokens, _pii, _turns, _scripts)),
 )
