@@ -99,7 +99,8 @@ values = {
     "data_conf": {"training_data": {"type": "CONCATENATION", "datasets": [{"path": folder + "/chats.jsonl"}]},
                   "validation_data": {"type": "NONE"}, "chat_template_name": "keep-original"},
     "sft_args": {"max_seq_length": 4096, "train_on_completions_only": True},
-    "training_args": {"output_dir": folder + "/out"}, "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 8},
+    "training_args": {"output_dir": folder + "/out"},
+    "batchsize_conf": {"total_train_batch_size": 8, "max_per_device_train_batch_size": 8},
     "peft_conf": {"peft_type": "NO_PEFT"}, "run_conf": {"model": folder + "/tokenizer"}}
 Path(folder, "config.yaml").write_text(yaml.safe_dump(values))
 method = ALGORITHMS["sft"]
