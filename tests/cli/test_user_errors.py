@@ -86,6 +86,26 @@ def test_an_invalid_argument_of_a_schedule_is_a_config_error(say: Say, sft_value
     assert code == 1 and "training_args.lr_scheduler_kwargs: is rejected: lr_end" in err
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training_args.learning_rate": 0.0, "peft_conf": {"peft_type": "NO_PEFT"}},
+        {
+            "training_args.max_steps": 1,
+            "training_args.warmup_steps": 0.03,
+            "peft_conf": {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"]}},
+        },
+    ],
+    ids=["as configured", "in the warm-up"],
+)
+def test_a_learning_rate_of_0_in_every_step_is_a_warning(
+    check: Any, say: Say, sft_values: Any, changes: dict[str, Any]
+) -> None:
+    values = sft_values({"training_args.max_steps": 2, **changes})
+    assert check("sft", values) == 0
+    assert "training will not change the weights" in say("sft", values, "--dry-run")[2]
+
+
 # With 4 bits the step is compiled for a minute; those with 8 bits and in float8 take the same way.
 OPTIMIZERS = [item.value for item in OptimizerNames]
 

@@ -174,6 +174,7 @@ UTILITIES: dict[str, dict[str, Any]] = {
         "run_conf": {"model_args": {"torch_dtype": None, "dtype": "bfloat16", "attn_implementation": "sdpa"}},
         "peft_conf": lora([*LORA, "lm_head", "embed_tokens"]),
     },
+    "float16": {"run_conf": {"model_args": {"torch_dtype": "float16"}}},
     "not reentrant": _args(gradient_checkpointing_kwargs={"use_reentrant": False}, report_to=["none"]),
     "mlflow": {
         "tracking": {"mlflow_server_uri": "http://dev-tracking-mlflow-shared", "experiment_name": "my_experiment"},
@@ -271,6 +272,7 @@ RECIPES = dict(recipes())
 SAMPLE = (
     "cohere LoRA with a misspelled module",
     "mixtral LoRA",
+    "float16",
     pytest.param("tiny model, with embeddings", marks=pytest.mark.full),
     pytest.param("tutorial best checkpoint, LoRA, Qwen", marks=pytest.mark.full),
     pytest.param("dpo full", marks=pytest.mark.full),

@@ -34,8 +34,8 @@ def copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 def test_dtype_is_the_checkpoints_unless_asked(tiny_llama_dir: Path):
     assert load_model(run_config(tiny_llama_dir)).dtype == torch.float32
     assert load_model(run_config(tiny_llama_dir, dtype="bfloat16")).dtype == torch.bfloat16
-    assert load_model(run_config(tiny_llama_dir), default_dtype="float16").dtype == torch.float16
-    assert load_model(run_config(tiny_llama_dir, dtype="bfloat16"), default_dtype="float32").dtype == torch.bfloat16
+    assert load_model(run_config(tiny_llama_dir), dtype="float16").dtype == torch.float16
+    assert load_model(run_config(tiny_llama_dir, dtype="bfloat16"), dtype="float32").dtype == torch.float32
 
 
 def test_fields_of_the_models_config_pass_through(tiny_llama_dir: Path):

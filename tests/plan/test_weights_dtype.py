@@ -15,13 +15,13 @@ from finetuning.config.sections.experiment import EXPERIMENTS
 from finetuning.config.validation.validate import validate
 from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import ProcessTopology
-from finetuning.errors import ConfigError
 from finetuning.plan.features import RunContext
 from finetuning.plan.plan import Plan, make_plan
 
 LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": ["q_proj"]}}
 AUTOCAST = {"training_args.bf16": True}
 BFLOAT16 = {"run_conf.model_args.dtype": "bfloat16"}
+FLOAT16 = {"run_conf.model_args.dtype": "float16"}
 FSDP = ProcessTopology(world_size=2, sharded_by="fsdp")
 ALONE = ProcessTopology()
 
@@ -63,6 +63,11 @@ def test_a_config_and_a_launcher_that_both_shard_are_a_warning(plan: Any) -> Non
         (None, AUTOCAST, ALONE, "float32", "float32"),
         ("float16", {}, ALONE, "float32", "float32"),
         ("bfloat16", {}, ALONE, "auto", "bfloat16"),
+        ("bfloat16", FLOAT16, ALONE, "float32", "float32"),
+        ("float16", AUTOCAST | FLOAT16, ALONE, "float32", "float32"),
+        ("float16", {"training_args.fp16": True} | FLOAT16, ALONE, "float32", "float32"),
+        ("float16", FLOAT16, FSDP, "float32", "float32"),
+        ("float16", AUTOCAST | FLOAT16 | {"peft_conf": LORA}, ALONE, "float16", None),
         ("bfloat16", AUTOCAST | BFLOAT16, ALONE, "bfloat16", "bfloat16"),
         ("bfloat16", AUTOCAST | BFLOAT16, FSDP, "bfloat16", "float32"),
         ("bfloat16", AUTOCAST | {"training_args.deepspeed": {"bf16": {"enabled": True}}}, ALONE, "auto", "float32"),
@@ -110,13 +115,15 @@ def test_updates_that_bfloat16_rounds_off_are_reported(plan: Any, changes: dict[
         assert "at a learning rate of 1e-05, Adam's updates of weights above about 0.0051 are lost" in str(warning)
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_float16_weights_are_not_trained(plan: Any, autocast: bool) -> None:
-    changes = {"run_conf.model_args.dtype": "float16", "training_args.bf16": autocast}
-    with pytest.raises(ConfigError, match=r"become NaN within a few steps.*run_conf.model_args.dtype: auto") as caught:
-        plan("bfloat16", changes)
-    assert caught.value.problems[0].location.key == "run_conf.model_args.dtype"
-    plan("bfloat16", changes | {"peft_conf": LORA})
+@pytest.mark.parametrize("precision", ["bf16", "fp16", None])
+def test_float16_weights_are_trained_in_float32_with_a_warning(plan: Any, precision: str | None) -> None:
+    changes = FLOAT16 | ({f"training_args.{precision}": True} if precision else {})
+    _, made = plan("bfloat16", changes)
+    (warning,) = made.warnings
+    assert warning.location.key == "run_conf.model_args.dtype"
+    assert "turns float16 weights into NaN" in str(warning) and "saved in float16" in str(warning)
+    assert made.memory.total == 4 * 4 * 1000
+    assert plan("bfloat16", changes | {"peft_conf": LORA})[1].warnings == []
 
 
 def test_the_warning_names_the_line_that_the_user_wrote(

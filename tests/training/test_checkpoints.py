@@ -244,21 +244,29 @@ def test_a_directory_is_claimed_by_one_run(tmp_path: Path) -> None:
 def test_a_copy_of_the_final_model_that_is_not_equal_is_an_error(
     sft_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
+    """An earlier model in the folder is not replaced by half of another."""
+
     def copy_all_but_one_byte(source: Path, target: Path) -> None:
         content = Path(source).read_bytes()
-        Path(target).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        change = int(Path(source).name == "config.json")  # the last one
+        Path(target).write_bytes(content[:-1] + bytes([content[-1] ^ change]))
 
+    names = ("model.safetensors", "config.json")
     target = tmp_path / "served"
     if exists:
         target.mkdir()
+        for name in names:
+            (target / name).write_text(f"old {name}")
     monkeypatch.setattr("shutil.copyfile", copy_all_but_one_byte)
     experiment = SFTExperiment.model_validate(sft_values({"save_model_dir": str(target)}))
     final = Path(experiment.training_args.output_dir) / "checkpoint-final"
     final.mkdir(parents=True)
-    (final / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(StorageError, match=r"model\.safetensors.* is not what was copied to it"):
+    for name in names:
+        (final / name).write_text(f"new {name}")
+    with pytest.raises(StorageError, match=r"config\.json.* is not what was copied to it"):
         copy_to_save_model_dir(experiment)
-    assert not (target / "model.safetensors").exists()
+    left = {path.name: path.read_text() for path in target.iterdir()} if target.exists() else {}
+    assert left == ({name: f"old {name}" for name in names} if exists else {})
     assert not (Path(experiment.training_args.output_dir) / ".complete").exists()
 
 

@@ -188,7 +188,7 @@ def test_a_device_too_small_for_float32_trains_in_bfloat16(
     context = RunContext(experiment, ProcessTopology(), 1)
     need = estimate_memory(experiment, "float32").total
     arguments = SimpleNamespace(fp16=False, use_cpu=False)
-    for memory, expected in ((need, "float32"), (need - 1, "auto"), (need // 2 - 1, "float32"), (None, "float32")):
+    for memory, expected in ((need, "float32"), (need - 1, "bfloat16"), (need // 2 - 1, "float32"), (None, "float32")):
         device = replace(NEW_GPU, memory=memory)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("finetuning.training.preflight.training_device", lambda use_cpu, device=device: device)

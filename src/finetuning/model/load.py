@@ -221,15 +221,14 @@ def load_model(
     *,
     topology: ProcessTopology | None = None,
     sharded_by: Sharding | None = None,
-    default_dtype: Dtype = "auto",
+    dtype: Dtype | None = None,
     head: TaskHead = CAUSAL_LM,
     key: str = _KEY,
 ) -> PreTrainedModel:
     """Load the model that `run_conf` names onto this process's device, in evaluation mode.
 
     Args:
-        default_dtype: dtype to load in when model_args.dtype is `auto`. fp16 training passes float32, because loss
-            scaling needs float32 master weights.
+        dtype: dtype to load in, instead of model_args.dtype. Training passes the one that trained weights are held in.
         sharded_by: set when FSDP or DeepSpeed places the weights; no device is chosen here then.
         head: the task head. Head weights that the checkpoint lacks are set to zero.
         key: config key of the model, for error messages.
@@ -245,7 +244,7 @@ def load_model(
         quant_conf,
         topology=topology,
         sharded_by=sharded_by,
-        default_dtype=default_dtype,
+        dtype=dtype,
         head=head,
         key=key,
     )
@@ -263,7 +262,7 @@ def loading_arguments(
     *,
     topology: ProcessTopology | None = None,
     sharded_by: Sharding | None = None,
-    default_dtype: Dtype = "auto",
+    dtype: Dtype | None = None,
     head: TaskHead = CAUSAL_LM,
     key: str = _KEY,
 ) -> tuple[ModelLocation, dict[str, object]]:
@@ -279,7 +278,7 @@ def loading_arguments(
     token = args.token.get_secret_value() if args.token else None
     source = resolve_model(run_conf.model, "model", key=key, token=token, **hub_arguments)
     arguments: dict[str, object] = {
-        "dtype": default_dtype if args.dtype == "auto" else args.dtype,
+        "dtype": dtype or args.dtype,
         "device_map": _device_map(args, topology or ProcessTopology(), sharded_by, key),
         "use_safetensors": _safetensors_only(source, args, key),
         "trust_remote_code": args.trust_remote_code,

@@ -246,12 +246,6 @@ INCOMPATIBILITIES = (
         "loss scaling needs trainable weights in float32, which autocast casts",
         "Set run_conf.model_args.dtype: float32 (or auto), or use bf16.",
     ),
-    Incompatibility(
-        features.FLOAT16_UNSCALED,
-        features.FULL_FINE_TUNING,
-        "small gradients and Adam's epsilon are 0 in float16, so that weights become NaN within a few steps",
-        "Set run_conf.model_args.dtype: auto, which trains them in float32, or bfloat16.",
-    ),
 )
 """All rejected pairs. Any other combination is allowed."""
 

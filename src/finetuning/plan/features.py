@@ -82,14 +82,22 @@ class RunContext:
         return pretrained_dtype(find_pretrained_config(self.experiment.run_conf.model))
 
     @property
+    def raises_float16(self) -> bool:
+        """Whether the config asks for float16 weights, and they are trained and so held in float32."""
+        in_half = self.experiment.run_conf.model_args.dtype == "float16"
+        return in_half and self.trains_all_weights and self.sharded_by != "deepspeed"
+
+    @property
     def weights_dtype(self) -> Dtype:
         """The dtype that the model is loaded in; `auto` for that of the checkpoint.
 
         With `run_conf.model_args.dtype: auto`, weights that are trained are held in float32 wherever 16 bits would lose
         what they learn and float32 costs no more than memory: under loss scaling (fp16), which needs it, under autocast
-        (bf16), and for a float16 checkpoint, whose weights Adam turns into NaN. DeepSpeed keeps a float32 copy itself.
+        (bf16), and in place of float16, whose weights Adam turns into NaN. DeepSpeed keeps a float32 copy itself.
         """
         configured = self.experiment.run_conf.model_args.dtype
+        if self.raises_float16:
+            return "float32"
         if configured != "auto":
             return configured
         if self.args.fp16:
@@ -165,13 +173,9 @@ def _is_dora(run: RunContext) -> bool:
 
 
 def _trains_fp16(run: RunContext) -> bool:
-    """Return whether trainable weights are in float16. Without sharding, PEFT creates adapter weights in float32."""
+    """Return whether adapter weights are in float16: under sharding. Without it, PEFT creates them in float32."""
     in_half = run.experiment.run_conf.model_args.dtype == "float16"
-    return in_half and (isinstance(run.experiment.peft_conf, NoPeft) or run.sharded_by is not None)
-
-
-def _trains_fp16_unscaled(run: RunContext) -> bool:
-    return run.trained_dtype == "float16" and not run.args.fp16
+    return in_half and not run.trains_all_weights and run.sharded_by is not None
 
 
 _INIT = "peft_conf.peft_kwargs.init_lora_weights"
@@ -217,10 +221,7 @@ QUANTIZED_ON_LOAD = Feature(
     _QUANT,
     lambda run: isinstance(run.experiment.quant_conf, (BitsAndBytes, TorchAO)),
 )
-FLOAT16_TRAINABLE = Feature("weights", "trainable weights in float16", "run_conf.model_args.dtype", _trains_fp16)
-FLOAT16_UNSCALED = Feature(
-    "weights", "float16 weights without loss scaling", "run_conf.model_args.dtype", _trains_fp16_unscaled
-)
+FLOAT16_TRAINABLE = Feature("weights", "sharded adapter weights in float16", "run_conf.model_args.dtype", _trains_fp16)
 FSDP = Feature("sharding", "FSDP", "training_args.fsdp", lambda run: run.sharded_by == "fsdp")
 DEEPSPEED = Feature("sharding", "DeepSpeed", "training_args.deepspeed", lambda run: run.sharded_by == "deepspeed")
 MULTI_PROCESS = Feature("sharding", "multiple processes", "", lambda run: run.topology.is_distributed)
@@ -291,7 +292,7 @@ FEATURES = (
     FULL_FINE_TUNING, LORA, ALORA, ADALORA, PREFIX, VIRTUAL, NO_4BIT_SUPPORT, NO_8BIT_SUPPORT, NOT_TOKENWISE,
     PISSA, OLORA, RANDOM_INIT, WEIGHT_BASED_INIT, DORA,
     QUANT_8BIT, QUANT_4BIT, TORCHAO, NO_TORCHAO_SUPPORT, GPTQ, NO_GPTQ_SUPPORT, FLOAT16_TRAINABLE,
-    FLOAT16_UNSCALED, QUANTIZED_ON_LOAD,
+    QUANTIZED_ON_LOAD,
     FSDP, DEEPSPEED, MULTI_PROCESS,
     PACKING, PADDING_FREE,
     OPTIMIZER_8BIT, LOW_RANK_OPTIMIZER, LAYERWISE_OPTIMIZER, LORAPLUS,

@@ -174,23 +174,47 @@ def plan_steps(rows: int, batch: BatchPlan, args: TrainingArgs) -> StepPlan:
     """
     batches = math.ceil(math.ceil(rows / batch.world_size) / batch.per_device)
     per_epoch = max(math.ceil(batches / batch.accumulation), 1)
-    warning = None
+    warnings: list[str] = []
     if 0 < rows < batch.total:
-        warning = (
+        warnings.append(
             f"{_plural(rows, 'training row')} in all, fewer than the {batch.total} of a batch"
             " (batchsize_conf.total_train_batch_size): each step trains on all of them"
         )
     if args.max_steps > 0:
-        reason = f"max_steps, {_plural(args.max_steps / per_epoch, 'epoch', '.3g')}"
-        return StepPlan(rows, per_epoch, args.max_steps, reason, warning)
-    total = math.ceil(args.num_train_epochs * per_epoch)
-    reason = f"{_plural(args.num_train_epochs, 'epoch')} of {_plural(per_epoch, 'step')}"
-    return StepPlan(rows, per_epoch, total, reason, warning)
+        total, reason = args.max_steps, f"max_steps, {_plural(args.max_steps / per_epoch, 'epoch', '.3g')}"
+    else:
+        total = math.ceil(args.num_train_epochs * per_epoch)
+        reason = f"{_plural(args.num_train_epochs, 'epoch')} of {_plural(per_epoch, 'step')}"
+    warnings += _zero_rate_warning(args, total)
+    return StepPlan(rows, per_epoch, total, reason, "; ".join(warnings) or None)
 
 
 def plan_stream(args: TrainingArgs) -> StepPlan:
     """Return the steps of a run on a streaming dataset."""
-    return StepPlan(None, None, args.max_steps, "max_steps; the rows of a streaming dataset are not counted")
+    warning = "; ".join(_zero_rate_warning(args, args.max_steps)) or None
+    return StepPlan(None, None, args.max_steps, "max_steps; the rows of a streaming dataset are not counted", warning)
+
+
+def zero_rate_reason(rate: float, schedule: str, warmup_steps: float, num_steps: int) -> str | None:
+    """Return why the learning rate is 0 in every step, as far as these say; None if it is not.
+
+    Args:
+        warmup_steps: number of steps, or, below 1, a fraction of all.
+    """
+    if rate == 0:
+        return "training_args.learning_rate is 0"
+    if num_steps == 1 and warmup_steps > 0 and schedule not in _WITHOUT_WARMUP:
+        return "a warm-up (training_args.warmup_steps) begins with a learning rate of 0, and there is one step"
+    return None
+
+
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+"""Schedules without a warm-up, and the one that may begin with another rate than 0."""
+
+
+def _zero_rate_warning(args: TrainingArgs, num_steps: int) -> list[str]:
+    reason = zero_rate_reason(args.learning_rate, args.lr_scheduler_type, args.warmup_steps, num_steps)
+    return [f"{reason}: training will not change the weights"] if reason else []
 
 
 @dataclass(frozen=True)
@@ -214,6 +238,14 @@ def plan_weights(context: RunContext) -> WeightsPlan | None:
     if not context.trains_all_weights:
         return None
     checkpoint = context.checkpoint_dtype
+    if context.raises_float16:
+        warning = Problem(
+            "Adam turns float16 weights into NaN within a few steps, as small gradients and its epsilon are 0 in"
+            f" float16: they are trained in float32 ({_cost_of_float32(context)}) and saved in float16",
+            Location(key="run_conf.model_args.dtype"),
+            "Set run_conf.model_args.dtype: auto.",
+        )
+        return WeightsPlan("float32", "in place of float16, as Adam would turn the weights into NaN", warning)
     if dtype != "float32":
         name = "that of the checkpoint" if dtype is None else dtype
         is_configured = context.experiment.run_conf.model_args.dtype != "auto"

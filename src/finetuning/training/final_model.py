@@ -25,6 +25,7 @@ from finetuning.export.verify import verify_saved
 from finetuning.model.peft.adapter_files import adapter_digests, is_peft_model
 from finetuning.model.save import find_stop_tokens, save_model
 from finetuning.model.saved_weights import changed_share, convert_weights, sample_matrices, sampled_digests
+from finetuning.plan.plan import zero_rate_reason
 from finetuning.report.run_folder import COMPLETE_MARKER, RECORD_NAME
 from finetuning.report.terminal import NextCommand
 from finetuning.training.resume.find import checkpoints_of
@@ -118,6 +119,10 @@ def save_final_model(
     base: Any = model.get_base_model() if adapted else model
     stop_tokens = find_stop_tokens(model, tokenizer, trainer.end_of_turn)
     checks = ["all files equal what is in memory"]
+    rate_is_zero = _rate_is_zero(trainer)
+    if rate_is_zero is not None:
+        logger.warning("%s: the model is saved as it was before training", rate_is_zero)
+        initial = replace(initial, digests={}, samples={})
     with _explain_full_disk(folder), _name_target(folder), atomic_directory(folder) as candidate:
         if not adapted:
             weights = dict(model.named_parameters()) if state_dict is None else state_dict
@@ -138,6 +143,7 @@ def save_final_model(
             verified = verify_saved(
                 candidate,
                 initial=initial.digests if adapted else None,
+                is_trained=rate_is_zero is None,
                 sample_texts={_SAMPLE_TEXT: tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False)},
             )
     return FinalModel(
@@ -148,6 +154,15 @@ def save_final_model(
         checks=(*checks, *verified.checks),
         stop_tokens=stop_tokens.report if stop_tokens else None,
     )
+
+
+def _rate_is_zero(trainer: TrainerMixin) -> str | None:
+    """Return why every step had a learning rate of 0; None if that is not known."""
+    from transformers.trainer_utils import SchedulerType
+
+    args = trainer.args
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    return zero_rate_reason(args.learning_rate, schedule, args.warmup_steps, trainer.state.global_step)
 
 
 def _check_changed(initial: InitialWeights, weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -254,8 +269,9 @@ def check_save_model_dir(experiment: Experiment) -> None:
 def copy_to_save_model_dir(experiment: Experiment) -> Path | None:
     """Copy the final model to `save_model_dir`, if set, and create an empty file `.complete` in `output_dir`.
 
-    A new folder appears atomically. In an existing one each file replaces its namesake atomically, weights before the
-    configs that a reader opens first; other files stay. Every file is compared with the original.
+    A new folder appears atomically. In an existing one nothing is replaced before all files are written and compared
+    with the originals; then each replaces its namesake, weights before the configs that a reader opens first. Other
+    files stay.
 
     Raises:
         StorageError: it is not writable. The final model in `output_dir` is not affected.
@@ -282,12 +298,17 @@ def _copy(final: Path, target: Path) -> None:
             shutil.copytree(final, folder, copy_function=_copy_file, dirs_exist_ok=True)
         return
     files = sorted((path for path in final.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
-    for file in files:
-        destination = target / file.relative_to(final)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        staging = staging_path(destination)
-        _copy_file(file, staging)
-        os.replace(staging, destination)
+    destinations = [target / file.relative_to(final) for file in files]
+    try:
+        for file, destination in zip(files, destinations, strict=True):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(file, staging_path(destination))
+        for destination in destinations:
+            os.replace(staging_path(destination), destination)
+    except OSError:
+        for destination in destinations:
+            staging_path(destination).unlink(missing_ok=True)
+        raise
 
 
 def _copy_file(source: str | Path, target: str | Path) -> None:

@@ -154,8 +154,9 @@ def choose_dtype(context: RunContext, arguments: TrainingArguments) -> tuple[Dty
     float32 was chosen without knowing the device. Where only 16 bits fit, the model stays in bfloat16.
     """
     dtype, checkpoint = context.weights_dtype, context.checkpoint_dtype
-    is_raised = context.experiment.run_conf.model_args.dtype == "auto" and dtype == "float32"
-    if not is_raised or not context.trains_all_weights or context.sharded_by or checkpoint in (None, "float32"):
+    saved = "float16" if context.raises_float16 else checkpoint
+    is_raised = context.experiment.run_conf.model_args.dtype in ("auto", "float16") and dtype == "float32"
+    if not is_raised or not context.trains_all_weights or context.sharded_by or saved in (None, "float32"):
         return dtype, None, []
     if checkpoint == "bfloat16" and not arguments.fp16:
         excess = partial(_excess_of_float32, context, arguments)
@@ -167,11 +168,11 @@ def choose_dtype(context: RunContext, arguments: TrainingArguments) -> tuple[Dty
             reason = excess()
         if reason is not None:
             logger.warning("weights are trained in bfloat16, which rounds off small updates: %s", reason)
-            return "auto", None, [f"dtype of the weights: bfloat16, as {reason}"]
+            return "bfloat16", None, [f"dtype of the weights: bfloat16, as {reason}"]
     import torch
 
-    note = f"dtype of the weights: float32 in training, {checkpoint} in the final model"
-    return dtype, getattr(torch, str(checkpoint)), [note]
+    note = f"dtype of the weights: float32 in training, {saved} in the final model"
+    return dtype, getattr(torch, str(saved)), [note]
 
 
 def _excess_of_float32(context: RunContext, arguments: TrainingArguments) -> str | None:

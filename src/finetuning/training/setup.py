@@ -302,7 +302,7 @@ def _load_base_model(
     algorithm: Algorithm,
     tokenizer: LoadedTokenizer,
     topology: ProcessTopology,
-    default_dtype: Dtype,
+    dtype: Dtype,
 ) -> tuple[PreTrainedModel, EmbeddingInfo]:
     """Return the model without adapter, with embeddings for the new tokens."""
     from finetuning.model import load
@@ -319,7 +319,7 @@ def _load_base_model(
         experiment.quant_conf,
         topology=topology,
         sharded_by=topology.sharded_by,
-        default_dtype=default_dtype,
+        dtype=dtype,
         head=load.SEQUENCE_CLASSIFICATION if algorithm.has_score_head else load.CAUSAL_LM,
     )
     configured = experiment.run_conf.model_args.dtype
