@@ -202,12 +202,24 @@ VALUES: dict[str, list[Any]] = {
     "save_safetensors": [True, False],
     "group_by_length": [False, True],
     "warmup_ratio": [0.0, 0.1],
+    "fp16_opt_level": ["O1", "O2"],
+    "fp16_backend": ["auto", "apex"],
+    "half_precision_backend": ["auto", "apex"],
+    "ray_scope": ["last", "all"],
+    "fsdp_min_num_params": [0, 100],
+    "fsdp_transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "per_gpu_train_batch_size": [8],
+    "per_gpu_eval_batch_size": [8],
+    "tpu_num_cores": [8],
+    "dispatch_batches": [True],
+    "split_batches": [False],
     **{
         key: [True]
         for key in (
             "ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_rslora", "use_qalora", "do_eval",
             "do_predict", "do_train", "include_tokens_per_second", "jit_mode_eval", "no_cuda", "use_ipex",
-            "use_mps_device",
+            "use_mps_device", "adafactor", "include_inputs_for_metrics", "tpu_metrics_debug",
+            "use_legacy_prediction_loop",
         )
     },
 }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from finetuning.data.chat.loss_mask import AssistantMaskBuilder
 from finetuning.data.chat.template import TemplateRenderer
-from finetuning.data.samples import Conversation, MaskedText, MaskError
+from finetuning.data.samples import DIFFERENT_PROMPT, Conversation, MaskedText, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import DataError, Location
 
@@ -83,6 +83,20 @@ def test_unconditional_header_is_not_trained(find: Callable[..., Any]) -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}<|im_start|>assistant\n\n"
     )
     assert spans(find(always, TALK)) == ["Hello</s>", "Bye</s>"]
+
+
+def test_a_prompt_with_other_whitespace_than_the_turns_is_a_warning(find: Callable[..., Any]) -> None:
+    """A template on one line writes the spaces around its conditions, and a prompt has others than a whole chat."""
+    on_one_line = (
+        "{% for m in messages %}   {% if m.role == 'user' %}{{ '<|user|>\n' + m.content + '</s>' }}   {% else %}"
+        "{{ '<|assistant|>\n' + m.content + '</s>' }}   {% endif %}   {% if loop.last and add_generation_prompt %}"
+        "{{ '<|assistant|>' }}   {% endif %}   {% endfor %}"
+    )
+    result = find(on_one_line, TALK)
+    assert spans(result) == ["Hello</s>", "Bye</s>"]
+    assert isinstance(result, MaskedText) and DIFFERENT_PROMPT in result.warnings
+    other_words = on_one_line.replace("{{ '<|assistant|>' }}", "{{ '<|model|>' }}")
+    assert str(find(other_words, TALK)).endswith("the text before it is not the template's generation prompt")
 
 
 def test_end_of_turn_can_be_plain_text(find: Callable[..., Any]) -> None:

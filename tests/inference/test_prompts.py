@@ -28,7 +28,8 @@ def read(write_jsonl: WriteJsonl, tmp_path: Path, *rows: dict[str, Any]) -> list
 
 def test_an_open_prompt_is_repeated_num_samples_times() -> None:
     prompts = read_prompts(OpenInput(type="open-input", input="Once", num_samples=3))
-    assert [(prompt.id, prompt.text) for prompt in prompts] == [(0, "Once"), (1, "Once"), (2, "Once")]
+    assert [(prompt.id, prompt.text) for prompt in prompts] == [("0", "Once"), ("1", "Once"), ("2", "Once")]
+    assert {prompt.dataset for prompt in prompts} == {"_open_prompt_data_"}  # as in Silogen's engine
 
 
 def test_the_last_answer_of_messages_is_the_reference_and_not_shown(write_jsonl: WriteJsonl, tmp_path: Path) -> None:

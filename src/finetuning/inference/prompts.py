@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from finetuning.errors import ConfigError, DataError, Location, Problem
 logger = logging.getLogger(__name__)
 MAX_REPORTED_PROBLEMS = 10
 OPEN_INPUT = "open-input"
+_OPEN_PROMPTS = "_open_prompt_data_"
+"""The dataset of `prompt_conf.type: open-input`, whose ids are texts, as in Silogen's engine."""
 _KEY = "prompt_conf.data"
 _UNKNOWN = Location()
 _DATASET_KEYS = ("path", "split", "subset", "revision", "columns", "text_unit", "max_rows")
@@ -66,7 +68,9 @@ def read_prompts(conf: OpenInput | EvalData, key: str = _KEY) -> list[Generation
         DataError: a file is missing or empty, or rows are invalid; up to ten of them are listed.
     """
     if isinstance(conf, OpenInput):
-        return text_prompts([conf.input] * conf.num_samples, Location(key="prompt_conf.input"))
+        prompts = text_prompts([conf.input] * conf.num_samples, Location(key="prompt_conf.input"))
+        names = {"dataset": _OPEN_PROMPTS, "data_collection": _OPEN_PROMPTS}
+        return [replace(prompt, id=str(prompt.id), **names) for prompt in prompts]
     unsupported = sorted(conf.data.model_fields_set - set(_DATASET_KEYS))
     if unsupported:
         raise ConfigError(

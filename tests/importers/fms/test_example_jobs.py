@@ -127,6 +127,40 @@ JOBS: dict[str, dict[str, Any]] = {
             )
         ]
     },
+    # Of fms-hf-tuning's own tests: the job keeps the name of a text column that these rows do not have.
+    "tokens by a data config": {"DATA": [dataset("tokens")], "dataset_text_field": "output"},
+    "ids by a data config": {
+        "DATA": [
+            {
+                "data_paths": ["ROWS ids"],
+                "data_handlers": [
+                    {
+                        "name": "duplicate_columns",
+                        "arguments": {"fn_kwargs": {"existing_column_name": "input_ids", "new_column_name": "labels"}},
+                    }
+                ],
+            }
+        ],
+        "dataset_text_field": "output",
+    },
+    "a chat template on one line": TURNS
+    | {
+        "ROWS": "chats",
+        "dataset_text_field": "output",
+        "instruction_template": "<|user|>",
+        "response_template": "<|assistant|>",
+        "chat_template": "{% for message in messages['messages'] %}      {% if message['role'] == 'user' %}"
+        "{{ '<|user|>\n' + message['content'] + eos_token }}      {% elif message['role'] == 'assistant' %}"
+        "{{ '<|assistant|>\n' + message['content'] + eos_token }}      {% endif %}"
+        "      {% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}      {% endif %}      {% endfor %}",
+    },
+    "a stream by its datasets": {"DATA": [dataset("pairs", PAIRS, streaming=True)], "max_steps": 2},
+    "a chat template beside the datasets": {
+        "DATA": [dataset("chats", CHATS)],
+        "chat_template": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "PLACE": "data",
+    },
     "earlier pairs": {"DATA": [dataset("pairs", EARLIER["pairs"])], "datapreprocessor": {"sampling_seed": 66}},
     "earlier template": {"DATA": [dataset("texts", EARLIER["template"])], "response_template": "\n### Label:"},
     "earlier texts in packs": {"DATA": [dataset("texts", EARLIER["eos"])], "packing": True},
@@ -175,11 +209,12 @@ def run(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[s
             "use_cpu": True,
         }
         if "DATA" in job:
-            config = {name: job[name] for name in ("dataprocessor", "datapreprocessor") if name in job}
+            names = ("dataprocessor", "datapreprocessor", *(["chat_template"] if job.get("PLACE") == "data" else []))
+            config = {name: job[name] for name in names if name in job}
             (tmp_path / "data.yaml").write_text(_with_paths({"datasets": job["DATA"], **config}, tmp_path))
             del values["training_data_path"]
             values["data_config_path"] = str(tmp_path / "data.yaml")
-        local = ("MODEL", "ROWS", "DATA", "dataprocessor", "datapreprocessor")
+        local = {"MODEL", "ROWS", "DATA", "PLACE", *(config if "DATA" in job else ())}
         values |= {key: value for key, value in job.items() if key not in local}
         if rules := job.get("trainer_controller_config_file"):
             (tmp_path / "rules.yaml").write_text(json.dumps(rules))

@@ -263,10 +263,14 @@ class AssistantMaskBuilder:
         # Only the generation prompt itself may differ, not the end of the message before it; and the turn is trained
         # from the first token on that the served model would not be given.
         common = self._common_tokens(prompt, header)
+        start = position + common
         if common <= len(prompt) - len(self._end_of_turn.generation_prompt):
-            raise MaskNotFound("the text before it is not the template's generation prompt", turn)
+            # A template on one line writes other whitespace around its conditions in a prompt.
+            if content_start is None or header.split() != prompt.split():
+                raise MaskNotFound("the text before it is not the template's generation prompt", turn)
+            start = content_start
         warnings.add(DIFFERENT_PROMPT)
-        return position + common, ""
+        return start, ""
 
     def _prompt_of(self, attempt: _Attempt, turn: int) -> tuple[int, str]:
         """Return the position of the last marker before a turn, and what the prompt of the turn has after it."""

@@ -172,7 +172,8 @@ class SFTProcessor:
         if not self.eos:
             return DroppedSample(
                 "no end-of-sequence token",
-                "the tokenizer has no end-of-sequence token; set add_eos_token: false",
+                "the tokenizer has no end-of-sequence token: name one as eos_token in its tokenizer_config.json, or set"
+                " add_eos_token: false for this dataset",
                 is_bad=True,
             )
         # A text to which a chat template was applied ends with the end of a turn, and often a line break.

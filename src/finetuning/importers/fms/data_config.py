@@ -29,6 +29,8 @@ _DATASET = {
 }  # fmt: skip
 _EARLIER_SECTION, _EARLIER_SEED = "datapreprocessor", "sampling_seed"
 """Names of `dataprocessor` and `seed` in fms-hf-tuning's documents."""
+_EARLIER_PLACES = ("chat_template", "streaming")
+"""Keys of `dataprocessor` that earlier releases had at the top level or in each dataset."""
 _ADD_EOS = ("add_tokenizer_eos_token", "apply_dataset_formatting")
 """Handlers of earlier releases that add the end-of-sequence token to a text, as is done here for every text."""
 _EARLIER_HANDLERS = {
@@ -131,14 +133,29 @@ def read_data_config(path: str | Path) -> YamlSection:
 
 
 def _with_processor(document: ConfigDocument) -> ConfigDocument:
-    """Return the document with the section `dataprocessor`, whatever its name is."""
-    if _EARLIER_SECTION not in document.values or "dataprocessor" in document.values:
-        return document
-    values = {"dataprocessor" if key == _EARLIER_SECTION else key: value for key, value in document.values.items()}
+    """Return the document with the section `dataprocessor`, whatever its name is, and with what belongs to it."""
+    moved: dict[tuple[str | int, ...], tuple[str | int, ...]] = {}
+    values = dict(document.values)
+    if _EARLIER_SECTION in values and "dataprocessor" not in values:
+        values = {"dataprocessor" if key == _EARLIER_SECTION else key: value for key, value in values.items()}
+        moved[(_EARLIER_SECTION,)] = ("dataprocessor",)
+    processor, datasets = values.get("dataprocessor") or {}, values.get("datasets")
+    if isinstance(processor, dict) and isinstance(datasets, list):
+        processor, datasets = {**processor}, [{**item} if isinstance(item, dict) else item for item in datasets]
+        places = [((), values), *((("datasets", index), item) for index, item in enumerate(datasets))]
+        for path, place in places:
+            for key in _EARLIER_PLACES:
+                if isinstance(place, dict) and key in place and processor.setdefault(key, place[key]) == place[key]:
+                    del place[key]
+                    moved[(*path, key)] = ("dataprocessor", key)
+        values |= {"dataprocessor": processor, "datasets": datasets}
     marks = {
-        ("dataprocessor", *path[1:]): span for path, span in document.marks.items() if path[:1] == (_EARLIER_SECTION,)
+        (*new, *path[len(old) :]): span
+        for path, span in document.marks.items()
+        for old, new in moved.items()
+        if path[: len(old)] == old
     }
-    return replace(document, values=values).with_marks(marks)
+    return replace(document, values=values).with_marks(marks) if moved else document
 
 
 def _split_validation(mix: YamlSection, sources: list[YamlSection], seed: int, *, streaming: bool) -> YamlSection:

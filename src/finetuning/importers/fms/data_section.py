@@ -156,9 +156,15 @@ def _datasets(out: Translation) -> list[Values]:
 def _put_row_format(out: Translation, source: Values) -> None:
     handlers = source.get("handlers", [])
     names = [handler["name"] for handler in handlers]
-    if set(names) & set(_MASKING_HANDLERS) or _copies_labels(names):
+    if (
+        set(names) & set(_MASKING_HANDLERS)
+        or _makes_labels(handlers)
+        or (not handlers and _holds_tokens(source["path"]))
+    ):
+        # dataset_text_field names the column of texts: there is none.
         if out.has("response_template"):
-            out.add_note("response_template", f"has no effect for {source['path']}: its handlers make the labels")
+            made = "its handlers make the labels" if handlers else "its rows have labels"
+            out.add_note("response_template", f"has no effect for {source['path']}: {made}")
     elif not out.has("response_template"):
         _check_all_is_trained(out, names)
         if out.has("dataset_text_field") and _CHAT_TEXT not in names:
@@ -170,9 +176,12 @@ def _put_row_format(out: Translation, source: Values) -> None:
         source |= {key: out.get(key) for key in _TEXT_KEYS if out.has(key)}
 
 
-def _copies_labels(names: Sequence[str]) -> bool:
-    """Return whether the handlers copy input_ids to labels, which trains all tokens."""
-    return "tokenize" in names and "duplicate_columns" in names[names.index("tokenize") :]
+def _makes_labels(handlers: Sequence[Values]) -> bool:
+    """Return whether a handler copies input_ids, of the file or of `tokenize`, to labels, which trains all tokens."""
+    return any(
+        handler["name"] == "duplicate_columns" and _arguments(handler).get("new_column_name") == "labels"
+        for handler in handlers
+    )
 
 
 def _check_all_is_trained(out: Translation, names: Sequence[str]) -> None:

@@ -146,9 +146,9 @@ def _put_training(out: Translation, installed: Collection[str]) -> None:
     epochs = out.get("num_train_epochs", 3.0)
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or epochs <= 0:
         out.add_error("num_train_epochs", f"must be a positive number, not {epochs!r}")
-    aliases = {"eval_strategy": "evaluation_strategy"}
+    aliases = {"eval_strategy": "evaluation_strategy", "optim": "adafactor"}
     for key, value in keys.TRAINING_DEFAULTS.items():
-        if not out.has(aliases.get(key, key)):
+        if key not in aliases or out.has(key) or not is_on(out, aliases[key]):
             out.put(f"training_args.{key}", out.get(key, value))
     placed_elsewhere = keys.DATA | keys.MODEL | keys.RUN | keys.TRACKING | keys.LORA
     for key in out.source.values:

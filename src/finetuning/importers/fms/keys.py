@@ -44,6 +44,10 @@ TRAINING = _names(
     remove_unused_columns disable_tqdm average_tokens_across_devices ignore_data_skip full_determinism do_train
     do_eval do_predict prediction_loss_only label_names log_on_each_node torch_empty_cache_steps skip_memory_metrics
     restore_callback_states_from_checkpoint batch_eval_metrics use_ipex use_mps_device jit_mode_eval past_index
+    adafactor dispatch_batches split_batches fp16_backend fp16_opt_level half_precision_backend fsdp_min_num_params
+    fsdp_transformer_layer_cls_to_wrap include_inputs_for_metrics mp_parameters push_to_hub_model_id
+    push_to_hub_organization push_to_hub_token ray_scope torchdynamo tpu_metrics_debug tpu_num_cores
+    use_legacy_prediction_loop xpu_backend
     """
 )
 LORA_DEFAULTS: dict[str, Any] = {
@@ -116,6 +120,8 @@ UNSUPPORTED: dict[str, str] = {
     "dataset_image_field": "vision-language models",
     "quantization_method": "use a quantized checkpoint or bnb_qlora",
     "additional_data_handlers": "data handlers written in Python",
+    "per_gpu_train_batch_size": "use per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
 }
 OFF = frozenset({"false", "none", "[]"})
 """Values that switch a feature off."""
@@ -133,11 +139,17 @@ DEFAULTS |= {
     "past_index": -1,
     "save_safetensors": True,
     "evaluation_strategy": "no",
+    "fp16_opt_level": "O1",
+    "fp16_backend": "auto",
+    "half_precision_backend": "auto",
+    "ray_scope": "last",
+    "fsdp_min_num_params": 0,
 } | dict.fromkeys(
     _names(
         """
         overwrite_output_dir group_by_length include_tokens_per_second do_train do_eval do_predict use_ipex
-        use_mps_device jit_mode_eval no_cuda
+        use_mps_device jit_mode_eval no_cuda adafactor include_inputs_for_metrics tpu_metrics_debug
+        use_legacy_prediction_loop
         """
     ),
     False,
