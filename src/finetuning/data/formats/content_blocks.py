@@ -49,14 +49,14 @@ def _answer(blocks: Sequence[JsonValue], key: str) -> JsonObject:
     texts: list[JsonObject] = []
     thoughts: list[str] = []
     calls: list[JsonObject] = []
-    others: JsonObject = {}
+    unused: JsonObject = {}
     for index, block in enumerate(blocks):
         where = f"{key}[{index}]"
         kind = _type_of(block, where)
         assert isinstance(block, dict)
         if kind == "tool_use":
             calls.append(_call(block, where))
-            others |= other_keys([block], ("type", "id", "name", "input"))
+            unused |= other_keys([block], ("type", "id", "name", "input"))
             continue
         if calls:
             raise FieldError(where, f"{kind} comes after a tool call, for which chat templates have no place")
@@ -64,7 +64,7 @@ def _answer(blocks: Sequence[JsonValue], key: str) -> JsonObject:
             if texts:
                 raise FieldError(where, "thinking comes after the text, for which chat templates have no place")
             thoughts.append(_text(block, "thinking", where))
-            others |= other_keys([block], ("type", "thinking"))
+            unused |= other_keys([block], ("type", "thinking"))
         else:
             texts.append(block)
     answer: JsonObject = {"content": only_text(texts, key) if texts else None, **other_keys(texts)}
@@ -72,7 +72,7 @@ def _answer(blocks: Sequence[JsonValue], key: str) -> JsonObject:
         answer["reasoning_content"] = "\n".join(thoughts)
     if calls:
         answer["tool_calls"] = calls
-    return answer | others
+    return answer | unused
 
 
 def _type_of(block: JsonValue, key: str) -> str:
@@ -107,11 +107,11 @@ def _result(block: JsonObject, key: str) -> JsonObject:
     if unknown:
         raise FieldError(f"{key}.{unknown[0]}", "is not a key of a tool's result")
     content: JsonValue = block.get("content")
-    others = other_keys([block], ("type", "tool_use_id", "content"))
+    unused = other_keys([block], ("type", "tool_use_id", "content"))
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        others |= other_keys(content)
+        unused |= other_keys(content)
         content = only_text(content, f"{key}.content") if content else ""
     elif content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
-    result: JsonObject = {"role": "tool", "content": content or "", **others}
+    result: JsonObject = {"role": "tool", "content": content or "", **unused}
     return {**result, "tool_call_id": block["tool_use_id"]} if block.get("tool_use_id") else result

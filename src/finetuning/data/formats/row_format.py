@@ -322,16 +322,16 @@ def _with_text(message: JsonValue, key: str) -> JsonValue:
     return {**message, **other_keys(content), "content": only_text(content, f"{key}.content")}
 
 
-def other_keys(parts: Iterable[JsonObject], known: Collection[str] = ("type", "text")) -> JsonObject:
+def other_keys(parts: Iterable[JsonObject], used: Collection[str] = ("type", "text")) -> JsonObject:
     """Return the keys of content parts that nothing is made of, as keys of their message: no template reads them.
 
     So they are reported like other keys of messages that are not used.
     """
-    found: JsonObject = {}
+    result: JsonObject = {}
     for part in parts:
-        used = {*known, *(() if "text" in part else ("value",))}
-        found |= {f"content.{name}": value for name, value in part.items() if name not in used and value}
-    return found
+        names = {*used, *(() if "text" in part else ("value",))}
+        result |= {f"content.{name}": value for name, value in part.items() if name not in names and value}
+    return result
 
 
 def only_text(parts: list[JsonObject], key: str) -> str:
