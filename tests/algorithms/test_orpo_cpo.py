@@ -126,6 +126,34 @@ def test_it_learns_and_loads_again(
     assert math.isfinite(run.result.final_loss)
 
 
+@pytest.mark.parametrize("method", ["cpo", "orpo"])
+def test_the_split_into_micro_batches_does_not_show(
+    train: Any, pair_values: Any, write_jsonl: Any, dpo_rows: Any, tmp_path: Any, method: str
+) -> None:
+    """Chosen answers of different lengths: the mean of micro-batches' means over tokens is another number."""
+    rows = dpo_rows(11)
+    for index, row in enumerate(rows):
+        row["chosen"] = [{"role": "assistant", "content": "Yes, it is so. " * (index % 4 + 1)}]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    losses = []
+    for size in (1, 2, 4):
+        changes = {
+            "data_conf.training_data.datasets": [{"path": str(path)}],
+            "data_conf.validation_data": {"type": "CONCATENATION", "datasets": [{"path": str(path)}]},
+            "training_args.output_dir": str(tmp_path / f"out-{size}"),
+            "training_args.eval_strategy": "epoch",
+            "training_args.max_steps": None,
+            "training_args.num_train_epochs": 1,
+            "batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": size},
+        }
+        run = train(pair_values(changes), ALGORITHMS[method])
+        evaluated = [log["eval_loss"] for log in run.trainer.state.log_history if "eval_loss" in log]
+        losses.append([*run.losses, *evaluated])
+    assert len(losses[0]) == 4
+    for split in losses[1:]:
+        assert split == pytest.approx(losses[0], abs=3e-6)
+
+
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_it_says_that_it_is_experimental(train: Any, pair_values: Any, method: str, caplog: Any) -> None:
     train(pair_values({"training_args.max_steps": 1}), ALGORITHMS[method])

@@ -68,23 +68,25 @@ class PairCollator:
         return batch
 
 
-def build_trainer(inputs: TrainerInputs, trainer: str) -> transformers.Trainer:
+def build_trainer(inputs: TrainerInputs, trainer: str, *, includes_prompt: bool) -> transformers.Trainer:
     """Return an experimental trainer on tokenized rows.
 
     Args:
         trainer: its class, as `module:class`.
+        includes_prompt: whether its loss on the chosen answers is on the prompts too.
 
     Raises:
         ConfigError: TRL rejects the combination of model and options.
     """
     from finetuning.trainer.deferred_metrics import CountingCollator, DeferredMetricsMixin
     from finetuning.trainer.mixin import TrainerMixin
-    from finetuning.trainer.row_mean import RowMeanMixin
+    from finetuning.trainer.row_mean import ChosenTokenMeanMixin
 
     module, _, name = trainer.partition(":")
     trainer_class: Any = getattr(importlib.import_module(module), name)
 
-    class PairTrainer(RowMeanMixin, TrainerMixin, DeferredMetricsMixin, trainer_class):
+    class PairTrainer(ChosenTokenMeanMixin, TrainerMixin, DeferredMetricsMixin, trainer_class):
+        nll_includes_prompt = includes_prompt
         # TRL's evaluation checks that batches come from its own collator; those of `PairCollator` have the same form.
         use_dpo_data_collator = property(lambda self: True, lambda self, value: None)
 
@@ -118,7 +120,7 @@ ORPO = Algorithm(
     title="odds ratio preference optimization (experimental)",
     experiment=ORPOExperiment,
     prepare=prepare,
-    build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.orpo:ORPOTrainer"),
+    build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.orpo:ORPOTrainer", includes_prompt=True),
     pads_right=True,
     is_experimental=True,
 )
@@ -126,7 +128,7 @@ CPO = Algorithm(
     title="contrastive preference optimization, with SimPO among its losses (experimental)",
     experiment=CPOExperiment,
     prepare=prepare,
-    build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.cpo:CPOTrainer"),
+    build_trainer=lambda inputs: build_trainer(inputs, "trl.experimental.cpo:CPOTrainer", includes_prompt=False),
     pads_right=True,
     is_experimental=True,
 )

@@ -7,15 +7,18 @@ smaller, and accelerate fills it up on every process with rows from the start of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from finetuning.data.collators import UNTRAINED
 from finetuning.trainer import TrainerBase
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.data import DataLoader
+    from transformers.trainer_utils import EvalLoopOutput
 
 Batch = dict[str, torch.Tensor]
 
@@ -138,9 +141,87 @@ class RowMeanMixin(TrainerBase):
             self._add_eval_loss(output[0].mean() * rows, rows)
         return output
 
+    def without_repeated(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+        """Yield batches, each with the number of its first rows that are not repeated."""
+        for batch in batches:
+            rows = self.num_rows(batch)
+            yield batch, rows - (self._num_repeated(rows) or 0)
+
     if TYPE_CHECKING:
 
+        def concatenated_forward(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]: ...
+
         def _add_eval_loss(self, total: torch.Tensor, count: torch.Tensor | int) -> None: ...
+
+
+class ChosenTokenMeanMixin(RowMeanMixin):
+    """Take the mean of the loss on chosen answers (ORPO, CPO) over the tokens of a step. Left of `TrainerMixin`.
+
+    TRL takes it over those of a micro-batch, so that the same step has another loss on another number of processes or
+    micro-batches.
+    """
+
+    nll_includes_prompt = False
+    """Whether this loss is on the tokens of the prompt too, as ORPO's is."""
+    _tokens_per_row: torch.Tensor | None = None
+    """Mean number of tokens of this loss in the rows of the step, float64."""
+    _eval_tokens_per_row: torch.Tensor | None = None
+    """The same of the evaluation in progress; None outside of one."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
+    ) -> tuple[list[object], torch.Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        inputs = [batch for batch in batches if isinstance(batch, dict)]
+        if inputs:
+            kept = self._row_counts or tuple(map(self.num_rows, inputs))
+            self._tokens_per_row = self._mean_tokens(zip(inputs, kept, strict=True))
+        return batches, num_items
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Batch],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._eval_tokens_per_row = self._mean_tokens(self.without_repeated(dataloader))
+        try:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._eval_tokens_per_row = None
+
+    def concatenated_forward(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Return TRL's tuple, in which the fifth is the loss on the chosen answers, weighed by the number of tokens."""
+        output = super().concatenated_forward(model, batch)
+        mean = self._tokens_per_row if self.model.training else self._eval_tokens_per_row
+        if mean is None:
+            return output
+        weight = self._num_tokens(batch).double().mean() / mean
+        return (*output[:4], output[4] * weight.to(output[4].dtype), *output[5:])
+
+    def _num_tokens(self, batch: Batch) -> torch.Tensor:
+        """Return the number of tokens of the loss in each row, (rows,). The first token of a row is never predicted."""
+        if self.nll_includes_prompt:
+            return batch["chosen_attention_mask"][:, 1:].sum(1)
+        return (batch["chosen_labels"][:, 1:] != UNTRAINED).sum(1)
+
+    def _mean_tokens(self, batches: Iterable[tuple[Batch, int]]) -> torch.Tensor:
+        """Return the mean number of tokens in a row, float64. Collective.
+
+        Args:
+            batches: each with the number of its first rows that count.
+        """
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch, kept in batches:
+            totals[0] += self._num_tokens(batch)[:kept].sum().to(totals.device)
+            totals[1] += kept
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        return totals[0] / totals[1]
 
 
 def _num_pairs(batch: Mapping[str, torch.Tensor]) -> int:

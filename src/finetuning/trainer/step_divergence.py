@@ -80,18 +80,13 @@ class StepDivergenceMixin(_KTOBase):
     ) -> EvalLoopOutput:
         if self.calculate_KL and not self._is_sharded_model():
             self.model.eval()
-            self._eval_divergence = self._estimate(self.model, self._without_repeated(dataloader))
+            self._eval_divergence = self._estimate(self.model, self.without_repeated(dataloader))
         try:
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         finally:
             self._eval_divergence = None
-
-    def _without_repeated(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
-        for batch in batches:
-            rows = self.num_rows(batch)
-            yield batch, rows - (self._num_repeated(rows) or 0)
 
     def _estimate(self, model: nn.Module, batches: Iterable[tuple[Batch, int]]) -> torch.Tensor:
         """Return the mean difference of log-probabilities of mismatched pairs, float64. Collective.
