@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetuning.config.sections.data import DatasetSource
+from finetuning.config.sections.rewards import GRPOArgs
 from finetuning.data.formats import Options
 from finetuning.data.open_dataset import open_dataset
 from finetuning.data.pipeline import prepare_dpo, prepare_prompts
 from finetuning.errors import DataError, Problem
+from finetuning.trainer.reward_functions import needed_columns, read_columns
 
 from .conversations import assistant, user
 from .test_loss_mask_matrix import source_of
@@ -284,3 +286,21 @@ def test_a_prompt_that_ends_with_an_answer_is_noted(write_lines: Callable[..., s
     conf = config(write_lines("a.jsonl", {"prompt": "Why?", **COMMON}), chat_template_name="keep-original")
     notes = prepare_dpo(conf, None, tokenizer).statistics.report()[0]["warnings"]
     assert notes["the prompt ends with an answer: the one that is trained is a turn of its own after it"] == 1
+
+
+def test_columns_that_no_reward_reads_are_named(tmp_path: Path, write_lines: Any, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("byte-level", source_of("qwen3"))
+    row = {"prompt": TALK[:1], "system": "Be kind.", "answer": "1", "level": 3, "source": None}
+    conf = config(write_lines("a.jsonl", row), chat_template_name="keep-original")
+    (tmp_path / "rewards.py").write_text(
+        "def some(completions, level):\n    return [0.0]\n\ndef every(completions, **kwargs):\n    return [0.0]\n"
+    )
+
+    def notes(*functions: str) -> dict[str, int]:
+        rewards = [{"type": "function", "path": f"{tmp_path}/rewards.py:{name}"} for name in functions]
+        args = GRPOArgs.model_validate({"rewards": [{"type": "exact_match", "column": "answer"}, *rewards]})
+        data = prepare_prompts(conf, None, needed_columns(args), tokenizer, read_columns=read_columns(args))
+        return data.statistics.report()[0]["warnings"]
+
+    assert notes() == {"column level is not used: no reward reads it": 1}
+    assert notes("some") == notes("every") == {}

@@ -64,12 +64,18 @@ def prepare(
         ConfigError: a reward function does not exist. Checked before any row is read.
     """
     from finetuning.data.pipeline import prepare_prompts
-    from finetuning.trainer.reward_functions import build_rewards, needed_columns
+    from finetuning.trainer.reward_functions import build_rewards, needed_columns, read_columns
 
     args = experiment.grpo_args
     build_rewards(args)
     return prepare_prompts(
-        experiment.data_conf, args.max_prompt_length, needed_columns(args), tokenizer, workers, inspector=inspector
+        experiment.data_conf,
+        args.max_prompt_length,
+        needed_columns(args),
+        tokenizer,
+        workers,
+        inspector=inspector,
+        read_columns=read_columns(args),
     )
 
 

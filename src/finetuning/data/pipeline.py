@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -238,18 +238,21 @@ def prepare_prompts(
     num_workers: int = 1,
     *,
     inspector: Inspector | None = None,
+    read_columns: Collection[str] | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids` and `row` of the prompts; those longer than `max_length` are dropped.
 
-    `required_columns` maps columns that every row must have to what needs them.
+    `required_columns` maps columns that every row must have to what needs them, and `read_columns` are those that the
+    rewards may read: the others are reported as unused. None if they may read any.
 
     Raises:
         DataError: as `prepare_dpo`.
     """
     label_builder = _make_label_builder(tokenizer)
-    processor = PromptProcessor(TemplateRenderer(tokenizer), label_builder, max_length, required_columns)
+    processor = PromptProcessor(TemplateRenderer(tokenizer), label_builder, max_length, required_columns, read_columns)
     preprocessor = _preprocessor("prompt", processor, tokenizer, label_builder, max_length, num_workers, inspector)
     rules = _rules("grpo", max_length, ()) | {"columns": dict(required_columns)}
+    rules["columns that rewards read"] = "all" if read_columns is None else sorted(read_columns)
     return prepare_rows(data_conf, preprocessor, tokenizer, rules)
 
 

@@ -147,6 +147,23 @@ def needed_columns(args: GRPOArgs) -> dict[str, str]:
     return {conf.column: f"the reward {conf.type}" for conf in args.rewards if isinstance(conf, ExactMatchReward)}
 
 
+def read_columns(args: GRPOArgs) -> frozenset[str] | None:
+    """Return the columns that the rewards of a config may read; None for all, where a function takes any.
+
+    Raises:
+        ConfigError: a function cannot be imported.
+    """
+    names = set(needed_columns(args))
+    for index, conf in enumerate(args.rewards):
+        if isinstance(conf, FunctionReward):
+            function = load_function(conf.path, Location(key=f"grpo_args.rewards[{index}]"))
+            parameters = inspect.signature(function).parameters.values()
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                return None
+            names |= {parameter.name for parameter in parameters}
+    return frozenset(names)
+
+
 def load_function(path: str, location: Location) -> Callable[..., object]:
     """Return the function at `package.module:function` or `path/to/file.py:function`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,8 @@ class PromptProcessor:
     max_length: int | None
     required_columns: Mapping[str, str]
     """Columns that every row must have, each with what needs it."""
+    read_columns: Collection[str] | None = None
+    """Columns that the rewards may read; None if they may read any."""
     warnings: MessageWarnings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,8 +91,16 @@ class PromptProcessor:
                 self.warnings(row.messages)
                 | omitted_messages(row.messages, text)
                 | unused_arguments(row, self.renderer)
+                | self._unread_columns(row)
             ),
         )
+
+    def _unread_columns(self, row: Prompt) -> set[str]:
+        if self.read_columns is None:
+            return set()
+        # The column `system` is the first message.
+        names = {name for name, value in row.columns.items() if value not in (None, "", [], {})} - {"system"}
+        return {f"column {name} is not used: no reward reads it" for name in names.difference(self.read_columns)}
 
 
 def _is_json(value: object) -> bool:
