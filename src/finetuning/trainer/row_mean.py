@@ -141,11 +141,12 @@ class RowMeanMixin(TrainerBase):
             self._add_eval_loss(output[0].mean() * rows, rows)
         return output
 
-    def without_repeated(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+    def without_repeated(self, batches: Iterable[object]) -> Iterator[tuple[Batch, int]]:
         """Yield batches, each with the number of its first rows that are not repeated."""
         for batch in batches:
-            rows = self.num_rows(batch)
-            yield batch, rows - (self._num_repeated(rows) or 0)
+            if isinstance(batch, dict):
+                rows = self.num_rows(batch)
+                yield batch, rows - (self._num_repeated(rows) or 0)
 
     if TYPE_CHECKING:
 
@@ -180,7 +181,7 @@ class ChosenTokenMeanMixin(RowMeanMixin):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Batch],
+        dataloader: DataLoader[object],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
