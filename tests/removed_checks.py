@@ -124,7 +124,36 @@ REMOVED_CHECKS = [
             _FULL + "_what_is_in_memory_is_named[checkpoint-another end token",
             _ADAPTER + "_what_is_in_memory_is_named[checkpoint-swapped tokens",
             _ADAPTER + "_what_is_in_memory_is_named[checkpoint-a missing merge",
+            _FULL + "_what_is_in_memory_is_named[final model-texts that are cut",
         ),
+    ),
+    RemovedCheck(
+        "settings of a tokenizer",
+        {"finetuning.model.stop_tokens._setting_differences": no_differences},
+        (
+            _ADAPTER + "_what_is_in_memory_is_named[final model-a token before",
+            _ADAPTER + "_what_is_in_memory_is_named[final model-a shorter limit",
+        ),
+    ),
+    RemovedCheck(
+        "the files of a tokenizer",
+        {"finetuning.model.stop_tokens._file_differences": no_differences},
+        (
+            _ADAPTER + "_what_is_in_memory_is_named[final model-texts that are cut",
+            _ADAPTER + "_what_is_in_memory_is_named[final model-an end that is text",
+            _ADAPTER + "_what_is_in_memory_is_named[final model-two chat templates",
+            _ADAPTER + "_what_is_in_memory_is_named[final model-an end token after",
+        ),
+    ),
+    RemovedCheck(
+        "weights of another model",
+        {"finetuning.model.save._stray_weights": no_differences},
+        (_FULL + "_what_is_in_memory_is_named[final model-another file of weights",),
+    ),
+    RemovedCheck(
+        "processor of a save",
+        {"finetuning.model.vision.processor_differences": no_differences},
+        ("vision/test_checkpoints.py::test_a_processor_that_is_not_the_base_models",),
     ),
     RemovedCheck(
         "state that PEFT does not save",

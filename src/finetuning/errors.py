@@ -194,6 +194,18 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if says_too_little else text
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text from outside.
+
+    Raises:
+        ValueError: it is no JSON, or its lists and objects are nested deeper than Python's own parser goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Call it within `reading`.
 

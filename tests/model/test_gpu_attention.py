@@ -156,6 +156,17 @@ def test_a_model_whose_layers_pass_no_window_is_refused() -> None:
     assert enable_causal_sdpa(make(config)) is not None
 
 
+def test_nan_in_a_single_row_is_a_difference() -> None:
+    def break_the_last_row(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if len(output) > 1:
+            output[-1, 0] = torch.nan
+        return output
+
+    model = make(CONFIGS["llama"])
+    model.model.norm.register_forward_hook(break_the_last_row)
+    assert "it changes the logits by nan" in str(enable_causal_sdpa(model))
+
+
 def test_a_bidirectional_model_is_not_made_causal() -> None:
     model = make(BertConfig(**{**SIZES, "num_key_value_heads": None}))
     assert enable_causal_sdpa(model) is not None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetuning.model.embeddings import resize_embeddings
 from finetuning.model.save import save_model
-from finetuning.model.stop_tokens import align_stop_tokens, save_tokenizer
+from finetuning.model.stop_tokens import align_stop_tokens, compare_tokenizer, save_tokenizer
 from finetuning.model.tokenizer import load_tokenizer
 
 
@@ -51,6 +51,14 @@ def test_sampling_settings_that_could_not_be_saved_are_repaired(tiny_tokenizer, 
     stop.generation_config.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path).do_sample is True
     assert "temperature, top_p" in stop.report and not base.do_sample
+
+
+def test_how_a_text_was_last_cut_and_padded_is_not_saved(chatml_tokenizer, tmp_path: Path):
+    chatml_tokenizer(["one two three", "four"], padding=True, truncation=True, max_length=2)
+    save_tokenizer(chatml_tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+    assert compare_tokenizer(chatml_tokenizer, tmp_path) == []
 
 
 def test_the_saved_tokenizer_differs_and_the_one_in_use_does_not(tiny_llama_dir: Path, tmp_path: Path):

@@ -433,6 +433,24 @@ def test_a_look_ahead_without_gradient_is_refused() -> None:
         check_causality(model)
 
 
+def test_a_gradient_of_nan_is_a_leak() -> None:
+    def depends_on_the_end(module: Any, args: Any) -> Any:
+        hidden = args[0]
+        zero = (hidden[:, -20:] * 0).square().sum().sqrt()
+        return torch.cat([hidden[:, :-20] + zero, hidden[:, -20:]], dim=1), *args[1:]
+
+    model = make(VERIFIED["llama"])
+    model.model.layers[0].register_forward_pre_hook(depends_on_the_end)
+    with pytest.raises(ModelError, match="gradient nan of the largest"):
+        check_causality(model)
+
+
+def test_logits_of_nan_are_no_proof_of_causality() -> None:
+    model = make(VERIFIED["llama"])
+    model.model.norm.weight.data[0] = torch.nan
+    assert check_causality(model) == "its logits are not finite"
+
+
 def test_a_run_refuses_a_bidirectional_model(train: Any, sft_values: Any, tmp_path: Any, chatml_llama_dir: Any) -> None:
     from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from processes import ForkServer
 from safetensors.torch import load_file, save_file
 
 from finetuning.cli.selftest import main
-from finetuning.selftest.checks import SelfTest, Trial, loss_difference, weight_difference, within
+from finetuning.selftest.checks import Result, SelfTest, Trial, loss_difference, weight_difference, within
 from finetuning.selftest.measure import Setup, measure_layouts, set_up
 from finetuning.selftest.trials import STEPS, TrialFailed, TrialRunner, trial_overrides
 
@@ -43,7 +44,9 @@ def test_all_checks_of_a_lora_run_pass(
         "killed and resumed",
         "batch layouts",
         "merged adapter",
+        "sampling and training",
     ]
+    assert results.pop("sampling and training")["reason"] == "only grpo samples completions"
     assert {result["verdict"] for result in results.values()} == {"pass"}
     assert results["killed and resumed"]["difference"] == 0
     assert 0 < results["micro-batches 4 x 1"]["difference"] < 1e-5, "another order of sums, but the same sums"
@@ -60,7 +63,9 @@ def test_all_checks_of_other_methods_pass(
     code = main([method, str(config), "--json", "--folder", str(tmp_path / "trials")])
     results = json.loads(capsys.readouterr().out)
     assert code == 0, results
-    assert ("sampling" in " ".join(result["name"] for result in results)) == (method == "grpo")
+    verdicts = {result["name"]: result["verdict"] for result in results}
+    assert verdicts["sampling and training"] == ("pass" if method == "grpo" else "skipped")
+    assert verdicts["batch layouts"] == "skipped"
 
 
 @pytest.fixture
@@ -79,15 +84,33 @@ def test_a_trial_that_fails_is_reported_with_its_error(runner: TrialRunner) -> N
         runner.run("wrong", "training_args.learning_rate=fast")
 
 
-def trial(folder: Path, losses: tuple[float, ...]) -> Trial:
-    return Trial(folder, folder, losses, ())
+def trial(folder: Path, losses: tuple[float, ...], grad_norms: tuple[float, ...] = ()) -> Trial:
+    return Trial(folder, folder, losses, grad_norms)
 
 
 def test_losses_are_compared_at_every_step(tmp_path: Path) -> None:
     assert loss_difference(trial(tmp_path, (4.0, 0.5)), trial(tmp_path, (4.0, 0.6))) == pytest.approx(0.1)
     assert loss_difference(trial(tmp_path, (4.0, 0.5)), trial(tmp_path, (2.0, 0.5))) == pytest.approx(0.5)
+    assert math.isnan(loss_difference(trial(tmp_path, (4.0, 0.5)), trial(tmp_path, (4.0, math.nan))))
     with pytest.raises(ValueError, match="shorter"):
         loss_difference(trial(tmp_path, (4.0, 0.5)), trial(tmp_path, (4.0,)))
+
+
+def test_a_gradient_of_another_size_fails_where_the_losses_agree(runner: TrialRunner, sft_values: Any) -> None:
+    """Adam takes the same steps with all gradients twice as large."""
+    from finetuning.config.sections.experiment import SFTExperiment
+
+    test = SelfTest(SFTExperiment.model_validate(sft_values({})), runner, 1, "float32")
+
+    def compare(*grad_norms: float) -> Result:
+        second = trial(runner.folder / "second", (4.0, 0.5), grad_norms)
+        return test._compare_steps("micro-batches 2 x 2", trial(runner.folder, (4.0, 0.5), (3.0, 2.0)), second)
+
+    assert not compare(3.01, 2.0).failed
+    wrong = compare(6.0, 4.0)
+    assert wrong.failed
+    assert (wrong.compared, wrong.difference) == ("gradient norm, every step", 0.5)
+    assert compare(3.0, math.nan).failed
 
 
 @pytest.mark.parametrize(
@@ -95,10 +118,14 @@ def test_losses_are_compared_at_every_step(tmp_path: Path) -> None:
     [
         (lambda tensors: tensors, 0.0),
         (lambda tensors: {**tensors, "a": tensors["a"] + torch.tensor([0.0, 0.0, 0.5])}, 0.5),
+        (
+            lambda tensors: {**tensors, "a": tensors["a"] * torch.tensor([1.0, 1.0, torch.nan])},
+            pytest.approx(math.nan, nan_ok=True),
+        ),
         (lambda tensors: {"a": tensors["a"]}, float("inf")),
         (lambda tensors: {**tensors, "b": tensors["b"].bfloat16()}, float("inf")),
     ],
-    ids=["equal", "a value", "a missing tensor", "a dtype"],
+    ids=["equal", "a value", "not a number", "a missing tensor", "a dtype"],
 )
 def test_every_weight_is_compared(tmp_path: Path, change: Any, difference: float) -> None:
     tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}

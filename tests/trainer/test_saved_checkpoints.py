@@ -91,6 +91,22 @@ def swap_two_merges(values: Any) -> None:
     merges[100], merges[101] = merges[101], merges[100]
 
 
+def add_a_token_to_texts(values: Any) -> None:
+    token = {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+    pieces = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": token},
+    }
+
+
+def make_a_word_special(values: Any) -> None:
+    word = next(text for text, token_id in values["model"]["vocab"].items() if token_id == 300)
+    values["added_tokens"].append({**values["added_tokens"][0], "id": 300, "content": word})
+
+
 def noisy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor + torch.randn_like(tensor) * 1e-3
 
@@ -134,6 +150,10 @@ ADAPTER: dict[str, tuple[Tamper, str]] = {
         edit("adapter_config.json", lambda values: values["target_modules"].pop()),
         "adapter_config.json: target_modules is",
     ),
+    "no fingerprint": (
+        lambda folder: (folder / "adapter_fingerprint.json").unlink(),
+        "adapter_fingerprint.json is missing",
+    ),
     "no adapter config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json cannot be"),
     "another fingerprint": (
         edit("base_fingerprint.json", lambda values: values.update(samples="0")),
@@ -160,6 +180,43 @@ AUXILIARY: dict[str, tuple[Tamper, str]] = {
         "texts are split differently",
     ),
     "another order of merges": (edit("tokenizer.json", swap_two_merges), "texts are split differently"),
+    "texts that are cut": (
+        edit(
+            "tokenizer.json",
+            lambda values: values.update(
+                truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+            ),
+        ),
+        "tokenizer.json: texts are cut: .*8",
+    ),
+    "an end that is text": (
+        edit("tokenizer.json", lambda values: values["added_tokens"][1].update(special=False)),
+        "tokenizer.json: '<.im_start.>' is not a special token",
+    ),
+    "two chat templates": (
+        edit("tokenizer_config.json", lambda values: values.update(chat_template="{{ messages }}")),
+        "it has another chat template than chat_template.jinja",
+    ),
+    "an end token after each text": (
+        edit("tokenizer_config.json", lambda values: values.update(add_eos_token=True)),
+        "add_eos_token is True instead of False",
+    ),
+    "another file of weights": (
+        lambda folder: save_file({"a": torch.zeros(1)}, folder / "model-00002-of-00002.safetensors"),
+        "model-00002-of-00002.safetensors is not the model's",
+    ),
+    "a token before each text": (
+        edit("tokenizer.json", add_a_token_to_texts),
+        "'a' is encoded to .*<.im_start.>.* instead of",
+    ),
+    "a word that is a special token": (
+        edit("tokenizer.json", make_a_word_special),
+        "is a special token",
+    ),
+    "a shorter limit": (
+        edit("tokenizer_config.json", lambda values: values.update(model_max_length=8)),
+        "model_max_length is 8",
+    ),
     "a missing merge": (edit("tokenizer.json", drop_the_last_merge), "texts are split differently"),
     "no generation config": (
         lambda folder: (folder / "generation_config.json").unlink(),

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from finetuning.config.sections.model import NewPeft, RunConfig
-from finetuning.errors import ModelError
+from finetuning.errors import GuardStopped, ModelError
 from finetuning.export.merge.merge import merge_adapters
+from finetuning.model import save
 from finetuning.model.load import load_model, loading_arguments
 from finetuning.model.peft.adapters import make_peft_config
 from finetuning.model.vision import PROCESSOR_FILES, module_parts, outside_of
@@ -66,6 +67,25 @@ def test_training_on_text_keeps_every_tensor_and_every_file(
     assert merged.keys() == before.keys()
     assert all(torch.equal(merged[key], before[key]) for key in before if not is_seen(key))
     assert all((tmp_path / "merged" / file).is_file() for file in kept)
+
+
+def test_a_processor_that_is_not_the_base_models_is_not_published(
+    family_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = family_dir("llava")
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    save.save_model(model, tokenizer, tmp_path / "whole")
+    write = save.write_companion_files
+
+    def write_and_tamper(tokenizer: Any, folder: Path, **options: Any) -> None:
+        write(tokenizer, folder, **options)
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+
+    monkeypatch.setattr(save, "write_companion_files", write_and_tamper)
+    with pytest.raises(GuardStopped, match=r"preprocessor_config\.json is not the base model's"):
+        save.save_model(model, tokenizer, tmp_path / "tampered")
+    assert not (tmp_path / "tampered").exists()
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from finetuning.errors import (
     Problem,
     first_line,
     is_out_of_memory,
+    parse_json,
 )
 
 TERMINATION_LOG = "TERMINATION_LOG_FILE"
@@ -118,7 +118,7 @@ def reported_errors(environ: Mapping[str, str] = os.environ) -> tuple[int, bool]
 def read_failure(error_file: Path) -> Failure | None:
     """Return the failure that a process reported in $FINETUNING_ERROR_FILE; None if none did. Problems are omitted."""
     try:
-        values = json.loads(error_file.read_text(encoding="utf-8"))
+        values = parse_json(error_file.read_text(encoding="utf-8"))
         problems = (Problem(values["message"]),)
         return Failure(values["class"], values["exit_code"], problems, values["transient"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.cli.errors import run_command
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, parse_json
 
 if TYPE_CHECKING:
     from finetuning.export.merge.with_peft import DeviceMap
@@ -157,7 +156,7 @@ def _read_device_map(text: str | None) -> DeviceMap:
     if text is None or not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ConfigError(f"--device_map: not valid JSON: {error}") from None
 

@@ -32,7 +32,7 @@ from finetuning.data.preview import PreviewRow
 from finetuning.data.sources.files import PREPARED_META
 from finetuning.data.statistics import DatasetStatistics, SplitStatistics
 from finetuning.distributed import announce_wait, read_topology
-from finetuning.errors import DataError, Location, StorageError, first_line
+from finetuning.errors import DataError, Location, StorageError, first_line, parse_json
 
 if TYPE_CHECKING:
     import datasets
@@ -129,7 +129,7 @@ def read_entry(folder: Path) -> CacheEntry | str:
     if mismatch:
         return mismatch
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = parse_json((folder / META).read_text(encoding="utf-8"))
         if meta.get("form") != FORM:
             return "it was written by another version of finetuning"
         train, validation = (_read_tables(folder, name) for name in ("train", "validation"))
@@ -155,7 +155,7 @@ _MALFORMED = (OSError, ValueError, TypeError, AttributeError, LookupError, NotIm
 def cache_key_of(folder: Path, project: str | None = None) -> CacheKey | None:
     """The cache key of a folder; None if it cannot be read, or was not written by the given project."""
     try:
-        meta: Any = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta: Any = parse_json((folder / META).read_text(encoding="utf-8"))
         return _parse_key(meta) if project in (None, meta.get("project")) else None
     except _MALFORMED:
         return None

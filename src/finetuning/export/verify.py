@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from finetuning.errors import FinetuningError, GuardStopped, Location, ModelError, Problem, first_line
+from finetuning.errors import FinetuningError, GuardStopped, Location, ModelError, Problem, first_line, parse_json
 from finetuning.model.peft.adapter_files import tensor_digest
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, TensorEntry, read_header, read_model_headers
 
@@ -102,7 +101,7 @@ def _loading_failures(folder: Path) -> list[str] | None:
     from finetuning.model.load import task_head_for
 
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" in raw or "auto_map" in raw:
             return None
         _, loading_info = task_head_for(raw.get("architectures") or ()).auto_class.from_pretrained(

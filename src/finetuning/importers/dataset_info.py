@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from finetuning.config.validation.suggestions import did_you_mean
-from finetuning.errors import DataError, Location, Problem
+from finetuning.errors import DataError, Location, Problem, parse_json
 from finetuning.importers.translation import Translation, Values
 
 FILE_NAME = "dataset_info.json"
@@ -58,7 +57,7 @@ def find_dataset_info(out: Translation) -> DatasetInfo | None:
         if not path.is_file():
             continue
         try:
-            entries: object = json.loads(path.read_text("utf-8"))
+            entries: object = parse_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             out.problems.append(Problem(f"cannot be read: {error}", Location(file=str(path))))
             return None

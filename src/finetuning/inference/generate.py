@@ -212,11 +212,11 @@ def describe_batch_error(generator: LoadedGenerator, lengths: tuple[int, int]) -
     alone, alone_ids = _probe(generator, rows[1][None], torch.ones_like(rows[1][None]))
     # After the first different token the rows have different histories.
     same = [bool(torch.equal(alone_ids[0, -3:][:step], batch_ids[1, -3:][:step])) for step in range(3)]
-    difference = max(
-        float((single[0] - both[1]).abs().max())
-        for single, both, is_same in zip(alone, batch, same, strict=True)
-        if is_same
-    )
+    differences = [
+        (single[0] - both[1]).abs().max() for single, both, is_same in zip(alone, batch, same, strict=True) if is_same
+    ]
+    # A tensor: `max` of Python would drop a NaN.
+    difference = float(torch.stack(differences).max())
     weight = next(generator.model.parameters())
     epsilon = torch.finfo(weight.dtype).eps if weight.is_floating_point() else 1e-2
     tolerance = max(epsilon * 16, 1e-4) * max(float(alone[0].abs().max()), 1.0)

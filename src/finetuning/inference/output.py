@@ -10,7 +10,7 @@ from typing import TextIO, TypeAlias
 
 import yaml
 
-from finetuning.errors import ConfigError, Location, StorageError
+from finetuning.errors import ConfigError, Location, StorageError, parse_json
 
 Record: TypeAlias = dict[str, object]
 """An answer with its prompt, as JSON values."""
@@ -132,7 +132,7 @@ class RecordJournal:
         records_by_prompt: dict[int, list[Record]] = {}
         for number, text in enumerate(lines):
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 if number > 0:
                     records_by_prompt[int(line["prompt"])] = [dict(record) for record in line["records"]]
                 elif line["fingerprint"] != fingerprint:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from finetuning.errors import DataError
+from finetuning.errors import DataError, parse_json
 
 ScoreName = Literal["exact", "contains", "regex", "json"]
 
@@ -43,7 +42,7 @@ def _parse_json(text: str) -> object:
         ValueError: it is no JSON.
     """
     fenced = _FENCE.fullmatch(text.strip())
-    return json.loads(fenced[1] if fenced else text)
+    return parse_json(fenced[1] if fenced else text)
 
 
 def _is_same_value(left: object, right: object) -> bool:

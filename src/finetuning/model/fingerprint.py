@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from finetuning.atomic_io import block_sums
-from finetuning.errors import ModelError, read_json_object, reading
+from finetuning.errors import ModelError, parse_json, read_json_object, reading
 from finetuning.model.safetensors_io import (
     ADAPTER_WEIGHTS,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -222,7 +222,7 @@ def check_adapter_fingerprint(folder: Path) -> bool:
     path = folder / ADAPTER_FINGERPRINT_FILE
     hint = f"Copy the adapter again. If you changed it on purpose, delete {ADAPTER_FINGERPRINT_FILE}."
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = parse_json(path.read_text(encoding="utf-8"))
         config, tensors = str(recorded["config"]), dict(recorded["tensors"])
     except FileNotFoundError:
         return False
@@ -241,7 +241,7 @@ def check_adapter_fingerprint(folder: Path) -> bool:
 def _adapter_config_digest(folder: Path) -> str:
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
         relevant = {key: value for key, value in config.items() if key not in _IGNORED_ADAPTER_FIELDS}
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error

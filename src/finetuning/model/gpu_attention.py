@@ -177,17 +177,19 @@ def enable_causal_sdpa(model: PreTrainedModel | PeftModel, autocast: torch.dtype
             alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
             use_causal_sdpa(model)
             together = model(input_ids=padded, attention_mask=mask, use_cache=False).logits.float()
-            differences = [float((together[i, : len(row)] - alone[i]).abs().max()) for i, row in enumerate(rows)]
+            # Tensors: `max` of Python would drop a NaN.
+            differences = [(together[i, : len(row)] - alone[i]).abs().max() for i, row in enumerate(rows)]
+            difference = float(torch.stack(differences).max())
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         base.set_attn_implementation(before)
         return first_line(error)
     tolerance = logit_tolerance(model, together, autocast)
-    if max(differences) <= tolerance:
+    if difference <= tolerance:
         return None
     base.set_attn_implementation(before)
-    return f"it changes the logits by {max(differences):.1e} (tolerance {tolerance:.1e})"
+    return f"it changes the logits by {difference:.1e} (tolerance {tolerance:.1e})"
 
 
 @contextmanager

@@ -14,16 +14,23 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.atomic_io import atomic_directory
-from finetuning.errors import GuardStopped, Location, ModelError, StorageError, first_line
+from finetuning.errors import GuardStopped, Location, ModelError, StorageError, first_line, parse_json
 from finetuning.model.embeddings import EmbeddingInfo, input_weight
 from finetuning.model.fingerprint import (
+    ADAPTER_FINGERPRINT_FILE,
     FINGERPRINT_FILE,
     Fingerprint,
     write_adapter_fingerprint,
     write_fingerprint,
 )
 from finetuning.model.peft.adapter_files import is_peft_model
-from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, UNTRAINED_TOKENS_FILE, read_model_headers
+from finetuning.model.safetensors_io import (
+    ADAPTER_WEIGHTS,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    UNTRAINED_TOKENS_FILE,
+    read_model_headers,
+)
 from finetuning.model.saved_weights import compare_with_files
 from finetuning.model.stop_tokens import (
     EndOfTurn,
@@ -113,11 +120,10 @@ def write_companion_files(
     files of its processor, and for an adapter what identifies its base model, its own tensors and its new tokens.
     """
     save_tokenizer(tokenizer, folder, stop_tokens)
-    base = model.get_base_model() if model is not None and is_peft_model(model) else model
-    if base is not None and getattr(getattr(base, "config", None), "vision_config", None) is not None:
+    if model is not None and _takes_images(model):
         from finetuning.model.vision import copy_processor_files
 
-        copy_processor_files(base, folder)
+        copy_processor_files(_base_of(model), folder)
     if stop_tokens is not None:
         stop_tokens.write_configs(folder)
     if base_fingerprint is not None:
@@ -150,6 +156,9 @@ def compare_with_saved(
         differences = compare_with_files(model, folder, state_dict=state_dict, adapters=adapters)
     except ModelError as error:
         differences = [str(error)]
+    differences += _stray_weights(folder, adapters)
+    if adapters and stop_tokens is not None and not (folder / ADAPTER_FINGERPRINT_FILE).is_file():
+        differences.append(f"{ADAPTER_FINGERPRINT_FILE} is missing")
     generation = _generation_config_to_save(model, stop_tokens)
     # transformers does not save how generation is compiled.
     meant = json.loads(generation.to_json_string(keys_to_pop=["compile_config"])) if generation is not None else None
@@ -166,7 +175,33 @@ def compare_with_saved(
         differences += _compare_json(folder / "config.json", config)
     if base_fingerprint is not None:
         differences += _compare_json(folder / FINGERPRINT_FILE, asdict(base_fingerprint))
+    if _takes_images(model):
+        from finetuning.model.vision import processor_differences
+
+        differences += processor_differences(_base_of(model), folder)
     return differences + (compare_tokenizer(tokenizer, folder, stop_tokens) if tokenizer is not None else [])
+
+
+def _stray_weights(folder: Path, adapters: Collection[str]) -> list[str]:
+    """Return the files of weights in a folder that are not the model's: servers load every one that they find."""
+    found = {file.name for file in folder.glob("*.safetensors*")}
+    if adapters:
+        # Some adapters keep state in files of their own.
+        known = {name for name in found if not name.startswith("model")}
+    elif SAFE_WEIGHTS_NAME in found:
+        known = {SAFE_WEIGHTS_NAME}
+    else:
+        known = {SAFE_WEIGHTS_INDEX_NAME, *(entry.file.name for entry in read_model_headers(folder).values())}
+    return [f"{name} is not the model's" for name in sorted(found - known)]
+
+
+def _takes_images(model: nn.Module) -> bool:
+    """Return whether a model, or the base of a PEFT model, takes images."""
+    return getattr(getattr(_base_of(model), "config", None), "vision_config", None) is not None
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def check_saved(folder: Path, differences: Sequence[str]) -> None:
@@ -208,7 +243,7 @@ def _compare_json(
         unordered: keys of lists whose order is arbitrary.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
         for key in unordered:
             values[key] = sorted(values[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -228,7 +263,7 @@ def find_stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, end_o
     Args:
         end_of_turn: as in `align_stop_tokens`.
     """
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = _base_of(model)
     if not isinstance(base, PreTrainedModel) or not base.can_generate():
         return None
     return align_stop_tokens(tokenizer, base.generation_config, end_of_turn)

@@ -19,6 +19,8 @@ EndOfTurn = str | tuple[str, ...] | None
 """The texts with which a chat template ends an assistant turn; see `align_stop_tokens`."""
 # Sampling parameters, with the values at which they have no effect.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+_SETTINGS = ("model_max_length", "clean_up_tokenization_spaces", "split_special_tokens")
+"""Settings of a tokenizer that change texts or ids, and are in its own config only."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens
         # Each setter rebuilds the whole post-processor from both flags, so both must be set.
         saved.add_bos_token = adds_bos
         saved.add_eos_token = False
+    if isinstance(saved, PreTrainedTokenizerFast):
+        # A tokenizer keeps how it last cut and padded a text, and would save that. Other programs cut prompts by it.
+        backend: Any = saved.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
     saved.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -151,8 +158,9 @@ def compare_tokenizer(
 ) -> list[str]:
     """Load the tokenizer that `save_tokenizer` wrote, and return how it differs from what was meant; [] if it does not.
 
-    Compared are the vocabulary, the merges and whatever else splits a text, the special tokens and the chat template.
-    The padding side is the run's, and transformers does not save it.
+    Compared are the vocabulary, the merges and whatever else splits a text or puts it together again, the special
+    tokens, what is added to a text and cut off it, and the chat template. The padding side is the run's, and
+    transformers does not save it.
     """
     # A class of its own code is not looked up by name, which would have to run the code again.
     is_custom = type(tokenizer).__module__.startswith("transformers_modules")
@@ -161,7 +169,7 @@ def compare_tokenizer(
         saved = auto_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"the tokenizer cannot be loaded: {first_line(error)}"]
-    differences = []
+    differences = _file_differences(tokenizer, saved, folder, stop_tokens)
     # Comparing the vocabularies themselves takes longer, and is only needed to say what differs.
     if _text_to_tokens(saved) != _text_to_tokens(tokenizer):
         is_same = saved.get_vocab() == tokenizer.get_vocab()
@@ -177,10 +185,74 @@ def compare_tokenizer(
     if (adds_bos, adds_eos) != (_added_special_tokens(tokenizer)[0], False):
         added = " and ".join(name for name, adds in (("a BOS", adds_bos), ("an EOS", adds_eos)) if adds) or "no special"
         differences.append(f"tokenizer.json: {added} token is added to each text")
-    if missing := set(tokenizer.all_special_tokens) - set(saved.all_special_tokens) - {special_token(tokenizer, "eos")}:
-        differences.append(f"tokenizer_config.json: {sorted(missing)[0]!r} is not a special token")
+    special, saved_special = (
+        _special_tokens(each) - {special_token(tokenizer, "eos"), end} for each in (tokenizer, saved)
+    )
+    if missing := special - saved_special:
+        differences.append(f"the tokenizer's files: {sorted(missing)[0]!r} is not a special token")
+    if extra := saved_special - special:
+        differences.append(f"the tokenizer's files: {sorted(extra)[0]!r} is a special token")
+    differences += _setting_differences(tokenizer, saved)
     if saved.chat_template != tokenizer.chat_template:
         differences.append(f"the chat template is {'another one' if saved.chat_template else 'missing'}")
+    return differences
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the special tokens, and the added ones that decoding leaves out as if they were."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {str(token) for token in tokenizer.all_special_tokens} | added
+
+
+def _file_differences(
+    tokenizer: PreTrainedTokenizerBase,
+    saved: PreTrainedTokenizerBase,
+    folder: Path,
+    stop_tokens: StopTokens | None,
+) -> list[str]:
+    """Return what other programs would read from the files of a tokenizer that transformers does not take from there.
+
+    transformers corrects the special tokens of tokenizer.json when it loads it, prefers the template in a file of its
+    own, and forgets how texts are cut and padded as soon as it encodes one.
+    """
+    differences: list[str] = []
+    config = read_json_object(folder / "tokenizer_config.json")
+    if config.get("chat_template", saved.chat_template) != saved.chat_template:
+        differences.append("tokenizer_config.json: it has another chat template than chat_template.jinja")
+    meant = {"add_bos_token": _added_special_tokens(tokenizer)[0], "add_eos_token": False}
+    differences += [
+        f"tokenizer_config.json: {key} is {config.get(key)} instead of {value}"
+        for key, value in meant.items()
+        if config.get(key) != value
+    ]
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not (folder / "tokenizer.json").is_file():
+        return differences
+    file = read_json_object(folder / "tokenizer.json")
+    texts = {"cut": file.get("truncation"), "padded": file.get("padding")}
+    differences += [f"tokenizer.json: texts are {how}: {value}" for how, value in texts.items() if value]
+    ends = {special_token(tokenizer, "eos"), stop_tokens.eos_token if stop_tokens is not None else None}
+    in_memory: Any = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    special = {token["id"]: token["special"] for token in file["added_tokens"]}
+    differences += [
+        f"tokenizer.json: {token.content!r} is {'not ' if token.special else ''}a special token"
+        for token_id, token in in_memory.items()
+        if special.get(token_id) != token.special and (token.special or token.content not in ends)
+    ]
+    return differences
+
+
+def _setting_differences(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> list[str]:
+    """Return the settings of a saved tokenizer that change texts or ids, and differ from those in memory."""
+    differences: list[str] = []
+    ids = tokenizer.encode("a")
+    meant = ids[:-1] if _added_special_tokens(tokenizer)[1] else ids
+    if (encoded := saved.encode("a")) != meant and saved.get_vocab() == tokenizer.get_vocab():
+        pair = " instead of ".join(str(saved.convert_ids_to_tokens(each)) for each in (encoded, meant))
+        differences.append(f"tokenizer.json: 'a' is encoded to {pair}")
+    for name in _SETTINGS:
+        value, wanted = getattr(saved, name, None), getattr(tokenizer, name, None)
+        if value != wanted:
+            differences.append(f"tokenizer_config.json: {name} is {value!r} instead of {wanted!r}")
     return differences
 
 

@@ -337,6 +337,8 @@ def check_causality(
             raise
         except _FAILED_PASS as error:
             return first_line(error)
+        if not bool(before.isfinite().all()):
+            return "its logits are not finite"
         try:
             leak = _gradient_leak(model, {"input_ids": row[None]}, [(range(cut), range(cut))])
         except torch.OutOfMemoryError:
@@ -344,7 +346,7 @@ def check_causality(
         except _FAILED_PASS:
             leak = 0.0  # Kernels of quantized weights may have no backward pass.
     difference, tolerance = float((before - after).abs().max()), logit_tolerance(model, before, autocast)
-    if leak <= _MAX_LEAK and not difference > tolerance:
+    if leak <= _MAX_LEAK and difference <= tolerance:
         return None
     raise ModelError(
         f"{type(model).__name__} is not a causal language model: later tokens change the logits of earlier ones by"
@@ -524,7 +526,7 @@ def _gradient_leak(
     if not embeddings:
         raise RuntimeError("the model does not use its input embeddings")
     signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 7919 % 97 % 2)
-    leak = 0.0
+    leaks: list[float] = []
     for tokens, allowed in spans:
         with torch.enable_grad():
             target = (logits[tokens.start : tokens.stop] * signs).sum()
@@ -534,8 +536,9 @@ def _gradient_leak(
         if not math.isfinite(largest) or largest == 0:
             raise RuntimeError(f"its gradient is {'0' if largest == 0 else 'not finite'}")
         size[allowed.start : allowed.stop] = 0
-        leak = max(leak, float(size.max()) / largest)
-    return leak
+        leaks.append(float(size.max()) / largest)
+    # A tensor: `max` of Python would drop a NaN.
+    return float(torch.tensor(leaks).max())
 
 
 def logit_tolerance(model: PreTrainedModel | PeftModel, logits: torch.Tensor, dtype: torch.dtype | None) -> float:

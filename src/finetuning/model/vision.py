@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -93,12 +94,25 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def copy_processor_files(model: nn.Module, folder: Path) -> None:
     """Copy the files of the processor of a model's checkpoint, byte by byte, as far as it has any."""
+    for file in _processor_files(model):
+        shutil.copyfile(file, folder / file.name)
+
+
+def processor_differences(model: nn.Module, folder: Path) -> list[str]:
+    """Return which files of the processor in a folder are not those of the model's checkpoint; [] if all are."""
+    return [
+        f"{file.name} is not the base model's"
+        for file in _processor_files(model)
+        if not (folder / file.name).is_file() or not filecmp.cmp(file, folder / file.name, shallow=False)
+    ]
+
+
+def _processor_files(model: nn.Module) -> list[Path]:
     source = str(getattr(model, "name_or_path", ""))
-    for name in PROCESSOR_FILES:
-        file = Path(source, name)
-        cached = None if file.is_file() or Path(source).is_dir() else _cached(source, name)
-        if file.is_file() or cached:
-            shutil.copyfile(cached or file, folder / name)
+    files = [Path(source, name) for name in PROCESSOR_FILES]
+    if not Path(source).is_dir():
+        files = [Path(cached) for name in PROCESSOR_FILES if (cached := _cached(source, name)) is not None]
+    return [file for file in files if file.is_file()]
 
 
 def _cached(repository: str, name: str) -> str | None:

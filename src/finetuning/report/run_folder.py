@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, parse_json
 from finetuning.report.console import loss
 from finetuning.tracking.tracker import LOSS_LOG_NAME, METRICS_LOG_NAME
 
@@ -122,7 +121,7 @@ def read_json_lines(path: Path) -> Iterator[JsonRecord]:
     with stream:
         for line in stream:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 continue
             if isinstance(record, dict):
@@ -156,7 +155,7 @@ def _state_rows(folder: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _number(path.parent) >= 0]
     for path in sorted(states, key=lambda path: _number(path.parent))[-1:]:
         try:
-            history = json.loads(path.read_text(encoding="utf-8")).get("log_history") or []
+            history = parse_json(path.read_text(encoding="utf-8")).get("log_history") or []
         except (OSError, ValueError):
             return
         for entry in history:
@@ -323,7 +322,7 @@ def parse_time(text: object) -> datetime | None:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.atomic_io import try_lock
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, parse_json
 from finetuning.report.run_folder import RECORD_NAME, FinalLosses, JsonRecord, read_run_record
 from finetuning.tracking.tracker import METRICS_LOG_NAME as METRICS_NAME
 
@@ -136,7 +135,7 @@ def last_rows(folder: Path) -> list[JsonRecord]:
     rows: list[JsonRecord] = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):

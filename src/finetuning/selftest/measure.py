@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetuning.selftest.checks import largest
+
 if TYPE_CHECKING:
     from finetuning.model.tokenizer import LoadedTokenizer
     from finetuning.training.setup import LoadedModel
@@ -91,11 +93,11 @@ def measure_layouts(setup: Setup) -> tuple[float | None, str]:
         results["padding-free"] = _row_losses(setup, FlatteningCollator()(rows), lengths)
         results["packed"] = _row_losses(setup, FlatteningCollator()([packed]), lengths)
     differences = {
-        name: max(abs(a - b) / max(1.0, a, b) for a, b in zip(alone, losses, strict=True))
+        name: largest(abs(a - b) / max(1.0, a, b) for a, b in zip(alone, losses, strict=True))
         for name, losses in results.items()
     }
     reason = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    return max(differences.values()), reason if len(results) > 1 else f"{reason}; this run only pads"
+    return largest(differences.values()), reason if len(results) > 1 else f"{reason}; this run only pads"
 
 
 def _unpacked(packs: Iterable[Mapping[str, Any]]) -> list[dict[str, list[int]]]:

@@ -11,13 +11,13 @@ exported. Jobs of earlier versions, which wrote shorter files, are computed from
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.errors import parse_json
 from finetuning.telemetry import names
 from finetuning.telemetry.error_guard import TelemetryErrors
 from finetuning.telemetry.metrics import CATEGORIES, LOOP_NOT_STARTED, RUNNING, JobProgress, read_progress
@@ -96,7 +96,7 @@ def _read_records(path: Path, *patterns: str) -> Iterator[dict[str, Any]]:
             if not any(pattern in line for pattern in patterns):
                 continue
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 continue
             if isinstance(record, dict):

@@ -21,6 +21,7 @@ from opentelemetry.sdk._logs import LogRecordProcessor
 from opentelemetry.sdk.trace import SpanProcessor
 
 from finetuning.config.redaction import redact_values
+from finetuning.errors import parse_json
 from finetuning.telemetry.config import JobIdentity
 from finetuning.telemetry.error_guard import TelemetryErrors
 from finetuning.telemetry.exporters import JsonlEventProcessor, JsonlSpanProcessor, JsonlWriter, OtlpExport
@@ -115,7 +116,7 @@ def session_tag(output_dir: Path, requested: str | None, *, resumed: bool, check
 
 def _read_session_tag(path: Path) -> str | None:
     try:
-        tag = json.loads(path.read_text(encoding="utf-8"))["session_tag"]
+        tag = parse_json(path.read_text(encoding="utf-8"))["session_tag"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return tag if isinstance(tag, str) else None
@@ -160,7 +161,7 @@ def _is_neutral(key: str) -> bool:
 def _model_shape(model: str) -> str | dict[str, Any]:
     """Return the config of a model on disk, independent of its path; the name of a model on the hub."""
     try:
-        shape = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        shape = parse_json((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return model
     return {key: item for key, item in shape.items() if not key.startswith("_")} if isinstance(shape, dict) else model

@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from finetuning.config.redaction import is_secret_key, redact_values
 from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.config.yaml.document import YamlValue
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, parse_json
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -166,7 +166,7 @@ def _flag(setting: ResolvedValue) -> ResolvedValue:
 def _tags(text: str) -> dict[str, str]:
     """Parse the tags of MLFLOW_TAGS, a JSON object."""
     try:
-        tags = json.loads(text) if text.strip() else {}
+        tags = parse_json(text) if text.strip() else {}
     except ValueError:
         tags = None
     if not isinstance(tags, dict):

@@ -19,6 +19,7 @@ from typing import IO, Literal
 from finetuning.config.redaction import redact_text, redacted_json
 from finetuning.config.sections.tracking import TrackingConfig
 from finetuning.distributed import announce_wait
+from finetuning.errors import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def read_identities(output_dir: Path, names: Sequence[str]) -> dict[str, RunIden
     identities: dict[str, RunIdentity] = {}
     for name in names:
         try:
-            value = json.loads((output_dir / f"{name}_tracker.json").read_text(encoding="utf-8"))
+            value = parse_json((output_dir / f"{name}_tracker.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(value, dict):

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from finetuning.atomic_io import is_disk_full, publish, staging_path, write_manifest
 from finetuning.distributed import GRACE_VARIABLE, announce_wait, read_grace
 from finetuning.errors import CheckpointError, GuardStopped, reading
+from finetuning.model.fingerprint import ADAPTER_FINGERPRINT_FILE
 from finetuning.model.peft.adapter_files import is_peft_model
 from finetuning.model.save import (
     check_saved,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 OptimizerSettings = list[dict[str, Any]]
 """The settings of each parameter group."""
 
@@ -428,12 +430,14 @@ def _check_loaded(checkpoint: Path, differences: list[str]) -> None:
 
 
 def _read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Return the contents of the tokenizer's files in a folder by name.
+    """Return the contents of the files in a folder that may be the tokenizer's: all but weights and their fingerprint.
 
     They are compared as they are: a digest of a large tokenizer would be a tenth of an adapter's verification.
     """
     return {
-        file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".jinja" or "token" in file.name
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != ADAPTER_FINGERPRINT_FILE
     }
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from finetuning.errors import EXIT_INTERNAL
+from finetuning.errors import EXIT_INTERNAL, parse_json
 from finetuning.trainer.hooks import TrainerHooks
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _overwrite(file: Path, text: str) -> None:
 def read_beat(output_dir: Path, rank: int) -> Beat | None:
     """Return the heartbeat of a process; None if it cannot be read."""
     try:
-        return json.loads((output_dir / HEARTBEAT_FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        return parse_json((output_dir / HEARTBEAT_FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from finetuning.errors import ConfigError
+from finetuning.errors import ConfigError, parse_json
 from finetuning.report.html import page_templates
 from finetuning.watch.conversation import Conversations
 from finetuning.watch.pages import MOST_COMPARED, LivePage, RunPages, render_list, templates
@@ -246,7 +246,7 @@ class WatchServer:
             if self._conversations is None or run.may_run:
                 return _refusal("the run has not ended", 409)
             try:
-                asked = json.loads(body)
+                asked = parse_json(body)
                 question, adapter, is_new = str(asked["question"]), bool(asked["adapter"]), bool(asked["new"])
             except (ValueError, LookupError, TypeError):
                 return _refusal("not a question", 400)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from finetuning.data.samples import (
     UnpairedPreference,
 )
 from finetuning.data.statistics import TOO_LONG, TRUNCATED
-from finetuning.errors import Location
+from finetuning.errors import Location, parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -296,7 +295,7 @@ def _argument_problems(function: JsonObject, schema: JsonObject) -> Iterator[str
     arguments: JsonValue = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = parse_json(arguments)
         except ValueError:
             arguments = None
     if not isinstance(arguments, dict):

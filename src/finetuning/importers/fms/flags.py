@@ -6,12 +6,11 @@ alone for true, `--no_key` for false, hyphens for underscores, and the beginning
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from finetuning.config.yaml.document import ConfigDocument, KeyPath, SourceSpan, YamlSection, YamlValue
-from finetuning.errors import ConfigError, Location, Problem
+from finetuning.errors import ConfigError, Location, Problem, parse_json
 from finetuning.importers.fms.keys import ACCELERATION, SUPPORTED
 
 LISTS = ACCELERATION | {
@@ -100,6 +99,6 @@ def _value(flag: _Flag) -> YamlValue:
     if not text.startswith("{") or flag.key == "exp_metadata" or flag.key.endswith("template"):
         return text
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"is not valid JSON: {error}") from None

@@ -12,6 +12,7 @@ from finetuning.config.pretrained_config import find_pretrained_config, quantiza
 from finetuning.config.sections.data import MissingPadTokenStrategy
 from finetuning.config.sections.tracking import TRACKER_NAMES
 from finetuning.config.yaml.document import ConfigDocument, YamlValue
+from finetuning.errors import parse_json
 from finetuning.importers.fms import keys
 from finetuning.importers.fms.data_section import put_data, put_length_filter, shortest_handler_limit
 from finetuning.importers.translation import Readers, Translation
@@ -93,7 +94,7 @@ def _with_plain_values(job: ConfigDocument) -> ConfigDocument:
             return value
         if value.lower() in ("true", "false"):
             return value.lower() == "true"
-        return json.loads(value) if re.fullmatch(_NUMBER, value) else value
+        return parse_json(value) if re.fullmatch(_NUMBER, value) else value
 
     values = {key: value if key in keys.TEXTS else plain(value) for key, value in job.values.items()}
     return replace(job, values=values)
@@ -484,7 +485,7 @@ def _put_metadata(out: Translation) -> None:
     metadata = out.get("exp_metadata")
     if isinstance(metadata, str):
         try:
-            metadata = json.loads(metadata)
+            metadata = parse_json(metadata)
         except ValueError:
             metadata = [metadata]
     if metadata is None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config.redaction import redact_values
+from finetuning.errors import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class UploadState:
         """Return the saved state of this queue; an empty one if there is none."""
         values: dict[str, Any] = {}
         with suppress(OSError, ValueError, AttributeError):
-            saved: dict[str, Any] = json.loads(state_path(queue).read_text(encoding="utf-8"))
+            saved: dict[str, Any] = parse_json(state_path(queue).read_text(encoding="utf-8"))
             values = {_OLD_KEYS.get(key, key): value for key, value in saved.items()}
         state = cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
         if "files_sent" in values and queue.exists():
@@ -117,7 +118,7 @@ def read_records(queue: Path, start: int = 0) -> Iterator[QueuedRecord]:
         for line in stream:
             end += len(line)
             try:
-                values = json.loads(line)
+                values = parse_json(line)
                 if "do" in values:  # written by an earlier version
                     values |= {"kind": values.pop("do"), "parent": values.pop("umbrella", None)}
                 yield QueuedRecord(values.pop("kind"), values, end)
