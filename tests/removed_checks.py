@@ -188,6 +188,14 @@ REMOVED_CHECKS = [
         row="reference",
     ),
     RemovedCheck(
+        "a reference that does not depend on the policy",
+        {"finetuning.trainer.reference.ReferenceMixin.check_independence": returns(None)},
+        (
+            "algorithms/test_reference.py::test_a_reference_that_follows_the_policy_is_caught[make_it",
+            "algorithms/test_reference.py::test_a_reference_that_follows_the_policy_is_caught[keep_the",
+        ),
+    ),
+    RemovedCheck(
         "isolation of rows",
         {_ISOLATION + "_gradient_leak": returns(0.0), _ISOLATION + "logit_tolerance": returns(math.inf)},
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -146,6 +147,36 @@ def test_the_wrong_adapter_as_reference_is_caught(
     values = dpo_values({**STEP, "peft_conf": continued, "training_args.beta": 1e-6})
     with pytest.raises(GuardStopped, match=WRONG):
         train(values, changed(DPO, trainer=spoil))
+
+
+def make_it_the_policy(trainer: Any) -> None:
+    trainer.ref_model = trainer.model
+
+
+def share_a_layer(trainer: Any) -> None:
+    trainer.ref_model.model.layers[1].mlp.up_proj.weight = trainer.model.model.layers[1].mlp.up_proj.weight
+
+
+def keep_the_adapter_on(trainer: Any) -> None:
+    trainer.model.disable_adapter = contextlib.nullcontext
+
+
+@pytest.mark.parametrize("method", [DPO, KTO, ALGORITHMS["grpo"]], ids=["dpo", "kto", "grpo"])
+@pytest.mark.parametrize(
+    ("fault", "peft_conf", "how"),
+    [
+        (make_it_the_policy, {"peft_type": "NO_PEFT"}, "is shared by both"),
+        (share_a_layer, {"peft_type": "NO_PEFT"}, "up_proj.weight is shared by both"),
+        (keep_the_adapter_on, LORA, "a changed policy moves it by"),
+    ],
+)
+def test_a_reference_that_follows_the_policy_is_caught(
+    train: Any, dpo_values: Any, grpo_values: Any, method: Any, fault: Any, peft_conf: Any, how: str
+) -> None:
+    """It equals the policy before the first update, and after every other."""
+    make = grpo_values if method.name == "grpo" else dpo_values
+    with pytest.raises(GuardStopped, match=f"the reference depends on the weights that are trained .*{how}"):
+        train(make({**STEP, "peft_conf": peft_conf, "training_args.beta": 1e-3}), changed(method, trainer=fault))
 
 
 def test_an_adapter_that_changes_the_base_is_caught_with_what_to_do(

@@ -178,6 +178,9 @@ class TokenizedPromptsMixin(GRPOBase):
                 policy = self._completion_log_probs(model, inputs)
                 reference = self._reference_log_probs(model, inputs)
             self.compare_with_reference([policy], [reference], lambda fresh: [self._fresh_log_probs(fresh, inputs)])
+            with self.evaluation_pass(model):
+                now = self._recomputed_reference(model, inputs)
+                self.check_independence([now], lambda: ([], [self._recomputed_reference(model, inputs)]))
         return super()._compute_loss(model, inputs)
 
     def _completion_log_probs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -194,12 +197,17 @@ class TokenizedPromptsMixin(GRPOBase):
 
     def _reference_log_probs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the log-probabilities that the loss compares with; computed again where they contain dropout."""
-        from trl.trainer.utils import use_adapter
-
         from finetuning.trainer.reference import has_dropout
 
         if self.ref_model is not None or not has_dropout(self.model):
             return inputs["ref_per_token_logps"].float() * inputs["completion_mask"]
+        return self._recomputed_reference(model, inputs)
+
+    def _recomputed_reference(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from trl.trainer.utils import use_adapter
+
+        if self.ref_model is not None:
+            return self._completion_log_probs(self.ref_model, inputs)
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
             return self._completion_log_probs(model, inputs)

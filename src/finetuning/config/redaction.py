@@ -23,7 +23,7 @@ PLACEHOLDER = "…"
 _SECRET_KEY = re.compile(
     r"(?:^|[_.\s])(?:tokens?|passwords?|passwd|passphrase|pwd|pw|secrets?|credentials?|authorization|bearer|cookies?|pat|"
     r"headers|connection_?string|api_?keys?|(?:access|account|auth|client|encryption|license|master|private|secret|"
-    r"service|session|shared|signing|ssh|storage|wandb)_?key(?:_?id)?)$"
+    r"service|session|shared|signing|ssh|storage|wandb)_?key(?:_?id)?)(?:_?\d{1,2})?$"
 )
 # Tokens of the vocabulary, and counts of them.
 _VOCABULARY_KEY = re.compile(

@@ -112,6 +112,7 @@ class ReferenceMixin(TrainerBase):
     _metrics: Mapping[str, dict[str, list[float]]]
     _num_compared = 0
     _largest_difference = 0.0
+    _is_independence_checked = False
 
     @contextmanager
     def evaluation_pass(self, model: nn.Module) -> Iterator[None]:
@@ -178,6 +179,36 @@ class ReferenceMixin(TrainerBase):
             )
         self.reference_summary = f"equals the model in its files; the new adapter changes the outputs by {difference}"
         return False
+
+    def check_independence(
+        self, reference: Sequence[torch.Tensor], recompute: Callable[[], tuple[Sequence[torch.Tensor], ...]]
+    ) -> None:
+        """Check that the reference stays as it is when the policy changes: once, with one trained tensor changed.
+
+        A reference that is the policy itself, or an adapter that cannot be switched off, equals the policy before the
+        first update and ever after, so that nothing holds the policy back. Collective.
+
+        Args:
+            reference: its log-probabilities per token, (rows, tokens) each.
+            recompute: returns the log-probabilities of the policy and of the reference as they are now.
+
+        Raises:
+            GuardStopped: the reference depends on what is trained.
+        """
+        if self._is_independence_checked or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        self._is_independence_checked = True
+        shared = _shared_memory(self.model, self.ref_model)
+        with _changed(_most_effective(self.model)):
+            now = recompute()[1]
+        tolerance = tolerance_of([self.model], self.accelerator.mixed_precision)
+        difference = largest_difference(now, reference)
+        if self._any_process(bool(shared) or difference.exceeds(tolerance)):
+            how = f"{shared} is shared by both" if shared else f"a changed policy moves it by {difference}"
+            raise GuardStopped(
+                f"the reference depends on the weights that are trained ({how}), so it would follow the policy.",
+                hint="Report this as a bug.",
+            )
 
     def _has_new_adapter(self) -> bool:
         """Return whether the reference is the model without the adapter that is trained."""
@@ -246,6 +277,13 @@ class ReferenceCheckMixin(ReferenceMixin):
         are_equal = self.compare_with_reference(
             policy, reference, lambda fresh: self._log_probs_of(fresh, model, inputs)
         )
+        if not self.precompute_ref_logps:
+
+            def recompute() -> tuple[list[torch.Tensor], ...]:
+                halves = _halves(self._compute_and_record(model, inputs)[1])
+                return tuple([call.log_probs for call in half] for half in halves)
+
+            self.check_independence(reference, recompute)
         expected = self.expected_first_loss(inputs)
         if are_equal and expected is not None:
             # KTO computes the divergence first. Its loss, like DPO's, is made of the last call of the policy.
@@ -311,6 +349,38 @@ def record_calls(*models: nn.Module | None) -> Iterator[list[ModelCall]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shared_memory(model: nn.Module, reference: nn.Module | None) -> str:
+    """Return the name of a trained parameter that a reference model shares; empty if there is none."""
+    if reference is None:
+        return ""
+    addresses = {weight.data_ptr() for weight in reference.parameters()} - {0}
+    trained = (item for item in model.named_parameters() if item[1].requires_grad)
+    return next((name for name, weight in trained if weight.data_ptr() in addresses), "")
+
+
+def _most_effective(model: nn.Module) -> torch.Tensor | None:
+    """Return a small trained tensor that changes the outputs: of LoRA a B, as its A has no effect while B is 0."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    chosen = {name: weight for name, weight in trained.items() if ".lora_B." in name} or trained
+    return min(chosen.values(), key=torch.Tensor.numel, default=None)
+
+
+@contextmanager
+def _changed(weight: torch.Tensor | None) -> Iterator[None]:
+    """Add 1 to a tensor in the block."""
+    if weight is None:
+        yield
+        return
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
 
 
 def _halves(recorded: list[ModelCall]) -> tuple[list[ModelCall], list[ModelCall]]:
