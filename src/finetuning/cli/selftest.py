@@ -138,7 +138,7 @@ def _folder(asked: Path | None) -> Iterator[Path]:
 
 def _print(result: Result) -> None:
     difference = "" if result.difference is None else f"{result.difference:.1e} of {result.tolerance:.1e}"
-    print(f"{result.verdict:<7}  {result.name:<20}  {difference:<18}  {result.compared}")
+    print(f"{result.verdict:<7}  {result.name:<20}  {difference:<18}  {result.compared}".rstrip())
     if result.reason:
         print(f"{'':<9}{result.reason}")
 
