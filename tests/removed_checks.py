@@ -450,7 +450,7 @@ REMOVED_CHECKS = [
         "logits of a kernel for padding-free batches",
         {_ISOLATION + "_gradient_leak": returns(0.0), _ISOLATION + "logit_tolerance": returns(math.inf)},
         (
-            _VARLEN + "test_a_class_without_sdpa_takes_another_implementation_with_its_logits[varlen_attention",
+            _VARLEN + "test_a_class_without_sdpa_takes_another_implementation_with_its_logits[_ignores_the_cap",
             _VARLEN + "test_an_implementation_that_fails_leaves_the_model_to_sdpa[leaks",
             "model/test_gpu_attention.py::test_a_kernel_that_ignores_the_window",
         ),

@@ -250,7 +250,13 @@ def _capped(*args: Any, softcap: float | None = None, **kwargs: Any) -> tuple[to
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 
-@pytest.mark.parametrize(("attention", "is_right"), [(_capped, True), (varlen_attention, False)])
+def _ignores_the_cap(*args: Any, softcap: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return _capped(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("attention", "is_right"), [(_capped, True), (_ignores_the_cap, False), (varlen_attention, False)]
+)
 def test_a_class_without_sdpa_takes_another_implementation_with_its_logits(attention: Any, is_right: bool) -> None:
     name = registered("kernel_for_tests", attention)
     # Scores of random weights are small: a small cap shows.
