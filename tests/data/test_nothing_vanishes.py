@@ -140,6 +140,17 @@ def test_arguments_and_keys_that_the_template_does_not_print_are_named(
     assert expected.items() <= prepare_dpo(conf, None, tokenizer).statistics.report()[0]["warnings"].items()
 
 
+def test_keys_of_tool_calls_are_named(write_lines: Callable[..., str], make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("byte-level", source_of("qwen3"))
+    call = {"id": "1", "index": 0, "type": "function", "signature": "c2ln", "function": {**CALL, "strict": True}}
+    row = {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    notes = sft(config(write_lines("a.jsonl", row), chat_template_name="keep-original"), tokenizer).statistics.report()
+    assert {note for note in notes[0]["warnings"] if "is not used" in note} == {
+        f"message key tool_calls.{name} is not used: the chat template does not read it"
+        for name in ("signature", "strict")
+    }
+
+
 @pytest.mark.parametrize("system", [5, ["a"], {"text": "a"}])
 def test_a_system_column_that_is_no_text_is_refused(system: Any, parsed: Callable[..., Any]) -> None:
     assert "system: expected text, got" in problem_of(parsed("sft", {"messages": TALK, "system": system}))

@@ -242,10 +242,24 @@ def omitted_messages(messages: Sequence[Message], text: str) -> set[str]:
             is_link = key == "name" and message["role"] in ("tool", "function", "ipython")
             if key not in _NOT_PRINTED and not is_link and isinstance(value, str) and value.strip() not in text:
                 warnings.add(f"message key {key} is not used: the chat template does not read it")
+        if len(message) > 2 and message.get("tool_calls"):
+            unprinted = [name for name in _other_keys_of_calls(message) if f'"{name}"' not in text]
+            warnings |= {
+                f"message key tool_calls.{name} is not used: the chat template does not read it" for name in unprinted
+            }
         words = _WORD.findall(message.get("content") or "") if message["role"] != "assistant" else ()
         if words and max(words, key=len) not in text:
             warnings.add(f"the chat template does not print a message of the role {message['role']}")
     return warnings
+
+
+_KEYS_OF_CALLS = {"id", "type", "index", "function", "name", "arguments"}
+
+
+def _other_keys_of_calls(message: Message) -> set[str]:
+    """Return the keys of a message's tool calls that are no part of a call in the OpenAI API."""
+    objects = [item for call in message["tool_calls"] for item in (call, call.get("function", call))]
+    return {name for item in objects for name, value in item.items() if value} - _KEYS_OF_CALLS
 
 
 _THINK = "<think>"

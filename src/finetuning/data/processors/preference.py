@@ -143,7 +143,8 @@ class PreferenceProcessor(AnswerProcessor):
             *chosen_text.warnings,
             *rejected_text.warnings,
             *self.warnings([*row.prompt, *row.chosen, *row.rejected]),
-            *(() if row.is_text else omitted_messages(row.prompt, chosen_text.text)),
+            *(() if row.is_text else omitted_messages([*row.prompt, *row.chosen], chosen_text.text)),
+            *(() if row.is_text else omitted_messages(row.rejected, rejected_text.text)),
             *unused_arguments(row, self.renderer),
             *_prompt_warnings(row),
             *_split_warnings(chosen_text, chosen_tokens),
@@ -215,7 +216,7 @@ class UnpairedProcessor(AnswerProcessor):
             return DroppedSample("nothing left to train on", f"the prompt alone is {len(prompt)} tokens", tokens=size)
         tokens_cut = max(len(completion) - max_answer, 0)
         warnings = masked.warnings | self.warnings([*row.prompt, *row.completion]) | _split_warnings(masked, tokens)
-        warnings |= set() if row.is_text else omitted_messages(row.prompt, masked.text)
+        warnings |= set() if row.is_text else omitted_messages([*row.prompt, *row.completion], masked.text)
         warnings |= unused_arguments(row, self.renderer) | _prompt_warnings(row)
         return TokenizedSample(
             columns={"prompt_ids": prompt, "completion_ids": completion[:max_answer], "label": row.label},
