@@ -23,6 +23,7 @@ from finetuning.export.gguf import (
     make_modelfile,
     open_llama_cpp,
 )
+from finetuning.export.local_server import run_server
 
 TEMPLATES = ("chat-ml", "mistral-with-system", "poro", "simplified-llama31")
 DEFAULT_SYSTEM = (
@@ -238,3 +239,18 @@ def test_a_server_that_answers_otherwise_is_caught(
         else:
             with pytest.raises(GuardStopped, match=reason):
                 _compare(llama, tmp_path, ["model.gguf"], samples, kind)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo loading; kill -SEGV $$", "does not serve model: it was ended by SIGSEGV; its last line: loading"),
+        (
+            "echo loading; echo 'OSError: no such file'; echo more; exit 1",
+            "does not serve model: OSError: no such file",
+        ),
+    ],
+)
+def test_a_server_that_ends_is_named_with_the_reason(script: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message), run_server(lambda _: ["sh", "-c", script], "server", "model", 30):
+        pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat_template=CHATML_TEMPLATE,
     )  # fmt: skip
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -73,9 +74,10 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"peft_type": "NO_PEFT"}, "f32"),
         ({"peft_type": "NO_PEFT"}, "q8_0"),
+        ({"peft_type": "NO_PEFT"}, "Q4_K_M"),
         ({"peft_type": "LORA", "peft_kwargs": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}}, "f32"),
     ],
-    ids=["full", "full, 8 bit", "adapter"],
+    ids=["full", "full, 8 bit", "full, 4 bit", "adapter"],
 )
 def test_llama_cpp_answers_like_the_model(
     peft: dict[str, Any], kind: str, base_dir: Path, sft_values: Any, write_config: Any, write_jsonl: Any,
@@ -95,7 +97,10 @@ def test_llama_cpp_answers_like_the_model(
     code = export.main(arguments + (["--python", PYTHON] if PYTHON else []))
     captured = capsys.readouterr()
     assert code == 0, captured.err
-    assert "3 of 3 prompts are tokenized alike, 3 of 3 greedy answers have the same text and end" in captured.out
+    assert "3 of 3 prompts are tokenized alike, " in captured.out
+    # Four bits may change an answer.
+    equal = re.search(r"(\d) of 3 greedy answers have the same text and end", captured.out)
+    assert equal is not None and int(equal[1]) >= (1 if kind == "Q4_K_M" else 3), captured.out
     folder = tmp_path / "out" / "checkpoint-final-gguf"
     assert 'PARAMETER stop "<|im_end|>"' in (folder / "Modelfile").read_text()
     assert json.loads((folder / "export.json").read_text())["verified"].startswith("3 of 3")

@@ -74,7 +74,8 @@ def run_server(
             while not _is_ready(server.address):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise ModelError(f"{name} does not serve {served}: {_reason(log.read().decode(errors='replace'))}")
+                    reason = f"{_ending(process.poll())}{_reason(log.read().decode(errors='replace'))}"
+                    raise ModelError(f"{name} does not serve {served}: {reason}")
                 time.sleep(0.2)
             yield server
         finally:
@@ -93,6 +94,13 @@ def _reason(log: str) -> str:
     """Return the line of a server's output that says most about its end: the first error of Python, else the last."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
     return next((line for line in lines if "Error: " in line), lines[-1])
+
+
+def _ending(code: int | None) -> str:
+    """Return how a server that a signal has ended did so; "" for others, whose output says why."""
+    if code is None or code >= 0:
+        return ""
+    return f"it was ended by {signal.Signals(-code).name}; its last line: "
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
