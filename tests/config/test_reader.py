@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import functools
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -147,3 +151,23 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n", "\ufeff"])
 def test_an_empty_file_is_an_empty_document(text: str) -> None:
     assert parse_document(text, "config.yaml") == ConfigDocument({}, {}, "config.yaml")
+
+
+def test_a_pipe_that_nobody_writes_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from finetuning import distributed
+
+    monkeypatch.setattr(distributed, "announce_wait", functools.partial(distributed.announce_wait, after_s=0.02))
+    pipe = tmp_path / "config.yaml"
+    os.mkfifo(pipe)
+
+    def write_once_it_is_named() -> None:
+        while "to be written: it is a pipe" not in caplog.text:
+            time.sleep(0.005)
+        pipe.write_text("a: 1")
+
+    writer = threading.Thread(target=write_once_it_is_named)
+    writer.start()
+    assert "a" in read_document(pipe).values
+    writer.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from finetuning.data.images.files import ImageFolder, load_image
 from finetuning.data.images.processor import ImageTextProcessor, load_processor
 from finetuning.data.images.rows import PLACE, take_images
 from finetuning.data.samples import Row
-from finetuning.errors import ConfigError, DataError, Location
+from finetuning.errors import ConfigError, DataError, Location, ModelError
 from vision.families import FAMILIES
 from vision.test_checkpoints import EACH
 
@@ -224,6 +225,23 @@ def test_the_expansion_of_several_images_is_the_processors(
     assert "".join(expanded.text[start:end] for start, end in spans) == text.replace(processor.image_token, "")
     assert [expanded.text[start:end] for start, end in expanded.spans([(0, 3)])] == ["One"]
     assert [expanded.text[start:end] for start, end in expanded.spans([(len(text) - 4, len(text))])] == ["last"]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("preprocessor_config.json", {"crop_size": [1, {"a": []}]}, "cannot process an image with the settings"),
+        ("preprocessor_config.json", {"crop_size": -1}, "writes no token for an image|cannot process an image"),
+        ("processor_config.json", {"patch_size": [14]}, "cannot process an image with the settings"),
+    ],
+)
+def test_settings_that_no_processor_can_use_are_errors_of_the_model(
+    family_dir: Any, tmp_path: Path, file: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(family_dir("llava"), tmp_path / "model"))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    with pytest.raises(ModelError, match=message):
+        processor_of(folder)._replacement((40, 30))
 
 
 def test_settings_change_the_number_of_tokens_and_unknown_ones_are_refused(family_dir: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -206,7 +207,7 @@ def read_document(path: str | Path) -> ConfigDocument:
     """
     file = str(path)
     try:
-        with open(path, "rb") as stream:
+        with _announced(path), open(path, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError("no such file", location=Location(file), hint=near_file(file)) from None
@@ -219,6 +220,15 @@ def read_document(path: str | Path) -> ConfigDocument:
     if len(content) > MAX_BYTES:
         raise ConfigError(f"is larger than {MAX_BYTES:,} bytes: this is no config", location=Location(file))
     return parse_document(_decode(content, file), file)
+
+
+def _announced(path: str | Path) -> AbstractContextManager[None]:
+    """Return a context that says it if a named pipe is waited for."""
+    if not Path(path).is_fifo():
+        return nullcontext()
+    from finetuning.distributed import announce_wait
+
+    return announce_wait(f"{path} to be written: it is a pipe")
 
 
 def parse_document(text: str, file: str | None = None) -> ConfigDocument:

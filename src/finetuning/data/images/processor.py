@@ -149,7 +149,14 @@ class ImageTextProcessor:
                     " writes for an image",
                     location=Location(key="run_conf.model"),
                 )
-            self._replacements[size] = str(offsets[0][0]["replacement"])
+            replacement = str(offsets[0][0]["replacement"])
+            if self.token_ids.isdisjoint(self.tokenizer(replacement, add_special_tokens=False)["input_ids"]):
+                raise ModelError(
+                    f"{type(self._processor).__name__} writes no token for an image of {size[0]} x {size[1]} pixels",
+                    location=Location(key="run_conf.model"),
+                    hint="Look at its preprocessor_config.json and processor_config.json.",
+                )
+            self._replacements[size] = replacement
         return self._replacements[size]
 
     def __call__(
@@ -165,15 +172,18 @@ class ImageTextProcessor:
         No token is put in front of a text: a text has its beginning-of-sequence token already.
         """
         offsets = {"return_text_replacement_offsets": True} if with_offsets else {}
-        return self._processor(
-            text=list(texts),
-            images=[list(row) for row in images],
-            return_tensors=tensors,
-            padding=True,
-            add_special_tokens=False,
-            **self.options,
-            **offsets,
-        )
+        # What its files say is used only now.
+        problem = f"{type(self._processor).__name__} cannot process an image with the settings of this model"
+        with reading(problem, location=Location(key="run_conf.model")):
+            return self._processor(
+                text=list(texts),
+                images=[list(row) for row in images],
+                return_tensors=tensors,
+                padding=True,
+                add_special_tokens=False,
+                **self.options,
+                **offsets,
+            )
 
 
 def _image_options(image_processor: ImageProcessingMixin, values: Mapping[str, object]) -> dict[str, object]:
