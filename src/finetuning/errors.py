@@ -7,12 +7,13 @@ FinetuningError                exit code
 ├── CheckpointError            1    a checkpoint that cannot be resumed from
 ├── StorageError               1    a directory that is not empty, not writable or full
 ├── MissingPackageError        1    an optional package that this run needs
+├── UsageError                 2    the command line: an unknown subcommand or option
 ├── GuardStopped               3    a guard stopped the run: non-finite or exploded loss, failed verification
 ├── InternalError              203  out of memory, or a bug in the engine
 │   └── CommunicationError     203  the processes of a job cannot reach each other
 └── Interrupted                128 + the signal's number, a checkpoint saved
 
-argparse ends a console script with 2 if the command line is wrong.
+argparse also ends a console script with 2 if the command line is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 EXIT_OK = 0
 EXIT_USER = 1
+EXIT_USAGE = 2
 EXIT_GUARD = 3
 EXIT_INTERNAL = 203
 
@@ -107,6 +109,12 @@ class StorageError(FinetuningError):
 
 class MissingPackageError(FinetuningError):
     """An optional package that this run needs is not installed."""
+
+
+class UsageError(FinetuningError):
+    """The command line names a subcommand or an option that does not exist."""
+
+    exit_code = EXIT_USAGE
 
 
 class GuardStopped(FinetuningError):

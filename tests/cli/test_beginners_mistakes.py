@@ -77,10 +77,10 @@ def test_in_the_config(say: Say, changes: dict[str, Any], message: str) -> None:
 
 
 ON_THE_COMMAND_LINE: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "19 an option for a key": (("sft", "CONFIG", "--max_steps", "3"), 1, "key.path=value: training_args.max_steps=3"),
-    "20 the same with dashes and =": (("sft", "CONFIG", "--learning-rate=1e-4"), 1, "training_args.learning_rate=1e-4"),
-    "21 a misspelled option": (("sft", "CONFIG", "--max_step", "3"), 1, "training_args.max_steps=3"),
-    "22 a misspelled subcommand": (("sfft", "CONFIG"), 1, 'unknown subcommand "sfft". Did you mean "sft"?'),
+    "19 an option for a key": (("sft", "CONFIG", "--max_steps", "3"), 2, "key.path=value: training_args.max_steps=3"),
+    "20 the same with dashes and =": (("sft", "CONFIG", "--learning-rate=1e-4"), 2, "training_args.learning_rate=1e-4"),
+    "21 a misspelled option": (("sft", "CONFIG", "--max_step", "3"), 2, "training_args.max_steps=3"),
+    "22 a misspelled subcommand": (("sfft", "CONFIG"), 2, 'unknown subcommand "sfft". Did you mean "sft"?'),
     "23 a misspelled method": (("preview", "sftt", "CONFIG"), 2, 'unknown method "sftt". Did you mean "sft"?'),
     "24 no config": (("sft",), 2, "the following arguments are required: config"),
     "25 a key without its section": (("sft", "CONFIG", "max_steps=3"), 1, "It belongs under training_args."),

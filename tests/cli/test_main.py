@@ -190,7 +190,7 @@ def test_invalid_options_are_reported_in_one_line(
 )
 def test_a_mistyped_subcommand_is_one_line_with_a_suggestion(say: Any, arguments: list[str], message: str) -> None:
     code, out, err = say(*arguments)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     if "--debug" not in arguments:
         assert err == f"error: {message}\n"
     assert f"error: {message}\n" in err
@@ -282,7 +282,7 @@ def test_help_and_validation_import_no_heavy_library(sft_values: Any, write_conf
         (["--help"], 0),
         (["generate", "--help"], 0),
         (["merge", "--help"], 0),
-        (["sftt", config], 1),
+        (["sftt", config], 2),
         (["--version"], 0),
         (["sft", typo], 1),
         (["sft", misplaced, "--dry-run"], 1),

@@ -131,14 +131,14 @@ def _init(argv: Sequence[str]) -> int:
     return 0
 
 
-def _asked_until_valid(option: str, given: str | None, question: str, look: Callable[[str], T]) -> tuple[str, T]:
+def _asked_until_valid(option: str, value: str | None, question: str, look: Callable[[str], T]) -> tuple[str, T]:
     """Return the value of an option and what was seen of it. In a terminal it is asked for until it is valid.
 
     Raises:
-        FinetuningError: the value that was given is invalid, or there is none and no terminal to ask on.
+        FinetuningError: the option's value is invalid, or there is none and no terminal to ask on.
     """
-    if given:
-        return given, look(given)
+    if value:
+        return value, look(value)
     from finetuning.report.console import open_console, wrap_words
 
     while True:

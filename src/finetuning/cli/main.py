@@ -12,7 +12,7 @@ from functools import partial
 
 from finetuning import __version__
 from finetuning.cli.errors import run_command
-from finetuning.errors import ConfigError
+from finetuning.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options of a subcommand that trains.
 
     Raises:
-        ConfigError: there is no such subcommand.
+        UsageError: there is no such subcommand or option.
     """
     # Options may precede the subcommand. A wrong first argument is reported before the parser sees, and rejects, the
     # options of the subcommand that was meant.
@@ -147,7 +147,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _unknown_option(option: str, argv: Sequence[str], method: str) -> ConfigError:
+def _unknown_option(option: str, argv: Sequence[str], method: str) -> UsageError:
     """Return the error for an option that does not exist. Keys of the config are no options: it names the key."""
     from finetuning.algorithms import ALGORITHMS
     from finetuning.config.validation.library_fields import table_fields
@@ -169,21 +169,21 @@ def _unknown_option(option: str, argv: Sequence[str], method: str) -> ConfigErro
         hint = f"Keys of the config are set as key.path=value: {path}={value or '…'}"
     else:
         hint = key_hint(key, (), index) or "See finetuning --help."
-    return ConfigError(f"unknown option {name}", hint=hint)
+    return UsageError(f"unknown option {name}", hint=hint)
 
 
 def _check_method(name: str) -> None:
-    """Raise ConfigError unless `name` is a method."""
+    """Raise UsageError unless `name` is a method."""
     from finetuning.algorithms import ALGORITHMS
 
     if name in ALGORITHMS:
         return
     if name in SUBCOMMANDS:
-        raise ConfigError(f"put the subcommand first: finetuning {name} ...")
+        raise UsageError(f"put the subcommand first: finetuning {name} ...")
     from finetuning.config.validation.suggestions import did_you_mean
 
     hint = did_you_mean(name, [*ALGORITHMS, *SUBCOMMANDS])
-    raise ConfigError(f'unknown subcommand "{name}"', hint=hint or "See finetuning --help.")
+    raise UsageError(f'unknown subcommand "{name}"', hint=hint or "See finetuning --help.")
 
 
 if __name__ == "__main__":
