@@ -87,7 +87,7 @@ def test_a_second_signal_ends_the_run_and_the_next_run_saves(
 def test_the_copy_into_an_existing_folder_finishes(
     fork_server: Any, sft_values: Any, write_config: Any, tmp_path: Path
 ) -> None:
-    """Its files are written beside the old ones and then renamed: half of them would be a mixture of two models."""
+    """Its files are written next to the old ones and then renamed: half of them would be a mixture of two models."""
     target = tmp_path / "served"
     target.mkdir()
     (target / "model.safetensors").write_bytes(b"old")

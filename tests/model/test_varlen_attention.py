@@ -451,7 +451,7 @@ def test_a_gradient_of_nan_is_a_leak() -> None:
         check_causality(model)
 
 
-def test_logits_of_nan_are_no_proof_of_causality() -> None:
+def test_logits_of_nan_do_not_show_causality() -> None:
     model = make(VERIFIED["llama"])
     model.model.norm.weight.data[0] = torch.nan
     assert check_causality(model) == "its logits are not finite"

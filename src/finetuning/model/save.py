@@ -184,15 +184,15 @@ def compare_with_saved(
 
 def _stray_weights(folder: Path, adapters: Collection[str]) -> list[str]:
     """Return the files of weights in a folder that are not the model's: servers load every one that they find."""
-    found = {file.name for file in folder.glob("*.safetensors*")}
+    names = {file.name for file in folder.glob("*.safetensors*")}
     if adapters:
         # Some adapters keep state in files of their own.
-        known = {name for name in found if not name.startswith("model")}
-    elif SAFE_WEIGHTS_NAME in found:
-        known = {SAFE_WEIGHTS_NAME}
+        expected = {name for name in names if not name.startswith("model")}
+    elif SAFE_WEIGHTS_NAME in names:
+        expected = {SAFE_WEIGHTS_NAME}
     else:
-        known = {SAFE_WEIGHTS_INDEX_NAME, *(entry.file.name for entry in read_model_headers(folder).values())}
-    return [f"{name} is not the model's" for name in sorted(found - known)]
+        expected = {SAFE_WEIGHTS_INDEX_NAME, *(entry.file.name for entry in read_model_headers(folder).values())}
+    return [f"{name} is not the model's" for name in sorted(names - expected)]
 
 
 def _takes_images(model: nn.Module) -> bool:

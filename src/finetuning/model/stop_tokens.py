@@ -250,9 +250,9 @@ def _setting_differences(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTo
         pair = " instead of ".join(str(saved.convert_ids_to_tokens(each)) for each in (encoded, meant))
         differences.append(f"tokenizer.json: 'a' is encoded to {pair}")
     for name in _SETTINGS:
-        value, wanted = getattr(saved, name, None), getattr(tokenizer, name, None)
-        if value != wanted:
-            differences.append(f"tokenizer_config.json: {name} is {value!r} instead of {wanted!r}")
+        value, expected = getattr(saved, name, None), getattr(tokenizer, name, None)
+        if value != expected:
+            differences.append(f"tokenizer_config.json: {name} is {value!r} instead of {expected!r}")
     return differences
 
 

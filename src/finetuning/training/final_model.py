@@ -32,7 +32,7 @@ from finetuning.training.resume.find import checkpoints_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.training.setup import LoadedModel
@@ -125,11 +125,7 @@ def save_final_model(
         initial = replace(initial, digests={}, samples={})
     with _explain_full_disk(folder), _name_target(folder), atomic_directory(folder) as candidate:
         if not adapted:
-            weights = dict(model.named_parameters()) if state_dict is None else state_dict
-            checks += _check_changed(initial, weights)
-            if initial.saved_dtype is not None:
-                convert_weights(model, initial.saved_dtype)
-            checks += _describe_change(initial, weights)
+            checks += _check_full_weights(model, initial, state_dict)
         save_model(
             model,
             tokenizer,
@@ -154,6 +150,21 @@ def save_final_model(
         checks=(*checks, *verified.checks),
         stop_tokens=stop_tokens.report if stop_tokens else None,
     )
+
+
+def _check_full_weights(
+    model: PreTrainedModel, initial: InitialWeights, state_dict: dict[str, torch.Tensor] | None
+) -> list[str]:
+    """Return what was checked of weights that were trained as a whole, which then get the dtype they are saved in.
+
+    Raises:
+        GuardStopped: nothing changed in training.
+    """
+    weights = dict(model.named_parameters()) if state_dict is None else state_dict
+    checks = _check_changed(initial, weights)
+    if initial.saved_dtype is not None:
+        convert_weights(model, initial.saved_dtype)
+    return [*checks, *_describe_change(initial, weights)]
 
 
 def _rate_is_zero(trainer: TrainerMixin) -> str | None:

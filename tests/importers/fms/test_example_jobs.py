@@ -155,7 +155,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "      {% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}      {% endif %}      {% endfor %}",
     },
     "a stream by its datasets": {"DATA": [dataset("pairs", PAIRS, streaming=True)], "max_steps": 2},
-    "a chat template beside the datasets": {
+    "a chat template next to the datasets": {
         "DATA": [dataset("chats", CHATS)],
         "chat_template": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
