@@ -35,6 +35,12 @@ LORA = "{peft_type: LORA}"
              " set gradient_checkpointing: true."],
         ),
         (
+            {"training_args": "{dataloader_num_workers: 1000000}"},
+            "sft",
+            ["training_args.dataloader_num_workers: is 1,000,000: each is a process, and no machine has use for more"
+             " than 1,024. Set at most the number of CPU cores."],
+        ),
+        (
             {"training_args": "{eval_strategy: steps}"},
             "sft",
             ['training_args.eval_strategy: is "steps", but data_conf.validation_data.type is "NONE".'

@@ -33,6 +33,7 @@ Rule = Callable[[Experiment], Iterator[ValidationIssue]]
 
 _TOLERANCE = 1e-9
 _USER_INFO = re.compile(r"^[\w+.-]+://[^/?#]*@")
+_MAX_WORKERS = 1024
 
 
 def evaluation_requires_validation_data(run: Experiment) -> Iterator[ValidationIssue]:
@@ -153,6 +154,17 @@ def batch_size_is_not_searched(run: Experiment) -> Iterator[ValidationIssue]:
             "would halve the batch and leave the accumulation as it is: the total batch would no longer be"
             " batchsize_conf.total_train_batch_size.",
             "Remove it, and set batchsize_conf.max_per_device_train_batch_size: auto, or to a smaller number.",
+        )
+
+
+def workers_fit_a_machine(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject a number of data loader processes that would exhaust the machine."""
+    workers = (run.training_args.model_extra or {}).get("dataloader_num_workers")
+    if isinstance(workers, int) and workers > _MAX_WORKERS:
+        yield ValidationIssue(
+            ("training_args", "dataloader_num_workers"),
+            f"is {workers:,}: each is a process, and no machine has use for more than {_MAX_WORKERS:,}.",
+            "Set at most the number of CPU cores.",
         )
 
 
@@ -468,6 +480,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("run_conf",), remote_code_is_pinned),
     (("training_args",), selective_checkpointing_is_not_reentrant),
     (("training_args",), batch_size_is_not_searched),
+    (("training_args",), workers_fit_a_machine),
     (("training_args",), number_of_steps_is_positive),
     (("training_args",), schedule_requires_evaluation),
     (("training_args",), best_model_requires_matching_strategies),
