@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from finetuning.config.redaction import redact_text
 from finetuning.data.preview import head_of
+from finetuning.errors import ConfigError, reading
 from finetuning.report.charts import HEIGHT, WIDTH, Chart, Series, line_chart, timeline
 from finetuning.report.console import UNKNOWN, duration, rate, shortened
 from finetuning.report.run_folder import JsonRecord, RunData, final_losses, parse_time, read_run
@@ -59,7 +60,9 @@ def write_report_or_warn(folder: Path) -> Path | None:
 
 def render(runs: Sequence[RunData]) -> str:
     """Return the page of the first run, compared with the others."""
-    return page_templates().get_template("page.jinja").render(_page_values(runs))
+    # Records are files that anybody may have changed.
+    with reading(f"the records of {', '.join(str(run.folder) for run in runs)} cannot be shown", ConfigError):
+        return page_templates().get_template("page.jinja").render(_page_values(runs))
 
 
 SECTIONS = (

@@ -128,7 +128,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         is_complete = "log_history" in state
         values = {name: getattr(loaded, name) if is_complete else state.get(name, 0) for name in _NUMBERS}
         wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
-        if wrong or not isinstance(state.get("log_history", []), list):
+        log = state.get("log_history", [])
+        if wrong or not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
             raise ValueError(f"{', '.join(wrong) or 'log_history'} has a value of a wrong type")
     return state
 
