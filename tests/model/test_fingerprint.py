@@ -180,6 +180,16 @@ def test_an_adapter_without_a_fingerprint_or_with_another_base_path_is_used(
     use(adapter, tiny_llama_dir, tmp_path / "without")
 
 
+@pytest.mark.parametrize("use", [merge, convert, load])
+def test_a_fingerprint_that_is_gone_is_said(
+    adapter: Path, tiny_llama_dir: Path, tmp_path: Path, use: Callable[..., None], caplog: pytest.LogCaptureFixture
+):
+    write_fingerprint(compute_fingerprint(tiny_llama_dir), adapter)
+    (adapter / ADAPTER_FINGERPRINT_FILE).unlink()
+    use(adapter, tiny_llama_dir, tmp_path / "out")
+    assert f"{ADAPTER_FINGERPRINT_FILE} is missing: the adapter was not compared with what was saved" in caplog.text
+
+
 def test_a_converted_adapter_has_a_fingerprint_of_its_own(adapter: Path, tiny_llama_dir: Path, tmp_path: Path):
     # A copy of the base's head is dropped by the conversion.
     tensors = load_file(adapter / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from finetuning.model.safetensors_io import (
     read_header,
     read_model_headers,
 )
+
+logger = logging.getLogger(__name__)
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 ADAPTER_FINGERPRINT_FILE = "adapter_fingerprint.json"
@@ -225,6 +228,9 @@ def check_adapter_fingerprint(folder: Path) -> bool:
         recorded = parse_json(path.read_text(encoding="utf-8"))
         config, tensors = str(recorded["config"]), dict(recorded["tensors"])
     except FileNotFoundError:
+        if (folder / FINGERPRINT_FILE).is_file():
+            # Only this engine writes that file, and writes the other one with it.
+            logger.warning("%s is missing: the adapter was not compared with what was saved", path)
         return False
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=hint) from error
