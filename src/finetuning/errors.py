@@ -24,7 +24,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EXIT_OK = 0
 EXIT_USER = 1
@@ -200,6 +202,24 @@ def _describe(error: BaseException) -> str:
         return type(error).__name__
     says_too_little = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError)
     return f"{type(error).__name__}: {text}" if says_too_little else text
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object has a key twice. Python's reader keeps the last one, and the value of the first would vanish."""
+
+
+def unique_keys(pairs: list[tuple[str, T]]) -> dict[str, T]:
+    """Return a JSON object, as the `object_pairs_hook` of Python's json.
+
+    Raises:
+        RepeatedKeyError: a key is there twice.
+    """
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"the key {json.dumps(repeated, ensure_ascii=False)} is twice in one object")
+    return values
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -155,7 +155,7 @@ _MALFORMED = (OSError, ValueError, TypeError, AttributeError, LookupError, NotIm
 def cache_key_of(folder: Path, project: str | None = None) -> CacheKey | None:
     """The cache key of a folder; None if it cannot be read, or was not written by the given project."""
     try:
-        meta: Any = parse_json((folder / META).read_text(encoding="utf-8"))
+        meta = parse_json((folder / META).read_text(encoding="utf-8"))
         return _parse_key(meta) if project in (None, meta.get("project")) else None
     except _MALFORMED:
         return None

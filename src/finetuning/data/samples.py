@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,24 +12,6 @@ JsonObject = dict[str, Any]
 """A parsed JSON object; its values are checked where they are read."""
 JsonValue = str | int | float | bool | list[Any] | dict[str, Any] | None
 """A parsed JSON value."""
-
-
-class RepeatedKeyError(ValueError):
-    """A JSON object has a key twice. Python's reader keeps the last one, and the value of the first would vanish."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
-    """Return a JSON object, as the `object_pairs_hook` of Python's json.
-
-    Raises:
-        RepeatedKeyError: a key is there twice.
-    """
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise RepeatedKeyError(f"the key {json.dumps(repeated, ensure_ascii=False)} is twice in one object")
-    return values
 
 
 Message = JsonObject

@@ -14,9 +14,9 @@ from typing import Any, cast
 from finetuning.config.sections.data import DatasetSource, Handler
 from finetuning.data.formats.messages import MESSAGE_COLUMN_NAMES
 from finetuning.data.formats.row_format import ReadValues, TrainOn
-from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow, unique_keys
+from finetuning.data.samples import JsonObject, JsonValue, Row, SkippedRow
 from finetuning.data.text_template import TextTemplate, TextTemplateError
-from finetuning.errors import ConfigError, Location, Problem
+from finetuning.errors import ConfigError, Location, Problem, unique_keys
 
 Values = JsonObject
 Arguments = Mapping[str, Any]

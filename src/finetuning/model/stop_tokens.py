@@ -140,9 +140,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, stop_tokens
         saved.add_eos_token = False
     if isinstance(saved, PreTrainedTokenizerFast):
         # A tokenizer keeps how it last cut and padded a text, and would save that. Other programs cut prompts by it.
-        backend: Any = saved.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
+        saved.backend_tokenizer.no_truncation()
+        saved.backend_tokenizer.no_padding()
     saved.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -231,7 +230,7 @@ def _file_differences(
     texts = {"cut": file.get("truncation"), "padded": file.get("padding")}
     differences += [f"tokenizer.json: texts are {how}: {value}" for how, value in texts.items() if value]
     ends = {special_token(tokenizer, "eos"), stop_tokens.eos_token if stop_tokens is not None else None}
-    in_memory: Any = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    in_memory = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     special = {token["id"]: token["special"] for token in file["added_tokens"]}
     differences += [
         f"tokenizer.json: {token.content!r} is {'not ' if token.special else ''}a special token"

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetuning.data.samples import JsonObject, JsonValue, Message, unique_keys
+from finetuning.data.samples import JsonObject, JsonValue, Message
+from finetuning.errors import unique_keys
 
 
 class Renderer(Protocol):

@@ -25,8 +25,8 @@ from finetuning.data.formats.row_format import (
     require_columns,
     truth_value,
 )
-from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row, json_type, unique_keys
-from finetuning.errors import Problem
+from finetuning.data.samples import Conversation, JsonObject, JsonValue, Message, Row, json_type
+from finetuning.errors import Problem, unique_keys
 
 _FLAGS = frozenset({"train", "weight", "training", "loss", "masked"})
 """Keys of a message that say whether it is trained: ours and OpenAI's, axolotl's, ms-swift's and torchtune's."""

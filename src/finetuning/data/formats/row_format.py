@@ -21,10 +21,9 @@ from finetuning.data.samples import (
     ParsedRow,
     Row,
     json_type,
-    unique_keys,
 )
 from finetuning.data.text_template import TextTemplate
-from finetuning.errors import Location, Problem
+from finetuning.errors import Location, Problem, unique_keys
 
 TakeImages = Callable[[Row, str], tuple[Row, tuple[ImageReference, ...]]]
 """From a row, and the name of its column of text, to a row without its images, and the images."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
 
-from finetuning.data.samples import JsonValue, RepeatedKeyError, Row, json_type, unique_keys
-from finetuning.errors import DataError, Location, Problem
+from finetuning.data.samples import JsonValue, Row, json_type
+from finetuning.errors import DataError, Location, Problem, RepeatedKeyError, unique_keys
 
 _READ_AHEAD = 1 << 20
 _MAX_TOKEN = 32
@@ -113,7 +113,7 @@ class _Window:
                 raise self.error(_invalid(error), position) from None
             position = 0
 
-    def _decode(self, position: int) -> tuple[Any, int]:
+    def _decode(self, position: int) -> tuple[JsonValue | RepeatedKeyError, int]:
         """Return the JSON value at a position, or its RepeatedKeyError, and its end."""
         try:
             return _DECODER.raw_decode(self.text, position)
