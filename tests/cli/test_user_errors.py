@@ -168,6 +168,16 @@ def test_what_the_trainer_rejects_is_a_config_error_with_a_warning_by_dry_run(sa
     assert code == 1 and "the sft trainer rejects this config: Using fsdp only works in distributed training" in err
 
 
+def test_a_launcher_with_fsdp_1_needs_a_gpu(say: Say, sft_values: Any) -> None:
+    """accelerate's own message is a RuntimeError that no available devices were found."""
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "true"}
+    for version, expected in (("1", 1), ("2", 0)):
+        with patch.dict(os.environ, launched | {"FSDP_VERSION": version}):
+            code, _, err = say("sft", sft_values(), "--dry-run")
+        assert code == expected, err
+        assert ("loads it to GPUs (fsdp_sync_module_states), and this machine has none" in err) is bool(expected)
+
+
 def test_pushing_to_the_hub_offline_is_refused_by_dry_run(say: Say, sft_values: Any) -> None:
     code, _, err = say("sft", sft_values({"training_args.push_to_hub": True}), "--dry-run")
     assert code == 1 and "training_args.push_to_hub: needs the Hub, but HF_HUB_OFFLINE" in err

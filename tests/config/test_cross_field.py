@@ -41,6 +41,17 @@ LORA = "{peft_type: LORA}"
              " than 1,024. Set at most the number of CPU cores."],
         ),
         (
+            {"training_args": "{eval_on_start: true}"},
+            "sft",
+            ['training_args.eval_on_start: is true, but data_conf.validation_data.type is "NONE".'
+             " Give validation data, or set eval_on_start: false."],
+        ),
+        (
+            {"training_args": "{dataloader_persistent_workers: true}"},
+            "sft",
+            ["training_args.dataloader_persistent_workers: needs training_args.dataloader_num_workers above 0."],
+        ),
+        (
             {"training_args": "{eval_strategy: steps}"},
             "sft",
             ['training_args.eval_strategy: is "steps", but data_conf.validation_data.type is "NONE".'

@@ -83,6 +83,8 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
     "resuming": {"run_conf.resume_from_checkpoint": "auto"},
     "layer-wise optimizers and AdaLomo": {"training_args.optim": "adalomo"},
+    "a moving reference of DPO": {"training_args.sync_ref_model": True},
+    "an adapter": adapter("LORA", r=4, **QV),
     "a moving reference under FSDP or DeepSpeed": {
         "training_args.sync_ref_model": True,
         "training_args.deepspeed": {"zero_optimization": {"stage": 2}},
@@ -93,6 +95,7 @@ NEED_LORA = ({"8-bit quantization", "FSDP"}, {"quantization on load", "GPTQ"})
 METHODS = {
     features.REFERENCE_MODEL.name: "dpo",
     features.REWARD.name: "reward",
+    features.MOVING_REFERENCE.name: "dpo",
     features.SHARDED_MOVING_REFERENCE.name: "dpo",
 }
 """The algorithm that shows a feature; all others are shown with sft."""

@@ -211,6 +211,12 @@ INCOMPATIBILITIES = (
         "Use the optimizer without _layerwise.",
     ),
     Incompatibility(
+        features.MOVING_REFERENCE,
+        features.ADAPTER,
+        "with an adapter TRL keeps no model of the reference that could move",
+        "Set sync_ref_model: false, or peft_type: NO_PEFT.",
+    ),
+    Incompatibility(
         features.SHARDED_MOVING_REFERENCE,
         features.RESUMING,
         "sharded weights of the reference are not in checkpoints, so a resumed run would start from others",

@@ -265,6 +265,13 @@ RESUMING = Feature(
     "run_conf.resume_from_checkpoint",
     lambda run: str(run.experiment.run_conf.resume_from_checkpoint).lower() != "false",
 )
+MOVING_REFERENCE = Feature(
+    "method",
+    "a moving reference of DPO",
+    "training_args.sync_ref_model",
+    lambda run: run.experiment.method_name == "dpo" and bool((run.args.model_extra or {}).get("sync_ref_model")),
+)
+ADAPTER = Feature("adapter", "an adapter", _TYPE, lambda run: not run.trains_all_weights)
 SHARDED_MOVING_REFERENCE = Feature(
     "method",
     "a moving reference under FSDP or DeepSpeed",

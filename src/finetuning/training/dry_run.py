@@ -164,7 +164,8 @@ def _check_arguments(dry: DryRun, experiment: Experiment, plan: Plan) -> Trainin
     if arguments is None:
         return None
     args = experiment.training_args
-    if args.deepspeed or (args.model_extra or {}).get("fsdp") or any(name in args.optim for name in _NEEDS_MODEL):
+    is_sharded = args.deepspeed or (args.model_extra or {}).get("fsdp") or preflight.fsdp_needs_gpus()
+    if is_sharded or any(name in args.optim for name in _NEEDS_MODEL):
         dry.not_checked.append("optimizer and schedule: they are made of the model")
         return arguments
     with dry.check("optimizer and schedule"):
@@ -182,7 +183,7 @@ def _build_optimizer(arguments: TrainingArguments) -> None:
         """Makes the optimizer and the schedule, with the errors of a run."""
 
     arguments = copy.copy(arguments)
-    arguments.use_liger_kernel, arguments.eval_strategy = False, "no"
+    arguments.use_liger_kernel, arguments.eval_strategy, arguments.label_smoothing_factor = False, "no", 0.0
     # The Trainer creates its output directory.
     with tempfile.TemporaryDirectory() as arguments.output_dir:
         trainer: Any = OptimizerCheck(model=torch.nn.Linear(1, 1), args=arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,12 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
         logger.warning("%s. This run uses the CPU", missing_gpu)
     check_precision(experiment, device)
     device = device or training_device(bool(extra.get("use_cpu")))
+    if device.kind == "cpu" and fsdp_needs_gpus():
+        raise ConfigError(
+            "the accelerate config shards the model with FSDP and loads it to GPUs (fsdp_sync_module_states), and this"
+            " machine has none",
+            hint="Remove the config file of accelerate, or FSDP from it, to train on the CPU.",
+        )
     _check_attention(experiment, device)
     requested = [key for key in NEEDS_GPU if getattr(args, key, None) or extra.get(key)]
     if requested and device.kind == "cpu":
@@ -64,6 +71,16 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
                 for key in requested
             ]
         )
+
+
+def fsdp_needs_gpus(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether accelerate's plugin for FSDP1 will look for a GPU, as its launcher set the environment."""
+
+    def is_set(name: str) -> bool:
+        return environ.get(name, "").lower() in ("true", "1")
+
+    is_fsdp1 = is_set("ACCELERATE_USE_FSDP") and environ.get("FSDP_VERSION", "1") != "2"
+    return is_fsdp1 and (is_set("FSDP_SYNC_MODULE_STATES") or is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"))
 
 
 def _check_attention(experiment: Experiment, device: Device) -> None:

@@ -45,6 +45,12 @@ def evaluation_requires_validation_data(run: Experiment) -> Iterator[ValidationI
             f'is "{strategy}", but data_conf.validation_data.type is "NONE".',
             "Give validation data, or set eval_strategy: no.",
         )
+    if kind == "NONE" and (run.training_args.model_extra or {}).get("eval_on_start"):
+        yield ValidationIssue(
+            ("training_args", "eval_on_start"),
+            'is true, but data_conf.validation_data.type is "NONE".',
+            "Give validation data, or set eval_on_start: false.",
+        )
 
 
 def validation_data_requires_evaluation(run: Experiment) -> Iterator[ValidationIssue]:
@@ -180,6 +186,14 @@ def number_of_steps_is_positive(run: Experiment) -> Iterator[ValidationIssue]:
             ("training_args", "num_train_epochs"),
             f"must be > 0 unless training_args.max_steps is (got {args.num_train_epochs:g}, and max_steps -1)",
         )
+
+
+def worker_options_require_workers(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject options of the processes that load batches, without such processes: torch refuses them."""
+    extra = run.training_args.model_extra or {}
+    for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        if extra.get(key) and not extra.get("dataloader_num_workers"):
+            yield ValidationIssue(("training_args", key), "needs training_args.dataloader_num_workers above 0.")
 
 
 def schedule_requires_evaluation(run: Experiment) -> Iterator[ValidationIssue]:
@@ -483,6 +497,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("training_args",), workers_fit_a_machine),
     (("training_args",), number_of_steps_is_positive),
     (("training_args",), schedule_requires_evaluation),
+    (("training_args",), worker_options_require_workers),
     (("training_args",), best_model_requires_matching_strategies),
     (("training_args",), loss_weights_match_losses),
     (("training_args", "batchsize_conf"), kto_batch_has_several_rows),

@@ -179,7 +179,8 @@ def _check_layers(config: PeftConfig, targeted: Sequence[str]) -> Iterator[Probl
     """
     value = getattr(config, "layers_to_transform", None)
     indices = [value] if isinstance(value, int) else list(value or [])
-    if not indices or getattr(config, "layers_pattern", None):
+    # Without target_modules, PEFT chooses them by the architecture.
+    if not indices or not targeted or getattr(config, "layers_pattern", None):
         return
     present = {int(match[1]) for module in targeted if (match := _LAYER_INDEX.match(module))}
     location = Location(key=f"{_KWARGS}.layers_to_transform")
