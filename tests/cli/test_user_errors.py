@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,38 @@ def test_what_the_trainer_rejects_is_a_config_error_with_a_warning_by_dry_run(sa
     with patch.dict(os.environ):
         code, _, err = say("sft", values)
     assert code == 1 and "the sft trainer rejects this config: Using fsdp only works in distributed training" in err
+
+
+def test_a_device_that_is_not_there_is_refused_by_dry_run(say: Say, sft_values: Any) -> None:
+    values = sft_values({"run_conf.model_args": {"device_map": {"": "cuda:7"}}})
+    code, _, err = say("sft", values, "--dry-run")
+    assert code == 1 and "run_conf.model_args.device_map: cannot use 'cuda:7'" in err
+
+
+def test_the_configs_within_a_config_of_lora(say: Say, sft_values: Any) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"], "use_dora": True}
+
+    def dry_run(**more: Any) -> tuple[int, str]:
+        peft = {"peft_type": "LORA", "peft_kwargs": lora | more}
+        code, _, err = say("sft", sft_values({"peft_conf": peft}), "--dry-run")
+        return code, err
+
+    code, err = dry_run(runtime_config={"ephemeral_gpu_offload": True})
+    assert code == 0 and "runtime_config: is not used" in err
+    code, err = dry_run(runtime_config={"gpu_offload": True})
+    assert code == 1 and "LORA" in err and "gpu_offload" in err
+    code, err = dry_run(arrow_config={"top_k": 2})
+    assert code == 1 and "arrow_config: Arrow combines adapters that are trained already" in err
+
+
+def test_a_limit_on_the_size_of_files_is_no_defect(chatml_llama_dir: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("replace_tokens")), str(chatml_llama_dir), str(tmp_path / "out")]
+    command += ["--from", "<|im_start|>", "--to", "<|call|>"]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 2; exec "$@"', "sh", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "larger than this process may write" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_launcher_with_fsdp_1_needs_a_gpu(say: Say, sft_values: Any) -> None:

@@ -309,6 +309,9 @@ def _report_unexpected(error: Exception, debug: bool) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         message = f"no space left on the disk{where}. Free some space, or choose another output directory."
         return _report("StorageError", EXIT_USER, message)
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        message = "a file became larger than this process may write. Raise its limit (ulimit -f), or that of the disk."
+        return _report("StorageError", EXIT_USER, message)
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS and error.filename is not None:
         message = f"{error.filename}: {error.strerror}. Check the path and its permissions"
         if error.errno in (errno.EACCES, errno.EPERM):

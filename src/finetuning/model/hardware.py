@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from finetuning.errors import ConfigError, Location
+
 DEVICES = Path("/dev")
+_PLACED_BY_SIZE = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 @dataclass(frozen=True)
@@ -211,3 +215,18 @@ def _nearest_existing(folder: Path) -> Path:
     """Return the folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_device_map(device_map: str | Mapping[str, int | str] | None, location: Location) -> None:
+    """Raise ConfigError if a device in the map does not exist on this machine."""
+    for device in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
+        if device in _PLACED_BY_SIZE:
+            continue
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"cannot use {device!r}: {' '.join(str(error).splitlines()[:2])}",
+                location=location,
+                hint="Use cpu, auto, or a device of this machine, such as cuda:0.",
+            ) from error

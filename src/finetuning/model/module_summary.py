@@ -150,7 +150,7 @@ def look_up_modules(
         model, conf, embeddings=embeddings, total_steps=1, check_names=False, parts=run_conf.train_parts
     )
     trained_rows = tuple(getattr(config, "trainable_token_indices", None) or ()) if new_ids else ()
-    warnings = [*check_module_names(model, config), *adapters.dropout_warning(conf, config)]
+    warnings = [*check_module_names(model, config), *adapters.unused_settings(conf, config)]
     if trained_rows or adapters.peft_type_of(config) != "LORA":
         return ModuleLookup(tuple(warnings), (), None, trained_rows)
     targets = adapters.target_names(config)

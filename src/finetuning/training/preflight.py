@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import Dtype, NewPeft
 from finetuning.errors import ConfigError, DataError, Location, ModelError, Problem
-from finetuning.model.hardware import Device, explain_missing_gpu, training_device
+from finetuning.model.hardware import Device, check_device_map, explain_missing_gpu, training_device
 from finetuning.plan.compatibility import NEEDS_GPU
 from finetuning.plan.features import RunContext
 from finetuning.plan.memory_estimate import estimate_memory
@@ -59,6 +59,7 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
             hint="Remove the config file of accelerate, or FSDP from it, to train on the CPU.",
         )
     _check_attention(experiment, device)
+    check_device_map(experiment.run_conf.model_args.device_map, Location(key="run_conf.model_args.device_map"))
     requested = [key for key in NEEDS_GPU if getattr(args, key, None) or extra.get(key)]
     if requested and device.kind == "cpu":
         raise ConfigError(

@@ -14,7 +14,7 @@ from finetuning.atomic_io import (
     require_empty,
     write_manifest,
 )
-from finetuning.errors import GuardStopped, ModelError
+from finetuning.errors import GuardStopped, Location, ModelError
 from finetuning.export.auxiliary_files import select_tokenizer_folder, write_auxiliary_files
 from finetuning.export.inputs import Adapter, BaseModel, read_adapter, read_base, read_json, resolve_folder
 from finetuning.export.merge.apply import ChangedElements
@@ -30,7 +30,6 @@ from finetuning.export.merge.verification import (
 )
 from finetuning.export.merge.with_peft import (
     DeviceMap,
-    check_device_map,
     merge_with_peft,
 )
 from finetuning.export.safetensors_writer import check_free_space
@@ -189,7 +188,9 @@ def _check_plan(
         for adapter in adapters:
             check_mergeable(adapter.folder, adapter.config)
     if verify or isinstance(plan, NeedsPeft):
-        check_device_map(device_map)
+        from finetuning.model.hardware import check_device_map
+
+        check_device_map(device_map, Location(key="--device_map"))
     if verify:
         check_free_memory(base)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config.pretrained_config import find_excessive_size
-from finetuning.errors import ConfigError, ModelError, reading
+from finetuning.errors import ModelError, reading
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.apply import ChangedElements, is_rounded
 from finetuning.export.merge.deltas import unwrapped_name
@@ -25,24 +25,7 @@ if TYPE_CHECKING:
     from finetuning.model.load import TaskHead
 
 DeviceMap = str | dict[str, int | str] | None
-_PLACED_BY_SIZE = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight")
-
-
-def check_device_map(device_map: DeviceMap) -> None:
-    """Raise ConfigError if a device in the map does not exist on this machine."""
-    import torch
-
-    for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
-        if device in _PLACED_BY_SIZE:
-            continue
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise ConfigError(
-                f"--device_map: cannot use {device!r}: {_first_two_lines(error)}",
-                hint="Use cpu, auto, or a device of this machine, such as cuda:0.",
-            ) from error
 
 
 def task_head_for_merge(base: BaseModel, adapters: Sequence[Adapter]) -> TaskHead:

@@ -181,16 +181,36 @@ def make_peft_config(
     if embeddings is not None and embeddings.new_ids:
         kwargs = _train_new_tokens(model, name, config_class, kwargs, embeddings)
     try:
-        config = config_class(task_type=conf.task_type, **kwargs)
+        config = config_class(task_type=conf.task_type, **_without_runtime_config(kwargs))
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise rejected_by_peft(error, name) from error
     _drop_dropout_of_parameters(model, config)
     if check_names:
         from finetuning.model.peft.module_names import check_module_names
 
-        for problem in [*check_module_names(model, config), *dropout_warning(conf, config)]:
+        for problem in [*check_module_names(model, config), *unused_settings(conf, config)]:
             logger.warning("%s", problem)
     return config
+
+
+def _without_runtime_config(kwargs: dict[str, object]) -> dict[str, Any]:
+    """Return the arguments without LoRA's `runtime_config`, which PEFT cannot read from a dictionary, after a check.
+
+    Raises:
+        ModelError: one is not for a new adapter.
+        TypeError: one has a key that does not exist.
+    """
+    if kwargs.get("arrow_config") is not None:
+        raise ModelError(
+            "Arrow combines adapters that are trained already; it is not for a new one",
+            location=Location(key=f"{_KWARGS}.arrow_config"),
+            hint="Remove it, and combine the adapters with PEFT's create_arrow_model.",
+        )
+    if isinstance(runtime := kwargs.get("runtime_config"), Mapping):
+        from peft import LoraRuntimeConfig
+
+        LoraRuntimeConfig(**runtime)
+    return {key: value for key, value in kwargs.items() if key != "runtime_config"}
 
 
 def _drop_dropout_of_parameters(model: PreTrainedModel, config: Any) -> None:
@@ -203,18 +223,24 @@ def _drop_dropout_of_parameters(model: PreTrainedModel, config: Any) -> None:
         config.lora_dropout = 0.0
 
 
-def dropout_warning(conf: NewPeft, config: PeftConfig) -> list[Problem]:
-    """Return a warning if PEFT has no dropout for what is adapted, and the config is used without it."""
+def unused_settings(conf: NewPeft, config: PeftConfig) -> list[Problem]:
+    """Return a warning for each setting without which the config is used: dropout that PEFT does not have for what is
+    adapted, and where DoRA is initialized."""
+    problems: list[Problem] = []
+    if conf.peft_kwargs.get("runtime_config"):
+        location = Location(key=f"{_KWARGS}.runtime_config")
+        problems.append(Problem("is not used: it says on which device DoRA is initialized", location))
     configured = conf.peft_kwargs.get("lora_dropout")
     if not configured or getattr(config, "lora_dropout", configured) == configured:
-        return []
+        return problems
     return [
+        *problems,
         Problem(
             f"is {configured}, and 0 is used: PEFT has no dropout for parameters, in which transformers fuses the"
             " experts of this model",
             Location(key=f"{_KWARGS}.lora_dropout"),
             "Set lora_dropout: 0, or adapt other modules only.",
-        )
+        ),
     ]
 
 
