@@ -246,7 +246,7 @@ def test_a_server_that_answers_otherwise_is_caught(
     [
         ("echo loading; kill -SEGV $$", "does not serve model: it was ended by SIGSEGV; its last line: loading"),
         (
-            "echo loading; echo 'OSError: no such file'; echo more; exit 1",
+            "echo loading; echo 'OSError: none'; echo more; exit 1",
             "does not serve model: OSError: none",
         ),
     ],

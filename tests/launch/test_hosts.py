@@ -18,7 +18,7 @@ from finetuning.errors import ConfigError, InternalError
 from finetuning.launch.hosts import find_route, resolve_hosts
 from finetuning.launch.processes import PRESETS, Launch, job_end, preset_file
 from finetuning.launch.restarts import JobEnd, retry_rendezvous, run_with_restarts
-from finetuning.launch.signals import MODULE, SignalForwarder, forward_signals, processes_of_job
+from finetuning.launch.signals import SignalForwarder, forward_signals, processes_of_job
 
 KUBEFLOW = {
     "PET_NNODES": "2",
@@ -206,9 +206,11 @@ def test_the_accelerate_config_in_the_home_folder_is_ignored() -> None:
 
 
 @pytest.fixture
-def sleeping_rank() -> Any:
+def sleeping_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A process that looks like one of a job, in a session of its own as torch's agent starts it."""
-    command = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", MODULE]
+    # The server from which the tests fork processes has the module of a rank in its command line, too.
+    monkeypatch.setattr("finetuning.launch.signals.MODULE", "sleeping.rank")
+    command = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", "sleeping.rank"]
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         yield process
