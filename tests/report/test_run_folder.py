@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,13 @@ def test_the_preview_is_read_under_its_old_name_too(tmp_path: Path, name: str) -
     (tmp_path / name).write_text(PREVIEW)
     [row] = read_run(tmp_path).rows
     assert row.segments == (("<user>", False), ("Hello", True))
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(RECORD))
+    names = ("config.resolved.yaml", "preview.txt", "metrics.jsonl", "evaluations/a.json", "telemetry/job/rank0.jsonl")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    run = read_run(tmp_path)
+    assert (run.config, run.rows, run.evaluations) == ("", (), ())

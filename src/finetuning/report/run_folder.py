@@ -114,6 +114,8 @@ def downsample(points: list[tuple[int, float]], limit: int = 600) -> list[tuple[
 
 def read_json_lines(path: Path) -> Iterator[JsonRecord]:
     """Yield the objects of a JSON lines file, if it exists. Lines that are incomplete are skipped."""
+    if not path.is_file():
+        return
     try:
         stream = path.open(encoding="utf-8", errors="replace")
     except OSError:
@@ -321,6 +323,9 @@ def parse_time(text: object) -> datetime | None:
 
 
 def _read_json(path: Path) -> object:
+    # Opening a pipe would wait for a writer.
+    if not path.is_file():
+        return None
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -328,6 +333,8 @@ def _read_json(path: Path) -> object:
 
 
 def _read_text(path: Path) -> str:
+    if not path.is_file():
+        return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as stream:
             return stream.read(_MOST_BYTES)

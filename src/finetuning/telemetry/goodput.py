@@ -105,7 +105,7 @@ def _read_records(path: Path, *patterns: str) -> Iterator[dict[str, Any]]:
 
 def job_files(output_dir: Path, rank: int = 0) -> list[Path]:
     """Return the files of one rank of all jobs of an output directory, in the order of their folders' names."""
-    return sorted((output_dir / FOLDER).glob(f"*/rank{rank}.jsonl"))
+    return sorted(path for path in (output_dir / FOLDER).glob(f"*/rank{rank}.jsonl") if path.is_file())
 
 
 def read_job(path: Path) -> RecordedJob | None:
