@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def test_each_parameter_belongs_to_one_part_and_adapters_go_where_they_are_asked
     adapted = {parts[key] for key, _ in matched(model, language)}
     assert adapted == {"language_model"}
     assert {parts[key] for key, _ in matched(model, everywhere)} >= {"language_model", "vision_tower"}
+
+
+def test_layers_next_to_an_image_encoder_are_the_language_model() -> None:
+    from transformers import GitConfig, GitForCausalLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = GitForCausalLM(GitConfig(**sizes, vocab_size=9, vision_config={**sizes, "image_size": 32}))
+    parts = module_parts(model)
+    assert parts["git.encoder.layer.0.attention.self.query"] == parts["output"] == "language_model"
+    assert parts["git.visual_projection.visual_projection.0"] == "projector"
+    outside = outside_of(model, ["language_model"])
+    assert outside is not None and re.fullmatch(outside, "git.image_encoder.vision_model.encoder.layers.0.mlp.fc1")
+    assert not re.fullmatch(outside, "git.encoder.layer.0.output.dense")
 
 
 def matched(model: Any, config: Any) -> list[tuple[str, Any]]:

@@ -44,6 +44,7 @@ def _language_modules(model: PreTrainedModel) -> set[str]:
     """Return the names of the modules that text goes through: the decoder with its embeddings, and the head."""
     text_modules = {id(model.get_output_embeddings()), id(model.get_input_embeddings()), id(model.get_decoder())}
     names: set[str] = set()
+    has_decoder = False
     for name, module in model.named_modules():
         parts = name.split(".")
         is_decoder = parts[-1] in _LANGUAGE_MODELS and len(parts) <= 2
@@ -51,11 +52,17 @@ def _language_modules(model: PreTrainedModel) -> set[str]:
         is_named = id(module) in text_modules and not any(_has_vision(child) for child, _ in module.named_modules())
         if name and (is_decoder or is_named):
             names.add(name)
+            has_decoder |= is_decoder or module is model.get_decoder()
+    if not has_decoder:
+        # The layers of GIT are next to its image encoder, in one module.
+        outer = [name for name, _ in model.named_modules() if name and name.count(".") < _MODEL_DEPTH]
+        visual = {prefix for name in outer if _has_vision(name) for prefix in _prefixes(name)}
+        names.update(name for name in outer if name not in visual and not _has_vision(name))
     return names
 
 
 def _has_vision(name: str) -> bool:
-    return any(part.startswith(("vision", "visual")) for part in name.split("."))
+    return any(part.startswith(("vision", "visual", "image")) for part in name.split("."))
 
 
 def train_only(model: PreTrainedModel, parts: Collection[ModelPart]) -> str:
