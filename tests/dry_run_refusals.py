@@ -27,6 +27,7 @@ NEEDS_MORE = {
     r"does not contain the position in the stream|has no reference/weights.safetensors": "the states of the checkpoint",
     r"the KTO trainer rejects this config: Applying a PEFT adapter to `lm_head`": "the trainer, built on the model",
     r"auto is not supported for this loss: the rows of a batch depend on each other": "the trainer, built on the model",
+    r"has no method that a trainer has|is a subclass of TRL's": "the class of the trainer",
     r"rows cannot be packed: attention eager": "the attention that the loaded model has",
     r"\.jsonl:(20[1-9]|2[1-9]\d|[3-9]\d\d|\d{4,}): ": "rows after the first 200",
     r"Using fsdp only works in distributed training": "the processes of a distributed run; a dry run warns",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,6 +49,7 @@ def run(
     train_rows: Rows | None = None,
     validation_rows: Rows | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    trainer_mixin: type | None = None,
     workers: int = 4,
     logging_level: str = "INFO",
 ) -> RunResult:
@@ -61,6 +63,8 @@ def run(
             output directory, and read from there with the other settings of the config's only dataset, if it has one.
         validation_rows: the same for `data_conf.validation_data`.
         callbacks: of the trainer, in addition to those of the run.
+        trainer_mixin: a class whose methods come before those of the trainer, which `super()` is in it; see
+            `run_conf.trainer_mixin`. It must have a name in its module, as the record of the run names it.
         workers: processes that tokenize the data.
         logging_level: `WARNING` for no messages but those about problems.
 
@@ -74,6 +78,8 @@ def run(
 
     document, method = _document(config, overrides, method)
     document = _with_rows(document, train_rows, validation_rows)
+    if trainer_mixin is not None:
+        document = document.with_value(("run_conf", "trainer_mixin"), _import_path(trainer_mixin))
     options = argparse.Namespace(
         method=method,
         config=document.file,
@@ -207,6 +213,16 @@ def _document(config: Config, overrides: Overrides, method: str | None) -> tuple
     if name not in ALGORITHMS:
         raise ConfigError(f'unknown method "{name}"', hint=did_you_mean(name, ALGORITHMS))
     return document, name
+
+
+def _import_path(mixin: type) -> str:
+    """Return `module:Class`. Raises ConfigError unless the class is found there."""
+    if getattr(sys.modules.get(mixin.__module__), mixin.__qualname__, None) is not mixin:
+        raise ConfigError(
+            f"trainer_mixin {mixin.__qualname__} is not found in {mixin.__module__}, so the run could not name it",
+            hint="Define the class at the top level of a module or notebook.",
+        )
+    return f"{mixin.__module__}:{mixin.__qualname__}"
 
 
 def _with_rows(document: ConfigDocument, train: Rows | None, validation: Rows | None) -> ConfigDocument:

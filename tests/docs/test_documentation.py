@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
 import re
 import runpy
 import shlex
@@ -25,6 +26,7 @@ from packaging.requirements import Requirement
 from removed_checks import NOT_REMOVED, REMOVED_CHECKS, missing_functions
 from run_tutorial import bash, follow
 
+import finetuning
 from finetuning.config.sections.data import DataConfig, DatasetSource
 from finetuning.config.sections.experiment import EXPERIMENTS, GenerationConfig
 from finetuning.config.validation.validate import validate
@@ -246,6 +248,20 @@ def test_a_reward_function_of_your_own() -> None:
     short, long = ([{"role": "assistant", "content": text}] for text in ("yes", "yes, of course"))
     first, second = names["shorter_is_better"]([short, long], prompts=[])
     assert 1 > first > second > 0
+
+
+def test_a_loss_of_your_own(sft_values: Any, tmp_path: Path) -> None:
+    """Of a step of two micro-batches. An untrained model gives each token about the same probability."""
+    (block,) = [block for block in python_on("docs/how-to/python.md") if "ZLoss" in block.body]
+    (tmp_path / "z_loss.py").write_text(block.body, encoding="utf-8")
+    changes = {"sft_args.logits_at_once": "all", "training_args.max_steps": 1}
+    losses: list[float] = []
+    for mixin in (None, f"{tmp_path}/z_loss.py:ZLoss"):
+        changes |= {"run_conf.trainer_mixin": mixin, "training_args.output_dir": str(tmp_path / f"out-{len(losses)}")}
+        loss = finetuning.run(sft_values(changes), method="sft").final_loss
+        assert loss is not None
+        losses.append(loss)
+    assert losses[1] - losses[0] == pytest.approx(1e-4 * math.log(504) ** 2, rel=0.1)
 
 
 @pytest.mark.parametrize("page", ["axolotl", "llama-factory", "trl"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import NoPeft
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from finetuning.data.prepared import PreparedData
     from finetuning.model.stop_tokens import EndOfTurn
     from finetuning.model.tokenizer import LoadedTokenizer
+
+T = TypeVar("T", bound="transformers.Trainer")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ class TrainerInputs:
     callbacks: Sequence[transformers.TrainerCallback]
     end_of_turn: EndOfTurn = None
     """The texts that end assistant turns in the chat template; None for the end-of-sequence token."""
+
+    def extended(self, trainer_class: type[T]) -> type[T]:
+        """Return a class of trainers with the methods of `run_conf.trainer_mixin` before its own.
+
+        Raises:
+            ConfigError: the user's class cannot be loaded, or does not fit.
+        """
+        path = self.experiment.run_conf.trainer_mixin
+        if path is None:
+            return trainer_class
+        from finetuning.trainer.user_code import extend_trainer
+
+        return extend_trainer(trainer_class, path)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             return torch.where(mask.cumsum(-1) > shared, self.ld_alpha * log_probs, log_probs)
 
     with reraise_as_config_error("DPO"):
-        trainer = CheckedDPOTrainer(
+        trainer = inputs.extended(CheckedDPOTrainer)(
             ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
     trainer.data_collator = CountingCollator(trainer.data_collator)

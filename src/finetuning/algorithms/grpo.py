@@ -258,7 +258,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         # With beta TRL would load the reference by the model's name, in another dtype and without our options.
         args.beta, args.sync_ref_model = 0.0, False
     with reraise_as_config_error("GRPO"):
-        trainer = TokenizedGRPOTrainer(
+        trainer = inputs.extended(TokenizedGRPOTrainer)(
             reward_funcs=list(build_rewards(grpo_args)), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
     if reference is not None:

@@ -104,7 +104,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             return [*kl_log_probs, inputs["ref_logps"]]
 
     with reraise_as_config_error("KTO"):
-        trainer = CheckedKTOTrainer(
+        trainer = inputs.extended(CheckedKTOTrainer)(
             ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
     trainer.data_collator = CountingCollator(trainer.data_collator)

@@ -102,7 +102,7 @@ def build_trainer(inputs: TrainerInputs, trainer: str, *, includes_prompt: bool)
     }
     pad_token_id: Any = inputs.tokenizer.tokenizer.pad_token_id
     with reraise_as_config_error(inputs.experiment.method_name.upper()):
-        return PairTrainer(data_collator=CountingCollator(PairCollator(pad_token_id)), **kwargs)
+        return inputs.extended(PairTrainer)(data_collator=CountingCollator(PairCollator(pad_token_id)), **kwargs)
 
 
 def as_tokenized_dataset(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -89,7 +89,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     pad_token_id: Any = inputs.tokenizer.tokenizer.pad_token_id
     collator = PromptAnswerCollator(pad_token_id, pad_to_multiple_of=inputs.arguments.pad_to_multiple_of)
     with reraise_as_config_error("reward"):
-        return CheckedRewardTrainer(data_collator=collator, **trainer_kwargs(inputs))
+        return inputs.extended(CheckedRewardTrainer)(data_collator=collator, **trainer_kwargs(inputs))
 
 
 def _has_zero_head(model: nn.Module) -> bool:

@@ -233,7 +233,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         from finetuning.trainer.data_loading import StreamedRows
 
         rows = StreamedRows(rows, sft_args.max_seq_length)
-    trainer = SFTTrainer(
+    trainer = inputs.extended(SFTTrainer)(
         model=inputs.model,
         args=inputs.arguments,
         train_dataset=rows,

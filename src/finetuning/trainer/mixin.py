@@ -61,6 +61,8 @@ class TrainingLoopMixin(TrainerBase):
     loraplus_lr_ratio: float | None = None
     """Learning rate of the LoRA B matrices divided by that of all other weights; None without LoRA+."""
     step_loss: float | None = None
+    mixin_summary: str | None = None
+    """What the user's class overrides, if the run has one."""
     guards_late: bool | None = None
     """Whether a step is checked one step late: by default on GPUs, where reading its values makes the device wait."""
     _late_guard: LateGuard | None = None

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import json
 import math
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from finetuning.config.sections.rewards import (
@@ -24,7 +18,8 @@ from finetuning.config.sections.rewards import (
     LengthReward,
     RegexReward,
 )
-from finetuning.errors import ConfigError, FinetuningError, Location, is_out_of_memory
+from finetuning.errors import ConfigError, Location
+from finetuning.trainer.user_code import UserErrors, load_object
 
 Completion = list[dict[str, str]]
 """A completion as chat messages: a single message of the assistant."""
@@ -64,7 +59,7 @@ class NamedReward:
             ConfigError: the function raises, or returns something else.
         """
         available = {"prompts": prompts, "completions": completions, **kwargs}
-        with _RewardErrors(self):
+        with UserErrors(self.error):
             returned = self.function(**_accepted(self.function, available), **self.arguments)
         if not isinstance(returned, Sequence | _Array):
             raise self.error(f"returned {type(returned).__name__}, not a list of numbers")
@@ -89,22 +84,6 @@ class NamedReward:
 
     def error(self, message: str) -> ConfigError:
         return ConfigError(f"the reward function {self.name} {message}", location=self.location)
-
-
-class _RewardErrors(AbstractContextManager["_RewardErrors"]):
-    """Turn what a user's function raises into a ConfigError with its name and line; pass out-of-memory errors on."""
-
-    def __init__(self, reward: NamedReward):
-        self._reward = reward
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, FinetuningError) or is_out_of_memory(error):
-            return
-        last = traceback.extract_tb(trace)[-1]
-        text = f"raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
-        raise self._reward.error(text) from error
 
 
 def _accepted(function: Callable[..., object], available: dict[str, object]) -> dict[str, object]:
@@ -170,29 +149,7 @@ def load_function(path: str, location: Location) -> Callable[..., object]:
     Raises:
         ConfigError: it does not exist, cannot be imported, or is asynchronous.
     """
-    where, _, name = path.rpartition(":")
-    if where.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        if not Path(where).is_file() or spec is None or spec.loader is None:
-            raise ConfigError(f"there is no file {where}", location=location)
-        module = importlib.util.module_from_spec(spec)
-        with _RewardErrors(NamedReward(path, location, load_function)):
-            spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ImportError as error:
-            raise ConfigError(
-                f"cannot import the reward function {path}: {error}",
-                location=location,
-                hint=f"Install its package, set PYTHONPATH, or give the path of its file: path/to/rewards.py:{name}.",
-            ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(
-            f"{where} has no function {name}", location=location, hint=f"It has: {', '.join(names) or 'none'}."
-        )
+    function = load_object(path, location, "reward function")
     if inspect.iscoroutinefunction(function):
         raise ConfigError(f"the reward function {path} is async; async functions are not supported", location=location)
     return function

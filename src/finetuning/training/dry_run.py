@@ -110,6 +110,9 @@ def check_before_training(
     resume = _check_output(dry, experiment, plan)
     with dry.check("device"):
         preflight.check_device(experiment)
+    if experiment.run_conf.trainer_mixin is not None:
+        with dry.check("trainer mixin"):
+            preflight.check_trainer_mixin(experiment)
     if (experiment.training_args.model_extra or {}).get("push_to_hub"):
         with dry.check("login to the Hub"):
             check_hub_login(experiment)

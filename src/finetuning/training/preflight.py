@@ -74,6 +74,18 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
         )
 
 
+def check_trainer_mixin(experiment: Experiment) -> None:
+    """Load the class of `run_conf.trainer_mixin`, if there is one, so that it is refused before any data is read.
+
+    Raises:
+        ConfigError: it does not exist, cannot be imported, or is no class.
+    """
+    if experiment.run_conf.trainer_mixin is not None:
+        from finetuning.trainer.user_code import load_trainer_mixin
+
+        load_trainer_mixin(experiment.run_conf.trainer_mixin)
+
+
 def fsdp_needs_gpus(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether accelerate's plugin for FSDP1 will look for a GPU, as its launcher set the environment."""
 

@@ -210,6 +210,8 @@ class RunReporter:
         self._stop = stop
         self._telemetry.watch(trainer)
         trainer.remove_callback(PrinterCallback)
+        if trainer.mixin_summary is not None:
+            self._add_line("trainer", trainer.mixin_summary)
         print_start(self._console, f"finetuning {self._method}", self._redacted_summary())
         for warning in self._warnings:
             print_warning(self._console, warning)

@@ -29,7 +29,7 @@ from finetuning.training.output_dir import (
     move_earlier_run,
     status_of,
 )
-from finetuning.training.preflight import check_device
+from finetuning.training.preflight import check_device, check_trainer_mixin
 from finetuning.training.resume.config_changes import compare_with_checkpoint
 from finetuning.training.resume.find import ResumePoint, find_resume_point
 from finetuning.training.setup import build_arguments, build_trainer, load_model, load_tokenizer, prepare
@@ -79,6 +79,7 @@ def run_training(job: TrainingJob) -> RunResult:
     if is_complete(job.experiment):
         _complete_record(job)
         return RunResult("already complete")
+    check_trainer_mixin(job.experiment)
     if job.topology.is_distributed:
         set_torchrun_variables(job.topology)
     with _lock(job):

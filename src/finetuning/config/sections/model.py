@@ -100,11 +100,15 @@ class RunConfig(ConfigSection):
     """`half` prefers deterministic operations, `full` raises an error for non-deterministic ones. Both are slower."""
     allow_changed: list[str] = Field(default_factory=list)
     """Config keys that may change when a run resumes even though the change alters the training trajectory, such as
-    `training_args.learning_rate`. `data`, `model` and `versions` stand for the contents of the data, the model and the
-    package versions. Any other such change is an error."""
+    `training_args.learning_rate`. `data`, `model`, `versions` and `code` stand for the contents of the data, the model,
+    the package versions, and the source of reward functions and `trainer_mixin`. Any other such change is an error."""
     memory_check: Literal["auto"] | bool = "auto"
     """Run one forward and backward pass on the longest training and validation rows before the first step, and halve
     the per-device batch size until they fit into memory. `auto` enables it on GPUs."""
+    trainer_mixin: str | None = Field(default=None, pattern=r"^[^:]+:[A-Za-z_]\w*$")
+    """`path/to/file.py:Class` or `package.module:Class`: a class whose methods, such as `compute_loss` and
+    `create_optimizer`, come before those of the trainer. In it `super()` is the trainer. Running the config runs this
+    code."""
     max_time: str | None = Field(default=None, pattern=r"^(\d+[dhms])+$")
     """Maximum training time of this job, such as `3h` or `1h30m`. The run then saves a checkpoint and exits with code
     143."""

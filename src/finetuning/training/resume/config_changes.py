@@ -98,6 +98,7 @@ SAFE = (
 
 The paths of the model and tokenizer are among them because their contents are fingerprinted."""
 _CONTENT = "model.content"
+_CODE = "code."
 _DURATION = ("training_args.max_steps", "training_args.num_train_epochs")
 
 
@@ -193,7 +194,19 @@ def make_run_config(experiment: Experiment, plan: Plan, data: DataFingerprint, b
         "plan.per_device": plan.batch.per_device,
         "plan.accumulation": plan.batch.accumulation,
     }
+    values |= _code_digests(experiment)
     return values | {f"versions.{name}": version for name, version in installed_versions().items()}
+
+
+def _code_digests(experiment: Experiment) -> RunConfig:
+    """Return the digest of the source of each function and class of the user that the config names, by dotted key."""
+    rewards = getattr(getattr(experiment, "grpo_args", None), "rewards", ())
+    paths = [experiment.run_conf.trainer_mixin, *(reward.path for reward in rewards if reward.type == "function")]
+    if not any(paths):
+        return {}
+    from finetuning.trainer.user_code import source_digest
+
+    return {f"{_CODE}{path}": source_digest(path) for path in paths if path}
 
 
 def read_run_config(checkpoint: Path) -> RunConfig | None:
@@ -224,6 +237,9 @@ def differences(
     if _CONTENT not in before:
         # Written before the fingerprint covered the content.
         del now[_CONTENT]
+    # Which code is used is compared by the keys that name it, and older checkpoints have no digests.
+    one_sided = {key for key in before.keys() ^ now.keys() if key.startswith(_CODE)}
+    before, now = ({key: value for key, value in config.items() if key not in one_sided} for config in (before, now))
     has_constant_lr = str(now.get("training_args.lr_scheduler_type", "")).startswith("constant")
     return [
         ConfigDifference(
