@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -27,8 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning chat`."""
     parser = argparse.ArgumentParser(
         prog="finetuning chat",
-        description="Talk to a model. Each line is a question, and the answer is printed while it is generated. If\n"
-        "the input is not a terminal, only the answers go to the output.",
+        description=textwrap.fill(
+            "Talk to a model. Each line is a question; its answer is printed while it is generated. If the input is not"
+            " a terminal, only answers go to standard output.",
+            79,
+        ),
         epilog=f"commands in the conversation:\n{_COMMANDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

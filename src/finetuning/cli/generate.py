@@ -37,9 +37,10 @@ Generate answers with a model or an adapter.
   generate --model M --text T                   the same; also writes inference_result.json
   generate --model M --text_file F              answer each line of a file
 
-A text is answered with the model's chat template if it has one. Otherwise, or with --raw, it is
-continued. RUN is the output directory of a run: its final model is used, else its newest checkpoint,
-with the system prompt of training.
+A text is answered with the model's chat template if it has one. Otherwise, or
+with --raw, it is continued. RUN is the output directory of a run: generate
+loads its final model, or else its newest checkpoint, with the system prompt of
+training.
 """
 
 

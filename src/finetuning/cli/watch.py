@@ -26,10 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning watch`."""
     parser = argparse.ArgumentParser(
         prog="finetuning watch",
-        description="Show runs in the browser while they train: curves, log, first rows with their loss\n"
-        "mask, checks, plan, and comparisons. It reads the output directories, as\n"
-        "`finetuning report` does. The page can be opened on this machine only. Ctrl-C ends\n"
-        "it, not the runs.",
+        description="Show runs in the browser while they train: curves, log, first rows with their\n"
+        "loss masks, checks, plan and comparisons. It reads the output directories, as\n"
+        "`finetuning report` does. Only this machine can open the page. Ctrl-C ends it,\n"
+        "not the runs.",
         epilog=f"environment:\n  {TOKEN_VARIABLE}  the token for --control, instead of a new one at each start",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Generator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -162,6 +164,24 @@ def fingerprint_of(key: CacheKey) -> DataFingerprint:
     )
 
 
+@contextmanager
+def _existing_objects_frozen() -> Generator[None, None, None]:
+    """Exclude the objects that exist now from garbage collection in the block, unless some are excluded already.
+
+    Those of torch and transformers alone are half a million. Rows make garbage fast, and each full collection would
+    look at all of them: a twentieth of the time of preparation.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_existing_objects_frozen()
 def _prepare(
     data_conf: DataConfig,
     preprocessor: Preprocessor,

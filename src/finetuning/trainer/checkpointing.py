@@ -73,7 +73,7 @@ class CheckpointMixin(TrainerBase):
     """When the step in progress began."""
     _is_grace_compared = False
     _verified_tokenizer: dict[str, bytes] | None = None
-    """Digest of the tokenizer's files that were last loaded and compared."""
+    """Names and contents of the tokenizer's files that were last loaded and compared."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.additional_files = {}

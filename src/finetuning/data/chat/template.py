@@ -63,6 +63,7 @@ class _FastSandbox(LimitedEnvironment):
     def __init__(self, like: jinja2.Environment):
         super().__init__(like)
         self._is_safe: dict[tuple[type, str], bool] = {}
+        self.namespace = self.globals["namespace"]
 
     def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
         # The tests are of the object's type and the attribute's name: made once for each pair.
@@ -78,8 +79,8 @@ class _FastSandbox(LimitedEnvironment):
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if (kind, attribute) in _SAFE_ATTRIBUTES:
             return getattr(obj, attribute)
-        # `ns.index`, a variable that the template sets itself in a loop.
-        if kind is Namespace and not attribute.startswith("_"):
+        # `ns.index`, a variable that the template sets itself in a loop. transformers has a subclass with checked names.
+        if issubclass(kind, Namespace) and not attribute.startswith("_"):
             try:
                 return getattr(obj, attribute)
             except AttributeError:
@@ -87,11 +88,15 @@ class _FastSandbox(LimitedEnvironment):
         return super().getattr(obj, attribute)
 
     def call(__self: _FastSandbox, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
+        method = __obj if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str else None
+        if method is not None or __obj is __self.namespace:
             # Variables of the surrounding loop or block, which compiled templates pass with each call.
             kwargs.pop("_loop_vars", None)
             kwargs.pop("_block_vars", None)
-            __self.count_method(__obj.__name__, __obj.__self__, *args, **kwargs)
+            if method is None:
+                __self._count_size(1)
+            else:
+                __self.count_method(method.__name__, cast("str", method.__self__), *args, **kwargs)
             return __obj(*args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 

@@ -181,7 +181,7 @@ def make_peft_config(
     if embeddings is not None and embeddings.new_ids:
         kwargs = _train_new_tokens(model, name, config_class, kwargs, embeddings)
     try:
-        config = config_class(task_type=conf.task_type, **_without_runtime_config(kwargs))
+        config = config_class(task_type=conf.task_type, **_checked_kwargs(kwargs))
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise rejected_by_peft(error, name) from error
     _drop_dropout_of_parameters(model, config)
@@ -193,12 +193,12 @@ def make_peft_config(
     return config
 
 
-def _without_runtime_config(kwargs: dict[str, object]) -> dict[str, Any]:
-    """Return the arguments without LoRA's `runtime_config`, which PEFT cannot read from a dictionary, after a check.
+def _checked_kwargs(kwargs: dict[str, object]) -> dict[str, Any]:
+    """Return the arguments that PEFT's config class takes: without `runtime_config`, which it cannot read from a dict.
 
     Raises:
-        ModelError: one is not for a new adapter.
-        TypeError: one has a key that does not exist.
+        ModelError: `arrow_config` is set, which combines trained adapters.
+        TypeError: `runtime_config` has a key that does not exist.
     """
     if kwargs.get("arrow_config") is not None:
         raise ModelError(

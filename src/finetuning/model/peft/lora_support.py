@@ -108,8 +108,6 @@ WITHOUT_EMBEDDINGS = frozenset((
 """Architectures whose class in vLLM serves LoRA, but declares none. Others get `INPUT_EMBEDDINGS`."""
 INPUT_EMBEDDINGS = EMBEDDINGS[:1]
 """What vLLM declares for Cohere and for every class that it takes from transformers."""
-
-
 WITHOUT_LORA = frozenset((
     "Bloom", "Cohere2Moe", "Dbrx", "Falcon", "FalconMamba", "GPT2LMHeadModel", "GPTJ", "Gemma3n", "HrmText", "Mamba",
     "Mamba2", "MiMoV2Flash", "StableLm", "Zamba2",
