@@ -195,12 +195,12 @@ class _InsertLimits(NodeTransformer):
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        tick = self._tick(node)
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(tick))
-        return node
+        return self._ticking_at_start(node)
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._ticking_at_start(node)
+
+    def _ticking_at_start(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:
         tick = self._tick(node)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(tick))

@@ -345,6 +345,17 @@ def report_internal_error(message: str) -> int:
     return _report("InternalError", EXIT_INTERNAL, message, is_transient=True)
 
 
+def positive_int(text: str) -> int:
+    """Return a positive integer; the type of an argument of a parser.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
 def method_argument(text: str) -> str:
     """Return the name of a method; the type of an argument of a parser.
 

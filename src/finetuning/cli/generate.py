@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from finetuning import __version__
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import positive_int, run_command
 from finetuning.errors import ConfigError, Interrupted, Location
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch-size",
-        type=_positive_int,
+        type=positive_int,
         help="maximum number of prompts per batch (default: limited by --batch-tokens)",
     )
     parser.add_argument(
         "--batch-tokens",
-        type=_positive_int,
+        type=positive_int,
         help="maximum number of tokens per batch, prompts and answers (default: 32768)",
     )
     parser.add_argument("--seed", type=int, default=42, help="random seed for sampling (default: 42)")
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     short.add_argument(
         "--max_new_tokens",
         "--max-new-tokens",
-        type=_positive_int,
+        type=positive_int,
         help="maximum number of tokens to generate (default: 512 with a chat template, 20 without)",
     )
     short.add_argument(
@@ -108,12 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script and return its exit code."""
     return run_command(_generate, argv)
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def _generate(argv: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from finetuning.cli.errors import (
     ERROR_FILE,
     LOST_CONNECTION,
+    positive_int,
     read_failure,
     report_for_processes,
     reported_errors,
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--grace",
-        type=_positive_int,
+        type=positive_int,
         metavar="SECONDS",
         help="time between the scheduler's signal and its kill, in which a checkpoint is saved"
         f" (default: ${GRACE_VARIABLE}, else {DEFAULT_GRACE_S})",
@@ -235,12 +236,6 @@ def _make_launch(options: argparse.Namespace, hosts: Hosts) -> Launch:
 def _non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
-    return int(text)
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

@@ -79,7 +79,7 @@ class _FastSandbox(LimitedEnvironment):
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if (kind, attribute) in _SAFE_ATTRIBUTES:
             return getattr(obj, attribute)
-        # `ns.index`, a variable that the template sets itself in a loop. transformers has a subclass with checked names.
+        # `ns.index`, a variable that the template sets itself in a loop. transformers checks names in its subclass.
         if issubclass(kind, Namespace) and not attribute.startswith("_"):
             try:
                 return getattr(obj, attribute)
