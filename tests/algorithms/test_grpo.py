@@ -264,7 +264,7 @@ def test_a_reward_that_fails_in_training_is_named(train: Any, grpo_values: Any, 
         (
             {"batchsize_conf": {"total_train_batch_size": 10, "max_per_device_train_batch_size": 8}},
             ConfigError,
-            "10 is no multiple of training_args.num_generations 4. The nearest that are: 8 and 12",
+            "10 is not a multiple of training_args.num_generations 4. The nearest that are: 8 and 12",
         ),
         (
             {"batchsize_conf": {"total_train_batch_size": 64, "max_per_device_train_batch_size": 8}},

@@ -89,7 +89,7 @@ def test_the_config_of_init_passes_a_dry_run(say: Say, chatml_llama_dir: Path, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "m"], "--data is required where there is no terminal to ask on"),
+        (["--model", "m"], "--data is required without a terminal"),
         (["--data", "none.jsonl", "--model", "m"], "none.jsonl: no such file"),
         (["--data", "odd.jsonl", "--model", "m"], "no row format has the columns x, y"),
         (["--data", "rows.jsonl", "--model", "./m"], "there is no folder"),

@@ -221,7 +221,7 @@ def test_an_unreachable_hub_is_a_config_error(run_cli: Any, sft_values: Any, wri
     config = write_config(sft_values({"training_args.push_to_hub": True, "training_args.hub_token": "hf_none"}))
     result = run_cli(["sft", config], env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert result.returncode == 1, result.stderr
-    assert "push_to_hub: the Hub cannot be reached, or does not know you" in result.stderr
+    assert "push_to_hub: the Hub cannot be reached, or rejects the token" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["directory", "loop of links"])
@@ -268,7 +268,7 @@ def test_an_evaluation_batch_of_incomplete_grpo_groups_is_refused_by_dry_run(
     )
     code, _, err = say("grpo", values, "--dry-run")
     assert code == 1, err
-    assert "an evaluation batch has 2 completions (2 per device), which is no multiple of the 4 completions" in err
+    assert "an evaluation batch has 2 completions (2 per device), not a multiple of the 4 completions" in err
     assert "Set it to 4 or a multiple" in err
 
 

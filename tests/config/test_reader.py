@@ -133,7 +133,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = {
         "none.yaml": "none.yaml: no such file",
         "folder.yaml": "folder.yaml: is a directory, not a YAML file",
-        "large.yaml": "large.yaml: is larger than 1,000,000 bytes: this is no config",
+        "large.yaml": "large.yaml: is larger than 1,000,000 bytes: this is not a config",
         "latin.yaml": "latin.yaml:2:7: byte 0xe9 at offset 11 is not UTF-8. Save the file as UTF-8.",
     }
     for name, message in expected.items():

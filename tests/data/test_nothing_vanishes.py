@@ -79,7 +79,7 @@ def test_a_number_that_python_does_not_read_is_refused(parsed: Callable[..., Any
         ({"role": "tool_call", "content": json.dumps(CALL), "tool_calls": [{"function": CALL}]},
          "conversations[1]: has both content and tool_calls: remove one"),
         ({"role": "tool_call", "content": '{"name": "f", "parameters": {"a": 1}}'},
-         "conversations[1].tool_calls[0].parameters: is not read: the arguments of a call belong into arguments"),
+         "conversations[1].tool_calls[0].parameters: is not read: the arguments of a call belong in arguments"),
         ({**assistant("a"), "tool_calls": [{"function": {"name": "f", "args": {"a": 1}}}]},
          "conversations[1].tool_calls[0].args: is not read"),
         ({**user("a"), "images": ["a.png"]}, "conversations[1].images: holds images, which is not read from here"),
@@ -264,7 +264,7 @@ def test_a_column_that_reward_functions_cannot_get_is_a_bad_row(tmp_path: Path, 
     pq.write_table(table, tmp_path / "a.parquet")
     tokenizer = make_tokenizer("byte-level", source_of("qwen3"))
     conf = config(str(tmp_path / "a.parquet"), chat_template_name="keep-original")
-    with pytest.raises(DataError, match=r"column day holds what is no JSON.*ignore_columns: \[day\]"):
+    with pytest.raises(DataError, match=r"column day is not JSON.*ignore_columns: \[day\]"):
         prepare_prompts(conf, None, {}, tokenizer)
 
 

@@ -433,7 +433,7 @@ def test_nothing_is_replaced_by_a_file_that_reads_back_differently(
                 stream.write(b"\x5a")
 
     monkeypatch.setattr("finetuning.export.vllm.convert.write_tensor_file", write_and_damage)
-    with pytest.raises(StorageError, match=f"{damaged} was read back with other content"):
+    with pytest.raises(StorageError, match=f"{damaged} was read back with different content"):
         make_vllm_compatible(adapter, new_embeddings=True)
     assert files(adapter) == before
     with pytest.raises(StorageError, match="read back"):

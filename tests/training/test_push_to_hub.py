@@ -207,5 +207,5 @@ def test_a_login_that_fails_ends_the_run_before_it_trains(
     hub.broken["whoami"] = status
     process = push(timeout)
     assert process.returncode == 1
-    assert "training_args.push_to_hub: the Hub cannot be reached, or does not know you" in process.stderr
+    assert "training_args.push_to_hub: the Hub cannot be reached, or rejects the token" in process.stderr
     assert not (tmp_path / "out").exists() and hub.requests == ["GET /api/whoami-v2"]

@@ -156,7 +156,7 @@ def _ask(option: str, question: str) -> str:
         ConfigError: there is no terminal, or no answer.
     """
     if sys.stdin is None or not sys.stdin.isatty():
-        raise ConfigError(f"--{option} is required where there is no terminal to ask on")
+        raise ConfigError(f"--{option} is required without a terminal")
     print(f"{question}: ", end="", flush=True)
     answer = sys.stdin.readline().strip()
     if not answer:

@@ -117,7 +117,7 @@ def _base_and_adapter(name: str) -> tuple[str, str]:
 
     model = find_model(name)
     if model.conf.adapter is None:
-        what = "is no adapter and no run that trained one" if model.run is None else "trained a whole model"
+        what = "is neither an adapter nor a run that trained one" if model.run is None else "trained a whole model"
         raise ConfigError(
             f"{what}: there is nothing to merge",
             location=Location(file=name),

@@ -108,7 +108,7 @@ def _open_chat(folder: Path) -> Chat:
     """Load the model of a run, as `finetuning chat` does.
 
     Raises:
-        FinetuningError: the run has none, or it cannot be talked to.
+        FinetuningError: the run has none, or it has no chat template.
     """
     from finetuning.cli.chat import open_chat
 

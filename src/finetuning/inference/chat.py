@@ -46,7 +46,7 @@ class Chat:
         """
         if not generator.tokenizer.chat_template:
             raise ModelError(
-                "the model has no chat template, so it cannot be talked to",
+                "the model has no chat template, which a conversation needs",
                 hint="generate --raw --text TEXT continues a text.",
             )
         self._generator = generator

@@ -159,7 +159,7 @@ def check_evaluation_batch(experiment: Experiment, batch: BatchPlan) -> None:
     if rows % generations:
         per_device = math.lcm(generations, batch.world_size) // batch.world_size
         raise ConfigError(
-            f"an evaluation batch has {rows} completions ({batch.per_device_eval} per device), which is no multiple of"
+            f"an evaluation batch has {rows} completions ({batch.per_device_eval} per device), not a multiple of"
             f" the {generations} completions of a prompt",
             location=Location(key="batchsize_conf.per_device_eval_batch_size"),
             hint=f"Set it to {per_device} or a multiple, or set training_args.num_generations_eval.",

@@ -264,7 +264,7 @@ def read_run(folder: Path) -> RunData:
     record = read_run_record(folder)
     if record is None:
         raise ConfigError(
-            f"holds no {RECORD_NAME}: this is no output directory of a run", location=Location(str(folder))
+            f"holds no {RECORD_NAME}: this is not the output directory of a run", location=Location(str(folder))
         )
     return RunData(
         folder=folder,

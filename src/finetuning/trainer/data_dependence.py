@@ -1,6 +1,6 @@
 """Find the operations of a block that make a GPU wait for the host, with the line that calls them.
 
-An operation is data-dependent if the host needs a value of a tensor to go on: to branch on it, or to know the shape of
+An operation is data-dependent if the host waits for a value of a tensor: to branch on it, or to know the shape of
 the result. On a GPU the host then waits until all earlier operations are done, and the GPU waits for the next one. They
 are found on any device, by the operations themselves, so a step can be checked on a CPU.
 """

@@ -335,7 +335,7 @@ def _check_reporting(dry: DryRun, experiment: Experiment, topology: ProcessTopol
             dry.checked.append("tracker address")
         else:
             dry.warnings.append(
-                Problem(f"MLflow: {problem}. The run goes on, and keeps its metrics for `finetuning sync`")
+                Problem(f"MLflow: {problem}. The run continues and keeps its metrics for `finetuning sync`")
             )
 
 

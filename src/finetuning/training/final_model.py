@@ -352,7 +352,7 @@ def check_hub_login(experiment: Experiment) -> None:
             HfApi(token=_hub_token(options)).whoami()
     except (OSError, ValueError, LocalTokenNotFoundError, transport_error()) as error:
         raise ConfigError(
-            f"the Hub cannot be reached, or does not know you: {first_line(error)}",
+            f"the Hub cannot be reached, or rejects the token: {first_line(error)}",
             location=Location(key="training_args.push_to_hub"),
             hint="Set HF_TOKEN to a token with write access, check the network, or remove push_to_hub.",
         ) from error

@@ -334,7 +334,7 @@ def _renewed(lease: Path) -> Iterator[None]:
         while not is_over.wait(_RENEW_S):
             try:
                 if lease.read_text(encoding="utf-8") != content and not is_over.is_set():
-                    logger.error("another run has taken over %s: this one ends", lease.parent)
+                    logger.error("another run has taken over %s: this run stops", lease.parent)
                     os._exit(EXIT_INTERNAL)
                 os.utime(lease)
             except OSError as error:

@@ -307,7 +307,7 @@ def _cost(
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             last = recorder.operations[-1] if recorder.operations else error
             raise ConfigError(
-                f"the step cannot be rehearsed: the model needs a value of a tensor to go on: {last}",
+                f"the step cannot be rehearsed: the model needs a value of a tensor to continue: {last}",
                 location=Location(key="run_conf.model"),
             ) from error
         except _FAILED_STEP as error:

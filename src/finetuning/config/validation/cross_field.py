@@ -319,7 +319,7 @@ def batch_holds_complete_grpo_groups(run: Experiment) -> Iterator[ValidationIssu
         nearest = [str(size) for size in (total - rest, total - rest + args.num_generations) if size]
         yield ValidationIssue(
             ("batchsize_conf", "total_train_batch_size"),
-            f"counts completions, and {total} is no multiple of training_args.num_generations {args.num_generations}.",
+            f"counts completions; {total} is not a multiple of training_args.num_generations {args.num_generations}.",
             f"The nearest that {'are' if len(nearest) > 1 else 'is'}: {' and '.join(nearest)}.",
         )
 

@@ -218,7 +218,7 @@ def read_document(path: str | Path) -> ConfigDocument:
     except ValueError:
         raise ConfigError("is not the name of a file", location=Location(repr(file))) from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes: this is no config", location=Location(file))
+        raise ConfigError(f"is larger than {MAX_BYTES:,} bytes: this is not a config", location=Location(file))
     return parse_document(_decode(content, file), file)
 
 

@@ -395,7 +395,7 @@ def _check_tool_calls(message: Message, key: str) -> None:
         if "arguments" not in function and (name := next((name for name in _ARGUMENTS if function.get(name)), None)):
             raise FieldError(
                 f"{key}.tool_calls[{index}].{name}",
-                "is not read: the arguments of a call belong into arguments, without which the call would have none",
+                "is not read: the arguments of a call belong in arguments; without it, the call has none",
             )
 
 

@@ -132,7 +132,7 @@ def open_image(content: bytes, max_pixels: int | None = None) -> Image.Image:
     except Image.DecompressionBombError:
         raise ValueError("has more pixels than are decoded (data_conf.images.max_file_pixels)") from None
     except UnidentifiedImageError:
-        raise ValueError(f"is no image of the formats {', '.join(_FORMATS)}") from None
+        raise ValueError(f"is not an image of the formats {', '.join(_FORMATS)}") from None
     except _BROKEN as error:
         raise ValueError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
 
@@ -177,7 +177,7 @@ def _read_file(path: Path, key: str) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise FieldError(key, f"{path} is no file")
+            raise FieldError(key, f"{path} is not a file")
         if status.st_size > _MAX_FILE_BYTES:
             raise FieldError(key, f"{path} has {status.st_size:,} bytes; at most {_MAX_FILE_BYTES:,} are read")
         return path.read_bytes()

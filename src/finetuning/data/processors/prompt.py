@@ -79,7 +79,7 @@ class PromptProcessor:
         except TypeError:
             name = next(name for name, value in row.columns.items() if not _is_json(value))
             detail = (
-                f"column {name} holds what is no JSON, such as a date: write it as text, or ignore_columns: [{name}]"
+                f"column {name} is not JSON (a date, for example): write it as text, or ignore_columns: [{name}]"
             )
             return DroppedSample("bad row", detail, is_bad=True)
         return TokenizedSample(

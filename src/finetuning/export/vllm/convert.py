@@ -302,7 +302,7 @@ def _check_tensors(file: Path, expected: Mapping[str, TensorEntry]) -> None:
     wrong = [name for name, entry in expected.items() if name not in written or not same_bytes(written[name], entry)]
     if wrong or len(written) != len(expected):
         raise StorageError(
-            f"{file.name} was read back with other content than was written to it ({', '.join(wrong[:3]) or 'names'});"
+            f"{file.name} was read back with different content ({', '.join(wrong[:3]) or 'names'});"
             " the adapter is unchanged.",
             hint="Check the disk, or write to another one with --output.",
         )
