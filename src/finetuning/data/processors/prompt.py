@@ -78,9 +78,7 @@ class PromptProcessor:
             as_json = json.dumps(values, ensure_ascii=False)
         except TypeError:
             name = next(name for name, value in row.columns.items() if not _is_json(value))
-            detail = (
-                f"column {name} is not JSON (a date, for example): write it as text, or ignore_columns: [{name}]"
-            )
+            detail = f"column {name} is not JSON (a date, for example): write it as text, or ignore_columns: [{name}]"
             return DroppedSample("bad row", detail, is_bad=True)
         return TokenizedSample(
             columns={"prompt_ids": ids, "row": as_json},
