@@ -2,9 +2,9 @@
 
 One thread computes the next tensor while another writes the current one, and a third reads back from disk what was
 written of the previous shard, for the manifest. Shards leave the page cache while they are written and read back, so
-that they need no memory for all of their bytes. torch runs with one thread each: on blocks that fit the CPU cache, synchronizing its own threads takes longer
-than the work, above all on a busy machine. Tensors alternate between two buffers, because allocating new pages for each
-one costs more than the computation.
+that they need no memory for all of their bytes. torch runs with one thread each: on blocks that fit the CPU cache,
+synchronizing its own threads takes longer than the work, above all on a busy machine. Tensors alternate between two
+buffers, because allocating new pages for each one costs more than the computation.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ def verify_merge(
     """Compare the model in `merged` with base and adapters, and write the result there as merge_verification.json.
 
     Base and adapters are computed first, so the weights may still be written in the meantime; config and tokenizer must
-    be there. The tolerance applies to the base that was merged into. A base that training quantized is compared as well: what
-    was trained is the quantized base with its adapter.
+    be there. The tolerance applies to the base that was merged into. A base that training quantized is compared as
+    well: what was trained is the quantized base with its adapter.
 
     Args:
         quantization: how training quantized the base; None if it did not.
