@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from finetuning.model.compiled_layers import compile_layers
 from finetuning.model.gpu_attention import (
     CAUSAL_SDPA,
     accepts_constant_mask,
@@ -208,3 +210,24 @@ def test_a_small_copy_has_every_kind_of_layer() -> None:
     assert small.config.vocab_size == 1024
     assert model.config.num_hidden_layers == 12
     assert enable_varlen_kernel(small, TORCH_VARLEN) is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_share_a_few_graphs_for_all_lengths(checkpointing: bool) -> None:
+    torch.compiler.reset()
+    plain, compiled = make(CONFIGS["llama"]), make(CONFIGS["llama"])
+    graphs = CompileCounter()
+    for model in (plain, compiled):
+        use_varlen(model.train(), TORCH_VARLEN)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = list(compiled.state_dict())
+    assert compile_layers(compiled, graphs) == 2
+    assert list(compiled.state_dict()) == names
+    for lengths in ((5, 9), (3,), (7, 2, 30), (1, 4, 8, 16), (64, 33), (12, 13, 14, 15, 16)):
+        inputs: Any = varlen_inputs([torch.arange(length) % 97 for length in lengths])
+        for model in (plain, compiled):
+            model(**inputs, use_cache=False).logits.float().square().mean().backward()
+    for expected, weight in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, expected.grad)
+    assert 1 <= graphs.frame_count <= 2

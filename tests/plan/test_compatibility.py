@@ -81,6 +81,7 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
         "data_conf.validation_data": {"type": "AUTO_SPLIT", "ratio": 0.2},
     },
     "gradient checkpointing": {"training_args.gradient_checkpointing": True},
+    "compiled layers": {"training_args.torch_compile": "layers"},
     "resuming": {"run_conf.resume_from_checkpoint": "auto"},
     "layer-wise optimizers and AdaLomo": {"training_args.optim": "adalomo"},
     "a moving reference of DPO": {"training_args.sync_ref_model": True},

@@ -108,6 +108,52 @@ def test_compiled_it_computes_the_same(
     assert read_tensors(compiled.final).keys() == read_tensors(plain.final).keys()
 
 
+def test_layers_compiled_one_by_one_compute_the_same_under_the_same_names(
+    train: Any, sft_values: Any, tmp_path: Path, read_tensors: Any
+) -> None:
+    saving = {"training_args.save_strategy": "steps", "training_args.save_steps": 1, "training_args.max_steps": 2}
+    plain = train(sft_values({**saving, OUTPUT: str(tmp_path / "plain")}))
+    layers = {**saving, "training_args.torch_compile": "layers", "training_args.torch_compile_backend": "eager"}
+    compiled = train(sft_values(layers))
+    assert compiled.trainer.model.model.layers[0]._compiled_call_impl is not None
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
+    saved, expected = read_tensors(compiled.final), read_tensors(plain.final)
+    assert saved.keys() == expected.keys()
+    assert all(torch.allclose(saved[name], expected[name], atol=1e-5) for name in expected)
+    resuming = {"run_conf.resume_from_checkpoint": str(compiled.output_dir / "checkpoint-1")}
+    resumed = train(sft_values({**layers, **resuming, "run_conf.final_checkpoint_name": "again"}))
+    assert resumed.losses == compiled.losses
+
+
+@pytest.mark.full
+def test_inductor_compiles_layers(train: Any, sft_values: Any, tmp_path: Path) -> None:
+    plain = train(sft_values({OUTPUT: str(tmp_path / "plain")}))
+    compiled = train(sft_values({"training_args.torch_compile": "layers"}))
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused(
+    sft_values: Any, grpo_values: Any, write_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(device: Device | None = None, values: Any = sft_values, method: str = "sft", **args: object) -> None:
+        config = write_config(values({f"training_args.{key}": value for key, value in args.items()}))
+        check_device(validate(read_document(config), EXPERIMENTS[method]).experiment, device)
+
+    check(torch_compile="layers")
+    check(GPU, torch_compile="layers", gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="torch_compile: is layers, but on a CPU attention is a loop"):
+        check(torch_compile="layers", gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="torch_compile: is layers, but grpo samples"):
+        check(values=grpo_values, method="grpo", torch_compile="layers")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    check(torch_compile="layers", torch_compile_backend="eager")
+    with pytest.raises(ConfigError, match=r"torch_compile: torch.compile needs a compiler for C\+\+, .* no g\+\+"):
+        check(torch_compile="layers")
+    with pytest.raises(ConfigError, match=r"torch_compile_mode: torch.compile needs a compiler for C, .*gcc or clang"):
+        check(GPU, torch_compile_mode="default")
+
+
 @pytest.fixture
 def asking(sft_values: Any, write_config: Any) -> Any:
     def read(key: str) -> Any:

@@ -130,6 +130,22 @@ def test_the_peak_is_that_of_the_allocator(
     assert not [warning for warning in recwarn if "gemv_4bit" in str(warning.message)]
 
 
+def test_the_peak_of_few_layers_gives_that_of_many(
+    sft_values: Any, write_config: Any, model_dir: Path, tmp_path: Path
+) -> None:
+    """With one or two layers the logits are the peak, and with many the gradients of all layers."""
+    deep = tmp_path / "deep"
+    LlamaConfig.from_pretrained(model_dir, num_hidden_layers=16, vocab_size=2048).save_pretrained(deep)
+    changes = {"peft_conf": FULL, "run_conf.model": str(deep), "training_args.gradient_checkpointing": True}
+    changes |= {"batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 4}}
+    experiment = validate(read_document(write_config(sft_values(changes))), EXPERIMENTS["sft"]).experiment
+    shape = step_shape(experiment, make_plan(experiment, ProcessTopology()), for_gpu=False)
+    cost, exact = (rehearse(experiment, shape, DEVICES["h100"], exact=exact) for exact in (False, True))
+    assert cost.peak == pytest.approx(exact.peak, rel=1e-3)
+    parts = {name: sum(sizes.values()) for name, sizes in exact.peaks.items()}
+    assert max(parts, key=lambda name: parts[name]) != "backward pass of the loss"
+
+
 def test_the_peak_of_dpo_is_that_of_the_allocator(
     train: Any, dpo_values: Any, write_jsonl: Any, tmp_path: Path, model_dir: Path, write_config: Any
 ) -> None:

@@ -76,6 +76,11 @@ class Fingerprint:
         return f"{self.model_type}, {self.num_tensors} tensors, {self.samples[:12]}"
 
 
+def fingerprint_if_possible(folder: Path) -> Fingerprint | None:
+    """Return the fingerprint of the weights in a folder; None where it cannot be taken."""
+    return compute_fingerprint(folder) if can_fingerprint(folder) else None
+
+
 def compute_fingerprint(folder: Path) -> Fingerprint:
     """Return the fingerprint of the model in a folder. Every byte of its weights is read.
 

@@ -247,6 +247,12 @@ INCOMPATIBILITIES = (
         "Run without DeepSpeed, or remove overrides.loraplus_lr_ratio.",
     ),
     Incompatibility(
+        features.COMPILED_LAYERS,
+        features.DEEPSPEED,
+        "DeepSpeed compiles by its own config, and gathers partitioned weights in hooks of the layers",
+        "Set torch_compile: false, or use FSDP2.",
+    ),
+    Incompatibility(
         features.FP16,
         features.FLOAT16_TRAINABLE,
         "loss scaling needs trainable weights in float32, which autocast casts",

@@ -259,6 +259,12 @@ GRADIENT_CHECKPOINTING = Feature(
     "training_args.gradient_checkpointing",
     lambda run: bool(run.args.gradient_checkpointing),
 )
+COMPILED_LAYERS = Feature(
+    "memory",
+    "compiled layers",
+    "training_args.torch_compile",
+    lambda run: run.args.torch_compile == "layers",
+)
 RESUMING = Feature(
     "checkpoints",
     "resuming",

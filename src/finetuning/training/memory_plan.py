@@ -172,7 +172,11 @@ def with_rows(shape: StepShape, rows: int) -> StepShape:
 def sharded_peak(experiment: Experiment, plan: Plan, cost: Cost) -> dict[str, float]:
     """Return the peak by category on one of the run's processes."""
     shards = plan.batch.world_size if _is_sharded(experiment) else 1
-    return {name: size / shards if name in _SHARDED else size for name, size in cost.peak.items()}
+    parts = [
+        {name: size / shards if name in _SHARDED else size for name, size in sizes.items()}
+        for sizes in cost.peaks.values()
+    ]
+    return max(parts, key=lambda sizes: sum(sizes.values()))
 
 
 def rehearse_run(experiment: Experiment, plan: Plan, device: DeviceModel, *, exact: bool = False) -> Rehearsal:

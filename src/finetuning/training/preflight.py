@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ def check_device(experiment: Experiment, device: Device | None = None) -> None:
             hint="Remove the config file of accelerate, or FSDP from it, to train on the CPU.",
         )
     _check_attention(experiment, device)
+    _check_compiler(experiment, device)
     check_device_map(experiment.run_conf.model_args.device_map, Location(key="run_conf.model_args.device_map"))
     requested = [key for key in NEEDS_GPU if getattr(args, key, None) or extra.get(key)]
     if requested and device.kind == "cpu":
@@ -109,6 +111,44 @@ def _check_attention(experiment: Experiment, device: Device) -> None:
             "flex_attention has no backward pass on a CPU",
             location=Location(key="run_conf.model_args.attn_implementation"),
             hint="Use sdpa on a CPU.",
+        )
+
+
+def _check_compiler(experiment: Experiment, device: Device, environ: Mapping[str, str] = os.environ) -> None:
+    """Check that what `training_args.torch_compile` asks for can be compiled here.
+
+    Raises:
+        ConfigError: inductor finds no compiler, or the layers cannot be compiled on a CPU.
+    """
+    args = experiment.training_args
+    extra = args.model_extra or {}
+    names = [name for name in ("torch_compile_backend", "torch_compile_mode") if extra.get(name) is not None]
+    if not args.torch_compile and not names:
+        return
+    key = f"training_args.{'torch_compile' if args.torch_compile else names[0]}"
+    if args.torch_compile == "layers" and experiment.method_name == "grpo":
+        raise ConfigError(
+            "is layers, but grpo samples with the model: each length of its key-value cache would be compiled",
+            location=Location(key=key),
+            hint="Set torch_compile: false.",
+        )
+    if args.torch_compile == "layers" and device.kind == "cpu" and args.gradient_checkpointing:
+        raise ConfigError(
+            "is layers, but on a CPU attention is a loop over rows, which is not compiled: with gradient checkpointing"
+            " nothing of a layer would be",
+            location=Location(key=key),
+            hint="Set gradient_checkpointing: false, or torch_compile: false.",
+        )
+    if (extra.get("torch_compile_backend") or "inductor") != "inductor":
+        return
+    # inductor writes C++ for a CPU; for a GPU, Triton compiles a launcher in C.
+    language, variable, usual = ("C++", "CXX", ("g++",)) if device.kind == "cpu" else ("C", "CC", ("gcc", "clang"))
+    commands = (environ[variable],) if environ.get(variable) else usual
+    if not any(shutil.which(command) for command in commands):
+        raise ConfigError(
+            f"torch.compile needs a compiler for {language}, and there is no {' or '.join(commands)}",
+            location=Location(key=key),
+            hint=f"Install one (on Debian: build-essential), set {variable} to its path, or set torch_compile: false.",
         )
 
 

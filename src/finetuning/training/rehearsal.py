@@ -86,8 +86,9 @@ _FAILED_STEP = (RuntimeError, ValueError, TypeError, AttributeError, AssertionEr
 class Cost:
     """The cost of an optimizer step."""
 
-    peak: dict[str, float] = field(default_factory=dict)
-    """Bytes by category at the moment when most memory is in use."""
+    peaks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Bytes by category when most memory is in use, for each part of a step. Each grows by a line with the number of
+    layers; which of them is the largest differs between few layers and many."""
     flops: float = 0.0
     seconds: float = 0.0
     """Of one micro-batch, forward and backward."""
@@ -97,6 +98,11 @@ class Cost:
     trained: float = 0.0
     """Number of trained weights."""
     operations: tuple[DataDependentOperation, ...] = ()
+
+    @property
+    def peak(self) -> dict[str, float]:
+        """Bytes by category at the moment when most memory is in use."""
+        return max(self.peaks.values(), key=lambda sizes: sum(sizes.values()), default={})
 
     @property
     def peak_bytes(self) -> float:
@@ -113,7 +119,7 @@ class Cost:
             return {name: max(line(first.get(name, 0.0), second.get(name, 0.0)), 0.0) for name in names}
 
         return Cost(
-            lines(self.peak, more.peak),
+            {part: lines(self.peaks.get(part, {}), more.peaks.get(part, {})) for part in {**self.peaks, **more.peaks}},
             line(self.flops, more.flops),
             line(self.seconds, more.seconds),
             line(self.update_seconds, more.update_seconds),
@@ -130,9 +136,10 @@ class _CostTracker(TorchDispatchMode):
         super().__init__()
         self.device, self.shape = device, shape
         self.phase: Category = "weights"
+        self.part = "forward pass"
         self.sizes: dict[int, tuple[int, Category]] = {}
         self.current = dict.fromkeys(CATEGORIES, 0.0)
-        self.peak = dict(self.current)
+        self.peaks: dict[str, dict[Category, float]] = {}
         self.flops = self.seconds = 0.0
         self.by_operation: dict[str, float] = {}
         self._block = _GPU_BLOCK if shape.for_gpu else _CPU_BLOCK
@@ -166,15 +173,18 @@ class _CostTracker(TorchDispatchMode):
         size = -(-storage.nbytes() // self._block) * self._block
         self.sizes[key] = (size, self.phase)
         self.current[self.phase] += size
-        if sum(self.current.values()) > sum(self.peak.values()):
-            self.peak = dict(self.current)
+        self._note_peak()
         weakref.finalize(storage, self._release, key)
 
     def count_temporary(self, size: int) -> None:
         """Count memory that an operation has allocated and released: bitsandbytes restores a whole weight."""
-        if sum(self.current.values()) + size > sum(self.peak.values()):
-            self.peak = dict(self.current)
-            self.peak["temporary"] += size
+        self.current["temporary"] += size
+        self._note_peak()
+        self.current["temporary"] -= size
+
+    def _note_peak(self) -> None:
+        if sum(self.current.values()) > sum(self.peaks.get(self.part, {}).values()):
+            self.peaks[self.part] = dict(self.current)
 
     def _release(self, key: int) -> None:
         size, category = self.sizes.pop(key, (0, "temporary"))
@@ -188,6 +198,23 @@ class _CostTracker(TorchDispatchMode):
             self.sizes[key] = (size, category)
             self.current[before] -= size
             self.current[category] += size
+
+    def follow_gradients(self, trained: Sequence[torch.Tensor], embeddings: set[int]) -> None:
+        """Count what is accumulated as gradients.
+
+        Args:
+            embeddings: ids of weights that are not those of layers.
+        """
+
+        def count(weight: torch.Tensor) -> None:
+            if weight.grad is not None:
+                self.reclassify(weight.grad, "gradients")
+            if id(weight) not in embeddings:
+                # The logits are released, and the gradients of the layers come in.
+                self.part = "backward pass of the layers"
+
+        for weight in trained:
+            weight.register_post_accumulate_grad_hook(count)
 
     def _add_work(
         self,
@@ -270,9 +297,14 @@ def _sum(total: Cost, more: Cost, base: Cost) -> Cost:
         return {key: first.get(key, 0.0) + second.get(key, 0.0) - third.get(key, 0.0) for key in {**first, **second}}
 
     names = ("flops", "seconds", "update_seconds", "trained")
-    return replace(
-        total, peak=plus_each("peak"), by_operation=plus_each("by_operation"), **{name: plus(name) for name in names}
-    )
+    peaks = {
+        part: {
+            name: size + more.peaks[part].get(name, 0.0) - base.peaks[part].get(name, 0.0)
+            for name, size in sizes.items()
+        }
+        for part, sizes in total.peaks.items()
+    }
+    return replace(total, peaks=peaks, by_operation=plus_each("by_operation"), **{name: plus(name) for name in names})
 
 
 def _cost(
@@ -293,10 +325,7 @@ def _cost(
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         tracker.phase = "optimizer"
         states = [torch.empty_like(weight) for weight in trained for _ in range(shape.optimizer_states)]
-        for weight in trained:
-            weight.register_post_accumulate_grad_hook(
-                lambda weight: tracker.reclassify(weight.grad, "gradients") if weight.grad is not None else None
-            )
+        tracker.follow_gradients(trained, _embedding_weights(model))
         recorder.start()
         before = (0.0, 0.0, dict[str, float]())
         try:
@@ -318,7 +347,7 @@ def _cost(
             recorder.stop()
         by_operation = {name: seconds - before[2].get(name, 0.0) for name, seconds in tracker.by_operation.items()}
         start = tracker.seconds
-        tracker.phase = "temporary"
+        tracker.phase, tracker.part = "temporary", "update"
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not shape.fused_update:
             sizes = [weight.numel() * weight.element_size() for weight in trained]
@@ -328,15 +357,24 @@ def _cost(
         # A fused update reads weight, gradient and states, and writes all but the gradient.
         update = tracker.seconds - start + 28.0 * count / (device.bandwidth * _REACHED_BANDWIDTH)
         del states
-    return Cost({**tracker.peak}, *work, update, by_operation, float(count), tuple(recorder.operations))
+    peaks: dict[str, dict[str, float]] = {part: {**sizes} for part, sizes in tracker.peaks.items()}
+    return Cost(peaks, *work, update, by_operation, float(count), tuple(recorder.operations))
 
 
 def _forward_backward(model: Model, reference: Model | None, shape: StepShape, tracker: _CostTracker) -> None:
-    tracker.phase = "activations"
+    tracker.phase, tracker.part = "activations", "forward pass"
     with _autocast(shape.autocast):
         loss = _dpo_loss(model, reference, shape) if shape.method == "dpo" else _sft_loss(model, shape)
-    tracker.phase = "temporary"
+    tracker.phase, tracker.part = "temporary", "backward pass of the loss"
     loss.backward()
+
+
+def _embedding_weights(model: Model) -> set[int]:
+    from finetuning.model.peft.adapters import base_model_of
+
+    base = base_model_of(model)
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {id(weight) for module in modules if module is not None for weight in module.parameters()}
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -165,18 +165,14 @@ def _base_fingerprint(job: TrainingJob) -> Fingerprint | None:
 
     One process reads the weights.
     """
-    from finetuning.model.fingerprint import can_fingerprint, compute_fingerprint
+    from finetuning.model.fingerprint import fingerprint_if_possible
 
     folder = Path(job.experiment.run_conf.model)
-
-    def compute() -> Fingerprint | None:
-        return compute_fingerprint(folder) if can_fingerprint(folder) else None
-
     if not job.topology.is_distributed:
-        return compute()
+        return fingerprint_if_possible(folder)
     from finetuning.training.process_sync import broadcast_from_main
 
-    return broadcast_from_main(compute)
+    return broadcast_from_main(lambda: fingerprint_if_possible(folder))
 
 
 def _find_resume_point(job: TrainingJob) -> ResumePoint:

@@ -49,6 +49,7 @@ _FIXED = {
     "label_names": ["labels"],
     "push_to_hub": False,
 }
+_UNCOMPILED = dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"))
 # Fields that our trainer has and the config class does not.
 _OWN_FIELDS = {"sft": ("activation_offloading",), "dpo": ("max_prompt_length",)}
 
@@ -98,6 +99,7 @@ def build_arguments(experiment: Experiment, plan: Plan) -> TrainingArguments:
         (args.model_extra or {})
         | _FIXED
         | {
+            **(_UNCOMPILED if args.torch_compile == "layers" else {}),
             "learning_rate": plan.learning_rate,
             "per_device_train_batch_size": plan.batch.per_device,
             "per_device_eval_batch_size": plan.batch.per_device_eval,
@@ -232,6 +234,7 @@ def load_model(
     When the vocabulary grows under an adapter, the resized base model is saved first: the adapter belongs to it.
     `fingerprint` is that of the model in `run_conf.model`; `has_images` says whether rows have images.
     """
+    from finetuning.model.fingerprint import fingerprint_if_possible
     from finetuning.model.peft import adapters
     from finetuning.model.peft.adapter_files import adapter_digests
     from finetuning.model.varlen_attention import describe_attention
@@ -247,7 +250,7 @@ def load_model(
     parts = experiment.run_conf.train_parts
     notes = [*dtype_notes, *_save_resized_base(experiment, model, tokenizer, vocabulary, topology)]
     if topology.is_main and str(model.name_or_path) != experiment.run_conf.model:
-        fingerprint = _fingerprint(model)
+        fingerprint = fingerprint_if_possible(Path(str(model.name_or_path)))
     attention = choose_attention_candidates(experiment, algorithm, model, arguments, topology)
     if not isinstance(peft_conf, NoPeft):
         # Before the first forward pass, after which some quantized layers have no gradient.
@@ -372,13 +375,6 @@ def _save_resized_base(
         save.save_extended_base(model, tokenizer.tokenizer, folder, tokenizer.new_tokens)
     model.config.name_or_path = model.name_or_path = str(folder)
     return [*notes, f"the resized base model is {folder}; the adapter belongs to it"]
-
-
-def _fingerprint(model: PreTrainedModel) -> Fingerprint | None:
-    from finetuning.model import fingerprint
-
-    folder = Path(str(model.name_or_path))
-    return fingerprint.compute_fingerprint(folder) if fingerprint.can_fingerprint(folder) else None
 
 
 def _prepare_quantized(
@@ -596,5 +592,9 @@ def build_trainer(
         from finetuning.training.resume.stream_state import attach_stream_state
 
         attach_stream_state(trainer, data, plan.batch.total, checkpoint)
+    if experiment.training_args.torch_compile == "layers":
+        from finetuning.model.compiled_layers import compile_layers
+
+        compile_layers(trainer.model, **(experiment.training_args.model_extra or {}))
     check_memory_at_start(trainer, experiment)
     return trainer

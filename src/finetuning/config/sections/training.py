@@ -72,6 +72,9 @@ class TrainingArgs(ConfigSection):
     not set, a run on a GPU takes the fastest of the three that fits into memory, and says so."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     """Keyword arguments of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`."""
+    torch_compile: bool | Literal["layers"] = False
+    """Compile the model with `torch.compile`, by `torch_compile_backend` and `torch_compile_mode`. `layers` compiles
+    its decoder layers one by one: they share their graphs, and rows of other lengths need no other graphs."""
     logging_strategy: Strategy = "steps"
     """When to log metrics: never, every `logging_steps`, or every epoch."""
     logging_steps: Steps | None = None
