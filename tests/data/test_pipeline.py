@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,38 @@ def texts(data: PreparedData, tokenizer: Any, *, trained: bool) -> list[str]:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         rows.append(tokenizer.decode([item for item, label in pairs if not trained or label != -100]))
     return rows
+
+
+class FreezeCounts:
+    """Notes how many objects are excluded from garbage collection while rows are prepared."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def measure(self, rows: object, batch: object) -> int:
+        return gc.get_freeze_count()
+
+    def add(self, split: str, measured: int) -> None:
+        self.counts.append(measured)
+
+
+@pytest.mark.parametrize("is_frozen_before", [False, True])
+def test_existing_objects_are_excluded_from_collection_while_rows_are_prepared(
+    write_lines: Callable[..., str], tokenizer: Any, is_frozen_before: bool
+) -> None:
+    conf = config(write_lines("a.jsonl", chat(0)), cache="off")
+    kept = [[number] for number in range(10_000)]
+    seen = FreezeCounts()
+    gc.unfreeze()
+    if is_frozen_before:
+        gc.freeze()
+    try:
+        prepare_sft(conf, SFTArgs(train_on_completions_only=True), tokenizer, 1, inspector=seen)
+        assert seen.counts and min(seen.counts) >= len(kept)
+        # What was excluded before, by the console script or by the caller, stays so.
+        assert (gc.get_freeze_count() > 0) == is_frozen_before
+    finally:
+        gc.unfreeze()
 
 
 def test_sft_rows_train_on_answers_only(write_lines: Callable[..., str], tokenizer: Any) -> None:
