@@ -18,6 +18,7 @@ from finetuning.data.images.rendering import read_references
 from finetuning.errors import DataError, GuardStopped
 from finetuning.export.merge.merge import merge_adapters
 from finetuning.trainer.image_check import count_features, image_token_id
+from finetuning.trainer.oom_retry import split_batch
 from vision.test_checkpoints import LORA
 from vision.test_rows import WITH_PROCESSOR, prepared, processor_of
 
@@ -114,6 +115,25 @@ def test_accumulation_keeps_the_loss(
         "training_args.dataloader_num_workers": 1,
     }
     assert train(vision_values("qwen2_5_vl", picture_rows, split)).losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", WITH_PROCESSOR)
+def test_a_batch_that_is_split_when_memory_runs_out_has_the_same_loss(
+    name: str, vision_values: Any, train: Any, picture_rows: list[dict[str, Any]]
+) -> None:
+    run = train(vision_values(name, picture_rows, {"training_args.max_steps": 1}))
+    assert run.trainer.supports_batch_splitting
+    model, batch = run.trainer.model.eval(), run.trainer.data_collator(list(run.trainer.train_dataset))
+    count = torch.tensor(batch["num_labels"])
+    with torch.no_grad():
+        whole = float(run.trainer.compute_loss(model, dict(batch), num_items_in_batch=count))
+        for parts in (2, 6):
+            losses = [
+                float(run.trainer.compute_loss(model, part, num_items_in_batch=count))
+                for part, _ in split_batch(batch, parts)
+            ]
+            assert len(losses) == parts
+            assert sum(losses) == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_run_resumes_where_it_was(

@@ -5,11 +5,13 @@ Nothing here imports torch: the console script reads the table of algorithms bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from finetuning.config.pretrained_config import find_pretrained_config
 from finetuning.config.sections.experiment import Experiment
 from finetuning.config.sections.model import NoPeft
 from finetuning.errors import ConfigError, Location
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
     import transformers
     from peft import PeftConfig
 
+    from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.model.stop_tokens import EndOfTurn
     from finetuning.model.tokenizer import LoadedTokenizer
 
 T = TypeVar("T", bound="transformers.Trainer")
+logger = logging.getLogger("finetuning")
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,43 @@ def load_reference_if_needed(inputs: TrainerInputs) -> transformers.PreTrainedMo
         inputs.arguments, "precompute_ref_log_probs", False
     )
     return inputs.load_reference() if is_needed and inputs.load_reference else None
+
+
+def images_of(
+    experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase, excluding: Mapping[str, bool]
+) -> ImageTextProcessor | str:
+    """Return the processor of the model's images, or why rows with images are refused.
+
+    Args:
+        excluding: settings that images do not work together with, and whether they are set.
+    """
+    run_conf, data_conf = experiment.run_conf, experiment.data_conf
+    if not isinstance((find_pretrained_config(run_conf.model) or {}).get("vision_config"), dict):
+        return f"and {run_conf.model} is a model that takes text only"
+    if any(excluding.values()):
+        return f"and images do not work together with {next(key for key, is_set in excluding.items() if is_set)}"
+    from finetuning.data.images.processor import processor_for
+
+    return processor_for(run_conf, data_conf.images, tokenizer)
+
+
+def check_images(trainer: Any) -> None:
+    """Check the image tokens of the first rows, and whether batches with images can be split when memory runs out.
+
+    Raises:
+        GuardStopped: a row has another number of image tokens than of features.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    from finetuning.trainer.image_check import check_image_tokens, why_not_split
+
+    model, collator, rows = trainer.model, trainer.data_collator, trainer.train_dataset
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logger.info("%s", check_image_tokens(base, collator, rows))
+    reason = why_not_split(collator, rows)
+    if reason:
+        trainer.supports_batch_splitting = False
+        logger.info("batches with images are not split when memory runs out: %s", reason)
 
 
 def trainer_kwargs(inputs: TrainerInputs) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
     TrainerInputs,
+    check_images,
+    images_of,
     load_reference_if_needed,
     reraise_as_config_error,
     trainer_kwargs,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.initial_loss import ExpectedLoss
 
+IMAGE_REFERENCES = "image_references"
+"""The column of the images in the trainer's rows."""
 _LN2 = math.log(2)
 _MEANS_OVER_PAIRS = {"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard"} | {
     "apo_zero",
@@ -53,6 +57,7 @@ def prepare(
         stop_tokens=stop_tokens,
         max_prompt_length=args.max_prompt_length,
         inspector=inspector,
+        images=images_of(experiment, tokenizer, {}),
     )
 
 
@@ -106,6 +111,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
         supports_batch_splitting = loss_is_row_mean = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
         # The loss `sft` selects the chosen tokens once more.
+        collator_columns = (IMAGE_REFERENCES, "text") if inputs.data.has_images else ()
         token_masks = ("chosen",) * list(inputs.arguments.loss_type).count("sft") + ("chosen", "rejected")
 
         def _prepare_dataset(
@@ -133,12 +139,43 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             shared = torch.minimum(*mask.sum(-1).chunk(2)).repeat(2)[:, None]
             return torch.where(mask.cumsum(-1) > shared, self.ld_alpha * log_probs, log_probs)
 
+    kwargs = trainer_kwargs(inputs)
+    if inputs.data.has_images:
+        kwargs |= _with_images(inputs)
     with reraise_as_config_error("DPO"):
         trainer = inputs.extended(CheckedDPOTrainer)(
-            ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
+            ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **kwargs
         )
+    if inputs.data.has_images:
+        check_images(trainer)
     trainer.data_collator = CountingCollator(trainer.data_collator)
     return trainer
+
+
+def _with_images(inputs: TrainerInputs) -> dict[str, object]:
+    """Return the arguments of the trainer that differ for rows with images.
+
+    TRL 1.16 takes a column `images` for images that its own collator is to process.
+    """
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from finetuning.data.images.collator import preference_collator
+
+    experiment = inputs.experiment
+    tokenizer: Any = inputs.tokenizer.tokenizer
+    splits = {"train_dataset": inputs.data.train, "eval_dataset": inputs.data.validation}
+    renamed = {
+        name: None if split is None else split.rename_column("images", IMAGE_REFERENCES)
+        for name, split in splits.items()
+    }
+    collator = preference_collator(
+        experiment.run_conf,
+        experiment.data_conf.images,
+        tokenizer,
+        DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id),
+        IMAGE_REFERENCES,
+    )
+    return {**renamed, "data_collator": collator}
 
 
 ALGORITHM = Algorithm(

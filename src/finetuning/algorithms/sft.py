@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetuning.algorithms.algorithm import Algorithm, TrainerInputs
-from finetuning.config.pretrained_config import find_pretrained_config
+from finetuning.algorithms.algorithm import Algorithm, TrainerInputs, check_images, images_of
 from finetuning.config.sections.experiment import SFTExperiment
+from finetuning.data.collators import IMAGE_ROWS
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers.utils.generic import ModelOutput
 
     from finetuning.data.collators import Rows
-    from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.chunked_cross_entropy import ChunkedCrossEntropy
@@ -59,27 +58,16 @@ def prepare(
         stop_tokens=stop_tokens,
         seed=seed,
         inspector=inspector,
-        images=_images_of(experiment, tokenizer),
+        images=images_of(
+            experiment,
+            tokenizer,
+            {
+                "data_conf.streaming: true": experiment.data_conf.streaming,
+                "sft_args.packing: true": experiment.sft_args.packing,
+                "sft_args.batching: padding-free": experiment.sft_args.batching == "padding-free",
+            },
+        ),
     )
-
-
-def _images_of(
-    experiment: SFTExperiment, tokenizer: transformers.PreTrainedTokenizerBase
-) -> ImageTextProcessor | str | None:
-    """Return the processor of the model's images, or why rows with images are refused."""
-    run_conf, data_conf = experiment.run_conf, experiment.data_conf
-    if not isinstance((find_pretrained_config(run_conf.model) or {}).get("vision_config"), dict):
-        return f"and {run_conf.model} is a model that takes text only"
-    excluding = {
-        "data_conf.streaming: true": data_conf.streaming,
-        "sft_args.packing: true": experiment.sft_args.packing,
-        "sft_args.batching: padding-free": experiment.sft_args.batching == "padding-free",
-    }
-    if any(excluding.values()):
-        return f"and images do not work together with {next(key for key, is_set in excluding.items() if is_set)}"
-    from finetuning.data.images.processor import processor_for
-
-    return processor_for(run_conf, data_conf.images, tokenizer)
 
 
 class SelectedLogitsMixin(Trainer):
@@ -128,6 +116,7 @@ class SelectedLogitsMixin(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         inputs = dict(inputs)
+        inputs.pop(IMAGE_ROWS, None)
         targets = inputs.pop("shift_labels").flatten()
         positions, num_labels = inputs.pop("label_positions"), inputs.pop("num_labels")
         if self.args.torch_compile:
@@ -215,8 +204,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     class SFTTrainer(SelectedLogitsMixin, TrainerMixin, transformers.Trainer):
         uses_logits_to_keep = can_select
         uses_model_loss = not has_plain_loss
-        # The pixels of a batch are not split by its rows.
-        supports_batch_splitting = has_plain_loss and not inputs.data.has_images
+        supports_batch_splitting = has_plain_loss
         loss_is_local = has_plain_loss
         collator_columns = ("images", "text") if inputs.data.has_images else ("lengths",)
         takes_use_cache = "use_cache" in inspect.signature(_base_of(inputs.model).forward).parameters
@@ -242,8 +230,8 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         data_collator=collator,
         callbacks=list(inputs.callbacks),
     )
-    if inputs.data.has_images and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        _check_images(inputs, collator)
+    if inputs.data.has_images:
+        check_images(trainer)
     vocab_size = inputs.model.config.get_text_config().vocab_size
     trainer.max_labels_at_once, trainer.labels_per_chunk = chunk_sizes(sft_args.logits_at_once, vocab_size)
     _fuse_loss(trainer, sft_args.logits_at_once)
@@ -271,12 +259,6 @@ def _make_collator(inputs: TrainerInputs, *, with_constant_mask: bool) -> Callab
 
     run_conf, data_conf = inputs.experiment.run_conf, inputs.experiment.data_conf
     return image_collator(run_conf, data_conf.images, tokenizer.tokenizer, padding)
-
-
-def _check_images(inputs: TrainerInputs, collator: Callable[[Rows], Mapping[str, object]]) -> None:
-    from finetuning.trainer.image_check import check_image_tokens
-
-    logger.info("%s", check_image_tokens(_base_of(inputs.model), collator, inputs.data.train))
 
 
 def _fuse_loss(trainer: SelectedLogitsMixin, logits_at_once: Literal["auto", "all"] | int) -> None:

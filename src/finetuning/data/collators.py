@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 UNTRAINED = -100
 """The label of a token without loss; the default `ignore_index` of PyTorch's cross entropy."""
+IMAGE_ROWS = "image_rows"
+"""The key of a batch with images for how many entries of each of their tensors belong to each row, by the tensor's
+name. A preference pair is one row: its tensors hold the images of all pairs twice, one after the other. Empty where it
+is not known. For the trainer only: no model takes it."""
 
 Rows = Sequence[dict[str, Any]]
 

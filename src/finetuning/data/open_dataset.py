@@ -22,6 +22,8 @@ from finetuning.data.samples import (
     JsonObject,
     JsonValue,
     ParsedRow,
+    Preference,
+    Prompt,
     Row,
     Sample,
     SkippedRow,
@@ -66,7 +68,8 @@ def options_for(
 ) -> Options:
     """Return the options that all datasets of a run have in common; `images` is that of `Options`."""
     if sft_args is None:
-        return Options(special_tokens=special_tokens, images="on which only sft trains")
+        refused = "on which only sft and dpo train"
+        return Options(special_tokens=special_tokens, images=refused if images is None else images)
     chats = sft_args.train_on or ("assistant" if sft_args.train_on_completions_only else "all")
     options = Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)
     return options if images is None else replace(options, images=images)
@@ -137,7 +140,7 @@ def _parse_row(row: Row, row_format: RowFormat, options: Options) -> ParsedRow:
         )
     parsed = row_format.parse(Row(values, row.location), options)
     if images and not isinstance(parsed, Problem):
-        if not isinstance(parsed, Conversation | Text):
+        if not isinstance(parsed, Conversation | Text | Preference | Prompt):
             return Problem(f"has images, which rows of the format {row_format.name} cannot have", row.location)
         parsed.images = images
     return parsed if isinstance(parsed, Problem) else _with_unused(parsed, values)

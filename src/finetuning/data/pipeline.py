@@ -101,24 +101,34 @@ def prepare_sft(
 
 
 @dataclass(frozen=True)
-class _SFTParts:
+class _Parts:
     """What differs for models that take images."""
 
     make_processor: Callable[..., SFTProcessor] = SFTProcessor
+    make_preferences: Callable[..., PreferenceProcessor] = PreferenceProcessor
+    make_prompts: Callable[..., PromptProcessor] = PromptProcessor
     make_renderer: Callable[[PreTrainedTokenizerFast], TemplateRenderer] = TemplateRenderer
     take_images: TakeImages | str | None = None
     rules: Mapping[str, object] = field(default_factory=dict[str, object])
     finish: Callable[[PreparedData], PreparedData] = lambda prepared: prepared
 
 
-def _parts_for(images: ImageTextProcessor | str | None) -> _SFTParts:
+def _parts_for(images: ImageTextProcessor | str | None) -> _Parts:
     if images is None or isinstance(images, str):
-        return _SFTParts(take_images=images)
+        return _Parts(take_images=images)
+    from finetuning.data.images.prompts import image_preference_processor, image_prompt_processor
     from finetuning.data.images.rendering import ImageTemplateRenderer, image_sft_processor, without_empty_columns
 
     rules = {"images": images.digest}
-    make_processor = image_sft_processor(images)
-    return _SFTParts(make_processor, ImageTemplateRenderer, images.take_images, rules, without_empty_columns)
+    return _Parts(
+        image_sft_processor(images),
+        image_preference_processor(images),
+        image_prompt_processor(images),
+        ImageTemplateRenderer,
+        images.take_images,
+        rules,
+        without_empty_columns,
+    )
 
 
 def _sft_rules(sft_args: SFTArgs, options: Options, stop_tokens: Sequence[str]) -> dict[str, object]:
@@ -148,6 +158,7 @@ def prepare_dpo(
     stop_tokens: Sequence[str] = (),
     max_prompt_length: int | None = None,
     inspector: Inspector | None = None,
+    images: ImageTextProcessor | str | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids`, `chosen_ids` and `rejected_ids` of the training and validation rows, for TRL's collator.
 
@@ -158,13 +169,16 @@ def prepare_dpo(
         DataError: a file, a row or the template is invalid, or too few rows are left.
     """
     label_builder = _make_label_builder(tokenizer)
-    renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens)
-    processor = PreferenceProcessor(renderer, mask_builder, label_builder, max_length, max_prompt_length)
-    preprocessor = _preprocessor("preference", processor, tokenizer, label_builder, max_length, num_workers, inspector)
-    rules = _rules("dpo", max_length, stop_tokens)
+    parts = _parts_for(images)
+    renderer, mask_builder = _make_mask_builder(data_conf, tokenizer, label_builder, stop_tokens, parts.make_renderer)
+    processor = parts.make_preferences(renderer, mask_builder, label_builder, max_length, max_prompt_length)
+    preprocessor = _preprocessor(
+        "preference", processor, tokenizer, label_builder, max_length, num_workers, inspector, parts.take_images
+    )
+    rules = {**_rules("dpo", max_length, stop_tokens), **parts.rules}
     if max_prompt_length is not None:
         rules["max_prompt_length"] = max_prompt_length
-    return prepare_rows(data_conf, preprocessor, tokenizer, rules)
+    return parts.finish(prepare_rows(data_conf, preprocessor, tokenizer, rules))
 
 
 def prepare_reward(
@@ -239,6 +253,7 @@ def prepare_prompts(
     *,
     inspector: Inspector | None = None,
     read_columns: Collection[str] | None = None,
+    images: ImageTextProcessor | str | None = None,
 ) -> PreparedData:
     """Prepare `prompt_ids` and `row` of the prompts; those longer than `max_length` are dropped.
 
@@ -249,11 +264,16 @@ def prepare_prompts(
         DataError: as `prepare_dpo`.
     """
     label_builder = _make_label_builder(tokenizer)
-    processor = PromptProcessor(TemplateRenderer(tokenizer), label_builder, max_length, required_columns, read_columns)
-    preprocessor = _preprocessor("prompt", processor, tokenizer, label_builder, max_length, num_workers, inspector)
-    rules = _rules("grpo", max_length, ()) | {"columns": dict(required_columns)}
+    parts = _parts_for(images)
+    processor = parts.make_prompts(
+        parts.make_renderer(tokenizer), label_builder, max_length, required_columns, read_columns
+    )
+    preprocessor = _preprocessor(
+        "prompt", processor, tokenizer, label_builder, max_length, num_workers, inspector, parts.take_images
+    )
+    rules = {**_rules("grpo", max_length, ()), **parts.rules, "columns": dict(required_columns)}
     rules["columns that rewards read"] = "all" if read_columns is None else sorted(read_columns)
-    return prepare_rows(data_conf, preprocessor, tokenizer, rules)
+    return parts.finish(prepare_rows(data_conf, preprocessor, tokenizer, rules))
 
 
 def _shuffle(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
@@ -275,8 +295,9 @@ def _preprocessor(
     max_length: int | None,
     num_workers: int,
     inspector: Inspector | None,
+    take_images: TakeImages | str | None = None,
 ) -> Preprocessor:
-    options = options_for(None, tokenizer.special_tokens_map)
+    options = options_for(None, tokenizer.special_tokens_map, take_images)
     return Preprocessor(kind, options, processor, label_builder, max_length, num_workers, inspector=inspector)
 
 

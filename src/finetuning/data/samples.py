@@ -107,6 +107,8 @@ class Preference:
     template_kwargs: JsonObject = field(default_factory=JsonObject)
     is_text: bool = False
     unused: tuple[str, ...] = ()
+    images: tuple[ImageReference, ...] = ()
+    """Images of the prompt, in the order of their places."""
 
 
 @dataclass(slots=True)
@@ -133,6 +135,7 @@ class Prompt:
     tools: list[JsonObject] | None = None
     template_kwargs: JsonObject = field(default_factory=JsonObject)
     unused: tuple[str, ...] = ()
+    images: tuple[ImageReference, ...] = ()
 
 
 Sample = Conversation | Text | TokenIds | Preference | UnpairedPreference | Prompt

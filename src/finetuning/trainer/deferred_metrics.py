@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.overrides import TorchFunctionMode
 
+from finetuning.data.collators import IMAGE_ROWS
 from finetuning.trainer import TrainerBase
 
 COUNTS = "host_counts"
@@ -84,7 +85,7 @@ class DeferredMetricsMixin(TrainerBase):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         counts: Counts | None = inputs.get(COUNTS)
-        inputs = {name: value for name, value in inputs.items() if name != COUNTS}
+        inputs = {name: value for name, value in inputs.items() if name not in (COUNTS, IMAGE_ROWS)}
         defers = self.args.device.type == "cuda" if self.defers_metrics is None else self.defers_metrics
         is_known = counts is not None and all(counts.values())
         if not (defers and is_known and self.model.training and torch.is_grad_enabled()) or self.args.torch_compile:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import datasets
 import torch
 
+from finetuning.data.collators import IMAGE_ROWS
 from finetuning.errors import GuardStopped, Location
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping
     Raises:
         GuardStopped: the numbers differ for a row.
     """
-    assert isinstance(rows, datasets.Dataset)
-    searched = rows.select(range(min(len(rows), _SEARCHED_ROWS))).to_list()
-    first = [row for row in searched if row["images"]][:_NUM_ROWS]
+    first = _first_with_images(rows)
     token_id = image_token_id(model)
     num_tokens = 0
     for number, row in enumerate(first, start=1):
@@ -56,6 +55,30 @@ def check_image_tokens(model: PreTrainedModel, collate: Callable[[Rows], Mapping
             )
         num_tokens += tokens
     return f"{len(first)} rows: each image token gets one feature of the vision tower ({num_tokens:,} in all)"
+
+
+def _first_with_images(rows: object) -> list[dict[str, object]]:
+    assert isinstance(rows, datasets.Dataset)
+    column = next(name for name in ("images", "image_references") if name in rows.column_names)
+    searched = rows.select(range(min(len(rows), _SEARCHED_ROWS))).to_list()
+    return [row for row in searched if row[column]][:_NUM_ROWS]
+
+
+def why_not_split(collate: Callable[[Rows], Mapping[str, object]], rows: object) -> str | None:
+    """Return why batches with images cannot be split by their rows; None if they can.
+
+    The first rows are collated together and alone: each must have as many entries in each tensor of images as the
+    batch says.
+    """
+    first = _first_with_images(rows)
+    together = cast("Mapping[str, list[int]]", collate(first)[IMAGE_ROWS])
+    if not together:
+        return "it is not known which entries of their tensors belong to which row"
+    for index, row in enumerate(first):
+        alone = cast("Mapping[str, list[int]]", collate([row])[IMAGE_ROWS])
+        if any(alone.get(name) != [sizes[index]] for name, sizes in together.items()):
+            return f"the processor makes other tensors of training row {index + 1} alone than among others"
+    return None
 
 
 def image_token_id(model: PreTrainedModel) -> int:

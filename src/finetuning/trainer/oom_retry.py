@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from finetuning.data.collators import IMAGE_ROWS
 from finetuning.errors import InternalError, is_out_of_memory
 from finetuning.trainer import TrainerBase
 from finetuning.trainer.ddp import average_gradients, defers_gradients
@@ -45,7 +46,7 @@ def split_batch(inputs: Mapping[str, torch.Tensor], num_splits: int) -> Iterator
     chosen rows before all rejected ones.
     """
     rows = num_rows(inputs)
-    if num_splits == 1 or rows < 2:
+    if num_splits == 1 or rows < 2 or inputs.get(IMAGE_ROWS) == {}:
         yield dict(inputs), 1.0
         return
     take = (
@@ -80,24 +81,39 @@ def _with_labels(split: Split, inputs: Mapping[str, torch.Tensor]) -> Split:
 
 def _take_padded(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
     split = {name: value[start:end] for name, value in _row_tensors(inputs).items()}
-    return _with_labels(split, inputs)
+    return _with_labels({**split, **take_images(inputs, start, end)}, inputs)
 
 
 def _row_tensors(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors that have a row for each row of the batch."""
-    return {
-        name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "label_positions"
-    }
+    others = {"label_positions", *inputs.get(IMAGE_ROWS, ())}
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in others}
+
+
+def take_images(inputs: Mapping[str, Any], start: int, end: int, *, copies: int = 1) -> Split:
+    """Return the tensors of the images of some rows of a batch; none where these rows have no images.
+
+    Args:
+        copies: how often the tensors hold the images of all rows, one after the other.
+    """
+    split: Split = {}
+    counts: Mapping[str, list[int]] = inputs.get(IMAGE_ROWS, {})
+    for name, sizes in counts.items():
+        first, size = sum(sizes[:start]), sum(sizes[start:end])
+        if size:
+            split[name] = torch.cat([part[first : first + size] for part in inputs[name].chunk(copies)])
+    return split
 
 
 def _take_pairs(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:
     rows = num_rows(inputs)
-    return {
+    pairs = {
         name: torch.cat([value[start:end], value[rows + start : rows + end]])
         if len(value) == 2 * rows
         else value[start:end]
         for name, value in _row_tensors(inputs).items()
     }
+    return {**pairs, **take_images(inputs, start, end, copies=2)}
 
 
 def _take_padding_free(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Split:

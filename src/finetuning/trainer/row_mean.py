@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetuning.data.collators import UNTRAINED
+from finetuning.data.collators import IMAGE_ROWS, UNTRAINED
 from finetuning.trainer import TrainerBase
+from finetuning.trainer.oom_retry import take_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -233,9 +234,10 @@ def _num_pairs(batch: Mapping[str, torch.Tensor]) -> int:
 
 def _take_pair(batch: Mapping[str, torch.Tensor], index: int) -> Batch:
     """Return a pair of a batch that holds all chosen rows before all rejected ones, or both under their own names."""
-    rows = _num_pairs(batch)
-    return {
+    rows, images = _num_pairs(batch), batch.get(IMAGE_ROWS, ())
+    pair = {
         name: value[[index, rows + index]] if len(value) == 2 * rows else value[index : index + 1]
         for name, value in batch.items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and name not in images
     }
+    return {**pair, **take_images(batch, index, index + 1, copies=2)}

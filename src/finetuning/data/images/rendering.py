@@ -98,13 +98,18 @@ class ImageTemplateRenderer(TemplateRenderer):
     def _parts(self, content: str) -> JsonValue:
         if PLACE not in content and self.takes_texts:
             return content
-        parts: list[JsonObject] = []
-        for index, text in enumerate(content.split(PLACE)):
-            if index:
-                parts.append({"type": "image"})
-            if text or PLACE not in content:
-                parts.append({"type": "text", "text": text})
-        return parts
+        return content_parts(content)
+
+
+def content_parts(content: str) -> list[JsonObject]:
+    """Return a content with `PLACE` for images as parts, as chat templates take them."""
+    parts: list[JsonObject] = []
+    for index, text in enumerate(content.split(PLACE)):
+        if index:
+            parts.append({"type": "image"})
+        if text or PLACE not in content:
+            parts.append({"type": "text", "text": text})
+    return parts
 
 
 @dataclass
@@ -122,7 +127,10 @@ class ImageSFTProcessor(SFTProcessor):
         with_images = [index for index, row in enumerate(rows) if getattr(row, "images", ())]
         without = [index for index in range(len(rows)) if index not in set(with_images)]
         samples = super().__call__([rows[index] for index in without])
-        results |= zip(without, map(self._without_images, samples), strict=True)
+        results |= {
+            index: without_images(sample, self._image_processor, ("input_ids",))
+            for index, sample in zip(without, samples, strict=True)
+        }
         for index in with_images:
             row = rows[index]
             assert isinstance(row, Conversation | Text)
@@ -133,16 +141,6 @@ class ImageSFTProcessor(SFTProcessor):
     def _image_processor(self) -> ImageTextProcessor:
         assert self.images is not None
         return self.images
-
-    def _without_images(self, sample: TokenizedSample | DroppedSample) -> TokenizedSample | DroppedSample:
-        if isinstance(sample, DroppedSample):
-            return sample
-        token_ids = list(self._image_processor.token_ids)
-        if np.isin(sample.columns["input_ids"], token_ids).any():
-            detail = f"the text holds a token of images, such as {self._image_processor.image_token}"
-            return DroppedSample(BAD_IMAGES, detail, is_bad=True)
-        sample.columns |= {"images": "", "text": ""}
-        return sample
 
     def _chat(self, row: Conversation) -> TokenizedSample | DroppedSample:
         chat = self._chat_processor
@@ -155,7 +153,7 @@ class ImageSFTProcessor(SFTProcessor):
         spans = None if turns is None else masked.spans
         sample = self._sample(row.images, masked.text, spans, masked)
         if isinstance(sample, TokenizedSample):
-            sample.warnings |= masked.warnings | set(chat.warnings([_without_places(each) for each in row.messages]))
+            sample.warnings |= masked.warnings | set(chat.warnings([without_places(each) for each in row.messages]))
         return sample
 
     def _text(self, row: Text) -> TokenizedSample | DroppedSample:
@@ -203,9 +201,28 @@ class ImageSFTProcessor(SFTProcessor):
             return sample
         # A beginning-of-sequence token that the tokenizer adds becomes a part of the text.
         text = self.label_builder.added_to(expanded.text) + text
-        columns = {"images": json.dumps([asdict(image) for image in images]), "text": text}
-        digests = " ".join(image.digest for image in images)
-        return replace(sample, columns=sample.columns | columns, text=f"{expanded.text} {digests}")
+        return with_references(sample, images, text)
+
+
+def with_references(sample: TokenizedSample, images: Sequence[ImageReference], text: str) -> TokenizedSample:
+    """Return a sample with its images and the text that the processor takes, as columns."""
+    columns = {"images": json.dumps([asdict(image) for image in images]), "text": text}
+    digests = " ".join(image.digest for image in images)
+    return replace(sample, columns=sample.columns | columns, text=f"{sample.text} {digests}")
+
+
+def without_images(
+    sample: TokenizedSample | DroppedSample, processor: ImageTextProcessor, ids: Sequence[str]
+) -> TokenizedSample | DroppedSample:
+    """Return a sample of text with empty columns of images; dropped if its ids hold a token of an image."""
+    if isinstance(sample, DroppedSample):
+        return sample
+    token_ids = list(processor.token_ids)
+    if any(np.isin(sample.columns[name], token_ids).any() for name in ids):
+        detail = f"the text holds a token of images, such as {processor.image_token}"
+        return DroppedSample(BAD_IMAGES, detail, is_bad=True)
+    sample.columns |= {"images": "", "text": ""}
+    return sample
 
 
 def image_sft_processor(images: ImageTextProcessor) -> Callable[..., ImageSFTProcessor]:
@@ -213,7 +230,8 @@ def image_sft_processor(images: ImageTextProcessor) -> Callable[..., ImageSFTPro
     return partial(ImageSFTProcessor, images=images)
 
 
-def _without_places(message: Mapping[str, object]) -> Message:
+def without_places(message: Mapping[str, object]) -> Message:
+    """Return a message without the places of its images."""
     content = message.get("content")
     return {**message, "content": content.replace(PLACE, "")} if isinstance(content, str) else dict(message)
 

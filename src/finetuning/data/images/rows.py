@@ -21,9 +21,12 @@ PLACE = "\ue1a6"
 MARK = "<image>"
 IMAGE_COLUMNS = ("images", "image")
 _PART_TYPES = ("image", "image_url", "input_image")
-_TEXT_COLUMNS = ("prompt", "instruction", "input", "text", "completion", "output")
+_TEXT_COLUMNS = ("prompt_messages", "prompt", "instruction", "input", "text", "completion", "output")
 """Columns of text, in the order in which row formats put them together."""
-_PROMPTS = ("prompt", "instruction", "text")
+_PROMPTS = ("prompt", "instruction", "question", "query", "text")
+_QUESTIONS = ("question", "query")
+"""Columns that hold the prompt of a preference."""
+_ANSWERS = ("chosen", "rejected")
 
 
 @dataclass
@@ -62,18 +65,47 @@ def take_images(row: Row, text_field: str = "text", *, folder: ImageFolder) -> t
         values.pop(name, None)
     places = _Places(folder, row.location.file, list(column))
     names = [name for name in MESSAGE_COLUMN_NAMES if isinstance(values.get(name), list)]
-    names += [name for name in dict.fromkeys([*_TEXT_COLUMNS, text_field]) if isinstance(values.get(name), str | list)]
+    texts = [*_QUESTIONS, *_TEXT_COLUMNS] if _has_answers(values) else _TEXT_COLUMNS
+    names += [name for name in dict.fromkeys([*texts, text_field]) if isinstance(values.get(name), str | list)]
+    # Without a prompt of their own, both answers are conversations that begin with it.
+    answers = [name for name in _ANSWERS if isinstance(values.get(name), list)] if _has_answers(values) else []
+    has_prompt = any(name in names for name in (*MESSAGE_COLUMN_NAMES, "prompt_messages", *_PROMPTS))
+    names += answers[:1]
     for name in names:
-        if _holds(PLACE, values[name]):
-            raise FieldError(name, "holds the character U+E1A6, which marks the place of an image here")
+        _refuse_place(name, values[name])
         values[name] = _with_places(values[name], name, places)
     if column and not places.images:
         _put_first(values, names, places)
+    if answers[1:]:
+        values[answers[1]] = _second_answer(values[answers[1]], answers[1], places, [] if has_prompt else column)
     if places.column:
         raise FieldError(places.column[0][0], f"has no place: the row has {len(column)} images, and fewer {MARK}")
     if not places.images:
         return row, ()
     return Row(ReadValues(values), row.location), tuple(places.images)
+
+
+def _has_answers(values: JsonObject) -> bool:
+    return all(name in values for name in _ANSWERS)
+
+
+def _refuse_place(name: str, value: JsonValue) -> None:
+    if _holds(PLACE, value):
+        raise FieldError(name, "holds the character U+E1A6, which marks the place of an image here")
+
+
+def _second_answer(value: JsonValue, name: str, first: _Places, column: list[tuple[str, JsonValue]]) -> JsonValue:
+    """Return the rejected conversation, which begins with the prompt, and so with the images, of the chosen one."""
+    _refuse_place(name, value)
+    places = _Places(first.folder, first.file, list(column))
+    values: JsonObject = {name: _with_places(value, name, places)}
+    if column and not places.images:
+        _put_first(values, [name], places)
+    if column and places.images != first.images:
+        raise FieldError(name, "has other images than chosen: images belong to the prompt, which is the same for both")
+    if not column and places.images:
+        raise FieldError(name, "holds an image: images belong to the prompt")
+    return values[name]
 
 
 def _images_of_column(values: JsonObject) -> Iterator[tuple[str, JsonValue]]:
