@@ -206,5 +206,5 @@ def test_a_prompt_with_images_is_not_cut(preference_values: Any, train: Any, pre
 
 def test_other_methods_refuse_images(preference_values: Any, train: Any, preference_rows: Any) -> None:
     values = preference_values("llava", preference_rows)
-    with pytest.raises(DataError, match="holds images, on which only sft and dpo train"):
+    with pytest.raises(DataError, match="holds images, on which only sft, dpo and grpo train"):
         train(values, ALGORITHMS["orpo"])

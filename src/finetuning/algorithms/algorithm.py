@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import transformers
     from peft import PeftConfig
 
+    from finetuning.data.collators import Rows
     from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.model.stop_tokens import EndOfTurn
@@ -148,8 +149,11 @@ def images_of(
     return processor_for(run_conf, data_conf.images, tokenizer)
 
 
-def check_images(trainer: Any) -> None:
+def check_images(trainer: Any, collate: Callable[[Rows], Mapping[str, Any]] | None = None) -> None:
     """Check the image tokens of the first rows, and whether batches with images can be split when memory runs out.
+
+    Args:
+        collate: makes a batch of a row where the trainer's collator does not.
 
     Raises:
         GuardStopped: a row has another number of image tokens than of features.
@@ -158,10 +162,10 @@ def check_images(trainer: Any) -> None:
         return
     from finetuning.trainer.image_check import check_image_tokens, why_not_split
 
-    model, collator, rows = trainer.model, trainer.data_collator, trainer.train_dataset
+    model, collator, rows = trainer.model, collate or trainer.data_collator, trainer.train_dataset
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     logger.info("%s", check_image_tokens(base, collator, rows))
-    reason = why_not_split(collator, rows)
+    reason = why_not_split(collator, rows) if trainer.supports_batch_splitting else None
     if reason:
         trainer.supports_batch_splitting = False
         logger.info("batches with images are not split when memory runs out: %s", reason)

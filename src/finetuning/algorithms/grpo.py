@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from finetuning.algorithms.algorithm import (
     Algorithm,
     TrainerInputs,
+    check_images,
+    images_of,
     load_reference_if_needed,
     reraise_as_config_error,
     trainer_kwargs,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer
     from trl.trainer.utils import RepeatSampler
 
+    from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.data.preprocessor import Inspector
     from finetuning.trainer.reference import ReferenceMixin
@@ -76,7 +79,14 @@ def prepare(
         workers,
         inspector=inspector,
         read_columns=read_columns(args),
+        images=_images_of(experiment, tokenizer),
     )
+
+
+def _images_of(experiment: GRPOExperiment, tokenizer: transformers.PreTrainedTokenizerBase) -> ImageTextProcessor | str:
+    more = experiment.training_args.model_extra or {}
+    keys = ("use_vllm", "use_transformers_continuous_batching")
+    return images_of(experiment, tokenizer, {f"training_args.{key}: true": bool(more.get(key)) for key in keys})
 
 
 class TokenizedPrompt(list[Message]):
@@ -152,7 +162,7 @@ class TokenizedPromptsMixin(GRPOBase):
         return cast("Sampler[int]", order)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "row"]
+        self._signature_columns = ["prompt_ids", "row", "images", "text"]
 
     def _count_tokens(self, inputs: object) -> int:
         return 0  # There are no completions yet; they are counted below.
@@ -257,13 +267,46 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     if reference is not None:
         # With beta TRL would load the reference by the model's name, in another dtype and without our options.
         args.beta, args.sync_ref_model = 0.0, False
+    trainer_class = _with_images(TokenizedGRPOTrainer) if inputs.data.has_images else TokenizedGRPOTrainer
     with reraise_as_config_error("GRPO"):
-        trainer = inputs.extended(TokenizedGRPOTrainer)(
+        trainer = inputs.extended(trainer_class)(
             reward_funcs=list(build_rewards(grpo_args)), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
         )
     if reference is not None:
         trainer.set_reference(reference, beta, sync=sync)
+    if inputs.data.has_images:
+        _read_images(trainer, inputs)
     return trainer
+
+
+def _with_images(trainer_class: Any) -> Any:
+    from finetuning.trainer.image_completions import ImageCompletionsMixin
+
+    class ImageGRPOTrainer(ImageCompletionsMixin, trainer_class):
+        pass
+
+    return ImageGRPOTrainer
+
+
+def _read_images(trainer: Any, inputs: TrainerInputs) -> None:
+    """Have the data loader read the images of prompts, and check those of the first rows.
+
+    Raises:
+        ConfigError: TRL does not pass on all that the processor makes of images.
+        GuardStopped: a row has another number of image tokens than of features.
+    """
+    from finetuning.data.images.collator import prompt_collator
+    from finetuning.trainer.image_completions import IMAGE_INPUTS, check_inputs
+
+    experiment, rows = inputs.experiment, trainer.train_dataset
+    collator = prompt_collator(
+        experiment.run_conf, experiment.data_conf.images, inputs.tokenizer.tokenizer, IMAGE_INPUTS
+    )
+    trainer.data_collator = collator
+    trainer.suppress_image_tokens(sorted(collator.processor.token_ids))
+    first = next(row for row in rows if row["images"])
+    check_inputs(collator([first])[0][IMAGE_INPUTS], collator.processor.name)
+    check_images(trainer, collator.as_batch)
 
 
 def _prepare_reference(reference: PreTrainedModel, trainer: transformers.Trainer) -> Any:

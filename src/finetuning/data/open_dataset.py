@@ -68,7 +68,7 @@ def options_for(
 ) -> Options:
     """Return the options that all datasets of a run have in common; `images` is that of `Options`."""
     if sft_args is None:
-        refused = "on which only sft and dpo train"
+        refused = "on which only sft, dpo and grpo train"
         return Options(special_tokens=special_tokens, images=refused if images is None else images)
     chats = sft_args.train_on or ("assistant" if sft_args.train_on_completions_only else "all")
     options = Options(chats=chats, completions=sft_args.train_on or "completions", special_tokens=special_tokens)

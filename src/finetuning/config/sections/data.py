@@ -178,7 +178,7 @@ ValidationData = Annotated[Concatenation | AutoSplit | FromDatasets | NoData, Fi
 
 
 class ImagesConfig(ConfigSection):
-    """Images in training rows (sft of a vision-language model). Sizes are those that the model's image processor has;
+    """Images in training rows (of a vision-language model). Sizes are those that the model's image processor has;
     by default each is the one in the processor's files."""
 
     folder: str | None = Field(default=None, min_length=1)

@@ -73,7 +73,7 @@ class ImageReader:
         tensors: dict[str, torch.Tensor] = {}
         rows: dict[str, list[int]] = {}
         num_images = [len(row) for row in references]
-        num_tokens = [int(np.isin(row, list(self.processor.token_ids)).sum()) for row in ids]
+        num_tokens = [int(np.isin(row, list(self.processor.feature_token_ids)).sum()) for row in ids]
         for name, value in processed.items():
             if name in _TEXT_KEYS:
                 continue
@@ -157,6 +157,44 @@ class ImagePreferenceCollator:
         return {**batch, **twice, IMAGE_ROWS: inputs.rows}
 
 
+@dataclass(frozen=True)
+class ImagePromptCollator:
+    """Adds `image_inputs` to prompts for generation: what the processor makes of their images; None without images.
+
+    The rows of a batch stay apart, as each prompt is completed several times. Its images are processed once for all.
+    """
+
+    processor: ImageTextProcessor
+    key: str
+
+    def __call__(self, rows: Rows) -> list[dict[str, Any]]:
+        made = {(row["text"], row["images"]): row["prompt_ids"] for row in rows}
+        inputs = {key: self._inputs(*key, ids) for key, ids in made.items()}
+        return [{**row, self.key: inputs[row["text"], row["images"]]} for row in rows]
+
+    def _inputs(self, text: str, references: str, ids: Sequence[int]) -> dict[str, Any] | None:
+        inputs = ImageReader(self.processor)([ids], [text], [references])
+        if inputs is None:
+            return None
+        import torch
+
+        per_token = {name: torch.from_numpy(values[0]) for name, values in inputs.per_token.items()}
+        return {
+            "tensors": inputs.tensors,
+            "per_token": per_token,
+            "num_images": len(read_references(references)),
+        }
+
+    def as_batch(self, rows: Rows) -> dict[str, Any]:
+        """Return one prompt as a batch for the model."""
+        import torch
+
+        (row,) = self(rows)
+        inputs = row[self.key]
+        per_token = {name: value[None] for name, value in inputs["per_token"].items()}
+        return {"input_ids": torch.tensor([row["prompt_ids"]]), **inputs["tensors"], **per_token}
+
+
 def _padded(values: dict[int, np.ndarray], lengths: Sequence[int], longest: int, *, from_left: bool) -> torch.Tensor:
     """Return a value for each token of a padded batch; 0 for padding and for rows without values.
 
@@ -190,6 +228,13 @@ def preference_collator(
 ) -> ImagePreferenceCollator:
     """Return the collator for preferences with images of the model of a run."""
     return ImagePreferenceCollator(padding, _processor(run_conf, config, tokenizer), references)
+
+
+def prompt_collator(
+    run_conf: RunConfig, config: ImagesConfig, tokenizer: PreTrainedTokenizerBase, key: str
+) -> ImagePromptCollator:
+    """Return the collator for prompts with images of the model of a run."""
+    return ImagePromptCollator(_processor(run_conf, config, tokenizer), key)
 
 
 def _processor(run_conf: RunConfig, config: ImagesConfig, tokenizer: PreTrainedTokenizerBase) -> ImageTextProcessor:

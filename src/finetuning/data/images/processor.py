@@ -100,10 +100,21 @@ class ImageTextProcessor:
         return frozenset(each for each in (*self._processor.image_token_ids, token_id) if isinstance(each, int))
 
     @cached_property
+    def feature_token_ids(self) -> frozenset[int]:
+        """The ids of tokens in whose place a feature of an image is put: not those around them."""
+        token_id = getattr(self._processor, "image_token_id", None)
+        return frozenset((token_id,)) if isinstance(token_id, int) else self.token_ids
+
+    @cached_property
     def mark(self) -> str:
         """The text of an image without chat template."""
         start, end = (getattr(self._processor, f"vision_{side}_token", "") for side in ("start", "end"))
         return f"{start}{self.image_token}{end}"
+
+    @property
+    def name(self) -> str:
+        """The class of the checkpoint's processor."""
+        return type(self._processor).__name__
 
     @property
     def digest(self) -> str:
