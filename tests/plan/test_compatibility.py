@@ -71,6 +71,7 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "GaLore, APOLLO": {"training_args.optim": "galore_adamw"},
     "layer-wise optimizer": {"training_args.optim": "apollo_adamw_layerwise"},
     "LoRA+": {"overrides.loraplus_lr_ratio": 16},
+    "learning rates of parts": {"overrides.part_learning_rates": {"language_model": 1e-5}},
     "fp16": {"training_args.fp16": True},
     "load_best_model_at_end": {
         "training_args.load_best_model_at_end": True,

@@ -142,6 +142,7 @@ NEW_KEYS = (
     "overrides.lr_multiplier",
     "overrides.lr_batch_size_scaling",
     "overrides.loraplus_lr_ratio",
+    "overrides.part_learning_rates",
     "quant_conf.quantization_type",
     "data_conf.chat_template",
     "data_conf.padding_side",

@@ -61,9 +61,9 @@ def test_completions_have_the_log_probabilities_of_the_plain_model(name: str, pr
     trainer.generation_config.top_k = trainer.generation_kwargs["top_k"] = 1
     rows = list(trainer.train_dataset)
     batch = trainer._generate_and_score_completions(trainer.data_collator([row for row in rows for _ in range(2)]))
-    found = trainer._completion_log_probs(model, batch)
+    computed = trainer._completion_log_probs(model, batch)
     prompt_length = batch["prompt_ids"].shape[1]
-    for index in range(len(found)):
+    for index in range(len(computed)):
         row = rows[index // 2]
         is_prompt, is_answer = batch["prompt_mask"][index].bool(), batch["completion_mask"][index].bool()
         answer = batch["completion_ids"][index][is_answer]
@@ -80,7 +80,7 @@ def test_completions_have_the_log_probabilities_of_the_plain_model(name: str, pr
         with torch.no_grad():
             logits = model(**{**inputs, "input_ids": ids}).logits[0, :-1].float().log_softmax(-1)
         plain = logits.gather(1, ids[0, 1:, None])[:, 0][-len(answer) :]
-        torch.testing.assert_close(found[index][is_answer], plain, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(computed[index][is_answer], plain, atol=1e-4, rtol=1e-4)
         image_tokens = sorted(trainer.data_collator.processor.token_ids)
         greedy = model.generate(**inputs_of_prompt, max_new_tokens=6, do_sample=False, suppress_tokens=image_tokens)
         assert greedy[0, len(row["prompt_ids"]) :].tolist()[: len(answer)] == answer.tolist()

@@ -102,16 +102,16 @@ def test_the_log_probabilities_are_plain_transformers_and_an_image_changes_its_o
     assert run.losses[0] == pytest.approx(0.6931, abs=1e-3)
 
     Image.new("RGB", (30, 30), "white").save(tmp_path / "white.png")
-    other = train(
+    changed_run = train(
         preference_values(
             name,
             [preference("white.png", "red"), *preference_rows[1:]],
             {"training_args.max_steps": 1, "training_args.output_dir": str(tmp_path / "white")},
         )
     )
-    changed = other.trainer.data_collator(list(other.trainer.train_dataset))
+    changed = changed_run.trainer.data_collator(list(changed_run.trainer.train_dataset))
     changed = {key: value for key, value in changed.items() if key not in ("host_counts", "image_rows")}
-    now, _ = other.trainer.compute_ref_log_probs(other.trainer.ref_model, changed)
+    now, _ = changed_run.trainer.compute_ref_log_probs(changed_run.trainer.ref_model, changed)
     assert abs(float(now[0] - chosen[0])) > 1e-5
     torch.testing.assert_close(now[1:], chosen[1:])
 

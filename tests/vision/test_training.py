@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from finetuning.data.images.files import ImageFolder, load_image
 from finetuning.data.images.rendering import read_references
 from finetuning.errors import DataError, GuardStopped
+from finetuning.export.inputs import read_adapter, read_base
 from finetuning.export.merge.merge import merge_adapters
+from finetuning.export.merge.verification import VERIFICATION_FILE, verify_merge
+from finetuning.model.vision import module_parts
 from finetuning.trainer.image_check import count_features, image_token_id
 from finetuning.trainer.oom_retry import split_batch
 from vision.test_checkpoints import LORA
@@ -103,6 +107,24 @@ def test_saved_merged_and_reloaded_models_give_the_same_logits(
     merge_adapters(str(family_dir(name)), [str(adapter.final)], tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(merged, batch), logits_of(adapter.trainer.model, batch), atol=1e-4, rtol=1e-3)
+    verification = json.loads((tmp_path / "merged" / VERIFICATION_FILE).read_text(encoding="utf-8"))
+    assert verification["image"].startswith("an image of 96 x 64 pixels, ")
+    assert verification["passed"]
+
+
+def test_a_merge_with_another_vision_tower_is_refused(
+    vision_values: Any, train: Any, family_dir: Any, picture_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = train(vision_values("qwen2_5_vl", picture_rows, {"peft_conf": LORA}))
+    base, merged = family_dir("qwen2_5_vl"), tmp_path / "merged"
+    merge_adapters(str(base), [str(run.final)], merged)
+    tensors = load_file(merged / "model.safetensors")
+    name = next(name for name in tensors if "visual" in name and name.endswith("mlp.down_proj.weight"))
+    save_file({**tensors, name: tensors[name] * 1.5}, merged / "model.safetensors", {"format": "pt"})
+    adapter = read_adapter(str(run.final))
+    # A text alone would not show it.
+    with pytest.raises(GuardStopped, match="max_logit_difference"):
+        verify_merge(read_base(str(base)), [adapter], merged)
 
 
 def test_accumulation_keeps_the_loss(
@@ -179,3 +201,27 @@ def test_an_image_that_is_gone_ends_the_run_by_its_name(
     (tmp_path / "green.png").unlink()
     with pytest.raises(DataError, match=r"green\.png.* cannot be read"):
         collate(list(data.train))
+
+
+def test_parts_have_learning_rates_of_their_own_and_resume_with_them(
+    vision_values: Any, train: Any, picture_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    changes = {
+        "run_conf.train_parts": ["language_model", "projector", "vision_tower"],
+        "overrides.part_learning_rates": {"vision_tower": 0.002, "projector": 0.005},
+        "training_args.lr_scheduler_type": "constant",
+        "training_args.max_steps": 3,
+        "training_args.save_strategy": "steps",
+        "training_args.save_steps": 2,
+    }
+    whole = train(vision_values("qwen2_5_vl", picture_rows, changes))
+    trainer = whole.trainer
+    rates = {id(weight): group["lr"] for group in trainer.optimizer.param_groups for weight in group["params"]}
+    parts = module_parts(trainer.model)
+    expected = {"language_model": 0.01, "projector": 0.005, "vision_tower": 0.002}
+    assert all(rates[id(weight)] == expected[parts[name]] for name, weight in trainer.model.named_parameters())
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    shutil.copytree(whole.output_dir / "checkpoint-2", folder / "checkpoint-2")
+    again = {"training_args.output_dir": str(folder), "run_conf.resume_from_checkpoint": "auto"}
+    assert train(vision_values("qwen2_5_vl", picture_rows, {**changes, **again})).losses == whole.losses

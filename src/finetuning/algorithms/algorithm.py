@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from finetuning.config.pretrained_config import find_pretrained_config
 from finetuning.config.sections.experiment import Experiment
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finetuning.data.prepared import PreparedData
     from finetuning.model.stop_tokens import EndOfTurn
     from finetuning.model.tokenizer import LoadedTokenizer
+    from finetuning.trainer.mixin import TrainerMixin
 
 T = TypeVar("T", bound="transformers.Trainer")
 logger = logging.getLogger("finetuning")
@@ -149,7 +150,7 @@ def images_of(
     return processor_for(run_conf, data_conf.images, tokenizer)
 
 
-def check_images(trainer: Any, collate: Callable[[Rows], Mapping[str, Any]] | None = None) -> None:
+def check_images(trainer: TrainerMixin, collate: Callable[[Rows], Mapping[str, object]] | None = None) -> None:
     """Check the image tokens of the first rows, and whether batches with images can be split when memory runs out.
 
     Args:
@@ -160,11 +161,14 @@ def check_images(trainer: Any, collate: Callable[[Rows], Mapping[str, Any]] | No
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
+    from peft import PeftModel
+
     from finetuning.trainer.image_check import check_image_tokens, why_not_split
 
-    model, collator, rows = trainer.model, collate or trainer.data_collator, trainer.train_dataset
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    logger.info("%s", check_image_tokens(base, collator, rows))
+    collator = collate or cast("Callable[[Rows], Mapping[str, object]]", trainer.data_collator)
+    model, rows = trainer.model, trainer.train_dataset
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    logger.info("%s", check_image_tokens(cast("transformers.PreTrainedModel", base), collator, rows))
     reason = why_not_split(collator, rows) if trainer.supports_batch_splitting else None
     if reason:
         trainer.supports_batch_splitting = False

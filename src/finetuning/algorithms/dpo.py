@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from finetuning.algorithms.algorithm import (
     Algorithm,
@@ -139,9 +139,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             shared = torch.minimum(*mask.sum(-1).chunk(2)).repeat(2)[:, None]
             return torch.where(mask.cumsum(-1) > shared, self.ld_alpha * log_probs, log_probs)
 
-    kwargs = trainer_kwargs(inputs)
-    if inputs.data.has_images:
-        kwargs |= _with_images(inputs)
+    kwargs = trainer_kwargs(inputs) | (_with_images(inputs) if inputs.data.has_images else {})
     with reraise_as_config_error("DPO"):
         trainer = inputs.extended(CheckedDPOTrainer)(
             ref_model=load_reference_if_needed(inputs), peft_config=inputs.peft_config, **kwargs
@@ -162,7 +160,7 @@ def _with_images(inputs: TrainerInputs) -> dict[str, object]:
     from finetuning.data.images.collator import preference_collator
 
     experiment = inputs.experiment
-    tokenizer: Any = inputs.tokenizer.tokenizer
+    tokenizer = inputs.tokenizer.tokenizer
     splits = {"train_dataset": inputs.data.train, "eval_dataset": inputs.data.validation}
     renamed = {
         name: None if split is None else split.rename_column("images", IMAGE_REFERENCES)
@@ -172,7 +170,7 @@ def _with_images(inputs: TrainerInputs) -> dict[str, object]:
         experiment.run_conf,
         experiment.data_conf.images,
         tokenizer,
-        DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id),
+        DataCollatorForPreference(pad_token_id=cast("int", tokenizer.pad_token_id)),
         IMAGE_REFERENCES,
     )
     return {**renamed, "data_collator": collator}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from finetuning.algorithms.algorithm import (
@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer
     from trl.trainer.utils import RepeatSampler
 
+    from finetuning.data.collators import Row
     from finetuning.data.images.processor import ImageTextProcessor
     from finetuning.data.prepared import PreparedData
     from finetuning.data.preprocessor import Inspector
+    from finetuning.trainer.image_completions import ImageCompletionsMixin
+    from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import ReferenceMixin
 
     class GRPOBase(ReferenceMixin, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
@@ -244,6 +247,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from finetuning.model.stop_tokens import align_stop_tokens
+    from finetuning.trainer.image_completions import ImageCompletionsMixin
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceMixin
     from finetuning.trainer.reward_functions import build_rewards
@@ -267,7 +271,10 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     if reference is not None:
         # With beta TRL would load the reference by the model's name, in another dtype and without our options.
         args.beta, args.sync_ref_model = 0.0, False
-    trainer_class = _with_images(TokenizedGRPOTrainer) if inputs.data.has_images else TokenizedGRPOTrainer
+    trainer_class = TokenizedGRPOTrainer
+    if inputs.data.has_images:
+        made = type("ImageGRPOTrainer", (ImageCompletionsMixin, TokenizedGRPOTrainer), {})
+        trainer_class = cast("type[TokenizedGRPOTrainer]", made)
     with reraise_as_config_error("GRPO"):
         trainer = inputs.extended(trainer_class)(
             reward_funcs=list(build_rewards(grpo_args)), peft_config=inputs.peft_config, **trainer_kwargs(inputs)
@@ -275,20 +282,11 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     if reference is not None:
         trainer.set_reference(reference, beta, sync=sync)
     if inputs.data.has_images:
-        _read_images(trainer, inputs)
+        _read_images(cast("ImageCompletionsMixin", trainer), inputs)
     return trainer
 
 
-def _with_images(trainer_class: Any) -> Any:
-    from finetuning.trainer.image_completions import ImageCompletionsMixin
-
-    class ImageGRPOTrainer(ImageCompletionsMixin, trainer_class):
-        pass
-
-    return ImageGRPOTrainer
-
-
-def _read_images(trainer: Any, inputs: TrainerInputs) -> None:
+def _read_images(trainer: ImageCompletionsMixin, inputs: TrainerInputs) -> None:
     """Have the data loader read the images of prompts, and check those of the first rows.
 
     Raises:
@@ -298,15 +296,15 @@ def _read_images(trainer: Any, inputs: TrainerInputs) -> None:
     from finetuning.data.images.collator import prompt_collator
     from finetuning.trainer.image_completions import IMAGE_INPUTS, check_inputs
 
-    experiment, rows = inputs.experiment, trainer.train_dataset
+    experiment, rows = inputs.experiment, cast("Iterable[Row]", trainer.train_dataset)
     collator = prompt_collator(
         experiment.run_conf, experiment.data_conf.images, inputs.tokenizer.tokenizer, IMAGE_INPUTS
     )
-    trainer.data_collator = collator
+    trainer.data_collator = collator  # pyright: ignore[reportAttributeAccessIssue]
     trainer.suppress_image_tokens(sorted(collator.processor.token_ids))
     first = next(row for row in rows if row["images"])
     check_inputs(collator([first])[0][IMAGE_INPUTS], collator.processor.name)
-    check_images(trainer, collator.as_batch)
+    check_images(cast("TrainerMixin", trainer), collator.as_batch)
 
 
 def _prepare_reference(reference: PreTrainedModel, trainer: transformers.Trainer) -> Any:

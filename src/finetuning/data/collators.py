@@ -22,7 +22,8 @@ IMAGE_ROWS = "image_rows"
 name. A preference pair is one row: its tensors hold the images of all pairs twice, one after the other. Empty where it
 is not known. For the trainer only: no model takes it."""
 
-Rows = Sequence[dict[str, Any]]
+Row = dict[str, Any]
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)

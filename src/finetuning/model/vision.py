@@ -5,16 +5,18 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import try_to_load_from_cache
 
 from finetuning.config.sections.model import ModelPart
+from finetuning.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -76,6 +78,34 @@ def train_only(model: PreTrainedModel, parts: Collection[ModelPart]) -> str:
             frozen[part] = frozen.get(part, 0) + weight.numel()
     kept = ", ".join(f"{part} ({count:,} parameters)" for part, count in frozen.items())
     return f"trained parts: {', '.join(parts)}; frozen: {kept or 'nothing'}"
+
+
+def set_part_rates(optimizer: Optimizer, model: nn.Module, rates: Mapping[ModelPart, float]) -> None:
+    """Give the trained weights of some parts a learning rate of their own.
+
+    Raises:
+        ConfigError: no weight of one of these parts is trained.
+    """
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportAssignmentType, reportCallIssue]
+    part_of = module_parts(base)
+    parts = {id(weight): part_of[name] for name, weight in base.named_parameters()}
+    missing = set(rates)
+    for group in list(optimizer.param_groups):
+        settings = {key: value for key, value in group.items() if key != "params"}
+        for part, rate in rates.items():
+            weights = [weight for weight in group["params"] if parts.get(id(weight)) == part]
+            if weights:
+                missing.discard(part)
+                optimizer.add_param_group({**settings, "params": weights, "lr": rate})
+        group["params"] = [weight for weight in group["params"] if parts.get(id(weight)) not in rates]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for part in rates:
+        if part in missing:
+            raise ConfigError(
+                f"no weight of the part {part} is trained",
+                location=Location(key=f"overrides.part_learning_rates.{part}"),
+                hint="The parts are those of models that take images; an adapter has to go into them.",
+            )
 
 
 def outside_of(model: PreTrainedModel, parts: Collection[ModelPart]) -> str | None:

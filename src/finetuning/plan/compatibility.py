@@ -253,6 +253,18 @@ INCOMPATIBILITIES = (
         "Set torch_compile: false, or use FSDP2.",
     ),
     Incompatibility(
+        features.PART_RATES,
+        features.LOW_RANK_OPTIMIZER,
+        "both define the parameter groups of the optimizer",
+        "Set optim: adamw_torch_fused, or remove overrides.part_learning_rates.",
+    ),
+    Incompatibility(
+        features.PART_RATES,
+        features.DEEPSPEED,
+        "DeepSpeed may create the optimizer itself, with a single learning rate",
+        "Run without DeepSpeed, or remove overrides.part_learning_rates.",
+    ),
+    Incompatibility(
         features.FP16,
         features.FLOAT16_TRAINABLE,
         "loss scaling needs trainable weights in float32, which autocast casts",

@@ -252,6 +252,12 @@ LORAPLUS = Feature(
     "overrides.loraplus_lr_ratio",
     lambda run: run.experiment.overrides.loraplus_lr_ratio is not None,
 )
+PART_RATES = Feature(
+    "optimizer",
+    "learning rates of parts",
+    "overrides.part_learning_rates",
+    lambda run: bool(run.experiment.overrides.part_learning_rates),
+)
 FP16 = Feature("precision", "fp16", "training_args.fp16", lambda run: run.args.fp16)
 GRADIENT_CHECKPOINTING = Feature(
     "memory",
@@ -308,7 +314,7 @@ FEATURES = (
     QUANTIZED_ON_LOAD,
     FSDP, DEEPSPEED, MULTI_PROCESS,
     PACKING, PADDING_FREE,
-    OPTIMIZER_8BIT, LOW_RANK_OPTIMIZER, LAYERWISE_OPTIMIZER, LORAPLUS,
+    OPTIMIZER_8BIT, LOW_RANK_OPTIMIZER, LAYERWISE_OPTIMIZER, LORAPLUS, PART_RATES,
     FP16,
     GRADIENT_CHECKPOINTING, ACCUMULATION, CHUNKED_LOGITS,
     LOAD_BEST_MODEL, RESUMING,

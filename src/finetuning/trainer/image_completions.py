@@ -8,17 +8,31 @@ completions, their split into micro-batches, and checkpoints of completions that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch.nn.functional import pad
 
 from finetuning.errors import ConfigError, Location
+from finetuning.trainer import TrainerBase
+from finetuning.trainer.oom_retry import Split as Inputs
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import GenerationConfig
 
-    from finetuning.algorithms.grpo import TokenizedPromptsMixin as Base
+    class Base(TrainerBase):
+        """What the mixin needs of the trainer for prepared prompts."""
+
+        generation_config: GenerationConfig
+        generation_kwargs: Inputs
+
+        def _tokenize_prompts(self, prompts: list[object]) -> tuple[list[list[int]], None, dict[str, object]]: ...
+        def _generate_and_score_completions(self, inputs: list[Inputs]) -> Inputs: ...
+        def _compute_loss(self, model: nn.Module, inputs: Mapping[str, object]) -> torch.Tensor: ...
+        def _get_per_token_logps_and_entropies(
+            self, *args: object, **kwargs: object
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 else:
     Base = object
 
@@ -51,7 +65,7 @@ class ImageCompletionsMixin(Base):
         self.generation_config.suppress_tokens = list(token_ids)
         self.generation_kwargs["suppress_tokens"] = list(token_ids)
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, object]]:
+    def _tokenize_prompts(self, prompts: list[object]) -> tuple[list[list[int]], None, dict[str, object]]:
         ids, images, fields = super()._tokenize_prompts(prompts)
         inputs = self._model_inputs(self._images, max(map(len, ids)), max(map(len, ids)))
         # TRL pads what is a list of lists on the left, as it pads the prompts.
@@ -66,17 +80,17 @@ class ImageCompletionsMixin(Base):
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         return ids, images, {**fields, **tensors, **lists}
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _generate_and_score_completions(self, inputs: list[Inputs]) -> Inputs:
         self._images = images = [row[IMAGE_INPUTS] for row in inputs]
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions(inputs)
         output[IMAGE_INPUTS] = images
         return output
 
-    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-        self._images = inputs[IMAGE_INPUTS]
+    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, object]) -> torch.Tensor:
+        self._images = cast("Sequence[RowImages | None]", inputs[IMAGE_INPUTS])
         return super()._compute_loss(model, inputs)
 
-    def _get_per_token_logps_and_entropies(
+    def _get_per_token_logps_and_entropies(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model: nn.Module,
         input_ids: torch.Tensor,
@@ -110,7 +124,7 @@ class ImageCompletionsMixin(Base):
             torch.stack(losses).mean() if compute_aux_loss else None,
         )
 
-    def _model_inputs(self, images: Sequence[RowImages | None], prompt_length: int, length: int) -> dict[str, Any]:
+    def _model_inputs(self, images: Sequence[RowImages | None], prompt_length: int, length: int) -> Inputs:
         """Return what the model takes for the images of some rows, with how much of it belongs to which row.
 
         Args:
@@ -121,7 +135,7 @@ class ImageCompletionsMixin(Base):
         if not with_images:
             return {}
         device = self.args.device
-        inputs: dict[str, Any] = {}
+        inputs: Inputs = {}
         for name in with_images[0]["tensors"]:
             inputs[name] = _concatenate([row["tensors"][name] for row in with_images]).to(device)
         for name, first in with_images[0]["per_token"].items():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
     from transformers.trainer_utils import EvalLoopOutput
 
+    from finetuning.config.sections.model import ModelPart
     from finetuning.trainer.late_guard import LateGuard
 
 IGNORE_INDEX = -100
@@ -60,6 +62,8 @@ class TrainingLoopMixin(TrainerBase):
     """Columns that only the collator reads. The Trainer drops columns that the model's `forward` does not take."""
     loraplus_lr_ratio: float | None = None
     """Learning rate of the LoRA B matrices divided by that of all other weights; None without LoRA+."""
+    part_learning_rates: Mapping[ModelPart, float] = MappingProxyType({})
+    """Peak learning rates of parts of the model that differ from that of the others."""
     step_loss: float | None = None
     mixin_summary: str | None = None
     """What the user's class overrides, if the run has one."""
@@ -117,6 +121,10 @@ class TrainingLoopMixin(TrainerBase):
         is_new = self.optimizer is None
         with _reraise_as_config_error("training_args.optim_args" if self.args.optim_args else "training_args.optim"):
             optimizer = super().create_optimizer(model)
+        if is_new and self.part_learning_rates:
+            from finetuning.model.vision import set_part_rates
+
+            set_part_rates(optimizer, self.model if model is None else model, self.part_learning_rates)
         if is_new and self.loraplus_lr_ratio is not None:
             from finetuning.trainer.peft_methods import set_loraplus_lr
 

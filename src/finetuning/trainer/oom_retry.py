@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -86,18 +86,18 @@ def _take_padded(inputs: Mapping[str, torch.Tensor], start: int, end: int) -> Sp
 
 def _row_tensors(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors that have a row for each row of the batch."""
-    others = {"label_positions", *inputs.get(IMAGE_ROWS, ())}
-    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in others}
+    skipped = {"label_positions", *inputs.get(IMAGE_ROWS, ())}
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in skipped}
 
 
-def take_images(inputs: Mapping[str, Any], start: int, end: int, *, copies: int = 1) -> Split:
+def take_images(inputs: Mapping[str, torch.Tensor], start: int, end: int, *, copies: int = 1) -> Split:
     """Return the tensors of the images of some rows of a batch; none where these rows have no images.
 
     Args:
         copies: how often the tensors hold the images of all rows, one after the other.
     """
     split: Split = {}
-    counts: Mapping[str, list[int]] = inputs.get(IMAGE_ROWS, {})
+    counts = cast("Mapping[str, list[int]]", inputs.get(IMAGE_ROWS, {}))
     for name, sizes in counts.items():
         first, size = sum(sizes[:start]), sum(sizes[start:end])
         if size:

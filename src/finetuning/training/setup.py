@@ -584,8 +584,8 @@ def build_trainer(
     with reraise_as_config_error(algorithm.name):
         trainer: Any = algorithm.build_trainer(inputs)
     trainer.loraplus_lr_ratio = experiment.overrides.loraplus_lr_ratio
-    trainer.end_of_turn = turn_ends_with
-    trainer.embeddings = loaded.vocabulary
+    trainer.part_learning_rates = experiment.overrides.part_learning_rates
+    trainer.end_of_turn, trainer.embeddings = turn_ends_with, loaded.vocabulary
     if experiment.peft_conf.peft_type != "NO_PEFT":
         trainer.base_fingerprint = loaded.fingerprint and loaded.fingerprint.loaded_as(loaded.model)
     if experiment.data_conf.streaming:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from finetuning.config.sections.data import DatasetSource
+from finetuning.config.sections.model import ModelPart
 from finetuning.config.sections.section import ConfigSection, PathName
 
 
@@ -265,6 +266,10 @@ class Overrides(ConfigSection):
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)
     """LoRA+: ratio of the learning rate of the LoRA B matrices to that of all other weights; 16 is a common value. By
     default all weights have the same learning rate."""
+    part_learning_rates: dict[ModelPart, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[ModelPart, float])
+    """Peak learning rates of parts of a vision-language model, such as `{vision_tower: 2e-6}`. The other parts of
+    `run_conf.train_parts` have `training_args.learning_rate`; the schedule is the same. `lr_multiplier` and
+    `lr_batch_size_scaling` do not change them."""
 
 
 class SFTArgs(ConfigSection):

@@ -91,6 +91,17 @@ def quantized_weights_are_frozen(run: Experiment) -> Iterator[ValidationIssue]:
         )
 
 
+def part_rates_are_of_trained_parts(run: Experiment) -> Iterator[ValidationIssue]:
+    """Reject learning rates of parts that are not trained."""
+    for part in run.overrides.part_learning_rates:
+        if part not in run.run_conf.train_parts:
+            yield ValidationIssue(
+                ("overrides", "part_learning_rates", part),
+                f"is the learning rate of a part that is not trained: run_conf.train_parts lacks {part}.",
+                f"Add {part} to run_conf.train_parts, or remove the rate.",
+            )
+
+
 def packing_is_padding_free(run: Experiment) -> Iterator[ValidationIssue]:
     """Reject packing with padded batches."""
     if isinstance(run, SFTExperiment) and run.sft_args.packing and run.sft_args.batching == "padded":
@@ -487,6 +498,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("sft_args",), train_on_is_unambiguous),
     (("peft_conf", "quant_conf"), quantized_weights_are_frozen),
     (("sft_args",), packing_is_padding_free),
+    (("overrides", "run_conf"), part_rates_are_of_trained_parts),
     (("quant_conf",), exactly_one_bit_width),
     (("run_conf",), tokenizers_are_fast),
     (("training_args",), only_one_mixed_precision_dtype),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetuning.config.sections.data import ImagesConfig
 from finetuning.config.sections.model import RunConfig
 from finetuning.data.collators import IMAGE_ROWS, PaddingCollator, Rows
+from finetuning.data.collators import Row as Batch
 from finetuning.data.images.files import load_image
 from finetuning.data.images.processor import ImageTextProcessor, check_processed, processor_for
 from finetuning.data.images.rendering import read_references
@@ -112,7 +113,7 @@ class ImageCollator:
     padding: PaddingCollator
     processor: ImageTextProcessor
 
-    def __call__(self, rows: Rows) -> dict[str, Any]:
+    def __call__(self, rows: Rows) -> Batch:
         batch = self.padding([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
         ids = [row["input_ids"] for row in rows]
         inputs = ImageReader(self.processor)(ids, [row["text"] for row in rows], [row["images"] for row in rows])
@@ -131,15 +132,15 @@ class ImagePreferenceCollator:
     Both answers to a prompt see the same images, which are decoded and processed once.
     """
 
-    padding: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    padding: Callable[[list[Batch]], Batch]
     """Returns `input_ids`, (2 * rows, tokens): all chosen rows, padded on the right, before all rejected ones."""
     processor: ImageTextProcessor
     references: str
     """The column of the images."""
 
-    def __call__(self, rows: Rows) -> dict[str, Any]:
-        others = (self.references, "text")
-        batch = self.padding([{name: row[name] for name in row if name not in others} for row in rows])
+    def __call__(self, rows: Rows) -> Batch:
+        image_columns = (self.references, "text")
+        batch = self.padding([{name: row[name] for name in row if name not in image_columns} for row in rows])
         chosen = [[*row["prompt_ids"], *row["chosen_ids"]] for row in rows]
         texts, references = [row["text"] for row in rows], [row[self.references] for row in rows]
         inputs = ImageReader(self.processor)(chosen, texts, references)
@@ -167,12 +168,12 @@ class ImagePromptCollator:
     processor: ImageTextProcessor
     key: str
 
-    def __call__(self, rows: Rows) -> list[dict[str, Any]]:
+    def __call__(self, rows: Rows) -> list[Batch]:
         made = {(row["text"], row["images"]): row["prompt_ids"] for row in rows}
         inputs = {key: self._inputs(*key, ids) for key, ids in made.items()}
         return [{**row, self.key: inputs[row["text"], row["images"]]} for row in rows]
 
-    def _inputs(self, text: str, references: str, ids: Sequence[int]) -> dict[str, Any] | None:
+    def _inputs(self, text: str, references: str, ids: Sequence[int]) -> Batch | None:
         inputs = ImageReader(self.processor)([ids], [text], [references])
         if inputs is None:
             return None
@@ -185,7 +186,7 @@ class ImagePromptCollator:
             "num_images": len(read_references(references)),
         }
 
-    def as_batch(self, rows: Rows) -> dict[str, Any]:
+    def as_batch(self, rows: Rows) -> Batch:
         """Return one prompt as a batch for the model."""
         import torch
 
@@ -223,7 +224,7 @@ def preference_collator(
     run_conf: RunConfig,
     config: ImagesConfig,
     tokenizer: PreTrainedTokenizerBase,
-    padding: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    padding: Callable[[list[Batch]], Batch],
     references: str,
 ) -> ImagePreferenceCollator:
     """Return the collator for preferences with images of the model of a run."""

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING
 from finetuning.errors import GuardStopped, ModelError, first_line, reading
 from finetuning.export.inputs import Adapter, BaseModel
 from finetuning.export.merge.apply import DTYPES, load_tensor
+from finetuning.export.merge.image_probe import ImageProbe, image_probe
 from finetuning.export.merge.with_peft import DeviceMap, load_adapter, load_base, merge_in_memory, task_head_for_merge
 from finetuning.model.safetensors_io import TensorEntry, read_model_headers
 
@@ -113,6 +114,8 @@ class MergeVerification:
     base_fingerprint: str
     surviving_share: float | None = None
     """The share of the elements changed by the adapter that survive rounding; None where they were not counted."""
+    image: str | None = None
+    """The image in one of the prompts, or why there is none; None for a model that takes text only."""
     rounding_noise: LogitDifference | None = None
     """What random rounding of the weights changes; None where it was not needed for the result."""
     trained_quantization: str | None = None
@@ -135,6 +138,7 @@ class MergeVerification:
 
     def __str__(self) -> str:
         text = f"{self.merged_against_adapter} over {self.num_positions} positions in {self.dtype}"
+        text += f", with {self.image}" if self.image else ""
         if self.merged_against_trained is not None:
             text += f"; against the base quantized by {self.trained_quantization}, as trained:"
             text += f" {self.merged_against_trained}"
@@ -171,7 +175,8 @@ def verify_merge(
     """
     prompts = sample_prompts(merged, num_rows or int(base.text_config.get("vocab_size") or 256))
     head = task_head_for_merge(base, adapters)
-    outputs = compute_scores if "num_labels" in head.config_fields else compute_logits
+    probe = None if "num_labels" in head.config_fields else image_probe(merged)
+    outputs = compute_scores if "num_labels" in head.config_fields else _with_image(probe)
     load = partial(load_base, base, adapters, device_map=device_map)
     merged_into = partial(load, quantization=quantization if is_dequantized else None)
     model = merged_into()
@@ -193,11 +198,11 @@ def verify_merge(
     check = partial(
         _check_tolerances, *differences, dtype, layers, spread, reference, base_fingerprint, surviving_share
     )
-    verification = check()
+    verification = replace(check(), image=probe.note if probe else None)
     if not verification.passed:
         adapted = _put_on(merged_into(), adapters)
         noise = _rounding_noise(adapted, lambda: outputs(adapted, prompts), reference, spread)
-        verification = check(rounding_noise=noise)
+        verification = replace(check(rounding_noise=noise), image=verification.image)
     if quantization is not None:
         verification = replace(verification, trained_quantization=str(quantization.get("quant_method", "its method")))
         load_trained = partial(load, quantization=quantization, dequantize=False)
@@ -205,6 +210,15 @@ def verify_merge(
         verification = replace(verification, **trained)
     _publish(verification, merged)
     return verification
+
+
+def _with_image(
+    probe: ImageProbe | None,
+) -> Callable[[PreTrainedModel | PeftModel, Sequence[Sequence[int]]], list[torch.Tensor]]:
+    """Return `compute_logits`, with the logits of a prompt with an image after the others."""
+    if probe is None:
+        return compute_logits
+    return lambda model, prompts: compute_logits(model, prompts) + probe.logits(model)
 
 
 def _load_merged(folder: Path, head: TaskHead, device_map: DeviceMap) -> PreTrainedModel:
