@@ -24,7 +24,7 @@ PYTEST_DEBUG_TEMPROOT ?= $(shell test "$$(df -P /dev/shm 2>/dev/null | awk 'NR =
 export PYTEST_DEBUG_TEMPROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full get-started test-removed-checks gpu-check test-serving test-cluster test-zoo coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full get-started test-removed-checks gpu-check test-serving test-cluster test-zoo test-vision coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -98,6 +98,11 @@ test-zoo: venv ## take every causal language model class through the engine
 	@mkdir -p build/zoo
 	ZOO_RESULTS=$(CURDIR)/build/zoo $(PYTHON) -m pytest $(PYTEST_OPTIONS) tests/zoo; status=$$?; \
 	$(PYTHON) scripts/architecture_table.py --collect build/zoo docs/reference/architectures.md; exit $$status
+
+test-vision: venv ## take the families of models that take images through sft, dpo and grpo, and record the results
+	@mkdir -p build/zoo
+	VISION_RESULTS=build/zoo/vision $(PYTHON) -m pytest $(PYTEST_OPTIONS) -m "full or not full" tests/vision
+	$(PYTHON) scripts/architecture_table.py --collect build/zoo docs/reference/architectures.md
 
 # Traces every process that the tests start: 1.5 to 1.6 times the CPU time, measured on seven test files.
 # Not part of .ci/run.

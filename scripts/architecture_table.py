@@ -1,6 +1,7 @@
 """Collect what `make test-zoo` found, and write the table of architectures as Markdown.
 
 python scripts/architecture_table.py --collect FOLDER     merge FOLDER/*.json into tests/zoo/results.json
+                                                          (FOLDER/vision/*.json: of models that take images)
 python scripts/architecture_table.py docs/reference/architectures.md
 """
 
@@ -53,6 +54,35 @@ uninterrupted run's.
 """
 
 
+IMAGES = {
+    "text only": ("test_training_on_text_keeps_every_tensor_and_every_file",),
+    "sft": ("test_the_loss_is_plain_transformers_and_an_image_changes_its_own_row_only",),
+    "reload, merge": ("test_saved_merged_and_reloaded_models_give_the_same_logits",),
+    "split": ("test_a_batch_that_is_split_when_memory_runs_out_has_the_same_loss",),
+    "dpo": (
+        "test_the_log_probabilities_are_plain_transformers_and_an_image_changes_its_own_pair_only",
+        "test_an_adapter_of_dpo_merges_and_splits_of_a_batch_have_the_loss_of_the_whole",
+    ),
+    "grpo": ("test_completions_have_the_log_probabilities_of_the_plain_model",),
+}
+"""The columns of models that take images, and the tests in tests/vision behind each."""
+IMAGES_INTRODUCTION = """## Models that take images
+
+Tiny models with the processors of their families, on rows with and without images, by `make test-vision`:
+
+- **text only**: full and LoRA on rows of text keep every tensor of the other parts, and every file of the processor.
+- **sft**: the loss of a step is plain transformers' on the same processor's output; the features of the vision tower
+  are as many as the image tokens; another image changes the loss of its own row only.
+- **reload, merge**: the saved and the merged model compute the logits of the trained one, with images.
+- **split**: a batch that is split when memory runs out has the same loss.
+- **dpo**: log-probabilities of both answers are plain transformers'; another image changes its own pair only; full,
+  LoRA and merge; the first loss is ln 2.
+- **grpo**: completions are the plain model's own greedy answers to prompt and image, with its log-probabilities.
+
+`–` was not run.
+"""
+
+
 def collect(folder: Path) -> None:
     """Merge the results of single architectures into the table, under the installed versions."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -65,7 +95,12 @@ def collect(folder: Path) -> None:
     for file in sorted((folder / "methods").glob("*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         methods.setdefault(entry["model_type"], {})[entry["run"]] = entry["result"]
-    table = {**versions, "architectures": dict(sorted(architectures.items())), "methods": methods}
+    images: dict[str, dict[str, str]] = earlier.get("images", {}) if is_current else {}
+    for file in sorted((folder / "vision").glob("*.json")):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        result = PASSED if entry["outcome"] == "passed" else entry["outcome"]
+        images.setdefault(entry["family"], {})[entry["test"]] = result
+    table = {**versions, "images": images, "architectures": dict(sorted(architectures.items())), "methods": methods}
     RESULTS.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -83,7 +118,7 @@ def page(record: dict[str, Any], not_built: dict[str, str]) -> str:
         cells = [_cell(entry["results"], steps) for steps in COLUMNS.values()]
         layout = entry["notes"].get("rows", "").partition(":")[0] or "–"
         lines.append(f"| `{model_type}` | {entry['class']} | {layout} | {' | '.join(cells)} |")
-    lines += ["", *_methods(record["methods"]), "## What is refused, and why", ""]
+    lines += ["", *_methods(record["methods"]), *_images(record.get("images", {})), "## What is refused, and why", ""]
     for model_type, entry in architectures.items():
         reasons = dict.fromkeys(_reason(text) for text in entry["results"].values() if text != PASSED)
         reasons.pop("", None)
@@ -109,6 +144,16 @@ def _methods(methods: dict[str, dict[str, str]]) -> list[str]:
             failed = dict.fromkeys(f"`{run.split()[0]}`" for run, text in runs.items() if _reason(text) == reason)
             reasons.append(f"- `{model_type}`, {', '.join(failed)}: {reason}")
     return [*lines, "", *reasons, ""]
+
+
+def _images(families: dict[str, dict[str, str]]) -> list[str]:
+    """Return the section of the models that take images."""
+    if not families:
+        return []
+    lines = [IMAGES_INTRODUCTION, f"| model type | {' | '.join(IMAGES)} |", f"|---|{'---|' * len(IMAGES)}"]
+    for family, results in families.items():
+        lines.append(f"| `{family}` | {' | '.join(_cell(results, tests) for tests in IMAGES.values())} |")
+    return [*lines, ""]
 
 
 def _cell(results: dict[str, str], steps: tuple[str, ...]) -> str:

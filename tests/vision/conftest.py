@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,16 @@ def vision_values(tmp_path: Path, sft_values: Any, family_dir: Any) -> Callable[
         return values
 
     return make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
+    """Write the outcome of each test of a family into the folder in VISION_RESULTS, for the table in the documents."""
+    report = yield
+    folder, parameters = os.environ.get("VISION_RESULTS"), getattr(item, "callspec", None)
+    family = parameters and parameters.params.get("name")
+    if folder and family and (report.when == "call" or not report.passed):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        entry = {"family": family, "test": item.originalname, "outcome": report.outcome}
+        (Path(folder) / f"{family}-{item.originalname}.json").write_text(json.dumps(entry), encoding="utf-8")
+    return report

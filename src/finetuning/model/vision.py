@@ -92,12 +92,13 @@ def set_part_rates(optimizer: Optimizer, model: nn.Module, rates: Mapping[ModelP
     missing = set(rates)
     for group in list(optimizer.param_groups):
         settings = {key: value for key, value in group.items() if key != "params"}
+        weights = group["params"]
+        group["params"] = [weight for weight in weights if parts.get(id(weight)) not in rates]
         for part, rate in rates.items():
-            weights = [weight for weight in group["params"] if parts.get(id(weight)) == part]
-            if weights:
+            moved = [weight for weight in weights if parts.get(id(weight)) == part]
+            if moved:
                 missing.discard(part)
-                optimizer.add_param_group({**settings, "params": weights, "lr": rate})
-        group["params"] = [weight for weight in group["params"] if parts.get(id(weight)) not in rates]
+                optimizer.add_param_group({**settings, "params": moved, "lr": rate})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for part in rates:
         if part in missing:
