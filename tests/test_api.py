@@ -32,6 +32,8 @@ def notebook(tmp_path_factory: pytest.TempPathFactory, chatml_llama_dir: Path, w
             if cell["cell_type"] == "code":
                 exec("".join(cell["source"]), names)
         names["again"] = finetuning.generate("merged", ["What is the color of number 3?"], max_new_tokens=8)
+        # The run itself, and a text alone, which is no sequence of characters.
+        names["of_the_run"] = finetuning.generate("out", "What is the color of number 3?", max_new_tokens=8)
     return names
 
 
@@ -41,6 +43,7 @@ def test_the_notebook_trains_asks_and_merges(notebook: Any) -> None:
     assert result.final_loss is not None and result.losses.validation is not None
     assert notebook["rows"].rows == 21 and notebook["merged"].verification is not None
     assert len(notebook["answers"]) == 1 and notebook["again"] == notebook["answers"]
+    assert notebook["of_the_run"] == notebook["answers"]
 
 
 def test_a_notebook_shows_one_progress_bar(

@@ -129,43 +129,49 @@ def prepare(
 
 def generate(
     model: str | Path,
-    prompts: Sequence[str | Chat],
+    prompts: str | Sequence[str | Chat],
     *,
     base: str | None = None,
+    system: str | None = None,
     seed: int = 42,
     **hf_gen_params: Any,
 ) -> list[str]:
-    """Return the answers of a model or an adapter to texts, which are user messages, and to chats.
+    """Return the answers of a model, an adapter or a run to texts, which are user messages, and to chats.
 
     Where the tokenizer has no chat template, texts are continued.
 
     Args:
-        model: folder of a model or an adapter, or a hub id.
-        prompts: each is a text, or messages.
+        model: output directory of a run, folder of a model or an adapter, or a hub id. An adapter of a run is loaded
+            on the base with the dtype and the quantization of its training.
+        prompts: each is a text, or messages; a single text is one prompt.
         base: the base model of an adapter, if it is not the one that the adapter names.
+        system: the system prompt of texts; by default that of the run's training data, none for an empty text.
         hf_gen_params: parameters of transformers' `GenerationConfig`, such as `max_new_tokens` (default 256) and
             `do_sample` (default false).
 
     Raises:
         FinetuningError: the model or a parameter is invalid.
     """
-    from finetuning.config.sections.model import NoQuantization
+    from finetuning.cli.named_model import find_model
     from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, plan_batches
     from finetuning.inference.generate import encode_prompts, generate_batches
     from finetuning.inference.generation_params import build_parameters, check_parameters
-    from finetuning.inference.load import load_generator, model_conf_of
+    from finetuning.inference.load import load_generator
     from finetuning.inference.prompts import GenerationPrompt
 
     gen_params = {"max_new_tokens": 256, "do_sample": False, **hf_gen_params}
     check_parameters(gen_params)
-    generator = load_generator(model_conf_of(str(model), base), NoQuantization())
+    named = find_model(str(model), base)
+    generator = load_generator(named.conf, named.quant_conf)
     has_template = bool(generator.tokenizer.chat_template)
+    system = named.system_prompt if system is None else system
+    start = [{"role": "system", "content": system}] if system else []
     asked: list[GenerationPrompt] = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         if isinstance(prompt, str) and not has_template:
             asked.append(GenerationPrompt(id=index, text=prompt))
         else:
-            chat: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            chat: Any = [*start, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             asked.append(GenerationPrompt(id=index, messages=tuple(dict(message) for message in chat)))
     parameters = build_parameters(gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
     encoded = encode_prompts(asked, generator.tokenizer, parameters.max_prompt_tokens)

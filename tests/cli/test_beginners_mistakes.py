@@ -1,4 +1,4 @@
-"""Thirty mistakes of a first day, each with the message that ends it: what is wrong, where, and what to write."""
+"""Thirty mistakes of a first day and more, each with the message that ends it: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -82,10 +82,20 @@ ON_THE_COMMAND_LINE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "21 a misspelled option": (("sft", "CONFIG", "--max_step", "3"), 2, "training_args.max_steps=3"),
     "22 a misspelled subcommand": (("sfft", "CONFIG"), 2, 'unknown subcommand "sfft". Did you mean "sft"?'),
     "23 a misspelled method": (("preview", "sftt", "CONFIG"), 2, 'unknown method "sftt". Did you mean "sft"?'),
-    "24 no config": (("sft",), 2, "the following arguments are required: config"),
+    "24 no config": (("sft",), 2, "error: the following arguments are required: config"),
     "25 a key without its section": (("sft", "CONFIG", "max_steps=3"), 1, "It belongs under training_args."),
     "26 a value without a key": (("sft", "CONFIG", "3"), 1, "expected key.path=value"),
     "27 a file that does not exist": (("sft", "CONFIGG"), 1, 'config.yaml"?'),
+    "a misspelled option that exists": (("sft", "CONFIG", "--dryrun"), 2, 'Did you mean "--dry-run"?'),
+    "the same of another subcommand": (("preview", "sft", "CONFIG", "--htlm", "x"), 2, 'Did you mean "--html"?'),
+    "an option of others": (("runs", "--jason"), 2, 'unrecognized arguments: --jason. Did you mean "--json"?'),
+    "no method": (("train", "CONFIG"), 2, "by the name of the method: finetuning sft config.yaml"),
+    "only the config": (("CONFIG",), 2, "by the name of the method: finetuning sft"),
+    "a preview without the method": (("preview", "CONFIG"), 2, "Put the method before the config. Methods: sft, dpo"),
+    "a folder that does not exist": (("preview", "sft", "CONFIG", "--html", "none/x.html"), 1, "none does not exist"),
+    "a run that does not exist": (("generate", "outt"), 1, "outt: no such run, model folder or config."),
+    "a model that does not exist": (("chat", "/none/m"), 1, "error: /none/m: there is no folder /none/m"),
+    "the start of a recipe's name": (("recipes", "show", "sft/qwen3-4b"), 1, '"sft/qwen3-4b-instruct-lora" or "'),
 }
 
 

@@ -85,8 +85,9 @@ def test_flags_of_fms_hf_tuning(generate: Any, tiny_llama_dir: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "expected CONFIG and OUT"),
-        (["config.yaml"], "expected CONFIG and OUT"),
+        ([], "expected RUN, CONFIG and OUT, or --model"),
+        (["config.yaml"], "expected RUN, CONFIG and OUT, or --model"),
+        (["confg.yaml"], 'confg.yaml: no such run, model folder or config. Did you mean "config.yaml"?'),
         (["none.yaml", "out.yaml"], "none.yaml: no such file"),
         (["config.yaml", "out.txt"], "out.txt: the extension selects"),
         (["config.yaml", "out.yaml", "--text", "a"], "--text: only valid with --model"),

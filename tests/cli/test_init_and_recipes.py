@@ -49,6 +49,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         (PAIR, ["--method", "reward", "--adapter", "none"], {"method": "reward", "format": "chosen_rejected"}),
         ({"prompt": "a", "completion": "b", "label": True}, [], {"method": "kto", "format": "completion_label"}),
         ({"prompt_messages": CHAT["messages"][:1], "answer": "4"}, [], {"method": "grpo", "format": "prompt"}),
+        ({"prompt": CHAT["messages"][:1], "answer": "4"}, [], {"method": "grpo", "format": "prompt"}),
         ({"text": "a"}, ["--adapter", "qlora"], {"method": "sft", "format": "text"}),
         (
             {"question": "a", "answer": "b"},
@@ -92,12 +93,20 @@ def test_the_config_of_init_passes_a_dry_run(say: Say, chatml_llama_dir: Path, t
         (["--model", "m"], "--data is required without a terminal"),
         (["--data", "none.jsonl", "--model", "m"], "none.jsonl: no such file"),
         (["--data", "odd.jsonl", "--model", "m"], "no row format has the columns x, y"),
+        (
+            ["--data", "odd.jsonl", "--model", "m", "--method", "sft"],
+            "messages or prompt + completion or instruction +",
+        ),
         (["--data", "rows.jsonl", "--model", "./m"], "there is no folder"),
+        (["--data", "rows.jsonl", "--model", "row"], 'Did you mean "rows"?'),
+        (["--data", "rows.jsonl", "--model", "m", "--output", "rws/a.yaml"], 'does not exist. Did you mean "rows"?'),
+        (["--data", "rows.jsonl", "--model", "m", "--output", "odd.jsonl/a.yaml"], "odd.jsonl is not a folder"),
     ],
 )
 def test_what_init_cannot_use_is_named(say: Say, tmp_path: Path, options: list[str], message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(CHAT) + "\n")
     (tmp_path / "odd.jsonl").write_text('{"x": 1, "y": 2}\n')
+    (tmp_path / "rows").mkdir()
     code, _, err = say("init", *options)
     assert code == 1 and message in err, err
     assert not (tmp_path / "config.yaml").exists()

@@ -36,11 +36,15 @@ def start(kind: str, target: Path, redirection: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("redirection", ["| head -1", ">&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize(
+    "redirection", ["| head -1", ">&-", ">&- 2>&- <&-", "> /dev/full", "> /dev/full 2>&1", "2> /dev/full"]
+)
 def test_a_run_goes_on_when_nobody_can_read_its_output(tmp_path: Path, redirection: str) -> None:
     result = start("run", tmp_path / "file", redirection)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "file").read_text() == "done", "what is printed must not end up in a file"
+    warning = "warning: standard output cannot be written (No space left on device): the run goes on without it\n"
+    assert result.stderr == (warning if redirection == "> /dev/full" else "")
 
 
 def test_a_command_that_only_prints_ends_with_its_reader(tmp_path: Path) -> None:
@@ -50,13 +54,13 @@ def test_a_command_that_only_prints_ends_with_its_reader(tmp_path: Path) -> None
 
 
 def test_other_errors_of_a_stream_are_raised() -> None:
-    class Full:
+    class Broken:
         def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
+            raise OSError(22, "Invalid argument")
 
-    stream = RedactedStream(Full())  # pyright: ignore[reportArgumentType]
+    stream = RedactedStream(Broken())  # pyright: ignore[reportArgumentType]
     stream.survives_lost_reader = True
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="Invalid argument"):
         stream.write("a")
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
-from finetuning.errors import ConfigError, FinetuningError
+from finetuning.cli.errors import Parser, run_command
+from finetuning.errors import ConfigError, FinetuningError, Location
 
 if TYPE_CHECKING:
     from finetuning.inference.chat import Chat, Turn
@@ -26,7 +26,7 @@ _COMMANDS = """\
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning chat`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning chat",
         description=textwrap.fill(
             "Talk to a model. Each line is a question; its answer is printed while it is generated. If the input is not"
@@ -108,18 +108,21 @@ def open_chat(
     Raises:
         FinetuningError: there is no such model, or it has no chat template.
     """
+    from finetuning.cli.errors import locate_errors
     from finetuning.cli.named_model import find_model
+    from finetuning.config.yaml.document import ConfigDocument, SourceSpan
 
-    model = find_model(name, base)
-    for note in model.notes:
-        on_note(note)
-    from finetuning.report.console import quiet_libraries
+    with locate_errors(ConfigDocument({}, {("model_conf",): SourceSpan(source=Location(key=name))})):
+        model = find_model(name, base)
+        for note in model.notes:
+            on_note(note)
+        from finetuning.report.console import quiet_libraries
 
-    quiet_libraries(bars=sys.stderr.isatty())
-    from finetuning.inference.chat import Chat
-    from finetuning.inference.load import load_generator
+        quiet_libraries(bars=sys.stderr.isatty())
+        from finetuning.inference.chat import Chat
+        from finetuning.inference.load import load_generator
 
-    generator = load_generator(model.conf, model.quant_conf)
+        generator = load_generator(model.conf, model.quant_conf)
     for note in generator.notes:
         on_note(note)
     prompt = model.system_prompt if system is None else system

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 
 _BASH = r"""# bash: eval "$(finetuning completion bash)"; zsh: eval "$(finetuning completion zsh)"
 _finetuning() {{
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning completion`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning completion",
         description="Print a script that completes subcommands, methods, options, keys of the config and files."
         ' Put eval "$(finetuning completion bash)" into ~/.bashrc.',

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from finetuning.cli.errors import method_argument, run_command
+from finetuning.cli.errors import Parser, method_argument, run_command
 from finetuning.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def _schema(argv: Sequence[str]) -> int:
     from finetuning.algorithms import ALGORITHMS
     from finetuning.config.schema.json_schema import schema_text
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning schema",
         description="Print the JSON Schema of a method's YAML file. Editors read it from a first line such as"
         " '# yaml-language-server: $schema=sft.json'.",
@@ -32,7 +32,7 @@ def _schema(argv: Sequence[str]) -> int:
 def _import_parser() -> argparse.ArgumentParser:
     from finetuning.importers import ENGINES
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning import",
         description="Translate another engine's config and print it as YAML for this one: a JSON job of fms-hf-tuning,"
         " or a YAML file of axolotl, LLaMA-Factory or TRL. Settings that have no counterpart are listed on stderr and"

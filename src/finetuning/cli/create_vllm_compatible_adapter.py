@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `create_vllm_compatible_adapter`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="create_vllm_compatible_adapter",
         description="Check whether vLLM can serve an adapter, and remove tensors that vLLM does not accept where they"
         " equal the base model's. Writes serving.json with the command that serves the adapter.",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.algorithms import ALGORITHMS
-from finetuning.cli.errors import method_argument, run_command
+from finetuning.cli.errors import Parser, check_output_file, method_argument, run_command
 from finetuning.config.redaction import redact_text
 from finetuning.errors import ConfigError, Location
 
@@ -29,14 +29,16 @@ def preview_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _preview_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning preview",
         description="Show the first training rows as the model sees them, and which of their tokens are trained. Reads"
         " those rows and the tokenizer; loads no model and writes no file except the HTML page.",
     )
     parser.add_argument("method", type=method_argument, help=f"the method: {', '.join(ALGORITHMS)}")
     parser.add_argument("config", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+    )
     parser.add_argument("--rows", type=int, default=5, help="number of rows, 1 to 100 (default: 5)")
     parser.add_argument("--html", type=Path, help="write a searchable HTML page instead of printing")
     parser.add_argument(
@@ -58,6 +60,8 @@ def _preview(argv: Sequence[str]) -> int:
 
     if not 1 <= options.rows <= MAX_PREVIEW_ROWS:
         raise ConfigError(f"--rows {options.rows}: must be between 1 and {MAX_PREVIEW_ROWS}")
+    if options.html is not None:
+        check_output_file(options.html, "--html")
     method = ALGORITHMS[options.method]
     document = apply_overrides(read_document(options.config), options.overrides)
     with locate_errors(document):
@@ -118,7 +122,7 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning prepare",
         description="Render, mask and tokenize the rows of a run ahead of time. They are written to the cache that the"
         " run reads, and with --output to a folder for data_conf.prepared. Reads the data and the tokenizer; loads no"
@@ -126,7 +130,9 @@ def _prepare_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("method", nargs="?", type=method_argument, help=f"the method: {', '.join(ALGORITHMS)}")
     parser.add_argument("config", nargs="?", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+    )
     parser.add_argument("--output", type=Path, help="also write the rows to this folder, which must be empty or new")
     parser.add_argument("--shards", type=int, default=1, help="number of data files in the folder (default: 1)")
     parser.add_argument(

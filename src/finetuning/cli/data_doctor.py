@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, check_output_file, run_command
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError, Location, MissingPackageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from finetuning.algorithms import ALGORITHMS
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning data",
         description="Examine all rows of a run as they are trained on: lengths, duplicates, leaks, pairs, labels, tool"
         " calls, ends of answers. Reads the data and the tokenizer; loads no model. Ends with exit code 1 if the data"
@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("action", choices=("doctor",), help="doctor: a verdict on each property of the data")
     parser.add_argument("config", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+    )
     parser.add_argument("--method", choices=list(ALGORITHMS), help="the method, if the file names none (default: sft)")
     parser.add_argument("--html", type=Path, help="also write an HTML page")
     parser.add_argument("--pii", action="store_true", help="count strings that look like personal data")
@@ -66,6 +68,8 @@ def _run(argv: Sequence[str]) -> int:
 
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1")
+    if options.html is not None:
+        check_output_file(options.html, "--html")
     scan = _pii_scan() if options.pii else None
     document = apply_overrides(read_document(options.config), options.overrides)
     name = str(options.method or document.values.get("method") or "sft")

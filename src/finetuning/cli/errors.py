@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 from finetuning.config.redaction import redact_text, redacted_json
 from finetuning.config.yaml.document import ConfigDocument, dotted
@@ -30,7 +30,9 @@ from finetuning.errors import (
     LOST_CONNECTION,
     CommunicationError,
     FinetuningError,
+    Location,
     Problem,
+    StorageError,
     first_line,
     is_out_of_memory,
     parse_json,
@@ -159,6 +161,7 @@ def _warn(name: str, error: OSError) -> None:
 
 _LOST_READER = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 """Errors of writing to a pipe without a reader, or to a terminal that is gone."""
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RedactedStream(io.TextIOBase):
@@ -184,9 +187,14 @@ class RedactedStream(io.TextIOBase):
         try:
             yield
         except OSError as error:
-            if not self.survives_lost_reader or error.errno not in _LOST_READER:
+            if not self.survives_lost_reader or error.errno not in (*_LOST_READER, *_FULL_DISK):
                 raise
             discard_output(self._stream)
+            if error.errno in _FULL_DISK:
+                # On the other stream, if this is the full one.
+                name = "standard error" if self is sys.stderr else "standard output"
+                reason = f"warning: {name} cannot be written ({error.strerror}): the run goes on without it"
+                print(reason, file=sys.stdout if self is sys.stderr else sys.stderr)
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -222,7 +230,7 @@ def discard_output(stream: TextIO) -> None:
 
 
 def survive_lost_output() -> None:
-    """Let this command go on when the terminal or the pipe that its output goes to is gone."""
+    """Let this command go on when the terminal or the pipe that its output goes to is gone, or the disk is full."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, RedactedStream):
             stream.survives_lost_reader = True
@@ -356,6 +364,50 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose error about an unknown option names the nearest one."""
+
+    def add_overrides(self) -> None:
+        """Add the values that follow a config. With a default, argparse calls them optional in its errors."""
+        self.add_argument(
+            "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with code 2."""
+        if match := re.match(r"unrecognized arguments: (?:.* )?(--[\w-]+)", message):
+            hint = near_option(match[1], self)
+            message += f". {hint}" if hint else ""
+        super().error(message)
+
+
+def near_option(name: str, parser: argparse.ArgumentParser) -> str | None:
+    """Return `Did you mean "…"?` with the option of a similar name, or None."""
+    from finetuning.config.validation.suggestions import nearest
+
+    options = re.findall(r"(?<![\w-])--([a-z][\w-]*)", parser.format_help())
+    match = nearest(name.lstrip("-"), options, cutoff=0.5)
+    return None if match is None else f'Did you mean "--{match}"?'
+
+
+def check_output_file(path: Path, option: str) -> None:
+    """Check that a file can be written, before anything is computed for it.
+
+    Raises:
+        StorageError: its folder does not exist or is not writable, or it is a folder itself.
+    """
+    from finetuning.config.validation.suggestions import near_file
+
+    folder, where = path.expanduser().absolute().parent, Location(key=f"{option} {path}")
+    if not folder.is_dir():
+        there_is = "is not a folder" if folder.exists() else "does not exist"
+        raise StorageError(f"{path.parent} {there_is}", location=where, hint=near_file(path.parent, folders_only=True))
+    if path.is_dir():
+        raise StorageError("is a folder; name a file", location=where)
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise StorageError(f"not writable for user {os.getuid()}, group {os.getgid()}", location=where)
+
+
 def method_argument(text: str) -> str:
     """Return the name of a method; the type of an argument of a parser.
 
@@ -368,6 +420,8 @@ def method_argument(text: str) -> str:
     if text in ALGORITHMS:
         return text
     hint = did_you_mean(text, ALGORITHMS) or f"Methods: {', '.join(ALGORITHMS)}."
+    if text.endswith((".yaml", ".yml")):
+        hint = f"Put the method before the config. {hint}"
     raise argparse.ArgumentTypeError(f'unknown method "{text}". {hint}')
 
 

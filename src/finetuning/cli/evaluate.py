@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import ConfigError, FinetuningError, Interrupted, Location
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning evaluate`."""
     from finetuning.inference.scoring import METRICS
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning evaluate",
         usage="%(prog)s RUN|MODEL [MODEL ...] --data PATH [options]\n"
         "       %(prog)s RUN|MODEL [MODEL ...] --tasks TASK,... [options]",

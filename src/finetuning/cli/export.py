@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import GuardStopped, Location
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ RECORD = "export.json"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning export`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning export",
         usage="%(prog)s gguf RUN|MODEL --llama-cpp DIR [options]",
         description="Write a model or an adapter as GGUF for llama.cpp and Ollama, with a Modelfile. Uses llama.cpp's"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import TERMINATION_LOG, report_for_processes, reported_errors, run_command
+from finetuning.cli.errors import TERMINATION_LOG, Parser, report_for_processes, reported_errors, run_command
 from finetuning.errors import EXIT_OK
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _ENGINE = "fms-hf-tuning"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning job`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning job",
         description="Run an fms-hf-tuning JSON job, read from SFT_TRAINER_CONFIG_JSON_ENV_VAR (base64) or"
         " SFT_TRAINER_CONFIG_JSON_PATH. docs/moving-from/fms-hf-tuning.md lists the environment variables.",
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_flags_parser() -> argparse.ArgumentParser:
     """Return the parser of the options of `sft_trainer` that are not keys of a job."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sft_trainer",
         usage="%(prog)s --model_name_or_path MODEL --training_data_path FILE --output_dir FOLDER [--KEY VALUE ...]",
         description="Train with the flags of fms-hf-tuning's tuning/sft_trainer.py, alone or under `accelerate launch`:"

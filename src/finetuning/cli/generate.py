@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from finetuning import __version__
-from finetuning.cli.errors import positive_int, run_command
+from finetuning.cli.errors import Parser, positive_int, run_command
+from finetuning.config.validation.suggestions import near_file
 from finetuning.errors import ConfigError, Interrupted, Location
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of both forms of the command."""
     from finetuning.inference.scoring import METRICS
 
-    parser = argparse.ArgumentParser(
-        prog="generate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="generate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG", help="path of the YAML file; or a run, a model or an adapter"
     )
@@ -58,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key.path=value",
         help="values that override the file's, such as model_conf.model=M",
     )
@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     short.add_argument(
         "--out_file",
         "--out-file",
+        "--output",
         help="file to write; with --model the default is inference_result.json, or a new name if that exists",
     )
     short.add_argument(
@@ -127,6 +128,13 @@ def _positional_model(options: argparse.Namespace) -> str | None:
 
 
 def _check_form(options: argparse.Namespace, name: str | None) -> None:
+    """Raise ConfigError unless the options of one form are given, and no others."""
+    if name is None and options.out is None and options.config is not None and not Path(options.config).exists():
+        raise ConfigError(
+            "no such run, model folder or config",
+            location=Location(file=options.config),
+            hint=near_file(options.config) or "With --text it may be a model of the Hub.",
+        )
     flags = (
         *("text", "text_file", "raw", "system", "out_file", "max_new_tokens", "base_model_name_or_path"),
         "use_flash_attn",
@@ -148,7 +156,7 @@ def _check_form(options: argparse.Namespace, name: str | None) -> None:
     elif used:
         raise ConfigError(f"{', '.join(used)}: only valid with --model, or a run, in place of a config")
     elif options.out is None:
-        raise ConfigError("expected CONFIG and OUT, or --model with --text or --text_file; see generate --help")
+        raise ConfigError("expected RUN, CONFIG and OUT, or --model with --text or --text_file; see generate --help")
 
 
 def _from_config(options: argparse.Namespace) -> int:
@@ -229,9 +237,11 @@ def _from_flags(options: argparse.Namespace, name: str) -> int:
 
         is_streamed = _is_streamed(job)
         if row is not None:
-            print(f"# prompt: {row.location}\n{row.prompt}\n\n# answer")
-        _run(job, output, make_record)
+            print(f"# prompt: {row.location}\n{row.prompt}\n")
+        _run(job, output, make_record, "# answer" if row is not None else "")
     if not is_streamed:
+        if row is not None:
+            print("# answer")
         _print_answers(answers)
     if row is not None and row.answer:
         print(f"\n# answer in the training data\n{row.answer}")
@@ -351,8 +361,12 @@ def _job(
     )
 
 
-def _run(job: GenerationJob, output: Path | None, make_record: RecordMaker) -> list[Record]:
-    """Generate the records of a job, and display progress on the terminal. They are written to `output`, if given."""
+def _run(job: GenerationJob, output: Path | None, make_record: RecordMaker, title: str = "") -> list[Record]:
+    """Generate the records of a job, and display progress on the terminal. They are written to `output`, if given.
+
+    Args:
+        title: line before an answer that is printed while it is generated: after the bars of loading the model.
+    """
     from finetuning.report.console import quiet_libraries
 
     quiet_libraries(bars=sys.stderr.isatty())
@@ -363,7 +377,7 @@ def _run(job: GenerationJob, output: Path | None, make_record: RecordMaker) -> l
         target = output or Path(scratch, "answers.jsonl")
         try:
             if _is_streamed(job):
-                progress = ProgressCallback(on_text=_print_text, on_note=_print_note)
+                progress = ProgressCallback(on_text=_text_printer(title), on_note=_print_note)
                 records = generate_records(job, target, progress, make_record)
                 print()
             else:
@@ -383,8 +397,14 @@ def _is_streamed(job: GenerationJob) -> bool:
     return len(job.prompts) == 1 and sys.stdout.isatty()
 
 
-def _print_text(text: str) -> None:
-    print(text, end="", flush=True)
+def _text_printer(title: str) -> Callable[[str], None]:
+    """Return a function that prints pieces of a text, and the title before the first one."""
+    titles = [f"{title}\n"] if title else []
+
+    def print_text(text: str) -> None:
+        print((titles.pop() if titles else "") + text, end="", flush=True)
+
+    return print_text
 
 
 def _print_note(note: str) -> None:

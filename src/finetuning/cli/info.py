@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.config.pretrained_config import FLASH_ATTENTION_PACKAGES
 from finetuning.errors import EXIT_OK, EXIT_USER, ConfigError
 
@@ -78,7 +77,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning doctor",
         description="Show hardware, attention implementations and installed packages, and how to install missing ones.",
     )
@@ -200,13 +199,15 @@ def _targets(argv: Sequence[str]) -> int:
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning targets",
         description="List the modules of a model by the last part of their names, with counts, shapes and sizes, and"
         " the parameters that peft_conf trains in each. Loads no weights.",
     )
     parser.add_argument("config", help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_intermixed_args(argv)
     experiment = read_experiment(apply_overrides(read_document(options.config), options.overrides))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetuning.algorithms import ALGORITHMS
-from finetuning.cli.errors import method_argument, run_command
-from finetuning.errors import ConfigError, DataError, FinetuningError
+from finetuning.cli.errors import Parser, check_output_file, method_argument, run_command
+from finetuning.errors import ConfigError, DataError, FinetuningError, Location
 
 if TYPE_CHECKING:
     from finetuning.data.samples import JsonObject
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _HEAD_ROWS = 1000
 _MIN_ROWS_TO_SPLIT = 20
+_RARE_FORMATS = ("tokens", "segments", "response_template", "input_output")
+"""Formats that are not proposed to somebody whose rows have none."""
 _KINDS = {"dpo": "preference", "reward": "preference", "orpo": "preference", "cpo": "preference"}
 _KINDS |= {"sft": "sft", "kto": "unpaired", "grpo": "prompt"}
 # Learning rates of an adapter and of all weights.
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning init`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning init",
         description="Look at a model's tokenizer and at the first rows of the data, and write a config that trains the"
         " model on them. Asks for what is not given, in a terminal.",
@@ -101,6 +103,7 @@ def _init(argv: Sequence[str]) -> int:
     configure_logging("INFO", is_main=True)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists", hint="Choose another file with --output.")
+    check_output_file(options.output, "--output")
     data, (method, summary) = _asked_until_valid(
         "data",
         options.data,
@@ -137,16 +140,24 @@ def _asked_until_valid(option: str, value: str | None, question: str, look: Call
     Raises:
         FinetuningError: the option's value is invalid, or there is none and no terminal to ask on.
     """
-    if value:
-        return value, look(value)
+    from finetuning.cli.errors import locate_errors
+    from finetuning.config.yaml.document import ConfigDocument, SourceSpan
     from finetuning.report.console import open_console, wrap_words
 
+    # The keys of the config that is not written yet, in the user's terms.
+    sources = {("--data",): "--data", ("run_conf",): "--model"}
+    options = ConfigDocument({}, {path: SourceSpan(source=Location(key=name)) for path, name in sources.items()})
+    if value:
+        with locate_errors(options):
+            return value, look(value)
     while True:
         answer = _ask(option, question)
         try:
-            return answer, look(answer)
+            with locate_errors(options):
+                return answer, look(answer)
         except FinetuningError as error:
-            print(wrap_words(str(error), open_console().width, 2))
+            for problem in error.problems:
+                print(wrap_words(str(problem), open_console().width, 2))
 
 
 def _ask(option: str, question: str) -> str:
@@ -198,7 +209,11 @@ def look_at_data(path: str, method: str | None) -> tuple[str, DataSummary]:
                 if format_name:
                     return name, DataSummary(len(unparsed), format_name, columns, first.values)
     columns_there = ", ".join(first.values) or "none"
-    expected = "; ".join(f"{name}: {', '.join(KINDS[_KINDS[name]][0].columns)}" for name in methods)
+    expected = "; ".join(
+        f"{name}: "
+        + " or ".join(" + ".join(item.columns) for item in KINDS[_KINDS[name]] if item.name not in _RARE_FORMATS)
+        for name in methods
+    )
     raise DataError(
         f"{path}: no row format has the columns {columns_there}",
         hint=f"Expected are, for {expected}. docs/reference/data-formats.md has all of them.",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from finetuning.cli.errors import (
     ERROR_FILE,
     LOST_CONNECTION,
+    Parser,
     positive_int,
     read_failure,
     report_for_processes,
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that precede the launched subcommand."""
     from finetuning.launch.processes import PRESETS
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning launch",
         description="Run a training subcommand in several processes with accelerate's launcher:"
         " finetuning launch --nproc 8 --preset fsdp2 sft config.yaml",

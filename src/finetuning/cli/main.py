@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from finetuning import __version__
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, near_option, run_command
 from finetuning.errors import UsageError
 
 
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     training = [(name, algorithm.title) for name, algorithm in ALGORITHMS.items()]
     not_training = [(name, subcommand.summary) for name, subcommand in SUBCOMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning",
         usage=_usage(),
         description="Fine-tune a language model from one YAML file.\n\n"
@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key.path=value",
         help="values that override the file's, such as run_conf.model=/m",
     )
@@ -164,7 +165,9 @@ def _unknown_option(option: str, argv: Sequence[str], method: str) -> UsageError
     index = {**library_keys(ConfigDocument({}), config, table_fields()), **key_index(config)}
     last = key.rpartition(".")[2]
     near = last if last in index else nearest(last, index, cutoff=0.85)
-    if near is not None:
+    if last not in index and (same := near_option(name, build_parser())):
+        hint = same
+    elif near is not None:
         path = ".".join(part for part in (index[near][0], near) if part)
         hint = f"Keys of the config are set as key.path=value: {path}={value or '…'}"
     else:
@@ -183,6 +186,9 @@ def _check_method(name: str) -> None:
     from finetuning.config.validation.suggestions import did_you_mean
 
     hint = did_you_mean(name, [*ALGORITHMS, *SUBCOMMANDS])
+    if name in ("train", "finetune", "run", "cli") or name.endswith((".yaml", ".yml")):
+        config = name if name.endswith((".yaml", ".yml")) else "config.yaml"
+        hint = f"Training is started by the name of the method: finetuning sft {config}"
     raise UsageError(f'unknown subcommand "{name}"', hint=hint or "See finetuning --help.")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import ConfigError, Location, parse_json
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `merge_adapter`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="merge_adapter",
         usage="%(prog)s BASEMODEL PEFTMODEL OUTPATH [options]\n       %(prog)s RUN OUTPATH [options]",
         description="Merge adapters into a base model, verify the result and save it as a single model. RUN is the"

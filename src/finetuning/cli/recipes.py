@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import ConfigError
 
 _FIELD = re.compile(r"# (Hardware|Memory|Time|License|Command|Data): +(.+)")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning recipes`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning recipes",
         description="Configs that ship with the package, each with the hardware, memory and time that it needs.",
     )
@@ -118,6 +118,7 @@ def find_recipe(name: str) -> Path:
 
     names = [recipe.name for recipe in list_recipes()]
     same = [f'"{full}"' for full in names if full.endswith(f"/{name}")]
+    same = same or [f'"{full}"' for full in names if full.startswith(name) or f"/{name}" in full][:4]
     hint = f"Did you mean {' or '.join(same)}?" if same else did_you_mean(name, names, cutoff=0.4)
     raise ConfigError(f'there is no recipe "{name}"', hint=hint or "See finetuning recipes list.")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,14 +25,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
     from finetuning.training.rehearsal import DEVICES
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning rehearse",
         description="Estimate the memory and time of a run on a device: compute one optimizer step of the run's own"
         " model, adapter and loss on fake tensors, for micro-batches of the longest rows that the config allows. Loads"
         " no weights and needs no GPU. Times are estimated from the device's data sheet.",
     )
     parser.add_argument("config", type=Path, help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+    )
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="the device (default: h100)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="number of processes (default: 1)")
     parser.add_argument(

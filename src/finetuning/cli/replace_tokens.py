@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `replace_tokens`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="replace_tokens",
         description="Copy a tokenizer and rename some of its tokens; their ids stay the same. Intended for reserved"
         " tokens: <|reserved_special_token_0|> becomes <|im_start|>, and the embeddings need not be resized.",

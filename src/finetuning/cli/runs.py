@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, check_output_file, run_command
 from finetuning.errors import EXIT_OK, EXIT_USER
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def runs_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list_runs(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning runs", description="List the runs in a directory and its subdirectories, newest first."
     )
     parser.add_argument("directory", type=Path, nargs="?", default=Path(), help="where to look (default: here)")
@@ -121,9 +120,7 @@ def report_main(argv: Sequence[str] | None = None) -> int:
 def _report(argv: Sequence[str]) -> int:
     from finetuning.report.html import FILE_NAME, write_report
 
-    parser = argparse.ArgumentParser(
-        prog="finetuning report", description="Write the report of a run as one self-contained HTML page."
-    )
+    parser = Parser(prog="finetuning report", description="Write the report of a run as one self-contained HTML page.")
     parser.add_argument("run", type=Path, help="the run's output directory")
     parser.add_argument(
         "--compare",
@@ -138,6 +135,8 @@ def _report(argv: Sequence[str]) -> int:
         "--output", type=Path, help=f"the file to write (default: {FILE_NAME} in the run's output directory)"
     )
     options = parser.parse_args(argv)
+    if options.output is not None:
+        check_output_file(options.output, "--output")
     print(write_report(options.run, options.compare, options.output))
     return 0
 
@@ -148,7 +147,7 @@ def sync_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sync(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning sync",
         description="Upload what was queued while MLflow was unreachable. Nothing is uploaded twice.",
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import EXIT_GUARD, EXIT_OK, ConfigError, Location, ModelError, first_line
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning selftest",
         description="Check that this machine computes what it should: train a few steps of a config in ways that must"
         " give the same result (other micro-batches, other layouts, killed and resumed, after running out of memory,"
@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("method", help="the training subcommand of the config, such as sft")
     parser.add_argument("config", type=Path, help="path of the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override the file's"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes of the trials, as in finetuning launch")
     parser.add_argument("--preset", help="how the model is distributed, as in finetuning launch")
     parser.add_argument("--folder", type=Path, help="folder for the trials, kept afterwards (default: temporary)")

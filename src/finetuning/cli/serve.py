@@ -8,13 +8,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from finetuning.cli.errors import run_command
+from finetuning.cli.errors import Parser, run_command
 from finetuning.errors import MissingPackageError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning serve`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning serve",
         usage="%(prog)s RUN|MODEL [options] [-- FLAG ...]",
         description="Start vLLM with the model of a run, and with the flags that its tokenizer, chat template and stop"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.cli.errors import print_wrapped, run_command
+from finetuning.cli.errors import Parser, print_wrapped, run_command
 from finetuning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _SHORTEST_TOKEN = 16
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `finetuning watch`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetuning watch",
         description="Show runs in the browser while they train: curves, log, first rows with their\n"
         "loss masks, checks, plan and comparisons. It reads the output directories, as\n"

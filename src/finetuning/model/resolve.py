@@ -80,7 +80,7 @@ def resolve_model(
             f"there is no folder {path.absolute()} to load the {kind} from"
             + (" (the default; set run_conf.model to a folder or hub id)" if is_default else ""),
             location=location,
-            hint=None if is_default else near_file(path),
+            hint=None if is_default else near_file(path, folders_only=True),
         )
     optional = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
     arguments |= {key: value for key, value in optional.items() if value is not None}
@@ -163,7 +163,7 @@ def _must_use_cache(
         raise ModelError(
             f"{name!r} is neither a local folder nor a model on the hub",
             location=location,
-            hint="A private model needs HF_TOKEN.",
+            hint=near_file(name, folders_only=True) or "A private model needs HF_TOKEN.",
         ) from None
     except (HfHubHTTPError, OSError, transport_error()) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 404:
@@ -175,7 +175,8 @@ def _must_use_cache(
     error = ModelError(
         f"{name} is not a local folder, is not in {cache}, and the hub is unreachable: {reason.rstrip('.')}",
         location=location,
-        hint="Set the path of a local folder, or download the model on a machine that can reach the hub.",
+        hint=near_file(name, folders_only=True)
+        or "Set the path of a local folder, or download the model on a machine that can reach the hub.",
     )
     error.is_unreachable = not local_files_only
     raise error

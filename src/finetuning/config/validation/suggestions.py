@@ -86,12 +86,12 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     return f'Did you mean "{match}"?' if match is not None else None
 
 
-def near_file(path: str | Path) -> str | None:
+def near_file(path: str | Path, *, folders_only: bool = False) -> str | None:
     """Return `Did you mean "…"?` with the file or folder of a similar name next to a missing one, or None."""
     folder, name = os.path.split(os.fspath(path).rstrip("/"))
     try:
         with os.scandir(folder or ".") as entries:
-            names = [entry.name for entry in islice(entries, 1000)]
+            names = [entry.name for entry in islice(entries, 1000) if entry.is_dir() or not folders_only]
     except OSError:
         return None
     # Without their extensions, which are alike for most files of a folder.

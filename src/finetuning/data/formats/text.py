@@ -229,4 +229,8 @@ def parse_prompt(row: Row, options: Options = DEFAULT_OPTIONS) -> Prompt | Probl
         return problem_of(row, error)
 
 
-PROMPT = RowFormat("prompt", PROMPT_COLUMNS, parse_prompt)
+def _has_prompt(values: Mapping[str, object]) -> bool:
+    return any(isinstance(values.get(name), list) for name in _COLUMN_NAMES)
+
+
+PROMPT = RowFormat("prompt", PROMPT_COLUMNS, parse_prompt, _has_prompt)
