@@ -76,16 +76,16 @@ def publish(staging: Path, target: Path) -> None:
     fsync(target.parent)
 
 
-def write_manifest(folder: Path, known: Mapping[str, ManifestEntry] | None = None) -> None:
+def write_manifest(folder: Path, computed: Mapping[str, ManifestEntry] | None = None) -> None:
     """Write `manifest.json` with the size and the digest of every file in a folder.
 
     Args:
-        known: the entries of files that `manifest_entry` has read before, by name.
+        computed: the entries of files that `manifest_entry` has read before, by name.
     """
-    known = known or {}
-    skipped = {MANIFEST, *known}
+    computed = computed or {}
+    skipped = {MANIFEST, *computed}
     paths = (path for path in folder.rglob("*") if path.relative_to(folder).as_posix() not in skipped)
-    entries = {**known, **digest_files(folder, paths)}
+    entries = {**computed, **digest_files(folder, paths)}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 

@@ -274,7 +274,7 @@ def test_layers_that_read_their_weights_when_called_compute_the_same(tiny_llama_
     expected = compute_logits(model, prompts)
     weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     with torch.no_grad():
-        # What is in memory from here on is wrong, so the right logits come from the file.
+        # This makes the weights in memory wrong, so the right logits come from the file.
         for weight in weights:
             weight.fill_(7.0)
     _read_weights_on_use(model, tiny_llama_dir)

@@ -97,7 +97,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 class _FlushedFile(FileIO):
     """A file that is flushed to disk while it is written, so that little of it is in the page cache at any time.
 
-    What left the cache makes room for what follows. A large file would otherwise need new memory for all of its bytes,
+    What left the cache is free for what follows. A large file would otherwise need new memory for all of its bytes,
     which a virtual machine may have to get from its host first: 2 s for each GB on one that was measured.
     """
 
