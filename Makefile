@@ -7,6 +7,7 @@
 # make gpu-check    check correctness, speed and memory on the GPU of this machine
 # make test-serving serve what the engine makes with a real vLLM on the CPU
 # make test-cluster run jobs of several processes with DeepSpeed, SLURM and Ray, kill and freeze them
+# make gpu-cluster-check kill, freeze and resume jobs of several processes on the GPUs of this machine
 # make test-zoo     take every causal language model class of transformers through the engine
 # Each builds the environment first. Options: SYSTEM_PYTHON=python3.12, PIP_OPTIONS=…, PYTEST_OPTIONS=…
 
@@ -24,7 +25,7 @@ PYTEST_DEBUG_TEMPROOT ?= $(shell test "$$(df -P /dev/shm 2>/dev/null | awk 'NR =
 export PYTEST_DEBUG_TEMPROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full get-started test-removed-checks gpu-check test-serving test-cluster test-zoo test-vision coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart test test-full get-started test-removed-checks gpu-check test-serving test-cluster gpu-cluster-check test-zoo test-vision coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -79,7 +80,16 @@ $(SERVING_VENV)/.installed: tests/serving/requirements.txt
 # Not part of `make test`: many minutes, and DeepSpeed compiles its operators at first use. SLURM is tested where it is
 # installed: apt-get install slurm-wlm munge. One test at a time: each is a job of several processes.
 test-cluster: venv $(CLUSTER_VENV)/.installed ## run jobs of several processes: DeepSpeed, SLURM, Ray, faults
-	FINETUNING_CLUSTER_TESTS=1 $(CLUSTER_VENV)/bin/python -m pytest tests/cluster $(CLUSTER_OPTIONS)
+	@mkdir -p build/faults
+	FAULT_TIMES=$(CURDIR)/build/faults FINETUNING_CLUSTER_TESTS=1 $(CLUSTER_VENV)/bin/python -m pytest tests/cluster \
+	    $(CLUSTER_OPTIONS); status=$$?; \
+	$(CLUSTER_VENV)/bin/python scripts/fault_table.py --collect build/faults docs/reference/fault-tolerance.md; exit $$status
+
+# On a machine with two GPUs or more: the same faults and world sizes with NCCL. As root the cut cable and the full disk too.
+gpu-cluster-check: venv $(CLUSTER_VENV)/.installed ## kill, freeze and resume jobs on the GPUs of this machine
+	FAULT_TIMES=$(CURDIR)/build/gpu-faults FINETUNING_CLUSTER_TESTS=1 FINETUNING_CLUSTER_DEVICE=cuda \
+	    $(CLUSTER_VENV)/bin/python -m pytest -rA tests/cluster/test_fault_times.py tests/cluster/test_world_sizes.py \
+	    $(CLUSTER_OPTIONS)
 
 # The packages of .venv, DeepSpeed, Ray and Helm. SkyPilot and dstack need other releases of the same packages.
 $(CLUSTER_VENV)/.installed: $(VENV)/.installed $(wildcard tests/cluster/*requirements.txt)
@@ -163,6 +173,7 @@ docs: schema ## generate every generated page
 	$(PYTHON) scripts/silogen_table.py docs/moving-from/silogen-keys.md
 	$(PYTHON) tests/fms_matrix.py docs/moving-from/fms-hf-tuning-keys.md
 	$(PYTHON) scripts/architecture_table.py docs/reference/architectures.md
+	$(PYTHON) scripts/fault_table.py docs/reference/fault-tolerance.md
 
 upstream-surface: venv ## record the private upstream sources again, after reviewing their change
 	$(PYTHON) scripts/upstream_surface.py

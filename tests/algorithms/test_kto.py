@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from processes import wait_all
 
 from finetuning.algorithms import ALGORITHMS
 from finetuning.algorithms.kto import initial_loss
@@ -96,6 +97,19 @@ def test_validation_and_precomputed_references(train: Any, kto_values: Any) -> N
     )
     assert run.losses[0] == pytest.approx(0.5, abs=1e-5)
     assert any("eval_loss" in entry for entry in run.trainer.state.log_history)
+
+
+def test_machines_that_share_no_files_precompute_the_same_reference(
+    train: Any, kto_values: Any, write_config: Any, fork_server: Any, logged_losses: Any, tmp_path: Path
+) -> None:
+    changes = {"training_args.precompute_ref_log_probs": True, "training_args.max_steps": 2}
+    changes["batchsize_conf"] = {"total_train_batch_size": 4, "max_per_device_train_batch_size": 2}
+    alone = train(kto_values({**changes, "training_args.output_dir": str(tmp_path / "alone")}), KTO)
+    # Two machines with one process each.
+    local = "import os; os.environ |= {'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}"
+    ranks = fork_server.start_all(["kto", write_config(kto_values(changes))], [local] * 2)
+    assert wait_all(ranks) == [0, 0], "".join(rank.output for rank in ranks)
+    assert logged_losses(tmp_path / "out") == pytest.approx(alone.losses, abs=2e-6)
 
 
 def test_each_prompt_meets_the_answer_of_its_neighbor() -> None:

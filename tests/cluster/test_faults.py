@@ -6,37 +6,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SECONDS
+from launched_job import SAVED, SLOW_STEPS, Job, is_running, newest
 
-LORA = {"peft_type": "LORA", "peft_kwargs": {"r": 4, "target_modules": "all-linear"}}
-SAVED = {
-    "peft_conf": LORA,
-    "training_args.max_steps": 100_000,
-    "training_args.save_strategy": "steps",
-    "training_args.save_steps": 5,
-    "training_args.save_total_limit": 2,
-    "run_conf.resume_from_checkpoint": "auto",
-    "batchsize_conf": {"total_train_batch_size": 4, "max_per_device_train_batch_size": 1},
-}
-# A step of 20 ms or more, whatever the machine.
-SLOW_STEPS = """
-import time
-from transformers import TrainerCallback
-from finetuning.training.signals import StopOnSignal
-_end = StopOnSignal.on_step_end
-def slow(self, args, state, control, **kwargs):
-    time.sleep(0.02)
-    return _end(self, args, state, control, **kwargs)
-StopOnSignal.on_step_end = slow
-"""
 SLOW_SAVES = """
 import time
 from finetuning.trainer import checkpointing
@@ -48,67 +25,6 @@ checkpointing.publish = slow
 """
 
 
-class Job:
-    """`finetuning launch` with two processes, in a session of its own."""
-
-    def __init__(self, folder: Path, config: Path, options: list[str], before: str, overrides: list[str]):
-        site = folder / "site"
-        site.mkdir(exist_ok=True)
-        # Executed by every process of the job before anything else.
-        (site / "sitecustomize.py").write_text(
-            f"import os\nif os.environ.get('RANK'):\n    exec({before!r})\n" if before else ""
-        )
-        self.log = folder / "job.log"
-        path = os.pathsep.join([str(site), *sys.path[1:]])
-        command = [sys.executable, "-m", "finetuning.cli.main", "launch", "--nproc", "2", *options, "sft", str(config)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *overrides],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def ranks(self) -> dict[int, int]:
-        """The process ids of the ranks."""
-        pids = {}
-        for pid in children_of(self.process.pid):
-            try:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            for variable in variables:
-                if variable.startswith(b"RANK="):
-                    pids[int(variable[5:])] = pid
-        return pids
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=SECONDS)
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.02)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.fixture
 def start(sft_values: Any, write_config: Any, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """A function that starts a job whose output directory is `tmp_path / "out"`."""
@@ -116,19 +32,12 @@ def start(sft_values: Any, write_config: Any, tmp_path: Path) -> Iterator[Callab
 
     def run(options: list[str], changes: Any = None, before: str = SLOW_STEPS, overrides: Any = ()) -> Job:
         config = write_config(sft_values({**SAVED, **(changes or {})}), "job.yaml")
-        jobs.append(Job(tmp_path, config, options, before, list(overrides)))
+        jobs.append(Job(tmp_path, config, ["--nproc", "2", *options], before, overrides=overrides))
         return jobs[-1]
 
     yield run
     for job in jobs:
-        pids = [*job.ranks().values(), job.process.pid] if job.process.poll() is None else []
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        job.process.wait()
-
-
-def newest(out: Path) -> int:
-    return max((int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-[0-9]*")), default=0)
+        job.kill()
 
 
 @pytest.mark.parametrize(

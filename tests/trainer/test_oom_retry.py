@@ -68,15 +68,17 @@ def small_memory(name: str, most_rows: int, *, fails_in: str = "forward", from_s
         ("sft", {"peft_conf": LORA, "sft_args.batching": "padded"}, "forward"),
         ("sft", {"peft_conf": LORA, "sft_args.packing": True, "sft_args.max_seq_length": 120}, "forward"),
         ("dpo", {"peft_conf": LORA}, "forward"),
+        ("dpo", {"peft_conf": LORA, "training_args.loss_type": ["sigmoid", "sft"]}, "forward"),
+        ("kto", {"peft_conf": LORA}, "forward"),
     ],
-    ids=["full, end to end, backward", "lora, padded", "packed", "dpo"],
+    ids=["full, end to end, backward", "lora, padded", "packed", "dpo", "dpo with sft", "kto"],
 )
 def test_the_curve_is_that_of_enough_memory(
     train: Any, sft_values: Any, dpo_values: Any, kind: str, changes: Any, fails_in: str
 ) -> None:
-    make = dpo_values if kind == "dpo" else sft_values
+    make = sft_values if kind == "sft" else dpo_values
     changes = {**BATCH, **changes, "training_args.max_steps": 4}
-    enough = train(make(changes))
+    enough = train(make(changes), ALGORITHMS[kind])
     small = train(
         make({**changes, "training_args.output_dir": f"{enough.output_dir}-small"}),
         small_memory(kind, 1, fails_in=fails_in, from_step=1),

@@ -89,6 +89,11 @@ def initial_loss(loss_types: list[str], weights: list[float], beta: float, smoot
     return sum(losses[name] * weight for name, weight in zip(loss_types, weights, strict=True))
 
 
+def _row_means(arguments: DPOConfig) -> set[str]:
+    """Return the losses that rows add up to. WPO multiplies the token mean `sft` by a mean over pairs."""
+    return _MEANS_OVER_PAIRS if arguments.use_weighting else _MEANS_OVER_PAIRS | {"sft"}
+
+
 def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     """Return TRL's DPOTrainer on tokenized rows, with a check of its reference and of the first loss.
 
@@ -102,16 +107,18 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
     from finetuning.trainer.initial_loss import ExpectedLoss
     from finetuning.trainer.mixin import TrainerMixin
     from finetuning.trainer.reference import CompleteReferenceMixin, ReferenceCheckMixin
-    from finetuning.trainer.row_mean import RowMeanMixin
+    from finetuning.trainer.row_mean import ChosenTermMixin
 
     class CheckedDPOTrainer(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
-        RowMeanMixin, TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DeferredMetricsMixin, DPOTrainer
+        ChosenTermMixin, TrainerMixin, ReferenceCheckMixin, CompleteReferenceMixin, DeferredMetricsMixin, DPOTrainer
     ):
         args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
-        supports_batch_splitting = loss_is_row_mean = set(inputs.arguments.loss_type) <= _MEANS_OVER_PAIRS
-        # The loss `sft` selects the chosen tokens once more.
+        has_chosen_loss = "sft" in inputs.arguments.loss_type and not inputs.arguments.use_weighting
+        supports_batch_splitting = loss_is_row_mean = set(inputs.arguments.loss_type) <= _row_means(inputs.arguments)
+        precomputed_columns = ("ref_chosen_logps", "ref_rejected_logps")
         collator_columns = (IMAGE_REFERENCES, "text") if inputs.data.has_images else ()
+        # The loss `sft` selects the chosen tokens once more.
         token_masks = ("chosen",) * list(inputs.arguments.loss_type).count("sft") + ("chosen", "rejected")
 
         def _prepare_dataset(
@@ -123,7 +130,8 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             args = self.args
             if args.use_weighting or args.f_divergence_type != "reverse_kl":
                 return None
-            value = initial_loss(list(args.loss_type), self.loss_weights, args.beta, args.label_smoothing)
+            weights = args.loss_weights or [1.0] * len(args.loss_type)
+            value = initial_loss(list(args.loss_type), weights, args.beta, args.label_smoothing)
             name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"
             return None if value is None else ExpectedLoss(value, name)
 

@@ -84,6 +84,9 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         KTOTrainer,
     ):
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
+        # Its divergence, which is none, is estimated before.
+        supports_batch_splitting = True
+        precomputed_columns = ("ref_logps", "ref_KL_logps")
 
         def _prepare_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, dataset: Dataset, processing_class: object, args: KTOConfig, dataset_name: str

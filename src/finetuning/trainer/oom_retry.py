@@ -36,26 +36,25 @@ def num_rows(inputs: Mapping[str, torch.Tensor]) -> int:
     """Return the rows of a batch that can be split: single rows of a pack, and pairs where rows are preferences."""
     if "cu_seq_lens_q" in inputs:
         return len(inputs["cu_seq_lens_q"]) - 1
-    return len(inputs["input_ids"]) // (2 if "completion_mask" in inputs else 1)
+    return len(inputs["input_ids"]) // (2 if _holds_pairs(inputs) else 1)
+
+
+def _holds_pairs(inputs: Mapping[str, torch.Tensor]) -> bool:
+    # KTO's batches, whose rows have labels, are no pairs.
+    return "completion_mask" in inputs and "label" not in inputs
 
 
 def split_batch(inputs: Mapping[str, torch.Tensor], num_splits: int) -> Iterator[tuple[Split, float]]:
     """Yield at most `num_splits` smaller batches of about as many rows each, and their share of the rows.
 
-    Handles the batches of `data/collators.py`, padded and padding-free, and TRL's preference batches, which hold all
-    chosen rows before all rejected ones.
+    Handles the batches of `data/collators.py`, padded and padding-free, and TRL's preference batches: of pairs, which
+    hold all chosen rows before all rejected ones, and of single rows (KTO).
     """
     rows = num_rows(inputs)
     if num_splits == 1 or rows < 2 or inputs.get(IMAGE_ROWS) == {}:
         yield dict(inputs), 1.0
         return
-    take = (
-        _take_padding_free
-        if "cu_seq_lens_q" in inputs
-        else _take_pairs
-        if "completion_mask" in inputs
-        else _take_padded
-    )
+    take = _take_padding_free if "cu_seq_lens_q" in inputs else _take_pairs if _holds_pairs(inputs) else _take_padded
     borders = [rows * split // num_splits for split in range(num_splits + 1)]
     for start, end in pairwise(borders):
         if end > start:

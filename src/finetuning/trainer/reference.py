@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from finetuning.errors import GuardStopped, InternalError
 from finetuning.model.peft.adapter_files import is_peft_model
@@ -17,6 +19,7 @@ from finetuning.trainer.initial_loss import ExpectedLoss, check_initial_loss
 from finetuning.trainer.oom_retry import preserve_random_state
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -110,9 +113,18 @@ class ReferenceMixin(TrainerBase):
     reference_summary: str | None = None
     """What was compared, for the record of the run."""
     _metrics: Mapping[str, dict[str, list[float]]]
+    _precompute_engine: nn.Module | None
     _num_compared = 0
     _largest_difference = 0.0
     _is_independence_checked = False
+
+    if TYPE_CHECKING:
+
+        def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset: ...
+
+        def compute_ref_log_probs(
+            self, model: nn.Module, inputs: Mapping[str, torch.Tensor]
+        ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
     @contextmanager
     def evaluation_pass(self, model: nn.Module) -> Iterator[None]:
@@ -242,6 +254,34 @@ class ReferenceCheckMixin(ReferenceMixin):
     """Whether the loss contains the load balancing loss of the router of a mixture of experts."""
     router_aux_loss_coef: float
     _has_dropout_warning = False
+
+    precomputed_columns: tuple[str, str]
+    """The columns of the log-probabilities that `compute_ref_log_probs` returns, in its order."""
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Return the rows with the log-probabilities of the reference. Collective.
+
+        TRL's first process writes them to a file next to that of the rows, which the others read. Where they may not
+        see it, on other machines or for rows that are in no file, they keep what was gathered.
+        """
+        is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.args.world_size)
+        if self.args.world_size == 1 or (is_one_machine and dataset.cache_files):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        import datasets
+        from trl.models.utils import prepare_deepspeed
+
+        if self.ref_model is None and self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+        model = self.ref_model or self._precompute_engine or self.model
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
+        computed: list[list[torch.Tensor]] = []
+        for batch in self.accelerator.prepare(loader):
+            log_probs = self.compute_ref_log_probs(model, batch)
+            gathered: Any = self.accelerator.gather_for_metrics([item for item in log_probs if item is not None])
+            computed.append([item.cpu() for item in gathered])
+        columns = zip(self.precomputed_columns, zip(*computed, strict=True), strict=False)
+        values = {column: torch.cat(parts).numpy() for column, parts in columns}
+        return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(values)], axis=1)
 
     def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
         """Return the loss of a batch while the policy equals the reference; None where it is unknown."""

@@ -157,12 +157,13 @@ class RowMeanMixin(TrainerBase):
 
 
 class ChosenTokenMeanMixin(RowMeanMixin):
-    """Take the mean of the loss on chosen answers (ORPO, CPO) over the tokens of a step. Left of `TrainerMixin`.
+    """Take the mean of the loss on chosen answers (ORPO, CPO, DPO's `sft`) over the tokens of a step.
 
     TRL takes it over those of a micro-batch, so that the same step has another loss on another number of processes or
-    micro-batches.
+    micro-batches. Its place is to the left of `TrainerMixin`.
     """
 
+    has_chosen_loss = True
     nll_includes_prompt = False
     """Whether this loss is on the tokens of the prompt too, as ORPO's is."""
     _tokens_per_row: torch.Tensor | None = None
@@ -175,7 +176,7 @@ class ChosenTokenMeanMixin(RowMeanMixin):
     ) -> tuple[list[object], torch.Tensor | int | None]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         inputs = [batch for batch in batches if isinstance(batch, dict)]
-        if inputs:
+        if inputs and self.has_chosen_loss:
             kept = self._row_counts or tuple(map(self.num_rows, inputs))
             self._tokens_per_row = self._mean_tokens(zip(inputs, kept, strict=True))
         return batches, num_items
@@ -188,7 +189,8 @@ class ChosenTokenMeanMixin(RowMeanMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._eval_tokens_per_row = self._mean_tokens(self.without_repeated(dataloader))
+        if self.has_chosen_loss:
+            self._eval_tokens_per_row = self._mean_tokens(self.without_repeated(dataloader))
         try:
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -199,14 +201,18 @@ class ChosenTokenMeanMixin(RowMeanMixin):
     def concatenated_forward(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Return TRL's tuple, in which the fifth is the loss on the chosen answers, weighed by the number of tokens."""
         output = super().concatenated_forward(model, batch)
+        weight = self.chosen_weight(batch)
+        return output if weight is None else (*output[:4], output[4] * weight.to(output[4].dtype), *output[5:])
+
+    def chosen_weight(self, batch: Batch) -> torch.Tensor | None:
+        """Return what turns a batch's mean over tokens into its part of the step's mean; None outside of steps."""
         mean = self._tokens_per_row if self.model.training else self._eval_tokens_per_row
-        if mean is None:
-            return output
-        weight = self._num_tokens(batch).double().mean() / mean
-        return (*output[:4], output[4] * weight.to(output[4].dtype), *output[5:])
+        return None if mean is None else self._num_tokens(batch).double().mean() / mean
 
     def _num_tokens(self, batch: Batch) -> torch.Tensor:
         """Return the number of tokens of the loss in each row, (rows,). The first token of a row is never predicted."""
+        if "completion_mask" in batch:
+            return batch["completion_mask"][: self.num_rows(batch), 1:].sum(1)
         if self.nll_includes_prompt:
             return batch["chosen_attention_mask"][:, 1:].sum(1)
         return (batch["chosen_labels"][:, 1:] != UNTRAINED).sum(1)
@@ -224,6 +230,29 @@ class ChosenTokenMeanMixin(RowMeanMixin):
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
         return totals[0] / totals[1]
+
+
+class ChosenTermMixin(ChosenTokenMeanMixin):
+    """Do so for the term `sft` of DPO's loss, which TRL adds up from terms with weights."""
+
+    loss_types: list[str]
+    loss_weights: Sequence[float | torch.Tensor]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        weights, factor = self.loss_weights, self.chosen_weight(inputs) if self.has_chosen_loss else None
+        if factor is not None:
+            terms = zip(self.loss_types, weights, strict=True)
+            self.loss_weights = [weight * factor if name == "sft" else weight for name, weight in terms]
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.loss_weights = weights
 
 
 def _num_pairs(batch: Mapping[str, torch.Tensor]) -> int:

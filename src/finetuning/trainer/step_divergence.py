@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuning.model.peft.adapter_files import is_peft_model
+from finetuning.trainer.oom_retry import split_batch
 from finetuning.trainer.row_mean import Batch, RowMeanMixin
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class StepDivergenceMixin(_KTOBase):
 
     calculate_KL: bool
     precompute_ref_logps: bool
+    num_splits: int
     ref_model: nn.Module | None
     _batches: tuple[Batch, ...] = ()
     """The micro-batches of the step whose divergence is not estimated yet."""
@@ -97,10 +99,13 @@ class StepDivergenceMixin(_KTOBase):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch, kept in batches:
-                inputs = self._move_to_device(batch)
-                policy = super()._compute_kl_logps(model, inputs)
-                difference = (policy - self._reference_logps(model, inputs))[:kept]
-                totals += torch.stack([difference.double().sum(), torch.tensor(kept, device=totals.device).double()])
+                # As large as those that training fits into memory.
+                for inputs, _ in split_batch(self._move_to_device(batch), self.num_splits):
+                    policy = super()._compute_kl_logps(model, inputs)
+                    difference = (policy - self._reference_logps(model, inputs))[: max(kept, 0)]
+                    totals[0] += difference.double().sum()
+                    totals[1] += len(difference)
+                    kept -= self.num_rows(inputs)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
         self._is_reference_call = False

@@ -25,7 +25,7 @@ from finetuning.training import preflight
 from finetuning.training.final_model import check_hub_login, check_save_model_dir
 from finetuning.training.output_dir import check_free_space, check_not_in_use, existing_parent, is_complete
 from finetuning.training.resume.config_changes import compare_with_checkpoint
-from finetuning.training.resume.find import ResumePoint, find_resume_point
+from finetuning.training.resume.find import ResumePoint, check_sharding, find_resume_point
 from finetuning.training.setup import build_arguments, load_tokenizer, prepare
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check_before_training(
         FinetuningError: the class of the first error, with all problems.
     """
     dry = DryRun(not_checked=list(_ALWAYS_UNCHECKED))
-    resume = _check_output(dry, experiment, plan)
+    resume = _check_output(dry, experiment, plan, topology)
     with dry.check("device"):
         preflight.check_device(experiment)
     if experiment.run_conf.trainer_mixin is not None:
@@ -134,7 +134,7 @@ def check_before_training(
     return dry
 
 
-def _check_output(dry: DryRun, experiment: Experiment, plan: Plan) -> ResumePoint | None:
+def _check_output(dry: DryRun, experiment: Experiment, plan: Plan, topology: ProcessTopology) -> ResumePoint | None:
     """Check the folders that a run writes, and return the checkpoint that it would resume from."""
     output_dir, resume = Path(experiment.training_args.output_dir), None
     with dry.check("output directory"):
@@ -150,6 +150,9 @@ def _check_output(dry: DryRun, experiment: Experiment, plan: Plan) -> ResumePoin
         with dry.check("checkpoint to resume from"):
             resume = find_resume_point(output_dir, experiment.run_conf.resume_from_checkpoint)
             if resume.checkpoint:
+                # A dry run of a job's config without its launcher does not know how the job shards.
+                if topology.is_distributed or topology.sharded_by:
+                    check_sharding(resume.checkpoint, experiment, topology)
                 dry.facts.append(("resumes from", str(resume.checkpoint)))
                 dry.not_checked.append("whether the weights and states of the checkpoint load")
             dry.warnings += map(Problem, resume.notes)

@@ -31,7 +31,7 @@ from finetuning.training.output_dir import (
 )
 from finetuning.training.preflight import check_device, check_trainer_mixin
 from finetuning.training.resume.config_changes import compare_with_checkpoint
-from finetuning.training.resume.find import ResumePoint, find_resume_point
+from finetuning.training.resume.find import ResumePoint, check_sharding, find_resume_point
 from finetuning.training.setup import build_arguments, build_trainer, load_model, load_tokenizer, prepare
 from finetuning.training.signals import StopOnSignal
 
@@ -184,11 +184,14 @@ def _find_resume_point(job: TrainingJob) -> ResumePoint:
 
 
 def _sync_resume_point(job: TrainingJob, resume: ResumePoint) -> ResumePoint:
-    if not job.topology.is_distributed:
-        return resume
-    from finetuning.training.process_sync import sync_resume_point
+    """Return the resume point of the main process, after checking that this job can load its shards."""
+    if job.topology.is_distributed:
+        from finetuning.training.process_sync import sync_resume_point
 
-    return sync_resume_point(job.output_dir, resume)
+        resume = sync_resume_point(job.output_dir, resume)
+    if resume.checkpoint is not None:
+        check_sharding(resume.checkpoint, job.experiment, job.topology)
+    return resume
 
 
 def _lock(job: TrainingJob) -> AbstractContextManager[None]:

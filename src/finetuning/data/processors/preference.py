@@ -258,7 +258,9 @@ def with_kl_completions(dataset: datasets.Dataset, batch_size: int) -> datasets.
     previous[starts] = np.minimum(starts + batch_size, count) - 1
     if count > 1 and starts[-1] == count - 1:
         previous[-1] = count - 2
-    table = cast("pa.Table", dataset.with_format("arrow")[:])
-    table = table.append_column("KL_completion_ids", table["completion_ids"].take(previous))
-    features = datasets.Features({**dataset.features, "KL_completion_ids": dataset.features["completion_ids"]})
-    return datasets.Dataset(InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+    ids = cast("pa.Table", dataset.with_format("arrow")[:])["completion_ids"].take(previous)
+    features = datasets.Features({"KL_completion_ids": dataset.features["completion_ids"]})
+    table = InMemoryTable.from_pydict({"KL_completion_ids": ids})
+    column = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    # The other columns stay in their file, next to which TRL keeps the log-probabilities of the reference.
+    return datasets.concatenate_datasets([dataset, column], axis=1)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetuning.atomic_io import MANIFEST, find_manifest_mismatch
 from finetuning.errors import CheckpointError, Location, ModelError, read_json_object, reading
 from finetuning.model.safetensors_io import ADAPTER_WEIGHTS, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+if TYPE_CHECKING:
+    from finetuning.config.sections.experiment import Experiment
+    from finetuning.distributed import ProcessTopology
 
 _KEY = "run_conf.resume_from_checkpoint"
 _STATE, _SCHEDULE, _OPTIMIZER = "trainer_state.json", "scheduler.pt", ("optimizer.pt", "optimizer.bin")
@@ -79,6 +83,41 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
         if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def check_sharding(checkpoint: Path, experiment: Experiment, topology: ProcessTopology) -> None:
+    """Check that a job can load the states in a checkpoint: those of FSDP2 at any number of processes, ZeRO's at one.
+
+    Raises:
+        CheckpointError: the checkpoint is sharded in another way, or by DeepSpeed over another number of processes.
+    """
+    args, location = experiment.training_args, Location(key=_KEY)
+    by_config = "deepspeed" if args.deepspeed else "fsdp" if (args.model_extra or {}).get("fsdp") else None
+    sharded_by, world_size = topology.sharded_by or by_config, topology.world_size
+    num_shards = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    saved_by = "deepspeed" if num_shards else "fsdp" if any(checkpoint.glob("pytorch_model_fsdp*")) else None
+    if saved_by is not None and saved_by != sharded_by:
+        raise CheckpointError(
+            f"{checkpoint.name} was saved under {_SHARDINGS[saved_by]}, and this job runs without",
+            location=location,
+            hint="Start it with the --preset or --accelerate-config that saved it.",
+        )
+    if sharded_by == "deepspeed" and saved_by is None:
+        raise CheckpointError(
+            f"{checkpoint.name} was not saved under {_SHARDINGS['deepspeed']}, as this job runs",
+            location=location,
+            hint="Start it without, as the checkpoint was saved.",
+        )
+    if sharded_by == "deepspeed" and num_shards != world_size:
+        raise CheckpointError(
+            f"{checkpoint.name} holds the optimizer states of DeepSpeed for {num_shards} processes, and this job has"
+            f" {world_size}",
+            location=location,
+            hint=f"Resume it with {num_shards} processes. Checkpoints of --preset fsdp2 resume with any number.",
+        )
+
+
+_SHARDINGS = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
 
 
 def _problem(checkpoint: Path, compares_content: bool) -> str | None:
