@@ -89,6 +89,13 @@ def initial_loss(loss_types: list[str], weights: list[float], beta: float, smoot
     return sum(losses[name] * weight for name, weight in zip(loss_types, weights, strict=True))
 
 
+def _known_first_loss(args: DPOConfig) -> float | None:
+    if args.use_weighting or args.f_divergence_type != "reverse_kl":
+        return None
+    weights = args.loss_weights or [1.0] * len(args.loss_type)
+    return initial_loss(list(args.loss_type), weights, args.beta, args.label_smoothing)
+
+
 def _row_means(arguments: DPOConfig) -> set[str]:
     """Return the losses that rows add up to. WPO multiplies the token mean `sft` by a mean over pairs."""
     return _MEANS_OVER_PAIRS if arguments.use_weighting else _MEANS_OVER_PAIRS | {"sft"}
@@ -127,12 +134,8 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
             return dataset
 
         def expected_first_loss(self, inputs: Mapping[str, torch.Tensor]) -> ExpectedLoss | None:
-            args = self.args
-            if args.use_weighting or args.f_divergence_type != "reverse_kl":
-                return None
-            weights = args.loss_weights or [1.0] * len(args.loss_type)
-            value = initial_loss(list(args.loss_type), weights, args.beta, args.label_smoothing)
-            name = f"{'+'.join(args.loss_type)} with beta {args.beta:g}"
+            value = _known_first_loss(self.args)
+            name = f"{'+'.join(self.args.loss_type)} with beta {self.args.beta:g}"
             return None if value is None else ExpectedLoss(value, name)
 
         def precomputed_log_probs(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
