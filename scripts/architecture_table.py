@@ -82,6 +82,11 @@ Tiny models with the processors of their families, on rows with and without imag
 `–` was not run.
 """
 
+IMAGES_REFUSED = """Rows with images are refused, before the weights are loaded, for `mistral3` and Pixtral without
+torchvision, which their processor's module imports; for `paligemma`, whose processor adds tokens to the text and whose
+model reads prompts in both directions; and for `mllama`, which reads images by cross-attention. Not tested: `gemma4`.
+"""
+
 
 def collect(folder: Path) -> None:
     """Merge the results of single architectures into the table, under the installed versions."""
@@ -153,7 +158,7 @@ def _images(families: dict[str, dict[str, str]]) -> list[str]:
     lines = [IMAGES_INTRODUCTION, f"| model type | {' | '.join(IMAGES)} |", f"|---|{'---|' * len(IMAGES)}"]
     for family, results in families.items():
         lines.append(f"| `{family}` | {' | '.join(_cell(results, tests) for tests in IMAGES.values())} |")
-    return [*lines, ""]
+    return [*lines, "", IMAGES_REFUSED]
 
 
 def _cell(results: dict[str, str], steps: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from finetuning.config.sections.data import ImagesConfig
 from finetuning.data.formats.row_format import FieldError
@@ -358,3 +359,18 @@ def test_parquet_with_images_of_datasets(
     expected, _ = prepared(vision_values("llava", picture_rows))
     assert data.train["input_ids"] == expected.train["input_ids"]
     assert FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("PaliGemmaProcessor", "reads prompts in both directions"),
+        ("MllamaProcessor", "reads images by cross-attention"),
+    ],
+)
+def test_processors_of_models_that_are_not_trained_on_images_have_a_reason(
+    name: str, reason: str, tmp_path: Path, chatml_llama_dir: Path
+) -> None:
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": name}), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(chatml_llama_dir)
+    assert reason in str(load_processor(tmp_path, tokenizer, ImagesConfig()))

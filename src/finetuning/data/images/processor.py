@@ -29,6 +29,11 @@ from finetuning.errors import ConfigError, DataError, Location, ModelError, firs
 _KEY = "data_conf.images"
 _OWN_KEYS = ("folder", "max_file_pixels")
 """Keys of `data_conf.images` that are not the processor's."""
+_UNSUPPORTED = {
+    "PaliGemmaProcessor": "it adds tokens to the text, and its model reads prompts in both directions",
+    "MllamaProcessor": "its model reads images by cross-attention, for which all rows of a batch need images",
+}
+"""Processors whose models are not trained on images here, and why."""
 _CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -271,6 +276,8 @@ def load_processor(
     if not issubclass(processor_class, ProcessorMixin):
         # In place of a class that cannot be imported.
         return f"and {class_name} needs a package that is not installed: pip install torchvision"
+    if class_name in _UNSUPPORTED:
+        return f"and images of {class_name} are not supported: {_UNSUPPORTED[class_name]}"
     problem = f"the processor of {folder} cannot be loaded"
     with reading(problem, location=Location(key=key)):
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
