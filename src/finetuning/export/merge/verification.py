@@ -159,9 +159,8 @@ def verify_merge(
 ) -> MergeVerification:
     """Compare the model in `merged` with base and adapters, and write the result there as merge_verification.json.
 
-    Base and adapters are computed first, so the weights may still be written in the meantime; config and tokenizer must
-    be there. The tolerance applies to the base that was merged into. A base that training quantized is compared as
-    well: what was trained is the quantized base with its adapter.
+    Base and adapters are computed first: the weights may still be written in the meantime, but no other file. The
+    tolerance applies to the base that was merged into. The quantized base of training is compared as well.
 
     Args:
         quantization: how training quantized the base; None if it did not.
@@ -186,13 +185,9 @@ def verify_merge(
     reference = outputs(adapted, prompts)
     with adapted.disable_adapter():
         without_adapter = outputs(adapted, prompts)
-    # Frees the memory of the first model before the second is loaded.
-    del adapted, model
+    del adapted, model  # Frees the memory of the first model before the second is loaded.
     surviving_share = finish_writing()
-    merged_model = _load_merged(merged, head, device_map)
-    if outputs is compute_logits:
-        _read_weights_on_use(merged_model, merged)
-    actual = outputs(merged_model, prompts)
+    actual = outputs(_load_merged(merged, head, device_map, reads_on_use=outputs is compute_logits), prompts)
     spread = _spread(reference)
     differences = compare(actual, reference, spread), compare(without_adapter, reference, spread)
     check = partial(
@@ -204,10 +199,10 @@ def verify_merge(
         noise = _rounding_noise(adapted, lambda: outputs(adapted, prompts), reference, spread)
         verification = replace(check(rounding_noise=noise), image=verification.image)
     if quantization is not None:
-        verification = replace(verification, trained_quantization=str(quantization.get("quant_method", "its method")))
+        method = str(quantization.get("quant_method", "its method"))
         load_trained = partial(load, quantization=quantization, dequantize=False)
         trained = _compare_with_trained(load_trained, adapters, lambda peft: outputs(peft, prompts), actual, spread)
-        verification = replace(verification, **trained)
+        verification = replace(verification, trained_quantization=method, **trained)
     _publish(verification, merged)
     return verification
 
@@ -221,11 +216,13 @@ def _with_image(
     return lambda model, prompts: compute_logits(model, prompts) + probe.logits(model)
 
 
-def _load_merged(folder: Path, head: TaskHead, device_map: DeviceMap) -> PreTrainedModel:
+def _load_merged(folder: Path, head: TaskHead, device_map: DeviceMap, *, reads_on_use: bool) -> PreTrainedModel:
     from finetuning.model.saved_weights import restore_padding_rows
 
     model = head.auto_class.from_pretrained(folder, dtype="auto", device_map=device_map).eval()
     restore_padding_rows(model, folder)
+    if reads_on_use:
+        _read_weights_on_use(model, folder)
     return model
 
 
