@@ -1,4 +1,5 @@
 # make quickstart   fine-tune a tiny model on the CPU and compare its answers before and after
+# make quickstart-vision  train a tiny model on pictures, on the CPU, and compare its answers before and after
 # make get-started  follow the pages of Get started in a new environment, up to a chat
 # make test         run the tests
 # make test-full    run the tests and all cases of their matrices
@@ -25,7 +26,7 @@ PYTEST_DEBUG_TEMPROOT ?= $(shell test "$$(df -P /dev/shm 2>/dev/null | awk 'NR =
 export PYTEST_DEBUG_TEMPROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full get-started test-removed-checks gpu-check test-serving test-cluster gpu-cluster-check test-zoo test-vision coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
+.PHONY: help venv quickstart quickstart-vision test test-full get-started test-removed-checks gpu-check test-serving test-cluster gpu-cluster-check test-zoo test-vision coverage check lint typecheck spelling docs-site docs-serve metrics lint-containers audit format \
 	schema library-fields docs golden constraints dist clean distclean
 
 help: ## show the targets
@@ -43,6 +44,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: venv ## tune, merge and try a tiny model on the CPU
 	$(PYTHON) examples/quickstart/run.py
+
+quickstart-vision: venv ## train a tiny model to name shapes and colors in pictures on the CPU
+	$(PYTHON) examples/quickstart/run_vision.py
 
 # Not part of .ci/run: it installs everything again. The workflow calls it.
 get-started: ## follow the Get started pages in a new environment

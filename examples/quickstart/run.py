@@ -72,13 +72,13 @@ class Steps:
         if result.returncode != 0:
             raise Failed(f"{displayed[0]} ended with exit code {result.returncode}")
 
-    def measure(self, title: str, model: str) -> Measured:
+    def measure(self, title: str, model: str, config: Path = HERE / "generate.yaml", run: str = RUN) -> Measured:
         """Generates with the model and reads what `generate` wrote."""
-        name = f"{RUN}/{Path(model).name}-answers.json"
+        name = f"{run}/{Path(model).name}-answers.json"
         self.tool(
             f"measure {title}",
             "generate",
-            HERE / "generate.yaml",
+            config,
             name,
             f"model_conf.model={model}",
             "--score",
@@ -89,9 +89,9 @@ class Steps:
         return Measured(title, scores["accuracy"], json.loads(out.read_text(encoding="utf-8")))
 
 
-def fresh_folder(where: Path) -> None:
+def fresh_folder(where: Path, name: str = RUN) -> None:
     """An empty folder for the run; one of an earlier run is removed, one of anybody else is not."""
-    run = where / RUN
+    run = where / name
     if run.exists():
         if not (run / MARK).exists():
             raise Failed(f"{run} is not from a quickstart; move it away, or give another --where")

@@ -20,6 +20,7 @@ from finetuning.config.sections.data import ImagesConfig
 from finetuning.data.formats.row_format import FieldError
 from finetuning.data.images.files import ImageFolder, load_image
 from finetuning.data.images.processor import ImageTextProcessor, load_processor
+from finetuning.data.images.rendering import read_references
 from finetuning.data.images.rows import PLACE, take_images
 from finetuning.data.samples import Row
 from finetuning.errors import ConfigError, DataError, Location, ModelError
@@ -341,6 +342,26 @@ def test_the_token_of_an_image_as_text_is_refused(vision_values: Any, picture_ro
     picture_rows[5]["messages"][0]["content"] = "What does <image> mean?"
     with pytest.raises(DataError, match=r"rows\.jsonl:6.*a token of images"):
         prepared(vision_values("llava", picture_rows))
+
+
+def test_a_changed_image_gives_no_old_entry_of_the_cache(
+    vision_values: Any, picture_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    values = vision_values("llava", picture_rows, {"data_conf.cache": str(tmp_path / "cache")})
+    first, _ = prepared(values)
+    again, _ = prepared(values)
+    assert "read from the cache" in again.origin
+    Image.new("RGB", (50, 20), "white").save(tmp_path / "green.png")
+    changed, _ = prepared(values)
+    assert "green.png was changed after its row was prepared" in changed.origin
+    assert load_image(read_references(changed.train[1]["images"])[0]).size == (50, 20)
+    assert first.train[0] == changed.train[0]
+    # A row that was invalid is looked at again, too.
+    (tmp_path / "red.png").rename(tmp_path / "away.png")
+    values["data_conf"] |= {"on_bad_row": "skip", "max_lost_fraction": 1.0}
+    assert len(prepared(values)[0].train) == len(picture_rows) - 2
+    (tmp_path / "away.png").rename(tmp_path / "red.png")
+    assert len(prepared(values)[0].train) == len(picture_rows)
 
 
 def test_parquet_with_images_of_datasets(

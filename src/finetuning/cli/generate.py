@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -161,7 +162,7 @@ def _check_form(options: argparse.Namespace, name: str | None) -> None:
 
 def _from_config(options: argparse.Namespace) -> int:
     from finetuning.cli.errors import locate_errors
-    from finetuning.config.sections.experiment import GenerationConfig
+    from finetuning.config.sections.experiment import EvalData, GenerationConfig
     from finetuning.config.validation.validate import validate
     from finetuning.config.yaml.overrides import apply_overrides
     from finetuning.config.yaml.reader import read_document
@@ -191,6 +192,8 @@ def _from_config(options: argparse.Namespace) -> int:
         if options.score:
             check_scorable(options.score, [prompt.correct_answers for prompt in prompts])
         job = _job(options, prompts, config.model_conf, config.quant_conf, config.hf_gen_params, backend)
+        if isinstance(config.prompt_conf, EvalData):
+            job = replace(job, images=config.prompt_conf.images)
         from finetuning.inference.runner import answer_record
 
         records = _run(job, output, answer_record)

@@ -44,6 +44,8 @@ FORM = 2
 """Version of the folder's layout. A folder of another version is not read."""
 VARIABLE = "FINETUNING_CACHE"
 _MAX_COMPARED = 200
+_MOST_PREPARING = 3600.0
+"""Seconds before an entry was written in which its images are taken to be unread yet."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def _read_tables(folder: Path, name: str) -> datasets.Dataset | None:
 def _preview(values: dict[str, Any]) -> PreviewRow:
     segments = tuple((text, trained) for text, trained in values["segments"])
     fields: dict[str, Any] = {**values, "segments": segments}
+    fields |= {name: tuple(values.get(name, ())) for name in ("images", "pictures")}
     location = fields.pop("location", None) or fields.pop("place")  # old name
     fields["location"] = Location(**location)
     return PreviewRow(**fields)
@@ -269,6 +272,8 @@ def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]
             entry = read_entry(path) if path.exists() else "no entry"
             if isinstance(entry, CacheEntry) and digest_of(entry.key) != name:
                 entry = "it holds the rows of another cache key"
+            if isinstance(entry, CacheEntry) and "images" in key.rules:
+                entry = _image_change(entry, path) or entry
             if isinstance(entry, CacheEntry):
                 os.utime(path / META)
                 return CacheResult(entry, f"read from the cache: same data, template, tokenizer and rules ({path})")
@@ -288,6 +293,25 @@ def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]
     if isinstance(entry, str):
         raise StorageError(f"{path} was just written and cannot be read: {entry}")
     return CacheResult(entry, f"prepared now and cached in {path}: {reason}")
+
+
+def _image_change(entry: CacheEntry, path: Path) -> str | None:
+    """Return which image is another than when the rows were prepared: the key is of the rows, which only name them."""
+    from finetuning.data.images.files import changed_image
+    from finetuning.data.images.rendering import read_references
+
+    if any(split.counts.invalid for split in entry.statistics.splits):
+        return "rows were invalid, and their images may be there now"
+    # Files may have changed while the rows were prepared, and clocks of file systems differ.
+    made = min(file.stat().st_mtime for file in path.glob("*.arrow")) - _MOST_PREPARING
+    for split in (entry.train, entry.validation):
+        if split is None or "images" not in split.column_names:
+            continue
+        texts = cast("list[str]", split.with_format("arrow")[:]["images"].to_pylist())
+        changed = changed_image((image for text in texts for image in read_references(text)), made)
+        if changed is not None:
+            return f"the image {changed} was changed after its row was prepared"
+    return None
 
 
 def digest_of(key: CacheKey) -> str:

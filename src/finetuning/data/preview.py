@@ -25,6 +25,8 @@ _HEADING = re.compile(
     r"(?:, (?P<cut>\d+) tokens cut off)?$",
     re.MULTILINE,
 )
+_IMAGE = re.compile(r"\nimage: (.+)")
+_REPEATED = re.compile(r"(<[^<>\s]{1,40}>|\[[A-Z_]{1,20}\])\1{3,}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class PreviewRow:
     tokens_cut: int = 0
     system: str | None = None
     """The text of its system message."""
+    images: tuple[str, ...] = ()
+    """Its images: the file of each, or that the row holds it, and its size in pixels."""
+    pictures: tuple[str, ...] = ()
+    """Small pictures of those that the row itself holds, as `data:` URIs; empty for files."""
 
 
 def preview_of(
@@ -51,7 +57,23 @@ def preview_of(
     Args:
         system: the text of the row's system message; what writes it redacts it.
     """
-    return [replace(row, system=system) for row in _decoded(sample, location, label_builder)]
+    rows = [replace(row, system=system) for row in _decoded(sample, location, label_builder)]
+    references = sample.columns.get("images")
+    if not isinstance(references, str) or not references:
+        return rows
+    from finetuning.data.images.rendering import read_references
+    from finetuning.data.images.thumbnails import image_label, thumbnail
+
+    images = read_references(references)
+    labels, pictures = tuple(map(image_label, images)), tuple(map(thumbnail, images))
+    return [
+        replace(row, segments=tuple(map(_shortened, row.segments)), images=labels, pictures=pictures) for row in rows
+    ]
+
+
+def _shortened(segment: tuple[str, bool]) -> tuple[str, bool]:
+    """Return a segment in which a token that is repeated many times, as those of images are, is written once."""
+    return _REPEATED.sub(lambda match: f"{match[1]}×{len(match[0]) // len(match[1])}", segment[0]), segment[1]
 
 
 def shared_system_prompt(rows: Sequence[PreviewRow]) -> str | None:
@@ -100,7 +122,8 @@ def to_text(rows: Sequence[PreviewRow], *, color: bool = False, special_tokens: 
             styled = special.sub(rf"{_REVERSE}\g<0>{_FORWARD}", text) if special else text
             body += f"{opening}{styled}{closing}" if trained else styled
         cut = f"{_CUT} {row.tokens_cut} tokens cut off here" if row.tokens_cut else ""
-        parts.append(f"--- {head_of(row)}\n{_DIM + body + _RESET if color else body}{cut}\n")
+        images = "".join(f"image: {image}\n" for image in row.images)
+        parts.append(f"--- {head_of(row)}\n{images}{_DIM + body + _RESET if color else body}{cut}\n")
     return "\n".join(parts)
 
 
@@ -115,8 +138,13 @@ def parse_text(text: str) -> list[PreviewRow]:
     for heading, end in zip(headings, ends, strict=True):
         location = Location(file=heading["file"], line=int(heading["line"]) if heading["line"] else None)
         counts = int(heading["tokens"]), int(heading["trained"]), int(heading["cut"] or 0)
-        body = text[heading.end() : end].strip("\n")
-        rows.append(PreviewRow(location, heading["title"], tuple(_marked_segments(body)), *counts))
+        position, images = heading.end(), list[str]()
+        while match := _IMAGE.match(text, position, end):
+            images.append(match[1])
+            position = match.end()
+        body = text[position:end].strip("\n")
+        row = PreviewRow(location, heading["title"], tuple(_marked_segments(body)), *counts, images=tuple(images))
+        rows.append(row)
     return rows
 
 
@@ -169,8 +197,21 @@ def _html_row(row: PreviewRow, special_tokens: Sequence[str]) -> str:
         f'<article><header><b>{html.escape(str(row.location))}</b><span class="kind">{html.escape(row.title)}</span>'
         f'<span class="count">{row.tokens:,} tokens</span>'
         f'<span class="count on">{row.trained:,} trained · {share}</span>'
-        f"</header><pre>{body}{cut}</pre></article>"
+        f"</header>{_html_pictures(row)}<pre>{body}{cut}</pre></article>"
     )
+
+
+def _html_pictures(row: PreviewRow) -> str:
+    if not row.images:
+        return ""
+    from finetuning.data.images.thumbnails import thumbnail_of_label
+
+    pictures = "".join(
+        f'<figure><img src="{html.escape(picture or thumbnail_of_label(label))}" alt="">'
+        f"<figcaption>{html.escape(label)}</figcaption></figure>"
+        for label, picture in zip(row.images, row.pictures, strict=True)
+    )
+    return f'<div class="pictures">{pictures}</div>' if pictures else ""
 
 
 def _text(text: str, special_tokens: Sequence[str]) -> str:

@@ -17,7 +17,10 @@ from finetuning.inference.prompts import MAX_REPORTED_PROBLEMS, GenerationPrompt
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, TextStreamer
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+
+    from finetuning.data.images.processor import ImageTextProcessor
+    from finetuning.inference.images import PromptImages
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class EncodedPrompt:
     ids: tuple[int, ...]
     truncated: bool
     """Whether it was truncated on the left."""
+    with_images: PromptImages | None = None
+    """Its images, if it has any."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +48,32 @@ class Generation:
 
 
 def encode_prompts(
-    prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerFast, max_tokens: int
+    prompts: Sequence[GenerationPrompt],
+    tokenizer: PreTrainedTokenizerFast,
+    max_tokens: int,
+    images: ImageTextProcessor | None = None,
 ) -> list[EncodedPrompt]:
     """Tokenize prompts with the same functions as training rows.
 
     Messages are rendered with the tokenizer's chat template and its generation prompt. Prompts over `max_tokens` are
-    truncated on the left, which keeps the last message and the generation prompt.
+    truncated on the left, which keeps the last message and the generation prompt; one with images is not truncated.
+
+    Args:
+        images: the processor of the model's images, which prompts with images need.
 
     Raises:
         ModelError: there are messages but no chat template.
-        DataError: the template raises an error for messages, or a prompt has no tokens.
+        DataError: the template raises an error for messages, or a prompt has no tokens, or one with images is too long.
     """
-    texts = _texts(prompts, tokenizer)
-    problems, encoded = [], []
+    texts = _texts(prompts, tokenizer, images)
+    problems: list[Problem] = []
+    encoded: list[EncodedPrompt] = []
     for prompt, text, tokens in zip(
         prompts, texts, LabelBuilder(tokenizer).encode(texts, [None] * len(texts)), strict=True
     ):
+        if prompt.images:
+            encoded.append(_encode_with_images(prompt, text, max_tokens, images, problems))
+            continue
         assert not isinstance(tokens, MaskError), "a text without spans has no mask to verify"
         ids = tokens.ids.tolist()
         if not ids:
@@ -68,7 +83,34 @@ def encode_prompts(
     return encoded
 
 
-def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _encode_with_images(
+    prompt: GenerationPrompt,
+    text: str,
+    max_tokens: int,
+    images: ImageTextProcessor | None,
+    problems: list[Problem],
+) -> EncodedPrompt:
+    from finetuning.inference.images import encode_images
+
+    assert images is not None
+    try:
+        ids, with_images = encode_images(text, prompt.images, images)
+    except ValueError as error:
+        problems.append(Problem(str(error), prompt.location))
+        return EncodedPrompt(text, (), False)
+    if len(ids) > max_tokens:
+        problems.append(
+            Problem(
+                f"the prompt has {len(ids):,} tokens with those of its images; the model has room for {max_tokens:,}",
+                prompt.location,
+            )
+        )
+    return EncodedPrompt(text, ids, False, with_images)
+
+
+def _texts(
+    prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerFast, images: ImageTextProcessor | None
+) -> list[str]:
     has_messages = any(prompt.text is None for prompt in prompts)
     if has_messages and not tokenizer.chat_template:
         raise ModelError(
@@ -79,10 +121,18 @@ def _texts(prompts: Sequence[GenerationPrompt], tokenizer: PreTrainedTokenizerFa
     texts: list[str] = []
     problems = []
     for prompt in prompts:
-        if renderer is None or prompt.text is not None:
+        if prompt.images and images is None:
+            raise DataError("the prompt has images, which are not read here", location=prompt.location)
+        if not prompt.images and (renderer is None or prompt.text is not None):
             texts.append(prompt.text or "")
             continue
         try:
+            if images is not None:
+                from finetuning.inference.images import render_with_images
+
+                texts.append(render_with_images(prompt, images))
+                continue
+            assert renderer is not None
             texts.append(renderer.text(prompt.messages, prompt=True, tools=prompt.tools, kwargs=prompt.template_kwargs))
         except TemplateRenderError as error:
             problems.append(Problem(f"the chat template rejects these messages: {error}", prompt.location))
@@ -144,26 +194,25 @@ def _generate_batch(
 
     from finetuning.inference.kv_cache import preallocated_cache
 
-    width = max(len(prompts[index].ids) for index in batch)
-    input_ids = torch.full((len(batch), width), generator.pad_token_id)
-    mask = torch.zeros((len(batch), width), dtype=torch.int64)
-    for row, index in enumerate(batch):
-        ids = prompts[index].ids
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        mask[row, width - len(ids) :] = 1
+    has_images = any(prompts[index].with_images for index in batch)
+    inputs, config = (
+        _image_inputs(generator, prompts, batch, parameters)
+        if has_images
+        else (_text_inputs(generator, prompts, batch), parameters.config)
+    )
+    width = inputs["input_ids"].shape[1]
     tokenizer = generator.tokenizer
     extra: dict[str, object] = {"tokenizer": tokenizer} if parameters.config.stop_strings else {}
     if on_text is not None:
         extra["streamer"] = _streamer(tokenizer, on_text)
-    cache = preallocated_cache(generator.model, parameters.config)
+    cache = preallocated_cache(generator.model, config)
     if cache is not None:
         extra["past_key_values"] = cache
     generate = cast("Callable[..., torch.Tensor]", generator.model.generate)
     with torch.inference_mode(), _explain_unsupported(generator):
         output = generate(
-            input_ids=input_ids.to(generator.device),
-            attention_mask=mask.to(generator.device),
-            generation_config=parameters.config,
+            **{name: value.to(generator.device) for name, value in inputs.items()},
+            generation_config=config,
             **extra,
         )
     generated = output[:, width:].tolist()
@@ -173,6 +222,50 @@ def _generate_batch(
         rows = generated[row * count : (row + 1) * count]
         answers[index] = [make_answer(prompts[index], ids, generator, parameters.stop_ids) for ids in rows]
     return answers
+
+
+def _text_inputs(
+    generator: LoadedGenerator, prompts: Sequence[EncodedPrompt], batch: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask`, int64 of shape (prompts, longest), padded on the left."""
+    import torch
+
+    width = max(len(prompts[index].ids) for index in batch)
+    input_ids = torch.full((len(batch), width), generator.pad_token_id)
+    mask = torch.zeros((len(batch), width), dtype=torch.int64)
+    for row, index in enumerate(batch):
+        ids = prompts[index].ids
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def _image_inputs(
+    generator: LoadedGenerator,
+    prompts: Sequence[EncodedPrompt],
+    batch: Sequence[int],
+    parameters: GenerationParameters,
+) -> tuple[dict[str, torch.Tensor], GenerationConfig]:
+    """Return the input of a batch with images, each prompt as often as it is answered, and the config for it.
+
+    transformers repeats the input for several answers itself, but the images one by one: those of a prompt with
+    several images would no longer follow each other.
+    """
+    import copy
+
+    from finetuning.inference.images import batch_with_images
+
+    repeated = [prompts[index] for index in batch for _ in range(parameters.answers_per_prompt)]
+    ids = [prompt.ids for prompt in repeated]
+    inputs = batch_with_images(ids, [prompt.with_images for prompt in repeated], generator.pad_token_id)
+    weight = next(generator.model.parameters())
+    if weight.is_floating_point():
+        inputs = {
+            name: value.to(weight.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
+    config = copy.deepcopy(parameters.config)
+    config.num_return_sequences = 1
+    return inputs, config
 
 
 @contextmanager

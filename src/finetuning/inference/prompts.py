@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from finetuning.config.sections.data import ImagesConfig
 from finetuning.config.sections.experiment import EvalData, OpenInput
 from finetuning.data.formats.row_format import (
+    MEDIA,
     FieldError,
     messages_field,
     problem_of,
     template_kwargs_field,
     tools_field,
 )
-from finetuning.data.samples import JsonObject, Message, Row, SkippedRow
+from finetuning.data.samples import ImageReference, JsonObject, Message, Row, SkippedRow
 from finetuning.data.sources import Shard, find_shards, json_type
 from finetuning.data.transforms import TransformChain, make_transforms
 from finetuning.errors import ConfigError, DataError, Location, Problem
@@ -55,6 +57,8 @@ class GenerationPrompt:
     carried: JsonObject = field(default_factory=dict)
     """Columns that are copied to the output."""
     location: Location = field(default_factory=Location)
+    images: tuple[ImageReference, ...] = ()
+    """Images, in the order of their places in the text or the messages."""
 
 
 def read_prompts(conf: OpenInput | EvalData, key: str = _KEY) -> list[GenerationPrompt]:
@@ -81,7 +85,7 @@ def read_prompts(conf: OpenInput | EvalData, key: str = _KEY) -> list[Generation
     rows = ((shard, row) for shard in find_shards(conf.data, key) for row in shard.rows())
     unread: dict[str, None] = {}
     prompts = _raise_problems(
-        _eval_prompt(shard, row, number, transforms, unread, key)
+        _eval_prompt(shard, row, number, transforms, unread, key, conf.images)
         for number, (shard, row) in enumerate(islice(rows, conf.data.max_rows))
     )
     if unread:
@@ -151,14 +155,25 @@ def _raise_problems(results: Iterator[GenerationPrompt | Problem]) -> list[Gener
 
 
 def _eval_prompt(
-    shard: Shard, item: Row | Problem, number: int, transforms: TransformChain, unread: dict[str, None], key: str
+    shard: Shard,
+    item: Row | Problem,
+    number: int,
+    transforms: TransformChain,
+    unread: dict[str, None],
+    key: str,
+    images_config: ImagesConfig,
 ) -> GenerationPrompt | Problem:
     """Return the prompt of a row, and add the names of columns that nothing reads to `unread`."""
     row = item if isinstance(item, Problem) else transforms(item, {})
     assert not isinstance(row, SkippedRow), "the options that filter rows do not apply to prompts"
     if isinstance(row, Problem):
         return row
+    images: tuple[ImageReference, ...] = ()
     try:
+        if _may_have_images(row):
+            from finetuning.inference.images import take_prompt_images
+
+            row, images = take_prompt_images(row, images_config)
         text, messages, reference = _prompt_and_reference(row, key)
         meta = {name: row.values[name] for name in _CARRIED if name in row.values}
         unread.update(dict.fromkeys(name for name in row.values if name not in _COLUMNS and name not in meta))
@@ -175,9 +190,20 @@ def _eval_prompt(
             data_collection=str(row.values.get("data_collection") or dataset or shard.name),
             carried=meta,
             location=row.location,
+            images=images,
         )
     except FieldError as error:
         return problem_of(row, error)
+
+
+def _may_have_images(row: Row) -> bool:
+    """Return whether a row has a column of images, or of sound or video, or a content that is a list of parts."""
+    if any(row.values.get(name) for name in MEDIA):
+        return True
+    messages = row.values.get("prompt_messages", row.values.get("messages"))
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and isinstance(message.get("content"), list) for message in messages
+    )
 
 
 def _stem(name: str) -> str:

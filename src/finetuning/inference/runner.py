@@ -8,15 +8,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
+from finetuning.config.sections.data import ImagesConfig
 from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import NoQuantization, Quantized
-from finetuning.errors import Interrupted
+from finetuning.errors import ConfigError, Interrupted, Location
 from finetuning.inference.batching import DEFAULT_BATCH_TOKENS, max_useful_padding, plan_batches
 from finetuning.inference.generate import (
     EncodedPrompt,
@@ -48,6 +49,8 @@ class GenerationJob:
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     vllm: VllmBackend | None = None
     """The vLLM that generates the answers; None for transformers."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """Sizes of the images of prompts that have some."""
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the answers depend on; files count with size and modification time."""
@@ -59,6 +62,7 @@ class GenerationJob:
             "seed": self.seed,
             "batch": [self.batch_size, self.batch_tokens],
             "vllm": self.vllm.conf.model_dump(mode="json") if self.vllm is not None else None,
+            "images": self.images.model_dump(mode="json"),
             "files": [
                 (str(file), file.stat().st_size, file.stat().st_mtime_ns)
                 for folder in (self.model_conf.model, self.model_conf.adapter, self.model_conf.tokenizer)
@@ -179,7 +183,13 @@ def _prepare_transformers(job: GenerationJob, progress: ProgressCallback) -> _Pr
     for note in generator.notes:
         progress.on_note(note)
     parameters = build_parameters(job.gen_params, generator.tokenizer, generator.model, generator.pad_token_id)
-    prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens)
+    images = None
+    if any(prompt.images for prompt in job.prompts):
+        from finetuning.inference.images import check_beams, image_processor_of
+
+        check_beams(parameters.config.num_beams)
+        images = image_processor_of(job.model_conf, job.images, generator.tokenizer)
+    prompts = encode_prompts(job.prompts, generator.tokenizer, parameters.max_prompt_tokens, images)
     lengths = [len(prompt.ids) for prompt in prompts]
     max_padding = max_useful_padding(generator.device.type, parameters.max_new_tokens)
     plan = partial(plan_batches, lengths, parameters.max_new_tokens, budget=job.batch_tokens, max_rows=job.batch_size)
@@ -205,6 +215,13 @@ def _prepare_vllm(job: GenerationJob, progress: ProgressCallback) -> _PreparedJo
     assert job.vllm is not None
     start = job.vllm.start
     check_job(job.vllm.conf, job.quant_conf, job.gen_params)
+    with_images = next((prompt for prompt in job.prompts if prompt.images), None)
+    if with_images is not None:
+        raise ConfigError(
+            f"vllm is given the tokens of prompts only, and {with_images.location} has images",
+            location=Location(key="backend"),
+            hint="Set backend: transformers, or ask a server of your own: docs/how-to/images.md shows the request.",
+        )
     loaded = load_without_weights(job.model_conf)
     for note in loaded.notes:
         progress.on_note(note)

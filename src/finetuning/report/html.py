@@ -116,6 +116,12 @@ def status_kind(status: str) -> str:
     return _STATUS_KINDS.get(status, "bad")
 
 
+def _picture_of(label: str) -> str:
+    from finetuning.data.images.thumbnails import thumbnail_of_label
+
+    return thumbnail_of_label(label)
+
+
 def _page_values(runs: Sequence[RunData]) -> dict[str, object]:
     run = runs[0]
     record = run.record
@@ -125,6 +131,7 @@ def _page_values(runs: Sequence[RunData]) -> dict[str, object]:
         "run": run,
         "folder": run.folder,
         "head_of": head_of,
+        "picture_of": _picture_of,
         "runs": runs,
         "title": title_of(run),
         "status": record.get("status", "unknown"),

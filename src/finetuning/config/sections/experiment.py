@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from finetuning.config.sections.controller import LossGuardConfig, TrainerController
-from finetuning.config.sections.data import DataConfig, DatasetSource
+from finetuning.config.sections.data import DataConfig, DatasetSource, ImagesConfig
 from finetuning.config.sections.model import (
     ModelArgs,
     NoQuantization,
@@ -186,6 +186,8 @@ class EvalData(ConfigSection):
     data: DatasetSource
     """Dataset of prompts, read like a training dataset. Rows have a column `messages`, `prompt_messages` or `prompt`,
     and optionally `correct_answers`."""
+    images: ImagesConfig = ImagesConfig()
+    """Images in the rows: where they are, and their sizes. Sizes that are left out are those of the model's files."""
 
 
 class GenerationModel(ConfigSection):

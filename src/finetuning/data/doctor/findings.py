@@ -228,6 +228,21 @@ def _other_warnings(examined: Examined) -> Finding | None:
     return Finding("Notes on rows", Verdict.LOOK, "; ".join(notes)) if notes else None
 
 
+def _images(examined: Examined) -> Finding | None:
+    """Say how many images the rows have, and how large they are; broken ones are among the invalid rows."""
+    batches = [batch for batch in examined.training.images if len(batch)]
+    if not batches:
+        return None
+    sizes = np.concatenate(batches)
+    with_images = sum(len(np.unique(batch[:, 0])) for batch in batches)
+    most = max(int(np.unique(batch[:, 0], return_counts=True)[1].max()) for batch in batches)
+    edges = sizes[:, 1:]
+    smallest, middle, largest = edges[np.argsort(edges.prod(axis=1))][[0, len(edges) // 2, -1]].tolist()
+    described = f"{counted(len(sizes), 'image')} in {counted(with_images, 'row')} of {examined.training.rows}"
+    described += f", at most {most} in one; from {smallest[0]} x {smallest[1]} to {largest[0]} x {largest[1]} pixels"
+    return Finding("Images", Verdict.OK, f"{described}, the median has {middle[0]} x {middle[1]}", "data_conf.images")
+
+
 def _turns(examined: Examined) -> Finding | None:
     turns = examined.training.turns
     if not turns:
@@ -436,7 +451,9 @@ _CHECKS: tuple[Callable[[Examined], list[Finding]], ...] = (
     *_CHECKS_OF_INPUT,
     *map(_single, (_unused, _other_warnings, _leaks, _exact_duplicates, _near_duplicates)),
     _pairs,
-    *map(_single, (_classes, _calls, _repeated, _ends, _double_bos, _template, _tokens, _pii, _turns, _scripts)),
+    *map(
+        _single, (_classes, _calls, _repeated, _ends, _double_bos, _template, _tokens, _pii, _images, _turns, _scripts)
+    ),
 )
 """The checks, in the order in which findings of one verdict are listed."""
 

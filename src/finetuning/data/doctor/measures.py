@@ -78,6 +78,8 @@ class Measures:
     labels: Counter[bool] = field(default_factory=Counter[bool])
     pairs: list[NDArray[np.int64]] = field(default_factory=list["NDArray[np.int64]"])
     """Tokens of the chosen and the rejected answer of each pair."""
+    images: list[NDArray[np.int64]] = field(default_factory=list["NDArray[np.int64]"])
+    """Row, width and height of each image, (images, 3); the row counts within its batch."""
     counts: Counter[str] = field(default_factory=Counter[str])
     pii: Counter[str] = field(default_factory=Counter[str])
     worst: dict[str, list[Worst]] = field(default_factory=dict[str, list[Worst]])
@@ -93,7 +95,7 @@ class Measures:
     def add(self, more: Measures) -> None:
         """Add the measures of further rows."""
         self.rows += more.rows
-        for name in ("lengths", "densities", "signatures", "hashes", "locations", "pairs"):
+        for name in ("lengths", "densities", "signatures", "hashes", "locations", "pairs", "images"):
             getattr(self, name).extend(getattr(more, name))
         for name in ("turns", "scripts", "labels", "counts", "pii"):
             getattr(self, name).update(getattr(more, name))
@@ -128,7 +130,15 @@ class RowInspector:
             joined = ["\n".join(text for _, text in row) for row in texts]
             result.lengths.append(np.concatenate([whole, np.array(too_long, dtype=np.int64)]))
             result.densities.append(np.array(list(map(len, joined))) / np.maximum(sizes, 1))
-            result.signatures.append(signatures(["\n".join(_without_system(row)) for row in texts]))
+            # The same question about another image is another row.
+            digests = [[image.digest for image in getattr(row, "images", ())] for row in kept]
+            told = ["\n".join(_without_system(row)) for row in texts]
+            result.signatures.append(
+                signatures(
+                    [f"{text}\n{digest}" if digest else text for text, digest in zip(told, digests, strict=True)]
+                )
+            )
+            result.images.append(_image_sizes(kept))
             result.hashes.append(batch.hashes)
             result.scripts.update(map(_main_script, joined))
             self._check_tokens(result, batch, kept, set(cut))
@@ -206,6 +216,13 @@ def _sizes(batch: Batch) -> NDArray[np.int64]:
         _flattened(batch, name)[1] for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in columns
     ]
     return sizes + np.maximum.reduce(answers) if answers else sizes
+
+
+def _image_sizes(rows: Sequence[RowToTokenize]) -> NDArray[np.int64]:
+    sizes = [
+        (index, image.width, image.height) for index, row in enumerate(rows) for image in getattr(row, "images", ())
+    ]
+    return np.array(sizes, dtype=np.int64).reshape(-1, 3)
 
 
 def _last_trained(batch: Batch) -> NDArray[np.int32] | None:

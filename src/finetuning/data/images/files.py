@@ -12,7 +12,7 @@ import hashlib
 import io
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -171,6 +171,26 @@ def check_digest(content: bytes, reference: ImageReference) -> None:
             location=Location(file=reference.path),
             hint="Set data_conf.cache: off, or remove the cached rows, to prepare them again.",
         )
+
+
+def changed_image(images: Iterable[ImageReference], made: float) -> str | None:
+    """Return the file of the first image that is not what it was; None if all are.
+
+    Args:
+        made: time after which files may have changed, in seconds since the epoch. Older ones are not read: any change
+            of a file, and any other file in its place, gives it a new change time.
+    """
+    seen: set[str] = set()
+    for image in images:
+        if image.path is None or image.path in seen:
+            continue
+        seen.add(image.path)
+        try:
+            if Path(image.path).stat().st_ctime >= made:
+                check_digest(_read_file(Path(image.path), ""), image)
+        except (OSError, DataError, FieldError):
+            return image.path
+    return None
 
 
 def _read_file(path: Path, key: str) -> bytes:

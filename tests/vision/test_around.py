@@ -1,0 +1,73 @@
+"""Images around a run: the preview, the report, and the data doctor."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from finetuning.cli.data_commands import preview_main
+from finetuning.cli.data_doctor import main as doctor_main
+from finetuning.data.preview import parse_text, to_text
+from vision.test_rows import data_uri
+
+
+@pytest.fixture
+def config(vision_values: Any, tmp_path: Path) -> Callable[..., str]:
+    def write(rows: list[dict[str, Any]], changes: Any = None) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(vision_values("llava", rows, changes)), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_the_preview_names_and_shows_the_pictures(
+    config: Any, picture_rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture_rows[1]["images"] = [data_uri(tmp_path / "green.png")]
+    path = config(picture_rows)
+    assert preview_main(["sft", path, "--rows", "6"]) == 0
+    text = capsys.readouterr().out
+    assert f"image: {tmp_path.resolve()}/red.png (30 x 30 pixels)\n" in text
+    assert re.search(r"image: in the row, SHA-256 [0-9a-f]{12} \(64 x 40 pixels\)\n", text)
+    assert "<image>×16" in text and "<image><image>" not in text
+    assert "⟦It is red.<|im_end|>⟧" in text
+    page = tmp_path / "page.html"
+    assert preview_main(["sft", path, "--rows", "6", "--html", str(page)]) == 0
+    pictures = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page.read_text(encoding="utf-8"))
+    assert len(pictures) == 5
+    (tmp_path / "shown.jpg").write_bytes(base64.b64decode(pictures[0]))
+    red, green, blue = Image.open(tmp_path / "shown.jpg").getpixel((15, 15))
+    assert red > 200 > 50 > max(green, blue)
+
+
+def test_the_report_shows_the_pictures_of_the_first_rows(
+    vision_values: Any, train: Any, picture_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = train(vision_values("llava", picture_rows))
+    saved = (run.output_dir / "preview.txt").read_text(encoding="utf-8")
+    rows = parse_text(saved)
+    assert rows[0].images == (f"{tmp_path.resolve()}/red.png (30 x 30 pixels)",)
+    assert to_text(rows[:1]).strip() == to_text(parse_text(to_text(rows[:1]))).strip()
+    page = (run.output_dir / "report.html").read_text(encoding="utf-8")
+    shown = sum(len(row.images) for row in rows)
+    assert page.count('src="data:image/jpeg;base64,') == shown > 1
+
+
+def test_the_doctor_counts_images_and_names_broken_ones(
+    config: Any, picture_rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+    picture_rows[2]["images"] = ["broken.png"]
+    doctor_main(["doctor", config(picture_rows), "--workers", "1"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 images in 3 rows of 5, at most 2 in one; from 30 x 30 to 56 x 56 pixels" in said
+    assert "rows.jsonl:3" in said
+    assert "cannot be decoded" in said
