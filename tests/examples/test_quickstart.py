@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 
@@ -65,6 +66,29 @@ def test_the_tuned_model_answers_far_better(tmp_path: Path) -> None:
     run = tmp_path / "quickstart-run"
     before, after = (
         json.loads((run / f"{name}-answers.json.scores.json").read_text())["accuracy"] for name in ("base", "merged")
+    )
+    assert before < 0.1
+    assert after > 0.8
+
+
+def test_the_pictures_are_drawn_anew_for_the_test(tmp_path: Path) -> None:
+    assert run_script("shapes.py", tmp_path / "a").returncode == 0
+    train, test = rows_of(tmp_path / "a" / "train.jsonl"), rows_of(tmp_path / "a" / "test.jsonl")
+    assert (len(train), len(test)) == (2400, 240)
+    assert {row["messages"][1]["content"] for row in train} == {row["correct_answers"][0] for row in test}
+    pixels = [{Image.open(tmp_path / "a" / row["images"][0]).tobytes() for row in rows} for rows in (train, test)]
+    assert len(pixels[1]) == 240
+    assert not pixels[0] & pixels[1]
+
+
+@pytest.mark.full
+def test_the_trained_model_names_what_it_sees(tmp_path: Path) -> None:
+    result = run_script("run_vision.py", "--where", tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    run = tmp_path / "quickstart-vision-run"
+    before, after = (
+        json.loads((run / f"{name}-answers.json.scores.json").read_text())["accuracy"]
+        for name in ("base", "checkpoint-final")
     )
     assert before < 0.1
     assert after > 0.8

@@ -15,7 +15,9 @@ from PIL import Image
 from finetuning.cli.data_commands import preview_main
 from finetuning.cli.data_doctor import main as doctor_main
 from finetuning.data.preview import parse_text, to_text
-from vision.test_rows import data_uri
+from finetuning.export.merge.merge import merge_adapters
+from vision.test_checkpoints import LORA
+from vision.test_rows import data_uri, processor_of
 
 
 @pytest.fixture
@@ -64,10 +66,37 @@ def test_the_report_shows_the_pictures_of_the_first_rows(
 def test_the_doctor_counts_images_and_names_broken_ones(
     config: Any, picture_rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+    content = (tmp_path / "green.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
     picture_rows[2]["images"] = ["broken.png"]
     doctor_main(["doctor", config(picture_rows), "--workers", "1"])
     said = " ".join(capsys.readouterr().out.split())
     assert "4 images in 3 rows of 5, at most 2 in one; from 30 x 30 to 56 x 56 pixels" in said
     assert "rows.jsonl:3" in said
     assert "cannot be decoded" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "tokens"),
+    [("qwen2_5_vl", {"max_pixels": 28 * 28 * 4}, 4), ("idefics3", {"do_image_splitting": False}, 4)],
+)
+def test_the_saved_and_merged_processor_is_that_of_training(
+    name: str,
+    settings: Any,
+    tokens: int,
+    vision_values: Any,
+    train: Any,
+    family_dir: Any,
+    picture_rows: Any,
+    tmp_path: Any,
+) -> None:
+    def count(folder: Path) -> int:
+        processor = processor_of(folder)
+        return processor._replacement((100, 100)).count(processor.image_token)
+
+    assert count(family_dir(name)) != tokens
+    changes = {"peft_conf": LORA, "data_conf.images": settings, "training_args.max_steps": 1}
+    run = train(vision_values(name, picture_rows, changes))
+    assert count(run.final) == tokens
+    merge_adapters(str(family_dir(name)), [str(run.final)], tmp_path / "merged")
+    assert count(tmp_path / "merged") == tokens

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ FORM = 2
 """Version of the folder's layout. A folder of another version is not read."""
 VARIABLE = "FINETUNING_CACHE"
 _MAX_COMPARED = 200
+_STARTED = time.time()
 _MOST_PREPARING = 3600.0
 """Seconds before an entry was written in which its images are taken to be unread yet."""
 
@@ -300,10 +302,14 @@ def _image_change(entry: CacheEntry, path: Path) -> str | None:
     from finetuning.data.images.files import changed_image
     from finetuning.data.images.rendering import read_references
 
+    written = min(file.stat().st_mtime for file in path.glob("*.arrow"))
+    if read_topology(os.environ).is_distributed and written >= _STARTED:
+        # Another process of this job has just prepared the rows.
+        return None
     if any(split.counts.invalid for split in entry.statistics.splits):
         return "rows were invalid, and their images may be there now"
     # Files may have changed while the rows were prepared, and clocks of file systems differ.
-    made = min(file.stat().st_mtime for file in path.glob("*.arrow")) - _MOST_PREPARING
+    made = written - _MOST_PREPARING
     for split in (entry.train, entry.validation):
         if split is None or "images" not in split.column_names:
             continue

@@ -26,8 +26,9 @@ _TOKENIZER_FILES = (
     "tokenization_*.py",
 )
 _TEMPLATE_FOLDER = "additional_chat_templates"
+_PROCESSOR_FILES = ("*processor_config.json",)
 _MODEL_FILES = (
-    "*processor_config.json",
+    *_PROCESSOR_FILES,
     "configuration_*.py",
     "modeling_*.py",
     "*processing_*.py",
@@ -62,6 +63,9 @@ def write_auxiliary_files(
         ModelError: the tokenizer has ids beyond the rows of the embeddings.
     """
     _copy(base.folder, out, _MODEL_FILES)
+    # An adapter's processor has the sizes of images that it was trained with.
+    for folder in adapters:
+        _copy(folder, out, _PROCESSOR_FILES)
     if config_changes is not None:
         write_config(base, out, config_changes)
     # An adapter's generation config has the stop tokens it was trained with, which the base's may lack.

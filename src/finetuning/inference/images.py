@@ -117,6 +117,8 @@ def batch_with_images(
     ids: Sequence[tuple[int, ...]], images: Sequence[PromptImages | None], pad_token_id: int
 ) -> dict[str, torch.Tensor]:
     """Return the input of a batch: tokens, padded on the left, and what the processor makes of the images."""
+    import torch
+
     processor = next(each.processor for each in images if each is not None)
     rows = [
         {
@@ -129,7 +131,7 @@ def batch_with_images(
     ]
     batch = ImageCollator(PaddingCollator(pad_token_id, "left"), processor)(rows)
     unused = ("labels", "shift_labels", "label_positions", "num_labels")
-    return {name: value for name, value in batch.items() if name not in unused}  # pyright: ignore[reportReturnType]
+    return {name: value for name, value in batch.items() if name not in unused and isinstance(value, torch.Tensor)}
 
 
 def check_beams(num_beams: int | None) -> None:

@@ -121,9 +121,9 @@ def write_companion_files(
     """
     save_tokenizer(tokenizer, folder, stop_tokens)
     if model is not None and _takes_images(model):
-        from finetuning.model.vision import copy_processor_files
+        from finetuning.model.vision import write_processor_files
 
-        copy_processor_files(_base_of(model), folder)
+        write_processor_files(_base_of(model), folder)
     if stop_tokens is not None:
         stop_tokens.write_configs(folder)
     if base_fingerprint is not None:

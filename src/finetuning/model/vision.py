@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import filecmp
+import json
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from huggingface_hub import try_to_load_from_cache
 
+from finetuning.config.sections.data import ImagesConfig
 from finetuning.config.sections.model import ModelPart
-from finetuning.errors import ConfigError, Location
+from finetuning.errors import ConfigError, Location, read_json_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +25,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 # is a module of the tower. Layers of towers have such names, too, further down.
 _PROJECTOR = re.compile(r"project|connector|merger|embed_vision|perceiver|resampler|aligner|image_newline|view_sep")
 _MODEL_DEPTH = 3
+_SETTINGS = "finetuning_image_settings"
+_EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge", "longest_edge": "longest_edge"}
+"""Settings of images, and the entries of `size` in a processor's file that mean the same."""
 _LANGUAGE_MODELS = ("language_model", "text_model")
 
 
@@ -130,19 +133,56 @@ def _prefixes(name: str) -> Iterator[str]:
     yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
 
 
-def copy_processor_files(model: nn.Module, folder: Path) -> None:
-    """Copy the files of the processor of a model's checkpoint, byte by byte, as far as it has any."""
+def remember_image_settings(model: nn.Module, config: ImagesConfig) -> None:
+    """Note on a model how large its images are in training: its saved processor files say so, too."""
+    base = cast("nn.Module", getattr(model, "get_base_model", lambda: model)())
+    setattr(base, _SETTINGS, config.model_dump(exclude_none=True, exclude={"folder", "max_file_pixels"}))
+
+
+def write_processor_files(model: nn.Module, folder: Path) -> None:
+    """Write the files of the processor of a model's checkpoint, as far as it has any, with the settings of the run.
+
+    Without such settings they are copied byte by byte.
+    """
     for file in _processor_files(model):
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.name).write_bytes(_to_save(file, model))
 
 
 def processor_differences(model: nn.Module, folder: Path) -> list[str]:
-    """Return which files of the processor in a folder are not those of the model's checkpoint; [] if all are."""
+    """Return which files of the processor in a folder are not what `write_processor_files` writes; [] if all are."""
     return [
         f"{file.name} is not the base model's"
         for file in _processor_files(model)
-        if not (folder / file.name).is_file() or not filecmp.cmp(file, folder / file.name, shallow=False)
+        if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != _to_save(file, model)
     ]
+
+
+def _to_save(file: Path, model: nn.Module) -> bytes:
+    """Return the content of a processor's file with the settings of the run."""
+    content = file.read_bytes()
+    settings: Mapping[str, object] = getattr(model, _SETTINGS, {})
+    if not settings or file.name.startswith("video"):
+        return content
+    fields = read_json_object(file)
+    # Newer checkpoints have the image processor's fields inside of the processor's.
+    inner = fields.get("image_processor")
+    target = inner if isinstance(inner, dict) else fields
+    if target is fields and file.name == "processor_config.json":
+        return content
+    _set_fields(cast("dict[str, object]", target), settings)
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_fields(target: dict[str, object], settings: Mapping[str, object]) -> None:
+    size = target.get("size")
+    edges = cast("dict[str, object]", dict(size)) if isinstance(size, dict) else {}
+    for name, value in settings.items():
+        edge = _EDGES.get(name)
+        if edge in edges:
+            edges[edge] = value
+            target["size"] = edges
+        if name != "longest_edge":
+            target[name] = value
 
 
 def _processor_files(model: nn.Module) -> list[Path]:

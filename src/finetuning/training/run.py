@@ -130,6 +130,10 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
             fingerprint=base,
             has_images=data.has_images,
         )
+        if data.has_images:
+            from finetuning.model.vision import remember_image_settings
+
+            remember_image_settings(loaded.model, experiment.data_conf.images)
     record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
 
     stop = StopOnSignal(job.output_dir, max_time=experiment.run_conf.max_time, end_time=read_job_end_time())
