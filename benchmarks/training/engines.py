@@ -139,7 +139,7 @@ def _our_trainer(bench: Bench, model: Any, arguments: Any, data: Any, flat: bool
         SimpleNamespace(
             model=model,
             arguments=arguments,
-            data=SimpleNamespace(train=data, validation=None),
+            data=SimpleNamespace(train=data, validation=None, has_images=False),
             tokenizer=SimpleNamespace(tokenizer=tokenizer, pad_input_id=None),
             layout=BatchLayout(not flat, "benchmark"),
             callbacks=[bench.watch()],

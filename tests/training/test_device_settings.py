@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,19 @@ from accelerate import DistributedDataParallelKwargs
 
 from finetuning.config.sections.experiment import EXPERIMENTS, Experiment
 from finetuning.config.validation.validate import validate
+from finetuning.config.yaml.dump import dump_yaml
 from finetuning.config.yaml.reader import read_document
 from finetuning.distributed import ProcessTopology, has_gpu_driver
+from finetuning.report.run_folder import CONFIG_NAME
 from finetuning.trainer.ddp import use_bucket_views
-from finetuning.training.device_settings import configure_allocator, gpu_defaults, with_gpu_defaults
+from finetuning.training import device_settings
+from finetuning.training.device_settings import (
+    bfloat16_speed,
+    configure_allocator,
+    gpu_defaults,
+    with_faster_dtype,
+    with_gpu_defaults,
+)
 
 
 @pytest.fixture
@@ -122,3 +133,63 @@ def test_gradients_are_views_of_the_buckets() -> None:
     handler = DistributedDataParallelKwargs()
     assert use_bucket_views({"kwargs_handlers": [handler]}) == {"kwargs_handlers": [handler]}
     assert handler.gradient_as_bucket_view is True
+
+
+@pytest.fixture
+def wide_model_dir(tmp_path: Path) -> Path:
+    """A config whose sizes a probe takes, without weights."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    return folder
+
+
+def test_a_cpu_computes_in_the_faster_type_and_says_why(
+    experiment_of: Any, wide_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratio = bfloat16_speed({"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}, True)
+    assert ratio is not None
+    assert ratio > 0
+    assert bfloat16_speed({"hidden_size": 64}, True) is None
+
+    def choose(**changes: Any) -> tuple[bool, list[str]]:
+        experiment = experiment_of(
+            {
+                "run_conf.model": str(wide_model_dir),
+                "training_args.use_cpu": True,
+                "training_args.bf16": None,
+                **changes,
+            }
+        )
+        experiment, decisions = with_faster_dtype(experiment, ProcessTopology())
+        return experiment.training_args.bf16, [decision.reason for decision in decisions]
+
+    # The least ratio that decides for bfloat16.
+    monkeypatch.setattr(device_settings, "_CLEARLY_FASTER", 0.0)
+    is_bf16, (reason,) = choose()
+    assert is_bf16
+    assert re.match(r"bfloat16 is \d+\.\d\d times as fast on this CPU", reason)
+    monkeypatch.setattr(device_settings, "_CLEARLY_FASTER", 1e9)
+    assert choose()[0] is False
+    assert choose(**{"training_args.bf16": True}) == (True, [])
+    monkeypatch.setattr(device_settings, "_CLEARLY_FASTER", 0.0)
+    assert choose(**{"training_args.bf16": False}) == (False, [])
+    assert "run_conf.determinism" in choose(**{"run_conf.determinism": "full"})[1][0]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_resumed_run_computes_as_the_run_that_it_continues(
+    experiment_of: Any, wide_model_dir: Path, tmp_path: Path, earlier: bool
+) -> None:
+    before = experiment_of({"training_args.bf16": earlier})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / CONFIG_NAME).write_text(dump_yaml(before))
+    for source in ("auto", str(tmp_path / "out" / "checkpoint-4")):
+        changes = {"run_conf.resume_from_checkpoint": source, "training_args.output_dir": str(tmp_path / "out")}
+        changes |= {"run_conf.model": str(wide_model_dir), "training_args.bf16": None}
+        after, (decision,) = with_faster_dtype(
+            experiment_of({**changes, "training_args.use_cpu": True}), ProcessTopology()
+        )
+        assert after.training_args.bf16 is earlier
+        assert decision.reason.startswith("as the run that it continues")

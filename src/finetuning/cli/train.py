@@ -152,6 +152,12 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
             from finetuning.training.device_settings import with_memory_plan
 
             experiment, plan = with_memory_plan(experiment, plan)
+        elif plan.memory is not None and plan.memory.parameters >= _WORTH_A_PROBE:
+            from finetuning.training.device_settings import with_faster_dtype
+
+            experiment, settings = with_faster_dtype(experiment, topology)
+            plan = make_plan(experiment, topology, location=location)
+            plan = replace(plan, device_settings=(*settings, *plan.device_settings))
     if topology.is_main:
         launch_mistake = find_launch_mistake()
         launch = [Problem(launch_mistake)] if launch_mistake else []
@@ -161,6 +167,10 @@ def _check_config(options: argparse.Namespace, document: ConfigDocument | None) 
         planned = [warning for warning in plan.warnings if warning.location.key not in defaults]
         _print_warnings([*launch, *validated.warnings, *attention, *planned], validated.document)
     return _CheckedConfig(validated.document, experiment, algorithm, topology, tracking, plan)
+
+
+_WORTH_A_PROBE = 8_000_000
+"""Parameters of a model whose faster data type is worth the time of finding it, which is less than a second."""
 
 
 @contextmanager
