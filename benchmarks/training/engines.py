@@ -144,6 +144,7 @@ def _our_trainer(bench: Bench, model: Any, arguments: Any, data: Any, flat: bool
             layout=BatchLayout(not flat, "benchmark"),
             callbacks=[bench.watch()],
             end_of_turn=None,
+            extended=lambda trainer_class: trainer_class,
             experiment=SimpleNamespace(
                 sft_args=SimpleNamespace(max_seq_length=1024, logits_at_once="auto"), training_args=None
             ),
