@@ -120,10 +120,14 @@ def bfloat16_speed(config: Mapping[str, object], trains_weights: bool) -> float 
         start = time.thread_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             normed = rms_norm(states, (hidden,))
-            by_head = [
+            first, second, third = (
                 linear(normed, weight).view(1, tokens, heads, -1).transpose(1, 2) for weight in (query, key, value)
-            ]
-            attended = scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2).reshape(tokens, hidden)
+            )
+            attended = (
+                scaled_dot_product_attention(first, second, third, is_causal=True)
+                .transpose(1, 2)
+                .reshape(tokens, hidden)
+            )
             residual = states + linear(attended, output)
             normed = rms_norm(residual, (hidden,))
             result = residual + linear(silu(linear(normed, gate)) * linear(normed, up), down)
