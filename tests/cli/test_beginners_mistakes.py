@@ -62,6 +62,14 @@ IN_THE_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "15 an unknown template": ({"data_conf.chat_template_name": "chatml"}, "chat-ml"),
     "16 no data section": ({"data_conf": None}, "data_conf: is required, but missing"),
     "17 evaluation without data": ({"training_args.eval_strategy": "epoch"}, "validation_data"),
+    "a key of another type": (
+        {"data_conf.validation_data": {"type": "NONE", "ratio": 0.1}},
+        "data_conf.validation_data.ratio: unknown key. It belongs to type AUTO_SPLIT.",
+    ),
+    "4 bit without a quantization": (
+        {"quant_conf": {"quantization_type": "no-quantization", "load_in_4bit": True}},
+        "quant_conf.load_in_4bit: unknown key. It belongs to quantization_type bits-and-bytes.",
+    ),
     "18 a total that no number of processes gives": (
         {"batchsize_conf.total_train_batch_size": 0},
         "must be > 0",
@@ -138,3 +146,13 @@ def test_30_a_misspelled_file_and_model(say: Say, data: Any, tmp_path: Path) -> 
     (tmp_path / "models" / "llama").mkdir(parents=True)
     code, error = say({"run_conf.model": str(tmp_path / "models" / "lama")})
     assert code == 1 and f'Did you mean "{tmp_path}/models/llama"?' in error
+
+
+def test_a_model_that_is_neither_here_nor_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_config: Any, sft_values: Any, capsys: Any
+) -> None:
+    (tmp_path / "lama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["sft", str(write_config(sft_values({"run_conf.model": "llama"}))), "--dry-run"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "model files" in line)
+    assert line.startswith("not checked") and line.endswith('Did you mean "lama"?'), line

@@ -71,7 +71,8 @@ class DryRun:
             yield
         except FinetuningError as error:
             if error.is_unreachable:
-                self.not_checked.append(f"{name}: {error.problems[0].message}")
+                problem = error.problems[0]
+                self.not_checked.append(f"{name}: {Problem(problem.message, hint=problem.hint)}")
             else:
                 self._errors.append(error)
         else:

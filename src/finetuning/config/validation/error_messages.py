@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -59,7 +60,8 @@ def validation_issues(
     for error in errors[: 4 * MAX_ISSUES]:
         path = _document_path(error["loc"], values)
         if error["type"] == "extra_forbidden" and root is not None:
-            issues.append(unknown_key(path, keys_of(sections_at(root, values, path[:-1])), elsewhere()))
+            unknown = unknown_key(path, keys_of(sections_at(root, values, path[:-1])), elsewhere())
+            issues.append(replace(unknown, hint=unknown.hint or _tag_that_has(path, values, root)))
         elif error["type"] == "missing":
             issues.append(ValidationIssue((*path, str(error["loc"][-1])), "is required, but missing", kind="missing"))
         elif error["type"] in ("union_tag_not_found", "union_tag_invalid") and root is not None:
@@ -109,6 +111,17 @@ def _wrong_tag(error: ErrorDetails, path: KeyPath, values: YamlValue, root: type
             ValidationIssue((*path, misspelled), f'unknown key. Did you mean "{name}"?', kind="unknown key", meant=name)
         ]
     return [ValidationIssue((*path, name), f"is required, but missing; one of: {', '.join(tags)}", kind="missing")]
+
+
+def _tag_that_has(path: KeyPath, values: YamlValue, root: type[BaseModel]) -> str | None:
+    """Return a hint for a key that the section would have with another tag, such as another `type`; or None."""
+    section = value_at(values, path[:-1])
+    for name in ("type", "peft_type", "quantization_type") if isinstance(section, dict) else ():
+        members = sections_at(root, _without_tags(values, path[:-1], name), path[:-1])
+        tags = [tag for member in members if path[-1] in keys_of([member]) and (tag := tag_of(member, name))]
+        if tags:
+            return f"It belongs to {name} {' or '.join(tags)}."
+    return None
 
 
 def _without_tags(values: YamlValue, path: KeyPath, name: str) -> YamlValue:
