@@ -62,6 +62,8 @@ IN_THE_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "15 an unknown template": ({"data_conf.chat_template_name": "chatml"}, "chat-ml"),
     "16 no data section": ({"data_conf": None}, "data_conf: is required, but missing"),
     "17 evaluation without data": ({"training_args.eval_strategy": "epoch"}, "validation_data"),
+    "a file without the class": ({"run_conf.trainer_mixin": "own.py"}, 'such as path/to/file.py:Name (got "own.py")'),
+    "a time in words": ({"run_conf.max_time": "2 hours"}, 'such as 1d12h (got "2 hours")'),
     "a key of another type": (
         {"data_conf.validation_data": {"type": "NONE", "ratio": 0.1}},
         "data_conf.validation_data.ratio: unknown key. It belongs to type AUTO_SPLIT.",

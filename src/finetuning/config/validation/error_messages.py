@@ -32,6 +32,13 @@ _EXPECTED = {
     "model_attributes_type": "keys and values",
     "none_required": "nothing",
 }
+_PATTERNS = {
+    "trainer_mixin": "a file or module and the name of the class in it, such as path/to/file.py:Name",
+    "path": "a file or module and the name of the function in it, such as path/to/file.py:name",
+    "max_time": "a number and d, h, m or s, or several of them, such as 1d12h",
+    "endpoint": "an http or https address without user name and spaces",
+}
+"""What texts with a pattern have to be, by their key."""
 _LIMITS = {
     "greater_than": ("gt", ">"),
     "greater_than_equal": ("ge", ">="),
@@ -162,9 +169,8 @@ def _wrong_value(
     if kind in ("string_too_short", "too_short"):
         return ValidationIssue(path, "must not be empty")
     if kind == "string_pattern_mismatch":
-        return ValidationIssue(
-            path, f"must be the name of one folder: letters, digits, dots, dashes, underscores{suffix}"
-        )
+        expected = _PATTERNS.get(str(path[-1]), "the name of one folder: letters, digits, dots, dashes, underscores")
+        return ValidationIssue(path, f"must be {expected}{suffix}")
     message = message.removeprefix("Value error, ")
     return ValidationIssue(path, f"{message[:1].lower()}{message[1:]}{suffix}")
 
