@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,46 +101,66 @@ def merge_adapters(
     Raises:
         ModelError: the base or an adapter is missing, damaged, of an unsupported kind, or they do not fit together.
         StorageError: `out` holds something else than this merge, or the disk is full; nothing is left behind.
-        GuardStopped: the merged model differs from base and adapters, or rounding loses most of what the adapters
-            change; nothing is left behind.
+        GuardStopped: it differs from base and adapters, or rounding loses most changes; nothing is left behind.
     """
     _check_output(out)
     base = read_base(base_name, allow_pickle=allow_pickle)
     adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
     tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
     quantization = _trained_quantization(base, adapters[-1], required=dequantize)
-    inputs = _describe_inputs(base, adapters, tokenizer_source) | ({"dequantized": True} if dequantize else {})
-    if _is_merged(out, inputs, verify):
+    describe_inputs = partial(_describe_inputs, base, adapters, tokenizer_source, dequantize)
+    if (out / _INPUTS_FILE).is_file() and _is_merged(out, describe_inputs(), verify):
         return MergeResult(out, _num_bytes(out), streamed=False, verification=None, existed=True)
-    base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
-    plan = _plan(base, adapters, force=force, dequantize=dequantize, verify=verify, device_map=device_map, log=log)
-    check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
-    with atomic_directory(out) as folder:
-        merged_into = quantization if dequantize else None
-        verification = None
-        with _write_model(
-            base, adapters, plan, folder, tokenizer_source, device_map, log, progress, merged_into
-        ) as writing:
-
-            def finish_writing() -> float | None:
-                elements = writing.wait()[0]
-                _check_surviving_share(elements, force, log)
-                if verify:
-                    log("verifying the merged model against base and adapter")
-                return elements.surviving_share
-
-            if verify:
-                verification = verify_merge(
-                    base, adapters, folder, device_map=device_map, num_rows=writing.num_rows,
-                    base_fingerprint=base_fingerprint, finish_writing=finish_writing, quantization=quantization,
-                    is_dequantized=dequantize,
-                )  # fmt: skip
-                _warn_of_losses(verification, dequantize, log)
-            else:
-                finish_writing()
-        (folder / _INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
-        write_manifest(folder, writing.wait()[1])
+    # The digests are needed at the end, and reading all inputs takes as long as importing libraries for the plan.
+    with ThreadPoolExecutor(1) as reader, _frequent_switches():
+        inputs = reader.submit(describe_inputs)
+        base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
+        plan = _plan(base, adapters, force=force, dequantize=dequantize, verify=verify, device_map=device_map, log=log)
+        check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
+        write = partial(
+            _write_model, base, adapters, plan, tokenizer=tokenizer_source, device_map=device_map, log=log,
+            progress=progress, quantization=quantization if dequantize else None,
+        )  # fmt: skip
+        compare = partial(
+            verify_merge, base, adapters, device_map=device_map, base_fingerprint=base_fingerprint,
+            quantization=quantization, is_dequantized=dequantize,
+        )  # fmt: skip
+        with atomic_directory(out) as folder:
+            verification, weights = _write_and_verify(folder, write, compare if verify else None, force, log)
+            (folder / _INPUTS_FILE).write_text(json.dumps(inputs.result(), indent=1) + "\n", encoding="utf-8")
+            write_manifest(folder, weights)
+    if verification is not None:
+        _warn_of_losses(verification, dequantize, log)
     return MergeResult(out, _num_bytes(out), isinstance(plan, MergePlan), verification)
+
+
+def _write_and_verify(
+    folder: Path,
+    write: Callable[[Path], AbstractContextManager[_Writing]],
+    verify: Callable[..., MergeVerification] | None,
+    force: bool,
+    log: Callable[[str], None],
+) -> tuple[MergeVerification | None, dict[str, ManifestEntry]]:
+    """Write the merged model into `folder`, and verify it there.
+
+    Returns:
+        The result, if `verify` is given; the manifest's entries of files that were read back while they were written.
+    """
+    with write(folder) as writing:
+
+        def finish_writing() -> float | None:
+            elements = writing.wait()[0]
+            _check_surviving_share(elements, force, log)
+            if verify is not None:
+                log("verifying the merged model against base and adapter")
+            return elements.surviving_share
+
+        verification = None
+        if verify is None:
+            finish_writing()
+        else:
+            verification = verify(folder, num_rows=writing.num_rows, finish_writing=finish_writing)
+        return verification, writing.wait()[1]
 
 
 def _plan(
@@ -177,7 +197,9 @@ def _num_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _describe_inputs(base: BaseModel, adapters: Sequence[Adapter], tokenizer: Path | None) -> dict[str, object]:
+def _describe_inputs(
+    base: BaseModel, adapters: Sequence[Adapter], tokenizer: Path | None, dequantize: bool
+) -> dict[str, object]:
     """Return digests of all files that a merge reads. Where the folders are makes no difference."""
     folders = [base.folder, *(adapter.folder for adapter in adapters), *([tokenizer] if tokenizer else [])]
     contents = [
@@ -185,7 +207,8 @@ def _describe_inputs(base: BaseModel, adapters: Sequence[Adapter], tokenizer: Pa
         for folder in folders
     ]
     num_models = 1 + len(adapters)
-    return {"base": contents[0], "adapters": contents[1:num_models], "tokenizer": contents[num_models:]}
+    described = {"base": contents[0], "adapters": contents[1:num_models], "tokenizer": contents[num_models:]}
+    return {**described, **({"dequantized": True} if dequantize else {})}
 
 
 def _check_output(out: Path) -> None:
@@ -239,11 +262,12 @@ def _write_model(
     adapters: Sequence[Adapter],
     plan: MergePlan | NeedsPeft,
     folder: Path,
+    *,
     tokenizer: Path | None,
     device_map: DeviceMap,
     log: Callable[[str], None],
     progress: Progress | None,
-    quantization: Mapping[str, object] | None = None,
+    quantization: Mapping[str, object] | None,
 ) -> Iterator[_Writing]:
     """Write weights and auxiliary files into `folder`. Weights that are streamed are written during the block."""
     folders = [adapter.folder for adapter in adapters]
@@ -282,17 +306,25 @@ def _in_thread(write: Callable[[Progress], _Written], progress: Progress | None)
         if progress is not None:
             progress(done, total)
 
-    # Importing libraries holds the interpreter's lock. By default it is released every 5 ms, for which the thread would
-    # wait before each of its short operations.
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(write, report)
+        try:
+            yield future.result
+        finally:
+            is_stopped.set()
+
+
+@contextmanager
+def _frequent_switches() -> Iterator[None]:
+    """Let the threads of a block take turns often.
+
+    Importing libraries holds the interpreter's lock. By default it is released every 5 ms, for which a thread would
+    wait before each of its short operations.
+    """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(write, report)
-            try:
-                yield future.result
-            finally:
-                is_stopped.set()
+        yield
     finally:
         sys.setswitchinterval(interval)
 
