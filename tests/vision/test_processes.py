@@ -43,6 +43,6 @@ def test_two_processes_have_the_losses_of_one(
             del made["sft_args"]
         return made
 
-    one = train(values("one"))
+    single = train(values("one"))
     torchrun(method, write_config(values("two"), "two.yaml"))
-    assert logged_losses(tmp_path / "two") == pytest.approx(one.losses, rel=1e-3)
+    assert logged_losses(tmp_path / "two") == pytest.approx(single.losses, rel=1e-3)

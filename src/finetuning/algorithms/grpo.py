@@ -259,8 +259,7 @@ def build_trainer(inputs: TrainerInputs) -> transformers.Trainer:
         load_reference = staticmethod(inputs.load_reference) if inputs.load_reference else None
 
     args, grpo_args = inputs.arguments, inputs.experiment.grpo_args
-    train: Any = inputs.data.train
-    check_num_prompts(len(train), args.generation_batch_size // args.num_generations)
+    check_num_prompts(inputs.data.rows or 0, args.generation_batch_size // args.num_generations)
     base = inputs.model.get_base_model() if hasattr(inputs.model, "get_base_model") else inputs.model
     base.generation_config = align_stop_tokens(
         inputs.tokenizer.tokenizer, base.generation_config, inputs.end_of_turn
