@@ -112,7 +112,7 @@ def merge_adapters(
     if (out / _INPUTS_FILE).is_file() and _is_merged(out, describe_inputs(), verify):
         return MergeResult(out, _num_bytes(out), streamed=False, verification=None, existed=True)
     # The digests are needed at the end, and reading all inputs takes as long as importing libraries for the plan.
-    with ThreadPoolExecutor(1) as reader, _frequent_switches():
+    with ThreadPoolExecutor(1) as reader:
         inputs = reader.submit(describe_inputs)
         base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
         plan = _plan(base, adapters, force=force, dequantize=dequantize, verify=verify, device_map=device_map, log=log)
@@ -306,7 +306,7 @@ def _in_thread(write: Callable[[Progress], _Written], progress: Progress | None)
         if progress is not None:
             progress(done, total)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, _frequent_switches():
         future = pool.submit(write, report)
         try:
             yield future.result
