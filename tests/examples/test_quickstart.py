@@ -71,7 +71,7 @@ def test_the_tuned_model_answers_far_better(tmp_path: Path) -> None:
     assert after > 0.8
 
 
-def test_the_pictures_are_drawn_anew_for_the_test(tmp_path: Path) -> None:
+def test_the_pictures_are_drawn_again_for_the_test(tmp_path: Path) -> None:
     assert run_script("shapes.py", tmp_path / "a").returncode == 0
     train, test = rows_of(tmp_path / "a" / "train.jsonl"), rows_of(tmp_path / "a" / "test.jsonl")
     assert (len(train), len(test)) == (2400, 240)

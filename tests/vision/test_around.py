@@ -59,8 +59,8 @@ def test_the_report_shows_the_pictures_of_the_first_rows(
     assert rows[0].images == (f"{tmp_path.resolve()}/red.png (30 x 30 pixels)",)
     assert to_text(rows[:1]).strip() == to_text(parse_text(to_text(rows[:1]))).strip()
     page = (run.output_dir / "report.html").read_text(encoding="utf-8")
-    shown = sum(len(row.images) for row in rows)
-    assert page.count('src="data:image/jpeg;base64,') == shown > 1
+    num_images = sum(len(row.images) for row in rows)
+    assert page.count('src="data:image/jpeg;base64,') == num_images > 1
 
 
 def test_the_doctor_counts_images_and_names_broken_ones(

@@ -62,11 +62,11 @@ def test_several_answers_of_a_prompt_with_several_images(
     generate: Any, family_dir: Any, picture_rows: list[dict[str, Any]]
 ) -> None:
     row = [picture_rows[3]]
-    _, one, _ = generate(family_dir("llava"), row, {"max_new_tokens": 8})
+    _, single, _ = generate(family_dir("llava"), row, {"max_new_tokens": 8})
     # With a temperature near 0, each answer is the greedy one, if each has its images in their order.
     sampled = {"max_new_tokens": 8, "do_sample": True, "temperature": 1e-4, "num_return_sequences": 3}
     _, three, _ = generate(family_dir("llava"), row, sampled)
-    assert [record["all_text_raw"] for record in three] == [one[0]["all_text_raw"]] * 3
+    assert [record["all_text_raw"] for record in three] == [single[0]["all_text_raw"]] * 3
     code, _, said = generate(family_dir("llava"), row, {"num_beams": 2})
     assert (code, "num_beams: does not work for prompts with images" in said) == (1, True)
 

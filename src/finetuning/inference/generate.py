@@ -101,7 +101,7 @@ def _encode_with_images(
     if len(ids) > max_tokens:
         problems.append(
             Problem(
-                f"the prompt has {len(ids):,} tokens with those of its images; the model has room for {max_tokens:,}",
+                f"the prompt has {len(ids):,} tokens with those of its images; at most {max_tokens:,} fit",
                 prompt.location,
             )
         )

@@ -22,11 +22,12 @@ from finetuning.data.images.rows import IMAGE_COLUMNS, PLACE, take_images
 from finetuning.data.samples import ImageReference, MaskError, Row
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import ConfigError, Location, ModelError
-from finetuning.inference.prompts import GenerationPrompt
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
+
+    from finetuning.inference.prompts import GenerationPrompt
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -46,11 +47,11 @@ def take_prompt_images(row: Row, config: ImagesConfig) -> tuple[Row, tuple[Image
     Raises:
         FieldError: an image cannot be read, or the row holds sound or video.
     """
-    other = next(
+    unread = next(
         (name for name in row.values if name in MEDIA and name not in IMAGE_COLUMNS and row.values[name]), None
     )
-    if other is not None:
-        raise FieldError(other, f"holds {MEDIA[other]}, which prompts cannot have")
+    if unread is not None:
+        raise FieldError(unread, f"holds {MEDIA[unread]}, which prompts cannot have")
     return take_images(row, folder=image_folder(config))
 
 

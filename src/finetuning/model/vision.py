@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -25,7 +26,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 # is a module of the tower. Layers of towers have such names, too, further down.
 _PROJECTOR = re.compile(r"project|connector|merger|embed_vision|perceiver|resampler|aligner|image_newline|view_sep")
 _MODEL_DEPTH = 3
-_SETTINGS = "finetuning_image_settings"
+_settings: WeakKeyDictionary[nn.Module, Mapping[str, object]] = WeakKeyDictionary()
+"""How large the images of models are in training."""
 _EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge", "longest_edge": "longest_edge"}
 """Settings of images, and the entries of `size` in a processor's file that mean the same."""
 _LANGUAGE_MODELS = ("language_model", "text_model")
@@ -136,7 +138,7 @@ def _prefixes(name: str) -> Iterator[str]:
 def remember_image_settings(model: nn.Module, config: ImagesConfig) -> None:
     """Note on a model how large its images are in training: its saved processor files say so, too."""
     base = cast("nn.Module", getattr(model, "get_base_model", lambda: model)())
-    setattr(base, _SETTINGS, config.model_dump(exclude_none=True, exclude={"folder", "max_file_pixels"}))
+    _settings[base] = config.model_dump(exclude_none=True, exclude={"folder", "max_file_pixels"})
 
 
 def write_processor_files(model: nn.Module, folder: Path) -> None:
@@ -160,7 +162,7 @@ def processor_differences(model: nn.Module, folder: Path) -> list[str]:
 def _to_save(file: Path, model: nn.Module) -> bytes:
     """Return the content of a processor's file with the settings of the run."""
     content = file.read_bytes()
-    settings: Mapping[str, object] = getattr(model, _SETTINGS, {})
+    settings: Mapping[str, object] = _settings.get(model, {})
     if not settings or file.name.startswith("video"):
         return content
     fields = read_json_object(file)

@@ -38,8 +38,10 @@ from finetuning.training.signals import StopOnSignal
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from finetuning.data.prepared import PreparedData
     from finetuning.model.fingerprint import Fingerprint
     from finetuning.training.reporter import RunReporter
+    from finetuning.training.setup import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -130,17 +132,12 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
             fingerprint=base,
             has_images=data.has_images,
         )
-        if data.has_images:
-            from finetuning.model.vision import remember_image_settings
-
-            remember_image_settings(loaded.model, experiment.data_conf.images)
+        _keep_image_settings(experiment, data, loaded)
     record.update(**reporter.model_loaded(loaded, plan, data, resume, resume_terms))
 
     stop = StopOnSignal(job.output_dir, max_time=experiment.run_conf.max_time, end_time=read_job_end_time())
-    callbacks = [stop, *job.callbacks, *reporter.callbacks()]
-    trainer = build_trainer(
-        experiment, algorithm, plan, arguments, data, tokenizer, loaded, callbacks, resume.checkpoint
-    )
+    calls = [stop, *job.callbacks, *reporter.callbacks()]
+    trainer = build_trainer(experiment, algorithm, plan, arguments, data, tokenizer, loaded, calls, resume.checkpoint)
     resume_terms.apply(trainer)
     reporter.trainer_built(trainer, stop)
     initial = initial_weights(trainer, loaded)
@@ -162,6 +159,14 @@ def _run_pipeline(job: TrainingJob, record: RunRecord, signals: ExitStack) -> Ru
         reporter.model_saved(final)
     stop.log_late_signal()
     return RunResult("completed", final, trainer.state.global_step, losses, output.metrics.get("train_runtime"))
+
+
+def _keep_image_settings(experiment: Experiment, data: PreparedData, loaded: LoadedModel) -> None:
+    """Have the processor files of the trained model say how large its images were."""
+    if data.has_images:
+        from finetuning.model.vision import remember_image_settings
+
+        remember_image_settings(loaded.model, experiment.data_conf.images)
 
 
 def _base_fingerprint(job: TrainingJob) -> Fingerprint | None:

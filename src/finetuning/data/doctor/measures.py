@@ -132,10 +132,10 @@ class RowInspector:
             result.densities.append(np.array(list(map(len, joined))) / np.maximum(sizes, 1))
             # The same question about another image is another row.
             digests = [[image.digest for image in getattr(row, "images", ())] for row in kept]
-            told = ["\n".join(_without_system(row)) for row in texts]
+            said_texts = ["\n".join(_without_system(row)) for row in texts]
             result.signatures.append(
                 signatures(
-                    [f"{text}\n{digest}" if digest else text for text, digest in zip(told, digests, strict=True)]
+                    [f"{text}\n{digest}" if digest else text for text, digest in zip(said_texts, digests, strict=True)]
                 )
             )
             result.images.append(_image_sizes(kept))
