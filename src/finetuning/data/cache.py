@@ -299,8 +299,7 @@ def load_or_prepare(folder: Path, key: CacheKey, prepare: Callable[[Path], None]
 
 def _image_change(entry: CacheEntry, path: Path) -> str | None:
     """Return which image is another than when the rows were prepared: the key is of the rows, which only name them."""
-    from finetuning.data.images.files import changed_image
-    from finetuning.data.images.rendering import read_references
+    from finetuning.data.images.files import changed_image, read_references
 
     written = min(file.stat().st_mtime for file in path.glob("*.arrow"))
     if read_topology(os.environ).is_distributed and written >= _STARTED:

@@ -61,7 +61,7 @@ def preview_of(
     references = sample.columns.get("images")
     if not isinstance(references, str) or not references:
         return rows
-    from finetuning.data.images.rendering import read_references
+    from finetuning.data.images.files import read_references
     from finetuning.data.images.thumbnails import image_label, thumbnail
 
     images = read_references(references)

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import json
 import stat
 import warnings
 from collections.abc import Iterable, Mapping
@@ -171,6 +172,11 @@ def check_digest(content: bytes, reference: ImageReference) -> None:
             location=Location(file=reference.path),
             hint="Set data_conf.cache: off, or remove the cached rows, to prepare them again.",
         )
+
+
+def read_references(text: str) -> list[ImageReference]:
+    """Return the images of a prepared row, from its column `images`."""
+    return [ImageReference(**fields) for fields in json.loads(text)] if text else []
 
 
 def changed_image(images: Iterable[ImageReference], made: float) -> str | None:

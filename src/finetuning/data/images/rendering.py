@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from finetuning.data.chat.template import TemplateRenderer, TemplateRenderError
+from finetuning.data.images.files import read_references as read_references
 from finetuning.data.images.processor import ImageTextProcessor
 from finetuning.data.images.rows import PLACE
 from finetuning.data.prepared import PreparedData
@@ -246,8 +247,3 @@ def without_empty_columns(prepared: PreparedData) -> PreparedData:
     train, validation = (None if split is None else split.remove_columns(list(COLUMNS)) for split in splits)
     assert train is not None
     return replace(prepared, train=train, validation=validation)
-
-
-def read_references(text: str) -> list[ImageReference]:
-    """Return the images of a prepared row, from its column `images`."""
-    return [ImageReference(**fields) for fields in json.loads(text)] if text else []
