@@ -1,10 +1,9 @@
 """Merging an adapter, and making it fit for vLLM: time and peak memory against PEFT, against torch, and against `cp`.
 
 A random Llama and a random LoRA on all its linear layers; each measurement is a process of its own, the variants take
-turns, medians count. `python benchmarks/merge.py --size 1.1b --rounds 5` prints two Markdown tables. PEFT's times are
-of scripts that load, merge and save. `merge_adapter` flushes to disk what it writes, which `cp` and PEFT leave to the
-system; both are measured with a `sync` of their files as well. Before each measurement, what the one before it wrote is
-removed and flushed, and a pause lets a virtual machine return freed memory to its host, so that all start alike.
+turns, medians count. `python benchmarks/merge.py --size 1.1b --rounds 2` prints two Markdown tables. PEFT's times are
+of scripts that load, merge and save; `merge_adapter` flushes to disk what it writes, which `cp` and PEFT leave to the
+system.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ adapter, out = sys.argv[1:]
 tensors = load_file(adapter + "/adapter_model.safetensors")
 save_file({name: tensor for name, tensor in tensors.items() if ".lora_" in name}, out, {"format": "pt"})
 """
-SETTLE_S = 5
 LIBRARIES = "import finetuning.export.merge.merge, transformers.conversion_mapping"
 
 
@@ -135,17 +133,13 @@ def main() -> None:
 
     def clean() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        os.sync()
-        time.sleep(SETTLE_S)
 
     python, scripts = sys.executable, Path(sys.executable).parent
-    safe_merge = [python, "-c", PEFT, str(base), str(adapter), str(out), "safe"]
     merges = {
         "merge_adapter --no-verify": [str(scripts / "merge_adapter"), str(base), str(adapter), str(out), "--no-verify"],
         "merge_adapter, verified": [str(scripts / "merge_adapter"), str(base), str(adapter), str(out)],
         "PEFT merge_and_unload": [python, "-c", PEFT, str(base), str(adapter), str(out), "plain"],
-        "PEFT safe_merge": safe_merge,
-        "PEFT safe_merge, flushed to disk": ["sh", "-c", '"$@" && sync "$6"/*', "sh", *safe_merge],
+        "PEFT safe_merge": [python, "-c", PEFT, str(base), str(adapter), str(out), "safe"],
         "cp": ["cp", "-r", str(base), str(out)],
         "cp, flushed to disk": ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(base), str(out)],
         "importing the libraries": [python, "-c", LIBRARIES],

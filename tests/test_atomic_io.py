@@ -15,7 +15,6 @@ from finetuning.atomic_io import (
     atomic_directory,
     block_sums,
     find_manifest_mismatch,
-    manifest_entry,
     remove_staging_directories,
     staging_path,
     write_manifest,
@@ -130,18 +129,3 @@ def test_block_sums_are_those_of_numpy(tmp_path: Path) -> None:
     file.write_bytes(b"xyz" + data.tobytes())
     sums = np.frombuffer(block_sums(file, 3, 3 + data.nbytes), "<u8")
     assert sums.tolist() == [int(data[start : start + 2**17].sum()) for start in range(0, len(data), 2**17)]
-
-
-def test_a_manifest_with_the_entry_of_a_file_that_was_read_before(tmp_path: Path) -> None:
-    large, small = tmp_path / "large", tmp_path / "small"
-    large.write_bytes(b"12345678" * (9 << 20))
-    small.write_bytes(b"small")
-    entry = manifest_entry(large, keep_cached=False)
-    assert entry == manifest_entry(large)
-    write_manifest(tmp_path, {"large": entry})
-    assert find_manifest_mismatch(tmp_path) is None
-    with large.open("r+b") as stream:
-        stream.seek(5 << 20)
-        stream.write(b"0")
-    mismatch = find_manifest_mismatch(tmp_path)
-    assert mismatch is not None and "large is not what was written" in mismatch

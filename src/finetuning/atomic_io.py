@@ -11,14 +11,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from finetuning.errors import StorageError, reading
 
 MANIFEST = "manifest.json"
-ManifestEntry = dict[str, int | str]
-"""Size and digests of a file."""
 _PREFIX, _SUFFIX = ".", ".partial"
 _MIN_FREE_BYTES = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
@@ -76,22 +73,15 @@ def publish(staging: Path, target: Path) -> None:
     fsync(target.parent)
 
 
-def write_manifest(folder: Path, computed: Mapping[str, ManifestEntry] | None = None) -> None:
-    """Write `manifest.json` with the size and the digest of every file in a folder.
-
-    Args:
-        computed: the entries of files that `manifest_entry` has read before, by name.
-    """
-    computed = computed or {}
-    skipped = {MANIFEST, *computed}
-    paths = (path for path in folder.rglob("*") if path.relative_to(folder).as_posix() not in skipped)
-    entries = {**computed, **digest_files(folder, paths)}
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json` with the size and the digest of every file in a folder."""
+    entries = digest_files(folder, (path for path in folder.rglob("*") if path.name != MANIFEST))
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
-def digest_files(folder: Path, paths: Iterable[Path]) -> dict[str, ManifestEntry]:
+def digest_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, int | str]]:
     """Return size and digest of the files among some paths in a folder, by their relative names."""
-    return {path.relative_to(folder).as_posix(): manifest_entry(path) for path in sorted(paths) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): _manifest_entry(path) for path in sorted(paths) if path.is_file()}
 
 
 def update_manifest(folder: Path, names: Iterable[str]) -> None:
@@ -100,22 +90,17 @@ def update_manifest(folder: Path, names: Iterable[str]) -> None:
     if not file.is_file():
         return
     entries = json.loads(file.read_text(encoding="utf-8"))
-    entries |= {name: manifest_entry(folder / name) for name in names}
+    entries |= {name: _manifest_entry(folder / name) for name in names}
     staging = staging_path(file)
     staging.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     os.replace(staging, file)
 
 
-def manifest_entry(file: Path, *, keep_cached: bool = True) -> ManifestEntry:
-    """Return size and digest of a file, which is read completely.
-
-    Args:
-        keep_cached: whether the file stays in the page cache.
-    """
+def _manifest_entry(file: Path) -> dict[str, int | str]:
     size = file.stat().st_size
-    entry: ManifestEntry = {"bytes": size, "sampled_sha256": _digest(file)}
+    entry: dict[str, int | str] = {"bytes": size, "sampled_sha256": _digest(file)}
     if size > _SAMPLES * _SAMPLE_BYTES:
-        entry["sums_sha256"] = hashlib.sha256(block_sums(file, 0, size, keep_cached=keep_cached)).hexdigest()
+        entry["sums_sha256"] = hashlib.sha256(block_sums(file, 0, size)).hexdigest()
     return entry
 
 
@@ -178,21 +163,20 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def block_sums(file: Path, start: int, stop: int, *, keep_cached: bool = True) -> bytes:
+def block_sums(file: Path, start: int, stop: int) -> bytes:
     """Return the sum of each MiB of a range of bytes in a file, as little-endian 64-bit words modulo 2^64.
 
     One changed value always changes its block's sum. Words that swap places within a MiB leave it as it is. The sums
     take about a quarter of the time of SHA-256, which makes it affordable to read every byte of a large file.
     """
-    sums = partial(_segment_sums, file, keep_cached)
     segments = [(begin, min(begin + _SUM_SEGMENT_BYTES, stop)) for begin in range(start, stop, _SUM_SEGMENT_BYTES)]
     if len(segments) <= 1:
-        return b"".join(sums(*segment) for segment in segments)
+        return b"".join(_segment_sums(file, *segment) for segment in segments)
     with ThreadPoolExecutor(_SUM_THREADS) as pool:
-        return b"".join(pool.map(lambda segment: sums(*segment), segments))
+        return b"".join(pool.map(lambda segment: _segment_sums(file, *segment), segments))
 
 
-def _segment_sums(file: Path, keep_cached: bool, start: int, stop: int) -> bytes:
+def _segment_sums(file: Path, start: int, stop: int) -> bytes:
     import numpy as np
 
     buffer, sums = bytearray(_SUM_BLOCK_BYTES), bytearray()
@@ -208,8 +192,6 @@ def _segment_sums(file: Path, keep_cached: bool, start: int, stop: int) -> bytes
             buffer[filled : -(-filled // 8) * 8] = bytes(-filled % 8)
             words = np.frombuffer(buffer, "<u8", -(-filled // 8))
             sums += int(words.sum(dtype=np.uint64)).to_bytes(8, "little")
-        if not keep_cached:
-            drop_from_cache(stream.fileno(), start, stop - start)
     return bytes(sums)
 
 
@@ -246,16 +228,6 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
         return True
     writes_tensors = "iostream" in str(error) or "file write" in str(error) or "unexpected pos" in str(error)
     return "No space left" in str(error) or (writes_tensors and shutil.disk_usage(folder).free < _MIN_FREE_BYTES)
-
-
-def drop_from_cache(descriptor: int, start: int = 0, length: int = 0) -> None:
-    """Free the page cache of a range of bytes in an open file, up to its end by default.
-
-    Bytes that are not flushed to disk stay.
-    """
-    # macOS has no such function.
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def fsync(path: str | Path) -> None:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ from typing import Any
 import pytest
 from adapter_types import LORA_KINDS, LORA_OF_GPT2
 
-from finetuning.errors import GuardStopped, ModelError
-from finetuning.export.merge.merge import MergeResult, _in_thread, merge_adapters
-from finetuning.export.merge.shard_stream import Progress
+from finetuning.errors import GuardStopped
+from finetuning.export.merge.merge import MergeResult, merge_adapters
 
 
 def lora(**arguments: Any) -> Any:
@@ -261,72 +258,3 @@ def test_a_float32_merge_is_not_counted(
 ) -> None:
     adapter = make_adapter(tiny_llama_dir, lora(**LORA_KINDS["plain"]), tmp_path / "adapter")
     assert merge(tiny_llama_dir, [adapter], tmp_path / "out").verification.surviving_share is None
-
-
-def test_layers_that_read_their_weights_when_called_compute_the_same(tiny_llama_dir: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from finetuning.export.merge.verification import _read_weights_on_use, compute_logits
-
-    prompts = [[1, 2, 3, 4], [5, 6]]
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
-    expected = compute_logits(model, prompts)
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    with torch.no_grad():
-        # This makes the weights in memory wrong, so the right logits come from the file.
-        for weight in weights:
-            weight.fill_(7.0)
-    _read_weights_on_use(model, tiny_llama_dir)
-    for logits, reference in zip(compute_logits(model, prompts), expected, strict=True):
-        assert torch.equal(logits, reference)
-    assert all(bool((weight == 7.0).all()) for weight in weights), "a layer kept the memory that layers share"
-
-
-def test_a_model_that_transformers_converts_on_loading_keeps_its_weights_in_memory(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-
-    from finetuning.export.merge.verification import _read_weights_on_use, compute_logits
-
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    _read_weights_on_use(model, tmp_path)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    assert torch.isfinite(compute_logits(model, [[1, 2]])[0]).all()
-
-
-def test_an_error_while_weights_are_written_stops_the_writing() -> None:
-    """The writing goes on in a thread while base and adapter are computed; an error there does not wait for its end."""
-    has_started = threading.Event()
-    done: list[int] = []
-
-    def write(report: Progress) -> None:
-        for tensor in range(10_000):
-            report(tensor, 10_000)
-            done.append(tensor)
-            has_started.set()
-            time.sleep(0.001)
-
-    with pytest.raises(ModelError, match="does not fit"), _in_thread(write, None):
-        has_started.wait()
-        raise ModelError("the adapter does not fit")
-    assert 0 < len(done) < 10_000
-
-
-def test_a_file_that_is_flushed_while_it_is_written(
-    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from finetuning.export import safetensors_writer
-    from finetuning.model.safetensors_io import read_model_headers
-
-    monkeypatch.setattr(safetensors_writer, "_FLUSH_BYTES", 1000)
-    tensors = [
-        safetensors_writer.copied_tensor(name, entry) for name, entry in read_model_headers(tiny_llama_dir).items()
-    ]
-    at_once, flushed = tmp_path / "at-once", tmp_path / "flushed"
-    safetensors_writer.write_tensor_file(at_once, tensors, {"format": "pt"})
-    safetensors_writer.write_tensor_file(flushed, tensors, {"format": "pt"}, to_disk=True)
-    assert at_once.read_bytes() == flushed.read_bytes()

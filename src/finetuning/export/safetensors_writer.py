@@ -7,19 +7,14 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedWriter, FileIO
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-from finetuning.atomic_io import drop_from_cache
 from finetuning.errors import StorageError, reading
 from finetuning.model.safetensors_io import TensorEntry
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
 _CHUNK_BYTES = 8 << 20
-_FLUSH_BYTES = 64 << 20
 _ALIGNMENT = 8
 
 
@@ -57,17 +52,11 @@ def read_chunks(entry: TensorEntry) -> Iterator[memoryview]:
             left -= len(chunk)
 
 
-def read_into(entry: TensorEntry, buffer: memoryview, *, keep_cached: bool = True) -> None:
-    """Read the bytes of a tensor into a buffer of its size.
-
-    Args:
-        keep_cached: whether they stay in the page cache.
-    """
+def read_into(entry: TensorEntry, buffer: memoryview) -> None:
+    """Read the bytes of a tensor into a buffer of its size."""
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         _fill(buffer, stream, entry.file)
-        if not keep_cached:
-            drop_from_cache(stream.fileno(), entry.start, entry.num_bytes)
 
 
 def _fill(buffer: memoryview, stream: FileIO, file: Path) -> None:
@@ -94,36 +83,8 @@ def read_metadata(file: Path) -> dict[str, str]:
         return json.loads(stream.read(min(length, file.stat().st_size))).get("__metadata__") or {}
 
 
-class _FlushedFile(FileIO):
-    """A file that is flushed to disk while it is written, so that little of it is in the page cache at any time.
-
-    What left the cache is free for what follows. A large file would otherwise need new memory for all of its bytes,
-    which a virtual machine may have to get from its host first: 2 s for each GB on one that was measured.
-    """
-
-    _unflushed = 0
-
-    def write(self, data: ReadableBuffer, /) -> int:
-        written = super().write(memoryview(data)[:_FLUSH_BYTES]) or 0
-        self._unflushed += written
-        if self._unflushed >= _FLUSH_BYTES:
-            self.flush_to_disk()
-        return written
-
-    def flush_to_disk(self) -> None:
-        os.fsync(self.fileno())
-        drop_from_cache(self.fileno())
-        self._unflushed = 0
-
-
-def write_tensor_file(
-    file: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str], *, to_disk: bool = False
-) -> None:
-    """Write a safetensors file with the tensors in the given order.
-
-    Args:
-        to_disk: flush the file to disk while it is written, and out of the page cache.
-    """
+def write_tensor_file(file: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the tensors in the given order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for tensor in tensors:
@@ -136,16 +97,13 @@ def write_tensor_file(
     # The data must start at a multiple of 8 bytes, so the header is padded with spaces.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    raw = _FlushedFile(file, "wb") if to_disk else FileIO(file, "wb")
-    with BufferedWriter(raw) as stream:
+    with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
         for tensor in tensors:
             tensor.write(stream)
         stream.flush()
         written = stream.tell()
-        if isinstance(raw, _FlushedFile):
-            raw.flush_to_disk()
     if written != 8 + len(text) + at:
         raise StorageError(f"{file} has {written} bytes instead of {8 + len(text) + at}")
 

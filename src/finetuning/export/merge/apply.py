@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from finetuning.errors import ModelError
@@ -34,13 +33,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# BLAS kernels sum in an order that depends on the position of a row or a column within a tile of 16 to 64 of them.
-# Blocks that start at a multiple of all of these (192) get the same bits as one product of the whole matrix.
-_TILE = 192
-# A block in float32, its rounded copy and the weight's together fit the 2 MB of a core's cache.
-_BLOCK_ROWS, _BLOCK_COLUMNS = _TILE, 4 * _TILE
+_BLOCK_ELEMENTS = 1 << 19
+# BLAS kernels sum in an order that depends on the position of a row within a tile of 16 to 64 rows. Blocks that start
+# at a multiple of all of these (192) get the same bits as one product of the whole matrix.
+_TILE_ROWS = 192
+# Counting takes as long as adding: a quarter of the blocks is a large enough sample.
 _COUNTED_EVERY = 4
-"""One block of so many is counted, which is a large enough sample."""
 
 
 @dataclass
@@ -59,18 +57,9 @@ class ChangedElements:
         return self.surviving / self.changed if self.changed else None
 
     def count(self, changed: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add a block of elements.
-
-        Args:
-            changed: not zero where an element changes before rounding.
-            before: the elements before the merge, in a dtype of 16 bits.
-            after: the elements after the merge.
-        """
-        # numpy compares and counts ten times as fast as torch. It has no bfloat16, but different values are different
-        # 16-bit integers.
-        bits_before, bits_after = (values.detach().cpu().view(torch.int16).numpy() for values in (before, after))
-        self.changed += int(np.count_nonzero(changed.detach().cpu().numpy() != 0))
-        self.surviving += int(np.count_nonzero(bits_before != bits_after))
+        """Add a block of elements: whether each changes before rounding, and its value before and after the merge."""
+        self.changed += int(torch.count_nonzero(changed))
+        self.surviving += int(torch.count_nonzero(before != after))
 
 
 def is_rounded(dtype: torch.dtype) -> bool:
@@ -78,11 +67,8 @@ def is_rounded(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None, *, keep_cached: bool = True) -> torch.Tensor:
+def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None) -> torch.Tensor:
     """Read a tensor, into the first bytes of `memory` (uint8) if it is given, else into new memory.
-
-    Args:
-        keep_cached: whether its bytes stay in the page cache.
 
     Raises:
         ModelError: its dtype cannot be merged, such as float8.
@@ -90,7 +76,7 @@ def load_tensor(entry: TensorEntry, memory: torch.Tensor | None = None, *, keep_
     if entry.dtype not in DTYPES:
         raise ModelError(f"{entry.file} has tensors of dtype {entry.dtype}, which cannot be merged")
     raw = torch.empty(entry.num_bytes, dtype=torch.uint8) if memory is None else memory[: entry.num_bytes]
-    read_into(entry, raw.numpy().data, keep_cached=keep_cached)
+    read_into(entry, raw.numpy().data)
     return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
@@ -127,30 +113,34 @@ def apply_deltas(
                 elements.count(torch.ones_like(weight, dtype=torch.bool), before, weight)
         else:
             _add_lora(weight, delta, elements)
-        if not is_finite(weight):
-            raise ModelError(f"{name} is not finite after the merge: the adapter or the base is damaged")
+        _check_finite(name, weight)
     return weight
 
 
 def _add_lora(weight_OI: torch.Tensor, update: LowRankUpdate, elements: ChangedElements | None) -> None:
     a_rI, b_Or = _load_upcast(update.a), _load_upcast(update.b)
-    # The weight is (I, O) if the update is transposed. Then the product is computed as PEFT does, and transposed
-    # afterwards, to get the same bits.
-    whole_IO = torch.mm(b_Or, a_rI).mul_(update.scaling).t() if update.transposed else None
-    # Reused by the blocks: memory that is allocated for each of them leaves the cache.
-    memory = torch.empty(4 * _BLOCK_ROWS * _BLOCK_COLUMNS, dtype=a_rI.dtype)
-    rounded = memory if memory.dtype == weight_OI.dtype else torch.empty_like(memory, dtype=weight_OI.dtype)
-    for index, (rows, columns) in enumerate(_blocks(weight_OI)):
-        block = weight_OI[rows, columns]
-        delta = memory[: block.numel()].view(block.shape)
-        if whole_IO is not None:
-            delta.copy_(whole_IO[rows, columns])
-        else:
-            torch.mm(b_Or[rows], a_rI[:, columns], out=delta).mul_(update.scaling)
-        before = block.clone() if elements is not None and index % _COUNTED_EVERY == 0 else None
-        block.add_(rounded[: block.numel()].view(block.shape).copy_(delta) if rounded is not memory else delta)
-        if elements is not None and before is not None:
-            elements.count(delta, before, block)
+    if update.transposed:
+        # The weight is (I, O) here. The product is computed as PEFT does, then transposed, to get the same bits.
+        delta_IO = torch.mm(b_Or, a_rI).mul_(update.scaling).t()
+        for index, rows in enumerate(_blocks(weight_OI)):
+            _add_block(weight_OI[rows], delta_IO[rows], elements if index % _COUNTED_EVERY == 0 else None)
+        return
+    scratch: torch.Tensor | None = None
+    for index, rows in enumerate(_blocks(weight_OI)):
+        b_block = b_Or[rows]
+        if scratch is None or len(scratch) != len(b_block):
+            scratch = torch.empty(len(b_block), a_rI.shape[1])
+        torch.mm(b_block, a_rI, out=scratch).mul_(update.scaling)
+        _add_block(weight_OI[rows], scratch, elements if index % _COUNTED_EVERY == 0 else None)
+
+
+def _add_block(weight: torch.Tensor, delta: torch.Tensor, elements: ChangedElements | None) -> None:
+    if elements is None:
+        weight.add_(delta.to(weight.dtype))
+        return
+    before = weight.clone()
+    weight.add_(delta.to(weight.dtype))
+    elements.count(delta, before, weight)
 
 
 def _add_dora(weight: torch.Tensor, update: LowRankUpdate) -> None:
@@ -171,7 +161,7 @@ def _add_dora(weight: torch.Tensor, update: LowRankUpdate) -> None:
         factor = (magnitude / torch.linalg.norm(weight.t() + delta, dim=1)).view(-1, 1).t()
         weight.copy_((factor * (weight + delta.t())).to(weight.dtype))
         return
-    for rows in _parts(len(weight), _BLOCK_ROWS):
+    for rows in _blocks(weight):
         updated_OI = weight[rows] + delta[rows]
         factor_O1 = (magnitude[rows] / torch.linalg.norm(updated_OI, dim=1)).view(-1, 1)
         weight[rows].copy_((factor_O1 * updated_OI).to(weight.dtype))
@@ -183,23 +173,19 @@ def _load_upcast(entry: TensorEntry) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _blocks(weight: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of rows and columns, of less than twice the size of a block in each direction."""
-    for rows in _parts(weight.shape[0], _BLOCK_ROWS):
-        for columns in _parts(weight.shape[1], _BLOCK_COLUMNS):
-            yield rows, columns
-
-
-def _parts(length: int, step: int) -> Iterator[slice]:
-    """Yield slices of a dimension; the last one takes the remainder, so that none is smaller than a tile."""
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of the first dimension; the last one takes the remainder, so that none is smaller than a tile."""
+    rows = len(weight)
+    step = max(_TILE_ROWS, _BLOCK_ELEMENTS // max(weight[0].numel(), 1) // _TILE_ROWS * _TILE_ROWS)
     start = 0
-    while start < length:
-        stop = start + step if length - start >= 2 * step else length
+    while start < rows:
+        stop = start + step if rows - start >= 2 * step else rows
         yield slice(start, stop)
         start = stop
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
+def _check_finite(name: str, weight: torch.Tensor) -> None:
     # Minimum and maximum are NaN or infinite if any element is, and take a tenth of the time of isfinite().all().
-    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    lowest, highest = torch.aminmax(weight)
+    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+        raise ModelError(f"{name} is not finite after the merge: the adapter or the base is damaged")

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from finetuning.atomic_io import (
-    ManifestEntry,
     atomic_directory,
     digest_files,
     find_manifest_mismatch,
     require_empty,
     write_manifest,
 )
-from finetuning.errors import GuardStopped, Location, ModelError, StorageError
+from finetuning.errors import GuardStopped, Location, ModelError
 from finetuning.export.auxiliary_files import select_tokenizer_folder, write_auxiliary_files
 from finetuning.export.inputs import Adapter, BaseModel, read_adapter, read_base, read_json, resolve_folder
-from finetuning.export.merge.apply import ChangedElements, is_finite, load_tensor
+from finetuning.export.merge.apply import ChangedElements
 from finetuning.export.merge.deltas import NeedsPeft
 from finetuning.export.merge.merge_plan import MergePlan, plan_merge
 from finetuning.export.merge.shard_stream import Progress, write_merged
@@ -53,8 +46,6 @@ _INPUT_PATTERNS = (
 _SMALL_FILES_BYTES = 64 << 20
 _MAX_ROUNDING_LOSS = 0.5
 _MIN_SURVIVING_SHARE = 0.5
-_SWITCH_INTERVAL_S = 1e-5
-_Written = TypeVar("_Written")
 
 
 @dataclass(frozen=True)
@@ -101,66 +92,37 @@ def merge_adapters(
     Raises:
         ModelError: the base or an adapter is missing, damaged, of an unsupported kind, or they do not fit together.
         StorageError: `out` holds something else than this merge, or the disk is full; nothing is left behind.
-        GuardStopped: it differs from base and adapters, or rounding loses most changes; nothing is left behind.
+        GuardStopped: the merged model differs from base and adapters, or rounding loses most of what the adapters
+            change; nothing is left behind.
     """
     _check_output(out)
     base = read_base(base_name, allow_pickle=allow_pickle)
     adapters = [read_adapter(name, allow_pickle=allow_pickle) for name in adapter_names]
     tokenizer_source = resolve_folder(tokenizer, "tokenizer") if tokenizer is not None else None
     quantization = _trained_quantization(base, adapters[-1], required=dequantize)
-    describe_inputs = partial(_describe_inputs, base, adapters, tokenizer_source, dequantize)
-    if (out / _INPUTS_FILE).is_file() and _is_merged(out, describe_inputs(), verify):
+    inputs = _describe_inputs(base, adapters, tokenizer_source) | ({"dequantized": True} if dequantize else {})
+    if _is_merged(out, inputs, verify):
         return MergeResult(out, _num_bytes(out), streamed=False, verification=None, existed=True)
-    # The digests are needed at the end, and reading all inputs takes as long as importing libraries for the plan.
-    with ThreadPoolExecutor(1) as reader:
-        inputs = reader.submit(describe_inputs)
-        base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
-        plan = _plan(base, adapters, force=force, dequantize=dequantize, verify=verify, device_map=device_map, log=log)
-        check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
-        write = partial(
-            _write_model, base, adapters, plan, tokenizer=tokenizer_source, device_map=device_map, log=log,
-            progress=progress, quantization=quantization if dequantize else None,
-        )  # fmt: skip
-        compare = partial(
-            verify_merge, base, adapters, device_map=device_map, base_fingerprint=base_fingerprint,
-            quantization=quantization, is_dequantized=dequantize,
-        )  # fmt: skip
-        with atomic_directory(out) as folder:
-            verification, weights = _write_and_verify(folder, write, compare if verify else None, force, log)
-            (folder / _INPUTS_FILE).write_text(json.dumps(inputs.result(), indent=1) + "\n", encoding="utf-8")
-            write_manifest(folder, weights)
-    if verification is not None:
-        _warn_of_losses(verification, dequantize, log)
-    return MergeResult(out, _num_bytes(out), isinstance(plan, MergePlan), verification)
-
-
-def _write_and_verify(
-    folder: Path,
-    write: Callable[[Path], AbstractContextManager[_Writing]],
-    verify: Callable[..., MergeVerification] | None,
-    force: bool,
-    log: Callable[[str], None],
-) -> tuple[MergeVerification | None, dict[str, ManifestEntry]]:
-    """Write the merged model into `folder`, and verify it there.
-
-    Returns:
-        The result, if `verify` is given; the manifest's entries of files that were read back while they were written.
-    """
-    with write(folder) as writing:
-
-        def finish_writing() -> float | None:
-            elements = writing.wait()[0]
-            _check_surviving_share(elements, force, log)
-            if verify is not None:
-                log("verifying the merged model against base and adapter")
-            return elements.surviving_share
-
+    base_fingerprint = _check_fingerprint(base, adapters[0], force, log)
+    plan = _plan(base, adapters, force=force, dequantize=dequantize, verify=verify, device_map=device_map, log=log)
+    check_free_space(out, base.num_bytes + _SMALL_FILES_BYTES)
+    with atomic_directory(out) as folder:
+        merged_into = quantization if dequantize else None
+        num_rows, elements = _write_model(
+            base, adapters, plan, folder, tokenizer_source, device_map, log, progress, merged_into
+        )
+        _check_surviving_share(elements, force, log)
         verification = None
-        if verify is None:
-            finish_writing()
-        else:
-            verification = verify(folder, num_rows=writing.num_rows, finish_writing=finish_writing)
-        return verification, writing.wait()[1]
+        if verify:
+            log("verifying the merged model against base and adapter")
+            verification = verify_merge(
+                base, adapters, folder, device_map=device_map, num_rows=num_rows, base_fingerprint=base_fingerprint,
+                surviving_share=elements.surviving_share, quantization=quantization, is_dequantized=dequantize,
+            )  # fmt: skip
+            _warn_of_losses(verification, dequantize, log)
+        (folder / _INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
+        write_manifest(folder)
+    return MergeResult(out, _num_bytes(out), isinstance(plan, MergePlan), verification)
 
 
 def _plan(
@@ -178,28 +140,16 @@ def _plan(
     if dequantize:
         plan = NeedsPeft("the base is quantized as in training; the adapter is merged into its dequantized weights")
     _check_plan(plan, base, adapters, verify, device_map)
-    if isinstance(plan, MergePlan):
-        _check_finite(adapters)
     for note in (*plan.notes, *_note_on_other_base(base, adapters[0])):
         log(note)
     return plan
-
-
-def _check_finite(adapters: Sequence[Adapter]) -> None:
-    """Raise ModelError if an adapter that is streamed has values that are NaN or infinite."""
-    for adapter in adapters:
-        for name, entry in adapter.entries.items():
-            if not is_finite(load_tensor(entry)):
-                raise ModelError(f"{name} of the adapter {adapter.folder} is not finite: the adapter is damaged")
 
 
 def _num_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _describe_inputs(
-    base: BaseModel, adapters: Sequence[Adapter], tokenizer: Path | None, dequantize: bool
-) -> dict[str, object]:
+def _describe_inputs(base: BaseModel, adapters: Sequence[Adapter], tokenizer: Path | None) -> dict[str, object]:
     """Return digests of all files that a merge reads. Where the folders are makes no difference."""
     folders = [base.folder, *(adapter.folder for adapter in adapters), *([tokenizer] if tokenizer else [])]
     contents = [
@@ -207,8 +157,7 @@ def _describe_inputs(
         for folder in folders
     ]
     num_models = 1 + len(adapters)
-    described = {"base": contents[0], "adapters": contents[1:num_models], "tokenizer": contents[num_models:]}
-    return {**described, **({"dequantized": True} if dequantize else {})}
+    return {"base": contents[0], "adapters": contents[1:num_models], "tokenizer": contents[num_models:]}
 
 
 def _check_output(out: Path) -> None:
@@ -246,87 +195,37 @@ def _check_plan(
         check_free_memory(base)
 
 
-@dataclass(frozen=True)
-class _Writing:
-    """The writing of merged weights, which may still go on."""
-
-    num_rows: int | None
-    """Rows of the input embeddings, if they are known."""
-    wait: Callable[[], tuple[ChangedElements, dict[str, ManifestEntry]]]
-    """Waits for the end; returns how many changed elements survive rounding, and the manifest's entries of weights."""
-
-
-@contextmanager
 def _write_model(
     base: BaseModel,
     adapters: Sequence[Adapter],
     plan: MergePlan | NeedsPeft,
     folder: Path,
-    *,
     tokenizer: Path | None,
     device_map: DeviceMap,
     log: Callable[[str], None],
     progress: Progress | None,
-    quantization: Mapping[str, object] | None,
-) -> Iterator[_Writing]:
-    """Write weights and auxiliary files into `folder`. Weights that are streamed are written during the block."""
+    quantization: Mapping[str, object] | None = None,
+) -> tuple[int | None, ChangedElements]:
+    """Write weights and auxiliary files into `folder`.
+
+    Returns:
+        The rows of the input embeddings if they are known; how many changed elements survive rounding.
+    """
+    changes: Mapping[str, int] | None = None
     folders = [adapter.folder for adapter in adapters]
     tokenizer = select_tokenizer_folder(tokenizer, folders, base.folder)
-
-    def write_others(changes: Mapping[str, int] | None, num_rows: int | None) -> None:
-        write_auxiliary_files(folder, base, folders, tokenizer, changes, num_rows)
-        repair = find_stop_token_repair(folders[-1], read_generation_config(base.folder))
-        if repair is not None:
-            log(f"note: {repair.note}")
-            repair.write(folder, tokenizer=tokenizer == folders[-1])
-        copy_ids_to_model_config(folder)
-
     if isinstance(plan, MergePlan):
-        num_rows = _embedding_rows(base, plan)
-        write_others(plan.config_changes, num_rows)
-        with _in_thread(partial(write_merged, base, plan, folder), progress) as wait:
-            yield _Writing(num_rows, wait)
+        elements = write_merged(base, plan, folder, progress)
+        changes, num_rows = plan.config_changes, _embedding_rows(base, plan)
     else:
         num_rows, elements = merge_with_peft(base, adapters, folder, tokenizer, device_map, quantization)
-        write_others(None, num_rows)
-        yield _Writing(num_rows, lambda: (elements, {}))
-
-
-@contextmanager
-def _in_thread(write: Callable[[Progress], _Written], progress: Progress | None) -> Iterator[Callable[[], _Written]]:
-    """Call `write` in a thread during the block, and yield a function that waits for its result.
-
-    A block that raises stops it after the current tensor.
-    """
-    is_stopped = threading.Event()
-
-    def report(done: int, total: int) -> None:
-        if is_stopped.is_set():
-            raise StorageError("the merge was stopped")
-        if progress is not None:
-            progress(done, total)
-
-    with ThreadPoolExecutor(1) as pool, _frequent_switches():
-        future = pool.submit(write, report)
-        try:
-            yield future.result
-        finally:
-            is_stopped.set()
-
-
-@contextmanager
-def _frequent_switches() -> Iterator[None]:
-    """Let the threads of a block take turns often.
-
-    Importing libraries holds the interpreter's lock. By default it is released every 5 ms, for which a thread would
-    wait before each of its short operations.
-    """
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
+    write_auxiliary_files(folder, base, folders, tokenizer, changes, num_rows)
+    repair = find_stop_token_repair(folders[-1], read_generation_config(base.folder))
+    if repair is not None:
+        log(f"note: {repair.note}")
+        repair.write(folder, tokenizer=tokenizer == folders[-1])
+    copy_ids_to_model_config(folder)
+    return num_rows, elements
 
 
 def _check_surviving_share(elements: ChangedElements, force: bool, log: Callable[[str], None]) -> None:

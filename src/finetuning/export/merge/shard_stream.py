@@ -1,10 +1,9 @@
 """Merge shard by shard and tensor by tensor, with memory for the two largest tensors only.
 
-One thread computes the next tensor while another writes the current one, and a third reads back from disk what was
-written of the previous shard, for the manifest. Shards leave the page cache while they are written and read back, so
-that they need no memory for all of their bytes. torch runs with one thread each: on blocks that fit the CPU cache,
-synchronizing its own threads takes longer than the work, above all on a busy machine. Tensors alternate between two
-buffers, because allocating new pages for each one costs more than the computation.
+One thread computes the next tensor while the main thread writes the current one, and a third flushes the previous shard
+to disk. torch runs with one thread each: on blocks that fit the CPU cache, synchronizing its own threads takes longer
+than the work, above all on a busy machine. Tensors alternate between two buffers, because allocating new pages for each
+one costs more than the computation.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 
-from finetuning.atomic_io import ManifestEntry, manifest_entry
+from finetuning.atomic_io import fsync
 from finetuning.export.inputs import BaseModel
 from finetuning.export.merge.apply import DTYPES, ChangedElements, apply_deltas, load_tensor, raw_bytes
 from finetuning.export.merge.deltas import WeightDelta
@@ -38,14 +37,11 @@ MergeTask = tuple[str, TensorEntry, tuple[WeightDelta, ...]]
 """A tensor that changes: its name, the base's tensor, and the deltas to apply."""
 
 
-def write_merged(
-    base: BaseModel, plan: MergePlan, folder: Path, progress: Progress | None = None
-) -> tuple[ChangedElements, dict[str, ManifestEntry]]:
-    """Write the merged weights into `folder`, with the base's shards and names, and flush them to disk.
+def write_merged(base: BaseModel, plan: MergePlan, folder: Path, progress: Progress | None = None) -> ChangedElements:
+    """Write the merged weights into `folder`, with the base's shards and names.
 
     Returns:
-        How many elements the adapters change, and how many of the changes survive rounding; the manifest's entries of
-        the shards.
+        How many elements the adapters change, and how many of the changes survive rounding.
     """
     by_file: dict[Path, Tensors] = {}
     for name, entry in sorted(base.entries.items(), key=lambda item: (item[1].file, item[1].start)):
@@ -62,21 +58,22 @@ def write_merged(
     done = 0
     with (
         _one_torch_thread(),
-        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as flusher,
         ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker,
     ):
         prefetcher = _Prefetcher(tasks, worker)
-        read_back: dict[str, Future[ManifestEntry]] = {}
+        flushed: list[Future[None]] = []
         for file, tensors in by_file.items():
             outputs = [_output(name, entry, plan, prefetcher) for name, entry in tensors]
             outputs_with_progress = [_with_progress(output, done, total, progress) for output in outputs]
-            write_tensor_file(folder / file.name, outputs_with_progress, read_metadata(file), to_disk=True)
-            read_back[file.name] = reader.submit(manifest_entry, folder / file.name, keep_cached=False)
+            write_tensor_file(folder / file.name, outputs_with_progress, read_metadata(file))
+            flushed.append(flusher.submit(fsync, folder / file.name))
             done += sum(output.num_bytes for output in outputs)
-        # Raises what went wrong in the thread.
-        entries = {name: future.result() for name, future in read_back.items()}
+        for future in flushed:
+            # Raises what went wrong in the thread.
+            future.result()
     _write_index(base, by_file, total, folder)
-    return prefetcher.elements, entries
+    return prefetcher.elements
 
 
 class _Prefetcher:

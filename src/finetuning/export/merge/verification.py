@@ -33,7 +33,7 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,8 @@ from typing import TYPE_CHECKING
 
 from finetuning.errors import GuardStopped, ModelError, first_line, reading
 from finetuning.export.inputs import Adapter, BaseModel
-from finetuning.export.merge.apply import DTYPES, load_tensor
 from finetuning.export.merge.image_probe import ImageProbe, image_probe
 from finetuning.export.merge.with_peft import DeviceMap, load_adapter, load_base, merge_in_memory, task_head_for_merge
-from finetuning.model.safetensors_io import TensorEntry, read_model_headers
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +61,8 @@ _TEXTS = (
     "1, 1, 2, 3, 5, 8, 13,",
     "Translate to German: Good morning, how are you?",
 )
-_MAX_TOKENS = 32
-_NUM_RANDOM_PROMPTS = 4
+_MAX_TOKENS = 64
+
 
 VERIFICATION_FILE = "merge_verification.json"
 SAFETY = {"float64": 64.0, "float32": 64.0, "float16": 8.0, "bfloat16": 8.0}
@@ -152,21 +150,20 @@ def verify_merge(
     *,
     device_map: DeviceMap = None,
     base_fingerprint: str = "not recorded at training",
-    finish_writing: Callable[[], float | None] = lambda: None,
+    surviving_share: float | None = None,
     num_rows: int | None = None,
     quantization: Mapping[str, object] | None = None,
     is_dequantized: bool = False,
 ) -> MergeVerification:
     """Compare the model in `merged` with base and adapters, and write the result there as merge_verification.json.
 
-    Base and adapters are computed first: the weights may still be written in the meantime, but no other file. The
-    tolerance applies to the base that was merged into. The quantized base of training is compared as well.
+    The tolerance applies to the base that was merged into. A base that training quantized is compared as well: what
+    was trained is the quantized base with its adapter.
 
     Args:
         quantization: how training quantized the base; None if it did not.
         is_dequantized: whether the model was merged into the dequantized base.
-        finish_writing: waits until the merged weights are written, and returns the share of the elements changed by
-            the adapters that survive rounding, to record.
+        surviving_share: the share of the elements changed by the adapters that survive rounding, to record.
         num_rows: rows of the merged input embeddings, if they are known; an adapter may have resized them.
 
     Raises:
@@ -185,9 +182,9 @@ def verify_merge(
     reference = outputs(adapted, prompts)
     with adapted.disable_adapter():
         without_adapter = outputs(adapted, prompts)
-    del adapted, model  # Frees the memory of the first model before the second is loaded.
-    surviving_share = finish_writing()
-    actual = outputs(_load_merged(merged, head, device_map, reads_on_use=outputs is compute_logits), prompts)
+    # Frees the memory of the first model before the second is loaded.
+    del adapted, model
+    actual = outputs(_load_merged(merged, head, device_map), prompts)
     spread = _spread(reference)
     differences = compare(actual, reference, spread), compare(without_adapter, reference, spread)
     check = partial(
@@ -199,10 +196,10 @@ def verify_merge(
         noise = _rounding_noise(adapted, lambda: outputs(adapted, prompts), reference, spread)
         verification = replace(check(rounding_noise=noise), image=verification.image)
     if quantization is not None:
-        method = str(quantization.get("quant_method", "its method"))
+        verification = replace(verification, trained_quantization=str(quantization.get("quant_method", "its method")))
         load_trained = partial(load, quantization=quantization, dequantize=False)
         trained = _compare_with_trained(load_trained, adapters, lambda peft: outputs(peft, prompts), actual, spread)
-        verification = replace(verification, trained_quantization=method, **trained)
+        verification = replace(verification, **trained)
     _publish(verification, merged)
     return verification
 
@@ -216,50 +213,12 @@ def _with_image(
     return lambda model, prompts: compute_logits(model, prompts) + probe.logits(model)
 
 
-def _load_merged(folder: Path, head: TaskHead, device_map: DeviceMap, *, reads_on_use: bool) -> PreTrainedModel:
+def _load_merged(folder: Path, head: TaskHead, device_map: DeviceMap) -> PreTrainedModel:
     from finetuning.model.saved_weights import restore_padding_rows
 
     model = head.auto_class.from_pretrained(folder, dtype="auto", device_map=device_map).eval()
     restore_padding_rows(model, folder)
-    if reads_on_use:
-        _read_weights_on_use(model, folder)
     return model
-
-
-def _read_weights_on_use(model: PreTrainedModel, folder: Path) -> None:
-    """Let each linear layer of a model on the CPU read its weight from the files in `folder` when it is called.
-
-    transformers maps the files into memory. A forward pass over mapped weights fills the page cache with the whole
-    model, and new memory can take longer than all the computation; see `safetensors_writer`. This way the layers share
-    the memory of the largest one. A layer keeps its mapped weight where the files have none of its name and form.
-    """
-    import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    # A converted weight has other values than the tensor of its name.
-    if any(isinstance(transform, WeightConverter) for transform in get_model_conversion_mapping(model)):
-        return
-    entries = read_model_headers(folder)
-    layers = [
-        (module, entry)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (entry := entries.get(f"{name}.weight"))
-        and (DTYPES.get(entry.dtype), entry.shape) == (module.weight.dtype, tuple(module.weight.shape))
-        and module.weight.device.type == "cpu"
-    ]
-    memory = torch.empty(max((entry.num_bytes for _, entry in layers), default=0), dtype=torch.uint8)
-
-    def read(layer: torch.nn.Module, inputs: object, *, entry: TensorEntry) -> None:
-        layer.weight.data = load_tensor(entry, memory, keep_cached=False)
-
-    def put_back(layer: torch.nn.Module, inputs: object, output: object, *, weight: torch.Tensor) -> None:
-        layer.weight.data = weight
-
-    for layer, entry in layers:
-        layer.register_forward_pre_hook(partial(read, entry=entry))
-        layer.register_forward_hook(partial(put_back, weight=layer.weight.data))
 
 
 def _spread(logits: Sequence[torch.Tensor]) -> float:
@@ -350,7 +309,7 @@ def sample_prompts(folder: Path, rows: int) -> list[list[int]]:
                 text = ChatRenderer(tokenizer).text(chat, prompt=True)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS])
         prompts = [[token for token in ids if token < rows] for ids in prompts]
-    prompts += [[generator.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(_NUM_RANDOM_PROMPTS)]
+    prompts += [[generator.randrange(rows) for _ in range(_MAX_TOKENS)] for _ in range(2)]
     return [ids for ids in prompts if len(ids) > 1]
 
 
@@ -364,14 +323,17 @@ def compute_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
     device = input_weight(model).device
     takes_cache = "use_cache" in inspect.signature(base_model_of(model).forward).parameters
     options = {"use_cache": False} if takes_cache else {}
-    # One batch, because reading the weights takes longer than the computation. Right padding is safe: with causal
-    # attention no token sees what follows it.
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    mask = torch.tensor([[int(position < len(prompt)) for position in range(width)] for prompt in prompts])
+    logits: dict[int, torch.Tensor] = {}
     with torch.inference_mode():
-        logits_BTV = model(input_ids=ids, attention_mask=mask.to(device), **options).logits
-    return [logits_BTV[row, : len(prompt)].float().cpu() for row, prompt in enumerate(prompts)]
+        for batch in _batches_by_length(prompts):
+            width = max(len(prompts[index]) for index in batch)
+            # Right padding is safe: with causal attention no token sees what follows it.
+            ids = torch.tensor([[*prompts[index], *[0] * (width - len(prompts[index]))] for index in batch])
+            mask = torch.tensor([[int(position < len(prompts[index])) for position in range(width)] for index in batch])
+            logits_BTV = model(input_ids=ids.to(device), attention_mask=mask.to(device), **options).logits
+            for row, index in enumerate(batch):
+                logits[index] = logits_BTV[row, : len(prompts[index])].float().cpu()
+    return [logits[index] for index in range(len(prompts))]
 
 
 def compute_scores(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -388,6 +350,18 @@ def compute_scores(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
     with torch.inference_mode():
         rows = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts]
     return [torch.stack(rows, dim=1)]
+
+
+def _batches_by_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield batches of prompt indices, in which no prompt is more than twice as long as another."""
+    batch: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        if batch and len(prompts[index]) > 2 * len(prompts[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def compare(actual: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], spread: float) -> LogitDifference:
