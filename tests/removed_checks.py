@@ -570,6 +570,11 @@ REMOVED_CHECKS = [
         ("vision/test_rows.py::test_an_image_that_changes_after_preparation_is_noticed",),
     ),
     RemovedCheck(
+        "images of a row",
+        {"finetuning.trainer.image_check.why_not_split": returns(None)},
+        ("vision/test_training.py::test_a_batch_whose_tensors_depend_on_its_rows",),
+    ),
+    RemovedCheck(
         "image tokens",
         {"finetuning.trainer.image_check.check_image_tokens": returns("")},
         ("vision/test_training.py::test_too_few_features_stop_the_run_before_its_first_step",),

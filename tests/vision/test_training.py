@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from finetuning.data.collators import IMAGE_ROWS
 from finetuning.data.images.files import ImageFolder, load_image
 from finetuning.data.images.rendering import read_references
 from finetuning.errors import DataError, GuardStopped
@@ -21,7 +23,7 @@ from finetuning.export.inputs import read_adapter, read_base
 from finetuning.export.merge.merge import merge_adapters
 from finetuning.export.merge.verification import VERIFICATION_FILE, verify_merge
 from finetuning.model.vision import module_parts
-from finetuning.trainer.image_check import count_features, image_token_id
+from finetuning.trainer.image_check import count_features, image_token_id, why_not_split
 from finetuning.trainer.oom_retry import split_batch
 from vision.test_checkpoints import LORA
 from vision.test_rows import WITH_PROCESSOR, prepared, processor_of
@@ -156,6 +158,23 @@ def test_a_batch_that_is_split_when_memory_runs_out_has_the_same_loss(
             ]
             assert len(losses) == parts
             assert sum(losses) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_batch_whose_tensors_depend_on_its_rows_is_not_split() -> None:
+    rows = Dataset.from_list([{"images": ["a"]}, {"images": []}, {"images": ["b", "c"]}])
+
+    def collate(batch: Any, unused: int = 0) -> dict[str, Any]:
+        return {IMAGE_ROWS: {"pixel_values": [len(row["images"]) + unused for row in batch]}}
+
+    def in_batches_padded(batch: Any) -> dict[str, Any]:
+        return collate(batch, unused=int(len(batch) > 1))
+
+    assert why_not_split(collate, rows) is None
+    reason = "the processor makes other tensors of training row 1 alone than among others"
+    assert why_not_split(in_batches_padded, rows) == reason
+    assert why_not_split(lambda batch: {IMAGE_ROWS: {}}, rows) == (
+        "it is not known which entries of their tensors belong to which row"
+    )
 
 
 def test_a_run_resumes_where_it_was(

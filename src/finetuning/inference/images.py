@@ -13,21 +13,18 @@ from finetuning.config.sections.experiment import GenerationModel
 from finetuning.config.sections.model import RunConfig
 from finetuning.data.chat.template import TemplateRenderError
 from finetuning.data.collators import PaddingCollator
-from finetuning.data.formats.row_format import MEDIA, FieldError
 from finetuning.data.images.collator import ImageCollator
-from finetuning.data.images.files import ImageFolder
 from finetuning.data.images.processor import ImageTextProcessor, load_processor, processor_for
 from finetuning.data.images.rendering import ImageTemplateRenderer
-from finetuning.data.images.rows import IMAGE_COLUMNS, PLACE, take_images
-from finetuning.data.samples import ImageReference, MaskError, Row
+from finetuning.data.images.rows import PLACE
+from finetuning.data.samples import ImageReference, MaskError
 from finetuning.data.tokenization.labels import LabelBuilder
 from finetuning.errors import ConfigError, Location, ModelError
+from finetuning.inference.prompts import GenerationPrompt
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-    from finetuning.inference.prompts import GenerationPrompt
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -39,25 +36,6 @@ class PromptImages:
     images: tuple[ImageReference, ...]
     text: str
     processor: ImageTextProcessor
-
-
-def take_prompt_images(row: Row, config: ImagesConfig) -> tuple[Row, tuple[ImageReference, ...]]:
-    """Return a row of prompts with `PLACE` for each image, and its images.
-
-    Raises:
-        FieldError: an image cannot be read, or the row holds sound or video.
-    """
-    unread = next(
-        (name for name in row.values if name in MEDIA and name not in IMAGE_COLUMNS and row.values[name]), None
-    )
-    if unread is not None:
-        raise FieldError(unread, f"holds {MEDIA[unread]}, which prompts cannot have")
-    return take_images(row, folder=image_folder(config))
-
-
-def image_folder(config: ImagesConfig) -> ImageFolder:
-    """Return the folder below which the images of prompts are."""
-    return ImageFolder(Path(config.folder).expanduser() if config.folder else None, config.max_file_pixels)
 
 
 def image_processor_of(

@@ -171,9 +171,7 @@ def _eval_prompt(
     images: tuple[ImageReference, ...] = ()
     try:
         if _may_have_images(row):
-            from finetuning.inference.images import take_prompt_images
-
-            row, images = take_prompt_images(row, images_config)
+            row, images = _take_images(row, images_config)
         text, messages, reference = _prompt_and_reference(row, key)
         meta = {name: row.values[name] for name in _CARRIED if name in row.values}
         unread.update(dict.fromkeys(name for name in row.values if name not in _COLUMNS and name not in meta))
@@ -194,6 +192,24 @@ def _eval_prompt(
         )
     except FieldError as error:
         return problem_of(row, error)
+
+
+def _take_images(row: Row, config: ImagesConfig) -> tuple[Row, tuple[ImageReference, ...]]:
+    """Return a row with a mark for each image, and its images.
+
+    Raises:
+        FieldError: an image cannot be read, or the row holds sound or video.
+    """
+    from finetuning.data.images.files import ImageFolder
+    from finetuning.data.images.rows import IMAGE_COLUMNS, take_images
+
+    unread = next(
+        (name for name in row.values if name in MEDIA and name not in IMAGE_COLUMNS and row.values[name]), None
+    )
+    if unread is not None:
+        raise FieldError(unread, f"holds {MEDIA[unread]}, which prompts cannot have")
+    folder = ImageFolder(Path(config.folder).expanduser() if config.folder else None, config.max_file_pixels)
+    return take_images(row, folder=folder)
 
 
 def _may_have_images(row: Row) -> bool:

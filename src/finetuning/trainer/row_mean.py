@@ -247,8 +247,8 @@ class ChosenTermMixin(ChosenTokenMeanMixin):
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         weights, factor = self.loss_weights, self.chosen_weight(inputs) if self.has_chosen_loss else None
         if factor is not None:
-            terms = zip(self.loss_types, weights, strict=True)
-            self.loss_weights = [weight * factor if name == "sft" else weight for name, weight in terms]
+            named = zip(self.loss_types, weights, strict=True)
+            self.loss_weights = [weight * factor if name == "sft" else weight for name, weight in named]
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
