@@ -186,6 +186,7 @@ VALUES: dict[str, list[Any]] = {
     "trainable_token_indices": [[1, 2]],
     "lr_scheduler_type": ["linear", "cosine_with_restarts", "cosin"],
     "ddp_backend": ["nccl"],
+    "torch_compile": [True, "layers", "text"],
     "torch_compile_backend": ["inductor"],
     "torch_compile_mode": ["default"],
     "optim_args": ["eps=1e-8"],

@@ -18,6 +18,7 @@ SMALLEST = {
 }
 OF_MANY_PROCESSES = {
     "startup.py": ["--rounds", "1"],
+    "images.py": ["--rounds", "1", "--steps", "2"],
     "rehearsal.py": ["--size", "tiny", "--cases", "SFT, LoRA"],
     "merge.py": ["--size", "tiny", "--rounds", "1"],
     "training/sliced_loss.py": ["--labels", "512", "--vocabulary", "512", "--hidden", "32", "--rounds", "1"],
